@@ -1,0 +1,7 @@
+"""interp_nn: interpretable linear-form layers, Y = X b (bᵀb), that train as fast as nn.Linear."""
+
+from interp_nn import functional, nn
+from interp_nn.dispatch import Plan, plan, use_engine
+
+__all__ = ["Plan", "__version__", "functional", "nn", "plan", "use_engine"]
+__version__ = "0.1.0"

@@ -1,0 +1,256 @@
+"""What users call on tensors, in the manner of torch.nn.functional.
+
+With projection P = X b and Gram matrix G = bᵀb the summary is Y = P G: a linear layer with effective weight W = b G.
+
+x is (..., d) and b is (d, k), with any strides (a layer's (out, in) weight passes as `weight.t()` without a copy), of one
+dtype out of float64, float32, bfloat16, float16 and on one device. Under autocast they are cast, and gradients come back
+in the parameter's dtype. Empty tensors, k > d and rank-deficient b work. Results are the same bits for the same shapes
+and values on every call, and nothing is modified. Every function raises TypeError or ValueError that names the argument,
+what it got and what would do. All are differentiable to every order, and work under torch.func and torch.compile.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.compiler import is_dynamo_compiling
+from torch.nn import Parameter
+
+from interp_nn import dispatch, linalg
+from interp_nn.engines.reference import LossOptions
+from interp_nn.linalg import Orthogonalized
+from interp_nn.ops import cross_entropy as _cross_entropy
+from interp_nn.ops import summary as _summary
+from interp_nn.ops.library import any_autocast_enabled, cast
+
+__all__ = [
+    "Orthogonalized",
+    "SummaryPair",
+    "effective_weight",
+    "gram",
+    "inverse_summary",
+    "orthogonalize",
+    "summary",
+    "summary_cross_entropy",
+    "summary_head_cross_entropy",
+    "summary_pair",
+]
+
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+_PLAIN = (Tensor, Parameter)
+_MOST_PLANS = 4096
+_plans: dict[tuple[object, ...], str] = {}
+_REDUCTIONS = ("mean", "sum", "none")
+
+
+class SummaryPair(NamedTuple):
+    """projection P = X b and summary Y = P (bᵀb), both (..., k)."""
+
+    projection: Tensor
+    summary: Tensor
+
+
+def summary(x: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Y = X b (bᵀb) + bias.
+
+    x (..., d), b (d, k), bias (k,) or None; returns (..., k). Which product is formed first is `interp_nn.plan`'s choice;
+    each product accumulates in fp32 (fp64 for float64) and is rounded to the dtype. Source: Banh, Interpretable-Neural-Net.
+    """
+    x, b, plan = _planned(x, b, False)
+    if bias is not None:
+        _, bias = _operands(b=b, bias=bias)
+        if bias.dim() != 1 or bias.shape[0] != b.shape[1]:
+            raise ValueError(f"bias: got shape {_shape(bias)}, want ({b.shape[1]},) for b of shape {_shape(b)}")
+    return _summary.summary(x, b, bias, plan)
+
+
+def summary_pair(x: Tensor, b: Tensor) -> SummaryPair:
+    """(P, Y) = (X b, X b (bᵀb)), each (..., k), for x (..., d) and b (d, k)."""
+    return SummaryPair(*_summary.summary_pair(*_planned(x, b, True)))
+
+
+def summary_cross_entropy(
+    x: Tensor,
+    b: Tensor,
+    target: Tensor,
+    *,
+    weights: Sequence[float] = (1.0, 1.0, 1.0),
+    ignore_index: int = -100,
+    reduction: str = "mean",
+) -> Tensor:
+    """w1 CE(P, t) + w2 CE(Y, t) + w3 MSE(P, Y), the loss for classes predicted directly by the k columns.
+
+    x (..., d), b (d, k), target (...) int64 with class indices in [0, k). A row's MSE is its mean over k. Rows whose target
+    is `ignore_index` are left out of all three terms; "mean" divides by the kept rows (NaN without any, as in PyTorch),
+    "sum" adds them, "none" returns one loss a row, of target's shape. The loss is fp32 for 16-bit inputs. Its gradients are
+    computed in the forward. Source: Banh, Representing information as linear combinations of signals, section 2.1.
+    """
+    x, b = _matrices(x, b)
+    options = _loss_options(x, target, b.shape[1], weights, ignore_index, reduction)
+    return _cross_entropy.cross_entropy(x, b, None, None, target, options)
+
+
+def summary_head_cross_entropy(
+    x: Tensor,
+    b: Tensor,
+    output_weight: Tensor,
+    output_bias: Tensor | None,
+    target: Tensor,
+    *,
+    weights: Sequence[float] = (1.0, 1.0, 1.0),
+    ignore_index: int = -100,
+    reduction: str = "mean",
+) -> Tensor:
+    """w1 CE(O1, t) + w2 CE(O2, t) + w3 MSE(O1, O2) with O1 = P Aᵀ + c and O2 = Y Aᵀ + c, the reference network's loss.
+
+    x (..., d), b (d, k), output_weight A (m, k), output_bias c (m,) or None, target (...) int64 in [0, m); the rest as in
+    `summary_cross_entropy`. Where m is small against k the logits are formed without any n x k intermediate.
+    """
+    x, b = _matrices(x, b)
+    _, a, c = _operands(b=b, output_weight=output_weight, output_bias=output_bias)
+    if a is None or a.dim() != 2 or a.shape[1] != b.shape[1]:
+        raise ValueError(f"output_weight: got shape {_shape(a)}, want (classes, {b.shape[1]}) for b of shape {_shape(b)}")
+    if c is not None and (c.dim() != 1 or c.shape[0] != a.shape[0]):
+        raise ValueError(f"output_bias: got shape {_shape(c)}, want ({a.shape[0]},) for output_weight {_shape(a)}")
+    options = _loss_options(x, target, a.shape[0], weights, ignore_index, reduction)
+    return _cross_entropy.cross_entropy(x, b, a, c, target, options)
+
+
+def gram(b: Tensor) -> Tensor:
+    """Gram matrix G = bᵀb (k, k) of b (d, k)."""
+    return linalg.gram(_matrix(b))
+
+
+def effective_weight(b: Tensor) -> Tensor:
+    """W = b (bᵀb) (d, k): `summary(x, b)` is `x @ W`. Its singular values are the cubes of those of b."""
+    return linalg.effective_weight(_matrix(b))
+
+
+def orthogonalize(b: Tensor, tolerance: float | None = None, max_iterations: int = 100) -> Orthogonalized:
+    """The polar factor of b (d, k), its nearest matrix with orthonormal columns (rows for k > d), by Newton-Schulz.
+
+    Iterates b <- b (3 I - bᵀb) / 2 in fp32 (fp64 for float64) until the Frobenius norm of bᵀb - I is at most `tolerance`
+    (default: rounding), or for `max_iterations`. Returns (factor, defect, iterations); the defect, max |s - 1| over the
+    singular values, tells when b was rank-deficient and no such matrix is near.
+    """
+    return linalg.orthogonalize(_matrix(b), tolerance, max_iterations)
+
+
+def inverse_summary(x: Tensor, b: Tensor) -> Tensor:
+    """Z = X b (bᵀb)⁻¹ (..., k), the least-squares code that the summary replaces; a baseline.
+
+    Raises torch.linalg.LinAlgError where bᵀb is singular. 16-bit inputs are solved in fp32.
+    """
+    x, b = _matrices(x, b)
+    return linalg.inverse_summary(x, b)
+
+
+def _matrices(x: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """x (..., d) and b (d, k), checked; cast under autocast."""
+    x, b = _operands(x=x, b=b)
+    if b.dim() != 2:
+        raise ValueError(f"b: got shape {_shape(b)}, want a matrix (d, k)")
+    if x.dim() == 0:
+        raise ValueError("x: got a scalar, want (..., d)")
+    if x.shape[-1] != b.shape[0]:
+        raise ValueError(f"x: got shape {_shape(x)}, want (..., {b.shape[0]}) for b of shape {_shape(b)}")
+    return x, b
+
+
+def _planned(x: Tensor, b: Tensor, pair: bool) -> tuple[Tensor, Tensor, str]:
+    """Checked x and b, and the plan's token. Remembered by all that check and plan depend on: a call costs one look-up."""
+    key = None
+    if type(x) in _PLAIN and type(b) in _PLAIN and not is_dynamo_compiling() and not any_autocast_enabled():
+        key = (
+            *(x.shape, b.shape, x.dtype, b.dtype, x.device, b.device, x.layout, b.layout),
+            *(x.requires_grad, b.requires_grad, torch.is_grad_enabled(), pair, dispatch.requested()),
+        )
+        plan = _plans.get(key)
+        if plan is not None:
+            return x, b, plan
+    x, b = _matrices(x, b)
+    plan = _summary.choose(x, b, pair)
+    if key is not None and len(_plans) < _MOST_PLANS:
+        _plans[key] = plan
+    return x, b, plan
+
+
+def _autocast_enabled(t: Tensor) -> bool:
+    device_type = t.device.type
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+
+
+def _operands(**tensors: Tensor | None) -> tuple[Tensor, ...]:
+    """The tensors, checked to be of one supported dtype and one device; cast first where autocast is on."""
+    for name, t in tensors.items():
+        if t is not None:
+            _check_tensor(name, t)
+    values = tuple(tensors.values())
+    first = values[0]
+    assert first is not None
+    if _autocast_enabled(first):
+        values = cast(first.device.type, *values)
+        first = values[0]
+    for name, t in zip(tensors, values, strict=True):
+        if t is None or t is first:
+            continue
+        if t.device != first.device:
+            raise ValueError(f"{name}: got device {t.device}, want {first.device}, the device of {next(iter(tensors))}")
+        if t.dtype != first.dtype:
+            raise TypeError(f"{name}: got dtype {t.dtype}, want {first.dtype}, the dtype of {next(iter(tensors))}")
+    return values
+
+
+def _check_tensor(name: str, t: Tensor) -> None:
+    if not isinstance(t, Tensor):
+        raise TypeError(f"{name}: got {type(t).__name__}, want a torch.Tensor")
+    if t.dtype not in _DTYPES:
+        raise TypeError(f"{name}: got dtype {t.dtype}, want float64, float32, bfloat16 or float16")
+    if t.layout is not torch.strided:
+        raise TypeError(f"{name}: got layout {t.layout}, want a dense tensor (call .to_dense())")
+    if type(t) not in _PLAIN and _is_dtensor(t):
+        raise TypeError(f"{name}: got a DTensor, which has no sharding rule here; want a local tensor (call .full_tensor())")
+
+
+def _is_dtensor(t: Tensor) -> bool:
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(t, module.DTensor)
+
+
+def _matrix(b: Tensor) -> Tensor:
+    (b,) = _operands(b=b)
+    if b.dim() != 2:
+        raise ValueError(f"b: got shape {_shape(b)}, want a matrix (d, k)")
+    return b
+
+
+def _loss_options(
+    x: Tensor, target: Tensor, classes: int, weights: Sequence[float], ignore_index: int, reduction: str
+) -> LossOptions:
+    if not isinstance(target, Tensor):
+        raise TypeError(f"target: got {type(target).__name__}, want a torch.Tensor of class indices")
+    if target.dtype != torch.int64:
+        raise TypeError(f"target: got dtype {target.dtype}, want int64 class indices")
+    if target.shape != x.shape[:-1]:
+        raise ValueError(f"target: got shape {_shape(target)}, want {tuple(x.shape[:-1])}, x's without its last dimension")
+    if target.device != x.device:
+        raise ValueError(f"target: got device {target.device}, want {x.device}, the device of x")
+    if classes == 0:
+        raise ValueError("target: got zero classes to choose from, want at least one")
+    if reduction not in _REDUCTIONS:
+        raise ValueError(f"reduction: got {reduction!r}, want one of {_REDUCTIONS}")
+    values = tuple(float(w) for w in weights)
+    if len(values) != 3 or not all(abs(w) < math.inf for w in values):
+        raise ValueError(f"weights: got {tuple(weights)}, want three finite numbers (of CE, CE and MSE)")
+    if not isinstance(ignore_index, int):
+        raise TypeError(f"ignore_index: got {type(ignore_index).__name__}, want an int")
+    return LossOptions((values[0], values[1], values[2]), ignore_index, reduction)
+
+
+def _shape(t: Tensor | None) -> str:
+    return "None" if t is None else str(tuple(t.shape))

@@ -1,0 +1,209 @@
+"""Operators `summary_cross_entropy` and its backward: the three-term loss of a pair, or of a head's two logits.
+
+w1 CE(o1, t) + w2 CE(o2, t) + w3 MSE(o1, o2), with (o1, o2) = (P, Y), or (P Aᵀ + c, Y Aᵀ + c) behind an output layer. One
+call gives the loss and its gradients for an upstream of 1, scaled when the upstream arrives. Where that scaling would
+come too late (fp16, whose small gradients underflow; one upstream a row) the backward computes them with the upstream.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from interp_nn import dispatch, engines
+from interp_nn.engines import reference
+from interp_nn.engines.reference import LossOptions
+from interp_nn.linalg import accumulation_dtype
+from interp_nn.ops.library import apply, define, transforming
+from interp_nn.ops.summary import as_rows, row_count
+
+
+def _loss(
+    x: Tensor,
+    b: Tensor,
+    a: Tensor | None,
+    c: Tensor | None,
+    target: Tensor,
+    weights: Sequence[float],
+    ignore_index: int,
+    reduction: str,
+    plan: str,
+    needs: Sequence[bool],
+) -> tuple[Tensor, list[Tensor]]:
+    engine, form = dispatch.resolve(plan)
+    options = LossOptions((weights[0], weights[1], weights[2]), ignore_index, reduction)
+    value, grads = engines.get(engine).loss(as_rows(x), b, a, c, target.reshape(-1), options, form, None, needs)
+    if needs[0]:
+        grads[0] = grads[0].view(x.shape)
+    return value.view(target.shape) if reduction == "none" else value, grads
+
+
+def _loss_backward(
+    upstream: Tensor,
+    x: Tensor,
+    b: Tensor,
+    a: Tensor | None,
+    c: Tensor | None,
+    target: Tensor,
+    weights: Sequence[float],
+    ignore_index: int,
+    reduction: str,
+    plan: str,
+    needs: Sequence[bool],
+) -> list[Tensor]:
+    engine, form = dispatch.resolve(plan)
+    options = LossOptions((weights[0], weights[1], weights[2]), ignore_index, reduction)
+    _, grads = engines.get(engine).loss(
+        as_rows(x), b, a, c, target.reshape(-1), options, form, upstream.reshape(-1), needs
+    )
+    if needs[0]:
+        grads[0] = grads[0].view(x.shape)
+    return grads
+
+
+def _fake_gradients(parameters: Sequence[Tensor | None], needs: Sequence[bool]) -> list[Tensor]:
+    return [t.new_empty(t.shape) for t, need in zip(parameters, needs, strict=True) if need and t is not None]
+
+
+def _fake_loss(
+    x: Tensor, b: Tensor, a: Tensor | None, c: Tensor | None, target: Tensor, *rest: Any
+) -> tuple[Tensor, list[Tensor]]:
+    shape = target.shape if rest[2] == "none" else ()
+    return x.new_empty(shape, dtype=accumulation_dtype(x.dtype)), _fake_gradients((x, b, a, c), rest[-1])
+
+
+def _fake_loss_backward(
+    upstream: Tensor, x: Tensor, b: Tensor, a: Tensor | None, c: Tensor | None, target: Tensor, *rest: Any
+) -> list[Tensor]:
+    return _fake_gradients((x, b, a, c), rest[-1])
+
+
+_ARGUMENTS = (
+    "Tensor x, Tensor b, Tensor? output_weight, Tensor? output_bias, Tensor target, float[3] weights, "
+    "int ignore_index, str reduction, str plan, bool[4] needs"
+)
+loss_operator = define(f"summary_cross_entropy({_ARGUMENTS}) -> (Tensor, Tensor[])", _loss, _fake_loss)
+loss_backward_operator = define(
+    f"summary_cross_entropy_backward(Tensor upstream, {_ARGUMENTS}) -> Tensor[]",
+    _loss_backward,
+    _fake_loss_backward,
+    cast_inputs=False,
+)
+
+
+def composed(
+    x: Tensor, b: Tensor, a: Tensor | None, c: Tensor | None, target: Tensor, options: LossOptions, plan: str
+) -> Tensor:
+    """The same loss as one differentiable PyTorch expression: for torch.func transforms and for second derivatives."""
+    o, _ = reference.logits(as_rows(x), b, a, c, dispatch.resolve(plan)[1])
+    rows, _, kept = reference.row_losses(o.to(accumulation_dtype(o.dtype)), target.reshape(-1), options)
+    value = reference.reduce_rows(rows, kept, options.reduction)
+    return value.view(target.shape) if options.reduction == "none" else value
+
+
+class CrossEntropyFunction(Function):
+    """(loss, *gradients for an upstream of 1 where `needs` asks for them): the Function over `interp_nn::summary_cross_entropy`."""
+
+    @staticmethod
+    def forward(
+        x: Tensor,
+        b: Tensor,
+        a: Tensor | None,
+        c: Tensor | None,
+        target: Tensor,
+        options: LossOptions,
+        plan: str,
+        needs: tuple[bool, ...],
+    ) -> tuple[Tensor, ...]:
+        value, grads = loss_operator(x, b, a, c, target, *_unpack(options), plan, needs)
+        return (value, *grads)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        x, b, a, c, target, ctx.options, ctx.plan, _ = inputs
+        grads = output[1:]
+        ctx.mark_non_differentiable(*grads)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, b, a, c, target, *grads)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        if upstream is None:
+            return (None,) * 8
+        x, b, a, c, target, *grads = ctx.saved_tensors
+        needs = tuple(ctx.needs_input_grad[:4])
+        ones = (*grads, None, None, None, None)[:4]
+        found = iter(
+            apply(CrossEntropyBackwardFunction, upstream, x, b, a, c, target, *ones, ctx.options, ctx.plan, needs)
+        )
+        return (*(next(found) if need else None for need in needs), *(None,) * 4)
+
+
+class CrossEntropyBackwardFunction(Function):
+    """The needed gradients times the upstream, or computed with it; its own backward is that of the composed expression."""
+
+    @staticmethod
+    def forward(
+        upstream: Tensor,
+        x: Tensor,
+        b: Tensor,
+        a: Tensor | None,
+        c: Tensor | None,
+        target: Tensor,
+        g0: Tensor | None,
+        g1: Tensor | None,
+        g2: Tensor | None,
+        g3: Tensor | None,
+        options: LossOptions,
+        plan: str,
+        needs: tuple[bool, ...],
+    ) -> tuple[Tensor, ...]:
+        if g0 is not None:
+            return tuple(g * upstream for g in (g0, g1, g2, g3) if g is not None)
+        return tuple(loss_backward_operator(upstream, x, b, a, c, target, *_unpack(options), plan, needs))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.options, ctx.plan, ctx.needs = inputs[10:]
+        ctx.save_for_backward(*inputs[:6])
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
+        upstream, *tensors, target = ctx.saved_tensors
+        present = [t for t in tensors if t is not None]
+
+        def value(*parameters: Tensor) -> Tensor:
+            given = iter(parameters)
+            x, b, a, c = (None if t is None else next(given) for t in tensors)
+            return composed(x, b, a, c, target, ctx.options, ctx.plan)
+
+        def gradients(upstream: Tensor, *parameters: Tensor) -> list[Tensor]:
+            found = iter(torch.func.vjp(value, *parameters)[1](upstream))
+            by_place = [None if t is None else next(found) for t in tensors]
+            return [g for g, need in zip(by_place, ctx.needs, strict=True) if need]
+
+        second = iter(torch.func.vjp(gradients, upstream, *present)[1](list(cotangents)))
+        return (next(second), *(None if t is None else next(second) for t in tensors), *(None,) * 8)
+
+
+def _unpack(options: LossOptions) -> tuple[list[float], int, str]:
+    return list(options.weights), options.ignore_index, options.reduction
+
+
+def cross_entropy(
+    x: Tensor, b: Tensor, a: Tensor | None, c: Tensor | None, target: Tensor, options: LossOptions
+) -> Tensor:
+    """The three-term loss for checked arguments; a and c None for a pair's own loss."""
+    enabled = torch.is_grad_enabled()
+    needs = tuple(enabled and t is not None and t.requires_grad for t in (x, b, a, c))
+    classes = None if a is None else a.shape[0]
+    plan = dispatch.choose_loss(row_count(x), *b.shape, classes, needs[0], needs[1])
+    if not torch.compiler.is_compiling() and transforming():
+        return composed(x, b, a, c, target, options, plan)
+    late = x.dtype == torch.float16 or options.reduction == "none"
+    now = (False,) * 4 if late else needs
+    return apply(CrossEntropyFunction, x, b, a, c, target, options, plan, now)[0]  # type: ignore[no-any-return]

@@ -1,0 +1,79 @@
+"""The `interp_nn` operator library, and how an operator is defined and applied."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function, forward_ad
+
+_LIBRARY = torch.library.Library("interp_nn", "DEF")
+
+
+def define(
+    schema: str, implementation: Callable[..., Any], fake: Callable[..., Any], cast_inputs: bool = True
+) -> Callable[..., Any]:
+    """Register an operator with one implementation for every device, a fake kernel and an autocast rule; return it.
+
+    Operators sit below autograd: they give no gradients of their own, the Functions around them do. Under autocast a
+    forward operator's floating-point inputs (but fp64) are cast; a backward operator's are taken as they are saved.
+    """
+    name = schema[: schema.index("(")]
+    _LIBRARY.define(schema)
+    _LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"interp_nn::{name}", fake, lib=_LIBRARY)
+    operator: Callable[..., Any] = getattr(torch.ops.interp_nn, name).default
+    for key, device_type in (("AutocastCPU", "cpu"), ("AutocastCUDA", "cuda")):
+        _LIBRARY.impl(name, _autocast_rule(operator, device_type, cast_inputs), key)
+    return operator
+
+
+def implement(name: str, implementation: Callable[..., Any], key: str) -> None:
+    """Register another implementation of an operator, for one dispatch key."""
+    _LIBRARY.impl(name, implementation, key)
+
+
+def _autocast_rule(operator: Callable[..., Any], device_type: str, cast_inputs: bool) -> Callable[..., Any]:
+    def rule(*args: Any) -> Any:
+        if cast_inputs:
+            args = cast(device_type, *args)
+        with torch.autocast(device_type, enabled=False):
+            return operator(*args)
+
+    return rule
+
+
+def cast(device_type: str, *args: Any) -> tuple[Any, ...]:
+    """The arguments with their floating-point tensors (but fp64) in the autocast dtype of the device."""
+    dtype = torch.get_autocast_dtype(device_type)
+
+    def one(a: Any) -> Any:
+        eligible = isinstance(a, Tensor) and a.is_floating_point() and a.dtype != torch.float64
+        return a.to(dtype) if eligible else a
+
+    return tuple(map(one, args))
+
+
+# Read once; should a future PyTorch drop one, its fast path is never taken and nothing else changes.
+any_autocast_enabled: Callable[[], bool] = getattr(torch._C, "_is_any_autocast_enabled", lambda: True)
+_transforms_active: Callable[[], bool] = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
+
+
+def transforming() -> bool:
+    """Whether a torch.func transform or forward-mode AD is at work (never while compiling)."""
+    return _transforms_active() or getattr(forward_ad, "_current_level", 0) >= 0
+
+
+def apply(function: type[Function], *args: Any) -> Any:
+    """`function.apply(*args)`, without its cost where that buys nothing.
+
+    With `setup_context`, PyTorch binds the arguments to an inspected signature on every call, which costs more than a small
+    product; outside of transforms the step below it is enough. With gradients off and no transform the forward alone is.
+    """
+    if torch.compiler.is_compiling() or transforming():
+        return function.apply(*args)
+    if not torch.is_grad_enabled():
+        return function.forward(*args)
+    return super(Function, function).apply(*args)  # type: ignore[misc]
