@@ -2,6 +2,6 @@
 
 from interp_nn import functional, nn
 from interp_nn.dispatch import Plan, plan, use_engine
+from interp_nn.version import __version__
 
 __all__ = ["Plan", "__version__", "functional", "nn", "plan", "use_engine"]
-__version__ = "0.1.0"

@@ -69,7 +69,7 @@ class Plan:
         return f"{self.engine}, {self.form}: {EXPRESSIONS[self.association]}; {self.reason}"
 
 
-class use_engine:
+class use_engine:  # noqa: N801 - used like a function, as torch.no_grad is
     """Force an engine for every later call, or inside a `with` block: `use_engine("reference")`; "auto" lets dispatch choose.
 
     Overrides the environment variable INTERP_NN_ENGINE. Global to the process, like torch.backends' flags. A backward
@@ -84,7 +84,9 @@ class use_engine:
     def __enter__(self) -> use_engine:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
         global _requested
         _requested = self._previous
 
@@ -171,7 +173,7 @@ def head_products(form: str, n: int, d: int, k: int, m: int) -> tuple[int, int]:
 
 
 def head_form(n: int, d: int, k: int, m: int) -> str:
-    """"flat" (no n x k intermediate) where it takes no more operations than "latent": about 2 m < k for large n."""
+    """ "flat" (no n x k intermediate) where it takes no more operations than "latent": about 2 m < k for large n."""
     return "flat" if head_products("flat", n, d, k, m)[0] <= head_products("latent", n, d, k, m)[0] else "latent"
 
 
@@ -214,4 +216,6 @@ def plan(n: int, d: int, k: int, *, pair: bool = False, grad: Iterable[str] = ("
     charges = {f: cost(f, n, d, k, pair, *needs) for f in candidates(n, d, k, pair, True)}
     rivals = ", ".join(f"{f} {c / charges[form]:.3g}" for f, c in charges.items() if f != form)
     how = "left to autograd" if form[-1] == "*" else "one operator each way"
-    return Plan(engine(), form, flops, f"{flops / 1e6:.4g} MFLOP in {count} products, {how}; cost of the others: {rivals}")
+    return Plan(
+        engine(), form, flops, f"{flops / 1e6:.4g} MFLOP in {count} products, {how}; cost of the others: {rivals}"
+    )

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -63,7 +63,7 @@ def summary(x: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
     """
     x, b, plan = _planned(x, b, False)
     if bias is not None:
-        _, bias = _operands(b=b, bias=bias)
+        _, bias = _operands(b, "b", bias=bias)
         if bias.dim() != 1 or bias.shape[0] != b.shape[1]:
             raise ValueError(f"bias: got shape {_shape(bias)}, want ({b.shape[1]},) for b of shape {_shape(b)}")
     return _summary.summary(x, b, bias, plan)
@@ -112,9 +112,11 @@ def summary_head_cross_entropy(
     `summary_cross_entropy`. Where m is small against k the logits are formed without any n x k intermediate.
     """
     x, b = _matrices(x, b)
-    _, a, c = _operands(b=b, output_weight=output_weight, output_bias=output_bias)
+    _, a, c = _operands(b, "b", output_weight=output_weight, output_bias=output_bias)
     if a is None or a.dim() != 2 or a.shape[1] != b.shape[1]:
-        raise ValueError(f"output_weight: got shape {_shape(a)}, want (classes, {b.shape[1]}) for b of shape {_shape(b)}")
+        raise ValueError(
+            f"output_weight: got shape {_shape(a)}, want (classes, {b.shape[1]}) for b of shape {_shape(b)}"
+        )
     if c is not None and (c.dim() != 1 or c.shape[0] != a.shape[0]):
         raise ValueError(f"output_bias: got shape {_shape(c)}, want ({a.shape[0]},) for output_weight {_shape(a)}")
     options = _loss_options(x, target, a.shape[0], weights, ignore_index, reduction)
@@ -152,7 +154,7 @@ def inverse_summary(x: Tensor, b: Tensor) -> Tensor:
 
 def _matrices(x: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """x (..., d) and b (d, k), checked; cast under autocast."""
-    x, b = _operands(x=x, b=b)
+    x, b = _operands(x, "x", b=b)
     if b.dim() != 2:
         raise ValueError(f"b: got shape {_shape(b)}, want a matrix (d, k)")
     if x.dim() == 0:
@@ -185,24 +187,23 @@ def _autocast_enabled(t: Tensor) -> bool:
     return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
 
 
-def _operands(**tensors: Tensor | None) -> tuple[Tensor, ...]:
-    """The tensors, checked to be of one supported dtype and one device; cast first where autocast is on."""
-    for name, t in tensors.items():
+def _operands(first: Tensor, name: str, **others: Tensor | None) -> tuple[Any, ...]:
+    """The tensors (None stays None), checked to be of one supported dtype and one device; cast first under autocast."""
+    _check_tensor(name, first)
+    for other, t in others.items():
         if t is not None:
-            _check_tensor(name, t)
-    values = tuple(tensors.values())
-    first = values[0]
-    assert first is not None
+            _check_tensor(other, t)
+    values: tuple[Any, ...] = (first, *others.values())
     if _autocast_enabled(first):
         values = cast(first.device.type, *values)
-        first = values[0]
-    for name, t in zip(tensors, values, strict=True):
-        if t is None or t is first:
+    first = values[0]
+    for other, t in zip(others, values[1:], strict=True):
+        if t is None:
             continue
         if t.device != first.device:
-            raise ValueError(f"{name}: got device {t.device}, want {first.device}, the device of {next(iter(tensors))}")
+            raise ValueError(f"{other}: got device {t.device}, want {first.device}, the device of {name}")
         if t.dtype != first.dtype:
-            raise TypeError(f"{name}: got dtype {t.dtype}, want {first.dtype}, the dtype of {next(iter(tensors))}")
+            raise TypeError(f"{other}: got dtype {t.dtype}, want {first.dtype}, the dtype of {name}")
     return values
 
 
@@ -214,7 +215,9 @@ def _check_tensor(name: str, t: Tensor) -> None:
     if t.layout is not torch.strided:
         raise TypeError(f"{name}: got layout {t.layout}, want a dense tensor (call .to_dense())")
     if type(t) not in _PLAIN and _is_dtensor(t):
-        raise TypeError(f"{name}: got a DTensor, which has no sharding rule here; want a local tensor (call .full_tensor())")
+        raise TypeError(
+            f"{name}: got a DTensor, which has no sharding rule here; want a local tensor (call .full_tensor())"
+        )
 
 
 def _is_dtensor(t: Tensor) -> bool:
@@ -223,7 +226,7 @@ def _is_dtensor(t: Tensor) -> bool:
 
 
 def _matrix(b: Tensor) -> Tensor:
-    (b,) = _operands(b=b)
+    (b,) = _operands(b, "b")
     if b.dim() != 2:
         raise ValueError(f"b: got shape {_shape(b)}, want a matrix (d, k)")
     return b
@@ -237,7 +240,9 @@ def _loss_options(
     if target.dtype != torch.int64:
         raise TypeError(f"target: got dtype {target.dtype}, want int64 class indices")
     if target.shape != x.shape[:-1]:
-        raise ValueError(f"target: got shape {_shape(target)}, want {tuple(x.shape[:-1])}, x's without its last dimension")
+        raise ValueError(
+            f"target: got shape {_shape(target)}, want {tuple(x.shape[:-1])}, x's without its last dimension"
+        )
     if target.device != x.device:
         raise ValueError(f"target: got device {target.device}, want {x.device}, the device of x")
     if classes == 0:

@@ -106,7 +106,7 @@ def composed(
 
 
 class CrossEntropyFunction(Function):
-    """(loss, *gradients for an upstream of 1 where `needs` asks for them): the Function over `interp_nn::summary_cross_entropy`."""
+    """(loss, *gradients for an upstream of 1 where `needs` asks): the Function over `interp_nn::summary_cross_entropy`."""
 
     @staticmethod
     def forward(
@@ -178,13 +178,14 @@ class CrossEntropyBackwardFunction(Function):
 
         def value(*parameters: Tensor) -> Tensor:
             given = iter(parameters)
-            x, b, a, c = (None if t is None else next(given) for t in tensors)
+            x, b = next(given), next(given)
+            a, c = (None if t is None else next(given) for t in tensors[2:])
             return composed(x, b, a, c, target, ctx.options, ctx.plan)
 
         def gradients(upstream: Tensor, *parameters: Tensor) -> list[Tensor]:
             found = iter(torch.func.vjp(value, *parameters)[1](upstream))
             by_place = [None if t is None else next(found) for t in tensors]
-            return [g for g, need in zip(by_place, ctx.needs, strict=True) if need]
+            return [g for g, need in zip(by_place, ctx.needs, strict=True) if need and g is not None]
 
         second = iter(torch.func.vjp(gradients, upstream, *present)[1](list(cotangents)))
         return (next(second), *(None if t is None else next(second) for t in tensors), *(None,) * 8)
@@ -201,9 +202,10 @@ def cross_entropy(
     enabled = torch.is_grad_enabled()
     needs = tuple(enabled and t is not None and t.requires_grad for t in (x, b, a, c))
     classes = None if a is None else a.shape[0]
-    plan = dispatch.choose_loss(row_count(x), *b.shape, classes, needs[0], needs[1])
+    d, k = b.shape
+    plan = dispatch.choose_loss(row_count(x), d, k, classes, needs[0], needs[1])
     if not torch.compiler.is_compiling() and transforming():
         return composed(x, b, a, c, target, options, plan)
     late = x.dtype == torch.float16 or options.reduction == "none"
     now = (False,) * 4 if late else needs
-    return apply(CrossEntropyFunction, x, b, a, c, target, options, plan, now)[0]  # type: ignore[no-any-return]
+    return apply(CrossEntropyFunction, x, b, a, c, target, options, plan, now)[0]

@@ -26,6 +26,10 @@ def as_rows(x: Tensor) -> Tensor:
     return x.unsqueeze(0) if x.dim() == 1 else x.flatten(0, -2)
 
 
+def _rows_if_any(x: Tensor | None) -> Tensor | None:
+    return None if x is None else as_rows(x)
+
+
 def row_count(x: Tensor) -> int:
     """The number of rows n of x (..., d)."""
     n = 1
@@ -51,7 +55,7 @@ def _summary_backward(
     dp: Tensor | None, dy: Tensor | None, x: Tensor, b: Tensor, kept: Sequence[Tensor], plan: str, needs: Sequence[bool]
 ) -> list[Tensor]:
     engine, form = dispatch.resolve(plan)
-    dp, dy = (None if g is None else as_rows(g) for g in (dp, dy))
+    dp, dy = _rows_if_any(dp), _rows_if_any(dy)
     dx, db = engines.get(engine).backward(dp, dy, as_rows(x), b, kept, form, needs[0], needs[1])
     out = [] if dx is None else [dx.view(x.shape)]
     if db is not None:
@@ -140,7 +144,7 @@ def _batched_backward(
     dp: Tensor | None, dy: Tensor | None, x: Tensor, b: Tensor, kept: Sequence[Tensor], plan: str, needs: Sequence[bool]
 ) -> list[Tensor]:
     """`summary_backward` under autograd.grad(is_grads_batched=True), whose vmap sees operators and not Functions."""
-    dp, dy = (None if g is None else as_rows(g) for g in (dp, dy))
+    dp, dy = _rows_if_any(dp), _rows_if_any(dy)
     dx, db = gradient(dp, dy, as_rows(x), b)
     bias = dy.sum(0) if dy is not None else b.new_zeros(b.shape[1])
     return [part for part, need in zip((dx.view(x.shape), db, bias), needs, strict=True) if need]
@@ -242,8 +246,9 @@ class SummaryBackwardFunction(Function):
         dp, dy, x, b = ctx.saved_tensors
         u, v, vbias = _spread(cotangents, ctx.needs)
         shape = x.shape
-        x, dp, dy, u = (None if t is None else as_rows(t) for t in (x, dp, dy, u))
-        u = torch.zeros_like(x) if u is None else u
+        dp, dy = _rows_if_any(dp), _rows_if_any(dy)
+        x = as_rows(x)
+        u = torch.zeros_like(x) if u is None else as_rows(u)
         v = torch.zeros_like(b) if v is None else v
         need_dp, need_dy, need_x, need_b = ctx.needs_input_grad[:4]
         gp = gy = gx = gb = None
@@ -279,7 +284,8 @@ class SummaryBackwardFunction(Function):
     ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
         size = info.batch_size
         dp, dy = (
-            None if g is None else _batch_rows(_batch(g, dim, size)) for g, dim in zip((dp, dy), in_dims[:2], strict=True)
+            None if g is None else _batch_rows(_batch(g, dim, size))
+            for g, dim in zip((dp, dy), in_dims[:2], strict=True)
         )
         x, b = _batch(x, in_dims[2], size), _batch(b, in_dims[3], size)
         out: list[Tensor] = []
@@ -301,7 +307,9 @@ class _ForwardModeFunction(SummaryFunction):
         ctx.kept = len(output) - ctx.outputs
 
     @staticmethod
-    def jvp(ctx: Any, tx: Tensor | None, tb: Tensor | None, tbias: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    def jvp(
+        ctx: Any, tx: Tensor | None, tb: Tensor | None, tbias: Tensor | None, *_: None
+    ) -> tuple[Tensor | None, ...]:
         x, b = ctx.saved_tensors[:2]
         tx = torch.zeros_like(x) if tx is None else tx
         tb = torch.zeros_like(b) if tb is None else tb
@@ -328,8 +336,9 @@ class _ForwardModeBackwardFunction(SummaryBackwardFunction):
         shape = x.shape
         tx = torch.zeros_like(x) if tx is None else tx
         tb = torch.zeros_like(b) if tb is None else tb
-        dp, dy, tdp, tdy, x, tx = (None if t is None else as_rows(t) for t in (dp, dy, tdp, tdy, x, tx))
-        gx, gb = second_gradient(dp, dy, x, b, tx, tb)
+        dp, dy, tdp, tdy = map(_rows_if_any, (dp, dy, tdp, tdy))
+        x = as_rows(x)
+        gx, gb = second_gradient(dp, dy, x, b, as_rows(tx), tb)
         if tdp is not None or tdy is not None:
             hx, hb = gradient(tdp, tdy, x, b)
             gx, gb = gx + hx, gb + hb
@@ -374,7 +383,7 @@ def summary(x: Tensor, b: Tensor, bias: Tensor | None, plan: str) -> Tensor:
     if plan[-1] == "*":
         _, y, _ = reference.forward(as_rows(x), b, bias, plan[-2:], False)
         return y if x.dim() == 2 else y.view(*x.shape[:-1], b.shape[1])
-    return apply(_summary_function(), x, b, bias, plan, False)[0]  # type: ignore[no-any-return]
+    return apply(_summary_function(), x, b, bias, plan, False)[0]
 
 
 def summary_pair(x: Tensor, b: Tensor, plan: str) -> tuple[Tensor, Tensor]:

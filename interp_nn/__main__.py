@@ -1,0 +1,25 @@
+"""`python -m interp_nn`: versions, devices, and every engine with the reason where it is off."""
+
+from __future__ import annotations
+
+import platform
+
+import torch
+
+from interp_nn import __version__, dispatch, engines
+
+
+def main() -> None:
+    """Print it all, a line each."""
+    print(f"interp_nn {__version__}")
+    print(f"python    {platform.python_version()} on {platform.system()} {platform.machine()}")
+    print(f"torch     {torch.__version__} (CUDA {torch.version.cuda or 'none'}), {torch.get_num_threads()} CPU threads")
+    devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    print(f"devices   cpu{''.join(f', cuda:{i} {name}' for i, name in enumerate(devices))}")
+    for name, state in engines.availability().items():
+        print(f"engine    {name}: {state}")
+    print(f"requested {dispatch.requested()} (INTERP_NN_ENGINE or interp_nn.use_engine)")
+
+
+if __name__ == "__main__":
+    main()

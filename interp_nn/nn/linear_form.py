@@ -1,0 +1,133 @@
+"""What every layer with a weight b has: Gram matrix, spectrum, orthogonality, and a cache of its effective weight."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from interp_nn import linalg
+
+
+class LinearForm(nn.Module):
+    """A module whose `weight` (out, ...) holds bᵀ: flattened to (out, in), its transpose is the b (in, out) of the maths.
+
+    With `groups` > 1 (grouped convolutions) each group of output channels has a b of its own; matrices are then batched.
+    """
+
+    weight: nn.Parameter
+    groups: int = 1
+    _frozen: tuple[Tensor, tuple[Any, ...]] | None = None
+
+    def matrix(self) -> Tensor:
+        """b (in, out), a view of `weight`; (groups, in, out per group) for grouped layers."""
+        rows = self.weight.flatten(1)
+        return rows.t() if self.groups == 1 else rows.unflatten(0, (self.groups, -1)).mT
+
+    def gram(self) -> Tensor:
+        """Gram matrix bᵀb (out, out), differentiable."""
+        return linalg.gram(self.matrix())
+
+    def effective_weight(self) -> Tensor:
+        """b (bᵀb) in the shape of `weight`, differentiable: the weight of the linear layer that this one is."""
+        return linalg.effective_weight(self.matrix()).mT.reshape(self.weight.shape)
+
+    def spectrum(self) -> Tensor:
+        """The min(in, out) singular values of b in descending order, fp64. Those of the effective weight are their cubes."""
+        return linalg.singular_values(self.matrix())
+
+    def orthogonality_defect(self) -> float:
+        """max |s - 1| over the singular values s of b: 0 where b has orthonormal columns (or rows)."""
+        return linalg.orthogonality_defect(self.matrix())
+
+    @torch.no_grad()
+    def orthogonalize_(self) -> float:
+        """Replace b by its polar factor, the nearest orthonormal matrix; return the orthogonality defect reached."""
+        b = self.matrix()
+        results = [linalg.orthogonalize(m) for m in (b if self.groups > 1 else b.unsqueeze(0))]
+        factor = torch.cat([r.factor.mT for r in results])
+        self.weight.copy_(factor.view(self.weight.shape))
+        return max(r.defect for r in results)
+
+    @torch.no_grad()
+    def reset_orthogonal_(self) -> None:
+        """Draw b as a random orthonormal matrix, in fp32 at least."""
+        if self.weight.is_meta or self.weight.numel() == 0:
+            return
+        rows = self.weight.flatten(1).unflatten(0, (self.groups, -1))
+        draw = torch.empty_like(
+            rows, dtype=linalg.accumulation_dtype(rows.dtype), memory_format=torch.contiguous_format
+        )
+        for part in draw:
+            nn.init.orthogonal_(part)
+        self.weight.copy_(draw.view(self.weight.shape))
+
+    def freeze(self) -> Any:
+        """Keep the effective weight: from now on a forward costs exactly a plain linear layer's, and `weight` gets no gradient.
+
+        The kept weight is recomputed when `weight` changes in a way PyTorch records (another tensor, an in-place write,
+        another dtype or device); a write through `.data`, or any write under torch.compile, goes unseen. `unfreeze()`,
+        `train()` and `load_state_dict()` drop it; `eval()` alone keeps nothing. Returns the module.
+        """
+        self._frozen = self._freeze()
+        return self
+
+    def unfreeze(self) -> Any:
+        """Drop the weight kept by `freeze`. Returns the module."""
+        self._frozen = None
+        return self
+
+    def frozen_weight(self) -> Tensor | None:
+        """The effective weight kept by `freeze`, brought up to date; None when not frozen."""
+        if self._frozen is None:
+            return None
+        if not torch.compiler.is_compiling() and self._frozen[1] != self._identity():
+            self._frozen = self._freeze()
+        return self._frozen[0]
+
+    def train(self, mode: bool = True) -> Any:
+        if mode:
+            self.unfreeze()
+        return super().train(mode)
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        self.unfreeze()
+        super()._load_from_state_dict(*args)
+
+    def _freeze(self) -> tuple[Tensor, tuple[Any, ...]]:
+        with torch.no_grad():
+            return self.effective_weight().contiguous(), self._identity()
+
+    def _identity(self) -> tuple[Any, ...]:
+        w = self.weight
+        return w.data_ptr(), None if w.is_inference() else w._version, w.dtype, w.device
+
+
+def copy_parameters(source: nn.Module, to: nn.Module, weight: Tensor) -> None:
+    """Give `to` the weight, and the bias and the flags of `source`."""
+    with torch.no_grad():
+        for name, value in (("weight", weight), ("bias", source.bias)):
+            if value is not None:
+                parameter = getattr(to, name)
+                parameter.copy_(value)
+                parameter.requires_grad_(getattr(source, name).requires_grad)
+    to.train(source.training)
+
+
+def root(weight: Tensor, preserve: str, groups: int = 1) -> Tensor:
+    """The `weight` to give a summary layer made from a linear layer: its cube root ("function") or itself ("weight")."""
+    if preserve not in ("function", "weight"):
+        raise ValueError(f"preserve: got {preserve!r}, want 'function' or 'weight'")
+    if isinstance(weight, nn.UninitializedParameter):
+        raise TypeError("linear: its weight is uninitialized (a lazy module); run it once first")
+    if preserve == "weight":
+        return weight.detach()
+    rows = weight.detach().flatten(1).unflatten(0, (groups, -1))
+    return linalg.cube_root(rows).view(weight.shape)
+
+
+def folded(layer: LinearForm) -> Tensor:
+    """The effective weight, computed in fp64 and rounded once."""
+    b = layer.matrix().detach().double()
+    return linalg.effective_weight(b).mT.reshape(layer.weight.shape).to(layer.weight.dtype)

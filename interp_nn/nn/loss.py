@@ -1,0 +1,56 @@
+"""The reference network's three-term loss on given logits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class SummaryLoss(nn.Module):
+    """w1 CE(o1, t) + w2 CE(o2, t) + w3 MSE for a pair of logits (..., classes) and targets (...).
+
+    consistency="logits" takes the MSE between the two logits, as the reference's code does; "latent" takes it between
+    the two codes, as its paper does, and then the call needs them. A row's MSE is its mean over the last dimension. Rows
+    whose target is `ignore_index` are left out of all three terms; "mean" divides by the kept rows, "sum" adds them,
+    "none" returns one loss a row. A head's own `loss` computes the same from the features, in fewer passes.
+    """
+
+    def __init__(
+        self,
+        weights: Sequence[float] = (1.0, 1.0, 1.0),
+        consistency: str = "logits",
+        ignore_index: int = -100,
+        reduction: str = "mean",
+    ) -> None:
+        super().__init__()
+        if consistency not in ("logits", "latent"):
+            raise ValueError(f"consistency: got {consistency!r}, want 'logits' or 'latent'")
+        if reduction not in ("mean", "sum", "none"):
+            raise ValueError(f"reduction: got {reduction!r}, want 'mean', 'sum' or 'none'")
+        if len(weights) != 3:
+            raise ValueError(f"weights: got {tuple(weights)}, want three numbers (of CE, CE and MSE)")
+        self.weights = tuple(float(w) for w in weights)
+        self.consistency, self.ignore_index, self.reduction = consistency, ignore_index, reduction
+
+    def forward(self, logits: Sequence[Tensor], target: Tensor, latents: Sequence[Tensor] | None = None) -> Tensor:
+        """logits: the pair (o1, o2); latents: the pair (projection, summary), for consistency="latent" only."""
+        if self.consistency == "latent" and latents is None:
+            raise ValueError("latents: got None, want the pair (projection, summary) for consistency='latent'")
+        first, second = logits if self.consistency == "logits" or latents is None else latents
+        w1, w2, w3 = self.weights
+        entropies = [
+            F.cross_entropy(o.flatten(0, -2), target.flatten(), reduction="none", ignore_index=self.ignore_index)
+            for o in logits
+        ]
+        kept = target.flatten() != self.ignore_index
+        squares = F.mse_loss(first, second, reduction="none").flatten(0, -2).mean(1)
+        rows = w1 * entropies[0] + w2 * entropies[1] + w3 * torch.where(kept, squares, 0.0)
+        if self.reduction == "none":
+            return rows.view(target.shape)
+        return rows.sum() / kept.sum() if self.reduction == "mean" else rows.sum()
+
+    def extra_repr(self) -> str:
+        return f"weights={self.weights}, consistency={self.consistency!r}, reduction={self.reduction!r}"
