@@ -214,15 +214,15 @@ def logits(
 
 
 def row_losses(o: Tensor, target: Tensor, options: LossOptions) -> tuple[Tensor, Tensor, Tensor]:
-    """(w1 CE(o1) + w2 CE(o2) + w3 MSE(o1, o2) of each row, 0 where ignored; log-sum-exps (n, 2); kept rows) of o (n, 2, m)."""
+    """(w1 CE(o1) + w2 CE(o2) + w3 MSE(o1, o2) of each row, 0 where ignored; log-probabilities; kept rows) of o (n, 2, m)."""
     w1, w2, w3 = options.weights
     kept = target != options.ignore_index
     index = target.masked_fill(~kept, 0).view(-1, 1, 1).expand(-1, 2, 1)
-    normalizer = o.logsumexp(2)
-    entropy = normalizer - o.gather(2, index).squeeze(2)
+    log_p = o.log_softmax(2)
+    entropy = -log_p.gather(2, index).squeeze(2)
     difference = (o[:, 0] - o[:, 1]).square().mean(1)
     rows = w1 * entropy[:, 0] + w2 * entropy[:, 1] + w3 * difference
-    return torch.where(kept, rows, 0.0), normalizer, kept
+    return torch.where(kept, rows, 0.0), log_p, kept
 
 
 def reduce_rows(rows: Tensor, kept: Tensor, reduction: str) -> Tensor:
@@ -251,11 +251,11 @@ def loss(
     o, (p, residuals, head) = logits(x, b, a, c, form)
     check_target(target, o.shape[2], options.ignore_index)
     o = o.to(accumulation_dtype(o.dtype))
-    rows, normalizer, kept = row_losses(o, target, options)
+    rows, log_p, kept = row_losses(o, target, options)
     value = reduce_rows(rows, kept, options.reduction)
     if needs is None or not any(needs):
         return value, []
-    e = _logit_gradients(o, target, normalizer, kept, options, upstream).to(x.dtype)
+    e = _logit_gradients(o, target, log_p, kept, options, upstream).to(x.dtype)
     if head is None:
         dx, db = backward(e[:, 0], e[:, 1], x, b, residuals, form, needs[0], needs[1])
         return value, [g for g in (dx, db) if g is not None]
@@ -263,13 +263,13 @@ def loss(
 
 
 def _logit_gradients(
-    o: Tensor, target: Tensor, normalizer: Tensor, kept: Tensor, options: LossOptions, upstream: Tensor | None
+    o: Tensor, target: Tensor, log_p: Tensor, kept: Tensor, options: LossOptions, upstream: Tensor | None
 ) -> Tensor:
     """d loss / d logits (n, 2, m): rows that are ignored are exactly zero."""
     w1, w2, w3 = options.weights
     difference = (2 * w3 / max(o.shape[2], 1)) * (o[:, 0] - o[:, 1])
     hot = torch.arange(o.shape[2], device=o.device) == target.view(-1, 1, 1)
-    e = (o - normalizer.unsqueeze(2)).exp_().sub_(hot.to(o.dtype))
+    e = torch.where(hot, log_p.expm1(), log_p.exp())  # p - 1 without cancellation where the class is nearly certain
     e *= torch.tensor((w1, w2), dtype=e.dtype, device=e.device).view(1, 2, 1)
     e[:, 0] += difference
     e[:, 1] -= difference

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -18,7 +19,8 @@ class LinearForm(nn.Module):
 
     weight: nn.Parameter
     groups: int = 1
-    _frozen: tuple[Tensor, tuple[Any, ...]] | None = None
+    # The kept weight, what it was computed from, and that tensor itself, so that no other comes to lie at its address.
+    _frozen: tuple[Tensor, tuple[Any, ...], Tensor] | None = None
 
     def matrix(self) -> Tensor:
         """b (in, out), a view of `weight`; (groups, in, out per group) for grouped layers."""
@@ -95,9 +97,19 @@ class LinearForm(nn.Module):
         self.unfreeze()
         super()._load_from_state_dict(*args)
 
-    def _freeze(self) -> tuple[Tensor, tuple[Any, ...]]:
-        with torch.no_grad():
-            return self.effective_weight().contiguous(), self._identity()
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        super()._apply(*args, **kwargs)
+        if self._frozen is not None:
+            self._frozen = self._freeze()
+        return self
+
+    def _freeze(self) -> tuple[Tensor, tuple[Any, ...], Tensor]:
+        # Whatever mode this is called in, the kept weight must serve in every other.
+        device_type = self.weight.device.type
+        known = torch.amp.is_autocast_available(device_type)
+        autocast_off = torch.autocast(device_type, enabled=False) if known else nullcontext()
+        with torch.inference_mode(False), torch.no_grad(), autocast_off:
+            return self.effective_weight().contiguous(), self._identity(), self.weight.detach()
 
     def _identity(self) -> tuple[Any, ...]:
         w = self.weight
@@ -115,12 +127,12 @@ def copy_parameters(source: nn.Module, to: nn.Module, weight: Tensor) -> None:
     to.train(source.training)
 
 
-def root(weight: Tensor, preserve: str, groups: int = 1) -> Tensor:
-    """The `weight` to give a summary layer made from a linear layer: its cube root ("function") or itself ("weight")."""
+def root(name: str, weight: Tensor, preserve: str, groups: int = 1) -> Tensor:
+    """The `weight` to give a summary layer made from the layer `name`: its cube root ("function") or itself ("weight")."""
     if preserve not in ("function", "weight"):
         raise ValueError(f"preserve: got {preserve!r}, want 'function' or 'weight'")
     if isinstance(weight, nn.UninitializedParameter):
-        raise TypeError("linear: its weight is uninitialized (a lazy module); run it once first")
+        raise TypeError(f"{name}: its weight is uninitialized (a lazy module); run it once first")
     if preserve == "weight":
         return weight.detach()
     rows = weight.detach().flatten(1).unflatten(0, (groups, -1))

@@ -41,12 +41,15 @@ class SummaryLoss(nn.Module):
             raise ValueError("latents: got None, want the pair (projection, summary) for consistency='latent'")
         first, second = logits if self.consistency == "logits" or latents is None else latents
         w1, w2, w3 = self.weights
+        classes = target.flatten()
         entropies = [
-            F.cross_entropy(o.flatten(0, -2), target.flatten(), reduction="none", ignore_index=self.ignore_index)
+            F.cross_entropy(
+                o.reshape(classes.shape[0], o.shape[-1]), classes, reduction="none", ignore_index=self.ignore_index
+            )
             for o in logits
         ]
-        kept = target.flatten() != self.ignore_index
-        squares = F.mse_loss(first, second, reduction="none").flatten(0, -2).mean(1)
+        kept = classes != self.ignore_index
+        squares = F.mse_loss(first, second, reduction="none").mean(-1).flatten()
         rows = w1 * entropies[0] + w2 * entropies[1] + w3 * torch.where(kept, squares, 0.0)
         if self.reduction == "none":
             return rows.view(target.shape)

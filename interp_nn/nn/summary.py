@@ -51,13 +51,7 @@ class SummaryLinear(LinearForm):
 
     def fold(self) -> nn.Linear:
         """A plain nn.Linear that computes the same function, its weight formed in fp64."""
-        out = nn.Linear(
-            self.in_features,
-            self.out_features,
-            bias=self.bias is not None,
-            device=self.weight.device,
-            dtype=self.weight.dtype,
-        )
+        out = nn.Linear(**_linear_arguments(self)).to_empty(device=self.weight.device)
         copy_parameters(self, out, folded(self))
         return out
 
@@ -70,10 +64,8 @@ class SummaryLinear(LinearForm):
         """
         if not isinstance(linear, nn.Linear):
             raise TypeError(f"linear: got {type(linear).__name__}, want nn.Linear")
-        weight = root(linear.weight, preserve)
-        out = cls(
-            linear.in_features, linear.out_features, linear.bias is not None, device=weight.device, dtype=weight.dtype
-        )
+        weight = root("linear", linear.weight, preserve)
+        out = cls(**_linear_arguments(linear)).to_empty(device=weight.device)
         copy_parameters(linear, out, weight)
         return out
 
@@ -135,7 +127,7 @@ class SummaryConv2d(LinearForm, _ConvNd):  # type: ignore[misc]
 
     def fold(self) -> nn.Conv2d:
         """A plain nn.Conv2d that computes the same function, its kernels formed in fp64."""
-        out = nn.Conv2d(**_conv_arguments(self))
+        out = nn.Conv2d(**_conv_arguments(self)).to_empty(device=self.weight.device)
         copy_parameters(self, out, folded(self))
         return out
 
@@ -144,16 +136,25 @@ class SummaryConv2d(LinearForm, _ConvNd):  # type: ignore[misc]
         """The summary layer of an nn.Conv2d; `preserve` as in SummaryLinear.from_linear."""
         if not isinstance(conv, nn.Conv2d):
             raise TypeError(f"conv: got {type(conv).__name__}, want nn.Conv2d")
-        weight = root(conv.weight, preserve, conv.groups)
-        out = cls(**_conv_arguments(conv))
+        weight = root("conv", conv.weight, preserve, conv.groups)
+        out = cls(**_conv_arguments(conv)).to_empty(device=weight.device)
         copy_parameters(conv, out, weight)
         return out
 
 
-def _conv_arguments(conv: _ConvNd) -> dict[str, Any]:
+def _linear_arguments(linear: nn.Module) -> dict[str, Any]:
+    return _arguments(linear, "in_features", "out_features")
+
+
+def _conv_arguments(conv: nn.Module) -> dict[str, Any]:
     names = ["in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode"]
-    given = {name: getattr(conv, name) for name in names}
-    return given | {"bias": conv.bias is not None, "device": conv.weight.device, "dtype": conv.weight.dtype}
+    return _arguments(conv, *names)
+
+
+def _arguments(layer: Any, *names: str) -> dict[str, Any]:
+    """What makes a layer like `layer` on the meta device: nothing is drawn for parameters that are about to be copied."""
+    given = {name: getattr(layer, name) for name in names}
+    return given | {"bias": layer.bias is not None, "device": "meta", "dtype": layer.weight.dtype}
 
 
 class SummaryLayer(LinearForm):

@@ -23,7 +23,7 @@ def as_rows(x: Tensor) -> Tensor:
     """x (..., d) as a matrix (n, d); a view where the strides allow it."""
     if x.dim() == 2:
         return x
-    return x.unsqueeze(0) if x.dim() == 1 else x.flatten(0, -2)
+    return x.reshape(row_count(x), x.shape[-1])  # unlike flatten, has a rule under autograd's own vmap
 
 
 def _rows_if_any(x: Tensor | None) -> Tensor | None:
@@ -41,14 +41,15 @@ def row_count(x: Tensor) -> int:
 def _summary(x: Tensor, b: Tensor, bias: Tensor | None, plan: str) -> tuple[Tensor, list[Tensor]]:
     engine, form = dispatch.resolve(plan)
     _, y, kept = engines.get(engine).forward(as_rows(x), b, bias, form, False)
-    return y.view(*x.shape[:-1], b.shape[1]), kept
+    return y.view(*x.shape[:-1], b.shape[1]), [t.contiguous() for t in kept]  # the strides that the fake kernel promises
 
 
 def _summary_pair(x: Tensor, b: Tensor, plan: str) -> tuple[Tensor, Tensor, list[Tensor]]:
     engine, form = dispatch.resolve(plan)
     p, y, kept = engines.get(engine).forward(as_rows(x), b, None, form, True)
     shape = (*x.shape[:-1], b.shape[1])
-    return p.view(shape), y.view(shape), kept[1:] if _keeps_projection(form) else kept
+    kept = kept[1:] if _keeps_projection(form) else kept
+    return p.view(shape), y.view(shape), [t.contiguous() for t in kept]
 
 
 def _summary_backward(

@@ -1,0 +1,69 @@
+# Two commands on a fresh machine: `make demo` and `make test`. Each sets up what it needs and prints the pip lines it runs.
+#
+#   PYTHON   the interpreter (default python3). One that already has torch >= 2.10 is used as it is; else ./.venv is made.
+#   TORCH    what to install into .venv as PyTorch, e.g. TORCH=torch for the newest build (with CUDA, gigabytes).
+#   ARGS     further arguments of the command, e.g. make demo ARGS="--data DIR" or make test ARGS="-k pair".
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+
+PIP := -m pip --disable-pip-version-check install
+USABLE := $(shell $(PYTHON) -c "import torch; print(tuple(map(int, torch.__version__.split('.')[:2])) >= (2, 10))" 2>/dev/null)
+ifeq ($(USABLE),True)
+PY := $(PYTHON)
+READY := given-
+else
+PY := .venv/bin/python
+READY := .venv/stamps/
+endif
+
+.PHONY: help demo test test-all lint wheel clean
+help:
+	@sed -n 's/^## //p' Makefile
+
+## make demo      train a small CNN on real images with two heads, compare them, save a figure
+demo: $(READY)bench
+	$(PY) -m benchmarks demo $(ARGS)
+
+## make test      the quick tier of the tests, under 3 minutes
+test: $(READY)test
+	$(PY) -m pytest $(ARGS)
+
+## make test-all  the quick tier, then the slow one
+test-all: test
+	$(PY) -m pytest -m slow $(ARGS)
+
+## make lint      ruff and mypy
+lint: $(READY)lint
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+## make wheel     the source archive and the pure-Python wheel, into dist/
+wheel: $(READY)build
+	$(PY) -m build --no-isolation
+
+## make clean     remove everything made here, .venv too
+clean:
+	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis results
+
+.venv/bin/python:
+	$(PYTHON) -m venv .venv
+
+# PyTorch goes first, so that no later line chooses it; without build isolation nothing is downloaded to build with.
+.venv/stamps/torch: | .venv/bin/python
+	$(PY) $(PIP) $(TORCH) numpy "setuptools>=77"
+	@mkdir -p $(@D) && touch $@
+
+.venv/stamps/%: .venv/stamps/torch pyproject.toml
+	$(PY) $(PIP) --quiet --no-build-isolation --editable ".[$*]"
+	@touch $@
+
+# A given interpreter that has what the target needs is left alone.
+MODULES_bench := matplotlib PIL sklearn tqdm
+MODULES_build := build setuptools
+MODULES_lint := mypy ruff
+MODULES_test := expecttest hypothesis packaging pytest setuptools
+.PHONY: given-bench given-build given-lint given-test
+given-%:
+	@$(PY) -c "import sys; from importlib.util import find_spec; sys.exit(None in map(find_spec, sys.argv[1:]))" $(MODULES_$*) \
+	  || (set -x; $(PY) $(PIP) --quiet --no-build-isolation --editable ".[$*]")

@@ -1,0 +1,1 @@
+"""Measurements: the main job (`demo`), timings of the operator against its rivals (`run`), and their records."""

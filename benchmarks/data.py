@@ -1,0 +1,125 @@
+"""Images to train on: scikit-learn's digits, and MNIST or CIFAR-10 from a folder of the user's."""
+
+from __future__ import annotations
+
+import gzip
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+_Pixels = NDArray[np.uint8]
+
+
+class Images(NamedTuple):
+    """Images (n, channels, height, width) fp32 in [-1, 1] and their classes (n,) int64, for training and testing."""
+
+    name: str
+    x_train: Tensor
+    y_train: Tensor
+    x_test: Tensor
+    y_test: Tensor
+
+
+def load(dataset: str | None, directory: Path | None) -> Images:
+    """The named dataset ("digits", "mnist" or "cifar10"); None means what `directory` holds, digits without one.
+
+    directory: for CIFAR-10 the official python batches or lossless WebP sheets of 1,000 images (25 rows of 40) with
+    `*_labels.npy`; for MNIST the four idx files, gzipped or not; or a folder with `cifar10` or `mnist` inside. Raises
+    FileNotFoundError that says what was looked for, and where.
+    """
+    if dataset == "digits" or (dataset is None and directory is None):
+        return digits()
+    if directory is None:
+        raise FileNotFoundError(f"{dataset}: no folder given; pass --data DIR or set INTERP_NN_DATA")
+    for name, (subfolders, read) in _READERS.items():
+        if dataset not in (None, name):
+            continue
+        for folder in (directory, *(directory / sub for sub in subfolders)):
+            found = read(folder) if folder.is_dir() else None
+            if found is not None:
+                return Images(name, *found)
+    wanted = dataset or " or ".join(_READERS)
+    raise FileNotFoundError(f"{wanted}: not found in {directory}; looked for {', '.join(_LOOKED_FOR)}")
+
+
+def digits() -> Images:
+    """scikit-learn's 1,797 handwritten digits (8 x 8), three quarters to train on, split by a fixed shuffle."""
+    from sklearn.datasets import load_digits
+
+    bunch = load_digits()
+    order = np.random.default_rng(0).permutation(len(bunch.target))
+    x = torch.from_numpy((bunch.images / 8.0 - 1.0)[order]).float().unsqueeze(1)
+    y = torch.from_numpy(bunch.target[order]).long()
+    split = 3 * len(y) // 4
+    return Images("digits", x[:split], y[:split], x[split:], y[split:])
+
+
+_Split = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+def _tensors(x: _Pixels, y: NDArray[np.integer]) -> tuple[Tensor, Tensor]:
+    """Pixels (n, height, width, channels) and labels as the tensors of `Images`."""
+    return torch.from_numpy(x).permute(0, 3, 1, 2).float() / 127.5 - 1.0, torch.from_numpy(y.astype(np.int64))
+
+
+def _cifar10_batches(folder: Path) -> _Split | None:
+    """The official python-version batches."""
+    names = [f"data_batch_{i}" for i in range(1, 6)], ["test_batch"]
+    if not all((folder / name).is_file() for part in names for name in part):
+        return None
+    halves: list[Tensor] = []
+    for part in names:
+        batches = [pickle.loads((folder / name).read_bytes(), encoding="bytes") for name in part]
+        pixels = np.concatenate([batch[b"data"] for batch in batches]).reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+        halves += _tensors(pixels, np.concatenate([batch[b"labels"] for batch in batches]))
+    return halves[0], halves[1], halves[2], halves[3]
+
+
+def _cifar10_sheets(folder: Path) -> _Split | None:
+    """Lossless WebP sheets of 25 x 40 tiles, row by row."""
+    sheets = {split: sorted(folder.glob(f"{split}_[0-9][0-9].webp")) for split in ("train", "test")}
+    if not all(sheets.values()):
+        return None
+    from PIL import Image
+
+    halves: list[Tensor] = []
+    for split, paths in sheets.items():
+        tiles = [np.asarray(Image.open(path).convert("RGB")) for path in paths]
+        pixels = np.concatenate([t.reshape(25, 32, 40, 32, 3).transpose(0, 2, 1, 3, 4).reshape(-1, 32, 32, 3) for t in tiles])
+        halves += _tensors(pixels, np.load(folder / f"{split}_labels.npy"))
+    return halves[0], halves[1], halves[2], halves[3]
+
+
+def _mnist(folder: Path) -> _Split | None:
+    """The four idx files."""
+    halves: list[Tensor] = []
+    for split in ("train", "t10k"):
+        parts: list[_Pixels] = []
+        for kind, header in (("images-idx3-ubyte", 16), ("labels-idx1-ubyte", 8)):
+            plain, packed = folder / f"{split}-{kind}", folder / f"{split}-{kind}.gz"
+            if packed.is_file():
+                raw = gzip.decompress(packed.read_bytes())
+            elif plain.is_file():
+                raw = plain.read_bytes()
+            else:
+                return None
+            parts.append(np.frombuffer(raw, np.uint8, offset=header))
+        halves += _tensors(parts[0].reshape(-1, 28, 28, 1).copy(), parts[1])
+    return halves[0], halves[1], halves[2], halves[3]
+
+
+def _cifar10(folder: Path) -> _Split | None:
+    return _cifar10_batches(folder) or _cifar10_sheets(folder)
+
+
+_READERS: dict[str, tuple[tuple[str, ...], Callable[[Path], _Split | None]]] = {
+    "cifar10": (("cifar10", "cifar-10-batches-py"), _cifar10),
+    "mnist": (("mnist", "MNIST/raw", "raw"), _mnist),
+}
+_LOOKED_FOR = ("data_batch_1..5 and test_batch", "train_NN.webp and test_NN.webp", "train-images-idx3-ubyte[.gz] ...")

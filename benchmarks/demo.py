@@ -1,0 +1,280 @@
+"""The main job: a small CNN on real images, once with an MLP head and once with a summary head, compared in full."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+import interp_nn
+from benchmarks import data, providers, record
+from benchmarks.networks import NETWORKS, Network, SummaryNetwork
+from benchmarks.timing import interleave
+
+BATCH = 64
+LEARNING_RATE = 1e-3
+
+
+def run(
+    dataset: str | None,
+    directory: Path | None,
+    epochs: int | None,
+    seeds: int | None,
+    train_size: int | None,
+    device: str,
+    output: Path,
+) -> int:
+    """Train, check, time, print, and save a figure and a record; exit status 1 when the gradient check fails."""
+    start = time.perf_counter()
+    try:
+        images = data.load(dataset, Path(directory) if directory else None)
+    except FileNotFoundError as error:
+        print(error, file=sys.stderr)
+        return 2
+    epochs = epochs or (20 if images.name == "digits" else 1)
+    seeds = seeds or (3 if images.name == "digits" else 1)
+    if train_size:
+        images = images._replace(x_train=images.x_train[:train_size], y_train=images.y_train[:train_size])
+    images = images._replace(**{name: getattr(images, name).to(device) for name in images._fields[1:]})
+    channels, size = images.x_train.shape[1:3]
+    print(
+        f"{images.name}: {len(images.y_train):,} training and {len(images.y_test):,} test images, {channels} x {size} x {size}; "
+        f"{epochs} epochs of Adam {LEARNING_RATE:g} at batch {BATCH}, {seeds} seeds, on {record.device_name(device)}"
+    )
+
+    runs: list[dict[str, Any]] = []
+    last: dict[str, Network] = {}
+    steps = epochs * seeds * len(NETWORKS) * -(-len(images.y_train) // BATCH)
+    with tqdm(total=steps, unit="step", desc="training") as progress:
+        for seed in range(seeds):
+            for name in NETWORKS:
+                progress.set_postfix_str(f"{name} head, seed {seed}")
+                result, last[name] = _train(name, seed, images, epochs, device, progress)
+                runs.append(result)
+
+    trained = last["summary"]
+    assert isinstance(trained, SummaryNetwork)
+    gradients = _check_gradients(trained, images)
+    features = trained.head.in_features
+    timings = [_timings(*shape, device) for shape in ((BATCH, features, trained.head.out_features), (4096, 512, 64))]
+    whole = {
+        "experiment": f"demo-{images.name}",
+        **record.environment(device),
+        "seeds": list(range(seeds)),
+        "epochs": epochs,
+        "seconds": round(time.perf_counter() - start, 1),
+        "budget": {"batch": BATCH, "learning_rate": LEARNING_RATE, "train_images": len(images.y_train)},
+        "results": {"runs": runs, "gradients": gradients, "timings": timings},
+    }
+    spectrum = trained.head.spectrum().cpu().numpy()
+    figure, json_file = output / f"demo-{images.name}.png", output / f"demo-{images.name}.json"
+    record.write(json_file, whole)
+    _draw(whole, spectrum, figure)
+    _print(whole)
+    print(f"\nwrote {json_file} and {figure}; {whole['seconds']:.0f} s in all")
+    return 0 if gradients["passed"] else 1
+
+
+def _train(
+    name: str, seed: int, images: data.Images, epochs: int, device: str, progress: tqdm[Any]
+) -> tuple[dict[str, Any], Network]:
+    torch.manual_seed(seed)
+    channels, size = images.x_train.shape[1:3]
+    network = NETWORKS[name](channels, size).to(device)
+    optimizer = torch.optim.Adam(network.parameters(), lr=LEARNING_RATE)
+    shuffle = torch.Generator().manual_seed(seed)
+    losses: list[float] = []
+    accuracies: list[float] = []
+    seconds: list[float] = []
+    first_loss = float("nan")
+    for epoch in range(epochs):
+        network.train()
+        start = time.perf_counter()
+        total = torch.zeros((), device=device)
+        batches = torch.randperm(len(images.y_train), generator=shuffle).to(device).split(BATCH)
+        for step, index in enumerate(batches):
+            optimizer.zero_grad()
+            loss = network.loss(images.x_train[index], images.y_train[index])
+            loss.backward()
+            optimizer.step()
+            if epoch == step == 0:
+                first_loss = loss.item()
+            total += loss.detach()
+            progress.update()
+        losses.append(float(total) / len(batches))  # waits for the device, so the epoch's time is whole
+        seconds.append(time.perf_counter() - start)
+        accuracies.append(_accuracy(network, images))
+    result = {
+        "head": name,
+        "seed": seed,
+        "first_loss": first_loss,
+        "loss": losses,
+        "test_accuracy": accuracies,
+        "epoch_seconds": seconds,
+    }
+    if isinstance(network, SummaryNetwork):
+        result |= _summary_measures(network, images)
+    return result, network
+
+
+@torch.no_grad()
+def _accuracy(network: Network, images: data.Images) -> float:
+    """Share of the test images that are classified right, in evaluation mode."""
+    network.eval()
+    right = sum(
+        int((network(x).argmax(1) == y).sum())
+        for x, y in zip(images.x_test.split(1000), images.y_test.split(1000), strict=True)
+    )
+    return right / len(images.y_test)
+
+
+@torch.no_grad()
+def _summary_measures(network: SummaryNetwork, images: data.Images) -> dict[str, float]:
+    """Orthogonality defect of b, and how far the two logits agree on the test images."""
+    network.train()  # both logits
+    agree, difference, norm = 0, 0.0, 0.0
+    for x in images.x_test.split(1000):
+        o1, o2 = network(x)
+        agree += int((o1.argmax(1) == o2.argmax(1)).sum())
+        difference += float((o1 - o2).square().sum())
+        norm += float(o1.square().sum())
+    return {
+        "orthogonality_defect": network.head.orthogonality_defect(),
+        "agreement": agree / len(images.y_test),
+        "relative_difference": (difference / norm) ** 0.5,
+    }
+
+
+def _check_gradients(network: SummaryNetwork, images: data.Images) -> dict[str, Any]:
+    """The head's loss and gradients on a training batch: ours, and autograd's of the plain expression, against fp64."""
+    with torch.no_grad():
+        features = network.body(images.x_train[:BATCH])
+    target = images.y_train[:BATCH]
+    head = network.head
+    tensors = (features, head.weight.t(), head.output.weight, head.output.bias)
+
+    def gradients(loss: Callable[..., Tensor], dtype: torch.dtype) -> list[Tensor]:
+        inputs = [t.detach().to(dtype).requires_grad_() for t in tensors]
+        return list(torch.autograd.grad(loss(*inputs, target), inputs))
+
+    def plain(x: Tensor, b: Tensor, a: Tensor, c: Tensor, target: Tensor) -> Tensor:
+        p = x @ b
+        o1, o2 = p @ a.T + c, p @ (b.T @ b) @ a.T + c
+        entropy = torch.nn.functional.cross_entropy
+        return entropy(o1, target) + entropy(o2, target) + torch.nn.functional.mse_loss(o1, o2)
+
+    exact = gradients(plain, torch.float64)
+    rows = {}
+    for name, ours, autograd, truth in zip(
+        ("features", "b", "output weight", "output bias"),
+        gradients(interp_nn.functional.summary_head_cross_entropy, torch.float32),
+        gradients(plain, torch.float32),
+        exact,
+        strict=True,
+    ):
+        scale = float(truth.norm())
+        errors = [float((g - truth).norm()) / scale for g in (ours, autograd)]
+        rows[name] = {"interp_nn": errors[0], "autograd": errors[1]}
+    floor = 16 * torch.finfo(torch.float32).eps
+    passed = all(row["interp_nn"] <= 2 * row["autograd"] + floor for row in rows.values())
+    return {"relative_error_to_fp64": rows, "passed": passed}
+
+
+def _timings(n: int, d: int, k: int, device: str) -> dict[str, Any]:
+    """Forward + backward of the summary, the unfused expression, the inverse-based baseline and nn.Linear, in fp32."""
+    x = torch.randn(n, d, device=device, requires_grad=True)
+    b = torch.linalg.qr(torch.randn(d, k, device=device)).Q.requires_grad_() if k <= d else None
+    w = torch.randn(k, d, device=device).div(d**0.5).requires_grad_()
+    dy = torch.randn(n, k, device=device)
+    if b is None:
+        raise ValueError(f"k: got {k}, want at most d = {d}")
+
+    def call(name: str) -> Callable[[], object]:
+        parameter = w if name == "nn.Linear" else b
+
+        def forward_backward() -> None:
+            torch.autograd.grad(providers.PROVIDERS[name](x, parameter), (x, parameter), dy)
+            if device != "cpu":
+                torch.accelerator.synchronize()
+
+        return forward_backward
+
+    names = ("interp_nn", providers.NAIVE, "inverse", "nn.Linear")
+    timed = interleave({name: call(name) for name in names}, seconds=1.5)
+    return {"n": n, "d": d, "k": k, "plan": str(interp_nn.plan(n, d, k)), "ms_p50": {m: t.p50 for m, t in timed.items()}}
+
+
+def _of(whole: dict[str, Any], head: str, key: str) -> np.ndarray[Any, np.dtype[np.float64]]:
+    return np.array([run[key] for run in whole["results"]["runs"] if run["head"] == head])
+
+
+def _print(whole: dict[str, Any]) -> None:
+    results = whole["results"]
+    print(f"\n{'head':8} {'test accuracy':>18} {'epoch':>9} {'first loss':>11} {'defect':>8} {'o1/o2 agree':>12}")
+    for head in NETWORKS:
+        accuracy = 100 * _of(whole, head, "test_accuracy")[:, -1]
+        spread = f" ± {accuracy.std(ddof=1):.2f}" if len(accuracy) > 1 else ""
+        seconds = np.median(_of(whole, head, "epoch_seconds"))
+        line = f"{head:8} {f'{accuracy.mean():.2f}{spread} %':>18} {seconds:7.2f} s {_of(whole, head, 'first_loss').mean():11.2f}"
+        if head == "summary":
+            defect, agreement = (_of(whole, head, key).mean() for key in ("orthogonality_defect", "agreement"))
+            line += f" {defect:8.3f} {100 * agreement:10.2f} %"
+        print(line)
+    check = results["gradients"]
+    print(f"\ngradients on a training batch, relative error to fp64 ({'passed' if check['passed'] else 'FAILED'}):")
+    for name, errors in check["relative_error_to_fp64"].items():
+        print(f"  {name:14} interp_nn {errors['interp_nn']:.1e}   autograd {errors['autograd']:.1e}")
+    print("\nforward + backward, ms (medians, interleaved):")
+    for row in results["timings"]:
+        times = "   ".join(f"{name} {ms:.3g}" for name, ms in row["ms_p50"].items())
+        print(f"  n, d, k = {row['n']}, {row['d']}, {row['k']}:   {times}")
+
+
+def _draw(whole: dict[str, Any], spectrum: np.ndarray[Any, Any], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    colours = {"mlp": "tab:gray", "summary": "tab:blue"}
+    figure, axes = plt.subplots(2, 2, figsize=(10, 7), layout="constrained")
+    (loss, accuracy), (values, bars) = axes
+    for head, colour in colours.items():
+        for axis, key, scale in ((loss, "loss", 1), (accuracy, "test_accuracy", 100)):
+            curves = scale * _of(whole, head, key)
+            epochs = np.arange(1, curves.shape[1] + 1)
+            axis.plot(epochs, curves.T, color=colour, alpha=0.3, linewidth=1)
+            axis.plot(epochs, curves.mean(0), color=colour, marker="." if len(epochs) < 3 else "", label=f"{head} head")
+    loss.set(yscale="log", xlabel="epoch", ylabel="training loss", title="Training loss (summary: three terms)")
+    accuracy.set(xlabel="epoch", ylabel="test accuracy, %", title="Test accuracy")
+    accuracy.legend()
+    for axis in (loss, accuracy):
+        axis.xaxis.get_major_locator().set_params(integer=True)
+
+    index = np.arange(1, len(spectrum) + 1)
+    values.plot(index, spectrum, label="b")
+    values.plot(index, spectrum**3, label="effective weight b (bᵀb)")
+    values.axhline(1, color="black", linewidth=0.5)
+    values.set(xlabel="index", ylabel="singular value", title="Spectrum of the summary head (last seed)")
+    values.legend()
+
+    rows = whole["results"]["timings"]
+    names = list(rows[0]["ms_p50"])
+    for i, row in enumerate(rows):
+        ratios = np.array([row["ms_p50"][name] for name in names]) / row["ms_p50"]["nn.Linear"]
+        bars.bar(np.arange(len(names)) + 0.4 * i - 0.2, ratios, 0.4, label=f"n, d, k = {row['n']}, {row['d']}, {row['k']}")
+    bars.axhline(1, color="black", linewidth=0.5)
+    bars.set_xticks(np.arange(len(names)), ["unfused" if name == providers.NAIVE else name for name in names])
+    bars.set(ylabel="time / nn.Linear", title="Forward + backward")
+    bars.legend()
+    figure.suptitle(f"{whole['experiment']}, {whole['epochs']} epochs, {len(whole['seeds'])} seeds, {whole['device']}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)

@@ -1,0 +1,58 @@
+"""Records: what was measured, on what, with which versions and which commit."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import interp_nn
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def environment(device: str = "cpu") -> dict[str, Any]:
+    """Device, versions, commit and time, for the head of every record."""
+    return {
+        "utc": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "git_sha": _git("rev-parse", "HEAD"),
+        "git_dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        "device": device_name(device),
+        "versions": {
+            "interp_nn": interp_nn.__version__,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+            "cuda": torch.version.cuda,
+        },
+    }
+
+
+def device_name(device: str) -> str:
+    """The GPU's name, or the CPU's model with the number of threads PyTorch uses."""
+    if device.startswith("cuda"):
+        return str(torch.cuda.get_device_name(device))
+    model = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        names = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+        model = names[0] if names else model
+    return f"{model}, {torch.get_num_threads()} threads"
+
+
+def write(path: Path, record: dict[str, Any]) -> None:
+    """Write a record as JSON, making its folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+def _git(*arguments: str) -> str | None:
+    try:
+        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()

@@ -1,0 +1,17 @@
+"""Every test starts from the same seed and from dispatch's own choice of engine."""
+
+import hypothesis
+import pytest
+import torch
+
+import interp_nn
+
+hypothesis.settings.register_profile("interp_nn", derandomize=True, database=None, deadline=None, max_examples=40)
+hypothesis.settings.load_profile("interp_nn")
+
+
+@pytest.fixture(autouse=True)
+def _reproducible():
+    torch.manual_seed(0)
+    yield
+    interp_nn.use_engine("auto")

@@ -1,0 +1,170 @@
+"""Derivatives of the operator in every form, by finite differences and against PyTorch's autograd, to third order."""
+
+import pytest
+import torch
+from support import CASES, COMPOSED_FORMS, FORMS, in_form, naive, naive_pair, operator, pair_in_form
+from torch.autograd import gradcheck, gradgradcheck
+
+SHAPES = [(3, 4, 2), (2, 3, 5), (5, 2, 3)]
+ALL_FORMS = (*FORMS, *COMPOSED_FORMS)
+
+
+def randn(*shape):
+    return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
+
+
+def problem(n, d, k):
+    return randn(n, d), randn(d, k), randn(k)
+
+
+def check_to_second_order(function, inputs):
+    assert gradcheck(function, inputs, check_forward_ad=True, check_batched_grad=True, check_batched_forward_grad=True)
+    assert gradgradcheck(function, inputs, check_batched_grad=True, check_fwd_over_rev=True)
+
+
+def summary_in(form, pair):
+    """The (pair of) outputs in a form, starred or not, as a function of the inputs alone."""
+    if form in FORMS:
+        return lambda x, b, bias=None: operator(x, b, bias, form, pair)
+    return (lambda x, b: pair_in_form(form, x, b)) if pair else (lambda x, b, bias=None: in_form(form, x, b, bias))
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(("form", "pair"), [*CASES, *((form, pair) for form in COMPOSED_FORMS for pair in (False, True))])
+def test_first_and_second_derivatives(form, pair, shape):
+    inputs = problem(*shape)
+    check_to_second_order(summary_in(form, pair), inputs[:2] if pair else inputs)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_second_derivatives_with_batch_dimensions(form):
+    check_to_second_order(lambda *inputs: operator(*inputs, form=form), (randn(2, 2, 3), randn(3, 2), randn(2)))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_single_vector(form):
+    check_to_second_order(lambda *inputs: operator(*inputs, form=form), (randn(3), randn(3, 2), randn(2)))
+
+
+@pytest.mark.parametrize("needs", [(1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 0), (1, 0, 1), (0, 1, 1)], ids=str)
+@pytest.mark.parametrize("form", FORMS)
+def test_gradients_of_only_some_inputs(form, needs):
+    inputs = [t.requires_grad_(bool(need)) for t, need in zip((t.detach() for t in problem(3, 4, 2)), needs, strict=True)]
+    check_to_second_order(lambda *inputs: operator(*inputs, form=form), tuple(inputs))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_without_a_bias(form):
+    check_to_second_order(lambda x, b: operator(x, b, None, form), problem(3, 4, 2)[:2])
+
+
+@pytest.mark.parametrize(("form", "pair"), CASES)
+def test_gradients_asked_of_one_input_where_all_need_them(form, pair):
+    x, b, bias = problem(3, 4, 2)
+    bias = None if pair else bias
+    expected = naive_pair(x, b) if pair else (naive(x, b, bias),)
+    for wanted in (x, b) if pair else (x, b, bias):
+        got = operator(x, b, bias, form, pair)
+        upstream = [torch.randn_like(o) for o in expected]
+        (g,) = torch.autograd.grad(got if pair else (got,), (wanted,), upstream)
+        (e,) = torch.autograd.grad(expected, (wanted,), upstream, retain_graph=True)
+        torch.testing.assert_close(g, e)
+
+
+@pytest.mark.parametrize("which", ["projection", "summary", "neither"])
+@pytest.mark.parametrize("form", [form for form, pair in CASES if pair])
+def test_a_pair_of_which_one_output_is_used(form, which):
+    def one(x, b):
+        return operator(x, b, None, form, True)[which == "summary"]
+
+    inputs = problem(3, 4, 2)[:2]
+    if which != "neither":
+        return check_to_second_order(one, inputs)
+    loss = sum(0 * o.detach().sum() for o in operator(*inputs, None, form, True)) + inputs[0].sum()
+    gx, gb = torch.autograd.grad(loss, inputs, allow_unused=True)
+    assert gx.eq(1).all() and gb is None
+
+
+UPSTREAMS = {
+    "stride 0": lambda y: y.sum(),
+    "transposed": lambda y: (y.t() @ torch.arange(6.0, dtype=y.dtype).view(3, 2)).sum(),
+    "expanded row": lambda y: (y * torch.arange(2.0, dtype=y.dtype)).sum(),
+    "non-contiguous": lambda y: torch.stack((y, y.square()), 2)[..., 1].flip(0).sum(),
+    "concatenated": lambda y: torch.cat((y.square(), 3 * y, y.detach()), 1).sum(),
+    "sliced": lambda y: y[::2, 1:].square().sum(),
+}
+
+
+@pytest.mark.parametrize("consumer", UPSTREAMS)
+@pytest.mark.parametrize("form", ALL_FORMS)
+def test_upstream_layouts(form, consumer):
+    x, b, bias = problem(3, 4, 2)
+    consume = UPSTREAMS[consumer]
+    got = torch.autograd.grad(consume(in_form(form, x, b, bias)), (x, b, bias))
+    expected = torch.autograd.grad(consume(naive(x, b, bias)), (x, b, bias))
+    torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize(
+    "upstream",
+    [torch.ones(()).expand(3, 2), torch.randn(2, 3).t(), torch.randn(1, 2).expand(3, 2), torch.randn(3, 4)[:, ::2]],
+    ids=["stride 0", "transposed", "expanded", "strided"],
+)
+@pytest.mark.parametrize(("form", "pair"), CASES)
+def test_upstream_strides(form, pair, upstream):
+    """Cotangents handed over as they are, not as a consumer's backward happens to lay them out."""
+    x, b, bias = problem(3, 4, 2)
+    upstream = upstream.double()
+    bias, inputs = (None, (x, b)) if pair else (bias, (x, b, bias))
+    got, expected = operator(x, b, bias, form, pair), naive_pair(x, b) if pair else naive(x, b, bias)
+    cotangents = (upstream, upstream) if pair else upstream
+    torch.testing.assert_close(
+        torch.autograd.grad(got, inputs, cotangents), torch.autograd.grad(expected, inputs, cotangents)
+    )
+
+
+@pytest.mark.parametrize(("form", "pair"), CASES)
+def test_third_derivative(form, pair):
+    def third(function):
+        torch.manual_seed(1)
+        x, b, _ = problem(3, 4, 2)
+        value = sum(o.pow(2).sum() for o in function(x, b))
+        for _ in range(3):
+            grads = torch.autograd.grad(value, (x, b), create_graph=True)
+            value = sum((g * torch.randn_like(g)).sum() for g in grads)
+        return [g.detach() for g in grads]
+
+    got = third(lambda x, b: operator(x, b, None, form, True) if pair else (operator(x, b, None, form),))
+    torch.testing.assert_close(got, third(lambda x, b: naive_pair(x, b) if pair else (naive(x, b),)))
+
+
+@pytest.mark.parametrize("form", ALL_FORMS)
+def test_backward_twice_over_a_retained_graph(form):
+    x, b, bias = problem(3, 4, 2)
+    loss = in_form(form, x, b, bias).square().sum()
+    first = torch.autograd.grad(loss, (x, b, bias), retain_graph=True)
+    second = torch.autograd.grad(loss, (x, b, bias))
+    assert all(torch.equal(f, s) for f, s in zip(first, second, strict=True))
+    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+        torch.autograd.grad(loss, (x, b, bias))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_an_input_modified_after_the_forward_is_refused(form):
+    x, b, _ = problem(3, 4, 2)
+    y = operator(x, b, None, form)
+    with torch.no_grad():
+        b.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+@pytest.mark.parametrize("form", ALL_FORMS)
+def test_accumulates_into_leaves_of_any_layout(form):
+    x, b, _ = problem(3, 4, 2)
+    weight = b.detach().t().contiguous().requires_grad_()
+    for _ in range(2):
+        in_form(form, x, weight.t()).sum().backward()
+    expected = torch.autograd.grad(2 * naive(x, b).sum(), b)[0].t()
+    torch.testing.assert_close(weight.grad, expected)
+    assert weight.grad.stride() == weight.stride()
