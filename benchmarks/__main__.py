@@ -17,7 +17,9 @@ def main(arguments: list[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
 
     demo = commands.add_parser("demo", help="train a small CNN with an MLP head and with a summary head, and compare")
-    demo.add_argument("--dataset", choices=("digits", "mnist", "cifar10"), help="default: what --data holds, else digits")
+    demo.add_argument(
+        "--dataset", choices=("digits", "mnist", "cifar10"), help="default: what --data holds, else digits"
+    )
     demo.add_argument(
         "--data",
         type=Path,
@@ -33,7 +35,9 @@ def main(arguments: list[str] | None = None) -> int:
 
     run = commands.add_parser("run", help="time the operator against its rivals on this CPU")
     run.add_argument("--mode", choices=("fwdbwd", "infer"), default="fwdbwd")
-    run.add_argument("--shape", type=_shape, action="append", metavar="N,D,K", help="repeatable (default: the whole grid)")
+    run.add_argument(
+        "--shape", type=_shape, action="append", metavar="N,D,K", help="repeatable (default: the whole grid)"
+    )
     run.add_argument("--seconds", type=float, default=1.5, help="for each shape, at least 7 rounds (default: 1.5)")
     run.add_argument("--output", type=Path, metavar="FILE", help="write the record here")
 

@@ -91,7 +91,9 @@ def _cifar10_sheets(folder: Path) -> _Split | None:
     halves: list[Tensor] = []
     for split, paths in sheets.items():
         tiles = [np.asarray(Image.open(path).convert("RGB")) for path in paths]
-        pixels = np.concatenate([t.reshape(25, 32, 40, 32, 3).transpose(0, 2, 1, 3, 4).reshape(-1, 32, 32, 3) for t in tiles])
+        pixels = np.concatenate(
+            [t.reshape(25, 32, 40, 32, 3).transpose(0, 2, 1, 3, 4).reshape(-1, 32, 32, 3) for t in tiles]
+        )
         halves += _tensors(pixels, np.load(folder / f"{split}_labels.npy"))
     return halves[0], halves[1], halves[2], halves[3]
 

@@ -208,7 +208,13 @@ def _timings(n: int, d: int, k: int, device: str) -> dict[str, Any]:
 
     names = ("interp_nn", providers.NAIVE, "inverse", "nn.Linear")
     timed = interleave({name: call(name) for name in names}, seconds=1.5)
-    return {"n": n, "d": d, "k": k, "plan": str(interp_nn.plan(n, d, k)), "ms_p50": {m: t.p50 for m, t in timed.items()}}
+    return {
+        "n": n,
+        "d": d,
+        "k": k,
+        "plan": str(interp_nn.plan(n, d, k)),
+        "ms_p50": {m: t.p50 for m, t in timed.items()},
+    }
 
 
 def _of(whole: dict[str, Any], head: str, key: str) -> np.ndarray[Any, np.dtype[np.float64]]:
@@ -269,7 +275,9 @@ def _draw(whole: dict[str, Any], spectrum: np.ndarray[Any, Any], path: Path) -> 
     names = list(rows[0]["ms_p50"])
     for i, row in enumerate(rows):
         ratios = np.array([row["ms_p50"][name] for name in names]) / row["ms_p50"]["nn.Linear"]
-        bars.bar(np.arange(len(names)) + 0.4 * i - 0.2, ratios, 0.4, label=f"n, d, k = {row['n']}, {row['d']}, {row['k']}")
+        bars.bar(
+            np.arange(len(names)) + 0.4 * i - 0.2, ratios, 0.4, label=f"n, d, k = {row['n']}, {row['d']}, {row['k']}"
+        )
     bars.axhline(1, color="black", linewidth=0.5)
     bars.set_xticks(np.arange(len(names)), ["unfused" if name == providers.NAIVE else name for name in names])
     bars.set(ylabel="time / nn.Linear", title="Forward + backward")

@@ -13,13 +13,12 @@ LATENT = 120
 
 def body(channels: int, size: int) -> nn.Sequential:
     """Two convolutions with ReLU and pooling: 5 x 5 as in the reference, padded 3 x 3 for images under 16 pixels."""
-    small = size < 16
-    convolution = {"kernel_size": 3, "padding": 1} if small else {"kernel_size": 5}
+    kernel, padding = (3, 1) if size < 16 else (5, 0)
     return nn.Sequential(
-        nn.Conv2d(channels, 32, **convolution),
+        nn.Conv2d(channels, 32, kernel, padding=padding),
         nn.ReLU(),
         nn.MaxPool2d(2),
-        nn.Conv2d(32, 64, **convolution),
+        nn.Conv2d(32, 64, kernel, padding=padding),
         nn.ReLU(),
         nn.MaxPool2d(2),
         nn.Flatten(),

@@ -82,7 +82,9 @@ def _shape_rows(shape: Shape, mode: str, seconds: float) -> list[dict[str, Any]]
     ]
 
 
-def _call(f: providers.Provider, x: Tensor, parameter: Tensor, dy: Tensor, training: bool) -> Callable[[], list[Tensor]]:
+def _call(
+    f: providers.Provider, x: Tensor, parameter: Tensor, dy: Tensor, training: bool
+) -> Callable[[], list[Tensor]]:
     def call() -> list[Tensor]:
         if not training:
             with torch.no_grad():
@@ -96,8 +98,9 @@ def _call(f: providers.Provider, x: Tensor, parameter: Tensor, dy: Tensor, train
 def _error(
     got: Sequence[Tensor], f: providers.Provider, x: Tensor, parameter: Tensor, dy: Tensor, training: bool
 ) -> float:
-    """The largest relative Frobenius error of a call's results, on the first rows where there are many."""
-    exact = _call(f, *(t.detach().double().requires_grad_(training) for t in (x, parameter)), dy.double(), training)()
+    """The largest relative Frobenius error of a call's results."""
+    exact_x, exact_parameter = (t.detach().double().requires_grad_(training) for t in (x, parameter))
+    exact = _call(f, exact_x, exact_parameter, dy.double(), training)()
     return max(float((g - e).norm() / e.norm()) for g, e in zip(got, exact, strict=True))
 
 

@@ -47,4 +47,5 @@ def interleave(
     finally:
         if collecting:
             gc.enable()
-    return {name: Timing(*map(float, np.quantile(t, (0.5, 0.2, 0.8))), rounds) for name, t in taken.items()}
+    quantiles = {name: np.quantile(t, (0.5, 0.2, 0.8)).tolist() for name, t in taken.items()}
+    return {name: Timing(p50, p20, p80, rounds) for name, (p50, p20, p80) in quantiles.items()}

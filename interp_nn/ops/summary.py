@@ -56,7 +56,7 @@ def _summary_backward(
     dp: Tensor | None, dy: Tensor | None, x: Tensor, b: Tensor, kept: Sequence[Tensor], plan: str, needs: Sequence[bool]
 ) -> list[Tensor]:
     engine, form = dispatch.resolve(plan)
-    dp, dy = _rows_if_any(dp), _rows_if_any(dy)
+    dp, dy, kept = _rows_if_any(dp), _rows_if_any(dy), list(map(as_rows, kept))  # a pair's own P may have batch dimensions
     dx, db = engines.get(engine).backward(dp, dy, as_rows(x), b, kept, form, needs[0], needs[1])
     out = [] if dx is None else [dx.view(x.shape)]
     if db is not None:

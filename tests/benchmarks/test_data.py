@@ -1,0 +1,81 @@
+"""Image folders as users have them, written small."""
+
+import gzip
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from benchmarks import data
+
+
+def _pixels(n, *shape):
+    return np.random.default_rng(0).integers(0, 256, (n, *shape), dtype=np.uint8)
+
+
+def _expected(x):
+    return torch.from_numpy(x).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def test_digits_are_split_without_overlap():
+    images = data.load(None, None)
+    assert images.name == "digits"
+    assert images.x_train.shape == (1347, 1, 8, 8)
+    assert images.x_test.shape == (450, 1, 8, 8)
+    assert images.x_train.min() >= -1
+    assert images.x_train.max() <= 1
+    assert images.y_train.unique().tolist() == list(range(10))
+
+
+@pytest.mark.parametrize("subfolder", ["", "cifar-10-batches-py"])
+def test_cifar10_official_batches(tmp_path, subfolder):
+    folder = tmp_path / subfolder
+    folder.mkdir(exist_ok=True)
+    x, y = _pixels(12, 32, 32, 3), np.arange(12) % 10
+    for i, name in enumerate([f"data_batch_{j}" for j in range(1, 6)] + ["test_batch"]):
+        part = slice(2 * i, 2 * i + 2)
+        batch = {b"data": x[part].transpose(0, 3, 1, 2).reshape(2, -1), b"labels": y[part].tolist()}
+        (folder / name).write_bytes(pickle.dumps(batch))
+    images = data.load("cifar10", tmp_path)
+    assert torch.equal(images.x_train, _expected(x[:10]))
+    assert torch.equal(images.x_test, _expected(x[10:]))
+    assert images.y_train.tolist() == y[:10].tolist()
+
+
+def test_cifar10_sheets(tmp_path):
+    x, y = _pixels(1000, 32, 32, 3), (np.arange(1000) % 10).astype(np.uint8)
+    sheet = x.reshape(25, 40, 32, 32, 3).transpose(0, 2, 1, 3, 4).reshape(800, 1280, 3)
+    for split in ("train", "test"):
+        Image.fromarray(sheet).save(tmp_path / f"{split}_00.webp", lossless=True, exact=True)
+        np.save(tmp_path / f"{split}_labels.npy", y)
+    images = data.load(None, tmp_path)
+    assert images.name == "cifar10"
+    assert torch.equal(images.x_train, _expected(x))
+    assert images.y_test.tolist() == y.tolist()
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_mnist(tmp_path, packed):
+    x, y = _pixels(7, 28, 28), np.arange(7, dtype=np.uint8)
+    (tmp_path / "mnist").mkdir()
+    for split in ("train", "t10k"):
+        for kind, payload in (
+            ("images-idx3-ubyte", bytes(16) + x.tobytes()),
+            ("labels-idx1-ubyte", bytes(8) + y.tobytes()),
+        ):
+            path = tmp_path / "mnist" / f"{split}-{kind}{'.gz' if packed else ''}"
+            path.write_bytes(gzip.compress(payload) if packed else payload)
+    images = data.load("mnist", tmp_path)
+    assert torch.equal(images.x_train, _expected(x[..., None]))
+    assert images.y_test.tolist() == y.tolist()
+
+
+def test_what_is_missing_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"cifar10: no folder given; pass --data DIR or set INTERP_NN_DATA"):
+        data.load("cifar10", None)
+    with pytest.raises(FileNotFoundError, match="mnist: not found in"):
+        data.load("mnist", tmp_path)
+    with pytest.raises(FileNotFoundError, match="cifar10 or mnist: not found in"):
+        data.load(None, tmp_path)

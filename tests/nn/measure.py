@@ -1,0 +1,32 @@
+"""What the tests of the layers share: a relative error, and summaries written out plainly."""
+
+import torch
+from torch import Tensor, nn
+
+
+def error(actual: Tensor, wanted: Tensor) -> float:
+    """Relative Frobenius error, in fp64. NaN where shapes differ, so that no bound accepts it."""
+    if actual.shape != wanted.shape:
+        return float("nan")
+    actual, wanted = actual.detach().double(), wanted.detach().double()
+    return float((actual - wanted).norm() / wanted.norm())
+
+
+def naive_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x b (bᵀb) + bias with b = weightᵀ."""
+    y = x @ weight.t() @ (weight @ weight.t())
+    return y if bias is None else y + bias
+
+
+def naive_kernel(weight: Tensor, groups: int = 1) -> Tensor:
+    """The effective weight of a linear layer's or a convolution's weight, group by group."""
+    parts = [w.flatten(1).t() for w in weight.chunk(groups)]
+    return torch.cat([(b @ (b.t() @ b)).t() for b in parts]).reshape(weight.shape)
+
+
+def randomize(module: nn.Module, scale: float = 0.5) -> nn.Module:
+    """Draw every parameter at random, so that no weight is orthonormal."""
+    with torch.no_grad():
+        for p in module.parameters():
+            p.copy_(torch.randn(p.shape, dtype=torch.float64) * scale)
+    return module

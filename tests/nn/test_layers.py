@@ -1,0 +1,500 @@
+import copy
+import inspect
+import io
+import math
+import pickle
+
+import pytest
+import torch
+from measure import error, naive_kernel, naive_linear, randomize
+from torch import nn
+from torch.nn import functional as F
+
+from interp_nn import functional
+from interp_nn.functional import SummaryPair
+from interp_nn.nn import SummaryClassifier, SummaryConv2d, SummaryHead, SummaryLayer, SummaryLinear, SummaryLoss
+
+SHAPES = [pytest.param(160, 48, id="tall"), pytest.param(48, 160, id="wide"), pytest.param(64, 64, id="square")]
+PRECISIONS = [pytest.param(torch.float32, 1e-6, id="fp32"), pytest.param(torch.float64, 1e-12, id="fp64")]
+TWINS = [(SummaryLinear, nn.Linear, (6, 4)), (SummaryConv2d, nn.Conv2d, (6, 4, 3))]
+by_twin = pytest.mark.parametrize(("ours", "theirs", "sizes"), TWINS, ids=["linear", "conv2d"])
+
+
+# Drop-in: signature, parameters, state_dict
+
+
+@by_twin
+def test_signature_is_pytorchs(ours, theirs, sizes):
+    def arguments(cls):
+        return [(p.name, p.kind, p.default) for p in inspect.signature(cls).parameters.values()]
+
+    assert arguments(ours) == arguments(theirs)
+
+
+@by_twin
+@pytest.mark.parametrize("bias", [True, False])
+def test_parameters_and_repr_are_pytorchs(ours, theirs, sizes, bias):
+    mine, other = ours(*sizes, bias=bias), theirs(*sizes, bias=bias)
+    assert [(n, p.shape, p.dtype) for n, p in mine.named_parameters()] == [
+        (n, p.shape, p.dtype) for n, p in other.named_parameters()
+    ]
+    assert list(mine.state_dict()) == list(other.state_dict())
+    assert repr(mine) == repr(other).replace(theirs.__name__, ours.__name__)
+
+
+@by_twin
+@pytest.mark.parametrize("bias", [True, False])
+def test_state_dict_loads_from_and_into_pytorchs_layer(ours, theirs, sizes, bias):
+    mine, other = ours(*sizes, bias=bias), theirs(*sizes, bias=bias)
+    mine.load_state_dict(other.state_dict(), strict=True)
+    assert torch.equal(mine.weight, other.weight)
+    randomize(mine)
+    other.load_state_dict(mine.state_dict(), strict=True)
+    assert torch.equal(mine.weight, other.weight)
+    assert not bias or torch.equal(mine.bias, other.bias)
+
+
+@by_twin
+def test_state_dict_of_another_kind_is_refused(ours, theirs, sizes):
+    with pytest.raises(RuntimeError, match="bias"):
+        ours(*sizes, bias=False).load_state_dict(theirs(*sizes).state_dict())
+
+
+@pytest.mark.parametrize(("dtype", "bound"), PRECISIONS)
+@pytest.mark.parametrize(("d", "k"), [*SHAPES, pytest.param(512, 100, id="vgg")])
+def test_linear_is_nn_linear_at_an_orthonormal_weight(d, k, dtype, bound):
+    mine, other = SummaryLinear(d, k, dtype=dtype), nn.Linear(d, k, dtype=dtype)
+    if k > d:  # an orthonormal b has orthonormal rows then, and b (bᵀb) = (b bᵀ) b is b again
+        assert error(mine.weight.t() @ mine.weight, torch.eye(d)) < 1e-5
+    other.load_state_dict(mine.state_dict())
+    x = torch.randn(40, d, dtype=dtype)
+    assert error(mine(x), other(x)) <= bound
+    with torch.no_grad():  # and nowhere else
+        mine.weight.mul_(1.1), other.weight.mul_(1.1)
+    assert error(mine(x), other(x)) > 0.1
+
+
+# SummaryLinear
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("d", "k"), SHAPES)
+def test_reset_parameters_draws_an_orthonormal_weight(d, k, dtype):
+    layer = randomize(SummaryLinear(d, k, dtype=dtype))
+    layer.reset_parameters()
+    # A 16-bit weight is an orthonormal one rounded: each entry moves by at most half an eps of itself.
+    bound = torch.finfo(dtype).eps if dtype.itemsize == 2 else 1e-5
+    assert layer.orthogonality_defect() < bound
+    assert 0 < layer.bias.abs().max() <= 1 / math.sqrt(d)
+    assert layer.bias.abs().max() > 0.8 / math.sqrt(d)  # uniform up to that bound
+
+
+def test_two_layers_draw_different_weights():
+    assert not torch.equal(SummaryLinear(8, 4).weight, SummaryLinear(8, 4).weight)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: SummaryLinear(6, 4, device="meta"),
+        lambda: SummaryConv2d(4, 6, 3, groups=2, device="meta"),
+        lambda: SummaryLayer(6, 4, device="meta"),
+        lambda: SummaryClassifier(6, 4, device="meta"),
+        lambda: SummaryHead(6, 4, 3, device="meta"),
+    ],
+    ids=["linear", "conv2d", "layer", "classifier", "head"],
+)
+def test_meta_construction_then_reset(make):
+    layer = make()
+    assert all(p.is_meta for p in layer.parameters())
+    layer.to_empty(device="cpu")
+    with torch.no_grad():
+        layer.weight.fill_(math.nan)
+    layer.reset_parameters()
+    assert layer.orthogonality_defect() < 1e-5
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(), (7,), (2, 3), (2, 1, 3), (0,), (3, 0)])
+def test_leading_dimensions(shape, bias):
+    layer = randomize(SummaryLinear(6, 4, bias=bias)).double()
+    x = torch.randn(*shape, 6, dtype=torch.float64, requires_grad=True)
+    y = layer(x)
+    assert y.shape == (*shape, 4) and y.dtype == torch.float64
+    assert (layer.bias is None) is not bias
+    torch.testing.assert_close(y, naive_linear(x, layer.weight, layer.bias), rtol=1e-12, atol=1e-13)
+    y.sum().backward()
+    assert x.grad.shape == x.shape and layer.weight.grad.shape == (4, 6)
+    if 0 in shape:
+        assert not layer.weight.grad.any()
+
+
+@pytest.mark.parametrize(("n", "d", "k"), [(5, 6, 4), (5, 4, 6), (300, 160, 48), (30, 48, 160), (20, 512, 100)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_linear_gradients_are_those_of_the_naive_expression(n, d, k, bias):
+    layer = randomize(SummaryLinear(d, k, bias=bias, dtype=torch.float64))
+    x = torch.randn(2, n, d, dtype=torch.float64, requires_grad=True)
+    upstream = torch.randn(2, n, k, dtype=torch.float64)
+    leaves = [x, *layer.parameters()]
+    got = torch.autograd.grad(layer(x), leaves, upstream)
+    wanted = torch.autograd.grad(naive_linear(x, layer.weight, layer.bias), leaves, upstream)
+    assert len(got) == 2 + bias
+    assert all(error(g, w) <= 1e-12 for g, w in zip(got, wanted, strict=True))
+
+
+def test_linear_follows_its_parameters_dtype():
+    layer, x = randomize(SummaryLinear(64, 32)), torch.randn(9, 64)
+    truth = naive_linear(x.double(), layer.weight.double(), layer.bias.double())
+    for dtype, bound in ((torch.bfloat16, 2e-2), (torch.float16, 2e-3)):
+        low = copy.deepcopy(layer).to(dtype)
+        assert low(x.to(dtype)).dtype == dtype and error(low(x.to(dtype)), truth) < bound
+    assert error(layer.double()(x.double()), truth) <= 1e-12
+
+
+@by_twin
+def test_copies_are_equal_and_independent(ours, theirs, sizes):
+    layer = randomize(ours(*sizes))
+    x = torch.randn(2, *((6,) if ours is SummaryLinear else (6, 5, 5)))
+    stream = io.BytesIO()
+    torch.save(layer.state_dict(), stream)
+    stream.seek(0)
+    loaded = ours(*sizes)
+    loaded.load_state_dict(torch.load(stream, weights_only=True))
+    before = layer(x)
+    for copied in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer)), loaded):
+        assert type(copied) is ours
+        assert torch.equal(copied(x), before)
+        randomize(copied)
+        assert torch.equal(layer(x), before)
+
+
+# What every layer says about its b
+
+
+@pytest.mark.parametrize(("d", "k"), [(12, 5), (5, 12)])
+def test_gram_is_the_gram_matrix_and_differentiable(d, k):
+    layer = randomize(SummaryLinear(d, k, dtype=torch.float64))
+    upstream = torch.randn(k, k, dtype=torch.float64)
+    g = layer.gram()
+    assert error(g, layer.weight @ layer.weight.t()) <= 1e-12
+    (got,) = torch.autograd.grad(g, layer.weight, upstream)
+    assert error(got, (upstream + upstream.t()) @ layer.weight) <= 1e-12
+
+
+@pytest.mark.parametrize(("d", "k"), [(30, 8), (8, 30)])
+def test_effective_weights_singular_values_are_the_cubes(d, k):
+    layer = randomize(SummaryLinear(d, k, dtype=torch.float64))
+    s = layer.spectrum()
+    assert s.dtype == torch.float64 and s.shape == (8,) and not s.requires_grad
+    assert (s.diff() <= 0).all()
+    assert error(s, torch.linalg.svdvals(layer.weight)) <= 1e-12
+    effective = layer.effective_weight()
+    assert effective.shape == layer.weight.shape and effective.requires_grad
+    assert error(torch.linalg.svdvals(effective), s**3) <= 1e-12
+    assert layer.half().spectrum().dtype == torch.float64
+
+
+@pytest.mark.parametrize(("d", "k"), [(9, 4), (4, 9)])
+@pytest.mark.parametrize(("values", "defect"), [((1.5, 1.0, 0.9, 0.7), 0.5), ((1.1, 1.0, 0.9, 0.0), 1.0)])
+def test_orthogonality_defect_is_the_farthest_singular_value(d, k, values, defect):
+    layer = SummaryLinear(d, k, dtype=torch.float64)
+    left, right = (
+        torch.linalg.qr(torch.randn(k, 4, dtype=torch.float64))[0],
+        torch.linalg.qr(torch.randn(d, 4, dtype=torch.float64))[0],
+    )
+    with torch.no_grad():
+        layer.weight.copy_(left * torch.tensor(values) @ right.t())
+    assert layer.orthogonality_defect() == pytest.approx(defect, abs=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("d", "k"), SHAPES)
+def test_orthogonalize_moves_the_weight_to_its_polar_factor_in_place(d, k, dtype):
+    layer = SummaryLinear(d, k, dtype=dtype)
+    rank = min(d, k)  # well-conditioned, so that the factor is well determined
+    with torch.no_grad():
+        layer.weight.copy_(layer.weight * 3 + torch.randn(k, d, dtype=dtype) / math.sqrt(d + k))
+    u, _, vh = torch.linalg.svd(layer.weight.detach().double(), full_matrices=False)
+    weight, bias, version = layer.weight, layer.bias.clone(), layer.weight._version
+    defect = layer.orthogonalize_()
+    assert layer.weight is weight and weight._version > version and weight.requires_grad
+    assert torch.equal(layer.bias, bias)
+    assert defect == layer.orthogonality_defect() < 1e-5
+    small = layer.gram() if k <= d else layer.weight.t() @ layer.weight
+    assert (small - torch.eye(rank, dtype=dtype)).abs().max() <= 1e-6
+    assert error(layer.weight, u @ vh) < (1e-5 if dtype == torch.float32 else 1e-12)
+
+
+def test_orthogonalize_tells_of_a_rank_deficient_weight():
+    layer = SummaryLinear(6, 4)
+    with torch.no_grad():
+        layer.weight[1] = layer.weight[0]
+    assert layer.orthogonalize_() == pytest.approx(1.0, abs=1e-4)
+
+
+def test_orthogonalize_works_group_by_group():
+    layer = randomize(SummaryConv2d(8, 12, 3, groups=4, dtype=torch.float64))
+    assert layer.gram().shape == (4, 3, 3) and layer.spectrum().shape == (4, 3)
+    assert layer.orthogonality_defect() > 0.1
+    assert layer.orthogonalize_() < 1e-12
+    assert (layer.gram() - torch.eye(3)).abs().max() <= 1e-12
+
+
+def test_projection_and_summary_agree_once_orthogonalized():
+    layer = randomize(SummaryLayer(30, 8, dtype=torch.float64))
+    x = torch.randn(50, 30, dtype=torch.float64)
+    projection, summary = layer(x)
+    assert error(summary, projection) > 1
+    layer.orthogonalize_()
+    projection, summary = layer(x)
+    assert (projection - summary).abs().max() <= 1e-12
+    assert projection.abs().max() > 1
+
+
+# SummaryConv2d
+
+CONVOLUTIONS = {
+    "plain": {},
+    "stride": {"stride": (2, 1), "padding": 1},
+    "dilation": {"dilation": 2, "padding": (1, 2)},
+    "same": {"padding": "same"},
+    "same, even kernel": {"padding": "same", "kernel_size": (4, 2), "dilation": 2},
+    "groups": {"groups": 2, "padding": 1},
+    "depthwise": {"groups": 4, "out_channels": 8, "bias": False},
+    "wide": {"in_channels": 2, "out_channels": 20, "kernel_size": (3, 1)},
+    "reflect": {"padding": 2, "padding_mode": "reflect"},
+    "circular": {"padding": (2, 1), "padding_mode": "circular", "groups": 2, "stride": 2},
+    "same circular": {"padding": "same", "padding_mode": "circular", "kernel_size": (4, 5), "dilation": (1, 2)},
+}
+by_convolution = pytest.mark.parametrize(
+    "options",
+    [{"in_channels": 4, "out_channels": 6, "kernel_size": 3} | o for o in CONVOLUTIONS.values()],
+    ids=CONVOLUTIONS,
+)
+
+
+def _unfolded(layer, x):
+    """The summary of every patch, by functional.summary."""
+    if layer.padding == "same":
+        total = [d * (k - 1) for d, k in zip(layer.dilation, layer.kernel_size, strict=True)]
+        (top, bottom), (left, right) = ((t // 2, t - t // 2) for t in total)
+    else:
+        top = bottom = layer.padding[0]
+        left = right = layer.padding[1]
+    mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+    padded = F.pad(x, (left, right, top, bottom), mode=mode)
+    patches = F.unfold(padded, layer.kernel_size, layer.dilation, 0, layer.stride).mT  # (n, positions, in * kh * kw)
+    parts = zip(patches.chunk(layer.groups, -1), layer.weight.chunk(layer.groups), strict=True)
+    y = torch.cat([functional.summary(p, w.flatten(1).t()) for p, w in parts], -1)
+    y = y if layer.bias is None else y + layer.bias
+    spans = [d * (k - 1) + 1 for d, k in zip(layer.dilation, layer.kernel_size, strict=True)]
+    sizes = [(s - span) // step + 1 for s, span, step in zip(padded.shape[2:], spans, layer.stride, strict=True)]
+    return y.mT.unflatten(-1, sizes)
+
+
+@by_convolution
+def test_conv_is_the_summary_of_every_patch(options):
+    layer = randomize(SummaryConv2d(**options, dtype=torch.float64))
+    x = torch.randn(2, layer.in_channels, 9, 8, dtype=torch.float64)
+    assert error(layer(x), _unfolded(layer, x)) <= 1e-12
+
+
+@by_convolution
+def test_conv_and_its_gradients_are_conv2d_of_the_effective_weight(options):
+    layer, plain = (randomize(cls(**options, dtype=torch.float64)) for cls in (SummaryConv2d, nn.Conv2d))
+    x = torch.randn(2, layer.in_channels, 9, 8, dtype=torch.float64, requires_grad=True)
+    parameters = dict(plain.named_parameters()) | {"weight": naive_kernel(layer.weight, layer.groups)}
+    if layer.bias is not None:
+        parameters["bias"] = layer.bias
+    wanted, got = torch.func.functional_call(plain, parameters, (x,)), layer(x)
+    assert error(got, wanted) <= 1e-12
+    leaves, upstream = [x, *layer.parameters()], torch.randn_like(got)
+    grads = [torch.autograd.grad(y, leaves, upstream) for y in (got, wanted)]
+    assert all(error(a, b) <= 1e-12 for a, b in zip(*grads, strict=True))
+
+
+@pytest.mark.parametrize(("dtype", "bound"), PRECISIONS)
+@by_convolution
+def test_conv_is_nn_conv2d_at_orthonormal_kernels(options, dtype, bound):
+    mine, other = SummaryConv2d(**options, dtype=dtype), nn.Conv2d(**options, dtype=dtype)
+    other.load_state_dict(mine.state_dict())
+    x = torch.randn(2, mine.in_channels, 9, 8, dtype=dtype)
+    assert error(mine(x), other(x)) <= bound
+    randomize(mine)
+    other.load_state_dict(mine.state_dict())
+    assert error(mine(x), other(x)) > 0.1
+
+
+def test_conv_takes_one_image_and_channels_last():
+    layer, x = randomize(SummaryConv2d(3, 5, 3)).double(), torch.randn(2, 3, 6, 6, dtype=torch.float64)
+    y = layer(x)
+    assert error(layer(x[0]), y[0]) <= 1e-12
+    layer = layer.to(memory_format=torch.channels_last)
+    assert error(layer(x.to(memory_format=torch.channels_last)), y) <= 1e-12
+    layer.reset_parameters()
+    assert layer.orthogonality_defect() < 1e-5
+    assert randomize(layer).orthogonalize_() < 1e-5
+
+
+# SummaryLayer, SummaryClassifier, SummaryHead
+
+
+@pytest.mark.parametrize("shape", [(), (7,), (2, 3), (0,)])
+def test_pairs_in_training_and_tensors_in_evaluation(shape):
+    x = torch.randn(*shape, 12)
+    for layer, width in ((SummaryLayer(12, 5), 5), (SummaryClassifier(12, 4), 4), (SummaryHead(12, 5, 3), 3)):
+        randomize(layer)
+        pair = layer(x)
+        assert isinstance(pair, SummaryPair)
+        assert pair.projection.shape == pair.summary.shape == (*shape, width)
+        out = layer.eval()(x)
+        if type(layer) is SummaryLayer:
+            assert isinstance(out, SummaryPair)
+        else:
+            assert isinstance(out, torch.Tensor)
+            torch.testing.assert_close(out, pair.projection, rtol=1e-5, atol=1e-5)
+
+
+def test_layers_compute_what_they_say():
+    x = torch.randn(20, 12, dtype=torch.float64)
+    layer = randomize(SummaryLayer(12, 5, dtype=torch.float64))
+    head = randomize(SummaryHead(12, 5, 3, dtype=torch.float64))
+    for module, output in ((layer, lambda p: p), (head, lambda p: p @ head.output.weight.t() + head.output.bias)):
+        pair = module(x)
+        assert error(pair.projection, output(x @ module.weight.t())) <= 1e-12
+        assert error(pair.summary, output(naive_linear(x, module.weight))) <= 1e-12
+
+
+def test_heads_state_dict_and_repr():
+    head = SummaryHead(12, 5, 3)
+    assert {name: tuple(p.shape) for name, p in head.state_dict().items()} == {
+        "weight": (5, 12),
+        "output.weight": (3, 5),
+        "output.bias": (3,),
+    }
+    assert "in_features=12, out_features=5" in repr(head) and "(output): Linear(in_features=5" in repr(head)
+
+
+def _naive_loss(pair, target, weights, consistent, ignore_index, reduction):
+    """w1 CE(o1, t) + w2 CE(o2, t) + w3 MSE of the pair `consistent`, a row at a time."""
+    o1, o2 = (o.flatten(0, -2) for o in pair)
+    c1, c2 = (c.flatten(0, -2) for c in consistent)
+    rows = []
+    for i, t in enumerate(target.flatten().tolist()):
+        if t == ignore_index:
+            rows.append(o1.new_zeros(()))
+            continue
+        ce1, ce2 = (o[i].logsumexp(0) - o[i, t] for o in (o1, o2))
+        rows.append(weights[0] * ce1 + weights[1] * ce2 + weights[2] * (c1[i] - c2[i]).square().sum() / c1.shape[1])
+    rows = torch.stack(rows)
+    kept = (target != ignore_index).sum()
+    return {"none": rows.view(target.shape), "sum": rows.sum(), "mean": rows.sum() / kept}[reduction]
+
+
+by_reduction = pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+by_consistency = pytest.mark.parametrize("consistency", ["logits", "latent"])
+by_ignored = pytest.mark.parametrize("ignore_index", [-100, 1])
+WEIGHTS = (1.0, 0.5, 2.0)
+
+
+def _batch(d, classes, ignore_index, dtype=torch.float64):
+    x = torch.randn(3, 8, d, dtype=dtype)
+    target = torch.randint(classes, (3, 8))
+    target[0, ::3] = ignore_index
+    return x, target
+
+
+@by_ignored
+@by_reduction
+@by_consistency
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-6), (torch.float64, 1e-12)])
+def test_heads_loss_is_summary_loss_of_its_pair(dtype, bound, consistency, reduction, ignore_index):
+    head = randomize(SummaryHead(40, 12, 5, dtype=dtype), 0.3)
+    x, target = _batch(40, 5, ignore_index, dtype)
+    options = {"weights": WEIGHTS, "consistency": consistency, "ignore_index": ignore_index, "reduction": reduction}
+    codes = functional.summary_pair(x, head.weight.t())
+    got, wanted = head.loss(x, target, **options), SummaryLoss(**options)(head(x), target, codes)
+    assert got.shape == (target.shape if reduction == "none" else ())
+    assert error(got, wanted) <= bound
+    naive = _naive_loss(
+        head(x), target, WEIGHTS, head(x) if consistency == "logits" else codes, ignore_index, reduction
+    )
+    assert error(got, naive) <= bound
+
+
+@by_ignored
+@by_reduction
+@by_consistency
+def test_heads_gradients_are_those_of_the_naive_expression(consistency, reduction, ignore_index):
+    head = randomize(SummaryHead(40, 12, 5, dtype=torch.float64), 0.3)
+    x, target = _batch(40, 5, ignore_index)
+    x.requires_grad_()
+    codes = x @ head.weight.t(), naive_linear(x, head.weight)
+    logits = [code @ head.output.weight.t() + head.output.bias for code in codes]
+    consistent = logits if consistency == "logits" else codes
+    wanted = _naive_loss(logits, target, WEIGHTS, consistent, ignore_index, reduction)
+    got = head.loss(x, target, weights=WEIGHTS, consistency=consistency, ignore_index=ignore_index, reduction=reduction)
+    leaves, upstream = [x, *head.parameters()], torch.randn_like(wanted)
+    grads = [torch.autograd.grad(loss, leaves, upstream) for loss in (got, wanted)]
+    assert len(leaves) == 4
+    assert all(error(a, b) <= 1e-12 for a, b in zip(*grads, strict=True))
+
+
+@by_ignored
+@by_reduction
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-6), (torch.float64, 1e-12)])
+def test_classifiers_loss_is_the_papers(dtype, bound, reduction, ignore_index):
+    layer = randomize(SummaryClassifier(40, 5, dtype=dtype), 0.2)
+    x, target = _batch(40, 5, ignore_index, dtype)
+    pair = layer(x)
+    got = layer.loss(x, target, weights=WEIGHTS, ignore_index=ignore_index, reduction=reduction)
+    assert error(got, _naive_loss(pair, target, WEIGHTS, pair, ignore_index, reduction)) <= bound
+
+
+def test_classifiers_default_loss_is_the_papers_on_the_kept_rows():
+    layer = randomize(SummaryClassifier(40, 5, dtype=torch.float64), 0.2)
+    x, target = _batch(40, 5, -100)
+    p, y = (o[target != -100] for o in layer(x))
+    t = target[target != -100]
+    wanted = F.cross_entropy(p, t) + F.cross_entropy(y, t) + F.mse_loss(p, y)
+    assert error(layer.loss(x, target), wanted) <= 1e-12
+
+
+@by_consistency
+def test_loss_of_one_unbatched_example(consistency):
+    head, x = randomize(SummaryHead(12, 5, 3, dtype=torch.float64)), torch.randn(12, dtype=torch.float64)
+    target = torch.tensor(2)
+    batched = head.loss(x.unsqueeze(0), target.unsqueeze(0), consistency=consistency)
+    assert error(head.loss(x, target, consistency=consistency), batched) <= 1e-12
+
+
+@by_consistency
+def test_loss_without_kept_rows_is_nan_as_in_pytorch(consistency):
+    head, x = SummaryHead(12, 5, 3), torch.randn(4, 12)
+    ignored = torch.full((4,), -100)
+    assert head.loss(x, ignored, consistency=consistency).isnan()
+    assert head.loss(x, ignored, consistency=consistency, reduction="sum") == 0
+    assert head.loss(x[:0], ignored[:0], consistency=consistency).isnan()
+
+
+@pytest.mark.parametrize(
+    ("options", "argument"),
+    [({"consistency": "codes"}, "consistency"), ({"reduction": "max"}, "reduction"), ({"weights": (1, 1)}, "weights")],
+)
+def test_wrong_loss_options_are_named(options, argument):
+    with pytest.raises(ValueError, match=f"^{argument}: got "):
+        SummaryLoss(**options)
+    with pytest.raises(ValueError, match=f"^{argument}: got "):
+        SummaryHead(4, 3, 2).loss(torch.randn(5, 4), torch.zeros(5, dtype=torch.long), **options)
+
+
+def test_latent_consistency_needs_the_latents():
+    logits = torch.randn(2, 5, 3).unbind()
+    with pytest.raises(ValueError, match=r"^latents: got None"):
+        SummaryLoss(consistency="latent")(logits, torch.zeros(5, dtype=torch.long))
+
+
+def test_wrong_input_width_is_named():
+    for layer in (SummaryLinear(4, 3), SummaryLayer(4, 3), SummaryClassifier(4, 3), SummaryHead(4, 3, 2)):
+        with pytest.raises(ValueError, match=r"^x: got shape \(2, 5\), want \(\.\.\., 4\)"):
+            layer(torch.randn(2, 5))

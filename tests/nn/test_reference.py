@@ -1,0 +1,164 @@
+"""The head against a port of AskExplain/Interpretable-Neural-Net, checkpoint by checkpoint."""
+
+import pytest
+import torch
+from measure import error, randomize
+from torch import nn
+from torch.nn import functional as F
+
+from interp_nn.nn import SummaryHead, SummaryLoss, head_from_reference
+
+
+class ReferenceLayer(nn.Module):
+    """b is a Linear's answer to the identity matrix, so the Linear's bias shifts every row of it."""
+
+    def __init__(self, d, k):
+        super().__init__()
+        self.beta_I = torch.eye(d)
+        self.beta_func1 = nn.Linear(d, k)
+
+    def beta(self):
+        return self.beta_func1(self.beta_I.to(self.beta_func1.weight.dtype))
+
+    def forward(self, x):
+        beta = self.beta()
+        return x @ beta, x @ beta @ (beta.T @ beta)
+
+
+class ReferenceNet(nn.Module):
+    """Convolutions, flattened, then the summary layer and the output layer that both of its codes share."""
+
+    def __init__(self, layer, d, k, classes=10, **convolutions):
+        super().__init__()
+        for name, module in convolutions.items():
+            self.add_module(name, module)
+        self.layer = layer
+        self.add_module(layer, ReferenceLayer(d, k))
+        self.output = nn.Linear(k, classes)
+
+    def forward(self, x):
+        return tuple(map(self.output, self.get_submodule(self.layer)(x)))
+
+    def loss(self, x, target):
+        o1, o2 = self(x)
+        return F.cross_entropy(o1, target) + F.mse_loss(o1, o2) + F.cross_entropy(o2, target)
+
+
+def vgg():
+    return ReferenceNet("classifier", 512, 100, features=nn.Sequential(nn.Conv2d(3, 64, 3), nn.ReLU()))
+
+
+def cnn():
+    return ReferenceNet("summary_layer1", 1600, 120, conv1=nn.Conv2d(3, 32, 5), conv2=nn.Conv2d(32, 64, 5))
+
+
+by_net = pytest.mark.parametrize("build", [vgg, cnn])
+
+
+def batch(net, n=32):
+    return torch.randn(n, net.get_submodule(net.layer).beta_func1.in_features), torch.randint(10, (n,))
+
+
+@by_net
+def test_converted_head_gives_the_references_logits_and_loss(build):
+    net = build()
+    assert {"output.weight", f"{net.layer}.beta_func1.bias"} < set(net.state_dict())
+    assert any(key.startswith(("features.0", "conv1")) for key in net.state_dict())
+    head = head_from_reference(net.state_dict())
+    x, target = batch(net)
+    for got, wanted in zip(head(x), net(x), strict=True):
+        assert error(got, wanted) <= 1e-6
+    assert error(head.loss(x, target), net.loss(x, target)) <= 1e-6
+    assert error(SummaryLoss()(head(x), target), net.loss(x, target)) <= 1e-6
+
+
+@by_net
+def test_converted_head_has_the_references_gradients(build):
+    net = build().double()
+    head = head_from_reference(net.state_dict())
+    x, target = batch(net)
+    head.loss(x.double(), target).backward()
+    net.loss(x.double(), target).backward()
+    linear = net.get_submodule(net.layer).beta_func1
+    assert error(head.weight.grad, linear.weight.grad) <= 1e-11
+    assert error(head.weight.grad.sum(1), linear.bias.grad) <= 1e-11
+    assert error(head.output.weight.grad, net.output.weight.grad) <= 1e-11
+    assert error(head.output.bias.grad, net.output.bias.grad) <= 1e-11
+
+
+@by_net
+def test_evaluation_predicts_with_the_references_first_logits(build):
+    net = build()
+    head = head_from_reference(net.state_dict()).eval()
+    x, _ = batch(net)
+    assert error(head(x), net(x)[0]) <= 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_conversion_keeps_dtype_and_leaves_the_checkpoint_alone(dtype):
+    checkpoint = vgg().to(dtype).state_dict()
+    before = {name: value.clone() for name, value in checkpoint.items()}
+    head = head_from_reference(checkpoint)
+    assert head.weight.dtype == head.output.weight.dtype == dtype
+    assert all(p.requires_grad for p in head.parameters())
+    randomize(head)
+    assert all(torch.equal(checkpoint[name], value) for name, value in before.items())
+
+
+def _two_layers():
+    checkpoint, other = cnn().state_dict(), vgg().state_dict()
+    return checkpoint | {name: value for name, value in other.items() if name.startswith("classifier")}
+
+
+def test_layer_is_asked_for_where_there_are_two():
+    checkpoint = _two_layers()
+    with pytest.raises(ValueError, match=r"^layer: got None.*summary_layer1.*classifier"):
+        head_from_reference(checkpoint)
+    assert head_from_reference(checkpoint, "summary_layer1").in_features == 1600
+
+
+@pytest.mark.parametrize(
+    ("drop", "options", "message"),
+    [
+        ("none", {"layer": "classifier"}, r"^layer: got 'classifier', want .*'summary_layer1'"),
+        ("beta_func1", {}, r"^layer: got None.*\[\]"),
+        ("none", {"output": "fc"}, r"^output: got 'fc', but the checkpoint has no fc\.weight"),
+        ("output", {}, r"^output: got 'output', but the checkpoint has no output\.weight"),
+    ],
+)
+def test_missing_names_are_named(drop, options, message):
+    checkpoint = {name: value for name, value in cnn().state_dict().items() if drop not in name}
+    with pytest.raises(ValueError, match=message):
+        head_from_reference(checkpoint, **options)
+
+
+def test_names_inside_a_larger_model_and_a_renamed_output():
+    net = cnn()
+    checkpoint = {f"module.{name}": value for name, value in net.state_dict().items()}
+    head = head_from_reference(checkpoint, output="module.output")
+    x, _ = batch(net)
+    assert error(head(x)[1], net(x)[1]) <= 1e-6
+
+
+@pytest.mark.parametrize("start", range(3))
+def test_references_initial_b_has_one_outlying_singular_value_and_ours_none(start):
+    torch.manual_seed(start)
+    theirs = torch.linalg.svdvals(ReferenceLayer(512, 100).beta().detach().double())
+    assert theirs[0] > 4 and theirs[1] < 1.2
+    ours = SummaryHead(512, 100, 10).spectrum()
+    assert (ours - 1).abs().max() < 1e-5
+
+
+def test_output_bias_cancels_between_the_logits():
+    head = randomize(SummaryHead(20, 6, 4, dtype=torch.float64))
+    x, target = torch.randn(9, 20, dtype=torch.float64), torch.randint(4, (9,))
+    losses = []
+    for scale in (0.0, 1.0, -3.0):
+        with torch.no_grad():
+            head.output.bias.copy_(scale * torch.arange(4.0))
+        losses.append(head.loss(x, target, weights=(0, 0, 1)))
+        (gradient,) = torch.autograd.grad(losses[-1], head.output.bias)
+        assert gradient.abs().max() <= 1e-12 * losses[-1].abs()
+    assert losses[0] > 0.1
+    assert error(losses[1], losses[0]) <= 1e-12 and error(losses[2], losses[0]) <= 1e-12
+    assert error(SummaryLoss((0, 0, 1))(head(x), target), losses[0]) <= 1e-12

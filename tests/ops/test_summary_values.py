@@ -1,0 +1,301 @@
+"""What the operator computes, forward and backward: against the law, and by identities that hold exactly."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from support import (
+    CASES,
+    COMPOSED_FORMS,
+    DTYPES,
+    FORMS,
+    assert_close_law,
+    check_law,
+    in_form,
+    naive,
+    naive_pair,
+    operator,
+    pair_in_form,
+)
+
+from interp_nn import functional
+
+ALL_FORMS = (*FORMS, *COMPOSED_FORMS)
+ALL_CASES = [*CASES, *((form, True) for form in COMPOSED_FORMS), *((form, False) for form in COMPOSED_FORMS)]
+# Few columns and many rows take their own memory order; k > d and n < k their own associations.
+SHAPES = [(64, 32, 16), (131, 37, 7), (5, 16, 48), (8, 64, 24)]
+
+
+def randn(*shape, dtype=torch.float64):
+    return torch.randn(*shape, dtype=dtype)
+
+
+def scaled(n, d, k):
+    """x and b whose summary is of order one in every dtype."""
+    return randn(n, d), randn(d, k) / max(d, k) ** 0.5
+
+
+def integers(*shape, dtype=torch.float64, limit=2):
+    """Small whole numbers: every product and sum is exact, in whatever order it is formed."""
+    return torch.randint(-limit, limit + 1, shape).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(("form", "pair"), ALL_CASES)
+def test_every_form_and_dtype_obeys_the_law(form, pair, shape, dtype):
+    n, d, k = shape
+    inputs = [*scaled(n, d, k)] if pair else [*scaled(n, d, k), randn(k)]
+    function = (lambda x, b: pair_in_form(form, x, b)) if pair else (lambda x, b, bias: in_form(form, x, b, bias))
+    check_law(function, naive_pair if pair else naive, inputs, [randn(n, k), randn(n, k)][: 1 + pair], dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(300, 64, 16), (16, 64, 32), (32, 16, 64)], ids=str)
+def test_functional_obeys_the_law(shape, dtype):
+    n, d, k = shape
+    check_law(functional.summary, naive, [*scaled(n, d, k), randn(k)], [randn(n, k)], dtype)
+    check_law(functional.summary_pair, naive_pair, scaled(n, d, k), [randn(n, k), randn(n, k)], dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_functional_obeys_the_law_where_an_operator_pays(dtype):
+    n, d, k = 1031, 128, 61
+    check_law(functional.summary, naive, [*scaled(n, d, k), randn(k)], [randn(n, k)], dtype)
+    check_law(functional.summary_pair, naive_pair, scaled(n, d, k), [randn(n, k), randn(n, k)], dtype)
+
+
+@pytest.mark.parametrize(("form", "pair"), ALL_CASES)
+def test_rank_deficient(form, pair):
+    x, b = scaled(12, 8, 6)
+    b = torch.cat((b[:, :2], b[:, :2], torch.zeros(8, 2, dtype=b.dtype)), 1)
+    function = (lambda x, b: pair_in_form(form, x, b)) if pair else (lambda x, b: in_form(form, x, b))
+    check_law(function, naive_pair if pair else naive, [x, b], [randn(12, 6)] * (1 + pair), torch.float32)
+
+
+def assert_exact(function, reference, inputs, upstream):
+    """The same numbers as the naive expression, outputs and gradients, for inputs on which both are exact."""
+
+    def run(f):
+        given = [t.detach().requires_grad_() for t in inputs]
+        out = f(*given)
+        out = (out,) if isinstance(out, torch.Tensor) else tuple(out)
+        return [*out, *torch.autograd.grad(out, given, [upstream] * len(out))]
+
+    for got, expected in zip(run(function), run(reference), strict=True):
+        assert got.shape == expected.shape
+        assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("batch", [(), (0,), (1,), (2,), (2, 0), (2, 1), (1, 2, 1)], ids=str)
+@pytest.mark.parametrize(("form", "pair"), ALL_CASES)
+def test_sizes_from_zero_up(form, pair, batch, dtype):
+    for d in (0, 1, 2):
+        for k in (0, 1, 3):
+            x, b, bias = (integers(*shape, dtype=dtype, limit=1) for shape in ((*batch, d), (d, k), (k,)))
+            upstream = integers(*batch, k, dtype=dtype, limit=1)
+            if pair:
+                assert_exact(lambda x, b: pair_in_form(form, x, b), naive_pair, [x, b], upstream)
+            else:
+                assert_exact(lambda *t: in_form(form, *t), naive, [x, b, bias], upstream)
+
+
+@st.composite
+def laid_out(draw, shape):
+    """Small whole numbers of a shape, in some memory layout: any order of dimensions, strides, offset or expansion."""
+    order = draw(st.permutations(range(len(shape))))
+    steps = [draw(st.sampled_from([1, 1, 2])) for _ in shape]
+    offset = draw(st.sampled_from([0, 0, 3]))
+    t = integers(*(shape[i] * steps[i] + offset for i in order))
+    t = t.permute([order.index(i) for i in range(len(shape))])
+    t = t[tuple(slice(offset, None, step) for step in steps)]
+    expanded = draw(st.sampled_from([None, None, *range(len(shape))]))
+    if expanded is not None and shape[expanded]:
+        t = t.narrow(expanded, 0, 1).expand(shape)
+    assert t.shape == shape
+    return t
+
+
+SIZE = st.integers(0, 9) | st.sampled_from([11, 13, 17])
+
+
+@st.composite
+def problems(draw):
+    d, k = draw(SIZE), draw(SIZE)
+    batch = tuple(draw(st.lists(SIZE, max_size=3)))
+    if batch and draw(st.booleans()):
+        batch = (128 + batch[0],)  # long enough for the memory order of many rows
+    return (*(draw(laid_out(shape)) for shape in ((*batch, d), (d, k), (k,))), draw(laid_out((*batch, k))))
+
+
+@given(problems())
+def test_any_shape_and_layout_is_exact(problem):
+    x, b, bias, upstream = problem
+    assert_exact(functional.summary, naive, [x, b, bias], upstream)
+    assert_exact(functional.summary, naive, [x, b], upstream)
+    assert_exact(functional.summary_pair, naive_pair, [x, b], upstream)
+
+
+@given(problems(), st.sampled_from(ALL_CASES))
+def test_any_shape_and_layout_is_exact_in_every_form(problem, case):
+    (x, b, bias, upstream), (form, pair) = problem, case
+    if pair:
+        assert_exact(lambda x, b: pair_in_form(form, x, b), naive_pair, [x, b], upstream)
+    else:
+        assert_exact(lambda *t: in_form(form, *t), naive, [x, b, bias], upstream)
+
+
+LAYOUTS = {
+    "transposed": lambda t: t.mT.contiguous().mT,
+    "strided": lambda t: t.repeat_interleave(2, -1)[..., ::2],
+    "sliced": lambda t: torch.cat((t.new_full((3, t.shape[-1]), torch.nan), t), 0)[3:],
+    "misaligned": lambda t: torch.cat((t.new_zeros(1), t.flatten()))[1:].view(t.shape),
+    "expanded": lambda t: t[:1].clone().expand(t.shape),
+    "flipped storage": lambda t: t.flip(0).flip(0),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("b_layout", LAYOUTS)
+@pytest.mark.parametrize("x_layout", LAYOUTS)
+def test_layouts_obey_the_law(x_layout, b_layout, dtype):
+    x, b = scaled(24, 32, 12)
+    x, b = LAYOUTS[x_layout](x), LAYOUTS[b_layout](b)
+
+    def laid(f):
+        return lambda x, b: f(LAYOUTS[x_layout](x), LAYOUTS[b_layout](b))
+
+    check_law(laid(functional.summary), laid(naive), [x, b], [randn(24, 12)], dtype)
+
+
+@pytest.mark.parametrize("batch", [(), (7,), (2, 3), (2, 1, 3)], ids=str)
+def test_batch_dimensions_are_rows(batch):
+    x, b, bias = randn(*batch, 8), randn(8, 3), randn(3)
+    for form in ALL_FORMS:
+        y = in_form(form, x, b, bias)
+        assert y.shape == (*batch, 3)
+        torch.testing.assert_close(y.reshape(-1, 3), naive(x.reshape(-1, 8), b, bias))
+
+
+# Bitwise identities, at dimensions that every memory order and association meets.
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("form", "pair"), ALL_CASES)
+def test_powers_of_two_scale_bitwise(form, pair, dtype):
+    x, b = (t.to(dtype) for t in scaled(33, 24, 10))
+
+    def f(x, b):
+        return pair_in_form(form, x, b) if pair else (in_form(form, x, b),)
+
+    *p, y = f(x, b)
+    *p_x, y_x = f(2 * x, b)
+    *p_b, y_b = f(x, 2 * b)
+    assert torch.equal(y_x, 2 * y) and torch.equal(y_b, 8 * y)
+    assert all(torch.equal(scaled, 2 * q) for scaled, q in zip(p_x + p_b, p + p, strict=True))
+
+
+@pytest.mark.parametrize(("form", "pair"), ALL_CASES)
+def test_euler_identities(form, pair):
+    """Y is linear in X and cubic in b, P is linear in both: <X, dX> = <dY, Y> (+ <dP, P>), <b, db> = 3 <dY, Y> + <dP, P>."""
+    x, b = (t.requires_grad_() for t in scaled(20, 12, 15))
+    dp, dy = randn(20, 15), randn(20, 15)
+    if pair:
+        p, y = pair_in_form(form, x, b)
+        dx, db = torch.autograd.grad((p, y), (x, b), (dp, dy))
+        through_p = (dp * p).sum()
+    else:
+        y = in_form(form, x, b)
+        dx, db = torch.autograd.grad(y, (x, b), dy)
+        through_p = torch.zeros(())
+    through_y = (dy * y).sum()
+    tolerance = {"rtol": 0.0, "atol": 1e-12 * float(dy.norm() * y.detach().norm() + dp.norm())}
+    torch.testing.assert_close((x * dx).sum(), through_y + through_p, **tolerance)
+    torch.testing.assert_close((b * db).sum(), 3 * through_y + through_p, **tolerance)
+
+
+@pytest.mark.parametrize("form", ALL_FORMS)
+def test_orthogonal_invariance(form):
+    x, b = scaled(20, 12, 9)
+    y = in_form(form, x, b)
+    q, r = (torch.linalg.qr(randn(size, size)).Q for size in (12, 9))
+    torch.testing.assert_close(in_form(form, x @ q, q.mT @ b), y, rtol=0.0, atol=1e-13 * float(y.abs().max()))
+    torch.testing.assert_close(in_form(form, x, b @ r), y @ r, rtol=0.0, atol=1e-13 * float(y.abs().max()))
+
+
+@pytest.mark.parametrize("form", ALL_FORMS)
+def test_permuted_rows(form):
+    x, b = scaled(50, 12, 9)
+    order = torch.randperm(50)
+    y = in_form(form, x.float(), b.float())
+    assert_close_law(in_form(form, x[order].float(), b.float()), y[order], naive(x.float().double(), b.float().double())[order])
+
+
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("form", "pair"), ALL_CASES)
+def test_a_non_finite_row_stays_its_own_affair(form, pair, dtype, value):
+    x, b = (t.to(dtype) for t in scaled(150, 24, 10))
+    poisoned = x.clone()
+    poisoned[41, 5] = value
+
+    def f(x):
+        return pair_in_form(form, x, b) if pair else (in_form(form, x, b),)
+
+    others = torch.arange(150) != 41
+    for clean, dirty in zip(f(x), f(poisoned), strict=True):
+        assert not dirty[41].isfinite().any()
+        assert torch.equal(dirty[others], clean[others])
+
+
+@pytest.mark.parametrize("form", ALL_FORMS)
+def test_a_non_finite_b_is_not_hidden(form):
+    x, b = scaled(6, 5, 4)
+    b[1, 2] = torch.nan
+    assert not in_form(form, x, b)[:, 2].isfinite().any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("form", "pair"), ALL_CASES)
+def test_same_bits_every_time_and_inputs_untouched(form, pair, dtype):
+    x, b, bias, dy = (t.to(dtype) for t in (*scaled(150, 24, 10), randn(10), randn(150, 10)))
+    inputs = [x.requires_grad_(), b.requires_grad_()] + ([] if pair else [bias.requires_grad_()])
+    before = [t.detach().clone() for t in (*inputs, dy)]
+    versions = [t._version for t in (*inputs, dy)]
+
+    def run():
+        out = pair_in_form(form, *inputs) if pair else (in_form(form, *inputs),)
+        return [*out, *torch.autograd.grad(out, inputs, [dy] * len(out))]
+
+    first = run()
+    for _ in range(3):
+        assert all(torch.equal(a, b) for a, b in zip(run(), first, strict=True))
+    assert [t._version for t in (*inputs, dy)] == versions
+    assert all(torch.equal(t, old) for t, old in zip((*inputs, dy), before, strict=True))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_outputs_share_no_memory_with_inputs_or_each_other(form):
+    x, b = scaled(4, 3, 3)
+    tensors = [x, b, *operator(x, b, None, form, True)]
+    assert len({t.untyped_storage().data_ptr() for t in tensors}) == len(tensors)
+
+
+def test_a_parameter_is_like_a_tensor():
+    x, b = scaled(5, 4, 3)
+    parameter = torch.nn.Parameter(b.clone())
+    assert torch.equal(functional.summary(x, parameter), functional.summary(x, b))
+    assert functional.summary(x, parameter).requires_grad
+
+
+def test_gradients_are_dropped_under_no_grad_and_inference_mode():
+    x, b = (t.requires_grad_() for t in scaled(5, 4, 3))
+    expected = functional.summary(x, b).detach()
+    with torch.no_grad():
+        y = functional.summary(x, b)
+    assert not y.requires_grad and torch.equal(y, expected)
+    with torch.inference_mode():
+        p, y = functional.summary_pair(x, b)
+    assert y.is_inference() and p.is_inference()
+    torch.testing.assert_close(y.clone(), expected)

@@ -1,0 +1,143 @@
+import ast
+import functools
+import importlib
+import inspect
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import interp_nn
+from interp_nn import engines
+
+PACKAGE = Path(interp_nn.__file__).parent
+ROOT = PACKAGE.parent
+FILES = sorted(PACKAGE.rglob("*.py"))
+PUBLIC = ["interp_nn", "interp_nn.functional", "interp_nn.nn"]
+
+
+def python(*arguments):
+    """What a fresh interpreter prints; it may write bytecode, and finds the package under test."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), environment.get("PYTHONPATH")]))
+    done = subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@functools.cache
+def warmed_import():
+    """Modules that importing the package adds to those of torch; leaves bytecode behind."""
+    return json.loads(_import_once())["new"]
+
+
+def _import_once():
+    return python(
+        "-c",
+        "import json, sys, time, torch\n"
+        "before = set(sys.modules)\n"
+        "start = time.perf_counter()\n"
+        "import interp_nn\n"
+        "seconds = time.perf_counter() - start\n"
+        "print(json.dumps({'seconds': seconds, 'new': sorted(set(sys.modules) - before)}))",
+    )
+
+
+def test_import_after_torch_takes_under_50_ms():
+    warmed_import()
+    seconds = []
+    while len(seconds) < 5 and min(seconds, default=1) >= 0.05:  # the best of five, and no more than are needed
+        seconds.append(json.loads(_import_once())["seconds"])
+    assert min(seconds) < 0.05
+
+
+def test_import_loads_nothing_heavy():
+    new = {name.partition(".")[0] for name in warmed_import()}
+    assert "interp_nn" in new
+    assert not new & {"triton", "matplotlib", "sklearn"}
+
+
+def test_main_prints_the_version_and_every_engine():
+    printed = python("-m", "interp_nn")
+    assert f"interp_nn {interp_nn.__version__}\n" in printed
+    for name in engines.availability():
+        assert re.search(rf"^engine +{name}: \S", printed, re.MULTILINE)
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_public_names_exist_and_are_documented(name):
+    module = importlib.import_module(name)
+    assert module.__all__ == sorted(set(module.__all__))
+    for public in module.__all__:
+        thing = getattr(module, public)
+        if isinstance(thing, str):
+            continue
+        doc = inspect.getdoc(thing) if inspect.ismodule(thing) else thing.__doc__
+        assert doc and not doc.startswith(f"{public}("), f"{public} has no docstring of its own"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_every_file_says_what_it_holds(path):
+    assert ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
+
+
+# Data flows one way: what each part may not import.
+UPWARD = {
+    "linalg": {"dispatch", "engines", "ops", "functional", "nn", "explain"},
+    "kernels": {"ops", "functional", "nn", "explain"},
+    "engines": {"ops", "functional", "nn", "explain"},
+    "dispatch": {"ops", "functional", "nn", "explain"},
+    "ops": {"functional", "nn", "explain"},
+    "functional": {"nn", "explain"},
+    "nn": {"engines", "kernels", "explain"},
+    "explain": {"engines", "kernels"},
+}
+
+
+def imported(source, package):
+    """Parts of the package that a file of `package` imports, anywhere in it."""
+    names = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            parents = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            module = ".".join([*parents, *([node.module] if node.module else [])])
+            names += [f"{module}.{alias.name}" for alias in node.names]
+    return {name.split(".")[1] for name in names if name.startswith("interp_nn.")}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_no_import_climbs(path):
+    relative = path.relative_to(PACKAGE)
+    part = relative.parts[0].removesuffix(".py")
+    package = ".".join(["interp_nn", *relative.parts[:-1]])
+    climbs = imported(path.read_text(encoding="utf-8"), package) & UPWARD.get(part, set())
+    assert not climbs, f"{relative} imports {sorted(climbs)}"
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import interp_nn.nn.summary",
+        "from interp_nn import nn",
+        "from interp_nn.nn import SummaryLinear",
+        "def f():\n    from interp_nn.nn.summary import SummaryLinear",
+        "from .. import nn",
+        "from ..nn import summary",
+    ],
+)
+def test_a_climbing_import_would_be_seen(source):
+    assert imported(source, "interp_nn.ops") == {"nn"}
+
+
+def test_version_is_the_changelogs_newest():
+    changelog = ROOT / "CHANGELOG.md"
+    if not changelog.exists():
+        pytest.skip("no CHANGELOG.md beside the package")
+    versions = re.findall(r"^## \[?v?(\d+\.\d+[^\]\s]*)", changelog.read_text(encoding="utf-8"), re.MULTILINE)
+    assert versions and versions[0] == interp_nn.__version__
