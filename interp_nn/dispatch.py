@@ -121,7 +121,7 @@ def products(form: str, n: int, d: int, k: int, pair: bool, need_x: bool, need_b
     elif association == "E":  # K, W, X W | dY Wᵀ | S = Xᵀ dY, M = S bᵀ, K S, (M + Mᵀ) b
         ndk, d2k = 1 + need_x + need_b, 2 + need_b * (3 + composed)
     elif association == "C":  # P, Q, Q b | R = dY bᵀ, U = R b | U bᵀ | Xᵀ U, Qᵀ dY, Rᵀ P
-        again = need_b * (1 if pair else 2) if form == "C" else 0
+        again = 2 * need_b if form == "C" else 0
         ndk = 3 + 2 * either + need_x + 3 * need_b + again
     else:  # K, R = X K, R b | dR = dY bᵀ | dR K | Rᵀ dY, M = Xᵀ dR, (M + Mᵀ) b
         ndk, d2k = 1 + either + need_b, 1 + need_b * (1 + composed)
@@ -179,6 +179,8 @@ def head_form(n: int, d: int, k: int, m: int) -> str:
 
 def choose(n: int, d: int, k: int, pair: bool, need_x: bool, need_b: bool) -> str:
     """The token of the plan for a summary or pair. While compiling, operators: there they cost nothing extra."""
+    if torch.compiler.is_exporting():  # one program for every n, so the form of a large one, and no guard on n
+        return f"{engine()}:{'E' if k > d else 'A+' if pair else 'B'}"
     composed = not torch.compiler.is_compiling()
     return f"{engine()}:{cheapest(n, d, k, pair, need_x, need_b, composed)}"
 

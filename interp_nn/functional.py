@@ -155,6 +155,8 @@ def inverse_summary(x: Tensor, b: Tensor) -> Tensor:
 def _matrices(x: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """x (..., d) and b (d, k), checked; cast under autocast."""
     x, b = _operands(x, "x", b=b)
+    if b is None:
+        raise TypeError("b: got NoneType, want a torch.Tensor")
     if b.dim() != 2:
         raise ValueError(f"b: got shape {_shape(b)}, want a matrix (d, k)")
     if x.dim() == 0:

@@ -96,4 +96,5 @@ def inverse_summary(x: Tensor, b: Tensor) -> Tensor:
     """Z = X b (bᵀb)⁻¹ (..., k), by a solve; 16-bit inputs are solved in fp32."""
     p = x @ b
     work = accumulation_dtype(b.dtype)
-    return torch.linalg.solve(gram(b.to(work)), p.to(work), left=False).to(p.dtype)
+    rows = torch.atleast_2d(p.to(work))
+    return torch.linalg.solve(gram(b.to(work)), rows, left=False).to(p.dtype).reshape(p.shape)

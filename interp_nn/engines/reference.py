@@ -205,7 +205,7 @@ def logits(
     z = torch.cat((a, a @ g))
     both = None if c is None else torch.cat((c, c))
     if form == "flat":
-        w = b @ z.mT
+        w = (z @ b.mT).mT  # column-major: see `_columns`
         p, o = None, _affine(x, w, both)
     else:
         w, p = None, x @ b
@@ -267,16 +267,18 @@ def _logit_gradients(
 ) -> Tensor:
     """d loss / d logits (n, 2, m): rows that are ignored are exactly zero."""
     w1, w2, w3 = options.weights
-    difference = (2 * w3 / max(o.shape[2], 1)) * (o[:, 0] - o[:, 1])
-    hot = torch.arange(o.shape[2], device=o.device) == target.view(-1, 1, 1)
-    e = torch.where(hot, log_p.expm1(), log_p.exp())  # p - 1 without cancellation where the class is nearly certain
-    e *= torch.tensor((w1, w2), dtype=e.dtype, device=e.device).view(1, 2, 1)
-    e[:, 0] += difference
-    e[:, 1] -= difference
-    scale = torch.ones((), dtype=e.dtype, device=e.device) if upstream is None else upstream.to(e.dtype)
+    scale = torch.ones(1, dtype=o.dtype, device=o.device) if upstream is None else upstream.to(o.dtype)
     if options.reduction == "mean":
         scale = scale / kept.sum()
-    return torch.where(kept.view(-1, 1, 1), e * scale.view(-1, 1, 1), 0.0)
+    scale = scale.view(-1, 1, 1)
+    index = target.masked_fill(~kept, 0).view(-1, 1, 1).expand(-1, 2, 1)
+    # p - 1 of the target's class as expm1, which does not cancel where that class is nearly certain.
+    e = log_p.exp().scatter_(2, index, log_p.gather(2, index).expm1_())
+    e *= scale * torch.tensor((w1, w2), dtype=e.dtype, device=e.device).view(1, 2, 1)
+    difference = (o[:, 0] - o[:, 1]).mul_(scale[:, 0] * (2 * w3 / o.shape[2]))
+    e[:, 0] += difference
+    e[:, 1] -= difference
+    return e.masked_fill_(~kept.view(-1, 1, 1), 0.0)
 
 
 def _head_gradients(
@@ -299,11 +301,11 @@ def _head_gradients(
             out.append(dprojection @ b.mT)
     if need_b or need_a:
         if w is not None:
-            v = x.mT @ e
+            v = _correlate(x, e)
             u = b.mT @ v
         else:
             assert p is not None
-            u = p.mT @ e
+            u = _correlate(p, e)
         if need_b:
             through_x = v @ z if dprojection is None else x.mT @ dprojection
             out.append(_add_product(through_x, b, _twice_symmetric(u[:, m:] @ a)))

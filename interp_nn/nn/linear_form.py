@@ -19,8 +19,6 @@ class LinearForm(nn.Module):
 
     weight: nn.Parameter
     groups: int = 1
-    # The kept weight, what it was computed from, and that tensor itself, so that no other comes to lie at its address.
-    _frozen: tuple[Tensor, tuple[Any, ...], Tensor] | None = None
 
     def matrix(self) -> Tensor:
         """b (in, out), a view of `weight`; (groups, in, out per group) for grouped layers."""
@@ -65,6 +63,13 @@ class LinearForm(nn.Module):
             nn.init.orthogonal_(part)
         self.weight.copy_(draw.view(self.weight.shape))
 
+
+class Freezable(LinearForm):
+    """A linear form whose forward is a plain linear layer with its effective weight, which can be kept."""
+
+    # The kept weight, what it was computed from, and that tensor itself, so that no other comes to lie at its address.
+    _frozen: tuple[Tensor, tuple[Any, ...], Tensor] | None = None
+
     def freeze(self) -> Any:
         """Keep the effective weight: from now on a forward costs exactly a plain linear layer's, and `weight` gets no gradient.
 
@@ -96,6 +101,9 @@ class LinearForm(nn.Module):
     def _load_from_state_dict(self, *args: Any) -> None:
         self.unfreeze()
         super()._load_from_state_dict(*args)
+
+    def _note(self) -> str:
+        return ", frozen" if self._frozen is not None else ""
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
         super()._apply(*args, **kwargs)

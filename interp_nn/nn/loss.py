@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from interp_nn.linalg import accumulation_dtype
+
 
 class SummaryLoss(nn.Module):
     """w1 CE(o1, t) + w2 CE(o2, t) + w3 MSE for a pair of logits (..., classes) and targets (...).
@@ -15,7 +17,8 @@ class SummaryLoss(nn.Module):
     consistency="logits" takes the MSE between the two logits, as the reference's code does; "latent" takes it between
     the two codes, as its paper does, and then the call needs them. A row's MSE is its mean over the last dimension. Rows
     whose target is `ignore_index` are left out of all three terms; "mean" divides by the kept rows, "sum" adds them,
-    "none" returns one loss a row. A head's own `loss` computes the same from the features, in fewer passes.
+    "none" returns one loss a row. The loss is fp32 for 16-bit inputs. A head's own `loss` computes the same from the
+    features, in fewer passes.
     """
 
     def __init__(
@@ -39,7 +42,9 @@ class SummaryLoss(nn.Module):
         """logits: the pair (o1, o2); latents: the pair (projection, summary), for consistency="latent" only."""
         if self.consistency == "latent" and latents is None:
             raise ValueError("latents: got None, want the pair (projection, summary) for consistency='latent'")
-        first, second = logits if self.consistency == "logits" or latents is None else latents
+        work = accumulation_dtype(logits[0].dtype)
+        logits = [o.to(work) for o in logits]
+        first, second = logits if self.consistency == "logits" or latents is None else (p.to(work) for p in latents)
         w1, w2, w3 = self.weights
         classes = target.flatten()
         entropies = [

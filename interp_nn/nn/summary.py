@@ -13,11 +13,11 @@ from torch.nn.modules.utils import _pair
 
 from interp_nn import functional
 from interp_nn.functional import SummaryPair
-from interp_nn.nn.linear_form import LinearForm, copy_parameters, folded, root
+from interp_nn.nn.linear_form import Freezable, LinearForm, copy_parameters, folded, root
 from interp_nn.nn.loss import SummaryLoss
 
 
-class SummaryLinear(LinearForm):
+class SummaryLinear(Freezable):
     """y = x b (bᵀb) + bias with nn.Linear's signature, parameters and state_dict: `weight` (out, in) is bᵀ, `bias` (out).
 
     Initialised with b orthonormal, where it equals nn.Linear with the same weight; bias as in nn.Linear.
@@ -70,11 +70,11 @@ class SummaryLinear(LinearForm):
         return out
 
     def extra_repr(self) -> str:
-        frozen = ", frozen" if self._frozen is not None else ""
-        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}{frozen}"
+        bias = self.bias is not None
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={bias}{self._note()}"
 
 
-class SummaryConv2d(LinearForm, _ConvNd):  # type: ignore[misc]
+class SummaryConv2d(Freezable, _ConvNd):  # type: ignore[misc]
     """A convolution whose kernels are the effective weight b (bᵀb): nn.Conv2d's signature, parameters and state_dict.
 
     b (in_channels / groups * kh * kw, out_channels) is `weight` flattened and transposed, one b for each group: every
@@ -130,6 +130,9 @@ class SummaryConv2d(LinearForm, _ConvNd):  # type: ignore[misc]
         out = nn.Conv2d(**_conv_arguments(self)).to_empty(device=self.weight.device)
         copy_parameters(self, out, folded(self))
         return out
+
+    def extra_repr(self) -> str:
+        return _ConvNd.extra_repr(self) + self._note()
 
     @classmethod
     def from_conv2d(cls, conv: nn.Conv2d, preserve: str = "function") -> SummaryConv2d:

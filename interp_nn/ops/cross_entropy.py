@@ -18,7 +18,7 @@ from interp_nn import dispatch, engines
 from interp_nn.engines import reference
 from interp_nn.engines.reference import LossOptions
 from interp_nn.linalg import accumulation_dtype
-from interp_nn.ops.library import apply, define, transforming
+from interp_nn.ops.library import apply, define, implement, transforming
 from interp_nn.ops.summary import as_rows, row_count
 
 
@@ -103,6 +103,36 @@ def composed(
     rows, _, kept = reference.row_losses(o.to(accumulation_dtype(o.dtype)), target.reshape(-1), options)
     value = reference.reduce_rows(rows, kept, options.reduction)
     return value.view(target.shape) if options.reduction == "none" else value
+
+
+def _batched_loss_backward(
+    upstream: Tensor,
+    x: Tensor,
+    b: Tensor,
+    a: Tensor | None,
+    c: Tensor | None,
+    target: Tensor,
+    weights: Sequence[float],
+    ignore_index: int,
+    reduction: str,
+    plan: str,
+    needs: Sequence[bool],
+) -> list[Tensor]:
+    """The same under autograd.grad(is_grads_batched=True), whose vmap sees operators and not Functions."""
+    options = LossOptions((weights[0], weights[1], weights[2]), ignore_index, reduction)
+    tensors = (x, b, a, c)
+
+    def value(*parameters: Tensor) -> Tensor:
+        given = iter(parameters)
+        x, b, a, c = (next(given) if need else t for t, need in zip(tensors, needs, strict=True))
+        assert x is not None and b is not None
+        return composed(x, b, a, c, target, options, plan)
+
+    wanted = [t for t, need in zip(tensors, needs, strict=True) if need and t is not None]
+    return list(torch.func.vjp(value, *wanted)[1](upstream))
+
+
+implement("summary_cross_entropy_backward", _batched_loss_backward, "Batched")
 
 
 class CrossEntropyFunction(Function):

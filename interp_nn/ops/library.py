@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._functorch import eager_transforms
 from torch.autograd import Function, forward_ad
 
 _LIBRARY = torch.library.Library("interp_nn", "DEF")
@@ -64,6 +65,11 @@ _transforms_active: Callable[[], bool] = getattr(torch._C, "_are_functorch_trans
 def transforming() -> bool:
     """Whether a torch.func transform or forward-mode AD is at work (never while compiling)."""
     return _transforms_active() or getattr(forward_ad, "_current_level", 0) >= 0
+
+
+def nested_forward_mode() -> bool:
+    """Whether forward-mode AD is inside forward-mode AD, where PyTorch silently drops part of a Function's derivative."""
+    return not torch.compiler.is_compiling() and transforming() and getattr(eager_transforms, "JVP_NESTING", 2) > 1
 
 
 def apply(function: type[Function], *args: Any) -> Any:

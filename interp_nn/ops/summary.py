@@ -16,7 +16,7 @@ from torch.autograd import Function
 from interp_nn import dispatch, engines
 from interp_nn.engines import reference
 from interp_nn.linalg import gram
-from interp_nn.ops.library import apply, define, implement
+from interp_nn.ops.library import apply, define, implement, nested_forward_mode
 
 
 def as_rows(x: Tensor) -> Tensor:
@@ -41,7 +41,9 @@ def row_count(x: Tensor) -> int:
 def _summary(x: Tensor, b: Tensor, bias: Tensor | None, plan: str) -> tuple[Tensor, list[Tensor]]:
     engine, form = dispatch.resolve(plan)
     _, y, kept = engines.get(engine).forward(as_rows(x), b, bias, form, False)
-    return y.view(*x.shape[:-1], b.shape[1]), [t.contiguous() for t in kept]  # the strides that the fake kernel promises
+    return y.view(*x.shape[:-1], b.shape[1]), [
+        t.contiguous() for t in kept
+    ]  # the strides that the fake kernel promises
 
 
 def _summary_pair(x: Tensor, b: Tensor, plan: str) -> tuple[Tensor, Tensor, list[Tensor]]:
@@ -56,7 +58,11 @@ def _summary_backward(
     dp: Tensor | None, dy: Tensor | None, x: Tensor, b: Tensor, kept: Sequence[Tensor], plan: str, needs: Sequence[bool]
 ) -> list[Tensor]:
     engine, form = dispatch.resolve(plan)
-    dp, dy, kept = _rows_if_any(dp), _rows_if_any(dy), list(map(as_rows, kept))  # a pair's own P may have batch dimensions
+    dp, dy, kept = (
+        _rows_if_any(dp),
+        _rows_if_any(dy),
+        list(map(as_rows, kept)),
+    )  # a pair's own P may have batch dimensions
     dx, db = engines.get(engine).backward(dp, dy, as_rows(x), b, kept, form, needs[0], needs[1])
     out = [] if dx is None else [dx.view(x.shape)]
     if db is not None:
@@ -381,16 +387,16 @@ def choose(x: Tensor, b: Tensor, pair: bool) -> str:
 
 def summary(x: Tensor, b: Tensor, bias: Tensor | None, plan: str) -> Tensor:
     """Y = X b (bᵀb) + bias for checked arguments."""
-    if plan[-1] == "*":
-        _, y, _ = reference.forward(as_rows(x), b, bias, plan[-2:], False)
+    if plan[-1] == "*" or nested_forward_mode():
+        _, y, _ = reference.forward(as_rows(x), b, bias, plan.partition(":")[2], False)
         return y if x.dim() == 2 else y.view(*x.shape[:-1], b.shape[1])
     return apply(_summary_function(), x, b, bias, plan, False)[0]
 
 
 def summary_pair(x: Tensor, b: Tensor, plan: str) -> tuple[Tensor, Tensor]:
     """(X b, X b (bᵀb)) for checked arguments."""
-    if plan[-1] == "*":
-        p, y, _ = reference.forward(as_rows(x), b, None, plan[-2:], True)
+    if plan[-1] == "*" or nested_forward_mode():
+        p, y, _ = reference.forward(as_rows(x), b, None, plan.partition(":")[2], True)
         assert p is not None
         if x.dim() == 2:
             return p, y

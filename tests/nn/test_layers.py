@@ -238,6 +238,9 @@ def test_orthogonalize_works_group_by_group():
     assert layer.orthogonality_defect() > 0.1
     assert layer.orthogonalize_() < 1e-12
     assert (layer.gram() - torch.eye(3)).abs().max() <= 1e-12
+    with torch.no_grad():
+        layer.weight[3:6] = 0  # the second group's b
+    assert layer.orthogonalize_() == layer.orthogonality_defect() == 1
 
 
 def test_projection_and_summary_agree_once_orthogonalized():
@@ -260,7 +263,7 @@ CONVOLUTIONS = {
     "same": {"padding": "same"},
     "same, even kernel": {"padding": "same", "kernel_size": (4, 2), "dilation": 2},
     "groups": {"groups": 2, "padding": 1},
-    "depthwise": {"groups": 4, "out_channels": 8, "bias": False},
+    "depthwise, wide": {"groups": 4, "out_channels": 48, "bias": False},
     "wide": {"in_channels": 2, "out_channels": 20, "kernel_size": (3, 1)},
     "reflect": {"padding": 2, "padding_mode": "reflect"},
     "circular": {"padding": (2, 1), "padding_mode": "circular", "groups": 2, "stride": 2},
@@ -498,3 +501,15 @@ def test_wrong_input_width_is_named():
     for layer in (SummaryLinear(4, 3), SummaryLayer(4, 3), SummaryClassifier(4, 3), SummaryHead(4, 3, 2)):
         with pytest.raises(ValueError, match=r"^x: got shape \(2, 5\), want \(\.\.\., 4\)"):
             layer(torch.randn(2, 5))
+
+
+@pytest.mark.parametrize("consistency", ["logits", "latent"])
+def test_head_loss_is_fp32_for_16_bit_inputs(consistency):
+    head = SummaryHead(12, 5, 3, dtype=torch.bfloat16)
+    x, target = torch.randn(6, 12, dtype=torch.bfloat16), torch.tensor([0, 1, 2, 2, 1, 0])
+    assert head.loss(x, target, consistency=consistency).dtype == torch.float32
+
+
+@pytest.mark.parametrize("kind", [SummaryLayer, SummaryClassifier])
+def test_only_layers_with_an_effective_weight_to_keep_can_be_frozen(kind):
+    assert not hasattr(kind(12, 5), "freeze")

@@ -1,0 +1,378 @@
+"""torch.func, forward mode and batched gradients, over the forms that dispatch takes and over every operator form."""
+
+import pytest
+import torch
+from support import CASES, FORMS, naive, naive_cross_entropy, naive_head_cross_entropy, naive_pair, operator
+from torch.autograd import forward_ad
+from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
+
+from interp_nn import dispatch, functional
+
+close = torch.testing.assert_close
+
+
+def randn(*shape):
+    return torch.randn(*shape, dtype=torch.float64)
+
+
+def through(form):
+    return lambda x, b, bias=None: operator(x, b, bias, form)
+
+
+# functional takes a starred form at these sizes; the operator forms are forced.
+SUMMARIES = {"functional": functional.summary, **{form: through(form) for form in FORMS}}
+PAIRS = {
+    "functional": functional.summary_pair,
+    **{form: (lambda x, b, form=form: operator(x, b, None, form, True)) for form, pair in CASES if pair},
+}
+summaries = pytest.mark.parametrize("f", SUMMARIES.values(), ids=SUMMARIES)
+pairs = pytest.mark.parametrize("f", PAIRS.values(), ids=PAIRS)
+
+
+# vmap
+
+VMAPS = {
+    "x": ((0, None, None), ((4, 3, 5), (5, 2), (2,))),
+    "vectors": ((0, None, None), ((4, 5), (5, 2), (2,))),
+    "b": ((None, 0, None), ((3, 5), (4, 5, 2), (2,))),
+    "bias": ((None, None, 0), ((3, 5), (5, 2), (4, 2))),
+    "x and b": ((0, 0, None), ((4, 3, 5), (4, 5, 2), (2,))),
+    "all": ((0, 0, 0), ((4, 3, 5), (4, 5, 2), (4, 2))),
+    "vectors and b": ((0, 0, None), ((4, 5), (4, 5, 2), (2,))),
+    "other dimensions": ((1, 2, 1), ((3, 4, 5), (5, 2, 4), (2, 4))),
+    "last dimensions": ((-1, 1, None), ((3, 5, 4), (5, 4, 2), (2,))),
+    "batched x": ((2, None, 0), ((2, 3, 4, 5), (5, 2), (4, 2))),
+    "batched x and b": ((0, 0, None), ((4, 2, 3, 5), (4, 5, 2), (2,))),
+}
+
+
+def random_inputs(shapes):
+    return tuple(randn(*shape) for shape in shapes)
+
+
+@pytest.mark.parametrize("case", VMAPS)
+@summaries
+def test_vmap(f, case):
+    in_dims, shapes = VMAPS[case]
+    inputs = random_inputs(shapes)
+    close(vmap(f, in_dims)(*inputs), vmap(naive, in_dims)(*inputs))
+    close(vmap(f, in_dims, out_dims=1)(*inputs), vmap(naive, in_dims, out_dims=1)(*inputs))
+
+
+@pytest.mark.parametrize("case", [case for case, (in_dims, _) in VMAPS.items() if any(i is not None for i in in_dims[:2])])
+@pairs
+def test_vmap_of_a_pair(f, case):
+    in_dims, shapes = VMAPS[case]
+    inputs = random_inputs(shapes[:2])
+    close(tuple(vmap(f, in_dims[:2])(*inputs)), vmap(naive_pair, in_dims[:2])(*inputs))
+
+
+@pytest.mark.parametrize("order", [("x", "b"), ("b", "x"), ("x", "x"), ("b", "b"), ("bias", "x")], ids=str)
+@summaries
+def test_nested_vmap(f, order):
+    shapes = {"x": (2, 4), "b": (4, 3), "bias": (3,)}
+    for i, name in enumerate(reversed(order)):  # the outer batch of 6 ends up in front
+        shapes[name] = (5 + i, *shapes[name])
+    inputs = random_inputs(shapes.values())
+
+    def nest(f):
+        for name in reversed(order):
+            f = vmap(f, tuple(0 if other == name else None for other in shapes))
+        return f
+
+    close(nest(f)(*inputs), nest(naive)(*inputs))
+
+
+@summaries
+def test_gradients_flow_through_vmap(f):
+    for case, (in_dims, shapes) in VMAPS.items():
+        inputs = [t.requires_grad_() for t in random_inputs(shapes)]
+        got, expected = (torch.autograd.grad(vmap(g, in_dims)(*inputs).square().sum(), inputs) for g in (f, naive))
+        close(got, expected, msg=lambda m, case=case: f"{case}: {m}")
+
+
+@summaries
+def test_vmap_with_randomness_of_empty_rows(f):
+    close(vmap(f, (0, None))(randn(3, 0, 5), randn(5, 2)), torch.zeros(3, 0, 2, dtype=torch.float64))
+
+
+# Derivatives
+
+
+@summaries
+def test_per_sample_gradients_equal_a_loop(f):
+    x, b, bias = randn(6, 5), randn(5, 3), randn(3)
+
+    def value(b, bias, row):
+        return f(row, b, bias).pow(3).sum()
+
+    per_sample = vmap(grad(value, (0, 1)), (None, None, 0))(b, bias, x)
+    for i, row in enumerate(x):
+        leaves = b.clone().requires_grad_(), bias.clone().requires_grad_()
+        expected = torch.autograd.grad(naive(row, *leaves).pow(3).sum(), leaves)
+        close((per_sample[0][i], per_sample[1][i]), expected)
+
+
+@pytest.mark.parametrize("jacobian", [jacrev, jacfwd])
+@summaries
+def test_jacobians(f, jacobian):
+    inputs = randn(3, 4), randn(4, 2), randn(2)
+    close(jacobian(f, (0, 1, 2))(*inputs), jacrev(naive, (0, 1, 2))(*inputs))
+    if jacobian is jacrev:
+        close(jacrev(f, (0, 1, 2), chunk_size=2)(*inputs), jacrev(naive, (0, 1, 2))(*inputs))
+
+
+@pytest.mark.parametrize("jacobian", [jacrev, jacfwd])
+@pairs
+def test_jacobians_of_a_pair(f, jacobian):
+    inputs = randn(3, 4), randn(4, 2)
+    close(tuple(jacobian(f, (0, 1))(*inputs)), jacrev(naive_pair, (0, 1))(*inputs))
+
+
+NESTINGS = {
+    "forward over reverse": lambda f, argnums: jacfwd(jacrev(f, argnums), argnums),
+    "reverse over reverse": lambda f, argnums: jacrev(jacrev(f, argnums), argnums),
+    "reverse over forward": lambda f, argnums: jacrev(jacfwd(f, argnums), argnums),
+}
+
+
+def forward_over_forward(f, argnums):
+    return jacfwd(jacfwd(f, argnums), argnums)
+
+
+@pytest.mark.parametrize("nesting", NESTINGS)
+@summaries
+def test_hessians(f, nesting):
+    inputs = randn(3, 3), randn(3, 2), randn(2)
+
+    def value(g):
+        return lambda *inputs: g(*inputs).pow(2).sum()
+
+    for argnums in ((0, 1, 2), 1):
+        close(NESTINGS[nesting](value(f), argnums)(*inputs), NESTINGS["reverse over reverse"](value(naive), argnums)(*inputs))
+
+
+@pytest.mark.parametrize("nesting", NESTINGS)
+@pairs
+def test_hessians_of_a_pair(f, nesting):
+    inputs = randn(3, 3), randn(3, 2)
+
+    def value(g):
+        def inner(*inputs):
+            p, y = g(*inputs)
+            return (p * y).sum() + p.pow(3).sum()
+
+        return inner
+
+    expected = NESTINGS["reverse over reverse"](value(naive_pair), (0, 1))(*inputs)
+    close(NESTINGS[nesting](value(f), (0, 1))(*inputs), expected)
+
+
+@pytest.fixture
+def operators_only(monkeypatch):
+    """Dispatch takes an operator's form at any size."""
+    monkeypatch.setattr(dispatch, "OPERATOR_OVERHEAD", 0)
+    monkeypatch.setattr(functional, "_plans", {})
+    assert dispatch.plan(3, 3, 2).form[-1] != "*"
+
+
+@pytest.mark.parametrize("shape", [(3, 3, 2), (2, 2, 3)], ids=str)
+@pytest.mark.usefixtures("operators_only")
+def test_forward_over_forward(shape):
+    """Which no custom Function can do in PyTorch, so the library must not be one there."""
+    n, d, k = shape
+    inputs = randn(n, d), randn(d, k), randn(k)
+    got = forward_over_forward(lambda *t: functional.summary(*t).pow(2).sum(), (0, 1, 2))(*inputs)
+    close(got, jacrev(jacrev(lambda *t: naive(*t).pow(2).sum(), (0, 1, 2)), (0, 1, 2))(*inputs))
+
+    def value(f):
+        return lambda *inputs: torch.stack(tuple(f(*inputs))).pow(3).sum()
+
+    got = forward_over_forward(value(functional.summary_pair), (0, 1))(*inputs[:2])
+    close(got, jacrev(jacrev(value(naive_pair), (0, 1)), (0, 1))(*inputs[:2]))
+
+
+@summaries
+def test_hessians_of_each_sample(f):
+    x, b = randn(4, 3), randn(3, 2)
+
+    def per_sample(g):
+        return vmap(hessian(lambda b, row: g(row, b).pow(2).sum()), (None, 0))(b, x)
+
+    close(per_sample(f), per_sample(naive))
+
+
+@summaries
+def test_hessian_vector_product(f):
+    x, b, v = randn(5, 4), randn(4, 2), randn(4, 2)
+
+    def product(g):
+        return jvp(grad(lambda b: g(x, b).pow(2).sum()), (b,), (v,))[1]
+
+    close(product(f), product(naive))
+
+
+@summaries
+def test_vjp_and_linear_maps_of_empty_dimensions(f):
+    for n, d, k in ((0, 3, 2), (3, 0, 2), (3, 2, 0)):
+        inputs = randn(n, d), randn(d, k), randn(k)
+        y, pull = vjp(f, *inputs)
+        assert [g.shape for g in pull(torch.ones_like(y))] == [t.shape for t in inputs]
+        close(pull(torch.ones_like(y)), vjp(naive, *inputs)[1](torch.ones_like(y)))
+        tangents = random_inputs(t.shape for t in inputs)
+        close(jvp(f, inputs, tangents), jvp(naive, inputs, tangents))
+
+        def second(g, inputs=inputs, tangents=tangents):
+            return jvp(grad(lambda *inputs: g(*inputs).pow(2).sum(), (0, 1, 2)), inputs, tangents)[1]
+
+        close(second(f), second(naive))
+
+
+# Forward mode
+
+
+@pytest.mark.parametrize("gradients", [True, False])
+@pytest.mark.parametrize("needs", [(1, 1, 1), (1, 0, 0), (0, 1, 0), (0, 0, 1)], ids=str)
+@summaries
+def test_dual_numbers(f, needs, gradients):
+    inputs = randn(2, 3, 4), randn(4, 2), randn(2)
+    tangents = [randn(*t.shape) if need else torch.zeros_like(t) for t, need in zip(inputs, needs, strict=True)]
+    with torch.set_grad_enabled(gradients), forward_ad.dual_level():
+        duals = [
+            forward_ad.make_dual(t, u) if need else t for t, u, need in zip(inputs, tangents, needs, strict=True)
+        ]
+        got = forward_ad.unpack_dual(f(*duals))
+    close((got.primal, got.tangent), jvp(naive, inputs, tuple(tangents)))
+
+
+@pairs
+def test_dual_numbers_through_a_pair(f):
+    inputs = randn(3, 4), randn(4, 2)
+    tangents = random_inputs(t.shape for t in inputs)
+    with torch.no_grad(), forward_ad.dual_level():
+        out = [forward_ad.unpack_dual(o) for o in f(*map(forward_ad.make_dual, inputs, tangents))]
+    values, directions = jvp(naive_pair, inputs, tangents)
+    close(tuple(o.primal for o in out), values)
+    close(tuple(o.tangent for o in out), directions)
+
+
+# Batched gradients
+
+
+@pytest.mark.parametrize("batch", [(3,), (2, 3)], ids=str)
+@summaries
+def test_is_grads_batched(f, batch):
+    inputs = [t.requires_grad_() for t in (randn(*batch, 4), randn(4, 2), randn(2))]
+    upstream = randn(5, *batch, 2)
+    got, expected = (torch.autograd.grad(g(*inputs), inputs, upstream, is_grads_batched=True) for g in (f, naive))
+    close(got, expected)
+
+
+@pairs
+def test_is_grads_batched_of_a_pair(f):
+    inputs = [t.requires_grad_() for t in (randn(2, 3, 4), randn(4, 2))]
+    upstream = randn(5, 2, 3, 2), randn(5, 2, 3, 2)
+    got, expected = (torch.autograd.grad(g(*inputs), inputs, upstream, is_grads_batched=True) for g in (f, naive_pair))
+    close(got, expected)
+
+
+@summaries
+def test_vectorized_jacobian_and_hessian_of_autograd(f):
+    inputs = randn(3, 4), randn(4, 2)
+    got = torch.autograd.functional.jacobian(f, inputs, vectorize=True)
+    close(got, torch.autograd.functional.jacobian(naive, inputs))
+    got = torch.autograd.functional.hessian(lambda *t: f(*t).pow(2).sum(), inputs, vectorize=True)
+    close(got, torch.autograd.functional.hessian(lambda *t: naive(*t).pow(2).sum(), inputs))
+
+
+# Losses
+
+TARGET = torch.tensor([0, 2, -100, 1])
+LOSSES = {
+    "pair": (functional.summary_cross_entropy, naive_cross_entropy, ((4, 3), (3, 3))),
+    "head": (functional.summary_head_cross_entropy, naive_head_cross_entropy, ((4, 3), (3, 2), (3, 2), (3,))),
+}
+losses = pytest.mark.parametrize("kind", LOSSES)
+
+
+def both_losses(kind):
+    ours, theirs, shapes = LOSSES[kind]
+    return ours, theirs, tuple(0.5 * t for t in random_inputs(shapes))
+
+
+@pytest.mark.parametrize("nesting", [*NESTINGS.values(), forward_over_forward], ids=[*NESTINGS, "forward over forward"])
+@losses
+def test_hessian_of_a_loss(kind, nesting):
+    ours, theirs, inputs = both_losses(kind)
+    argnums = tuple(range(len(inputs)))
+    got = nesting(lambda *t: ours(*t, TARGET), argnums)(*inputs)
+    close(got, NESTINGS["reverse over reverse"](lambda *t: theirs(*t, TARGET), argnums)(*inputs))
+
+
+@losses
+def test_jvp_and_jacobian_of_a_loss(kind):
+    ours, theirs, inputs = both_losses(kind)
+    tangents = random_inputs(t.shape for t in inputs)
+    for options in ({"reduction": "sum"}, {"reduction": "none"}, {"weights": (0.5, 2.0, 3.0)}):
+        f, g = (lambda *t, h=h, options=options: h(*t, TARGET, **options) for h in (ours, theirs))
+        close(jvp(f, inputs, tangents), jvp(g, inputs, tangents))
+        close(jacrev(f, tuple(range(len(inputs))))(*inputs), jacrev(g, tuple(range(len(inputs))))(*inputs))
+
+
+@losses
+def test_dual_numbers_through_a_loss_without_gradients(kind):
+    ours, theirs, inputs = both_losses(kind)
+    tangents = random_inputs(t.shape for t in inputs)
+    with torch.no_grad(), forward_ad.dual_level():
+        got = forward_ad.unpack_dual(ours(*map(forward_ad.make_dual, inputs, tangents), TARGET))
+    close((got.primal, got.tangent), jvp(lambda *t: theirs(*t, TARGET), inputs, tangents))
+
+
+@losses
+def test_per_sample_gradients_of_a_loss(kind):
+    ours, theirs, (x, *rest) = both_losses(kind)
+    target = TARGET.clamp_min(0)
+    argnums = tuple(range(1, len(rest) + 1))
+
+    def per_sample(f):
+        return vmap(grad(lambda row, *t: f(row, *t[:-1], t[-1]), argnums), (0, *(None for _ in rest), 0))(x, *rest, target)
+
+    def naive_rows(row, *t):
+        return theirs(row[None], *t[:-1], t[-1][None])
+
+    close(per_sample(ours), per_sample(naive_rows))
+
+
+@losses
+def test_vmap_of_a_loss_over_models(kind):
+    ours, theirs, (x, *rest) = both_losses(kind)
+    stacked = [torch.stack((t, 2 * t, -t)) for t in rest]
+    got = vmap(lambda *t: ours(x, *t, TARGET))(*stacked)
+    close(got, torch.stack([theirs(x, *(s[i] for s in stacked), TARGET) for i in range(3)]))
+
+
+@losses
+def test_is_grads_batched_of_a_loss(kind):
+    ours, theirs, inputs = both_losses(kind)
+    inputs = [t.requires_grad_() for t in inputs]
+    for reduction, shape in (("mean", (5,)), ("none", (5, 4))):
+        upstream = randn(*shape)
+        got, expected = (
+            torch.autograd.grad(f(*inputs, TARGET, reduction=reduction), inputs, upstream, is_grads_batched=True)
+            for f in (ours, theirs)
+        )
+        close(got, expected)
+
+
+def test_functional_call_of_a_module():
+    class Layer(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(randn(2, 4))
+
+        def forward(self, x):
+            return functional.summary(x, self.weight.t())
+
+    layer, x, weights = Layer(), randn(3, 4), randn(5, 2, 4)
+    got = vmap(lambda w: functional_call(layer, {"weight": w}, (x,)))(weights)
+    close(got, torch.stack([naive(x, w.t()) for w in weights]))

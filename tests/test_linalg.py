@@ -1,0 +1,233 @@
+"""Small shared maths: Gram matrix, effective weight, polar factor, least-squares code, and the identities behind the layer."""
+
+import pytest
+import torch
+from torch.autograd import gradcheck
+
+from interp_nn import functional, linalg
+
+close = torch.testing.assert_close
+SHAPES = [(8, 3), (3, 8), (5, 5), (1, 4), (4, 1)]
+
+
+def randn(*shape, dtype=torch.float64):
+    return torch.randn(*shape, dtype=dtype)
+
+
+def orthonormal(d, k):
+    return torch.linalg.qr(randn(d, k)).Q
+
+
+def with_singular_values(d, k, values):
+    s = torch.tensor(values, dtype=torch.float64)
+    return orthonormal(d, len(values)) * s @ orthonormal(k, len(values)).mT
+
+
+@pytest.mark.parametrize("shape", [*SHAPES, (0, 3), (3, 0)], ids=str)
+def test_gram_and_effective_weight(shape):
+    b, x = randn(*shape), randn(6, shape[0])
+    close(functional.gram(b), b.mT @ b)
+    close(functional.effective_weight(b), b @ b.mT @ b)
+    close(x @ functional.effective_weight(b), functional.summary(x, b))
+
+
+def test_effective_weight_takes_the_smaller_square():
+    from torch.utils.flop_counter import FlopCounterMode
+
+    for d, k in ((9, 2), (2, 9)):
+        with FlopCounterMode(display=False) as counter:
+            functional.effective_weight(randn(d, k))
+        assert counter.get_total_flops() == 2 * 2 * d * k * min(d, k)
+
+
+def test_batches_of_matrices():
+    b = randn(3, 5, 2)
+    close(linalg.gram(b), torch.stack([linalg.gram(m) for m in b]))
+    close(linalg.effective_weight(b), torch.stack([linalg.effective_weight(m) for m in b]))
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_singular_values_are_cubed(shape):
+    b = randn(*shape)
+    s, cubes = linalg.singular_values(b), linalg.singular_values(functional.effective_weight(b))
+    assert ((cubes - s.pow(3)).abs() <= 1e-12 * cubes.max()).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_cube_root_undoes_effective_weight(shape, dtype):
+    b = randn(*shape).to(dtype)
+    root = linalg.cube_root(b)
+    assert root.dtype == dtype and root.shape == b.shape
+    tolerance = 20 * torch.finfo(dtype).eps
+    close(linalg.effective_weight(root.double()), b.double(), rtol=0.0, atol=tolerance * float(b.double().norm()))
+    if dtype == torch.float64:
+        close(linalg.cube_root(linalg.effective_weight(b)), b)
+
+
+def test_orthogonality_defect():
+    assert linalg.orthogonality_defect(orthonormal(6, 3)) < 1e-14
+    assert linalg.orthogonality_defect(2 * orthonormal(6, 3)) == pytest.approx(1.0)
+    assert linalg.orthogonality_defect(orthonormal(3, 3).mT[:2]) < 1e-14
+    assert linalg.orthogonality_defect(torch.zeros(4, 2)) == 1.0
+    assert linalg.orthogonality_defect(torch.zeros(4, 0)) == 0.0
+
+
+# Orthogonalize
+
+
+def polar_factor(b):
+    u, _, vh = torch.linalg.svd(b.double(), full_matrices=False)
+    return u @ vh
+
+
+def identity_defect(factor):
+    """max |G - I| of the smaller Gram matrix, in fp64."""
+    factor = factor.double()
+    g = factor.mT @ factor if factor.shape[1] <= factor.shape[0] else factor @ factor.mT
+    return float((g - torch.eye(g.shape[0], dtype=torch.float64)).abs().max())
+
+
+LIMITS = {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 2e-2, torch.float16: 2e-3}
+
+
+@pytest.mark.parametrize("dtype", LIMITS, ids=str)
+@pytest.mark.parametrize("shape", [(64, 16), (16, 64), (7, 5), (1, 6), (6, 1), (1, 1)], ids=str)
+def test_orthogonalize_reaches_the_polar_factor(shape, dtype):
+    b = randn(*shape).to(dtype)
+    factor, defect, iterations = functional.orthogonalize(b)
+    assert factor.dtype == dtype and factor.shape == shape and iterations < 40
+    assert identity_defect(factor) <= LIMITS[dtype]
+    assert defect == linalg.orthogonality_defect(factor) and defect <= LIMITS[dtype]
+    condition = float(linalg.singular_values(b).max() / linalg.singular_values(b).min())
+    assert (factor.double() - polar_factor(b)).abs().max() <= 4 * condition * LIMITS[dtype]
+
+
+@pytest.mark.parametrize("scale", [1e20, 1e-20, 1.0])
+@pytest.mark.parametrize("shape", [(32, 8), (8, 32), (9, 9)], ids=str)
+def test_orthogonalize_at_any_scale_and_condition(shape, scale):
+    values = torch.logspace(0, -4, min(shape), dtype=torch.float64).tolist()
+    b = (scale * with_singular_values(*shape, values)).float()
+    factor, defect, _ = functional.orthogonalize(b)
+    assert defect <= 1e-6 and identity_defect(factor) <= 1e-6
+    exact = functional.orthogonalize(b.double()).factor
+    close(exact, polar_factor(b), rtol=0.0, atol=1e-10)
+
+
+def test_orthogonalize_keeps_what_is_orthonormal():
+    q = orthonormal(9, 4)
+    close(functional.orthogonalize(q).factor, q, rtol=0.0, atol=1e-14)
+    close(functional.orthogonalize(-3 * q).factor, -q, rtol=0.0, atol=1e-14)
+
+
+@pytest.mark.parametrize("shape", [(6, 4), (4, 6)], ids=str)
+def test_orthogonalize_reports_that_a_rank_is_missing(shape):
+    b = with_singular_values(max(shape), 3, [3.0, 2.0, 1.0])
+    b = torch.cat((b, b[:, :1]), 1)
+    factor, defect, iterations = functional.orthogonalize(b if shape[0] > shape[1] else b.mT)
+    assert defect == pytest.approx(1.0, abs=1e-9) and iterations == 100
+    assert (linalg.singular_values(factor)[:3] - 1).abs().max() < 1e-10
+
+
+def test_orthogonalize_zeros_and_nothing():
+    factor, defect, _ = functional.orthogonalize(torch.zeros(4, 2))
+    assert factor.eq(0).all() and defect == 1.0
+    for shape in ((0, 3), (3, 0), (0, 0)):
+        factor, defect, iterations = functional.orthogonalize(torch.zeros(shape))
+        assert (factor.shape, defect, iterations) == (torch.Size(shape), 0.0, 0)
+
+
+def test_orthogonalize_says_nan_for_nan():
+    b = randn(4, 2)
+    b[0, 0] = torch.nan
+    assert functional.orthogonalize(b).defect != functional.orthogonalize(b).defect
+
+
+def test_orthogonalize_stops_where_it_is_told():
+    b = randn(20, 6)
+    full = functional.orthogonalize(b)
+    loose = functional.orthogonalize(b, tolerance=0.1)
+    assert loose.iterations < full.iterations
+    g = linalg.gram(loose.factor)
+    assert full.defect < torch.linalg.matrix_norm(g - torch.eye(6, dtype=g.dtype)) <= 0.1
+    for most in (0, 1, 3):
+        limited = functional.orthogonalize(b, max_iterations=most)
+        assert limited.iterations == most and limited.defect > full.defect
+
+
+@pytest.mark.parametrize("shape", [(4, 2), (2, 4)], ids=str)
+def test_orthogonalize_is_differentiable(shape):
+    b = randn(*shape).requires_grad_()
+    assert gradcheck(lambda b: functional.orthogonalize(b).factor, b)
+    expected = torch.autograd.grad((polar_factor(b) * torch.ones(shape, dtype=b.dtype).cumsum(0)).sum(), b)[0]
+    got = torch.autograd.grad((functional.orthogonalize(b).factor * torch.ones_like(b).cumsum(0)).sum(), b)[0]
+    close(got, expected)
+
+
+def test_orthogonalize_leaves_its_argument_alone():
+    b = randn(5, 3)
+    before = b.clone()
+    functional.orthogonalize(b).factor.add_(1)
+    assert torch.equal(b, before)
+    empty = torch.zeros(0, 3)
+    assert functional.orthogonalize(empty).factor is not empty
+
+
+# The code of least squares
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("batch", [(), (4,), (2, 3)], ids=str)
+def test_inverse_summary_is_the_least_squares_code(batch, dtype):
+    x, b = randn(*batch, 8).to(dtype), (randn(8, 3) + 2 * torch.eye(8, 3)).to(dtype)
+    z = functional.inverse_summary(x, b)
+    assert z.dtype == dtype and z.shape == (*batch, 3)
+    exact = torch.linalg.lstsq(b.double(), x.double().reshape(-1, 8).mT).solution.mT.reshape(*batch, 3)
+    close(z.double(), exact, rtol=0.0, atol=100 * torch.finfo(dtype).eps * float(exact.abs().max()))
+
+
+def test_inverse_summary_equals_the_summary_for_orthonormal_b_only():
+    x, b = randn(6, 8), orthonormal(8, 3)
+    close(functional.inverse_summary(x, b), functional.summary(x, b))
+    assert (functional.inverse_summary(x, 2 * b) - functional.summary(x, 2 * b)).abs().max() > 0.1
+
+
+def test_inverse_summary_of_a_singular_gram_matrix():
+    with pytest.raises(torch.linalg.LinAlgError, match="singular"):
+        functional.inverse_summary(randn(4, 3), torch.zeros(3, 2, dtype=torch.float64))
+
+
+# What the layer stands on
+
+
+def test_projection_and_summary_agree_at_orthonormal_b():
+    p, y = functional.summary_pair(randn(20, 16), orthonormal(16, 5))
+    assert (p - y).abs().max() <= 1e-12
+    p, y = functional.summary_pair(randn(20, 16), 1.1 * orthonormal(16, 5))
+    assert (p - y).abs().max() > 0.1
+
+
+def relation(x, z, b):
+    """Largest error in b = Xᵀ Z, X b = X Xᵀ Z, and X b bᵀ b = X Xᵀ Z Zᵀ X Xᵀ Z."""
+    p, y = functional.summary_pair(x, b)
+    errors = (b - x.mT @ z, p - x @ x.mT @ z, y - x @ x.mT @ z @ z.mT @ x @ x.mT @ z)
+    return [float(e.abs().max()) for e in errors]
+
+
+def test_linear_and_non_linear_forms_agree_under_their_premises():
+    """With X = Z bᵀ and both Z and b orthonormal, the learned filters are a function of the data and its code alone."""
+    z, b = orthonormal(20, 5), orthonormal(12, 5)
+    x = z @ b.mT
+    assert max(relation(x, z, b)) <= 1e-12
+    s = linalg.singular_values(x)
+    close(s[:5], torch.ones(5, dtype=s.dtype))
+    assert s[5:].max() <= 1e-12
+
+
+def test_the_relation_needs_its_premises():
+    """It forces every non-zero singular value of X to be 1, so it holds for no generic X."""
+    z, b = orthonormal(20, 5), orthonormal(12, 5)
+    stretched = z * torch.linspace(0.5, 2.0, 5, dtype=z.dtype) @ b.mT
+    assert min(relation(stretched, z, b)) > 0.05
+    generic = randn(20, 12)
+    assert min(relation(generic, functional.summary_pair(generic, b).projection, b)) > 0.05
