@@ -34,7 +34,9 @@ def naive_loss(o1, o2, target, weights=(1.0, 1.0, 1.0), ignore_index=-100, reduc
     wide = torch.float64 if o1.dtype == torch.float64 else torch.float32
     m, kept = o1.shape[-1], (target != ignore_index).flatten()
     o1, o2 = o1.to(wide).reshape(-1, m), o2.to(wide).reshape(-1, m)
-    first, second = (F.cross_entropy(o, target.flatten(), ignore_index=ignore_index, reduction="none") for o in (o1, o2))
+    first, second = (
+        F.cross_entropy(o, target.flatten(), ignore_index=ignore_index, reduction="none") for o in (o1, o2)
+    )
     mse = torch.where(kept, (o1 - o2).square().mean(1), 0.0)
     rows = weights[0] * first + weights[1] * second + weights[2] * mse
     if reduction == "none":

@@ -149,7 +149,11 @@ def test_head_form_is_the_lesser_of_the_two(sizes):
 
 def test_a_plan_explains_itself():
     plan = interp_nn.plan(4096, 512, 64)
-    assert (plan.engine, plan.association, plan.flops) == ("reference", "B", dispatch.products(plan.form, 4096, 512, 64, False, True, True)[0])
+    assert (plan.engine, plan.association, plan.flops) == (
+        "reference",
+        "B",
+        dispatch.products(plan.form, 4096, 512, 64, False, True, True)[0],
+    )
     text = str(plan)
     assert text.startswith(f"reference, {plan.form}: X (b (bᵀb)); ")
     assert f"{plan.flops / 1e6:.4g} MFLOP in 9 products" in text and "cost of the others: A 1." in text

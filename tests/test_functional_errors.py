@@ -49,13 +49,21 @@ BAD_TWO = {
     "integer x": (lambda: (t(*X).long(), t(*B)), TypeError, f"x: got dtype torch.int64, {REAL}"),
     "boolean b": (lambda: (t(*X), t(*B).bool()), TypeError, f"b: got dtype torch.bool, {REAL}"),
     "complex x": (lambda: (t(*X) + 0j, t(*B)), TypeError, f"x: got dtype torch.complex64, {REAL}"),
-    "float8 b": (lambda: (t(*X), t(*B).to(torch.float8_e4m3fn)), TypeError, f"b: got dtype torch.float8_e4m3fn, {REAL}"),
+    "float8 b": (
+        lambda: (t(*X), t(*B).to(torch.float8_e4m3fn)),
+        TypeError,
+        f"b: got dtype torch.float8_e4m3fn, {REAL}",
+    ),
     "mixed dtypes": (
         lambda: (t(*X), t(*B).double()),
         TypeError,
         "b: got dtype torch.float64, want torch.float32, the dtype of x",
     ),
-    "mixed devices": (lambda: (t(*X), t(*B, device="meta")), ValueError, "b: got device meta, want cpu, the device of x"),
+    "mixed devices": (
+        lambda: (t(*X), t(*B, device="meta")),
+        ValueError,
+        "b: got device meta, want cpu, the device of x",
+    ),
     "no tensor x": (lambda: ([[0.5] * 4] * 3, t(*B)), TypeError, "x: got list, want a torch.Tensor"),
     "no tensor b": (lambda: (t(*X), None), TypeError, "b: got NoneType, want a torch.Tensor"),
     "numpy b": (lambda: (t(*X), t(*B).numpy()), TypeError, "b: got ndarray, want a torch.Tensor"),
@@ -65,7 +73,9 @@ BAD_TWO = {
 
 
 def check_untouched(call, tensors):
-    tensors = [v for v in tensors if isinstance(v, torch.Tensor) and v.layout is torch.strided and v.device.type == "cpu"]
+    tensors = [
+        v for v in tensors if isinstance(v, torch.Tensor) and v.layout is torch.strided and v.device.type == "cpu"
+    ]
     before = [(v.clone(), v._version) for v in tensors]
     call()
     assert all(torch.equal(v, old) and v._version == version for v, (old, version) in zip(tensors, before, strict=True))
@@ -89,7 +99,9 @@ def test_x_and_b(function, case):
 ONE = {"gram": f.gram, "effective_weight": f.effective_weight, "orthogonalize": f.orthogonalize}
 
 
-@pytest.mark.parametrize("case", ["b of one dimension", "b of three dimensions", "boolean b", "no tensor b", "sparse b"])
+@pytest.mark.parametrize(
+    "case", ["b of one dimension", "b of three dimensions", "boolean b", "no tensor b", "sparse b"]
+)
 @pytest.mark.parametrize("function", ONE.values(), ids=ONE)
 def test_b_alone(function, case):
     make, error, message = BAD_TWO[case]
@@ -114,8 +126,16 @@ def test_bias(case):
 
 
 BAD_HEAD = {
-    "weight's columns": ({"a": t(5, 3)}, ValueError, "output_weight: got shape (5, 3), want (classes, 2) for b of shape"),
-    "weight's rank": ({"a": t(5)}, ValueError, "output_weight: got shape (5,), want (classes, 2) for b of shape (4, 2)"),
+    "weight's columns": (
+        {"a": t(5, 3)},
+        ValueError,
+        "output_weight: got shape (5, 3), want (classes, 2) for b of shape",
+    ),
+    "weight's rank": (
+        {"a": t(5)},
+        ValueError,
+        "output_weight: got shape (5,), want (classes, 2) for b of shape (4, 2)",
+    ),
     "weight's dtype": ({"a": t(*A).half()}, TypeError, "output_weight: got dtype torch.float16, want torch.float32"),
     "bias's length": ({"c": t(4)}, ValueError, "output_bias: got shape (4,), want (5,) for output_weight (5, 2)"),
     "bias's rank": ({"c": t(1, 5)}, ValueError, "output_bias: got shape (1, 5), want (5,) for output_weight (5, 2)"),
@@ -139,8 +159,16 @@ BAD_LOSS = {
     "target's dtype": ({"target": TARGET.int()}, TypeError, "target: got dtype torch.int32, want int64 class indices"),
     "probabilities": ({"target": t(3, 2)}, TypeError, "target: got dtype torch.float32, want int64 class indices"),
     "target's length": ({"target": TARGET[:2]}, ValueError, "target: got shape (2,), want (3,), x's without its last"),
-    "target's rank": ({"target": TARGET[None]}, ValueError, "target: got shape (1, 3), want (3,), x's without its last"),
-    "target's device": ({"target": TARGET.to("meta")}, ValueError, "target: got device meta, want cpu, the device of x"),
+    "target's rank": (
+        {"target": TARGET[None]},
+        ValueError,
+        "target: got shape (1, 3), want (3,), x's without its last",
+    ),
+    "target's device": (
+        {"target": TARGET.to("meta")},
+        ValueError,
+        "target: got device meta, want cpu, the device of x",
+    ),
     "reduction": ({"reduction": "avg"}, ValueError, "reduction: got 'avg', want one of ('mean', 'sum', 'none')"),
     "no reduction": ({"reduction": None}, ValueError, "reduction: got None, want one of ('mean', 'sum', 'none')"),
     "two weights": ({"weights": (1, 2)}, ValueError, "weights: got (1, 2), want three finite numbers"),
@@ -179,7 +207,7 @@ def test_a_remembered_problem_still_checks_its_bias():
         if expected is None:
             f.summary(t(*X), t(*B), bias)
         else:
-            with pytest.raises(expected, match="^bias: got"):
+            with pytest.raises(expected, match=r"^bias: got"):
                 f.summary(t(*X), t(*B), bias)
 
 
@@ -221,7 +249,9 @@ def run(code, **environment):
 
 
 def test_an_unknown_engine_in_the_environment_fails_at_use_not_at_import():
-    code = "import torch, interp_nn; print('imported'); interp_nn.functional.summary(torch.ones(3, 4), torch.ones(4, 2))"
+    code = (
+        "import torch, interp_nn; print('imported'); interp_nn.functional.summary(torch.ones(3, 4), torch.ones(4, 2))"
+    )
     result = run(["-c", code], INTERP_NN_ENGINE="warp")
     assert result.returncode == 1 and result.stdout == "imported\n"
     assert re.search(r"ValueError: INTERP_NN_ENGINE: unknown engine 'warp'; this build has reference", result.stderr)

@@ -7,8 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._functorch import eager_transforms
 from torch.autograd import Function, forward_ad
+
+try:
+    from torch._functorch import eager_transforms
+except ImportError:
+    eager_transforms = None  # type: ignore[assignment]
 
 _LIBRARY = torch.library.Library("interp_nn", "DEF")
 

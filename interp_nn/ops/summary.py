@@ -41,9 +41,7 @@ def row_count(x: Tensor) -> int:
 def _summary(x: Tensor, b: Tensor, bias: Tensor | None, plan: str) -> tuple[Tensor, list[Tensor]]:
     engine, form = dispatch.resolve(plan)
     _, y, kept = engines.get(engine).forward(as_rows(x), b, bias, form, False)
-    return y.view(*x.shape[:-1], b.shape[1]), [
-        t.contiguous() for t in kept
-    ]  # the strides that the fake kernel promises
+    return y.view(*x.shape[:-1], b.shape[1]), _as_promised(kept, b)
 
 
 def _summary_pair(x: Tensor, b: Tensor, plan: str) -> tuple[Tensor, Tensor, list[Tensor]]:
@@ -51,18 +49,15 @@ def _summary_pair(x: Tensor, b: Tensor, plan: str) -> tuple[Tensor, Tensor, list
     p, y, kept = engines.get(engine).forward(as_rows(x), b, None, form, True)
     shape = (*x.shape[:-1], b.shape[1])
     kept = kept[1:] if _keeps_projection(form) else kept
-    return p.view(shape), y.view(shape), [t.contiguous() for t in kept]
+    return p.view(shape), y.view(shape), _as_promised(kept, b)
 
 
 def _summary_backward(
     dp: Tensor | None, dy: Tensor | None, x: Tensor, b: Tensor, kept: Sequence[Tensor], plan: str, needs: Sequence[bool]
 ) -> list[Tensor]:
     engine, form = dispatch.resolve(plan)
-    dp, dy, kept = (
-        _rows_if_any(dp),
-        _rows_if_any(dy),
-        list(map(as_rows, kept)),
-    )  # a pair's own P may have batch dimensions
+    dp, dy = _rows_if_any(dp), _rows_if_any(dy)
+    kept = list(map(as_rows, kept))  # a pair's own P may have batch dimensions
     dx, db = engines.get(engine).backward(dp, dy, as_rows(x), b, kept, form, needs[0], needs[1])
     out = [] if dx is None else [dx.view(x.shape)]
     if db is not None:
@@ -76,12 +71,21 @@ def _keeps_projection(form: str) -> bool:
     return dispatch.KEEPS[form][:1] == ("P",)
 
 
+def _as_promised(kept: Sequence[Tensor], b: Tensor) -> list[Tensor]:
+    """What a form keeps, with the strides that the fake kernels promise: W in b's order, the others contiguous."""
+    in_order = reference.column_major(b)
+    return [t if in_order and t.shape == b.shape else t.contiguous() for t in kept]
+
+
 def _fake_kept(x: Tensor, b: Tensor, plan: str, pair: bool) -> list[Tensor]:
     _, form = dispatch.resolve(plan)
     n, (d, k) = row_count(x), b.shape
     shapes = {"P": (n, k), "G": (k, k), "W": (d, k), "Q": (n, d), "R": (n, d), "K": (d, d)}
     names = dispatch.KEEPS[form]
-    return [x.new_empty(shapes[name]) for name in names if not (pair and name == "P")]
+    kept = {name: x.new_empty(shapes[name]) for name in names if not (pair and name == "P")}
+    if "W" in kept and reference.column_major(b):
+        kept["W"] = x.new_empty(k, d).mT
+    return list(kept.values())
 
 
 def _fake_summary(x: Tensor, b: Tensor, bias: Tensor | None, plan: str) -> tuple[Tensor, list[Tensor]]:

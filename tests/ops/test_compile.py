@@ -50,7 +50,9 @@ def cross_entropy_of_rows(x, b, _):
 
 
 def head(x, b, c):
-    return functional.summary_head_cross_entropy(x, b, torch.arange(12.0, dtype=x.dtype).view(4, 3) / 12, c, target_for(x))
+    return functional.summary_head_cross_entropy(
+        x, b, torch.arange(12.0, dtype=x.dtype).view(4, 3) / 12, c, target_for(x)
+    )
 
 
 # Each with the operator that must be in its graph, and the length of its last argument.
@@ -98,7 +100,7 @@ def recording(targets):
 def test_compiled_equals_eager(call, dynamic):
     targets = []
     compiled = torch.compile(call, fullgraph=True, dynamic=dynamic, backend=recording(targets))
-    for n in (8, 16, 200) if dynamic else (8,):
+    for n in (8, 200) if dynamic else (8,):
         given = inputs(call, n)
         torch.testing.assert_close(run(compiled, given), run(call, given), rtol=1e-5, atol=1e-5)
     operator = CALLS[call][0]
@@ -110,7 +112,7 @@ def test_compiled_equals_eager(call, dynamic):
 def test_many_sizes_share_few_graphs():
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(summary, fullgraph=True, backend=counter)
-    for n in (8, 9, 11, 13, 17, 19, 23):
+    for n in (8, 9, 13, 23):
         given = inputs(summary, n)
         torch.testing.assert_close(run(compiled, given), run(summary, given), rtol=1e-5, atol=1e-5)
     assert counter.frame_count <= 3

@@ -74,7 +74,7 @@ def loss_arguments(form, head, reduction, needs, dtype=torch.float32):
 
 
 @pytest.mark.parametrize(("reduction", "needs"), [("mean", [False, True, False, True]), ("none", [True] * 4)], ids=str)
-@pytest.mark.parametrize(("form", "head"), [case for case in LOSSES if case[0] in ("A+", "D", "flat", "latent")])
+@pytest.mark.parametrize(("form", "head"), [case for case in LOSSES if case[0] in ("A+", "flat", "latent")])
 def test_opcheck_losses(form, head, reduction, needs):
     arguments = loss_arguments(form, head, reduction, needs)
     opcheck(OPS.summary_cross_entropy.default, arguments)
@@ -105,22 +105,23 @@ def agrees(real, fake):
 @pytest.mark.parametrize("batch", [(), (0,), (9,), (2, 1), (140,)], ids=str)
 @pytest.mark.parametrize(("form", "pair"), CASES)
 def test_fake_and_meta_agree_with_real(form, pair, batch, make_b, dtype):
-    token, (d, k) = f"reference:{form}", (6, 4)
-    x, b = randn(*batch, d).to(dtype), make_b(d, k).to(dtype)
+    token = f"reference:{form}"
 
     def run(x, b):
         out = OPS.summary_pair(x, b, token) if pair else OPS.summary(x, b, None, token)
         kept = list(out[-1])
         if pair and dispatch.KEEPS[form][:1] == ("P",):
             kept.insert(0, out[0])
-        grads = OPS.summary_backward(out[0] if pair else None, out[1] if pair else out[0], x, b, kept, token, [True] * 3)
-        return [*out, grads]
+        dp, dy = (out[0], out[1]) if pair else (None, out[0])
+        return [*out, OPS.summary_backward(dp, dy, x, b, kept, token, [True] * 3)]
 
-    real = run(x, b)
-    agrees(real, run(x.to("meta"), b.to("meta")))
-    with FakeTensorMode() as mode:
-        fake = run(mode.from_tensor(x), mode.from_tensor(b))
-    agrees(real, fake)
+    for d, k in ((6, 4), (4, 4), (3, 5), (1, 4), (4, 1)):
+        x, b = randn(*batch, d).to(dtype), make_b(d, k).to(dtype)
+        real = run(x, b)
+        agrees(real, run(x.to("meta"), b.to("meta")))
+        with FakeTensorMode() as mode:
+            fake = run(mode.from_tensor(x), mode.from_tensor(b))
+        agrees(real, fake)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)

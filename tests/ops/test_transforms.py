@@ -59,7 +59,9 @@ def test_vmap(f, case):
     close(vmap(f, in_dims, out_dims=1)(*inputs), vmap(naive, in_dims, out_dims=1)(*inputs))
 
 
-@pytest.mark.parametrize("case", [case for case, (in_dims, _) in VMAPS.items() if any(i is not None for i in in_dims[:2])])
+@pytest.mark.parametrize(
+    "case", [case for case, (in_dims, _) in VMAPS.items() if any(i is not None for i in in_dims[:2])]
+)
 @pairs
 def test_vmap_of_a_pair(f, case):
     in_dims, shapes = VMAPS[case]
@@ -149,7 +151,10 @@ def test_hessians(f, nesting):
         return lambda *inputs: g(*inputs).pow(2).sum()
 
     for argnums in ((0, 1, 2), 1):
-        close(NESTINGS[nesting](value(f), argnums)(*inputs), NESTINGS["reverse over reverse"](value(naive), argnums)(*inputs))
+        close(
+            NESTINGS[nesting](value(f), argnums)(*inputs),
+            NESTINGS["reverse over reverse"](value(naive), argnums)(*inputs),
+        )
 
 
 @pytest.mark.parametrize("nesting", NESTINGS)
@@ -238,9 +243,7 @@ def test_dual_numbers(f, needs, gradients):
     inputs = randn(2, 3, 4), randn(4, 2), randn(2)
     tangents = [randn(*t.shape) if need else torch.zeros_like(t) for t, need in zip(inputs, needs, strict=True)]
     with torch.set_grad_enabled(gradients), forward_ad.dual_level():
-        duals = [
-            forward_ad.make_dual(t, u) if need else t for t, u, need in zip(inputs, tangents, needs, strict=True)
-        ]
+        duals = [forward_ad.make_dual(t, u) if need else t for t, u, need in zip(inputs, tangents, needs, strict=True)]
         got = forward_ad.unpack_dual(f(*duals))
     close((got.primal, got.tangent), jvp(naive, inputs, tuple(tangents)))
 
@@ -335,7 +338,9 @@ def test_per_sample_gradients_of_a_loss(kind):
     argnums = tuple(range(1, len(rest) + 1))
 
     def per_sample(f):
-        return vmap(grad(lambda row, *t: f(row, *t[:-1], t[-1]), argnums), (0, *(None for _ in rest), 0))(x, *rest, target)
+        return vmap(grad(lambda row, *t: f(row, *t[:-1], t[-1]), argnums), (0, *(None for _ in rest), 0))(
+            x, *rest, target
+        )
 
     def naive_rows(row, *t):
         return theirs(row[None], *t[:-1], t[-1][None])
