@@ -179,15 +179,25 @@ def head_form(n: int, d: int, k: int, m: int) -> str:
 
 def choose(n: int, d: int, k: int, pair: bool, need_x: bool, need_b: bool) -> str:
     """The token of the plan for a summary or pair. While compiling, operators: there they cost nothing extra."""
-    if torch.compiler.is_exporting():  # one program for every n, so the form of a large one, and no guard on n
-        return f"{engine()}:{'E' if k > d else 'A+' if pair else 'B'}"
-    composed = not torch.compiler.is_compiling()
-    return f"{engine()}:{cheapest(n, d, k, pair, need_x, need_b, composed)}"
+    name = engine()
+    if torch.compiler.is_exporting():
+        return f"{name}:{_for_any_rows(d, k, pair)}"
+    composed = name == "reference" and not torch.compiler.is_compiling()
+    return f"{name}:{cheapest(n, d, k, pair, need_x, need_b, composed)}"
 
 
 def choose_loss(n: int, d: int, k: int, m: int | None, need_x: bool, need_b: bool) -> str:
     """The token of the plan for a loss: of the pair (m None: classes are the k columns), or of a head with m classes."""
-    return f"{engine()}:{cheapest(n, d, k, True, need_x, need_b, False) if m is None else head_form(n, d, k, m)}"
+    if torch.compiler.is_exporting():
+        form = _for_any_rows(d, k, True) if m is None else "flat" if 2 * m < k else "latent"
+    else:
+        form = cheapest(n, d, k, True, need_x, need_b, False) if m is None else head_form(n, d, k, m)
+    return f"{engine()}:{form}"
+
+
+def _for_any_rows(d: int, k: int, pair: bool) -> str:
+    """The form of a large n. An exported program serves every n, and a choice by n would guard on it."""
+    return "E" if k > d else "A+" if pair else "B"
 
 
 def resolve(token: str) -> tuple[str, str]:

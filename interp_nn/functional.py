@@ -137,8 +137,9 @@ def orthogonalize(b: Tensor, tolerance: float | None = None, max_iterations: int
     """The polar factor of b (d, k), its nearest matrix with orthonormal columns (rows for k > d), by Newton-Schulz.
 
     Iterates b <- b (3 I - bᵀb) / 2 in fp32 (fp64 for float64) until the Frobenius norm of bᵀb - I is at most `tolerance`
-    (default: rounding), or for `max_iterations`. Returns (factor, defect, iterations); the defect, max |s - 1| over the
-    singular values, tells when b was rank-deficient and no such matrix is near.
+    (default: rounding), or for `max_iterations`. Returns (factor, defect, iterations), the defect being max |s - 1| over
+    the singular values. Exactly zero singular values stay zero, and the defect is then 1; where b is rank-deficient but
+    for rounding, its missing directions come out orthonormal and arbitrary (see `SummaryLinear.spectrum`).
     """
     return linalg.orthogonalize(_matrix(b), tolerance, max_iterations)
 

@@ -57,8 +57,9 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 def orthogonalize(b: Tensor, tolerance: float | None = None, max_iterations: int = 100) -> Orthogonalized:
     """Polar factor of b by Newton-Schulz: b <- b (3 I - bᵀb) / 2 after scaling b by a bound on its spectral norm.
 
-    Every singular value s in (0, sqrt 3) moves to s (3 - s²) / 2, so to 1; zero ones stay zero, and the defect says so.
-    Stops when the Frobenius norm of bᵀb - I is at most `tolerance`, or has met rounding. Differentiable.
+    Every singular value s in (0, sqrt 3) moves to s (3 - s²) / 2, so to 1. Ones that are exactly zero stay zero, and the
+    defect says so; ones at the level of rounding grow to 1 as well, in directions that mean nothing. Stops when the
+    Frobenius norm of bᵀb - I is at most `tolerance`, or has met rounding. Differentiable.
     """
     if min(b.shape) == 0:
         return Orthogonalized(b.clone(), 0.0, 0)

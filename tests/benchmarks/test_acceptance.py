@@ -15,7 +15,9 @@ def test_summary_head_matches_the_mlp_head_on_digits(tmp_path):
     assert whole["epochs"] == 20
     assert whole["seeds"] == [0, 1, 2]
     runs = whole["results"]["runs"]
-    accuracy = {head: np.mean([r["test_accuracy"][-1] for r in runs if r["head"] == head]) for head in ("mlp", "summary")}
+    accuracy = {
+        head: np.mean([r["test_accuracy"][-1] for r in runs if r["head"] == head]) for head in ("mlp", "summary")
+    }
     assert accuracy["summary"] >= accuracy["mlp"] - 0.01
     for run in runs:
         if run["head"] == "summary":

@@ -172,6 +172,28 @@ def test_export():
         torch.testing.assert_close(program.module()(x), layer(x))
 
 
+@pytest.mark.parametrize("of_a_head", [False, True])
+def test_export_of_a_loss(of_a_head):
+    """Also with a symbolic number of rows."""
+
+    class Loss(torch.nn.Module):
+        def forward(self, x, b, a, target):
+            if of_a_head:
+                return functional.summary_head_cross_entropy(x, b, a, None, target)
+            return functional.summary_cross_entropy(x, b, target)
+
+    b, a = torch.randn(9, 4), torch.randn(3, 4)
+    rows = torch.export.Dim("n")
+
+    def arguments(n):
+        return torch.randn(n, 9), b, a, torch.arange(n) % 3
+
+    program = torch.export.export(Loss(), arguments(5), dynamic_shapes=({0: rows}, None, None, {0: rows}))
+    for n in (5, 2, 40):
+        given = arguments(n)
+        torch.testing.assert_close(program.module()(*given), Loss()(*given))
+
+
 @pytest.mark.parametrize("policy", [CheckpointPolicy.MUST_SAVE, CheckpointPolicy.PREFER_RECOMPUTE])
 def test_selective_checkpointing_by_operator(policy, monkeypatch):
     """Saved, the operator runs once; recomputed, twice; the gradients are the same bits either way."""
