@@ -16,7 +16,7 @@ from torch import Tensor
 from interp_nn.linalg import accumulation_dtype, gram
 
 _FEW_COLUMNS = 16
-_MANY_ROWS = 128
+_MANY_ELEMENTS = 2**15
 
 
 def _add_product(base: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
@@ -33,7 +33,8 @@ def _columns(x: Tensor, b: Tensor) -> Tensor:
 
     PyTorch's autograd forms db in b's order too, so this also speeds up a backward that is left to it.
     """
-    if b.shape[-1] < _FEW_COLUMNS and x.shape[-2] >= _MANY_ROWS and b.is_cpu and b.is_contiguous():
+    many = x.shape[-2] * x.shape[-1] >= _MANY_ELEMENTS
+    if b.shape[-1] < _FEW_COLUMNS and many and b.is_cpu and b.is_contiguous():
         return b.mT.contiguous().mT
     return b
 
@@ -271,14 +272,13 @@ def _logit_gradients(
     scale = torch.ones(1, dtype=o.dtype, device=o.device) if upstream is None else upstream.to(o.dtype)
     if options.reduction == "mean":
         scale = scale / kept.sum()
-    scale = scale.view(-1, 1, 1)
+    scale = scale.view(-1, 1)
     index = target.masked_fill(~kept, 0).view(-1, 1, 1).expand(-1, 2, 1)
     # p - 1 of the target's class as expm1, which does not cancel where that class is nearly certain.
     e = log_p.exp().scatter_(2, index, log_p.gather(2, index).expm1_())
-    e *= scale * torch.tensor((w1, w2), dtype=e.dtype, device=e.device).view(1, 2, 1)
-    difference = (o[:, 0] - o[:, 1]).mul_(scale[:, 0] * (2 * w3 / o.shape[2]))
-    e[:, 0] += difference
-    e[:, 1] -= difference
+    difference = (o[:, 0] - o[:, 1]).mul_(scale * (2 * w3 / o.shape[2]))
+    e[:, 0].mul_(scale * w1).add_(difference)
+    e[:, 1].mul_(scale * w2).sub_(difference)
     return e.masked_fill_(~kept.view(-1, 1, 1), 0.0)
 
 

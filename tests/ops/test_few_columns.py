@@ -1,0 +1,52 @@
+"""With few columns b is copied into column-major order, for speed: nothing else may change."""
+
+import pytest
+import torch
+from support import assert_close_law, naive
+
+from interp_nn import dispatch, functional
+from interp_nn.engines import reference
+from interp_nn.ops.library import apply
+from interp_nn.ops.summary import SummaryFunction, summary
+
+FORMS = [*dispatch.KEEPS, "A*", "B*", "C*", "D*", "E*"]
+
+
+@pytest.fixture(autouse=True)
+def _at_any_size(monkeypatch):
+    monkeypatch.setattr(reference, "_MANY_ELEMENTS", 0)
+    monkeypatch.setattr(functional, "_plans", {})
+
+
+@pytest.mark.parametrize("k", [1, 3, 15])
+@pytest.mark.parametrize("form", FORMS)
+def test_values_and_gradients(form, k):
+    x, b, dy = torch.randn(20, 9), torch.randn(9, k), torch.randn(20, k)
+
+    def run(f, dtype):
+        inputs = [t.to(dtype).requires_grad_() for t in (x, b)]
+        y = f(*inputs)
+        return [y, *torch.autograd.grad(y, inputs, dy.to(dtype))]
+
+    def ours(x, b):
+        if form[-1] == "*":
+            return summary(x, b, None, "reference:" + form)
+        return apply(SummaryFunction, x, b, None, "reference:" + form, False)[0]
+
+    for got, same, exact in zip(run(ours, x.dtype), run(naive, x.dtype), run(naive, torch.float64), strict=True):
+        assert_close_law(got, same, exact)
+
+
+@pytest.mark.parametrize("form", dispatch.KEEPS)
+def test_operators_promise_the_same_strides(form):
+    x, b = torch.randn(20, 9), torch.randn(9, 3)
+    torch.library.opcheck(torch.ops.interp_nn.summary.default, (x, b, torch.randn(3), "reference:" + form))
+    if form != "A":
+        torch.library.opcheck(torch.ops.interp_nn.summary_pair.default, (x, b, "reference:" + form))
+
+
+def test_a_large_problem_takes_that_path():
+    x, b = torch.randn(128, 256), torch.randn(256, 10)
+    assert reference.column_major(reference._columns(x, b))
+    assert reference._columns(x, b.t().contiguous().t()).is_contiguous() is False
+    assert reference._columns(x, torch.randn(256, 16)).is_contiguous()
