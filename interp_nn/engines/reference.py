@@ -39,9 +39,9 @@ def _columns(x: Tensor, b: Tensor) -> Tensor:
     return b
 
 
-def column_major(b: Tensor) -> bool:
+def _column_major(b: Tensor) -> bool:
     """Whether b's columns are contiguous, as those of a layer's transposed weight are: W = b G then follows it."""
-    return b.shape[-1] > 1 and b.mT.is_contiguous()
+    return min(b.shape[-2:]) > 1 and b.mT.is_contiguous()
 
 
 def _correlate(x: Tensor, y: Tensor) -> Tensor:
@@ -75,11 +75,11 @@ def forward(
     projection = x @ b if pair else None
     if association == "B":
         g = gram(b)
-        w = (g @ b.mT).mT if column_major(b) else b @ g
+        w = (g @ b.mT).mT if _column_major(b) else b @ g
         return projection, _affine(x, w, bias), [g, w]
     outer = gram(b.mT)
     if association == "E":
-        w = (b.mT @ outer).mT if column_major(b) else outer @ b
+        w = (b.mT @ outer).mT if _column_major(b) else outer @ b
         return projection, _affine(x, w, bias), [outer, w]
     r = x @ outer
     return projection, _affine(r, b, bias), [outer, r] if form == "D+" else [outer]

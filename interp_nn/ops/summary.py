@@ -41,7 +41,7 @@ def row_count(x: Tensor) -> int:
 def _summary(x: Tensor, b: Tensor, bias: Tensor | None, plan: str) -> tuple[Tensor, list[Tensor]]:
     engine, form = dispatch.resolve(plan)
     _, y, kept = engines.get(engine).forward(as_rows(x), b, bias, form, False)
-    return y.view(*x.shape[:-1], b.shape[1]), _as_promised(kept, b)
+    return y.view(*x.shape[:-1], b.shape[1]), _contiguous(kept)
 
 
 def _summary_pair(x: Tensor, b: Tensor, plan: str) -> tuple[Tensor, Tensor, list[Tensor]]:
@@ -49,7 +49,7 @@ def _summary_pair(x: Tensor, b: Tensor, plan: str) -> tuple[Tensor, Tensor, list
     p, y, kept = engines.get(engine).forward(as_rows(x), b, None, form, True)
     shape = (*x.shape[:-1], b.shape[1])
     kept = kept[1:] if _keeps_projection(form) else kept
-    return p.view(shape), y.view(shape), _as_promised(kept, b)
+    return p.view(shape), y.view(shape), _contiguous(kept)
 
 
 def _summary_backward(
@@ -71,10 +71,9 @@ def _keeps_projection(form: str) -> bool:
     return dispatch.KEEPS[form][:1] == ("P",)
 
 
-def _as_promised(kept: Sequence[Tensor], b: Tensor) -> list[Tensor]:
-    """What a form keeps, with the strides that the fake kernels promise: W in b's order, the others contiguous."""
-    in_order = reference.column_major(b)
-    return [t if in_order and t.shape == b.shape else t.contiguous() for t in kept]
+def _contiguous(kept: Sequence[Tensor]) -> list[Tensor]:
+    """What a form keeps, with the strides that the fake kernels promise whatever b's are: Inductor may choose others for b."""
+    return [t.contiguous() for t in kept]
 
 
 def _fake_kept(x: Tensor, b: Tensor, plan: str, pair: bool) -> list[Tensor]:
@@ -82,10 +81,7 @@ def _fake_kept(x: Tensor, b: Tensor, plan: str, pair: bool) -> list[Tensor]:
     n, (d, k) = row_count(x), b.shape
     shapes = {"P": (n, k), "G": (k, k), "W": (d, k), "Q": (n, d), "R": (n, d), "K": (d, d)}
     names = dispatch.KEEPS[form]
-    kept = {name: x.new_empty(shapes[name]) for name in names if not (pair and name == "P")}
-    if "W" in kept and reference.column_major(b):
-        kept["W"] = x.new_empty(k, d).mT
-    return list(kept.values())
+    return [x.new_empty(shapes[name]) for name in names if not (pair and name == "P")]
 
 
 def _fake_summary(x: Tensor, b: Tensor, bias: Tensor | None, plan: str) -> tuple[Tensor, list[Tensor]]:
