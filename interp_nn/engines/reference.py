@@ -94,12 +94,15 @@ def backward(
     form: str,
     need_x: bool,
     need_b: bool,
-) -> tuple[Tensor | None, Tensor | None]:
-    """(dX, db) for upstream dP and dY, either of which may be None (zero); None where not needed."""
+    need_bias: bool = False,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """(dX, db, dbias) for upstream dP and dY, either of which may be None (zero); None where not needed."""
     if dy is None:
         assert dp is not None
-        return dp @ b.mT if need_x else None, _correlate(x, dp) if need_b else None
-    return _BACKWARD[form[0]](dp, dy, x, b, kept, need_x, need_b)
+        dbias = b.new_zeros(b.shape[-1]) if need_bias else None
+        return dp @ b.mT if need_x else None, _correlate(x, dp) if need_b else None, dbias
+    dx, db = _BACKWARD[form[0]](dp, dy, x, b, kept, need_x, need_b)
+    return dx, db, dy.sum(0) if need_bias else None
 
 
 _Gradients = tuple[Tensor | None, Tensor | None]
@@ -259,7 +262,7 @@ def loss(
         return value, []
     e = _logit_gradients(o, target, log_p, kept, options, upstream).to(x.dtype)
     if head is None:
-        dx, db = backward(e[:, 0], e[:, 1], x, b, residuals, form, needs[0], needs[1])
+        dx, db, _ = backward(e[:, 0], e[:, 1], x, b, residuals, form, needs[0], needs[1])
         return value, [g for g in (dx, db) if g is not None]
     return value, _head_gradients(e, x, b, p, head, needs)
 

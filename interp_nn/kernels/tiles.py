@@ -1,0 +1,157 @@
+"""Tiles: loading and storing pieces of the operands, and the products that forward and losses begin with."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def inside(row, rn, n):
+    """Whether row + rn is below n; `row` and n may be 64-bit, the comparison of each element is not."""
+    return rn < tl.cast(tl.minimum(n - row, 65536), tl.int32)
+
+
+@triton.jit
+def load_x(X, row, rn, rd, n, d, EVEN_D: tl.constexpr):
+    """X[row + rn, rd], zeros outside; `row` is 64-bit. EVEN_D promises that rd stays below d."""
+    at = X + row * d + rn[:, None] * d + rd[None, :]
+    mask = inside(row, rn, n)[:, None]
+    if not EVEN_D:
+        mask = mask & (rd[None, :] < d)
+    return tl.load(at, mask=mask, other=0.0)
+
+
+@triton.jit
+def store_x(X, value, row, rn, rd, n, d, EVEN_D: tl.constexpr):
+    """X[row + rn, rd] = value, in X's dtype, where inside."""
+    at = X + row * d + rn[:, None] * d + rd[None, :]
+    mask = inside(row, rn, n)[:, None]
+    if not EVEN_D:
+        mask = mask & (rd[None, :] < d)
+    tl.store(at, value.to(X.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def at_b(B, rd, rk, d, K: tl.constexpr, B_T: tl.constexpr):
+    """Addresses of b[rd, rk], whose memory is (d, K), or (K, d) where B_T (a layer's transposed weight)."""
+    if B_T:
+        return B + rk[None, :] * d + rd[:, None]
+    return B + rd[:, None] * K + rk[None, :]
+
+
+@triton.jit
+def load_b(B, rd, rk, d, K: tl.constexpr, B_T: tl.constexpr, EVEN_D: tl.constexpr):
+    """b[rd, rk], zeros outside."""
+    at = at_b(B, rd, rk, d, K, B_T)
+    if EVEN_D:
+        return tl.load(at, mask=rk[None, :] < K, other=0.0)
+    return tl.load(at, mask=(rk[None, :] < K) & (rd[:, None] < d), other=0.0)
+
+
+@triton.jit
+def load_rows(T, row, rn, rc, n, WIDTH: tl.constexpr):
+    """T[row + rn, rc] of a matrix with n rows of WIDTH, zeros outside."""
+    mask = inside(row, rn, n)[:, None] & (rc[None, :] < WIDTH)
+    return tl.load(T + row * WIDTH + rn[:, None] * WIDTH + rc[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def store_rows(T, value, row, rn, rc, n, WIDTH: tl.constexpr):
+    """T[row + rn, rc] = value, in T's dtype, inside of n rows of WIDTH."""
+    mask = inside(row, rn, n)[:, None] & (rc[None, :] < WIDTH)
+    at = T + row * WIDTH + rn[:, None] * WIDTH + rc[None, :]
+    tl.store(at, value.to(T.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def load_square(T, r, WIDTH: tl.constexpr):
+    """T[r, r] of a (WIDTH, WIDTH) matrix, zeros outside."""
+    mask = (r[:, None] < WIDTH) & (r[None, :] < WIDTH)
+    return tl.load(T + r[:, None] * WIDTH + r[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def store_square(T, value, r, WIDTH: tl.constexpr):
+    """T[r, r] = value of a (WIDTH, WIDTH) matrix, in its dtype."""
+    mask = (r[:, None] < WIDTH) & (r[None, :] < WIDTH)
+    tl.store(T + r[:, None] * WIDTH + r[None, :], value.to(T.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def store_b(B, value, rd, rk, d, K: tl.constexpr, B_T: tl.constexpr):
+    """b[rd, rk] = value, in b's dtype and memory order."""
+    mask = (rd[:, None] < d) & (rk[None, :] < K)
+    tl.store(at_b(B, rd, rk, d, K, B_T), value.to(B.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def gram(
+    B,
+    d,
+    K: tl.constexpr,
+    BK: tl.constexpr,
+    BD: tl.constexpr,
+    B_T: tl.constexpr,
+    EVEN_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """G = bᵀb (BK, BK) in fp32."""
+    rk = tl.arange(0, BK)
+    g = tl.zeros((BK, BK), tl.float32)
+    for j in range(0, d, BD):
+        b = load_b(B, j + tl.arange(0, BD), rk, d, K, B_T, EVEN_D)
+        g = tl.dot(tl.trans(b), b, g, input_precision=PRECISION)
+    return g
+
+
+@triton.jit
+def project(
+    X,
+    B,
+    row,
+    n,
+    d,
+    K: tl.constexpr,
+    BK: tl.constexpr,
+    BN: tl.constexpr,
+    BD: tl.constexpr,
+    B_T: tl.constexpr,
+    EVEN_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """P = X b for the BN rows from `row` on, in fp32."""
+    rn, rk = tl.arange(0, BN), tl.arange(0, BK)
+    p = tl.zeros((BN, BK), tl.float32)
+    for j in range(0, d, BD):
+        rd = j + tl.arange(0, BD)
+        x = load_x(X, row, rn, rd, n, d, EVEN_D)
+        b = load_b(B, rd, rk, d, K, B_T, EVEN_D)
+        p = tl.dot(x, b, p, input_precision=PRECISION)
+    return p
+
+
+@triton.jit
+def project_and_gram(
+    X,
+    B,
+    row,
+    n,
+    d,
+    K: tl.constexpr,
+    BK: tl.constexpr,
+    BN: tl.constexpr,
+    BD: tl.constexpr,
+    B_T: tl.constexpr,
+    EVEN_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """`project` and `gram` in one walk over b."""
+    rn, rk = tl.arange(0, BN), tl.arange(0, BK)
+    p = tl.zeros((BN, BK), tl.float32)
+    g = tl.zeros((BK, BK), tl.float32)
+    for j in range(0, d, BD):
+        rd = j + tl.arange(0, BD)
+        x = load_x(X, row, rn, rd, n, d, EVEN_D)
+        b = load_b(B, rd, rk, d, K, B_T, EVEN_D)
+        p = tl.dot(x, b, p, input_precision=PRECISION)
+        g = tl.dot(tl.trans(b), b, g, input_precision=PRECISION)
+    return p, g
