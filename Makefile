@@ -2,9 +2,11 @@
 #
 #   PYTHON   the interpreter (default python3). One that already has torch >= 2.10 is used as it is; else ./.venv is made.
 #   TORCH    what to install into .venv as PyTorch, e.g. TORCH=torch for the newest build (with CUDA, gigabytes).
+#   TRITON   what to install beside a PyTorch that brings no Triton, for the tests of the kernels (the oldest one supported).
 #   ARGS     further arguments of the command, e.g. make demo ARGS="--data DIR" or make test ARGS="-k pair".
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
+TRITON ?= triton==3.6.0 "numpy<2.4"
 
 PIP := -m pip --disable-pip-version-check install
 USABLE := $(shell $(PYTHON) -c "import torch; print(tuple(map(int, torch.__version__.split('.')[:2])) >= (2, 10))" 2>/dev/null)
@@ -16,7 +18,7 @@ PY := .venv/bin/python
 READY := .venv/stamps/
 endif
 
-.PHONY: help demo test test-all lint wheel clean
+.PHONY: help demo test test-all kernels interpreted compiled newest-triton gpu lint wheel clean
 help:
 	@sed -n 's/^## //p' Makefile
 
@@ -28,9 +30,26 @@ demo: $(READY)bench
 test: $(READY)test
 	$(PY) -m pytest $(ARGS)
 
-## make test-all  the quick tier, then the slow one
-test-all: test
+## make test-all  the quick tier, the kernels, then the slow tier
+test-all: test kernels
 	$(PY) -m pytest -m slow $(ARGS)
+
+## make kernels   the Triton kernels without a GPU: run by Triton's interpreter, then compiled for GPUs that are not there
+kernels: interpreted compiled
+interpreted: $(READY)test
+	TRITON_INTERPRET=1 $(PY) -m pytest tests/kernels $(ARGS)
+compiled: $(READY)test
+	INTERP_NN_COMPILE_TESTS=1 $(PY) -m pytest tests/compile $(ARGS)
+
+## make newest-triton  the same with the newest Triton, which may warn of what the next release will need
+newest-triton: $(READY)test
+	$(PY) $(PIP) --quiet --no-deps --upgrade --target build/newest-triton triton
+	PYTHONPATH=build/newest-triton TRITON_INTERPRET=1 $(PY) -m pytest tests/kernels $(ARGS)
+	PYTHONPATH=build/newest-triton INTERP_NN_COMPILE_TESTS=1 INTERP_NN_COMPILE_WARN=1 $(PY) -m pytest tests/compile $(ARGS)
+
+## make gpu       on a GPU: correctness, launches, repeats, streams, graphs, tuning and timings, in ten minutes; installs nothing
+gpu:
+	$(PYTHON) -m benchmarks gpu $(ARGS)
 
 ## make lint      ruff and mypy
 lint: $(READY)lint
@@ -52,6 +71,7 @@ clean:
 # PyTorch goes first, so that no later line chooses it; without build isolation nothing is downloaded to build with.
 .venv/stamps/torch: | .venv/bin/python
 	$(PY) $(PIP) $(TORCH) numpy "setuptools>=77"
+	$(PY) -c "import triton" 2>/dev/null || $(PY) $(PIP) $(TRITON)
 	@mkdir -p $(@D) && touch $@
 
 .venv/stamps/%: .venv/stamps/torch pyproject.toml

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import os
 from typing import NamedTuple
 
@@ -41,15 +40,32 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
+def family(capability: tuple[int, int]) -> tuple[int, int] | None:
+    """The known capability whose tables serve another one: the nearest one of its generation that is not newer."""
+    older = [chip.capability for chip in KNOWN if chip.capability <= capability and chip.capability[0] == capability[0]]
+    return older[-1] if older else None
+
+
 def known(capability: tuple[int, int]) -> Chip | None:
     """The known chip of that capability, or the nearest one below it; None below 8.0."""
     older = [chip for chip in KNOWN if chip.capability <= capability]
     return older[-1]._replace(capability=capability) if older else None
 
 
-@functools.cache
+_chips: dict[torch.device, Chip | None] = {}
+
+
 def chip_of(device: torch.device) -> Chip | None:
     """The chip of a CUDA device, of an interpreted one where Triton interprets and the device is the CPU, else None."""
+    if device not in _chips:
+        _chips[device] = _read(device)
+    return _chips[device]
+
+
+chip_of._dynamo_marked_constant = True  # type: ignore[attr-defined] # as assume_constant_result, without its import
+
+
+def _read(device: torch.device) -> Chip | None:
     if device.type == "cpu" and interpreting():
         return Chip((9, 0), 1, 232448, 1e10, 1e10)
     if device.type != "cuda" or torch.version.hip is not None:

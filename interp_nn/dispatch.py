@@ -1,16 +1,7 @@
-"""Problem -> Plan: which engine computes, and which product is formed first. Pure arithmetic on shapes.
+"""Problem -> Plan: which engine computes, and which product is formed first. Pure arithmetic on shapes and a chip's figures.
 
-With P = X b, G = bᵀb, K = bbᵀ the summary has five associations, and each may keep an intermediate for its backward:
-
-    A  (X b) G          keeps G, and P where it is no larger than b          (form "A+")
-    B  X (b G)          keeps G and W = b G
-    C  ((X b) bᵀ) b     keeps P and Q = P bᵀ where they are no larger than b (form "C+")
-    D  (X K) b          keeps K, and R = X K where it is no larger than b    (form "D+")
-    E  X (K b)          keeps K and W = K b
-
-so that nothing kept grows with n beyond the size of the parameter. A form with a star ("A*") is the same association left
-to PyTorch's own autograd: more operations in the backward, but none of an operator's fixed cost. The cost of a form is
-its floating-point operations, forward and backward together, plus a charge for each matrix product and each operator.
+`reference` takes the association with the least cost (see `interp_nn.associations`). Where a GPU has kernels of one launch,
+"auto" takes them if a tuned table says so, or, without one, if `interp_nn.roofline` predicts that they are no slower.
 """
 
 from __future__ import annotations
@@ -22,63 +13,59 @@ from types import TracebackType
 
 import torch
 
-ENGINES = ("reference",)
-
-# A matrix product costs at least about as much as this many floating-point operations: call, allocation, cold operands.
-PRODUCT_OVERHEAD = 400_000
-# The same for an operator with its autograd Function around it, forward and backward (about 0.4 ms of a cold CPU core).
-OPERATOR_OVERHEAD = 40_000_000
-
-# What each form of the operator keeps for its backward, in this order.
-KEEPS: dict[str, tuple[str, ...]] = {
-    "A": ("G",),
-    "A+": ("P", "G"),
-    "B": ("G", "W"),
-    "C": (),
-    "C+": ("P", "Q"),
-    "D": ("K",),
-    "D+": ("K", "R"),
-    "E": ("K", "W"),
-}
-
-EXPRESSIONS = {
-    "A": "(X b)(bᵀb)",
-    "B": "X (b (bᵀb))",
-    "C": "((X b) bᵀ) b",
-    "D": "(X (b bᵀ)) b",
-    "E": "X ((b bᵀ) b)",
-}
+from interp_nn import associations, engines, roofline
+from interp_nn.associations import EXPRESSIONS, KEEPS, cheapest
+from interp_nn.chips import Chip, chip_of, interpreting, known
+from interp_nn.engines import ENGINES
+from interp_nn.kernels import configs
+from interp_nn.kernels.configs import Bucket, Config, padded
+from interp_nn.roofline import Prediction, Problem
 
 _requested = os.environ.get("INTERP_NN_ENGINE") or "auto"  # checked at use: an import never fails
+_FORMS = (*KEEPS, "flat", "latent")
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How a problem is computed: by which engine, in which form (see `interp_nn.dispatch`), and why."""
+    """How a problem is computed, forward and backward: by which engine, in which form (see `interp_nn.associations`), why.
+
+    bytes and seconds are predictions for a GPU, and config the tiles of its kernels, forward first; None and () elsewhere.
+    """
 
     engine: str
     form: str
     flops: int
     reason: str
+    bytes: int | None = None
+    seconds: float | None = None
+    config: tuple[tuple[str, Config], ...] = ()
 
     @property
     def association(self) -> str:
         return self.form[0]
 
     def __str__(self) -> str:
-        return f"{self.engine}, {self.form}: {EXPRESSIONS[self.association]}; {self.reason}"
+        product = EXPRESSIONS.get(self.association, "the loss of a head")
+        text = f"{self.engine}, {self.form}: {product}; {self.reason}"
+        if self.seconds is not None and self.bytes is not None:
+            text += f"; predicted {self.bytes / 1e6:.4g} MB, {self.flops / 1e6:.4g} MFLOP, {self.seconds * 1e6:.4g} µs"
+        return text + "".join(f"; {kernel} {config}" for kernel, config in self.config)
 
 
 class use_engine:  # noqa: N801 - used like a function, as torch.no_grad is
     """Force an engine for every later call, or inside a `with` block: `use_engine("reference")`; "auto" lets dispatch choose.
 
     Overrides the environment variable INTERP_NN_ENGINE. Global to the process, like torch.backends' flags. A backward
-    always runs on the engine of its forward. Raises ValueError for a name that is not an engine.
+    always runs on the engine of its forward. Raises ValueError for a name that is not an engine, and RuntimeError with the
+    reason for one that cannot compute here; a call that a forced engine cannot compute raises RuntimeError as well.
     """
 
     def __init__(self, name: str) -> None:
         global _requested
         _check_engine(name, "use_engine")
+        reason = None if name == "auto" else engines.unavailable(name)
+        if reason is not None:
+            raise RuntimeError(f"use_engine: the {name} engine is off: {reason}")
         self._previous, _requested = _requested, name
 
     def __enter__(self) -> use_engine:
@@ -101,103 +88,92 @@ def requested() -> str:
     return _requested
 
 
-def engine() -> str:
-    """The engine that computes: the one asked for by `use_engine` or INTERP_NN_ENGINE, else dispatch's choice."""
-    _check_engine(_requested, "INTERP_NN_ENGINE")
-    return "reference" if _requested == "auto" else _requested
+def problem_of(
+    x: torch.Tensor, n: int, d: int, k: int, pair: bool, needs: tuple[bool, bool], classes: int | None = None
+) -> Problem:
+    """The problem of rows x (n, d) on its device; of a loss where there are classes, and then of a head unless of a pair."""
+    device = x.device
+    chip = chip_of(device) if device.type == "cuda" or interpreting() else None
+    head = classes is not None and not pair
+    return Problem(n, d, k, pair, *needs, classes, head, x.dtype, chip, device.type)
 
 
-def products(form: str, n: int, d: int, k: int, pair: bool, need_x: bool, need_b: bool) -> tuple[int, int]:
-    """(floating-point operations, matrix products) of a form's forward and backward; sums of matrices are not counted."""
-    association, composed = form[0], form[-1] == "*"
-    either = need_x or need_b
-    ndk = dk2 = d2k = nk2 = nd2 = 0  # how many products of each size
-    if form == "A":  # P, G, P G | (dY G) bᵀ | S = Xᵀ dY, T = bᵀ S, S G, b (T + Tᵀ)
-        ndk, dk2, nk2 = 1 + need_x + need_b, 1 + 3 * need_b, 1 + need_x
-    elif association == "A":  # P, G, P G | D = dY G, dX = D bᵀ | T = Pᵀ dY, Xᵀ D, b (T + Tᵀ), or b T and b Tᵀ
-        ndk, dk2, nk2 = 1 + need_x + need_b, 1 + need_b * (1 + composed), 1 + either + need_b
-    elif association == "B":  # G, W, X W | dY Wᵀ | S = Xᵀ dY, T = bᵀ S, S G, b (T + Tᵀ)
-        ndk, dk2 = 1 + need_x + need_b, 2 + need_b * (3 + composed)
-    elif association == "E":  # K, W, X W | dY Wᵀ | S = Xᵀ dY, M = S bᵀ, K S, (M + Mᵀ) b
-        ndk, d2k = 1 + need_x + need_b, 2 + need_b * (3 + composed)
-    elif association == "C":  # P, Q, Q b | R = dY bᵀ, U = R b | U bᵀ | Xᵀ U, Qᵀ dY, Rᵀ P
-        again = 2 * need_b if form == "C" else 0
-        ndk = 3 + 2 * either + need_x + 3 * need_b + again
-    else:  # K, R = X K, R b | dR = dY bᵀ | dR K | Rᵀ dY, M = Xᵀ dR, (M + Mᵀ) b
-        ndk, d2k = 1 + either + need_b, 1 + need_b * (1 + composed)
-        nd2 = 1 + need_x + need_b + (need_b if form == "D" else 0)
-    if pair and association in "BDE":  # P | dP bᵀ | Xᵀ dP
-        ndk += 1 + need_x + need_b
-    flops = 2 * (ndk * n * d * k + dk2 * d * k * k + d2k * d * d * k + nk2 * n * k * k + nd2 * n * d * d)
-    return flops, ndk + dk2 + d2k + nk2 + nd2
+def _refusal(name: str, problem: Problem) -> str | None:
+    p = problem
+    return engines.refusal(name, p.chip, p.device, p.dtype, p.n, p.d, p.k, p.classes)
 
 
-def cost(form: str, n: int, d: int, k: int, pair: bool, need_x: bool, need_b: bool) -> int:
-    """Floating-point operations, and what calls cost in the same unit."""
-    flops, count = products(form, n, d, k, pair, need_x, need_b)
-    return flops + count * PRODUCT_OVERHEAD + (0 if form[-1] == "*" else OPERATOR_OVERHEAD)
+def engine(problem: Problem) -> tuple[str, str]:
+    """(the engine that computes, why): the one asked for by `use_engine` or INTERP_NN_ENGINE, else the faster one.
 
-
-def candidates(n: int, d: int, k: int, pair: bool, composed: bool) -> list[str]:
-    """The forms worth considering: each association with all it may keep; D and E only pay for k > d.
-
-    `composed` admits the ones left to PyTorch's autograd, which keeps every intermediate: only where each may be kept.
+    Raises RuntimeError with the reason where the one asked for cannot.
     """
-    small_p, small_q = pair or n <= d, n <= k
-    forms = ["A+" if small_p else "A", "B", "C+" if small_p and small_q else "C"]
-    if k > d:
-        forms += ["D+" if small_q else "D", "E"]
-    if composed:
-        forms += [form[0] + "*" for form in forms if form in ("A+", "B", "C+", "D+", "E")]
-    return forms
+    _check_engine(_requested, "INTERP_NN_ENGINE")
+    if _requested != "auto":
+        reason = _refusal(_requested, problem)
+        if reason is not None:
+            raise RuntimeError(f"the {_requested} engine was asked for, but {reason}")
+        return _requested, "asked for"
+    chip = problem.chip
+    if chip is None or problem.device == "cpu":
+        return "reference", "the only engine for this device"
+    reason = _refusal("triton", problem)
+    if reason is not None:
+        return "reference", f"not triton: {reason}"
+    if problem.classes is None and problem.k > engines.MOST_COLUMNS:
+        return "reference", f"cuBLAS is faster than a kernel of one launch for k > {engines.MOST_COLUMNS}"
+    bucket = Bucket(_kind(problem), problem.dtype.itemsize, padded(problem.k), padded(problem.classes or 1), problem.n)
+    measured = configs.measured_engine(chip, bucket)
+    if measured is not None:
+        return measured, "measured faster on this kind of chip"
+    ours = roofline.one_launch(problem, _kernel_form(problem), chip).seconds
+    theirs = roofline.reference(problem, _reference_form(problem, False), chip).seconds
+    verdict = f"predicted {ours * 1e6:.3g} µs in one launch each, {theirs * 1e6:.3g} µs in PyTorch's operations"
+    return ("triton" if ours <= theirs else "reference"), verdict
 
 
-def cheapest(
-    n: int, d: int, k: int, pair: bool = False, need_x: bool = True, need_b: bool = True, composed: bool = True
-) -> str:
-    """The candidate form with the least cost; the earlier one on a tie."""
-    best, least = "", -1
-    for form in candidates(n, d, k, pair, composed):
-        charge = cost(form, n, d, k, pair, need_x, need_b)
-        if least < 0 or charge < least:
-            best, least = form, charge
-    return best
+def _kind(problem: Problem) -> str:
+    """What a tuned table calls the whole of forward and backward."""
+    if problem.classes is None:
+        return "pair" if problem.pair else "summary"
+    return "head_loss" if problem.head else "pair_loss"
 
 
-def head_products(form: str, n: int, d: int, k: int, m: int) -> tuple[int, int]:
-    """(floating-point operations, matrix products) of the head's loss with all gradients, in its flat or latent form."""
-    flops, count = 2 * (2 * d * k * k + 3 * m * k * k), 5  # G, b (T + Tᵀ); H = A G, T = U2 A, U2ᵀ G
-    if form == "flat":  # W = b Zᵀ, X W, Xᵀ E, bᵀ V, V Z, E Wᵀ with 2 m columns
-        return flops + 4 * m * (3 * n * d + 3 * d * k), count + 6
-    return flops + 2 * 3 * n * d * k + 4 * m * 3 * n * k, count + 6  # P, D bᵀ, Xᵀ D; P Zᵀ, E Z, Pᵀ E
+def _kernel_form(problem: Problem) -> str:
+    """The form that the kernels of one launch compute."""
+    if problem.head and problem.classes is not None:
+        return associations.head_form(problem.n, problem.d, problem.k, problem.classes)
+    if problem.k <= engines.MOST_COLUMNS:
+        return "A+" if problem.pair else "A"
+    return "A+" if problem.pair or problem.n <= problem.d else "B"
 
 
-def head_form(n: int, d: int, k: int, m: int) -> str:
-    """ "flat" (no n x k intermediate) where it takes no more operations than "latent": about 2 m < k for large n."""
-    return "flat" if head_products("flat", n, d, k, m)[0] <= head_products("latent", n, d, k, m)[0] else "latent"
+def _reference_form(problem: Problem, composed: bool) -> str:
+    if problem.head and problem.classes is not None:
+        return associations.head_form(problem.n, problem.d, problem.k, problem.classes)
+    n, d, k, pair, need_x, need_b = problem[:6]
+    return cheapest(n, d, k, pair, need_x, need_b, composed)
 
 
-def choose(n: int, d: int, k: int, pair: bool, need_x: bool, need_b: bool) -> str:
-    """The token of the plan for a summary or pair. While compiling, operators: there they cost nothing extra."""
-    name = engine()
+def choose(problem: Problem) -> str:
+    """The token of the plan. While compiling, operators: there they cost nothing extra."""
+    name, _ = engine(problem)
     if torch.compiler.is_exporting():
-        return f"{name}:{_for_any_rows(d, k, pair)}"
-    composed = name == "reference" and not torch.compiler.is_compiling()
-    return f"{name}:{cheapest(n, d, k, pair, need_x, need_b, composed)}"
+        return f"{name}:{_for_any_rows(name, problem)}"
+    if name != "reference":
+        return f"{name}:{_kernel_form(problem)}"
+    composed = problem.classes is None and not torch.compiler.is_compiling()
+    return f"{name}:{_reference_form(problem, composed)}"
 
 
-def choose_loss(n: int, d: int, k: int, m: int | None, need_x: bool, need_b: bool) -> str:
-    """The token of the plan for a loss: of the pair (m None: classes are the k columns), or of a head with m classes."""
-    if torch.compiler.is_exporting():
-        form = _for_any_rows(d, k, True) if m is None else "flat" if 2 * m < k else "latent"
-    else:
-        form = cheapest(n, d, k, True, need_x, need_b, False) if m is None else head_form(n, d, k, m)
-    return f"{engine()}:{form}"
-
-
-def _for_any_rows(d: int, k: int, pair: bool) -> str:
+def _for_any_rows(name: str, problem: Problem) -> str:
     """The form of a large n. An exported program serves every n, and a choice by n would guard on it."""
-    return "E" if k > d else "A+" if pair else "B"
+    _, d, k, pair = problem[:4]
+    if problem.head and problem.classes is not None:
+        return "flat" if 2 * problem.classes < k else "latent"
+    if name != "reference" and not pair:
+        return "A" if k <= engines.MOST_COLUMNS else "B"
+    return "E" if k > d and name == "reference" else "A+" if pair else "B"
 
 
 def resolve(token: str) -> tuple[str, str]:
@@ -208,26 +184,88 @@ def resolve(token: str) -> tuple[str, str]:
     return name, form
 
 
-_FORMS = (*KEEPS, "flat", "latent")
+def plan(
+    n: int,
+    d: int,
+    k: int,
+    *,
+    pair: bool = False,
+    grad: Iterable[str] = ("x", "b"),
+    classes: int | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> Plan:
+    """How X (n x d) with b (d x k) is computed in eager mode, and why.
 
-
-def plan(n: int, d: int, k: int, *, pair: bool = False, grad: Iterable[str] = ("x", "b")) -> Plan:
-    """How `functional.summary` (or `summary_pair`) computes X (n x d) with b (d x k) in eager mode, and why.
-
-    grad: which of "x" and "b" need a gradient; () for inference. Raises ValueError for a negative size or another name.
+    The problem is `functional.summary`; `summary_pair` with pair=True; `summary_cross_entropy` with classes=k and pair=True;
+    `summary_head_cross_entropy` with classes=m and pair=False. grad: which of "x" and "b" need a gradient; () for
+    inference. device: a PyTorch device, or "sm_90" and the like to plan for a GPU that is not at hand.
+    Raises ValueError for a negative size, another name, or classes that do not fit.
     """
-    for name, size in (("n", n), ("d", d), ("k", k)):
+    for name, size in (("n", n), ("d", d), ("k", k), ("classes", 1 if classes is None else classes)):
         if isinstance(size, bool) or not isinstance(size, int) or size < 0:
             raise ValueError(f"plan: {name} must be an integer >= 0, got {size!r}")
     wanted = set(grad)
     if not wanted <= {"x", "b"}:
         raise ValueError(f"plan: grad may hold 'x' and 'b', got {sorted(wanted)}")
-    needs = ("x" in wanted, "b" in wanted)
-    form = cheapest(n, d, k, pair, *needs)
-    flops, count = products(form, n, d, k, pair, *needs)
-    charges = {f: cost(f, n, d, k, pair, *needs) for f in candidates(n, d, k, pair, True)}
-    rivals = ", ".join(f"{f} {c / charges[form]:.3g}" for f, c in charges.items() if f != form)
-    how = "left to autograd" if form[-1] == "*" else "one operator each way"
-    return Plan(
-        engine(), form, flops, f"{flops / 1e6:.4g} MFLOP in {count} products, {how}; cost of the others: {rivals}"
-    )
+    if pair and classes not in (None, k):
+        raise ValueError(f"plan: the loss of a pair has k = {k} classes, got classes={classes}")
+    chip, where = _chip_named(device)
+    head = classes is not None and not pair
+    problem = Problem(n, d, k, pair, "x" in wanted, "b" in wanted, classes, head, dtype, chip, where)
+    name, why = engine(problem)
+    form = choose(problem).partition(":")[2]
+    if name == "reference":
+        prediction = None if chip is None else roofline.reference(problem, form, chip)
+        return _explained(problem, form, why, prediction)
+    assert chip is not None
+    prediction = roofline.one_launch(problem, form, chip)
+    tiles = tuple((kernel, _config(problem, kernel)) for kernel in _kernels(problem, form))
+    return Plan(name, form, int(prediction.flops), why, int(prediction.bytes), prediction.seconds, tiles)
+
+
+def _chip_named(device: torch.device | str) -> tuple[Chip | None, str]:
+    if isinstance(device, str) and device.startswith("sm_"):
+        digits = device[3:]
+        chip = known((int(digits[:-1]), int(digits[-1]))) if digits.isdigit() and len(digits) > 1 else None
+        if chip is None:
+            raise ValueError(f"plan: device must be a PyTorch device or 'sm_80' and newer, got {device!r}")
+        return chip, device
+    device = torch.device(device)
+    return chip_of(device), device.type
+
+
+def _explained(problem: Problem, form: str, why: str, prediction: Prediction | None) -> Plan:
+    """A plan of the reference engine, with what its rivals would have cost."""
+    n, d, k, pair, need_x, need_b = problem[:6]
+    if problem.head and problem.classes is not None:
+        flops, count = associations.head_products(form, n, d, k, problem.classes)
+        reason = f"{why}; {flops / 1e6:.4g} MFLOP in {count} products"
+    else:
+        flops, count = associations.products(form, n, d, k, pair, need_x, need_b)
+        composed = problem.classes is None
+        forms = associations.candidates(n, d, k, pair, composed)
+        charges = {f: associations.cost(f, n, d, k, pair, need_x, need_b) for f in forms}
+        rivals = ", ".join(f"{f} {c / charges[form]:.3g}" for f, c in charges.items() if f != form)
+        how = "left to autograd" if form[-1] == "*" else "one operator each way"
+        reason = f"{why}; {flops / 1e6:.4g} MFLOP in {count} products, {how}; cost of the others: {rivals}"
+    if prediction is None:
+        return Plan("reference", form, flops, reason)
+    return Plan("reference", form, flops, reason, int(prediction.bytes), prediction.seconds)
+
+
+def _kernels(problem: Problem, form: str) -> tuple[str, ...]:
+    """The kernels of forward and backward, or of the loss."""
+    if problem.classes is not None:
+        return (f"{form}_loss" if problem.head else "pair_loss",)
+    if problem.k > engines.MOST_COLUMNS:
+        both = "phased_forward", "phased_backward"
+    else:
+        both = "stream", "pair_backward" if problem.pair else "summary_backward"
+    return both if problem.need_x or problem.need_b else both[:1]
+
+
+def _config(problem: Problem, kernel: str) -> Config:
+    assert problem.chip is not None
+    classes = padded(problem.classes) if problem.head and problem.classes is not None else 16
+    return configs.choose(problem.chip, Bucket(kernel, problem.dtype.itemsize, padded(problem.k), classes, problem.n))

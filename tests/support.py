@@ -5,12 +5,12 @@ import math
 import torch
 import torch.nn.functional as F
 
-from interp_nn import dispatch
+from interp_nn import associations
 from interp_nn.ops import summary as ops_summary
 from interp_nn.ops.library import apply
 
-FORMS = tuple(dispatch.KEEPS)
-COMPOSED_FORMS = tuple(f"{association}*" for association in dispatch.EXPRESSIONS)
+FORMS = tuple(associations.KEEPS)
+COMPOSED_FORMS = tuple(f"{association}*" for association in associations.EXPRESSIONS)
 # A pair keeps its projection anyway, so the form that drops it does not exist for one.
 CASES = tuple((form, pair) for form in FORMS for pair in (False, True) if not (pair and form == "A"))
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -83,14 +83,15 @@ def errors(got, exact):
     return float(difference.norm() / exact.norm()), float(difference.abs().max() / exact.abs().max())
 
 
-def assert_close_law(got, same_precision_torch, exact_fp64, name="result", precision=None):
+def assert_close_law(got, same_precision_torch, exact_fp64, name="result", precision=None, ulps=None):
     """got is at most twice as far from the fp64 reference as PyTorch's own expression in the same precision, plus a floor.
 
     `precision` is what the products are rounded to, where that is not the result's dtype: a loss of 16-bit logits is fp32.
+    `ulps` replaces the usual floor.
     """
     assert got.dtype == same_precision_torch.dtype, name
     precision = precision or got.dtype
-    floor = FLOOR_ULPS[precision] * torch.finfo(precision).eps
+    floor = (ulps or FLOOR_ULPS[precision]) * torch.finfo(precision).eps
     measured, allowed = errors(got, exact_fp64), errors(same_precision_torch, exact_fp64)
     for kind, ours, theirs in zip(("Frobenius", "maximum"), measured, allowed, strict=True):
         assert math.isfinite(theirs), f"{name}: PyTorch's own expression is not finite, which proves nothing"
@@ -106,7 +107,7 @@ def leaves(*tensors, dtype=None):
     return tuple(None if t is None else leaf(t, dtype) for t in tensors)
 
 
-def check_law(function, reference, inputs, upstreams, dtype):
+def check_law(function, reference, inputs, upstreams, dtype, ulps=None):
     """Outputs and gradients of function against the law, for reference the same thing written naively.
 
     `inputs` are fp64, and rounded to `dtype` first so that all three computations start from the same numbers.
@@ -123,4 +124,5 @@ def check_law(function, reference, inputs, upstreams, dtype):
     found = run(function, dtype), run(reference, dtype), run(reference, torch.float64)
     for i, (got, same, exact) in enumerate(zip(*found, strict=True)):
         place = i - (len(found[0]) - len(inputs))
-        assert_close_law(got, same, exact, f"gradient of input {place}" if place >= 0 else f"output {i}", dtype)
+        name = f"gradient of input {place}" if place >= 0 else f"output {i}"
+        assert_close_law(got, same, exact, name, dtype, ulps)

@@ -12,8 +12,9 @@ from support import CASES, COMPOSED_FORMS, in_form, pair_in_form
 from torch.utils.flop_counter import FlopCounterMode
 
 import interp_nn
-from interp_nn import dispatch
+from interp_nn import associations, dispatch, engines
 from interp_nn.engines import reference
+from interp_nn.roofline import Problem
 
 NEEDS = [(True, True), (True, False), (False, True), (False, False)]
 SHAPES = [(7, 5, 3), (6, 4, 9), (150, 6, 5)]  # k > d, and the memory order of many rows and few columns
@@ -51,7 +52,7 @@ def test_products_of_an_operator_are_those_executed(form, pair, needs, shape):
         if any(needs):
             reference.backward(dy if pair else None, dy, x, b, kept, form, *needs)
 
-    assert count(execute) == dispatch.products(form, *shape, pair, *needs)
+    assert count(execute) == associations.products(form, *shape, pair, *needs)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -66,7 +67,7 @@ def test_products_left_to_autograd_are_those_executed(form, pair, needs, shape):
         if any(needs):
             torch.autograd.backward(out, [torch.ones_like(o) for o in out])
 
-    assert count(execute) == dispatch.products(form, *shape, pair, *needs)
+    assert count(execute) == associations.products(form, *shape, pair, *needs)
 
 
 @pytest.mark.parametrize("sizes", [(7, 5, 3, 2), (6, 4, 9, 3), (20, 8, 4, 11)], ids=str)
@@ -77,7 +78,7 @@ def test_products_of_a_head_are_those_executed(form, sizes):
     a, c, target = torch.randn(m, k), torch.randn(m), torch.randint(m, (n,))
     options = reference.LossOptions((1.0, 1.0, 1.0), -100, "mean")
     found = count(lambda: reference.loss(x, b, a, c, target, options, form, None, (True,) * 4))
-    assert found == dispatch.head_products(form, *sizes)
+    assert found == associations.head_products(form, *sizes)
 
 
 GRID = list(itertools.product((0, 1, 8, 64, 4096), (1, 7, 64, 512), (1, 10, 64, 512)))
@@ -86,19 +87,19 @@ GRID = list(itertools.product((0, 1, 8, 64, 4096), (1, 7, 64, 512), (1, 10, 64, 
 def keeps_what_it_may(form, n, d, k, pair):
     """P, Q and R only where they are no larger than b; an output is kept for nothing."""
     sizes = {"P": 0 if pair else n * k, "Q": n * d, "R": n * d}
-    return all(sizes.get(name, 0) <= d * k for name in dispatch.KEEPS[form])
+    return all(sizes.get(name, 0) <= d * k for name in associations.KEEPS[form])
 
 
 @pytest.mark.parametrize("pair", [False, True])
 def test_candidates_keep_nothing_that_outgrows_b(pair):
     for n, d, k in GRID:
-        forms = dispatch.candidates(n, d, k, pair, True)
+        forms = associations.candidates(n, d, k, pair, True)
         for form in forms:
             starred = form[-1] == "*"
             kept = {"A*": "A+", "B*": "B", "C*": "C+", "D*": "D+", "E*": "E"}[form] if starred else form
             assert keeps_what_it_may(kept, n, d, k, pair), (form, n, d, k)
         assert {"D", "E"}.isdisjoint(form[0] for form in forms) == (k <= d)
-        assert dispatch.candidates(n, d, k, pair, False) == [form for form in forms if form[-1] != "*"]
+        assert associations.candidates(n, d, k, pair, False) == [form for form in forms if form[-1] != "*"]
 
 
 @pytest.mark.parametrize("needs", NEEDS, ids=str)
@@ -106,17 +107,17 @@ def test_candidates_keep_nothing_that_outgrows_b(pair):
 def test_the_cheapest_is_the_least_of_the_costs(pair, needs):
     for n, d, k in GRID:
         for composed in (True, False):
-            forms = dispatch.candidates(n, d, k, pair, composed)
-            costs = [dispatch.cost(form, n, d, k, pair, *needs) for form in forms]
-            chosen = dispatch.cheapest(n, d, k, pair, *needs, composed)
+            forms = associations.candidates(n, d, k, pair, composed)
+            costs = [associations.cost(form, n, d, k, pair, *needs) for form in forms]
+            chosen = associations.cheapest(n, d, k, pair, *needs, composed)
             assert costs[forms.index(chosen)] == min(costs)
 
 
 def test_cost_charges_operations_products_and_the_operator():
     arguments = (64, 32, 16, False, True, True)
-    for form, fixed in (("B", dispatch.OPERATOR_OVERHEAD), ("B*", 0)):
-        flops, products = dispatch.products(form, *arguments)
-        assert dispatch.cost(form, *arguments) == flops + products * dispatch.PRODUCT_OVERHEAD + fixed
+    for form, fixed in (("B", associations.OPERATOR_OVERHEAD), ("B*", 0)):
+        flops, products = associations.products(form, *arguments)
+        assert associations.cost(form, *arguments) == flops + products * associations.PRODUCT_OVERHEAD + fixed
 
 
 @pytest.mark.parametrize(
@@ -143,8 +144,8 @@ def test_a_large_problem_takes_an_operator_and_a_small_one_does_not():
 
 @pytest.mark.parametrize("sizes", [(512, 64, 32, 4), (512, 64, 32, 100), (1, 1, 1, 1)], ids=str)
 def test_head_form_is_the_lesser_of_the_two(sizes):
-    flops = {form: dispatch.head_products(form, *sizes)[0] for form in ("flat", "latent")}
-    assert flops[dispatch.head_form(*sizes)] == min(flops.values())
+    flops = {form: associations.head_products(form, *sizes)[0] for form in ("flat", "latent")}
+    assert flops[associations.head_form(*sizes)] == min(flops.values())
 
 
 def test_a_plan_explains_itself():
@@ -152,7 +153,7 @@ def test_a_plan_explains_itself():
     assert (plan.engine, plan.association, plan.flops) == (
         "reference",
         "B",
-        dispatch.products(plan.form, 4096, 512, 64, False, True, True)[0],
+        associations.products(plan.form, 4096, 512, 64, False, True, True)[0],
     )
     text = str(plan)
     assert text.startswith(f"reference, {plan.form}: X (b (bᵀb)); ")
@@ -175,7 +176,7 @@ def test_a_plan_is_what_functional_takes(monkeypatch):
 
 
 def test_use_engine_as_a_context_and_as_a_setter():
-    assert dispatch.requested() == "auto" and dispatch.engine() == "reference"
+    assert dispatch.requested() == "auto" and dispatch.engine(Problem(8, 4, 2))[0] == "reference"
     with interp_nn.use_engine("reference") as outer:
         assert isinstance(outer, interp_nn.use_engine) and dispatch.requested() == "reference"
         with interp_nn.use_engine("auto"):
@@ -194,10 +195,12 @@ def test_use_engine_as_a_context_and_as_a_setter():
 
 def test_the_engine_asked_for_is_in_the_plan_and_in_the_token(monkeypatch):
     monkeypatch.setattr(dispatch, "ENGINES", ("reference", "probe"))
+    monkeypatch.setattr(engines, "unavailable", lambda name: None)
+    monkeypatch.setattr(engines, "refusal", lambda *_: None)
     with interp_nn.use_engine("probe"):
-        assert dispatch.plan(8, 4, 2).engine == "probe"
-        assert dispatch.choose(8, 4, 2, False, True, True).startswith("probe:")
-        assert dispatch.choose_loss(8, 4, 2, None, True, True).startswith("probe:")
+        assert dispatch.plan(8, 4, 2, device="sm_90").engine == "probe"
+        assert dispatch.choose(Problem(8, 4, 2)).startswith("probe:")
+        assert dispatch.choose(Problem(8, 4, 2, pair=True, classes=2)).startswith("probe:")
 
 
 def python(*code):
@@ -209,10 +212,11 @@ def python(*code):
 def test_the_command_line_prints_versions_and_engines():
     result = python("-m", "interp_nn")
     assert result.returncode == 0 and not result.stderr
-    lines = dict(line.split(maxsplit=1) for line in result.stdout.splitlines())
+    lines = dict(line.split(maxsplit=1) for line in result.stdout.splitlines())  # of engines, the last one
     assert lines["interp_nn"] == interp_nn.__version__
     assert torch.__version__ in lines["torch"]
-    assert lines["engine"].startswith("reference: available")
+    assert "engine    reference: available (PyTorch operators, every device)" in result.stdout
+    assert lines["engine"].startswith("triton: ")
     assert lines["requested"].startswith("auto")
     assert lines["devices"].startswith("cpu")
 

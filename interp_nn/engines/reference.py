@@ -320,6 +320,13 @@ def _head_gradients(
     return out
 
 
+def scale(grads: Sequence[Tensor], upstream: Tensor) -> list[Tensor]:
+    """The gradients for an upstream of 1 times another one. An engine may overwrite them: they are asked for once."""
+    if upstream.is_cpu and float(upstream) == 1.0:
+        return list(grads)
+    return list(torch._foreach_mul(list(grads), upstream))
+
+
 def check_target(target: Tensor, classes: int, ignore_index: int) -> None:
     """ValueError naming the first bad class index; on a GPU an assertion on the device, without a synchronisation."""
     good = ((target >= 0) & (target < classes)) | (target == ignore_index)

@@ -22,14 +22,13 @@ import torch
 from torch import Tensor
 
 from interp_nn.chips import Chip, chip_of
-from interp_nn.engines import reference
+from interp_nn.engines import MOST_COLUMNS, reference
 from interp_nn.engines.reference import LossOptions
 from interp_nn.kernels import backward as backward_kernels
 from interp_nn.kernels import configs, cross_entropy, head, phased
 from interp_nn.kernels import forward as forward_kernels
 from interp_nn.kernels.configs import Bucket, Config, padded
 
-MOST_COLUMNS = 128
 _ROWS_A_SPLIT = 256
 _WORDS = 4096
 
@@ -51,8 +50,8 @@ def launch(plan: Launch, device: torch.device, *arguments: Any) -> None:
         plan.kernel[(plan.programs,)](*arguments, **plan.constants)
 
 
-def workspace(shape: tuple[int, ...] | int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Memory that a kernel writes before it reads it."""
+def workspace(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Memory that a kernel writes before it, or anyone, reads it: results and what passes between phases."""
     return torch.empty(shape, dtype=dtype, device=device)
 
 
@@ -116,14 +115,16 @@ def _matrix(b: Tensor) -> tuple[Tensor, bool]:
 def _like(b: Tensor, transposed: bool) -> Tensor:
     """An empty matrix with b's shape and memory order."""
     d, k = b.shape
-    return b.new_empty((k, d)).mT if transposed else b.new_empty((d, k))
+    return workspace((k, d), b.dtype, b.device).mT if transposed else workspace((d, k), b.dtype, b.device)
 
 
 def _cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def _common(dtype: torch.dtype, n: int, d: int, k: int, kernel: str, chip: Chip, m: int = 1) -> tuple[Config, dict[str, int]]:
+def _common(
+    dtype: torch.dtype, n: int, d: int, k: int, kernel: str, chip: Chip, m: int = 1
+) -> tuple[Config, dict[str, int]]:
     """(the config, its tiles by name with BK)."""
     config = configs.choose(chip, Bucket(kernel, dtype.itemsize, padded(k), padded(m), n))
     return config, {"BK": padded(k), **dict(zip(configs.TILES[kernel], config.tiles, strict=True))}
@@ -144,9 +145,7 @@ def _programs(chip: Chip, config: Config, *jobs: int) -> int:
 
 
 @functools.lru_cache(4096)
-def _plan_stream(
-    chip: Chip, dtype: torch.dtype, n: int, d: int, k: int, transposed: bool, precision: str
-) -> Launch:
+def _plan_stream(chip: Chip, dtype: torch.dtype, n: int, d: int, k: int, transposed: bool, precision: str) -> Launch:
     config, tiles = _common(dtype, n, d, k, "stream", chip)
     constants = {"K": k, "B_T": transposed, "EVEN_D": _even(d, tiles), "PRECISION": precision}
     programs = _programs(chip, config, _cdiv(n, tiles["BN"]))
@@ -154,7 +153,9 @@ def _plan_stream(
 
 
 @functools.lru_cache(4096)
-def _plan_phased(chip: Chip, dtype: torch.dtype, n: int, d: int, k: int, form: str, precision: str, phases: int, back: bool) -> Launch:
+def _plan_phased(
+    chip: Chip, dtype: torch.dtype, n: int, d: int, k: int, form: str, precision: str, phases: int, back: bool
+) -> Launch:
     kernel = phased.phased_backward if back else phased.phased_forward
     config, tiles = _common(dtype, n, d, k, "phased_backward" if back else "phased_forward", chip)
     rows, columns = tiles["BN"], tiles["BK"]
@@ -175,14 +176,14 @@ def forward(
     device, chip = x.device, _chip(x.device)
     x, (b, transposed) = x.contiguous(), _matrix(b)
     bias = None if bias is None else bias.contiguous()
-    y, g = x.new_empty((n, k)), x.new_empty((k, k))
+    y, g = workspace((n, k), x.dtype, x.device), workspace((k, k), x.dtype, x.device)
     if k <= MOST_COLUMNS:
-        p = x.new_empty((n, k)) if form == "A+" else None
+        p = workspace((n, k), x.dtype, x.device) if form == "A+" else None
         plan = _plan_stream(chip, x.dtype, n, d, k, transposed, _precision(x.dtype))
         launch(plan, device, x, b, bias, p, y, g, n, d)
         return p, y, [g] if p is None else [p, g]
-    p = x.new_empty((n, k)) if form == "A+" or pair else None
-    w = x.new_empty((d, k)) if form == "B" else None
+    p = workspace((n, k), x.dtype, x.device) if form == "A+" or pair else None
+    w = workspace((d, k), x.dtype, x.device) if form == "B" else None
     plan = _plan_phased(chip, x.dtype, n, d, k, form, _precision(x.dtype), 3 if form == "A+" else 7, False)
     launch(plan, device, x, b, bias, p, y, g, w, counter(device), n, d, k, *b.stride())
     if w is not None:
@@ -208,9 +209,9 @@ def backward(
         return reference.backward(dp, dy, x, b, kept, form, need_x, need_b, need_bias)
     x, (b, transposed) = x.contiguous(), _matrix(b)
     dp, dy = (None if g is None else g.contiguous() for g in (dp, dy))
-    dx = x.new_empty((n, d)) if need_x else None
+    dx = workspace((n, d), x.dtype, x.device) if need_x else None
     db = _like(b, transposed) if need_b else None
-    dbias = b.new_empty(k) if need_bias else None
+    dbias = workspace((k,), b.dtype, b.device) if need_bias else None
     if k > MOST_COLUMNS:
         _phased_backward(dp, dy, x, b, kept, form, dx, db, dbias)
     elif form == "A":
@@ -229,7 +230,14 @@ def _plan_summary_backward(
     config, tiles = _common(dtype, n, d, k, "summary_backward", chip)
     bk, strips, splits = tiles["BK"], _cdiv(d, tiles["BD"]), _splits(chip, config, n, d, tiles["BD"])
     programs = _programs(chip, config, strips * splits, _cdiv(d, tiles["BC"]) if phases & 4 else 1)
-    constants = {"K": k, "B_T": transposed, "EVEN_D": _even(d, tiles), "PRECISION": precision, "PHASES": phases, "BATCH": 32}
+    constants = {
+        "K": k,
+        "B_T": transposed,
+        "EVEN_D": _even(d, tiles),
+        "PRECISION": precision,
+        "PHASES": phases,
+        "BATCH": 32,
+    }
     work = splits * d * bk + min(programs, strips * splits) * bk * bk + splits * bk + bk * bk
     return Launch(backward_kernels.summary_backward, programs, splits, constants | tiles | _options(config, True)), work
 
@@ -241,7 +249,7 @@ def _summary_backward(
     (n, d), k, device = x.shape, b.shape[1], x.device
     phases = 7 if db is not None else 3 if dbias is not None else 1
     plan, size = _plan_summary_backward(_chip(device), x.dtype, n, d, k, transposed, _precision(x.dtype), phases)
-    work = workspace(size, torch.float32, device)
+    work = workspace((size,), torch.float32, device)
     launch(plan, device, x, b, g, dy, dx, db, dbias, work, counter(device), n, d, plan.splits)
 
 
@@ -279,10 +287,8 @@ def _pair_backward(
     phases = (2 if dy is None else 3) | (0 if db is None else 4)
     plan, size = _plan_pair_backward(_chip(device), x.dtype, n, d, k, transposed, _precision(x.dtype), phases)
     rows = dp if dy is None else workspace((n, _width(k)), x.dtype, device)
-    work = workspace(size, torch.float32, device)
-    launch(
-        plan, device, x, b, p, g, dp, dy, dx, db, rows, work, counter(device), n, d, plan.splits
-    )
+    work = workspace((size,), torch.float32, device)
+    launch(plan, device, x, b, p, g, dp, dy, dx, db, rows, work, counter(device), n, d, plan.splits)
 
 
 def _phased_backward(
@@ -303,9 +309,7 @@ def _phased_backward(
     if need_t:
         t = workspace((k, k), torch.float32, device)
     plan = _plan_phased(_chip(device), x.dtype, n, d, k, form, _precision(x.dtype), phases, True)
-    launch(
-        plan, device, x, b, p, g, w, dp, dy, dx, db, dbias, rows, s, t, counter(device), n, d, k, *b.stride()
-    )
+    launch(plan, device, x, b, p, g, w, dp, dy, dx, db, dbias, rows, s, t, counter(device), n, d, k, *b.stride())
 
 
 @functools.lru_cache(4096)
@@ -372,12 +376,12 @@ def loss(
         need_x or parameters or need_c, parameters,
     )  # fmt: skip
     value = workspace((n,) if options.reduction == "none" else (), torch.float32, device)
-    dx = x.new_empty((n, d)) if need_x else None
+    dx = workspace((n, d), x.dtype, x.device) if need_x else None
     db = _like(b, transposed) if need_b else None
-    work = workspace(size, torch.float32, device)
+    work = workspace((size,), torch.float32, device)
     tail = (work, counter(device), n, d, plan.splits, options.ignore_index, *options.weights)
 
-    def rows(width: int, wanted: bool = True) -> Tensor | None:
+    def rows(width: int, wanted: bool) -> Tensor | None:
         return workspace((n, width), x.dtype, device) if wanted else None
 
     width, parked = _width(k), plan.parked and parameters
@@ -387,12 +391,28 @@ def loss(
         launch(plan, device, x, b, target, upstream, value, dx, db, *spaces, *tail)
         return value, [g for g in (dx, db) if g is not None]
     a, c = a.contiguous(), None if c is None else c.contiguous()
-    da = a.new_empty((m, k)) if need_a else None
-    dc = a.new_empty(m) if need_c else None
+    da = workspace((m, k), a.dtype, device) if need_a else None
+    dc = workspace((m,), a.dtype, device) if need_c else None
+    both = 2 * padded(m)
+    own: tuple[Tensor | None, ...]
     if form == "flat":
-        spaces = workspace((2, d, padded(m)), x.dtype, device), rows(2 * padded(m), need_x or parameters), None
-        spaces = spaces[:2]
+        own = workspace((2, d, padded(m)), x.dtype, device), rows(both, need_x or parameters)
     else:
-        spaces = rows(width, through_d), rows(width, parked), rows(2 * padded(m), parked)
-    launch(plan, device, x, b, a, c, target, upstream, value, dx, db, da, dc, *spaces, *tail)
+        own = rows(width, through_d), rows(width, parked), rows(both, parked)
+    launch(plan, device, x, b, a, c, target, upstream, value, dx, db, da, dc, *own, *tail)
     return value, [g for g in (dx, db, da, dc) if g is not None]
+
+
+_SCALE_BLOCK = 4096
+
+
+def scale(grads: Sequence[Tensor], upstream: Tensor) -> list[Tensor]:
+    """As `reference.scale`, but in place, and where upstream is 1 without touching them; the device alone knows."""
+    sizes = [g.numel() for g in grads]
+    device = upstream.device
+    programs = max(1, min(4 * _chip(device).multiprocessors, _cdiv(max(sizes), _SCALE_BLOCK)))
+    options = {"BLOCK": _SCALE_BLOCK, "num_warps": 8, "enable_fp_fusion": True}
+    plan = Launch(cross_entropy.scale_gradients, programs, 1, options)
+    rest = 4 - len(sizes)
+    launch(plan, device, upstream, *grads, *(None,) * rest, *sizes, *(0,) * rest)
+    return list(grads)

@@ -245,11 +245,17 @@ def summary_backward(
     if (PHASES & 6) == 6:
         barrier(COUNTER)
     if PHASES & 4:
-        t = twice_symmetric(T, BK)
+        # S G first, in S's place, then b (T + Tᵀ): G and T in fp32, both at hand, would be more than fits.
         g = load_square(G, rk, K).to(tl.float32)
         for strip in range(program, tl.cdiv(d, BC), programs):
             rd = strip * BC + tl.arange(0, BC)
-            s = add_splits(WORK, rd, d, splits, BK, BC, 4)
+            s = tl.dot(add_splits(WORK, rd, d, splits, BK, BC, 4), g, input_precision=PRECISION)
+            tl.debug_barrier()
+            tl.store(WORK + rd[:, None] * BK + rk[None, :], s, mask=rd[:, None] < d)
+        tl.debug_barrier()
+        t = twice_symmetric(T, BK)
+        for strip in range(program, tl.cdiv(d, BC), programs):
+            rd = strip * BC + tl.arange(0, BC)
+            s = tl.load(WORK + rd[:, None] * BK + rk[None, :], mask=rd[:, None] < d, other=0.0)
             b = load_b(B, rd, rk, d, K, B_T, EVEN_D).to(tl.float32)
-            db = tl.dot(s, g, tl.dot(b, t, input_precision=PRECISION), input_precision=PRECISION)
-            store_b(DB, db, rd, rk, d, K, B_T)
+            store_b(DB, tl.dot(b, t, s, input_precision=PRECISION), rd, rk, d, K, B_T)

@@ -13,7 +13,7 @@ import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from interp_nn.chips import Chip
+from interp_nn.chips import Chip, family
 
 # Which tiles a kernel has: BN_A rows and BD_A features in its first phase, BN and BD in its strips, BC features in its last.
 TILES = {
@@ -104,19 +104,25 @@ def estimated_shared(config: Config, bucket: Bucket) -> int:
 
 def choose(chip: Chip, bucket: Bucket) -> Config:
     """The config of a kernel: the table's, or the rule's. Its row tile is halved while programs would lack rows."""
-    for table in (_user_table(os.environ.get("INTERP_NN_TABLE")), _own_table()):
-        for entry in table.get(bucket.kernel, ()):
-            if _matches(entry, chip, bucket):
-                tiles = tuple(entry["tiles"])
-                return Config(tiles, entry["warps"], entry["stages"], entry["parked"], entry["resident"])
+    for entry in _user_table(os.environ.get("INTERP_NN_TABLE")).kernels + _own_table().kernels:
+        if entry["kernel"] == bucket.kernel and _matches(entry, chip, bucket):
+            return Config(tuple(entry["tiles"]), entry["warps"], entry["stages"], entry["parked"], entry["resident"])
     sizes = _SIZES[bucket.kernel]
     fitting = (config for config in sizes if estimated_shared(config, bucket) <= chip.shared)
     return next(fitting, sizes[-1])
 
 
+def measured_engine(chip: Chip, bucket: Bucket) -> str | None:
+    """The engine that a tuned table found faster for a "summary", "pair", "pair_loss" or "head_loss"; None without one."""
+    for entry in _user_table(os.environ.get("INTERP_NN_TABLE")).engines + _own_table().engines:
+        if entry["problem"] == bucket.kernel and _matches(entry, chip, bucket):
+            return str(entry["engine"])
+    return None
+
+
 def _matches(entry: dict[str, Any], chip: Chip, bucket: Bucket) -> bool:
     return (
-        list(chip.capability) in entry["capabilities"]
+        list(family(chip.capability) or ()) in entry["capabilities"]
         and entry["itemsize"] == bucket.itemsize
         and bucket.columns <= entry["columns"]
         and bucket.classes <= entry["classes"]
@@ -124,7 +130,14 @@ def _matches(entry: dict[str, Any], chip: Chip, bucket: Bucket) -> bool:
     )
 
 
-Table = dict[str, list[dict[str, Any]]]
+class Table(NamedTuple):
+    """Configs of kernels, and which engine was measured faster."""
+
+    kernels: tuple[dict[str, Any], ...] = ()
+    engines: tuple[dict[str, Any], ...] = ()
+
+
+_BUCKET = {"capabilities", "itemsize", "columns", "classes", "rows"}
 
 
 @functools.cache
@@ -134,19 +147,24 @@ def _own_table() -> Table:
 
 @functools.cache
 def _user_table(path: str | None) -> Table:
-    return {} if not path else _read(Path(path))
+    return _read(Path(path)) if path else Table()
 
 
 def _read(path: Path) -> Table:
+    """The table in a file; ValueError that names the file, and the entry, where it is not one."""
     try:
-        table = json.loads(path.read_text(encoding="utf-8"))["kernels"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"INTERP_NN_TABLE: cannot read a table of kernel configurations from {path}: {error!r}") from error
-    for kernel, entries in table.items():
-        for entry in entries:
-            missing = {"capabilities", "itemsize", "columns", "classes", "rows", "tiles", "warps", "stages"} - set(entry)
-            if kernel not in TILES or missing or len(entry["tiles"]) != len(TILES[kernel]):
-                raise ValueError(f"{path}: a bad entry for kernel {kernel!r}: {entry}")
-            entry.setdefault("parked", False)
-            entry.setdefault("resident", 1)
-    return dict(table)
+        content = json.loads(path.read_text(encoding="utf-8"))
+        kernels, found = tuple(content["kernels"]), tuple(content.get("engines", ()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"INTERP_NN_TABLE: {path} is not a table of kernel configurations: {error!r}") from error
+    for entry in kernels:
+        entry.setdefault("parked", False)
+        entry.setdefault("resident", 1)
+        missing = _BUCKET | {"kernel", "tiles", "warps", "stages"}
+        tiles = TILES.get(entry.get("kernel"), ())
+        if not missing <= set(entry) or len(entry["tiles"]) != len(tiles):
+            raise ValueError(f"INTERP_NN_TABLE: a bad entry of {path}: {entry}")
+    for entry in found:
+        if not _BUCKET | {"problem", "engine"} <= set(entry):
+            raise ValueError(f"INTERP_NN_TABLE: a bad entry of {path}: {entry}")
+    return Table(kernels, found)

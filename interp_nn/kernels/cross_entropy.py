@@ -186,3 +186,24 @@ def pair_loss(
             db = add_splits(WORK, rd, d, splits, BK, BC, 4)
             b = load_b(B, rd, rk, d, K, B_T, EVEN_D).to(tl.float32)
             store_b(DB, tl.dot(b, t, db, input_precision=PRECISION) * scale, rd, rk, d, K, B_T)
+
+
+@triton.jit
+def _scale_one(G, size, scale, BLOCK: tl.constexpr):
+    """G *= scale over `size` elements of memory; nothing for no G."""
+    if G is not None:
+        for block in range(tl.program_id(0), tl.cdiv(size, BLOCK), tl.num_programs(0)):
+            i = tl.cast(block, tl.int64) * BLOCK + tl.arange(0, BLOCK)
+            g = tl.load(G + i, mask=i < size, other=0.0).to(tl.float32) * scale
+            tl.store(G + i, g.to(G.dtype.element_ty), mask=i < size)
+
+
+@triton.jit(do_not_specialize=["size0", "size1", "size2", "size3"])
+def scale_gradients(UPSTREAM, G0, G1, G2, G3, size0, size1, size2, size3, BLOCK: tl.constexpr):
+    """Multiply up to four gradients by UPSTREAM in place. For an upstream of 1, as backward() has it, nothing is touched."""
+    scale = tl.load(UPSTREAM).to(tl.float32)
+    if scale != 1.0:
+        _scale_one(G0, size0, scale, BLOCK)
+        _scale_one(G1, size1, scale, BLOCK)
+        _scale_one(G2, size2, scale, BLOCK)
+        _scale_one(G3, size3, scale, BLOCK)

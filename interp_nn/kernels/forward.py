@@ -3,13 +3,11 @@
 import triton
 import triton.language as tl
 
-from interp_nn.kernels.tiles import project, project_and_gram, store_rows, store_square
+from interp_nn.kernels.tiles import gram, project, project_and_gram, store_rows, store_square
 
 
 @triton.jit
-def _emit(
-    P, Y, BIAS, p, g, row, n, K: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr
-):
+def _emit(P, Y, BIAS, p, g, row, n, K: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr):
     """Store P and Y = P G + bias of one row tile."""
     rn, rk = tl.arange(0, BN), tl.arange(0, BK)
     if P is not None:
@@ -45,7 +43,11 @@ def stream(
     """
     program, programs = tl.program_id(0), tl.num_programs(0)
     row = tl.cast(program, tl.int64) * BN
-    p, g = project_and_gram(X, B, row, n, d, K, BK, BN, BD, B_T, EVEN_D, PRECISION)
+    if PRECISION == "tf32x3":  # two parts of each operand leave no registers for two products
+        g = gram(B, d, K, BK, BD, B_T, EVEN_D, PRECISION)
+        p = project(X, B, row, n, d, K, BK, BN, BD, B_T, EVEN_D, PRECISION)
+    else:
+        p, g = project_and_gram(X, B, row, n, d, K, BK, BN, BD, B_T, EVEN_D, PRECISION)
     g = g.to(X.dtype.element_ty)
     if G is not None:
         if program == 0:

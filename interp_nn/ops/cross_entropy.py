@@ -18,8 +18,8 @@ from interp_nn import dispatch, engines
 from interp_nn.engines import reference
 from interp_nn.engines.reference import LossOptions
 from interp_nn.linalg import accumulation_dtype
-from interp_nn.ops.library import apply, define, implement, transforming
-from interp_nn.ops.summary import as_rows, row_count
+from interp_nn.ops.library import apply, define, implement, is_batched, transforming
+from interp_nn.ops.summary import as_rows, ordered_as, row_count, spread
 
 
 def _loss(
@@ -37,9 +37,7 @@ def _loss(
     engine, form = dispatch.resolve(plan)
     options = LossOptions((weights[0], weights[1], weights[2]), ignore_index, reduction)
     value, grads = engines.get(engine).loss(as_rows(x), b, a, c, target.reshape(-1), options, form, None, needs)
-    if needs[0]:
-        grads[0] = grads[0].view(x.shape)
-    return value.view(target.shape) if reduction == "none" else value, grads
+    return value.view(target.shape) if reduction == "none" else value, _shaped(grads, x, b, needs)
 
 
 def _loss_backward(
@@ -60,13 +58,24 @@ def _loss_backward(
     _, grads = engines.get(engine).loss(
         as_rows(x), b, a, c, target.reshape(-1), options, form, upstream.reshape(-1), needs
     )
+    return _shaped(grads, x, b, needs)
+
+
+def _shaped(grads: list[Tensor], x: Tensor, b: Tensor, needs: Sequence[bool]) -> list[Tensor]:
+    """The gradients in the shape of x and in the memory order of b."""
     if needs[0]:
         grads[0] = grads[0].view(x.shape)
+    if needs[1]:
+        grads[needs[0]] = ordered_as(b, grads[needs[0]])
     return grads
 
 
 def _fake_gradients(parameters: Sequence[Tensor | None], needs: Sequence[bool]) -> list[Tensor]:
-    return [t.new_empty(t.shape) for t, need in zip(parameters, needs, strict=True) if need and t is not None]
+    return [
+        ordered_as(t, t.new_empty(t.shape)) if t.dim() == 2 else t.new_empty(t.shape)
+        for t, need in zip(parameters, needs, strict=True)
+        if need and t is not None
+    ]
 
 
 def _fake_loss(
@@ -159,6 +168,7 @@ class CrossEntropyFunction(Function):
         ctx.mark_non_differentiable(*grads)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, b, a, c, target, *grads)
+        ctx.spent = False
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
@@ -166,11 +176,16 @@ class CrossEntropyFunction(Function):
             return (None,) * 8
         x, b, a, c, target, *grads = ctx.saved_tensors
         needs = tuple(ctx.needs_input_grad[:4])
+        plain = not (torch.compiler.is_compiling() or torch.is_grad_enabled() or transforming() or is_batched(upstream))
+        if grads and plain:
+            if not ctx.spent:
+                ctx.spent = True
+                scaled = engines.get(dispatch.resolve(ctx.plan)[0]).scale(grads, upstream)
+                return (*spread(scaled, needs), *(None,) * 4)
+            grads = []  # of a retained graph, whose gradients the first backward has used up
         ones = (*grads, None, None, None, None)[:4]
-        found = iter(
-            apply(CrossEntropyBackwardFunction, upstream, x, b, a, c, target, *ones, ctx.options, ctx.plan, needs)
-        )
-        return (*(next(found) if need else None for need in needs), *(None,) * 4)
+        found = apply(CrossEntropyBackwardFunction, upstream, x, b, a, c, target, *ones, ctx.options, ctx.plan, needs)
+        return (*spread(found, needs), *(None,) * 4)
 
 
 class CrossEntropyBackwardFunction(Function):
@@ -231,9 +246,9 @@ def cross_entropy(
     """The three-term loss for checked arguments; a and c None for a pair's own loss."""
     enabled = torch.is_grad_enabled()
     needs = tuple(enabled and t is not None and t.requires_grad for t in (x, b, a, c))
-    classes = None if a is None else a.shape[0]
+    head, classes = a is not None, (b if a is None else a.mT).shape[1]
     d, k = b.shape
-    plan = dispatch.choose_loss(row_count(x), d, k, classes, needs[0], needs[1])
+    plan = dispatch.choose(dispatch.problem_of(x, row_count(x), d, k, not head, (needs[0], needs[1]), classes))
     if not torch.compiler.is_compiling() and transforming():
         return composed(x, b, a, c, target, options, plan)
     late = x.dtype == torch.float16 or options.reduction == "none"

@@ -26,7 +26,8 @@ def define(
     forward operator's floating-point inputs (but fp64) are cast; a backward operator's are taken as they are saved.
     """
     name = schema[: schema.index("(")]
-    _LIBRARY.define(schema)
+    # What an operator returns has the memory order of what it was given, as its fake kernel saw it: a compiler keeps to it.
+    _LIBRARY.define(schema, tags=(torch.Tag.needs_exact_strides, torch.Tag.pt2_compliant_tag))
     _LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"interp_nn::{name}", fake, lib=_LIBRARY)
     operator: Callable[..., Any] = getattr(torch.ops.interp_nn, name).default
@@ -64,6 +65,9 @@ def cast(device_type: str, *args: Any) -> tuple[Any, ...]:
 # Read once; should a future PyTorch drop one, its fast path is never taken and nothing else changes.
 any_autocast_enabled: Callable[[], bool] = getattr(torch._C, "_is_any_autocast_enabled", lambda: True)
 _transforms_active: Callable[[], bool] = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
+
+# Of autograd.grad(is_grads_batched=True), whose vmap is older than torch.func's and not among its transforms.
+is_batched: Callable[[Tensor], bool] = getattr(torch._C._functorch, "is_legacy_batchedtensor", lambda _: True)
 
 
 def transforming() -> bool:

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from interp_nn import dispatch, engines
+from interp_nn.associations import KEEPS
 from interp_nn.engines import reference
 from interp_nn.linalg import gram
 from interp_nn.ops.library import apply, define, implement, nested_forward_mode
@@ -58,17 +59,29 @@ def _summary_backward(
     engine, form = dispatch.resolve(plan)
     dp, dy = _rows_if_any(dp), _rows_if_any(dy)
     kept = list(map(as_rows, kept))  # a pair's own P may have batch dimensions
-    dx, db = engines.get(engine).backward(dp, dy, as_rows(x), b, kept, form, needs[0], needs[1])
+    dx, db, dbias = engines.get(engine).backward(dp, dy, as_rows(x), b, kept, form, *needs)
     out = [] if dx is None else [dx.view(x.shape)]
     if db is not None:
-        out.append(db.contiguous())
-    if needs[2]:
-        out.append(dy.sum(0) if dy is not None else b.new_zeros(b.shape[1]))
+        out.append(ordered_as(b, db))
+    if dbias is not None:
+        out.append(dbias)
     return out
 
 
+def ordered_as(b: Tensor, db: Tensor) -> Tensor:
+    """db in b's memory order where b is a contiguous matrix or the transpose of one, so that a layer's weight takes its
+    gradient as it comes; else contiguous.
+    """
+    return db.mT.contiguous().mT if is_transposed(b) else db.contiguous()
+
+
+def is_transposed(b: Tensor) -> bool:
+    """Whether b's memory is that of a contiguous bᵀ and not its own."""
+    return not b.is_contiguous() and b.mT.is_contiguous()
+
+
 def _keeps_projection(form: str) -> bool:
-    return dispatch.KEEPS[form][:1] == ("P",)
+    return KEEPS[form][:1] == ("P",)
 
 
 def _contiguous(kept: Sequence[Tensor]) -> list[Tensor]:
@@ -80,7 +93,7 @@ def _fake_kept(x: Tensor, b: Tensor, plan: str, pair: bool) -> list[Tensor]:
     _, form = dispatch.resolve(plan)
     n, (d, k) = row_count(x), b.shape
     shapes = {"P": (n, k), "G": (k, k), "W": (d, k), "Q": (n, d), "R": (n, d), "K": (d, d)}
-    names = dispatch.KEEPS[form]
+    names = KEEPS[form]
     return [x.new_empty(shapes[name]) for name in names if not (pair and name == "P")]
 
 
@@ -96,8 +109,9 @@ def _fake_summary_pair(x: Tensor, b: Tensor, plan: str) -> tuple[Tensor, Tensor,
 def _fake_summary_backward(
     dp: Tensor | None, dy: Tensor | None, x: Tensor, b: Tensor, kept: Sequence[Tensor], plan: str, needs: Sequence[bool]
 ) -> list[Tensor]:
-    shapes = (x.shape, b.shape, b.shape[1:])
-    return [x.new_empty(shape) for shape, need in zip(shapes, needs, strict=True) if need]
+    d, k = b.shape
+    db = x.new_empty(k, d).mT if is_transposed(b) else x.new_empty(d, k)
+    return [t for t, need in zip((x.new_empty(x.shape), db, x.new_empty(k)), needs, strict=True) if need]
 
 
 summary_operator = define(
@@ -124,7 +138,7 @@ def tangent(x: Tensor, b: Tensor, tx: Tensor, tb: Tensor) -> tuple[Tensor, Tenso
 def gradient(dp: Tensor | None, dy: Tensor | None, x: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """(dX, db) for upstream (dP, dY), in plain differentiable products that broadcast over leading dimensions."""
     _, _, kept = reference.forward(x, b, None, "A+", True)
-    dx, db = reference.backward(dp, dy, x, b, kept, "A+", True, True)
+    dx, db, _ = reference.backward(dp, dy, x, b, kept, "A+", True, True)
     assert dx is not None and db is not None
     return dx, db
 
@@ -251,7 +265,7 @@ class SummaryBackwardFunction(Function):
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
         dp, dy, x, b = ctx.saved_tensors
-        u, v, vbias = _spread(cotangents, ctx.needs)
+        u, v, vbias = spread(cotangents, ctx.needs)
         shape = x.shape
         dp, dy = _rows_if_any(dp), _rows_if_any(dy)
         x = as_rows(x)
@@ -362,7 +376,7 @@ def _backward_function() -> type[SummaryBackwardFunction]:
     return SummaryBackwardFunction if torch.compiler.is_compiling() else _ForwardModeBackwardFunction
 
 
-def _spread(values: Sequence[Any], needs: Sequence[bool]) -> list[Any]:
+def spread(values: Sequence[Any], needs: Sequence[bool]) -> list[Any]:
     """The values at the places where `needs` is true, None elsewhere."""
     found = iter(values)
     return [next(found) if need else None for need in needs]
@@ -380,9 +394,10 @@ def _batch_rows(t: Tensor) -> Tensor:
 
 def choose(x: Tensor, b: Tensor, pair: bool) -> str:
     """The plan's token for checked x and b."""
-    d, k = b.shape
     graph = torch.is_grad_enabled()
-    return dispatch.choose(row_count(x), d, k, pair, graph and x.requires_grad, graph and b.requires_grad)
+    needs = graph and x.requires_grad, graph and b.requires_grad
+    d, k = b.shape
+    return dispatch.choose(dispatch.problem_of(x, row_count(x), d, k, pair, needs))
 
 
 def summary(x: Tensor, b: Tensor, bias: Tensor | None, plan: str) -> Tensor:

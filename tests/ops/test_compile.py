@@ -197,10 +197,10 @@ def test_export_of_a_loss(of_a_head):
 @pytest.mark.parametrize("policy", [CheckpointPolicy.MUST_SAVE, CheckpointPolicy.PREFER_RECOMPUTE])
 def test_selective_checkpointing_by_operator(policy, monkeypatch):
     """Saved, the operator runs once; recomputed, twice; the gradients are the same bits either way."""
-    from interp_nn import dispatch
+    from interp_nn import associations
     from interp_nn.engines import reference
 
-    monkeypatch.setattr(dispatch, "OPERATOR_OVERHEAD", 0)  # an operator even at this size
+    monkeypatch.setattr(associations, "OPERATOR_OVERHEAD", 0)  # an operator even at this size
     monkeypatch.setattr(functional, "_plans", {})
     calls, forward = [], reference.forward
     monkeypatch.setattr(reference, "forward", lambda *args: calls.append(1) or forward(*args))

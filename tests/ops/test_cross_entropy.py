@@ -18,9 +18,10 @@ from support import (
 )
 from torch.autograd import gradcheck, gradgradcheck
 
-from interp_nn import dispatch, functional
+from interp_nn import associations, dispatch, functional
 from interp_nn.engines.reference import LossOptions
 from interp_nn.ops import cross_entropy as ops
+from interp_nn.roofline import Problem
 
 PAIR_FORMS = [form for form, pair in CASES if pair]
 HEAD_FORMS = ["flat", "latent"]
@@ -105,7 +106,7 @@ def pair_problem(n, d, k, reduction):
     ],
 )
 def test_pair_loss_obeys_the_law_in_the_form_of_its_shape(form, shape, reduction, dtype):
-    assert dispatch.choose_loss(*shape, None, True, True) == f"reference:{form}"
+    assert dispatch.choose(Problem(*shape, pair=True, classes=shape[2])) == f"reference:{form}"
     target, options, inputs, upstream = pair_problem(*shape, reduction)
     function = functools.partial(functional.summary_cross_entropy, target=target, **options)
     check_law(function, reference_of(form, target, **options), inputs, upstream, dtype)
@@ -156,7 +157,7 @@ def test_functional_head_equals_naive_whatever_form_it_takes(shape):
     n, d, k, m = shape
     inputs = leaves(randn(n, d), randn(d, k) / d**0.5, randn(m, k), randn(m))
     target = torch.randint(m, (n,))
-    assert dispatch.head_form(n, d, k, m) == ("flat" if 2 * m < k else "latent")
+    assert associations.head_form(n, d, k, m) == ("flat" if 2 * m < k else "latent")
     got, expected = (f(*inputs, target) for f in (functional.summary_head_cross_entropy, naive_head_cross_entropy))
     close(got, expected)
     close(torch.autograd.grad(got, inputs), torch.autograd.grad(expected, inputs))

@@ -4,12 +4,12 @@ import pytest
 import torch
 from support import assert_close_law, naive
 
-from interp_nn import dispatch, functional
+from interp_nn import associations, functional
 from interp_nn.engines import reference
 from interp_nn.ops.library import apply
 from interp_nn.ops.summary import SummaryFunction, summary
 
-FORMS = [*dispatch.KEEPS, "A*", "B*", "C*", "D*", "E*"]
+FORMS = [*associations.KEEPS, "A*", "B*", "C*", "D*", "E*"]
 
 
 @pytest.fixture(autouse=True)
@@ -37,7 +37,7 @@ def test_values_and_gradients(form, k):
         assert_close_law(got, same, exact)
 
 
-@pytest.mark.parametrize("form", dispatch.KEEPS)
+@pytest.mark.parametrize("form", associations.KEEPS)
 def test_operators_promise_the_same_strides(form):
     x, b = torch.randn(20, 9), torch.randn(9, 3)
     torch.library.opcheck(torch.ops.interp_nn.summary.default, (x, b, torch.randn(3), "reference:" + form))

@@ -10,7 +10,7 @@ from torch._subclasses import FakeTensorMode
 from torch.library import opcheck
 
 import interp_nn
-from interp_nn import dispatch, engines, functional
+from interp_nn import associations, dispatch, engines, functional
 from interp_nn.engines import reference
 from interp_nn.ops.summary import SummaryFunction
 
@@ -56,7 +56,7 @@ def test_opcheck_backward(form, needs):
 def test_opcheck_backward_of_a_pair(form, outputs):
     x, b = randn(4, 5), weight(5, 3)
     p, _, kept = OPS.summary_pair(x, b, f"reference:{form}")
-    kept = [p, *kept] if dispatch.KEEPS[form][:1] == ("P",) else kept
+    kept = [p, *kept] if associations.KEEPS[form][:1] == ("P",) else kept
     dp = None if outputs == "summary" else randn(4, 3)
     dy = None if outputs == "projection" else randn(4, 3)
     opcheck(OPS.summary_backward.default, (dp, dy, x, b, kept, f"reference:{form}", [True, True, False]))
@@ -110,7 +110,7 @@ def test_fake_and_meta_agree_with_real(form, pair, batch, make_b, dtype):
     def run(x, b):
         out = OPS.summary_pair(x, b, token) if pair else OPS.summary(x, b, None, token)
         kept = list(out[-1])
-        if pair and dispatch.KEEPS[form][:1] == ("P",):
+        if pair and associations.KEEPS[form][:1] == ("P",):
             kept.insert(0, out[0])
         dp, dy = (out[0], out[1]) if pair else (None, out[0])
         return [*out, OPS.summary_backward(dp, dy, x, b, kept, token, [True] * 3)]
@@ -263,10 +263,10 @@ def test_a_pair_saves_its_own_outputs_at_most(kind):
 def test_what_a_candidate_keeps_does_not_outgrow_b(shape, pair):
     n, d, k = shape
     x, b = randn(n, d), randn(d, k)
-    for form in dispatch.candidates(n, d, k, pair, False):
+    for form in associations.candidates(n, d, k, pair, False):
         token = f"reference:{form}"
         kept = (OPS.summary_pair(x, b, token) if pair else OPS.summary(x, b, None, token))[-1]
-        names = [name for name in dispatch.KEEPS[form] if not (pair and name == "P")]
+        names = [name for name in associations.KEEPS[form] if not (pair and name == "P")]
         for name, t in zip(names, kept, strict=True):
             bound = {"G": k * k, "K": d * d}.get(name, d * k)
             assert t.numel() <= bound, (form, name)
@@ -296,6 +296,8 @@ def probe(monkeypatch):
     engine = types.SimpleNamespace(calls=calls, **{name: noted(name) for name in ("forward", "backward", "loss")})
     monkeypatch.setattr(dispatch, "ENGINES", ("reference", "probe"))
     monkeypatch.setitem(engines._MODULES, "probe", engine)
+    monkeypatch.setattr(engines, "unavailable", lambda name: None)
+    monkeypatch.setattr(engines, "refusal", lambda *_: None)
     monkeypatch.setattr(functional, "_plans", {})
     return engine
 

@@ -6,7 +6,7 @@ from support import CASES, FORMS, naive, naive_cross_entropy, naive_head_cross_e
 from torch.autograd import forward_ad
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 
-from interp_nn import dispatch, functional
+from interp_nn import associations, dispatch, functional
 
 close = torch.testing.assert_close
 
@@ -176,7 +176,7 @@ def test_hessians_of_a_pair(f, nesting):
 @pytest.fixture
 def operators_only(monkeypatch):
     """Dispatch takes an operator's form at any size."""
-    monkeypatch.setattr(dispatch, "OPERATOR_OVERHEAD", 0)
+    monkeypatch.setattr(associations, "OPERATOR_OVERHEAD", 0)
     monkeypatch.setattr(functional, "_plans", {})
     assert dispatch.plan(3, 3, 2).form[-1] != "*"
 

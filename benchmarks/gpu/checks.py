@@ -1,0 +1,328 @@
+"""The correctness part: every engine against the law, in memory where nothing that was not written looks like a number."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+import interp_nn
+from benchmarks import law
+from benchmarks.gpu.cases import Case
+from benchmarks.gpu.log import Log
+from interp_nn import associations, engines, functional
+
+DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+WEIGHTS = (0.7, 1.3, 0.9)
+_TILE_ROWS = 128  # the most rows in a tile: between guards of that many, a read without a mask finds NaN
+_BIG = 2**31
+
+
+class Problem(NamedTuple):
+    """Inputs by name, in fp64; what an engine and what plain PyTorch compute of them; upstreams of its outputs, in fp64."""
+
+    inputs: dict[str, Tensor]
+    ours: Callable[..., Sequence[Tensor]]
+    plain: Callable[..., Sequence[Tensor]]
+    upstreams: list[Tensor]
+    outputs: list[str]
+    wanted: list[str]
+
+
+class Guarded(NamedTuple):
+    """A tensor in the middle of a buffer of NaN."""
+
+    tensor: Tensor
+    buffer: Tensor
+    zone: int
+
+    def touched(self) -> bool:
+        """Whether something was written around it."""
+        return not bool(self.buffer[: self.zone].isnan().all() & self.buffer[-self.zone :].isnan().all())
+
+
+def guarded(t: Tensor, transposed: bool = False) -> Guarded:
+    """A copy of t between guards, with the memory order of tᵀ if asked."""
+    zone = max(4096, _TILE_ROWS * t.shape[-1] if t.dim() else 1)
+    buffer = torch.full((t.numel() + 2 * zone,), math.nan, dtype=t.dtype, device=t.device)
+    inner = buffer[zone : zone + t.numel()]
+    view = inner.view(t.mT.shape).mT if transposed else inner.view(t.shape)
+    view.copy_(t)
+    return Guarded(view, buffer, zone)
+
+
+@contextlib.contextmanager
+def poisoned() -> Iterator[None]:
+    """Results and workspaces of the triton engine are NaN until a kernel writes them."""
+    engine: Any = engines.get("triton")
+    original = engine.workspace
+
+    def workspace(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+        return original(shape, dtype, device).fill_(math.nan)
+
+    with mock.patch.object(engine, "workspace", workspace):
+        yield
+
+
+@contextlib.contextmanager
+def launches() -> Iterator[list[str]]:
+    """A list that gets the names of the kernels that the triton engine launches inside."""
+    engine: Any = engines.get("triton")
+    original, names = engine.launch, []
+
+    def launch(plan: Any, device: torch.device, *arguments: Any) -> None:
+        names.append(plan.kernel.__name__)
+        original(plan, device, *arguments)
+
+    with mock.patch.object(engine, "launch", launch):
+        yield names
+
+
+@contextlib.contextmanager
+def products(mode: str) -> Iterator[None]:
+    """Products of fp32 matrices are tf32 products in the mode of that name, else exact."""
+    switch = torch.backends.cuda.matmul
+    before = switch.fp32_precision
+    switch.fp32_precision = "tf32" if mode == "tf32" else "ieee"
+    try:
+        yield
+    finally:
+        switch.fp32_precision = before
+
+
+def problem(case: Case, n: int, device: torch.device) -> Problem:
+    """A case with n rows, at the scale of a trained network. The same numbers on every run."""
+    draw = torch.Generator(device).manual_seed(zlib.crc32(f"{case.name} {n}".encode()))
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(shape, dtype=torch.float64, device=device, generator=draw)
+
+    d, k = case.d, case.k
+    inputs = {"x": randn(n, d), "b": randn(d, k) / max(d, k) ** 0.5}
+    wanted = case.wanted.split()
+    if case.what.endswith("summary"):
+        if "bias" in wanted:
+            inputs["bias"] = randn(k)
+        return Problem(
+            inputs, lambda *t: [functional.summary(*t)], lambda *t: [law.naive(*t)], [randn(n, k)], ["y"], wanted
+        )
+    if case.what.endswith("pair"):
+        places = [("projection", "summary").index(name) for name in wanted]
+        return Problem(
+            inputs,
+            lambda x, b: [functional.summary_pair(x, b)[i] for i in places],
+            lambda x, b: [law.naive_pair(x, b)[i] for i in places],
+            [randn(n, k) for _ in places],
+            wanted,
+            ["x", "b"],
+        )
+    return _loss_problem(case, inputs, wanted, randn, draw)
+
+
+def _loss_problem(
+    case: Case, inputs: dict[str, Tensor], wanted: list[str], randn: Callable[..., Tensor], draw: torch.Generator
+) -> Problem:
+    n, k, device = len(inputs["x"]), case.k, draw.device
+    target = torch.randint(case.m or k, (n,), device=device, generator=draw)
+    if case.ignored == "all":
+        target.fill_(-100)
+    elif case.ignored == "some":
+        target[1::5] = -100
+    given = {"weights": WEIGHTS, "reduction": case.reduction}
+    upstream = (randn(n) if case.reduction == "none" else randn()).abs() + 0.5
+    if case.what == "pair_loss":
+        return Problem(
+            inputs,
+            lambda x, b: [functional.summary_cross_entropy(x, b, target, **given)],
+            lambda x, b: [law.naive_cross_entropy(x, b, target, **given)],
+            [upstream],
+            ["loss"],
+            [name for name in wanted if name in inputs],
+        )
+    assert case.m is not None
+    inputs["a"] = randn(case.m, k) / k**0.5
+    if case.bias:
+        inputs["c"] = randn(case.m)
+    return Problem(
+        inputs,
+        lambda x, b, a, c=None: [functional.summary_head_cross_entropy(x, b, a, c, target, **given)],
+        lambda x, b, a, c=None: [law.naive_head_cross_entropy(x, b, a, c, target, **given)],
+        [upstream],
+        ["loss"],
+        [name for name in wanted if name in inputs],
+    )
+
+
+def evaluate(
+    function: Callable[..., Sequence[Tensor]], given: dict[str, Tensor], upstreams: Sequence[Tensor], wanted: Sequence[str]
+) -> list[Tensor]:  # fmt: skip
+    """Outputs, and the gradients of the wanted inputs."""
+    leaves = {name: t.detach().requires_grad_(name in wanted) for name, t in given.items()}
+    out = function(*leaves.values())
+    grads = torch.autograd.grad(out, [leaves[name] for name in wanted], [u.to(o.dtype) for u, o in zip(upstreams, out, strict=True)])
+    return [*(o.detach() for o in out), *grads]
+
+
+def check_case(case: Case, device: torch.device, log: Log) -> None:
+    """Both engines for each number of rows of the case; a line for each."""
+    dtype = DTYPES[case.mode]
+    for n in case.rows:
+        if log.left() < 0:
+            log.write(f"{case.name}, n {n}", "skipped", why="out of time")
+            continue
+        with log.guarded(f"{case.name}, n {n}", n=n, **_facts(case)), products(case.mode):
+            asked = problem(case, n, device)
+            rounded = {name: t.to(dtype) for name, t in asked.inputs.items()}
+            upstreams = [u.to(dtype) for u in asked.upstreams]
+            if case.transposed:
+                rounded["b"] = rounded["b"].mT.contiguous().mT
+            wide = {name: t.double() for name, t in rounded.items()}
+            exact = evaluate(asked.plain, wide, [u.double() for u in upstreams], asked.wanted)
+            same = evaluate(asked.plain, rounded, upstreams, asked.wanted)
+            for engine in ("triton", "reference"):
+                with log.guarded(f"{case.name}, n {n}, {engine}", engine=engine, n=n, **_facts(case)):
+                    _check_engine(case, n, engine, asked, rounded, upstreams, same, exact, log)
+
+
+def _check_engine(
+    case: Case, n: int, engine: str, asked: Problem, rounded: dict[str, Tensor], upstreams: list[Tensor],
+    same: list[Tensor], exact: list[Tensor], log: Log,
+) -> None:  # fmt: skip
+    held = {name: guarded(t, case.transposed and name == "b") for name, t in rounded.items()}
+    given = {name: h.tensor for name, h in held.items()}
+    form = case.what if case.what in ("flat", "latent") else None
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(interp_nn.use_engine(engine))
+        stack.enter_context(poisoned())
+        kernels = stack.enter_context(launches())
+        if form is not None:
+            stack.enter_context(mock.patch.object(associations, "head_form", lambda *_: form))
+        plan = interp_nn.plan(
+            n, case.d, case.k,
+            pair=case.what.endswith("pair") or case.what == "pair_loss",
+            grad=[name for name in asked.wanted if name in ("x", "b")],
+            classes=(case.m or case.k) if case.loss else None,
+            dtype=rounded["x"].dtype, device=rounded["x"].device,
+        )  # fmt: skip
+        got = evaluate(asked.ours, given, upstreams, asked.wanted)
+    names = [*asked.outputs, *(f"d{name}" for name in asked.wanted)]
+    found: dict[str, list[float]] = {}
+    whys = []
+    floor = _floor(case)
+    for name, g, s, e in zip(names, got, same, exact, strict=True):
+        ours, theirs = law.errors(g, e), law.errors(s, e)
+        found[name] = [*ours, *theirs]
+        why = _nothing_kept(name, g) if case.empty_mean else law.breach(ours, theirs, floor)
+        if why is None and g.dtype != s.dtype:
+            why = f"dtype {g.dtype}, PyTorch's {s.dtype}"
+        whys += [] if why is None else [f"{name}: {why}"]
+    if "b" in asked.wanted:
+        db = got[names.index("db")]
+        whys += [] if db.stride() == rounded["b"].stride() or min(db.shape) == 1 else [f"db: strides {db.stride()}"]
+    whys += [f"{name}: written outside" for name, h in held.items() if h.touched()]
+    if engine == "triton" and not kernels:
+        whys.append("no kernel was launched")
+    log.check(
+        f"{case.name}, n {n}, {engine}",
+        "; ".join(whys) or None,
+        engine=engine, form=plan.form, config={kernel: str(config) for kernel, config in plan.config},
+        kernels=kernels, n=n, floor=floor, errors=found, errors_of="ours, PyTorch's: Frobenius, maximum", **_facts(case),
+    )  # fmt: skip
+
+
+def _floor(case: Case) -> float:
+    """As the tests have it; tf32 operands have the digits of fp16, whichever products PyTorch's library takes."""
+    if case.mode == "tf32":
+        return law.FLOOR_ULPS[torch.float16] * law.TF32_EPS
+    return law.floor(DTYPES[case.mode], law.SPLIT_ULPS if case.mode == "fp32" else None)
+
+
+def _nothing_kept(name: str, got: Tensor) -> str | None:
+    """The mean over no rows is NaN, and its gradients zero."""
+    if name == "loss":
+        return None if bool(got.isnan()) else f"{float(got)}, want NaN without any row"
+    return None if bool((got == 0).all()) else "not zero without any row"
+
+
+def _facts(case: Case) -> dict[str, Any]:
+    facts = case._asdict()
+    del facts["rows"]
+    return facts | {"dtype": str(DTYPES[case.mode]).removeprefix("torch.")}
+
+
+def check_far_rows(device: torch.device, log: Log) -> None:
+    """Rows beyond 2^31 elements: values and gradients there, and in what all rows add up to."""
+    d, k = 1024, 64
+    n = _BIG // d + 1000
+    name = f"rows beyond 2^31 elements: n {n}, d {d}, k {k}, bf16"
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
+    if free < 14 * n * d:
+        log.write(name, "skipped", why=f"{free / 1e9:.1f} GB of memory are free, {14 * n * d / 1e9:.1f} needed")
+        return
+    draw = torch.Generator(device).manual_seed(0)
+    x = torch.randn(n, d, dtype=torch.bfloat16, device=device, generator=draw)
+    b = torch.randn(d, k, dtype=torch.float64, device=device, generator=draw).div(d**0.5).bfloat16()
+    dy = torch.randn(n, k, dtype=torch.bfloat16, device=device, generator=draw)
+    target = torch.randint(k, (n,), device=device, generator=draw)
+
+    def summary(x: Tensor, b: Tensor, rows: slice) -> Tensor:
+        return law.naive(x, b)
+
+    def value(x: Tensor, b: Tensor, rows: slice) -> Tensor:
+        return law.naive_cross_entropy(x, b, target[rows], reduction="sum") / n
+
+    loss_of = functional.summary_cross_entropy
+    for what, ours, plain in (
+        ("summary", lambda x, b: functional.summary(x, b), summary),
+        ("pair loss", lambda x, b: loss_of(x, b, target), value),
+    ):
+        with log.guarded(f"{name}, {what}"):
+            _check_far(f"{name}, {what}", ours, plain, x, b, dy if what == "summary" else None, log)
+
+
+def _check_far(
+    name: str, ours: Callable[..., Tensor], plain: Callable[..., Tensor], x: Tensor, b: Tensor, dy: Tensor | None, log: Log
+) -> None:  # fmt: skip
+    n, d = x.shape
+    probes = [0, _BIG // d - 500, n - 500]  # the first rows, those around 2^31, and the last
+    with interp_nn.use_engine("triton"), poisoned():
+        leaves = x.detach().requires_grad_(), b.detach().requires_grad_()
+        out = ours(*leaves)
+        dx, db = torch.autograd.grad(out, leaves, dy)
+    whys, found = [], {}
+    sums = {dtype: torch.zeros_like(b, dtype=torch.float64) for dtype in (torch.bfloat16, torch.float64)}
+    step = 2**16
+    for first in range(0, n, step):
+        rows = slice(first, min(n, first + step))
+        for dtype, total in sums.items():
+            total += _chunk(plain, x, b, dy, rows, dtype)[2].double()
+    floor = law.floor(torch.bfloat16)
+    checks = [("db", db, sums[torch.bfloat16], sums[torch.float64])]
+    for at in probes:
+        rows = slice(at, min(n, at + 500))
+        same, exact = (_chunk(plain, x, b, dy, rows, dtype) for dtype in (torch.bfloat16, torch.float64))
+        checks.append((f"dx[{at}:]", dx[rows], same[1], exact[1]))
+        if dy is not None:
+            checks.append((f"y[{at}:]", out[rows], same[0], exact[0]))
+    for what, got, same_result, exact_result in checks:
+        errors = law.errors(got, exact_result), law.errors(same_result, exact_result)
+        found[what] = [*errors[0], *errors[1]]
+        why = law.breach(*errors, floor)
+        whys += [] if why is None else [f"{what}: {why}"]
+    log.check(name, "; ".join(whys) or None, engine="triton", n=n, d=d, k=b.shape[1], dtype="bfloat16", errors=found)
+
+
+def _chunk(
+    plain: Callable[..., Tensor], x: Tensor, b: Tensor, dy: Tensor | None, rows: slice, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(output, dX, what these rows add to db) of some rows."""
+    part, parameter = x[rows].to(dtype).requires_grad_(), b.to(dtype, copy=True).requires_grad_()
+    out = plain(part, parameter, rows)
+    dx, db = torch.autograd.grad(out, (part, parameter), None if dy is None else dy[rows].to(dtype))
+    return out.detach(), dx, db

@@ -1,0 +1,357 @@
+"""What a kernel must do besides being right: one launch, the same bits every time, on any stream, in a graph, in bounds."""
+
+from __future__ import annotations
+
+import gc
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+import interp_nn
+from benchmarks.gpu.checks import launches
+from benchmarks.gpu.log import Log, read
+from benchmarks.record import ROOT
+from interp_nn import associations, functional
+
+Call = Callable[[], Sequence[Tensor]]
+
+
+class Shape(NamedTuple):
+    """Rows, features, columns, classes behind a head, dtype."""
+
+    n: int
+    d: int
+    k: int
+    m: int
+    dtype: torch.dtype
+
+    @property
+    def name(self) -> str:
+        return f"({self.n}, {self.d}, {self.k}, {self.m}) {str(self.dtype).removeprefix('torch.')}"
+
+
+SMALL = Shape(200, 72, 40, 10, torch.bfloat16)
+MIDDLE = Shape(4096, 512, 100, 10, torch.bfloat16)
+LARGE = Shape(65536, 512, 64, 10, torch.bfloat16)
+EXACT = Shape(4096, 512, 64, 100, torch.float32)
+TINY = Shape(33, 24, 10, 3, torch.float32)
+
+
+def workload(shape: Shape, device: torch.device, wide: bool = False) -> dict[str, Call]:
+    """Every kernel of one launch at a shape: forward and backward of summary and pair, the losses with their gradients.
+
+    Inputs are drawn once; a call returns outputs and gradients. `wide` takes 200 columns, and so the kernels with phases.
+    """
+    n, d, k, m, dtype = shape
+    if wide:
+        k = 200
+    draw = torch.Generator().manual_seed(0)  # on the CPU: nothing but what is asked for runs on the device
+
+    def randn(*size: int, scale: float = 1.0) -> Tensor:
+        return (torch.randn(size, generator=draw) * scale).to(dtype).to(device)
+
+    x, w, bias = randn(n, d), randn(k, d, scale=max(d, k) ** -0.5), randn(k)
+    a, c = randn(m, k, scale=k**-0.5), randn(m)
+    dp, dy = randn(n, k), randn(n, k)
+    t, tm = (torch.randint(high, (n,), generator=draw).to(device) for high in (k, m))
+    upstream = torch.tensor(0.75, device=device)
+
+    def calling(function: Callable[..., Sequence[Tensor]], upstreams: Sequence[Tensor], *inputs: Tensor) -> Call:
+        def call() -> Sequence[Tensor]:
+            leaves = [given.detach().requires_grad_() for given in inputs]
+            out = function(*leaves)
+            return [*(o.detach() for o in out), *torch.autograd.grad(out, leaves, upstreams)]
+
+        return call
+
+    def head(form: str) -> Call:
+        loss = functional.summary_head_cross_entropy
+        call = calling(lambda x, w, a, c: [loss(x, w.t(), a, c, tm)], [upstream], x, w, a, c)
+
+        def in_form() -> Sequence[Tensor]:
+            with mock.patch.object(associations, "head_form", lambda *_: form):
+                return call()
+
+        return in_form
+
+    calls = {
+        "summary": calling(lambda x, w, bias: [functional.summary(x, w.t(), bias)], [dy], x, w, bias),
+        "pair": calling(lambda x, w: functional.summary_pair(x, w.t()), [dp, dy], x, w),
+    }
+    if not wide:
+        calls["pair loss"] = calling(lambda x, w: [functional.summary_cross_entropy(x, w.t(), t)], [upstream], x, w)
+        calls |= {"latent head loss": head("latent"), "flat head loss": head("flat")}
+    return calls
+
+
+def bits(t: Tensor) -> Tensor:
+    """The same memory as integers, of which equal means equal, NaN or not."""
+    return t.contiguous().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[t.element_size()])
+
+
+def differing(got: Sequence[Tensor], first: Sequence[Tensor]) -> Tensor:
+    """On the device: whether any bit differs."""
+    return torch.stack([(bits(g) != bits(f)).any() for g, f in zip(got, first, strict=True)]).any()
+
+
+# Launches
+
+
+def count_launches(device: torch.device, log: Log) -> None:
+    """Kernels of forward, of backward and of a loss with its gradients, as the engine's hook and the profiler see them."""
+    shape = MIDDLE if device.type == "cuda" else TINY
+    n, d, k, m, dtype = shape
+    x = torch.randn(n, d).to(device, dtype).requires_grad_()
+    dy = torch.randn(n, k).to(device, dtype)
+    t, tm = (torch.randint(high, (n,)).to(device) for high in (k, m))
+    one = torch.ones((), device=device)
+    made = {"device": device, "dtype": dtype}
+    linear = interp_nn.nn.SummaryLinear(d, k, bias=True, **made)
+    layer = interp_nn.nn.SummaryLayer(d, k, **made)
+    classifier = interp_nn.nn.SummaryClassifier(d, k, **made)
+    head = interp_nn.nn.SummaryHead(d, k, m, **made)
+    # What runs, what is done to its result, and the most kernels that each may take.
+    measured: list[tuple[str, torch.nn.Module, Callable[[], Any], Callable[[Any], None], int]] = [
+        ("SummaryLinear(bias=True)", linear, lambda: linear(x), lambda y: y.backward(dy), 1),
+        ("SummaryLayer", layer, lambda: layer(x), lambda p: torch.autograd.backward(tuple(p), (dy, dy)), 1),
+        ("SummaryClassifier.loss", classifier, lambda: classifier.loss(x, t), lambda v: v.backward(one), 1),
+        ("SummaryHead.loss", head, lambda: head.loss(x, tm), lambda v: v.backward(one), 1),
+    ]
+    with interp_nn.use_engine("triton"):
+        for name, module, forward, backward, most in measured:
+            with log.guarded(f"launches of {name}"):
+
+                def clear(module: torch.nn.Module = module) -> None:
+                    x.grad = None
+                    module.zero_grad(set_to_none=True)
+
+                for _ in range(3):
+                    backward(forward())
+                    clear()
+                with launches() as seen:
+                    out, kernels = profiled(forward, device)
+                _count(f"{name}, forward", seen, kernels, 1, shape, log)
+                with launches() as seen:
+                    _, kernels = profiled(lambda run=backward, value=out: run(value), device)
+                _count(f"{name}, backward", seen, kernels, most, shape, log)
+                clear()
+
+
+def profiled(call: Callable[[], Any], device: torch.device) -> tuple[Any, list[str] | None]:
+    """(what the call returns, the names of what ran on the device meanwhile; None without a device)."""
+    if device.type != "cuda":
+        return call(), None
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=activities) as profile:
+        out = call()
+        torch.cuda.synchronize()
+    events = profile.events() or []
+    return out, [e.name for e in events if e.device_type == torch.autograd.DeviceType.CUDA]
+
+
+def _count(name: str, seen: list[str], kernels: list[str] | None, most: int, shape: Shape, log: Log) -> None:
+    ran = seen if kernels is None else kernels
+    why = None
+    if len(ran) > most or len(seen) > most or not ran:
+        why = f"{len(ran)} on the device, {len(seen)} of the engine's, want {most}"
+    log.check(f"launches of {name}", why, engine="triton", shape=shape.name, launched=seen, profiled=kernels, most=most)
+
+
+# Repeats
+
+
+def repeat(shape: Shape, times: int, device: torch.device, log: Log) -> None:
+    """So many repeats of everything at one shape, bitwise equal."""
+    for wide in (False, True):
+        for name, call in workload(shape, device, wide).items():
+            label = f"{times} repeats of {'wide ' * wide}{name} {shape.name}"
+            if log.left() < 0:
+                log.write(label, "skipped", why="out of time")
+                continue
+            with log.guarded(label), interp_nn.use_engine("triton"):
+                first = call()
+                wrong = torch.zeros((), dtype=torch.int64, device=device)
+                done = 0
+                while done < times and (log.left() > 0 or done < 10):
+                    wrong += differing(call(), first)
+                    done += 1
+                    if done % 50 == 0:
+                        _synchronize(device)
+                why = f"{int(wrong)} of {done} differ" if int(wrong) else None
+                log.check(label, why, engine="triton", shape=shape.name, repeats=done)
+
+
+def alternate(shapes: Sequence[Shape], times: int, device: torch.device, log: Log) -> None:
+    """So many calls, at each shape in turn, bitwise equal to the first at that shape."""
+    label = f"{times} calls of alternating shapes"
+    with interp_nn.use_engine("triton"):
+        calls = [call for shape in shapes for call in workload(shape, device).values()]
+        firsts = [call() for call in calls]
+        wrong = torch.zeros((), dtype=torch.int64, device=device)
+        for i in range(times):
+            place = i * 7 % len(calls)
+            wrong += differing(calls[place](), firsts[place])
+        why = f"{int(wrong)} of {times} differ" if int(wrong) else None
+    log.check(label, why, engine="triton", shapes=[shape.name for shape in shapes], repeats=times)
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+# Streams
+
+
+def on_streams(shape: Shape, rounds: int, device: torch.device, log: Log) -> None:
+    """Everything at once on several streams, beside other work, bitwise equal to one stream."""
+    label = f"4 streams, {rounds} rounds {shape.name}"
+    calls = workload(shape, device)
+    with interp_nn.use_engine("triton"):
+        firsts = {name: call() for name, call in calls.items()}
+        torch.cuda.synchronize()
+        streams = [torch.cuda.Stream(device) for _ in range(4)]
+        other = torch.cuda.Stream(device)
+        left, right = (torch.randn(1024, 1024, device=device) for _ in range(2))
+        wrong = {name: [torch.zeros((), dtype=torch.int64, device=device) for _ in streams] for name in calls}
+        torch.cuda.synchronize()
+        names, done = list(calls), 0
+        while done < rounds and (log.left() > 0 or done < 2):
+            with torch.cuda.stream(other):
+                torch.mm(left, right)
+            for place, stream in enumerate(streams):
+                name = names[(done + place) % len(names)]
+                with torch.cuda.stream(stream):
+                    wrong[name][place] += differing(calls[name](), firsts[name])
+            done += 1
+        torch.cuda.synchronize()
+    bad = {name: count for name, counts in wrong.items() if (count := sum(int(one) for one in counts))}
+    log.check(label, f"results differ: {bad}" if bad else None, engine="triton", shape=shape.name, rounds=done)
+
+
+# Graphs
+
+
+def captured(call: Call, stream: torch.cuda.Stream) -> tuple[torch.cuda.CUDAGraph, Sequence[Tensor]]:
+    """A graph of the call, which has run on the stream before, and the tensors that every replay writes."""
+    graph = torch.cuda.CUDAGraph()
+    gc.disable()  # a graph that dies while another one is captured ends the capture
+    try:
+        with torch.cuda.graph(graph, stream=stream):
+            out = call()
+    finally:
+        gc.enable()
+    return graph, out
+
+
+def in_graphs(shape: Shape, replays: int, device: torch.device, log: Log) -> None:
+    """Forward, backward and losses in one graph, replayed; then two graphs of one stream replayed on two at a time."""
+    calls = list(workload(shape, device).values())
+
+    def everything() -> Sequence[Tensor]:
+        return [t for call in calls for t in call()]
+
+    stream = torch.cuda.Stream(device)
+    with interp_nn.use_engine("triton"):
+        first = everything()
+        torch.cuda.synchronize()
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                everything()
+        torch.cuda.synchronize()
+        graphs = [captured(everything, stream) for _ in range(2)]
+    graph, out = graphs[0]
+    wrong = torch.zeros((), dtype=torch.int64, device=device)
+    for _ in range(replays):
+        for t in out:
+            t.fill_(math.nan)
+        graph.replay()
+        wrong += differing(out, first)
+    why = f"{int(wrong)} of {replays} replays differ" if int(wrong) else None
+    log.check(f"{replays} replays of a graph {shape.name}", why, engine="triton", shape=shape.name)
+    torch.cuda.synchronize()
+    others = [torch.cuda.Stream(device) for _ in graphs]
+    counts = [torch.zeros((), dtype=torch.int64, device=device) for _ in graphs]
+    torch.cuda.synchronize()
+    for _ in range(replays):
+        for side, (graph, out), count in zip(others, graphs, counts, strict=True):
+            with torch.cuda.stream(side):
+                for t in out:
+                    t.fill_(math.nan)
+                graph.replay()
+                count += differing(out, first)
+    torch.cuda.synchronize()
+    bad = [int(count) for count in counts]
+    why = f"{bad} of {replays} replays differ" if any(bad) else None
+    log.check(f"two graphs of one stream on two streams {shape.name}", why, engine="triton", shape=shape.name)
+
+
+# Sanitizer
+
+
+def run_small(device: torch.device, log: Log) -> None:
+    """Each kernel once on a small problem: what the sanitizer looks at."""
+    for shape in (TINY, SMALL) if device.type == "cuda" else (TINY,):
+        for wide in (False, True):
+            for name, call in workload(shape, device, wide).items():
+                label = f"{'wide ' * wide}{name} {shape.name}"
+                with log.guarded(label), interp_nn.use_engine("triton"):
+                    finite = all(bool(t.isfinite().all()) for t in call())
+                    log.check(label, None if finite else "not finite", engine="triton", shape=shape.name)
+
+
+def sanitizer() -> str | None:
+    """Where compute-sanitizer is: in PATH or in a CUDA toolkit."""
+    toolkits = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
+    places = [os.environ.get("PATH", ""), *(f"{root}/bin" for root in toolkits if root)]
+    places += [f"{root}/compute-sanitizer" for root in toolkits if root]
+    return shutil.which("compute-sanitizer", path=os.pathsep.join(places))
+
+
+def sanitize(tool: str, seconds: float, log: Log, program: str | None = None) -> None:
+    """The small problems under one tool of compute-sanitizer, in a process of their own."""
+    program = program or sanitizer()
+    label = f"compute-sanitizer {tool}"
+    if program is None:
+        log.write(label, "skipped", why="tool not found: compute-sanitizer in PATH, CUDA_HOME or /usr/local/cuda")
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        report, lines = Path(folder, "report"), Path(folder, "lines")
+        options = ["--tool", tool, "--error-exitcode", "86", "--print-limit", "20"]
+        part = ["-m", "benchmarks.gpu.worker", "small", "--log", str(lines), "--seconds", str(seconds)]
+        # Without PyTorch's cache each tensor is an allocation of its own, whose end the tool knows.
+        environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+        with report.open("w", encoding="utf-8") as file:
+            process = subprocess.Popen(
+                [program, *options, sys.executable, *part],
+                cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT, start_new_session=True,
+            )  # fmt: skip
+            try:
+                code: int | None = process.wait(seconds)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+                code = None
+        said = report.read_text(encoding="utf-8", errors="replace").splitlines()
+        done = [line["status"] for line in read(lines)]
+    facts = {"tail": said[-40:], "command": options, "problems": len(done)}
+    if code is None:
+        log.write(label, "skipped", why=f"not done within {seconds:.0f} s", **facts)
+    elif not done and any("not supported" in line for line in said):
+        log.write(label, "skipped", why="the tool does not support this device here", **facts)
+    else:
+        bad = [] if code == 0 else [f"exit status {code}"]
+        bad += [f"{len(done)} problems ran, not all of them right"] if not done or set(done) != {"ok"} else []
+        log.check(label, "; ".join(bad) or None, **facts)

@@ -1,0 +1,109 @@
+"""How close is close enough: at most twice as far from fp64 as PyTorch's own expression at the same precision, plus ulps.
+
+Tests and the GPU job judge by this; here are the formulas in plain PyTorch too, which are what is compared against.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# Beyond twice PyTorch's own error: as many ulps as a chain of roundings leaves when PyTorch's happen to cancel. In fp64
+# the reference is itself the same-precision expression, whose error reads as zero.
+FLOOR_ULPS = {torch.float64: 32, torch.float32: 3, torch.bfloat16: 3, torch.float16: 3}
+# An fp32 product of two tf32 parts each drops what both low parts give, 2^-22 of it, where PyTorch's may happen to be exact.
+SPLIT_ULPS = 8
+TF32_EPS = 2.0**-10
+
+
+def naive(x: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
+    """The summary as a user would write it: (X b)(bᵀb) + bias."""
+    y = x @ b @ (b.mT @ b)
+    return y if bias is None else y + bias
+
+
+def naive_pair(x: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """(projection, summary)."""
+    return x @ b, naive(x, b)
+
+
+def naive_loss(
+    o1: Tensor,
+    o2: Tensor,
+    target: Tensor,
+    weights: tuple[float, float, float] = (1.0, 1.0, 1.0),
+    ignore_index: int = -100,
+    reduction: str = "mean",
+) -> Tensor:
+    """w1 CE(o1) + w2 CE(o2) + w3 MSE(o1, o2) over the rows that are not ignored; 16-bit logits are read in fp32."""
+    wide = torch.float64 if o1.dtype == torch.float64 else torch.float32
+    m, kept = o1.shape[-1], (target != ignore_index).flatten()
+    o1, o2 = o1.to(wide).reshape(-1, m), o2.to(wide).reshape(-1, m)
+    first, second = (
+        F.cross_entropy(o, target.flatten(), ignore_index=ignore_index, reduction="none") for o in (o1, o2)
+    )
+    mse = torch.where(kept, (o1 - o2).square().mean(1), 0.0)
+    rows = weights[0] * first + weights[1] * second + weights[2] * mse
+    if reduction == "none":
+        return rows.view(target.shape)
+    return rows.sum() / kept.sum() if reduction == "mean" else rows.sum()
+
+
+def naive_cross_entropy(
+    x: Tensor,
+    b: Tensor,
+    target: Tensor,
+    weights: tuple[float, float, float] = (1.0, 1.0, 1.0),
+    ignore_index: int = -100,
+    reduction: str = "mean",
+) -> Tensor:
+    """The three-term loss of a pair."""
+    return naive_loss(*naive_pair(x, b), target, weights, ignore_index, reduction)
+
+
+def naive_head_cross_entropy(
+    x: Tensor,
+    b: Tensor,
+    a: Tensor,
+    c: Tensor | None,
+    target: Tensor,
+    weights: tuple[float, float, float] = (1.0, 1.0, 1.0),
+    ignore_index: int = -100,
+    reduction: str = "mean",
+) -> Tensor:
+    """The three-term loss behind an output layer."""
+    p, y = naive_pair(x, b)
+    return naive_loss(F.linear(p, a, c), F.linear(y, a, c), target, weights, ignore_index, reduction)
+
+
+def errors(got: Tensor, exact: Tensor) -> tuple[float, float]:
+    """(relative Frobenius, relative maximum) error against an fp64 reference; a NaN or Inf counts as infinite."""
+    got, exact = got.detach().double(), exact.detach()
+    assert exact.dtype == torch.float64
+    assert got.shape == exact.shape
+    if got.numel() == 0:
+        return 0.0, 0.0
+    difference = got - exact
+    if not bool(torch.isfinite(difference).all()):
+        return math.inf, math.inf
+    if not bool(exact.any()):
+        return (math.inf, math.inf) if bool(difference.any()) else (0.0, 0.0)
+    return float(difference.norm() / exact.norm()), float(difference.abs().max() / exact.abs().max())
+
+
+def floor(dtype: torch.dtype, ulps: int | None = None) -> float:
+    """The error that is always allowed to results whose products are rounded to `dtype`."""
+    return (ulps or FLOOR_ULPS[dtype]) * torch.finfo(dtype).eps
+
+
+def breach(ours: tuple[float, float], theirs: tuple[float, float], floor: float) -> str | None:
+    """What breaks the law: `errors` of ours against those of PyTorch's own expression. None where nothing does."""
+    for kind, our, their in zip(("Frobenius", "maximum"), ours, theirs, strict=True):
+        if not math.isfinite(their):
+            return "PyTorch's own expression is not finite, which proves nothing"
+        if not our <= 2 * their + floor:
+            return f"{kind} error {our:.3g}, PyTorch's {their:.3g}, floor {floor:.3g}"
+    return None
