@@ -50,9 +50,13 @@ def launch(plan: Launch, device: torch.device, *arguments: Any) -> None:
         plan.kernel[(plan.programs,)](*arguments, **plan.constants)
 
 
-def workspace(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+def workspace(
+    shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, stride: tuple[int, ...] | None = None
+) -> Tensor:
     """Memory that a kernel writes before it, or anyone, reads it: results and what passes between phases."""
-    return torch.empty(shape, dtype=dtype, device=device)
+    if stride is None:
+        return torch.empty(shape, dtype=dtype, device=device)
+    return torch.empty_strided(shape, stride, dtype=dtype, device=device)
 
 
 _words: dict[tuple[torch.device, int], Tensor] = {}
@@ -107,7 +111,7 @@ def _matrix(b: Tensor) -> tuple[Tensor, bool]:
     """(b, whether its memory is that of a contiguous bᵀ), copied if it is neither that nor contiguous."""
     if b.is_contiguous():
         return b, False
-    if b.mT.is_contiguous():
+    if b.stride() == (1, b.shape[0]):
         return b, True
     return b.contiguous(), False
 
@@ -115,7 +119,7 @@ def _matrix(b: Tensor) -> tuple[Tensor, bool]:
 def _like(b: Tensor, transposed: bool) -> Tensor:
     """An empty matrix with b's shape and memory order."""
     d, k = b.shape
-    return workspace((k, d), b.dtype, b.device).mT if transposed else workspace((d, k), b.dtype, b.device)
+    return workspace((d, k), b.dtype, b.device, (1, d) if transposed else None)
 
 
 def _cdiv(a: int, b: int) -> int:

@@ -71,8 +71,8 @@ class Launches:
         monkeypatch.setattr(engine, "workspace", self.workspace)
         monkeypatch.setattr(engine, "launch", self.launch)
 
-    def workspace(self, shape, dtype, device):
-        self.made.append(guarded(shape, dtype, device))
+    def workspace(self, shape, dtype, device, stride=None):
+        self.made.append(guarded(shape, dtype, device, stride=stride))
         return self.made[-1]
 
     def launch(self, plan, device, *arguments):

@@ -265,6 +265,7 @@ def test_automatic_choice_does_not_interpret():
     assert interp_nn.plan(8, 6, 4).engine == "reference"
 
 
+@pytest.mark.filterwarnings("ignore:.*autograd.function.Function.* should not be instantiated")
 @pytest.mark.parametrize("shape", [(40, 48, 20), (40, 48, 140)], ids=str)
 def test_compiled_whole(shape):
     """torch.compile(fullgraph=True) of the operators, forward and backward."""

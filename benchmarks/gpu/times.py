@@ -1,0 +1,439 @@
+"""The timings: ours by every engine against the expression a user would write, the best association of it, and nn.Linear.
+
+Each problem has more sets of inputs than the second-level cache holds, taken in turn. Two clocks: "plain" is a loop of calls
+as a program makes them, the host's share included; "graph" replays a CUDA graph of them, which leaves the device's.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import interp_nn
+from benchmarks import providers
+from benchmarks.gpu.log import Log
+from benchmarks.gpu.runs import captured
+from interp_nn import associations, engines, functional
+from interp_nn.chips import chip_of
+from interp_nn.engines.reference import LossOptions
+
+_PLAIN_MS = 1.0  # of one sample at least
+_LEAST, _MOST = 5, 60  # rounds
+_OPTIONS = LossOptions((1.0, 1.0, 1.0), -100, "mean")
+OURS = ("triton", "auto", "reference")
+
+
+class Problem(NamedTuple):
+    """What is timed: "forward" (inference), "backward", "both", "loss" or "head" (with all gradients), at what size."""
+
+    what: str
+    n: int
+    d: int
+    k: int
+    m: int | None
+    dtype: torch.dtype
+
+    @property
+    def name(self) -> str:
+        sizes = ", ".join(str(size) for size in (self.n, self.d, self.k, self.m) if size is not None)
+        return f"{self.what} ({sizes}) {str(self.dtype).removeprefix('torch.')}"
+
+
+SHAPES = ((65536, 1024, 128), (65536, 512, 64), (4096, 512, 100), (32, 512, 100))
+HEADS = ((65536, 512, 100, 10), (4096, 512, 100, 10))
+
+
+def problems() -> list[Problem]:
+    """All of them, those that say most first."""
+    out = []
+    for dtype in (torch.bfloat16, torch.float32):
+        out += [Problem("loss", n, d, k, None, dtype) for n, d, k in SHAPES]
+        out += [Problem("head", *shape, dtype) for shape in HEADS]
+        out += [Problem(what, n, d, k, None, dtype) for what in ("both", "forward", "backward") for n, d, k in SHAPES]
+    return out
+
+
+class Data(NamedTuple):
+    """One set of inputs: rows, a layer's weight bᵀ, an output layer, the upstream of the summary, targets."""
+
+    x: Tensor
+    w: Tensor
+    a: Tensor
+    c: Tensor
+    dy: Tensor
+    target: Tensor
+
+
+def datasets(problem: Problem, device: torch.device, cache: int) -> list[Data]:
+    """So many sets that they and their gradients fill the cache twice, within limits."""
+    _, n, d, k, m, dtype = problem
+    one = 2 * (n * d + k * d + n * k) * dtype.itemsize
+    classes = m or k
+
+    def randn(*shape: int, scale: float = 1.0) -> Tensor:
+        return (torch.randn(shape, device=device) * scale).to(dtype)
+
+    return [
+        Data(
+            randn(n, d).requires_grad_(),
+            randn(k, d, scale=max(d, k) ** -0.5).requires_grad_(),
+            randn(classes, k, scale=k**-0.5).requires_grad_(),
+            randn(classes).requires_grad_(),
+            randn(n, k),
+            torch.randint(classes, (n,), device=device),
+        )
+        for _ in range(max(2, min(256, -(-2 * cache // one))))
+    ]
+
+
+class Provider(NamedTuple):
+    """A way to compute a problem: what it does with one set of inputs, and the engine asked for meanwhile."""
+
+    call: Callable[[int], Sequence[Tensor]]
+    engine: str = "auto"
+    capturable: bool = True
+
+
+def candidates(problem: Problem, sets: Sequence[Data]) -> dict[str, Provider]:
+    """Every provider of a problem, by name."""
+    functions = _losses(problem) if problem.what in ("loss", "head") else _summaries(problem)
+    ours = functions.pop("ours")
+    made = {engine: Provider(_calling(problem, ours, sets), engine) for engine in OURS}
+    made["kernel"] = Provider(_kernel_call(problem, sets), "triton")
+    return made | {name: Provider(_calling(problem, f, sets), "auto", name != "inverse") for name, f in functions.items()}
+
+
+def _summaries(problem: Problem) -> dict[str, Callable[..., Tensor]]:
+    def with_columns(f: providers.Provider) -> Callable[..., Tensor]:
+        return lambda t: f(t.x, t.w.t())
+
+    names = [name for name in providers.applicable(problem.d, problem.k) if name not in ("interp_nn", "nn.Linear")]
+    if problem.what != "forward":
+        names = [name for name in names if name != "inverse"]
+    functions: dict[str, Callable[..., Tensor]] = {"ours": lambda t: functional.summary(t.x, t.w.t())}
+    functions |= {name: with_columns(providers.PROVIDERS[name]) for name in names}
+    return {**functions, "nn.Linear": lambda t: F.linear(t.x, t.w)}
+
+
+def _losses(problem: Problem) -> dict[str, Callable[..., Tensor]]:
+    """Losses in the inputs' dtype where they are PyTorch's own: the fewest kernels a user could have."""
+
+    def three_terms(o1: Tensor, o2: Tensor, target: Tensor) -> Tensor:
+        return F.cross_entropy(o1, target) + F.cross_entropy(o2, target) + F.mse_loss(o1, o2)
+
+    def pair(t: Data) -> tuple[Tensor, Tensor]:
+        p = t.x @ t.w.t()
+        return p, p @ (t.w @ t.w.t())
+
+    if problem.m is None:
+        return {
+            "ours": lambda t: functional.summary_cross_entropy(t.x, t.w.t(), t.target),
+            providers.NAIVE: lambda t: three_terms(*pair(t), t.target),
+            "nn.Linear": lambda t: F.cross_entropy(F.linear(t.x, t.w), t.target),
+        }
+    return {
+        "ours": lambda t: functional.summary_head_cross_entropy(t.x, t.w.t(), t.a, t.c, t.target),
+        providers.NAIVE: lambda t: three_terms(*(F.linear(o, t.a, t.c) for o in pair(t)), t.target),
+        "nn.Linear": lambda t: F.cross_entropy(F.linear(F.linear(t.x, t.w), t.a, t.c), t.target),
+    }
+
+
+def _calling(problem: Problem, f: Callable[..., Tensor], sets: Sequence[Data]) -> Callable[[int], Sequence[Tensor]]:
+    """What is timed of f: its value, its value and gradients, or, of graphs that are built at the first call, gradients."""
+    built: dict[int, Tensor] = {}
+    inputs = 4 if problem.m is not None else 2
+
+    def forward(i: int) -> Sequence[Tensor]:
+        with torch.no_grad():
+            return [f(sets[i])]
+
+    def both(i: int) -> Sequence[Tensor]:
+        y = f(sets[i])
+        dy = None if y.dim() == 0 else sets[i].dy
+        return [y.detach(), *torch.autograd.grad(y, sets[i][:inputs], dy)]
+
+    def backward(i: int) -> Sequence[Tensor]:
+        if i not in built:
+            built[i] = f(sets[i])
+        return torch.autograd.grad(built[i], sets[i][:inputs], sets[i].dy, retain_graph=True)
+
+    return {"forward": forward, "backward": backward}.get(problem.what, both)
+
+
+def _kernel_call(problem: Problem, sets: Sequence[Data]) -> Callable[[int], Sequence[Tensor]]:
+    """The triton engine's own calls, without operator and autograd around them."""
+    engine: Any = engines.get("triton")
+    kept: dict[int, list[Tensor]] = {}
+
+    def forward(t: Data) -> tuple[Tensor, list[Tensor]]:
+        _, y, keeps = engine.forward(t.x, t.w.t(), None, "A", False)
+        return y, keeps
+
+    def backward(t: Data, keeps: list[Tensor]) -> list[Tensor]:
+        return [*engine.backward(None, t.dy, t.x, t.w.t(), keeps, "A", True, True)[:2]]
+
+    def call(i: int) -> Sequence[Tensor]:
+        t = Data(*(value.detach() for value in sets[i]))
+        if problem.what in ("loss", "head"):
+            n, d, k, m = problem[1:5]
+            head = m is not None
+            form = associations.head_form(n, d, k, m) if m is not None else "A+"
+            a, c = (t.a, t.c) if head else (None, None)
+            needs = (True, True, head, head)
+            value, grads = engine.loss(t.x, t.w.t(), a, c, t.target, _OPTIONS, form, None, needs)
+            return [value, *grads]
+        if problem.what == "forward":
+            return [forward(t)[0]]
+        if problem.what == "backward":
+            if i not in kept:
+                kept[i] = forward(t)[1]
+            return backward(t, kept[i])
+        y, keeps = forward(t)
+        return [y, *backward(t, keeps)]
+
+    return call
+
+
+def difference(got: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+    """The largest relative Frobenius difference; shapes may differ by a transposition."""
+    worst = 0.0
+    for g, e in zip(got, expected, strict=True):
+        g, e = (g if g.shape == e.shape else g.mT).float(), e.float()
+        worst = max(worst, float((g - e).norm() / e.norm()))
+    return worst
+
+
+class Clock(NamedTuple):
+    """Samples of one provider: milliseconds a call."""
+
+    samples: list[float]
+    calls: int
+
+    def facts(self) -> dict[str, Any]:
+        p50, p20, p80 = (1e3 * value for value in np.quantile(self.samples, (0.5, 0.2, 0.8)).tolist())
+        return {"us_p50": p50, "us_p20": p20, "us_p80": p80, "samples": len(self.samples), "calls": self.calls}
+
+
+def rounds(
+    samplers: Mapping[str, Callable[[], float]], seconds: float, least: int = _LEAST, most: int = _MOST
+) -> dict[str, list[float]]:
+    """A sample of every one, in a random order, round after round while there is time."""
+    draw, names = random.Random(0), list(samplers)
+    taken: dict[str, list[float]] = {name: [] for name in names}
+    end = time.monotonic() + seconds
+    for done in range(most):
+        if done >= least and time.monotonic() > end:
+            break
+        for name in draw.sample(names, len(names)):
+            taken[name].append(samplers[name]())
+    return taken
+
+
+def on_events(work: Callable[[], object], calls: int) -> Callable[[], float]:
+    """A sampler: milliseconds a call of `work`, which makes so many, between two events on an idle device."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+
+    def sample() -> float:
+        torch.cuda.synchronize()
+        start.record()
+        work()
+        end.record()
+        end.synchronize()
+        return float(start.elapsed_time(end)) / calls
+
+    return sample
+
+
+def time_problem(problem: Problem, device: torch.device, seconds: float, log: Log) -> None:
+    """Every provider of a problem by both clocks, each first compared with the unfused expression; a line for each."""
+    cache = torch.cuda.get_device_properties(device).L2_cache_size
+    sets = datasets(problem, device, cache)
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    made = candidates(problem, sets)
+    facts = {**problem._asdict(), "dtype": str(problem.dtype).removeprefix("torch."), "sets": len(sets)}
+    facts["rotated_bytes"] = sum(t.numel() * t.element_size() for one in sets for t in one[:2]) * 2
+    with torch.cuda.stream(stream):
+        ready = _warmed(problem, made, facts, len(sets), log)
+        plain = _plain(ready, len(sets), seconds / 2)
+        graphs = _graphs(ready, len(sets), stream, seconds / 2)
+    for name, provider in ready.items():
+        planned = _planned(problem, provider.engine, device) if name in (*OURS, "kernel") else {}
+        clocks = {"plain": plain[name].facts(), "graph": graphs[name].facts() if name in graphs else None}
+        log.write(f"{problem.name}, {name}", "ok", provider=name, **clocks, **planned, **facts)
+
+
+def _warmed(
+    problem: Problem, made: dict[str, Provider], facts: dict[str, Any], sets: int, log: Log
+) -> dict[str, Provider]:
+    """The providers that run on every set and compute the same as the unfused expression, as far as they should."""
+    expected = made[providers.NAIVE].call(0)
+    ready = {}
+    for name, provider in made.items():
+        with log.guarded(f"{problem.name}, {name}", provider=name, **facts), interp_nn.use_engine(provider.engine):
+            got = provider.call(0)
+            for i in range(sets):
+                provider.call(i)
+            torch.cuda.synchronize()
+            if name not in ("nn.Linear", "inverse"):
+                found = difference(got, expected)
+                if not found < 0.05:
+                    log.write(f"{problem.name}, {name}", "wrong", why=f"{found:.3g} from the unfused expression", **facts)
+                    continue
+            ready[name] = provider
+    return ready
+
+
+def _plain(ready: dict[str, Provider], sets: int, seconds: float) -> dict[str, Clock]:
+    samplers, calls = {}, {}
+    for name, provider in ready.items():
+        once = _sampler(provider, sets, sets)
+        once()
+        calls[name] = max(1, min(4 * sets, round(_PLAIN_MS / max(once(), 1e-4))))
+        samplers[name] = _sampler(provider, sets, calls[name])
+    return {name: Clock(taken, calls[name]) for name, taken in rounds(samplers, seconds).items()}
+
+
+def _sampler(provider: Provider, sets: int, calls: int) -> Callable[[], float]:
+    at = 0
+
+    def work() -> None:
+        nonlocal at
+        for _ in range(calls):
+            provider.call(at)
+            at = (at + 1) % sets
+
+    sample = on_events(work, calls)
+
+    def asked() -> float:
+        with interp_nn.use_engine(provider.engine):
+            return sample()
+
+    return asked
+
+
+def _graphs(
+    ready: dict[str, Provider], sets: int, stream: torch.cuda.Stream, seconds: float
+) -> dict[str, Clock]:
+    """A graph of one call for each set; a provider that cannot be captured has no such clock."""
+    samplers, held = {}, []
+    for name, provider in ready.items():
+        if not provider.capturable:
+            continue
+        spare_words(stream.device)
+
+        def everything(provider: Provider = provider) -> Sequence[Tensor]:
+            for i in range(sets):
+                provider.call(i)
+            return []
+
+        with interp_nn.use_engine(provider.engine):
+            graph, _ = captured(everything, stream)
+        held.append(graph)
+        graph.replay()
+        samplers[name] = on_events(graph.replay, sets)
+    torch.cuda.synchronize()
+    return {name: Clock(taken, sets) for name, taken in rounds(samplers, seconds).items()}
+
+
+def spare_words(device: torch.device, least: int = 2048) -> None:
+    """Words for barriers of the launches that the next graph captures: made in it, they would be zeroed by its replays."""
+    engine: Any = engines.get("triton")
+    free = engine._free.setdefault(device, [])
+    if len(free) < least:
+        free.extend(torch.zeros(2 * least, dtype=torch.int32, device=device).split(1))
+        torch.cuda.synchronize(device)
+
+
+def _planned(problem: Problem, engine: str, device: torch.device) -> dict[str, Any]:
+    loss = problem.what in ("loss", "head")
+    with interp_nn.use_engine(engine):
+        plan = interp_nn.plan(
+            problem.n, problem.d, problem.k,
+            pair=problem.what == "loss", grad=() if problem.what == "forward" else ("x", "b"),
+            classes=(problem.m or problem.k) if loss else None, dtype=problem.dtype, device=device,
+        )  # fmt: skip
+    seconds = None if plan.seconds is None else plan.seconds * 1e6
+    config = {kernel: str(config) for kernel, config in plan.config}
+    return {"engine": plan.engine, "form": plan.form, "reason": plan.reason, "config": config, "predicted_us": seconds}
+
+
+def compile_kernels(problem: Problem, device: torch.device) -> None:
+    """Run ours once, so that Triton's cache has its kernels when it is timed."""
+    made = candidates(problem, datasets(problem, device, 0)[:1])
+    with interp_nn.use_engine("triton"):
+        made["triton"].call(0)
+        made["kernel"].call(0)
+
+
+# What the device can do
+
+
+def rates(device: torch.device, when: str, log: Log) -> None:
+    """Bytes a second of a large copy, read and written, and the rate of a large product of 16-bit matrices."""
+    with log.guarded(f"rates at the {when}"):
+        source = torch.randint(2**31 - 1, (2**28,), dtype=torch.int32, device=device)
+        target = torch.empty_like(source)
+        size = 8192
+        left, right = (torch.randn(size, size, device=device).bfloat16() for _ in range(2))
+        copy = on_events(lambda: target.copy_(source), 1)
+        product = on_events(lambda: left @ right, 1)
+        taken = rounds({"copy": copy, "product": product}, 0.5, least=13)
+        copied, multiplied = (float(np.median(taken[name][3:])) for name in ("copy", "product"))
+        log.write(
+            f"rates at the {when}",
+            "info",
+            copy_bytes_per_second=2 * source.nbytes / copied * 1e3,
+            bf16_flop_per_second=2 * size**3 / multiplied * 1e3,
+        )
+
+
+def empty_launch(device: torch.device, phases: int) -> None:
+    """A launch of the phased forward on nothing at all, a program a multiprocessor: 7 has two barriers, 4 none."""
+    from interp_nn.kernels import phased
+
+    engine: Any = engines.get("triton")
+    chip = chip_of(device)
+    assert chip is not None
+    constants = {"FORM": "B", "PRECISION": "tf32", "PHASES": phases, "BN": 64, "BK": 64, "BD": 32}
+    options = {"num_warps": 8, "num_stages": 2, "enable_fp_fusion": True, "launch_cooperative_grid": True}
+    plan = engine.Launch(phased.phased_forward, chip.multiprocessors, 1, constants | options)
+    some = torch.zeros(16, 16, dtype=torch.bfloat16, device=device)
+    engine.launch(plan, device, some, some, None, None, some, some, some, engine.counter(device), 0, 0, 0, 16, 1)
+
+
+def barrier(device: torch.device, log: Log) -> None:
+    """What a barrier, an empty launch, and its host's share cost."""
+    with log.guarded("barrier"):
+        stream, times = torch.cuda.Stream(device), 50
+        with torch.cuda.stream(stream):
+            samplers, held = {}, []
+            for name, phases in (("two barriers", 7), ("none", 4)):
+
+                def launches(phases: int = phases) -> Sequence[Tensor]:
+                    for _ in range(times):
+                        empty_launch(device, phases)
+                    return []
+
+                launches()
+                torch.cuda.synchronize()
+                spare_words(device)
+                graph, _ = captured(launches, stream)
+                held.append(graph)
+                samplers[name] = on_events(graph.replay, times)
+            taken = rounds(samplers, 1.0, least=20)
+            torch.cuda.synchronize()
+            begin = time.perf_counter()
+            for _ in range(times):
+                empty_launch(device, 4)
+            host = (time.perf_counter() - begin) / times
+            torch.cuda.synchronize()
+        two, none = (1e3 * float(np.median(taken[name])) for name in ("two barriers", "none"))
+        log.write("barrier", "info", barrier_us=(two - none) / 2, empty_launch_us=none, host_launch_us=host * 1e6)

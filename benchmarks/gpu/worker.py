@@ -1,0 +1,227 @@
+"""One process of a GPU job: the steps of a part, or every n-th of them, written to a log.
+
+A step that raises is a line of the log. Where it has broken the device's context, or takes longer than any should, the process
+ends, and `job` starts another one at the next step: what a kernel does to its process stays there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import faulthandler
+import os
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+import interp_nn
+from benchmarks.gpu import cases, checks, runs
+from benchmarks.gpu.log import Log, common
+from interp_nn import chips
+
+LOST = 3  # the exit status of a process whose device has failed
+_STEP_SECONDS = 120.0  # far more than any step needs, its compilations included
+
+
+class Settings(NamedTuple):
+    """What a part may know: the device, the job's folder, whether everything is to be as small as can be."""
+
+    device: torch.device
+    output: Path
+    tiny: bool
+
+
+class Step(NamedTuple):
+    """A named piece of a part; it may take `seconds` before the process is given up."""
+
+    name: str
+    run: Callable[[Log], None]
+    seconds: float = _STEP_SECONDS
+
+
+def _correctness(settings: Settings) -> list[Step]:
+    device, found = settings.device, cases.tiny_cases() if settings.tiny else cases.cases()
+    steps = [Step(case.name, lambda log, case=case: checks.check_case(case, device, log)) for case in found]  # type: ignore[misc]
+    far = Step("rows beyond 2^31 elements", lambda log: checks.check_far_rows(device, log))
+    return steps if settings.tiny else [far, *steps]
+
+
+def _launches(settings: Settings) -> list[Step]:
+    return [Step("launches", lambda log: runs.count_launches(settings.device, log))]
+
+
+def _repeats(settings: Settings) -> list[Step]:
+    device = settings.device
+    if settings.tiny:
+        return [Step("repeats", lambda log: runs.repeat(runs.TINY, 2, device, log))]
+    shapes = [runs.MIDDLE, runs.LARGE, runs.EXACT, runs.SMALL]
+    steps = [Step(f"repeats {s.name}", lambda log, s=s: runs.repeat(s, 1000, device, log), 300) for s in shapes[:3]]  # type: ignore[misc]
+    return [*steps, Step("alternating shapes", lambda log: runs.alternate(shapes, 200, device, log))]
+
+
+def _streams(settings: Settings) -> list[Step]:
+    shapes = (runs.SMALL, runs.MIDDLE, runs.LARGE)
+    return [
+        Step(f"streams {s.name}", lambda log, s=s: runs.on_streams(s, 100, settings.device, log))  # type: ignore[misc]
+        for s in shapes
+    ]
+
+
+def _graphs(settings: Settings) -> list[Step]:
+    shapes = (runs.MIDDLE, runs.SMALL)
+    return [
+        Step(f"graphs {s.name}", lambda log, s=s: runs.in_graphs(s, 100, settings.device, log))  # type: ignore[misc]
+        for s in shapes
+    ]
+
+
+def _sanitizer(settings: Settings) -> list[Step]:
+    def step(tool: str, share: float) -> Step:
+        return Step(tool, lambda log: runs.sanitize(tool, max(1.0, share * log.left()), log), 1e6)
+
+    return [Step("small problems", _small(settings)[0].run), step("memcheck", 0.5), step("racecheck", 1.0)]
+
+
+def _small(settings: Settings) -> list[Step]:
+    return [Step("small problems", lambda log: runs.run_small(settings.device, log), 1e6)]
+
+
+def _tune(settings: Settings) -> list[Step]:
+    from interp_nn import tuning
+
+    def tune(log: Log) -> None:
+        path = settings.output / "table.json"
+        with log.guarded("tune"):
+            table = tuning.tune(path, log.left(), settings.device)
+            log.write("tune", "ok", table=str(path), **{name: len(table[name]) for name in ("kernels", "engines")})
+
+    return [Step("tune", tune, 1e6)]
+
+
+def _time(settings: Settings) -> list[Step]:
+    from benchmarks.gpu import times
+
+    device, problems = settings.device, times.problems()
+
+    def timed(problem: times.Problem, place: int) -> Step:
+        def run(log: Log) -> None:
+            # What is left is shared by what is left; compiling and warming up have half of it.
+            times.time_problem(problem, device, max(0.2, 0.5 * log.left() / (len(problems) - place)), log)
+
+        return Step(problem.name, run)
+
+    return [
+        Step("rates", lambda log: times.rates(device, "start", log)),
+        Step("barrier", lambda log: times.barrier(device, log)),
+        *(timed(problem, place) for place, problem in enumerate(problems)),
+        Step("rates at the end", lambda log: times.rates(device, "end", log)),
+    ]
+
+
+def _compile_runs(settings: Settings) -> list[Step]:
+    """Kernels of the parts that run one after another, compiled by several processes first."""
+    device, tasks = settings.device, []
+    for shape in (runs.MIDDLE, runs.LARGE, runs.EXACT, runs.SMALL, runs.TINY):
+        for wide in (False, True):
+            names = ("summary", "pair") if wide else ("summary", "pair", "pair loss", "latent head loss", "flat head loss")
+            tasks += [(shape._replace(n=min(shape.n, 20000)), wide, name) for name in names]
+
+    def step(shape: runs.Shape, wide: bool, name: str) -> Step:
+        def run(log: Log) -> None:
+            with interp_nn.use_engine("triton"):
+                runs.workload(shape, device, wide)[name]()
+
+        return Step(f"{'wide ' * wide}{name} {shape.name}", run)
+
+    return [step(*task) for task in tasks]
+
+
+def _compile_times(settings: Settings) -> list[Step]:
+    from benchmarks.gpu import times
+
+    def step(problem: times.Problem) -> Step:
+        return Step(problem.name, lambda log: times.compile_kernels(problem, settings.device))
+
+    return [step(problem) for problem in times.problems() if problem.what in ("loss", "head", "both")]
+
+
+PARTS: dict[str, Callable[[Settings], list[Step]]] = {
+    "correctness": _correctness,
+    "launches": _launches,
+    "repeats": _repeats,
+    "streams": _streams,
+    "graphs": _graphs,
+    "sanitizer": _sanitizer,
+    "small": _small,
+    "tune": _tune,
+    "time": _time,
+    "compile runs": _compile_runs,
+    "compile times": _compile_times,
+}
+
+
+def work(steps: list[Step], log: Log, device: torch.device, first: int, position: Path | None) -> int:
+    """Run the steps from the first on; the exit status. `position` holds the number of the one at hand."""
+    for place, step in enumerate(steps):
+        if place < first:
+            continue
+        if position is not None:
+            position.write_text(str(place), encoding="utf-8")
+        if log.left() < 0:
+            log.write(step.name, "skipped", why="out of time")
+            continue
+        faulthandler.dump_traceback_later(step.seconds, exit=True)
+        bad, start = log.bad, time.monotonic()
+        with log.guarded(step.name):
+            step.run(log)
+        faulthandler.cancel_dump_traceback_later()
+        print(f"{step.name}: {time.monotonic() - start:.1f} s{' BAD' * (log.bad > bad)}", flush=True)
+        if log.bad > bad and _lost(device, log, step.name):
+            return LOST
+    return 0
+
+
+def _lost(device: torch.device, log: Log, name: str) -> bool:
+    """Whether the device no longer answers this process."""
+    if device.type != "cuda":
+        return False
+    try:
+        torch.cuda.synchronize()
+        torch.zeros(1, device=device).item()
+    except RuntimeError as error:
+        log.write(name, "failed", why=f"the device is lost to this process: {error}"[:500])
+        return True
+    return False
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.worker", description=__doc__)
+    parser.add_argument("part", choices=PARTS)
+    parser.add_argument("--log", type=Path, required=True)
+    parser.add_argument("--seconds", type=float, required=True)
+    parser.add_argument("--output", type=Path, default=Path("."))
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--share", default="0/1", help="i/n: every n-th step from the i-th on")
+    parser.add_argument("--first", type=int, default=0, help="the first step of the share to run")
+    parser.add_argument("--position", type=Path)
+    parser.add_argument("--revision")
+    parser.add_argument("--tiny", action="store_true")
+    given = parser.parse_args(arguments)
+    warnings.simplefilter("ignore")
+    if given.device == "cpu" and chips.interpreting():
+        torch.set_num_threads(1)
+    device = torch.device(given.device, torch.cuda.current_device()) if given.device == "cuda" else torch.device("cpu")
+    share, shares = map(int, given.share.split("/"))
+    log = Log(given.log, given.part, given.seconds, common(device, given.revision) | {"share": given.share})
+    steps = PARTS[given.part](Settings(device, given.output, given.tiny))[share::shares]
+    print(f"{given.part} {given.share}: {len(steps)} steps, pid {os.getpid()}", flush=True)
+    return work(steps, log, device, given.first, given.position)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
