@@ -19,7 +19,7 @@ from interp_nn.engines import reference
 from interp_nn.engines.reference import LossOptions
 from interp_nn.linalg import accumulation_dtype
 from interp_nn.ops.library import apply, define, implement, is_batched, transforming
-from interp_nn.ops.summary import as_rows, ordered_as, row_count, spread
+from interp_nn.ops.summary import as_rows, is_transposed, ordered, row_count, spread
 
 
 def _loss(
@@ -33,11 +33,12 @@ def _loss(
     reduction: str,
     plan: str,
     needs: Sequence[bool],
+    transposed: bool,
 ) -> tuple[Tensor, list[Tensor]]:
     engine, form = dispatch.resolve(plan)
     options = LossOptions((weights[0], weights[1], weights[2]), ignore_index, reduction)
     value, grads = engines.get(engine).loss(as_rows(x), b, a, c, target.reshape(-1), options, form, None, needs)
-    return value.view(target.shape) if reduction == "none" else value, _shaped(grads, x, b, needs)
+    return value.view(target.shape) if reduction == "none" else value, _shaped(grads, x, needs, transposed)
 
 
 def _loss_backward(
@@ -52,48 +53,48 @@ def _loss_backward(
     reduction: str,
     plan: str,
     needs: Sequence[bool],
+    transposed: bool,
 ) -> list[Tensor]:
     engine, form = dispatch.resolve(plan)
     options = LossOptions((weights[0], weights[1], weights[2]), ignore_index, reduction)
     _, grads = engines.get(engine).loss(
         as_rows(x), b, a, c, target.reshape(-1), options, form, upstream.reshape(-1), needs
     )
-    return _shaped(grads, x, b, needs)
+    return _shaped(grads, x, needs, transposed)
 
 
-def _shaped(grads: list[Tensor], x: Tensor, b: Tensor, needs: Sequence[bool]) -> list[Tensor]:
-    """The gradients in the shape of x and in the memory order of b."""
+def _shaped(grads: list[Tensor], x: Tensor, needs: Sequence[bool], transposed: bool) -> list[Tensor]:
+    """The gradients, dX in the shape of x and db in the memory order that was asked for."""
     if needs[0]:
         grads[0] = grads[0].view(x.shape)
     if needs[1]:
-        grads[needs[0]] = ordered_as(b, grads[needs[0]])
+        grads[needs[0]] = ordered(grads[needs[0]], transposed)
     return grads
 
 
-def _fake_gradients(parameters: Sequence[Tensor | None], needs: Sequence[bool]) -> list[Tensor]:
-    return [
-        ordered_as(t, t.new_empty(t.shape)) if t.dim() == 2 else t.new_empty(t.shape)
-        for t, need in zip(parameters, needs, strict=True)
-        if need and t is not None
-    ]
+def _fake_gradients(
+    x: Tensor, b: Tensor, a: Tensor | None, c: Tensor | None, needs: Sequence[bool], transposed: bool
+) -> list[Tensor]:
+    grads = [t.new_empty(t.shape) for t, need in zip((x, b, a, c), needs, strict=True) if need and t is not None]
+    return _shaped(grads, x, needs, transposed)
 
 
 def _fake_loss(
     x: Tensor, b: Tensor, a: Tensor | None, c: Tensor | None, target: Tensor, *rest: Any
 ) -> tuple[Tensor, list[Tensor]]:
     shape = target.shape if rest[2] == "none" else ()
-    return x.new_empty(shape, dtype=accumulation_dtype(x.dtype)), _fake_gradients((x, b, a, c), rest[-1])
+    return x.new_empty(shape, dtype=accumulation_dtype(x.dtype)), _fake_gradients(x, b, a, c, *rest[-2:])
 
 
 def _fake_loss_backward(
     upstream: Tensor, x: Tensor, b: Tensor, a: Tensor | None, c: Tensor | None, target: Tensor, *rest: Any
 ) -> list[Tensor]:
-    return _fake_gradients((x, b, a, c), rest[-1])
+    return _fake_gradients(x, b, a, c, *rest[-2:])
 
 
 _ARGUMENTS = (
     "Tensor x, Tensor b, Tensor? output_weight, Tensor? output_bias, Tensor target, float[3] weights, "
-    "int ignore_index, str reduction, str plan, bool[4] needs"
+    "int ignore_index, str reduction, str plan, bool[4] needs, bool transposed"
 )
 loss_operator = define(f"summary_cross_entropy({_ARGUMENTS}) -> (Tensor, Tensor[])", _loss, _fake_loss)
 loss_backward_operator = define(
@@ -126,6 +127,7 @@ def _batched_loss_backward(
     reduction: str,
     plan: str,
     needs: Sequence[bool],
+    transposed: bool,
 ) -> list[Tensor]:
     """The same under autograd.grad(is_grads_batched=True), whose vmap sees operators and not Functions."""
     options = LossOptions((weights[0], weights[1], weights[2]), ignore_index, reduction)
@@ -158,7 +160,7 @@ class CrossEntropyFunction(Function):
         plan: str,
         needs: tuple[bool, ...],
     ) -> tuple[Tensor, ...]:
-        value, grads = loss_operator(x, b, a, c, target, *_unpack(options), plan, needs)
+        value, grads = loss_operator(x, b, a, c, target, *_unpack(options), plan, needs, is_transposed(b))
         return (value, *grads)
 
     @staticmethod
@@ -209,7 +211,9 @@ class CrossEntropyBackwardFunction(Function):
     ) -> tuple[Tensor, ...]:
         if g0 is not None:
             return tuple(g * upstream for g in (g0, g1, g2, g3) if g is not None)
-        return tuple(loss_backward_operator(upstream, x, b, a, c, target, *_unpack(options), plan, needs))
+        return tuple(
+            loss_backward_operator(upstream, x, b, a, c, target, *_unpack(options), plan, needs, is_transposed(b))
+        )
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

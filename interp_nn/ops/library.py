@@ -26,8 +26,7 @@ def define(
     forward operator's floating-point inputs (but fp64) are cast; a backward operator's are taken as they are saved.
     """
     name = schema[: schema.index("(")]
-    # What an operator returns has the memory order of what it was given, as its fake kernel saw it: a compiler keeps to it.
-    _LIBRARY.define(schema, tags=(torch.Tag.needs_exact_strides, torch.Tag.pt2_compliant_tag))
+    _LIBRARY.define(schema)
     _LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"interp_nn::{name}", fake, lib=_LIBRARY)
     operator: Callable[..., Any] = getattr(torch.ops.interp_nn, name).default

@@ -54,7 +54,14 @@ def _summary_pair(x: Tensor, b: Tensor, plan: str) -> tuple[Tensor, Tensor, list
 
 
 def _summary_backward(
-    dp: Tensor | None, dy: Tensor | None, x: Tensor, b: Tensor, kept: Sequence[Tensor], plan: str, needs: Sequence[bool]
+    dp: Tensor | None,
+    dy: Tensor | None,
+    x: Tensor,
+    b: Tensor,
+    kept: Sequence[Tensor],
+    plan: str,
+    needs: Sequence[bool],
+    transposed: bool,
 ) -> list[Tensor]:
     engine, form = dispatch.resolve(plan)
     dp, dy = _rows_if_any(dp), _rows_if_any(dy)
@@ -62,17 +69,18 @@ def _summary_backward(
     dx, db, dbias = engines.get(engine).backward(dp, dy, as_rows(x), b, kept, form, *needs)
     out = [] if dx is None else [dx.view(x.shape)]
     if db is not None:
-        out.append(ordered_as(b, db))
+        out.append(ordered(db, transposed))
     if dbias is not None:
         out.append(dbias)
     return out
 
 
-def ordered_as(b: Tensor, db: Tensor) -> Tensor:
-    """db in b's memory order where b is a contiguous matrix or the transpose of one, so that a layer's weight takes its
-    gradient as it comes; else contiguous.
+def ordered(db: Tensor, transposed: bool) -> Tensor:
+    """db contiguous, or with the memory of a contiguous transpose: a layer's weight then takes its gradient as it comes.
+
+    An operator is told which, instead of looking at b: compiled code may hand it a b with other strides than were traced.
     """
-    return db.mT.contiguous().mT if is_transposed(b) else db.contiguous()
+    return db.mT.contiguous().mT if transposed else db.contiguous()
 
 
 def is_transposed(b: Tensor) -> bool:
@@ -107,10 +115,17 @@ def _fake_summary_pair(x: Tensor, b: Tensor, plan: str) -> tuple[Tensor, Tensor,
 
 
 def _fake_summary_backward(
-    dp: Tensor | None, dy: Tensor | None, x: Tensor, b: Tensor, kept: Sequence[Tensor], plan: str, needs: Sequence[bool]
+    dp: Tensor | None,
+    dy: Tensor | None,
+    x: Tensor,
+    b: Tensor,
+    kept: Sequence[Tensor],
+    plan: str,
+    needs: Sequence[bool],
+    transposed: bool,
 ) -> list[Tensor]:
     d, k = b.shape
-    db = x.new_empty(k, d).mT if is_transposed(b) else x.new_empty(d, k)
+    db = ordered(x.new_empty(d, k), transposed)
     return [t for t, need in zip((x.new_empty(x.shape), db, x.new_empty(k)), needs, strict=True) if need]
 
 
@@ -121,7 +136,8 @@ pair_operator = define(
     "summary_pair(Tensor x, Tensor b, str plan) -> (Tensor, Tensor, Tensor[])", _summary_pair, _fake_summary_pair
 )
 backward_operator = define(
-    "summary_backward(Tensor? dp, Tensor? dy, Tensor x, Tensor b, Tensor[] kept, str plan, bool[3] needs) -> Tensor[]",
+    "summary_backward(Tensor? dp, Tensor? dy, Tensor x, Tensor b, Tensor[] kept, str plan, bool[3] needs, "
+    "bool transposed) -> Tensor[]",
     _summary_backward,
     _fake_summary_backward,
     cast_inputs=False,
@@ -162,7 +178,14 @@ def second_gradient(
 
 
 def _batched_backward(
-    dp: Tensor | None, dy: Tensor | None, x: Tensor, b: Tensor, kept: Sequence[Tensor], plan: str, needs: Sequence[bool]
+    dp: Tensor | None,
+    dy: Tensor | None,
+    x: Tensor,
+    b: Tensor,
+    kept: Sequence[Tensor],
+    plan: str,
+    needs: Sequence[bool],
+    transposed: bool,
 ) -> list[Tensor]:
     """`summary_backward` under autograd.grad(is_grads_batched=True), whose vmap sees operators and not Functions."""
     dp, dy = _rows_if_any(dp), _rows_if_any(dy)
@@ -254,7 +277,8 @@ class SummaryBackwardFunction(Function):
         need_bias: bool,
     ) -> tuple[Tensor, ...]:
         kept = [t for t in (first, second) if t is not None]
-        return tuple(backward_operator(dp, dy, x, b, kept, plan, [need_x, need_b, need_bias]))
+        needs = [need_x, need_b, need_bias]
+        return tuple(backward_operator(dp, dy, x, b, kept, plan, needs, is_transposed(b)))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

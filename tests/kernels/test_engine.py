@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from harness import forced, inputs, targets
+from torch.library import opcheck
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 import interp_nn
@@ -263,6 +264,38 @@ def test_automatic_choice_does_not_interpret():
     x = inputs(8, 6, 4)[0].float()
     assert dispatch.engine(dispatch.problem_of(x, 8, 6, 4, False, (True, True)))[0] == "reference"
     assert interp_nn.plan(8, 6, 4).engine == "reference"
+
+
+OPS = torch.ops.interp_nn
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize(("form", "k"), [("A", 12), ("A+", 12), ("B", 140), ("A+", 140)])
+def test_opcheck(form, k, transposed):
+    """Fake kernels promise the shapes and strides that this engine returns too."""
+    token, dy = f"triton:{form}", torch.randn(20, k)
+    x, b = torch.randn(20, 10), torch.randn(k, 10).t() if transposed else torch.randn(10, k)
+    opcheck(OPS.summary.default, (x, b, torch.randn(k), token))
+    if form == "A+":
+        p, _, kept = OPS.summary_pair(x, b, token)
+        opcheck(OPS.summary_pair.default, (x, b, token))
+        arguments = (dy, dy, x, b, [p, *kept], token, [True, True, False], transposed)
+    else:
+        _, kept = OPS.summary(x, b, None, token)
+        arguments = (None, dy, x, b, kept, token, [True] * 3, transposed)
+    opcheck(OPS.summary_backward.default, arguments)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("form", ["A+", "latent", "flat"])
+def test_opcheck_of_a_loss(form, transposed):
+    head = form != "A+"
+    x, b, a, c = (t.float() for t in inputs(20, 10, 6, 4))
+    b = b.t().contiguous().t() if transposed else b
+    a, c, needs = (a, c, [True] * 4) if head else (None, None, [True, True, False, False])
+    arguments = (x, b, a, c, targets(20, 4), [1.0] * 3, -100, "mean", f"triton:{form}", needs, transposed)
+    opcheck(OPS.summary_cross_entropy.default, arguments)
+    opcheck(OPS.summary_cross_entropy_backward.default, (torch.tensor(2.0), *arguments))
 
 
 @pytest.mark.filterwarnings("ignore:.*autograd.function.Function.* should not be instantiated")

@@ -266,7 +266,7 @@ def test_gradients_not_needed_are_not_computed():
     x, b = pair_inputs()
     arguments = (None, None, IGNORED, [1.0] * 3, -100, "mean", "reference:B")
     for needs, shapes in (([True, False], [x.shape]), ([False, True], [b.shape]), ([False, False], [])):
-        _, grads = torch.ops.interp_nn.summary_cross_entropy(x, b, *arguments, [*needs, False, False])
+        _, grads = torch.ops.interp_nn.summary_cross_entropy(x, b, *arguments, [*needs, False, False], False)
         assert [g.shape for g in grads] == shapes
 
 

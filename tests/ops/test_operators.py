@@ -43,12 +43,14 @@ def test_opcheck_pair(form, batch, make_b):
     opcheck(OPS.summary_pair.default, (randn(*batch, 5), make_b(5, 3), f"reference:{form}"))
 
 
+@pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("needs", [(1, 1, 1), (0, 1, 0)], ids=str)
 @pytest.mark.parametrize("form", FORMS)
-def test_opcheck_backward(form, needs):
+def test_opcheck_backward(form, needs, transposed):
     x, b, dy = randn(2, 4, 5), weight(5, 3), randn(2, 4, 3)
     _, kept = OPS.summary(x, b, None, f"reference:{form}")
-    opcheck(OPS.summary_backward.default, (None, dy, x, b, kept, f"reference:{form}", [bool(need) for need in needs]))
+    needs = [bool(need) for need in needs]
+    opcheck(OPS.summary_backward.default, (None, dy, x, b, kept, f"reference:{form}", needs, transposed))
 
 
 @pytest.mark.parametrize("outputs", ["both", "projection", "summary"])
@@ -59,7 +61,7 @@ def test_opcheck_backward_of_a_pair(form, outputs):
     kept = [p, *kept] if associations.KEEPS[form][:1] == ("P",) else kept
     dp = None if outputs == "summary" else randn(4, 3)
     dy = None if outputs == "projection" else randn(4, 3)
-    opcheck(OPS.summary_backward.default, (dp, dy, x, b, kept, f"reference:{form}", [True, True, False]))
+    opcheck(OPS.summary_backward.default, (dp, dy, x, b, kept, f"reference:{form}", [True, True, False], True))
 
 
 LOSSES = [*((form, False) for form in PAIR_FORMS), ("flat", True), ("latent", True)]
@@ -70,7 +72,7 @@ def loss_arguments(form, head, reduction, needs, dtype=torch.float32):
     target = torch.tensor([0, 2, -100, 1, 1, 0])
     a, c, needs = (a, c, needs) if head else (None, None, [*needs[:2], False, False])
     tensors = [None if t is None else t.to(dtype) for t in (x, b, a, c)]
-    return (*tensors, target, [1.0, 0.5, 2.0], -100, reduction, f"reference:{form}", needs)
+    return (*tensors, target, [1.0, 0.5, 2.0], -100, reduction, f"reference:{form}", needs, head)
 
 
 @pytest.mark.parametrize(("reduction", "needs"), [("mean", [False, True, False, True]), ("none", [True] * 4)], ids=str)
@@ -105,7 +107,7 @@ def agrees(real, fake):
 @pytest.mark.parametrize("batch", [(), (0,), (9,), (2, 1), (140,)], ids=str)
 @pytest.mark.parametrize(("form", "pair"), CASES)
 def test_fake_and_meta_agree_with_real(form, pair, batch, make_b, dtype):
-    token = f"reference:{form}"
+    token, transposed = f"reference:{form}", make_b is weight
 
     def run(x, b):
         out = OPS.summary_pair(x, b, token) if pair else OPS.summary(x, b, None, token)
@@ -113,7 +115,7 @@ def test_fake_and_meta_agree_with_real(form, pair, batch, make_b, dtype):
         if pair and associations.KEEPS[form][:1] == ("P",):
             kept.insert(0, out[0])
         dp, dy = (out[0], out[1]) if pair else (None, out[0])
-        return [*out, OPS.summary_backward(dp, dy, x, b, kept, token, [True] * 3)]
+        return [*out, OPS.summary_backward(dp, dy, x, b, kept, token, [True] * 3, transposed)]
 
     for d, k in ((6, 4), (4, 4), (3, 5), (1, 4), (4, 1)):
         x, b = randn(*batch, d).to(dtype), make_b(d, k).to(dtype)
