@@ -82,7 +82,7 @@ clean:
 MODULES_bench := matplotlib PIL sklearn tqdm
 MODULES_build := build setuptools
 MODULES_lint := mypy ruff
-MODULES_test := $(MODULES_bench) expecttest hypothesis packaging pytest setuptools
+MODULES_test := $(MODULES_bench) expecttest hypothesis packaging pytest setuptools triton
 .PHONY: given-bench given-build given-lint given-test
 given-%:
 	@$(PY) -c "import sys; from importlib.util import find_spec; sys.exit(None in map(find_spec, sys.argv[1:]))" $(MODULES_$*) \

@@ -41,6 +41,11 @@ def main(arguments: list[str] | None = None) -> int:
     run.add_argument("--seconds", type=float, default=1.5, help="for each shape, at least 7 rounds (default: 1.5)")
     run.add_argument("--output", type=Path, metavar="FILE", help="write the record here")
 
+    host = commands.add_parser(
+        "host", help="time what a call of the triton engine costs on the host, without its launch"
+    )
+    host.add_argument("--output", type=Path, metavar="FILE", help="write the record here")
+
     table = commands.add_parser("table", help="print a record of `run` as Markdown")
     table.add_argument("file", type=Path)
     commands.add_parser("env", help="print what a record says of this machine")
@@ -52,6 +57,10 @@ def main(arguments: list[str] | None = None) -> int:
         print(ops.table(json.loads(given.file.read_text(encoding="utf-8"))))
     elif given.command == "run":
         print(ops.table(ops.run(given.shape or ops.SHAPES, given.mode, given.seconds, given.output)))
+    elif given.command == "host":
+        from benchmarks import host as host_cost
+
+        print(host_cost.table(host_cost.run(given.output)))
     else:
         from benchmarks import demo as main_job
 

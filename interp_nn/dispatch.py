@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -21,6 +22,8 @@ from interp_nn.kernels import configs
 from interp_nn.kernels.configs import Bucket, Config, padded
 from interp_nn.roofline import Prediction, Problem
 
+_logger = logging.getLogger("interp_nn")
+_logged: set[str] = set()
 _requested = os.environ.get("INTERP_NN_ENGINE") or "auto"  # checked at use: an import never fails
 _FORMS = (*KEEPS, "flat", "latent")
 
@@ -113,6 +116,7 @@ def engine(problem: Problem) -> tuple[str, str]:
         reason = _refusal(_requested, problem)
         if reason is not None:
             raise RuntimeError(f"the {_requested} engine was asked for, but {reason}")
+        _log_if_slow(problem)
         return _requested, "asked for"
     chip = problem.chip
     if chip is None or problem.device == "cpu":
@@ -130,6 +134,22 @@ def engine(problem: Problem) -> tuple[str, str]:
     theirs = roofline.reference(problem, _reference_form(problem, False), chip).seconds
     verdict = f"predicted {ours * 1e6:.3g} µs in one launch each, {theirs * 1e6:.3g} µs in PyTorch's operations"
     return ("triton" if ours <= theirs else "reference"), verdict
+
+
+def _log_if_slow(problem: Problem) -> None:
+    """Say once that a problem sent to the kernels by name takes a slow way through them."""
+    if _requested == "reference" or problem.device != "cuda" or torch.compiler.is_compiling():
+        return
+    slow = {
+        "columns": problem.k > engines.MOST_COLUMNS
+        and f"k = {problem.k} > {engines.MOST_COLUMNS} is slower than cuBLAS",
+        "features": roofline.unaligned(problem)
+        and f"d = {problem.d} is not a multiple of 16, so X is not read in vectors",
+    }
+    for way, text in slow.items():
+        if text and way not in _logged:
+            _logged.add(way)
+            _logger.warning("the %s engine was asked for: %s", _requested, text)
 
 
 def _kind(problem: Problem) -> str:

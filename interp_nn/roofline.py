@@ -16,6 +16,7 @@ from interp_nn.kernels.configs import padded
 
 _BANDWIDTH = 0.90  # of the datasheet's, reached by anything that streams
 _LIBRARY, _KERNEL, _SPLIT = 0.95, 0.65, 0.3  # of the matrix rate: cuBLAS, a fused kernel, one with fp32 operands
+_UNALIGNED = 0.25  # of the bandwidth, where rows of X are no whole vectors: a kernel then loads element by element
 _LAUNCH, _BARRIER = 2e-6, 1.5e-6
 _HOST_CALL, _HOST_LAUNCH = 5e-6, 12e-6  # of the CPU, for an operation of PyTorch's and for a launch of Triton's
 _LOSS_PASSES = 20  # over both logits in fp32, in a loss written with PyTorch's operations
@@ -38,6 +39,11 @@ class Problem(NamedTuple):
     dtype: torch.dtype = torch.float32
     chip: Chip | None = None
     device: str = "cpu"
+
+
+def unaligned(problem: Problem) -> bool:
+    """Whether the kernels of one launch cannot load X in vectors."""
+    return problem.d % 16 != 0
 
 
 class Prediction(NamedTuple):
@@ -91,7 +97,8 @@ def one_launch(problem: Problem, form: str, chip: Chip) -> Prediction:
         flops = 2 * n * d * k * (1 + gradients) + inner + gram
         moved = xs * (1 + gradients) + 2 * rows
     rate = (_SPLIT if itemsize == 4 else _KERNEL) * _matrix_rate(chip, problem.dtype, 6)
-    busy = max(moved / (_BANDWIDTH * chip.bandwidth), flops / rate) + launches * _LAUNCH + barriers * _BARRIER
+    bandwidth = _BANDWIDTH * chip.bandwidth * (_UNALIGNED if unaligned(problem) else 1)
+    busy = max(moved / bandwidth, flops / rate) + launches * _LAUNCH + barriers * _BARRIER
     return Prediction(flops, moved, max(busy, launches * _HOST_LAUNCH))
 
 

@@ -421,7 +421,8 @@ class Compilers:
                 busy[connection] = process, place, time.monotonic()
                 with contextlib.suppress(OSError):  # it has died since: seen below
                     connection.send(tasks[place])
-            for connection in wait(list(busy), timeout=0.5):
+            ready: list[Any] = list(wait(list(busy), timeout=0.5))
+            for connection in ready:
                 process, place, _ = busy.pop(connection)
                 try:
                     found[place] = connection.recv()
@@ -562,7 +563,9 @@ class _Tuning:
         engines = sorted(
             self.engines, key=lambda e: (e["problem"], e["itemsize"], e["columns"], e["classes"], -e["rows"])
         )
-        content = {"origin": self.bench.origin, "kernels": self._entries(), "engines": engines}
+        rows = ", ".join(str(n) for _, n in self.levels)
+        origin = f"{self.bench.origin}; measured with {rows} rows, k = columns, d = 8 k, a layer's weight"
+        content = {"origin": origin, "kernels": self._entries(), "engines": engines}
         write(self.output, content)
         return content
 

@@ -114,6 +114,20 @@ def test_the_choice_is_the_lesser_prediction():
             assert dispatch.engine(problem)[0] == ("triton" if ours <= theirs else "reference")
 
 
+def test_rows_that_are_no_whole_vectors_are_predicted_slow_and_logged_once(monkeypatch, caplog):
+    plans = [interp_nn.plan(65536, d, 64, dtype=torch.bfloat16, device="sm_90") for d in (512, 511)]
+    assert [plan.engine for plan in plans] == ["triton", "reference"]
+    monkeypatch.setattr(dispatch, "_requested", "triton")
+    monkeypatch.setattr(dispatch, "_logged", set())
+    monkeypatch.setattr(engines, "unavailable", lambda name: None)
+    for d, k in ((511, 64), (509, 64), (512, 64), (512, 200)):
+        assert dispatch.engine(Problem(8, d, k, dtype=torch.bfloat16, chip=HOPPER, device="cuda"))[0] == "triton"
+    assert [record.message.split(": ")[1] for record in caplog.records] == [
+        "d = 511 is not a multiple of 16, so X is not read in vectors",
+        "k = 200 > 128 is slower than cuBLAS",
+    ]
+
+
 def test_predictions_grow_with_the_problem():
     def seconds(n, dtype=torch.bfloat16):
         return roofline.one_launch(Problem(n, 1024, 128, dtype=dtype), "A", HOPPER).seconds

@@ -117,7 +117,8 @@ def _filled(
 def cases(seed: int = 0) -> list[Case]:
     """All of them. Any first part has about as many of each kind, and has met most of what that many can meet."""
     by_kind = [
-        [Case(what=what, **row) for row in covering(factors, seed + i)] for i, (what, factors) in enumerate(FACTORS.items())
+        [Case(what=what, **row) for row in covering(factors, seed + i)]
+        for i, (what, factors) in enumerate(FACTORS.items())
     ]
     mixed = itertools.zip_longest(*by_kind)
     return [case for cases in mixed for case in cases if case is not None]

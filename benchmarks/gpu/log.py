@@ -6,6 +6,7 @@ import contextlib
 import importlib.metadata
 import json
 import math
+import os
 import time
 import traceback
 from collections.abc import Iterator
@@ -98,7 +99,7 @@ def common(device: torch.device, revision: str | None) -> dict[str, Any]:
         }
     elif interpreting():
         environment["device"] += ", interpreted"
-    return environment | {"versions": versions}
+    return environment | {"versions": versions, "table": os.environ.get("INTERP_NN_TABLE")}
 
 
 def _version(package: str) -> str | None:

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
@@ -80,7 +81,7 @@ def workload(shape: Shape, device: torch.device, wide: bool = False) -> dict[str
         call = calling(lambda x, w, a, c: [loss(x, w.t(), a, c, tm)], [upstream], x, w, a, c)
 
         def in_form() -> Sequence[Tensor]:
-            with mock.patch.object(associations, "head_form", lambda *_: form):
+            with mock.patch.object(associations, "head_form", return_value=form):
                 return call()
 
         return in_form
@@ -116,7 +117,7 @@ def count_launches(device: torch.device, log: Log) -> None:
     dy = torch.randn(n, k).to(device, dtype)
     t, tm = (torch.randint(high, (n,)).to(device) for high in (k, m))
     one = torch.ones((), device=device)
-    made = {"device": device, "dtype": dtype}
+    made: dict[str, Any] = {"device": device, "dtype": dtype}
     linear = interp_nn.nn.SummaryLinear(d, k, bias=True, **made)
     layer = interp_nn.nn.SummaryLayer(d, k, **made)
     classifier = interp_nn.nn.SummaryClassifier(d, k, **made)
@@ -143,7 +144,7 @@ def count_launches(device: torch.device, log: Log) -> None:
                     out, kernels = profiled(forward, device)
                 _count(f"{name}, forward", seen, kernels, 1, shape, log)
                 with launches() as seen:
-                    _, kernels = profiled(lambda run=backward, value=out: run(value), device)
+                    _, kernels = profiled(partial(backward, out), device)
                 _count(f"{name}, backward", seen, kernels, most, shape, log)
                 clear()
 
@@ -158,7 +159,7 @@ def profiled(call: Callable[[], Any], device: torch.device) -> tuple[Any, list[s
         out = call()
         torch.cuda.synchronize()
     events = profile.events() or []
-    return out, [e.name for e in events if e.device_type == torch.autograd.DeviceType.CUDA]
+    return out, [e.name for e in events if e.device_type.name == "CUDA"]
 
 
 def _count(name: str, seen: list[str], kernels: list[str] | None, most: int, shape: Shape, log: Log) -> None:
@@ -320,9 +321,9 @@ def sanitizer() -> str | None:
     return shutil.which("compute-sanitizer", path=os.pathsep.join(places))
 
 
-def sanitize(tool: str, seconds: float, log: Log, program: str | None = None) -> None:
+def sanitize(tool: str, device: torch.device, seconds: float, log: Log) -> None:
     """The small problems under one tool of compute-sanitizer, in a process of their own."""
-    program = program or sanitizer()
+    program = sanitizer()
     label = f"compute-sanitizer {tool}"
     if program is None:
         log.write(label, "skipped", why="tool not found: compute-sanitizer in PATH, CUDA_HOME or /usr/local/cuda")
@@ -331,12 +332,13 @@ def sanitize(tool: str, seconds: float, log: Log, program: str | None = None) ->
         report, lines = Path(folder, "report"), Path(folder, "lines")
         options = ["--tool", tool, "--error-exitcode", "86", "--print-limit", "20"]
         part = ["-m", "benchmarks.gpu.worker", "small", "--log", str(lines), "--seconds", str(seconds)]
+        part += ["--device", device.type]
         # Without PyTorch's cache each tensor is an allocation of its own, whose end the tool knows.
         environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
         with report.open("w", encoding="utf-8") as file:
             process = subprocess.Popen(
                 [program, *options, sys.executable, *part],
-                cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT, start_new_session=True,
+                cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT, preexec_fn=os.setpgrp,
             )  # fmt: skip
             try:
                 code: int | None = process.wait(seconds)

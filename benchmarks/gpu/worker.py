@@ -13,6 +13,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,7 +25,7 @@ from benchmarks.gpu.log import Log, common
 from interp_nn import chips
 
 LOST = 3  # the exit status of a process whose device has failed
-_STEP_SECONDS = 120.0  # far more than any step needs, its compilations included
+_STEP_SECONDS = 180.0  # far more than any step needs, its compilations included
 
 
 class Settings(NamedTuple):
@@ -44,50 +45,49 @@ class Step(NamedTuple):
 
 
 def _correctness(settings: Settings) -> list[Step]:
-    device, found = settings.device, cases.tiny_cases() if settings.tiny else cases.cases()
-    steps = [Step(case.name, lambda log, case=case: checks.check_case(case, device, log)) for case in found]  # type: ignore[misc]
-    far = Step("rows beyond 2^31 elements", lambda log: checks.check_far_rows(device, log))
-    return steps if settings.tiny else [far, *steps]
+    device = settings.device
+    if settings.tiny:
+        far = partial(checks.check_far_rows, device, elements=2**13, d=32, dtype=torch.float32)
+        return [
+            Step("far rows", far),
+            *(Step(c.name, partial(checks.check_case, c, device)) for c in cases.tiny_cases()),
+        ]
+    far = partial(checks.check_far_rows, device)
+    return [Step("far rows", far), *(Step(c.name, partial(checks.check_case, c, device)) for c in cases.cases())]
 
 
 def _launches(settings: Settings) -> list[Step]:
-    return [Step("launches", lambda log: runs.count_launches(settings.device, log))]
+    return [Step("launches", partial(runs.count_launches, settings.device))]
 
 
 def _repeats(settings: Settings) -> list[Step]:
     device = settings.device
     if settings.tiny:
-        return [Step("repeats", lambda log: runs.repeat(runs.TINY, 2, device, log))]
+        return [Step("repeats", partial(runs.repeat, runs.TINY, 2, device))]
     shapes = [runs.MIDDLE, runs.LARGE, runs.EXACT, runs.SMALL]
-    steps = [Step(f"repeats {s.name}", lambda log, s=s: runs.repeat(s, 1000, device, log), 300) for s in shapes[:3]]  # type: ignore[misc]
-    return [*steps, Step("alternating shapes", lambda log: runs.alternate(shapes, 200, device, log))]
+    steps = [Step(f"repeats {shape.name}", partial(runs.repeat, shape, 1000, device), 300) for shape in shapes[:3]]
+    return [*steps, Step("alternating shapes", partial(runs.alternate, shapes, 200, device))]
 
 
 def _streams(settings: Settings) -> list[Step]:
     shapes = (runs.SMALL, runs.MIDDLE, runs.LARGE)
-    return [
-        Step(f"streams {s.name}", lambda log, s=s: runs.on_streams(s, 100, settings.device, log))  # type: ignore[misc]
-        for s in shapes
-    ]
+    return [Step(f"streams {shape.name}", partial(runs.on_streams, shape, 100, settings.device)) for shape in shapes]
 
 
 def _graphs(settings: Settings) -> list[Step]:
     shapes = (runs.MIDDLE, runs.SMALL)
-    return [
-        Step(f"graphs {s.name}", lambda log, s=s: runs.in_graphs(s, 100, settings.device, log))  # type: ignore[misc]
-        for s in shapes
-    ]
+    return [Step(f"graphs {shape.name}", partial(runs.in_graphs, shape, 100, settings.device)) for shape in shapes]
 
 
 def _sanitizer(settings: Settings) -> list[Step]:
     def step(tool: str, share: float) -> Step:
-        return Step(tool, lambda log: runs.sanitize(tool, max(1.0, share * log.left()), log), 1e6)
+        return Step(tool, lambda log: runs.sanitize(tool, settings.device, max(1.0, share * log.left()), log), 1e6)
 
     return [Step("small problems", _small(settings)[0].run), step("memcheck", 0.5), step("racecheck", 1.0)]
 
 
 def _small(settings: Settings) -> list[Step]:
-    return [Step("small problems", lambda log: runs.run_small(settings.device, log), 1e6)]
+    return [Step("small problems", partial(runs.run_small, settings.device), 1e6)]
 
 
 def _tune(settings: Settings) -> list[Step]:
@@ -106,6 +106,8 @@ def _time(settings: Settings) -> list[Step]:
     from benchmarks.gpu import times
 
     device, problems = settings.device, times.problems()
+    if settings.tiny:
+        return [Step(problem.name, partial(times.check_problem, problem, device)) for problem in times.tiny_problems()]
 
     def timed(problem: times.Problem, place: int) -> Step:
         def run(log: Log) -> None:
@@ -115,10 +117,10 @@ def _time(settings: Settings) -> list[Step]:
         return Step(problem.name, run)
 
     return [
-        Step("rates", lambda log: times.rates(device, "start", log)),
-        Step("barrier", lambda log: times.barrier(device, log)),
+        Step("rates", partial(times.rates, device, "start")),
+        Step("barrier", partial(times.barrier, device)),
         *(timed(problem, place) for place, problem in enumerate(problems)),
-        Step("rates at the end", lambda log: times.rates(device, "end", log)),
+        Step("rates at the end", partial(times.rates, device, "end")),
     ]
 
 
@@ -127,13 +129,16 @@ def _compile_runs(settings: Settings) -> list[Step]:
     device, tasks = settings.device, []
     for shape in (runs.MIDDLE, runs.LARGE, runs.EXACT, runs.SMALL, runs.TINY):
         for wide in (False, True):
-            names = ("summary", "pair") if wide else ("summary", "pair", "pair loss", "latent head loss", "flat head loss")
+            names = (
+                ("summary", "pair") if wide else ("summary", "pair", "pair loss", "latent head loss", "flat head loss")
+            )
             tasks += [(shape._replace(n=min(shape.n, 20000)), wide, name) for name in names]
 
     def step(shape: runs.Shape, wide: bool, name: str) -> Step:
         def run(log: Log) -> None:
             with interp_nn.use_engine("triton"):
                 runs.workload(shape, device, wide)[name]()
+            log.write(f"{'wide ' * wide}{name} {shape.name}", "ok")
 
         return Step(f"{'wide ' * wide}{name} {shape.name}", run)
 
@@ -144,7 +149,7 @@ def _compile_times(settings: Settings) -> list[Step]:
     from benchmarks.gpu import times
 
     def step(problem: times.Problem) -> Step:
-        return Step(problem.name, lambda log: times.compile_kernels(problem, settings.device))
+        return Step(problem.name, partial(times.compile_kernels, problem, settings.device))
 
     return [step(problem) for problem in times.problems() if problem.what in ("loss", "head", "both")]
 

@@ -23,8 +23,8 @@ TINY = {
     "pair_loss": Config((16, 32, 16, 16, 16)),
     "latent_loss": Config((16, 32, 16, 16, 16)),
     "flat_loss": Config((16, 32, 16, 16, 16)),
-    "phased_forward": Config((32, 32, 32)),
-    "phased_backward": Config((32, 32, 32)),
+    "phased_forward": Config((64, 64, 32)),
+    "phased_backward": Config((64, 64, 32)),
 }
 
 

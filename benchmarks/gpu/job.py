@@ -1,0 +1,241 @@
+"""The job: divides its time among the parts, runs each in processes of its own, and says at the end what came of it."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from benchmarks.gpu.log import BAD, read
+from benchmarks.gpu.summary import table
+from benchmarks.record import ROOT
+
+# The parts, each with its share of the time. What one does not need is shared by those after it.
+SHARES = {
+    "correctness": 35,
+    "compile runs": 8,
+    "launches": 4,
+    "repeats": 8,
+    "streams": 4,
+    "graphs": 4,
+    "sanitizer": 12,
+    "tune": 18,
+    "compile times": 6,
+    "time": 25,
+}
+# What several processes compile before parts that run in one.
+_COMPILED = {"compile runs": ("launches", "repeats", "streams", "graphs", "sanitizer"), "compile times": ("time",)}
+PARTS = tuple(name for name in SHARES if name not in _COMPILED)
+_ABREAST = ("correctness", *_COMPILED)  # whose steps several processes share
+_GRACE = 15.0  # for the step at hand when a part's time is over
+_PROGRESS = 10.0
+
+
+class Settings(NamedTuple):
+    """What the command line asks for."""
+
+    parts: tuple[str, ...]
+    output: Path
+    minutes: float
+    workers: int
+    device: str = "cuda"
+    tiny: bool = False
+    revision: str | None = None
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `python -m benchmarks gpu`."""
+    parser.add_argument(
+        "--parts", type=_parts, default=PARTS, metavar="A,B", help=f"of {','.join(PARTS)} (default: all)"
+    )
+    parser.add_argument(
+        "--output", type=Path, default=Path("results") / "gpu", metavar="DIR",
+        help="for the records; a table that `tune` has left there is used",
+    )  # fmt: skip
+    parser.add_argument("--minutes", type=float, default=10.0, help="to be done within (default: 10)")
+    parser.add_argument(
+        "--workers", type=int, default=_workers(), help="processes that check at once, each with its own context"
+    )
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: with TRITON_INTERPRET=1 only")
+    parser.add_argument("--tiny", action="store_true", help="problems as small as can be: a test of this command")
+    parser.add_argument("--revision", help="the commit to record where there is no git")
+
+
+def _parts(text: str) -> tuple[str, ...]:
+    names = tuple(name.strip() for name in text.split(","))
+    unknown = [name for name in names if name not in PARTS]
+    if unknown:
+        raise argparse.ArgumentTypeError(f"unknown part {', '.join(unknown)}; there are {', '.join(PARTS)}")
+    return tuple(name for name in PARTS if name in names)
+
+
+def _workers() -> int:
+    return max(1, min(12, (os.cpu_count() or 1) - 2))
+
+
+def settings(given: argparse.Namespace) -> Settings:
+    """The settings that parsed arguments hold."""
+    return Settings(
+        given.parts, given.output.resolve(), given.minutes, given.workers, given.device, given.tiny, given.revision
+    )
+
+
+def in_order(asked: Settings) -> list[str]:
+    """The parts asked for, and what has to be compiled for them."""
+    compiled = () if asked.tiny else tuple(name for name, parts in _COMPILED.items() if set(parts) & set(asked.parts))
+    return [name for name in SHARES if name in (*asked.parts, *compiled)]
+
+
+def allotted(parts: Sequence[str], left: float) -> float:
+    """Seconds of those left for the first of the parts that are still to come."""
+    return left * SHARES[parts[0]] / sum(SHARES[name] for name in parts)
+
+
+def run(asked: Settings) -> int:
+    """Run the parts and print the table; 0 if all is well, 1 if anything is not, 2 if nothing can run."""
+    why = _unable(asked.device)
+    if why is not None:
+        print(f"benchmarks gpu: {why}", file=sys.stderr)
+        return 2
+    asked.output.mkdir(parents=True, exist_ok=True)
+    target = asked.output / "gpu.jsonl"
+    target.unlink(missing_ok=True)
+    end = time.monotonic() + 60 * asked.minutes - _GRACE
+    lines: list[dict[str, Any]] = []
+    parts = in_order(asked)
+    with (asked.output / "gpu.log").open("w", encoding="utf-8") as talk:
+        while parts:
+            lines += run_part(parts[0], asked, allotted(parts, end - time.monotonic()), talk)
+            parts = parts[1:]
+    print("\n" + table(lines))
+    print(f"\nrecords: {target}")
+    return int(any(line["status"] in BAD for line in lines) or not lines)
+
+
+def _unable(device: str) -> str | None:
+    """Why nothing can run, found out in another process: this one never opens the device."""
+    code = "import sys; from interp_nn import engines; print(engines.unavailable('triton') or '')"
+    found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    if found.returncode:
+        return found.stderr.strip()[-1000:]
+    if found.stdout.strip():
+        return f"the triton engine is off: {found.stdout.strip()}"
+    if device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        return "kernels run on a CPU with TRITON_INTERPRET=1 only"
+    return None
+
+
+class Worker:
+    """A process at one share of a part, started again after the step that ended it."""
+
+    def __init__(self, part: str, share: str, asked: Settings, folder: Path, end: float, talk: Any) -> None:
+        self.part, self.share = part, share
+        self.log = folder / f"{share.replace('/', '-')}.jsonl"
+        self._position = folder / f"{share.replace('/', '-')}.position"
+        self._asked, self._end, self._talk = asked, end, talk
+        self._start(0)
+
+    def _start(self, first: int) -> None:
+        seconds = self._end - time.monotonic()
+        command = [
+            *(sys.executable, "-m", "benchmarks.gpu.worker", self.part, "--log", str(self.log)),
+            *("--seconds", f"{seconds:.3f}", "--output", str(self._asked.output), "--device", self._asked.device),
+            *("--share", self.share, "--first", str(first), "--position", str(self._position)),
+            *(("--tiny",) if self._asked.tiny else ()),
+            *(("--revision", self._asked.revision) if self._asked.revision else ()),
+        ]
+        self._position.unlink(missing_ok=True)
+        self._process = subprocess.Popen(
+            command, cwd=ROOT, env=environment(self._asked.output), stdout=self._talk, stderr=subprocess.STDOUT,
+            preexec_fn=os.setpgrp,  # a group of its own, so that what it starts ends with it
+        )  # fmt: skip
+
+    def over(self) -> bool:
+        """Whether nothing is left to do; starts the next process if the last one has died on the way."""
+        code = self._process.poll()
+        if code is None:
+            return False
+        if code == 0:
+            return True
+        place = self._at()
+        self._note(f"its process ended with status {code}", place)
+        if place is None or time.monotonic() > self._end:
+            return True
+        self._start(place + 1)
+        return False
+
+    def kill(self) -> None:
+        """End the process, and whatever it has started, if it still runs."""
+        if self._process.poll() is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
+            self._note("killed: its part's time was over, and it did not end", self._at())
+
+    def _at(self) -> int | None:
+        try:
+            return int(self._position.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+
+    def _note(self, why: str, place: int | None) -> None:
+        from benchmarks.gpu.log import Log
+
+        step = "its start" if place is None else f"step {place}"
+        Log(self.log, self.part, 0.0, {"share": self.share}).write(
+            f"{self.part} {self.share}, {step}", "failed", why=why
+        )
+
+
+def environment(output: Path) -> dict[str, str]:
+    """The environment of the processes: this checkout, and the table that was tuned if there is one."""
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    own = {**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
+    tuned = output / "table.json"
+    return {**own, "INTERP_NN_TABLE": str(tuned)} if tuned.exists() else own
+
+
+def run_part(part: str, asked: Settings, seconds: float, talk: Any) -> list[dict[str, Any]]:
+    """Run one part within so many seconds; its lines, which the job's record gets too."""
+    print(f"{part}: at most {seconds:.0f} s", flush=True)
+    start, spoke = time.monotonic(), 0.0
+    count = asked.workers if part in _ABREAST and not asked.tiny else 1
+    with tempfile.TemporaryDirectory() as folder:
+        workers = [Worker(part, f"{i}/{count}", asked, Path(folder), start + seconds, talk) for i in range(count)]
+        try:
+            while not all([worker.over() for worker in workers]):
+                now = time.monotonic() - start
+                if now > seconds + _GRACE:
+                    break
+                if now - spoke > _PROGRESS:
+                    spoke = now
+                    print(f"  {now:4.0f} s: {_counts(_lines(workers))}", flush=True)
+                time.sleep(0.2)
+        finally:
+            for worker in workers:
+                worker.kill()
+        lines = _lines(workers)
+        with (asked.output / "gpu.jsonl").open("a", encoding="utf-8") as file:
+            for worker in workers:
+                if worker.log.exists():
+                    file.write(worker.log.read_text(encoding="utf-8"))
+    print(f"  {time.monotonic() - start:4.0f} s: {_counts(lines)}", flush=True)
+    return lines
+
+
+def _lines(workers: Sequence[Worker]) -> list[dict[str, Any]]:
+    return [line for worker in workers for line in read(worker.log)]
+
+
+def _counts(lines: Sequence[dict[str, Any]]) -> str:
+    counted = Counter(line["status"] for line in lines)
+    return ", ".join(f"{count} {status}" for status, count in sorted(counted.items())) or "nothing yet"
