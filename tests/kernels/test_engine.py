@@ -139,6 +139,40 @@ def test_some_gradients_of_a_head(form, needs):
         torch.testing.assert_close(f.double(), e, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("head", [False, True])
+def test_a_loss_of_no_rows(head):
+    x, b, a, c = (t.float().requires_grad_() for t in inputs(0, 8, 4, 3))
+    target = torch.zeros(0, dtype=torch.int64)
+    given = (x, b, a, c) if head else (x, b)
+    function = functional.summary_head_cross_entropy if head else functional.summary_cross_entropy
+    with forced():
+        mean, total = (function(*given, target, reduction=reduction) for reduction in ("mean", "sum"))
+        grads = torch.autograd.grad(total, given)
+    assert torch.isnan(mean) and total == 0
+    assert all(g.shape == t.shape and not g.any() for g, t in zip(grads, given, strict=True))
+
+
+@pytest.mark.parametrize("name", ["summary", "loss"])
+def test_second_derivatives(name):
+    """A gradient penalty: the backward of a backward, after kernels have computed the first one."""
+
+    def penalty(x, b, target):
+        y = (
+            functional.summary(x, b).square().sum()
+            if name == "summary"
+            else functional.summary_cross_entropy(x, b, target)
+        )
+        (gx,) = torch.autograd.grad(y, x, create_graph=True)
+        return torch.autograd.grad(gx.square().sum(), (x, b))
+
+    given, target = inputs(20, 12, 6), targets(20, 6)
+    with forced():
+        found = penalty(*(t.float().requires_grad_() for t in given), target)
+    exact = penalty(*(t.float().double().requires_grad_() for t in given), target)
+    for f, e in zip(found, exact, strict=True):
+        assert float((f.double() - e).norm() / e.norm()) < 1e-5
+
+
 def test_no_kept_row():
     x, b = (t.float().requires_grad_() for t in inputs(9, 8, 4))
     with forced():
