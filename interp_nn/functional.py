@@ -61,17 +61,13 @@ def summary(x: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
     x (..., d), b (d, k), bias (k,) or None; returns (..., k). Which product is formed first is `interp_nn.plan`'s choice;
     each product accumulates in fp32 (fp64 for float64) and is rounded to the dtype. Source: Banh, Interpretable-Neural-Net.
     """
-    x, b, plan = _planned(x, b, False)
-    if bias is not None:
-        _, bias = _operands(b, "b", bias=bias)
-        if bias.dim() != 1 or bias.shape[0] != b.shape[1]:
-            raise ValueError(f"bias: got shape {_shape(bias)}, want ({b.shape[1]},) for b of shape {_shape(b)}")
-    return _summary.summary(x, b, bias, plan)
+    return _summary.summary(*_planned(x, b, bias, False))
 
 
 def summary_pair(x: Tensor, b: Tensor) -> SummaryPair:
     """(P, Y) = (X b, X b (bᵀb)), each (..., k), for x (..., d) and b (d, k)."""
-    return SummaryPair(*_summary.summary_pair(*_planned(x, b, True)))
+    x, b, _, plan = _planned(x, b, None, True)
+    return SummaryPair(*_summary.summary_pair(x, b, plan))
 
 
 def summary_cross_entropy(
@@ -167,22 +163,28 @@ def _matrices(x: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     return x, b
 
 
-def _planned(x: Tensor, b: Tensor, pair: bool) -> tuple[Tensor, Tensor, str]:
-    """Checked x and b, and the plan's token. Remembered by all that check and plan depend on: a call costs one look-up."""
+def _planned(x: Tensor, b: Tensor, bias: Tensor | None, pair: bool) -> tuple[Tensor, Tensor, Tensor | None, str]:
+    """Checked x, b and bias, and the plan's token. Remembered by all that they depend on: a call costs one look-up."""
     key = None
-    if type(x) in _PLAIN and type(b) in _PLAIN and not is_dynamo_compiling() and not any_autocast_enabled():
+    plain = type(x) in _PLAIN and type(b) in _PLAIN and (bias is None or type(bias) in _PLAIN)
+    if plain and not is_dynamo_compiling() and not any_autocast_enabled():
         key = (
             *(x.shape, b.shape, x.dtype, b.dtype, x.device, b.device, x.layout, b.layout),
             *(x.requires_grad, b.requires_grad, torch.is_grad_enabled(), pair, dispatch.requested()),
+            None if bias is None else (bias.shape, bias.dtype, bias.device, bias.layout),
         )
         plan = _plans.get(key)
         if plan is not None:
-            return x, b, plan
+            return x, b, bias, plan
     x, b = _matrices(x, b)
+    if bias is not None:
+        _, bias = _operands(b, "b", bias=bias)
+        if bias.dim() != 1 or bias.shape[0] != b.shape[1]:
+            raise ValueError(f"bias: got shape {_shape(bias)}, want ({b.shape[1]},) for b of shape {_shape(b)}")
     plan = _summary.choose(x, b, pair)
     if key is not None and len(_plans) < _MOST_PLANS:
         _plans[key] = plan
-    return x, b, plan
+    return x, b, bias, plan
 
 
 def _autocast_enabled(t: Tensor) -> bool:
