@@ -315,3 +315,4 @@ def test_a_counter_for_each_stream_and_for_each_captured_launch(monkeypatch):
     assert len({first, second, *captured}) == 7
     state.capturing, state.stream = False, 1
     assert word() == first and state.blocks == 1
+    assert {(address - first) % 128 for address in (second, *captured)} == {0}

@@ -30,7 +30,7 @@ from interp_nn.kernels import forward as forward_kernels
 from interp_nn.kernels.configs import Bucket, Config, padded
 
 _ROWS_A_SPLIT = 256
-_WORDS = 4096
+_WORDS, _LINE = 1024, 32  # each counter in a 128-byte line of its own, which also gives all the same alignment
 
 
 class Launch(NamedTuple):
@@ -79,10 +79,10 @@ def counter(device: torch.device) -> Tensor:
 def _fresh_word(device: torch.device) -> Tensor:
     free = _free.setdefault(device, [])
     if not free:
-        block = torch.zeros(_WORDS, dtype=torch.int32, device=device)
+        block = torch.zeros(_WORDS * _LINE, dtype=torch.int32, device=device)
         if not torch.cuda.is_current_stream_capturing():
             torch.cuda.current_stream(device).synchronize()  # other streams may use it next
-        free.extend(block.split(1))
+        free.extend(block.split(_LINE))
     return free.pop()
 
 
