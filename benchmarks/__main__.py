@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 from benchmarks import ops, record
+from benchmarks.gpu import job
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -46,6 +47,9 @@ def main(arguments: list[str] | None = None) -> int:
     )
     host.add_argument("--output", type=Path, metavar="FILE", help="write the record here")
 
+    gpu = commands.add_parser("gpu", help="everything that only a GPU can show: correctness, launches, tuning, timings")
+    job.add_arguments(gpu)
+
     table = commands.add_parser("table", help="print a record of `run` as Markdown")
     table.add_argument("file", type=Path)
     commands.add_parser("env", help="print what a record says of this machine")
@@ -57,6 +61,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(ops.table(json.loads(given.file.read_text(encoding="utf-8"))))
     elif given.command == "run":
         print(ops.table(ops.run(given.shape or ops.SHAPES, given.mode, given.seconds, given.output)))
+    elif given.command == "gpu":
+        return job.run(job.settings(given))
     elif given.command == "host":
         from benchmarks import host as host_cost
 

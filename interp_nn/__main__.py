@@ -1,8 +1,12 @@
-"""`python -m interp_nn`: versions, devices, and every engine with the reason where it is off."""
+"""`python -m interp_nn`: versions, devices, and every engine with the reason where it is off.
+
+`python -m interp_nn tune` measures, on a GPU, a table of kernel configurations (see `interp_nn.tuning`).
+"""
 
 from __future__ import annotations
 
 import platform
+import sys
 
 import torch
 
@@ -22,4 +26,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    if sys.argv[1:2] == ["tune"]:
+        from interp_nn import tuning
+
+        sys.exit(tuning.main(sys.argv[2:]))
     main()

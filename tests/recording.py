@@ -34,7 +34,7 @@ def recording(capability: int, fp32_precision: str | None = None) -> Iterator[li
 
     switch = torch.backends.cuda.matmul
     before = switch.fp32_precision
-    with mock.patch.object(engine, "_chip", lambda device: chip), mock.patch.object(engine, "launch", record):
+    with mock.patch.object(engine, "_chip", return_value=chip), mock.patch.object(engine, "launch", record):
         try:
             if fp32_precision is not None:
                 switch.fp32_precision = fp32_precision

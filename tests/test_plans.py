@@ -314,5 +314,8 @@ def test_a_counter_for_each_stream_and_for_each_captured_launch(monkeypatch):
     captured = [word() for _ in range(5)]
     assert len({first, second, *captured}) == 7
     state.capturing, state.stream = False, 1
-    assert word() == first and state.blocks == 1
-    assert {(address - first) % 128 for address in (second, *captured)} == {0}
+    assert word() == first and state.blocks == 2  # spare words are made outside of captures
+    engine._free[device].clear()
+    state.capturing = True
+    assert word() != word() and state.blocks == 4 and not engine._free[device]
+    assert {(address - first) % 16 for address in (second, *captured)} == {0}

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks.gpu.log import BAD, read
+from benchmarks.gpu.log import BAD, Log, read
 from benchmarks.gpu.summary import table
 from benchmarks.record import ROOT
 
@@ -142,6 +142,7 @@ class Worker:
         self.log = folder / f"{share.replace('/', '-')}.jsonl"
         self._position = folder / f"{share.replace('/', '-')}.position"
         self._asked, self._end, self._talk = asked, end, talk
+        self._over = False
         self._start(0)
 
     def _start(self, first: int) -> None:
@@ -155,23 +156,23 @@ class Worker:
         ]
         self._position.unlink(missing_ok=True)
         self._process = subprocess.Popen(
-            command, cwd=ROOT, env=environment(self._asked.output), stdout=self._talk, stderr=subprocess.STDOUT,
+            command, cwd=ROOT, env=environment(self._asked.output, self.part), stdout=self._talk, stderr=subprocess.STDOUT,
             preexec_fn=os.setpgrp,  # a group of its own, so that what it starts ends with it
         )  # fmt: skip
 
     def over(self) -> bool:
         """Whether nothing is left to do; starts the next process if the last one has died on the way."""
         code = self._process.poll()
-        if code is None:
-            return False
-        if code == 0:
-            return True
-        place = self._at()
-        self._note(f"its process ended with status {code}", place)
-        if place is None or time.monotonic() > self._end:
-            return True
-        self._start(place + 1)
-        return False
+        if self._over or code is None:
+            return self._over
+        self._over = code == 0
+        if code != 0:
+            place = self._at()
+            self._note(f"its process ended with status {code}", place)
+            self._over = place is None or time.monotonic() > self._end
+            if place is not None and not self._over:
+                self._start(place + 1)
+        return self._over
 
     def kill(self) -> None:
         """End the process, and whatever it has started, if it still runs."""
@@ -188,20 +189,18 @@ class Worker:
             return None
 
     def _note(self, why: str, place: int | None) -> None:
-        from benchmarks.gpu.log import Log
-
         step = "its start" if place is None else f"step {place}"
         Log(self.log, self.part, 0.0, {"share": self.share}).write(
             f"{self.part} {self.share}, {step}", "failed", why=why
         )
 
 
-def environment(output: Path) -> dict[str, str]:
-    """The environment of the processes: this checkout, and the table that was tuned if there is one."""
+def environment(output: Path, part: str) -> dict[str, str]:
+    """The environment of the processes: this checkout, and, but for tuning, the table that was tuned if there is one."""
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     own = {**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
     tuned = output / "table.json"
-    return {**own, "INTERP_NN_TABLE": str(tuned)} if tuned.exists() else own
+    return {**own, "INTERP_NN_TABLE": str(tuned)} if tuned.exists() and part != "tune" else own
 
 
 def run_part(part: str, asked: Settings, seconds: float, talk: Any) -> list[dict[str, Any]]:

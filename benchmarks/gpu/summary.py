@@ -79,7 +79,7 @@ def _bad(lines: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def _where(lines: Sequence[dict[str, Any]]) -> list[str]:
-    found = next((line for line in lines if "device" in line), None)
+    found = next((line for line in lines if "versions" in line), None)
     if found is None:
         return []
     versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())

@@ -374,8 +374,8 @@ def spare_words(device: torch.device, least: int = 2048) -> None:
     engine: Any = engines.get("triton")
     free = engine._free.setdefault(device, [])
     if len(free) < least:
-        # 16 bytes apart: Triton compiles a kernel anew for an address that is aligned otherwise.
-        free.extend(torch.zeros(8 * least, dtype=torch.int32, device=device).split(4))
+        # In lines of their own, as the engine's: Triton compiles a kernel anew for an address that is aligned otherwise.
+        free.extend(torch.zeros(64 * least, dtype=torch.int32, device=device).split(32))
         torch.cuda.synchronize(device)
 
 

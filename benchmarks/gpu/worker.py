@@ -179,7 +179,7 @@ def work(steps: list[Step], log: Log, device: torch.device, first: int, position
         if log.left() < 0:
             log.write(step.name, "skipped", why="out of time")
             continue
-        faulthandler.dump_traceback_later(step.seconds, exit=True)
+        faulthandler.dump_traceback_later(step.seconds, exit=True, file=sys.__stderr__ or sys.stderr)
         bad, start = log.bad, time.monotonic()
         with log.guarded(step.name):
             step.run(log)

@@ -67,23 +67,18 @@ def counter(device: torch.device) -> Tensor:
     """The word that a launch on the current stream counts arrivals on."""
     if device.type != "cuda":
         return torch.zeros(1, dtype=torch.int32, device=device)
-    if torch.cuda.is_current_stream_capturing():
-        return _fresh_word(device)
-    key = device, torch.cuda.current_stream(device).cuda_stream
-    word = _words.get(key)
-    if word is None:
-        word = _words[key] = _fresh_word(device)
-    return word
-
-
-def _fresh_word(device: torch.device) -> Tensor:
     free = _free.setdefault(device, [])
-    if not free:
-        block = torch.zeros(_WORDS * _LINE, dtype=torch.int32, device=device)
-        if not torch.cuda.is_current_stream_capturing():
-            torch.cuda.current_stream(device).synchronize()  # other streams may use it next
-        free.extend(block.split(_LINE))
-    return free.pop()
+    if torch.cuda.is_current_stream_capturing():
+        # Without a spare one: a word of the graph's own, which every replay sets to zero first.
+        return free.pop() if free else torch.zeros(_LINE, dtype=torch.int32, device=device)
+    stream = torch.cuda.current_stream(device)
+    if len(free) < _WORDS:
+        free.extend(torch.zeros(_WORDS * _LINE, dtype=torch.int32, device=device).split(_LINE))
+        stream.synchronize()  # other streams may use them next
+    word = _words.get((device, stream.cuda_stream))
+    if word is None:
+        word = _words[device, stream.cuda_stream] = free.pop()
+    return word
 
 
 def _chip(device: torch.device) -> Chip:

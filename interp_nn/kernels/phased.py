@@ -11,7 +11,7 @@ from interp_nn.kernels.grid import barrier
 
 
 @triton.jit
-def multiply(
+def multiply_and_sum(
     L,
     R,
     acc,
@@ -29,8 +29,9 @@ def multiply(
     BK: tl.constexpr,
     BD: tl.constexpr,
     PRECISION: tl.constexpr,
+    SUMS: tl.constexpr = True,
 ):
-    """(acc + tile (i, j) of L R, sums + the column sums of R unless `sums` is None); strides say what is transposed.
+    """(acc + tile (i, j) of L R, sums + the column sums of R where SUMS); strides say what is transposed.
 
     Operands of different dtypes are multiplied in fp32, at PRECISION.
     """
@@ -46,7 +47,7 @@ def multiply(
         if L.dtype != R.dtype:
             lhs, rhs = lhs.to(tl.float32), rhs.to(tl.float32)
         acc = tl.dot(lhs, rhs, acc, input_precision=PRECISION)
-        if sums is not None:
+        if SUMS:
             sums += tl.sum(rhs.to(tl.float32), axis=0)
         at_l += BD * l_inner
         at_r += BD * r_inner
@@ -54,12 +55,42 @@ def multiply(
 
 
 @triton.jit
+def multiply(
+    L,
+    R,
+    acc,
+    rows,
+    columns,
+    inner,
+    l_row,
+    l_inner,
+    r_inner,
+    r_column,
+    i,
+    j,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    BD: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """acc + tile (i, j) of L R."""
+    acc, _ = multiply_and_sum(
+        L, R, acc, tl.zeros((BK,), tl.float32), rows, columns, inner, l_row, l_inner, r_inner, r_column, i, j,
+        BN, BK, BD, PRECISION, False,
+    )  # fmt: skip
+    return acc
+
+
+@triton.jit
 def store_tile(T, value, rows, columns, row, column, i, j, BN: tl.constexpr, BK: tl.constexpr):
-    """Tile (i, j) of T = value in T's dtype; `row` and `column` are T's strides."""
-    rn = tl.cast(i * BN + tl.arange(0, BN), tl.int64)
-    rk = tl.cast(j * BK + tl.arange(0, BK), tl.int64)
-    mask = (rn[:, None] < rows) & (rk[None, :] < columns)
-    tl.store(T + rn[:, None] * row + rk[None, :] * column, value.to(T.dtype.element_ty), mask=mask)
+    """Tile (i, j) of T = value in T's dtype; `row` and `column` are T's strides. Nothing for no T: both branches of a
+    condition that is known at run time only are compiled.
+    """
+    if T is not None:
+        rn = tl.cast(i * BN + tl.arange(0, BN), tl.int64)
+        rk = tl.cast(j * BK + tl.arange(0, BK), tl.int64)
+        mask = (rn[:, None] < rows) & (rk[None, :] < columns)
+        tl.store(T + rn[:, None] * row + rk[None, :] * column, value.to(T.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -113,22 +144,20 @@ def phased_forward(
             if job < grams:
                 i, j = job // tk, job % tk
                 if (j + 1) * BK > i * BN:
-                    g, _ = multiply(
-                        B, B, zeros, None, k, k, d, b_column, b_row, b_row, b_column, i, j, BN, BK, BD, PRECISION
-                    )
+                    g = multiply(B, B, zeros, k, k, d, b_column, b_row, b_row, b_column, i, j, BN, BK, BD, PRECISION)
                     store_tile(G, g, k, k, k, 1, i, j, BN, BK)
                     if j * BK >= (i + 1) * BN:
                         store_tile(G, g, k, k, 1, k, i, j, BN, BK)
             else:
                 i, j = (job - grams) // tk, (job - grams) % tk
-                p, _ = multiply(X, B, zeros, None, n, k, d, d, 1, b_row, b_column, i, j, BN, BK, BD, PRECISION)
+                p = multiply(X, B, zeros, n, k, d, d, 1, b_row, b_column, i, j, BN, BK, BD, PRECISION)
                 store_tile(P, p, n, k, k, 1, i, j, BN, BK)
     if (PHASES & 3) == 3:
         barrier(COUNTER)
     if (PHASES & 2) and FORM == "B":
         for job in range(program, tl.cdiv(d, BN) * tk, programs):
             i, j = job // tk, job % tk
-            w, _ = multiply(B, G, zeros, None, d, k, k, b_row, b_column, k, 1, i, j, BN, BK, BD, PRECISION)
+            w = multiply(B, G, zeros, d, k, k, b_row, b_column, k, 1, i, j, BN, BK, BD, PRECISION)
             store_tile(W, w, d, k, k, 1, i, j, BN, BK)
     if (PHASES & 6) == 6:
         barrier(COUNTER)
@@ -141,9 +170,9 @@ def phased_forward(
                 rk = j * BK + tl.arange(0, BK)
                 y += tl.load(BIAS + rk, mask=rk < k, other=0.0).to(tl.float32)[None, :]
             if FORM == "A":
-                y, _ = multiply(P, G, y, None, n, k, k, k, 1, k, 1, i, j, BN, BK, BD, PRECISION)
+                y = multiply(P, G, y, n, k, k, k, 1, k, 1, i, j, BN, BK, BD, PRECISION)
             else:
-                y, _ = multiply(X, W, y, None, n, k, d, d, 1, k, 1, i, j, BN, BK, BD, PRECISION)
+                y = multiply(X, W, y, n, k, d, d, 1, k, 1, i, j, BN, BK, BD, PRECISION)
             store_tile(Y, y, n, k, k, 1, i, j, BN, BK)
 
 
@@ -166,10 +195,10 @@ def correlate(
     """Tile (i, j) of OUT = Lᵀ dY (rows, k); the first row of tiles stores the column sums of dY too, if asked for."""
     zeros = tl.zeros((BN, BK), tl.float32)
     if DBIAS is None:
-        out, _ = multiply(L, DY, zeros, None, rows, k, n, 1, rows, k, 1, i, j, BN, BK, BD, PRECISION)
+        out = multiply(L, DY, zeros, rows, k, n, 1, rows, k, 1, i, j, BN, BK, BD, PRECISION)
     else:
         sums = tl.zeros((BK,), tl.float32)
-        out, sums = multiply(L, DY, zeros, sums, rows, k, n, 1, rows, k, 1, i, j, BN, BK, BD, PRECISION)
+        out, sums = multiply_and_sum(L, DY, zeros, sums, rows, k, n, 1, rows, k, 1, i, j, BN, BK, BD, PRECISION)
         if i == 0:
             rk = j * BK + tl.arange(0, BK)
             tl.store(DBIAS + rk, sums.to(DBIAS.dtype.element_ty), mask=rk < k)
@@ -227,7 +256,7 @@ def phased_backward(
                 else:
                     i, j = (job - grams) // tk, (job - grams) % tk
                     upstream = load_tile(DP, n, k, i, j, BN, BK)
-                    g, _ = multiply(DY, G, upstream, None, n, k, k, k, 1, k, 1, i, j, BN, BK, BD, PRECISION)
+                    g = multiply(DY, G, upstream, n, k, k, k, 1, k, 1, i, j, BN, BK, BD, PRECISION)
                     store_tile(D, g, n, k, k, 1, i, j, BN, BK)
         else:
             correlations = 0
@@ -241,14 +270,14 @@ def phased_backward(
                     correlate(X, DY, S, DBIAS, d, n, k, job // tk, job % tk, BN, BK, BD, PRECISION)
                 else:
                     i, j = (job - correlations) // tc, (job - correlations) % tc
-                    dx, _ = multiply(DY, W, zeros, None, n, d, k, k, 1, 1, k, i, j, BN, BK, BD, PRECISION)
+                    dx = multiply(DY, W, zeros, n, d, k, k, 1, 1, k, i, j, BN, BK, BD, PRECISION)
                     store_tile(DX, dx, n, d, d, 1, i, j, BN, BK)
     if (PHASES & 3) == 3:
         barrier(COUNTER)
     if (PHASES & 2) and FORM == "B":
         for job in range(program, tg * tk, programs):
             i, j = job // tk, job % tk
-            t, _ = multiply(B, S, zeros, None, k, k, d, b_column, b_row, k, 1, i, j, BN, BK, BD, PRECISION)
+            t = multiply(B, S, zeros, k, k, d, b_column, b_row, k, 1, i, j, BN, BK, BD, PRECISION)
             store_tile(T, t, k, k, k, 1, i, j, BN, BK)
     if (PHASES & 6) == 6:
         barrier(COUNTER)
@@ -257,16 +286,16 @@ def phased_backward(
         if (FORM == "A") and (DX is not None):
             for job in range(program, tn * tc, programs):
                 i, j = job // tc, job % tc
-                dx, _ = multiply(D, B, zeros, None, n, d, k, k, 1, b_column, b_row, i, j, BN, BK, BD, PRECISION)
+                dx = multiply(D, B, zeros, n, d, k, k, 1, b_column, b_row, i, j, BN, BK, BD, PRECISION)
                 store_tile(DX, dx, n, d, d, 1, i, j, BN, BK)
         if DB is not None:
             for job in range(program, td * tk, programs):
                 i, j = job // tk, job % tk
                 if FORM == "A":
-                    db, _ = multiply(X, D, zeros, None, d, k, n, 1, d, k, 1, i, j, BN, BK, BD, PRECISION)
+                    db = multiply(X, D, zeros, d, k, n, 1, d, k, 1, i, j, BN, BK, BD, PRECISION)
                 else:
-                    db, _ = multiply(S, G, zeros, None, d, k, k, k, 1, k, 1, i, j, BN, BK, BD, PRECISION)
+                    db = multiply(S, G, zeros, d, k, k, k, 1, k, 1, i, j, BN, BK, BD, PRECISION)
                 if T is not None:
-                    db, _ = multiply(B, T, db, None, d, k, k, b_row, b_column, k, 1, i, j, BN, BK, BD, PRECISION)
-                    db, _ = multiply(B, T, db, None, d, k, k, b_row, b_column, 1, k, i, j, BN, BK, BD, PRECISION)
+                    db = multiply(B, T, db, d, k, k, b_row, b_column, k, 1, i, j, BN, BK, BD, PRECISION)
+                    db = multiply(B, T, db, d, k, k, b_row, b_column, 1, k, i, j, BN, BK, BD, PRECISION)
                 store_tile(DB, db, d, k, b_row, b_column, i, j, BN, BK)

@@ -1,0 +1,153 @@
+"""Every kernel compiles for every known GPU, in the tiles the table gives it, and what comes out is fit to run."""
+
+import os
+import warnings
+from pathlib import Path
+
+import offline
+import pytest
+import torch
+import triton
+from recording import recording
+
+from interp_nn.engines import triton as engine
+from interp_nn.engines.reference import LossOptions
+
+CAPABILITIES = (80, 86, 89, 90, 100, 120)
+ARTEFACTS = Path(os.environ.get("INTERP_NN_ARTEFACTS", Path(__file__).parents[2] / "build" / "compile"))
+WARN = os.environ.get("INTERP_NN_COMPILE_WARN") == "1"
+
+
+def problem(name, dtype, n, k, m, transposed=True, needs=(True,) * 4, reduction="mean"):
+    """Launches one kernel for tensors on the meta device."""
+    d = 512
+
+    def empty(*shape, of=dtype):
+        return torch.empty(shape, dtype=of, device="meta")
+
+    x, p, g = empty(n, d), empty(n, k), empty(k, k)
+    b = empty(k, d).t() if transposed else empty(d, k)
+    options = LossOptions((1.0, 1.0, 1.0), -100, reduction)
+    upstream = empty(n if reduction == "none" else 1, of=torch.float32) if reduction != "mean" else None
+    target = empty(n, of=torch.int64)
+    if name == "stream":
+        engine.forward(x, b, empty(k), "A", False)
+    elif name == "summary_backward":
+        engine.backward(None, p, x, b, [g], "A", *needs[:3])
+    elif name == "pair_backward":
+        engine.backward(p, p, x, b, [p, g], "A+", *needs[:2])
+    elif name == "phased_forward":
+        engine.forward(x, b, empty(k), "B", False)
+        engine.forward(x, b, None, "A+", True)
+    elif name == "phased_backward":
+        engine.backward(None, p, x, b, [g, empty(d, k)], "B", True, True, True)
+        engine.backward(p, p, x, b, [p, g], "A+", True, True)
+    elif name == "pair_loss":
+        engine.loss(x, b, None, None, target, options, "A+", upstream, (*needs[:2], False, False))
+    else:
+        engine.loss(x, b, empty(m, k), empty(m), target, options, name.split("_")[0], upstream, needs)
+
+
+NAMES = (
+    "stream",
+    "summary_backward",
+    "pair_backward",
+    "pair_loss",
+    "latent_loss",
+    "flat_loss",
+    "phased_forward",
+    "phased_backward",
+)
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+# (dtype, n, k, m, fp32 precision, other arguments): both sizes of tiles, columns around the powers of two, both memory
+# orders of b; on one GPU more: fp16, tf32, some gradients only, values only, rows of losses.
+EVERYWHERE = [
+    (BF16, 65536, 128, 10, None, {}),
+    (BF16, 4096, 100, 60, None, {"transposed": False}),
+    (FP32, 65536, 64, 10, "ieee", {}),
+]
+HERE = [
+    (FP16, 4096, 65, 100, None, {}),
+    (BF16, 65536, 10, 3, None, {"transposed": False, "reduction": "none"}),
+    (FP32, 4096, 128, 100, "ieee", {"transposed": False}),
+    (FP32, 65536, 100, 10, "tf32", {}),
+    (BF16, 4096, 64, 10, None, {"needs": (True, False, False, False), "reduction": "sum"}),
+    (BF16, 4096, 64, 10, None, {"needs": (False, True, False, True)}),
+    (BF16, 4096, 64, 10, None, {"needs": (False,) * 4, "reduction": "none"}),
+]
+# Instructions that move registers to memory and back: most of them outside of the loops over features.
+MOST_SPILLS = {2: 300, 4: 1100}
+
+
+def wanted():
+    """(tag, capability, launch) of every compilation."""
+    for capability in CAPABILITIES:
+        for name in NAMES:
+            for dtype, n, k, m, precision, more in EVERYWHERE + (HERE if capability == 90 else []):
+                if name.startswith("phased"):
+                    if k not in (128, 64):
+                        continue
+                    k = 256
+                tag = f"{name} {str(dtype)[6:]} {precision or ''} n{n} k{k} m{m} {more or ''}"
+                with recording(capability, precision) as launches:
+                    problem(name, dtype, n, k, m, **more)
+                for i, launch in enumerate(launches):
+                    yield f"{tag} {i}", capability, launch
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    """Every outcome, written as a table too."""
+    outcomes = {}
+    by_capability = {}
+    for tag, capability, launch in wanted():
+        by_capability.setdefault(capability, []).append((tag, launch))
+    for capability, launches in by_capability.items():
+        outcomes |= offline.compile_all(launches, [capability])
+    ARTEFACTS.mkdir(parents=True, exist_ok=True)
+    offline.write_table(ARTEFACTS / f"triton-{triton.__version__}.txt", outcomes.values())
+    return outcomes
+
+
+def expect(bad, what):
+    """Fails, or only warns where the newest Triton is on trial."""
+    if bad and WARN:
+        warnings.warn(f"{what}: {bad}", stacklevel=2)
+    else:
+        assert not bad, what
+
+
+pytestmark = pytest.mark.filterwarnings("default") if WARN else ()
+
+
+def test_everything_compiles(compiled):
+    expect({key: o.error for key, o in compiled.items() if o.error}, "does not compile")
+
+
+def good(compiled):
+    return {key: o for key, o in compiled.items() if not o.error}
+
+
+def test_shared_memory_is_within_the_limit_of_the_chip(compiled):
+    expect({key: o.shared for key, o in good(compiled).items() if not o.fits_shared}, "too much shared memory")
+
+
+def test_spills_are_bounded(compiled):
+    most = {key: o.spills for key, o in good(compiled).items() if o.spills > MOST_SPILLS[4 if o.dtype == "fp32" else 2]}
+    expect(most, "too many spills")
+
+
+def test_products_use_the_matrix_units(compiled):
+    expect([key for key, o in good(compiled).items() if not o.matrix_instructions()], "no matrix instructions")
+
+
+def test_rows_are_loaded_in_vectors_and_in_advance(compiled):
+    expect([key for key, o in good(compiled).items() if not o.vector_loads], "no 16-byte loads")
+
+
+def test_the_barrier_orders_memory(compiled):
+    """What a phase writes the next one reads: acquire and release at the barrier, and no cache that may be stale."""
+    barriers = {key: o for key, o in good(compiled).items() if o.kernel != "stream"}
+    one_phase = {key for key in barriers if "(False, False, False, False)" in key[0]}
+    expect([key for key, o in barriers.items() if not o.has_acquire_release and key not in one_phase], "no ordering")
+    expect([key for key, o in barriers.items() if o.has_non_coherent_loads], "loads past the barrier's order")
