@@ -80,12 +80,13 @@ def test_the_form_and_the_kernels_of_a_problem(arguments, form, kernels):
         ({"k": 200, "pair": True, "classes": 200}, "at most 128 columns and classes, not 200 and 200"),
         ({"classes": 1000}, "at most 128 columns and classes, not 64 and 1000"),
         ({"d": 2**25}, "beyond 32-bit offsets"),
+        ({"k": 100, "dtype": torch.float32, "device": "sm_86"}, "fp32 kernels for more than 64 columns need 160 KiB"),
     ],
     ids=str,
 )
 def test_what_is_left_to_the_reference_engine_and_why(arguments, reason):
-    sizes = {"n": 4096, "d": 512, "k": 64, "dtype": torch.bfloat16, **arguments}
-    plan = interp_nn.plan(sizes.pop("n"), sizes.pop("d"), sizes.pop("k"), device="sm_90", **sizes)
+    sizes = {"n": 4096, "d": 512, "k": 64, "dtype": torch.bfloat16, "device": "sm_90", **arguments}
+    plan = interp_nn.plan(sizes.pop("n"), sizes.pop("d"), sizes.pop("k"), **sizes)
     assert plan.engine == "reference" and reason in plan.reason and plan.config == ()
 
 

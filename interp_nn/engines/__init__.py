@@ -15,6 +15,7 @@ from interp_nn.engines import reference
 ENGINES = ("reference", "triton")
 OLDEST_TRITON = (3, 6)
 MOST_COLUMNS = 128  # that the kernels hold in one tile
+_SHARED_FP32 = 160 << 10  # two 128 x 128 matrices in fp32, and what is multiplied with them
 _MODULES: dict[str, ModuleType] = {"reference": reference}
 
 
@@ -87,6 +88,8 @@ def refusal(
         return f"it needs compute capability 8.0, and {device} has {chip.capability[0]}.{chip.capability[1]}"
     if dtype == torch.float64:
         return "it has no float64 kernels"
+    if dtype == torch.float32 and 64 < k <= MOST_COLUMNS and chip.shared < _SHARED_FP32:
+        return f"fp32 kernels for more than 64 columns need {_SHARED_FP32 >> 10} KiB of shared memory in a block"
     if classes is not None and max(k, classes) > MOST_COLUMNS:
         return f"its losses have at most {MOST_COLUMNS} columns and classes, not {k} and {classes}"
     if max(n, d * max(k, MOST_COLUMNS)) >= 2**31:

@@ -117,7 +117,7 @@ def expect(bad, what):
         assert not bad, what
 
 
-pytestmark = pytest.mark.filterwarnings("default") if WARN else ()
+pytestmark = [pytest.mark.filterwarnings("default")] if WARN else []
 
 
 def test_everything_compiles(compiled):
