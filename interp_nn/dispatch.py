@@ -103,7 +103,7 @@ def problem_of(
 
 def _refusal(name: str, problem: Problem) -> str | None:
     p = problem
-    return engines.refusal(name, p.chip, p.device, p.dtype, p.n, p.d, p.k, p.classes)
+    return engines.refusal(name, p.chip, p.device, p.dtype, p.n, p.d, p.k, p.classes, p.head)
 
 
 def engine(problem: Problem) -> tuple[str, str]:
@@ -162,6 +162,9 @@ def _kind(problem: Problem) -> str:
 def _kernel_form(problem: Problem) -> str:
     """The form that the kernels of one launch compute."""
     if problem.head and problem.classes is not None:
+        chip, wide = problem.chip, problem.k > 64 and problem.classes > 32
+        if wide and chip is not None and chip.shared < engines.SHARED_WIDE:
+            return "latent"  # the flat form's last phase does not fit
         return associations.head_form(problem.n, problem.d, problem.k, problem.classes)
     if problem.k <= engines.MOST_COLUMNS:
         return "A+" if problem.pair else "A"

@@ -96,6 +96,23 @@ def test_a_gpu_that_no_kernel_serves_cannot_be_planned_for(device):
         interp_nn.plan(8, 4, 2, device=device)
 
 
+def test_heads_on_blackwell_need_a_newer_triton(monkeypatch):
+    for version, engine in (((3, 6), "reference"), ((3, 9), "triton")):
+        monkeypatch.setattr(engines, "_triton_version", lambda version=version: version)
+        plan = interp_nn.plan(4096, 512, 64, classes=10, dtype=torch.bfloat16, device="sm_100")
+        assert plan.engine == engine
+    assert (
+        interp_nn.plan(4096, 512, 64, pair=True, classes=64, dtype=torch.bfloat16, device="sm_100").engine == "triton"
+    )
+
+
+def test_the_flat_form_gives_way_where_shared_memory_is_small():
+    def form(chip, classes):
+        return interp_nn.plan(65536, 512, 128, classes=classes, dtype=torch.bfloat16, device=chip).form
+
+    assert (form("sm_90", 50), form("sm_86", 50), form("sm_86", 10)) == ("flat", "latent", "flat")
+
+
 def test_classes_that_do_not_fit_a_pair():
     with pytest.raises(ValueError, match="the loss of a pair has k = 4 classes, got classes=3"):
         interp_nn.plan(8, 4, 4, pair=True, classes=3)
@@ -251,7 +268,7 @@ def test_the_reason_why_the_engine_is_off(machine, reason, monkeypatch):
 
 def test_a_device_that_the_engine_does_not_serve():
     def refusal(chip, device):
-        return engines.refusal("triton", chip, device, torch.float32, 8, 4, 2, None)
+        return engines.refusal("triton", chip, device, torch.float32, 8, 4, 2, None, False)
 
     engines._reasons.pop("triton", None)
     with pytest.MonkeyPatch.context() as patch:

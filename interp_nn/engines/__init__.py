@@ -15,7 +15,8 @@ from interp_nn.engines import reference
 ENGINES = ("reference", "triton")
 OLDEST_TRITON = (3, 6)
 MOST_COLUMNS = 128  # that the kernels hold in one tile
-_SHARED_FP32 = 160 << 10  # two 128 x 128 matrices in fp32, and what is multiplied with them
+SHARED_WIDE = 160 << 10  # two 128 x 128 matrices in fp32, and what is multiplied with them
+_HEADS_ON_10 = (3, 9)
 _MODULES: dict[str, ModuleType] = {"reference": reference}
 
 
@@ -70,10 +71,21 @@ def _triton_version() -> tuple[int, int]:
     return 0, 0
 
 
+_triton_version._dynamo_marked_constant = True  # type: ignore[attr-defined] # see chips.chip_of
+
+
 def refusal(
-    name: str, chip: Chip | None, device: str, dtype: torch.dtype, n: int, d: int, k: int, classes: int | None
+    name: str,
+    chip: Chip | None,
+    device: str,
+    dtype: torch.dtype,
+    n: int,
+    d: int,
+    k: int,
+    classes: int | None,
+    head: bool,
 ) -> str | None:
-    """Why an engine cannot compute this problem; None if it can. `classes` is None but for a loss.
+    """Why an engine cannot compute this problem; None if it can. `classes` is None but for a loss, `head` says of which.
 
     A device "sm_90" is one that is not at hand: whether the engine is available here then does not matter.
     """
@@ -88,10 +100,12 @@ def refusal(
         return f"it needs compute capability 8.0, and {device} has {chip.capability[0]}.{chip.capability[1]}"
     if dtype == torch.float64:
         return "it has no float64 kernels"
-    if dtype == torch.float32 and 64 < k <= MOST_COLUMNS and chip.shared < _SHARED_FP32:
-        return f"fp32 kernels for more than 64 columns need {_SHARED_FP32 >> 10} KiB of shared memory in a block"
+    if dtype == torch.float32 and 64 < k <= MOST_COLUMNS and chip.shared < SHARED_WIDE:
+        return f"fp32 kernels for more than 64 columns need {SHARED_WIDE >> 10} KiB of shared memory in a block"
     if classes is not None and max(k, classes) > MOST_COLUMNS:
         return f"its losses have at most {MOST_COLUMNS} columns and classes, not {k} and {classes}"
+    if head and chip.capability[0] == 10 and _triton_version() < _HEADS_ON_10:
+        return f"Triton before {'.'.join(map(str, _HEADS_ON_10))} cannot compile the loss of a head for {chip.name}"
     if max(n, d * max(k, MOST_COLUMNS)) >= 2**31:
         return "n or d k is beyond 32-bit offsets"
     return None

@@ -10,6 +10,7 @@ import torch
 import triton
 from recording import recording
 
+from interp_nn import engines
 from interp_nn.engines import triton as engine
 from interp_nn.engines.reference import LossOptions
 
@@ -69,14 +70,17 @@ EVERYWHERE = [
 HERE = [
     (FP16, 4096, 65, 100, None, {}),
     (BF16, 65536, 10, 3, None, {"transposed": False, "reduction": "none"}),
-    (FP32, 4096, 128, 100, "ieee", {"transposed": False}),
+    (FP32, 4096, 128, 10, "ieee", {"transposed": False}),
     (FP32, 65536, 100, 10, "tf32", {}),
     (BF16, 4096, 64, 10, None, {"needs": (True, False, False, False), "reduction": "sum"}),
     (BF16, 4096, 64, 10, None, {"needs": (False, True, False, True)}),
     (BF16, 4096, 64, 10, None, {"needs": (False,) * 4, "reduction": "none"}),
 ]
 # Instructions that move registers to memory and back: most of them outside of the loops over features.
-MOST_SPILLS = {2: 300, 4: 1100}
+MOST_SPILLS = {2: 220, 4: 400}
+SMALL_SHARED = (86, 89, 120)
+# What a version of Triton cannot compile, and dispatch therefore leaves to another engine: heads for sm_100 before 3.9.
+IMPOSSIBLE = {("latent_loss", 100), ("flat_loss", 100)} if engines._triton_version() < engines._HEADS_ON_10 else set()
 
 
 def wanted():
@@ -88,6 +92,8 @@ def wanted():
                     if k not in (128, 64):
                         continue
                     k = 256
+                if name == "flat_loss" and (2 * m > k or (m > 32 and capability in SMALL_SHARED)):
+                    continue  # dispatch takes the latent form
                 tag = f"{name} {str(dtype)[6:]} {precision or ''} n{n} k{k} m{m} {more or ''}"
                 with recording(capability, precision) as launches:
                     problem(name, dtype, n, k, m, **more)
@@ -120,8 +126,10 @@ def expect(bad, what):
 pytestmark = [pytest.mark.filterwarnings("default")] if WARN else []
 
 
-def test_everything_compiles(compiled):
-    expect({key: o.error for key, o in compiled.items() if o.error}, "does not compile")
+def test_everything_compiles_but_what_dispatch_leaves_out(compiled):
+    failed = {(key, o.error) for key, o in compiled.items() if o.error}
+    expect([f for f in failed if (f[0][0].split()[0], f[0][1]) not in IMPOSSIBLE], "does not compile")
+    expect(IMPOSSIBLE - {(key[0].split()[0], key[1]) for key, _ in failed}, "compiles, and need not be left out")
 
 
 def good(compiled):
@@ -138,7 +146,8 @@ def test_spills_are_bounded(compiled):
 
 
 def test_products_use_the_matrix_units(compiled):
-    expect([key for key, o in good(compiled).items() if not o.matrix_instructions()], "no matrix instructions")
+    """Hopper's own for tiles of 64 rows and more, the older ones for smaller tiles."""
+    expect([key for key, o in good(compiled).items() if not o.hgmma + o.hmma + o.tcgen05], "no matrix instructions")
 
 
 def test_rows_are_loaded_in_vectors_and_in_advance(compiled):
@@ -148,6 +157,6 @@ def test_rows_are_loaded_in_vectors_and_in_advance(compiled):
 def test_the_barrier_orders_memory(compiled):
     """What a phase writes the next one reads: acquire and release at the barrier, and no cache that may be stale."""
     barriers = {key: o for key, o in good(compiled).items() if o.kernel != "stream"}
-    one_phase = {key for key in barriers if "(False, False, False, False)" in key[0]}
+    one_phase = {key for key in barriers if "False, False, False)" in key[0]}
     expect([key for key, o in barriers.items() if not o.has_acquire_release and key not in one_phase], "no ordering")
     expect([key for key, o in barriers.items() if o.has_non_coherent_loads], "loads past the barrier's order")
