@@ -1,0 +1,11 @@
+// The forward kernels, and where calls meet them.
+#include "forward.h"
+
+namespace interp_nn {
+
+const char* forward(const Forward& arguments, const Chip& chip, Stream stream) {
+    if (const char* wrong = problem(arguments, chip)) return wrong;
+    return dispatch<ForwardInstance>(arguments, chip, stream);
+}
+
+}  // namespace interp_nn

@@ -1,0 +1,98 @@
+// The kernels as functions of plain pointers and sizes: what a binding needs to know, and all of it.
+//
+// X is (n, d), B = b (d, k) in row-major memory or, where `b_transposed`, that of a row-major bᵀ; all other matrices
+// are row-major. P = X b, G = bᵀb, Y = P G; a D before a name is a gradient. k is at most 128; n may be 0, d and k
+// may not. Pointers that are said to be optional may be null, and what they stand for is then left out. 16-bit
+// operands are multiplied as they are, fp32 ones as tf32 or exactly; every sum is fp32. Row offsets are 64-bit.
+//
+// Functions return nullptr, or the text of an error. They launch one kernel on the current device and wait for nothing.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace interp_nn {
+
+// A cudaStream_t; under the emulator, the seed of a schedule.
+using Stream = void*;
+
+// How the operands are stored and multiplied: F32 exactly, TF32 is fp32 in memory. All but F32 need compute
+// capability 8.0.
+enum class Kind { F16, BF16, TF32, F32 };
+
+constexpr int MOST_COLUMNS = 128;
+
+// The device as the launchers see it: what they decide is a function of it and of the sizes, so results never depend
+// on load.
+struct Chip {
+    int multiprocessors;  // how many, each taking one program
+    int shared;           // most bytes of shared memory a program may ask for
+    int capability;       // 10 major + minor
+};
+
+// The current device; multiprocessors is 0 where there is none.
+Chip current_chip();
+
+// Memory a kernel hands its numbers from phase to phase in, which the caller allocates; contents before and after do
+// not matter.
+struct Workspace {
+    int64_t floats = 0;  // of `work`
+    int64_t rows = 0;    // of `rows`, in elements of X's type
+};
+
+// Y = X b G + bias, with P and G where asked, rounded to X's type. One program a multiprocessor, no barrier.
+struct Forward {
+    const void* x;
+    const void* b;
+    const void* bias;  // (k), optional
+    void* p;           // (n, k), optional
+    void* y;           // (n, k)
+    void* g;           // (k, k), optional
+    int64_t n;
+    int d, k;
+    bool b_transposed;
+    Kind kind;
+};
+const char* forward(const Forward& arguments, const Chip& chip, Stream stream);
+
+// dX = D bᵀ and db = Xᵀ D + b (T + Tᵀ) with D = dP + dY G and T = Pᵀ dY.
+struct PairBackward {
+    const void* x;
+    const void* b;
+    const void* p;   // (n, k), as forward stored it
+    const void* g;   // (k, k), as forward stored it
+    const void* dp;  // (n, k), optional, but not without dy
+    const void* dy;  // (n, k), optional: D is then dP itself, and p and g are not read
+    void* dx;        // (n, d), optional
+    void* db;        // in b's memory order, optional
+    void* rows;      // workspaces
+    float* work;
+    uint32_t* counter;  // zero at first, and then as a launch left it; no two launches at a time may share it
+    int64_t n;
+    int d, k;
+    bool b_transposed;
+    Kind kind;
+};
+Workspace pair_backward_workspace(const PairBackward& arguments, const Chip& chip);
+const char* pair_backward(const PairBackward& arguments, const Chip& chip, Stream stream);
+
+// dX = dY Wᵀ with W = b G, db = S G + b (T + Tᵀ) with S = Xᵀ dY and T = bᵀ S, dbias = the column sums of dY.
+struct SummaryBackward {
+    const void* x;
+    const void* b;
+    const void* g;   // (k, k), as forward stored it
+    const void* dy;  // (n, k)
+    void* dx;        // (n, d), optional
+    void* db;        // in b's memory order, optional
+    void* dbias;     // (k), optional
+    float* work;     // workspace
+    uint32_t* counter;  // as above
+    int64_t n;
+    int d, k;
+    bool b_transposed;
+    Kind kind;
+};
+Workspace summary_backward_workspace(const SummaryBackward& arguments, const Chip& chip);
+const char* summary_backward(const SummaryBackward& arguments, const Chip& chip, Stream stream);
+
+}  // namespace interp_nn

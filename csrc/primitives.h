@@ -1,0 +1,322 @@
+// What a kernel is made of: the only file that means one thing on a GPU and another on the CPU.
+//
+// On a GPU these are PTX instructions; elsewhere the same names call the emulator. Everything above this file is
+// plain C++.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "launch.h"
+
+#if defined(__CUDACC__)
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#define DEVICE __device__ __forceinline__
+#define KERNEL __global__ void __launch_bounds__(interp_nn::THREADS, 1)
+#define UNROLL _Pragma("unroll")
+#define NO_UNROLL _Pragma("unroll 1")
+#define PRAGMA(text) _Pragma(#text)
+#define UNROLL_BY(count) PRAGMA(unroll(count))
+#else
+#include <cmath>
+
+#include "emulator.h"
+
+#define DEVICE inline
+#define KERNEL void
+#define UNROLL
+#define NO_UNROLL
+#define UNROLL_BY(count)
+#endif
+
+namespace interp_nn {
+
+constexpr int WARPS = 8;
+constexpr int THREADS = 32 * WARPS;
+
+#if defined(__CUDACC__)
+
+using half = __half;
+using bfloat16 = __nv_bfloat16;
+
+DEVICE int thread() { return threadIdx.x; }
+DEVICE int program() { return blockIdx.x; }
+DEVICE int programs() { return gridDim.x; }
+
+DEVICE unsigned char* shared_memory() {
+    extern __shared__ __align__(128) unsigned char memory[];
+    return memory;
+}
+
+DEVICE float to_float(float v) { return v; }
+DEVICE float to_float(half v) { return __half2float(v); }
+DEVICE float to_float(bfloat16 v) { return __bfloat162float(v); }
+template <class T> DEVICE T from_float(float v);
+template <> DEVICE float from_float<float>(float v) { return v; }
+template <> DEVICE half from_float<half>(float v) { return __float2half_rn(v); }
+template <> DEVICE bfloat16 from_float<bfloat16>(float v) { return __float2bfloat16_rn(v); }
+
+// Two 16-bit numbers in one register, the first in its lower half.
+template <class T> DEVICE uint32_t pack(float low, float high);
+template <> DEVICE uint32_t pack<half>(float low, float high) {
+    const __half2 both = __floats2half2_rn(low, high);
+    return *reinterpret_cast<const uint32_t*>(&both);
+}
+template <> DEVICE uint32_t pack<bfloat16>(float low, float high) {
+    const __nv_bfloat162 both = __floats2bfloat162_rn(low, high);
+    return *reinterpret_cast<const uint32_t*>(&both);
+}
+
+// fp32 rounded to the ten bits of tf32; the nearest, ties away from zero.
+DEVICE uint32_t round_tf32(float v) {
+#if __CUDA_ARCH__ >= 800
+    uint32_t rounded;
+    asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(rounded) : "f"(v));
+    return rounded;
+#else
+    return __float_as_uint(v);
+#endif
+}
+
+DEVICE uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
+
+// Copy BYTES (4, 8 or 16) from global to shared memory without waiting; zeros where not valid, and nothing is read
+// then.
+template <int BYTES> DEVICE void copy_async(void* shared, const void* global, bool valid) {
+#if __CUDA_ARCH__ >= 800
+    const int size = valid ? BYTES : 0;
+    if constexpr (BYTES == 16) {
+        asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global), "r"(size)
+                     : "memory");
+    } else {
+        asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(shared_address(shared)), "l"(global), "n"(BYTES),
+                     "r"(size)
+                     : "memory");
+    }
+#else
+    auto* to = static_cast<uint32_t*>(shared);
+    const auto* from = static_cast<const uint32_t*>(global);
+    UNROLL for (int i = 0; i < BYTES / 4; ++i) to[i] = valid ? from[i] : 0u;
+#endif
+}
+
+DEVICE void commit_copies() {
+#if __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+
+template <int PENDING> DEVICE void wait_for_all_but() {
+#if __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
+#endif
+}
+
+// Wait until at most `pending` of this thread's groups of copies are under way.
+DEVICE void wait_copies(int pending) {
+    if (pending <= 0) {
+        wait_for_all_but<0>();
+    } else if (pending == 1) {
+        wait_for_all_but<1>();
+    } else {
+        wait_for_all_but<2>();
+    }
+}
+
+// Four 8 x 8 matrices of 16-bit numbers; lane 8 i + r gives the address of row r of matrix i.
+template <bool TRANSPOSED> DEVICE void load_matrices(uint32_t (&r)[4], const void* row) {
+    if constexpr (TRANSPOSED) {
+        asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+                     : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                     : "r"(shared_address(row))
+                     : "memory");
+    } else {
+        asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                     : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                     : "r"(shared_address(row))
+                     : "memory");
+    }
+}
+
+// c (16 x 8) += a (16 x 16, or 16 x 8 in tf32) b, each spread over the warp.
+// Below 8.0 nobody calls it, but it must compile.
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
+#define INTERP_NN_MULTIPLY(SHAPE_AND_TYPES)                                                                     \
+    asm volatile("mma.sync.aligned." SHAPE_AND_TYPES " {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"    \
+                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                                               \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]))
+#else
+#define INTERP_NN_MULTIPLY(SHAPE_AND_TYPES) asm volatile("trap;")
+#endif
+
+template <class T> DEVICE void multiply(float (&c)[4], const uint32_t* a, const uint32_t* b);
+template <> DEVICE void multiply<half>(float (&c)[4], const uint32_t* a, const uint32_t* b) {
+    INTERP_NN_MULTIPLY("m16n8k16.row.col.f32.f16.f16.f32");
+}
+template <> DEVICE void multiply<bfloat16>(float (&c)[4], const uint32_t* a, const uint32_t* b) {
+    INTERP_NN_MULTIPLY("m16n8k16.row.col.f32.bf16.bf16.f32");
+}
+template <> DEVICE void multiply<float>(float (&c)[4], const uint32_t* a, const uint32_t* b) {
+    INTERP_NN_MULTIPLY("m16n8k8.row.col.f32.tf32.tf32.f32");
+}
+#undef INTERP_NN_MULTIPLY
+
+DEVICE void block_barrier() { __syncthreads(); }
+
+// Loads after this stay after it: the compiler would otherwise load a whole loop's operands first, and run out of
+// registers.
+DEVICE void in_order() { asm volatile("" ::: "memory"); }
+
+DEVICE float shuffle(float value, int lane) { return __shfl_sync(0xFFFFFFFFu, value, lane); }
+
+DEVICE uint32_t add_and_order(uint32_t* word, uint32_t value) {
+    uint32_t before;
+    asm volatile("atom.add.acq_rel.gpu.global.u32 %0, [%1], %2;" : "=r"(before) : "l"(word), "r"(value) : "memory");
+    return before;
+}
+
+DEVICE uint32_t look_in_order(const uint32_t* word) {
+    uint32_t now;
+    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(now) : "l"(word) : "memory");
+    return now;
+}
+
+// Start a kernel; the text of an error, or nullptr. A cooperative grid that does not fit at once is an error.
+template <class... Parameters>
+const char* start(void (*kernel)(Parameters...), int blocks, size_t shared, bool cooperative, Stream stream,
+                  Parameters... parameters) {
+    if (shared > 48 << 10) {
+        const cudaError_t error =
+            cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
+        if (error != cudaSuccess) return cudaGetErrorString(error);
+    }
+    cudaLaunchAttribute attribute{};
+    attribute.id = cudaLaunchAttributeCooperative;
+    attribute.val.cooperative = cooperative;
+    cudaLaunchConfig_t config{};
+    config.gridDim = dim3(blocks);
+    config.blockDim = dim3(THREADS);
+    config.dynamicSmemBytes = shared;
+    config.stream = static_cast<cudaStream_t>(stream);
+    config.attrs = &attribute;
+    config.numAttrs = 1;
+    const cudaError_t error = cudaLaunchKernelEx(&config, kernel, parameters...);
+    return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
+#else  // the emulator
+
+struct half {
+    _Float16 value;
+};
+struct bfloat16 {
+    uint16_t bits;
+};
+
+inline int thread() { return emulator::current->thread; }
+inline int program() { return emulator::current->block; }
+inline int programs() { return static_cast<int>(emulator::grid.blocks.size()); }
+inline unsigned char* shared_memory() { return emulator::block().shared.get(); }
+
+inline uint32_t bits_of(float v) {
+    uint32_t bits;
+    std::memcpy(&bits, &v, 4);
+    return bits;
+}
+inline float of_bits(uint32_t bits) {
+    float v;
+    std::memcpy(&v, &bits, 4);
+    return v;
+}
+
+inline float to_float(float v) { return v; }
+inline float to_float(half v) { return static_cast<float>(v.value); }
+inline float to_float(bfloat16 v) { return of_bits(uint32_t{v.bits} << 16); }
+template <class T> T from_float(float v);
+template <> inline float from_float<float>(float v) { return v; }
+template <> inline half from_float<half>(float v) { return {static_cast<_Float16>(v)}; }
+template <> inline bfloat16 from_float<bfloat16>(float v) {
+    if (std::isnan(v)) return {0x7FC0};
+    const uint32_t bits = bits_of(v);
+    return {static_cast<uint16_t>((bits + 0x7FFF + (bits >> 16 & 1)) >> 16)};
+}
+
+template <class T> uint32_t pack(float low, float high) {
+    const T both[2] = {from_float<T>(low), from_float<T>(high)};
+    uint32_t word;
+    std::memcpy(&word, both, 4);
+    return word;
+}
+template <class T> float unpack(uint32_t word, int place) {
+    T both[2];
+    std::memcpy(both, &word, 4);
+    return to_float(both[place]);
+}
+
+inline uint32_t round_tf32(float v) {
+    const uint32_t bits = bits_of(v);
+    return (bits & 0x7F800000) == 0x7F800000 ? bits : (bits + 0x1000) & 0xFFFFE000;
+}
+
+template <int BYTES> void copy_async(void* shared, const void* global, bool valid) {
+    emulator::copy_async(shared, global, BYTES, valid);
+}
+inline void commit_copies() { emulator::commit_copies(); }
+inline void wait_copies(int pending) { emulator::wait_copies(pending); }
+
+template <bool TRANSPOSED> void load_matrices(uint32_t (&r)[4], const void* row) {
+    emulator::load_matrices(r, row, TRANSPOSED);
+}
+
+template <class T> void multiply(float (&c)[4], const uint32_t* a, const uint32_t* b) {
+    emulator::multiply<16>("multiply, 16-bit", c, a, b, [](uint32_t word, int place) { return unpack<T>(word, place); });
+}
+template <> inline void multiply<float>(float (&c)[4], const uint32_t* a, const uint32_t* b) {
+    emulator::multiply<8>("multiply, tf32", c, a, b, [](uint32_t word, int) { return of_bits(word & 0xFFFFE000); });
+}
+
+inline void block_barrier() { emulator::block_barrier(); }
+inline void in_order() {}
+inline float shuffle(float value, int lane) { return emulator::shuffle(value, lane); }
+
+inline uint32_t add_and_order(uint32_t* word, uint32_t value) {
+    emulator::poll();
+    const uint32_t before = *word;
+    *word += value;
+    return before;
+}
+inline uint32_t look_in_order(const uint32_t* word) {
+    emulator::poll();
+    return *word;
+}
+
+template <class... Parameters>
+const char* start(void (*kernel)(Parameters...), int blocks, size_t shared, bool, Stream stream, Parameters... parameters) {
+    const auto seed = static_cast<unsigned>(reinterpret_cast<uintptr_t>(stream));
+    emulator::run(blocks, THREADS, shared, seed, [=] { kernel(parameters...); });
+    return nullptr;
+}
+
+#endif
+
+DEVICE int lane() { return thread() % 32; }
+DEVICE int warp() { return thread() / 32; }
+
+// Wait until every program of the grid has come here; all of them must be resident at once. The first adds 2^31 -
+// (programs - 1) and each other one 1, so the sign bit flips when all have arrived, and the counter is ready for the
+// next barrier without being reset: of this launch, of the next one, of a replayed graph.
+DEVICE void grid_barrier(uint32_t* counter) {
+    block_barrier();  // the program's own stores come before its arrival
+    if (thread() == 0) {
+        const uint32_t step = program() == 0 ? 0x80000000u - static_cast<uint32_t>(programs() - 1) : 1u;
+        const uint32_t before = add_and_order(counter, step);
+        while (((before ^ look_in_order(counter)) & 0x80000000u) == 0) {
+        }
+    }
+    block_barrier();
+}
+
+}  // namespace interp_nn

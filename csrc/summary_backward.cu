@@ -1,0 +1,16 @@
+// The backward kernels of the summary, and where calls meet them.
+#include "summary_backward.h"
+
+namespace interp_nn {
+
+Workspace summary_backward_workspace(const SummaryBackward& arguments, const Chip& chip) {
+    if (problem(arguments, chip) != nullptr) return {};
+    return dispatch<SummaryBackwardInstance>(arguments, chip);
+}
+
+const char* summary_backward(const SummaryBackward& arguments, const Chip& chip, Stream stream) {
+    if (const char* wrong = problem(arguments, chip)) return wrong;
+    return dispatch<SummaryBackwardInstance>(arguments, chip, stream);
+}
+
+}  // namespace interp_nn

@@ -1,0 +1,2 @@
+// The launchers of forward.cu, compiled for the emulator.
+#include "forward.cu"

@@ -1,0 +1,89 @@
+// The launchers of csrc under the emulator, for Python: every matrix is a numpy array, 16-bit ones as integers, or
+// None.
+#include <cstring>
+#include <limits>
+#include <string>
+#include <vector>
+
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+
+#include "emulator.h"
+#include "launch.h"
+
+namespace py = pybind11;
+using namespace interp_nn;
+
+namespace {
+
+template <class T = void> T* at(const py::object& array) {
+    if (array.is_none()) return nullptr;
+    return static_cast<T*>(const_cast<void*>(py::array(array).data()));
+}
+
+void raise(const char* error) {
+    if (error != nullptr) throw py::value_error(error);
+}
+
+Stream of_seed(unsigned seed) { return reinterpret_cast<Stream>(static_cast<uintptr_t>(seed)); }
+
+template <class Arguments> void sizes(Arguments& a, int64_t n, int d, int k, bool b_transposed, Kind kind) {
+    a.n = n;
+    a.d = d;
+    a.k = k;
+    a.b_transposed = b_transposed;
+    a.kind = kind;
+}
+
+// Run with workspaces full of NaN, and a counter that must be ready for the next launch: nothing but its sign may
+// differ.
+template <class Arguments, class Run> void with_workspace(Arguments& a, const Workspace& sizes, Run run) {
+    const float nan = std::numeric_limits<float>::quiet_NaN();
+    std::vector<float> work(sizes.floats, nan), rows(sizes.rows, nan);  // rows: at least as large as any type needs
+    std::memset(rows.data(), 0xFF, rows.size() * sizeof(float));
+    uint32_t counter = 0;
+    a.work = work.data();
+    a.counter = &counter;
+    raise(run(rows.data()));
+    if ((counter & 0x7FFFFFFF) != 0) throw std::runtime_error("the counter was left at " + std::to_string(counter));
+}
+
+}  // namespace
+
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+    py::enum_<Kind>(m, "Kind")
+        .value("F16", Kind::F16)
+        .value("BF16", Kind::BF16)
+        .value("TF32", Kind::TF32)
+        .value("F32", Kind::F32);
+    py::class_<Chip>(m, "Chip").def(py::init([](int multiprocessors, int shared, int capability) {
+        return Chip{multiprocessors, shared, capability};
+    }));
+    m.def("reset_counts", [] { emulator::counts = {}; });
+    m.def("counts", [] { return py::make_tuple(emulator::counts.matrices, emulator::counts.conflicts, emulator::counts.switches); });
+    m.def("forward", [](py::object x, py::object b, py::object bias, py::object p, py::object y, py::object g, int64_t n, int d,
+                        int k, bool b_transposed, Kind kind, const Chip& chip, unsigned seed) {
+        Forward a{};
+        a.x = at(x), a.b = at(b), a.bias = at(bias), a.p = at(p), a.y = at(y), a.g = at(g);
+        sizes(a, n, d, k, b_transposed, kind);
+        raise(forward(a, chip, of_seed(seed)));
+    });
+    m.def("pair_backward", [](py::object x, py::object b, py::object p, py::object g, py::object dp, py::object dy, py::object dx,
+                              py::object db, int64_t n, int d, int k, bool b_transposed, Kind kind, const Chip& chip, unsigned seed) {
+        PairBackward a{};
+        a.x = at(x), a.b = at(b), a.p = at(p), a.g = at(g), a.dp = at(dp), a.dy = at(dy), a.dx = at(dx), a.db = at(db);
+        sizes(a, n, d, k, b_transposed, kind);
+        with_workspace(a, pair_backward_workspace(a, chip), [&](void* rows) {
+            a.rows = rows;
+            return pair_backward(a, chip, of_seed(seed));
+        });
+    });
+    m.def("summary_backward", [](py::object x, py::object b, py::object g, py::object dy, py::object dx, py::object db,
+                                 py::object dbias, int64_t n, int d, int k, bool b_transposed, Kind kind, const Chip& chip,
+                                 unsigned seed) {
+        SummaryBackward a{};
+        a.x = at(x), a.b = at(b), a.g = at(g), a.dy = at(dy), a.dx = at(dx), a.db = at(db), a.dbias = at(dbias);
+        sizes(a, n, d, k, b_transposed, kind);
+        with_workspace(a, summary_backward_workspace(a, chip), [&](void*) { return summary_backward(a, chip, of_seed(seed)); });
+    });
+}

@@ -1,0 +1,104 @@
+import pytest
+import torch
+from cases import COVER, EDGES, Case, Guarded, Problem, array, name
+from support import assert_close_law
+
+CHIP = (3, 164 * 1024, 80)
+# tf32 has ten bits, like fp16; so have the operands of its reference, but ties are broken the other way now and then.
+PRECISION = {"F16": torch.float16, "BF16": torch.bfloat16, "TF32": torch.float16, "F32": torch.float32}
+# Exact products are summed one after another, as on a GPU; a CPU sums blocks, which is up to sqrt(blocks) more accurate.
+ULPS = {"F16": 3, "BF16": 3, "TF32": 3, "F32": 8}
+
+
+def run(mirror, problem, chip=CHIP, seed=None, pair=True, bias=True):
+    case = problem.case
+    n, k = case.n, case.k
+    p, y, g = problem.empty(n, k), problem.empty(n, k), problem.empty(k, k)
+    given = problem.inputs
+    mirror.forward(
+        array(given["x"]), array(given["b"]), array(given["bias"]) if bias else None,
+        array(p) if pair else None, array(y), array(g) if pair else None, *problem.sizes,
+        getattr(mirror.Kind, case.kind), mirror.Chip(*chip), case.seed if seed is None else seed,
+    )  # fmt: skip
+    for result in (p, y, g):
+        result.check()
+    return p.tensor, y.tensor, g.tensor
+
+
+def check(problem, results):
+    same, exact = problem.forward(False), problem.forward(True)
+    for what, got, theirs, truth in zip(("P", "Y", "G"), results, same, exact, strict=True):
+        assert_close_law(got, theirs, truth, what, PRECISION[problem.case.kind], ULPS[problem.case.kind])
+
+
+@pytest.mark.parametrize("case", COVER, ids=name)
+def test_law(mirror, case):
+    problem = Problem(case)
+    mirror.reset_counts()
+    check(problem, run(mirror, problem))
+    matrices, conflicts, _ = mirror.counts()
+    assert conflicts == 0
+    assert (matrices > 0) == (case.kind in ("F16", "BF16"))
+
+
+@pytest.mark.parametrize("case", [c for c in EDGES if c.k in (20, 65)], ids=name)
+def test_inputs_at_odd_addresses(mirror, case):
+    problem = Problem(case, shift=1)
+    check(problem, run(mirror, problem))
+
+
+@pytest.mark.parametrize("kind", ["BF16", "F32"])
+def test_same_bits_whatever_the_schedule_the_grid_and_the_stages(mirror, kind):
+    problem = Problem(Case(kind, 300, 100, 65))
+    first = run(mirror, problem, seed=0)
+    for seed in range(1, 5):
+        for again, before in zip(run(mirror, problem, seed=seed), first, strict=True):
+            assert torch.equal(again, before)
+    for chip in ((1, 164 * 1024, 80), (4, 164 * 1024, 80), (3, 99 * 1024, 86)):
+        for again, before in zip(run(mirror, problem, chip), first, strict=True):
+            assert torch.equal(again, before)
+
+
+def test_what_is_optional(mirror):
+    problem = Problem(Case("BF16", 130, 64, 20))
+    p, y, g = run(mirror, problem, pair=False, bias=False)
+    assert bool(p.isnan().all()) and bool(g.isnan().all())  # nobody asked
+    _, theirs, _ = problem.forward(False)
+    _, exact, _ = problem.forward(True)
+    assert_close_law(y, theirs - problem.bias, exact - problem.bias.double(), "Y")
+
+
+def test_rows_do_not_see_each_other(mirror):
+    problem = Problem(Case("F16", 40, 64, 64))
+    before = run(mirror, problem)[1].clone()
+    problem.inputs["x"].tensor[7, 3] = float("inf")
+    after = run(mirror, problem)[1]
+    others = torch.arange(40) != 7
+    assert torch.equal(after[others], before[others])
+    assert not bool(after[7].isfinite().any())
+
+
+@pytest.mark.parametrize(
+    ("case", "chip", "text"),
+    [
+        (Case("F32", 16, 16, 129), CHIP, "128 columns"),
+        (Case("BF16", 16, 16, 16), (2, 64 * 1024, 75), "below 8.0"),
+        (Case("F32", 16, 16, 128), (2, 64 * 1024, 75), "shared memory"),
+        (Case("F32", 16, 16, 16), (0, 0, 0), "no CUDA device"),
+    ],
+)
+def test_what_cannot_be_done_is_said(mirror, case, chip, text):
+    with pytest.raises(ValueError, match=text):
+        run(mirror, Problem(case), chip)
+
+
+def test_exact_products_on_old_gpus(mirror):
+    problem = Problem(Case("F32", 140, 40, 64, True))
+    check(problem, run(mirror, problem, (2, 64 * 1024, 75)))
+
+
+def test_guards_see_what_is_written_outside():
+    guarded = Guarded((2, 2), torch.float32)
+    guarded.memory[255] = 0.0
+    with pytest.raises(AssertionError, match="outside"):
+        guarded.check()
