@@ -1,7 +1,7 @@
 // From the sizes of a call to the instance of a kernel, its grid and its shared memory.
 #pragma once
 
-#include "primitives.h"
+#include "fragments.h"
 
 namespace interp_nn {
 
@@ -14,31 +14,20 @@ template <class Arguments> const char* problem(const Arguments& arguments, const
     return nullptr;
 }
 
-// Call Instance<KIND, BK, B_T>::call(arguments, rest...) for the kind, padded columns and memory order of b.
-template <template <Kind, int, bool> class Instance, Kind KIND, int BK, class Arguments, class... Rest>
-auto dispatch_order(const Arguments& arguments, Rest... rest) {
-    return arguments.b_transposed ? Instance<KIND, BK, true>::call(arguments, rest...)
-                                  : Instance<KIND, BK, false>::call(arguments, rest...);
+// Call Instance<P, BK>::call(arguments, chip, rest...) for the products of its kind and the padded columns.
+template <template <class, int> class Instance, class P, class Arguments, class... Rest>
+auto dispatch_columns(const Arguments& arguments, const Chip& chip, Rest... rest) {
+    if (arguments.k <= 16) return Instance<P, 16>::call(arguments, chip, rest...);
+    if (arguments.k <= 64) return Instance<P, 64>::call(arguments, chip, rest...);
+    return Instance<P, 128>::call(arguments, chip, rest...);
 }
-template <template <Kind, int, bool> class Instance, Kind KIND, class Arguments, class... Rest>
-auto dispatch_columns(const Arguments& arguments, Rest... rest) {
-    if (arguments.k <= 16) return dispatch_order<Instance, KIND, 16>(arguments, rest...);
-    if (arguments.k <= 32) return dispatch_order<Instance, KIND, 32>(arguments, rest...);
-    if (arguments.k <= 64) return dispatch_order<Instance, KIND, 64>(arguments, rest...);
-    return dispatch_order<Instance, KIND, 128>(arguments, rest...);
-}
-template <template <Kind, int, bool> class Instance, class Arguments, class... Rest>
-auto dispatch(const Arguments& arguments, Rest... rest) {
-    switch (arguments.kind) {
-        case Kind::F16:
-            return dispatch_columns<Instance, Kind::F16>(arguments, rest...);
-        case Kind::BF16:
-            return dispatch_columns<Instance, Kind::BF16>(arguments, rest...);
-        case Kind::TF32:
-            return dispatch_columns<Instance, Kind::TF32>(arguments, rest...);
-        default:
-            return dispatch_columns<Instance, Kind::F32>(arguments, rest...);
+template <template <class, int> class Instance, class Arguments, class... Rest>
+auto dispatch(const Arguments& arguments, const Chip& chip, Rest... rest) {
+    if (chip.capability < 80) return dispatch_columns<Instance, ProductsF32>(arguments, chip, rest...);
+    if (arguments.kind == Kind::F16 || arguments.kind == Kind::BF16) {
+        return dispatch_columns<Instance, Products16>(arguments, chip, rest...);
     }
+    return dispatch_columns<Instance, ProductsTF32>(arguments, chip, rest...);
 }
 
 inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }

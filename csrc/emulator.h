@@ -332,6 +332,10 @@ template <int DEPTH, class Unpack> void multiply(const char* name, float* c, con
     });
 }
 
+inline void warp_barrier() {
+    together("warp_barrier", nullptr, [](void**) {});
+}
+
 struct Exchange {
     float give, take;
     int from;

@@ -10,19 +10,83 @@
 
 namespace interp_nn {
 
+// What is known of the operands only when a kernel runs.
+struct Mode {
+    bool brain;  // 16-bit numbers are bfloat16, not IEEE halves
+    bool exact;  // fp32 numbers are multiplied as such, and not as tf32
+};
+inline Mode mode_of(Kind kind) { return {kind == Kind::BF16, kind == Kind::F32}; }
+
+#if !defined(__CUDA_ARCH__)
+constexpr bool HAS_MATRIX_UNITS = true, LACKS_MATRIX_UNITS = true;  // whoever calls knows
+#else
+constexpr bool HAS_MATRIX_UNITS = __CUDA_ARCH__ >= 800, LACKS_MATRIX_UNITS = !HAS_MATRIX_UNITS;
+#endif
+
+// fp32 on the matrix units: as tf32, or where `exact` as the sum of two such parts, which leaves out only the product of
+// the smaller ones. Tiles may also hold 16-bit numbers, which are exact in tf32.
+struct ProductsTF32 {
+    using Element = float;
+    using ForSums = ProductsTF32;
+    static constexpr bool HERE = HAS_MATRIX_UNITS;
+    static constexpr int DEPTH = 8;
+    static constexpr int AHEAD = 2;  // steps of a loop over depth that are unrolled
+    struct A {
+        uint32_t r[4], rest[4];
+    };
+    using B = A;
+    Mode mode;
+
+    template <class T> DEVICE void split(A& a, int i, T element) const {
+        const float v = widen(element, mode.brain);
+        a.r[i] = round_tf32(v);
+        if (mode.exact) a.rest[i] = round_tf32(v - as_float(a.r[i]));
+    }
+
+    template <bool TRANSPOSED, class Tile> DEVICE void load_a(A& a, const Tile& tile, int row, int depth) const {
+        const int g = lane() / 4, t = lane() % 4;
+        UNROLL for (int i = 0; i < 4; ++i) {
+            const int r = row + g + i % 2 * 8, z = depth + t + i / 2 * 4;
+            split(a, i, TRANSPOSED ? *tile.at(z, r) : *tile.at(r, z));
+        }
+    }
+
+    template <bool TRANSPOSED, class Tile> DEVICE void load_b(B& b, const Tile& tile, int depth, int column) const {
+        const int g = lane() / 4, t = lane() % 4;
+        UNROLL for (int i = 0; i < 4; ++i) {
+            const int z = depth + t + i % 2 * 4, c = column + g + i / 2 * 8;
+            split(b, i, TRANSPOSED ? *tile.at(c, z) : *tile.at(z, c));
+        }
+    }
+
+    DEVICE void multiply(float (&left)[4], float (&right)[4], const A& a, const B& b) const {
+        if (mode.exact) {
+            multiply_tf32(left, a.rest, b.r);
+            multiply_tf32(right, a.rest, b.r + 2);
+            multiply_tf32(left, a.r, b.rest);
+            multiply_tf32(right, a.r, b.rest + 2);
+        }
+        multiply_tf32(left, a.r, b.r);
+        multiply_tf32(right, a.r, b.r + 2);
+    }
+
+    DEVICE ForSums for_sums() const { return *this; }
+};
+
 // 16-bit operands on the matrix units.
-template <class T> struct Products16 {
-    using Element = T;
+struct Products16 {
+    using Element = Sixteen;
+    using ForSums = ProductsTF32;
+    static constexpr bool HERE = HAS_MATRIX_UNITS;
     static constexpr int DEPTH = 16;
-    static constexpr int AHEAD = 4;  // steps of a loop over depth that are unrolled
+    static constexpr int AHEAD = 2;
     struct A {
         uint32_t r[4];
     };
-    struct B {
-        uint32_t r[4];
-    };
+    using B = A;
+    Mode mode;
 
-    template <bool TRANSPOSED, class Tile> DEVICE static void load_a(A& a, const Tile& tile, int row, int depth) {
+    template <bool TRANSPOSED, class Tile> DEVICE void load_a(A& a, const Tile& tile, int row, int depth) const {
         const int l = lane();
         if constexpr (TRANSPOSED) {
             load_matrices<true>(a.r, tile.chunk(depth + (l & 7) + (l >> 4 << 3), row / 8 + (l >> 3 & 1)));
@@ -31,7 +95,7 @@ template <class T> struct Products16 {
         }
     }
 
-    template <bool TRANSPOSED, class Tile> DEVICE static void load_b(B& b, const Tile& tile, int depth, int column) {
+    template <bool TRANSPOSED, class Tile> DEVICE void load_b(B& b, const Tile& tile, int depth, int column) const {
         const int l = lane();
         if constexpr (TRANSPOSED) {
             load_matrices<false>(b.r, tile.chunk(column + (l & 7) + (l >> 4 << 3), depth / 8 + (l >> 3 & 1)));
@@ -40,150 +104,70 @@ template <class T> struct Products16 {
         }
     }
 
-    // An A made of sums, rounded: two neighbouring sums of 8 columns are a depth of 16.
-    template <int TILES> DEVICE static void from_sums(A& a, const float (&sums)[TILES][4], int depth) {
-        const float(&left)[4] = sums[depth / 8];
-        const float(&right)[4] = sums[depth / 8 + 1];
-        a.r[0] = pack<T>(left[0], left[1]);
-        a.r[1] = pack<T>(left[2], left[3]);
-        a.r[2] = pack<T>(right[0], right[1]);
-        a.r[3] = pack<T>(right[2], right[3]);
-    }
-    // The B that goes with it.
-    template <bool TRANSPOSED, class Tile> DEVICE static void load_b_for_sums(B& b, const Tile& tile, int depth, int column) {
-        load_b<TRANSPOSED>(b, tile, depth, column);
+    DEVICE void multiply(float (&left)[4], float (&right)[4], const A& a, const B& b) const {
+        multiply_16(left, a.r, b.r, mode.brain);
+        multiply_16(right, a.r, b.r + 2, mode.brain);
     }
 
-    DEVICE static void multiply(float (&left)[4], float (&right)[4], const A& a, const B& b) {
-        interp_nn::multiply<T>(left, a.r, b.r);
-        interp_nn::multiply<T>(right, a.r, b.r + 2);
-    }
+    DEVICE ForSums for_sums() const { return {mode}; }
 };
 
-// fp32 rounded to tf32 on the matrix units. Tiles may hold any type: 16-bit numbers are exact in tf32 (fp16, bf16).
-struct ProductsTF32 {
-    using Element = float;
-    static constexpr int DEPTH = 8;
-    static constexpr int AHEAD = 2;
-    struct A {
-        uint32_t r[4];
-    };
-    struct B {
-        uint32_t r[4];
-    };
-
-    template <bool TRANSPOSED, class Tile> DEVICE static uint32_t operand(const Tile& tile, int row, int column) {
-        return round_tf32(to_float(TRANSPOSED ? *tile.at(column, row) : *tile.at(row, column)));
-    }
-
-    template <bool TRANSPOSED, class Tile> DEVICE static void load_a(A& a, const Tile& tile, int row, int depth) {
-        const int g = lane() / 4, t = lane() % 4;
-        UNROLL for (int i = 0; i < 4; ++i) a.r[i] = operand<TRANSPOSED>(tile, row + g + i % 2 * 8, depth + t + i / 2 * 4);
-    }
-
-    template <bool TRANSPOSED, class Tile> DEVICE static void load_b(B& b, const Tile& tile, int depth, int column) {
-        const int g = lane() / 4, t = lane() % 4;
-        UNROLL for (int i = 0; i < 4; ++i) b.r[i] = operand<TRANSPOSED>(tile, depth + t + i % 2 * 4, column + g + i / 2 * 8);
-    }
-
-    // A lane has columns 2 t and 2 t + 1 of the sums where an A wants t and t + 4: the depth is walked in another
-    // order.
-    template <int TILES> DEVICE static void from_sums(A& a, const float (&sums)[TILES][4], int depth) {
-        const float(&sum)[4] = sums[depth / 8];
-        UNROLL for (int i = 0; i < 4; ++i) a.r[i] = round_tf32(sum[i % 2 * 2 + i / 2]);
-    }
-    template <bool TRANSPOSED, class Tile> DEVICE static void load_b_for_sums(B& b, const Tile& tile, int depth, int column) {
-        const int g = lane() / 4, t = lane() % 4;
-        UNROLL for (int i = 0; i < 4; ++i) b.r[i] = operand<TRANSPOSED>(tile, depth + 2 * t + i % 2, column + g + i / 2 * 8);
-    }
-
-    DEVICE static void multiply(float (&left)[4], float (&right)[4], const A& a, const B& b) {
-        interp_nn::multiply<float>(left, a.r, b.r);
-        interp_nn::multiply<float>(right, a.r, b.r + 2);
-    }
-};
-
-// Exact products of fp32 numbers on the ordinary units, on any GPU: a lane has its two rows of A and its four columns
-// of B.
+// fp32 numbers on the ordinary units, on any GPU: a lane has its two rows of A and its four columns of B.
 struct ProductsF32 {
     using Element = float;
+    using ForSums = ProductsF32;
+    static constexpr bool HERE = LACKS_MATRIX_UNITS;
     static constexpr int DEPTH = 4;
     static constexpr int AHEAD = 1;
     struct A {
-        float r[2][DEPTH];
+        Four r[2];
     };
     struct B {
         float r[2][DEPTH][2];
     };
+    Mode mode;
 
-    template <bool TRANSPOSED, class Tile> DEVICE static float operand(const Tile& tile, int row, int column) {
-        return to_float(TRANSPOSED ? *tile.at(column, row) : *tile.at(row, column));
-    }
-
-    template <bool TRANSPOSED, class Tile> DEVICE static void load_a(A& a, const Tile& tile, int row, int depth) {
+    template <bool TRANSPOSED, class Tile> DEVICE void load_a(A& a, const Tile& tile, int row, int depth) const {
         const int g = lane() / 4;
         UNROLL for (int i = 0; i < 2; ++i) {
-            UNROLL for (int j = 0; j < DEPTH; ++j) a.r[i][j] = operand<TRANSPOSED>(tile, row + g + 8 * i, depth + j);
+            if constexpr (TRANSPOSED) {
+                UNROLL for (int j = 0; j < DEPTH; ++j) a.r[i].v[j] = *tile.at(depth + j, row + g + 8 * i);
+            } else {
+                a.r[i] = *reinterpret_cast<const Four*>(tile.at(row + g + 8 * i, depth));
+            }
         }
     }
 
-    template <bool TRANSPOSED, class Tile> DEVICE static void load_b(B& b, const Tile& tile, int depth, int column) {
+    template <bool TRANSPOSED, class Tile> DEVICE void load_b(B& b, const Tile& tile, int depth, int column) const {
         const int t = lane() % 4;
         UNROLL for (int i = 0; i < 2; ++i) {
-            UNROLL for (int j = 0; j < DEPTH; ++j) {
+            if constexpr (TRANSPOSED) {
                 UNROLL for (int h = 0; h < 2; ++h) {
-                    b.r[i][j][h] = operand<TRANSPOSED>(tile, depth + j, column + 8 * i + 2 * t + h);
+                    const Four four = *reinterpret_cast<const Four*>(tile.at(column + 8 * i + 2 * t + h, depth));
+                    UNROLL for (int j = 0; j < DEPTH; ++j) b.r[i][j][h] = four.v[j];
+                }
+            } else {
+                UNROLL for (int j = 0; j < DEPTH; ++j) {
+                    const Two two = *reinterpret_cast<const Two*>(tile.at(depth + j, column + 8 * i + 2 * t));
+                    UNROLL for (int h = 0; h < 2; ++h) b.r[i][j][h] = two.v[h];
                 }
             }
         }
     }
 
-    // Each lane of a row's four has two of eight columns; all need all of them.
-    template <int TILES> DEVICE static void from_sums(A& a, const float (&sums)[TILES][4], int depth) {
-        const float(&sum)[4] = sums[depth / 8];
-        UNROLL for (int i = 0; i < 2; ++i) {
-            UNROLL for (int j = 0; j < DEPTH; ++j) {
-                a.r[i][j] = shuffle(sum[2 * i + j % 2], lane() / 4 * 4 + (depth % 8 + j) / 2);
-            }
-        }
-    }
-    template <bool TRANSPOSED, class Tile> DEVICE static void load_b_for_sums(B& b, const Tile& tile, int depth, int column) {
-        load_b<TRANSPOSED>(b, tile, depth, column);
-    }
-
-    DEVICE static void multiply(float (&left)[4], float (&right)[4], const A& a, const B& b) {
+    DEVICE void multiply(float (&left)[4], float (&right)[4], const A& a, const B& b) const {
         UNROLL for (int j = 0; j < DEPTH; ++j) {
             UNROLL for (int i = 0; i < 4; ++i) {
-                left[i] += a.r[i / 2][j] * b.r[0][j][i % 2];
-                right[i] += a.r[i / 2][j] * b.r[1][j][i % 2];
+                left[i] += a.r[i / 2].v[j] * b.r[0][j][i % 2];
+                right[i] += a.r[i / 2].v[j] * b.r[1][j][i % 2];
             }
         }
     }
+
+    DEVICE ForSums for_sums() const { return *this; }
 };
 
-template <Kind> struct ProductsOf;
-template <> struct ProductsOf<Kind::F16> {
-    using type = Products16<half>;
-};
-template <> struct ProductsOf<Kind::BF16> {
-    using type = Products16<bfloat16>;
-};
-template <> struct ProductsOf<Kind::TF32> {
-    using type = ProductsTF32;
-};
-template <> struct ProductsOf<Kind::F32> {
-    using type = ProductsF32;
-};
-template <Kind KIND> using Products = typename ProductsOf<KIND>::type;
-
-// How fp32 sums are multiplied further: exactly if the operands are, else as tf32.
-template <Kind KIND> struct SumProductsOf {
-    using type = ProductsTF32;
-};
-template <> struct SumProductsOf<Kind::F32> {
-    using type = ProductsF32;
-};
-template <Kind KIND> using SumProducts = typename SumProductsOf<KIND>::type;
+template <class P> constexpr bool IS_WIDE = sizeof(typename P::Element) == 4;
 
 template <int TILES> DEVICE void clear(float (&sums)[TILES][4]) {
     UNROLL for (int i = 0; i < TILES; ++i) {
@@ -191,34 +175,25 @@ template <int TILES> DEVICE void clear(float (&sums)[TILES][4]) {
     }
 }
 
-// sums += A[row : row + 16, from : to] B[from : to, column :], where the depths `from` and `to` are those of both
-// tiles.
-template <class Products, bool A_TRANSPOSED, bool B_TRANSPOSED, int TILES, class TileA, class TileB>
-DEVICE void multiply_tiles(float (&sums)[TILES][4], const TileA& a_tile, int row, const TileB& b_tile, int column, int from,
-                           int to) {
-    UNROLL_BY(Products::AHEAD) for (int depth = from; depth < to; depth += Products::DEPTH) {
-        typename Products::A a;
-        Products::template load_a<A_TRANSPOSED>(a, a_tile, row, depth);
-        UNROLL for (int i = 0; i < TILES; i += 2) {
-            typename Products::B b;
-            Products::template load_b<B_TRANSPOSED>(b, b_tile, depth, column + 8 * i);
-            Products::multiply(sums[i], sums[i + 1], a, b);
-            if constexpr (sizeof(typename Products::Element) == 4) in_order();
-        }
+template <int TILES> DEVICE void scale_sums(float (&sums)[TILES][4], float scale) {
+    UNROLL for (int i = 0; i < TILES; ++i) {
+        UNROLL for (int j = 0; j < 4; ++j) sums[i][j] *= scale;
     }
 }
 
-// sums += left B[:, column :], where `left` are sums of the same rows, rounded to what the products take.
-template <class Products, bool B_TRANSPOSED, int DEPTH_TILES, int TILES, class TileB>
-DEVICE void multiply_sums(float (&sums)[TILES][4], const float (&left)[DEPTH_TILES][4], const TileB& b_tile, int column) {
-    UNROLL for (int depth = 0; depth < 8 * DEPTH_TILES; depth += Products::DEPTH) {
-        typename Products::A a;
-        Products::from_sums(a, left, depth);
+// sums += A[row : row + 16, from : to] B[from : to, column :], where the depths `from` and `to` are those of both
+// tiles.
+template <bool A_TRANSPOSED, bool B_TRANSPOSED, class P, int TILES, class TileA, class TileB>
+DEVICE void multiply_tiles(const P& products, float (&sums)[TILES][4], const TileA& a_tile, int row, const TileB& b_tile,
+                           int column, int from, int to) {
+    UNROLL_BY(P::AHEAD) for (int depth = from; depth < to; depth += P::DEPTH) {
+        typename P::A a;
+        products.template load_a<A_TRANSPOSED>(a, a_tile, row, depth);
         UNROLL for (int i = 0; i < TILES; i += 2) {
-            typename Products::B b;
-            Products::template load_b_for_sums<B_TRANSPOSED>(b, b_tile, depth, column + 8 * i);
-            Products::multiply(sums[i], sums[i + 1], a, b);
-            if constexpr (sizeof(typename Products::Element) == 4) in_order();
+            typename P::B b;
+            products.template load_b<B_TRANSPOSED>(b, b_tile, depth, column + 8 * i);
+            products.multiply(sums[i], sums[i + 1], a, b);
+            if constexpr (IS_WIDE<P>) in_order();
         }
     }
 }
@@ -228,6 +203,46 @@ template <int TILES, class Visit> DEVICE void each_pair(float (&sums)[TILES][4],
     const int g = lane() / 4, t = lane() % 4;
     UNROLL for (int i = 0; i < TILES; ++i) {
         UNROLL for (int h = 0; h < 2; ++h) visit(g + 8 * h, 8 * i + 2 * t, sums[i][2 * h], sums[i][2 * h + 1]);
+    }
+}
+
+// The sums of a warp into a tile from (row, column) on, rounded to what it holds: so they meet further products, in
+// which a lane needs others than it has, and global memory, which is written in whole rows.
+template <int TILES, class Tile>
+DEVICE void put_sums(const Mode& mode, const Tile& tile, int row, int column, float (&sums)[TILES][4]) {
+    each_pair(sums, [&](int r, int c, float first, float second) {
+        auto* const to = tile.at(row + r, column + c);
+        if constexpr (sizeof(typename Tile::Element) == 2) {
+            *reinterpret_cast<uint32_t*>(to) = pack(first, second, mode.brain);
+        } else {
+            *reinterpret_cast<Two*>(to) = {{first, second}};
+        }
+    });
+}
+
+// sums = what put_sums put there.
+template <int TILES, class Tile>
+DEVICE void take_sums(const Mode& mode, const Tile& tile, int row, int column, float (&sums)[TILES][4]) {
+    const int g = lane() / 4, t = lane() % 4;
+    UNROLL for (int i = 0; i < TILES; ++i) {
+        UNROLL for (int j = 0; j < 4; ++j) {
+            sums[i][j] = widen(*tile.at(row + g + j / 2 * 8, column + 8 * i + 2 * t + j % 2), mode.brain);
+        }
+    }
+}
+
+// The sums of a warp into a row-major matrix of fp32 in global memory, of which `rows` rows are left.
+template <int TILES> DEVICE void store_sums(float* to, int64_t pitch, int rows, float (&sums)[TILES][4]) {
+    each_pair(sums, [&](int r, int c, float first, float second) {
+        if (r < rows) *reinterpret_cast<Two*>(to + r * pitch + c) = {{first, second}};
+    });
+}
+
+// sums += what store_sums put there.
+template <int TILES> DEVICE void add_sums(const float* from, int64_t pitch, float (&sums)[TILES][4]) {
+    const int g = lane() / 4, t = lane() % 4;
+    UNROLL for (int i = 0; i < TILES; ++i) {
+        UNROLL for (int j = 0; j < 4; ++j) sums[i][j] += from[(g + j / 2 * 8) * pitch + 8 * i + 2 * t + j % 2];
     }
 }
 

@@ -1,13 +1,13 @@
 // What the programs of one launch do together: each leaves its part of a sum in a workspace, all add the parts up.
 #pragma once
 
-#include "fragments.h"
+#include "projection.h"
 
 namespace interp_nn {
 
 // out[i] = the sum of parts[q, i] over q < count, for i < size, in a fixed order; the grid shares the i.
-DEVICE void add_parts(const float* parts, float* out, int count, int size) {
-    for (int i = program() * THREADS + thread(); i < size; i += programs() * THREADS) {
+NOINLINE void add_parts(const float* parts, float* out, int count, int size) {
+    NO_UNROLL for (int i = program() * THREADS + thread(); i < size; i += programs() * THREADS) {
         float sums[4] = {};  // four loads under way at a time: one would be all latency
         NO_UNROLL for (int first = 0; first < count; first += 4) {
             UNROLL for (int q = 0; q < 4; ++q) {
@@ -18,7 +18,17 @@ DEVICE void add_parts(const float* parts, float* out, int count, int size) {
     }
 }
 
-// Square matrices of fp32 in shared memory, for the last phase: db = sums + b (T + Tᵀ), a strip of features at a time.
+// The sum over splits of parts[split, feature, column] in a fixed order, for parts of (d, BK).
+template <int BK> DEVICE float add_splits(const float* parts, int splits, int feature, int column, int d) {
+    float sum = 0.f;
+    if (feature < d) {
+        NO_UNROLL for (int q = 0; q < splits; ++q) sum += parts[(int64_t{q} * d + feature) * BK + column];
+    }
+    return sum;
+}
+
+// For what follows a grid's sums: a square of fp32 in shared memory, and strips of sixteen rows that are multiplied with
+// it, exactly, since there are few of them.
 template <int BK> struct StripTiles {
     static constexpr int BC = 16;
     using Square = Tile<float, BK, BK>;
@@ -26,66 +36,75 @@ template <int BK> struct StripTiles {
     static constexpr size_t SHARED = Square::BYTES + Strip::BYTES;
     Square square;
     Strip strip;
+
+    DEVICE explicit StripTiles(unsigned char* memory) : square{memory}, strip{memory + Square::BYTES} {}
 };
 
-template <int BK> DEVICE StripTiles<BK> strip_tiles(unsigned char* memory) {
-    using Tiles = StripTiles<BK>;
-    return {typename Tiles::Square{memory}, typename Tiles::Strip{memory + Tiles::Square::BYTES}};
+// tile = value(row, column) everywhere.
+template <class Tile, class Value> DEVICE void fill(const Tile& tile, Value value) {
+    NO_UNROLL for (int i = thread(); i < Tile::ROWS * Tile::COLUMNS; i += THREADS) {
+        const int row = i / Tile::COLUMNS, column = i % Tile::COLUMNS;
+        *tile.at(row, column) = value(row, column);
+    }
 }
 
 // The square T + Tᵀ of a (BK, BK) workspace.
-template <int BK> DEVICE void load_twice_symmetric(const StripTiles<BK>& tiles, const float* t) {
-    for (int i = thread(); i < BK * BK; i += THREADS) {
-        const int row = i / BK, column = i % BK;
-        *tiles.square.at(row, column) = t[i] + t[column * BK + row];
+template <int BK> DEVICE void fill_twice_symmetric(const StripTiles<BK>& tiles, const float* t) {
+    fill(tiles.square, [&](int row, int column) { return t[row * BK + column] + t[column * BK + row]; });
+}
+
+// visit(row, column, value) for strip times square, where strip = value(row, column). The square is there for all to see.
+template <int BK, class Value, class Visit> DEVICE void multiply_strip(const StripTiles<BK>& tiles, Value value, Visit visit) {
+    static_assert(BK <= 16 * WARPS, "sixteen columns a warp");
+    const bool mine = 16 * warp() < BK;
+    float sums[2][4];
+    block_barrier();  // the strip before is done with
+    fill(tiles.strip, value);
+    block_barrier();
+    clear(sums);
+    if (mine) multiply_tiles<false, false>(ProductsF32{}, sums, tiles.strip, 0, tiles.square, 16 * warp(), 0, BK);
+    block_barrier();
+    if (mine) put_sums(Mode{}, tiles.strip, 0, 16 * warp(), sums);
+    block_barrier();
+    NO_UNROLL for (int i = thread(); i < StripTiles<BK>::BC * BK; i += THREADS) {
+        visit(i / BK, i % BK, *tiles.strip.at(i / BK, i % BK));
     }
 }
 
-// The square G (k, k) with zeros around.
-template <int BK, class T> DEVICE void load_square(const StripTiles<BK>& tiles, const T* g, int k) {
-    for (int i = thread(); i < BK * BK; i += THREADS) {
-        const int row = i / BK, column = i % BK;
-        *tiles.square.at(row, column) = row < k && column < k ? to_float(g[row * k + column]) : 0.f;
-    }
-}
-
-// The strip b[feature : feature + BC] with zeros around.
-template <bool B_T, int BK, class T> DEVICE void load_strip(const StripTiles<BK>& tiles, const T* b, int feature, int d, int k) {
-    for (int i = thread(); i < StripTiles<BK>::BC * BK; i += THREADS) {
-        const int row = B_T ? i % StripTiles<BK>::BC : i / BK, column = B_T ? i / StripTiles<BK>::BC : i % BK;
-        const int64_t f = feature + row;
-        const bool inside = f < d && column < k;
-        *tiles.strip.at(row, column) = inside ? to_float(B_T ? b[column * int64_t{d} + f] : b[f * k + column]) : 0.f;
-    }
-}
-
-// The sum over splits of parts[split, feature, column] in a fixed order, for parts of (d, BK).
-template <int BK> DEVICE float add_splits(const float* parts, int splits, int feature, int column, int d) {
+// The sum of a column of a tile over every GROUPS-th of its rows: threads share a column where there are more of them.
+template <int GROUPS, class Tile> DEVICE float add_rows(const Mode& mode, const Tile& tile, int group, int column) {
     float sum = 0.f;
-    if (feature < d) {
-        for (int q = 0; q < splits; ++q) sum += parts[(int64_t{q} * d + feature) * BK + column];
-    }
+    NO_UNROLL for (int r = group; r < Tile::ROWS; r += GROUPS) sum += widen(*tile.at(r, column), mode.brain);
     return sum;
 }
 
-// Visit each pair of neighbours of strip times square: visit(row, column, first, second). Exact products: there are
-// few of them.
-template <int BK, class Visit> DEVICE void multiply_strip(const StripTiles<BK>& tiles, Visit visit) {
-    static_assert(BK <= 16 * WARPS, "sixteen columns a warp");
-    const int column = 16 * warp();
-    if (column >= BK) return;
-    float sums[2][4];
-    clear(sums);
-    multiply_tiles<ProductsF32, false, false>(sums, tiles.strip, 0, tiles.square, column, 0, BK);
-    each_pair(sums, [&](int r, int c, float first, float second) { visit(r, column + c, first, second); });
+// to[column] = scale times the sum over q < count of parts[q, column], for parts of (count, BK): by one program.
+template <int BK, class T>
+DEVICE void store_columns(const Mode& mode, T* to, int columns, const float* parts, int count, float scale) {
+    if (thread() >= columns) return;
+    float sum = 0.f;
+    NO_UNROLL for (int q = 0; q < count; ++q) sum += parts[q * BK + thread()];
+    to[thread()] = round_to<T>(sum * scale, mode.brain);
 }
 
-// db[feature, column] and its neighbour in b's memory order.
-template <bool B_T, class T> DEVICE void store_b(T* db, int feature, int column, int d, int k, float first, float second) {
-    if (feature >= d) return;
-    if (column < k) db[B_T ? column * int64_t{d} + feature : int64_t{feature} * k + column] = from_float<T>(first);
-    ++column;
-    if (column < k) db[B_T ? column * int64_t{d} + feature : int64_t{feature} * k + column] = from_float<T>(second);
+// db[:, :] = scale (sums + b square), where sums adds up parts of (splits, d, BK); the grid shares the features.
+// db is (d, k) in memory or, where `transposed`, (k, d).
+template <int BK, class T>
+DEVICE void store_parameters(const Mode& mode, T* db, bool transposed, const StripTiles<BK>& tiles, const Matrix<T>& b,
+                             const float* parts, int splits, float scale) {
+    const int d = b.columns, k = static_cast<int>(b.rows);
+    NO_UNROLL for (int feature = program() * StripTiles<BK>::BC; feature < d; feature += programs() * StripTiles<BK>::BC) {
+        const auto of_b = [&](int row, int column) {
+            const int64_t f = feature + row;
+            return f < d && column < k ? widen(b.data[column * b.pitch + f * b.step], mode.brain) : 0.f;
+        };
+        multiply_strip(tiles, of_b, [&](int row, int column, float product) {
+            const int64_t f = feature + row;
+            if (f >= d || column >= k) return;
+            const float sum = add_splits<BK>(parts, splits, feature + row, column, d);
+            db[transposed ? column * int64_t{d} + f : f * k + column] = round_to<T>((sum + product) * scale, mode.brain);
+        });
+    }
 }
 
 }  // namespace interp_nn

@@ -1,8 +1,8 @@
 // The kernels as functions of plain pointers and sizes: what a binding needs to know, and all of it.
 //
-// X is (n, d), B = b (d, k) in row-major memory or, where `b_transposed`, that of a row-major bᵀ; all other matrices
-// are row-major. P = X b, G = bᵀb, Y = P G; a D before a name is a gradient. k is at most 128; n may be 0, d and k
-// may not. Pointers that are said to be optional may be null, and what they stand for is then left out. 16-bit
+// X is (n, d) and b (d, k), whose element (f, c) is at b[f * b_feature + c * b_column]: fastest where b_feature is 1, as
+// for a layer's weight. All other matrices are row-major. P = X b, G = bᵀb, Y = P G; a D before a name is a gradient.
+// k is at most 128; n may be 0, d and k may not. Pointers that are said to be optional may be null, and what they stand for is then left out. 16-bit
 // operands are multiplied as they are, fp32 ones as tf32 or exactly; every sum is fp32. Row offsets are 64-bit.
 //
 // Functions return nullptr, or the text of an error. They launch one kernel on the current device and wait for nothing.
@@ -49,8 +49,8 @@ struct Forward {
     void* y;           // (n, k)
     void* g;           // (k, k), optional
     int64_t n;
+    int64_t b_feature, b_column;
     int d, k;
-    bool b_transposed;
     Kind kind;
 };
 const char* forward(const Forward& arguments, const Chip& chip, Stream stream);
@@ -64,13 +64,14 @@ struct PairBackward {
     const void* dp;  // (n, k), optional, but not without dy
     const void* dy;  // (n, k), optional: D is then dP itself, and p and g are not read
     void* dx;        // (n, d), optional
-    void* db;        // in b's memory order, optional
+    void* db;        // row-major (d, k), or (k, d) where db_transposed; optional
     void* rows;      // workspaces
     float* work;
     uint32_t* counter;  // zero at first, and then as a launch left it; no two launches at a time may share it
     int64_t n;
+    int64_t b_feature, b_column;
     int d, k;
-    bool b_transposed;
+    bool db_transposed;
     Kind kind;
 };
 Workspace pair_backward_workspace(const PairBackward& arguments, const Chip& chip);
@@ -83,13 +84,14 @@ struct SummaryBackward {
     const void* g;   // (k, k), as forward stored it
     const void* dy;  // (n, k)
     void* dx;        // (n, d), optional
-    void* db;        // in b's memory order, optional
+    void* db;        // row-major (d, k), or (k, d) where db_transposed; optional
     void* dbias;     // (k), optional
     float* work;     // workspace
     uint32_t* counter;  // as above
     int64_t n;
+    int64_t b_feature, b_column;
     int d, k;
-    bool b_transposed;
+    bool db_transposed;
     Kind kind;
 };
 Workspace summary_backward_workspace(const SummaryBackward& arguments, const Chip& chip);

@@ -4,6 +4,8 @@
 // plain C++.
 #pragma once
 
+#include <cassert>
+#include <cmath>
 #include <cstddef>
 #include <cstdint>
 
@@ -15,17 +17,17 @@
 #include <cuda_runtime.h>
 
 #define DEVICE __device__ __forceinline__
+#define NOINLINE __device__ __noinline__
 #define KERNEL __global__ void __launch_bounds__(interp_nn::THREADS, 1)
 #define UNROLL _Pragma("unroll")
 #define NO_UNROLL _Pragma("unroll 1")
 #define PRAGMA(text) _Pragma(#text)
 #define UNROLL_BY(count) PRAGMA(unroll(count))
 #else
-#include <cmath>
-
 #include "emulator.h"
 
 #define DEVICE inline
+#define NOINLINE inline
 #define KERNEL void
 #define UNROLL
 #define NO_UNROLL
@@ -37,12 +39,14 @@ namespace interp_nn {
 constexpr int WARPS = 8;
 constexpr int THREADS = 32 * WARPS;
 
+// A 16-bit number in memory: whether it is a bfloat16 ("brain") or an IEEE half is known when a kernel runs.
+struct Sixteen {
+    uint16_t bits;
+};
+
 #if defined(__CUDACC__)
 
-using half = __half;
-using bfloat16 = __nv_bfloat16;
-
-DEVICE int thread() { return threadIdx.x; }
+DEVICE int thread() { return threadIdx.x % THREADS; }  // so that compilers know its range
 DEVICE int program() { return blockIdx.x; }
 DEVICE int programs() { return gridDim.x; }
 
@@ -51,22 +55,20 @@ DEVICE unsigned char* shared_memory() {
     return memory;
 }
 
-DEVICE float to_float(float v) { return v; }
-DEVICE float to_float(half v) { return __half2float(v); }
-DEVICE float to_float(bfloat16 v) { return __bfloat162float(v); }
-template <class T> DEVICE T from_float(float v);
-template <> DEVICE float from_float<float>(float v) { return v; }
-template <> DEVICE half from_float<half>(float v) { return __float2half_rn(v); }
-template <> DEVICE bfloat16 from_float<bfloat16>(float v) { return __float2bfloat16_rn(v); }
+DEVICE float widen(Sixteen v, bool brain) {
+    return brain ? __uint_as_float(uint32_t{v.bits} << 16) : __half2float(__ushort_as_half(v.bits));
+}
+DEVICE Sixteen narrow(float v, bool brain) {
+    return {brain ? __bfloat16_as_ushort(__float2bfloat16_rn(v)) : __half_as_ushort(__float2half_rn(v))};
+}
 
 // Two 16-bit numbers in one register, the first in its lower half.
-template <class T> DEVICE uint32_t pack(float low, float high);
-template <> DEVICE uint32_t pack<half>(float low, float high) {
+DEVICE uint32_t pack(float low, float high, bool brain) {
+    if (brain) {
+        const __nv_bfloat162 both = __floats2bfloat162_rn(low, high);
+        return *reinterpret_cast<const uint32_t*>(&both);
+    }
     const __half2 both = __floats2half2_rn(low, high);
-    return *reinterpret_cast<const uint32_t*>(&both);
-}
-template <> DEVICE uint32_t pack<bfloat16>(float low, float high) {
-    const __nv_bfloat162 both = __floats2bfloat162_rn(low, high);
     return *reinterpret_cast<const uint32_t*>(&both);
 }
 
@@ -81,19 +83,20 @@ DEVICE uint32_t round_tf32(float v) {
 #endif
 }
 
+DEVICE float as_float(uint32_t bits) { return __uint_as_float(bits); }
+
 DEVICE uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
 
-// Copy BYTES (4, 8 or 16) from global to shared memory without waiting; zeros where not valid, and nothing is read
+// Copy BYTES (4 or 16) from global to shared memory without waiting; zeros where not valid, and nothing is read
 // then.
 template <int BYTES> DEVICE void copy_async(void* shared, const void* global, bool valid) {
 #if __CUDA_ARCH__ >= 800
+    const uint32_t to = shared_address(shared);
     const int size = valid ? BYTES : 0;
     if constexpr (BYTES == 16) {
-        asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global), "r"(size)
-                     : "memory");
+        asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(global), "r"(size) : "memory");
     } else {
-        asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(shared_address(shared)), "l"(global), "n"(BYTES),
-                     "r"(size)
+        asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(to), "l"(global), "n"(BYTES), "r"(size)
                      : "memory");
     }
 #else
@@ -141,36 +144,41 @@ template <bool TRANSPOSED> DEVICE void load_matrices(uint32_t (&r)[4], const voi
     }
 }
 
-// c (16 x 8) += a (16 x 16, or 16 x 8 in tf32) b, each spread over the warp.
+// c (16 x 8) += a (16 x 16 in 16 bits, 16 x 8 in tf32) b, each spread over the warp. Both kinds of 16-bit numbers are there, and
+// one of them is skipped: an instruction not executed costs less than a second library of kernels.
 // Below 8.0 nobody calls it, but it must compile.
-#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
-#define INTERP_NN_MULTIPLY(SHAPE_AND_TYPES)                                                                     \
-    asm volatile("mma.sync.aligned." SHAPE_AND_TYPES " {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"    \
-                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                                               \
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]))
+#if __CUDA_ARCH__ >= 800
+#define INTERP_NN_OPERANDS                                                                                   \
+    : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                                                         \
+    : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1])
+#define INTERP_NN_REGISTERS "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};\n"
+DEVICE void multiply_16(float (&c)[4], const uint32_t* a, const uint32_t* b, bool brain) {
+    asm volatile("{ .reg .pred p; setp.ne.u32 p, %10, 0;\n"
+                 "@p mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 " INTERP_NN_REGISTERS
+                 "@!p mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 " INTERP_NN_REGISTERS
+                 "}" INTERP_NN_OPERANDS, "r"(static_cast<uint32_t>(brain)));
+}
+DEVICE void multiply_tf32(float (&c)[4], const uint32_t* a, const uint32_t* b) {
+    asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 " INTERP_NN_REGISTERS INTERP_NN_OPERANDS);
+}
+#undef INTERP_NN_OPERANDS
+#undef INTERP_NN_REGISTERS
 #else
-#define INTERP_NN_MULTIPLY(SHAPE_AND_TYPES) asm volatile("trap;")
+DEVICE void multiply_16(float (&)[4], const uint32_t*, const uint32_t*, bool) { __trap(); }
+DEVICE void multiply_tf32(float (&)[4], const uint32_t*, const uint32_t*) { __trap(); }
 #endif
 
-template <class T> DEVICE void multiply(float (&c)[4], const uint32_t* a, const uint32_t* b);
-template <> DEVICE void multiply<half>(float (&c)[4], const uint32_t* a, const uint32_t* b) {
-    INTERP_NN_MULTIPLY("m16n8k16.row.col.f32.f16.f16.f32");
-}
-template <> DEVICE void multiply<bfloat16>(float (&c)[4], const uint32_t* a, const uint32_t* b) {
-    INTERP_NN_MULTIPLY("m16n8k16.row.col.f32.bf16.bf16.f32");
-}
-template <> DEVICE void multiply<float>(float (&c)[4], const uint32_t* a, const uint32_t* b) {
-    INTERP_NN_MULTIPLY("m16n8k8.row.col.f32.tf32.tf32.f32");
-}
-#undef INTERP_NN_MULTIPLY
-
 DEVICE void block_barrier() { __syncthreads(); }
+DEVICE void warp_barrier() { __syncwarp(); }
 
 // Loads after this stay after it: the compiler would otherwise load a whole loop's operands first, and run out of
 // registers.
 DEVICE void in_order() { asm volatile("" ::: "memory"); }
 
 DEVICE float shuffle(float value, int lane) { return __shfl_sync(0xFFFFFFFFu, value, lane); }
+
+// Stop the launch, as PyTorch's own kernels do, where something is not as it must be.
+DEVICE void demand(bool holds, const char*) { assert(holds); }
 
 DEVICE uint32_t add_and_order(uint32_t* word, uint32_t value) {
     uint32_t before;
@@ -209,13 +217,6 @@ const char* start(void (*kernel)(Parameters...), int blocks, size_t shared, bool
 
 #else  // the emulator
 
-struct half {
-    _Float16 value;
-};
-struct bfloat16 {
-    uint16_t bits;
-};
-
 inline int thread() { return emulator::current->thread; }
 inline int program() { return emulator::current->block; }
 inline int programs() { return static_cast<int>(emulator::grid.blocks.size()); }
@@ -226,34 +227,31 @@ inline uint32_t bits_of(float v) {
     std::memcpy(&bits, &v, 4);
     return bits;
 }
-inline float of_bits(uint32_t bits) {
+inline float as_float(uint32_t bits) {
     float v;
     std::memcpy(&v, &bits, 4);
     return v;
 }
 
-inline float to_float(float v) { return v; }
-inline float to_float(half v) { return static_cast<float>(v.value); }
-inline float to_float(bfloat16 v) { return of_bits(uint32_t{v.bits} << 16); }
-template <class T> T from_float(float v);
-template <> inline float from_float<float>(float v) { return v; }
-template <> inline half from_float<half>(float v) { return {static_cast<_Float16>(v)}; }
-template <> inline bfloat16 from_float<bfloat16>(float v) {
-    if (std::isnan(v)) return {0x7FC0};
-    const uint32_t bits = bits_of(v);
-    return {static_cast<uint16_t>((bits + 0x7FFF + (bits >> 16 & 1)) >> 16)};
+inline float widen(Sixteen v, bool brain) {
+    if (brain) return as_float(uint32_t{v.bits} << 16);
+    _Float16 half;
+    std::memcpy(&half, &v.bits, 2);
+    return static_cast<float>(half);
 }
-
-template <class T> uint32_t pack(float low, float high) {
-    const T both[2] = {from_float<T>(low), from_float<T>(high)};
-    uint32_t word;
-    std::memcpy(&word, both, 4);
-    return word;
+inline Sixteen narrow(float v, bool brain) {
+    if (brain) {
+        if (std::isnan(v)) return {0x7FC0};
+        const uint32_t bits = bits_of(v);
+        return {static_cast<uint16_t>((bits + 0x7FFF + (bits >> 16 & 1)) >> 16)};
+    }
+    const auto half = static_cast<_Float16>(v);
+    Sixteen result;
+    std::memcpy(&result.bits, &half, 2);
+    return result;
 }
-template <class T> float unpack(uint32_t word, int place) {
-    T both[2];
-    std::memcpy(both, &word, 4);
-    return to_float(both[place]);
+inline uint32_t pack(float low, float high, bool brain) {
+    return uint32_t{narrow(high, brain).bits} << 16 | narrow(low, brain).bits;
 }
 
 inline uint32_t round_tf32(float v) {
@@ -271,16 +269,22 @@ template <bool TRANSPOSED> void load_matrices(uint32_t (&r)[4], const void* row)
     emulator::load_matrices(r, row, TRANSPOSED);
 }
 
-template <class T> void multiply(float (&c)[4], const uint32_t* a, const uint32_t* b) {
-    emulator::multiply<16>("multiply, 16-bit", c, a, b, [](uint32_t word, int place) { return unpack<T>(word, place); });
+inline void multiply_16(float (&c)[4], const uint32_t* a, const uint32_t* b, bool brain) {
+    emulator::multiply<16>("multiply_16", c, a, b, [brain](uint32_t word, int place) {
+        return widen({static_cast<uint16_t>(word >> 16 * place)}, brain);
+    });
 }
-template <> inline void multiply<float>(float (&c)[4], const uint32_t* a, const uint32_t* b) {
-    emulator::multiply<8>("multiply, tf32", c, a, b, [](uint32_t word, int) { return of_bits(word & 0xFFFFE000); });
+inline void multiply_tf32(float (&c)[4], const uint32_t* a, const uint32_t* b) {
+    emulator::multiply<8>("multiply_tf32", c, a, b, [](uint32_t word, int) { return as_float(word & 0xFFFFE000); });
 }
 
 inline void block_barrier() { emulator::block_barrier(); }
+inline void warp_barrier() { emulator::warp_barrier(); }
 inline void in_order() {}
 inline float shuffle(float value, int lane) { return emulator::shuffle(value, lane); }
+inline void demand(bool holds, const char* what) {
+    if (!holds) emulator::fail(what);
+}
 
 inline uint32_t add_and_order(uint32_t* word, uint32_t value) {
     emulator::poll();
@@ -302,13 +306,22 @@ const char* start(void (*kernel)(Parameters...), int blocks, size_t shared, bool
 
 #endif
 
+DEVICE float widen(float v, bool) { return v; }
+template <class T> DEVICE T round_to(float v, bool brain) {
+    if constexpr (sizeof(T) == 2) {
+        return narrow(v, brain);
+    } else {
+        return v;
+    }
+}
+
 DEVICE int lane() { return thread() % 32; }
 DEVICE int warp() { return thread() / 32; }
 
 // Wait until every program of the grid has come here; all of them must be resident at once. The first adds 2^31 -
 // (programs - 1) and each other one 1, so the sign bit flips when all have arrived, and the counter is ready for the
 // next barrier without being reset: of this launch, of the next one, of a replayed graph.
-DEVICE void grid_barrier(uint32_t* counter) {
+NOINLINE void grid_barrier(uint32_t* counter) {
     block_barrier();  // the program's own stores come before its arrival
     if (thread() == 0) {
         const uint32_t step = program() == 0 ? 0x80000000u - static_cast<uint32_t>(programs() - 1) : 1u;

@@ -1,4 +1,4 @@
-// How a block's warps share a product, and the walk that both backwards end in: a job is a tile of features and a
+// How a block's warps share a product, and the walk that every backward ends in: a job is a tile of features and a
 // split of the rows, which are walked over once, adding up a part of a d x k gradient in registers and streaming a
 // strip of dX out.
 #pragma once
@@ -21,17 +21,22 @@ template <int ROWS, int COLUMNS> struct Pieces {
     DEVICE static int column() { return warp() % ACROSS * WIDE; }
 };
 
-// Tiles of a strip: BN rows of X and of an (n, k) matrix D a step, BD features.
-template <Kind KIND, int BK, bool B_T, int BN_, int BD_> struct StripShape {
-    using T = typename Products<KIND>::Element;
-    static constexpr int BN = BN_;
-    static constexpr int BD = BD_;
+// Tiles of a strip: BN rows of X and of an (n, k) matrix D a step, BD features. What leaves goes through a tile of 16
+// rows and OUT columns a warp.
+template <class P, int BK> struct StripShape {
+    using T = typename P::Element;
+    static constexpr bool WIDE = IS_WIDE<P>;
+    static constexpr int BN = WIDE || BK == 128 ? 32 : 64;
+    static constexpr int BD = WIDE ? 64 : 128;
+    static constexpr int OUT = 32;
     using X = Tile<T, BN, BD>;
     using D = Tile<T, BN, BK>;
-    using B = typename TileOfB<T, BD, BK, B_T>::type;
+    using B = Tile<T, BK, BD>;
+    using Leaving = Tile<T, 16 * WARPS, OUT>;
     using Sum = Pieces<BD, BK>;  // of Xᵀ D
     using Out = Pieces<BN, BD>;  // of dX
     static constexpr int STAGE = X::BYTES + D::BYTES;
+    static constexpr size_t shared(int stages) { return Leaving::BYTES + static_cast<size_t>(stages) * STAGE; }
 };
 
 // Which features and rows a job has.
@@ -46,16 +51,17 @@ DEVICE Job job_of(int job, int d, int64_t n, int splits, int depth, int rows) {
     return {split, job % strips * depth, static_cast<int>(from < tiles ? from : tiles), static_cast<int>(to < tiles ? to : tiles)};
 }
 
-// sum += X[rows, feature :]ᵀ D[rows] where SUM, and dX[rows, feature :] = D[rows] rightᵀ where dx is not null, over
-// the rows of a job. `right` is (BD, BK), or (BK, BD) where RIGHT_T; also(tile) sees each tile of D.
-template <Kind KIND, class Shape, bool RIGHT_T, class T, class Right, class Also>
-DEVICE void walk_rows(const Job& job, float (&sum)[Shape::Sum::TILES][4], bool need_sum, T* dx, const Matrix<T>& x,
-                      const Matrix<T>& d_matrix, const Right& right, unsigned char* memory, int stages, Also also) {
-    using P = Products<KIND>;
+// sum += X[rows, feature :]ᵀ D[rows] where `need_sum`, and dX[rows, feature :] = scale D[rows] rightᵀ where dx is not null,
+// over the rows of a job. `right` is (BD, BK), or (BK, BD) where RIGHT_T; also(tile) sees each tile of D.
+template <class Shape, bool RIGHT_T, class P, class T, class Right, class Also>
+DEVICE void walk_rows(const P& products, const Job& job, float (&sum)[Shape::Sum::TILES][4], bool need_sum, T* dx, float scale,
+                      const Matrix<T>& x, const Matrix<T>& d_matrix, const Right& right, unsigned char* memory, int stages,
+                      Also also) {
     using Sum = typename Shape::Sum;
     using Out = typename Shape::Out;
     const int d = x.columns;
-    const bool pairs = paired<T>(dx, d);
+    const typename Shape::Leaving leaving{memory};
+    memory += Shape::Leaving::BYTES;
     const auto tile_x = [&](int stage) { return typename Shape::X{memory + stage * Shape::STAGE}; };
     const auto tile_d = [&](int stage) { return typename Shape::D{memory + stage * Shape::STAGE + Shape::X::BYTES}; };
     const auto load = [&](int step, int stage) {
@@ -65,21 +71,19 @@ DEVICE void walk_rows(const Job& job, float (&sum)[Shape::Sum::TILES][4], bool n
     };
     pipeline(job.to - job.from, stages, load, [&](int step, int stage) {
         if (need_sum && Sum::mine()) {
-            multiply_tiles<P, true, false>(sum, tile_x(stage), Sum::row(), tile_d(stage), Sum::column(), 0, Shape::BN);
+            multiply_tiles<true, false>(products, sum, tile_x(stage), Sum::row(), tile_d(stage), Sum::column(), 0, Shape::BN);
         }
         if (dx != nullptr && Out::mine()) {
-            constexpr int AT_ONCE = Out::WIDE < 32 ? Out::WIDE : 32;  // columns: as many as leave the sums their registers
+            constexpr int AT_ONCE = Out::WIDE < Shape::OUT ? Out::WIDE : Shape::OUT;
             const int64_t row = static_cast<int64_t>(job.from + step) * Shape::BN + Out::row();
-            const int rows = left(x.rows, row);
             NO_UNROLL for (int column = Out::column(); column < Out::column() + Out::WIDE; column += AT_ONCE) {
                 float out[AT_ONCE / 8][4];
                 clear(out);
-                multiply_tiles<P, false, !RIGHT_T>(out, tile_d(stage), Out::row(), right, column, 0, Shape::D::COLUMNS);
-                T* const at = dx + row * d + job.feature + column;
-                const int columns = d - job.feature - column;
-                each_pair(out, [&](int r, int c, float first, float second) {
-                    if (r < rows) store_two(at + int64_t{r} * d, c, columns, first, second, pairs);
-                });
+                multiply_tiles<false, !RIGHT_T>(products, out, tile_d(stage), Out::row(), right, column, 0, Shape::D::COLUMNS);
+                scale_sums(out, scale);
+                put_sums(products.mode, leaving, 16 * warp(), 0, out);
+                store_piece<AT_ONCE>(dx + row * d + job.feature + column, d, left(x.rows, row), d - job.feature - column, leaving,
+                                     16 * warp(), 0);
             }
         }
         also(tile_d(stage));
@@ -89,11 +93,30 @@ DEVICE void walk_rows(const Job& job, float (&sum)[Shape::Sum::TILES][4], bool n
 // parts[split, feature :] = the sum of a job, for parts of (splits, d, BK).
 template <class Shape, int BK> DEVICE void store_sum(float* parts, const Job& job, float (&sum)[Shape::Sum::TILES][4], int d) {
     if (!Shape::Sum::mine()) return;
-    each_pair(sum, [&](int r, int c, float first, float second) {
-        const int feature = job.feature + Shape::Sum::row() + r;
-        if (feature >= d) return;
-        store_two(parts + (int64_t{job.split} * d + feature) * BK + Shape::Sum::column(), c, BK, first, second, true);
-    });
+    const int feature = job.feature + Shape::Sum::row();
+    store_sums(parts + (int64_t{job.split} * d + feature) * BK + Shape::Sum::column(), BK, d - feature, sum);
+}
+
+// For D = gradients (n, k): parts of Xᵀ D where `parts` is not null, and dX = scale D bᵀ where dx is not.
+template <int BK, class P, class T>
+DEVICE void gradient_strips(const P& products, const Matrix<T>& x, const Matrix<T>& b, const Matrix<T>& gradients, T* dx,
+                            float* parts, int splits, float scale, int stages) {
+    using Shape = StripShape<P, BK>;
+    const typename Shape::B tile_b{shared_memory()};
+    const int d = x.columns, jobs = (d + Shape::BD - 1) / Shape::BD * splits;
+    NO_UNROLL for (int i = program(); i < jobs; i += programs()) {
+        const Job job = job_of(i, d, x.rows, splits, Shape::BD, Shape::BN);
+        load_tile(tile_b, b, 0, job.feature);
+        commit_copies();
+        float sum[Shape::Sum::TILES][4];
+        clear(sum);
+        walk_rows<Shape, true>(products, job, sum, parts != nullptr, dx, scale, x, gradients, tile_b,
+                               shared_memory() + Shape::B::BYTES, stages, [](const auto&) {});
+        if (parts != nullptr) store_sum<Shape, BK>(parts, job, sum, d);
+    }
+}
+template <class P, int BK> constexpr size_t gradient_strips_shared(int stages) {
+    return StripShape<P, BK>::B::BYTES + StripShape<P, BK>::shared(stages);
 }
 
 // Into how many parts the rows of a strip are split: enough to occupy the chip, each with some rows to do.
@@ -102,5 +125,8 @@ inline int splits_for(const Chip& chip, int64_t n, int d, int depth) {
     const int64_t splits = room < rows ? room : rows;
     return splits < 1 ? 1 : static_cast<int>(splits);
 }
+
+// The row length of a workspace with k columns: whole 16-byte words of 16-bit numbers.
+DEVICE int width_of(int k) { return (k + 7) / 8 * 8; }
 
 }  // namespace interp_nn

@@ -5,19 +5,31 @@
 
 namespace interp_nn {
 
-// A row-major matrix in global memory. `unit` is how many bytes at a time it can be copied in: 16 where its address
-// and its rows are multiples of that, down to the size of one element.
+// A matrix in global memory: element (r, c) is data[r * pitch + c * step].
 template <class T> struct Matrix {
     const T* data;
-    int64_t rows;
+    int64_t rows, pitch, step;
     int columns;
-    int unit;
+    int unit;  // bytes at a time that rows can be copied in: 16, 4, or 0 where they must be gathered
 };
 
+template <class T> DEVICE Matrix<T> strided_matrix(const void* data, int64_t rows, int columns, int64_t pitch, int64_t step) {
+    const auto bits = static_cast<uint32_t>(reinterpret_cast<uintptr_t>(data)) |
+                      static_cast<uint32_t>(pitch * sizeof(T)) | static_cast<uint32_t>(columns * sizeof(T));
+    const int unit = step != 1 ? 0 : bits % 16 == 0 ? 16 : bits % 4 == 0 ? 4 : 0;
+    return {static_cast<const T*>(data), rows, pitch, step, columns, unit};
+}
 template <class T> DEVICE Matrix<T> matrix(const void* data, int64_t rows, int columns) {
-    const auto bits = static_cast<uint32_t>(reinterpret_cast<uintptr_t>(data)) | static_cast<uint32_t>(columns * sizeof(T));
-    const int unit = bits % 16 == 0 ? 16 : bits % 8 == 0 ? 8 : bits % 4 == 0 ? 4 : static_cast<int>(sizeof(T));
-    return {static_cast<const T*>(data), rows, columns, unit};
+    return strided_matrix<T>(data, rows, columns, columns, 1);
+}
+
+// Where a chunk of a tile with so many chunks a row lies. The exchange is among eight chunks: written so, the places of
+// all others are these plus a constant.
+DEVICE int chunk_offset(int row, int chunk, int chunks) {
+    const int exchange = chunks >= 8   ? (row & 3) << 1 | (row >> 2 & 1)
+                         : chunks == 4 ? (row >> 1 & 1) << 1 | (row >> 2 & 1)  // two rows in the width of all banks
+                                       : row >> 2 & 1;                         // four rows
+    return (row * chunks + (chunk & ~7) + ((chunk & 7) ^ exchange)) * 16;
 }
 
 // A tile in shared memory, a view. Its rows are cut into chunks of 16 bytes, whose places are exchanged row by row
@@ -35,18 +47,21 @@ template <class T, int ROWS_, int COLUMNS_> struct Tile {
 
     unsigned char* base;
 
-    DEVICE static int exchange(int row) {
-        if constexpr (CHUNKS >= 8) return (row & 3) << 1 | (row >> 2 & 1);
-        if constexpr (CHUNKS == 4) return (row >> 1 & 1) << 1 | (row >> 2 & 1);  // two rows in the width of all banks
-        return row >> 2 & 1;                                                     // four rows
-    }
-    // The exchange is among eight chunks: written so, the places of all others are these plus a constant.
-    DEVICE unsigned char* chunk(int row, int chunk) const {
-        return base + row * ROW_BYTES + (((chunk & 7) ^ exchange(row)) << 4) + (chunk & ~7) * 16;
-    }
+    DEVICE unsigned char* chunk(int row, int chunk) const { return base + chunk_offset(row, chunk, CHUNKS); }
     DEVICE T* at(int row, int column) const {
         return reinterpret_cast<T*>(chunk(row, column / PER_CHUNK)) + column % PER_CHUNK;
     }
+};
+
+template <int POWER> constexpr int LOG = 1 + LOG<POWER / 2>;
+template <> constexpr int LOG<1> = 0;
+
+// A chunk of fp32 numbers, or half of one.
+struct alignas(16) Four {
+    float v[4];
+};
+struct alignas(8) Two {
+    float v[2];
 };
 
 // How many of `size` things are left from `first` on, at most a tile's worth; never negative.
@@ -55,94 +70,90 @@ DEVICE int left(int64_t size, int64_t first) {
     return rest < 0 ? 0 : rest > 65536 ? 65536 : static_cast<int>(rest);
 }
 
-template <int UNIT, class T, class Tile>
-DEVICE void load_units(const Tile& tile, const T* from, int64_t pitch, int rows, int columns) {
-    constexpr int ELEMENTS = UNIT / sizeof(T);
-    constexpr int ACROSS = Tile::COLUMNS / ELEMENTS;
-    NO_UNROLL for (int i = thread(); i < Tile::ROWS * ACROSS; i += THREADS) {
-        const int row = i / ACROSS, column = i % ACROSS * ELEMENTS;
-        const bool inside = row < rows && column < columns;
-        const T* source = inside ? from + row * pitch + column : nullptr;
-        if constexpr (UNIT >= 4) {
-            copy_async<UNIT>(tile.at(row, column), source, inside);
+// The copies of load_tile, for a tile of `height` rows of `chunks` chunks at `base`. A function of its own, once for all tiles
+// of a library: inlined, it would be most of every kernel.
+template <class T>
+NOINLINE void copy_tile(unsigned char* base, int log_height, int log_chunks, const Matrix<T> m, int64_t row, int64_t column) {
+    constexpr int PER_CHUNK = 16 / sizeof(T);
+    const int rows = left(m.rows, row), columns = left(m.columns, column);
+    const T* const from = m.data + row * m.pitch + column * m.step;
+    NO_UNROLL for (int i = thread(); i < 1 << (log_height + log_chunks); i += THREADS) {
+        // Neighbouring threads read neighbouring memory.
+        const int low = m.step == 1 ? log_chunks : log_height, first = i & ((1 << low) - 1), second = i >> low;
+        const int r = m.step == 1 ? second : first, c = m.step == 1 ? first : second;
+        unsigned char* const to = base + chunk_offset(r, c, 1 << log_chunks);
+        const int inside = r < rows ? columns - c * PER_CHUNK : 0;
+        const T* const source = from + r * m.pitch + c * PER_CHUNK * m.step;
+        if (m.unit == 16) {
+            copy_async<16>(to, source, inside > 0);
+        } else if (m.unit == 4) {
+            UNROLL for (int part = 0; part < 4; ++part) {
+                constexpr int ELEMENTS = 4 / sizeof(T);
+                copy_async<4>(to + 4 * part, source + ELEMENTS * part, ELEMENTS * part < inside);
+            }
         } else {
-            *tile.at(row, column) = inside ? *source : from_float<T>(0.f);
+            UNROLL for (int e = 0; e < PER_CHUNK; ++e) {
+                reinterpret_cast<T*>(to)[e] = e < inside ? source[e * m.step] : T{};
+            }
         }
     }
 }
 
 // tile = M[row :, column :], zeros outside of M. Asynchronous: commit, wait, and a barrier come before anyone reads.
-template <class T, class Tile> DEVICE void load_tile(const Tile& tile, const Matrix<T>& m, int64_t row, int column) {
-    const int rows = left(m.rows, row), columns = m.columns - column;
-    const T* from = m.data + row * m.columns + column;
-    if (m.unit == 16) {
-        load_units<16>(tile, from, m.columns, rows, columns);
-    } else if (m.unit == 8) {
-        load_units<8>(tile, from, m.columns, rows, columns);
-    } else if (sizeof(T) == 4 || m.unit == 4) {
-        load_units<4>(tile, from, m.columns, rows, columns);
-    } else {
-        load_units<sizeof(T)>(tile, from, m.columns, rows, columns);
-    }
-}
-
-// b as its memory has it, and the tile of its rows and columns: both are (d, k), or (k, d) where TRANSPOSED.
-template <class T, bool TRANSPOSED> DEVICE Matrix<T> matrix_b(const void* b, int d, int k) {
-    return TRANSPOSED ? matrix<T>(b, k, d) : matrix<T>(b, d, k);
-}
-template <class T, int DEPTH, int COLUMNS, bool TRANSPOSED> struct TileOfB {
-    using type = Tile<T, DEPTH, COLUMNS>;
-};
-template <class T, int DEPTH, int COLUMNS> struct TileOfB<T, DEPTH, COLUMNS, true> {
-    using type = Tile<T, COLUMNS, DEPTH>;
-};
-template <bool TRANSPOSED, class T, class Tile> DEVICE void load_b(const Tile& tile, const Matrix<T>& b, int feature) {
-    load_tile(tile, b, TRANSPOSED ? 0 : feature, TRANSPOSED ? feature : 0);
+template <class T, class Tile> DEVICE void load_tile(const Tile& tile, const Matrix<T>& m, int64_t row, int64_t column) {
+    static_assert((Tile::ROWS & (Tile::ROWS - 1)) == 0, "rows are a power of two");
+    copy_tile<T>(tile.base, LOG<Tile::ROWS>, LOG<Tile::CHUNKS>, m, row, column);
 }
 
 // Walk through `steps` steps whose tiles are copied stages - 1 steps ahead: load(step, stage) starts the copies of a
 // step into one of the stages, use(step, stage) reads them. Afterwards all copies of the block are done, and the
 // stages free.
 template <class Load, class Use> DEVICE void pipeline(int steps, int stages, Load load, Use use) {
-    for (int step = 0; step < stages - 1; ++step) {
-        if (step < steps) load(step, step);
-        commit_copies();
-    }
-    int stage = 0, ahead = stages - 1;
-    NO_UNROLL for (int step = 0; step < steps; ++step) {
-        wait_copies(stages - 2);
-        block_barrier();  // everyone's copies of this step are here, and everyone is done with the stage loaded next
+    int stage = 0, ahead = 0;
+    NO_UNROLL for (int step = 1 - stages; step < steps; ++step) {
+        if (step >= 0) {
+            wait_copies(stages - 2);
+            block_barrier();  // everyone's copies of this step are here, and everyone is done with the stage loaded next
+        }
         if (step + stages - 1 < steps) load(step + stages - 1, ahead);
         commit_copies();
-        use(step, stage);
-        ahead = stage;
-        stage = stage + 1 == stages ? 0 : stage + 1;
+        ahead = ahead + 1 == stages ? 0 : ahead + 1;
+        if (step >= 0) {
+            use(step, stage);
+            stage = stage + 1 == stages ? 0 : stage + 1;
+        }
     }
     wait_copies(0);
     block_barrier();
 }
 
-// Whether pairs of columns of rows of `columns` elements may be read and written as one word.
-template <class T> DEVICE bool paired(const void* data, int columns) {
-    return columns % 2 == 0 && reinterpret_cast<uintptr_t>(data) % (2 * sizeof(T)) == 0;
+// A warp's piece of a tile, 16 rows from `row` and WIDE columns from `column` on, to global memory: `rows` of them,
+// `columns` wide. Only its own lanes need have written it.
+template <int WIDE, class T, class Tile>
+DEVICE void store_piece(T* to, int64_t pitch, int rows, int columns, const Tile& tile, int row, int column) {
+    constexpr int PER_CHUNK = Tile::PER_CHUNK;
+    const Matrix<T> m = strided_matrix<T>(to, rows, columns, pitch, 1);
+    constexpr int ACROSS = WIDE / PER_CHUNK;
+    warp_barrier();
+    NO_UNROLL for (unsigned i = lane(); i < 16 * ACROSS; i += 32) {
+        const int r = i / ACROSS, c = i % ACROSS;
+        const int inside = r < rows ? columns - c * PER_CHUNK : 0;
+        const unsigned char* const from = tile.chunk(row + r, column / PER_CHUNK + c);
+        T* const at = to + r * pitch + c * PER_CHUNK;
+        if (m.unit == 16) {
+            if (inside > 0) *reinterpret_cast<Four*>(at) = *reinterpret_cast<const Four*>(from);
+        } else {
+            UNROLL for (int e = 0; e < PER_CHUNK; ++e) {
+                if (e < inside) at[e] = reinterpret_cast<const T*>(from)[e];
+            }
+        }
+    }
+    warp_barrier();
 }
 
-// Two neighbours of a row, those below `columns`, rounded to T.
-template <class T> DEVICE void store_two(T* row, int column, int columns, float first, float second, bool pairs) {
-    if (pairs) {
-        if (column >= columns) return;
-        if constexpr (sizeof(T) == 2) {
-            *reinterpret_cast<uint32_t*>(row + column) = pack<T>(first, second);
-        } else {
-            struct alignas(8) Two {
-                float first, second;
-            };
-            *reinterpret_cast<Two*>(row + column) = {first, second};
-        }
-    } else {
-        if (column < columns) row[column] = from_float<T>(first);
-        if (column + 1 < columns) row[column + 1] = from_float<T>(second);
-    }
+// Sixteen whole rows likewise.
+template <class T, class Tile> DEVICE void store_rows(T* to, int64_t pitch, int rows, int columns, const Tile& tile, int row) {
+    store_piece<Tile::COLUMNS>(to, pitch, rows, columns, tile, row, 0);
 }
 
 }  // namespace interp_nn

@@ -91,7 +91,7 @@ class Problem:
         n, d, k = case.n, case.d, case.k
         self.x, self.b, self.bias = normal(n, d), normal(d, k).div(d**0.5), normal(k)
         self.dp, self.dy = normal(n, k), normal(n, k)
-        self.sizes = (n, d, k, case.b_transposed)
+        self.strides = (1, d) if case.b_transposed else (k, 1)
         self.inputs = {
             key: Guarded(value.shape, self.dtype, value, shift)
             for key, value in {
@@ -102,6 +102,10 @@ class Problem:
                 "dy": self.dy,
             }.items()
         }
+
+    def sizes(self, mirror):
+        case = self.case
+        return mirror.Sizes(case.n, case.d, case.k, *self.strides, getattr(mirror.Kind, case.kind))
 
     def empty(self, *shape):
         return Guarded(shape, self.dtype)

@@ -27,12 +27,16 @@ void raise(const char* error) {
 
 Stream of_seed(unsigned seed) { return reinterpret_cast<Stream>(static_cast<uintptr_t>(seed)); }
 
-template <class Arguments> void sizes(Arguments& a, int64_t n, int d, int k, bool b_transposed, Kind kind) {
-    a.n = n;
-    a.d = d;
-    a.k = k;
-    a.b_transposed = b_transposed;
-    a.kind = kind;
+struct Sizes {
+    int64_t n;
+    int d, k;
+    int64_t b_feature, b_column;  // strides of b; its gradient is transposed where b is
+    Kind kind;
+};
+
+template <class Arguments> void set(Arguments& a, const Sizes& sizes) {
+    a.n = sizes.n, a.d = sizes.d, a.k = sizes.k, a.kind = sizes.kind;
+    a.b_feature = sizes.b_feature, a.b_column = sizes.b_column;
 }
 
 // Run with workspaces full of NaN, and a counter that must be ready for the next launch: nothing but its sign may
@@ -61,29 +65,33 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
     }));
     m.def("reset_counts", [] { emulator::counts = {}; });
     m.def("counts", [] { return py::make_tuple(emulator::counts.matrices, emulator::counts.conflicts, emulator::counts.switches); });
-    m.def("forward", [](py::object x, py::object b, py::object bias, py::object p, py::object y, py::object g, int64_t n, int d,
-                        int k, bool b_transposed, Kind kind, const Chip& chip, unsigned seed) {
+    py::class_<Sizes>(m, "Sizes").def(py::init([](int64_t n, int d, int k, int64_t b_feature, int64_t b_column, Kind kind) {
+        return Sizes{n, d, k, b_feature, b_column, kind};
+    }));
+    m.def("forward", [](py::object x, py::object b, py::object bias, py::object p, py::object y, py::object g, const Sizes& sizes,
+                        const Chip& chip, unsigned seed) {
         Forward a{};
         a.x = at(x), a.b = at(b), a.bias = at(bias), a.p = at(p), a.y = at(y), a.g = at(g);
-        sizes(a, n, d, k, b_transposed, kind);
+        set(a, sizes);
         raise(forward(a, chip, of_seed(seed)));
     });
     m.def("pair_backward", [](py::object x, py::object b, py::object p, py::object g, py::object dp, py::object dy, py::object dx,
-                              py::object db, int64_t n, int d, int k, bool b_transposed, Kind kind, const Chip& chip, unsigned seed) {
+                              py::object db, bool db_transposed, const Sizes& sizes, const Chip& chip, unsigned seed) {
         PairBackward a{};
         a.x = at(x), a.b = at(b), a.p = at(p), a.g = at(g), a.dp = at(dp), a.dy = at(dy), a.dx = at(dx), a.db = at(db);
-        sizes(a, n, d, k, b_transposed, kind);
+        a.db_transposed = db_transposed;
+        set(a, sizes);
         with_workspace(a, pair_backward_workspace(a, chip), [&](void* rows) {
             a.rows = rows;
             return pair_backward(a, chip, of_seed(seed));
         });
     });
     m.def("summary_backward", [](py::object x, py::object b, py::object g, py::object dy, py::object dx, py::object db,
-                                 py::object dbias, int64_t n, int d, int k, bool b_transposed, Kind kind, const Chip& chip,
-                                 unsigned seed) {
+                                 py::object dbias, bool db_transposed, const Sizes& sizes, const Chip& chip, unsigned seed) {
         SummaryBackward a{};
         a.x = at(x), a.b = at(b), a.g = at(g), a.dy = at(dy), a.dx = at(dx), a.db = at(db), a.dbias = at(dbias);
-        sizes(a, n, d, k, b_transposed, kind);
+        a.db_transposed = db_transposed;
+        set(a, sizes);
         with_workspace(a, summary_backward_workspace(a, chip), [&](void*) { return summary_backward(a, chip, of_seed(seed)); });
     });
 }

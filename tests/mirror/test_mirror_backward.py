@@ -15,8 +15,8 @@ def run_pair(mirror, problem, chip=CHIP, seed=None, with_p=True, with_y=True, ne
     mirror.pair_backward(
         array(given["x"]), array(given["b"]), array(p) if with_y else None, array(g) if with_y else None,
         array(given["dp"]) if with_p else None, array(given["dy"]) if with_y else None,
-        array(dx) if need_x else None, array(db) if need_b else None, *problem.sizes,
-        getattr(mirror.Kind, case.kind), mirror.Chip(*chip), case.seed if seed is None else seed,
+        array(dx) if need_x else None, array(db) if need_b else None, case.b_transposed, problem.sizes(mirror),
+        mirror.Chip(*chip), case.seed if seed is None else seed,
     )  # fmt: skip
     dx.check()
     db.check()
@@ -72,8 +72,8 @@ def run_summary(mirror, problem, chip=CHIP, seed=None, need_x=True, need_b=True,
     dx, db, dbias = problem.empty(case.n, case.d), problem.result_b(), problem.empty(case.k)
     mirror.summary_backward(
         array(given["x"]), array(given["b"]), array(g), array(given["dy"]), array(dx) if need_x else None,
-        array(db) if need_b else None, array(dbias) if need_bias else None, *problem.sizes,
-        getattr(mirror.Kind, case.kind), mirror.Chip(*chip), case.seed if seed is None else seed,
+        array(db) if need_b else None, array(dbias) if need_bias else None, case.b_transposed, problem.sizes(mirror),
+        mirror.Chip(*chip), case.seed if seed is None else seed,
     )  # fmt: skip
     for result in (dx, db, dbias):
         result.check()

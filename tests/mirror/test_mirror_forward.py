@@ -17,8 +17,8 @@ def run(mirror, problem, chip=CHIP, seed=None, pair=True, bias=True):
     given = problem.inputs
     mirror.forward(
         array(given["x"]), array(given["b"]), array(given["bias"]) if bias else None,
-        array(p) if pair else None, array(y), array(g) if pair else None, *problem.sizes,
-        getattr(mirror.Kind, case.kind), mirror.Chip(*chip), case.seed if seed is None else seed,
+        array(p) if pair else None, array(y), array(g) if pair else None, problem.sizes(mirror), mirror.Chip(*chip),
+        case.seed if seed is None else seed,
     )  # fmt: skip
     for result in (p, y, g):
         result.check()

@@ -1,0 +1,80 @@
+// P = X b and G = bᵀb for the rows of a block: how every kernel that forms them does it.
+#pragma once
+
+#include "fragments.h"
+
+namespace interp_nn {
+
+// b, (d, k) with any strides, as its transpose: k rows of d features. The rows of that which are vectors, as those of a
+// layer's weight, are copied; others are gathered.
+template <class T, class Arguments> DEVICE Matrix<T> matrix_b(const Arguments& arguments) {
+    return strided_matrix<T>(arguments.b, arguments.k, arguments.d, arguments.b_column, arguments.b_feature);
+}
+
+// Sixteen rows a warp, BD features a step.
+template <class P, int BK, int BD_> struct ProjectionTiles {
+    using T = typename P::Element;
+    static constexpr int BN = 16 * WARPS;
+    static constexpr int BD = BD_;
+    using X = Tile<T, BN, BD>;
+    using B = Tile<T, BK, BD>;
+    using G = Tile<T, BK, BK>;
+    using Own = Tile<T, BN, BK>;  // P's rows, or others as wide
+    static constexpr int STAGE = X::BYTES + B::BYTES;
+};
+
+// p = X[row :] b for the 16 rows of each warp, and where `gram` also g = bᵀb, 16 of its rows in each warp that has
+// some, from the same tiles of b. Copies run stages - 1 tiles ahead.
+template <class Tiles, class P, int TILES, class T>
+DEVICE void project(const P& products, float (&p)[TILES][4], float (&g)[TILES][4], bool gram, const Matrix<T>& x,
+                    const Matrix<T>& b, int64_t row, unsigned char* memory, int stages) {
+    const int d = x.columns, steps = (d + Tiles::BD - 1) / Tiles::BD;
+    const bool has_rows = left(x.rows, row) > 16 * warp();
+    const bool has_gram = gram && 16 * warp() < 8 * TILES;
+    const auto tile_x = [&](int stage) { return typename Tiles::X{memory + stage * Tiles::STAGE}; };
+    const auto tile_b = [&](int stage) { return typename Tiles::B{memory + stage * Tiles::STAGE + Tiles::X::BYTES}; };
+    const auto load = [&](int step, int stage) {
+        load_tile(tile_x(stage), x, row, step * Tiles::BD);
+        load_tile(tile_b(stage), b, 0, step * Tiles::BD);
+    };
+    clear(p);
+    clear(g);
+    pipeline(steps, stages, load, [&](int, int stage) {
+        UNROLL_BY(P::AHEAD) for (int depth = 0; depth < Tiles::BD; depth += P::DEPTH) {
+            typename P::A of_x, of_b;
+            products.template load_a<false>(of_x, tile_x(stage), 16 * warp(), depth);
+            if (has_gram) products.template load_a<false>(of_b, tile_b(stage), 16 * warp(), depth);
+            UNROLL for (int i = 0; i < TILES; i += 2) {
+                typename P::B right;
+                products.template load_b<true>(right, tile_b(stage), depth, 8 * i);
+                if (has_rows) products.multiply(p[i], p[i + 1], of_x, right);
+                if (has_gram) products.multiply(g[i], g[i + 1], of_b, right);
+                if constexpr (IS_WIDE<P>) in_order();
+            }
+        }
+    });
+}
+
+// Each row of sums += row.
+template <int TILES> DEVICE void add_row(float (&sums)[TILES][4], const float* row) {
+    UNROLL for (int i = 0; i < TILES; ++i) {
+        const Two two = *reinterpret_cast<const Two*>(row + 8 * i + lane() % 4 * 2);
+        UNROLL for (int j = 0; j < 4; ++j) sums[i][j] += two.v[j % 2];
+    }
+}
+
+// G's tile from the sums of each warp, for all to see.
+template <int TILES, class G> DEVICE void share_gram(const Mode& mode, const G& gram, float (&g)[TILES][4]) {
+    if (16 * warp() < 8 * TILES) put_sums(mode, gram, 16 * warp(), 0, g);
+    block_barrier();  // G is whole
+}
+
+// A vector of `size` elements as fp32 in shared memory, zeros after it and where there is none; a barrier comes before
+// anyone reads.
+template <class T> DEVICE void load_row(const Mode& mode, float* row, int length, const void* data, int size) {
+    for (int i = thread(); i < length; i += THREADS) {
+        row[i] = data != nullptr && i < size ? widen(static_cast<const T*>(data)[i], mode.brain) : 0.f;
+    }
+}
+
+}  // namespace interp_nn
