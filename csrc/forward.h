@@ -1,13 +1,18 @@
 // The streaming forward: Y = (X b) G + bias, and P and G where asked, for up to 128 columns.
 #pragma once
 
+#include <type_traits>
+
 #include "dispatch.h"
 #include "projection.h"
 
 namespace interp_nn {
 
-// Features at a time as many as two kinds of tiles and G leave room for on every GPU from 8.0 on.
-template <class P> constexpr int forward_depth(int columns) { return !IS_WIDE<P> ? 64 : columns == 128 ? 16 : 32; }
+// Features at a time: as many as two kinds of tiles and G leave room for.
+template <class P> constexpr int forward_depth(int columns) {
+    if (!IS_WIDE<P>) return 64;
+    return columns == 128 || (columns == 64 && std::is_same_v<P, ProductsF32>) ? 16 : 32;
+}
 
 template <class P, int BK> struct ForwardTiles : ProjectionTiles<P, BK, forward_depth<P>(BK)> {
     using Base = ProjectionTiles<P, BK, forward_depth<P>(BK)>;

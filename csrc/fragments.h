@@ -6,6 +6,8 @@
 // B as [depth][column], or [column][depth] where TRANSPOSED.
 #pragma once
 
+#include <type_traits>
+
 #include "tiles.h"
 
 namespace interp_nn {
@@ -23,14 +25,12 @@ constexpr bool HAS_MATRIX_UNITS = true, LACKS_MATRIX_UNITS = true;  // whoever c
 constexpr bool HAS_MATRIX_UNITS = __CUDA_ARCH__ >= 800, LACKS_MATRIX_UNITS = !HAS_MATRIX_UNITS;
 #endif
 
-// fp32 on the matrix units: as tf32, or where `exact` as the sum of two such parts, which leaves out only the product of
-// the smaller ones. Tiles may also hold 16-bit numbers, which are exact in tf32.
-struct ProductsTF32 {
+// fp32 on the matrix units: as tf32, or EXACT, as the sum of two such parts, which leaves out only the product of the
+// smaller ones. Tiles may also hold 16-bit numbers, which are exact in tf32.
+template <bool EXACT> struct FragmentsTF32 {
     using Element = float;
-    using ForSums = ProductsTF32;
-    static constexpr bool HERE = HAS_MATRIX_UNITS;
     static constexpr int DEPTH = 8;
-    static constexpr int AHEAD = 2;  // steps of a loop over depth that are unrolled
+    static constexpr int AHEAD = EXACT ? 1 : 2;  // steps of a loop over depth that are unrolled
     struct A {
         uint32_t r[4], rest[4];
     };
@@ -40,7 +40,7 @@ struct ProductsTF32 {
     template <class T> DEVICE void split(A& a, int i, T element) const {
         const float v = widen(element, mode.brain);
         a.r[i] = round_tf32(v);
-        if (mode.exact) a.rest[i] = round_tf32(v - as_float(a.r[i]));
+        if constexpr (EXACT) a.rest[i] = round_tf32(v - as_float(a.r[i]));
     }
 
     template <bool TRANSPOSED, class Tile> DEVICE void load_a(A& a, const Tile& tile, int row, int depth) const {
@@ -60,7 +60,7 @@ struct ProductsTF32 {
     }
 
     DEVICE void multiply(float (&left)[4], float (&right)[4], const A& a, const B& b) const {
-        if (mode.exact) {
+        if constexpr (EXACT) {
             multiply_tf32(left, a.rest, b.r);
             multiply_tf32(right, a.rest, b.r + 2);
             multiply_tf32(left, a.r, b.rest);
@@ -69,22 +69,17 @@ struct ProductsTF32 {
         multiply_tf32(left, a.r, b.r);
         multiply_tf32(right, a.r, b.r + 2);
     }
-
-    DEVICE ForSums for_sums() const { return *this; }
 };
 
 // 16-bit operands on the matrix units.
-struct Products16 {
+template <bool BRAIN> struct Fragments16 {
     using Element = Sixteen;
-    using ForSums = ProductsTF32;
-    static constexpr bool HERE = HAS_MATRIX_UNITS;
     static constexpr int DEPTH = 16;
     static constexpr int AHEAD = 2;
     struct A {
         uint32_t r[4];
     };
     using B = A;
-    Mode mode;
 
     template <bool TRANSPOSED, class Tile> DEVICE void load_a(A& a, const Tile& tile, int row, int depth) const {
         const int l = lane();
@@ -105,18 +100,14 @@ struct Products16 {
     }
 
     DEVICE void multiply(float (&left)[4], float (&right)[4], const A& a, const B& b) const {
-        multiply_16(left, a.r, b.r, mode.brain);
-        multiply_16(right, a.r, b.r + 2, mode.brain);
+        multiply_16<BRAIN>(left, a.r, b.r);
+        multiply_16<BRAIN>(right, a.r, b.r + 2);
     }
-
-    DEVICE ForSums for_sums() const { return {mode}; }
 };
 
 // fp32 numbers on the ordinary units, on any GPU: a lane has its two rows of A and its four columns of B.
-struct ProductsF32 {
+struct FragmentsF32 {
     using Element = float;
-    using ForSums = ProductsF32;
-    static constexpr bool HERE = LACKS_MATRIX_UNITS;
     static constexpr int DEPTH = 4;
     static constexpr int AHEAD = 1;
     struct A {
@@ -125,7 +116,6 @@ struct ProductsF32 {
     struct B {
         float r[2][DEPTH][2];
     };
-    Mode mode;
 
     template <bool TRANSPOSED, class Tile> DEVICE void load_a(A& a, const Tile& tile, int row, int depth) const {
         const int g = lane() / 4;
@@ -163,7 +153,47 @@ struct ProductsF32 {
             }
         }
     }
+};
 
+// The three families that kernels are compiled for. with(use) calls use(fragments) with those that the mode asks for: the
+// choice is made once a loop, not once a product.
+struct ProductsTF32 {
+    using Element = float;
+    using ForSums = ProductsTF32;
+    static constexpr bool HERE = HAS_MATRIX_UNITS;
+    Mode mode;
+
+    template <class Use> DEVICE void with(Use use) const {
+        if (mode.exact) {
+            use(FragmentsTF32<true>{mode});
+        } else {
+            use(FragmentsTF32<false>{mode});
+        }
+    }
+    DEVICE ForSums for_sums() const { return *this; }
+};
+struct Products16 {
+    using Element = Sixteen;
+    using ForSums = ProductsTF32;
+    static constexpr bool HERE = HAS_MATRIX_UNITS;
+    Mode mode;
+
+    template <class Use> DEVICE void with(Use use) const {
+        if (mode.brain) {
+            use(Fragments16<true>{});
+        } else {
+            use(Fragments16<false>{});
+        }
+    }
+    DEVICE ForSums for_sums() const { return {mode}; }
+};
+struct ProductsF32 {
+    using Element = float;
+    using ForSums = ProductsF32;
+    static constexpr bool HERE = LACKS_MATRIX_UNITS;
+    Mode mode;
+
+    template <class Use> DEVICE void with(Use use) const { use(FragmentsF32{}); }
     DEVICE ForSums for_sums() const { return *this; }
 };
 
@@ -186,16 +216,20 @@ template <int TILES> DEVICE void scale_sums(float (&sums)[TILES][4], float scale
 template <bool A_TRANSPOSED, bool B_TRANSPOSED, class P, int TILES, class TileA, class TileB>
 DEVICE void multiply_tiles(const P& products, float (&sums)[TILES][4], const TileA& a_tile, int row, const TileB& b_tile,
                            int column, int from, int to) {
-    UNROLL_BY(P::AHEAD) for (int depth = from; depth < to; depth += P::DEPTH) {
-        typename P::A a;
-        products.template load_a<A_TRANSPOSED>(a, a_tile, row, depth);
-        UNROLL for (int i = 0; i < TILES; i += 2) {
-            typename P::B b;
-            products.template load_b<B_TRANSPOSED>(b, b_tile, depth, column + 8 * i);
-            products.multiply(sums[i], sums[i + 1], a, b);
-            if constexpr (IS_WIDE<P>) in_order();
+    const auto loop = [&](const auto& fragments) {
+        using Fragments = std::decay_t<decltype(fragments)>;
+        UNROLL_BY(Fragments::AHEAD) for (int depth = from; depth < to; depth += Fragments::DEPTH) {
+            typename Fragments::A a;
+            fragments.template load_a<A_TRANSPOSED>(a, a_tile, row, depth);
+            UNROLL for (int i = 0; i < TILES; i += 2) {
+                typename Fragments::B b;
+                fragments.template load_b<B_TRANSPOSED>(b, b_tile, depth, column + 8 * i);
+                fragments.multiply(sums[i], sums[i + 1], a, b);
+                if constexpr (IS_WIDE<Fragments>) in_order();
+            }
         }
-    }
+    };
+    products.with(loop);
 }
 
 // Visit the pairs of neighbours in a warp's sums: visit(row, column, first, second), relative to the sums' corner.

@@ -97,4 +97,66 @@ struct SummaryBackward {
 Workspace summary_backward_workspace(const SummaryBackward& arguments, const Chip& chip);
 const char* summary_backward(const SummaryBackward& arguments, const Chip& chip, Stream stream);
 
+// w1 CE(o1, t) + w2 CE(o2, t) + w3 MSE(o1, o2) of two logits a class. Rows whose target is ignore_index do not count.
+enum class Reduction { NONE, MEAN, SUM };
+struct LossTerms {
+    const int64_t* target;  // (n), in [0, classes) or ignore_index: else the kernel stops
+    const float* upstream;  // one number, or (n) for Reduction::NONE; null for 1
+    float* value;           // likewise
+    int64_t ignore_index;
+    float w1, w2, w3;
+    Reduction reduction;
+};
+
+// The loss of (P, Y), and its gradients where they are asked for; of up to 128 columns, which are the classes.
+struct PairLoss {
+    const void* x;
+    const void* b;
+    LossTerms terms;
+    void* dx;    // (n, d), optional
+    void* db;    // row-major (d, k), or (k, d) where db_transposed; optional
+    void* rows;  // workspaces
+    float* work;
+    uint32_t* counter;  // as above
+    int64_t n;
+    int64_t b_feature, b_column;
+    int d, k;
+    bool db_transposed;
+    Kind kind;
+};
+Workspace pair_loss_workspace(const PairLoss& arguments, const Chip& chip);
+const char* pair_loss(const PairLoss& arguments, const Chip& chip, Stream stream);
+
+// The loss of (P Aᵀ + c, Y Aᵀ + c) behind an output layer, likewise.
+struct HeadLoss {
+    const void* x;
+    const void* b;
+    const void* a;  // (m, k)
+    const void* c;  // (m), optional
+    LossTerms terms;
+    void* dx;    // (n, d), optional
+    void* db;    // row-major (d, k), or (k, d) where db_transposed; optional
+    void* da;    // (m, k), optional
+    void* dc;    // (m), optional
+    void* rows;  // workspaces
+    float* work;
+    uint32_t* counter;  // as above
+    int64_t n;
+    int64_t b_feature, b_column;
+    int d, k, m;  // m classes, up to 128
+    bool db_transposed;
+    Kind kind;
+};
+Workspace head_loss_workspace(const HeadLoss& arguments, const Chip& chip);
+const char* head_loss(const HeadLoss& arguments, const Chip& chip, Stream stream);
+
+// gradients *= upstream, in place; for an upstream of 1 nothing is touched. Sizes are in elements, and may be zero.
+struct Scale {
+    const float* upstream;
+    void* gradients[4];
+    int64_t sizes[4];
+    Kind kind;
+};
+const char* scale(const Scale& arguments, const Chip& chip, Stream stream);
+
 }  // namespace interp_nn

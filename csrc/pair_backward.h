@@ -9,7 +9,7 @@ namespace interp_nn {
 
 template <class P, int BK> struct PairTiles {
     using T = typename P::Element;
-    static constexpr int ROWS = BK < 128 ? 64 : IS_WIDE<P> ? 16 : 32;  // of the first phase
+    static constexpr int ROWS = (BK < 128 ? 64 : 32) / (IS_WIDE<P> ? 2 : 1);  // of the first phase
     using Part = Tile<T, ROWS, BK>;
     using G = Tile<T, BK, BK>;
     using Gradient = Pieces<ROWS, BK>;

@@ -144,29 +144,34 @@ template <bool TRANSPOSED> DEVICE void load_matrices(uint32_t (&r)[4], const voi
     }
 }
 
-// c (16 x 8) += a (16 x 16 in 16 bits, 16 x 8 in tf32) b, each spread over the warp. Both kinds of 16-bit numbers are there, and
-// one of them is skipped: an instruction not executed costs less than a second library of kernels.
-// Below 8.0 nobody calls it, but it must compile.
+// c (16 x 8) += a (16 x 16 in 16 bits, 16 x 8 in tf32) b, each spread over the warp. Below 8.0 nobody calls it, but it
+// must compile.
 #if __CUDA_ARCH__ >= 800
-#define INTERP_NN_OPERANDS                                                                                   \
-    : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                                                         \
-    : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1])
-#define INTERP_NN_REGISTERS "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};\n"
-DEVICE void multiply_16(float (&c)[4], const uint32_t* a, const uint32_t* b, bool brain) {
-    asm volatile("{ .reg .pred p; setp.ne.u32 p, %10, 0;\n"
-                 "@p mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 " INTERP_NN_REGISTERS
-                 "@!p mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 " INTERP_NN_REGISTERS
-                 "}" INTERP_NN_OPERANDS, "r"(static_cast<uint32_t>(brain)));
+#define INTERP_NN_MULTIPLY(SHAPE_AND_TYPES)                                                                  \
+    asm volatile("mma.sync.aligned." SHAPE_AND_TYPES " {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};" \
+                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                                            \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]))
+#else
+#define INTERP_NN_MULTIPLY(SHAPE_AND_TYPES) __trap()
+#endif
+template <bool BRAIN> DEVICE void multiply_16(float (&c)[4], const uint32_t* a, const uint32_t* b) {
+    if constexpr (BRAIN) {
+        INTERP_NN_MULTIPLY("m16n8k16.row.col.f32.bf16.bf16.f32");
+    } else {
+        INTERP_NN_MULTIPLY("m16n8k16.row.col.f32.f16.f16.f32");
+    }
 }
 DEVICE void multiply_tf32(float (&c)[4], const uint32_t* a, const uint32_t* b) {
-    asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 " INTERP_NN_REGISTERS INTERP_NN_OPERANDS);
+    INTERP_NN_MULTIPLY("m16n8k8.row.col.f32.tf32.tf32.f32");
 }
-#undef INTERP_NN_OPERANDS
-#undef INTERP_NN_REGISTERS
-#else
-DEVICE void multiply_16(float (&)[4], const uint32_t*, const uint32_t*, bool) { __trap(); }
-DEVICE void multiply_tf32(float (&)[4], const uint32_t*, const uint32_t*) { __trap(); }
-#endif
+#undef INTERP_NN_MULTIPLY
+
+// e^v to about two units in the last place; zero where that is no normal number.
+DEVICE float exponential(float v) {
+    float power;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(v * 1.4426950408889634f));
+    return power;
+}
 
 DEVICE void block_barrier() { __syncthreads(); }
 DEVICE void warp_barrier() { __syncwarp(); }
@@ -269,14 +274,16 @@ template <bool TRANSPOSED> void load_matrices(uint32_t (&r)[4], const void* row)
     emulator::load_matrices(r, row, TRANSPOSED);
 }
 
-inline void multiply_16(float (&c)[4], const uint32_t* a, const uint32_t* b, bool brain) {
-    emulator::multiply<16>("multiply_16", c, a, b, [brain](uint32_t word, int place) {
-        return widen({static_cast<uint16_t>(word >> 16 * place)}, brain);
+template <bool BRAIN> void multiply_16(float (&c)[4], const uint32_t* a, const uint32_t* b) {
+    emulator::multiply<16>("multiply_16", c, a, b, [](uint32_t word, int place) {
+        return widen({static_cast<uint16_t>(word >> 16 * place)}, BRAIN);
     });
 }
 inline void multiply_tf32(float (&c)[4], const uint32_t* a, const uint32_t* b) {
     emulator::multiply<8>("multiply_tf32", c, a, b, [](uint32_t word, int) { return as_float(word & 0xFFFFE000); });
 }
+
+inline float exponential(float v) { return std::exp2(v * 1.4426950408889634f); }
 
 inline void block_barrier() { emulator::block_barrier(); }
 inline void warp_barrier() { emulator::warp_barrier(); }

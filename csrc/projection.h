@@ -29,7 +29,6 @@ template <class Tiles, class P, int TILES, class T>
 DEVICE void project(const P& products, float (&p)[TILES][4], float (&g)[TILES][4], bool gram, const Matrix<T>& x,
                     const Matrix<T>& b, int64_t row, unsigned char* memory, int stages) {
     const int d = x.columns, steps = (d + Tiles::BD - 1) / Tiles::BD;
-    const bool has_rows = left(x.rows, row) > 16 * warp();
     const bool has_gram = gram && 16 * warp() < 8 * TILES;
     const auto tile_x = [&](int stage) { return typename Tiles::X{memory + stage * Tiles::STAGE}; };
     const auto tile_b = [&](int stage) { return typename Tiles::B{memory + stage * Tiles::STAGE + Tiles::X::BYTES}; };
@@ -40,18 +39,28 @@ DEVICE void project(const P& products, float (&p)[TILES][4], float (&g)[TILES][4
     clear(p);
     clear(g);
     pipeline(steps, stages, load, [&](int, int stage) {
-        UNROLL_BY(P::AHEAD) for (int depth = 0; depth < Tiles::BD; depth += P::DEPTH) {
-            typename P::A of_x, of_b;
-            products.template load_a<false>(of_x, tile_x(stage), 16 * warp(), depth);
-            if (has_gram) products.template load_a<false>(of_b, tile_b(stage), 16 * warp(), depth);
-            UNROLL for (int i = 0; i < TILES; i += 2) {
-                typename P::B right;
-                products.template load_b<true>(right, tile_b(stage), depth, 8 * i);
-                if (has_rows) products.multiply(p[i], p[i + 1], of_x, right);
-                if (has_gram) products.multiply(g[i], g[i + 1], of_b, right);
-                if constexpr (IS_WIDE<P>) in_order();
+        products.with([&](const auto& fragments) {
+            const auto loop = [&](auto with_gram) {
+                using Fragments = std::decay_t<decltype(fragments)>;
+                UNROLL_BY(Fragments::AHEAD) for (int depth = 0; depth < Tiles::BD; depth += Fragments::DEPTH) {
+                    typename Fragments::A of_x, of_b;
+                    fragments.template load_a<false>(of_x, tile_x(stage), 16 * warp(), depth);
+                    if constexpr (decltype(with_gram)::value) fragments.template load_a<false>(of_b, tile_b(stage), 16 * warp(), depth);
+                    UNROLL for (int i = 0; i < TILES; i += 2) {
+                        typename Fragments::B right;
+                        fragments.template load_b<true>(right, tile_b(stage), depth, 8 * i);
+                        fragments.multiply(p[i], p[i + 1], of_x, right);
+                        if constexpr (decltype(with_gram)::value) fragments.multiply(g[i], g[i + 1], of_b, right);
+                        if constexpr (IS_WIDE<P>) in_order();
+                    }
+                }
+            };
+            if (has_gram) {
+                loop(std::true_type{});
+            } else {
+                loop(std::false_type{});
             }
-        }
+        });
     });
 }
 

@@ -119,6 +119,45 @@ template <class P, int BK> constexpr size_t gradient_strips_shared(int stages) {
     return StripShape<P, BK>::B::BYTES + StripShape<P, BK>::shared(stages);
 }
 
+// sums[i] += lefts[i]ᵀ right over the rows of this program's row tiles, OWNED rows each; also(i, tile) sees each tile of
+// lefts[i]. A left matrix is a part of LEFT columns, the right one of RIGHT.
+template <class P, int LEFT, int RIGHT> struct CorrelationTiles {
+    using T = typename P::Element;
+    static constexpr int ROWS = LEFT + RIGHT < 256 ? 64 : IS_WIDE<P> ? 16 : 32;
+    using Left = Tile<T, ROWS, LEFT>;
+    using Right = Tile<T, ROWS, RIGHT>;
+    using Piece = Pieces<LEFT, RIGHT>;
+    static constexpr size_t shared(int lefts, int stages) {
+        return static_cast<size_t>(stages) * (lefts * Left::BYTES + Right::BYTES);
+    }
+};
+template <class Tiles, int OWNED, int LEFTS, class P, class T, class Also>
+DEVICE void correlate_rows(const P& products, float (&sums)[LEFTS][Tiles::Piece::TILES][4], const Matrix<T> (&lefts)[LEFTS],
+                           const Matrix<T>& right, unsigned char* memory, int stages, Also also) {
+    using Piece = typename Tiles::Piece;
+    constexpr int STAGE = LEFTS * Tiles::Left::BYTES + Tiles::Right::BYTES, PARTS = OWNED / Tiles::ROWS;
+    const int64_t n = right.rows, tiles = (n + OWNED - 1) / OWNED;
+    const int steps = static_cast<int>((tiles - program() + programs() - 1) / programs()) * PARTS;
+    const auto tile_left = [&](int i, int stage) {
+        return typename Tiles::Left{memory + stage * STAGE + Tiles::Right::BYTES + i * Tiles::Left::BYTES};
+    };
+    const auto load = [&](int step, int stage) {
+        const int64_t row = (program() + static_cast<int64_t>(step / PARTS) * programs()) * OWNED + step % PARTS * Tiles::ROWS;
+        load_tile(typename Tiles::Right{memory + stage * STAGE}, right, row, 0);
+        UNROLL for (int i = 0; i < LEFTS; ++i) load_tile(tile_left(i, stage), lefts[i], row, 0);
+    };
+    UNROLL for (int i = 0; i < LEFTS; ++i) clear(sums[i]);
+    pipeline(steps, stages, load, [&](int, int stage) {
+        UNROLL for (int i = 0; i < LEFTS; ++i) {
+            if (Piece::mine()) {
+                multiply_tiles<true, false>(products, sums[i], tile_left(i, stage), Piece::row(),
+                                            typename Tiles::Right{memory + stage * STAGE}, Piece::column(), 0, Tiles::ROWS);
+            }
+            also(i, tile_left(i, stage));
+        }
+    });
+}
+
 // Into how many parts the rows of a strip are split: enough to occupy the chip, each with some rows to do.
 inline int splits_for(const Chip& chip, int64_t n, int d, int depth) {
     const int64_t room = chip.multiprocessors / divide_up(d, depth), rows = divide_up(n, 256);

@@ -1,4 +1,4 @@
-"""`python -m interp_nn`: versions, devices, and every engine with the reason where it is off.
+"""`python -m interp_nn`: versions, devices, the CUDA library, and every engine with the reason where it is off.
 
 `python -m interp_nn tune` measures, on a GPU, a table of kernel configurations (see `interp_nn.tuning`).
 """
@@ -10,7 +10,7 @@ import sys
 
 import torch
 
-from interp_nn import __version__, dispatch, engines
+from interp_nn import __version__, dispatch, engines, fatbin, native
 
 
 def main() -> None:
@@ -22,7 +22,17 @@ def main() -> None:
     print(f"devices   cpu{''.join(f', cuda:{i} {name}' for i, name in enumerate(devices))}")
     for name, state in engines.availability().items():
         print(f"engine    {name}: {state}")
+    print(f"library   {_library()}")
     print(f"requested {dispatch.requested()} (INTERP_NN_ENGINE or interp_nn.use_engine)")
+
+
+def _library() -> str:
+    reason = native.load()
+    if reason is not None:
+        return f"none: {reason}"
+    built, served, _ = native.versions()
+    driver = f"the driver serves CUDA {native.dotted(served)}" if served else "no CUDA driver"
+    return f"{native.path()}, CUDA {native.dotted(built)}, for {fatbin.archs(native.path().read_bytes())}; {driver}"
 
 
 if __name__ == "__main__":

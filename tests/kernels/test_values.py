@@ -8,6 +8,7 @@ import torch
 from harness import Launches, forced, inputs, targets
 from support import check_law, naive, naive_pair
 
+from benchmarks.law import SPLIT_ULPS
 from interp_nn import associations
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -26,8 +27,6 @@ SHAPES = [
 ]
 WIDE = [(1, 7, 129), (17, 64, 200), (150, 100, 131), (129, 1, 160)]  # beyond 128 columns, n below and above d
 WEIGHTS = (0.7, 1.3, 0.9)
-# An fp32 product of two tf32 parts each drops what both low parts give, 2^-22 of it, where PyTorch's may happen to be exact.
-SPLIT_ULPS = 8
 TF32_ULPS = 2**13  # one of tf32
 
 

@@ -4,6 +4,7 @@ import os
 from typing import NamedTuple
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 GUARD = 0 if os.environ.get("INTERP_NN_MIRROR_NO_GUARDS") == "1" else 256  # AddressSanitizer has its own
 DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "TF32": torch.float32, "F32": torch.float32}
@@ -49,6 +50,17 @@ def name(case):
 def round_tf32(t):
     """fp32 to ten bits, the nearest, ties away from zero."""
     return ((t.view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
+
+
+class TF32Products(TorchDispatchMode):
+    """Every matrix product of fp32 operands rounds them to tf32 first, as on a GPU where PyTorch is allowed to."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        first = {torch.ops.aten.mm.default: 0, torch.ops.aten.addmm.default: 1}.get(function)
+        if first is not None and args[first].dtype == torch.float32:
+            operands = [round_tf32(t.contiguous()) for t in args[first : first + 2]]
+            args = (*args[:first], *operands, *args[first + 2 :])
+        return function(*args, **(kwargs or {}))
 
 
 class Guarded:

@@ -7,6 +7,7 @@
 
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include "emulator.h"
 #include "launch.h"
@@ -93,5 +94,44 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         a.db_transposed = db_transposed;
         set(a, sizes);
         with_workspace(a, summary_backward_workspace(a, chip), [&](void*) { return summary_backward(a, chip, of_seed(seed)); });
+    });
+    py::enum_<Reduction>(m, "Reduction")
+        .value("none", Reduction::NONE)
+        .value("mean", Reduction::MEAN)
+        .value("sum", Reduction::SUM);
+    py::class_<LossTerms>(m, "LossTerms").def(py::init([](py::object target, py::object upstream, py::object value,
+                                                          int64_t ignore_index, float w1, float w2, float w3, Reduction reduction) {
+        return LossTerms{at<const int64_t>(target), at<const float>(upstream), at<float>(value), ignore_index, w1, w2, w3, reduction};
+    }));
+    m.def("pair_loss", [](py::object x, py::object b, const LossTerms& terms, py::object dx, py::object db, bool db_transposed,
+                          const Sizes& sizes, const Chip& chip, unsigned seed) {
+        PairLoss a{};
+        a.x = at(x), a.b = at(b), a.terms = terms, a.dx = at(dx), a.db = at(db), a.db_transposed = db_transposed;
+        set(a, sizes);
+        with_workspace(a, pair_loss_workspace(a, chip), [&](void* rows) {
+            a.rows = rows;
+            return pair_loss(a, chip, of_seed(seed));
+        });
+    });
+    m.def("head_loss", [](py::object x, py::object b, py::object weight, py::object bias, const LossTerms& terms, py::object dx,
+                          py::object db, py::object da, py::object dc, int classes, bool db_transposed, const Sizes& sizes,
+                          const Chip& chip, unsigned seed) {
+        HeadLoss a{};
+        a.x = at(x), a.b = at(b), a.a = at(weight), a.c = at(bias), a.terms = terms, a.m = classes;
+        a.dx = at(dx), a.db = at(db), a.da = at(da), a.dc = at(dc), a.db_transposed = db_transposed;
+        set(a, sizes);
+        with_workspace(a, head_loss_workspace(a, chip), [&](void* rows) {
+            a.rows = rows;
+            return head_loss(a, chip, of_seed(seed));
+        });
+    });
+    m.def("scale", [](py::object upstream, const std::vector<py::object>& gradients, Kind kind, const Chip& chip) {
+        Scale a{};
+        a.upstream = at<const float>(upstream), a.kind = kind;
+        for (size_t i = 0; i < gradients.size(); ++i) {
+            a.gradients[i] = at(gradients[i]);
+            a.sizes[i] = py::array(gradients[i]).size();
+        }
+        raise(scale(a, chip, of_seed(1)));
     });
 }

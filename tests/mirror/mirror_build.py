@@ -18,9 +18,7 @@ def load():
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # ninja lives there
     return cpp_extension.load(
         name="interp_nn_mirror",
-        sources=[
-            str(HERE / file) for file in ("mirror.cpp", "forward.cpp", "pair_backward.cpp", "summary_backward.cpp")
-        ],
+        sources=[str(path) for path in sorted(HERE.glob("*.cpp")) if path.name != "single.cpp"],
         extra_include_paths=[str(CSRC)],
         extra_cflags=["-std=c++17", "-Wall", "-Wextra", "-Werror", "-O2"],
         is_python_module=True,

@@ -27,20 +27,20 @@ extern "C" {
 long conflicts() { return emulator::counts.conflicts; }
 
 const char* forward(void* x, void* b, void* p, void* y, void* g, int64_t n, int d, int k, unsigned seed) {
-    const Forward a{x, b, nullptr, p, y, g, n, d, k, false, Kind::BF16};
-    return guarded([&] { return ForwardInstance<Kind::BF16, 64, false>::call(a, CHIP, of_seed(seed)); });
+    const Forward a{x, b, nullptr, p, y, g, n, k, 1, d, k, Kind::BF16};
+    return guarded([&] { return ForwardInstance<Products16, 64>::call(a, CHIP, of_seed(seed)); });
 }
 
 int64_t work_floats(int64_t n, int d, int k) {
     PairBackward a{};
     a.n = n, a.d = d, a.k = k, a.dy = &a, a.db = &a;
-    return PairBackwardInstance<Kind::BF16, 64, false>::call(a, CHIP).floats;
+    return PairBackwardInstance<Products16, 64>::call(a, CHIP).floats;
 }
 
 const char* pair_backward(void* x, void* b, void* p, void* g, void* dp, void* dy, void* dx, void* db, void* rows, float* work,
                           int64_t n, int d, int k, unsigned seed) {
     uint32_t counter = 0;
-    const PairBackward a{x, b, p, g, dp, dy, dx, db, rows, work, &counter, n, d, k, false, Kind::BF16};
-    return guarded([&] { return PairBackwardInstance<Kind::BF16, 64, false>::call(a, CHIP, of_seed(seed)); });
+    const PairBackward a{x, b, p, g, dp, dy, dx, db, rows, work, &counter, n, k, 1, d, k, false, Kind::BF16};
+    return guarded([&] { return PairBackwardInstance<Products16, 64>::call(a, CHIP, of_seed(seed)); });
 }
 }

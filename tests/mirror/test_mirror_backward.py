@@ -2,7 +2,7 @@ import pytest
 import torch
 from cases import COVER, Case, Problem, array, name
 from support import assert_close_law
-from test_mirror_forward import CHIP, PRECISION, ULPS
+from test_mirror_forward import CHIP, OLD_CHIP, PRECISION, ULPS
 
 SOME = [case for case in COVER if case.k in (20, 65, 128)]
 
@@ -38,6 +38,13 @@ def test_pair_law(mirror, case):
     assert mirror.counts()[1] == 0
 
 
+@pytest.mark.parametrize("case", [c for c in COVER if c.kind == "F32" and c.k in (20, 64)], ids=name)
+def test_law_on_gpus_without_matrix_units(mirror, case):
+    problem = Problem(case)
+    check_pair(problem, *run_pair(mirror, problem, OLD_CHIP))
+    check_summary(problem, *run_summary(mirror, problem, OLD_CHIP))
+
+
 @pytest.mark.parametrize("terms", [{"with_p": False}, {"with_y": False}], ids=["dy", "dp"])
 @pytest.mark.parametrize("case", SOME, ids=name)
 def test_pair_of_one_gradient(mirror, case, terms):
@@ -58,7 +65,7 @@ def test_pair_in_parts(mirror, kind):
 @pytest.mark.parametrize("chip", [CHIP, (8, 99 * 1024, 86), (4, 227 * 1024, 90)], ids=["80", "86", "90"])
 @pytest.mark.parametrize("kind", ["BF16", "F32"])
 def test_pair_same_bits_in_every_schedule(mirror, kind, chip):
-    problem = Problem(Case(kind, 700, 100, 100))
+    problem = Problem(Case(kind, 700, 100, 100 if kind == "BF16" else 60))
     (dx, db), kept = run_pair(mirror, problem, chip, seed=0)
     check_pair(problem, (dx, db), kept)
     for seed in range(1, 5):
@@ -109,7 +116,7 @@ def test_summary_in_parts(mirror, kind):
 @pytest.mark.parametrize("chip", [CHIP, (8, 99 * 1024, 86), (4, 227 * 1024, 90)], ids=["80", "86", "90"])
 @pytest.mark.parametrize("kind", ["BF16", "F32"])
 def test_summary_same_bits_in_every_schedule(mirror, kind, chip):
-    problem = Problem(Case(kind, 700, 200, 100, True))
+    problem = Problem(Case(kind, 700, 200, 100 if kind == "BF16" else 60, True))
     first, g = run_summary(mirror, problem, chip, seed=0)
     check_summary(problem, first, g)
     for seed in range(1, 5):

@@ -1,0 +1,21 @@
+// The kernels of the head's loss, and where calls meet them.
+#include "head_loss.h"
+
+namespace interp_nn {
+
+static const char* wrong_with(const HeadLoss& arguments, const Chip& chip) {
+    if (arguments.m < 1 || arguments.m > MOST_COLUMNS) return "classes must be 1 to 128";
+    return problem(arguments, chip);
+}
+
+Workspace head_loss_workspace(const HeadLoss& arguments, const Chip& chip) {
+    if (wrong_with(arguments, chip) != nullptr) return {};
+    return dispatch<HeadLossOfColumns, 128>(arguments, chip);
+}
+
+const char* head_loss(const HeadLoss& arguments, const Chip& chip, Stream stream) {
+    if (const char* wrong = wrong_with(arguments, chip)) return wrong;
+    return dispatch<HeadLossOfColumns, 128>(arguments, chip, stream);
+}
+
+}  // namespace interp_nn

@@ -1,0 +1,301 @@
+// The three-term loss behind an output layer, O1 = P Aᵀ + c and O2 = Y Aᵀ + c, with its gradients. The head is linear, so Y,
+// dY and Pᵀ dY are never formed. With H = A G, logit gradients E1 and E2, and Ui = Eiᵀ P of (m, k):
+//
+//     O2 = P Hᵀ + c,   D = E1 A + E2 H,   T = U2ᵀ A,   dX = D bᵀ,   db = Xᵀ D + b (T + Tᵀ),   dA = U1 + U2 G.
+//
+// Phases: rows, with D, parts of U, of dc and of the loss; strips, U, dc and the loss; db and dA.
+#pragma once
+
+#include "cross_entropy.h"
+
+namespace interp_nn {
+
+template <class P, int BK, int BM> constexpr int head_depth() { return IS_WIDE<P> ? 16 : BK + BM == 256 ? 32 : 64; }
+
+template <class P, int BK, int BM> struct HeadTiles : ProjectionTiles<P, BK, head_depth<P, BK, BM>()> {
+    using Base = ProjectionTiles<P, BK, head_depth<P, BK, BM>()>;
+    using T = typename P::Element;
+    using A = Tile<T, BM, BK>;
+    using Product = Pieces<BM, BK>;  // H
+    using Correlation = CorrelationTiles<P, BM, BK>;
+    using Chunk = Tile<float, 16, BK>;  // of classes
+    static constexpr int GROUPS = THREADS / BM;  // of threads, each adding up its rows of every column
+    // Between two row tiles a warp has a place of its own in the stages', for sixteen rows of P and then of gradients.
+    static constexpr int OWN = 16 * (BK > BM ? BK : BM) * sizeof(T);
+    using OwnP = Tile<T, 16, BK>;
+    using OwnE = Tile<T, 16, BM>;
+    static constexpr int FIXED = 2 * A::BYTES + BM * sizeof(float);  // A, H, c
+
+    static constexpr size_t shared(int stages) {
+        size_t most = static_cast<size_t>(stages) * Base::STAGE;
+        if (most < WARPS * OWN) most = WARPS * OWN;
+        if (most < Base::G::BYTES) most = Base::G::BYTES;
+        most += FIXED;
+        if (most < Correlation::shared(2, stages)) most = Correlation::shared(2, stages);
+        if (most < gradient_strips_shared<P, BK>(stages)) most = gradient_strips_shared<P, BK>(stages);
+        const size_t last = StripTiles<BK>::SHARED + Chunk::BYTES;
+        return most < last ? last : most;
+    }
+};
+
+// Where things lie in the workspaces: (splits, d, BK) parts of Xᵀ D, (programs, 2, BM, BK) parts of U, U, G, (programs,
+// GROUPS, BM) parts of dc, parts of loss and count; and in rows of whole 16-byte words, of X's type, D, P, E1 and E2.
+template <class T, int BK, int BM> struct HeadWork {
+    float *s, *u_parts, *u, *g, *columns, *losses, *counts;
+    T *d, *p, *e[2];
+    int width, classes;
+
+    DEVICE HeadWork(const HeadLoss& arguments, int splits) : width(width_of(arguments.k)), classes(width_of(arguments.m)) {
+        s = arguments.work;
+        u_parts = s + int64_t{splits} * arguments.d * BK;
+        u = u_parts + int64_t{programs()} * 2 * BM * BK;
+        g = u + 2 * BM * BK;
+        columns = g + BK * BK;
+        losses = columns + programs() * THREADS;
+        counts = losses + programs();
+        d = static_cast<T*>(arguments.rows);
+        p = d + arguments.n * width;
+        e[0] = p + arguments.n * width;
+        e[1] = e[0] + arguments.n * classes;
+    }
+};
+
+// What of the gradients is asked for.
+struct HeadNeeds {
+    bool through, parameters;  // D; U and dc
+
+    DEVICE explicit HeadNeeds(const HeadLoss& arguments)
+        : through(arguments.dx != nullptr || arguments.db != nullptr),
+          parameters(arguments.db != nullptr || arguments.da != nullptr || arguments.dc != nullptr) {}
+};
+
+// H's tile from A's and the sums of G; before, G's own place is in `memory`, and afterwards free again.
+template <class Tiles, class P, int TILES>
+DEVICE void share_products(const P& products, const typename Tiles::A& a, const typename Tiles::A& h, float (&g)[TILES][4],
+                           unsigned char* memory) {
+    using Product = typename Tiles::Product;
+    const typename Tiles::G gram{memory};
+    share_gram(products.mode, gram, g);
+    if (Product::mine()) {
+        float sums[Product::TILES][4];
+        clear(sums);
+        multiply_tiles<false, true>(products, sums, a, Product::row(), gram, Product::column(), 0, 8 * TILES);
+        put_sums(products.mode, h, Product::row(), Product::column(), sums);
+    }
+    block_barrier();  // H is whole
+}
+
+// The first phase's walk over rows.
+template <int BK, int BM, class P, class T>
+DEVICE void head_rows(const P& products, const HeadLoss& arguments, const HeadNeeds& needs, const Matrix<T>& x, const Matrix<T>& b,
+                      const HeadWork<T, BK, BM>& work, int stages) {
+    using Tiles = HeadTiles<P, BK, BM>;
+    const Mode& mode = products.mode;
+    const int64_t n = arguments.n;
+    const int width = work.width, classes = work.classes;
+    const typename Tiles::A a{shared_memory()}, h{shared_memory() + Tiles::A::BYTES};
+    auto* const c = reinterpret_cast<float*>(shared_memory() + 2 * Tiles::A::BYTES);
+    unsigned char* const memory = shared_memory() + Tiles::FIXED;
+    const typename Tiles::OwnP own_p{memory + warp() * Tiles::OWN};
+    const typename Tiles::OwnE own_e{memory + warp() * Tiles::OWN};
+    const int64_t first_row = static_cast<int64_t>(program()) * Tiles::BN, step = static_cast<int64_t>(programs()) * Tiles::BN;
+    load_tile(a, matrix<T>(arguments.a, arguments.m, arguments.k), 0, 0);
+    commit_copies();
+    load_row<T>(mode, c, BM, arguments.c, arguments.m);
+    LossSums sums;
+    NO_UNROLL for (int64_t row = first_row; row < n || row == first_row; row += step) {
+        const int64_t own_row = row + 16 * warp();
+        const int rows = left(n, own_row);
+        {
+            float p[BK / 8][4], g[BK / 8][4];
+            project<Tiles>(products, p, g, row == first_row, x, b, row, memory, stages);
+            if (row == first_row) {
+                if (program() == 0 && 16 * warp() < BK) store_sums(work.g + 16 * warp() * BK, BK, 16, g);
+                share_products<Tiles>(products, a, h, g, memory);
+            }
+            put_sums(mode, own_p, 0, 0, p);
+        }
+        warp_barrier();
+        if (needs.parameters) store_rows(work.p + own_row * width, width, rows, width, own_p, 0);
+        float o1[BM / 8][4], o2[BM / 8][4];
+        clear(o1);
+        clear(o2);
+        add_row(o1, c);
+        add_row(o2, c);
+        multiply_tiles<false, true>(products, o1, own_p, 0, a, 0, 0, BK);
+        multiply_tiles<false, true>(products, o2, own_p, 0, h, 0, 0, BK);
+        warp_barrier();
+        loss_terms(arguments.terms, o1, o2, own_row, n, arguments.m, sums);
+        float d[BK / 8][4];
+        clear(d);
+        if (needs.through || needs.parameters) {
+            put_sums(mode, own_e, 0, 0, o1);
+            warp_barrier();
+            if (needs.parameters) store_rows(work.e[0] + own_row * classes, classes, rows, classes, own_e, 0);
+            if (needs.through) multiply_tiles<false, false>(products, d, own_e, 0, a, 0, 0, BM);
+            warp_barrier();
+            put_sums(mode, own_e, 0, 0, o2);
+            warp_barrier();
+            if (needs.parameters) store_rows(work.e[1] + own_row * classes, classes, rows, classes, own_e, 0);
+            if (needs.through) multiply_tiles<false, false>(products, d, own_e, 0, h, 0, 0, BM);
+            warp_barrier();
+        }
+        if (needs.through) {
+            put_sums(mode, own_p, 0, 0, d);
+            store_rows(work.d + own_row * width, width, rows, width, own_p, 0);
+        }
+        block_barrier();  // the stages are free again
+    }
+    store_loss_sums(sums, work.losses, work.counts, shared_memory());
+}
+
+// Its second walk, with parts of U and of dc.
+template <int BK, int BM, class P, class T>
+DEVICE void head_correlations(const P& products, int64_t n, const HeadWork<T, BK, BM>& work, int stages) {
+    using Tiles = HeadTiles<P, BK, BM>;
+    using Correlation = typename Tiles::Correlation;
+    using Piece = typename Correlation::Piece;
+    float u[2][Piece::TILES][4];
+    float column_sum = 0.f;
+    const Matrix<T> lefts[2] = {matrix<T>(work.e[0], n, work.classes), matrix<T>(work.e[1], n, work.classes)};
+    const int group = thread() / BM, column = thread() % BM;
+    correlate_rows<Correlation, Tiles::BN>(products, u, lefts, matrix<T>(work.p, n, work.width), shared_memory(), stages,
+                                           [&](int, const auto& tile) {
+                                               column_sum += add_rows<Tiles::GROUPS>(products.mode, tile, group, column);
+                                           });
+    work.columns[program() * THREADS + thread()] = column_sum;
+    if (!Piece::mine()) return;
+    UNROLL for (int i = 0; i < 2; ++i) {
+        float* const part = work.u_parts + (program() * int64_t{2} + i) * BM * BK;
+        store_sums(part + Piece::row() * BK + Piece::column(), BK, 16, u[i]);
+    }
+}
+
+// tiles.square = T + Tᵀ with T = U2ᵀ A, sixteen classes at a time.
+template <int BK, int BM, class P>
+DEVICE void fill_head_square(const P& products, const StripTiles<BK>& tiles, const HeadLoss& arguments, const float* u2) {
+    using Piece = Pieces<BK, BK>;
+    const typename HeadTiles<P, BK, BM>::Chunk chunk{shared_memory() + StripTiles<BK>::SHARED};
+    const auto* const a = static_cast<const typename P::Element*>(arguments.a);
+    const int k = arguments.k, m = arguments.m;
+    float t[Piece::TILES][4];
+    clear(t);
+    NO_UNROLL for (int from = 0; from < m; from += 16) {
+        block_barrier();
+        fill(tiles.strip, [&](int row, int column) { return u2[(from + row) * BK + column]; });
+        fill(chunk, [&](int row, int column) {
+            return from + row < m && column < k ? widen(a[(from + row) * k + column], products.mode.brain) : 0.f;
+        });
+        block_barrier();
+        if (Piece::mine()) {
+            multiply_tiles<true, false>(products.for_sums(), t, tiles.strip, Piece::row(), chunk, Piece::column(), 0, 16);
+        }
+    }
+    if (Piece::mine()) put_sums(products.mode, tiles.square, Piece::row(), Piece::column(), t);
+    block_barrier();
+    NO_UNROLL for (int i = thread(); i < BK * BK; i += THREADS) {
+        const int row = i / BK, column = i % BK;
+        if (row > column) continue;
+        const float both = *tiles.square.at(row, column) + *tiles.square.at(column, row);
+        *tiles.square.at(row, column) = both;
+        *tiles.square.at(column, row) = both;
+    }
+    block_barrier();
+}
+
+// dA = scale (U1 + U2 G), sixteen classes a program, from the programs that have the least else to do.
+template <int BK, int BM, class T>
+DEVICE void store_output_weight(const Mode& mode, const StripTiles<BK>& tiles, const HeadLoss& arguments,
+                                const HeadWork<T, BK, BM>& work, float scale) {
+    const int k = arguments.k, m = arguments.m, first = 16 * (programs() - 1 - program());
+    if (first >= m) return;
+    block_barrier();
+    fill(tiles.square, [&](int row, int column) { return work.g[row * BK + column]; });
+    NO_UNROLL for (int from = first; from < m; from += 16 * programs()) {
+        const float *const u1 = work.u + from * BK, *const u2 = u1 + BM * BK;
+        multiply_strip(tiles, [&](int row, int column) { return u2[row * BK + column]; },
+                       [&](int row, int column, float product) {
+                           if (from + row >= m || column >= k) return;
+                           static_cast<T*>(arguments.da)[(from + row) * k + column] =
+                               round_to<T>((u1[row * BK + column] + product) * scale, mode.brain);
+                       });
+    }
+}
+
+template <int BK, int BM, class P> DEVICE void head_phases(const P& products, const HeadLoss& arguments, int splits, int stages) {
+    using Tiles = HeadTiles<P, BK, BM>;
+    using T = typename P::Element;
+    const HeadNeeds needs(arguments);
+    const Matrix<T> x = matrix<T>(arguments.x, arguments.n, arguments.d), b = matrix_b<T>(arguments);
+    const HeadWork<T, BK, BM> work(arguments, splits);
+    head_rows<BK, BM>(products, arguments, needs, x, b, work, stages);
+    if (needs.parameters) head_correlations<BK, BM>(products, arguments.n, work, stages);
+    if (!needs.through && !needs.parameters && arguments.terms.reduction == Reduction::NONE) return;
+    grid_barrier(arguments.counter);
+    const float scale = gradient_scale(arguments.terms, work.counts);
+    if (program() == programs() - 1) {
+        store_value(arguments.terms, work.losses, work.counts);
+        if (arguments.dc != nullptr) {
+            store_columns<BM>(products.mode, static_cast<T*>(arguments.dc), arguments.m, work.columns,
+                              programs() * Tiles::GROUPS, scale);
+        }
+    }
+    if (needs.through) {
+        gradient_strips<BK>(products, x, b, matrix<T>(work.d, arguments.n, work.width), static_cast<T*>(arguments.dx),
+                            arguments.db != nullptr ? work.s : nullptr, splits, scale, stages);
+    }
+    if (arguments.db == nullptr && arguments.da == nullptr) return;
+    add_parts(work.u_parts, work.u, programs(), 2 * BM * BK);
+    grid_barrier(arguments.counter);  // before db and dA
+    const StripTiles<BK> tiles(shared_memory());
+    if (arguments.db != nullptr) {
+        fill_head_square<BK, BM>(products, tiles, arguments, work.u + BM * BK);
+        store_parameters(products.mode, static_cast<T*>(arguments.db), arguments.db_transposed, tiles, b, work.s, splits, scale);
+    }
+    if (arguments.da != nullptr) store_output_weight(products.mode, tiles, arguments, work, scale);
+}
+
+template <class P, int BK, int BM> KERNEL head_loss_kernel(HeadLoss arguments, Mode mode, int splits, int stages) {
+    if constexpr (P::HERE) head_phases<BK, BM>(P{mode}, arguments, splits, stages);
+}
+
+template <class P, int BK, int BM> struct HeadLossInstance {
+    using Tiles = HeadTiles<P, BK, BM>;
+    static constexpr int BD = StripShape<P, BK>::BD;
+    struct Plan {
+        int splits, programs;
+    };
+    static Plan plan(const HeadLoss& arguments, const Chip& chip) {
+        const int64_t d = arguments.d;
+        const int splits = splits_for(chip, arguments.n, arguments.d, BD);
+        const bool need_b = arguments.db != nullptr, through = need_b || arguments.dx != nullptr;
+        int64_t jobs = divide_up(arguments.n, Tiles::BN);
+        if (through && jobs < divide_up(d, BD) * splits) jobs = divide_up(d, BD) * splits;
+        if (need_b && jobs < divide_up(d, StripTiles<BK>::BC)) jobs = divide_up(d, StripTiles<BK>::BC);
+        return {splits, programs_for(chip, jobs)};
+    }
+    static Workspace call(const HeadLoss& arguments, const Chip& chip) {
+        const auto [splits, programs] = plan(arguments, chip);
+        const int64_t width = (arguments.k + 7) / 8 * 8, classes = (arguments.m + 7) / 8 * 8;
+        return {int64_t{splits} * arguments.d * BK + (programs + int64_t{1}) * 2 * BM * BK + BK * BK +
+                    int64_t{programs} * (THREADS + 2),
+                arguments.n * 2 * (width + classes)};
+    }
+    static const char* call(const HeadLoss& arguments, const Chip& chip, Stream stream) {
+        const int stages = stages_for(chip, 2, 4, Tiles::shared);
+        if (stages == 0) return TOO_LITTLE_SHARED;
+        const auto [splits, programs] = plan(arguments, chip);
+        return start(head_loss_kernel<P, BK, BM>, programs, Tiles::shared(stages), true, stream, arguments,
+                     mode_of(arguments.kind), splits, stages);
+    }
+};
+
+// The instances of few classes, and of many.
+template <class P, int BK> struct HeadLossOfColumns {
+    template <class... Rest> static auto call(const HeadLoss& arguments, const Chip& chip, Rest... rest) {
+        return arguments.m <= 16 ? HeadLossInstance<P, BK, 16>::call(arguments, chip, rest...)
+                                 : HeadLossInstance<P, BK, 128>::call(arguments, chip, rest...);
+    }
+};
+
+}  // namespace interp_nn

@@ -1,0 +1,16 @@
+// The kernels of the pair's loss, and where calls meet them.
+#include "pair_loss.h"
+
+namespace interp_nn {
+
+Workspace pair_loss_workspace(const PairLoss& arguments, const Chip& chip) {
+    if (problem(arguments, chip) != nullptr) return {};
+    return dispatch<PairLossInstance, 16, 128>(arguments, chip);
+}
+
+const char* pair_loss(const PairLoss& arguments, const Chip& chip, Stream stream) {
+    if (const char* wrong = problem(arguments, chip)) return wrong;
+    return dispatch<PairLossInstance, 16, 128>(arguments, chip, stream);
+}
+
+}  // namespace interp_nn

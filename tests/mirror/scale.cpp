@@ -1,0 +1,2 @@
+// The launchers of scale.cu, compiled for the emulator.
+#include "scale.cu"

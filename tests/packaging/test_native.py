@@ -1,0 +1,60 @@
+import pytest
+import torch
+
+from interp_nn import native
+
+
+@pytest.fixture
+def fresh(tmp_path, monkeypatch):
+    """No library is loaded, and there is none."""
+    monkeypatch.setattr(native, "_attempt", None)
+    monkeypatch.setattr(native, "_LIBRARY", tmp_path / "_C.abi3.so")
+    monkeypatch.delenv("INTERP_NN_JIT", raising=False)
+    return monkeypatch
+
+
+def test_no_library(fresh):
+    assert "built without the CUDA library (where nvcc is: INTERP_NN_BUILD_CUDA=1 pip install" in native.load()
+
+
+def test_a_library_that_cannot_be_loaded_gives_the_linkers_reason_once(fresh):
+    native._LIBRARY.write_bytes(b"no library")
+    reason = native.load()
+    assert "_C.abi3.so" in reason and "Could not load this library" not in reason
+    native._LIBRARY.unlink()
+    assert native.load() == reason
+
+
+def test_compiling_here_needs_a_gpu(fresh):
+    fresh.setenv("INTERP_NN_JIT", "1")
+    fresh.setattr(torch.cuda, "is_available", lambda: False)
+    assert native.load() == "INTERP_NN_JIT=1 needs a PyTorch with CUDA and a CUDA device"
+
+
+@pytest.mark.parametrize(
+    ("built", "served", "reason"),
+    [
+        (12090, 12080, None),
+        (12090, 13000, None),
+        (13000, 0, "there is no CUDA driver"),
+        (
+            13000,
+            12080,
+            "the driver serves CUDA 12.8 and the library needs CUDA 13 "
+            "(driver 580 or newer, or a library built with CUDA 12)",
+        ),
+    ],
+)
+def test_driver(fresh, built, served, reason):
+    fresh.setattr(native, "versions", lambda: (built, served, True))
+    assert native.driver_reason() == reason
+
+
+def test_compile_takes_the_reason_as_a_constant(fresh):
+    torch._dynamo.reset()
+
+    @torch.compile(fullgraph=True, backend="eager")
+    def double(x):
+        return x if native.load() is None else x * 2
+
+    assert double(torch.ones(1)) == 2
