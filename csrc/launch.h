@@ -30,8 +30,14 @@ struct Chip {
     int capability;       // 10 major + minor
 };
 
-// The current device; multiprocessors is 0 where there is none.
-Chip current_chip();
+// Makes a device the current one of this library; multiprocessors is 0 where there is none.
+Chip use_device(int device);
+
+// As 1000 major + 10 minor: the CUDA that the library has linked in, and the newest one that the driver serves, or 0.
+struct Versions {
+    int runtime, driver;
+};
+Versions cuda_versions();
 
 // Memory a kernel hands its numbers from phase to phase in, which the caller allocates; contents before and after do
 // not matter.

@@ -24,8 +24,9 @@ class Chip(NamedTuple):
         return f"sm_{self.capability[0]}{self.capability[1]}"
 
 
-# A100, A10, L4/L40S, H100, B200, RTX 5090; the newest known one stands for what comes after it.
+# T4, A100, A10, L4/L40S, H100, B200, RTX 5090; the newest known one stands for what comes after it.
 KNOWN = (
+    Chip((7, 5), 40, 65536, 0.32e12, 65e12),
     Chip((8, 0), 108, 166912, 2.0e12, 312e12),
     Chip((8, 6), 72, 101376, 0.6e12, 125e12),
     Chip((8, 9), 142, 101376, 0.86e12, 181e12),
@@ -47,7 +48,7 @@ def family(capability: tuple[int, int]) -> tuple[int, int] | None:
 
 
 def known(capability: tuple[int, int]) -> Chip | None:
-    """The known chip of that capability, or the nearest one below it; None below 8.0."""
+    """The known chip of that capability, or the nearest one below it; None below 7.5."""
     older = [chip for chip in KNOWN if chip.capability <= capability]
     return older[-1]._replace(capability=capability) if older else None
 

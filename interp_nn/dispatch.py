@@ -1,7 +1,8 @@
 """Problem -> Plan: which engine computes, and which product is formed first. Pure arithmetic on shapes and a chip's figures.
 
 `reference` takes the association with the least cost (see `interp_nn.associations`). Where a GPU has kernels of one launch,
-"auto" takes them if a tuned table says so, or, without one, if `interp_nn.roofline` predicts that they are no slower.
+"auto" takes them if a tuned table says so, or, without one, if `interp_nn.roofline` predicts that they are no slower. Triton's
+come before those of the compiled library then, as they have the faster matrix products of newer GPUs.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ _logger = logging.getLogger("interp_nn")
 _logged: set[str] = set()
 _requested = os.environ.get("INTERP_NN_ENGINE") or "auto"  # checked at use: an import never fails
 _FORMS = (*KEEPS, "flat", "latent")
+_WITH_KERNELS = ("triton", "cuda")  # of one launch, in the order in which they are asked where nothing was measured
 
 
 @dataclass(frozen=True)
@@ -121,19 +123,20 @@ def engine(problem: Problem) -> tuple[str, str]:
     chip = problem.chip
     if chip is None or problem.device == "cpu":
         return "reference", "the only engine for this device"
-    reason = _refusal("triton", problem)
-    if reason is not None:
-        return "reference", f"not triton: {reason}"
     if problem.classes is None and problem.k > engines.MOST_COLUMNS:
         return "reference", f"cuBLAS is faster than a kernel of one launch for k > {engines.MOST_COLUMNS}"
+    refusals = {name: _refusal(name, problem) for name in _WITH_KERNELS}
+    able = [name for name, reason in refusals.items() if reason is None]
+    if not able:
+        return "reference", "; ".join(f"not {name}: {reason}" for name, reason in refusals.items())
     bucket = Bucket(_kind(problem), problem.dtype.itemsize, padded(problem.k), padded(problem.classes or 1), problem.n)
     measured = configs.measured_engine(chip, bucket)
-    if measured is not None:
+    if measured == "reference" or measured in able:
         return measured, "measured faster on this kind of chip"
-    ours = roofline.one_launch(problem, _kernel_form(problem), chip).seconds
+    ours = roofline.one_launch(problem, _kernel_form(problem, able[0]), chip, able[0]).seconds
     theirs = roofline.reference(problem, _reference_form(problem, False), chip).seconds
     verdict = f"predicted {ours * 1e6:.3g} µs in one launch each, {theirs * 1e6:.3g} µs in PyTorch's operations"
-    return ("triton" if ours <= theirs else "reference"), verdict
+    return (able[0] if ours <= theirs else "reference"), verdict
 
 
 def _log_if_slow(problem: Problem) -> None:
@@ -159,9 +162,11 @@ def _kind(problem: Problem) -> str:
     return "head_loss" if problem.head else "pair_loss"
 
 
-def _kernel_form(problem: Problem) -> str:
-    """The form that the kernels of one launch compute."""
+def _kernel_form(problem: Problem, name: str) -> str:
+    """The form that an engine's kernels of one launch compute."""
     if problem.head and problem.classes is not None:
+        if name == "cuda":
+            return "latent"
         chip, wide = problem.chip, problem.k > 64 and problem.classes > 32
         if wide and chip is not None and chip.shared < engines.SHARED_WIDE:
             return "latent"  # the flat form's last phase does not fit
@@ -184,7 +189,7 @@ def choose(problem: Problem) -> str:
     if torch.compiler.is_exporting():
         return f"{name}:{_for_any_rows(name, problem)}"
     if name != "reference":
-        return f"{name}:{_kernel_form(problem)}"
+        return f"{name}:{_kernel_form(problem, name)}"
     composed = problem.classes is None and not torch.compiler.is_compiling()
     return f"{name}:{_reference_form(problem, composed)}"
 
@@ -193,7 +198,7 @@ def _for_any_rows(name: str, problem: Problem) -> str:
     """The form of a large n. An exported program serves every n, and a choice by n would guard on it."""
     _, d, k, pair = problem[:4]
     if problem.head and problem.classes is not None:
-        return "flat" if 2 * problem.classes < k else "latent"
+        return "flat" if 2 * problem.classes < k and name != "cuda" else "latent"
     if name != "reference" and not pair:
         return "A" if k <= engines.MOST_COLUMNS else "B"
     return "E" if k > d and name == "reference" else "A+" if pair else "B"
@@ -242,8 +247,8 @@ def plan(
         prediction = None if chip is None else roofline.reference(problem, form, chip)
         return _explained(problem, form, why, prediction)
     assert chip is not None
-    prediction = roofline.one_launch(problem, form, chip)
-    tiles = tuple((kernel, _config(problem, kernel)) for kernel in _kernels(problem, form))
+    prediction = roofline.one_launch(problem, form, chip, name)
+    tiles = () if name == "cuda" else tuple((kernel, _config(problem, kernel)) for kernel in _kernels(problem, form))
     return Plan(name, form, int(prediction.flops), why, int(prediction.bytes), prediction.seconds, tiles)
 
 
@@ -252,7 +257,7 @@ def _chip_named(device: torch.device | str) -> tuple[Chip | None, str]:
         digits = device[3:]
         chip = known((int(digits[:-1]), int(digits[-1]))) if digits.isdigit() and len(digits) > 1 else None
         if chip is None:
-            raise ValueError(f"plan: device must be a PyTorch device or 'sm_80' and newer, got {device!r}")
+            raise ValueError(f"plan: device must be a PyTorch device or 'sm_75' and newer, got {device!r}")
         return chip, device
     device = torch.device(device)
     return chip_of(device), device.type

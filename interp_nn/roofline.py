@@ -16,9 +16,10 @@ from interp_nn.kernels.configs import padded
 
 _BANDWIDTH = 0.90  # of the datasheet's, reached by anything that streams
 _LIBRARY, _KERNEL, _SPLIT = 0.95, 0.65, 0.3  # of the matrix rate: cuBLAS, a fused kernel, one with fp32 operands
+_WARPS = 0.6  # of what Triton's kernels reach, where products of single warps, which csrc has, are not the fastest: from 9.0 on
 _UNALIGNED = 0.25  # of the bandwidth, where rows of X are no whole vectors: a kernel then loads element by element
 _LAUNCH, _BARRIER = 2e-6, 1.5e-6
-_HOST_CALL, _HOST_LAUNCH = 5e-6, 12e-6  # of the CPU, for an operation of PyTorch's and for a launch of Triton's
+_HOST_CALL, _HOST_LAUNCH = 5e-6, 12e-6  # of the CPU, for an operation of PyTorch's and for a launch of an engine's
 _LOSS_PASSES = 20  # over both logits in fp32, in a loss written with PyTorch's operations
 
 
@@ -74,8 +75,8 @@ def reference(problem: Problem, form: str, chip: Chip) -> Prediction:
     return Prediction(flops, moved, max(busy, calls * _HOST_CALL))
 
 
-def one_launch(problem: Problem, form: str, chip: Chip) -> Prediction:
-    """A form in kernels of one launch each. Every program forms G for itself, and columns are padded."""
+def one_launch(problem: Problem, form: str, chip: Chip, engine: str = "triton") -> Prediction:
+    """A form in an engine's kernels of one launch each. Every program forms G for itself, and columns are padded."""
     n, d, itemsize = problem.n, problem.d, problem.dtype.itemsize
     k = padded(problem.k)
     rows, xs = n * problem.k * itemsize, n * d * itemsize
@@ -97,6 +98,7 @@ def one_launch(problem: Problem, form: str, chip: Chip) -> Prediction:
         flops = 2 * n * d * k * (1 + gradients) + inner + gram
         moved = xs * (1 + gradients) + 2 * rows
     rate = (_SPLIT if itemsize == 4 else _KERNEL) * _matrix_rate(chip, problem.dtype, 6)
+    rate *= _WARPS if engine == "cuda" and chip.capability >= (9, 0) else 1
     bandwidth = _BANDWIDTH * chip.bandwidth * (_UNALIGNED if unaligned(problem) else 1)
     busy = max(moved / bandwidth, flops / rate) + launches * _LAUNCH + barriers * _BARRIER
     return Prediction(flops, moved, max(busy, launches * _HOST_LAUNCH))

@@ -216,7 +216,7 @@ def test_the_command_line_prints_versions_and_engines():
     assert lines["interp_nn"] == interp_nn.__version__
     assert torch.__version__ in lines["torch"]
     assert "engine    reference: available (PyTorch operators, every device)" in result.stdout
-    assert lines["engine"].startswith("triton: ")
+    assert lines["engine"].startswith("cuda: ")
     assert lines["requested"].startswith("auto")
     assert lines["devices"].startswith("cpu")
 

@@ -22,6 +22,7 @@ from benchmarks.gpu.log import Log
 from benchmarks.gpu.runs import captured
 from interp_nn import associations, engines, functional
 from interp_nn.chips import chip_of
+from interp_nn.engines import memory
 from interp_nn.engines.reference import LossOptions
 
 _PLAIN_MS = 1.0  # of one sample at least
@@ -371,8 +372,7 @@ def _graphs(ready: dict[str, Provider], sets: int, stream: torch.cuda.Stream, se
 
 def spare_words(device: torch.device, least: int = 2048) -> None:
     """Words for barriers of the launches that the next graph captures: made in it, they would be zeroed by its replays."""
-    engine: Any = engines.get("triton")
-    free = engine._free.setdefault(device, [])
+    free = memory._free.setdefault(device, [])
     if len(free) < least:
         # In lines of their own, as the engine's: Triton compiles a kernel anew for an address that is aligned otherwise.
         free.extend(torch.zeros(64 * least, dtype=torch.int32, device=device).split(32))
@@ -421,7 +421,7 @@ def empty_launch(device: torch.device, phases: int) -> None:
     options = {"num_warps": 8, "num_stages": 2, "enable_fp_fusion": True, "launch_cooperative_grid": True}
     plan = engine.Launch(phased.phased_forward, chip.multiprocessors, 1, constants | options)
     some = torch.zeros(16, 16, dtype=torch.bfloat16, device=device)
-    engine.launch(plan, device, some, some, None, None, some, some, some, engine.counter(device), 0, 0, 0, 16, 1)
+    engine.launch(plan, device, some, some, None, None, some, some, some, memory.counter(device), 0, 0, 0, 16, 1)
 
 
 def barrier(device: torch.device, log: Log) -> None:

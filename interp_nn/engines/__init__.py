@@ -9,13 +9,15 @@ from types import ModuleType
 
 import torch
 
+from interp_nn import native
 from interp_nn.chips import Chip, chip_of, interpreting
 from interp_nn.engines import reference
 
-ENGINES = ("reference", "triton")
+ENGINES = ("reference", "triton", "cuda")
 OLDEST_TRITON = (3, 6)
 MOST_COLUMNS = 128  # that the kernels hold in one tile
 SHARED_WIDE = 160 << 10  # two 128 x 128 matrices in fp32, and what is multiplied with them
+_SHARED_WIDEST = 200 << 10  # three
 _HEADS_ON_10 = (3, 9)
 _MODULES: dict[str, ModuleType] = {"reference": reference}
 
@@ -33,7 +35,7 @@ _reasons: dict[str, str | None] = {"reference": None}
 def unavailable(name: str) -> str | None:
     """Why an engine cannot compute anything here; None if it can."""
     if name not in _reasons:
-        _reasons[name] = _triton_unavailable()
+        _reasons[name] = _triton_unavailable() if name == "triton" else _cuda_unavailable()
     return _reasons[name]
 
 
@@ -52,12 +54,24 @@ def _triton_unavailable() -> str | None:
         if version < (3, 7) and numpy >= (2, 4):
             return "the interpreter of Triton 3.6 needs numpy < 2.4"
         return None
-    if torch.version.cuda is None or not torch.cuda.is_available():
-        built = "PyTorch is built without CUDA" if torch.version.cuda is None else "no CUDA device"
-        return f"{built} (TRITON_INTERPRET=1 runs the kernels on a CPU, slowly)"
+    reason = _no_device((8, 0))
+    without = torch.version.cuda is None or not torch.cuda.is_available()
+    return f"{reason} (TRITON_INTERPRET=1 runs the kernels on a CPU, slowly)" if without else reason
+
+
+def _cuda_unavailable() -> str | None:
+    return _no_device((7, 5)) or native.load() or native.driver_reason()
+
+
+def _no_device(oldest: tuple[int, int]) -> str | None:
+    """Why there is no CUDA device that is new enough; None if there is one."""
+    if torch.version.cuda is None:
+        return "PyTorch is built without CUDA"
+    if not torch.cuda.is_available():
+        return "no CUDA device"
     chips = [chip_of(torch.device("cuda", i)) for i in range(torch.cuda.device_count())]
-    if not any(chip is not None and chip.capability >= (8, 0) for chip in chips):
-        return "no CUDA device of compute capability 8.0 or newer"
+    if not any(chip is not None and chip.capability >= oldest for chip in chips):
+        return f"no CUDA device of compute capability {'.'.join(map(str, oldest))} or newer"
     return None
 
 
@@ -96,18 +110,42 @@ def refusal(
         return off
     if chip is None:
         return f"it needs a CUDA device, and x is on {device}"
-    if chip.capability < (8, 0):
-        return f"it needs compute capability 8.0, and {device} has {chip.capability[0]}.{chip.capability[1]}"
+    oldest = (8, 0) if name == "triton" else (7, 5)
+    if chip.capability < oldest:
+        wanted, found = (".".join(map(str, capability)) for capability in (oldest, chip.capability))
+        return f"it needs compute capability {wanted}, and {device} has {found}"
     if dtype == torch.float64:
         return "it has no float64 kernels"
-    if dtype == torch.float32 and 64 < k <= MOST_COLUMNS and chip.shared < SHARED_WIDE:
+    if dtype == torch.float32 and 64 < k <= MOST_COLUMNS and not head and chip.shared < SHARED_WIDE:
         return f"fp32 kernels for more than 64 columns need {SHARED_WIDE >> 10} KiB of shared memory in a block"
     if classes is not None and max(k, classes) > MOST_COLUMNS:
         return f"its losses have at most {MOST_COLUMNS} columns and classes, not {k} and {classes}"
+    return _triton_refusal(chip, dtype, n, d, k, head) if name == "triton" else _cuda_refusal(chip, dtype, d, k, classes, head)
+
+
+def _triton_refusal(chip: Chip, dtype: torch.dtype, n: int, d: int, k: int, head: bool) -> str | None:
+    if head and dtype == torch.float32 and k > 64 and chip.shared < SHARED_WIDE:
+        return f"fp32 kernels for more than 64 columns need {SHARED_WIDE >> 10} KiB of shared memory in a block"
     if head and chip.capability[0] == 10 and _triton_version() < _HEADS_ON_10:
         return f"Triton before {'.'.join(map(str, _HEADS_ON_10))} cannot compile the loss of a head for {chip.name}"
     if max(n, d * max(k, MOST_COLUMNS)) >= 2**31:
         return "n or d k is beyond 32-bit offsets"
+    return None
+
+
+def _cuda_refusal(chip: Chip, dtype: torch.dtype, d: int, k: int, classes: int | None, head: bool) -> str | None:
+    if k > MOST_COLUMNS:
+        return f"its kernels have at most {MOST_COLUMNS} columns, not {k}"
+    if d >= 2**30:
+        return "d is beyond 32-bit offsets"
+    few = classes is None or classes <= 16
+    if chip.capability < (8, 0):
+        if dtype != torch.float32 or head or k > 64 or not few:
+            return "below compute capability 8.0 it has only fp32 kernels of at most 64 columns, and losses of 16"
+    elif dtype == torch.float32 and not few:
+        needed = _SHARED_WIDEST if head else SHARED_WIDE
+        if chip.shared < needed:
+            return f"its fp32 losses of more than 16 classes need {needed >> 10} KiB of shared memory in a block"
     return None
 
 
@@ -119,4 +157,6 @@ def availability() -> dict[str, str]:
     if reasons["triton"] is None:
         where = "interpreted on the CPU" if interpreting() else "CUDA devices of compute capability 8.0 or newer"
         out["triton"] += f" ({where})"
+    if reasons["cuda"] is None:
+        out["cuda"] += " (CUDA devices of compute capability 7.5 or newer)"
     return out

@@ -6,9 +6,8 @@ and accumulate in fp32; fp32 operands are rounded to tf32 where PyTorch's own sw
 split in two such parts otherwise ("tf32x3"). What is rounded: P, G and W as operands and as results, D = dP + dY G and the
 logits' gradients as operands, results.
 
-Workspaces come from PyTorch's allocator. Kernels with phases wait for one another on a word that is zero before and after:
-one for each device and stream, and a fresh one for each launch that a CUDA graph captures, since two graphs captured on one
-stream may be replayed on two. They are launched cooperatively: a grid that does not fit fails instead of waiting for ever.
+Workspaces come from PyTorch's allocator. Kernels with phases wait for one another on a word of their own (see
+`memory.counter`). They are launched cooperatively: a grid that does not fit fails instead of waiting for ever.
 """
 
 from __future__ import annotations
@@ -23,6 +22,7 @@ from torch import Tensor
 
 from interp_nn.chips import Chip, chip_of
 from interp_nn.engines import MOST_COLUMNS, reference
+from interp_nn.engines.memory import counter, workspace
 from interp_nn.engines.reference import LossOptions
 from interp_nn.kernels import backward as backward_kernels
 from interp_nn.kernels import configs, cross_entropy, head, phased
@@ -30,7 +30,6 @@ from interp_nn.kernels import forward as forward_kernels
 from interp_nn.kernels.configs import Bucket, Config, padded
 
 _ROWS_A_SPLIT = 256
-_WORDS, _LINE = 1024, 32  # each counter in a 128-byte line of its own, which also gives all the same alignment
 
 
 class Launch(NamedTuple):
@@ -48,37 +47,6 @@ def launch(plan: Launch, device: torch.device, *arguments: Any) -> None:
     other = device.type == "cuda" and device.index != torch.cuda.current_device()
     with torch.cuda.device(device) if other else nullcontext():
         plan.kernel[(plan.programs,)](*arguments, **plan.constants)
-
-
-def workspace(
-    shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, stride: tuple[int, ...] | None = None
-) -> Tensor:
-    """Memory that a kernel writes before it, or anyone, reads it: results and what passes between phases."""
-    if stride is None:
-        return torch.empty(shape, dtype=dtype, device=device)
-    return torch.empty_strided(shape, stride, dtype=dtype, device=device)
-
-
-_words: dict[tuple[torch.device, int], Tensor] = {}
-_free: dict[torch.device, list[Tensor]] = {}
-
-
-def counter(device: torch.device) -> Tensor:
-    """The word that a launch on the current stream counts arrivals on."""
-    if device.type != "cuda":
-        return torch.zeros(1, dtype=torch.int32, device=device)
-    free = _free.setdefault(device, [])
-    if torch.cuda.is_current_stream_capturing():
-        # Without a spare one: a word of the graph's own, which every replay sets to zero first.
-        return free.pop() if free else torch.zeros(_LINE, dtype=torch.int32, device=device)
-    stream = torch.cuda.current_stream(device)
-    if len(free) < _WORDS:
-        free.extend(torch.zeros(_WORDS * _LINE, dtype=torch.int32, device=device).split(_LINE))
-        stream.synchronize()  # other streams may use them next
-    word = _words.get((device, stream.cuda_stream))
-    if word is None:
-        word = _words[device, stream.cuda_stream] = free.pop()
-    return word
 
 
 def _chip(device: torch.device) -> Chip:

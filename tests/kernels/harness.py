@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import interp_nn
 from interp_nn import functional
-from interp_nn.chips import KNOWN, Chip
+from interp_nn.chips import Chip, known
 from interp_nn.engines import triton as engine
 from interp_nn.kernels import configs
 from interp_nn.kernels.configs import Config
@@ -40,7 +40,7 @@ def forced():
 @contextlib.contextmanager
 def chip(monkeypatch, programs, tiny=False, parked=False, rows=None):
     """A chip with so many multiprocessors; with tiny tiles, with losses that park rows, with so many rows in a split."""
-    found = Chip((9, 0), programs, KNOWN[3].shared, 1.0, 1.0)
+    found = Chip((9, 0), programs, known((9, 0)).shared, 1.0, 1.0)
     original = configs.choose
 
     def choose(chip, bucket):

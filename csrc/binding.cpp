@@ -1,0 +1,248 @@
+// The kernels as private operators of PyTorch, through its stable ABI: a library compiled once serves every PyTorch from
+// 2.10 on. Schemas and fake kernels are in interp_nn/engines/cuda.py, which alone calls them and has checked what is
+// checked here only so that no call can read what is not there.
+#include <dlfcn.h>
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <type_traits>
+#include <vector>
+
+#include "launch.h"
+
+namespace {
+
+using interp_nn::Chip;
+using interp_nn::Kind;
+using torch::stable::Tensor;
+using MaybeTensor = std::optional<Tensor>;
+
+// PyTorch's current stream on a device. Only builds with CUDA have the function, and other builds are to load this too.
+using CurrentStream = AOTITorchError (*)(int32_t, void**);
+CurrentStream current_stream() {
+    static const CurrentStream found = [] {
+        void* const library = dlopen("libtorch_cuda.so", RTLD_NOLOAD | RTLD_LAZY);
+        return reinterpret_cast<CurrentStream>(library ? dlsym(library, "aoti_torch_get_current_cuda_stream") : nullptr);
+    }();
+    return found;
+}
+
+// A device made current, here and in PyTorch, with its stream.
+struct Device {
+    explicit Device(const Tensor& x) : guard(x.get_device_index()), chip(interp_nn::use_device(x.get_device_index())) {
+        STD_TORCH_CHECK(current_stream() != nullptr, "this build of PyTorch has no CUDA");
+        TORCH_ERROR_CODE_CHECK(current_stream()(x.get_device_index(), &stream));
+    }
+    torch::stable::accelerator::DeviceGuard guard;
+    Chip chip;
+    void* stream = nullptr;
+};
+
+void check(const char* error) { STD_TORCH_CHECK(error == nullptr, error != nullptr ? error : ""); }
+
+int32_t dtype_of(const Tensor& t) {
+    int32_t dtype = 0;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &dtype));
+    return dtype;
+}
+
+Kind kind_of(const Tensor& t, bool tf32) {
+    const int32_t dtype = dtype_of(t);
+    if (dtype == aoti_torch_dtype_float16()) return Kind::F16;
+    if (dtype == aoti_torch_dtype_bfloat16()) return Kind::BF16;
+    STD_TORCH_CHECK(dtype == aoti_torch_dtype_float32(), "a dtype without kernels");
+    return tf32 ? Kind::TF32 : Kind::F32;
+}
+
+Tensor empty(const Tensor& like, int32_t dtype, const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides) {
+    AtenTensorHandle handle = nullptr;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), dtype,
+                                                    aoti_torch_device_type_cuda(), like.get_device_index(), &handle));
+    return Tensor(handle);
+}
+
+// What an operator returns: memory for what is needed, in order, and null pointers for the rest.
+struct Results {
+    const Tensor& like;
+    int32_t dtype;
+    std::vector<Tensor> tensors;
+
+    void* add(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides) {
+        tensors.push_back(empty(like, dtype, sizes, strides));
+        return tensors.back().data_ptr();
+    }
+    void* matrix(bool needed, int64_t rows, int64_t columns, bool transposed = false) {
+        if (!needed) return nullptr;
+        return transposed ? add({rows, columns}, {1, rows}) : add({rows, columns}, {columns, 1});
+    }
+    void* vector(bool needed, int64_t size) { return needed ? add({size}, {1}) : nullptr; }
+};
+
+// The data of an optional matrix or vector that lies row by row, in the dtype of the operands.
+void* data(const MaybeTensor& t, int64_t elements, int32_t dtype) {
+    if (!t) return nullptr;
+    STD_TORCH_CHECK(t->is_contiguous() && t->numel() == elements && dtype_of(*t) == dtype, "a tensor of another shape or dtype");
+    return t->data_ptr();
+}
+
+// The sizes, operands and kind that all calls have. Without units for tf32, fp32 products are exact.
+template <class Arguments> int32_t set(Arguments& a, const Device& device, const Tensor& x, const Tensor& b, bool tf32) {
+    STD_TORCH_CHECK(x.dim() == 2 && b.dim() == 2 && x.size(1) == b.size(0), "x must be (n, d) and b (d, k)");
+    const int32_t dtype = dtype_of(x);
+    STD_TORCH_CHECK(dtype_of(b) == dtype, "x and b must have one dtype");
+    a.x = data(x, x.numel(), dtype);
+    a.b = b.data_ptr();
+    a.n = x.size(0);
+    a.d = static_cast<int>(x.size(1));
+    a.k = static_cast<int>(b.size(1));
+    a.b_feature = b.stride(0);
+    a.b_column = b.stride(1);
+    a.kind = kind_of(x, tf32 && device.chip.capability >= 80);
+    return dtype;
+}
+
+// What passes from phase to phase, in one piece: first the numbers in fp32, then the rows.
+struct Memory {
+    template <class Arguments> Memory(Arguments& a, const interp_nn::Workspace& sizes, const Tensor& x, const Tensor& counter) {
+        constexpr int64_t LINE = 32;  // floats in 128 bytes
+        const bool wide = a.kind == Kind::TF32 || a.kind == Kind::F32;
+        const int64_t floats = (sizes.floats + LINE - 1) / LINE * LINE;
+        work = empty(x, aoti_torch_dtype_float32(), {floats + (wide ? sizes.rows : (sizes.rows + 1) / 2)}, {1});
+        a.work = static_cast<float*>(work.data_ptr());
+        a.counter = static_cast<uint32_t*>(counter.data_ptr());
+        rows = a.work + floats;
+    }
+    Tensor work;
+    void* rows;
+};
+
+// [Y, G], and P after them where it is asked for.
+std::vector<Tensor> cuda_forward(const Tensor& x, const Tensor& b, const MaybeTensor& bias, bool pair, bool tf32) {
+    const Device device(x);
+    interp_nn::Forward a{};
+    const int32_t dtype = set(a, device, x, b, tf32);
+    Results results{x, dtype, {}};
+    a.bias = data(bias, a.k, dtype);
+    a.y = results.matrix(true, a.n, a.k);
+    a.g = results.matrix(true, a.k, a.k);
+    a.p = results.matrix(pair, a.n, a.k);
+    check(interp_nn::forward(a, device.chip, device.stream));
+    return results.tensors;
+}
+
+std::vector<Tensor> pair_backward(const MaybeTensor& dp, const MaybeTensor& dy, const Tensor& x, const Tensor& b,
+                                  const MaybeTensor& p, const MaybeTensor& g, const Tensor& counter, bool need_x, bool need_b,
+                                  bool transposed, bool tf32) {
+    const Device device(x);
+    interp_nn::PairBackward a{};
+    const int32_t dtype = set(a, device, x, b, tf32);
+    STD_TORCH_CHECK(!dy || (p && g), "dy needs p and g");
+    Results results{x, dtype, {}};
+    a.p = data(p, a.n * a.k, dtype);
+    a.g = data(g, int64_t{a.k} * a.k, dtype);
+    a.dp = data(dp, a.n * a.k, dtype);
+    a.dy = data(dy, a.n * a.k, dtype);
+    a.dx = results.matrix(need_x, a.n, a.d);
+    a.db = results.matrix(need_b, a.d, a.k, transposed);
+    a.db_transposed = transposed;
+    const Memory memory(a, interp_nn::pair_backward_workspace(a, device.chip), x, counter);
+    a.rows = memory.rows;
+    check(interp_nn::pair_backward(a, device.chip, device.stream));
+    return results.tensors;
+}
+
+std::vector<Tensor> summary_backward(const MaybeTensor& dy, const Tensor& x, const Tensor& b, const MaybeTensor& g,
+                                     const Tensor& counter, bool need_x, bool need_b, bool need_bias, bool transposed,
+                                     bool tf32) {
+    const Device device(x);
+    interp_nn::SummaryBackward a{};
+    const int32_t dtype = set(a, device, x, b, tf32);
+    STD_TORCH_CHECK(dy && g, "a summary's backward needs dy and g");
+    Results results{x, dtype, {}};
+    a.g = data(g, int64_t{a.k} * a.k, dtype);
+    a.dy = data(dy, a.n * a.k, dtype);
+    a.dx = results.matrix(need_x, a.n, a.d);
+    a.db = results.matrix(need_b, a.d, a.k, transposed);
+    a.dbias = results.vector(need_bias, a.k);
+    a.db_transposed = transposed;
+    const Memory memory(a, interp_nn::summary_backward_workspace(a, device.chip), x, counter);
+    check(interp_nn::summary_backward(a, device.chip, device.stream));
+    return results.tensors;
+}
+
+// The needed ones of [dX, db, dbias], of a pair or of a summary.
+std::vector<Tensor> cuda_backward(const MaybeTensor& dp, const MaybeTensor& dy, const Tensor& x, const Tensor& b,
+                                  const MaybeTensor& p, const MaybeTensor& g, const Tensor& counter, bool pair, bool need_x,
+                                  bool need_b, bool need_bias, bool transposed, bool tf32) {
+    if (pair) return pair_backward(dp, dy, x, b, p, g, counter, need_x, need_b, transposed, tf32);
+    return summary_backward(dy, x, b, g, counter, need_x, need_b, need_bias, transposed, tf32);
+}
+
+// The loss, and the needed ones of [dX, db, dA, dc]; without `weight` that of a pair.
+std::vector<Tensor> cuda_loss(const Tensor& x, const Tensor& b, const MaybeTensor& weight, const MaybeTensor& bias,
+                              const Tensor& target, const MaybeTensor& upstream, const Tensor& counter, double w1, double w2,
+                              double w3, int64_t ignore_index, int64_t reduction, bool need_x, bool need_b, bool need_weight,
+                              bool need_bias, bool transposed, bool tf32) {
+    const Device device(x);
+    const auto launch = [&](auto a, auto workspace, auto start) {
+        const int32_t dtype = set(a, device, x, b, tf32), fp32 = aoti_torch_dtype_float32();
+        a.terms.reduction = static_cast<interp_nn::Reduction>(reduction);
+        const bool by_row = a.terms.reduction == interp_nn::Reduction::NONE;
+        Results value{x, fp32, {}}, gradients{x, dtype, {}};
+        a.terms.target = static_cast<const int64_t*>(data(target, a.n, aoti_torch_dtype_int64()));
+        a.terms.upstream = static_cast<const float*>(data(upstream, by_row ? a.n : 1, fp32));
+        a.terms.value = static_cast<float*>(by_row ? value.vector(true, a.n) : value.add({}, {}));
+        a.terms.ignore_index = ignore_index;
+        a.terms.w1 = static_cast<float>(w1), a.terms.w2 = static_cast<float>(w2), a.terms.w3 = static_cast<float>(w3);
+        a.dx = gradients.matrix(need_x, a.n, a.d);
+        a.db = gradients.matrix(need_b, a.d, a.k, transposed);
+        a.db_transposed = transposed;
+        if constexpr (std::is_same_v<decltype(a), interp_nn::HeadLoss>) {
+            a.m = static_cast<int>(weight->size(0));
+            a.a = data(weight, int64_t{a.m} * a.k, dtype);
+            a.c = data(bias, a.m, dtype);
+            a.da = gradients.matrix(need_weight, a.m, a.k);
+            a.dc = gradients.vector(need_bias, a.m);
+        }
+        const Memory memory(a, workspace(a, device.chip), x, counter);
+        a.rows = memory.rows;
+        check(start(a, device.chip, device.stream));
+        value.tensors.insert(value.tensors.end(), gradients.tensors.begin(), gradients.tensors.end());
+        return value.tensors;
+    };
+    if (weight) return launch(interp_nn::HeadLoss{}, interp_nn::head_loss_workspace, interp_nn::head_loss);
+    return launch(interp_nn::PairLoss{}, interp_nn::pair_loss_workspace, interp_nn::pair_loss);
+}
+
+// gradients *= upstream, in place.
+void cuda_scale(const Tensor& upstream, const std::vector<Tensor>& gradients) {
+    const Device device(upstream);
+    STD_TORCH_CHECK(!gradients.empty() && gradients.size() <= 4, "one to four gradients");
+    interp_nn::Scale a{};
+    a.upstream = static_cast<const float*>(data(upstream, 1, aoti_torch_dtype_float32()));
+    a.kind = kind_of(gradients[0], false);
+    for (size_t i = 0; i < gradients.size(); ++i) {
+        STD_TORCH_CHECK(dtype_of(gradients[i]) == dtype_of(gradients[0]), "gradients of one dtype");
+        a.gradients[i] = gradients[i].data_ptr();  // whole and without gaps, in whatever order
+        a.sizes[i] = gradients[i].numel();
+    }
+    check(interp_nn::scale(a, device.chip, device.stream));
+}
+
+std::vector<int64_t> cuda_versions() {
+    const interp_nn::Versions versions = interp_nn::cuda_versions();
+    return {versions.runtime, versions.driver, current_stream() != nullptr};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(interp_nn, CUDA, m) {
+    m.impl("cuda_forward", TORCH_BOX(&cuda_forward));
+    m.impl("cuda_backward", TORCH_BOX(&cuda_backward));
+    m.impl("cuda_loss", TORCH_BOX(&cuda_loss));
+    m.impl("cuda_scale", TORCH_BOX(&cuda_scale));
+}
+STABLE_TORCH_LIBRARY_IMPL(interp_nn, CompositeExplicitAutograd, m) { m.impl("cuda_versions", TORCH_BOX(&cuda_versions)); }
