@@ -23,7 +23,7 @@ ON_PATH := PATH="$$($(PY) -c 'import sysconfig; print(sysconfig.get_path("script
 # What runs from here does without the CUDA library, which takes nvcc minutes.
 EDITABLE := INTERP_NN_BUILD_CUDA=0 $(PY) $(PIP) --quiet --no-build-isolation --editable
 
-.PHONY: help demo test test-all kernels interpreted compiled newest-triton gpu lint wheel clean
+.PHONY: help demo test test-all kernels interpreted compiled mirror mirrored mutated newest-triton gpu lint wheel clean
 help:
 	@sed -n 's/^## //p' Makefile
 
@@ -39,12 +39,21 @@ test: $(READY)test
 test-all: test kernels
 	$(PY) -m pytest -m slow $(ARGS)
 
-## make kernels   the Triton kernels without a GPU: run by Triton's interpreter, then compiled for GPUs that are not there
-kernels: interpreted compiled
+## make kernels   the kernels without a GPU: Triton's in its interpreter and compiled for GPUs that are not there; CUDA's, mirrored
+kernels: interpreted compiled mirror
 interpreted: $(READY)test
 	TRITON_INTERPRET=1 $(PY) -m pytest tests/kernels $(ARGS)
 compiled: $(READY)test
 	INTERP_NN_COMPILE_TESTS=1 $(PY) -m pytest tests/compile $(ARGS)
+
+## make mirror    the CUDA C++ kernels under an emulator on the CPU, and mutants of them; needs g++
+mirror: $(READY)test
+	$(MAKE) --jobs 2 mirrored mutated
+mirrored mutated: export INTERP_NN_MIRROR_TESTS := 1
+mirrored: $(READY)test
+	$(ON_PATH) $(PY) -m pytest tests/mirror -k "not mutants and not sanitized" $(ARGS)
+mutated: $(READY)test
+	$(ON_PATH) $(PY) -m pytest tests/mirror -k "mutants or sanitized" $(ARGS)
 
 ## make newest-triton  the same with the newest Triton, which may warn of what the next release will need
 newest-triton: $(READY)test
@@ -91,8 +100,9 @@ clean:
 MODULES_bench := matplotlib PIL sklearn tqdm
 MODULES_build := auditwheel build ninja setuptools
 MODULES_lint := mypy ruff
-MODULES_test := $(MODULES_bench) expecttest hypothesis packaging pytest setuptools triton
-.PHONY: given-bench given-build given-lint given-test
-given-%:
+MODULES_test := $(MODULES_bench) expecttest hypothesis ninja packaging pybind11 pytest setuptools triton
+GIVEN := given-bench given-build given-lint given-test
+.PHONY: $(GIVEN)
+$(GIVEN): given-%:
 	@$(PY) -c "import sys; from importlib.util import find_spec; sys.exit(None in map(find_spec, sys.argv[1:]))" $(MODULES_$*) \
 	  || (set -x; $(EDITABLE) ".[$*]")

@@ -14,22 +14,29 @@ template <class Arguments> const char* problem(const Arguments& arguments, const
     return nullptr;
 }
 
+constexpr const char* TOO_LITTLE_SHARED = "this GPU has too little shared memory for so many columns of this type";
+
 // Call Instance<P, BK>::call(arguments, chip, rest...) for the products of its kind and the first of the padded columns that
-// is enough.
-template <template <class, int> class Instance, class P, int BK, int... MORE, class Arguments, class... Rest>
-auto dispatch_columns(const Arguments& arguments, const Chip& chip, Rest... rest) {
+// is enough; `none` where there is no such instance.
+template <template <class, int> class Instance, class P, int BK, int... MORE, class Result, class Arguments, class... Rest>
+Result dispatch_columns(Result none, const Arguments& arguments, const Chip& chip, Rest... rest) {
+    // GPUs without matrix units have too little shared memory for 128 columns of fp32.
+    if constexpr (BK < 128 || !std::is_same_v<P, ProductsF32>) {
+        if (arguments.k <= BK) return Instance<P, BK>::call(arguments, chip, rest...);
+    }
     if constexpr (sizeof...(MORE) > 0) {
-        if (arguments.k > BK) return dispatch_columns<Instance, P, MORE...>(arguments, chip, rest...);
+        return dispatch_columns<Instance, P, MORE...>(none, arguments, chip, rest...);
+    } else {
+        return none;
     }
-    return Instance<P, BK>::call(arguments, chip, rest...);
 }
-template <template <class, int> class Instance, int... COLUMNS, class Arguments, class... Rest>
-auto dispatch(const Arguments& arguments, const Chip& chip, Rest... rest) {
-    if (chip.capability < 80) return dispatch_columns<Instance, ProductsF32, COLUMNS...>(arguments, chip, rest...);
+template <template <class, int> class Instance, int... COLUMNS, class Result, class Arguments, class... Rest>
+Result dispatch(Result none, const Arguments& arguments, const Chip& chip, Rest... rest) {
+    if (chip.capability < 80) return dispatch_columns<Instance, ProductsF32, COLUMNS...>(none, arguments, chip, rest...);
     if (arguments.kind == Kind::F16 || arguments.kind == Kind::BF16) {
-        return dispatch_columns<Instance, Products16, COLUMNS...>(arguments, chip, rest...);
+        return dispatch_columns<Instance, Products16, COLUMNS...>(none, arguments, chip, rest...);
     }
-    return dispatch_columns<Instance, ProductsTF32, COLUMNS...>(arguments, chip, rest...);
+    return dispatch_columns<Instance, ProductsTF32, COLUMNS...>(none, arguments, chip, rest...);
 }
 
 inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -46,7 +53,5 @@ template <class Shared> int stages_for(const Chip& chip, int least, int most, Sh
     }
     return 0;
 }
-
-constexpr const char* TOO_LITTLE_SHARED = "this GPU has too little shared memory for so many columns of this type";
 
 }  // namespace interp_nn

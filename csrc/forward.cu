@@ -5,7 +5,7 @@ namespace interp_nn {
 
 const char* forward(const Forward& arguments, const Chip& chip, Stream stream) {
     if (const char* wrong = problem(arguments, chip)) return wrong;
-    return dispatch<ForwardInstance, 16, 64, 128>(arguments, chip, stream);
+    return dispatch<ForwardInstance, 16, 64, 128>(TOO_LITTLE_SHARED, arguments, chip, stream);
 }
 
 }  // namespace interp_nn

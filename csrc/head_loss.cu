@@ -10,12 +10,12 @@ static const char* wrong_with(const HeadLoss& arguments, const Chip& chip) {
 
 Workspace head_loss_workspace(const HeadLoss& arguments, const Chip& chip) {
     if (wrong_with(arguments, chip) != nullptr) return {};
-    return dispatch<HeadLossOfColumns, 128>(arguments, chip);
+    return dispatch<HeadLossOfColumns, 128>(Workspace{}, arguments, chip);
 }
 
 const char* head_loss(const HeadLoss& arguments, const Chip& chip, Stream stream) {
     if (const char* wrong = wrong_with(arguments, chip)) return wrong;
-    return dispatch<HeadLossOfColumns, 128>(arguments, chip, stream);
+    return dispatch<HeadLossOfColumns, 128>(TOO_LITTLE_SHARED, arguments, chip, stream);
 }
 
 }  // namespace interp_nn

@@ -5,13 +5,13 @@ namespace interp_nn {
 
 Workspace pair_backward_workspace(const PairBackward& arguments, const Chip& chip) {
     if (problem(arguments, chip) != nullptr) return {};
-    return dispatch<PairBackwardInstance, 16, 64, 128>(arguments, chip);
+    return dispatch<PairBackwardInstance, 16, 64, 128>(Workspace{}, arguments, chip);
 }
 
 const char* pair_backward(const PairBackward& arguments, const Chip& chip, Stream stream) {
     if (const char* wrong = problem(arguments, chip)) return wrong;
     if (arguments.dp == nullptr && arguments.dy == nullptr) return "neither dp nor dy";
-    return dispatch<PairBackwardInstance, 16, 64, 128>(arguments, chip, stream);
+    return dispatch<PairBackwardInstance, 16, 64, 128>(TOO_LITTLE_SHARED, arguments, chip, stream);
 }
 
 }  // namespace interp_nn

@@ -17,7 +17,7 @@
 #include <cuda_runtime.h>
 
 #define DEVICE __device__ __forceinline__
-#define NOINLINE __device__ __noinline__
+#define NOINLINE inline __device__ __noinline__
 #define KERNEL __global__ void __launch_bounds__(interp_nn::THREADS, 1)
 #define UNROLL _Pragma("unroll")
 #define NO_UNROLL _Pragma("unroll 1")

@@ -5,12 +5,12 @@ namespace interp_nn {
 
 Workspace summary_backward_workspace(const SummaryBackward& arguments, const Chip& chip) {
     if (problem(arguments, chip) != nullptr) return {};
-    return dispatch<SummaryBackwardInstance, 16, 64, 128>(arguments, chip);
+    return dispatch<SummaryBackwardInstance, 16, 64, 128>(Workspace{}, arguments, chip);
 }
 
 const char* summary_backward(const SummaryBackward& arguments, const Chip& chip, Stream stream) {
     if (const char* wrong = problem(arguments, chip)) return wrong;
-    return dispatch<SummaryBackwardInstance, 16, 64, 128>(arguments, chip, stream);
+    return dispatch<SummaryBackwardInstance, 16, 64, 128>(TOO_LITTLE_SHARED, arguments, chip, stream);
 }
 
 }  // namespace interp_nn

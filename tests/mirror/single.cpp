@@ -1,6 +1,7 @@
-// Three kernels of one type and size, without Python: quick to compile, so that each mutant of csrc can be.
+// Kernels of one type and size, without Python: quick to compile, so that each mutant of csrc can be.
 #include "forward.h"
 #include "pair_backward.h"
+#include "pair_loss.h"
 
 using namespace interp_nn;
 
@@ -31,7 +32,7 @@ const char* forward(void* x, void* b, void* p, void* y, void* g, int64_t n, int 
     return guarded([&] { return ForwardInstance<Products16, 64>::call(a, CHIP, of_seed(seed)); });
 }
 
-int64_t work_floats(int64_t n, int d, int k) {
+int64_t backward_floats(int64_t n, int d, int k) {
     PairBackward a{};
     a.n = n, a.d = d, a.k = k, a.dy = &a, a.db = &a;
     return PairBackwardInstance<Products16, 64>::call(a, CHIP).floats;
@@ -42,5 +43,23 @@ const char* pair_backward(void* x, void* b, void* p, void* g, void* dp, void* dy
     uint32_t counter = 0;
     const PairBackward a{x, b, p, g, dp, dy, dx, db, rows, work, &counter, n, k, 1, d, k, false, Kind::BF16};
     return guarded([&] { return PairBackwardInstance<Products16, 64>::call(a, CHIP, of_seed(seed)); });
+}
+
+static PairLoss loss_of(int64_t n, int d, int k) {
+    PairLoss a{};
+    a.n = n, a.d = d, a.k = k, a.b_feature = k, a.b_column = 1, a.kind = Kind::BF16;
+    a.dx = a.db = &a;
+    return a;
+}
+
+int64_t loss_floats(int64_t n, int d, int k) { return PairLossInstance<Products16, 16>::call(loss_of(n, d, k), CHIP).floats; }
+
+const char* pair_loss(void* x, void* b, int64_t* target, float* value, void* dx, void* db, void* rows, float* work, int64_t n, int d,
+                      int k, unsigned seed) {
+    uint32_t counter = 0;
+    PairLoss a = loss_of(n, d, k);
+    a.x = x, a.b = b, a.dx = dx, a.db = db, a.rows = rows, a.work = work, a.counter = &counter;
+    a.terms = {target, nullptr, value, -100, 1.f, 1.f, 1.f, Reduction::MEAN};
+    return guarded([&] { return PairLossInstance<Products16, 16>::call(a, CHIP, of_seed(seed)); });
 }
 }

@@ -178,7 +178,6 @@ def test_what_is_empty_is_left_to_the_reference_engine(shape, forced, launched):
     assert y.shape == (shape[0], shape[2]) and not bool(y.any()) and not launched
 
 
-@pytest.mark.slow
 def test_compiled_without_a_break(forced):
     layer = SummaryLinear(24, 12)
     x = torch.randn(30, 24)

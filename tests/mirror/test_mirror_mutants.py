@@ -8,6 +8,9 @@ import torch
 from cases import Case, Guarded, Problem
 from support import errors
 
+from interp_nn.engines import reference
+from interp_nn.engines.reference import LossOptions
+
 SEEDS = range(4)
 
 
@@ -16,18 +19,19 @@ def pointer(t):
 
 
 class Library:
-    """A build of single.cpp, run on one forward and one backward problem."""
+    """A build of single.cpp, run on one forward, one backward and one loss."""
 
     def __init__(self, library):
         self.library = library
-        for function in (library.forward, library.pair_backward):
+        for function in (library.forward, library.pair_backward, library.pair_loss):
             function.restype = ctypes.c_char_p
-        library.work_floats.restype = ctypes.c_int64
+        for function in (library.backward_floats, library.loss_floats):
+            function.restype = ctypes.c_int64
         library.conflicts.restype = ctypes.c_long
 
     def forward(self, seed):
         problem = Problem(Case("BF16", 300, 200, 64))
-        n, d, k, _ = problem.sizes
+        n, d, k = problem.case[1:4]
         results = [problem.empty(n, k), problem.empty(n, k), problem.empty(k, k)]
         given = [pointer(problem.inputs[key]) for key in ("x", "b")]
         error = self.library.forward(*given, *map(pointer, results), ctypes.c_int64(n), d, k, seed)
@@ -36,17 +40,34 @@ class Library:
 
     def backward(self, seed):
         problem = Problem(Case("BF16", 300, 200, 64))
-        n, d, k, _ = problem.sizes
+        n, d, k = problem.case[1:4]
         p, _, g = (t.to(problem.dtype) for t in problem.forward(True))
         results = [problem.empty(n, d), problem.empty(d, k)]
-        rows = torch.full((n, k), float("nan"), dtype=problem.dtype)
-        size = self.library.work_floats(ctypes.c_int64(n), d, k)
-        work = torch.full((size,), float("nan"))
         kept = Guarded(p.shape, p.dtype, p), Guarded(g.shape, g.dtype, g)
         given = [problem.inputs["x"], problem.inputs["b"], *kept, problem.inputs["dp"], problem.inputs["dy"]]
-        pointers = map(pointer, [*given, *results, rows, work])
-        error = self.library.pair_backward(*pointers, ctypes.c_int64(n), d, k, seed)
+        spaces = self.spaces(problem, self.library.backward_floats, 1)
+        error = self.library.pair_backward(*map(pointer, [*given, *results, *spaces]), ctypes.c_int64(n), d, k, seed)
         return self.verdict(error, results, problem.pair_backward(True, p, g))
+
+    def loss(self, seed):
+        problem = Problem(Case("BF16", 300, 200, 12))
+        n, d, k = problem.case[1:4]
+        target = (torch.arange(n) % 13).where(torch.arange(n) % 13 < 12, -100)
+        value, results = Guarded((1,), torch.float32), [problem.empty(n, d), problem.empty(d, k)]
+        given = [problem.inputs["x"], problem.inputs["b"], target, value]
+        spaces = self.spaces(problem, self.library.loss_floats, 3)
+        error = self.library.pair_loss(*map(pointer, [*given, *results, *spaces]), ctypes.c_int64(n), d, k, seed)
+        options = LossOptions((1.0, 1.0, 1.0), -100, "mean")
+        x, b = problem.x.double(), problem.b.double()
+        exact, grads = reference.loss(x, b, None, None, target, options, "A+", None, (True, True))
+        return self.verdict(error, [value, *results], [exact.view(1), *grads])
+
+    @staticmethod
+    def spaces(problem, floats, matrices):
+        """The workspaces of a kernel: rows as wide as 16-byte words, and numbers in fp32."""
+        n, d, k = problem.case[1:4]
+        rows = torch.full((matrices, n, -(-k // 8) * 8), float("nan"), dtype=problem.dtype)
+        return rows, torch.full((floats(ctypes.c_int64(n), d, k),), float("nan"))
 
     def verdict(self, error, results, exact):
         """What is wrong, or None."""
@@ -57,14 +78,15 @@ class Library:
                 got.check()
             except AssertionError as mistake:
                 return str(mistake)
-            if max(errors(got.tensor, truth)) > 0.02:
+            if not max(errors(got.tensor, truth)) < 0.02:
                 return "wrong numbers"
         return "bank conflicts" if self.library.conflicts() else None
 
-    def found(self):
-        return [self.forward(seed) for seed in SEEDS], [self.backward(seed) for seed in SEEDS]
+    def found(self, names):
+        return {name: [getattr(self, name)(seed) for seed in SEEDS] for name in names}
 
 
+KERNELS = {"forward": ("forward",), "backward": ("backward",), "loss": ("loss",), "both": ("forward", "backward")}
 MUTANTS = {
     "wait_too_shallow": ("tiles.h", "wait_copies(stages - 2);", "wait_copies(stages - 1);", "both", "wrong numbers"),
     "no_wait_at_all": ("tiles.h", "wait_copies(stages - 2);", "", "both", "wrong numbers"),
@@ -75,21 +97,27 @@ MUTANTS = {
         "both",
         "wrong numbers",
     ),
-    "sync_of_gram_removed": ("forward.h", "block_barrier();  // G is whole", "", "forward", "wrong numbers"),
+    "sync_of_gram_removed": ("projection.h", "block_barrier();  // G is whole", "", "forward", "wrong numbers"),
     "wrong_lane_of_a_matrix": ("fragments.h", "tile.chunk(row + (l & 15)", "tile.chunk(row + (l & 7)", "both", None),
-    "no_exchange_of_chunks": ("tiles.h", "((chunk & 7) ^ exchange(row))", "(chunk & 7)", "both", "bank conflicts"),
-    "row_too_many_stored": ("forward.h", "r < rows) store_two(at_y", "r <= rows) store_two(at_y", "forward", "outside"),
+    "no_exchange_of_chunks": ("tiles.h", "((chunk & 7) ^ exchange)", "(chunk & 7)", "both", "bank conflicts"),
+    "row_too_many_stored": (
+        "tiles.h",
+        "r < rows ? columns - c * PER_CHUNK : 0;\n        const unsigned char*",
+        "r < rows + (rows > 0) ? columns - c * PER_CHUNK : 0;\n        const unsigned char*",
+        "forward",
+        "outside",
+    ),
     "row_too_many_loaded": (
         "tiles.h",
-        "row < rows && column < columns",
-        "row <= rows && column < columns",
+        "r < rows ? columns - c * PER_CHUNK : 0;\n        const T*",
+        "r <= rows ? columns - c * PER_CHUNK : 0;\n        const T*",
         "backward",
         None,
     ),
     "column_too_many_loaded": (
         "tiles.h",
-        "row < rows && column < columns",
-        "row < rows && column <= columns",
+        "copy_async<16>(to, source, inside > 0);",
+        "copy_async<16>(to, source, inside > -PER_CHUNK);",
         "forward",
         "wrong numbers",
     ),
@@ -100,7 +128,35 @@ MUTANTS = {
         "backward",
         "wrong numbers",
     ),
-    "square_not_symmetric": ("grid.h", "t[i] + t[column * BK + row]", "2 * t[i]", "backward", "wrong numbers"),
+    "square_not_symmetric": (
+        "grid.h",
+        "t[row * BK + column] + t[column * BK + row]",
+        "2 * t[row * BK + column]",
+        "backward",
+        "wrong numbers",
+    ),
+    "barrier_of_the_losses_removed": (
+        "pair_loss.h",
+        "    grid_barrier(arguments.counter);\n    if (program()",
+        "    if (program()",
+        "loss",
+        "wrong numbers",
+    ),
+    "barrier_of_the_losses_sums_removed": (
+        "pair_loss.h",
+        "grid_barrier(arguments.counter);  // before db",
+        "",
+        "loss",
+        "wrong numbers",
+    ),
+    "ignored_rows_are_counted": (
+        "cross_entropy.h",
+        "sums.count += kept ? .25f : 0.f;",
+        "sums.count += .25f;",
+        "loss",
+        "wrong numbers",
+    ),
+    "a_lanes_second_row_is_forgotten": ("cross_entropy.h", "exchange_rows(o2);", "", "loss", "wrong numbers"),
     "barrier_one_program_short": (
         "primitives.h",
         "static_cast<uint32_t>(programs() - 1) : 1u",
@@ -120,16 +176,15 @@ MUTANTS = {
 
 def test_unpatched(tmp_path):
     library = Library(mirror_build.build_mutant(tmp_path, "unpatched", []))
-    assert library.found() == ([None] * len(SEEDS), [None] * len(SEEDS))
+    names = ("forward", "backward", "loss")
+    assert library.found(names) == dict.fromkeys(names, [None] * len(SEEDS))
 
 
 @pytest.mark.parametrize("name", MUTANTS)
 def test_mutant_is_caught(tmp_path, name):
     file, text, replacement, where, expected = MUTANTS[name]
     library = Library(mirror_build.build_mutant(tmp_path, name, [(file, text, replacement)]))
-    for kernel in ("forward", "backward"):
-        if where in (kernel, "both"):
-            verdicts = [getattr(library, kernel)(seed) for seed in SEEDS]
-            assert any(verdicts), f"{name} survives in {kernel}"
-            if expected is not None:
-                assert any(verdict is not None and expected in verdict for verdict in verdicts), verdicts
+    for kernel, verdicts in library.found(KERNELS[where]).items():
+        assert any(verdicts), f"{name} survives in {kernel}"
+        if expected is not None:
+            assert any(verdict is not None and expected in verdict for verdict in verdicts), verdicts
