@@ -1,6 +1,6 @@
-// The kernels as private operators of PyTorch, through its stable ABI: a library compiled once serves every PyTorch from
-// 2.10 on. Schemas and fake kernels are in interp_nn/engines/cuda.py, which alone calls them and has checked what is
-// checked here only so that no call can read what is not there.
+// The kernels as private operators of PyTorch, through its stable ABI: a library compiled once serves every PyTorch
+// from 2.10 on. Schemas and fake kernels are in interp_nn/engines/cuda.py, which alone calls them and has checked what
+// is checked here only so that no call can read what is not there.
 #include <dlfcn.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
@@ -25,7 +25,8 @@ using CurrentStream = AOTITorchError (*)(int32_t, void**);
 CurrentStream current_stream() {
     static const CurrentStream found = [] {
         void* const library = dlopen("libtorch_cuda.so", RTLD_NOLOAD | RTLD_LAZY);
-        return reinterpret_cast<CurrentStream>(library ? dlsym(library, "aoti_torch_get_current_cuda_stream") : nullptr);
+        return reinterpret_cast<CurrentStream>(library ? dlsym(library, "aoti_torch_get_current_cuda_stream")
+                                                       : nullptr);
     }();
     return found;
 }
@@ -57,10 +58,12 @@ Kind kind_of(const Tensor& t, bool tf32) {
     return tf32 ? Kind::TF32 : Kind::F32;
 }
 
-Tensor empty(const Tensor& like, int32_t dtype, const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides) {
+Tensor empty(const Tensor& like, int32_t dtype, const std::vector<int64_t>& sizes,
+             const std::vector<int64_t>& strides) {
     AtenTensorHandle handle = nullptr;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), dtype,
-                                                    aoti_torch_device_type_cuda(), like.get_device_index(), &handle));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
+                                                    dtype, aoti_torch_device_type_cuda(), like.get_device_index(),
+                                                    &handle));
     return Tensor(handle);
 }
 
@@ -84,12 +87,14 @@ struct Results {
 // The data of an optional matrix or vector that lies row by row, in the dtype of the operands.
 void* data(const MaybeTensor& t, int64_t elements, int32_t dtype) {
     if (!t) return nullptr;
-    STD_TORCH_CHECK(t->is_contiguous() && t->numel() == elements && dtype_of(*t) == dtype, "a tensor of another shape or dtype");
+    STD_TORCH_CHECK(t->is_contiguous() && t->numel() == elements && dtype_of(*t) == dtype,
+                    "a tensor of another shape or dtype");
     return t->data_ptr();
 }
 
 // The sizes, operands and kind that all calls have. Without units for tf32, fp32 products are exact.
-template <class Arguments> int32_t set(Arguments& a, const Device& device, const Tensor& x, const Tensor& b, bool tf32) {
+template <class Arguments>
+int32_t set(Arguments& a, const Device& device, const Tensor& x, const Tensor& b, bool tf32) {
     STD_TORCH_CHECK(x.dim() == 2 && b.dim() == 2 && x.size(1) == b.size(0), "x must be (n, d) and b (d, k)");
     const int32_t dtype = dtype_of(x);
     STD_TORCH_CHECK(dtype_of(b) == dtype, "x and b must have one dtype");
@@ -106,7 +111,8 @@ template <class Arguments> int32_t set(Arguments& a, const Device& device, const
 
 // What passes from phase to phase, in one piece: first the numbers in fp32, then the rows.
 struct Memory {
-    template <class Arguments> Memory(Arguments& a, const interp_nn::Workspace& sizes, const Tensor& x, const Tensor& counter) {
+    template <class Arguments>
+    Memory(Arguments& a, const interp_nn::Workspace& sizes, const Tensor& x, const Tensor& counter) {
         constexpr int64_t LINE = 32;  // floats in 128 bytes
         const bool wide = a.kind == Kind::TF32 || a.kind == Kind::F32;
         const int64_t floats = (sizes.floats + LINE - 1) / LINE * LINE;
@@ -134,8 +140,8 @@ std::vector<Tensor> cuda_forward(const Tensor& x, const Tensor& b, const MaybeTe
 }
 
 std::vector<Tensor> pair_backward(const MaybeTensor& dp, const MaybeTensor& dy, const Tensor& x, const Tensor& b,
-                                  const MaybeTensor& p, const MaybeTensor& g, const Tensor& counter, bool need_x, bool need_b,
-                                  bool transposed, bool tf32) {
+                                  const MaybeTensor& p, const MaybeTensor& g, const Tensor& counter, bool need_x,
+                                  bool need_b, bool transposed, bool tf32) {
     const Device device(x);
     interp_nn::PairBackward a{};
     const int32_t dtype = set(a, device, x, b, tf32);
@@ -175,17 +181,17 @@ std::vector<Tensor> summary_backward(const MaybeTensor& dy, const Tensor& x, con
 
 // The needed ones of [dX, db, dbias], of a pair or of a summary.
 std::vector<Tensor> cuda_backward(const MaybeTensor& dp, const MaybeTensor& dy, const Tensor& x, const Tensor& b,
-                                  const MaybeTensor& p, const MaybeTensor& g, const Tensor& counter, bool pair, bool need_x,
-                                  bool need_b, bool need_bias, bool transposed, bool tf32) {
+                                  const MaybeTensor& p, const MaybeTensor& g, const Tensor& counter, bool pair,
+                                  bool need_x, bool need_b, bool need_bias, bool transposed, bool tf32) {
     if (pair) return pair_backward(dp, dy, x, b, p, g, counter, need_x, need_b, transposed, tf32);
     return summary_backward(dy, x, b, g, counter, need_x, need_b, need_bias, transposed, tf32);
 }
 
 // The loss, and the needed ones of [dX, db, dA, dc]; without `weight` that of a pair.
 std::vector<Tensor> cuda_loss(const Tensor& x, const Tensor& b, const MaybeTensor& weight, const MaybeTensor& bias,
-                              const Tensor& target, const MaybeTensor& upstream, const Tensor& counter, double w1, double w2,
-                              double w3, int64_t ignore_index, int64_t reduction, bool need_x, bool need_b, bool need_weight,
-                              bool need_bias, bool transposed, bool tf32) {
+                              const Tensor& target, const MaybeTensor& upstream, const Tensor& counter, double w1,
+                              double w2, double w3, int64_t ignore_index, int64_t reduction, bool need_x, bool need_b,
+                              bool need_weight, bool need_bias, bool transposed, bool tf32) {
     const Device device(x);
     const auto launch = [&](auto a, auto workspace, auto start) {
         const int32_t dtype = set(a, device, x, b, tf32), fp32 = aoti_torch_dtype_float32();
@@ -245,4 +251,6 @@ STABLE_TORCH_LIBRARY_IMPL(interp_nn, CUDA, m) {
     m.impl("cuda_loss", TORCH_BOX(&cuda_loss));
     m.impl("cuda_scale", TORCH_BOX(&cuda_scale));
 }
-STABLE_TORCH_LIBRARY_IMPL(interp_nn, CompositeExplicitAutograd, m) { m.impl("cuda_versions", TORCH_BOX(&cuda_versions)); }
+STABLE_TORCH_LIBRARY_IMPL(interp_nn, CompositeExplicitAutograd, m) {
+    m.impl("cuda_versions", TORCH_BOX(&cuda_versions));
+}

@@ -1,7 +1,8 @@
 // The three-term loss of two logits a class, w1 CE(o1, t) + w2 CE(o2, t) + w3 MSE(o1, o2): what its kernels share.
 //
-// Gradients are carried without the factor upstream / kept rows, so that 16-bit ones neither underflow for many rows nor
-// under a small upstream; they meet it in fp32 on their way out. With one upstream a row there is nothing to postpone.
+// Gradients are carried without the factor upstream / kept rows, so that 16-bit ones neither underflow for many rows
+// nor under a small upstream; they meet it in fp32 on their way out. With one upstream a row there is nothing to
+// postpone.
 #pragma once
 
 #include "strips.h"
@@ -19,7 +20,8 @@ DEVICE float row_maximum(float value) {
 }
 
 // Visit a lane's elements of the first of its two rows: visit(column, first, second).
-template <int TILES, class Visit> DEVICE void each_of_row(float (&first)[TILES][4], float (&second)[TILES][4], Visit visit) {
+template <int TILES, class Visit>
+DEVICE void each_of_row(float (&first)[TILES][4], float (&second)[TILES][4], Visit visit) {
     UNROLL for (int i = 0; i < TILES; ++i) {
         UNROLL for (int j = 0; j < 2; ++j) visit(8 * i + lane() % 4 * 2 + j, first[i][j], second[i][j]);
     }

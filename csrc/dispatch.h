@@ -10,15 +10,17 @@ template <class Arguments> const char* problem(const Arguments& arguments, const
     if (arguments.n < 0 || arguments.d < 1 || arguments.k < 1) return "sizes must be n >= 0, d >= 1, k >= 1";
     if (arguments.k > MOST_COLUMNS) return "more than 128 columns";
     if (chip.multiprocessors < 1) return "no CUDA device";
-    if (arguments.kind != Kind::F32 && chip.capability < 80) return "this GPU has matrix products of fp32 alone (below 8.0)";
+    if (arguments.kind != Kind::F32 && chip.capability < 80)
+        return "this GPU has matrix products of fp32 alone (below 8.0)";
     return nullptr;
 }
 
 constexpr const char* TOO_LITTLE_SHARED = "this GPU has too little shared memory for so many columns of this type";
 
-// Call Instance<P, BK>::call(arguments, chip, rest...) for the products of its kind and the first of the padded columns that
-// is enough; `none` where there is no such instance.
-template <template <class, int> class Instance, class P, int BK, int... MORE, class Result, class Arguments, class... Rest>
+// Call Instance<P, BK>::call(arguments, chip, rest...) for the products of its kind and the first of the padded columns
+// that is enough; `none` where there is no such instance.
+template <template <class, int> class Instance, class P, int BK, int... MORE, class Result, class Arguments,
+          class... Rest>
 Result dispatch_columns(Result none, const Arguments& arguments, const Chip& chip, Rest... rest) {
     // GPUs without matrix units have too little shared memory for 128 columns of fp32.
     if constexpr (BK < 128 || !std::is_same_v<P, ProductsF32>) {
@@ -32,7 +34,8 @@ Result dispatch_columns(Result none, const Arguments& arguments, const Chip& chi
 }
 template <template <class, int> class Instance, int... COLUMNS, class Result, class Arguments, class... Rest>
 Result dispatch(Result none, const Arguments& arguments, const Chip& chip, Rest... rest) {
-    if (chip.capability < 80) return dispatch_columns<Instance, ProductsF32, COLUMNS...>(none, arguments, chip, rest...);
+    if (chip.capability < 80)
+        return dispatch_columns<Instance, ProductsF32, COLUMNS...>(none, arguments, chip, rest...);
     if (arguments.kind == Kind::F16 || arguments.kind == Kind::BF16) {
         return dispatch_columns<Instance, Products16, COLUMNS...>(none, arguments, chip, rest...);
     }

@@ -9,6 +9,8 @@
 //   - when nobody can run, or all who can do nothing but poll, the launch throws and says who waits where.
 #pragma once
 
+#include <ucontext.h>
+
 #include <csetjmp>
 #include <cstdint>
 #include <cstdlib>
@@ -19,8 +21,6 @@
 #include <stdexcept>
 #include <string>
 #include <vector>
-
-#include <ucontext.h>
 
 namespace interp_nn::emulator {
 
@@ -114,7 +114,8 @@ inline void to_fiber(Fiber* fiber) {
 }
 
 [[noreturn]] inline void fail(const std::string& what) {
-    grid.error = what + " (block " + std::to_string(current->block) + ", thread " + std::to_string(current->thread) + ")";
+    grid.error =
+        what + " (block " + std::to_string(current->block) + ", thread " + std::to_string(current->thread) + ")";
     for (;;) to_scheduler();
 }
 
@@ -258,8 +259,10 @@ inline void wait_copies(int pending) {
     auto& groups = current->groups;
     while (static_cast<int>(groups.size()) > pending) {
         for (const Copy& copy : groups.front()) {
-            if (copy.valid) std::memcpy(copy.to, copy.from, copy.bytes);
-            else std::memset(copy.to, 0, copy.bytes);
+            if (copy.valid)
+                std::memcpy(copy.to, copy.from, copy.bytes);
+            else
+                std::memset(copy.to, 0, copy.bytes);
         }
         groups.erase(groups.begin());
     }
@@ -302,8 +305,10 @@ struct Multiplication {
 
 // mma.m16n8kDEPTH. With g = lane / 4 and t = lane % 4, register i of c is row g + 8 (i / 2), column 2 t + i % 2. Of
 // a, of 16 by DEPTH, register i holds row g + 8 (i % 2); of b, of DEPTH by 8, column g. Along the depth, 16-bit
-// registers hold 2 t + 8 j and the next one, 32-bit registers t + 4 j, where j is i / 2 for a and i for b. The sum of a multiplication is rounded once.
-template <int DEPTH, class Unpack> void multiply(const char* name, float* c, const uint32_t* a, const uint32_t* b, Unpack unpack) {
+// registers hold 2 t + 8 j and the next one, 32-bit registers t + 4 j, where j is i / 2 for a and i for b. The sum of a
+// multiplication is rounded once.
+template <int DEPTH, class Unpack>
+void multiply(const char* name, float* c, const uint32_t* a, const uint32_t* b, Unpack unpack) {
     Multiplication mine{c, a, b};
     together(name, &mine, [unpack](void** slots) {
         constexpr int HALVES = DEPTH == 16 ? 2 : 1;

@@ -38,7 +38,8 @@ template <class P, int BK> DEVICE void forward_rows(const P& products, const For
     auto* const out_p = static_cast<T*>(arguments.p);
     auto* const out_y = static_cast<T*>(arguments.y);
     auto* const out_g = static_cast<T*>(arguments.g);
-    const int64_t first_row = static_cast<int64_t>(program()) * Tiles::BN, step = static_cast<int64_t>(programs()) * Tiles::BN;
+    const int64_t first_row = static_cast<int64_t>(program()) * Tiles::BN,
+                  step = static_cast<int64_t>(programs()) * Tiles::BN;
     load_row<T>(mode, bias, BK, arguments.bias, k);
 
     NO_UNROLL for (int64_t row = first_row; row < n || row == first_row; row += step) {

@@ -1,5 +1,5 @@
-// The three-term loss behind an output layer, O1 = P Aᵀ + c and O2 = Y Aᵀ + c, with its gradients. The head is linear, so Y,
-// dY and Pᵀ dY are never formed. With H = A G, logit gradients E1 and E2, and Ui = Eiᵀ P of (m, k):
+// The three-term loss behind an output layer, O1 = P Aᵀ + c and O2 = Y Aᵀ + c, with its gradients. The head is linear,
+// so Y, dY and Pᵀ dY are never formed. With H = A G, logit gradients E1 and E2, and Ui = Eiᵀ P of (m, k):
 //
 //     O2 = P Hᵀ + c,   D = E1 A + E2 H,   T = U2ᵀ A,   dX = D bᵀ,   db = Xᵀ D + b (T + Tᵀ),   dA = U1 + U2 G.
 //
@@ -18,7 +18,7 @@ template <class P, int BK, int BM> struct HeadTiles : ProjectionTiles<P, BK, hea
     using A = Tile<T, BM, BK>;
     using Product = Pieces<BM, BK>;  // H
     using Correlation = CorrelationTiles<P, BM, BK>;
-    using Chunk = Tile<float, 16, BK>;  // of classes
+    using Chunk = Tile<float, 16, BK>;           // of classes
     static constexpr int GROUPS = THREADS / BM;  // of threads, each adding up its rows of every column
     // Between two row tiles a warp has a place of its own in the stages', for sixteen rows of P and then of gradients.
     static constexpr int OWN = 16 * (BK > BM ? BK : BM) * sizeof(T);
@@ -45,7 +45,8 @@ template <class T, int BK, int BM> struct HeadWork {
     T *d, *p, *e[2];
     int width, classes;
 
-    DEVICE HeadWork(const HeadLoss& arguments, int splits) : width(width_of(arguments.k)), classes(width_of(arguments.m)) {
+    DEVICE HeadWork(const HeadLoss& arguments, int splits)
+        : width(width_of(arguments.k)), classes(width_of(arguments.m)) {
         s = arguments.work;
         u_parts = s + int64_t{splits} * arguments.d * BK;
         u = u_parts + int64_t{programs()} * 2 * BM * BK;
@@ -70,9 +71,9 @@ struct HeadNeeds {
 };
 
 // H's tile from A's and the sums of G; before, G's own place is in `memory`, and afterwards free again.
-template <class Tiles, class P, int TILES>
-DEVICE void share_products(const P& products, const typename Tiles::A& a, const typename Tiles::A& h, float (&g)[TILES][4],
-                           unsigned char* memory) {
+template <class Tiles, class P, int TILES> DEVICE void share_products(const P& products, const typename Tiles::A& a,
+                                                                      const typename Tiles::A& h, float (&g)[TILES][4],
+                                                                      unsigned char* memory) {
     using Product = typename Tiles::Product;
     const typename Tiles::G gram{memory};
     share_gram(products.mode, gram, g);
@@ -87,8 +88,8 @@ DEVICE void share_products(const P& products, const typename Tiles::A& a, const 
 
 // The first phase's walk over rows.
 template <int BK, int BM, class P, class T>
-DEVICE void head_rows(const P& products, const HeadLoss& arguments, const HeadNeeds& needs, const Matrix<T>& x, const Matrix<T>& b,
-                      const HeadWork<T, BK, BM>& work, int stages) {
+DEVICE void head_rows(const P& products, const HeadLoss& arguments, const HeadNeeds& needs, const Matrix<T>& x,
+                      const Matrix<T>& b, const HeadWork<T, BK, BM>& work, int stages) {
     using Tiles = HeadTiles<P, BK, BM>;
     const Mode& mode = products.mode;
     const int64_t n = arguments.n;
@@ -98,7 +99,8 @@ DEVICE void head_rows(const P& products, const HeadLoss& arguments, const HeadNe
     unsigned char* const memory = shared_memory() + Tiles::FIXED;
     const typename Tiles::OwnP own_p{memory + warp() * Tiles::OWN};
     const typename Tiles::OwnE own_e{memory + warp() * Tiles::OWN};
-    const int64_t first_row = static_cast<int64_t>(program()) * Tiles::BN, step = static_cast<int64_t>(programs()) * Tiles::BN;
+    const int64_t first_row = static_cast<int64_t>(program()) * Tiles::BN,
+                  step = static_cast<int64_t>(programs()) * Tiles::BN;
     load_tile(a, matrix<T>(arguments.a, arguments.m, arguments.k), 0, 0);
     commit_copies();
     load_row<T>(mode, c, BM, arguments.c, arguments.m);

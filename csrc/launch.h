@@ -1,9 +1,10 @@
 // The kernels as functions of plain pointers and sizes: what a binding needs to know, and all of it.
 //
-// X is (n, d) and b (d, k), whose element (f, c) is at b[f * b_feature + c * b_column]: fastest where b_feature is 1, as
-// for a layer's weight. All other matrices are row-major. P = X b, G = bᵀb, Y = P G; a D before a name is a gradient.
-// k is at most 128; n may be 0, d and k may not. Pointers that are said to be optional may be null, and what they stand for is then left out. 16-bit
-// operands are multiplied as they are, fp32 ones as tf32 or exactly; every sum is fp32. Row offsets are 64-bit.
+// X is (n, d) and b (d, k), whose element (f, c) is at b[f * b_feature + c * b_column]: fastest where b_feature is 1,
+// as for a layer's weight. All other matrices are row-major. P = X b, G = bᵀb, Y = P G; a D before a name is a
+// gradient. k is at most 128; n may be 0, d and k may not. Pointers that are said to be optional may be null, and what
+// they stand for is then left out. 16-bit operands are multiplied as they are, fp32 ones as tf32 or as two such parts; every sum
+// is fp32. Row offsets are 64-bit.
 //
 // Functions return nullptr, or the text of an error. They launch one kernel on the current device and wait for nothing.
 #pragma once
@@ -16,8 +17,8 @@ namespace interp_nn {
 // A cudaStream_t; under the emulator, the seed of a schedule.
 using Stream = void*;
 
-// How the operands are stored and multiplied: F32 exactly, TF32 is fp32 in memory. All but F32 need compute
-// capability 8.0.
+// How the operands are stored and multiplied. TF32 is fp32 in memory, F32 the sum of two tf32 parts or, below compute
+// capability 8.0, multiplied as it is; all others need 8.0.
 enum class Kind { F16, BF16, TF32, F32 };
 
 constexpr int MOST_COLUMNS = 128;
@@ -87,12 +88,12 @@ const char* pair_backward(const PairBackward& arguments, const Chip& chip, Strea
 struct SummaryBackward {
     const void* x;
     const void* b;
-    const void* g;   // (k, k), as forward stored it
-    const void* dy;  // (n, k)
-    void* dx;        // (n, d), optional
-    void* db;        // row-major (d, k), or (k, d) where db_transposed; optional
-    void* dbias;     // (k), optional
-    float* work;     // workspace
+    const void* g;      // (k, k), as forward stored it
+    const void* dy;     // (n, k)
+    void* dx;           // (n, d), optional
+    void* db;           // row-major (d, k), or (k, d) where db_transposed; optional
+    void* dbias;        // (k), optional
+    float* work;        // workspace
     uint32_t* counter;  // as above
     int64_t n;
     int64_t b_feature, b_column;

@@ -31,7 +31,8 @@ DEVICE void pair_rows(const P& products, const PairBackward& arguments, float* t
     using Square = typename Tiles::Square;
     const int64_t n = arguments.n;
     const int k = arguments.k, width = width_of(k);
-    const Matrix<T> p = matrix<T>(arguments.p, n, k), dy = matrix<T>(arguments.dy, n, k), dp = matrix<T>(arguments.dp, n, k);
+    const Matrix<T> p = matrix<T>(arguments.p, n, k), dy = matrix<T>(arguments.dy, n, k),
+                    dp = matrix<T>(arguments.dp, n, k);
     auto* const gradients = static_cast<T*>(arguments.rows);
     const typename Tiles::G gram{shared_memory()};
     const typename Tiles::Part leaving{shared_memory() + Tiles::G::BYTES};
@@ -56,7 +57,8 @@ DEVICE void pair_rows(const P& products, const PairBackward& arguments, float* t
             commit_copies();
         }
         if (t_part != nullptr && Square::mine()) {
-            multiply_tiles<true, false>(products, t, tile_p(stage), Square::row(), tile_dy(stage), Square::column(), 0, Tiles::ROWS);
+            multiply_tiles<true, false>(products, t, tile_p(stage), Square::row(), tile_dy(stage), Square::column(), 0,
+                                        Tiles::ROWS);
         }
         float gradient[Gradient::TILES][4];
         clear(gradient);
@@ -66,7 +68,8 @@ DEVICE void pair_rows(const P& products, const PairBackward& arguments, float* t
             if (Gradient::mine()) take_sums(products.mode, leaving, Gradient::row(), Gradient::column(), gradient);
         }
         if (Gradient::mine()) {
-            multiply_tiles<false, true>(products, gradient, tile_dy(stage), Gradient::row(), gram, Gradient::column(), 0, BK);
+            multiply_tiles<false, true>(products, gradient, tile_dy(stage), Gradient::row(), gram, Gradient::column(),
+                                        0, BK);
             const int64_t row = row_of(step) + Gradient::row();
             put_sums(products.mode, leaving, Gradient::row(), Gradient::column(), gradient);
             store_piece<Gradient::WIDE>(gradients + row * width + Gradient::column(), width, left(n, row),
@@ -77,7 +80,8 @@ DEVICE void pair_rows(const P& products, const PairBackward& arguments, float* t
 }
 
 // `work` has (splits, d, BK) parts of Xᵀ D, (programs, BK, BK) parts of T, T.
-template <int BK, class P> DEVICE void pair_phases(const P& products, const PairBackward& arguments, int splits, int stages) {
+template <int BK, class P>
+DEVICE void pair_phases(const P& products, const PairBackward& arguments, int splits, int stages) {
     using T = typename P::Element;
     const bool need_b = arguments.db != nullptr, through = arguments.dy != nullptr;
     const int64_t n = arguments.n;
@@ -90,8 +94,8 @@ template <int BK, class P> DEVICE void pair_phases(const P& products, const Pair
         grid_barrier(arguments.counter);
     }
     const Matrix<T> gradients = through ? matrix<T>(arguments.rows, n, width_of(k)) : matrix<T>(arguments.dp, n, k);
-    gradient_strips<BK>(products, x, b, gradients, static_cast<T*>(arguments.dx), need_b ? arguments.work : nullptr, splits,
-                        1.f, stages);
+    gradient_strips<BK>(products, x, b, gradients, static_cast<T*>(arguments.dx), need_b ? arguments.work : nullptr,
+                        splits, 1.f, stages);
     if (!need_b) return;
     if (through) add_parts(t_parts, t, programs(), BK * BK);
     grid_barrier(arguments.counter);  // before db
@@ -101,8 +105,8 @@ template <int BK, class P> DEVICE void pair_phases(const P& products, const Pair
     } else {
         fill(tiles.square, [](int, int) { return 0.f; });
     }
-    store_parameters(products.mode, static_cast<T*>(arguments.db), arguments.db_transposed, tiles, b, arguments.work, splits,
-                     1.f);
+    store_parameters(products.mode, static_cast<T*>(arguments.db), arguments.db_transposed, tiles, b, arguments.work,
+                     splits, 1.f);
 }
 
 template <class P, int BK> KERNEL pair_backward_kernel(PairBackward arguments, Mode mode, int splits, int stages) {

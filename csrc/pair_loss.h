@@ -1,5 +1,5 @@
-// The three-term loss of (P, Y) with its gradients E1 and E2 pushed back: D = E1 + E2 G, dX = D bᵀ, db = Xᵀ D + b (T + Tᵀ)
-// with T = Pᵀ E2. The logits never leave the chip.
+// The three-term loss of (P, Y) with its gradients E1 and E2 pushed back: D = E1 + E2 G, dX = D bᵀ, db = Xᵀ D + b (T +
+// Tᵀ) with T = Pᵀ E2. The logits never leave the chip.
 //
 // Phases: rows, with D, parts of T and of the loss; strips, T and the loss; db.
 #pragma once
@@ -20,8 +20,8 @@ template <class P, int BK> struct PairLossTiles : ForwardTiles<P, BK> {
     }
 };
 
-// Where things lie in the workspaces: (splits, d, BK) parts of Xᵀ D, (programs, BK, BK) parts of T, T, parts of loss and
-// count; and in rows of width_of(k) numbers of X's type, D, P and E2.
+// Where things lie in the workspaces: (splits, d, BK) parts of Xᵀ D, (programs, BK, BK) parts of T, T, parts of loss
+// and count; and in rows of width_of(k) numbers of X's type, D, P and E2.
 template <class T, int BK> struct PairLossWork {
     float *s, *t_parts, *t, *losses, *counts;
     T *d, *p, *e;
@@ -40,9 +40,9 @@ template <class T, int BK> struct PairLossWork {
 };
 
 // The first phase.
-template <int BK, class P, class T>
-DEVICE void pair_loss_rows(const P& products, const PairLoss& arguments, const Matrix<T>& x, const Matrix<T>& b,
-                           const PairLossWork<T, BK>& work, int stages) {
+template <int BK, class P, class T> DEVICE void pair_loss_rows(const P& products, const PairLoss& arguments,
+                                                               const Matrix<T>& x, const Matrix<T>& b,
+                                                               const PairLossWork<T, BK>& work, int stages) {
     using Tiles = PairLossTiles<P, BK>;
     const Mode& mode = products.mode;
     const int64_t n = arguments.n;
@@ -51,7 +51,8 @@ DEVICE void pair_loss_rows(const P& products, const PairLoss& arguments, const M
     const typename Tiles::G gram{shared_memory()};
     unsigned char* const memory = shared_memory() + Tiles::G::BYTES;
     const typename Tiles::Own own{memory};  // in the stages' place, between two row tiles
-    const int64_t first_row = static_cast<int64_t>(program()) * Tiles::BN, step = static_cast<int64_t>(programs()) * Tiles::BN;
+    const int64_t first_row = static_cast<int64_t>(program()) * Tiles::BN,
+                  step = static_cast<int64_t>(programs()) * Tiles::BN;
     LossSums sums;
     NO_UNROLL for (int64_t row = first_row; row < n; row += step) {
         float o1[BK / 8][4], o2[BK / 8][4];

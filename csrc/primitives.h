@@ -147,9 +147,9 @@ template <bool TRANSPOSED> DEVICE void load_matrices(uint32_t (&r)[4], const voi
 // c (16 x 8) += a (16 x 16 in 16 bits, 16 x 8 in tf32) b, each spread over the warp. Below 8.0 nobody calls it, but it
 // must compile.
 #if __CUDA_ARCH__ >= 800
-#define INTERP_NN_MULTIPLY(SHAPE_AND_TYPES)                                                                  \
+#define INTERP_NN_MULTIPLY(SHAPE_AND_TYPES)                                                                   \
     asm volatile("mma.sync.aligned." SHAPE_AND_TYPES " {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};" \
-                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                                            \
+                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                                             \
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]))
 #else
 #define INTERP_NN_MULTIPLY(SHAPE_AND_TYPES) __trap()
@@ -198,9 +198,8 @@ DEVICE uint32_t look_in_order(const uint32_t* word) {
 }
 
 // Start a kernel; the text of an error, or nullptr. A cooperative grid that does not fit at once is an error.
-template <class... Parameters>
-const char* start(void (*kernel)(Parameters...), int blocks, size_t shared, bool cooperative, Stream stream,
-                  Parameters... parameters) {
+template <class... Parameters> const char* start(void (*kernel)(Parameters...), int blocks, size_t shared,
+                                                 bool cooperative, Stream stream, Parameters... parameters) {
     if (shared > 48 << 10) {
         const cudaError_t error =
             cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
@@ -304,8 +303,8 @@ inline uint32_t look_in_order(const uint32_t* word) {
     return *word;
 }
 
-template <class... Parameters>
-const char* start(void (*kernel)(Parameters...), int blocks, size_t shared, bool, Stream stream, Parameters... parameters) {
+template <class... Parameters> const char* start(void (*kernel)(Parameters...), int blocks, size_t shared, bool,
+                                                 Stream stream, Parameters... parameters) {
     const auto seed = static_cast<unsigned>(reinterpret_cast<uintptr_t>(stream));
     emulator::run(blocks, THREADS, shared, seed, [=] { kernel(parameters...); });
     return nullptr;

@@ -48,15 +48,16 @@ DEVICE Job job_of(int job, int d, int64_t n, int splits, int depth, int rows) {
     const int64_t tiles = (n + rows - 1) / rows, share = (tiles + splits - 1) / splits;
     const int split = job / strips;
     const int64_t from = split * share, to = from + share;
-    return {split, job % strips * depth, static_cast<int>(from < tiles ? from : tiles), static_cast<int>(to < tiles ? to : tiles)};
+    return {split, job % strips * depth, static_cast<int>(from < tiles ? from : tiles),
+            static_cast<int>(to < tiles ? to : tiles)};
 }
 
-// sum += X[rows, feature :]ᵀ D[rows] where `need_sum`, and dX[rows, feature :] = scale D[rows] rightᵀ where dx is not null,
-// over the rows of a job. `right` is (BD, BK), or (BK, BD) where RIGHT_T; also(tile) sees each tile of D.
+// sum += X[rows, feature :]ᵀ D[rows] where `need_sum`, and dX[rows, feature :] = scale D[rows] rightᵀ where dx is not
+// null, over the rows of a job. `right` is (BD, BK), or (BK, BD) where RIGHT_T; also(tile) sees each tile of D.
 template <class Shape, bool RIGHT_T, class P, class T, class Right, class Also>
-DEVICE void walk_rows(const P& products, const Job& job, float (&sum)[Shape::Sum::TILES][4], bool need_sum, T* dx, float scale,
-                      const Matrix<T>& x, const Matrix<T>& d_matrix, const Right& right, unsigned char* memory, int stages,
-                      Also also) {
+DEVICE void walk_rows(const P& products, const Job& job, float (&sum)[Shape::Sum::TILES][4], bool need_sum, T* dx,
+                      float scale, const Matrix<T>& x, const Matrix<T>& d_matrix, const Right& right,
+                      unsigned char* memory, int stages, Also also) {
     using Sum = typename Shape::Sum;
     using Out = typename Shape::Out;
     const int d = x.columns;
@@ -71,12 +72,13 @@ DEVICE void walk_rows(const P& products, const Job& job, float (&sum)[Shape::Sum
     };
     pipeline(job.to - job.from, stages, load, [&](int step, int stage) {
         if (need_sum && Sum::mine()) {
-            multiply_tiles<true, false>(products, sum, tile_x(stage), Sum::row(), tile_d(stage), Sum::column(), 0, Shape::BN);
+            multiply_tiles<true, false>(products, sum, tile_x(stage), Sum::row(), tile_d(stage), Sum::column(), 0,
+                                        Shape::BN);
         }
         if (dx != nullptr && Out::mine()) {
             constexpr int AT_ONCE = Out::WIDE < Shape::OUT ? Out::WIDE : Shape::OUT;
             const int64_t row = static_cast<int64_t>(job.from + step) * Shape::BN + Out::row();
-            NO_UNROLL for (int column = Out::column(); column < Out::column() + Out::WIDE; column += AT_ONCE) {
+    NO_UNROLL for (int column = Out::column(); column < Out::column() + Out::WIDE; column += AT_ONCE) {
                 float out[AT_ONCE / 8][4];
                 clear(out);
                 multiply_tiles<false, !RIGHT_T>(products, out, tile_d(stage), Out::row(), right, column, 0, Shape::D::COLUMNS);

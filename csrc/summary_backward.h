@@ -44,9 +44,9 @@ template <int BK> struct SummaryWork {
 };
 
 // t_part = or += bᵀ S for the strip of a job, whose sums are in registers.
-template <int BK, class P, class T>
-DEVICE void add_square(const P& products, const Matrix<T>& b, const Job& job, float* t_part, bool first_job,
-                       float (&sum)[SummaryTiles<P, BK>::Shape::Sum::TILES][4]) {
+template <int BK, class P, class T> DEVICE void add_square(const P& products, const Matrix<T>& b, const Job& job,
+                                                           float* t_part, bool first_job,
+                                                           float (&sum)[SummaryTiles<P, BK>::Shape::Sum::TILES][4]) {
     using Tiles = SummaryTiles<P, BK>;
     using Sum = typename Tiles::Shape::Sum;
     using Square = typename Tiles::Square;
@@ -59,7 +59,7 @@ DEVICE void add_square(const P& products, const Matrix<T>& b, const Job& job, fl
     block_barrier();
     if (Square::mine()) {
         constexpr int AT_ONCE = Square::WIDE < 32 ? Square::WIDE : 32;
-        NO_UNROLL for (int column = Square::column(); column < Square::column() + Square::WIDE; column += AT_ONCE) {
+    NO_UNROLL for (int column = Square::column(); column < Square::column() + Square::WIDE; column += AT_ONCE) {
             float t[AT_ONCE / 8][4];
             float* const part = t_part + Square::row() * BK + column;
             clear(t);

@@ -13,7 +13,8 @@ template <class T> struct Matrix {
     int unit;  // bytes at a time that rows can be copied in: 16, 4, or 0 where they must be gathered
 };
 
-template <class T> DEVICE Matrix<T> strided_matrix(const void* data, int64_t rows, int columns, int64_t pitch, int64_t step) {
+template <class T>
+DEVICE Matrix<T> strided_matrix(const void* data, int64_t rows, int columns, int64_t pitch, int64_t step) {
     const auto bits = static_cast<uint32_t>(reinterpret_cast<uintptr_t>(data)) |
                       static_cast<uint32_t>(pitch * sizeof(T)) | static_cast<uint32_t>(columns * sizeof(T));
     const int unit = step != 1 ? 0 : bits % 16 == 0 ? 16 : bits % 4 == 0 ? 4 : 0;
@@ -70,10 +71,10 @@ DEVICE int left(int64_t size, int64_t first) {
     return rest < 0 ? 0 : rest > 65536 ? 65536 : static_cast<int>(rest);
 }
 
-// The copies of load_tile, for a tile of `height` rows of `chunks` chunks at `base`. A function of its own, once for all tiles
-// of a library: inlined, it would be most of every kernel.
-template <class T>
-NOINLINE void copy_tile(unsigned char* base, int log_height, int log_chunks, const Matrix<T> m, int64_t row, int64_t column) {
+// The copies of load_tile, for a tile of `height` rows of `chunks` chunks at `base`. A function of its own, once for
+// all tiles of a library: inlined, it would be most of every kernel.
+template <class T> NOINLINE void copy_tile(unsigned char* base, int log_height, int log_chunks, const Matrix<T> m,
+                                           int64_t row, int64_t column) {
     constexpr int PER_CHUNK = 16 / sizeof(T);
     const int rows = left(m.rows, row), columns = left(m.columns, column);
     const T* const from = m.data + row * m.pitch + column * m.step;

@@ -120,7 +120,11 @@ def refusal(
         return f"fp32 kernels for more than 64 columns need {SHARED_WIDE >> 10} KiB of shared memory in a block"
     if classes is not None and max(k, classes) > MOST_COLUMNS:
         return f"its losses have at most {MOST_COLUMNS} columns and classes, not {k} and {classes}"
-    return _triton_refusal(chip, dtype, n, d, k, head) if name == "triton" else _cuda_refusal(chip, dtype, d, k, classes, head)
+    return (
+        _triton_refusal(chip, dtype, n, d, k, head)
+        if name == "triton"
+        else _cuda_refusal(chip, dtype, d, k, classes, head)
+    )
 
 
 def _triton_refusal(chip: Chip, dtype: torch.dtype, n: int, d: int, k: int, head: bool) -> str | None:

@@ -1,13 +1,13 @@
 // The launchers of csrc under the emulator, for Python: every matrix is a numpy array, 16-bit ones as integers, or
 // None.
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
 #include <cstring>
 #include <limits>
 #include <string>
 #include <vector>
-
-#include <pybind11/numpy.h>
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
 
 #include "emulator.h"
 #include "launch.h"
@@ -61,23 +61,26 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         .value("BF16", Kind::BF16)
         .value("TF32", Kind::TF32)
         .value("F32", Kind::F32);
-    py::class_<Chip>(m, "Chip").def(py::init([](int multiprocessors, int shared, int capability) {
-        return Chip{multiprocessors, shared, capability};
-    }));
+    py::class_<Chip>(m, "Chip").def(py::init(
+        [](int multiprocessors, int shared, int capability) { return Chip{multiprocessors, shared, capability}; }));
     m.def("reset_counts", [] { emulator::counts = {}; });
-    m.def("counts", [] { return py::make_tuple(emulator::counts.matrices, emulator::counts.conflicts, emulator::counts.switches); });
-    py::class_<Sizes>(m, "Sizes").def(py::init([](int64_t n, int d, int k, int64_t b_feature, int64_t b_column, Kind kind) {
-        return Sizes{n, d, k, b_feature, b_column, kind};
-    }));
-    m.def("forward", [](py::object x, py::object b, py::object bias, py::object p, py::object y, py::object g, const Sizes& sizes,
-                        const Chip& chip, unsigned seed) {
+    m.def("counts", [] {
+        return py::make_tuple(emulator::counts.matrices, emulator::counts.conflicts, emulator::counts.switches);
+    });
+    py::class_<Sizes>(m, "Sizes")
+        .def(py::init([](int64_t n, int d, int k, int64_t b_feature, int64_t b_column, Kind kind) {
+            return Sizes{n, d, k, b_feature, b_column, kind};
+        }));
+    m.def("forward", [](py::object x, py::object b, py::object bias, py::object p, py::object y, py::object g,
+                        const Sizes& sizes, const Chip& chip, unsigned seed) {
         Forward a{};
         a.x = at(x), a.b = at(b), a.bias = at(bias), a.p = at(p), a.y = at(y), a.g = at(g);
         set(a, sizes);
         raise(forward(a, chip, of_seed(seed)));
     });
-    m.def("pair_backward", [](py::object x, py::object b, py::object p, py::object g, py::object dp, py::object dy, py::object dx,
-                              py::object db, bool db_transposed, const Sizes& sizes, const Chip& chip, unsigned seed) {
+    m.def("pair_backward", [](py::object x, py::object b, py::object p, py::object g, py::object dp, py::object dy,
+                              py::object dx, py::object db, bool db_transposed, const Sizes& sizes, const Chip& chip,
+                              unsigned seed) {
         PairBackward a{};
         a.x = at(x), a.b = at(b), a.p = at(p), a.g = at(g), a.dp = at(dp), a.dy = at(dy), a.dx = at(dx), a.db = at(db);
         a.db_transposed = db_transposed;
@@ -87,24 +90,34 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
             return pair_backward(a, chip, of_seed(seed));
         });
     });
-    m.def("summary_backward", [](py::object x, py::object b, py::object g, py::object dy, py::object dx, py::object db,
-                                 py::object dbias, bool db_transposed, const Sizes& sizes, const Chip& chip, unsigned seed) {
-        SummaryBackward a{};
-        a.x = at(x), a.b = at(b), a.g = at(g), a.dy = at(dy), a.dx = at(dx), a.db = at(db), a.dbias = at(dbias);
-        a.db_transposed = db_transposed;
-        set(a, sizes);
-        with_workspace(a, summary_backward_workspace(a, chip), [&](void*) { return summary_backward(a, chip, of_seed(seed)); });
-    });
+    m.def("summary_backward",
+          [](py::object x, py::object b, py::object g, py::object dy, py::object dx, py::object db, py::object dbias,
+             bool db_transposed, const Sizes& sizes, const Chip& chip, unsigned seed) {
+              SummaryBackward a{};
+              a.x = at(x), a.b = at(b), a.g = at(g), a.dy = at(dy), a.dx = at(dx), a.db = at(db), a.dbias = at(dbias);
+              a.db_transposed = db_transposed;
+              set(a, sizes);
+              with_workspace(a, summary_backward_workspace(a, chip),
+                             [&](void*) { return summary_backward(a, chip, of_seed(seed)); });
+          });
     py::enum_<Reduction>(m, "Reduction")
         .value("none", Reduction::NONE)
         .value("mean", Reduction::MEAN)
         .value("sum", Reduction::SUM);
-    py::class_<LossTerms>(m, "LossTerms").def(py::init([](py::object target, py::object upstream, py::object value,
-                                                          int64_t ignore_index, float w1, float w2, float w3, Reduction reduction) {
-        return LossTerms{at<const int64_t>(target), at<const float>(upstream), at<float>(value), ignore_index, w1, w2, w3, reduction};
-    }));
-    m.def("pair_loss", [](py::object x, py::object b, const LossTerms& terms, py::object dx, py::object db, bool db_transposed,
-                          const Sizes& sizes, const Chip& chip, unsigned seed) {
+    py::class_<LossTerms>(m, "LossTerms")
+        .def(py::init([](py::object target, py::object upstream, py::object value, int64_t ignore_index, float w1,
+                         float w2, float w3, Reduction reduction) {
+            return LossTerms{at<const int64_t>(target),
+                             at<const float>(upstream),
+                             at<float>(value),
+                             ignore_index,
+                             w1,
+                             w2,
+                             w3,
+                             reduction};
+        }));
+    m.def("pair_loss", [](py::object x, py::object b, const LossTerms& terms, py::object dx, py::object db,
+                          bool db_transposed, const Sizes& sizes, const Chip& chip, unsigned seed) {
         PairLoss a{};
         a.x = at(x), a.b = at(b), a.terms = terms, a.dx = at(dx), a.db = at(db), a.db_transposed = db_transposed;
         set(a, sizes);
@@ -113,9 +126,9 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
             return pair_loss(a, chip, of_seed(seed));
         });
     });
-    m.def("head_loss", [](py::object x, py::object b, py::object weight, py::object bias, const LossTerms& terms, py::object dx,
-                          py::object db, py::object da, py::object dc, int classes, bool db_transposed, const Sizes& sizes,
-                          const Chip& chip, unsigned seed) {
+    m.def("head_loss", [](py::object x, py::object b, py::object weight, py::object bias, const LossTerms& terms,
+                          py::object dx, py::object db, py::object da, py::object dc, int classes, bool db_transposed,
+                          const Sizes& sizes, const Chip& chip, unsigned seed) {
         HeadLoss a{};
         a.x = at(x), a.b = at(b), a.a = at(weight), a.c = at(bias), a.terms = terms, a.m = classes;
         a.dx = at(dx), a.db = at(db), a.da = at(da), a.dc = at(dc), a.db_transposed = db_transposed;

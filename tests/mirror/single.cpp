@@ -38,8 +38,8 @@ int64_t backward_floats(int64_t n, int d, int k) {
     return PairBackwardInstance<Products16, 64>::call(a, CHIP).floats;
 }
 
-const char* pair_backward(void* x, void* b, void* p, void* g, void* dp, void* dy, void* dx, void* db, void* rows, float* work,
-                          int64_t n, int d, int k, unsigned seed) {
+const char* pair_backward(void* x, void* b, void* p, void* g, void* dp, void* dy, void* dx, void* db, void* rows,
+                          float* work, int64_t n, int d, int k, unsigned seed) {
     uint32_t counter = 0;
     const PairBackward a{x, b, p, g, dp, dy, dx, db, rows, work, &counter, n, k, 1, d, k, false, Kind::BF16};
     return guarded([&] { return PairBackwardInstance<Products16, 64>::call(a, CHIP, of_seed(seed)); });
@@ -52,10 +52,12 @@ static PairLoss loss_of(int64_t n, int d, int k) {
     return a;
 }
 
-int64_t loss_floats(int64_t n, int d, int k) { return PairLossInstance<Products16, 16>::call(loss_of(n, d, k), CHIP).floats; }
+int64_t loss_floats(int64_t n, int d, int k) {
+    return PairLossInstance<Products16, 16>::call(loss_of(n, d, k), CHIP).floats;
+}
 
-const char* pair_loss(void* x, void* b, int64_t* target, float* value, void* dx, void* db, void* rows, float* work, int64_t n, int d,
-                      int k, unsigned seed) {
+const char* pair_loss(void* x, void* b, int64_t* target, float* value, void* dx, void* db, void* rows, float* work,
+                      int64_t n, int d, int k, unsigned seed) {
     uint32_t counter = 0;
     PairLoss a = loss_of(n, d, k);
     a.x = x, a.b = b, a.dx = dx, a.db = db, a.rows = rows, a.work = work, a.counter = &counter;

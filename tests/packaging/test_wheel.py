@@ -1,5 +1,6 @@
 """An installed package, with the CUDA library or without: needs nothing but PyTorch, NumPy and pytest, and no checkout."""
 
+import importlib
 import re
 import subprocess
 import sys
@@ -7,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import interp_nn
 from interp_nn import chips, dispatch, engines, fatbin, linalg, native, ops
@@ -62,10 +64,71 @@ def test_the_library_loads():
 @with_library
 def test_private_operators_have_cuda_kernels():
     native.load()
+    importlib.import_module("interp_nn.engines.cuda")  # which has their schemas
     private = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("interp_nn::cuda_")}
-    assert len(private) > 1
+    assert {f"interp_nn::cuda_{name}" for name in ("forward", "backward", "loss", "scale")} <= private
     for name in private - {"interp_nn::cuda_versions"}:
         assert torch._C._dispatch_has_kernel_for_dispatch_key(name, "CUDA"), name
 
 
-# Schemas, fake kernels and opcheck of the private operators: here.
+def private_calls(device, dtype, transposed):
+    """Each private operator with arguments that it could be called with, on a device; b as a layer has it, or row-major."""
+
+    def made(*shape, dtype=dtype):
+        return torch.zeros(shape, dtype=dtype, device=device)
+
+    x, b = made(9, 16), made(5, 16).mT if transposed else made(16, 5)
+    p, g, a, c = made(9, 5), made(5, 5), made(3, 5), made(3)
+    target, counter = made(9, dtype=torch.int64), made(1, dtype=torch.int32)
+    needs, loss = (True, True, True, transposed, False), (1.0, 1.0, 1.0, -100, 1)
+    return {
+        "forward": (x, b, c.new_zeros(5), True, False),
+        "backward": (None, p, x, b, None, g, counter, False, *needs),
+        "loss": (x, b, a, c, target, None, counter, *loss, True, *needs),
+        "scale": (made(dtype=torch.float32), [x, p]),
+    }
+
+
+@pytest.mark.parametrize("transposed", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("device", ["meta", "cuda"])
+def test_private_operators_have_fake_kernels(device, dtype, transposed):
+    importlib.import_module("interp_nn.engines.cuda")
+
+    with FakeTensorMode():  # needs no GPU
+        for name, arguments in private_calls(device, dtype, transposed).items():
+            results = getattr(torch.ops.interp_nn, f"cuda_{name}").default(*arguments)
+            if name == "scale":
+                assert results is None
+                continue
+            assert all(r.device.type == device for r in results)
+            x, b = arguments[:2] if name != "backward" else arguments[2:4]
+            if name == "forward":
+                assert [tuple(r.shape) for r in results] == [(9, 5), (5, 5), (9, 5)]
+                continue
+            dx, db = results[-4:-2] if name == "loss" else results[:2]
+            assert dx.shape == x.shape and (db.shape, db.stride()) == (b.shape, b.stride()) and db.dtype == dtype
+
+
+@with_library
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_opcheck_of_the_private_operators(dtype):
+    assert engines.unavailable("cuda") is None
+    for name, arguments in private_calls("cuda", dtype, True).items():
+        torch.library.opcheck(getattr(torch.ops.interp_nn, f"cuda_{name}").default, arguments)
+
+
+@with_library
+def test_opcheck_of_the_public_operators_beside_the_library():
+    assert native.load() is None
+    x, b = torch.randn(9, 16), torch.randn(16, 5)
+    torch.library.opcheck(torch.ops.interp_nn.summary.default, (x, b, None, "reference:A"))
+    torch.library.opcheck(torch.ops.interp_nn.summary_pair.default, (x, b, "reference:A+"))
+
+
+@with_library
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for a machine without a GPU")
+def test_asked_for_without_a_gpu_the_engine_says_why_not():
+    with pytest.raises(RuntimeError, match=r"the cuda engine is off: (PyTorch is built without CUDA|no CUDA device)"):
+        interp_nn.use_engine("cuda")
