@@ -29,10 +29,10 @@ template <int BK> DEVICE float add_splits(const float* parts, int splits, int fe
 
 // For what follows a grid's sums: a square of fp32 in shared memory, and strips of sixteen rows that are multiplied with
 // it, exactly, since there are few of them.
+constexpr int STRIP = 16;
 template <int BK> struct StripTiles {
-    static constexpr int BC = 16;
     using Square = Tile<float, BK, BK>;
-    using Strip = Tile<float, BC, BK>;
+    using Strip = Tile<float, STRIP, BK>;
     static constexpr size_t SHARED = Square::BYTES + Strip::BYTES;
     Square square;
     Strip strip;
@@ -66,7 +66,7 @@ template <int BK, class Value, class Visit> DEVICE void multiply_strip(const Str
     block_barrier();
     if (mine) put_sums(Mode{}, tiles.strip, 0, 16 * warp(), sums);
     block_barrier();
-    NO_UNROLL for (int i = thread(); i < StripTiles<BK>::BC * BK; i += THREADS) {
+    NO_UNROLL for (int i = thread(); i < STRIP * BK; i += THREADS) {
         visit(i / BK, i % BK, *tiles.strip.at(i / BK, i % BK));
     }
 }
@@ -93,7 +93,7 @@ template <int BK, class T>
 DEVICE void store_parameters(const Mode& mode, T* db, bool transposed, const StripTiles<BK>& tiles, const Matrix<T>& b,
                              const float* parts, int splits, float scale) {
     const int d = b.columns, k = static_cast<int>(b.rows);
-    NO_UNROLL for (int feature = program() * StripTiles<BK>::BC; feature < d; feature += programs() * StripTiles<BK>::BC) {
+    NO_UNROLL for (int feature = program() * STRIP; feature < d; feature += programs() * STRIP) {
         const auto of_b = [&](int row, int column) {
             const int64_t f = feature + row;
             return f < d && column < k ? widen(b.data[column * b.pitch + f * b.step], mode.brain) : 0.f;

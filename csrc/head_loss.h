@@ -264,21 +264,13 @@ template <class P, int BK, int BM> KERNEL head_loss_kernel(HeadLoss arguments, M
 template <class P, int BK, int BM> struct HeadLossInstance {
     using Tiles = HeadTiles<P, BK, BM>;
     static constexpr int BD = StripShape<P, BK>::BD;
-    struct Plan {
-        int splits, programs;
-    };
     static Plan plan(const HeadLoss& arguments, const Chip& chip) {
-        const int64_t d = arguments.d;
-        const int splits = splits_for(chip, arguments.n, arguments.d, BD);
         const bool need_b = arguments.db != nullptr, through = need_b || arguments.dx != nullptr;
-        int64_t jobs = divide_up(arguments.n, Tiles::BN);
-        if (through && jobs < divide_up(d, BD) * splits) jobs = divide_up(d, BD) * splits;
-        if (need_b && jobs < divide_up(d, StripTiles<BK>::BC)) jobs = divide_up(d, StripTiles<BK>::BC);
-        return {splits, programs_for(chip, jobs)};
+        return plan_grid(chip, arguments.n, arguments.d, BD, divide_up(arguments.n, Tiles::BN), through, need_b);
     }
     static Workspace call(const HeadLoss& arguments, const Chip& chip) {
         const auto [splits, programs] = plan(arguments, chip);
-        const int64_t width = (arguments.k + 7) / 8 * 8, classes = (arguments.m + 7) / 8 * 8;
+        const int width = width_of(arguments.k), classes = width_of(arguments.m);
         return {int64_t{splits} * arguments.d * BK + (programs + int64_t{1}) * 2 * BM * BK + BK * BK +
                     int64_t{programs} * (THREADS + 2),
                 arguments.n * 2 * (width + classes)};

@@ -3,8 +3,8 @@
 // X is (n, d) and b (d, k), whose element (f, c) is at b[f * b_feature + c * b_column]: fastest where b_feature is 1,
 // as for a layer's weight. All other matrices are row-major. P = X b, G = bᵀb, Y = P G; a D before a name is a
 // gradient. k is at most 128; n may be 0, d and k may not. Pointers that are said to be optional may be null, and what
-// they stand for is then left out. 16-bit operands are multiplied as they are, fp32 ones as tf32 or as two such parts; every sum
-// is fp32. Row offsets are 64-bit.
+// they stand for is then left out. 16-bit operands are multiplied as they are, fp32 ones as tf32 or as two such parts;
+// every sum is fp32. Row offsets are 64-bit.
 //
 // Functions return nullptr, or the text of an error. They launch one kernel on the current device and wait for nothing.
 #pragma once

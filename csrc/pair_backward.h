@@ -116,22 +116,14 @@ template <class P, int BK> KERNEL pair_backward_kernel(PairBackward arguments, M
 template <class P, int BK> struct PairBackwardInstance {
     using Tiles = PairTiles<P, BK>;
     static constexpr int BD = StripShape<P, BK>::BD;
-    struct Plan {
-        int splits, programs;
-    };
     static Plan plan(const PairBackward& arguments, const Chip& chip) {
-        const int64_t d = arguments.d;
-        const int splits = splits_for(chip, arguments.n, arguments.d, BD);
-        int64_t jobs = divide_up(d, BD) * splits;
-        const int64_t rows = arguments.dy != nullptr ? divide_up(arguments.n, Tiles::ROWS) : 0;
-        const int64_t strips = arguments.db != nullptr ? divide_up(d, StripTiles<BK>::BC) : 0;
-        jobs = jobs < rows ? rows : jobs;
-        return {splits, programs_for(chip, jobs < strips ? strips : jobs)};
+        const int64_t row_jobs = arguments.dy != nullptr ? divide_up(arguments.n, Tiles::ROWS) : 0;
+        return plan_grid(chip, arguments.n, arguments.d, BD, row_jobs, true, arguments.db != nullptr);
     }
     static Workspace call(const PairBackward& arguments, const Chip& chip) {
         const auto [splits, programs] = plan(arguments, chip);
         return {int64_t{splits} * arguments.d * BK + (programs + int64_t{1}) * BK * BK,
-                arguments.dy != nullptr ? arguments.n * ((arguments.k + 7) / 8 * 8) : 0};
+                arguments.dy != nullptr ? arguments.n * width_of(arguments.k) : 0};
     }
     static const char* call(const PairBackward& arguments, const Chip& chip, Stream stream) {
         const int stages = stages_for(chip, 2, 4, Tiles::shared);

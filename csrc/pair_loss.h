@@ -119,24 +119,16 @@ template <class P, int BK> KERNEL pair_loss_kernel(PairLoss arguments, Mode mode
 template <class P, int BK> struct PairLossInstance {
     using Tiles = PairLossTiles<P, BK>;
     static constexpr int BD = StripShape<P, BK>::BD;
-    struct Plan {
-        int splits, programs;
-    };
     static Plan plan(const PairLoss& arguments, const Chip& chip) {
-        const int64_t d = arguments.d;
-        const int splits = splits_for(chip, arguments.n, arguments.d, BD);
         const bool need_b = arguments.db != nullptr, through = need_b || arguments.dx != nullptr;
-        int64_t jobs = divide_up(arguments.n, Tiles::BN);
-        if (through && jobs < divide_up(d, BD) * splits) jobs = divide_up(d, BD) * splits;
-        if (need_b && jobs < divide_up(d, StripTiles<BK>::BC)) jobs = divide_up(d, StripTiles<BK>::BC);
-        return {splits, programs_for(chip, jobs)};
+        return plan_grid(chip, arguments.n, arguments.d, BD, divide_up(arguments.n, Tiles::BN), through, need_b);
     }
     static Workspace call(const PairLoss& arguments, const Chip& chip) {
         const auto [splits, programs] = plan(arguments, chip);
         const bool need_b = arguments.db != nullptr, through = need_b || arguments.dx != nullptr;
         const int64_t matrices = need_b ? 3 : through ? 1 : 0;
         return {int64_t{splits} * arguments.d * BK + (programs + int64_t{1}) * BK * BK + 2 * programs,
-                matrices * arguments.n * ((arguments.k + 7) / 8 * 8)};
+                matrices * arguments.n * width_of(arguments.k)};
     }
     static const char* call(const PairLoss& arguments, const Chip& chip, Stream stream) {
         const int stages = stages_for(chip, 2, 4, Tiles::shared);

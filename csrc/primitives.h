@@ -4,6 +4,7 @@
 // plain C++.
 #pragma once
 
+#undef NDEBUG  // what a kernel demands must hold in every build
 #include <cassert>
 #include <cmath>
 #include <cstddef>
@@ -18,6 +19,7 @@
 
 #define DEVICE __device__ __forceinline__
 #define NOINLINE inline __device__ __noinline__
+#define ANYWHERE inline __host__ __device__
 #define KERNEL __global__ void __launch_bounds__(interp_nn::THREADS, 1)
 #define UNROLL _Pragma("unroll")
 #define NO_UNROLL _Pragma("unroll 1")
@@ -28,6 +30,7 @@
 
 #define DEVICE inline
 #define NOINLINE inline
+#define ANYWHERE inline
 #define KERNEL void
 #define UNROLL
 #define NO_UNROLL

@@ -160,14 +160,22 @@ DEVICE void correlate_rows(const P& products, float (&sums)[LEFTS][Tiles::Piece:
     });
 }
 
-// Into how many parts the rows of a strip are split: enough to occupy the chip, each with some rows to do.
-inline int splits_for(const Chip& chip, int64_t n, int d, int depth) {
-    const int64_t room = chip.multiprocessors / divide_up(d, depth), rows = divide_up(n, 256);
-    const int64_t splits = room < rows ? room : rows;
-    return splits < 1 ? 1 : static_cast<int>(splits);
+// How a grid shares the work: each strip of features has its rows split into so many parts, enough to occupy the chip and
+// each with some rows to do; and the programs, as many as the phase with the most jobs can use.
+struct Plan {
+    int splits, programs;
+};
+inline Plan plan_grid(const Chip& chip, int64_t n, int64_t d, int depth, int64_t row_jobs, bool walks, bool need_b) {
+    const int64_t strips = divide_up(d, depth), room = chip.multiprocessors / strips, rows = divide_up(n, 256);
+    int64_t splits = room < rows ? room : rows;
+    if (splits < 1) splits = 1;
+    int64_t jobs = row_jobs;
+    if (walks && jobs < strips * splits) jobs = strips * splits;
+    if (need_b && jobs < divide_up(d, STRIP)) jobs = divide_up(d, STRIP);
+    return {static_cast<int>(splits), programs_for(chip, jobs)};
 }
 
 // The row length of a workspace with k columns: whole 16-byte words of 16-bit numbers.
-DEVICE int width_of(int k) { return (k + 7) / 8 * 8; }
+ANYWHERE int width_of(int k) { return (k + 7) / 8 * 8; }
 
 }  // namespace interp_nn

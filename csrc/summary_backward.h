@@ -130,14 +130,13 @@ DEVICE void summary_strips(const P& products, const SummaryBackward& arguments, 
 template <int BK, class P, class T>
 DEVICE void summary_parameters(const P& products, const SummaryBackward& arguments, const Matrix<T>& b,
                                const SummaryWork<BK>& work, int splits) {
-    constexpr int BC = StripTiles<BK>::BC;
     const int d = arguments.d, k = arguments.k;
     const StripTiles<BK> tiles(shared_memory());
     const auto* const g = static_cast<const T*>(arguments.g);
     fill(tiles.square, [&](int row, int column) {
         return row < k && column < k ? widen(g[row * k + column], products.mode.brain) : 0.f;
     });
-    NO_UNROLL for (int feature = program() * BC; feature < d; feature += programs() * BC) {
+    NO_UNROLL for (int feature = program() * STRIP; feature < d; feature += programs() * STRIP) {
         const auto of_s = [&](int row, int column) { return add_splits<BK>(work.s, splits, feature + row, column, d); };
         multiply_strip(tiles, of_s, [&](int row, int column, float product) {
             if (feature + row < d) work.s[int64_t{feature + row} * BK + column] = product;
@@ -174,28 +173,20 @@ template <class P, int BK> KERNEL summary_backward_kernel(SummaryBackward argume
 
 template <class P, int BK> struct SummaryBackwardInstance {
     using Tiles = SummaryTiles<P, BK>;
-    struct Plan {
-        int splits, programs;
-        int64_t jobs;
-    };
     static Plan plan(const SummaryBackward& arguments, const Chip& chip) {
-        const int64_t d = arguments.d;
-        const int splits = splits_for(chip, arguments.n, arguments.d, Tiles::Shape::BD);
-        const int64_t jobs = divide_up(d, Tiles::Shape::BD) * splits;
-        const int64_t strips = arguments.db != nullptr ? divide_up(d, StripTiles<BK>::BC) : 0;
-        return {splits, programs_for(chip, jobs < strips ? strips : jobs), jobs};
+        return plan_grid(chip, arguments.n, arguments.d, Tiles::Shape::BD, 0, true, arguments.db != nullptr);
     }
     static Workspace call(const SummaryBackward& arguments, const Chip& chip) {
-        const auto [splits, programs, jobs] = plan(arguments, chip);
-        const int64_t parts = jobs < programs ? jobs : programs;
+        const auto [splits, programs] = plan(arguments, chip);
+        const int64_t jobs = divide_up(arguments.d, Tiles::Shape::BD) * splits, parts = jobs < programs ? jobs : programs;
         return {int64_t{splits} * arguments.d * BK + (parts + 1) * BK * BK + int64_t{splits} * THREADS, 0};
     }
     static const char* call(const SummaryBackward& arguments, const Chip& chip, Stream stream) {
         const int stages = stages_for(chip, 2, 4, Tiles::shared);
         if (stages == 0) return TOO_LITTLE_SHARED;
-        const Plan planned = plan(arguments, chip);
-        return start(summary_backward_kernel<P, BK>, planned.programs, Tiles::shared(stages), true, stream, arguments,
-                     mode_of(arguments.kind), planned.splits, stages);
+        const auto [splits, programs] = plan(arguments, chip);
+        return start(summary_backward_kernel<P, BK>, programs, Tiles::shared(stages), true, stream, arguments,
+                     mode_of(arguments.kind), splits, stages);
     }
 };
 
