@@ -84,17 +84,17 @@ template <class T> NOINLINE void copy_tile(unsigned char* base, int log_height, 
         const int r = m.step == 1 ? second : first, c = m.step == 1 ? first : second;
         unsigned char* const to = base + chunk_offset(r, c, 1 << log_chunks);
         const int inside = r < rows ? columns - c * PER_CHUNK : 0;
-        const T* const source = from + r * m.pitch + c * PER_CHUNK * m.step;
+        const T* source = from + r * m.pitch + c * PER_CHUNK * m.step;
         if (m.unit == 16) {
             copy_async<16>(to, source, inside > 0);
         } else if (m.unit == 4) {
+            constexpr int ELEMENTS = 4 / sizeof(T);
             UNROLL for (int part = 0; part < 4; ++part) {
-                constexpr int ELEMENTS = 4 / sizeof(T);
                 copy_async<4>(to + 4 * part, source + ELEMENTS * part, ELEMENTS * part < inside);
             }
         } else {
-            UNROLL for (int e = 0; e < PER_CHUNK; ++e) {
-                reinterpret_cast<T*>(to)[e] = e < inside ? source[e * m.step] : T{};
+            UNROLL for (int e = 0; e < PER_CHUNK; ++e, source += m.step) {
+                reinterpret_cast<T*>(to)[e] = e < inside ? *source : T{};
             }
         }
     }
