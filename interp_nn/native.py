@@ -82,8 +82,17 @@ def _attempt_once() -> tuple[Path, str | None]:
         file = _compile() if jit else _LIBRARY
         torch.ops.load_library(str(file))
     except Exception as error:  # whatever a compiler or a linker dislikes, PyTorch's own operators still compute
-        return _LIBRARY, str(error.__cause__ or error)
+        return _LIBRARY, _reason(error)
     return file, None
+
+
+def _reason(error: Exception) -> str:
+    """What a linker says is the cause of an OSError; of a failed compilation, which is long, the first lines that matter."""
+    if isinstance(error, OSError):
+        return str(error.__cause__ or error)
+    lines = str(error).splitlines()
+    mattering = [line.strip() for line in lines[1:] if "error" in line.lower() or "cannot" in line]
+    return ": ".join([lines[0].partition(":")[0], *mattering[:2]]) if mattering else str(error)
 
 
 def _compile() -> Path:

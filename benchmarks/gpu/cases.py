@@ -15,8 +15,10 @@ FEW_ROWS = (1, 15, 17, 127, 128, 129, 1000, 4096)
 MANY_ROWS = (70001,)
 CLASSES = (2, 10, 17, 128)
 MODES = ("fp32", "tf32", "bf16", "fp16")
+# How b lies in memory: row by row, as a layer's transposed weight, as one whose rows are apart, with a gap after each number.
+LAYOUTS = ("rows", "transposed", "apart", "strided")
 
-_COMMON = {"mode": MODES, "d": FEATURES, "k": COLUMNS, "rows": (FEW_ROWS, MANY_ROWS), "transposed": (False, True)}
+_COMMON = {"mode": MODES, "d": FEATURES, "k": COLUMNS, "rows": (FEW_ROWS, MANY_ROWS), "layout": LAYOUTS}
 _SUMMARY = {"wanted": ("x b", "x", "b", "x b bias", "bias")}
 _PAIR = {"wanted": ("projection summary", "projection", "summary")}
 _LOSS = {
@@ -37,7 +39,7 @@ FACTORS: dict[str, Mapping[str, Sequence[Any]]] = {
 
 
 class Case(NamedTuple):
-    """What is computed (a key of FACTORS) in one mode and layout, for each number of rows in turn.
+    """What is computed (a key of FACTORS) in one mode and layout of b, for each number of rows in turn.
 
     wanted: the inputs whose gradients are asked for (a summary has a bias if it is among them), or the outputs of a pair.
     m: classes behind a head, whose output layer has a bias or not.
@@ -48,7 +50,7 @@ class Case(NamedTuple):
     rows: tuple[int, ...]
     d: int
     k: int
-    transposed: bool = False
+    layout: str = "rows"
     wanted: str = "x b"
     bias: bool = False
     m: int | None = None
@@ -60,7 +62,7 @@ class Case(NamedTuple):
         sizes = f"n {self.rows[0]}{'...' if len(self.rows) > 1 else ''}, d {self.d}, k {self.k}"
         extra = f", m {self.m}" if self.m else ""
         loss = f", {self.reduction}, {self.ignored} ignored" if self.loss else ""
-        marks = (", transposed" if self.transposed else "") + (", bias" if self.bias else "")
+        marks = (f", {self.layout}" if self.layout != "rows" else "") + (", bias" if self.bias else "")
         return f"{self.what} {self.mode}, {sizes}{extra}{loss}, {self.wanted}{marks}"
 
     @property
@@ -127,10 +129,10 @@ def cases(seed: int = 0) -> list[Case]:
 def tiny_cases() -> list[Case]:
     """A few that Triton's interpreter can bear."""
     return [
-        Case("summary", "fp32", (5, 17), 20, 3, True, "x b bias"),
-        Case("pair", "fp16", (9,), 7, 4, wanted="projection summary"),
-        Case("pair_loss", "fp32", (9,), 20, 3, wanted="x b a c", ignored="all"),
-        Case("latent", "fp16", (9,), 7, 5, True, "x b a c", True, m=3, reduction="none"),
+        Case("summary", "fp32", (5, 17), 20, 3, "transposed", "x b bias"),
+        Case("pair", "fp16", (9,), 7, 4, "strided", "projection summary"),
+        Case("pair_loss", "fp32", (9,), 20, 3, "apart", "x b a c", ignored="all"),
+        Case("latent", "fp16", (9,), 7, 5, "transposed", "x b a c", True, m=3, reduction="none"),
         Case("flat", "fp32", (17,), 7, 16, wanted="b a c", m=2, reduction="sum"),
         Case("wide pair", "fp32", (5,), 7, 130, wanted="summary"),
     ]

@@ -14,9 +14,10 @@ from torch import Tensor
 
 import interp_nn
 from benchmarks import law
+from benchmarks.gpu import kernels
 from benchmarks.gpu.cases import Case
 from benchmarks.gpu.log import Log
-from interp_nn import associations, engines, functional
+from interp_nn import associations, functional
 
 DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 WEIGHTS = (0.7, 1.3, 0.9)
@@ -39,48 +40,60 @@ class Guarded(NamedTuple):
 
     tensor: Tensor
     buffer: Tensor
-    zone: int
 
     def touched(self) -> bool:
-        """Whether something was written around it."""
-        return not bool(self.buffer[: self.zone].isnan().all() & self.buffer[-self.zone :].isnan().all())
+        """Whether something was written around it, or between its numbers."""
+        return int(self.buffer.isnan().sum()) != self.buffer.numel() - self.tensor.numel()
 
 
-def guarded(t: Tensor, transposed: bool = False) -> Guarded:
-    """A copy of t between guards, with the memory order of tᵀ if asked."""
+def guarded(t: Tensor, layout: str = "rows") -> Guarded:
+    """A copy of t between guards, in one of `cases.LAYOUTS`."""
     zone = max(4096, _TILE_ROWS * t.shape[-1] if t.dim() else 1)
-    buffer = torch.full((t.numel() + 2 * zone,), math.nan, dtype=t.dtype, device=t.device)
-    inner = buffer[zone : zone + t.numel()]
-    view = inner.view(t.mT.shape).mT if transposed else inner.view(t.shape)
+    size = t.numel() * (2 if layout in ("apart", "strided") else 1)
+    buffer = torch.full((size + 2 * zone,), math.nan, dtype=t.dtype, device=t.device)
+    inner = buffer[zone : zone + size]
+    if layout == "rows":
+        view = inner.view(t.shape)
+    elif layout == "strided":
+        view = inner.view(*t.shape, 2)[..., 0]
+    else:
+        rows, columns = t.shape
+        view = inner.view(columns, -1)[:, :rows].mT
     view.copy_(t)
-    return Guarded(view, buffer, zone)
+    return Guarded(view, buffer)
 
 
 @contextlib.contextmanager
 def poisoned() -> Iterator[None]:
-    """Results and workspaces of the triton engine are NaN until a kernel writes them."""
-    engine: Any = engines.get("triton")
-    original = engine.workspace
+    """Whatever is allocated without a value is NaN until it is written: results and workspaces of every engine.
 
-    def workspace(*layout: Any) -> Tensor:
-        return original(*layout).fill_(math.nan)
-
-    with mock.patch.object(engine, "workspace", workspace):
+    PyTorch fills what `empty` and `empty_strided` return, whether Python asks for it or the compiled library does.
+    """
+    fill: Any = torch.utils.deterministic
+    filled, mode = fill.fill_uninitialized_memory, torch.get_deterministic_debug_mode()
+    fill.fill_uninitialized_memory = True
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
         yield
+    finally:
+        torch.set_deterministic_debug_mode(mode)
+        fill.fill_uninitialized_memory = filled
 
 
-@contextlib.contextmanager
-def launches() -> Iterator[list[str]]:
-    """A list that gets the names of the kernels that the triton engine launches inside."""
-    engine: Any = engines.get("triton")
-    original, names = engine.launch, []
-
-    def launch(plan: Any, device: torch.device, *arguments: Any) -> None:
-        names.append(plan.kernel.__name__)
-        original(plan, device, *arguments)
-
-    with mock.patch.object(engine, "launch", launch):
-        yield names
+def check_poison(engines: Sequence[str], device: torch.device, log: Log) -> None:
+    """That what is not written would be seen: new memory is NaN, and an engine's own is filled before its launch."""
+    with poisoned():
+        empty = [torch.empty_strided((64, 3), (1, 64), dtype=dtype, device=device) for dtype in set(DTYPES.values())]
+    log.check("poison", None if all(bool(t.isnan().all()) for t in empty) else "new memory is not NaN")
+    x, b = torch.ones(64, 32, device=device), torch.ones(32, 8, device=device)
+    for engine in engines:
+        with log.guarded(f"poison, {engine}"), interp_nn.use_engine(engine):
+            functional.summary(x, b)  # whatever happens at a first call
+            with poisoned():
+                _, ran = kernels.profiled(lambda: functional.summary(x, b), device)
+            if ran is not None:
+                why = None if len(ran) > 1 else "nothing fills the memory that it allocates"
+                log.check(f"poison, {engine}", why, engine=engine, profiled=ran)
 
 
 @contextlib.contextmanager
@@ -169,8 +182,8 @@ def evaluate(
     return [*(o.detach() for o in out), *grads]
 
 
-def check_case(case: Case, device: torch.device, log: Log) -> None:
-    """Both engines for each number of rows of the case; a line for each."""
+def check_case(case: Case, engines: Sequence[str], device: torch.device, log: Log) -> None:
+    """These engines and the reference for each number of rows of the case; a line for each."""
     dtype = DTYPES[case.mode]
     for n in case.rows:
         if log.left() < 0:
@@ -180,13 +193,18 @@ def check_case(case: Case, device: torch.device, log: Log) -> None:
             asked = problem(case, n, device)
             rounded = {name: t.to(dtype) for name, t in asked.inputs.items()}
             upstreams = [u.to(dtype) for u in asked.upstreams]
-            if case.transposed:
-                rounded["b"] = rounded["b"].mT.contiguous().mT
+            rounded["b"] = guarded(rounded["b"], case.layout).tensor
             wide = {name: t.double() for name, t in rounded.items()}
             exact = evaluate(asked.plain, wide, [u.double() for u in upstreams], asked.wanted)
             same = evaluate(asked.plain, rounded, upstreams, asked.wanted)
-            for engine in ("triton", "reference"):
-                with log.guarded(f"{case.name}, n {n}, {engine}", engine=engine, n=n, **_facts(case)):
+            classes, head = (case.m or case.k) if case.loss else None, case.m is not None
+            for engine in (*engines, "reference"):
+                label = f"{case.name}, n {n}, {engine}"
+                why = kernels.refusal(engine, device, dtype, n, case.d, case.k, classes, head)
+                if why is not None:
+                    log.write(label, "skipped", why=why, engine=engine, n=n, **_facts(case))
+                    continue
+                with log.guarded(label, engine=engine, n=n, **_facts(case)):
                     _check_engine(case, n, engine, asked, rounded, upstreams, same, exact, log)
 
 
@@ -194,13 +212,13 @@ def _check_engine(
     case: Case, n: int, engine: str, asked: Problem, rounded: dict[str, Tensor], upstreams: list[Tensor],
     same: list[Tensor], exact: list[Tensor], log: Log,
 ) -> None:  # fmt: skip
-    held = {name: guarded(t, case.transposed and name == "b") for name, t in rounded.items()}
+    held = {name: guarded(t, case.layout if name == "b" else "rows") for name, t in rounded.items()}
     given = {name: h.tensor for name, h in held.items()}
     form = case.what if case.what in ("flat", "latent") else None
     with contextlib.ExitStack() as stack:
         stack.enter_context(interp_nn.use_engine(engine))
         stack.enter_context(poisoned())
-        kernels = stack.enter_context(launches())
+        launched = stack.enter_context(kernels.launches(engine))
         if form is not None:
             stack.enter_context(mock.patch.object(associations, "head_form", return_value=form))
         plan = interp_nn.plan(
@@ -224,16 +242,22 @@ def _check_engine(
         whys += [] if why is None else [f"{name}: {why}"]
     if "b" in asked.wanted:
         db = got[names.index("db")]
-        whys += [] if db.stride() == rounded["b"].stride() or min(db.shape) == 1 else [f"db: strides {db.stride()}"]
+        lies = _dense(db) if case.layout in ("apart", "strided") else db.stride() == rounded["b"].stride()
+        whys += [] if lies or min(db.shape) == 1 else [f"db: strides {db.stride()}"]
     whys += [f"{name}: written outside" for name, h in held.items() if h.touched()]
-    if engine == "triton" and not kernels:
+    if engine in kernels.WITH_KERNELS and not launched:
         whys.append("no kernel was launched")
     log.check(
         f"{case.name}, n {n}, {engine}",
         "; ".join(whys) or None,
         engine=engine, form=plan.form, config={kernel: str(config) for kernel, config in plan.config},
-        kernels=kernels, n=n, floor=floor, errors=found, errors_of="ours, PyTorch's: Frobenius, maximum", **_facts(case),
+        kernels=launched, n=n, floor=floor, errors=found, errors_of="ours, PyTorch's: Frobenius, maximum", **_facts(case),
     )  # fmt: skip
+
+
+def _dense(t: Tensor) -> bool:
+    """Whether a matrix or its transpose is contiguous: the gradient of a b that is neither may be either."""
+    return t.is_contiguous() or t.mT.is_contiguous()
 
 
 def _floor(case: Case) -> float:
@@ -257,12 +281,13 @@ def _facts(case: Case) -> dict[str, Any]:
 
 
 def check_far_rows(
-    device: torch.device, log: Log, elements: int = 2**31, d: int = 1024, dtype: torch.dtype = torch.bfloat16
-) -> None:
+    engines: Sequence[str], device: torch.device, log: Log,
+    elements: int = 2**31, d: int = 1024, dtype: torch.dtype = torch.bfloat16,
+) -> None:  # fmt: skip
     """Rows beyond so many elements of x: values and gradients there, and in what all rows add up to."""
     k, n = 64, elements // d + 1000
     name = f"rows beyond {elements} elements: n {n}, d {d}, k {k}, {str(dtype).removeprefix('torch.')}"
-    needed = 7 * n * d * dtype.itemsize
+    needed = 8 * n * d * dtype.itemsize
     if device.type == "cuda" and torch.cuda.mem_get_info(device)[0] < needed:
         free = torch.cuda.mem_get_info(device)[0]
         log.write(name, "skipped", why=f"{free / 1e9:.1f} GB of memory are free, {needed / 1e9:.1f} needed")
@@ -277,42 +302,72 @@ def check_far_rows(
         return law.naive_cross_entropy(x, b, target[rows], reduction="sum") / n
 
     with log.guarded(f"{name}, summary"):
-        _check_far(f"{name}, summary", functional.summary, lambda x, b, rows: law.naive(x, b), x, b, dy, log)
+        _check_far(
+            f"{name}, summary", engines, functional.summary, lambda x, b, rows: law.naive(x, b), x, b, dy, None, log
+        )
     with log.guarded(f"{name}, pair loss"):
         loss = functional.summary_cross_entropy
-        _check_far(f"{name}, pair loss", lambda x, b: loss(x, b, target), value, x, b, None, log)
+        _check_far(f"{name}, pair loss", engines, lambda x, b: loss(x, b, target), value, x, b, None, k, log)
+
+
+class _Expected(NamedTuple):
+    """A result, or some rows of one: what plain PyTorch computes in the inputs' dtype, and exactly."""
+
+    of: str
+    rows: slice
+    same: Tensor
+    exact: Tensor
+
+    @property
+    def name(self) -> str:
+        return self.of if self.rows.start is None else f"{self.of}[{self.rows.start}:]"
 
 
 def _check_far(
-    name: str, ours: Callable[..., Tensor], plain: Callable[..., Tensor], x: Tensor, b: Tensor, dy: Tensor | None, log: Log
+    name: str, engines: Sequence[str], ours: Callable[..., Tensor], plain: Callable[..., Tensor],
+    x: Tensor, b: Tensor, dy: Tensor | None, classes: int | None, log: Log,
 ) -> None:  # fmt: skip
-    n, d = x.shape
-    probes = [0, n - 1500, n - 500]  # the first rows, those around the boundary, and the last
-    with interp_nn.use_engine("triton"), poisoned():
-        leaves = x.detach().requires_grad_(), b.detach().requires_grad_()
-        out = ours(*leaves)
-        dx, db = torch.autograd.grad(out, leaves, dy)
-    whys, found = [], {}
+    (n, d), k = x.shape, b.shape[1]
+    expected = _expected_far(plain, x, b, dy)
+    floor = law.floor(x.dtype, law.SPLIT_ULPS if x.dtype == torch.float32 else None)
+    for engine in engines:
+        facts = {"engine": engine, "n": n, "d": d, "k": k, "dtype": str(x.dtype)}
+        why = kernels.refusal(engine, x.device, x.dtype, n, d, k, classes)
+        if why is not None:
+            log.write(f"{name}, {engine}", "skipped", why=why, **facts)
+            continue
+        with log.guarded(f"{name}, {engine}", **facts):
+            with interp_nn.use_engine(engine), poisoned():
+                leaves = x.detach().requires_grad_(), b.detach().requires_grad_()
+                out = ours(*leaves)
+                dx, db = torch.autograd.grad(out, leaves, dy)
+            got, whys, found = {"y": out.detach(), "dx": dx, "db": db}, [], {}
+            for want in expected:
+                result = got[want.of][want.rows]
+                errors = law.errors(result, want.exact), law.errors(want.same, want.exact)
+                found[want.name] = [*errors[0], *errors[1]]
+                breach = law.breach(*errors, floor)
+                whys += [] if breach is None else [f"{want.name}: {breach}"]
+            log.check(f"{name}, {engine}", "; ".join(whys) or None, errors=found, **facts)
+
+
+def _expected_far(plain: Callable[..., Tensor], x: Tensor, b: Tensor, dy: Tensor | None) -> list[_Expected]:
+    """db, and y and dx at the first rows, at those around the boundary, and at the last."""
+    n = len(x)
     sums = {dtype: torch.zeros_like(b, dtype=torch.float64) for dtype in (x.dtype, torch.float64)}
     step = 2**16
     for first in range(0, n, step):
         rows = slice(first, min(n, first + step))
         for dtype, total in sums.items():
             total += _chunk(plain, x, b, dy, rows, dtype)[2].double()
-    floor = law.floor(x.dtype, law.SPLIT_ULPS if x.dtype == torch.float32 else None)
-    checks = [("db", db, sums[x.dtype], sums[torch.float64])]
-    for at in probes:
+    expected = [_Expected("db", slice(None), sums[x.dtype], sums[torch.float64])]
+    for at in (0, n - 1500, n - 500):
         rows = slice(at, min(n, at + 500))
         same, exact = (_chunk(plain, x, b, dy, rows, dtype) for dtype in (x.dtype, torch.float64))
-        checks.append((f"dx[{at}:]", dx[rows], same[1], exact[1]))
+        expected.append(_Expected("dx", rows, same[1], exact[1]))
         if dy is not None:
-            checks.append((f"y[{at}:]", out[rows], same[0], exact[0]))
-    for what, got, same_result, exact_result in checks:
-        errors = law.errors(got, exact_result), law.errors(same_result, exact_result)
-        found[what] = [*errors[0], *errors[1]]
-        why = law.breach(*errors, floor)
-        whys += [] if why is None else [f"{what}: {why}"]
-    log.check(name, "; ".join(whys) or None, engine="triton", n=n, d=d, k=b.shape[1], dtype=str(x.dtype), errors=found)
+            expected.append(_Expected("y", rows, same[0], exact[0]))
+    return expected
 
 
 def _chunk(

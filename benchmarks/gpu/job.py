@@ -1,9 +1,18 @@
-"""The job: divides its time among the parts, runs each in processes of its own, and says at the end what came of it."""
+"""The job: divides its time among the parts, runs each in processes of its own, and says at the end what came of it.
+
+It covers the engines that are on: triton, and cuda where its library is. It builds nothing. The library is built before, where
+nvcc is; 90 stands for an H100 or H200:
+
+    INTERP_NN_CUDA_ARCHS=90 python setup.py build_ext --inplace
+
+An engine that is off costs a line and what only it can show. `--parts` and `--engines` divide the job into shorter ones.
+"""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import os
 import signal
 import subprocess
@@ -15,6 +24,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from benchmarks.gpu.kernels import WITH_KERNELS
 from benchmarks.gpu.log import BAD, Log, read
 from benchmarks.gpu.summary import table
 from benchmarks.record import ROOT
@@ -50,6 +60,7 @@ class Settings(NamedTuple):
     device: str = "cuda"
     tiny: bool = False
     revision: str | None = None
+    engines: tuple[str, ...] = WITH_KERNELS
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -57,6 +68,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--parts", type=_parts, default=PARTS, metavar="A,B", help=f"of {','.join(PARTS)} (default: all)"
     )
+    parser.add_argument(
+        "--engines", type=_engines, default=WITH_KERNELS, metavar="A,B",
+        help=f"of {','.join(WITH_KERNELS)} (default: all); those that are off are left out",
+    )  # fmt: skip
     parser.add_argument(
         "--output", type=Path, default=Path("results") / "gpu", metavar="DIR",
         help="for the records; a table that `tune` has left there is used",
@@ -71,11 +86,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _parts(text: str) -> tuple[str, ...]:
+    return _among(PARTS, "part", text)
+
+
+def _engines(text: str) -> tuple[str, ...]:
+    return _among(WITH_KERNELS, "engine", text)
+
+
+def _among(known: Sequence[str], what: str, text: str) -> tuple[str, ...]:
+    """The names in a list with commas, in the order in which they are known."""
     names = tuple(name.strip() for name in text.split(","))
-    unknown = [name for name in names if name not in PARTS]
+    unknown = [name for name in names if name not in known]
     if unknown:
-        raise argparse.ArgumentTypeError(f"unknown part {', '.join(unknown)}; there are {', '.join(PARTS)}")
-    return tuple(name for name in PARTS if name in names)
+        raise argparse.ArgumentTypeError(f"unknown {what} {', '.join(unknown)}; there are {', '.join(known)}")
+    return tuple(name for name in known if name in names)
 
 
 def _workers() -> int:
@@ -85,13 +109,15 @@ def _workers() -> int:
 def settings(given: argparse.Namespace) -> Settings:
     """The settings that parsed arguments hold."""
     return Settings(
-        given.parts, given.output.resolve(), given.minutes, given.workers, given.device, given.tiny, given.revision
-    )
+        given.parts, given.output.resolve(), given.minutes, given.workers, given.device, given.tiny, given.revision,
+        given.engines,
+    )  # fmt: skip
 
 
 def in_order(asked: Settings) -> list[str]:
-    """The parts asked for, and what has to be compiled for them."""
-    compiled = () if asked.tiny else tuple(name for name, parts in _COMPILED.items() if set(parts) & set(asked.parts))
+    """The parts asked for, and what has to be compiled for them: Triton's kernels."""
+    none = asked.tiny or "triton" not in asked.engines
+    compiled = () if none else tuple(name for name, parts in _COMPILED.items() if set(parts) & set(asked.parts))
     return [name for name in SHARES if name in (*asked.parts, *compiled)]
 
 
@@ -102,36 +128,40 @@ def allotted(parts: Sequence[str], left: float) -> float:
 
 def run(asked: Settings) -> int:
     """Run the parts and print the table; 0 if all is well, 1 if anything is not, 2 if nothing can run."""
-    why = _unable(asked.device)
-    if why is not None:
+    off = _off(asked.device)
+    on = tuple(engine for engine in asked.engines if off[engine] is None)
+    without = {engine: f"the {engine} engine is off: {off[engine]}" for engine in asked.engines if engine not in on}
+    for why in without.values():
         print(f"benchmarks gpu: {why}", file=sys.stderr)
+    if not on:
         return 2
+    asked = asked._replace(engines=on)
     asked.output.mkdir(parents=True, exist_ok=True)
     target = asked.output / "gpu.jsonl"
     target.unlink(missing_ok=True)
+    for engine, why in without.items():
+        Log(target, "engines", 0.0, {}).write(engine, "skipped", why=why)
     end = time.monotonic() + 60 * asked.minutes - _GRACE
-    lines: list[dict[str, Any]] = []
+    lines, ran = read(target), 0
     parts = in_order(asked)
     with (asked.output / "gpu.log").open("w", encoding="utf-8") as talk:
         while parts:
-            lines += run_part(parts[0], asked, allotted(parts, end - time.monotonic()), talk)
+            found = run_part(parts[0], asked, allotted(parts, end - time.monotonic()), talk)
+            lines, ran = lines + found, ran + len(found)
             parts = parts[1:]
     print("\n" + table(lines))
     print(f"\nrecords: {target}")
-    return int(any(line["status"] in BAD for line in lines) or not lines)
+    return int(any(line["status"] in BAD for line in lines) or not ran)
 
 
-def _unable(device: str) -> str | None:
-    """Why nothing can run, found out in another process: this one never opens the device."""
-    code = "import sys; from interp_nn import engines; print(engines.unavailable('triton') or '')"
-    found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+def _off(device: str) -> dict[str, str | None]:
+    """Why each engine is off, None if it is on, found out in another process: this one never opens the device."""
+    code = "import json, sys; from benchmarks.gpu import kernels; print(json.dumps(kernels.reasons(sys.argv[1])))"
+    found = subprocess.run([sys.executable, "-c", code, device], cwd=ROOT, capture_output=True, text=True, check=False)
     if found.returncode:
-        return found.stderr.strip()[-1000:]
-    if found.stdout.strip():
-        return f"the triton engine is off: {found.stdout.strip()}"
-    if device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
-        return "kernels run on a CPU with TRITON_INTERPRET=1 only"
-    return None
+        return dict.fromkeys(WITH_KERNELS, found.stderr.strip()[-1000:])
+    reasons: dict[str, str | None] = json.loads(found.stdout.splitlines()[-1])
+    return reasons
 
 
 class Worker:
@@ -150,6 +180,7 @@ class Worker:
         command = [
             *(sys.executable, "-m", "benchmarks.gpu.worker", self.part, "--log", str(self.log)),
             *("--seconds", f"{seconds:.3f}", "--output", str(self._asked.output), "--device", self._asked.device),
+            *("--engines", ",".join(self._asked.engines)),
             *("--share", self.share, "--first", str(first), "--position", str(self._position)),
             *(("--tiny",) if self._asked.tiny else ()),
             *(("--revision", self._asked.revision) if self._asked.revision else ()),

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 import interp_nn
-from benchmarks.gpu.checks import launches
+from benchmarks.gpu import kernels
 from benchmarks.gpu.log import Log, read
 from benchmarks.record import ROOT
 from interp_nn import associations, functional
@@ -47,16 +47,17 @@ MIDDLE = Shape(4096, 512, 100, 10, torch.bfloat16)
 LARGE = Shape(65536, 512, 64, 10, torch.bfloat16)
 EXACT = Shape(4096, 512, 64, 100, torch.float32)
 TINY = Shape(33, 24, 10, 3, torch.float32)
+_WIDE = 200  # columns
 
 
 def workload(shape: Shape, device: torch.device, wide: bool = False) -> dict[str, Call]:
     """Every kernel of one launch at a shape: forward and backward of summary and pair, the losses with their gradients.
 
-    Inputs are drawn once; a call returns outputs and gradients. `wide` takes 200 columns, and so the kernels with phases.
+    Inputs are drawn once; a call returns outputs and gradients. `wide` takes more columns, and so kernels of their own.
     """
     n, d, k, m, dtype = shape
     if wide:
-        k = 200
+        k = _WIDE
     draw = torch.Generator().manual_seed(0)  # on the CPU: nothing but what is asked for runs on the device
 
     def randn(*size: int, scale: float = 1.0) -> Tensor:
@@ -96,6 +97,23 @@ def workload(shape: Shape, device: torch.device, wide: bool = False) -> dict[str
     return calls
 
 
+def admitted(engine: str, shape: Shape, device: torch.device, log: Log, wide: bool = False) -> dict[str, Call]:
+    """The workload of a shape, but for what the engine refuses: that is a line each."""
+    n, d, k, m, dtype = shape
+    k = _WIDE if wide else k
+    classes = {"pair loss": k, "latent head loss": m, "flat head loss": m}
+    calls = {}
+    for name, call in workload(shape, device, wide).items():
+        why = kernels.refusal(engine, device, dtype, n, d, k, classes.get(name), "head" in name)
+        if engine == "cuda" and name == "flat head loss":
+            why = why or "cuda: it has the latent form only"
+        if why is None:
+            calls[name] = call
+        else:
+            log.write(f"{'wide ' * wide}{name} {shape.name}, {engine}", "skipped", why=why, engine=engine)
+    return calls
+
+
 def bits(t: Tensor) -> Tensor:
     """The same memory as integers, of which equal means equal, NaN or not."""
     return t.contiguous().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[t.element_size()])
@@ -109,8 +127,11 @@ def differing(got: Sequence[Tensor], first: Sequence[Tensor]) -> Tensor:
 # Launches
 
 
-def count_launches(device: torch.device, log: Log) -> None:
-    """Kernels of forward, of backward and of a loss with its gradients, as the engine's hook and the profiler see them."""
+def count_launches(engine: str, device: torch.device, log: Log) -> None:
+    """Kernels of forward, of backward and of a loss with its gradients, as the engine's hook and the profiler see them.
+
+    A backward of a loss launches the kernel that scales the gradients by what comes from above.
+    """
     shape = MIDDLE if device.type == "cuda" else TINY
     n, d, k, m, dtype = shape
     x = torch.randn(n, d).to(device, dtype).requires_grad_()
@@ -122,16 +143,21 @@ def count_launches(device: torch.device, log: Log) -> None:
     layer = interp_nn.nn.SummaryLayer(d, k, **made)
     classifier = interp_nn.nn.SummaryClassifier(d, k, **made)
     head = interp_nn.nn.SummaryHead(d, k, m, **made)
-    # What runs, what is done to its result, and the most kernels that each may take.
-    measured: list[tuple[str, torch.nn.Module, Callable[[], Any], Callable[[Any], None], int]] = [
-        ("SummaryLinear(bias=True)", linear, lambda: linear(x), lambda y: y.backward(dy), 1),
-        ("SummaryLayer", layer, lambda: layer(x), lambda p: torch.autograd.backward(tuple(p), (dy, dy)), 1),
-        ("SummaryClassifier.loss", classifier, lambda: classifier.loss(x, t), lambda v: v.backward(one), 1),
-        ("SummaryHead.loss", head, lambda: head.loss(x, tm), lambda v: v.backward(one), 1),
+    # What runs, what is done to its result, and the classes of a loss.
+    measured: list[tuple[str, torch.nn.Module, Callable[[], Any], Callable[[Any], None], int | None]] = [
+        ("SummaryLinear(bias=True)", linear, lambda: linear(x), lambda y: y.backward(dy), None),
+        ("SummaryLayer", layer, lambda: layer(x), lambda p: torch.autograd.backward(tuple(p), (dy, dy)), None),
+        ("SummaryClassifier.loss", classifier, lambda: classifier.loss(x, t), lambda v: v.backward(one), k),
+        ("SummaryHead.loss", head, lambda: head.loss(x, tm), lambda v: v.backward(one), m),
     ]
-    with interp_nn.use_engine("triton"):
-        for name, module, forward, backward, most in measured:
-            with log.guarded(f"launches of {name}"):
+    with interp_nn.use_engine(engine):
+        for name, module, forward, backward, classes in measured:
+            label = f"launches of {name}, {engine}"
+            why = kernels.refusal(engine, device, dtype, n, d, k, classes, module is head)
+            if why is not None:
+                log.write(label, "skipped", why=why, engine=engine)
+                continue
+            with log.guarded(label):
 
                 def clear(module: torch.nn.Module = module) -> None:
                     x.grad = None
@@ -140,48 +166,36 @@ def count_launches(device: torch.device, log: Log) -> None:
                 for _ in range(3):
                     backward(forward())
                     clear()
-                with launches() as seen:
-                    out, kernels = profiled(forward, device)
-                _count(f"{name}, forward", seen, kernels, 1, shape, log)
-                with launches() as seen:
-                    _, kernels = profiled(partial(backward, out), device)
-                _count(f"{name}, backward", seen, kernels, most, shape, log)
+                with kernels.launches(engine) as seen:
+                    out, ran = kernels.profiled(forward, device)
+                _count(f"{name}, forward", engine, seen, ran, shape, log)
+                with kernels.launches(engine) as seen:
+                    _, ran = kernels.profiled(partial(backward, out), device)
+                _count(f"{name}, backward", engine, seen, ran, shape, log)
                 clear()
 
 
-def profiled(call: Callable[[], Any], device: torch.device) -> tuple[Any, list[str] | None]:
-    """(what the call returns, the names of what ran on the device meanwhile; None without a device)."""
-    if device.type != "cuda":
-        return call(), None
-    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
-    torch.cuda.synchronize()
-    with torch.profiler.profile(activities=activities) as profile:
-        out = call()
-        torch.cuda.synchronize()
-    events = profile.events() or []
-    return out, [e.name for e in events if e.device_type.name == "CUDA"]
-
-
-def _count(name: str, seen: list[str], kernels: list[str] | None, most: int, shape: Shape, log: Log) -> None:
-    ran = seen if kernels is None else kernels
-    why = None
-    if len(ran) > most or len(seen) > most or not ran:
-        why = f"{len(ran)} on the device, {len(seen)} of the engine's, want {most}"
-    log.check(f"launches of {name}", why, engine="triton", shape=shape.name, launched=seen, profiled=kernels, most=most)
+def _count(name: str, engine: str, seen: list[str], profiled: list[str] | None, shape: Shape, log: Log) -> None:
+    """One launch, and nothing else."""
+    ran = seen if profiled is None else profiled
+    right = len(ran) == len(seen) == 1
+    why = None if right else f"{len(ran)} on the device, {len(seen)} of the engine's, want 1"
+    facts = {"engine": engine, "shape": shape.name, "launched": seen, "profiled": profiled}
+    log.check(f"launches of {name}, {engine}", why, **facts)
 
 
 # Repeats
 
 
-def repeat(shape: Shape, times: int, device: torch.device, log: Log) -> None:
+def repeat(engine: str, shape: Shape, times: int, device: torch.device, log: Log) -> None:
     """So many repeats of everything at one shape, bitwise equal."""
     for wide in (False, True):
-        for name, call in workload(shape, device, wide).items():
-            label = f"{times} repeats of {'wide ' * wide}{name} {shape.name}"
+        for name, call in admitted(engine, shape, device, log, wide).items():
+            label = f"{times} repeats of {'wide ' * wide}{name} {shape.name}, {engine}"
             if log.left() < 0:
                 log.write(label, "skipped", why="out of time")
                 continue
-            with log.guarded(label), interp_nn.use_engine("triton"):
+            with log.guarded(label), interp_nn.use_engine(engine):
                 first = call()
                 wrong = torch.zeros((), dtype=torch.int64, device=device)
                 done = 0
@@ -191,21 +205,23 @@ def repeat(shape: Shape, times: int, device: torch.device, log: Log) -> None:
                     if done % 50 == 0:
                         _synchronize(device)
                 why = f"{int(wrong)} of {done} differ" if int(wrong) else None
-                log.check(label, why, engine="triton", shape=shape.name, repeats=done)
+                log.check(label, why, engine=engine, shape=shape.name, repeats=done)
 
 
-def alternate(shapes: Sequence[Shape], times: int, device: torch.device, log: Log) -> None:
+def alternate(engine: str, shapes: Sequence[Shape], times: int, device: torch.device, log: Log) -> None:
     """So many calls, at each shape in turn, bitwise equal to the first at that shape."""
-    label = f"{times} calls of alternating shapes"
-    with interp_nn.use_engine("triton"):
-        calls = [call for shape in shapes for call in workload(shape, device).values()]
+    label = f"{times} calls of alternating shapes, {engine}"
+    with interp_nn.use_engine(engine):
+        calls = [call for shape in shapes for call in admitted(engine, shape, device, log).values()]
+        if not calls:
+            return
         firsts = [call() for call in calls]
         wrong = torch.zeros((), dtype=torch.int64, device=device)
         for i in range(times):
             place = i * 7 % len(calls)
             wrong += differing(calls[place](), firsts[place])
         why = f"{int(wrong)} of {times} differ" if int(wrong) else None
-    log.check(label, why, engine="triton", shapes=[shape.name for shape in shapes], repeats=times)
+    log.check(label, why, engine=engine, shapes=[shape.name for shape in shapes], repeats=times)
 
 
 def _synchronize(device: torch.device) -> None:
@@ -216,11 +232,13 @@ def _synchronize(device: torch.device) -> None:
 # Streams
 
 
-def on_streams(shape: Shape, rounds: int, device: torch.device, log: Log) -> None:
+def on_streams(engine: str, shape: Shape, rounds: int, device: torch.device, log: Log) -> None:
     """Everything at once on several streams, beside other work, bitwise equal to one stream."""
-    label = f"4 streams, {rounds} rounds {shape.name}"
-    calls = workload(shape, device)
-    with interp_nn.use_engine("triton"):
+    label = f"4 streams, {rounds} rounds {shape.name}, {engine}"
+    calls = admitted(engine, shape, device, log)
+    if not calls:
+        return
+    with interp_nn.use_engine(engine):
         firsts = {name: call() for name, call in calls.items()}
         torch.cuda.synchronize()
         streams = [torch.cuda.Stream(device) for _ in range(4)]
@@ -239,7 +257,7 @@ def on_streams(shape: Shape, rounds: int, device: torch.device, log: Log) -> Non
             done += 1
         torch.cuda.synchronize()
     bad = {name: count for name, counts in wrong.items() if (count := sum(int(one) for one in counts))}
-    log.check(label, f"results differ: {bad}" if bad else None, engine="triton", shape=shape.name, rounds=done)
+    log.check(label, f"results differ: {bad}" if bad else None, engine=engine, shape=shape.name, rounds=done)
 
 
 # Graphs
@@ -257,15 +275,17 @@ def captured(call: Call, stream: torch.cuda.Stream) -> tuple[torch.cuda.CUDAGrap
     return graph, out
 
 
-def in_graphs(shape: Shape, replays: int, device: torch.device, log: Log) -> None:
+def in_graphs(engine: str, shape: Shape, replays: int, device: torch.device, log: Log) -> None:
     """Forward, backward and losses in one graph, replayed; then two graphs of one stream replayed on two at a time."""
-    calls = list(workload(shape, device).values())
+    calls = list(admitted(engine, shape, device, log).values())
+    if not calls:
+        return
 
     def everything() -> Sequence[Tensor]:
         return [t for call in calls for t in call()]
 
     stream = torch.cuda.Stream(device)
-    with interp_nn.use_engine("triton"):
+    with interp_nn.use_engine(engine):
         first = everything()
         torch.cuda.synchronize()
         with torch.cuda.stream(stream):
@@ -281,7 +301,7 @@ def in_graphs(shape: Shape, replays: int, device: torch.device, log: Log) -> Non
         graph.replay()
         wrong += differing(out, first)
     why = f"{int(wrong)} of {replays} replays differ" if int(wrong) else None
-    log.check(f"{replays} replays of a graph {shape.name}", why, engine="triton", shape=shape.name)
+    log.check(f"{replays} replays of a graph {shape.name}, {engine}", why, engine=engine, shape=shape.name)
     torch.cuda.synchronize()
     others = [torch.cuda.Stream(device) for _ in graphs]
     counts = [torch.zeros((), dtype=torch.int64, device=device) for _ in graphs]
@@ -296,21 +316,21 @@ def in_graphs(shape: Shape, replays: int, device: torch.device, log: Log) -> Non
     torch.cuda.synchronize()
     bad = [int(count) for count in counts]
     why = f"{bad} of {replays} replays differ" if any(bad) else None
-    log.check(f"two graphs of one stream on two streams {shape.name}", why, engine="triton", shape=shape.name)
+    log.check(f"two graphs of one stream on two streams {shape.name}, {engine}", why, engine=engine, shape=shape.name)
 
 
 # Sanitizer
 
 
-def run_small(device: torch.device, log: Log) -> None:
+def run_small(engine: str, device: torch.device, log: Log) -> None:
     """Each kernel once on a small problem: what the sanitizer looks at."""
     for shape in (TINY, SMALL) if device.type == "cuda" else (TINY,):
         for wide in (False, True):
-            for name, call in workload(shape, device, wide).items():
-                label = f"{'wide ' * wide}{name} {shape.name}"
-                with log.guarded(label), interp_nn.use_engine("triton"):
+            for name, call in admitted(engine, shape, device, log, wide).items():
+                label = f"{'wide ' * wide}{name} {shape.name}, {engine}"
+                with log.guarded(label), interp_nn.use_engine(engine):
                     finite = all(bool(t.isfinite().all()) for t in call())
-                    log.check(label, None if finite else "not finite", engine="triton", shape=shape.name)
+                    log.check(label, None if finite else "not finite", engine=engine, shape=shape.name)
 
 
 def sanitizer() -> str | None:
@@ -321,8 +341,8 @@ def sanitizer() -> str | None:
     return shutil.which("compute-sanitizer", path=os.pathsep.join(places))
 
 
-def sanitize(tool: str, device: torch.device, seconds: float, log: Log) -> None:
-    """The small problems under one tool of compute-sanitizer, in a process of their own."""
+def sanitize(tool: str, engines: Sequence[str], device: torch.device, seconds: float, log: Log) -> None:
+    """The small problems under one tool of compute-sanitizer, in a process of their own; its start is most of its time."""
     program = sanitizer()
     label = f"compute-sanitizer {tool}"
     if program is None:
@@ -332,7 +352,7 @@ def sanitize(tool: str, device: torch.device, seconds: float, log: Log) -> None:
         report, lines = Path(folder, "report"), Path(folder, "lines")
         options = ["--tool", tool, "--error-exitcode", "86", "--print-limit", "20"]
         part = ["-m", "benchmarks.gpu.worker", "small", "--log", str(lines), "--seconds", str(seconds)]
-        part += ["--device", device.type]
+        part += ["--device", device.type, "--engines", ",".join(engines)]
         # Without PyTorch's cache each tensor is an allocation of its own, whose end the tool knows.
         environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
         with report.open("w", encoding="utf-8") as file:
@@ -347,7 +367,7 @@ def sanitize(tool: str, device: torch.device, seconds: float, log: Log) -> None:
                 process.wait()
                 code = None
         said = report.read_text(encoding="utf-8", errors="replace").splitlines()
-        done = [line["status"] for line in read(lines)]
+        done = [line["status"] for line in read(lines) if line["status"] != "skipped"]
     facts = {"tail": said[-40:], "command": options, "problems": len(done)}
     if code is None:
         log.write(label, "skipped", why=f"not done within {seconds:.0f} s", **facts)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from benchmarks import providers
+from benchmarks.gpu.kernels import WITH_KERNELS
 from benchmarks.gpu.log import BAD
 
 _SHOWN = 25  # bad lines, at most
@@ -28,29 +29,35 @@ def _parts(lines: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def _timings(lines: Sequence[dict[str, Any]]) -> list[str]:
-    """Of each problem: microseconds of ours by both clocks, and by each the ratios to the unfused and to nn.Linear."""
+    """Of each problem and engine: microseconds by both clocks, and by each the ratios to the unfused and to nn.Linear.
+
+    Then which engine dispatch takes, and which is the fastest by the plain clock, with a question mark if it hardly is.
+    """
     timed = [line for line in lines if line["part"] == "time" and "plain" in line]
+    verdicts = {line["name"]: line for line in lines if line["part"] == "time" and "fastest" in line}
     problems: dict[str, dict[str, dict[str, Any]]] = {}
     for line in timed:
         problems.setdefault(line["name"].rpartition(", ")[0], {})[line["provider"]] = line
     if not problems:
         return []
-    heads = ("triton us", "unf/ours", "best/ours", "ours/lin")
+    heads = ("us", "unf/ours", "best/ours", "ours/lin")
     out = [
         "",
-        f"{'':34}{'plain':^40}{'graph':^40}",
-        f"{'':34}" + 2 * "".join(f"{head:>10}" for head in heads) + "  auto",
+        f"{'':41}{'plain':^40}{'graph':^40}",
+        f"{'':41}" + 2 * "".join(f"{head:>10}" for head in heads) + "  auto, fastest",
     ]
     for name, found in problems.items():
-        row = "".join(_clock(found, clock) for clock in ("plain", "graph"))
-        auto = found.get("auto", {}).get("engine", "-")
-        out.append(f"{name:34}{row}  {auto}")
+        auto, verdict = found.get("auto", {}).get("engine", "-"), verdicts.get(name, {})
+        best = f"{verdict.get('fastest') or '-'}{'' if verdict.get('clear', True) else '?'}"
+        for engine in [engine for engine in WITH_KERNELS if engine in found] or ["-"]:
+            row = "".join(_clock(found, clock, engine) for clock in ("plain", "graph"))
+            out.append(f"{name:34} {engine:6}{row}  {auto}, {best}")
     return out
 
 
-def _clock(found: dict[str, dict[str, Any]], clock: str) -> str:
+def _clock(found: dict[str, dict[str, Any]], clock: str, engine: str) -> str:
     at = {name: line[clock]["us_p50"] for name, line in found.items() if line[clock] is not None}
-    ours, unfused, linear = at.get("triton"), at.get(providers.NAIVE), at.get("nn.Linear")
+    ours, unfused, linear = at.get(engine), at.get(providers.NAIVE), at.get("nn.Linear")
     best = min((value for name, value in at.items() if name.startswith("eager")), default=None)
     cells = [ours, _ratio(unfused, ours), _ratio(best, ours), _ratio(ours, linear)]
     return "".join(f"{'-':>10}" if cell is None else f"{cell:10.4g}" for cell in cells)
@@ -63,9 +70,13 @@ def _ratio(one: float | None, other: float | None) -> float | None:
 def _measures(lines: Sequence[dict[str, Any]]) -> list[str]:
     out = []
     for line in lines:
-        if line["part"] == "time" and line["status"] == "info":
-            numbers = {name: value for name, value in line.items() if name.endswith(("_us", "_per_second"))}
-            out.append(f"{line['name']}: " + ", ".join(f"{name} {value:.4g}" for name, value in numbers.items()))
+        numbers = {name: value for name, value in line.items() if name.endswith(("_us", "_per_second"))}
+        if line["part"] == "time" and line["status"] == "info" and numbers:
+            told = ", ".join(f"{name} {value:.4g}" for name, value in numbers.items())
+            best = (
+                f"; {line['fastest']} is faster{'' if line['clear'] else ', but hardly'}" if "fastest" in line else ""
+            )
+            out.append(f"{line['name']}: {told}{best}")
     return ["", *out] if out else []
 
 

@@ -1,11 +1,14 @@
 """The timings: ours by every engine against the expression a user would write, the best association of it, and nn.Linear.
 
 Each problem has more sets of inputs than the second-level cache holds, taken in turn. Two clocks: "plain" is a loop of calls
-as a program makes them, the host's share included; "graph" replays a CUDA graph of them, which leaves the device's.
+as a program makes them, the host's share included; "graph" replays a CUDA graph of them, which leaves the device's. For few
+rows the host's share is all there is, so a third one takes it alone. Which engine is faster is a line of its own, in the
+form that a table of `interp_nn.kernels.configs` has.
 """
 
 from __future__ import annotations
 
+import contextlib
 import random
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -18,17 +21,20 @@ from torch import Tensor
 
 import interp_nn
 from benchmarks import providers
+from benchmarks.gpu import kernels
 from benchmarks.gpu.log import Log
 from benchmarks.gpu.runs import captured
 from interp_nn import associations, engines, functional
-from interp_nn.chips import chip_of
+from interp_nn.chips import chip_of, family
 from interp_nn.engines import memory
 from interp_nn.engines.reference import LossOptions
+from interp_nn.kernels.configs import padded
 
 _PLAIN_MS = 1.0  # of one sample at least
 _LEAST, _MOST = 5, 60  # rounds
 _OPTIONS = LossOptions((1.0, 1.0, 1.0), -100, "mean")
-OURS = ("triton", "auto", "reference")
+_HOST_CALLS = 50  # of one sample: fewer than the driver queues
+_KINDS = {"both": "summary", "loss": "pair_loss", "head": "head_loss"}  # what a tuned table calls them
 
 
 class Problem(NamedTuple):
@@ -102,22 +108,35 @@ def datasets(problem: Problem, device: torch.device, cache: int) -> list[Data]:
 
 
 class Provider(NamedTuple):
-    """A way to compute a problem: what it does with one set of inputs, and the engine asked for meanwhile."""
+    """A way to compute a problem: what it does with one set of inputs, and the engine asked for meanwhile if it is ours."""
 
     call: Callable[[int], Sequence[Tensor]]
-    engine: str = "auto"
+    engine: str | None = None
     capturable: bool = True
 
+    def using(self) -> contextlib.AbstractContextManager[object]:
+        """In which its call is made."""
+        return contextlib.nullcontext() if self.engine is None else interp_nn.use_engine(self.engine)
 
-def candidates(problem: Problem, sets: Sequence[Data]) -> dict[str, Provider]:
-    """Every provider of a problem, by name."""
+
+def candidates(problem: Problem, engines: Sequence[str], sets: Sequence[Data]) -> dict[str, Provider]:
+    """Every provider of a problem, by name: ours by each engine, those with kernels also without what is around them."""
     functions = _losses(problem) if problem.what in ("loss", "head") else _summaries(problem)
     ours = functions.pop("ours")
-    made = {engine: Provider(_calling(problem, ours, sets), engine) for engine in OURS}
-    made["kernel"] = Provider(_kernel_call(problem, sets), "triton")
-    return made | {
-        name: Provider(_calling(problem, f, sets), "auto", name != "inverse") for name, f in functions.items()
-    }
+    made = {engine: Provider(_calling(problem, ours, sets), engine) for engine in (*engines, "auto", "reference")}
+    made |= {f"{engine} kernel": Provider(_kernel_call(problem, engine, sets), engine) for engine in engines}
+    return made | {name: Provider(_calling(problem, f, sets), None, name != "inverse") for name, f in functions.items()}
+
+
+def able(problem: Problem, engines: Sequence[str], device: torch.device, log: Log) -> list[str]:
+    """The engines that do not refuse a problem; a line for each that does."""
+    what, n, d, k, m, dtype = problem
+    classes = m or (k if what == "loss" else None)
+    found = {engine: kernels.refusal(engine, device, dtype, n, d, k, classes, m is not None) for engine in engines}
+    for engine, why in found.items():
+        if why is not None:
+            log.write(f"{problem.name}, {engine}", "skipped", why=why)
+    return [engine for engine in engines if found[engine] is None]
 
 
 def _summaries(problem: Problem) -> dict[str, Callable[..., Tensor]]:
@@ -178,9 +197,9 @@ def _calling(problem: Problem, f: Callable[..., Tensor], sets: Sequence[Data]) -
     return {"forward": forward, "backward": backward}.get(problem.what, both)
 
 
-def _kernel_call(problem: Problem, sets: Sequence[Data]) -> Callable[[int], Sequence[Tensor]]:
-    """The triton engine's own calls, without operator and autograd around them."""
-    engine: Any = engines.get("triton")
+def _kernel_call(problem: Problem, name: str, sets: Sequence[Data]) -> Callable[[int], Sequence[Tensor]]:
+    """An engine's own calls, without operator and autograd around them."""
+    engine: Any = engines.get(name)
     kept: dict[int, list[Tensor]] = {}
 
     def forward(t: Data) -> tuple[Tensor, list[Tensor]]:
@@ -262,34 +281,104 @@ def on_events(work: Callable[[], object], calls: int) -> Callable[[], float]:
     return sample
 
 
-def time_problem(problem: Problem, device: torch.device, seconds: float, log: Log) -> None:
+def on_host(work: Callable[[], object], calls: int) -> Callable[[], float]:
+    """A sampler: milliseconds that the host needs to ask an idle device for a call of `work`, which makes so many."""
+
+    def sample() -> float:
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        work()
+        taken = time.perf_counter() - start
+        torch.cuda.synchronize()
+        return 1e3 * taken / calls
+
+    return sample
+
+
+def time_problem(problem: Problem, engines: Sequence[str], device: torch.device, seconds: float, log: Log) -> None:
     """Every provider of a problem by both clocks, each first compared with the unfused expression; a line for each."""
     sets = datasets(problem, device, torch.cuda.get_device_properties(device).L2_cache_size)
     stream = torch.cuda.Stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(stream):
-        ready = right(problem, sets, log)
+        ready = right(problem, engines, sets, log)
         plain = _plain(ready, len(sets), seconds / 2)
         graphs = _graphs(ready, len(sets), stream, seconds / 2)
-    for name in ready:
+    for name, provider in ready.items():
         clocks = {"plain": plain[name].facts(), "graph": graphs[name].facts() if name in graphs else None}
-        log.write(f"{problem.name}, {name}", "ok", **clocks, **_facts(problem, name, sets))
+        log.write(f"{problem.name}, {name}", "ok", **clocks, **_facts(problem, name, provider, sets))
+    rivals = {name: plain[name] for name in (*engines, "reference") if name in ready}
+    log.write(problem.name, "info", **fastest(rivals), entry=_entry(problem, device, rivals))
 
 
-def check_problem(problem: Problem, device: torch.device, log: Log) -> None:
+def check_problem(problem: Problem, engines: Sequence[str], device: torch.device, log: Log) -> None:
     """The providers of a problem without the clocks; a line for each."""
     sets = datasets(problem, device, 0)
-    for name in right(problem, sets, log):
-        log.write(f"{problem.name}, {name}", "ok", **_facts(problem, name, sets))
+    for name, provider in right(problem, engines, sets, log).items():
+        log.write(f"{problem.name}, {name}", "ok", **_facts(problem, name, provider, sets))
 
 
-def right(problem: Problem, sets: Sequence[Data], log: Log) -> dict[str, Provider]:
+def host_problems() -> list[Problem]:
+    """Of so few rows that the host's share is the time of a call."""
+    return [Problem(f"host {what}", 32, 512, 100, None, torch.bfloat16) for what in ("forward", "both")]
+
+
+def time_host(problem: Problem, engines: Sequence[str], device: torch.device, log: Log) -> None:
+    """The host's share of a call by each engine, of the engines' own calls, and of a plain layer; a line for all."""
+    timed = problem._replace(what=problem.what.removeprefix("host "))
+    sets = datasets(timed, device, 0)
+    ready = right(timed, engines, sets, log)
+    wanted = [name for name, provider in ready.items() if provider.engine is not None or name == "nn.Linear"]
+    samplers = {name: _sampler(ready[name], len(sets), _HOST_CALLS, on_host) for name in wanted}
+    for sample in samplers.values():
+        sample()
+    taken = rounds(samplers, 2.0, least=20, most=200)
+    clocks = {name: Clock(samples, _HOST_CALLS) for name, samples in taken.items()}
+    facts = {
+        f"{name.replace(' ', '_').replace('.', '_')}_us": clock.facts()["us_p50"] for name, clock in clocks.items()
+    }
+    rivals = {name: clocks[name] for name in (*engines, "reference") if name in clocks}
+    log.write(
+        problem.name, "info", **facts, **fastest(rivals),
+        clocks={name: clock.facts() for name, clock in clocks.items()},
+    )  # fmt: skip
+
+
+def fastest(rivals: Mapping[str, Clock]) -> dict[str, Any]:
+    """Which has the least median, and whether it is clearly so: most of its samples below most of every other's."""
+    facts = {name: clock.facts() for name, clock in rivals.items()}
+    if not facts:
+        return {"fastest": None, "clear": False}
+    best = min(facts, key=lambda name: facts[name]["us_p50"])
+    others = [fact["us_p20"] for name, fact in facts.items() if name != best]
+    return {"fastest": best, "clear": all(facts[best]["us_p80"] < other for other in others)}
+
+
+def _entry(problem: Problem, device: torch.device, rivals: Mapping[str, Clock]) -> dict[str, Any] | None:
+    """What a table would say of this problem and of more rows; None where no engine is clearly faster."""
+    found, chip = fastest(rivals), chip_of(device)
+    if problem.what not in _KINDS or chip is None or not found["clear"]:
+        return None
+    classes = problem.m or (problem.k if problem.what == "loss" else 1)
+    return {
+        "problem": _KINDS[problem.what],
+        "capabilities": [list(family(chip.capability) or chip.capability)],
+        "itemsize": problem.dtype.itemsize,
+        "columns": padded(problem.k),
+        "classes": padded(classes),
+        "rows": problem.n,
+        "engine": found["fastest"],
+        "microseconds": {name: round(clock.facts()["us_p50"], 2) for name, clock in rivals.items()},
+    }
+
+
+def right(problem: Problem, engines: Sequence[str], sets: Sequence[Data], log: Log) -> dict[str, Provider]:
     """The providers that run on every set and compute the same as the unfused expression, as far as they should."""
-    made, ready = candidates(problem, sets), {}
+    made, ready = candidates(problem, able(problem, engines, sets[0].x.device, log), sets), {}
     expected = made[providers.NAIVE].call(0)
     for name, provider in made.items():
         label = f"{problem.name}, {name}"
-        with log.guarded(label), interp_nn.use_engine(provider.engine):
+        with log.guarded(label), provider.using():
             got = provider.call(0)
             for i in range(len(sets)):
                 provider.call(i)
@@ -301,14 +390,14 @@ def right(problem: Problem, sets: Sequence[Data], log: Log) -> dict[str, Provide
     return ready
 
 
-def _facts(problem: Problem, provider: str, sets: Sequence[Data]) -> dict[str, Any]:
+def _facts(problem: Problem, name: str, provider: Provider, sets: Sequence[Data]) -> dict[str, Any]:
     """What is timed, on how much memory in turn, and for ours how it is computed."""
-    out = {"provider": provider, **problem._asdict(), "dtype": str(problem.dtype).removeprefix("torch.")}
+    out = {"provider": name, **problem._asdict(), "dtype": str(problem.dtype).removeprefix("torch.")}
     out |= {"sets": len(sets), "rotated_bytes": 2 * sum(t.numel() * t.element_size() for one in sets for t in one[:2])}
-    if provider not in (*OURS, "kernel"):
+    if provider.engine is None:
         return out
     loss = problem.what in ("loss", "head")
-    with interp_nn.use_engine("triton" if provider == "kernel" else provider):
+    with provider.using():
         plan = interp_nn.plan(
             problem.n, problem.d, problem.k,
             pair=problem.what == "loss", grad=() if problem.what == "forward" else ("x", "b"),
@@ -323,14 +412,16 @@ def _facts(problem: Problem, provider: str, sets: Sequence[Data]) -> dict[str, A
 def _plain(ready: dict[str, Provider], sets: int, seconds: float) -> dict[str, Clock]:
     samplers, calls = {}, {}
     for name, provider in ready.items():
-        once = _sampler(provider, sets, sets)
+        once = _sampler(provider, sets, sets, on_events)
         once()
         calls[name] = max(1, min(4 * sets, round(_PLAIN_MS / max(once(), 1e-4))))
-        samplers[name] = _sampler(provider, sets, calls[name])
+        samplers[name] = _sampler(provider, sets, calls[name], on_events)
     return {name: Clock(taken, calls[name]) for name, taken in rounds(samplers, seconds).items()}
 
 
-def _sampler(provider: Provider, sets: int, calls: int) -> Callable[[], float]:
+def _sampler(
+    provider: Provider, sets: int, calls: int, clock: Callable[[Callable[[], object], int], Callable[[], float]]
+) -> Callable[[], float]:
     at = 0
 
     def work() -> None:
@@ -339,10 +430,10 @@ def _sampler(provider: Provider, sets: int, calls: int) -> Callable[[], float]:
             provider.call(at)
             at = (at + 1) % sets
 
-    sample = on_events(work, calls)
+    sample = clock(work, calls)
 
     def asked() -> float:
-        with interp_nn.use_engine(provider.engine):
+        with provider.using():
             return sample()
 
     return asked
@@ -361,7 +452,7 @@ def _graphs(ready: dict[str, Provider], sets: int, stream: torch.cuda.Stream, se
                 provider.call(i)
             return []
 
-        with interp_nn.use_engine(provider.engine):
+        with provider.using():
             graph, _ = captured(everything, stream)
         held.append(graph)
         graph.replay()
@@ -381,10 +472,10 @@ def spare_words(device: torch.device, least: int = 2048) -> None:
 
 def compile_kernels(problem: Problem, device: torch.device, log: Log) -> None:
     """Run ours once, so that Triton's cache has its kernels when it is timed."""
-    made = candidates(problem, datasets(problem, device, 0)[:1])
-    with interp_nn.use_engine("triton"):
-        made["triton"].call(0)
-        made["kernel"].call(0)
+    made = candidates(problem, ["triton"], datasets(problem, device, 0)[:1])
+    for provider in (made["triton"], made["triton kernel"]):
+        with provider.using():
+            provider.call(0)
     log.write(problem.name, "ok")
 
 

@@ -15,12 +15,12 @@ import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 import interp_nn
-from benchmarks.gpu import cases, checks, runs
+from benchmarks.gpu import cases, checks, kernels, runs
 from benchmarks.gpu.log import Log, common
 from interp_nn import chips
 
@@ -29,11 +29,12 @@ _STEP_SECONDS = 180.0  # far more than any step needs, its compilations included
 
 
 class Settings(NamedTuple):
-    """What a part may know: the device, the job's folder, whether everything is to be as small as can be."""
+    """What a part may know: the device, the job's folder, whether everything is to be small, the engines with kernels."""
 
     device: torch.device
     output: Path
     tiny: bool
+    engines: tuple[str, ...]
 
 
 class Step(NamedTuple):
@@ -45,55 +46,77 @@ class Step(NamedTuple):
 
 
 def _correctness(settings: Settings) -> list[Step]:
-    device = settings.device
-    if settings.tiny:
-        far = partial(checks.check_far_rows, device, elements=2**13, d=32, dtype=torch.float32)
-        return [
-            Step("far rows", far),
-            *(Step(c.name, partial(checks.check_case, c, device)) for c in cases.tiny_cases()),
-        ]
-    far = partial(checks.check_far_rows, device)
-    return [Step("far rows", far), *(Step(c.name, partial(checks.check_case, c, device)) for c in cases.cases())]
+    engines, device = settings.engines, settings.device
+    small: dict[str, Any] = {"elements": 2**13, "d": 32, "dtype": torch.float32} if settings.tiny else {}
+    return [
+        Step("poison", partial(checks.check_poison, engines, device)),
+        Step("far rows", partial(checks.check_far_rows, engines, device, **small)),
+        *(
+            Step(case.name, partial(checks.check_case, case, engines, device))
+            for case in (cases.tiny_cases() if settings.tiny else cases.cases())
+        ),
+    ]
 
 
 def _launches(settings: Settings) -> list[Step]:
-    return [Step("launches", partial(runs.count_launches, settings.device))]
+    return [Step(f"launches {name}", partial(runs.count_launches, name, settings.device)) for name in settings.engines]
 
 
 def _repeats(settings: Settings) -> list[Step]:
-    device = settings.device
+    engines, device = settings.engines, settings.device
     if settings.tiny:
-        return [Step("repeats", partial(runs.repeat, runs.TINY, 2, device))]
+        return [Step(f"repeats {name}", partial(runs.repeat, name, runs.TINY, 2, device)) for name in engines]
     shapes = [runs.MIDDLE, runs.LARGE, runs.EXACT, runs.SMALL]
-    steps = [Step(f"repeats {shape.name}", partial(runs.repeat, shape, 1000, device), 300) for shape in shapes[:3]]
-    return [*steps, Step("alternating shapes", partial(runs.alternate, shapes, 200, device))]
+    repeated = [
+        Step(f"repeats {shape.name}, {name}", partial(runs.repeat, name, shape, 1000, device), 300)
+        for shape in shapes[:3]
+        for name in engines
+    ]
+    alternating = [
+        Step(f"alternating shapes, {name}", partial(runs.alternate, name, shapes, 200, device)) for name in engines
+    ]
+    return [*repeated, *alternating]
 
 
 def _streams(settings: Settings) -> list[Step]:
-    shapes = (runs.SMALL, runs.MIDDLE, runs.LARGE)
-    return [Step(f"streams {shape.name}", partial(runs.on_streams, shape, 100, settings.device)) for shape in shapes]
+    return [
+        Step(f"streams {shape.name}, {name}", partial(runs.on_streams, name, shape, 100, settings.device))
+        for shape in (runs.SMALL, runs.MIDDLE, runs.LARGE)
+        for name in settings.engines
+    ]
 
 
 def _graphs(settings: Settings) -> list[Step]:
-    shapes = (runs.MIDDLE, runs.SMALL)
-    return [Step(f"graphs {shape.name}", partial(runs.in_graphs, shape, 100, settings.device)) for shape in shapes]
+    return [
+        Step(f"graphs {shape.name}, {name}", partial(runs.in_graphs, name, shape, 100, settings.device))
+        for shape in (runs.MIDDLE, runs.SMALL)
+        for name in settings.engines
+    ]
 
 
 def _sanitizer(settings: Settings) -> list[Step]:
-    def step(tool: str, share: float) -> Step:
-        return Step(tool, lambda log: runs.sanitize(tool, settings.device, max(1.0, share * log.left()), log), 1e6)
+    engines, device = settings.engines, settings.device
 
-    return [Step("small problems", _small(settings)[0].run), step("memcheck", 0.5), step("racecheck", 1.0)]
+    def step(tool: str, share: float) -> Step:
+        return Step(tool, lambda log: runs.sanitize(tool, engines, device, max(1.0, share * log.left()), log), 1e6)
+
+    return [*_small(settings), step("memcheck", 0.5), step("racecheck", 1.0)]
 
 
 def _small(settings: Settings) -> list[Step]:
-    return [Step("small problems", partial(runs.run_small, settings.device), 1e6)]
+    return [
+        Step(f"small problems, {name}", partial(runs.run_small, name, settings.device), 1e6)
+        for name in settings.engines
+    ]
 
 
 def _tune(settings: Settings) -> list[Step]:
     from interp_nn import tuning
 
     def tune(log: Log) -> None:
+        if "triton" not in settings.engines:
+            log.write("tune", "skipped", why="only the kernels of the triton engine have tiles to choose")
+            return
         path = settings.output / "table.json"
         with log.guarded("tune"):
             table = tuning.tune(path, log.left(), settings.device)
@@ -105,27 +128,33 @@ def _tune(settings: Settings) -> list[Step]:
 def _time(settings: Settings) -> list[Step]:
     from benchmarks.gpu import times
 
-    device, problems = settings.device, times.problems()
+    engines, device, problems = settings.engines, settings.device, times.problems()
     if settings.tiny:
-        return [Step(problem.name, partial(times.check_problem, problem, device)) for problem in times.tiny_problems()]
+        return [
+            Step(problem.name, partial(times.check_problem, problem, engines, device))
+            for problem in times.tiny_problems()
+        ]
 
     def timed(problem: times.Problem, place: int) -> Step:
         def run(log: Log) -> None:
             # What is left is shared by what is left; compiling and warming up have half of it.
-            times.time_problem(problem, device, max(0.2, 0.5 * log.left() / (len(problems) - place)), log)
+            times.time_problem(problem, engines, device, max(0.2, 0.5 * log.left() / (len(problems) - place)), log)
 
         return Step(problem.name, run)
 
     return [
         Step("rates", partial(times.rates, device, "start")),
-        Step("barrier", partial(times.barrier, device)),
+        *([Step("barrier", partial(times.barrier, device))] if "triton" in engines else []),
+        *(Step(problem.name, partial(times.time_host, problem, engines, device)) for problem in times.host_problems()),
         *(timed(problem, place) for place, problem in enumerate(problems)),
         Step("rates at the end", partial(times.rates, device, "end")),
     ]
 
 
 def _compile_runs(settings: Settings) -> list[Step]:
-    """Kernels of the parts that run one after another, compiled by several processes first."""
+    """Triton's kernels of the parts that run one after another, compiled by several processes first."""
+    if "triton" not in settings.engines:
+        return []
     device, tasks = settings.device, []
     for shape in (runs.MIDDLE, runs.LARGE, runs.EXACT, runs.SMALL, runs.TINY):
         for wide in (False, True):
@@ -147,6 +176,9 @@ def _compile_runs(settings: Settings) -> list[Step]:
 
 def _compile_times(settings: Settings) -> list[Step]:
     from benchmarks.gpu import times
+
+    if "triton" not in settings.engines:
+        return []
 
     def step(problem: times.Problem) -> Step:
         return Step(problem.name, partial(times.compile_kernels, problem, settings.device))
@@ -211,6 +243,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, required=True)
     parser.add_argument("--output", type=Path, default=Path("."))
     parser.add_argument("--device", default="cuda")
+    parser.add_argument("--engines", help="those with kernels, with commas (default: the ones that are on here)")
     parser.add_argument("--share", default="0/1", help="i/n: every n-th step from the i-th on")
     parser.add_argument("--first", type=int, default=0, help="the first step of the share to run")
     parser.add_argument("--position", type=Path)
@@ -223,7 +256,8 @@ def main(arguments: list[str] | None = None) -> int:
     device = torch.device(given.device, torch.cuda.current_device()) if given.device == "cuda" else torch.device("cpu")
     share, shares = map(int, given.share.split("/"))
     log = Log(given.log, given.part, given.seconds, common(device, given.revision) | {"share": given.share})
-    steps = PARTS[given.part](Settings(device, given.output, given.tiny))[share::shares]
+    engines = kernels.at_hand(device.type) if given.engines is None else tuple(given.engines.split(","))
+    steps = PARTS[given.part](Settings(device, given.output, given.tiny, engines))[share::shares]
     print(f"{given.part} {given.share}: {len(steps)} steps, pid {os.getpid()}", flush=True)
     return work(steps, log, device, given.first, given.position)
 

@@ -58,3 +58,21 @@ def test_compile_takes_the_reason_as_a_constant(fresh):
         return x if native.load() is None else x * 2
 
     assert double(torch.ones(1)) == 2
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (RuntimeError("needs nvcc"), "needs nvcc"),
+        (OSError("Could not load this library"), "Could not load this library"),
+        (
+            RuntimeError(
+                "Error building extension 'x': [1/9] nvcc ...\nforward.cu\nld: cannot find -lcudart\nerror: 1\nerror: 2"
+            ),
+            "Error building extension 'x': ld: cannot find -lcudart: error: 1",
+        ),
+    ],
+    ids=["own", "linker's", "compiler's"],
+)
+def test_the_reason_is_what_matters_of_an_error(error, reason):
+    assert native._reason(error) == reason
