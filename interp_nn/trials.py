@@ -280,6 +280,13 @@ class DeviceBench:
                 calls[place] = again
         return device_clock(calls, self.device) if self.device.type == "cuda" else host_clock(calls, self.device)
 
+    def _able(self, kind: str, itemsize: int, columns: int, n: int) -> list[str]:
+        """The engines that compute a problem."""
+        d, k, m = Group(kind, itemsize, columns).sizes
+        classes = {"pair_loss": k, "head_loss": m}.get(kind)
+        given = (self.chip, self.device.type, _DTYPES[itemsize], n, d, k, classes, kind == "head_loss")
+        return [name for name in engines.ENGINES if engines.refusal(name, *given) is None]
+
     def engine_times(self, kind: str, itemsize: int, columns: int, n: int) -> dict[str, list[float]]:
         call = whole_call(kind, itemsize, columns, n, self.device)
 
@@ -290,8 +297,9 @@ class DeviceBench:
 
             return run
 
-        names = ("triton", "reference")
-        calls = {f"{name}{suffix}": on(name) for suffix in ("", " again") for name in names}
+        calls = {
+            f"{name}{suffix}": on(name) for suffix in ("", " again") for name in self._able(kind, itemsize, columns, n)
+        }
         return host_clock(calls, self.device)
 
 

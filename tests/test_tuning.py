@@ -287,6 +287,30 @@ def test_the_faster_engine_is_written_and_read_back(times, name, tmp_path, monke
     assert any(line.startswith(verdict) and line.endswith("} us") for line in said)
 
 
+@pytest.mark.parametrize(
+    ("medians", "name"),
+    [
+        ({"reference": 3.0, "triton": 2.0, "cuda": 1.0}, "cuda"),
+        ({"reference": 3.0, "triton": 1.0, "cuda": 1.01}, None),
+        ({"reference": 3.0, "triton": 1.0, "cuda": 1.3, "cuda again": 1.0}, None),  # as far apart as the two engines
+        ({"reference": 1.0, "triton": 1.5}, "reference"),
+    ],
+)
+def test_the_fastest_engine_beats_every_other(medians, name):
+    again = {f"{engine} again": taken for engine, taken in medians.items() if " " not in engine}
+    assert tuning.fastest({**again, **medians}) == name
+
+
+def test_engines_that_refuse_a_problem_are_not_timed(monkeypatch):
+    monkeypatch.setattr(engines, "unavailable", lambda name: None)
+    bench = object.__new__(trials.DeviceBench)
+    bench.device, bench.chip = torch.device("cuda", 0), known((7, 5))
+    assert bench._able("summary", 4, 64, 8) == ["reference", "cuda"]
+    assert bench._able("head_loss", 4, 64, 8) == ["reference"]
+    bench.chip = known((9, 0))
+    assert bench._able("pair_loss", 2, 128, 8) == ["reference", "triton", "cuda"]
+
+
 def test_an_engine_may_be_faster_for_many_rows_only(tmp_path, monkeypatch):
     bench = Bench(engines=lambda kind, n: (1.0, 2.0) if n > 5000 else (2.0, 1.0))
     file, _ = tune(tmp_path, bench, wanted=[], problems=[("pair", 4, 128)])
