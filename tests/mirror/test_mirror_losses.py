@@ -160,6 +160,13 @@ def test_no_row_that_counts(mirror, classes):
     assert all(not bool(g.any()) for g in grads)
 
 
+def test_a_single_class_pulls_nothing(mirror):
+    """Its probability is 1, so the gradients of both logits are opposite and that of their bias is zero, to the bit."""
+    loss = Loss(Case("TF32", 591, 48, 12, True), 1, "mean")
+    _, (dx, _, _, dc) = loss.run(mirror)
+    assert bool(dx.any()) and not bool(dc.any())
+
+
 @pytest.mark.parametrize("classes", [None, 7])
 def test_a_target_out_of_range_stops_the_kernel(mirror, classes):
     loss = Loss(Case("F16", 40, 24, 12), classes, "mean")
