@@ -119,10 +119,9 @@ struct Memory {
         work = empty(x, aoti_torch_dtype_float32(), {floats + (wide ? sizes.rows : (sizes.rows + 1) / 2)}, {1});
         a.work = static_cast<float*>(work.data_ptr());
         a.counter = static_cast<uint32_t*>(counter.data_ptr());
-        rows = a.work + floats;
+        a.rows = a.work + floats;
     }
     Tensor work;
-    void* rows;
 };
 
 // [Y, G], and P after them where it is asked for.
@@ -155,7 +154,6 @@ std::vector<Tensor> pair_backward(const MaybeTensor& dp, const MaybeTensor& dy, 
     a.db = results.matrix(need_b, a.d, a.k, transposed);
     a.db_transposed = transposed;
     const Memory memory(a, interp_nn::pair_backward_workspace(a, device.chip), x, counter);
-    a.rows = memory.rows;
     check(interp_nn::pair_backward(a, device.chip, device.stream));
     return results.tensors;
 }
@@ -214,7 +212,6 @@ std::vector<Tensor> cuda_loss(const Tensor& x, const Tensor& b, const MaybeTenso
             a.dc = gradients.vector(need_bias, a.m);
         }
         const Memory memory(a, workspace(a, device.chip), x, counter);
-        a.rows = memory.rows;
         check(start(a, device.chip, device.stream));
         value.tensors.insert(value.tensors.end(), gradients.tensors.begin(), gradients.tensors.end());
         return value.tensors;

@@ -47,59 +47,50 @@ struct Workspace {
     int64_t rows = 0;    // of `rows`, in elements of X's type
 };
 
-// Y = X b G + bias, with P and G where asked, rounded to X's type. One program a multiprocessor, no barrier.
-struct Forward {
+// What every kernel works on.
+struct Operands {
     const void* x;
     const void* b;
-    const void* bias;  // (k), optional
-    void* p;           // (n, k), optional
-    void* y;           // (n, k)
-    void* g;           // (k, k), optional
     int64_t n;
     int64_t b_feature, b_column;
     int d, k;
     Kind kind;
 };
+
+// What those with gradients have besides: these, and what passes from phase to phase.
+struct Gradients : Operands {
+    void* dx;  // (n, d), optional
+    void* db;  // row-major (d, k), or (k, d) where db_transposed; optional
+    bool db_transposed;
+    void* rows;  // workspaces
+    float* work;
+    uint32_t* counter;  // zero at first, and then as a launch left it; no two launches at a time may share it
+};
+
+// Y = X b G + bias, with P and G where asked, rounded to X's type. One program a multiprocessor, no barrier.
+struct Forward : Operands {
+    const void* bias;  // (k), optional
+    void* p;           // (n, k), optional
+    void* y;           // (n, k)
+    void* g;           // (k, k), optional
+};
 const char* forward(const Forward& arguments, const Chip& chip, Stream stream);
 
 // dX = D bᵀ and db = Xᵀ D + b (T + Tᵀ) with D = dP + dY G and T = Pᵀ dY.
-struct PairBackward {
-    const void* x;
-    const void* b;
+struct PairBackward : Gradients {
     const void* p;   // (n, k), as forward stored it
     const void* g;   // (k, k), as forward stored it
     const void* dp;  // (n, k), optional, but not without dy
     const void* dy;  // (n, k), optional: D is then dP itself, and p and g are not read
-    void* dx;        // (n, d), optional
-    void* db;        // row-major (d, k), or (k, d) where db_transposed; optional
-    void* rows;      // workspaces
-    float* work;
-    uint32_t* counter;  // zero at first, and then as a launch left it; no two launches at a time may share it
-    int64_t n;
-    int64_t b_feature, b_column;
-    int d, k;
-    bool db_transposed;
-    Kind kind;
 };
 Workspace pair_backward_workspace(const PairBackward& arguments, const Chip& chip);
 const char* pair_backward(const PairBackward& arguments, const Chip& chip, Stream stream);
 
 // dX = dY Wᵀ with W = b G, db = S G + b (T + Tᵀ) with S = Xᵀ dY and T = bᵀ S, dbias = the column sums of dY.
-struct SummaryBackward {
-    const void* x;
-    const void* b;
-    const void* g;      // (k, k), as forward stored it
-    const void* dy;     // (n, k)
-    void* dx;           // (n, d), optional
-    void* db;           // row-major (d, k), or (k, d) where db_transposed; optional
-    void* dbias;        // (k), optional
-    float* work;        // workspace
-    uint32_t* counter;  // as above
-    int64_t n;
-    int64_t b_feature, b_column;
-    int d, k;
-    bool db_transposed;
-    Kind kind;
+struct SummaryBackward : Gradients {
+    const void* g;   // (k, k), as forward stored it
+    const void* dy;  // (n, k)
+    void* dbias;     // (k), optional
 };
 Workspace summary_backward_workspace(const SummaryBackward& arguments, const Chip& chip);
 const char* summary_backward(const SummaryBackward& arguments, const Chip& chip, Stream stream);
@@ -116,43 +107,20 @@ struct LossTerms {
 };
 
 // The loss of (P, Y), and its gradients where they are asked for; of up to 128 columns, which are the classes.
-struct PairLoss {
-    const void* x;
-    const void* b;
+struct PairLoss : Gradients {
     LossTerms terms;
-    void* dx;    // (n, d), optional
-    void* db;    // row-major (d, k), or (k, d) where db_transposed; optional
-    void* rows;  // workspaces
-    float* work;
-    uint32_t* counter;  // as above
-    int64_t n;
-    int64_t b_feature, b_column;
-    int d, k;
-    bool db_transposed;
-    Kind kind;
 };
 Workspace pair_loss_workspace(const PairLoss& arguments, const Chip& chip);
 const char* pair_loss(const PairLoss& arguments, const Chip& chip, Stream stream);
 
 // The loss of (P Aᵀ + c, Y Aᵀ + c) behind an output layer, likewise.
-struct HeadLoss {
-    const void* x;
-    const void* b;
+struct HeadLoss : Gradients {
     const void* a;  // (m, k)
     const void* c;  // (m), optional
     LossTerms terms;
-    void* dx;    // (n, d), optional
-    void* db;    // row-major (d, k), or (k, d) where db_transposed; optional
-    void* da;    // (m, k), optional
-    void* dc;    // (m), optional
-    void* rows;  // workspaces
-    float* work;
-    uint32_t* counter;  // as above
-    int64_t n;
-    int64_t b_feature, b_column;
-    int d, k, m;  // m classes, up to 128
-    bool db_transposed;
-    Kind kind;
+    void* da;  // (m, k), optional
+    void* dc;  // (m), optional
+    int m;     // classes, up to 128
 };
 Workspace head_loss_workspace(const HeadLoss& arguments, const Chip& chip);
 const char* head_loss(const HeadLoss& arguments, const Chip& chip, Stream stream);

@@ -48,8 +48,9 @@ template <class Arguments, class Run> void with_workspace(Arguments& a, const Wo
     std::memset(rows.data(), 0xFF, rows.size() * sizeof(float));
     uint32_t counter = 0;
     a.work = work.data();
+    a.rows = rows.data();
     a.counter = &counter;
-    raise(run(rows.data()));
+    raise(run());
     if ((counter & 0x7FFFFFFF) != 0) throw std::runtime_error("the counter was left at " + std::to_string(counter));
 }
 
@@ -85,10 +86,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         a.x = at(x), a.b = at(b), a.p = at(p), a.g = at(g), a.dp = at(dp), a.dy = at(dy), a.dx = at(dx), a.db = at(db);
         a.db_transposed = db_transposed;
         set(a, sizes);
-        with_workspace(a, pair_backward_workspace(a, chip), [&](void* rows) {
-            a.rows = rows;
-            return pair_backward(a, chip, of_seed(seed));
-        });
+        with_workspace(a, pair_backward_workspace(a, chip), [&] { return pair_backward(a, chip, of_seed(seed)); });
     });
     m.def("summary_backward",
           [](py::object x, py::object b, py::object g, py::object dy, py::object dx, py::object db, py::object dbias,
@@ -98,7 +96,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
               a.db_transposed = db_transposed;
               set(a, sizes);
               with_workspace(a, summary_backward_workspace(a, chip),
-                             [&](void*) { return summary_backward(a, chip, of_seed(seed)); });
+                             [&] { return summary_backward(a, chip, of_seed(seed)); });
           });
     py::enum_<Reduction>(m, "Reduction")
         .value("none", Reduction::NONE)
@@ -121,10 +119,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         PairLoss a{};
         a.x = at(x), a.b = at(b), a.terms = terms, a.dx = at(dx), a.db = at(db), a.db_transposed = db_transposed;
         set(a, sizes);
-        with_workspace(a, pair_loss_workspace(a, chip), [&](void* rows) {
-            a.rows = rows;
-            return pair_loss(a, chip, of_seed(seed));
-        });
+        with_workspace(a, pair_loss_workspace(a, chip), [&] { return pair_loss(a, chip, of_seed(seed)); });
     });
     m.def("head_loss", [](py::object x, py::object b, py::object weight, py::object bias, const LossTerms& terms,
                           py::object dx, py::object db, py::object da, py::object dc, int classes, bool db_transposed,
@@ -133,10 +128,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         a.x = at(x), a.b = at(b), a.a = at(weight), a.c = at(bias), a.terms = terms, a.m = classes;
         a.dx = at(dx), a.db = at(db), a.da = at(da), a.dc = at(dc), a.db_transposed = db_transposed;
         set(a, sizes);
-        with_workspace(a, head_loss_workspace(a, chip), [&](void* rows) {
-            a.rows = rows;
-            return head_loss(a, chip, of_seed(seed));
-        });
+        with_workspace(a, head_loss_workspace(a, chip), [&] { return head_loss(a, chip, of_seed(seed)); });
     });
     m.def("scale", [](py::object upstream, const std::vector<py::object>& gradients, Kind kind, const Chip& chip) {
         Scale a{};

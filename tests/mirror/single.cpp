@@ -19,6 +19,10 @@ template <class Run> const char* guarded(Run run) {
     }
 }
 
+void set(Operands& a, const void* x, const void* b, int64_t n, int d, int k) {
+    a.x = x, a.b = b, a.n = n, a.d = d, a.k = k, a.b_feature = k, a.b_column = 1, a.kind = Kind::BF16;
+}
+
 Stream of_seed(unsigned seed) { return reinterpret_cast<Stream>(static_cast<uintptr_t>(seed)); }
 
 }  // namespace
@@ -28,7 +32,9 @@ extern "C" {
 long conflicts() { return emulator::counts.conflicts; }
 
 const char* forward(void* x, void* b, void* p, void* y, void* g, int64_t n, int d, int k, unsigned seed) {
-    const Forward a{x, b, nullptr, p, y, g, n, k, 1, d, k, Kind::BF16};
+    Forward a{};
+    set(a, x, b, n, d, k);
+    a.p = p, a.y = y, a.g = g;
     return guarded([&] { return ForwardInstance<Products16, 64>::call(a, CHIP, of_seed(seed)); });
 }
 
@@ -41,13 +47,15 @@ int64_t backward_floats(int64_t n, int d, int k) {
 const char* pair_backward(void* x, void* b, void* p, void* g, void* dp, void* dy, void* dx, void* db, void* rows,
                           float* work, int64_t n, int d, int k, unsigned seed) {
     uint32_t counter = 0;
-    const PairBackward a{x, b, p, g, dp, dy, dx, db, rows, work, &counter, n, k, 1, d, k, false, Kind::BF16};
+    PairBackward a{};
+    set(a, x, b, n, d, k);
+    a.p = p, a.g = g, a.dp = dp, a.dy = dy, a.dx = dx, a.db = db, a.rows = rows, a.work = work, a.counter = &counter;
     return guarded([&] { return PairBackwardInstance<Products16, 64>::call(a, CHIP, of_seed(seed)); });
 }
 
 static PairLoss loss_of(int64_t n, int d, int k) {
     PairLoss a{};
-    a.n = n, a.d = d, a.k = k, a.b_feature = k, a.b_column = 1, a.kind = Kind::BF16;
+    set(a, nullptr, nullptr, n, d, k);
     a.dx = a.db = &a;
     return a;
 }
