@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from interp_nn.explain.gates import replay_of
 
 
 class Boundary(NamedTuple):
@@ -69,3 +71,22 @@ class Region:
         if x.shape[-1:] != self.normals.shape[1:]:
             raise ValueError(f"x: got shape {tuple(x.shape)}, want (..., {self.normals.shape[1]})")
         return x @ self.normals.T + self.offsets
+
+
+def region(model: nn.Module, x: Tensor) -> Region:
+    """The region of one sample x (1, ...): where every gate of the model is as it is at x. Its points are flattened inputs.
+
+    All units' preactivations as affine functions of the input, with the gates of earlier layers frozen, in the order of
+    `GateRecord.patterns`. They hold u x d numbers. Raises ValueError for more than one sample, and what `record` raises.
+    """
+    if x.shape[:1] != (1,):
+        raise ValueError(f"x: got shape {tuple(x.shape)}, want one sample (1, ...)")
+    replay = replay_of(model, x)
+
+    def preactivations(v: Tensor) -> Tensor:
+        return torch.cat([z.reshape(-1) for z in replay.preactivations((v.view(x.shape),)).values()])
+
+    flat = x.detach().reshape(-1)
+    with torch.no_grad():
+        normals = torch.func.jacrev(preactivations)(flat)
+        return Region(normals, preactivations(torch.zeros_like(flat)), preactivations(flat) > 0)

@@ -1,0 +1,268 @@
+"""The table: what each operation of PyTorch is once the gates of an input are frozen, by the operation's name.
+
+A call on values that are affine in the input becomes one of: itself ('affine'), a slope and offset or a choice by index that
+is exact around the input ('gate'), a secant that is exact at the input ('secant'), or a value that is no longer affine and may
+only multiply, mask or index what is ('frozen'). What the table does not name is refused.
+"""
+
+from __future__ import annotations
+
+import inspect
+import types
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from interp_nn.explain import kinks, secants
+from interp_nn.explain.calls import RANDOM, Call, Replay, Rule, Treatment, UnsupportedOperation, frozen, same
+
+# Affine operations
+
+
+def rearranged(call: Call) -> Treatment:
+    """Views, sums, concatenations: affine in all floating-point arguments; masks and indices may depend on the input."""
+    used = [t for t in call.tensors() if call.kind(t) is not None]
+    values = [t for t in used if t.dtype.is_floating_point]
+    for value in values:
+        if (source := call.source(value)) is not None:
+            return frozen(call, source)
+    factor = all(kind.factor for t in values if (kind := call.kind(t)) is not None)
+    return Treatment("affine", same, factor=factor)
+
+
+def added(call: Call) -> Treatment:
+    """Sums: affine where all that depends on the input is."""
+    source = next((s for t in call.tensors() if (s := call.source(t)) is not None), None)
+    return rearranged(call) if source is None else frozen(call, source)
+
+
+def multiplied(factors: Sequence[tuple[int, str]], addends: Sequence[tuple[int, str]] = ()) -> Rule:
+    """A product of arguments plus others, each given by place and name: affine where one factor is and no addend is not.
+
+    Of two affine factors, one that comes from a gating function (a sigmoid, say) is frozen.
+    """
+
+    def rule(call: Call) -> Treatment:
+        for place, name in addends:
+            if (source := call.source(call.argument(place, name))) is not None:
+                return frozen(call, source)
+        operands = [
+            (place, name, call.argument(place, name, *(("other",) if place == 1 else ("self",))))
+            for place, name in factors
+        ]
+        affine = [(place, name, value) for place, name, value in operands if call.affine(value)]
+        if len(affine) <= 1:
+            fixed = all(call.kind(value) is None for _, _, value in operands if not call.affine(value))
+            kind = call.kind(affine[0][2]) if affine else None
+            keeps = kind is not None and kind.factor and not addends
+            if not affine and any(call.kind(value) is not None for _, _, value in operands):
+                return frozen(call)  # gate * constant + affine
+            return Treatment("affine" if fixed else "secant", same, factor=keeps)
+        gates = [(place, name, value) for place, name, value in affine if (k := call.kind(value)) and k.factor]
+        if len(affine) - len(gates) != 1 or len({id(value) for _, _, value in affine}) < len(affine):
+            return frozen(call, call.here("it multiplies two values that both depend on the input"))
+        return Treatment("secant", _with_frozen([(p, n, v.detach().clone()) for p, n, v in gates]))
+
+    return rule
+
+
+def _with_frozen(values: Sequence[tuple[int, str, Tensor]]) -> Replay:
+    """The call with some of its arguments as they were recorded."""
+
+    def replay(call: Call) -> Any:
+        args, kwargs = list(call.args), dict(call.kwargs)
+        for place, name, value in values:
+            if place == 0 and call.inplace:
+                args[0].copy_(value)
+            elif place < len(args):
+                args[place] = value
+            else:
+                kwargs[name] = value
+        return same(Call(call.function, call.name, tuple(args), kwargs, call.inplace, call.layer, call.kinds))
+
+    return replay
+
+
+def divided(call: Call) -> Treatment:
+    """A quotient: affine in the numerator."""
+    if call.kwargs.get("rounding_mode") is not None or call.affine(call.argument(1, "other")):
+        return frozen(call)
+    return multiplied([(0, "input"), (1, "other")])(call)
+
+
+def identity_unless_training(call: Call) -> Treatment:
+    """Dropout."""
+    p = call.argument(1, "p", default=0.5)
+    if call.argument(2, "training", "train", default=True) and p > 0:
+        raise UnsupportedOperation(str(call.here(RANDOM)))
+    return rearranged(call)
+
+
+def batch_normalized(call: Call) -> Treatment:
+    """Batch norm by running statistics."""
+    if call.argument(5, "training", default=False):
+        reason = "it uses the statistics of the batch, which couple its samples; want running statistics, model.eval()"
+        raise UnsupportedOperation(str(call.here(reason)))
+    return rearranged(call)
+
+
+_PRODUCT = multiplied([(0, "input"), (1, "other")])
+_LINEAR = multiplied([(0, "input"), (1, "weight")], [(2, "bias")])
+_BILINEAR = multiplied([(0, "input1"), (1, "input2"), (2, "weight")], [(3, "bias")])
+
+
+def _addmm(call: Call) -> Treatment:
+    return multiplied([(1, "mat1"), (2, "mat2")], [(0, "input")])(call)
+
+
+def _names(text: str, rule: Rule) -> dict[str, Rule]:
+    return dict.fromkeys(text.split(), rule)
+
+
+TABLE: dict[str, Rule] = {
+    # Views, copies and other rearrangements; sums within a tensor; resampling.
+    **_names(
+        "view view_as reshape reshape_as flatten unflatten ravel squeeze unsqueeze permute transpose t T mT H mH swapaxes swapdims"
+        " movedim moveaxis expand expand_as broadcast_to contiguous clone to float double half bfloat16 type type_as cpu cuda"
+        " chunk split split_with_sizes tensor_split unsafe_chunk unsafe_split unbind narrow select slice __getitem__ index_select"
+        " gather take_along_dim masked_select roll flip fliplr flipud rot90 repeat tile repeat_interleave diagonal diag_embed tril"
+        " triu unfold fold pixel_shuffle pixel_unshuffle channel_shuffle detach data alias positive"
+        " cat concat concatenate stack hstack vstack dstack column_stack where masked_fill masked_scatter scatter scatter_add"
+        " index_add index_copy index_put index_fill select_scatter slice_scatter diagonal_scatter __setitem__ copy fill zero"
+        " sum mean cumsum diff nansum pad constant_pad_nd zero_pad2d"
+        " avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d"
+        " interpolate upsample upsample_nearest upsample_bilinear max_unpool1d max_unpool2d max_unpool3d",
+        rearranged,
+    ),
+    **_names("add sub subtract rsub __rsub__ neg negative", added),
+    # Products.
+    **_names("mul multiply matmul mm bmm mv dot inner outer ger kron tensordot __rmatmul__ __matmul__", _PRODUCT),
+    **_names("linear conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d", _LINEAR),
+    **_names("bilinear", _BILINEAR),
+    **_names("addmm addmv baddbmm addbmm", _addmm),
+    **_names("div divide true_divide", divided),
+    **_names(
+        "dropout dropout1d dropout2d dropout3d alpha_dropout feature_alpha_dropout feature_dropout",
+        identity_unless_training,
+    ),
+    "batch_norm": batch_normalized,
+    # Gates.
+    **{
+        name: kinks.gated(pieces, factor=name in ("relu6", "hardtanh", "hardsigmoid"))
+        for name, pieces in kinks.PIECES.items()
+    },
+    **_names("clamp clip clamp_min clamp_max", kinks.clamped),
+    "maximum": kinks.larger(1),
+    "minimum": kinks.larger(-1),
+    **_names("gt ge lt le greater greater_equal less less_equal", kinks.compared),
+    **{
+        f"{kind}max_pool{d}d{end}": kinks.pooled(d)
+        for kind in ("", "adaptive_")
+        for d in (1, 2, 3)
+        for end in ("", "_with_indices")
+    },
+    **_names("max min topk sort median kthvalue", kinks.selected),
+    **_names("amax amin", kinks.largest),
+    # Secants.
+    **{name: secants.elementwise(name, factor=name == "sigmoid") for name in secants.SLOPES},
+    "softplus": secants.softplus,
+    "glu": secants.glu,
+    "layer_norm": secants.layer_normalized,
+    "rms_norm": secants.rms_normalized,
+    "group_norm": secants.group_normalized,
+    "instance_norm": secants.instance_normalized,
+    "scaled_dot_product_attention": secants.attention,
+    # Not affine: their values may multiply, mask or index.
+    **_names(
+        "softmax log_softmax softmin exp exp2 expm1 log log2 log10 log1p logsumexp pow __rpow__ square sqrt rsqrt reciprocal __rdiv__"
+        " norm vector_norm linalg_vector_norm linalg_norm var std var_mean std_mean prod cos sign sgn floor ceil round trunc"
+        " eq ne isnan isinf isfinite argmax argmin argsort cosine_similarity cdist pairwise_distance long int bool any all"
+        " count_nonzero nonzero atan2 remainder fmod cross __bool__ is_nonzero equal allclose",
+        frozen,
+    ),
+}
+
+# What reads a tensor without its values.
+CONSTANTS = frozenset(
+    "zeros_like ones_like full_like empty_like new_zeros new_ones new_full new_empty new_tensor".split()
+)
+# What takes values out of PyTorch, from where they may come back as constants.
+LEAVES = frozenset("item tolist numpy __float__ __int__ __index__ __complex__ __array__ set:data __dlpack__".split())
+DRAWS = frozenset(
+    "rand randn randint rand_like randn_like randint_like randperm bernoulli normal uniform multinomial exponential random"
+    " cauchy geometric log_normal poisson fractional_max_pool2d fractional_max_pool3d gumbel_softmax".split()
+)
+_SAME_AS = {
+    "_threshold": "threshold",
+    "absolute": "abs",
+    "__abs__": "abs",
+    "special_expit": "sigmoid",
+    "__radd__": "add",
+    "__rmul__": "mul",
+    "__add__": "add",
+    "__mul__": "mul",
+    "concat": "cat",
+}
+
+
+def operation_name(function: Callable[..., Any]) -> str:
+    """The name by which the table knows a torch function: 'relu' for F.relu, torch.relu_, Tensor.relu and aten.relu alike."""
+    name = getattr(function, "__name__", type(function).__name__)
+    module = getattr(function, "__module__", None) or ""
+    owner = getattr(function, "__self__", None)
+    if name in ("__get__", "__set__") and owner is not None:
+        return owner.__name__ if name == "__get__" else f"set:{owner.__name__}"
+    if isinstance(function, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
+        name, namespace = name.split(".")[0], module.removeprefix("torch._ops.")
+        if namespace != "aten":
+            return f"{namespace}::{name}"
+    elif module and module.split(".")[0] != "torch":
+        return f"{module}.{name}"
+    if name.endswith("_") and not name.endswith("__"):
+        name = name[:-1]
+    elif name.startswith("__i") and f"__{name[3:]}" in _SAME_AS:
+        name = f"__{name[3:]}"
+    return _SAME_AS.get(name, name)
+
+
+@cache
+def _place_of_inplace(function: Callable[..., Any]) -> int | None:
+    if not isinstance(function, types.FunctionType):
+        return None
+    names = list(inspect.signature(function).parameters)
+    return names.index("inplace") if "inplace" in names else None
+
+
+def writes_to_input(function: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
+    """Whether a call changes its first argument in place."""
+    name = getattr(function, "__name__", "")
+    if (
+        name == "__setitem__"
+        or name.startswith("__i")
+        and name not in ("__invert__", "__int__", "__index__", "__iter__")
+    ):
+        return True
+    if name.endswith("_") and not name.endswith("__"):
+        return True
+    if kwargs.get("inplace", False):
+        return True
+    place = _place_of_inplace(function)
+    return place is not None and place < len(args) and bool(args[place])
+
+
+@cache
+def opened(function: types.FunctionType) -> Callable[..., Any]:
+    """A function of PyTorch that is written in Python, without its own hand-over to the mode: its inner calls are seen."""
+    never = {name: lambda *_: False for name in function.__globals__ if name.startswith("has_torch_function")}
+    inner = types.FunctionType(
+        function.__code__,
+        {**function.__globals__, **never},
+        function.__name__,
+        function.__defaults__,
+        function.__closure__,
+    )
+    inner.__kwdefaults__ = function.__kwdefaults__
+    return inner

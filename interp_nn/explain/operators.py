@@ -1,0 +1,127 @@
+"""Linear operators W and their constants b, one for each of n samples, which are applied without W being formed."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+Vectors = tuple[Tensor, ...]  # one tensor (r, n, *input) for each of the inputs
+
+
+class Operator(ABC):
+    """W: inputs of per-sample shapes `inputs` to outputs of per-sample shape `output`, for n samples; and b."""
+
+    n: int
+    inputs: tuple[torch.Size, ...]
+    output: torch.Size
+
+    @abstractmethod
+    def columns(self, v: Vectors) -> Tensor:
+        """W v (r, n, *output) for r vectors a sample."""
+
+    @abstractmethod
+    def pullback(self) -> Callable[[Tensor], Vectors]:
+        """The map u (r, n, *output) to Wᵀ u, which keeps what it needs for as long as it lives."""
+
+    @abstractmethod
+    def bias(self) -> Tensor:
+        """b (n, *output)."""
+
+
+class Dense(Operator):
+    """Weights (n, *output, *input), one for each input, and a bias (n, *output)."""
+
+    def __init__(self, weights: Sequence[Tensor], bias: Tensor) -> None:
+        self.weights, self._bias = tuple(weights), bias
+        self.n, self.output = bias.shape[0], bias.shape[1:]
+        self.inputs = tuple(w.shape[bias.dim() :] for w in weights)
+
+    def columns(self, v: Vectors) -> Tensor:
+        k = self.output.numel()
+        parts = [
+            torch.einsum("nkd,rnd->rnk", w.reshape(self.n, k, -1), t.reshape(len(t), self.n, -1))
+            for w, t in zip(self.weights, v, strict=True)
+        ]
+        return (
+            sum(parts[1:], parts[0]).unflatten(2, self.output) if self.output else sum(parts[1:], parts[0]).squeeze(2)
+        )
+
+    def pullback(self) -> Callable[[Tensor], Vectors]:
+        k = self.output.numel()
+
+        def pull(u: Tensor) -> Vectors:
+            rows = u.reshape(len(u), self.n, k)
+            return tuple(
+                torch.einsum("nkd,rnk->rnd", w.reshape(self.n, k, -1), rows).reshape(len(u), self.n, *shape)
+                for w, shape in zip(self.weights, self.inputs, strict=True)
+            )
+
+        return pull
+
+    def bias(self) -> Tensor:
+        return self._bias
+
+
+class Composed(Operator):
+    """W = W₂ W₁ and b = W₂ b₁ + b₂."""
+
+    def __init__(self, second: Operator, first: Operator) -> None:
+        self._second, self._first = second, first
+        self.n, self.inputs, self.output = first.n, first.inputs, second.output
+
+    def columns(self, v: Vectors) -> Tensor:
+        return self._second.columns((self._first.columns(v),))
+
+    def pullback(self) -> Callable[[Tensor], Vectors]:
+        second, first = self._second.pullback(), self._first.pullback()
+        return lambda u: first(second(u)[0])
+
+    def bias(self) -> Tensor:
+        return self._second.columns((self._first.bias().unsqueeze(0),))[0] + self._second.bias()
+
+
+class Traced(Operator):
+    """The derivative of a function at x, of samples that do not depend on one another.
+
+    affine: whether the function is affine, so that b is its value at 0; otherwise b = F(x) - W x.
+    """
+
+    def __init__(self, function: Callable[..., Tensor], x: Vectors, output: torch.Size, affine: bool) -> None:
+        self._function, self._x, self._affine = function, tuple(t.detach() for t in x), affine
+        self.n, self.inputs, self.output = x[0].shape[0], tuple(t.shape[1:] for t in x), output
+
+    def columns(self, v: Vectors) -> Tensor:
+        if len(v[0]) == 1:
+            return self._push(*(t[0] for t in v)).unsqueeze(0)
+        return torch.vmap(self._push)(*v)
+
+    def _push(self, *v: Tensor) -> Tensor:
+        return torch.func.jvp(self._function, self._x, v)[1].detach()
+
+    def pullback(self) -> Callable[[Tensor], Vectors]:
+        with torch.inference_mode(False), torch.enable_grad():
+            x = tuple(t.clone().requires_grad_() for t in self._x)
+            out = self._function(*x)
+
+        def pull(u: Tensor) -> Vectors:
+            batched = len(u) > 1
+            return (
+                torch.autograd.grad(
+                    out, x, u if batched else u[0], retain_graph=True, is_grads_batched=batched, materialize_grads=True
+                )
+                if batched
+                else tuple(
+                    t.unsqueeze(0) for t in torch.autograd.grad(out, x, u[0], retain_graph=True, materialize_grads=True)
+                )
+            )
+
+        return pull
+
+    def bias(self) -> Tensor:
+        with torch.no_grad():
+            if self._affine:
+                return self._function(*(torch.zeros_like(t) for t in self._x))
+            return self._function(*self._x) - self._push(*self._x)
