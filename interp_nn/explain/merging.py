@@ -1,0 +1,114 @@
+"""Which clusters of a network belong together, and one affine map for those that do.
+
+A network of some size has about as many clusters as there are samples. Fewer of them are no longer exact: Sudjianto et al.
+(2020), "Unwrapping the black box of deep ReLU networks", merge by k-means on the coefficients and fit again.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from interp_nn.explain.importance import designs
+from interp_nn.explain.patterns import ActivationPatterns
+
+if TYPE_CHECKING:
+    import numpy as np
+
+
+def equal_maps(functions: Tensor) -> Tensor:
+    """Groups of equal rows of functions (clusters, p): (clusters,) int64.
+
+    Equal is up to the square root of their dtype's resolution, relative to the largest entry.
+    """
+    tolerance = torch.finfo(functions.dtype).eps ** 0.5 * float(functions.abs().max())
+    functions = functions.double()
+    direction = torch.rand(functions.shape[1], generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    # Equal rows are neighbours along any direction, and others are not on a random one.
+    order = (functions @ direction.to(functions.device)).argsort(stable=True)
+    new = (functions[order].diff(dim=0).abs() > tolerance).any(1)
+    groups = torch.zeros_like(order)
+    groups[order[1:]] = new.cumsum(0)
+    return groups
+
+
+def by_functions(functions: Tensor, counts: Tensor, groups: int) -> Tensor:
+    """k-means on the rows of functions (clusters, p), each weighted by its count."""
+    means = _sklearn().KMeans(groups, n_init=10, random_state=0)
+    return _groups(means.fit(functions.double().cpu().numpy(), sample_weight=counts.cpu().numpy()).labels_, counts)
+
+
+def by_distance(distances: Tensor, groups: int) -> Tensor:
+    """Agglomeration of distances (clusters, clusters), by the mean distance between the members of two groups."""
+    linkage = _sklearn().AgglomerativeClustering(groups, metric="precomputed", linkage="average")
+    return _groups(linkage.fit(distances.cpu().numpy()).labels_, distances)
+
+
+def path_distances(layers: list[ActivationPatterns]) -> Tensor:
+    """1 - K(c, e) / sqrt(K(c, c) K(e, e)) of all pairs of patterns (clusters, clusters), fp64, where K counts the paths through
+    the network that are active in both: the product over its layers of the units on in both.
+
+    K is the neural path kernel's part that depends on the gates (Lakshminarayanan & Singh, NeurIPS 2020, arXiv 2006.10529),
+    for layers that follow one another. Two patterns with a layer that is off in both are alike in it.
+    """
+    similarity = torch.ones((), dtype=torch.float64)
+    for layer in layers:
+        both, active = layer.overlap().double(), layer.active().double()
+        scale = (active.unsqueeze(1) * active).sqrt()
+        # One layer that is off in one pattern alone: no path in common.
+        off = (active == 0).double()
+        similarity = similarity.to(both) * torch.where(scale > 0, both / scale.clamp_min(1), off.unsqueeze(1) * off)
+    return (1 - similarity).clamp_min(0)
+
+
+def by_size(groups: Tensor, counts: Tensor) -> Tensor:
+    """Groups (clusters,) of any int64 numbers, numbered anew by the size of what they hold, those of one size as they appear."""
+    distinct, groups = groups.unique(return_inverse=True)
+    sizes = counts.new_zeros(len(distinct)).index_add_(0, groups, counts)
+    first = groups.new_full((len(distinct),), len(groups)).scatter_reduce(
+        0, groups, torch.arange(len(groups)).to(groups), "amin"
+    )
+    order = first.argsort()
+    order = order[sizes[order].argsort(descending=True, stable=True)]
+    return order.argsort()[groups]
+
+
+def mean_maps(values: Tensor, groups: Tensor, counts: Tensor) -> Tensor:
+    """The mean of values (clusters, ...) over each group, weighted by counts."""
+    weight = counts.to(values.dtype)
+    total = values.new_zeros(int(groups.max()) + 1).index_add_(0, groups, weight)
+    share = (weight / total[groups]).view(-1, *[1] * (values.dim() - 1))
+    return values.new_zeros(len(total), *values.shape[1:]).index_add_(0, groups, share * values)
+
+
+def refit(x: Tensor, residual: Tensor, labels: Tensor, clusters: int) -> tuple[Tensor, Tensor]:
+    """The smallest weights (clusters, outputs, d), and biases (clusters, outputs), that fit residual (n, outputs) best by least
+    squares in each cluster of the samples x (n, d).
+
+    Directions in which the cluster's samples do not differ get none: what is added to a map leaves it as it was there.
+    """
+    weight = x.new_zeros(clusters, residual.shape[1], x.shape[1])
+    bias = x.new_zeros(clusters, residual.shape[1])
+    for design in designs(x, labels, clusters):
+        own = residual[design.rows].double()
+        mean = own.mean(1)
+        inverse = torch.where(design.values > 0, 1 / design.values, 0).unsqueeze(2)
+        slope = (design.vh.mT @ (inverse * (design.u.mT @ (own - mean.unsqueeze(1))))).mT
+        weight[design.clusters] = slope.to(weight.dtype)
+        bias[design.clusters] = (mean - (slope @ design.mean.unsqueeze(2)).squeeze(2)).to(bias.dtype)
+    return weight, bias
+
+
+def _groups(labels: np.ndarray, like: Tensor) -> Tensor:
+    return torch.from_numpy(labels).long().to(like.device)
+
+
+def _sklearn() -> ModuleType:
+    try:
+        import sklearn.cluster
+    except ImportError as error:
+        raise ImportError("merging clusters needs scikit-learn: pip install interp_nn[explain]") from error
+    return sklearn.cluster
