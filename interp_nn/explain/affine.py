@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from interp_nn.explain.gates import Tangent, check_inputs, check_mode, find_site, replay_of
+from interp_nn.explain.gates import check_mode
 from interp_nn.explain.operators import Composed, Dense, Operator, Traced, Vectors
+from interp_nn.explain.replay import Replay, Tangent, run_recorded
 
 Target = int | slice | Tensor | Callable[[Any], Tensor] | None
 _AT_ONCE = 1 << 26  # numbers of W that are computed at a time
@@ -46,20 +47,28 @@ def linearize(
 
     Raises what `record` raises; ValueError or TypeError for a target or site that the model does not have.
     """
-    inputs = check_inputs(x)
-    select = _selector(target)
-    if check_mode(mode) == "tangent":
-        tangent = Tangent(model, inputs, select, upto)
-        output = tangent(*inputs).detach()
-        return AffineMap(Traced(tangent, inputs, output.shape[1:], False), output, chunk_size)
-    replay = replay_of(model, x, select)
-    site = None if upto is None else replay.sites[find_site(replay.sites, upto)]
+    select, secant = _selector(target), check_mode(mode) == "secant"
+    recording = run_recorded(model, x, select, strict=False, differentiable=secant, keep=upto is not None)
+    site = None if upto is None else recording.site(upto)
+    output = recording.output if site is None else recording.recorder.sites[site].preactivations
+    itself = Tangent(model, select, site)
+    if not secant:
+        return AffineMap(Traced(itself, recording.inputs, output.shape[1:], affine=False), itself, chunk_size)
+    recording.refuse(site)
+    replay = Replay(recording, select)
 
     def function(*v: Tensor) -> Tensor:
-        return replay.run(v, site)
+        return replay(*v) if site is None else replay.preactivations(v, site)
 
-    output = replay.output if site is None else function(*inputs).detach()
-    return AffineMap(Traced(function, inputs, output.shape[1:], True), output, chunk_size)
+    operator = Traced(
+        function,
+        recording.inputs,
+        output.shape[1:],
+        affine=True,
+        start=(recording.inputs, output),
+        parts=lambda: replay.constants_by_layer(site),
+    )
+    return AffineMap(operator, itself, chunk_size)
 
 
 class AffineMap:
@@ -69,10 +78,12 @@ class AffineMap:
     tuple of inputs, so do the methods, and weights and contributions are tuples.
     """
 
-    def __init__(self, operator: Operator, output: Tensor | None = None, chunk_size: int | None = None) -> None:
+    def __init__(
+        self, operator: Operator, function: Callable[..., Tensor] | None = None, chunk_size: int | None = None
+    ) -> None:
         if chunk_size is not None and chunk_size < 1:
             raise ValueError(f"chunk_size: got {chunk_size}, want a positive number")
-        self._operator, self._output, self._chunk_size = operator, output, chunk_size
+        self._operator, self._function, self._chunk_size = operator, function, chunk_size
 
     @classmethod
     def from_tensors(cls, weight: Tensor | tuple[Tensor, ...], bias: Tensor) -> AffineMap:
@@ -145,6 +156,14 @@ class AffineMap:
             tuple(w * t.reshape(operator.n, *middle, *t.shape[1:]) for w, t in zip(weights, vectors, strict=True))
         )
 
+    def bias_by_layer(self) -> dict[str, Tensor]:
+        """b split exactly over the layers that contribute a constant, by module path: {path: (n, *output)}, in call order.
+
+        Biases, batch norms' shifts, non-zero padding and the offsets of clipped units; they sum to `bias`. Those of FullGrad
+        (Srinivas & Fleuret, NeurIPS 2019), summed over a layer. Raises ValueError for a map without its model, or a tangent.
+        """
+        return self._operator.bias_by_layer()
+
     def contrast(self, k: int, k2: int) -> AffineMap:
         """The map of output k less output k2, of outputs (n, classes): for logits, the log-odds of the two classes."""
         output = self._operator.output
@@ -175,10 +194,13 @@ class AffineMap:
 
     def check(self) -> float:
         """max |F(x) - (W x + b)| / max |F(x)| at the linearized x."""
-        if self._output is None or not isinstance(self._operator, Traced):
-            raise ValueError("check: got a map without a model, want one as `linearize` returned it")
-        found = self._operator.columns(tuple(t.unsqueeze(0) for t in self._operator._x))[0] + self.bias
-        return float((found - self._output).abs().max() / self._output.abs().max())
+        operator = self._operator
+        if self._function is None or not isinstance(operator, Traced):
+            raise ValueError("check: got a map without its model, want one as `linearize` returned it")
+        with torch.no_grad():
+            wanted = self._function(*operator.x)
+            found = operator.columns(tuple(t.unsqueeze(0) for t in operator.x))[0] + self.bias
+        return float((found - wanted).abs().max() / wanted.abs().max())
 
     def to(self, dtype: torch.dtype) -> AffineMap:
         """The map in another dtype; forms W."""

@@ -130,10 +130,10 @@ def replaced(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
 
 
 def same(call: Call) -> Any:
-    """The call itself: it is affine. What does not depend on the input needs no gradient."""
+    """The call itself: it is affine. Only what is affine in the input gets a gradient."""
 
     def constant(t: Tensor) -> Tensor:
-        return t.detach() if t.requires_grad and id(t) not in call.kinds else t
+        return t.detach() if t.requires_grad and not call.affine(t) else t
 
     return call.function(*replaced(call.args, constant), **replaced(call.kwargs, constant))
 

@@ -31,6 +31,8 @@ class Pieces:
         gates = [z > kink for kink in self.kinks]
 
         def chosen(values: tuple[Any, ...]) -> Tensor:
+            if values == (0, 1):
+                return gates[0].to(z.dtype)
             result = torch.zeros_like(z) + values[0]
             for gate, value in zip(gates, values[1:], strict=True):
                 result = torch.where(gate, value, result)

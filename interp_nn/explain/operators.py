@@ -30,6 +30,10 @@ class Operator(ABC):
     def bias(self) -> Tensor:
         """b (n, *output)."""
 
+    def bias_by_layer(self) -> dict[str, Tensor]:
+        """b's parts by layer, where they are known."""
+        raise ValueError("bias_by_layer: got a map without layers, want one that `linearize` returned in secant mode")
+
 
 class Dense(Operator):
     """Weights (n, *output, *input), one for each input, and a bias (n, *output)."""
@@ -86,11 +90,22 @@ class Composed(Operator):
 class Traced(Operator):
     """The derivative of a function at x, of samples that do not depend on one another.
 
-    affine: whether the function is affine, so that b is its value at 0; otherwise b = F(x) - W x.
+    affine: whether the function is affine, so that b is its value at 0; otherwise b = F(x) - W x. start: leaves and the
+    function of them with its graph, where there is one already; it is used once. parts: computes `bias_by_layer`.
     """
 
-    def __init__(self, function: Callable[..., Tensor], x: Vectors, output: torch.Size, affine: bool) -> None:
-        self._function, self._x, self._affine = function, tuple(t.detach() for t in x), affine
+    def __init__(
+        self,
+        function: Callable[..., Tensor],
+        x: Vectors,
+        output: torch.Size,
+        *,
+        affine: bool,
+        start: tuple[Vectors, Tensor] | None = None,
+        parts: Callable[[], dict[str, Tensor]] | None = None,
+    ) -> None:
+        self._function, self._affine, self._start, self._parts = function, affine, start, parts
+        self.x = tuple(t.detach() for t in x)
         self.n, self.inputs, self.output = x[0].shape[0], tuple(t.shape[1:] for t in x), output
 
     def columns(self, v: Vectors) -> Tensor:
@@ -98,30 +113,30 @@ class Traced(Operator):
             return self._push(*(t[0] for t in v)).unsqueeze(0)
         return torch.vmap(self._push)(*v)
 
-    def _push(self, *v: Tensor) -> Tensor:
-        return torch.func.jvp(self._function, self._x, v)[1].detach()
-
     def pullback(self) -> Callable[[Tensor], Vectors]:
-        with torch.inference_mode(False), torch.enable_grad():
-            x = tuple(t.clone().requires_grad_() for t in self._x)
-            out = self._function(*x)
+        if self._start is not None:
+            (x, out), self._start = self._start, None
+        else:
+            with torch.inference_mode(False), torch.enable_grad():
+                x = tuple(t.clone().requires_grad_() for t in self.x)
+                out = self._function(*x)
 
         def pull(u: Tensor) -> Vectors:
-            batched = len(u) > 1
-            return (
-                torch.autograd.grad(
-                    out, x, u if batched else u[0], retain_graph=True, is_grads_batched=batched, materialize_grads=True
-                )
-                if batched
-                else tuple(
-                    t.unsqueeze(0) for t in torch.autograd.grad(out, x, u[0], retain_graph=True, materialize_grads=True)
-                )
-            )
+            if len(u) > 1:
+                return torch.autograd.grad(out, x, u, retain_graph=True, is_grads_batched=True, materialize_grads=True)
+            rows = torch.autograd.grad(out, x, u[0], retain_graph=True, materialize_grads=True)
+            return tuple(row.unsqueeze(0) for row in rows)
 
         return pull
 
     def bias(self) -> Tensor:
         with torch.no_grad():
             if self._affine:
-                return self._function(*(torch.zeros_like(t) for t in self._x))
-            return self._function(*self._x) - self._push(*self._x)
+                return self._function(*(torch.zeros_like(t) for t in self.x))
+            return self._function(*self.x) - self._push(*self.x)
+
+    def bias_by_layer(self) -> dict[str, Tensor]:
+        return super().bias_by_layer() if self._parts is None else self._parts()
+
+    def _push(self, *v: Tensor) -> Tensor:
+        return torch.func.jvp(self._function, self.x, v)[1].detach()

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from interp_nn.explain.gates import replay_of
+from interp_nn.explain.gates import frozen
 
 
 class Boundary(NamedTuple):
@@ -16,6 +16,13 @@ class Boundary(NamedTuple):
     distance: Tensor
     unit: Tensor
     point: Tensor
+
+
+class Ball(NamedTuple):
+    """A ball: its centre (d,) and its radius."""
+
+    centre: Tensor
+    radius: float
 
 
 class Region:
@@ -63,6 +70,36 @@ class Region:
         sign = torch.where(self.on, -1.0, 1.0).to(self.normals.dtype).unsqueeze(1)
         return sign * torch.cat([self.normals, self.offsets.unsqueeze(1)], 1)
 
+    def chebyshev(self, box: tuple[Tensor | float, Tensor | float] | None = None) -> Ball:
+        """The largest ball in the region, by a linear program; needs scipy.
+
+        box: the lowest and highest input, a number or (d,) each, within which the ball is to lie: many regions have no end.
+        Raises ValueError where balls of any size fit, and where none does.
+        """
+        try:
+            from scipy.optimize import linprog  # type: ignore[import-untyped, unused-ignore]
+        except ImportError as error:
+            raise ImportError("the largest ball of a region needs scipy: pip install interp_nn[explain]") from error
+        sides = self.to_halfspaces().detach().double().cpu()
+        if box is not None:
+            unit = torch.eye(sides.shape[1] - 1, dtype=torch.float64)
+            low, high = (torch.as_tensor(end, dtype=torch.float64).expand(len(unit)).unsqueeze(1) for end in box)
+            sides = torch.cat([sides, torch.cat([-unit, low], 1), torch.cat([unit, -high], 1)])
+        # N x + c + r |N| <= 0, with sides of length 1 but for those that no input reaches.
+        lengths = sides[:, :-1].norm(dim=1, keepdim=True)
+        sides = sides / torch.where(lengths > 0, lengths, 1)
+        constraints = torch.cat([sides[:, :-1], (lengths > 0).double()], 1)
+        objective = [0.0] * (sides.shape[1] - 1) + [-1.0]
+        free = [(None, None)] * (sides.shape[1] - 1) + [(0, None)]
+        found = linprog(objective, constraints.numpy(), -sides[:, -1].numpy(), bounds=free)
+        if found.status == 3:
+            raise ValueError(
+                f"box: got {box}, but balls of any size fit in the region; want its lowest and highest input"
+            )
+        if not found.success:
+            raise ValueError(f"box: got {box}, but no ball fits in the region within it: {found.message}")
+        return Ball(torch.from_numpy(found.x[:-1]).to(self.normals), float(found.x[-1]))
+
     def __repr__(self) -> str:
         units, d = self.normals.shape
         return f"Region({units} units, {int(self.on.sum())} of them on, {d} inputs)"
@@ -81,10 +118,10 @@ def region(model: nn.Module, x: Tensor) -> Region:
     """
     if x.shape[:1] != (1,):
         raise ValueError(f"x: got shape {tuple(x.shape)}, want one sample (1, ...)")
-    replay = replay_of(model, x)
+    replay = frozen(model, x)
 
     def preactivations(v: Tensor) -> Tensor:
-        return torch.cat([z.reshape(-1) for z in replay.preactivations((v.view(x.shape),)).values()])
+        return torch.cat([z.reshape(-1) for z in replay.all_preactivations((v.view(x.shape),))])
 
     flat = x.detach().reshape(-1)
     with torch.no_grad():

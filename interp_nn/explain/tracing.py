@@ -86,15 +86,31 @@ _AFFINE = Kind()
 class Recorder(TorchFunctionMode):
     """Runs a model as it is, and writes down what becomes of each call: `steps`, `sites`, and `rows` for the report.
 
-    strict: whether an operation that the table does not name raises at once.
+    strict: whether an operation that the table does not name raises at once. differentiable: whether each call is replayed
+    as it is recorded, so that autograd sees the gates frozen. keep: whether preactivations are kept. observe: leaves the calls
+    and their gradients as they are.
     """
 
-    def __init__(self, layers: Layers, strict: bool = True) -> None:
+    def __init__(
+        self,
+        layers: Layers,
+        strict: bool = True,
+        differentiable: bool = False,
+        keep: bool = False,
+        observe: bool = False,
+    ) -> None:
         super().__init__()
-        self.layers, self.strict = layers, strict
+        self.layers, self.strict, self.differentiable, self.keep, self.observe = (
+            layers,
+            strict,
+            differentiable,
+            keep,
+            observe,
+        )
         self.steps: list[Step] = []
         self.sites: list[Site] = []
         self.rows: list[tuple[str, str, str]] = []
+        self.refusals: list[tuple[int, Source]] = []  # with the number of gate sites before
         self._ledger = _Ledger()
         self._site_calls: dict[str, int] = {}
 
@@ -116,7 +132,7 @@ class Recorder(TorchFunctionMode):
         kwargs = kwargs or {}
         name = operations.operation_name(func)
         kinds = self._ledger.kinds(args, kwargs)
-        if name in operations.DRAWS:
+        if name in operations.DRAWS and self.strict:
             raise UnsupportedOperation(str(Source(name, self.layers.path, RANDOM)))
         if not kinds or name in operations.CONSTANTS:
             return func(*args, **kwargs)
@@ -131,7 +147,10 @@ class Recorder(TorchFunctionMode):
             result = call.run()
             self._ledger.set((result, args[0]) if inplace else result, next(iter(kinds.values())))
             return result
-        return self._record(call, rule(call))
+        with torch.no_grad():
+            treatment = rule(call)
+        with torch.set_grad_enabled(torch.is_grad_enabled() if self.observe else self.differentiable):
+            return self._record(call, treatment)
 
     def _unknown(self, call: Call) -> Any:
         if isinstance(call.function, types.FunctionType) and call.function.__module__.startswith("torch"):
@@ -146,17 +165,24 @@ class Recorder(TorchFunctionMode):
         source = call.here(reason)
         if self.strict:
             raise UnsupportedOperation(str(source))
+        self.refusals.append((len(self.sites), source))
         self.rows.append((call.name, call.layer, "not treated"))
         self._ledger.set((result, call.args[0]) if call.inplace else result, Kind(source))
         return result
 
     def _record(self, call: Call, treatment: Treatment) -> Any:
         if treatment.preactivations is not None:
-            z = treatment.preactivations(call)
-            name = self._site_name(call)
-            self.sites.append(Site(name, call.name, len(self.steps), z.clone() if z is call.input else z))
-        result = call.run()
+            z = torch.empty(0)
+            if self.keep:
+                z = treatment.preactivations(call)
+                z = z.clone() if z is call.input else z  # which a later call may overwrite
+            self.sites.append(Site(self._site_name(call), call.name, len(self.steps), z))
         source, replay = treatment.source, treatment.replay
+        if self.differentiable:
+            with torch.set_grad_enabled(replay is not None):
+                result = replay(call) if replay is not None else call.run()
+        else:
+            result = call.run()
         floating = all(t.dtype.is_floating_point for t in tensors(result))
         if source is None and not floating and not isinstance(result, (tuple, list)):
             source = call.here("its result is not floating-point")
@@ -193,7 +219,7 @@ def _recorded(value: Any) -> Replay:
 class Replayer(TorchFunctionMode):
     """Runs a model with each call on affine values replaced by what the recording made of it.
 
-    taps: the steps whose preactivations are wanted, which come to lie in `tapped`. scales: see `constants_by_layer`.
+    taps: the steps whose preactivations are wanted, which come to lie in `tapped`.
     """
 
     def __init__(self, steps: Sequence[Step], taps: Sequence[int] = ()) -> None:
@@ -235,7 +261,7 @@ class Replayer(TorchFunctionMode):
             if place in self._taps:
                 z = step.preactivations(call) if step.preactivations is not None else call.input
                 self.tapped[place] = z.clone()
-            result = self._replayed(step, call)
+            result = self._replayed(place, step, call)
         kind = _AFFINE if step.affine else None
         if call.inplace:
             self._ledger.set(args[0], kind)
@@ -243,7 +269,7 @@ class Replayer(TorchFunctionMode):
             self._ledger.set(t, kind if t.dtype.is_floating_point else None)
         return result
 
-    def _replayed(self, step: Step, call: Call) -> Any:
+    def _replayed(self, place: int, step: Step, call: Call) -> Any:
         return step.replay(call)
 
     def _diverged(self, name: str | None) -> DivergedError:
@@ -253,6 +279,56 @@ class Replayer(TorchFunctionMode):
             f"{f'{wanted.name} in layer {wanted.layer!r}' if wanted else 'the end'}; "
             "want a model that makes the same calls every time"
         )
+
+
+class ConstantFinder(Replayer):
+    """A replay that notes what each step makes of zeros, by the step's place, where that is not zero."""
+
+    def __init__(self, steps: Sequence[Step], taps: Sequence[int] = ()) -> None:
+        super().__init__(steps, taps)
+        self.constants: dict[int, list[Tensor]] = {}
+
+    def _replayed(self, place: int, step: Step, call: Call) -> Any:
+        if step.affine:
+            kinds: dict[int, Kind] = {}
+
+            def zeros(t: Tensor) -> Tensor:
+                if not call.affine(t):
+                    return t
+                zero = torch.zeros_like(t)
+                kinds[id(zero)] = _AFFINE
+                return zero
+
+            args, kwargs = replaced(call.args, zeros), replaced(call.kwargs, zeros)
+            result = step.replay(Call(call.function, call.name, args, kwargs, call.inplace, call.layer, kinds))
+            constants = list(tensors(args[0] if call.inplace else result))
+            if any(bool(c.any()) for c in constants if c.dtype.is_floating_point):
+                self.constants[place] = [c.clone() for c in constants]
+        return step.replay(call)
+
+
+class ScaledReplayer(Replayer):
+    """A replay whose steps' constants are multiplied: by scales[layer] those of a layer."""
+
+    def __init__(
+        self,
+        steps: Sequence[Step],
+        taps: Sequence[int],
+        constants: dict[int, list[Tensor]],
+        scales: dict[str, Tensor],
+    ) -> None:
+        super().__init__(steps, taps)
+        self._constants, self._scales = constants, scales
+
+    def _replayed(self, place: int, step: Step, call: Call) -> Any:
+        result = step.replay(call)
+        if place not in self._constants:
+            return result
+        constants, change = iter(self._constants[place]), self._scales[step.layer] - 1
+        if call.inplace:
+            call.args[0].add_(change * next(constants))
+            return result
+        return replaced(result, lambda t: t + change * c if (c := next(constants)).dtype.is_floating_point else t)
 
 
 class Layers:

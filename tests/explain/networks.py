@@ -1,0 +1,114 @@
+"""Small networks that the tests of this folder share, in evaluation mode and double precision unless said otherwise."""
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+
+class BasicBlock(nn.Module):
+    """Two convolutions and a shortcut; one ReLU module, in place, called twice, and an in-place addition."""
+
+    def __init__(self, inputs, outputs, stride):
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(outputs)
+        self.relu = nn.ReLU(inplace=True)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(outputs)
+        self.shortcut = None
+        if stride != 1 or inputs != outputs:
+            self.shortcut = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
+
+    def forward(self, x):
+        out = self.relu(self.bn1(self.conv1(x)))
+        out = self.bn2(self.conv2(out))
+        out += x if self.shortcut is None else self.shortcut(x)
+        return self.relu(out)
+
+
+class ResNet(nn.Module):
+    """ResNet18's shape: stem with max-pooling, four stages of two blocks, global average, linear head."""
+
+    def __init__(self, width=8, classes=10, stem_stride=1):
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, width, 3, stem_stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.relu = nn.ReLU(inplace=True)
+        self.maxpool = nn.MaxPool2d(3, 2, 1)
+        widths = [width, width, 2 * width, 4 * width, 8 * width]
+        for stage in range(4):
+            blocks = [
+                BasicBlock(widths[stage], widths[stage + 1], 1 if stage == 0 else 2),
+                BasicBlock(widths[stage + 1], widths[stage + 1], 1),
+            ]
+            setattr(self, f"layer{stage + 1}", nn.Sequential(*blocks))
+        self.avgpool = nn.AdaptiveAvgPool2d(1)
+        self.fc = nn.Linear(8 * width, classes)
+
+    def forward(self, x):
+        x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
+        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        return self.fc(torch.flatten(self.avgpool(x), 1))
+
+
+def resnet(width=8, dtype=torch.float64, classes=10):
+    """A ResNet18-type network whose batch norms have random statistics, weights and shifts."""
+    model = ResNet(width, classes)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.normal_(module.running_mean)
+            nn.init.uniform_(module.running_var, 0.5, 2)
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.normal_(module.bias)
+    return model.to(dtype).eval()
+
+
+class Functional(nn.Module):
+    """Calls F.relu, reuses one ReLU module and one linear layer, and concatenates."""
+
+    def __init__(self, inputs=6, width=12, outputs=4):
+        super().__init__()
+        self.first = nn.Linear(inputs, width)
+        self.again = nn.Linear(width, width)
+        self.relu = nn.ReLU()
+        self.head = nn.Linear(2 * width, outputs)
+
+    def forward(self, x):
+        a = F.relu(self.first(x))
+        b = self.relu(self.again(a))
+        b = self.relu(self.again(b) - 0.3)
+        return self.head(torch.cat([a, b], 1))
+
+
+def functional(dtype=torch.float64):
+    return Functional().to(dtype).eval()
+
+
+class PreNorm(nn.Module):
+    """A pre-norm transformer block: attention and a GELU feed-forward, each after a layer norm and beside a shortcut."""
+
+    def __init__(self, width=8, heads=2):
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.attention = nn.MultiheadAttention(width, heads, batch_first=True)
+        self.feed = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+
+    def forward(self, x):
+        h = self.norm1(x)
+        x = x + self.attention(h, h, h, need_weights=False)[0]
+        return x + self.feed(self.norm2(x))
+
+
+def transformer(dtype=torch.float64):
+    model = PreNorm()
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.4)
+    return model.to(dtype).eval()
+
+
+def mlp(*widths, dtype=torch.float64):
+    """Linear layers with ReLU between them."""
+    layers = []
+    for i, o in zip(widths, widths[1:], strict=False):
+        layers += [nn.Linear(i, o), nn.ReLU()]
+    return nn.Sequential(*layers[:-1]).to(dtype).eval()
