@@ -100,26 +100,27 @@ def cost(form: str, n: int, d: int, k: int, pair: bool, need_x: bool, need_b: bo
     return flops + count * PRODUCT_OVERHEAD + (0 if form[-1] == "*" else OPERATOR_OVERHEAD)
 
 
-def candidates(n: int, d: int, k: int, pair: bool, composed: bool) -> list[str]:
+def candidates(n: int, d: int, k: int, pair: bool, operators: bool = True, composed: bool = True) -> list[str]:
     """The forms worth considering: each association with all it may keep; D and E only pay for k > d.
 
-    `composed` admits the ones left to PyTorch's autograd, which keeps every intermediate: only where each may be kept.
+    `operators` admits the operator's own, `composed` the ones left to PyTorch's autograd, which keeps every intermediate:
+    only where each may be kept.
     """
     small_p, small_q = pair or n <= d, n <= k
     forms = ["A+" if small_p else "A", "B", "C+" if small_p and small_q else "C"]
     if k > d:
         forms += ["D+" if small_q else "D", "E"]
-    if composed:
-        forms += [form[0] + "*" for form in forms if form in ("A+", "B", "C+", "D+", "E")]
-    return forms
+    left = [form[0] + "*" for form in forms if form in ("A+", "B", "C+", "D+", "E")]
+    return forms * operators + left * composed
 
 
 def cheapest(
-    n: int, d: int, k: int, pair: bool = False, need_x: bool = True, need_b: bool = True, composed: bool = True
-) -> str:
+    n: int, d: int, k: int, pair: bool = False, need_x: bool = True, need_b: bool = True, operators: bool = True,
+    composed: bool = True,
+) -> str:  # fmt: skip
     """The candidate form with the least cost; the earlier one on a tie."""
     best, least = "", -1
-    for form in candidates(n, d, k, pair, composed):
+    for form in candidates(n, d, k, pair, operators, composed):
         charge = cost(form, n, d, k, pair, need_x, need_b)
         if least < 0 or charge < least:
             best, least = form, charge

@@ -177,10 +177,18 @@ def _kernel_form(problem: Problem, name: str) -> str:
 
 
 def _reference_form(problem: Problem, composed: bool) -> str:
+    left = composed and _left_to_autograd(problem)
     if problem.head and problem.classes is not None:
-        return associations.head_form(problem.n, problem.d, problem.k, problem.classes)
+        return associations.head_form(problem.n, problem.d, problem.k, problem.classes) + "*" * left
     n, d, k, pair, need_x, need_b = problem[:6]
-    return cheapest(n, d, k, pair, need_x, need_b, composed)
+    return cheapest(n, d, k, pair, need_x, need_b, not left, composed if problem.classes is None else left)
+
+
+def _left_to_autograd(problem: Problem) -> bool:
+    """Whether an eager problem is left to PyTorch's autograd at any size: a loss on the CPU, whose cross entropy and its
+    backward are single passes there, where the operator, which has to form the logits' gradients itself, takes many.
+    """
+    return problem.classes is not None and problem.device == "cpu"
 
 
 def choose(problem: Problem) -> str:
@@ -190,8 +198,7 @@ def choose(problem: Problem) -> str:
         return f"{name}:{_for_any_rows(name, problem)}"
     if name != "reference":
         return f"{name}:{_kernel_form(problem, name)}"
-    composed = problem.classes is None and not torch.compiler.is_compiling()
-    return f"{name}:{_reference_form(problem, composed)}"
+    return f"{name}:{_reference_form(problem, not torch.compiler.is_compiling())}"
 
 
 def _for_any_rows(name: str, problem: Problem) -> str:
@@ -267,12 +274,12 @@ def _explained(problem: Problem, form: str, why: str, prediction: Prediction | N
     """A plan of the reference engine, with what its rivals would have cost."""
     n, d, k, pair, need_x, need_b = problem[:6]
     if problem.head and problem.classes is not None:
-        flops, count = associations.head_products(form, n, d, k, problem.classes)
+        flops, count = associations.head_products(form.rstrip("*"), n, d, k, problem.classes)
         reason = f"{why}; {flops / 1e6:.4g} MFLOP in {count} products"
     else:
         flops, count = associations.products(form, n, d, k, pair, need_x, need_b)
-        composed = problem.classes is None
-        forms = associations.candidates(n, d, k, pair, composed)
+        left = _left_to_autograd(problem)
+        forms = associations.candidates(n, d, k, pair, not left, problem.classes is None or left)
         charges = {f: associations.cost(f, n, d, k, pair, need_x, need_b) for f in forms}
         rivals = ", ".join(f"{f} {c / charges[form]:.3g}" for f, c in charges.items() if f != form)
         how = "left to autograd" if form[-1] == "*" else "one operator each way"

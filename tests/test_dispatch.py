@@ -93,13 +93,14 @@ def keeps_what_it_may(form, n, d, k, pair):
 @pytest.mark.parametrize("pair", [False, True])
 def test_candidates_keep_nothing_that_outgrows_b(pair):
     for n, d, k in GRID:
-        forms = associations.candidates(n, d, k, pair, True)
+        forms = associations.candidates(n, d, k, pair)
         for form in forms:
             starred = form[-1] == "*"
             kept = {"A*": "A+", "B*": "B", "C*": "C+", "D*": "D+", "E*": "E"}[form] if starred else form
             assert keeps_what_it_may(kept, n, d, k, pair), (form, n, d, k)
         assert {"D", "E"}.isdisjoint(form[0] for form in forms) == (k <= d)
-        assert associations.candidates(n, d, k, pair, False) == [form for form in forms if form[-1] != "*"]
+        assert associations.candidates(n, d, k, pair, composed=False) == [form for form in forms if form[-1] != "*"]
+        assert associations.candidates(n, d, k, pair, operators=False) == [form for form in forms if form[-1] == "*"]
 
 
 @pytest.mark.parametrize("needs", NEEDS, ids=str)
@@ -107,9 +108,9 @@ def test_candidates_keep_nothing_that_outgrows_b(pair):
 def test_the_cheapest_is_the_least_of_the_costs(pair, needs):
     for n, d, k in GRID:
         for composed in (True, False):
-            forms = associations.candidates(n, d, k, pair, composed)
+            forms = associations.candidates(n, d, k, pair, composed=composed)
             costs = [associations.cost(form, n, d, k, pair, *needs) for form in forms]
-            chosen = associations.cheapest(n, d, k, pair, *needs, composed)
+            chosen = associations.cheapest(n, d, k, pair, *needs, composed=composed)
             assert costs[forms.index(chosen)] == min(costs)
 
 

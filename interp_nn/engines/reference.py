@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from interp_nn.linalg import accumulation_dtype, gram
@@ -228,6 +229,20 @@ def row_losses(o: Tensor, target: Tensor, options: LossOptions) -> tuple[Tensor,
     difference = (o[:, 0] - o[:, 1]).square().mean(1)
     rows = w1 * entropy[:, 0] + w2 * entropy[:, 1] + w3 * difference
     return torch.where(kept, rows, 0.0), log_p, kept
+
+
+def three_terms(o1: Tensor, o2: Tensor, target: Tensor, options: LossOptions, masked: bool) -> Tensor:
+    """The loss of logits (n, m) in PyTorch's own losses, under its autograd. masked: whether rows may be ignored."""
+    w1, w2, w3 = options.weights
+    first, second = (
+        F.cross_entropy(o, target, ignore_index=options.ignore_index, reduction=options.reduction) for o in (o1, o2)
+    )
+    entropy = w1 * first + w2 * second
+    if options.reduction == "mean" and not masked:
+        return entropy + w3 * F.mse_loss(o1, o2)
+    kept = target != options.ignore_index
+    difference = torch.where(kept, (o1 - o2).square().mean(1), 0.0)
+    return entropy + w3 * reduce_rows(difference, kept, options.reduction)
 
 
 def reduce_rows(rows: Tensor, kept: Tensor, reduction: str) -> Tensor:

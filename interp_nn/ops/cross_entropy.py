@@ -106,12 +106,27 @@ loss_backward_operator = define(
 
 
 def composed(
-    x: Tensor, b: Tensor, a: Tensor | None, c: Tensor | None, target: Tensor, options: LossOptions, plan: str
+    x: Tensor,
+    b: Tensor,
+    a: Tensor | None,
+    c: Tensor | None,
+    target: Tensor,
+    options: LossOptions,
+    plan: str,
+    masked: bool = True,
 ) -> Tensor:
-    """The same loss as one differentiable PyTorch expression: for torch.func transforms and for second derivatives."""
-    o, _ = reference.logits(as_rows(x), b, a, c, dispatch.resolve(plan)[1])
-    rows, _, kept = reference.row_losses(o.to(accumulation_dtype(o.dtype)), target.reshape(-1), options)
-    value = reference.reduce_rows(rows, kept, options.reduction)
+    """The same loss as one differentiable PyTorch expression: of forms with a star, for torch.func, for second derivatives.
+
+    masked: whether rows may be ignored.
+    """
+    form, rows = plan.partition(":")[2].rstrip("*"), as_rows(x)
+    if a is None:
+        o1, o2, _ = reference.forward(rows, b, None, form, True)
+        assert o1 is not None
+    else:
+        o1, o2 = reference.logits(rows, b, a, c, form)[0].unbind(1)
+    wide = accumulation_dtype(x.dtype)
+    value = reference.three_terms(o1.to(wide), o2.to(wide), target.reshape(-1), options, masked)
     return value.view(target.shape) if options.reduction == "none" else value
 
 
@@ -255,6 +270,12 @@ def cross_entropy(
     plan = dispatch.choose(dispatch.problem_of(x, row_count(x), d, k, not head, (needs[0], needs[1]), classes))
     if not torch.compiler.is_compiling() and transforming():
         return composed(x, b, a, c, target, options, plan)
+    if plan[-1] == "*":
+        try:
+            return composed(x, b, a, c, target, options, plan, bool((target == options.ignore_index).any()))
+        except IndexError:  # of PyTorch's loss, which spares the check where all is well
+            reference.check_target(target, classes, options.ignore_index)
+            raise
     late = x.dtype == torch.float16 or options.reduction == "none"
     now = (False,) * 4 if late else needs
     return apply(CrossEntropyFunction, x, b, a, c, target, options, plan, now)[0]

@@ -265,7 +265,7 @@ def test_a_pair_saves_its_own_outputs_at_most(kind):
 def test_what_a_candidate_keeps_does_not_outgrow_b(shape, pair):
     n, d, k = shape
     x, b = randn(n, d), randn(d, k)
-    for form in associations.candidates(n, d, k, pair, False):
+    for form in associations.candidates(n, d, k, pair, composed=False):
         token = f"reference:{form}"
         kept = (OPS.summary_pair(x, b, token) if pair else OPS.summary(x, b, None, token))[-1]
         names = [name for name in associations.KEEPS[form] if not (pair and name == "P")]
