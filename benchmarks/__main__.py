@@ -1,4 +1,4 @@
-"""`python -m benchmarks`: the main job, the timings, and their tables."""
+"""`python -m benchmarks`: the main job, the timings, and their tables and figures."""
 
 from __future__ import annotations
 
@@ -6,10 +6,15 @@ import argparse
 import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks import ops, record
+import torch
+
+from benchmarks import ceilings, compare, record, report, roofline, rows, run
 from benchmarks.gpu import job
+from benchmarks.problems import DTYPES, OPS
+from benchmarks.suites import ops
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -34,13 +39,27 @@ def main(arguments: list[str] | None = None) -> int:
     demo.add_argument("--device", default="cpu")
     demo.add_argument("--output", type=Path, default=Path("results"), metavar="DIR", help="for the PNG and the JSON")
 
-    run = commands.add_parser("run", help="time the operator against its rivals on this CPU")
-    run.add_argument("--mode", choices=("fwdbwd", "infer"), default="fwdbwd")
-    run.add_argument(
-        "--shape", type=_shape, action="append", metavar="N,D,K", help="repeatable (default: the whole grid)"
+    run.add_arguments(
+        commands.add_parser("run", help="time the operator, its losses and training steps against rivals")
     )
-    run.add_argument("--seconds", type=float, default=1.5, help="for each shape, at least 7 rounds (default: 1.5)")
-    run.add_argument("--output", type=Path, metavar="FILE", help="write the record here")
+    commands.add_parser("list", help="what can be run: suites, providers, shapes")
+    compare.add_arguments(
+        commands.add_parser("compare", help="two git revisions side by side, or the ratios of two records")
+    )
+
+    table = commands.add_parser("table", help="print records as Markdown")
+    table.add_argument("file", type=Path, nargs="+")
+    table.add_argument("--readme", type=Path, metavar="FILE", help="write the table into this file, between its marks")
+
+    plot = commands.add_parser("plot", help="draw records")
+    plot.add_argument("file", type=Path, nargs="+")
+    plot.add_argument("--output", type=Path, metavar="DIR", help="for PNG and SVG (default: beside the first record)")
+
+    light = commands.add_parser("roofline", help="measure the device's rates, and the least time that they leave")
+    light.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    light.add_argument("--dtype", choices=DTYPES, action="append", help="repeatable (default: fp32)")
+    light.add_argument("--op", choices=OPS, action="append", help="repeatable (default: all)")
+    light.add_argument("--shape", type=run.shape, action="append", metavar="N,D,K[,M]", help="repeatable")
 
     host = commands.add_parser(
         "host", help="time what a call of the triton engine costs on the host, without its launch"
@@ -49,36 +68,88 @@ def main(arguments: list[str] | None = None) -> int:
 
     gpu = commands.add_parser("gpu", help="everything that only a GPU can show: correctness, launches, tuning, timings")
     job.add_arguments(gpu)
-
-    table = commands.add_parser("table", help="print a record of `run` as Markdown")
-    table.add_argument("file", type=Path)
     commands.add_parser("env", help="print what a record says of this machine")
 
     given = parser.parse_args(arguments)
-    if given.command == "env":
-        print(json.dumps(record.environment(), indent=1))
-    elif given.command == "table":
-        print(ops.table(json.loads(given.file.read_text(encoding="utf-8"))))
-    elif given.command == "run":
-        print(ops.table(ops.run(given.shape or ops.SHAPES, given.mode, given.seconds, given.output)))
-    elif given.command == "gpu":
-        return job.run(job.settings(given))
-    elif given.command == "host":
-        from benchmarks import host as host_cost
+    return _COMMANDS[given.command](given)
 
-        print(host_cost.table(host_cost.run(given.output)))
-    else:
-        from benchmarks import demo as main_job
 
-        return main_job.run(
-            given.dataset, given.data, given.epochs, given.seeds, given.train_size, given.device, given.output
-        )
+def _env(_: argparse.Namespace) -> int:
+    print(json.dumps(record.environment("cuda" if torch.cuda.is_available() else "cpu"), indent=1))
     return 0
 
 
-def _shape(text: str) -> ops.Shape:
-    n, d, k = (int(part) for part in text.split(","))
-    return n, d, k
+def _list(_: argparse.Namespace) -> int:
+    print(run.listing())
+    return 0
+
+
+def _table(given: argparse.Namespace) -> int:
+    try:
+        if given.readme is None:
+            print(report.markdown(rows.read(given.file)))
+        else:
+            for file in given.file:
+                report.fill(given.readme, file, record.ROOT)
+    except (OSError, ValueError) as error:
+        print(f"benchmarks table: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _plot(given: argparse.Namespace) -> int:
+    from benchmarks import plots
+
+    try:
+        found = rows.read(given.file)
+    except (OSError, ValueError) as error:
+        print(f"benchmarks plot: {error}", file=sys.stderr)
+        return 2
+    for path in plots.draw(found, given.output or given.file[0].parent):
+        print(path)
+    return 0
+
+
+def _roofline(given: argparse.Namespace) -> int:
+    device = torch.device(given.device)
+    problems = list(ops.problems(ops.Wanted(given.op or OPS, None, given.shape, given.dtype or ("fp32",))))
+    rates = {}
+    for dtype in dict.fromkeys(problem.dtype for problem in problems):
+        with ops.products(dtype):
+            rates[dtype] = ceilings.measure(device, dtype)
+    print(f"{record.device_name(given.device)}, torch {torch.__version__}\n\n{roofline.table(rates, problems)}")
+    return 0
+
+
+def _host(given: argparse.Namespace) -> int:
+    from benchmarks import host
+
+    print(host.table(host.run(given.output)))
+    return 0
+
+
+def _demo(given: argparse.Namespace) -> int:
+    from benchmarks import demo
+
+    return demo.run(given.dataset, given.data, given.epochs, given.seeds, given.train_size, given.device, given.output)
+
+
+def _gpu(given: argparse.Namespace) -> int:
+    return job.run(job.settings(given))
+
+
+_COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
+    "compare": compare.run,
+    "demo": _demo,
+    "env": _env,
+    "gpu": _gpu,
+    "host": _host,
+    "list": _list,
+    "plot": _plot,
+    "roofline": _roofline,
+    "run": run.run,
+    "table": _table,
+}
 
 
 if __name__ == "__main__":

@@ -14,9 +14,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 import interp_nn
-from benchmarks import data, providers, record
+from benchmarks import data, record
+from benchmarks.measure import TIMERS, Asked, measure
 from benchmarks.networks import NETWORKS, Network, SummaryNetwork
-from benchmarks.timing import interleave
+from benchmarks.problems import Problem
+from benchmarks.rows import Writer
 
 BATCH = 64
 LEARNING_RATE = 1e-3
@@ -189,30 +191,13 @@ def _check_gradients(network: SummaryNetwork, images: data.Images) -> dict[str, 
 
 def _timings(n: int, d: int, k: int, device: str) -> dict[str, Any]:
     """Forward + backward of the summary, the unfused expression, the inverse-based baseline and nn.Linear, in fp32."""
-    x = torch.randn(n, d, device=device, requires_grad=True)
-    b = torch.nn.init.orthogonal_(torch.empty(d, k, device=device)).requires_grad_()
-    w = torch.randn(k, d, device=device).div(d**0.5).requires_grad_()
-    dy = torch.randn(n, k, device=device)
-
-    def call(name: str) -> Callable[[], object]:
-        parameter = w if name == "nn.Linear" else b
-
-        def forward_backward() -> None:
-            torch.autograd.grad(providers.PROVIDERS[name](x, parameter), (x, parameter), dy)
-            if device != "cpu":
-                torch.accelerator.synchronize()
-
-        return forward_backward
-
-    names = ("interp_nn", providers.NAIVE, "inverse", "nn.Linear")
-    timed = interleave({name: call(name) for name in names}, seconds=1.5)
-    return {
-        "n": n,
-        "d": d,
-        "k": k,
-        "plan": str(interp_nn.plan(n, d, k)),
-        "ms_p50": {m: t.p50 for m, t in timed.items()},
-    }
+    at = torch.device(device)
+    names = ("ours", "unfused", "inverse-inv", "linear")
+    writer = Writer(None, at, TIMERS[at.type][0], "hot")
+    measure(Problem("summary", n, d, k), ("fwdbwd",), names, Asked(at, TIMERS[at.type][0]), None, writer)
+    found = {row["provider"]: row for row in writer.rows}
+    medians = {name: found[name]["ms_p50"] for name in names}
+    return {"n": n, "d": d, "k": k, "plan": found["ours"]["plan"], "ms_p50": medians}
 
 
 def _of(whole: dict[str, Any], head: str, key: str) -> np.ndarray[Any, np.dtype[np.float64]]:
@@ -272,12 +257,12 @@ def _draw(whole: dict[str, Any], spectrum: np.ndarray[Any, Any], path: Path) -> 
     rows = whole["results"]["timings"]
     names = list(rows[0]["ms_p50"])
     for i, row in enumerate(rows):
-        ratios = np.array([row["ms_p50"][name] for name in names]) / row["ms_p50"]["nn.Linear"]
+        ratios = np.array([row["ms_p50"][name] for name in names]) / row["ms_p50"]["linear"]
         bars.bar(
             np.arange(len(names)) + 0.4 * i - 0.2, ratios, 0.4, label=f"n, d, k = {row['n']}, {row['d']}, {row['k']}"
         )
     bars.axhline(1, color="black", linewidth=0.5)
-    bars.set_xticks(np.arange(len(names)), ["unfused" if name == providers.NAIVE else name for name in names])
+    bars.set_xticks(np.arange(len(names)), names)
     bars.set(ylabel="time / nn.Linear", title="Forward + backward")
     bars.legend()
     figure.suptitle(f"{whole['experiment']}, {whole['epochs']} epochs, {len(whole['seeds'])} seeds, {whole['device']}")

@@ -1,6 +1,9 @@
-"""The reference's small CNN, with its MLP head and with a summary head."""
+"""The reference's networks, a small CNN and a vgg11, each with its base head and with a summary head."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -8,10 +11,10 @@ from torch import Tensor, nn
 from interp_nn.nn import SummaryHead
 
 CLASSES = 10
-LATENT = 120
+_VGG11 = (64, "pool", 128, "pool", 256, 256, "pool", 512, 512, "pool", 512, 512, "pool")
 
 
-def body(channels: int, size: int) -> nn.Sequential:
+def cnn_body(channels: int, size: int) -> nn.Sequential:
     """Two convolutions with ReLU and pooling: 5 x 5 as in the reference, padded 3 x 3 for images under 16 pixels."""
     kernel, padding = (3, 1) if size < 16 else (5, 0)
     return nn.Sequential(
@@ -25,19 +28,46 @@ def body(channels: int, size: int) -> nn.Sequential:
     )
 
 
-class MLPNetwork(nn.Module):
-    """The body and the reference's base head, features-120-84-10 with ReLU, trained by cross entropy."""
+def vgg11_body(channels: int, size: int) -> nn.Sequential:
+    """The convolutions of vgg11 without batch norm, which halve the image five times (size: 32 pixels or more)."""
+    layers: list[nn.Module] = []
+    for width in _VGG11:
+        if isinstance(width, str):
+            layers.append(nn.MaxPool2d(2))
+        else:
+            layers += [nn.Conv2d(channels, width, 3, padding=1), nn.ReLU()]
+            channels = width
+    return nn.Sequential(*layers, nn.Flatten())
 
-    def __init__(self, channels: int, size: int) -> None:
+
+class Architecture(NamedTuple):
+    """A body, the hidden widths of its base head and the dropout before each, and the latent width of its summary head."""
+
+    body: Callable[[int, int], nn.Sequential]
+    hidden: tuple[int, ...]
+    dropout: float
+    latent: int
+
+
+ARCHITECTURES = {
+    "cnn": Architecture(cnn_body, (120, 84), 0.0, 120),
+    "vgg11": Architecture(vgg11_body, (512, 512), 0.5, 100),
+}
+
+
+class MLPNetwork(nn.Module):
+    """A body and the reference's base head, with ReLU between its layers, trained by cross entropy."""
+
+    def __init__(self, channels: int, size: int, architecture: str = "cnn") -> None:
         super().__init__()
+        body, hidden, dropout, _ = ARCHITECTURES[architecture]
         self.body = body(channels, size)
-        self.head = nn.Sequential(
-            nn.Linear(_features(self.body, channels, size), LATENT),
-            nn.ReLU(),
-            nn.Linear(LATENT, 84),
-            nn.ReLU(),
-            nn.Linear(84, CLASSES),
-        )
+        layers: list[nn.Module] = []
+        width = _features(self.body, channels, size)
+        for units in hidden:
+            layers += [*([nn.Dropout(dropout)] if dropout else []), nn.Linear(width, units), nn.ReLU()]
+            width = units
+        self.head = nn.Sequential(*layers, nn.Linear(width, CLASSES))
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits."""
@@ -49,12 +79,13 @@ class MLPNetwork(nn.Module):
 
 
 class SummaryNetwork(nn.Module):
-    """The same body and a SummaryHead features-120-10, trained by the three-term loss."""
+    """The same body and a SummaryHead, features-latent-10, trained by the three-term loss."""
 
-    def __init__(self, channels: int, size: int) -> None:
+    def __init__(self, channels: int, size: int, architecture: str = "cnn") -> None:
         super().__init__()
-        self.body = body(channels, size)
-        self.head = SummaryHead(_features(self.body, channels, size), LATENT, CLASSES)
+        found = ARCHITECTURES[architecture]
+        self.body = found.body(channels, size)
+        self.head = SummaryHead(_features(self.body, channels, size), found.latent, CLASSES)
 
     def forward(self, images: Tensor) -> Tensor:
         """The pair of logits in training mode, the projection's in evaluation mode."""

@@ -46,6 +46,17 @@ def device_name(device: str) -> str:
     return f"{model}, {torch.get_num_threads()} threads"
 
 
+def device_slug(device: str) -> str:
+    """The folder of a device's results: "cpu", or the GPU's name in lower case with dashes."""
+    return "cpu" if device == "cpu" else "-".join(device_name(device).lower().split())
+
+
+def now() -> str:
+    """The time in UTC and the commit, as the name of a file."""
+    time = datetime.datetime.now(datetime.timezone.utc).strftime("%Y%m%dT%H%M%SZ")
+    return f"{time}-{(_git('rev-parse', 'HEAD') or 'unknown')[:7]}"
+
+
 def write(path: Path, record: dict[str, Any]) -> None:
     """Write a record as JSON, making its folder."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,14 +1,20 @@
-"""Interleaved timing: all candidates in one run, in a random order each round, summarised by quantiles."""
+"""Clocks, and interleaved timing: a sample of every candidate a round, in an order drawn anew, so that whatever the machine
+does meanwhile it does to all of them, and none always finds the caches as the same other one left them.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import random
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
+import torch
+
+Sampler = Callable[[], float]  # milliseconds a call
 
 
 class Timing(NamedTuple):
@@ -19,33 +25,86 @@ class Timing(NamedTuple):
     p80: float
     samples: int
 
+    def fields(self) -> dict[str, float]:
+        """As a record names them."""
+        return {"ms_p50": self.p50, "ms_p20": self.p20, "ms_p80": self.p80, "samples": self.samples}
+
+
+def summary(taken: Sequence[float]) -> Timing:
+    """What a list of samples comes to."""
+    p50, p20, p80 = np.quantile(taken, (0.5, 0.2, 0.8)).tolist()
+    return Timing(p50, p20, p80, len(taken))
+
+
+def rounds(samplers: Mapping[str, Sampler], seconds: float, least: int, most: int) -> dict[str, list[float]]:
+    """A sample of every one, in a random order, round after round for so many seconds, but at least and at most so often."""
+    draw, names = random.Random(0), list(samplers)
+    taken: dict[str, list[float]] = {name: [] for name in names}
+    end = time.monotonic() + seconds
+    with _no_collection():
+        for done in range(most):
+            if done >= least and time.monotonic() > end:
+                break
+            for name in draw.sample(names, len(names)):
+                taken[name].append(samplers[name]())
+    return taken
+
 
 def interleave(
     candidates: Mapping[str, Callable[[], object]], seconds: float = 1.5, least: int = 7, most: int = 1000
 ) -> dict[str, Timing]:
-    """Time every candidate once a round, for about `seconds` in all but at least `least` rounds, after two warm-up rounds.
+    """Time calls on the CPU in rounds, after two warm-up rounds."""
+    samplers = {name: on_wall(call, 1) for name, call in candidates.items()}
+    rounds(samplers, 0.0, least=2, most=2)
+    return {name: summary(taken) for name, taken in rounds(samplers, seconds, least, most).items()}
 
-    The order is drawn anew each round, so that no candidate always finds the caches as the same other one left them.
-    """
-    names = list(candidates)
-    draw = random.Random(0)
-    for _ in range(2):
+
+def on_wall(work: Callable[[], object], calls: int) -> Sampler:
+    """The wall clock around `work`, which makes so many calls on the CPU."""
+
+    def sample() -> float:
         start = time.perf_counter()
-        for name in names:
-            candidates[name]()
-        one_round = time.perf_counter() - start
-    rounds = max(least, min(most, int(seconds / one_round)))
-    taken: dict[str, list[float]] = {name: [] for name in names}
+        work()
+        return 1e3 * (time.perf_counter() - start) / calls
+
+    return sample
+
+
+def on_events(work: Callable[[], object], calls: int) -> Sampler:
+    """The time between two events on an idle CUDA device, around `work`, which makes so many calls."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+
+    def sample() -> float:
+        torch.cuda.synchronize()
+        start.record()
+        work()
+        end.record()
+        end.synchronize()
+        return float(start.elapsed_time(end)) / calls
+
+    return sample
+
+
+def on_host(work: Callable[[], object], calls: int) -> Sampler:
+    """What the host needs to ask an idle CUDA device for the calls of `work`, which makes so many."""
+
+    def sample() -> float:
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        work()
+        taken = time.perf_counter() - start
+        torch.cuda.synchronize()
+        return 1e3 * taken / calls
+
+    return sample
+
+
+@contextlib.contextmanager
+def _no_collection() -> Iterator[None]:
     collecting = gc.isenabled()
     gc.disable()
     try:
-        for _ in range(rounds):
-            for name in draw.sample(names, len(names)):
-                start = time.perf_counter()
-                candidates[name]()
-                taken[name].append(1e3 * (time.perf_counter() - start))
+        yield
     finally:
         if collecting:
             gc.enable()
-    quantiles = {name: np.quantile(t, (0.5, 0.2, 0.8)).tolist() for name, t in taken.items()}
-    return {name: Timing(p50, p20, p80, rounds) for name, (p50, p20, p80) in quantiles.items()}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import math
 import os
 import shutil
@@ -22,6 +21,7 @@ from torch import Tensor
 import interp_nn
 from benchmarks.gpu import kernels
 from benchmarks.gpu.log import Log, read
+from benchmarks.graphs import captured
 from benchmarks.record import ROOT
 from interp_nn import associations, functional
 
@@ -261,18 +261,6 @@ def on_streams(engine: str, shape: Shape, rounds: int, device: torch.device, log
 
 
 # Graphs
-
-
-def captured(call: Call, stream: torch.cuda.Stream) -> tuple[torch.cuda.CUDAGraph, Sequence[Tensor]]:
-    """A graph of the call, which has run on the stream before, and the tensors that every replay writes."""
-    graph = torch.cuda.CUDAGraph()
-    gc.disable()  # a graph that dies while another one is captured ends the capture
-    try:
-        with torch.cuda.graph(graph, stream=stream):
-            out = call()
-    finally:
-        gc.enable()
-    return graph, out
 
 
 def in_graphs(engine: str, shape: Shape, replays: int, device: torch.device, log: Log) -> None:

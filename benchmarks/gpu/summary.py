@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from benchmarks import providers
 from benchmarks.gpu.kernels import WITH_KERNELS
 from benchmarks.gpu.log import BAD
 
@@ -57,8 +56,8 @@ def _timings(lines: Sequence[dict[str, Any]]) -> list[str]:
 
 def _clock(found: dict[str, dict[str, Any]], clock: str, engine: str) -> str:
     at = {name: line[clock]["us_p50"] for name, line in found.items() if line[clock] is not None}
-    ours, unfused, linear = at.get(engine), at.get(providers.NAIVE), at.get("nn.Linear")
-    best = min((value for name, value in at.items() if name.startswith("eager")), default=None)
+    ours, unfused, linear = at.get(engine), at.get("unfused"), at.get("linear")
+    best = min((value for name, value in at.items() if name.startswith(("unfused", "assoc"))), default=None)
     cells = [ours, _ratio(unfused, ours), _ratio(best, ours), _ratio(ours, linear)]
     return "".join(f"{'-':>10}" if cell is None else f"{cell:10.4g}" for cell in cells)
 

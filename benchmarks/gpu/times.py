@@ -9,7 +9,6 @@ form that a table of `interp_nn.kernels.configs` has.
 from __future__ import annotations
 
 import contextlib
-import random
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -23,7 +22,8 @@ import interp_nn
 from benchmarks import providers
 from benchmarks.gpu import kernels
 from benchmarks.gpu.log import Log
-from benchmarks.gpu.runs import captured
+from benchmarks.graphs import captured, spare_words
+from benchmarks.timing import on_events, on_host, rounds
 from interp_nn import associations, engines, functional
 from interp_nn.chips import chip_of, family
 from interp_nn.engines import memory
@@ -33,6 +33,7 @@ from interp_nn.kernels.configs import padded
 _PLAIN_MS = 1.0  # of one sample at least
 _LEAST, _MOST = 5, 60  # rounds
 _OPTIONS = LossOptions((1.0, 1.0, 1.0), -100, "mean")
+_UNFUSED, _LINEAR, _INVERSE = "unfused", "linear", "inverse-inv"
 _HOST_CALLS = 50  # of one sample: fewer than the driver queues
 _KINDS = {"both": "summary", "loss": "pair_loss", "head": "head_loss"}  # what a tuned table calls them
 
@@ -125,7 +126,7 @@ def candidates(problem: Problem, engines: Sequence[str], sets: Sequence[Data]) -
     ours = functions.pop("ours")
     made = {engine: Provider(_calling(problem, ours, sets), engine) for engine in (*engines, "auto", "reference")}
     made |= {f"{engine} kernel": Provider(_kernel_call(problem, engine, sets), engine) for engine in engines}
-    return made | {name: Provider(_calling(problem, f, sets), None, name != "inverse") for name, f in functions.items()}
+    return made | {name: Provider(_calling(problem, f, sets), None, name != _INVERSE) for name, f in functions.items()}
 
 
 def able(problem: Problem, engines: Sequence[str], device: torch.device, log: Log) -> list[str]:
@@ -140,15 +141,17 @@ def able(problem: Problem, engines: Sequence[str], device: torch.device, log: Lo
 
 
 def _summaries(problem: Problem) -> dict[str, Callable[..., Tensor]]:
-    def with_columns(f: providers.Provider) -> Callable[..., Tensor]:
+    def with_columns(f: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., Tensor]:
         return lambda t: f(t.x, t.w.t())
 
-    names = [name for name in providers.applicable(problem.d, problem.k) if name not in ("interp_nn", "nn.Linear")]
-    if problem.what != "forward":
-        names = [name for name in names if name != "inverse"]
+    wide = ("assoc-d", "assoc-e") if problem.k > problem.d else ()
+    rivals = {_UNFUSED: providers.ASSOCIATIONS["assoc-a"]}
+    rivals |= {name: providers.ASSOCIATIONS[name] for name in ("assoc-b", "assoc-c", *wide)}
+    if problem.what == "forward" and not wide:
+        rivals[_INVERSE] = providers.INVERSES[_INVERSE]
     functions: dict[str, Callable[..., Tensor]] = {"ours": lambda t: functional.summary(t.x, t.w.t())}
-    functions |= {name: with_columns(providers.PROVIDERS[name]) for name in names}
-    return {**functions, "nn.Linear": lambda t: F.linear(t.x, t.w)}
+    functions |= {name: with_columns(f) for name, f in rivals.items()}
+    return {**functions, _LINEAR: lambda t: F.linear(t.x, t.w)}
 
 
 def _losses(problem: Problem) -> dict[str, Callable[..., Tensor]]:
@@ -165,13 +168,13 @@ def _losses(problem: Problem) -> dict[str, Callable[..., Tensor]]:
     if problem.m is None:
         return {
             "ours": lambda t: functional.summary_cross_entropy(t.x, t.w.t(), t.target),
-            providers.NAIVE: lambda t: three_terms(pair(t), t.target),
-            "nn.Linear": lambda t: F.cross_entropy(F.linear(t.x, t.w), t.target),
+            _UNFUSED: lambda t: three_terms(pair(t), t.target),
+            _LINEAR: lambda t: F.cross_entropy(F.linear(t.x, t.w), t.target),
         }
     return {
         "ours": lambda t: functional.summary_head_cross_entropy(t.x, t.w.t(), t.a, t.c, t.target),
-        providers.NAIVE: lambda t: three_terms((F.linear(o, t.a, t.c) for o in pair(t)), t.target),
-        "nn.Linear": lambda t: F.cross_entropy(F.linear(F.linear(t.x, t.w), t.a, t.c), t.target),
+        _UNFUSED: lambda t: three_terms((F.linear(o, t.a, t.c) for o in pair(t)), t.target),
+        _LINEAR: lambda t: F.cross_entropy(F.linear(F.linear(t.x, t.w), t.a, t.c), t.target),
     }
 
 
@@ -251,50 +254,6 @@ class Clock(NamedTuple):
         return {"us_p50": p50, "us_p20": p20, "us_p80": p80, "samples": len(self.samples), "calls": self.calls}
 
 
-def rounds(
-    samplers: Mapping[str, Callable[[], float]], seconds: float, least: int = _LEAST, most: int = _MOST
-) -> dict[str, list[float]]:
-    """A sample of every one, in a random order, round after round while there is time."""
-    draw, names = random.Random(0), list(samplers)
-    taken: dict[str, list[float]] = {name: [] for name in names}
-    end = time.monotonic() + seconds
-    for done in range(most):
-        if done >= least and time.monotonic() > end:
-            break
-        for name in draw.sample(names, len(names)):
-            taken[name].append(samplers[name]())
-    return taken
-
-
-def on_events(work: Callable[[], object], calls: int) -> Callable[[], float]:
-    """A sampler: milliseconds a call of `work`, which makes so many, between two events on an idle device."""
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-
-    def sample() -> float:
-        torch.cuda.synchronize()
-        start.record()
-        work()
-        end.record()
-        end.synchronize()
-        return float(start.elapsed_time(end)) / calls
-
-    return sample
-
-
-def on_host(work: Callable[[], object], calls: int) -> Callable[[], float]:
-    """A sampler: milliseconds that the host needs to ask an idle device for a call of `work`, which makes so many."""
-
-    def sample() -> float:
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        work()
-        taken = time.perf_counter() - start
-        torch.cuda.synchronize()
-        return 1e3 * taken / calls
-
-    return sample
-
-
 def time_problem(problem: Problem, engines: Sequence[str], device: torch.device, seconds: float, log: Log) -> None:
     """Every provider of a problem by both clocks, each first compared with the unfused expression; a line for each."""
     sets = datasets(problem, device, torch.cuda.get_device_properties(device).L2_cache_size)
@@ -328,15 +287,13 @@ def time_host(problem: Problem, engines: Sequence[str], device: torch.device, lo
     timed = problem._replace(what=problem.what.removeprefix("host "))
     sets = datasets(timed, device, 0)
     ready = right(timed, engines, sets, log)
-    wanted = [name for name, provider in ready.items() if provider.engine is not None or name == "nn.Linear"]
+    wanted = [name for name, provider in ready.items() if provider.engine is not None or name == _LINEAR]
     samplers = {name: _sampler(ready[name], len(sets), _HOST_CALLS, on_host) for name in wanted}
     for sample in samplers.values():
         sample()
-    taken = rounds(samplers, 2.0, least=20, most=200)
+    taken = rounds(samplers, 2.0, 20, 200)
     clocks = {name: Clock(samples, _HOST_CALLS) for name, samples in taken.items()}
-    facts = {
-        f"{name.replace(' ', '_').replace('.', '_')}_us": clock.facts()["us_p50"] for name, clock in clocks.items()
-    }
+    facts = {f"{name.replace(' ', '_')}_us": clock.facts()["us_p50"] for name, clock in clocks.items()}
     rivals = {name: clocks[name] for name in (*engines, "reference") if name in clocks}
     log.write(
         problem.name, "info", **facts, **fastest(rivals),
@@ -375,14 +332,14 @@ def _entry(problem: Problem, device: torch.device, rivals: Mapping[str, Clock]) 
 def right(problem: Problem, engines: Sequence[str], sets: Sequence[Data], log: Log) -> dict[str, Provider]:
     """The providers that run on every set and compute the same as the unfused expression, as far as they should."""
     made, ready = candidates(problem, able(problem, engines, sets[0].x.device, log), sets), {}
-    expected = made[providers.NAIVE].call(0)
+    expected = made[_UNFUSED].call(0)
     for name, provider in made.items():
         label = f"{problem.name}, {name}"
         with log.guarded(label), provider.using():
             got = provider.call(0)
             for i in range(len(sets)):
                 provider.call(i)
-            found = 0.0 if name in ("nn.Linear", "inverse") else difference(got, expected)
+            found = 0.0 if name in (_LINEAR, _INVERSE) else difference(got, expected)
             if found < 0.1:
                 ready[name] = provider
             else:
@@ -416,7 +373,7 @@ def _plain(ready: dict[str, Provider], sets: int, seconds: float) -> dict[str, C
         once()
         calls[name] = max(1, min(4 * sets, round(_PLAIN_MS / max(once(), 1e-4))))
         samplers[name] = _sampler(provider, sets, calls[name], on_events)
-    return {name: Clock(taken, calls[name]) for name, taken in rounds(samplers, seconds).items()}
+    return {name: Clock(taken, calls[name]) for name, taken in rounds(samplers, seconds, _LEAST, _MOST).items()}
 
 
 def _sampler(
@@ -458,16 +415,7 @@ def _graphs(ready: dict[str, Provider], sets: int, stream: torch.cuda.Stream, se
         graph.replay()
         samplers[name] = on_events(graph.replay, sets)
     torch.cuda.synchronize()
-    return {name: Clock(taken, sets) for name, taken in rounds(samplers, seconds).items()}
-
-
-def spare_words(device: torch.device, least: int = 2048) -> None:
-    """Words for barriers of the launches that the next graph captures: made in it, they would be zeroed by its replays."""
-    free = memory._free.setdefault(device, [])
-    if len(free) < least:
-        # In lines of their own, as the engine's: Triton compiles a kernel anew for an address that is aligned otherwise.
-        free.extend(torch.zeros(64 * least, dtype=torch.int32, device=device).split(32))
-        torch.cuda.synchronize(device)
+    return {name: Clock(taken, sets) for name, taken in rounds(samplers, seconds, _LEAST, _MOST).items()}
 
 
 def compile_kernels(problem: Problem, device: torch.device, log: Log) -> None:
@@ -491,7 +439,7 @@ def rates(device: torch.device, when: str, log: Log) -> None:
         left, right = (torch.randn(size, size, device=device).bfloat16() for _ in range(2))
         copy = on_events(lambda: target.copy_(source), 1)
         product = on_events(lambda: left @ right, 1)
-        taken = rounds({"copy": copy, "product": product}, 0.5, least=13)
+        taken = rounds({"copy": copy, "product": product}, 0.5, 13, _MOST)
         copied, multiplied = (float(np.median(taken[name][3:])) for name in ("copy", "product"))
         log.write(
             f"rates at the {when}",
@@ -534,7 +482,7 @@ def barrier(device: torch.device, log: Log) -> None:
                 graph, _ = captured(launches, stream)
                 held.append(graph)
                 samplers[name] = on_events(graph.replay, times)
-            taken = rounds(samplers, 1.0, least=20)
+            taken = rounds(samplers, 1.0, 20, _MOST)
             torch.cuda.synchronize()
             begin = time.perf_counter()
             for _ in range(times):

@@ -1,0 +1,121 @@
+"""`plot`: records as figures, PNG and SVG."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.report import COLUMNS, Column, ratio
+from benchmarks.rows import Row, grouped
+
+_COLOURS = {
+    "ours": "#0b5fa5",
+    "ours-triton": "#4c9be8",
+    "ours-cuda": "#7fc6a4",
+    "linear": "#222222",
+    "unfused": "#d1495b",
+    "best-eager": "#edae49",
+    "compile": "#8d6a9f",
+    "inverse-cholesky": "#a0a0a0",
+    "orthogonal": "#c8b6a6",
+}
+
+
+def draw(rows: Sequence[Row], folder: Path) -> list[Path]:
+    """Latency over n, the ratios to nn.Linear and to the unfused expression, the share of the speed of light, and memory.
+
+    One file of each kind a figure; a figure that the rows have nothing for is left out. Returns the files.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    problems = grouped(rows)
+    figures: dict[str, Callable[[Any], bool]] = {
+        "latency": lambda axis: _latency(axis, problems),
+        "to-linear": lambda axis: _ratios(axis, problems, COLUMNS[0]),
+        "to-unfused": lambda axis: _ratios(axis, problems, COLUMNS[1]),
+        "speed-of-light": lambda axis: _bars(axis, problems, "sol_frac", "share of the measured speed of light"),
+        "memory": lambda axis: _bars(axis, problems, "peak_delta_mb", "MB held besides the inputs, at most"),
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    written = []
+    device = ", ".join(dict.fromkeys(row["device"] for row in rows))
+    for name, draw_on in figures.items():
+        figure, axis = plt.subplots(figsize=(9, 5), layout="constrained")
+        if draw_on(axis):
+            axis.grid(axis="y", color="#dddddd", linewidth=0.6)
+            axis.set_axisbelow(True)
+            axis.spines[["top", "right"]].set_visible(False)
+            axis.legend(fontsize=8, frameon=False, ncols=2)
+            figure.suptitle(device, fontsize=9)
+            for kind in ("png", "svg"):
+                written.append(folder / f"{name}.{kind}")
+                figure.savefig(written[-1], dpi=110, metadata={"Date": None} if kind == "svg" else {})
+        plt.close(figure)
+    return written
+
+
+def _of(problems: dict[tuple[Any, ...], dict[str, Row]], mode: str) -> dict[tuple[Any, ...], dict[str, Row]]:
+    """The summary's problems in a mode that were timed."""
+    return {
+        key: found
+        for key, found in problems.items()
+        if key[:2] == ("summary", mode) and any(row["ms_p50"] for row in found.values())
+    }
+
+
+def _label(key: tuple[Any, ...], dtypes: int) -> str:
+    sizes = ", ".join(str(size) for size in key[3:7] if size is not None)
+    return f"{sizes}\n{key[2]}" if dtypes > 1 else sizes
+
+
+def _latency(axis: Any, problems: dict[tuple[Any, ...], dict[str, Row]]) -> bool:
+    """Milliseconds of forward and backward over n, a line for each provider at every width that has several n."""
+    timed = _of(problems, "fwdbwd")
+    for name in _COLOURS:
+        points = sorted(
+            (key[3], found[name]["ms_p50"], found[name]["ms_p20"], found[name]["ms_p80"])
+            for key, found in timed.items()
+            if name in found and found[name]["ms_p50"]
+        )
+        if points:
+            n, p50, p20, p80 = zip(*points, strict=True)
+            style = "-" if len(set(n)) == len(n) else ""
+            axis.plot(n, p50, style, marker="o", markersize=4, color=_COLOURS[name], label=name)
+            axis.vlines(n, p20, p80, color=_COLOURS[name], linewidth=1)
+    axis.set(xscale="log", yscale="log", xlabel="rows n", ylabel="ms", title="Summary, forward + backward")
+    return bool(timed)
+
+
+def _ratios(axis: Any, problems: dict[tuple[Any, ...], dict[str, Row]], column: Column) -> bool:
+    """A ratio for every problem, a group of bars for each mode."""
+    modes = [mode for mode in ("infer", "fwd", "bwd", "fwdbwd") if _of(problems, mode)]
+    keys = list(dict.fromkeys(key[2:] for mode in modes for key in _of(problems, mode)))
+    dtypes = len({key[0] for key in keys})
+    for i, mode in enumerate(modes):
+        found = {key[2:]: ratio(rows, column) for key, rows in _of(problems, mode).items()}
+        at = [j + 0.8 * (i + 0.5) / len(modes) - 0.4 for j in range(len(keys))]
+        axis.bar(at, [found.get(key) or 0 for key in keys], 0.8 / len(modes), label=mode, color=f"C{i}")
+    axis.axhline(1, color="black", linewidth=0.8)
+    axis.set_xticks(range(len(keys)), [_label((None, None, *key), dtypes) for key in keys], fontsize=8)
+    axis.set(ylabel=column.title, title=f"Summary: {column.title} ({'less' if column.below_one else 'more'} is better)")
+    return bool(keys)
+
+
+def _bars(axis: Any, problems: dict[tuple[Any, ...], dict[str, Row]], field: str, title: str) -> bool:
+    """A field of every provider's rows of forward and backward."""
+    timed = _of(problems, "fwdbwd")
+    names = [name for name in _COLOURS if any(name in found and found[name][field] for found in timed.values())]
+    dtypes = len({key[2] for key in timed})
+    for i, name in enumerate(names):
+        at = [j + 0.84 * (i + 0.5) / len(names) - 0.42 for j in range(len(timed))]
+        heights = [(found[name][field] or 0) if name in found else 0 for found in timed.values()]
+        axis.bar(at, heights, 0.84 / len(names), label=name, color=_COLOURS[name])
+    axis.set_xticks(range(len(timed)), [_label(key, dtypes) for key in timed], fontsize=8)
+    axis.set(ylabel=title, title="Summary, forward + backward")
+    if field == "peak_delta_mb":
+        axis.set_yscale("log")
+    return bool(names)

@@ -1,0 +1,156 @@
+"""What is timed: an operator at a size in a dtype, and the inputs it is timed on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from interp_nn import associations
+
+DTYPES = {
+    "fp32": torch.float32,
+    "tf32": torch.float32,  # whose products PyTorch may round to tf32
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp64": torch.float64,
+}
+# "summary": Y = X b (bᵀb). "cross_entropy": the three-term loss of (P, Y), whose columns are the classes. "head": the same
+# behind an output layer with m classes.
+OPS = ("summary", "cross_entropy", "head")
+# Of the summary: "fwd" records what a backward needs, "bwd" walks a graph that is kept, "fwdbwd" does both, and "infer"
+# records nothing. Of a loss: the loss with all its gradients.
+MODES = {
+    "summary": ("fwd", "bwd", "fwdbwd", "infer"),
+    "cross_entropy": ("loss",),
+    "head": ("loss",),
+}
+SHAPES = (
+    (32, 512, 100),
+    (256, 512, 100),
+    (4096, 512, 100),
+    (65536, 512, 64),
+    (65536, 1024, 128),
+    (16384, 4096, 256),
+    (8192, 4096, 1024),
+    (8192, 4096, 4096),
+    (1024, 25088, 4096),
+)
+# The reference networks' heads at their batch of 32: a small CNN's and a vgg11's, with 10 classes.
+HEADS = ((32, 1600, 120), (32, 512, 100))
+QUICK = ((32, 512, 100), (4096, 512, 64))
+CLASSES = 10
+
+
+class Problem(NamedTuple):
+    """An op of OPS on X (n x d) and b (d x k), in a dtype of DTYPES; m classes behind an output layer, None without one."""
+
+    op: str
+    n: int
+    d: int
+    k: int
+    m: int | None = None
+    dtype: str = "fp32"
+
+    @classmethod
+    def of(cls, op: str, shape: Sequence[int], dtype: str = "fp32") -> Problem:
+        """With a shape of three numbers, or of four for a head."""
+        n, d, k, *rest = shape
+        return cls(op, n, d, k, rest[0] if rest else None, dtype)
+
+    @property
+    def name(self) -> str:
+        sizes = ", ".join(str(size) for size in (self.n, self.d, self.k, self.m) if size is not None)
+        return f"{self.op} ({sizes}) {self.dtype}"
+
+    @property
+    def loss(self) -> bool:
+        return self.op != "summary"
+
+
+class Data(NamedTuple):
+    """One set of inputs: rows, a layer's weight bᵀ (k, d), an output layer, the upstream of the summary, targets."""
+
+    x: Tensor
+    w: Tensor
+    a: Tensor
+    c: Tensor
+    dy: Tensor
+    target: Tensor
+
+    def double(self) -> Data:
+        """The same in fp64, with leaves of its own."""
+        exact = [t.detach().double().requires_grad_(t.requires_grad) if t.is_floating_point() else t for t in self]
+        return Data(*exact)
+
+
+def datasets(problem: Problem, device: torch.device, count: int) -> list[Data]:
+    """So many sets of normal inputs, of weights whose products neither grow nor vanish; the same at every call."""
+    _, n, d, k, m, name = problem
+    dtype, classes = DTYPES[name], m or k
+    draw = torch.Generator(device).manual_seed(0)
+
+    def randn(*shape: int, scale: float = 1.0) -> Tensor:
+        return (torch.randn(shape, device=device, generator=draw) * scale).to(dtype)
+
+    return [
+        Data(
+            randn(n, d).requires_grad_(),
+            randn(k, d, scale=max(d, k) ** -0.5).requires_grad_(),
+            randn(classes, k, scale=k**-0.5).requires_grad_(),
+            randn(classes).requires_grad_(),
+            randn(n, k),
+            torch.randint(classes, (n,), device=device, generator=draw),
+        )
+        for _ in range(count)
+    ]
+
+
+def rotation(problem: Problem, device: torch.device, cold: bool) -> int:
+    """How many sets in turn are, with their gradients, twice what the last cache holds (within limits); 1 if not cold."""
+    if not cold:
+        return 1
+    _, n, d, k, _, name = problem
+    one = 2 * (n * d + k * d + n * k) * DTYPES[name].itemsize
+    return max(2, min(256, -(-2 * cache_bytes(device) // one)))
+
+
+def cache_bytes(device: torch.device) -> int:
+    """Of the device's last cache; 32 MiB where a CPU does not tell."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).L2_cache_size)
+    told = Path("/sys/devices/system/cpu/cpu0/cache/index3/size")
+    units = {"K": 2**10, "M": 2**20}
+    try:
+        text = told.read_text(encoding="ascii").strip()
+        return int(text[:-1]) * units[text[-1]]
+    except (OSError, ValueError, KeyError):
+        return 2**25
+
+
+def useful_flops(problem: Problem, mode: str) -> float:
+    """Operations of the cheapest order of products, the same for every provider, so that none gains by doing more work."""
+    _, n, d, k, m, _ = problem
+    if m is not None:
+        return min(associations.head_products(form, n, d, k, m)[0] for form in ("flat", "latent"))
+
+    def cheapest(gradients: bool) -> float:
+        forms = (associations.counted(form, problem.loss, gradients, gradients) for form in associations.KEEPS)
+        return min(form.flops(n, d, k) for form in forms)
+
+    if mode == "bwd":
+        return cheapest(True) - cheapest(False)
+    return cheapest(mode not in ("fwd", "infer"))
+
+
+def least_bytes(problem: Problem, mode: str) -> float:
+    """What has to be read and written at least once: inputs, outputs, and gradients of both; a loss is next to nothing."""
+    _, n, d, k, m, name = problem
+    inputs = n * d + d * k + (0 if m is None else m * k)
+    output = 0 if problem.loss else n * k
+    passes = {"fwd": inputs + output, "infer": inputs + output}.get(mode, 2 * inputs + output)
+    upstream = output if mode == "fwdbwd" else 0
+    return DTYPES[name].itemsize * (passes + upstream)

@@ -1,0 +1,157 @@
+"""`table`: records as Markdown, on the terminal or in the README between two marks."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from benchmarks.providers import INVERSES
+from benchmarks.rows import Row, geomean, grouped, read
+
+BEGIN, END = "<!-- begin: python -m benchmarks table", "<!-- end -->"
+_MODE = {
+    "fwd": "forward", "bwd": "backward", "fwdbwd": "forward + backward", "infer": "inference", "loss": "loss and gradients",
+    "step": "training step",
+}  # fmt: skip
+_OP = {
+    "summary": "summary",
+    "cross_entropy": "cross entropy of the pair",
+    "head": "head",
+    "train_cnn": "small CNN",
+    "train_vgg11": "vgg11",
+}
+
+
+class Column(NamedTuple):
+    """A ratio of medians: what over what; below_one: whether less is in favour of ours."""
+
+    title: str
+    over: str
+    under: str
+    below_one: bool = False
+
+
+COLUMNS = (
+    Column("ours / linear", "ours", "linear", True),
+    Column("unfused / ours", "unfused", "ours"),
+    Column("best-eager / ours", "best-eager", "ours"),
+    Column("compile / ours", "compile", "ours"),
+    Column("inverse / ours", "inverse", "ours"),
+    Column("orthogonal / ours", "orthogonal", "ours"),
+)
+
+
+def ratio(found: dict[str, Row], column: Column) -> float | None:
+    """A column's ratio for one problem and mode; None where one of the two has no right result."""
+    over, under = (_median(found, name) for name in (column.over, column.under))
+    return None if over is None or under is None else over / under
+
+
+def _median(found: dict[str, Row], provider: str) -> float | None:
+    """Of a provider; "inverse" is the fastest of its forms that is right."""
+    names = INVERSES if provider == "inverse" else (provider,)
+    rows = [found[name] for name in names if name in found]
+    return min((row["ms_p50"] for row in rows if row["status"] == "ok"), default=None)
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    """All tables: the geometric means and worst cases, then each op and mode, then what was not timed."""
+    problems = grouped(rows)
+    kinds = list(dict.fromkeys((key[0], key[1]) for key in problems))
+    parts = [_overview(problems, kinds)]
+    for op, mode in kinds:
+        of = {key: found for key, found in problems.items() if key[:2] == (op, mode)}
+        parts.append(f"**{_title(op, mode)}**\n\n{_details(of)}")
+    parts += [text for text in (_wrong(rows), _skipped(rows), _where(rows)) if text]
+    return "\n\n".join(parts)
+
+
+def _title(op: str, mode: str) -> str:
+    return f"{_OP.get(op, op)}, {_MODE.get(mode, mode)}"
+
+
+def _overview(problems: dict[tuple[Any, ...], dict[str, Row]], kinds: Sequence[tuple[str, str]]) -> str:
+    lines = [
+        f"| geometric mean (worst) | {' | '.join(column.title for column in COLUMNS)} |",
+        "|---|" + "--:|" * len(COLUMNS),
+    ]
+    for op, mode in kinds:
+        of = [found for key, found in problems.items() if key[:2] == (op, mode)]
+        cells = []
+        for column in COLUMNS:
+            found = [value for value in (ratio(one, column) for one in of) if value is not None]
+            worst = (max if column.below_one else min)(found, default=None)
+            cells.append(f"{geomean(found):.2f} ({worst:.2f})" if worst is not None else "-")
+        lines.append(f"| {_title(op, mode)} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _details(problems: dict[tuple[Any, ...], dict[str, Row]]) -> str:
+    """A line for each problem that was timed: ours in milliseconds, and the ratios."""
+    columns = [column for column in COLUMNS if any(ratio(found, column) is not None for found in problems.values())]
+    several = len({key[2] for key in problems}) > 1
+    lines = [
+        f"| {'dtype | ' * several}n, d, k | plan | ours, ms | {' | '.join(column.title for column in columns)} |",
+        f"|{'---|' * (2 + several)}" + "--:|" * (1 + len(columns)),
+    ]
+    for key, found in problems.items():
+        ours = _median(found, "ours")
+        if ours is None:
+            continue
+        sizes = ", ".join(str(size) for size in key[3:7] if size is not None)
+        ratios = ["-" if value is None else f"{value:.2f}" for value in (ratio(found, column) for column in columns)]
+        dtype = f"{key[2]} | " * several
+        lines.append(f"| {dtype}{sizes} | {found['ours']['plan']} | {ours:.3g} | {' | '.join(ratios)} |")
+    return "\n".join(lines)
+
+
+def _wrong(rows: Sequence[Row]) -> str:
+    bad = [
+        f"- {row['provider']}, {_title(row['op'], row['mode'])}, ({row['n']}, {row['d']}, {row['k']}) {row['dtype']}: "
+        f"{row['status']}: {row['note']}"
+        for row in rows
+        if row["status"] in ("wrong", "failed", "oom")
+    ]
+    return "\n".join(["Not right, and so not in the ratios:", "", *bad]) if bad else ""
+
+
+def _skipped(rows: Sequence[Row]) -> str:
+    """Left out over a limit: shapes with every provider, or single providers."""
+    notes = Counter(((row["n"], row["d"], row["k"]), row["note"]) for row in rows if row["status"] == "skipped")
+    lines = [f"- ({', '.join(map(str, shape))}): {note} ({count} rows)" for (shape, note), count in notes.items()]
+    return "\n".join(["Skipped:", "", *lines]) if lines else ""
+
+
+def _where(rows: Sequence[Row]) -> str:
+    """The device and its measured rates, the versions, the commit, and the clock."""
+    heads = {name: list(dict.fromkeys(str(row[name]) for row in rows)) for name in ("device", "torch", "timer", "l2")}
+    commits = dict.fromkeys(
+        f"{(row['git_sha'] or 'unknown')[:7]}{' with changes' if row['dirty'] else ''}" for row in rows
+    )
+    rates = [
+        f"{row['dtype']} at the {row['mode']}: {row['gbps']:.3g} GB/s copied, {row['tflops']:.3g} TFLOP/s"
+        for row in rows
+        if row["op"] == "ceiling"
+    ]
+    told = (
+        f"{' and '.join(heads['device'])}; torch {' and '.join(heads['torch'])}; commit {' and '.join(commits)}; "
+        f"{' and '.join(heads['timer'])} clock, {' and '.join(heads['l2'])} cache; medians of interleaved rounds."
+    )
+    return told + (f" Measured rates: {'; '.join(rates)}." if rates else "")
+
+
+def fill(readme: Path, record: Path, root: Path) -> None:
+    """Write a record's tables into a file, between the marks that name the record.
+
+    Raises ValueError where the file has no such marks.
+    """
+    text = readme.read_text(encoding="utf-8")
+    name = record.resolve().relative_to(root).as_posix()
+    begin = f"{BEGIN} {name} -->"
+    head, found, rest = text.partition(begin)
+    _, ended, tail = rest.partition(END)
+    if not found or not ended:
+        raise ValueError(f"{readme}: has no lines '{begin}' and '{END}' to write between")
+    readme.write_text(f"{head}{begin}\n\n{markdown(read([record]))}\n\n{END}{tail}", encoding="utf-8")

@@ -1,0 +1,117 @@
+"""`run`: time suites on a device, and leave a record."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+
+from benchmarks import record, report
+from benchmarks.measure import TIMERS, Asked
+from benchmarks.problems import CLASSES, DTYPES, HEADS, MODES, OPS, QUICK, SHAPES
+from benchmarks.providers import ABOUT, NAMES
+from benchmarks.rows import Writer
+from benchmarks.suites import ops, train
+from interp_nn.engines import ENGINES
+
+SUITES = {
+    "ops": "the operator and its losses: forward, backward, both, inference, loss with gradients",
+    "train": "training steps of the reference networks with each head",
+}
+_ALL_MODES = tuple(dict.fromkeys(mode for modes in MODES.values() for mode in modes))
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `python -m benchmarks run`."""
+    parser.add_argument("--suite", choices=SUITES, action="append", help="repeatable (default: all)")
+    parser.add_argument("--op", choices=OPS, action="append", help="repeatable (default: all)")
+    parser.add_argument("--mode", choices=_ALL_MODES, action="append", help="repeatable (default: all of an op)")
+    parser.add_argument(
+        "--shape", type=shape, action="append", metavar="N,D,K[,M]", help="repeatable; with M classes for the op 'head'"
+    )
+    parser.add_argument(
+        "--dtype", choices=DTYPES, action="append", help="repeatable (default: fp32; on a GPU bf16 too)"
+    )
+    parser.add_argument("--provider", choices=NAMES, action="append", help="repeatable (default: all)")
+    parser.add_argument("--engine", choices=("auto", *ENGINES), default="auto", help="what `ours` is asked for")
+    parser.add_argument("--device", choices=TIMERS, help="default: cuda where there is one")
+    parser.add_argument("--timer", choices=[timer for timers in TIMERS.values() for timer in timers], help=_TIMER_HELP)
+    parser.add_argument(
+        "--l2",
+        choices=("cold", "hot"),
+        help="cold: inputs in turn that the last cache does not hold (default on a GPU)",
+    )
+    parser.add_argument("--samples", type=int, help="of each provider at least (default: 7)")
+    parser.add_argument("--seconds", type=float, help="of each problem and mode at least (default: 1.5)")
+    parser.add_argument(
+        "--budget", type=float, metavar="GFLOP",
+        help=f"leave out problems whose forward and backward take more (default: {ops.CPU_BUDGET:.0f} on a CPU, none on a GPU)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--quick", action="store_true", help="a minute's look: two shapes, few samples, no training steps"
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="FILE",
+        help="JSON lines, appended to (default: benchmarks/results/DEVICE/TIME.jsonl)",
+    )
+
+
+_TIMER_HELP = (
+    "wall on a CPU; on a GPU events (of calls as a program makes them; default) or graph (replayed, without the host)"
+)
+
+
+def shape(text: str) -> tuple[int, ...]:
+    """N,D,K or N,D,K,M of positive numbers."""
+    try:
+        found = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        found = ()
+    if len(found) not in (3, 4) or min(found) < 1:
+        raise argparse.ArgumentTypeError(f"got {text!r}, want N,D,K or N,D,K,M of positive whole numbers")
+    return found
+
+
+def run(given: argparse.Namespace) -> int:
+    """Run the suites that were asked for, print their table; exit status 1 if ours is wrong, 2 for what cannot be asked."""
+    device = torch.device(given.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    timer = given.timer or TIMERS[device.type][0]
+    if timer not in TIMERS[device.type]:
+        print(f"--timer: got {timer}, want {' or '.join(TIMERS[device.type])} on {device.type}", file=sys.stderr)
+        return 2
+    cold = (given.l2 or ("cold" if device.type == "cuda" else "hot")) == "cold"
+    asked = Asked(
+        device, timer, cold, given.engine,
+        given.seconds or (0.3 if given.quick else 1.5), given.samples or (3 if given.quick else 7),
+    )  # fmt: skip
+    out = (
+        given.out or record.ROOT / "benchmarks" / "results" / record.device_slug(device.type) / f"{record.now()}.jsonl"
+    )
+    writer = Writer(out, device, timer, "cold" if cold else "hot")
+    names = given.provider or NAMES
+    suites = given.suite or (["ops"] if given.quick else list(SUITES))
+    if "ops" in suites:
+        budget = given.budget or (ops.CPU_BUDGET if device.type == "cpu" else None)
+        dtypes = given.dtype or (("fp32",) if device.type == "cpu" else ("bf16", "fp32"))
+        ops.run(ops.Wanted(given.op or OPS, given.mode, given.shape, dtypes, names, budget, given.quick), asked, writer)
+    if "train" in suites:
+        train.run(names, asked, writer)
+    print("\n" + report.markdown(writer.rows))
+    print(f"\nrecord: {out}")
+    return int(any(row["status"] in ("wrong", "failed") and row["provider"].startswith("ours") for row in writer.rows))
+
+
+def listing() -> str:
+    """Suites, ops, modes, providers and shapes."""
+    lines = ["suites"]
+    lines += [f"  {name:18}{about}" for name, about in SUITES.items()]
+    lines += ["", "ops and their modes", *(f"  {op:18}{', '.join(modes)}" for op, modes in MODES.items())]
+    lines += ["", "providers", *(f"  {name:18}{ABOUT[name]}" for name in NAMES)]
+    lines += ["", f"dtypes: {', '.join(DTYPES)}", "shapes (n, d, k), and heads with m classes"]
+    lines += [f"  {given}" for given in [*SHAPES, *((*head, CLASSES) for head in HEADS)]]
+    lines += [f"  --quick: {', '.join(map(str, QUICK))}"]
+    return "\n".join(lines)

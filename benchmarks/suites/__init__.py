@@ -1,0 +1,1 @@
+"""What is timed: the operator (`ops`), whole training steps (`train`), and explanations (`explain`)."""

@@ -1,0 +1,91 @@
+"""The operator and its losses against everything a user could write or take instead."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from tqdm import tqdm
+
+from benchmarks import ceilings
+from benchmarks.measure import Asked, measure
+from benchmarks.problems import CLASSES, HEADS, MODES, OPS, QUICK, SHAPES, Problem, useful_flops
+from benchmarks.providers import NAMES
+from benchmarks.rows import Writer
+
+CPU_BUDGET = 150.0  # GFLOP of a forward and backward
+
+
+class Wanted(NamedTuple):
+    """Which problems, modes and providers; budget: GFLOP of a forward and backward beyond which a problem is left out."""
+
+    ops: Sequence[str] = OPS
+    modes: Sequence[str] | None = None
+    shapes: Sequence[tuple[int, ...]] | None = None
+    dtypes: Sequence[str] = ("fp32",)
+    providers: Sequence[str] = NAMES
+    budget: float | None = None
+    quick: bool = False
+
+
+def problems(wanted: Wanted) -> Iterator[Problem]:
+    """The problems, the small ones first. A shape with a fourth number is a head's, with so many classes."""
+    shapes = wanted.shapes or (QUICK if wanted.quick else SHAPES)
+    heads = wanted.shapes or tuple((*shape, CLASSES) for shape in HEADS)
+    for dtype in wanted.dtypes:
+        for op in wanted.ops:
+            for shape in heads if op == "head" else shapes:
+                if len(shape) == (4 if op == "head" else 3):
+                    yield Problem.of(op, shape, dtype)
+
+
+def run(wanted: Wanted, asked: Asked, writer: Writer) -> None:
+    """Time all problems, between two measurements of what the device can do."""
+    found = list(problems(wanted))
+    dtypes = list(dict.fromkeys(problem.dtype for problem in found))
+    rates = {dtype: _ceiling(dtype, "start", asked, writer) for dtype in dtypes}
+    with tqdm(found, unit="problem") as progress:
+        for problem in progress:
+            progress.set_description(problem.name)
+            modes = [mode for mode in MODES[problem.op] if wanted.modes is None or mode in wanted.modes]
+            if why := over(problem, wanted.budget):
+                for mode in modes:
+                    for name in wanted.providers:
+                        writer.write(**problem._asdict(), mode=mode, provider=name, status="skipped", note=why)
+                continue
+            with products(problem.dtype):
+                measure(problem, modes, wanted.providers, asked, rates[problem.dtype], writer)
+    for dtype in dtypes:
+        _ceiling(dtype, "end", asked, writer)
+
+
+def over(problem: Problem, budget: float | None) -> str | None:
+    """Why a problem is left out: what it takes, against a budget in GFLOP."""
+    gflop = useful_flops(problem, "fwdbwd") / 1e9
+    if budget is None or gflop <= budget:
+        return None
+    return f"over the FLOP budget: {gflop:.0f} of {budget:.0f} GFLOP"
+
+
+@contextlib.contextmanager
+def products(dtype: str) -> Iterator[None]:
+    """Products of fp32 matrices round to tf32 inside for the dtype of that name, and to nothing for the others."""
+    switch = torch.backends.cuda.matmul
+    before = switch.fp32_precision
+    switch.fp32_precision = "tf32" if dtype == "tf32" else "ieee"
+    try:
+        yield
+    finally:
+        switch.fp32_precision = before
+
+
+def _ceiling(dtype: str, when: str, asked: Asked, writer: Writer) -> ceilings.Ceiling:
+    with products(dtype):
+        found = ceilings.measure(asked.device, dtype)
+    writer.write(
+        op="ceiling", provider="device", mode=when, dtype=dtype, n=0, d=0, k=0,
+        gbps=found.bandwidth / 1e9, tflops=found.flops / 1e12, status="ok",
+    )  # fmt: skip
+    return found

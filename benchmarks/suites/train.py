@@ -1,0 +1,137 @@
+"""Whole training steps of the reference networks on random images: forward, backward and Adam, at their batch of 32.
+
+"linear" is the network with its base head of plain layers, "ours" the one with a summary head, "unfused" the same written in
+PyTorch's operations.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import interp_nn
+from benchmarks import footprint, law
+from benchmarks.measure import Asked, launches, said
+from benchmarks.networks import ARCHITECTURES, CLASSES, MLPNetwork, Network, SummaryNetwork
+from benchmarks.problems import Problem
+from benchmarks.providers import OURS, UnsupportedError, planned
+from benchmarks.rows import Writer
+from benchmarks.timing import on_events, on_wall, rounds, summary
+
+PROVIDERS = (*OURS, "linear", "unfused")
+BATCH, CHANNELS, SIZE = 32, 3, 32
+_RATE = 1e-5  # so that hundreds of steps on the same images change next to nothing
+_Loss = Callable[[Network, Tensor, Tensor], Tensor]
+
+
+def run(
+    names: Sequence[str], asked: Asked, writer: Writer, architectures: Sequence[str] = tuple(ARCHITECTURES)
+) -> None:
+    """Time a step of each network with each head."""
+    for architecture in tqdm(architectures, unit="network", desc="train"):
+        _measure(architecture, [name for name in PROVIDERS if name in names], asked, writer)
+
+
+def _measure(architecture: str, names: Sequence[str], asked: Asked, writer: Writer) -> None:
+    draw = torch.Generator().manual_seed(0)
+    images = torch.randn(BATCH, CHANNELS, SIZE, SIZE, generator=draw).to(asked.device)
+    target = torch.randint(CLASSES, (BATCH,), generator=draw).to(asked.device)
+    ready: dict[str, _Step] = {}
+    found: dict[str, dict[str, Any]] = {}
+    features = 0
+    for name in names:
+        try:
+            ready[name] = _Step(name, architecture, images, target, asked)
+            features = ready[name].features
+        except Exception as error:
+            found[name] = dict(zip(("status", "note"), said(error), strict=True))
+    clock = on_events if asked.timer == "events" else on_wall
+    samplers = {name: clock(step, 1) for name, step in ready.items()}
+    rounds(samplers, 0.0, least=2, most=2)
+    for name, taken in rounds(samplers, asked.seconds, asked.samples, 500).items():
+        found[name] = {**summary(taken).fields(), **ready[name].facts()}
+    for name in names:
+        writer.write(
+            op=f"train_{architecture}", mode="step", provider=name, dtype="fp32", n=BATCH, d=features,
+            k=ARCHITECTURES[architecture].latent, m=CLASSES, **found[name],
+        )  # fmt: skip
+
+
+class _Step:
+    """A training step of one provider, which a call takes; right when its gradients are."""
+
+    def __init__(self, name: str, architecture: str, images: Tensor, target: Tensor, asked: Asked) -> None:
+        if asked.timer == "graph":
+            raise UnsupportedError("a step with its optimizer is not captured in a graph")
+        torch.manual_seed(0)
+        self._engine = (OURS[name] or asked.engine) if name in OURS else "auto"
+        kind = MLPNetwork if name == "linear" else SummaryNetwork
+        self._network: Network = kind(CHANNELS, SIZE, architecture).to(asked.device)
+        self._loss: _Loss = _unfused if name == "unfused" else _own
+        self._inputs, self._asked = (images, target), asked
+        self._optimizer = torch.optim.Adam(self._network.parameters(), lr=_RATE)
+        self.features = _width(self._network)
+        self._plan = None
+        if name in OURS:
+            problem = Problem("head", BATCH, self.features, ARCHITECTURES[architecture].latent, CLASSES)
+            self._plan = planned(self._engine, problem, "loss", asked.device)
+        self()
+
+    def __call__(self) -> None:
+        with interp_nn.use_engine(self._engine):
+            self._optimizer.zero_grad()
+            self._loss(self._network, *self._inputs).backward()
+            self._optimizer.step()
+
+    def facts(self) -> dict[str, Any]:
+        """What a row says besides the time: its gradients against fp64, and what a step holds and launches."""
+        images, _ = self._inputs
+        plain = _unfused if isinstance(self._network, SummaryNetwork) else _own
+        exact = self._gradients(copy.deepcopy(self._network).double(), plain, images.double())
+        with interp_nn.use_engine(self._engine):
+            ours = law.errors(self._gradients(self._network, self._loss, images), exact)
+        theirs = law.errors(self._gradients(self._network, plain, images), exact)
+        why = law.breach(ours, theirs, law.floor(torch.float32, law.SPLIT_ULPS))
+        return {
+            "plan": self._plan,
+            "err_fro": ours[0],
+            "err_ratio": ours[0] / theirs[0] if theirs[0] else None,
+            "peak_delta_mb": self._peak() / 1e6,
+            "launches": launches(self, self._asked.device),
+            "status": "ok" if why is None else "wrong",
+            "note": why,
+        }
+
+    def _peak(self) -> int:
+        self._optimizer.zero_grad()  # so that a step only adds to what is held
+        return footprint.peak_bytes(self, self._asked.device)
+
+    def _gradients(self, network: Network, loss: _Loss, images: Tensor) -> Tensor:
+        """All of them in one vector, without dropout, whose masks no two precisions share."""
+        network.eval()
+        value = loss(network, images, self._inputs[1])
+        found = torch.autograd.grad(value, list(network.parameters()))
+        network.train()
+        return torch.cat([gradient.flatten() for gradient in found])
+
+
+def _own(network: Network, images: Tensor, target: Tensor) -> Tensor:
+    return network.loss(images, target)
+
+
+def _unfused(network: Network, images: Tensor, target: Tensor) -> Tensor:
+    assert isinstance(network, SummaryNetwork)
+    head, output = network.head, network.head.output
+    return law.naive_head_cross_entropy(network.body(images), head.weight.mT, output.weight, output.bias, target)
+
+
+def _width(network: Network) -> int:
+    head = network.head
+    if isinstance(head, nn.Sequential):
+        return next(layer.in_features for layer in head if isinstance(layer, nn.Linear))
+    return head.in_features
