@@ -1,7 +1,8 @@
 """Figures of exact explanations: contributions as images, constants by layer, clusters, regions and coverage.
 
 Every function draws on the axes or the figure it is given, or on a new one, and returns it; none shows or saves anything.
-Colours of signed values are symmetric about zero: red for, blue against. matplotlib is needed (`interp_nn[plot]`).
+Colours of signed values are symmetric about zero, red for and blue against; the largest of a hundred values may be off their
+scale. matplotlib is needed (`interp_nn[plot]`).
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ def attribution_maps(
     if figure is None:
         figure = plt.figure(figsize=(1.15 * (k + first) + 1.3, 1.2 * n + 0.6), layout="constrained")
     grid = figure.subplots(n, k + first, squeeze=False)
-    limit = _limit(maps)
+    limit, extend = _scale(maps)
     for i, j in np.ndindex(n, k + first):
         axes = grid[i, j]
         axes.set(xticks=[], yticks=[])
@@ -70,7 +71,7 @@ def attribution_maps(
             axes.set_title("input", fontsize=10)
         if j == 0 and rows is not None:
             axes.set_ylabel(rows[i], fontsize=10)
-    figure.colorbar(mappable, ax=grid[:, first:], label=label, shrink=0.8, aspect=30)
+    figure.colorbar(mappable, ax=grid[:, first:], label=label, shrink=0.8, aspect=30, extend=extend)
     return figure
 
 
@@ -139,7 +140,7 @@ def cluster_coefficients(
         row = f"cluster {c}: {int(sizes[c]):,} ({sizes[c] / sizes.sum():.1%})"
         rows.append(row if responses is None else f"{row}, mean {float(_array(responses)[c]):.2f}")
     axes = _axes(axes, (0.85 * len(names) + 4.2, 0.32 * len(rows) + 1.6))
-    _heat_map(axes, values[order], rows, names, "coefficient")
+    _heat_map(axes, values[order], rows, names, "coefficient", sizes[order])
     hidden = len(sizes) - len(order)
     axes.set_title("Coefficients by cluster" + (f" ({hidden} smaller ones not shown)" if hidden else ""))
     return axes
@@ -159,15 +160,13 @@ def coverage_curve(coverage: Tensor, *, level: float = 0.9, axes: Axes | None = 
     axes.step(np.arange(1, len(shares) + 1), 100 * shares, where="mid", color="tab:blue", marker=".", markersize=4)
     axes.axhline(100 * level, color="0.5", linewidth=0.8, linestyle="--")
     axes.axvline(reached, color="0.5", linewidth=0.8, linestyle="--")
-    axes.annotate(
-        f"{reached} of {len(shares)} hold {shares[reached - 1]:.1%}",
-        (reached, 100 * level),
-        xytext=(6, -14),
-        textcoords="offset points",
-        fontsize=9,
-    )
-    if len(shares) > 1:
+    text = f"{reached} of {len(shares)} hold {shares[reached - 1]:.1%}"
+    axes.text(0.97, 0.05, text, transform=axes.transAxes, ha="right", fontsize=9)
+    if len(shares) > 20:
         axes.set_xscale("log")
+        axes.xaxis.set_major_formatter("{x:g}")
+    else:
+        axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set(ylim=(0, 104), xlabel="largest clusters", ylabel="samples covered, %", title="Coverage by clusters")
     return axes
 
@@ -223,7 +222,7 @@ def region_plot(
         if not -values.shape[2] <= output < values.shape[2]:
             raise ValueError(f"output: got {output}, want one of {values.shape[2]}")
         chosen = values[:, :, output]
-        limit = _limit(chosen)
+        limit = float(np.abs(chosen).max()) or 1.0
         shown = axes.imshow(chosen, cmap=_SIGNED, vmin=-limit, vmax=limit, origin="lower", extent=extent, aspect="auto")
         axes.figure.colorbar(shown, ax=axes, label=f"output {output}")
     for site in gates.sites:
@@ -232,6 +231,7 @@ def region_plot(
         for unit in np.flatnonzero(on.any((0, 1)) & ~on.all((0, 1))):
             axes.contour(_array(s), _array(t), preactivations[:, :, unit], [0.0], colors="black", linewidths=0.6)
     count = len(groups.counts)
+    axes.locator_params(nbins=5)
     axes.set(xlim=extent[:2], ylim=extent[2:], xlabel="s", ylabel="t", title=f"{count} activation regions")
     return axes
 
@@ -253,9 +253,15 @@ def _array(values: Tensor) -> np.ndarray[Any, np.dtype[Any]]:
     return (values.float() if values.dtype in (torch.bfloat16, torch.float16) else values).numpy()
 
 
-def _limit(values: np.ndarray[Any, Any]) -> float:
-    """The end of a scale symmetric about zero."""
-    return float(np.abs(values).max(initial=0)) or 1.0
+def _scale(values: np.ndarray[Any, Any], weights: np.ndarray[Any, Any] | None = None) -> tuple[float, str]:
+    """The end of a scale symmetric about zero that holds 99 % of the values, by weight of their rows, and which ends are open."""
+    sizes = np.abs(values).ravel()
+    order = np.argsort(sizes)
+    share = np.ones_like(sizes) if weights is None else np.repeat(weights, values.size // len(values))
+    cumulated = np.cumsum(share[order])
+    limit = float(sizes[order[np.searchsorted(cumulated, 0.99 * cumulated[-1])]]) or 1.0
+    high, low = bool((values > limit).any()), bool((values < -limit).any())
+    return limit, "both" if high and low else "max" if high else "min" if low else "neither"
 
 
 def _pictures(images: Tensor, n: int) -> np.ndarray[Any, Any]:
@@ -281,16 +287,21 @@ def _layers(by_layer: Mapping[str, Tensor], sample: int) -> tuple[list[str], np.
 
 
 def _heat_map(
-    axes: Axes, values: np.ndarray[Any, Any], rows: Sequence[str], columns: Sequence[str], label: str
+    axes: Axes,
+    values: np.ndarray[Any, Any],
+    rows: Sequence[str],
+    columns: Sequence[str],
+    label: str,
+    weights: np.ndarray[Any, Any] | None = None,
 ) -> None:
-    """Signed values in colour and in digits, with titles of rows and columns and a colour bar."""
+    """Signed values in colour and in digits, with titles and a colour bar; weights are those of rows, for the scale."""
     if len(columns) != values.shape[1]:
         raise ValueError(f"got {len(columns)} titles for {values.shape[1]} columns")
-    limit = _limit(values)
+    limit, extend = _scale(values, weights)
     shown = axes.imshow(values, cmap=_SIGNED, vmin=-limit, vmax=limit, aspect="auto")
     for (i, j), value in np.ndenumerate(values):
         colour = "white" if abs(value) > 0.6 * limit else "black"
-        axes.text(j, i, f"{value:.2f}", ha="center", va="center", fontsize=8, color=colour)
+        axes.text(j, i, f"{round(float(value), 2) + 0.0:.2f}", ha="center", va="center", fontsize=8, color=colour)
     axes.set_yticks(range(len(rows)), rows, fontsize=9)
     axes.set_xticks(range(len(columns)), columns, fontsize=9)
-    axes.figure.colorbar(shown, ax=axes, label=label)
+    axes.figure.colorbar(shown, ax=axes, label=label, extend=extend)

@@ -1,0 +1,199 @@
+"""Handwritten digits: every logit of a CNN as an exact sum over pixels, plus a constant that no pixel accounts for."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from benchmarks import data
+from benchmarks.experiments import common
+from interp_nn.explain import plots
+from interp_nn.explain.affine import linearize
+from interp_nn.explain.gates import frozen
+
+NAME = "digits_attribution"
+BATCH = 64
+LEARNING_RATE = 2e-3
+DELETED = (0, 2, 4, 8, 12, 16)
+
+
+class DigitsCNN(nn.Module):
+    """Two convolutions, a residual block and two linear layers: batch norm, max-pooling, in-place and functional ReLU."""
+
+    def __init__(self, width: int = 24) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(
+            nn.Conv2d(1, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU(inplace=True), nn.MaxPool2d(2)
+        )
+        self.block = nn.Sequential(
+            nn.Conv2d(width, width, 3, padding=1),
+            nn.BatchNorm2d(width),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(width, width, 3, padding=1),
+            nn.BatchNorm2d(width),
+        )
+        self.head = nn.Sequential(nn.Flatten(), nn.Linear(16 * width, 64), nn.ReLU(), nn.Linear(64, 10))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.stem(x)
+        return self.head(torch.relu(h + self.block(h)))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; the exit status."""
+    given = common.parser(NAME, __doc__).parse_args(arguments)
+    run = common.Run(NAME, given)
+    torch.manual_seed(given.seed)
+    images = data.digits()
+    # Ink is 0 to 1, so that empty paper contributes nothing.
+    x_train, x = (images.x_train + 1) / 2, (images.x_test + 1) / 2
+    y = images.y_test
+    if given.quick:
+        x, y = x[:60], y[:60]
+    network = DigitsCNN()
+    steps = 40 if given.quick else 600
+    _train(network, x_train, images.y_train, steps)
+
+    exact = {"float32": _exactness(network, x), "float64": _exactness(network.double(), x.double())}
+    x = x.double()
+    linear = linearize(network, x)
+    with torch.no_grad():
+        logits = network(x)
+    predicted = logits.argmax(1)
+    contributions = linear.weight * x.unsqueeze(1)
+    rows = torch.arange(len(x))
+    layers = {name: part.detach() for name, part in linear.bias_by_layer().items()}
+    chosen = {name: part[rows, predicted].mean().item() for name, part in layers.items()}
+    results: dict[str, Any] = {
+        "test_images": len(x),
+        "test_accuracy": (predicted == y).double().mean().item(),
+        "exactness": exact,
+        "bias": {
+            "norm_of_b_over_norm_of_logits": (linear.bias.norm() / logits.norm()).item(),
+            "mean_predicted_logit": logits[rows, predicted].mean().item(),
+            "mean_of_its_constant": linear.bias[rows, predicted].mean().item(),
+            "mean_of_its_constant_by_layer": chosen,
+            "sum_of_layers_error": common.relative_error(torch.stack(list(layers.values())).sum(0), linear.bias),
+        },
+        "deletion": _deletion(network, x, y, contributions[rows, predicted], given.seed),
+    }
+    _print(results)
+    _draw(run, x, y, contributions, layers, predicted, results)
+    run.finish({"steps": steps, "batch": BATCH, "learning_rate": LEARNING_RATE}, results)
+    return 0
+
+
+def _train(network: nn.Module, x: Tensor, y: Tensor, steps: int) -> None:
+    """Adam on cross entropy by shuffled batches; leaves evaluation mode."""
+    optimizer = torch.optim.Adam(network.parameters(), lr=LEARNING_RATE)
+    network.train()
+    order: list[Tensor] = []
+    for _ in tqdm(range(steps), desc="training", unit="step"):
+        order = order or list(torch.randperm(len(x)).split(BATCH))
+        chosen = order.pop()
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(network(x[chosen]), y[chosen]).backward()
+        optimizer.step()
+    network.eval()
+
+
+def _exactness(network: nn.Module, x: Tensor) -> dict[str, float]:
+    """How far W x + b is from the network: at x, at points of the same region, and beyond it, where it must be."""
+    linear = linearize(network, x)
+    with torch.no_grad():
+        logits = network(x)
+        far = torch.randn_like(x)
+        replayed = frozen(network, x)(far)
+
+        def ratio(size: float) -> float:
+            step = size * torch.randn_like(x)
+            moved = network(x + step)
+            error = (moved - _apply(linear.weight, linear.bias, x + step)).norm(dim=1)
+            return (error / (moved - logits).norm(dim=1)).median().item()
+
+        return {
+            "at_x": common.relative_error(_apply(linear.weight, linear.bias, x), logits),
+            "replay_at_a_far_point": common.relative_error(_apply(linear.weight, linear.bias, far), replayed),
+            "step_1e-5_error_over_change": ratio(1e-5),
+            "step_1e-1_error_over_change": ratio(1e-1),
+        }
+
+
+def _apply(weight: Tensor, bias: Tensor, x: Tensor) -> Tensor:
+    return torch.einsum("nkchw,nchw->nk", weight, x) + bias
+
+
+@torch.no_grad()
+def _deletion(network: nn.Module, x: Tensor, y: Tensor, contributions: Tensor, seed: int) -> dict[str, list[float]]:
+    """Test accuracy after setting to 0 some pixels with ink: those that add most to the predicted logit, or least, or any."""
+    ink = x.flatten(1) > 0
+    scores = contributions.flatten(1)
+    noise = torch.rand(scores.shape, generator=torch.Generator().manual_seed(seed)).to(scores)
+    accuracy: dict[str, list[float]] = {}
+    for name, order in (("most supporting", scores), ("random", noise), ("least supporting", -scores)):
+        ranked = order.masked_fill(~ink, -torch.inf).argsort(1, descending=True)
+        accuracy[name] = []
+        for count in DELETED:
+            left = x.flatten(1).scatter(1, ranked[:, :count], 0).view_as(x)
+            accuracy[name].append((network(left).argmax(1) == y).double().mean().item())
+    return {"pixels": list(DELETED), **accuracy}
+
+
+def _print(results: dict[str, Any]) -> None:
+    print(f"\ntest accuracy {results['test_accuracy']:.3f} on {results['test_images']} images\n")
+    print(f"{'|F - (Wx + b)| / |F|':34} {'float32':>9} {'float64':>9}")
+    for key in next(iter(results["exactness"].values())):
+        print(f"{key.replace('_', ' '):34} " + " ".join(f"{e[key]:9.1e}" for e in results["exactness"].values()))
+    bias = results["bias"]
+    print(
+        f"\npredicted logit, mean: {bias['mean_predicted_logit']:.2f}, of which the constant {bias['mean_of_its_constant']:.2f}; "
+        f"|b| / |F| = {bias['norm_of_b_over_norm_of_logits']:.3f}"
+    )
+    for name, value in bias["mean_of_its_constant_by_layer"].items():
+        print(f"  {name:12} {value:+.3f}")
+    print("\naccuracy after deleting pixels" + "".join(f"{count:7}" for count in DELETED))
+    for name in list(results["deletion"])[1:]:
+        print(f"  {name:28}" + "".join(f"{value:7.3f}" for value in results["deletion"][name]))
+
+
+def _draw(
+    run: common.Run,
+    x: Tensor,
+    y: Tensor,
+    contributions: Tensor,
+    layers: dict[str, Tensor],
+    predicted: Tensor,
+    results: dict[str, Any],
+) -> None:
+    from matplotlib import pyplot as plt
+
+    shown = [int((y == digit).nonzero()[0]) for digit in (0, 2, 3, 5, 8, 9)]
+    figure = plots.attribution_maps(
+        contributions[shown],
+        x[shown],
+        rows=[f"a {int(y[i])}, called {int(predicted[i])}" for i in shown],
+        columns=[f"logit {k}" for k in range(10)],
+    )
+    figure.suptitle("What each pixel adds to each logit")
+    run.figure(figure, "maps")
+
+    sample = shown[2]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(14, 4.2), layout="constrained", width_ratios=(2, 3))
+    plots.bias_bars(layers, sample=sample, output=int(predicted[sample]), axes=left)
+    plots.bias_map(layers, sample=sample, axes=right)
+    run.figure(figure, "constants")
+
+    figure, axes = plt.subplots(figsize=(5.4, 3.8), layout="constrained")
+    for name in list(results["deletion"])[1:]:
+        axes.plot(DELETED, [100 * v for v in results["deletion"][name]], marker=".", label=f"{name} first")
+    axes.set(xlabel="pixels with ink deleted", ylabel="test accuracy, %", title="Deleting pixels by contribution")
+    axes.legend()
+    run.figure(figure, "deletion")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,230 @@
+"""Who survived the Titanic: a network's clusters and what counts in each, from the 32 published counts of the 2,201 on board.
+
+With --data DIR also from the 891 passengers of titanic.csv (Kaggle's, as in seaborn-data), in DIR or in DIR/titanic.
+"""
+
+from __future__ import annotations
+
+import csv
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from benchmarks import tables
+from benchmarks.experiments import common
+from interp_nn.explain import plots
+from interp_nn.explain.cluster_table import auc
+from interp_nn.explain.clusters import ActivationClusters
+from interp_nn.explain.piecewise import PiecewiseAffine
+
+NAME = "titanic"
+LEARNING_RATE = 1e-2
+PASSENGER_STEPS = 80  # more of them learn the fitted passengers by heart
+COLUMNS = ("survived", "pclass", "sex", "age", "sibsp", "parch", "fare", "embarked")
+FEATURES = (
+    "1st class",
+    "3rd class",
+    "female",
+    "age",
+    "age unknown",
+    "siblings, spouse",
+    "parents, children",
+    "fare",
+    "from C",
+    "from Q",
+)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; the exit status."""
+    options = common.parser(NAME, __doc__)
+    options.add_argument(
+        "--data",
+        type=Path,
+        default=os.environ.get("INTERP_NN_DATA"),
+        metavar="DIR",
+        help="folder with titanic.csv (default: $INTERP_NN_DATA; without, the 32 counts alone)",
+    )
+    given = options.parse_args(arguments)
+    try:
+        passengers = None if given.data is None else read_passengers(Path(given.data))
+    except (FileNotFoundError, ValueError) as error:
+        print(error, file=sys.stderr)
+        return 2
+    run = common.Run(NAME, given)
+    steps = 60 if given.quick else 3000
+    results: dict[str, Any] = {"counts": _counts(run, steps)}
+    if passengers is not None:
+        results["passengers"] = _passengers(run, passengers, min(steps, PASSENGER_STEPS))
+    run.finish({"steps": steps, "passenger_steps": PASSENGER_STEPS, "learning_rate": LEARNING_RATE}, results)
+    return 0
+
+
+def read_passengers(folder: Path) -> tables.Table:
+    """The passengers (n, 10) fp64 with survival (n,): age, log fare and counts of relatives standardised, the rest 0 or 1.
+
+    An unknown age is the median, with a column that says so; an unknown port is Southampton, the commonest. Raises
+    FileNotFoundError that says where it looked, ValueError for a file without the columns or for a row that is no passenger.
+    """
+    places = (folder / "titanic.csv", folder / "titanic" / "titanic.csv")
+    file = next((place for place in places if place.is_file()), None)
+    if file is None:
+        raise FileNotFoundError(f"titanic: not found in {folder}; looked for {' and '.join(map(str, places))}")
+    with file.open(newline="", encoding="utf-8") as lines:
+        reader = csv.DictReader(lines)
+        missing = [name for name in COLUMNS if name not in (reader.fieldnames or ())]
+        if missing:
+            raise ValueError(f"{file}: has no column {', '.join(missing)}")
+        rows = [_passenger(row, f"{file}, line {reader.line_num}") for row in reader]
+    values = torch.tensor(rows, dtype=torch.float64)
+    y, x = values[:, 0], values[:, 1:]
+    age = FEATURES.index("age")
+    unknown = x[:, age].isnan()
+    x[:, age] = torch.where(unknown, x[~unknown, age].median(), x[:, age])
+    for name in ("age", "siblings, spouse", "parents, children", "fare"):
+        column = x[:, FEATURES.index(name)]
+        column.sub_(column.mean()).div_(column.std())
+    return tables.Table(x, y, FEATURES)
+
+
+def _passenger(row: dict[str, str], place: str) -> list[float]:
+    """Survival and the features of one row; an unknown age is NaN."""
+    if (
+        row["survived"] not in ("0", "1")
+        or row["pclass"] not in ("1", "2", "3")
+        or row["sex"] not in ("male", "female")
+    ):
+        raise ValueError(
+            f"{place}: survived, pclass and sex are {row['survived']!r}, {row['pclass']!r}, {row['sex']!r}"
+        )
+    numbers = {name: float(row[name]) for name in ("sibsp", "parch", "fare")}
+    return [
+        float(row["survived"]),
+        row["pclass"] == "1",
+        row["pclass"] == "3",
+        row["sex"] == "female",
+        float(row["age"] or "nan"),
+        not row["age"],
+        numbers["sibsp"],
+        numbers["parch"],
+        float(torch.tensor(numbers["fare"], dtype=torch.float64).log1p()),
+        row["embarked"] == "C",
+        row["embarked"] == "Q",
+    ]
+
+
+def _fit(network: nn.Sequential, table: tables.Table, steps: int) -> None:
+    tables.train(
+        network,
+        table,
+        loss=nn.functional.binary_cross_entropy_with_logits,
+        steps=steps,
+        learning_rate=LEARNING_RATE,
+        progress=lambda r: tqdm(r, desc="training"),
+    )
+    network.eval()
+
+
+@torch.no_grad()
+def _scores(network: nn.Module, x: Tensor, y: Tensor) -> dict[str, float]:
+    logits = network(x).squeeze(1)
+    return {"accuracy": ((logits > 0) == (y > 0)).double().mean().item(), "auc": auc(logits, y)}
+
+
+def _counts(run: common.Run, steps: int) -> dict[str, Any]:
+    table = tables.titanic()
+    network = tables.mlp(6, 8, 4, 1, seed=run.given.seed)
+    _fit(network, table, steps)
+    clusters = ActivationClusters(network).fit(table.x, table.y)
+    coefficients = clusters.importance(kind="coef")
+    female = coefficients[:, table.features.index("female")]
+    rows, which, counts = table.x.unique(dim=0, return_inverse=True, return_counts=True)
+    lived = torch.zeros(len(rows), dtype=table.y.dtype).index_add_(0, which, table.y)
+    results: dict[str, Any] = {
+        "people": len(table.y),
+        "distinct_rows": len(rows),
+        **_scores(network, table.x, table.y),
+        "best_accuracy_of_any_rule": (torch.maximum(lived, counts - lived).sum() / counts.sum()).item(),
+        "clusters": len(clusters.counts_),
+        "clusters_where_female_counts_for": int((female > 0).sum()),
+        "female_coefficients": [female.min().item(), female.max().item()],
+        "ranks": clusters.rank_.tolist(),
+        "check": clusters.check(),
+    }
+    print(
+        f"\n2,201 people, {len(rows)} distinct rows: accuracy {results['accuracy']:.4f} (the best of any rule is "
+        f"{results['best_accuracy_of_any_rule']:.4f}); female counts for survival in "
+        f"{results['clusters_where_female_counts_for']} of {results['clusters']} clusters\n"
+    )
+    print(clusters.summary(feature_names=table.features, rows=14))
+    _draw(
+        run,
+        clusters,
+        clusters,
+        table,
+        "counts",
+        f"Log-odds of survival of {len(table.y):,} on board, {len(rows)} distinct rows",
+    )
+    return results
+
+
+def _passengers(run: common.Run, table: tables.Table, steps: int) -> dict[str, Any]:
+    order = torch.randperm(len(table.y), generator=torch.Generator().manual_seed(run.given.seed))
+    held_out, fitted = order[: len(order) // 5], order[len(order) // 5 :]
+    part = tables.Table(table.x[fitted], table.y[fitted], table.features)
+    network = tables.mlp(len(table.features), 16, 1, seed=run.given.seed)
+    _fit(network, part, steps)
+    clusters = ActivationClusters(network).fit(part.x, part.y)
+    importance = clusters.global_importance()
+    merged = clusters.merge(min(4, len(clusters.counts_)), by="coef")
+    results: dict[str, Any] = {
+        "passengers": {"fitted": len(fitted), "held_out": len(held_out)},
+        "fitted": _scores(network, part.x, part.y),
+        "held_out": _scores(network, table.x[held_out], table.y[held_out]),
+        "clusters": len(clusters.counts_),
+        "held_out_in_a_known_cluster": (clusters.predict(table.x[held_out]) >= 0).double().mean().item(),
+        "importance": dict(zip(table.features, importance.mean.tolist(), strict=True)),
+        "dispersion": dict(zip(table.features, importance.dispersion.tolist(), strict=True)),
+        "merged_into_four": merged.fidelity(table.x[held_out])._asdict(),
+        "check": clusters.check(),
+    }
+    print(
+        f"\n{len(fitted)} passengers: accuracy {results['fitted']['accuracy']:.3f}; {len(held_out)} held out: accuracy "
+        f"{results['held_out']['accuracy']:.3f}, AUC {results['held_out']['auc']:.3f}\n"
+    )
+    print(clusters.summary(feature_names=table.features, rows=8))
+    print(f"\nmerged into four clusters, held out: {merged.fidelity(table.x[held_out])}")
+    _draw(
+        run, merged, clusters, part, "passengers", f"Log-odds of survival of {len(fitted)} passengers, clusters merged"
+    )
+    return results
+
+
+def _draw(
+    run: common.Run, shown: PiecewiseAffine, clusters: ActivationClusters, table: tables.Table, suffix: str, title: str
+) -> None:
+    """The coefficients of some clusters, and the coverage of the exact ones."""
+    from matplotlib import pyplot as plt
+
+    wide = len(table.features) > 6
+    figure, (left, right) = plt.subplots(
+        1, 2, figsize=(14 if wide else 12, 4.8), layout="constrained", width_ratios=(2 if wide else 3, 1 if wide else 2)
+    )
+    means = torch.stack([table.y[shown.labels_ == c].mean() for c in range(len(shown.counts_))])
+    plots.cluster_coefficients(
+        shown.importance(kind="coef"), shown.counts_, features=table.features, responses=means, axes=left
+    )
+    left.set_xticks(left.get_xticks(), table.features, rotation=30, ha="right", rotation_mode="anchor")
+    plots.coverage_curve(clusters.coverage(), axes=right)
+    right.set_title("Coverage by exact clusters")
+    figure.suptitle(title)
+    run.figure(figure, suffix)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,97 @@
+"""Two made regimes, y = 2 x2 where x1 > 0 and -x3 elsewhere: do a network's clusters find them and their coefficients?"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from benchmarks import tables
+from benchmarks.experiments import common
+from interp_nn.explain import plots
+from interp_nn.explain.clusters import ActivationClusters
+
+NAME = "two_regimes"
+WIDTHS = (3, 16, 16, 1)
+LEARNING_RATE = 5e-3
+HEIGHT = 0.8  # of the plane that is drawn
+CLEAR = 0.2  # from the border between the regimes
+TRUTH = {"x1 > 0.2": (0.0, 2.0, 0.0), "x1 < -0.2": (0.0, 0.0, -1.0)}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; the exit status."""
+    given = common.parser(NAME, __doc__).parse_args(arguments)
+    run = common.Run(NAME, given)
+    table = tables.two_regimes(500 if given.quick else 5000, seed=given.seed)
+    network = tables.mlp(*WIDTHS, seed=given.seed)
+    steps = 100 if given.quick else 4000
+    mse = tables.train(
+        network, table, steps=steps, learning_rate=LEARNING_RATE, progress=lambda r: tqdm(r, desc="training")
+    )
+
+    clusters = ActivationClusters(network.eval()).fit(table.x)
+    coverage = clusters.coverage()
+    coefficients = clusters.importance(kind="coef")[clusters.labels_]
+    side = dict(zip(TRUTH, (table.x[:, 0] > CLEAR, table.x[:, 0] < -CLEAR), strict=True))
+    # Four: the regimes, and the two steep walls between them, where the network joins one to the other.
+    merged = clusters.merge(min(4, len(clusters.counts_)), by="coef")
+    results: dict[str, Any] = {
+        "samples": len(table.y),
+        "mse": mse,
+        "variance": table.y.var().item(),
+        "clusters": len(clusters.counts_),
+        "coverage_of_10_largest": coverage[min(10, len(coverage)) - 1].item(),
+        "check": clusters.check(),
+        "median_coefficients": {name: coefficients[where].median(0).values.tolist() for name, where in side.items()},
+        "truth": TRUTH,
+        "merged": {
+            "samples": merged.counts_.tolist(),
+            "coefficients": merged.importance(kind="coef").tolist(),
+            **merged.fidelity()._asdict(),
+        },
+    }
+    _print(results)
+    print(f"\n{clusters.summary(feature_names=table.features, rows=5)}")
+    _draw(run, network, clusters, table)
+    run.finish({"widths": WIDTHS, "steps": steps, "learning_rate": LEARNING_RATE}, results)
+    return 0
+
+
+def _print(results: dict[str, Any]) -> None:
+    print(f"\nmse {results['mse']:.4f} of a variance of {results['variance']:.3f}; {results['clusters']} clusters")
+    print(f"{'':26}{'x1':>8}{'x2':>8}{'x3':>8}")
+    for name, medians in results["median_coefficients"].items():
+        for what, values in (("median coefficients", medians), ("truth", results["truth"][name])):
+            print(f"{name:>10} {what:>19}" + "".join(f"{v:8.3f}" for v in values))
+    merged = results["merged"]
+    print(f"merged by coefficients, R² to the network {merged['r2']:.5f}")
+    for count, values in zip(merged["samples"], merged["coefficients"], strict=True):
+        print(f"{count:>22} samples" + "".join(f"{v:8.3f}" for v in values))
+
+
+def _draw(run: common.Run, network: torch.nn.Module, clusters: ActivationClusters, table: tables.Table) -> None:
+    from matplotlib import pyplot as plt
+
+    figure, (regions, output) = plt.subplots(1, 2, figsize=(11, 4.6), layout="constrained", width_ratios=(1, 1.2))
+    u, v, w = torch.eye(3, dtype=table.x.dtype)
+    resolution = 60 if run.given.quick else 300
+    for axes, chosen in ((regions, None), (output, 0)):
+        plots.region_plot(network, plane=(HEIGHT * w, u, v), output=chosen, resolution=resolution, axes=axes)
+        axes.set(xlabel="x1", ylabel="x2")
+    output.set_title("The network's output, and where units flip")
+    figure.suptitle(f"The plane x3 = {HEIGHT}")
+    run.figure(figure, "regions")
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.6), layout="constrained", width_ratios=(3, 2))
+    plots.cluster_coefficients(
+        clusters.importance(kind="coef"), clusters.counts_, features=table.features, most=12, axes=left
+    )
+    plots.coverage_curve(clusters.coverage(), axes=right)
+    run.figure(figure, "clusters")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
