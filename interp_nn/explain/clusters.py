@@ -7,6 +7,7 @@ is linear regression, or logistic regression, whose coefficients are read as suc
 from __future__ import annotations
 
 import inspect
+from copy import copy
 from functools import cached_property
 from typing import Any, Literal, get_args
 
@@ -16,13 +17,14 @@ from torch import Tensor, nn
 
 from interp_nn.explain.affine import AffineMap, linearize
 from interp_nn.explain.cluster_tree import ClusterTree, cluster_tree
-from interp_nn.explain.gates import GateSite, find_site, record
+from interp_nn.explain.gates import GateSite, record
 from interp_nn.explain.merging import by_distance, by_functions, by_size, equal_maps, mean_maps, path_distances, refit
 from interp_nn.explain.patterns import ActivationPatterns
-from interp_nn.explain.piecewise import PiecewiseAffine, Unseen
+from interp_nn.explain.piecewise import PiecewiseAffine, Unseen, apply_maps
 from interp_nn.explain.regions import Region, region
 
 By = Literal["affine", "coef", "hamming", "npk"]
+_PAIRS_AT_ONCE = 1 << 22  # of patterns that are compared
 
 
 class NotFittedError(ValueError, AttributeError):
@@ -94,8 +96,10 @@ class ActivationClusters(PiecewiseAffine):
 
     def layer_patterns(self, layer: int | str) -> ActivationPatterns:
         """The clusters' patterns in one layer of gates, an index or name of `sites_`."""
-        sizes = [site.shape.numel() for site in self.sites_]
-        index = find_site([site.name for site in self.sites_], layer)
+        names, sizes = [site.name for site in self.sites_], [site.shape.numel() for site in self.sites_]
+        index = names.index(layer) if isinstance(layer, str) and layer in names else layer
+        if isinstance(index, str) or not -len(names) <= index < len(names):
+            raise ValueError(f"layer: got {layer!r}, want one of {', '.join(names)}, or its index")
         return ActivationPatterns.from_gates(self.patterns_.unpack().split(sizes, 1)[index])
 
     def merge(self, n_clusters: int | None = None, by: By | Tensor = "coef", *, refit: bool = True) -> MergedClusters:
@@ -207,7 +211,7 @@ class ActivationClusters(PiecewiseAffine):
         new = (labels >= len(known)).nonzero().squeeze(1)
         labels[new] = -1
         if unseen == "nearest":
-            for part in new.split(self.batch_size):
+            for part in new.split(max(1, _PAIRS_AT_ONCE // len(known))):
                 labels[part] = patterns[part].hamming(known).argmin(1)
         return x, outputs, labels
 
@@ -253,23 +257,24 @@ class MergedClusters(PiecewiseAffine):
     """
 
     def __init__(self, clusters: ActivationClusters, members: Tensor, refitted: bool) -> None:
-        self._clusters, self.members_ = clusters, members
+        # A copy, as these clusters may be fitted again.
+        self._clusters, self.members_, self._refitted = copy(clusters), members, refitted
+        self._means = [mean_maps(part, members, clusters.counts_) for part in clusters._maps()]
         self.inputs_, self.outputs_, self.response_ = clusters.inputs_, clusters.outputs_, clusters.response_
         self.labels_ = self._merged(clusters.labels_)
         self.counts_ = clusters.counts_.new_zeros(int(members.max()) + 1).index_add_(0, members, clusters.counts_)
-        maps = clusters.affine_
-        self.affine_ = AffineMap.from_tensors(
-            *(mean_maps(values, members, clusters.counts_) for values in (maps.weight, maps.bias))
-        )
-        if refitted:
-            inside = self.labels_ >= 0
-            x, labels = self.inputs_[inside], self.labels_[inside]
-            residual = self.outputs_[inside] - self._apply(x, labels)
-            weight, bias = refit(x.flatten(1), residual.flatten(1), labels, len(self.counts_))
-            mean = self.affine_
-            self.affine_ = AffineMap.from_tensors(
-                mean.weight + weight.view_as(mean.weight), mean.bias + bias.view_as(mean.bias)
-            )
+
+    @cached_property
+    def affine_(self) -> AffineMap:
+        """The maps of the merged clusters; computed when first asked for."""
+        weight, bias = self._means
+        if self._refitted:
+            x, outputs, labels = self._inside()
+            residual = outputs.reshape(len(x), -1) - apply_maps(weight, bias, x.flatten(1), labels)
+            corrections = refit(x.flatten(1), residual, labels, len(self.counts_))
+            weight, bias = weight + corrections[0], bias + corrections[1]
+        inputs, outputs_ = self.inputs_.shape[1:], self.outputs_.shape[1:]
+        return AffineMap.from_tensors(weight.view(-1, *outputs_, *inputs), bias.view(-1, *outputs_))
 
     def __repr__(self) -> str:
         return f"MergedClusters({len(self.members_)} clusters merged into {len(self.counts_)})"

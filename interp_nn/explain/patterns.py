@@ -129,6 +129,8 @@ class ActivationPatterns:
 
     def __getitem__(self, samples: int | slice | Tensor) -> ActivationPatterns:
         if isinstance(samples, int):
+            if not -len(self) <= samples < len(self):
+                raise IndexError(f"sample: got {samples}, want one of {len(self)}")
             samples = slice(samples, samples + 1 or None)
         return ActivationPatterns(self.packed[samples], self.width)
 

@@ -40,10 +40,14 @@ class PiecewiseAffine(ABC):
 
     labels_: Tensor
     counts_: Tensor
-    affine_: AffineMap
     inputs_: Tensor
     outputs_: Tensor
     response_: Tensor | None
+
+    @property
+    @abstractmethod
+    def affine_(self) -> AffineMap:
+        """The clusters' maps."""
 
     @abstractmethod
     def _assign(self, X: object, unseen: Unseen) -> tuple[Tensor, Tensor, Tensor]:
@@ -203,8 +207,11 @@ class PiecewiseAffine(ABC):
 
     def _apply(self, x: Tensor, labels: Tensor) -> Tensor:
         """The maps of these clusters at x (n, *input): (n, *output)."""
-        weight, bias = self._maps()
-        size = max(1, _AT_ONCE // max(1, weight[0].numel()))
-        parts = zip(x.flatten(1).split(size), labels.split(size), strict=True)
-        values = [(weight[c] @ part.unsqueeze(2)).squeeze(2) + bias[c] for part, c in parts]
-        return torch.cat(values).view(-1, *self.outputs_.shape[1:])
+        return apply_maps(*self._maps(), x.flatten(1), labels).view(-1, *self.outputs_.shape[1:])
+
+
+def apply_maps(weight: Tensor, bias: Tensor, x: Tensor, labels: Tensor) -> Tensor:
+    """W_c x + b_c (n, outputs) of x (n, d) with the maps (clusters, outputs, d), (clusters, outputs) that the labels choose."""
+    size = max(1, _AT_ONCE // max(1, weight[0].numel()))
+    parts = zip(x.split(size), labels.split(size), strict=True)
+    return torch.cat([(weight[c] @ part.unsqueeze(2)).squeeze(2) + bias[c] for part, c in parts])

@@ -1,4 +1,5 @@
 import math
+import pickle
 
 import numpy as np
 import pytest
@@ -317,6 +318,15 @@ def test_fitting_again_forgets():
     assert len(before[1]) > len(clusters.rank_)
 
 
+def test_merged_clusters_stay_as_they_are():
+    clusters, _, x = fitted(3, 6, 1)
+    merged, labels = clusters.merge(3), clusters.merge(3).labels_
+    clusters.fit(x[:9])
+    assert torch.equal(merged.predict(x), labels) and merged.check() < 1
+    assert len(merged.rank_) == 3
+    assert torch.equal(pickle.loads(pickle.dumps(merged)).predict(x), labels)
+
+
 @pytest.mark.parametrize(
     "use",
     [
@@ -362,7 +372,7 @@ NAN = torch.tensor([[0.0, 1.0, 2.0], [0.0, torch.nan, 1.0], [torch.inf, 0.0, 0.0
         (lambda c: c.merge(2, by="colour"), ValueError, "by: got 'colour', want one of affine, coef, hamming, npk, or a tensor"),
         (lambda c: c.merge(by=torch.zeros(2)), ValueError, r"by: got torch.float32 of shape \(2,\), want integers of shape"),
         (lambda c: c.tree(3), ValueError, "depth: got 3, want 1 to 1"),
-        (lambda c: c.layer_patterns("fc7"), ValueError, "site: got 'fc7', want"),
+        (lambda c: c.layer_patterns("fc7"), ValueError, "layer: got 'fc7', want one of 1, or its index"),
         (lambda c: c.set_params(min_size=0).fit(c.inputs_), ValueError, "min_size: got 0, want at least 1"),
         (lambda c: c.set_params(min_size=10**6).fit(c.inputs_), ValueError, "min_size: got 1000000, but no pattern has more"),
     ],

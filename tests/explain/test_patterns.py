@@ -95,3 +95,13 @@ def test_samples_are_selected_compared_and_hashed():
 def test_bad_input_is_named(make, error, text):
     with pytest.raises(error, match=text):
         make()
+
+
+def test_a_sample_that_is_not_there():
+    """An index past the end raises, which is what ends a loop over the samples."""
+    patterns = ActivationPatterns.from_gates(torch.rand(3, 9) < 0.5)
+    assert [len(p) for p in patterns] == [1, 1, 1]
+    assert patterns[-3] == patterns[0]
+    for sample in (3, -4):
+        with pytest.raises(IndexError, match=f"sample: got {sample}, want one of 3"):
+            patterns[sample]

@@ -94,3 +94,44 @@ def test_bad_input_is_named(arguments, error, text):
 def test_points_of_another_space():
     with pytest.raises(ValueError, match=r"x: got shape \(4,\), want \(\.\.\., 3\)"):
         Region(torch.ones(2, 3), torch.ones(2), torch.ones(2).bool()).contains(torch.ones(4))
+
+
+def test_the_largest_ball():
+    """In a right triangle with legs 3 and 4 it is the inscribed circle, of radius 1 about (1, 1)."""
+    normals = torch.tensor([[5.0, 0.0], [0.0, 0.1], [4.0, 3.0], [0.0, 0.0]])
+    triangle = Region(normals, torch.tensor([0.0, 0.0, -12.0, 3.0]), torch.tensor([True, True, False, True]))
+    centre, radius = triangle.chebyshev()
+    torch.testing.assert_close(centre, torch.ones(2))
+    assert radius == pytest.approx(1)
+    centre, radius = triangle.chebyshev(box=(0.0, torch.tensor([0.5, 9.0])))
+    assert radius == pytest.approx(0.25) and centre[0] == pytest.approx(0.25)
+
+
+def test_the_largest_ball_of_a_networks_region():
+    _, region_of = network()
+    for _ in range(5):
+        x = torch.randn(5, dtype=DTYPE)
+        region = region_of(x)
+        centre, radius = region.chebyshev(box=(x - 1, x + 1))
+        within = torch.cat([x + 1 - centre, centre - x + 1]).amin()
+        assert radius == pytest.approx(min(region.radius(centre).item(), within.item())) and bool(
+            region.contains(centre)
+        )
+        assert radius >= min(region.radius(x).item(), 1) - 1e-9
+        for other in centre + 0.05 * torch.randn(50, 5, dtype=DTYPE):
+            inside = torch.cat([x + 1 - other, other - x + 1]).amin()
+            assert min(region.radius(other).item(), inside.item()) <= radius + 1e-9
+
+
+def test_regions_without_a_largest_ball():
+    half = Region(torch.tensor([[1.0, 0.0]]), torch.zeros(1), torch.tensor([True]))
+    with pytest.raises(ValueError, match="box: got None, but balls of any size fit"):
+        half.chebyshev()
+    with pytest.raises(ValueError, match=r"box: got \(-2, -1\), but no ball fits"):
+        half.chebyshev((-2, -1))
+
+
+def test_the_largest_ball_without_scipy(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "scipy.optimize", None)
+    with pytest.raises(ImportError, match=r"pip install interp_nn\[explain\]"):
+        Region(torch.ones(1, 1), torch.ones(1), torch.tensor([True])).chebyshev()
