@@ -10,7 +10,7 @@ from torch import Tensor
 from interp_nn.explain.merging import by_size
 from interp_nn.explain.patterns import ActivationPatterns
 
-_CHILDREN = 4  # of a node that are printed
+_CHILDREN = 4  # of the root that are printed; half as many of each of them, and so on down to one
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,11 +49,11 @@ class ClusterTree:
             return []
         level, lines = self.levels[depth], []
         children = (level.parents == parent).nonzero().squeeze(1).tolist()
-        for node in children[:_CHILDREN]:
+        most = max(1, _CHILDREN >> depth)
+        for node in children[:most]:
             lines += [f"{'  ' * depth}{level.layer} {node}: {int(level.counts[node])}", *self._below(depth + 1, node)]
-        if len(children) > _CHILDREN:
-            rest = int(level.counts[children[_CHILDREN:]].sum())
-            lines.append(f"{'  ' * depth}and {len(children) - _CHILDREN} smaller: {rest}")
+        if rest := children[most:]:
+            lines.append(f"{'  ' * depth}and {len(rest)} smaller: {int(level.counts[rest].sum())}")
         return lines
 
 

@@ -7,6 +7,7 @@ is linear regression, or logistic regression, whose coefficients are read as suc
 from __future__ import annotations
 
 import inspect
+import warnings
 from copy import copy
 from functools import cached_property
 from typing import Any, Literal, get_args
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from interp_nn.explain.affine import AffineMap, linearize
 from interp_nn.explain.cluster_tree import ClusterTree, cluster_tree
-from interp_nn.explain.gates import GateSite, record
+from interp_nn.explain.gates import GateSite, record, supported_ops
 from interp_nn.explain.merging import by_distance, by_functions, by_size, equal_maps, mean_maps, path_distances, refit
 from interp_nn.explain.patterns import ActivationPatterns
 from interp_nn.explain.piecewise import PiecewiseAffine, Unseen, apply_maps
@@ -44,8 +45,8 @@ class ActivationClusters(PiecewiseAffine):
     patterns_: ActivationPatterns, one a cluster. first_: (clusters,) int64, the first sample of each. margin_: (n,) the
     smallest |preactivation| of each sample, over all units. sites_: the gates that make the pattern, in call order.
 
-    Choices by index (max-pooling) are no part of the pattern, and secants (GELU) are no gates: with them, samples of one
-    cluster may have several maps, and `check()` is then no longer rounding.
+    Choices by index (max-pooling) are no part of the pattern, and secants (GELU, a sigmoid at the end) are no gates: with them,
+    samples of one cluster may have several maps, and `check()` is then no longer rounding. `fit` warns of secants.
     """
 
     patterns_: ActivationPatterns
@@ -60,13 +61,15 @@ class ActivationClusters(PiecewiseAffine):
         """Find the clusters of the samples X (n, *input), a tensor or what numpy makes an array of; returns self.
 
         y (n,): what was observed, which `summary` compares the maps with; classes (integers) for a model of several outputs.
-        X is taken to the dtype and device of the model's parameters. Raises ValueError for no samples, for values that are
-        not finite, for a model without gates, for another number of responses, and where min_size leaves no cluster.
+        X is taken to the dtype and device of the model's parameters. Warns of secants in the model. Raises ValueError for no
+        samples, for values that are not finite, for a model without gates, for another number of responses, and where min_size
+        leaves no cluster.
         """
         if self.min_size < 1:
             raise ValueError(f"min_size: got {self.min_size}, want at least 1")
         x = self._samples(X)
         patterns, outputs, margin, sites = self._record(x)
+        self._warn_of_secants(x[:1])
         response = None if y is None else self._response(y, x)
         groups = patterns.groups()
         size = groups.counts.argsort(descending=True, stable=True)
@@ -108,7 +111,8 @@ class ActivationClusters(PiecewiseAffine):
         by: "coef" k-means, weighted by size, on the maps as functions of standardised inputs (Sudjianto et al., arXiv
         2011.04041); "hamming" agglomeration by the number of gates that differ; "npk" agglomeration by the share of active paths
         that two patterns do not have in common, the gates' part of the neural path kernel (Lakshminarayanan & Singh, arXiv
-        2006.10529). They make n_clusters; the last two need memory for all pairs of clusters, and all three scikit-learn.
+        2006.10529). They make n_clusters; the last two need memory for all pairs of clusters, and all three scikit-learn. k-means
+        may spend a group on a few clusters that are steep and narrow, where another is better for few groups.
         Without n_clusters: "affine" puts together those with the same map, as where gates of dead units differ, and loses
         nothing; a tensor (clusters,) of integers is the groups themselves, such as a level of `tree` or the groups of
         `layer_patterns`.
@@ -161,7 +165,7 @@ class ActivationClusters(PiecewiseAffine):
     def _samples(self, X: object) -> Tensor:
         """X as the model takes it."""
         like = next((p for p in self.model.parameters() if p.is_floating_point()), None)
-        x = X.detach() if isinstance(X, Tensor) else torch.as_tensor(np.asarray(X))
+        x = X.detach() if isinstance(X, Tensor) else torch.from_numpy(np.array(X))
         x = x.to(torch.get_default_dtype()) if like is None else x.to(like.device, like.dtype)
         if x.dim() < 2 or not len(x):
             raise ValueError(f"X: got shape {tuple(x.shape)}, want (n, ...) with n > 0")
@@ -170,6 +174,15 @@ class ActivationClusters(PiecewiseAffine):
                 f"X: {int((~x.isfinite().flatten(1).all(1)).sum())} of its samples have values that are not finite"
             )
         return x
+
+    def _warn_of_secants(self, x: Tensor) -> None:
+        report = supported_ops(self.model, x)
+        if not report.exact:
+            found = [
+                f"{name} in layer {layer!r}" for name, layer, how, _ in report.rows if how not in ("affine", "gate")
+            ]
+            text = "is no gate, so that samples of one cluster may have several maps; see check()"
+            warnings.warn(f"model: {', '.join(found)} {text}", stacklevel=3)
 
     def _record(self, x: Tensor) -> tuple[ActivationPatterns, Tensor, Tensor, tuple[GateSite, ...]]:
         """The samples' patterns, outputs and margins, and the gates that make the patterns."""

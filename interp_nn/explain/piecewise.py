@@ -67,7 +67,7 @@ class PiecewiseAffine(ABC):
         return self._apply(x, labels)
 
     def fidelity(self, X: object | None = None) -> Fidelity:
-        """How well the maps stand for the network, on new samples or on those of the clusters."""
+        """How well the maps stand for the network, on new samples, or on those of the clusters, which fitted maps flatter."""
         if X is None:
             x, wanted, labels = self._inside()
         else:
@@ -158,7 +158,7 @@ class PiecewiseAffine(ABC):
             values = response[own].double()
             spread = values.std() if len(values) > 1 else values.new_full((), torch.nan)
             statistics.append((values.mean(), spread, score(fitted[own], response[own]), score(fitted, response)))
-        mean, std, local, overall = torch.tensor(statistics, dtype=torch.float64).unbind(1)
+        mean, std, local, overall = torch.tensor(statistics, dtype=torch.float64).view(-1, 4).unbind(1)
         return ClusterTable(
             samples=len(x),
             clusters=len(self.counts_),

@@ -41,6 +41,8 @@ def test_clusters_are_the_samples_that_share_a_pattern():
     margin = torch.cat(hidden(model, x), 1).abs().amin(1)
     torch.testing.assert_close(clusters.margin_, margin)
     assert torch.equal(clusters.coverage(), clusters.counts_.cumsum(0).double() / 300)
+    assert torch.equal(clusters.affine_[2].weight.squeeze(0), clusters.affine_.weight[2])
+    assert not clusters.affine_.weight.requires_grad
     assert len(clusters.affine_.bias) == len(clusters.counts_) < 300 and not clusters.outputs_.requires_grad
 
 
@@ -293,6 +295,7 @@ def test_a_table_of_the_networks_own_output():
     clusters, _, _ = fitted(3, 6, 1)
     table = clusters.summary()
     assert table.score is None and "R²" not in str(table)
+    assert len(clusters.summary(rows=0).count) == 0 and "share" in str(clusters.summary(rows=0))
     assert table.mean[0] == pytest.approx(clusters.outputs_[clusters.labels_ == 0].mean().item())
 
 
@@ -306,7 +309,9 @@ def test_what_scikit_learn_expects():
     assert repr(copy.set_params(min_size=1)).startswith("ActivationClusters(300 samples in ")
     with pytest.raises(ValueError, match="size: not a parameter; want one of model, min_size, batch_size"):
         clusters.set_params(size=1)
-    single = ActivationClusters(mlp(3, 6, 1, dtype=torch.float32)).fit(np.zeros((2, 3)))
+    rows = np.zeros((2, 3))
+    rows.flags.writeable = False
+    single = ActivationClusters(mlp(3, 6, 1, dtype=torch.float32)).fit(rows)
     assert single.inputs_.dtype == torch.float32 and single.counts_.tolist() == [2]
 
 
@@ -411,6 +416,15 @@ def test_models_without_clusters(model, error, text):
     x = torch.tensor([[1.0, 2.0], [3.0, 4.0], [8.0, 9.0]])
     with pytest.raises(error, match=text):
         ActivationClusters(model, batch_size=2).fit(x)
+
+
+def test_secants_are_warned_of_and_show_in_the_check():
+    """A sigmoid at the end: a probability is no affine function of the input, its logit is."""
+    model, x = mlp(2, 4, 1), 4 * torch.randn(90, 2, dtype=torch.float64)
+    clusters = ActivationClusters(nn.Sequential(*model, nn.Sigmoid()))
+    with pytest.warns(UserWarning, match="model: sigmoid in layer '3' is no gate, so that samples of one cluster may"):
+        clusters.fit(x)
+    assert clusters.check() > 1e-3 and ActivationClusters(model).fit(x).check() < 1e-12
 
 
 def test_choices_by_index_show_in_the_check():

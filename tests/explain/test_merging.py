@@ -108,6 +108,12 @@ def test_a_tree_nests():
     assert text[:2] == ["30 samples", "layer first: 4 nodes"] and text[4] == f"first 0: {int(tree.levels[0].counts[0])}"
 
 
+def test_a_deep_tree_stays_short():
+    gates = torch.rand(4000, 30) < 0.5
+    layers = {str(i): ActivationPatterns.from_gates(gates[:, 3 * i : 3 * i + 3]) for i in range(10)}
+    assert len(str(cluster_tree(layers, torch.ones(4000).long())).splitlines()) < 150
+
+
 def test_a_tree_shows_the_largest_nodes_and_counts_the_rest():
     layer = ActivationPatterns.from_gates(torch.eye(6).bool())
     assert str(cluster_tree({"only": layer}, torch.tensor([9, 8, 7, 6, 5, 4]))).splitlines() == [
