@@ -48,7 +48,10 @@ def linearize(
     Raises what `record` raises; ValueError or TypeError for a target or site that the model does not have.
     """
     select, secant = _selector(target), check_mode(mode) == "secant"
-    recording = run_recorded(model, x, select, strict=False, differentiable=secant, keep=upto is not None)
+    if upto is not None and target is not None:
+        raise ValueError(f"target, upto: got {target!r} and {upto!r}, want one of them")
+    strict = secant and upto is None
+    recording = run_recorded(model, x, select, strict=strict, differentiable=secant, keep=upto is not None)
     site = None if upto is None else recording.site(upto)
     output = recording.output if site is None else recording.recorder.sites[site].preactivations
     itself = Tangent(model, select, site)
@@ -193,14 +196,29 @@ class AffineMap:
         )
 
     def check(self) -> float:
-        """max |F(x) - (W x + b)| / max |F(x)| at the linearized x."""
+        """max |F(x) - (W x + b)| / max |F(x)| at the linearized x, or the defect of the rows if that is larger.
+
+        F is the model itself, W x a forward-mode derivative of the replay, b the replay at 0. The rows, by reverse mode, are
+        compared with it in one direction a sample; they differ where samples of a batch depend on one another.
+        """
         operator = self._operator
         if self._function is None or not isinstance(operator, Traced):
             raise ValueError("check: got a map without its model, want one as `linearize` returned it")
         with torch.no_grad():
             wanted = self._function(*operator.x)
-            found = operator.columns(tuple(t.unsqueeze(0) for t in operator.x))[0] + self.bias
-        return float((found - wanted).abs().max() / wanted.abs().max())
+            moved = operator.columns(tuple(t.unsqueeze(0) for t in operator.x))[0]
+            residual = (moved + self.bias - wanted).abs().max() / wanted.abs().max()
+            pushed = (wanted * moved).reshape(operator.n, -1)
+            pulled = torch.cat(
+                [
+                    (r * x).reshape(operator.n, -1)
+                    for r, x in zip(_several(self.rmatvec(wanted)), operator.x, strict=True)
+                ],
+                1,
+            )
+            size = (pushed.abs().sum(1) + pulled.abs().sum(1)).clamp_min(torch.finfo(moved.dtype).tiny)
+            defect = (pushed.sum(1) - pulled.sum(1)).abs() / size
+        return float(torch.maximum(residual, defect.max()))
 
     def to(self, dtype: torch.dtype) -> AffineMap:
         """The map in another dtype; forms W."""

@@ -22,6 +22,10 @@ class UnsupportedOperation(NotImplementedError):  # noqa: N818 - like NotImpleme
     """An operation through which no affine map is known: the message names it and its layer."""
 
 
+class RefusedError(Exception):
+    """Raised by a rule for a call that it cannot treat, with the reason."""
+
+
 @dataclass(frozen=True)
 class Source:
     """The call at which a value ceased to be affine in the input."""
@@ -36,10 +40,14 @@ class Source:
 
 @dataclass(frozen=True)
 class Kind:
-    """How a tensor depends on the input: affinely (no source), or not. A factor's value may be frozen where it multiplies."""
+    """How a tensor depends on the input: affinely (no source), or not.
+
+    factor: its value may be frozen where it multiplies. step: it is piecewise constant, so that freezing it is exact.
+    """
 
     source: Source | None = None
     factor: bool = False
+    step: bool = False
 
 
 @dataclass
@@ -91,14 +99,15 @@ class Treatment:
     """What becomes of a call.
 
     how: 'affine', 'gate' (exactly piecewise linear), 'secant' or 'frozen'. replay: what computes it in the replay. source:
-    set for a value that is not affine, which is replayed as it was recorded. preactivations: of the on/off gates, which are
-    on where they are positive.
+    set for a value that is not affine, which is replayed as it was recorded. factor, step: see `Kind`. preactivations: of the
+    on/off gates, which are on where they are positive.
     """
 
     how: str
     replay: Replay | None = None
     source: Source | None = None
     factor: bool = False
+    step: bool = False
     preactivations: Callable[[Call], Tensor] | None = None
 
 
@@ -141,3 +150,8 @@ def same(call: Call) -> Any:
 def frozen(call: Call, source: Source | None = None) -> Treatment:
     """A value that is not affine, which is replayed as it was recorded."""
     return Treatment("frozen", source=source or call.here())
+
+
+def stepped(call: Call) -> Treatment:
+    """A value that is piecewise constant: a comparison, a rounding, an index."""
+    return Treatment("gate", source=call.here(), step=True)

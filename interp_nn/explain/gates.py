@@ -59,7 +59,11 @@ class GateRecord:
 
     def margin(self) -> Tensor:
         """The smallest |preactivation| of each sample, (n,); infinite without gates. Patterns are unstable where it is tiny."""
-        smallest = [z.flatten(1).abs().amin(1) for z in self._preactivations if z.numel()]
+        smallest = [
+            (z.abs().masked_fill(z == 0, torch.inf) if "max" in site.operation else z.abs()).flatten(1).amin(1)
+            for site, z in zip(self.sites, self._preactivations, strict=True)
+            if z.numel()
+        ]
         return torch.stack(smallest).amin(0) if smallest else torch.full((self._samples,), torch.inf)
 
     def __repr__(self) -> str:

@@ -10,7 +10,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from interp_nn.explain.calls import RANDOM, Call, Replay, Rule, Treatment, UnsupportedOperation, frozen
+from interp_nn.explain.calls import RANDOM, Call, RefusedError, Replay, Rule, Treatment, frozen, stepped
+from interp_nn.explain.contests import Contest, Later, adaptive_windows, sliding_windows, whole
+
+_STEP = (0, 1)
 
 
 @dataclass(frozen=True)
@@ -31,7 +34,7 @@ class Pieces:
         gates = [z > kink for kink in self.kinks]
 
         def chosen(values: tuple[Any, ...]) -> Tensor:
-            if values == (0, 1):
+            if values is _STEP:
                 return gates[0].to(z.dtype)
             result = torch.zeros_like(z) + values[0]
             for gate, value in zip(gates, values[1:], strict=True):
@@ -51,7 +54,7 @@ def _prelu(call: Call) -> Pieces:
 
 def _rrelu(call: Call) -> Pieces:
     if call.argument(3, "training", default=False):
-        raise UnsupportedOperation(str(call.here(RANDOM)))
+        raise RefusedError(RANDOM)
     slope = (call.argument(1, "lower", default=1 / 8) + call.argument(2, "upper", default=1 / 3)) / 2
     return Pieces((0,), (slope, 1), (0, 0))
 
@@ -81,7 +84,7 @@ def _shrink(soft: bool) -> Callable[[Call], Pieces]:
 
 
 PIECES: dict[str, Callable[[Call], Pieces]] = {
-    "relu": lambda call: Pieces((0,), (0, 1), (0, 0)),
+    "relu": lambda call: Pieces((0,), _STEP, (0, 0)),
     "leaky_relu": lambda call: Pieces((0,), (call.argument(1, "negative_slope", default=0.01), 1), (0, 0)),
     "prelu": _prelu,
     "rrelu": _rrelu,
@@ -103,7 +106,9 @@ def gated(pieces: Callable[[Call], Pieces], factor: bool = False) -> Rule:
         slope, offset = shape.at(call.input)
         if call.name == "abs":  # PyTorch's gradient of abs at 0 is 0
             slope = call.input.sign()
-        return Treatment("gate", sloped(slope, offset), None, factor, lambda now: shape.preactivations(now.input))
+        return Treatment(
+            "gate", sloped(slope, offset), factor=factor, preactivations=lambda now: shape.preactivations(now.input)
+        )
 
     return rule
 
@@ -150,9 +155,9 @@ def compared(call: Call) -> Treatment:
     """gt, ge, lt, le: the result is a gate, on (but for ties) where the difference is positive."""
     sign = 1 if call.name in ("gt", "ge", "greater", "greater_equal") else -1
     if any(call.source(t) is not None for t in call.tensors()):
-        return frozen(call)
+        return stepped(call)
     return Treatment(
-        "gate", source=call.here(), preactivations=lambda now: sign * (now.input - now.argument(1, "other"))
+        "gate", source=call.here(), step=True, preactivations=lambda now: sign * (now.input - now.argument(1, "other"))
     )
 
 
@@ -160,16 +165,25 @@ def pooled(dimensions: int) -> Rule:
     """Max-pooling, by the index of the largest, the first one on a tie."""
 
     def rule(call: Call) -> Treatment:
+        adaptive = call.name.startswith("adaptive")
         pool = getattr(F, f"{call.name.removesuffix('_with_indices')}_with_indices")
         kwargs = {key: value for key, value in call.kwargs.items() if key != "return_indices"}
-        _, indices = pool(*call.args[:6], **kwargs)
+        _, indices = pool(*call.args[: 2 if adaptive else 6], **kwargs)
         both = call.name.endswith("_with_indices") or call.kwargs.get("return_indices", False)
 
+        def flat(now: Call) -> Tensor:
+            return now.input.flatten(-dimensions)
+
         def replay(now: Call) -> Tensor | tuple[Tensor, Tensor]:
-            picked = now.input.flatten(-dimensions).gather(-1, indices.flatten(-dimensions)).view(indices.shape)
+            picked = flat(now).gather(-1, indices.flatten(-dimensions)).view(indices.shape)
             return (picked, indices) if both else picked
 
-        return Treatment("gate", replay)
+        def preactivations() -> Replay:
+            windows = (adaptive_windows if adaptive else sliding_windows)(call, indices.shape[-dimensions:])
+            contest = Contest(flat(call), windows, indices.flatten(-dimensions))
+            return lambda now: contest.preactivations(flat(now))
+
+        return Treatment("gate", replay, preactivations=Later(preactivations))
 
     return rule
 
@@ -185,12 +199,22 @@ def selected(call: Call) -> Treatment:
     indices = result[1]
     dim = call.argument(2 if call.name in ("topk", "kthvalue") else 1, "dim", default=-1)
 
-    def replay(now: Call) -> tuple[Tensor, Tensor]:
+    def replay(now: Call) -> Any:
         kept = indices.dim() == now.input.dim()
         values = now.input.gather(dim, indices if kept else indices.unsqueeze(dim))
-        return values if kept else values.squeeze(dim), indices
+        return type(result)((values if kept else values.squeeze(dim), indices))
 
-    return Treatment("gate", replay)
+    if call.name not in ("max", "min"):
+        return Treatment("gate", replay)
+    sign, winner = (
+        1 if call.name == "max" else -1,
+        indices if indices.dim() == call.input.dim() else indices.unsqueeze(dim),
+    )
+    return Treatment(
+        "gate",
+        replay,
+        preactivations=_ranked(lambda now: sign * now.input.movedim(dim, -1), call, winner.movedim(dim, -1)),
+    )
 
 
 def largest(call: Call) -> Treatment:
@@ -213,4 +237,16 @@ def largest(call: Call) -> Treatment:
             picked = picked.unsqueeze(d)
         return picked
 
-    return Treatment("gate", replay)
+    sign = 1 if call.name == "amax" else -1
+    return Treatment("gate", replay, preactivations=_ranked(lambda now: sign * flat(now.input), call, index))
+
+
+def _ranked(values: Callable[[Call], Tensor], call: Call, winner: Tensor) -> Later:
+    """Gates of a choice of the largest along the last dimension."""
+
+    def preactivations() -> Replay:
+        z = values(call)
+        contest = Contest(z, whole(z), winner)
+        return lambda now: contest.preactivations(values(now))
+
+    return Later(preactivations)

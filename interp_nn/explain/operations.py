@@ -7,7 +7,6 @@ only multiply, mask or index what is ('frozen'). What the table does not name is
 
 from __future__ import annotations
 
-import inspect
 import types
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -17,7 +16,21 @@ import torch
 from torch import Tensor
 
 from interp_nn.explain import kinks, secants
-from interp_nn.explain.calls import RANDOM, Call, Replay, Rule, Treatment, UnsupportedOperation, frozen, same
+from interp_nn.explain.calls import (
+    RANDOM,
+    Call,
+    Kind,
+    RefusedError,
+    Replay,
+    Rule,
+    Treatment,
+    frozen,
+    same,
+    stepped,
+    tensors,
+)
+
+_PRODUCT_OF_TWO = "it multiplies two values that both depend on the input"
 
 # Affine operations
 
@@ -55,15 +68,15 @@ def multiplied(factors: Sequence[tuple[int, str]], addends: Sequence[tuple[int, 
         ]
         affine = [(place, name, value) for place, name, value in operands if call.affine(value)]
         if len(affine) <= 1:
-            fixed = all(call.kind(value) is None for _, _, value in operands if not call.affine(value))
+            used = [kind for _, _, value in operands if (kind := call.kind(value)) is not None]
             kind = call.kind(affine[0][2]) if affine else None
             keeps = kind is not None and kind.factor and not addends
-            if not affine and any(call.kind(value) is not None for _, _, value in operands):
+            if not affine and used:
                 return frozen(call)  # gate * constant + affine
-            return Treatment("affine" if fixed else "secant", same, factor=keeps)
+            return Treatment(_how(used) if affine else "affine", same, factor=keeps)
         gates = [(place, name, value) for place, name, value in affine if (k := call.kind(value)) and k.factor]
         if len(affine) - len(gates) != 1 or len({id(value) for _, _, value in affine}) < len(affine):
-            return frozen(call, call.here("it multiplies two values that both depend on the input"))
+            return frozen(call, call.here(_PRODUCT_OF_TWO))
         return Treatment("secant", _with_frozen([(p, n, v.detach().clone()) for p, n, v in gates]))
 
     return rule
@@ -86,6 +99,26 @@ def _with_frozen(values: Sequence[tuple[int, str, Tensor]]) -> Replay:
     return replay
 
 
+def passed(call: Call) -> Treatment:
+    """detach and data: for the value of a network it makes no difference where gradients stop."""
+    return Treatment("affine", lambda now: now.input if now.inplace else now.input.view_as(now.input))
+
+
+def summed_products(call: Call) -> Treatment:
+    """einsum: affine where one operand is."""
+    used = [kind for t in tensors(call.args[1:]) if (kind := call.kind(t)) is not None]
+    if sum(kind.source is None for kind in used) > 1:
+        return frozen(call, call.here(_PRODUCT_OF_TWO))
+    return Treatment(_how(used), same)
+
+
+def _how(used: Sequence[Kind]) -> str:
+    """How a product is treated whose factors that depend on the input are these, one of them affine."""
+    if len(used) == 1:
+        return "affine"
+    return "gate" if all(kind.step for kind in used if kind.source is not None) else "secant"
+
+
 def divided(call: Call) -> Treatment:
     """A quotient: affine in the numerator."""
     if call.kwargs.get("rounding_mode") is not None or call.affine(call.argument(1, "other")):
@@ -97,7 +130,7 @@ def identity_unless_training(call: Call) -> Treatment:
     """Dropout."""
     p = call.argument(1, "p", default=0.5)
     if call.argument(2, "training", "train", default=True) and p > 0:
-        raise UnsupportedOperation(str(call.here(RANDOM)))
+        raise RefusedError(RANDOM)
     return rearranged(call)
 
 
@@ -105,7 +138,7 @@ def batch_normalized(call: Call) -> Treatment:
     """Batch norm by running statistics."""
     if call.argument(5, "training", default=False):
         reason = "it uses the statistics of the batch, which couple its samples; want running statistics, model.eval()"
-        raise UnsupportedOperation(str(call.here(reason)))
+        raise RefusedError(reason)
     return rearranged(call)
 
 
@@ -129,7 +162,7 @@ TABLE: dict[str, Rule] = {
         " movedim moveaxis expand expand_as broadcast_to contiguous clone to float double half bfloat16 type type_as cpu cuda"
         " chunk split split_with_sizes tensor_split unsafe_chunk unsafe_split unbind narrow select slice __getitem__ index_select"
         " gather take_along_dim masked_select roll flip fliplr flipud rot90 repeat tile repeat_interleave diagonal diag_embed tril"
-        " triu unfold fold pixel_shuffle pixel_unshuffle channel_shuffle detach data alias positive"
+        " triu unfold fold pixel_shuffle pixel_unshuffle channel_shuffle alias positive"
         " cat concat concatenate stack hstack vstack dstack column_stack where masked_fill masked_scatter scatter scatter_add"
         " index_add index_copy index_put index_fill select_scatter slice_scatter diagonal_scatter __setitem__ copy fill zero"
         " sum mean cumsum diff nansum pad constant_pad_nd zero_pad2d"
@@ -141,7 +174,11 @@ TABLE: dict[str, Rule] = {
     # Products.
     **_names("mul multiply matmul mm bmm mv dot inner outer ger kron tensordot __rmatmul__ __matmul__", _PRODUCT),
     **_names("linear conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d", _LINEAR),
-    **_names("bilinear", _BILINEAR),
+    "bilinear": _BILINEAR,
+    "einsum": summed_products,
+    "addcmul": multiplied([(1, "tensor1"), (2, "tensor2")], [(0, "input")]),
+    "lerp": multiplied([(2, "weight"), (1, "end")], [(0, "input")]),
+    **_names("detach data", passed),
     **_names("addmm addmv baddbmm addbmm", _addmm),
     **_names("div divide true_divide", divided),
     **_names(
@@ -178,10 +215,14 @@ TABLE: dict[str, Rule] = {
     # Not affine: their values may multiply, mask or index.
     **_names(
         "softmax log_softmax softmin exp exp2 expm1 log log2 log10 log1p logsumexp pow __rpow__ square sqrt rsqrt reciprocal __rdiv__"
-        " norm vector_norm linalg_vector_norm linalg_norm var std var_mean std_mean prod cos sign sgn floor ceil round trunc"
-        " eq ne isnan isinf isfinite argmax argmin argsort cosine_similarity cdist pairwise_distance long int bool any all"
-        " count_nonzero nonzero atan2 remainder fmod cross __bool__ is_nonzero equal allclose",
+        " norm vector_norm linalg_vector_norm linalg_norm var std var_mean std_mean prod cos"
+        " cosine_similarity cdist pairwise_distance atan2 remainder fmod cross",
         frozen,
+    ),
+    **_names(
+        "eq ne isnan isinf isfinite signbit sign sgn floor ceil round trunc argmax argmin argsort long int bool any all"
+        " logical_not count_nonzero nonzero __bool__ is_nonzero equal allclose",
+        stepped,
     ),
 }
 
@@ -232,7 +273,8 @@ def operation_name(function: Callable[..., Any]) -> str:
 def _place_of_inplace(function: Callable[..., Any]) -> int | None:
     if not isinstance(function, types.FunctionType):
         return None
-    names = list(inspect.signature(function).parameters)
+    code = function.__code__
+    names = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
     return names.index("inplace") if "inplace" in names else None
 
 

@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from interp_nn.explain.replay import over_copies
+
 Vectors = tuple[Tensor, ...]  # one tensor (r, n, *input) for each of the inputs
 
 
@@ -111,7 +113,7 @@ class Traced(Operator):
     def columns(self, v: Vectors) -> Tensor:
         if len(v[0]) == 1:
             return self._push(*(t[0] for t in v)).unsqueeze(0)
-        return torch.vmap(self._push)(*v)
+        return over_copies(self._push, *v)
 
     def pullback(self) -> Callable[[Tensor], Vectors]:
         if self._start is not None:
@@ -122,6 +124,8 @@ class Traced(Operator):
                 out = self._function(*x)
 
         def pull(u: Tensor) -> Vectors:
+            if not out.requires_grad:  # a model without a gradient
+                return tuple(t.new_zeros(len(u), *t.shape) for t in x)
             if len(u) > 1:
                 return torch.autograd.grad(out, x, u, retain_graph=True, is_grads_batched=True, materialize_grads=True)
             rows = torch.autograd.grad(out, x, u[0], retain_graph=True, materialize_grads=True)

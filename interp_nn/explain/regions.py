@@ -126,4 +126,6 @@ def region(model: nn.Module, x: Tensor) -> Region:
     flat = x.detach().reshape(-1)
     with torch.no_grad():
         normals = torch.func.jacrev(preactivations)(flat)
-        return Region(normals, preactivations(torch.zeros_like(flat)), preactivations(flat) > 0)
+        offsets, on = preactivations(torch.zeros_like(flat)), preactivations(flat) > 0
+        real = offsets.isfinite()  # a max-pooling's windows have no candidates beyond the border
+        return Region(normals[real], offsets[real], on[real])

@@ -62,8 +62,8 @@ def run_recorded(
     recorder.enter(given)
     with (
         torch.inference_mode(False),
-        torch.no_grad(),
-        _untouched(model, inputs),
+        torch.set_grad_enabled(differentiable),
+        _untouched(model, inputs, recorder.refuse),
         layers.following(),
         _eager(),
         recorder,
@@ -104,7 +104,7 @@ class Replay(nn.Module):
             got, want = [tuple(t.shape) for t in v], [tuple(shape) for shape in self.shapes]
             raise ValueError(f"v: got shapes {got}, want {want}, or several copies stacked")
         stacked = [t.unflatten(0, (copies, n)) for t in v]
-        out = torch.vmap(lambda *each: self._follow(each)[0])(*stacked)
+        out = over_copies(lambda *each: self._follow(each)[0], *stacked)
         return replaced(out, lambda t: t.flatten(0, 1))
 
     def preactivations(self, v: Sequence[Tensor], site: int) -> Tensor:
@@ -158,6 +158,17 @@ class Replay(nn.Module):
             output = self._select(self._model[0](*given))
             mode.finish()
         return output, mode
+
+
+def over_copies(function: Callable[..., Any], *stacked: Tensor) -> Any:
+    """The function of each of r copies, stacked: by vmap, or one by one where a model writes into tensors of its own."""
+    try:
+        return torch.vmap(function)(*stacked)
+    except RuntimeError:
+        each = [function(*(t[i] for t in stacked)) for i in range(len(stacked[0]))]
+        if isinstance(each[0], Tensor):
+            return torch.stack(each)
+        return type(each[0])(torch.stack(parts) for parts in zip(*each, strict=True))
 
 
 class Tangent:
@@ -236,14 +247,19 @@ def place_of(names: Sequence[str], site: str | int) -> int:
     raise ValueError(f"site: got {site!r}, want an index below {len(names)} or one of {', '.join(names)}")
 
 
-def _eager() -> Any:
-    """Compiled models run as Python, where their calls are seen."""
-    return torch.compiler.set_stance("force_eager")
+@contextmanager
+def _eager() -> Iterator[None]:
+    """Compiled models run as Python, where their calls are seen; checkpointed ones would run again where they are not."""
+    hooks = torch.autograd.graph.disable_saved_tensors_hooks(
+        "a replay keeps what it saves; want no activation checkpointing"
+    )
+    with torch.compiler.set_stance("force_eager"), hooks:
+        yield
 
 
 @contextmanager
-def _untouched(model: nn.Module, inputs: Inputs) -> Iterator[None]:
-    """Leaves buffers and random states as they were, and raises where the model changed them."""
+def _untouched(model: nn.Module, inputs: Inputs, refuse: Callable[[str], None]) -> Iterator[None]:
+    """Leaves buffers and random states as they were, and refuses a model that changed them."""
     buffers = [
         (f"{path}.{name}".lstrip("."), module, name, buffer, buffer.clone(), _version(buffer))
         for path, module in model.named_modules()
@@ -265,11 +281,9 @@ def _untouched(model: nn.Module, inputs: Inputs) -> Iterator[None]:
                         buffer.copy_(value)
         after = [torch.get_rng_state(), *(torch.cuda.get_rng_state(device) for device in cuda)]
     if changed:
-        raise UnsupportedOperation(
-            f"model: its forward changes the buffers {', '.join(changed)}; want one without memory"
-        )
+        refuse(f"it changes the buffers {', '.join(changed)}; want a model without memory")
     if not all(map(torch.equal, before, after)):
-        raise UnsupportedOperation(f"model: {RANDOM}")
+        refuse(RANDOM)
 
 
 def _version(t: Tensor) -> int:

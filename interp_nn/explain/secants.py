@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from interp_nn.explain.calls import RANDOM, Call, Rule, Treatment, UnsupportedOperation, frozen, same
+from interp_nn.explain.calls import RANDOM, Call, RefusedError, Rule, Treatment, frozen, same
 from interp_nn.explain.kinks import sloped
 
 
@@ -65,7 +65,7 @@ SLOPES: dict[str, Callable[[Call], tuple[Tensor, float | None]]] = {
         None,
     ),
     "selu": lambda call: (_elu(call.input, _SELU_ALPHA, _SELU_SCALE), None),
-    "logsigmoid": lambda call: (_softplus(-call.input), -_LOG2),
+    "log_sigmoid": lambda call: (_softplus(-call.input), -_LOG2),
 }
 
 
@@ -78,8 +78,11 @@ def elementwise(name: str, factor: bool = False) -> Rule:
 
 
 def softplus(call: Call) -> Treatment:
-    beta = call.argument(1, "beta", default=1)
-    return Treatment("secant", sloped(_softplus(beta * call.input), _LOG2 / beta))
+    """softplus(z) = log(1 + exp(β z)) / β, and z itself above a threshold of β z."""
+    beta, threshold = call.argument(1, "beta", default=1), call.argument(2, "threshold", default=20)
+    z = beta * call.input
+    slope = torch.where(z > threshold, 1 - _ratio(torch.full_like(z, _LOG2), z, 0), _softplus(z))
+    return Treatment("secant", sloped(slope, _LOG2 / beta))
 
 
 def glu(call: Call) -> Treatment:
@@ -158,7 +161,7 @@ def attention(call: Call) -> Treatment:
     mask, dropout, causal = (call.argument(i, n) for i, n in ((3, "attn_mask"), (4, "dropout_p"), (5, "is_causal")))
     scale, grouped = call.argument(6, "scale"), call.argument(7, "enable_gqa", default=False)
     if dropout:
-        raise UnsupportedOperation(str(call.here(RANDOM)))
+        raise RefusedError(RANDOM)
     if not call.affine(value):
         return frozen(call, call.source(value))
     groups = query.shape[-3] // key.shape[-3] if grouped else 1

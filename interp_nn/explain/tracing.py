@@ -17,11 +17,13 @@ from interp_nn.explain.calls import (
     RANDOM,
     Call,
     Kind,
+    RefusedError,
     Replay,
     Source,
     Treatment,
     UnsupportedOperation,
     replaced,
+    stepped,
     tensors,
 )
 
@@ -77,7 +79,19 @@ class _Ledger:
             for t in tensors(value):
                 if (kind := self.get(t)) is not None:
                     found[id(t)] = kind
+                    _refuse_own_gradient(t)
         return found
+
+
+def _refuse_own_gradient(t: Tensor) -> None:
+    """A user's autograd.Function has its own backward, which need not be that of the calls that were seen in its forward."""
+    node = t.grad_fn
+    if isinstance(node, torch.autograd.function.BackwardCFunction):
+        function = node._forward_cls  # type: ignore[attr-defined]
+        if not function.__module__.startswith("interp_nn."):
+            raise UnsupportedOperation(
+                f"{function.__qualname__}: an autograd.Function has a gradient of its own; want torch functions"
+            )
 
 
 _AFFINE = Kind()
@@ -132,23 +146,30 @@ class Recorder(TorchFunctionMode):
         kwargs = kwargs or {}
         name = operations.operation_name(func)
         kinds = self._ledger.kinds(args, kwargs)
-        if name in operations.DRAWS and self.strict:
-            raise UnsupportedOperation(str(Source(name, self.layers.path, RANDOM)))
-        if not kinds or name in operations.CONSTANTS:
+        draws = name in operations.DRAWS
+        if not draws and (not kinds or name in operations.CONSTANTS):
             return func(*args, **kwargs)
         inplace = operations.writes_to_input(func, args, kwargs)
         call = Call(func, name, args, kwargs, inplace, self.layers.path, kinds)
+        if draws:
+            return self._refuse(call, RANDOM)
         if name in operations.LEAVES:
-            return self._refuse(call, "it takes values that depend on the input out of PyTorch", call.run())
+            return self._refuse(call, "it takes values that depend on the input out of PyTorch")
+        if kwargs.get("out") is not None:
+            return self._refuse(call, "it writes to out=")
         rule = operations.TABLE.get(name)
         if rule is None:
             return self._unknown(call)
         if all(kind.source is not None for kind in kinds.values()):
             result = call.run()
-            self._ledger.set((result, args[0]) if inplace else result, next(iter(kinds.values())))
+            kind = Kind(next(iter(kinds.values())).source, step=all(kind.step for kind in kinds.values()))
+            self._ledger.set((result, args[0]) if inplace else result, kind)
             return result
-        with torch.no_grad():
-            treatment = rule(call)
+        try:
+            with torch.no_grad():
+                treatment = rule(call)
+        except RefusedError as reason:
+            return self._refuse(call, str(reason))
         with torch.set_grad_enabled(torch.is_grad_enabled() if self.observe else self.differentiable):
             return self._record(call, treatment)
 
@@ -161,14 +182,23 @@ class Recorder(TorchFunctionMode):
             return result  # a shape, a dtype, a device
         return self._refuse(call, "it is not in the table of operations", result)
 
-    def _refuse(self, call: Call, reason: str, result: Any) -> Any:
+    def _refuse(self, call: Call, reason: str, *result: Any) -> Any:
         source = call.here(reason)
         if self.strict:
             raise UnsupportedOperation(str(source))
         self.refusals.append((len(self.sites), source))
         self.rows.append((call.name, call.layer, "not treated"))
-        self._ledger.set((result, call.args[0]) if call.inplace else result, Kind(source))
-        return result
+        value = result[0] if result else call.run()
+        self._ledger.set((value, call.args[0]) if call.inplace else value, Kind(source))
+        return value
+
+    def refuse(self, reason: str) -> None:
+        """Notes what is wrong with the whole run."""
+        source = Source("forward", "", reason)
+        if self.strict:
+            raise UnsupportedOperation(str(source))
+        self.refusals.append((0, source))
+        self.rows.append((source.operation, source.layer, "not treated"))
 
     def _record(self, call: Call, treatment: Treatment) -> Any:
         if treatment.preactivations is not None:
@@ -185,16 +215,18 @@ class Recorder(TorchFunctionMode):
             result = call.run()
         floating = all(t.dtype.is_floating_point for t in tensors(result))
         if source is None and not floating and not isinstance(result, (tuple, list)):
-            source = call.here("its result is not floating-point")
+            treatment = stepped(call)
+            source = treatment.source
         if source is not None or replay is None:
             replay = _recorded(replaced(result, lambda t: t.detach().clone()))
         self.steps.append(Step(call.name, call.layer, treatment.how, replay, source is None, treatment.preactivations))
         self.rows.append((call.name, call.layer, treatment.how))
         if call.inplace:
-            self._ledger.set(call.args[0], Kind(source, treatment.factor))
+            self._ledger.set(call.args[0], Kind(source, treatment.factor, treatment.step))
         for t in tensors(result):
             indices = source is None and not t.dtype.is_floating_point
-            self._ledger.set(t, Kind(call.here("it is an index") if indices else source, treatment.factor))
+            where = call.here("it is an index") if indices else source
+            self._ledger.set(t, Kind(where, treatment.factor, treatment.step or indices))
         return result
 
     def _site_name(self, call: Call) -> str:
@@ -335,7 +367,7 @@ class Layers:
     """The module whose forward is running, and its path, while `following` it. The model itself is left alone."""
 
     def __init__(self, model: nn.Module) -> None:
-        self._names = {id(module): name for name, module in model.named_modules()}
+        self._names = {id(module): name.replace("_orig_mod.", "") for name, module in model.named_modules()}
         self._stack: list[nn.Module] = []
 
     @property
