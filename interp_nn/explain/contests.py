@@ -15,7 +15,8 @@ class Later:
     """A function that is made when it is first called: gates of contests take more memory than the contests."""
 
     def __init__(self, make: Callable[[], Callable[[Call], Tensor]]) -> None:
-        self._make, self._made = make, None
+        self._make = make
+        self._made: Callable[[Call], Tensor] | None = None
 
     def __call__(self, call: Call) -> Tensor:
         if self._made is None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from interp_nn.explain.calls import UnsupportedOperation
 from interp_nn.explain.patterns import ActivationPatterns
-from interp_nn.explain.replay import Inputs, Replay, Tangent, TangentReplay, place_of, run_recorded
+from interp_nn.explain.replay import Inputs, Replay, Tangent, TangentReplay, place_of, replayed, run_recorded
 
 __all__ = [
     "GateRecord",
@@ -131,9 +131,7 @@ def frozen(model: nn.Module, x: Tensor | Inputs, *, mode: str = "secant") -> Rep
     """
     if check_mode(mode) == "tangent":
         return TangentReplay(Tangent(model), run_recorded(model, x, strict=False).inputs)
-    recording = run_recorded(model, x)
-    recording.refuse()
-    return Replay(recording)
+    return replayed(model, x)
 
 
 def supported_ops(model: nn.Module, x: Tensor | Inputs) -> OperationReport:

@@ -155,14 +155,18 @@ def _names(text: str, rule: Rule) -> dict[str, Rule]:
     return dict.fromkeys(text.split(), rule)
 
 
+def _set(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
 TABLE: dict[str, Rule] = {
     # Views, copies and other rearrangements; sums within a tensor; resampling.
     **_names(
-        "view view_as reshape reshape_as flatten unflatten ravel squeeze unsqueeze permute transpose t T mT H mH swapaxes swapdims"
-        " movedim moveaxis expand expand_as broadcast_to contiguous clone to float double half bfloat16 type type_as cpu cuda"
-        " chunk split split_with_sizes tensor_split unsafe_chunk unsafe_split unbind narrow select slice __getitem__ index_select"
-        " gather take_along_dim masked_select roll flip fliplr flipud rot90 repeat tile repeat_interleave diagonal diag_embed tril"
-        " triu unfold fold pixel_shuffle pixel_unshuffle channel_shuffle alias positive"
+        "view reshape flatten unflatten ravel squeeze unsqueeze permute transpose t T mT H mH swapaxes"
+        " swapdims movedim moveaxis expand broadcast_to contiguous clone float double half bfloat16 type cpu cuda"
+        " chunk split split_with_sizes tensor_split unsafe_chunk unsafe_split unbind narrow select slice __getitem__"
+        " index_select gather take_along_dim masked_select roll flip fliplr flipud rot90 repeat tile repeat_interleave diagonal"
+        " diag_embed tril triu unfold fold pixel_shuffle pixel_unshuffle channel_shuffle alias positive"
         " cat concat concatenate stack hstack vstack dstack column_stack where masked_fill masked_scatter scatter scatter_add"
         " index_add index_copy index_put index_fill select_scatter slice_scatter diagonal_scatter __setitem__ copy fill zero"
         " sum mean cumsum diff nansum pad constant_pad_nd zero_pad2d"
@@ -179,6 +183,7 @@ TABLE: dict[str, Rule] = {
     "addcmul": multiplied([(1, "tensor1"), (2, "tensor2")], [(0, "input")]),
     "lerp": multiplied([(2, "weight"), (1, "end")], [(0, "input")]),
     **_names("detach data", passed),
+    **_names("view_as reshape_as expand_as type_as to", rearranged),
     **_names("addmm addmv baddbmm addbmm", _addmm),
     **_names("div divide true_divide", divided),
     **_names(
@@ -214,8 +219,8 @@ TABLE: dict[str, Rule] = {
     "scaled_dot_product_attention": secants.attention,
     # Not affine: their values may multiply, mask or index.
     **_names(
-        "softmax log_softmax softmin exp exp2 expm1 log log2 log10 log1p logsumexp pow __rpow__ square sqrt rsqrt reciprocal __rdiv__"
-        " norm vector_norm linalg_vector_norm linalg_norm var std var_mean std_mean prod cos"
+        "softmax log_softmax softmin exp exp2 expm1 log log2 log10 log1p logsumexp pow __rpow__ square sqrt rsqrt reciprocal"
+        " __rdiv__ norm vector_norm linalg_vector_norm linalg_norm var std var_mean std_mean prod cos"
         " cosine_similarity cdist pairwise_distance atan2 remainder fmod cross",
         frozen,
     ),
@@ -226,15 +231,14 @@ TABLE: dict[str, Rule] = {
     ),
 }
 
-# What reads a tensor without its values.
-CONSTANTS = frozenset(
-    "zeros_like ones_like full_like empty_like new_zeros new_ones new_full new_empty new_tensor".split()
-)
+# What takes only shape or dtype of its arguments, or of all but the first.
+_CONSTANTS = _set("zeros_like ones_like full_like empty_like new_zeros new_ones new_full new_empty")
+_LIKENESSES = _set("view_as reshape_as expand_as type_as to")
 # What takes values out of PyTorch, from where they may come back as constants.
-LEAVES = frozenset("item tolist numpy __float__ __int__ __index__ __complex__ __array__ set:data __dlpack__".split())
-DRAWS = frozenset(
+LEAVES = _set("item tolist numpy __float__ __int__ __index__ __complex__ __array__ set:data __dlpack__")
+DRAWS = _set(
     "rand randn randint rand_like randn_like randint_like randperm bernoulli normal uniform multinomial exponential random"
-    " cauchy geometric log_normal poisson fractional_max_pool2d fractional_max_pool3d gumbel_softmax".split()
+    " cauchy geometric log_normal poisson fractional_max_pool2d fractional_max_pool3d gumbel_softmax"
 )
 _SAME_AS = {
     "_threshold": "threshold",
@@ -278,13 +282,20 @@ def _place_of_inplace(function: Callable[..., Any]) -> int | None:
     return names.index("inplace") if "inplace" in names else None
 
 
+def that_matter(kinds: dict[int, Kind], name: str, args: Sequence[Any]) -> dict[int, Kind]:
+    """The kinds of those arguments whose values the result depends on."""
+    if name in _CONSTANTS:
+        return {}
+    if name in _LIKENESSES and args:
+        return {key: kind for key, kind in kinds.items() if key == id(args[0])}
+    return kinds
+
+
 def writes_to_input(function: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
     """Whether a call changes its first argument in place."""
     name = getattr(function, "__name__", "")
-    if (
-        name == "__setitem__"
-        or name.startswith("__i")
-        and name not in ("__invert__", "__int__", "__index__", "__iter__")
+    if name == "__setitem__" or (
+        name.startswith("__i") and name not in ("__invert__", "__int__", "__index__", "__iter__")
     ):
         return True
     if name.endswith("_") and not name.endswith("__"):

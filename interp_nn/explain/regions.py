@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from interp_nn.explain.gates import frozen
+from interp_nn.explain.replay import replayed
 
 
 class Boundary(NamedTuple):
@@ -114,11 +114,14 @@ def region(model: nn.Module, x: Tensor) -> Region:
     """The region of one sample x (1, ...): where every gate of the model is as it is at x. Its points are flattened inputs.
 
     All units' preactivations as affine functions of the input, with the gates of earlier layers frozen, in the order of
-    `GateRecord.patterns`. They hold u x d numbers. Raises ValueError for more than one sample, and what `record` raises.
+    `GateRecord.patterns`, less what is infinite there. They hold u x d numbers. Raises ValueError for more than one sample or a
+    model without gates, and what `record` raises.
     """
     if x.shape[:1] != (1,):
         raise ValueError(f"x: got shape {tuple(x.shape)}, want one sample (1, ...)")
-    replay = frozen(model, x)
+    replay = replayed(model, x)
+    if not replay.sites:
+        raise ValueError("model: has no gates, want one with ReLU or the like")
 
     def preactivations(v: Tensor) -> Tensor:
         return torch.cat([z.reshape(-1) for z in replay.all_preactivations((v.view(x.shape),))])

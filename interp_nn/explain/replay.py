@@ -72,6 +72,13 @@ def run_recorded(
     return Recording(model, inputs, recorder, output)
 
 
+def replayed(model: nn.Module, x: Tensor | Inputs) -> Replay:
+    """The replay of a model at x."""
+    recording = run_recorded(model, x)
+    recording.refuse()
+    return Replay(recording)
+
+
 class Replay(nn.Module):
     """A model with the gates of recorded inputs frozen: an affine function R of inputs of the recorded shapes.
 
@@ -119,7 +126,7 @@ class Replay(nn.Module):
         return [tapped[step] for step in steps]
 
     def constants_by_layer(self, site: int | None = None) -> dict[str, Tensor]:
-        """What the constants of each layer (biases, shifts, paddings, offsets of gates) add to R, or to a site's preactivations."""
+        """What each layer's constants (biases, shifts, paddings, offsets of gates) add to R, or to a site's preactivations."""
         taps = [] if site is None else [self._sites[site][1]]
         with torch.no_grad():
             zeros = [t.new_zeros(shape) for t, shape in zip(self._like, self.shapes, strict=True)]
@@ -202,8 +209,7 @@ class TangentReplay(nn.Module):
         if got != want:
             raise ValueError(f"v: got shapes {got}, want {want}")
         steps = tuple(t - x for t, x in zip(v, self._inputs, strict=True))
-        value, change = torch.func.jvp(self._function, self._inputs, steps)
-        return value + change
+        return torch.add(*torch.func.jvp(self._function, self._inputs, steps))
 
 
 def check_inputs(x: Tensor | Inputs) -> Inputs:

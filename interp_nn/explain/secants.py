@@ -70,6 +70,8 @@ SLOPES: dict[str, Callable[[Call], tuple[Tensor, float | None]]] = {
 
 
 def elementwise(name: str, factor: bool = False) -> Rule:
+    """An activation of the table of slopes."""
+
     def rule(call: Call) -> Treatment:
         slope, offset = SLOPES[name](call)
         return Treatment("secant", sloped(slope, offset), factor=factor)
@@ -96,23 +98,27 @@ def glu(call: Call) -> Treatment:
 
 
 def layer_normalized(call: Call) -> Treatment:
+    """layer_norm."""
     shape, weight, bias = (call.argument(i, n) for i, n in ((1, "normalized_shape"), (2, "weight"), (3, "bias")))
     dims = tuple(range(-len(shape), 0))
     return _normalized(call, call.argument(4, "eps", default=1e-5), weight, bias, lambda z: z, dims)
 
 
 def rms_normalized(call: Call) -> Treatment:
+    """rms_norm."""
     shape, weight, eps = (call.argument(i, n) for i, n in ((1, "normalized_shape"), (2, "weight"), (3, "eps")))
     eps = torch.finfo(call.input.dtype).eps if eps is None else eps
     return _normalized(call, eps, weight, None, lambda z: z, tuple(range(-len(shape), 0)), centred=False)
 
 
 def group_normalized(call: Call) -> Treatment:
+    """group_norm."""
     groups, weight, bias = (call.argument(i, n) for i, n in ((1, "num_groups"), (2, "weight"), (3, "bias")))
     return _by_group(call, groups, call.argument(4, "eps", default=1e-5), weight, bias)
 
 
 def instance_normalized(call: Call) -> Treatment:
+    """instance_norm: affine where it uses running statistics."""
     weight, bias = call.argument(3, "weight"), call.argument(4, "bias")
     if not call.argument(5, "use_input_stats", default=True):
         return Treatment("affine", same)

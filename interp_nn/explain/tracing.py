@@ -87,7 +87,7 @@ def _refuse_own_gradient(t: Tensor) -> None:
     """A user's autograd.Function has its own backward, which need not be that of the calls that were seen in its forward."""
     node = t.grad_fn
     if isinstance(node, torch.autograd.function.BackwardCFunction):
-        function = node._forward_cls  # type: ignore[attr-defined]
+        function = node._forward_cls
         if not function.__module__.startswith("interp_nn."):
             raise UnsupportedOperation(
                 f"{function.__qualname__}: an autograd.Function has a gradient of its own; want torch functions"
@@ -145,9 +145,9 @@ class Recorder(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         name = operations.operation_name(func)
-        kinds = self._ledger.kinds(args, kwargs)
+        kinds = operations.that_matter(self._ledger.kinds(args, kwargs), name, args)
         draws = name in operations.DRAWS
-        if not draws and (not kinds or name in operations.CONSTANTS):
+        if not draws and not kinds:
             return func(*args, **kwargs)
         inplace = operations.writes_to_input(func, args, kwargs)
         call = Call(func, name, args, kwargs, inplace, self.layers.path, kinds)
@@ -273,10 +273,9 @@ class Replayer(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         kinds = self._ledger.kinds(args, kwargs)
+        name = operations.operation_name(func) if kinds else ""
+        kinds = operations.that_matter(kinds, name, args)
         if not kinds:
-            return func(*args, **kwargs)
-        name = operations.operation_name(func)
-        if name in operations.CONSTANTS:
             return func(*args, **kwargs)
         call = Call(func, name, args, kwargs, operations.writes_to_input(func, args, kwargs), "", kinds)
         if name not in operations.TABLE:

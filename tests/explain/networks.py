@@ -1,5 +1,7 @@
 """Small networks that the tests of this folder share, in evaluation mode and double precision unless said otherwise."""
 
+from itertools import pairwise
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -109,6 +111,6 @@ def transformer(dtype=torch.float64):
 def mlp(*widths, dtype=torch.float64):
     """Linear layers with ReLU between them."""
     layers = []
-    for i, o in zip(widths, widths[1:], strict=False):
+    for i, o in pairwise(widths):
         layers += [nn.Linear(i, o), nn.ReLU()]
     return nn.Sequential(*layers[:-1]).to(dtype).eval()
