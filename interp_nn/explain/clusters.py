@@ -45,7 +45,7 @@ class ActivationClusters(PiecewiseAffine):
     patterns_: ActivationPatterns, one a cluster. first_: (clusters,) int64, the first sample of each. margin_: (n,) the
     smallest |preactivation| of each sample, over all units. sites_: the gates that make the pattern, in call order.
 
-    Choices by index (max-pooling) are no part of the pattern, and secants (GELU, a sigmoid at the end) are no gates: with them,
+    Orders (sort, topk, median) are no part of the pattern, and secants (GELU, a sigmoid at the end) are no gates: with them,
     samples of one cluster may have several maps, and `check()` is then no longer rounding. `fit` warns of secants.
     """
 
@@ -117,9 +117,9 @@ class ActivationClusters(PiecewiseAffine):
         nothing; a tensor (clusters,) of integers is the groups themselves, such as a level of `tree` or the groups of
         `layer_patterns`.
 
-        refit: the mean of the merged maps, weighted by size, is corrected by least squares to the model's outputs, in those
-        directions in which the samples of the merged cluster differ. Raises ValueError for another `by`, and for a number of
-        clusters that cannot be made.
+        refit: the mean of the merged maps, weighted by size, is corrected to the model's outputs by ridge regression, with a
+        penalty for each merged cluster under which samples left out are told best. Raises ValueError for another `by`, and for a
+        number of clusters that cannot be made.
         """
         if isinstance(by, Tensor) or by == "affine":
             if n_clusters is not None:

@@ -12,11 +12,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from interp_nn.explain.importance import designs
+from interp_nn.explain.importance import Designs, designs
 from interp_nn.explain.patterns import ActivationPatterns
 
 if TYPE_CHECKING:
     import numpy as np
+
+# Of ridge regression, relative to the largest squared singular value; the last one leaves the slope as it was.
+_PENALTIES = (1e-9, *(10.0**k for k in range(-6, 3)), torch.inf)
 
 
 def equal_maps(functions: Tensor) -> Tensor:
@@ -85,21 +88,38 @@ def mean_maps(values: Tensor, groups: Tensor, counts: Tensor) -> Tensor:
 
 
 def refit(x: Tensor, residual: Tensor, labels: Tensor, clusters: int) -> tuple[Tensor, Tensor]:
-    """The smallest weights (clusters, outputs, d), and biases (clusters, outputs), that fit residual (n, outputs) best by least
-    squares in each cluster of the samples x (n, d).
+    """Weights (clusters, outputs, d) and biases (clusters, outputs) that fit residual (n, outputs) in each cluster of the samples
+    x (n, d): ridge regression, with the penalty under which each sample is best told from the others of its cluster.
 
-    Directions in which the cluster's samples do not differ get none: what is added to a map leaves it as it was there.
+    Few samples can be fitted exactly, by weights that are of no use elsewhere. Where the samples of a cluster do not differ,
+    nothing is added to its weights.
     """
     weight = x.new_zeros(clusters, residual.shape[1], x.shape[1])
     bias = x.new_zeros(clusters, residual.shape[1])
     for design in designs(x, labels, clusters):
         own = residual[design.rows].double()
-        mean = own.mean(1)
-        inverse = torch.where(design.values > 0, 1 / design.values, 0).unsqueeze(2)
-        slope = (design.vh.mT @ (inverse * (design.u.mT @ (own - mean.unsqueeze(1))))).mT
+        mean = own.mean(1, keepdim=True)
+        fits = [_ridge(design, own - mean, penalty) for penalty in _PENALTIES]
+        best = torch.stack([error for _, error in fits]).argmin(0)
+        slope = torch.stack([slope for slope, _ in fits])[best, torch.arange(len(best), device=best.device)]
         weight[design.clusters] = slope.to(weight.dtype)
-        bias[design.clusters] = (mean - (slope @ design.mean.unsqueeze(2)).squeeze(2)).to(bias.dtype)
+        bias[design.clusters] = (mean.squeeze(1) - (slope @ design.mean.unsqueeze(2)).squeeze(2)).to(bias.dtype)
     return weight, bias
+
+
+def _ridge(design: Designs, y: Tensor, penalty: float) -> tuple[Tensor, Tensor]:
+    """The slopes (m, outputs, d) of ridge regression to centred y (m, s, outputs), and the sum of the squared errors (m,) when
+    each sample is told from the others: they follow from the one fit (Allen, 1974, "The relationship between variable selection
+    and data augmentation and a method for prediction").
+    """
+    energy = design.values.square()
+    shrunk = energy + penalty * energy[:, :1]
+    along, lost = design.u.mT @ y, energy == 0
+    kept = (energy / shrunk).masked_fill(lost, 0).unsqueeze(2)
+    leverage = 1 / y.shape[1] + design.u.square() @ kept
+    error = (y - design.u @ (kept * along)) / (1 - leverage).clamp_min(1e-12)
+    inverse = (design.values / shrunk).masked_fill(lost, 0).unsqueeze(2)
+    return along.mT @ (inverse * design.vh), error.square().sum((1, 2))
 
 
 def _groups(labels: np.ndarray, like: Tensor) -> Tensor:

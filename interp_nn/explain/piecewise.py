@@ -67,7 +67,7 @@ class PiecewiseAffine(ABC):
         return self._apply(x, labels)
 
     def fidelity(self, X: object | None = None) -> Fidelity:
-        """How well the maps stand for the network, on new samples, or on those of the clusters, which fitted maps flatter."""
+        """How well the maps stand for the network, on new samples, or on those of the clusters, which refitted maps flatter."""
         if X is None:
             x, wanted, labels = self._inside()
         else:

@@ -73,18 +73,48 @@ def test_mean_maps_are_weighted():
     assert got.tolist() == [[[2.0, 3.0]], [[9.0, 9.0]]]
 
 
-def test_refit_is_least_squares_and_leaves_what_the_samples_do_not_see():
-    x, labels = torch.randn(40, 3, dtype=torch.float64), torch.arange(40) % 3
-    x[labels == 1, 2] = 4.0
-    labels[:2] = -1
-    residual = torch.randn(40, 2, dtype=torch.float64)
+def left_out(x, y, i, penalty):
+    """Ridge regression with an intercept without sample i: its error there, by solving the normal equations."""
+    keep = torch.arange(len(x)) != i
+    top = torch.linalg.svdvals(x - x.mean(0))[0]
+    a, b = x[keep] - x[keep].mean(0), y[keep] - y[keep].mean(0)
+    slope = torch.linalg.solve(a.T @ a + penalty * top**2 * torch.eye(x.shape[1], dtype=x.dtype), a.T @ b)
+    return (y[i] - y[keep].mean(0) - (x[i] - x[keep].mean(0)) @ slope).square().sum()
+
+
+def test_refit_tells_samples_from_the_others_best():
+    """The penalty is the best of all when every sample is left out in turn, by brute force."""
+    x, labels = torch.randn(45, 6, dtype=torch.float64), torch.arange(45) % 3
+    labels[:3] = -1
+    residual = x[:, :2] + torch.tensor([0.01, 0.5, 3.0])[torch.arange(45) % 3].unsqueeze(1) * torch.randn(45, 2)
     weight, bias = refit(x, residual, labels, 3)
+    finite = [1e-9, *(10.0**k for k in range(-6, 3))]
     for c in range(3):
-        own = labels == c
-        design = torch.nn.functional.pad(x[own], (0, 1), value=1.0)
-        wanted = design @ (torch.linalg.pinv(design) @ residual[own])
-        torch.testing.assert_close(x[own] @ weight[c].T + bias[c], wanted)
-    assert not bool(weight[1, :, 2].any()) and bool(weight[0, :, 2].all())
+        own, y = x[labels == c], residual[labels == c]
+        errors = [sum(left_out(own, y, i, penalty) for i in range(len(own))) for penalty in finite]
+        penalty = finite[int(torch.stack(errors).argmin())]
+        centred, top = own - own.mean(0), torch.linalg.svdvals(own - own.mean(0))[0]
+        ridge = centred.T @ centred + penalty * top**2 * torch.eye(6, dtype=x.dtype)
+        slope = torch.linalg.solve(ridge, centred.T @ (y - y.mean(0)))
+        torch.testing.assert_close(weight[c], slope.T)
+        torch.testing.assert_close(bias[c], y.mean(0) - own.mean(0) @ slope)
+
+
+def test_refit_leaves_what_the_samples_do_not_see():
+    x, labels = torch.randn(40, 3, dtype=torch.float64), torch.arange(40) % 2
+    x[labels == 1, 2] = 4.0
+    labels[5] = 2
+    weight, bias = refit(x, x.sum(1, keepdim=True), labels, 3)
+    torch.testing.assert_close(weight[:, 0], torch.tensor([[1.0, 1, 1], [1, 1, 0], [0, 0, 0]], dtype=torch.float64))
+    torch.testing.assert_close(bias[:, 0], torch.stack([torch.zeros(()), torch.tensor(4.0), x[5].sum()]).double())
+
+
+def test_refit_adds_no_noise_where_there_is_nothing_to_fit():
+    """As many samples as inputs fit noise exactly; what others of the cluster tell nothing of is left alone."""
+    x, noise = torch.randn(30, 29, dtype=torch.float64), torch.randn(30, 1, dtype=torch.float64)
+    weight, _ = refit(x, noise, torch.zeros(30).long(), 1)
+    exact = torch.linalg.pinv(x - x.mean(0)) @ (noise - noise.mean())
+    assert weight.norm() < 0.1 * exact.norm()
 
 
 def test_a_tree_nests():
