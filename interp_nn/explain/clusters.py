@@ -124,7 +124,7 @@ class ActivationClusters(PiecewiseAffine):
         if isinstance(by, Tensor) or by == "affine":
             if n_clusters is not None:
                 raise ValueError(f"n_clusters: got {n_clusters}, but by={by!r} itself says how many there will be")
-            groups = self._checked(by) if isinstance(by, Tensor) else equal_maps(self._functions(standardised=False))
+            groups = self._checked(by) if isinstance(by, Tensor) else equal_maps(self._functions(constants=1.0))
         else:
             groups = self._grouped(by, n_clusters)
         equal = isinstance(by, str) and by == "affine"
@@ -239,21 +239,19 @@ class ActivationClusters(PiecewiseAffine):
         if n_clusters == len(self.counts_):
             return torch.arange(n_clusters, device=self.counts_.device)
         if by == "coef":
-            return by_functions(self._functions(standardised=True), self.counts_, n_clusters)
+            return by_functions(self._functions(constants=0.0), self.counts_, n_clusters)
         if by == "hamming":
             return by_distance(self.patterns_.hamming().double(), n_clusters)
         return by_distance(path_distances([self.layer_patterns(i) for i in range(len(self.sites_))]), n_clusters)
 
-    def _functions(self, standardised: bool) -> Tensor:
-        """The clusters' maps as vectors (clusters, outputs (d + 1)).
-
-        Standardised: of inputs with mean 0 and variance 1, so that their distance is that of the maps' values.
+    def _functions(self, constants: float) -> Tensor:
+        """The clusters' maps as vectors (clusters, outputs (d + 1)): of inputs with mean 0 and variance 1, so that the distance
+        of two is that of their values. Inputs that are constant count as if they had the standard deviation `constants`.
         """
         weight, bias = self._maps()
-        if standardised:
-            x = self.inputs_.flatten(1)
-            weight, bias = weight * x.std(0, correction=0), bias + weight @ x.mean(0)
-        return torch.cat([weight, bias.unsqueeze(2)], 2).flatten(1)
+        x = self.inputs_.flatten(1)
+        std, bias = x.std(0, correction=0), bias + weight @ x.mean(0)
+        return torch.cat([weight * torch.where(std > 0, std, constants), bias.unsqueeze(2)], 2).flatten(1)
 
     def _checked(self, groups: Tensor) -> Tensor:
         if groups.shape != self.counts_.shape or groups.is_floating_point():

@@ -193,6 +193,18 @@ def test_merging_what_has_the_same_map_loses_nothing():
     assert repr(merged) == f"MergedClusters({len(clusters.counts_)} clusters merged into {len(alive)})"
 
 
+def test_steep_maps_do_not_make_others_equal():
+    """One cluster with coefficients in the thousands, in fp32; and an input that is constant in the data, but not elsewhere."""
+    hidden, last = nn.Linear(2, 3), nn.Linear(3, 1)
+    with torch.no_grad():
+        hidden.weight.copy_(torch.tensor([[1.0, 1.0], [-1.0, 0.0], [1.0, 0.0]]))
+        hidden.bias.copy_(torch.tensor([0.0, 0.0, -0.9]))
+        last.weight.copy_(torch.tensor([[0.001, 0.002, 5000.0]]))
+    x = torch.stack([torch.linspace(-1, 1, 201) + 1e-3, torch.zeros(201)], 1)
+    clusters = ActivationClusters(nn.Sequential(hidden, nn.ReLU(), last)).fit(x)
+    assert len(clusters.merge(by="affine").counts_) == len(clusters.counts_) == 3
+
+
 @pytest.mark.parametrize("by", ["coef", "hamming", "npk"])
 def test_merged_clusters_stand_for_the_network(by):
     clusters, _, x = fitted(3, 12, 8, 2, n=400)
