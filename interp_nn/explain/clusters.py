@@ -165,7 +165,7 @@ class ActivationClusters(PiecewiseAffine):
     def _samples(self, X: object) -> Tensor:
         """X as the model takes it."""
         like = next((p for p in self.model.parameters() if p.is_floating_point()), None)
-        x = X.detach() if isinstance(X, Tensor) else torch.from_numpy(np.array(X))
+        x = _tensor(X)
         x = x.to(torch.get_default_dtype()) if like is None else x.to(like.device, like.dtype)
         if x.dim() < 2 or not len(x):
             raise ValueError(f"X: got shape {tuple(x.shape)}, want (n, ...) with n > 0")
@@ -205,7 +205,7 @@ class ActivationClusters(PiecewiseAffine):
         return ActivationPatterns(torch.cat(packed), width), torch.cat(outputs), torch.cat(margins), sites
 
     def _response(self, y: object, x: Tensor) -> Tensor:
-        response = y.detach() if isinstance(y, Tensor) else torch.as_tensor(np.asarray(y))
+        response = _tensor(y)
         if response.shape != x.shape[:1]:
             raise ValueError(f"y: got shape {tuple(response.shape)}, want ({len(x)},)")
         return response.to(x.device)
@@ -258,6 +258,10 @@ class ActivationClusters(PiecewiseAffine):
             shape = tuple(self.counts_.shape)
             raise ValueError(f"by: got {groups.dtype} of shape {tuple(groups.shape)}, want integers of shape {shape}")
         return groups.to(self.counts_.device)
+
+
+def _tensor(values: object) -> Tensor:
+    return values.detach() if isinstance(values, Tensor) else torch.from_numpy(np.array(values))
 
 
 class MergedClusters(PiecewiseAffine):

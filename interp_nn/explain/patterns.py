@@ -104,8 +104,7 @@ class ActivationPatterns:
     def hamming(self, other: ActivationPatterns | None = None) -> Tensor:
         """How many units differ between two samples, (n, m) int64: |a| + |b| - 2 overlap(a, b)."""
         other = self if other is None else other
-        both = self.overlap(other)
-        return self.active().unsqueeze(1) + other.active() - 2 * both
+        return self.overlap(other).mul_(-2).add_(self.active().unsqueeze(1)).add_(other.active())
 
     def groups(self) -> PatternGroups:
         """Samples that share a pattern."""

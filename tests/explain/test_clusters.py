@@ -334,7 +334,7 @@ def test_what_scikit_learn_expects():
         clusters.set_params(size=1)
     rows = np.zeros((2, 3))
     rows.flags.writeable = False
-    single = ActivationClusters(mlp(3, 6, 1, dtype=torch.float32)).fit(rows)
+    single = ActivationClusters(mlp(3, 6, 1, dtype=torch.float32)).fit(rows, rows[:, 0])
     assert single.inputs_.dtype == torch.float32 and single.counts_.tolist() == [2]
 
 
