@@ -26,11 +26,13 @@ from benchmarks.truth import Truth, value_and_gradients
 TIMERS = {"cpu": ("wall",), "cuda": ("events", "graph")}
 _SAMPLE_MS = 1.0  # of a sample on a GPU at least, as events of less time the host
 _MOST = 500  # samples
+_PATIENCE = 6  # times the seconds of a run, beyond which it takes fewer samples
 
 
 class Asked(NamedTuple):
     """How to measure. timer: of TIMERS. cold: with inputs in turn that the last cache does not hold. seconds: of one run at
-    least, unless `samples` rounds are done before; call_limit: seconds of a call beyond which a provider is left out.
+    least, and long enough for `samples` rounds, but for calls that take long. call_limit: seconds of a call beyond which a
+    provider is left out.
     """
 
     device: torch.device
@@ -191,8 +193,9 @@ def _time(ready: Mapping[str, _Entrant], asked: Asked, sets: int) -> dict[str, T
             samplers[name] = _sampler(entrant, sets, calls, on_events)
         else:
             samplers[name] = _sampler(entrant, sets, 1, on_wall)
-    rounds(samplers, 0.0, least=1, most=1)
-    taken = rounds(samplers, asked.seconds, asked.samples, max(asked.samples, _MOST))
+    if asked.device.type == "cuda":  # where clocks rise with the load
+        rounds(samplers, 0.0, least=1, most=1)
+    taken = rounds(samplers, asked.seconds, asked.samples, max(asked.samples, _MOST), _PATIENCE * asked.seconds)
     return {name: summary(samples) for name, samples in taken.items()}
 
 

@@ -79,6 +79,10 @@ ABOUT = {
 }
 
 
+# Its backward is a loop over columns, each of which updates a matrix: on a CPU over a minute at d = 4096, k = 256.
+_MOST_ORTHOGONAL = 2**26
+
+
 class UnsupportedError(Exception):
     """Why a provider does not compute a problem."""
 
@@ -220,6 +224,8 @@ def _orthogonal(problem: Problem, mode: str, sets: Sequence[Data]) -> Provider:
         raise UnsupportedError("timed as a layer only")
     if DTYPES[problem.dtype].itemsize < 4:
         raise UnsupportedError("the parametrization's factorizations have no 16-bit form")
+    if mode not in ("fwd", "infer") and problem.d**2 * problem.k > _MOST_ORTHOGONAL:
+        raise UnsupportedError(f"its backward takes minutes: d² k is over {_MOST_ORTHOGONAL}")
 
     def layer(t: Data) -> torch.nn.Module:
         linear = torch.nn.Linear(problem.d, problem.k, bias=False, device=t.x.device, dtype=t.x.dtype)

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from benchmarks.providers import INVERSES
 from benchmarks.rows import Row, geomean, grouped, read
+from benchmarks.suites import explain
 
 BEGIN, END = "<!-- begin: python -m benchmarks table", "<!-- end -->"
 _MODE = {
@@ -21,6 +22,9 @@ _OP = {
     "head": "head",
     "train_cnn": "small CNN",
     "train_vgg11": "vgg11",
+    "linearize_cnn": "linearize the small CNN",
+    "linearize_vgg11": "linearize vgg11",
+    "group_patterns": "group activation patterns",
 }
 
 
@@ -40,7 +44,11 @@ COLUMNS = (
     Column("compile / ours", "compile", "ours"),
     Column("inverse / ours", "inverse", "ours"),
     Column("orthogonal / ours", "orthogonal", "ours"),
+    Column("ours / backwards", "ours", "backwards", True),
+    Column("jacrev / ours", "jacrev", "ours"),
+    Column("unique / ours", "unique", "ours"),
 )
+_EXPLAIN = frozenset(explain.PROVIDERS) - {"ours"}
 
 
 def ratio(found: dict[str, Row], column: Column) -> float | None:
@@ -60,7 +68,10 @@ def markdown(rows: Sequence[Row]) -> str:
     """All tables: the geometric means and worst cases, then each op and mode, then what was not timed."""
     problems = grouped(rows)
     kinds = list(dict.fromkeys((key[0], key[1]) for key in problems))
-    parts = [_overview(problems, kinds)]
+    explaining = [
+        kind for kind in kinds if any(_EXPLAIN & found.keys() for key, found in problems.items() if key[:2] == kind)
+    ]
+    parts = [_overview(problems, some) for some in ([k for k in kinds if k not in explaining], explaining) if some]
     for op, mode in kinds:
         of = {key: found for key, found in problems.items() if key[:2] == (op, mode)}
         parts.append(f"**{_title(op, mode)}**\n\n{_details(of)}")
@@ -69,18 +80,20 @@ def markdown(rows: Sequence[Row]) -> str:
 
 
 def _title(op: str, mode: str) -> str:
-    return f"{_OP.get(op, op)}, {_MODE.get(mode, mode)}"
+    name = _OP.get(op, op)
+    return name if mode == "explain" else f"{name}, {_MODE.get(mode, mode)}"
 
 
 def _overview(problems: dict[tuple[Any, ...], dict[str, Row]], kinds: Sequence[tuple[str, str]]) -> str:
+    columns = _present([found for key, found in problems.items() if key[:2] in kinds])
     lines = [
-        f"| geometric mean (worst) | {' | '.join(column.title for column in COLUMNS)} |",
-        "|---|" + "--:|" * len(COLUMNS),
+        f"| geometric mean (worst) | {' | '.join(column.title for column in columns)} |",
+        "|---|" + "--:|" * len(columns),
     ]
     for op, mode in kinds:
         of = [found for key, found in problems.items() if key[:2] == (op, mode)]
         cells = []
-        for column in COLUMNS:
+        for column in columns:
             found = [value for value in (ratio(one, column) for one in of) if value is not None]
             worst = (max if column.below_one else min)(found, default=None)
             cells.append(f"{geomean(found):.2f} ({worst:.2f})" if worst is not None else "-")
@@ -88,9 +101,14 @@ def _overview(problems: dict[tuple[Any, ...], dict[str, Row]], kinds: Sequence[t
     return "\n".join(lines)
 
 
+def _present(problems: Sequence[dict[str, Row]]) -> list[Column]:
+    """The columns for which any of the problems has a ratio."""
+    return [column for column in COLUMNS if any(ratio(found, column) is not None for found in problems)]
+
+
 def _details(problems: dict[tuple[Any, ...], dict[str, Row]]) -> str:
     """A line for each problem that was timed: ours in milliseconds, and the ratios."""
-    columns = [column for column in COLUMNS if any(ratio(found, column) is not None for found in problems.values())]
+    columns = _present(list(problems.values()))
     several = len({key[2] for key in problems}) > 1
     lines = [
         f"| {'dtype | ' * several}n, d, k | plan | ours, ms | {' | '.join(column.title for column in columns)} |",
@@ -103,7 +121,7 @@ def _details(problems: dict[tuple[Any, ...], dict[str, Row]]) -> str:
         sizes = ", ".join(str(size) for size in key[3:7] if size is not None)
         ratios = ["-" if value is None else f"{value:.2f}" for value in (ratio(found, column) for column in columns)]
         dtype = f"{key[2]} | " * several
-        lines.append(f"| {dtype}{sizes} | {found['ours']['plan']} | {ours:.3g} | {' | '.join(ratios)} |")
+        lines.append(f"| {dtype}{sizes} | {found['ours']['plan'] or '-'} | {ours:.3g} | {' | '.join(ratios)} |")
     return "\n".join(lines)
 
 

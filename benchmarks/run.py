@@ -13,12 +13,13 @@ from benchmarks.measure import TIMERS, Asked
 from benchmarks.problems import CLASSES, DTYPES, HEADS, MODES, OPS, QUICK, SHAPES
 from benchmarks.providers import ABOUT, NAMES
 from benchmarks.rows import Writer
-from benchmarks.suites import ops, train
+from benchmarks.suites import explain, ops, train
 from interp_nn.engines import ENGINES
 
 SUITES = {
     "ops": "the operator and its losses: forward, backward, both, inference, loss with gradients",
     "train": "training steps of the reference networks with each head",
+    "explain": "the affine maps of networks, the grouping of activation patterns",
 }
 _ALL_MODES = tuple(dict.fromkeys(mode for modes in MODES.values() for mode in modes))
 
@@ -34,7 +35,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype", choices=DTYPES, action="append", help="repeatable (default: fp32; on a GPU bf16 too)"
     )
-    parser.add_argument("--provider", choices=NAMES, action="append", help="repeatable (default: all)")
+    parser.add_argument(
+        "--provider", choices=NAMES, action="append", help="of ops and train; repeatable (default: all)"
+    )
     parser.add_argument("--engine", choices=("auto", *ENGINES), default="auto", help="what `ours` is asked for")
     parser.add_argument("--device", choices=TIMERS, help="default: cuda where there is one")
     parser.add_argument("--timer", choices=[timer for timers in TIMERS.values() for timer in timers], help=_TIMER_HELP)
@@ -43,14 +46,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("cold", "hot"),
         help="cold: inputs in turn that the last cache does not hold (default on a GPU)",
     )
-    parser.add_argument("--samples", type=int, help="of each provider at least (default: 7)")
-    parser.add_argument("--seconds", type=float, help="of each problem and mode at least (default: 1.5)")
+    parser.add_argument("--samples", type=int, help="of each provider, fewer where calls are long (default: 7)")
+    parser.add_argument("--seconds", type=float, help="of each problem and mode (default: 1.5)")
     parser.add_argument(
         "--budget", type=float, metavar="GFLOP",
         help=f"leave out problems whose forward and backward take more (default: {ops.CPU_BUDGET:.0f} on a CPU, none on a GPU)",
     )  # fmt: skip
     parser.add_argument(
-        "--quick", action="store_true", help="a minute's look: two shapes, few samples, no training steps"
+        "--quick", action="store_true", help="a minute's look: two shapes, few samples, no other suites"
     )
     parser.add_argument(
         "--out",
@@ -100,6 +103,8 @@ def run(given: argparse.Namespace) -> int:
         ops.run(ops.Wanted(given.op or OPS, given.mode, given.shape, dtypes, names, budget, given.quick), asked, writer)
     if "train" in suites:
         train.run(names, asked, writer)
+    if "explain" in suites:
+        explain.run(asked, writer, given.quick)
     print("\n" + report.markdown(writer.rows))
     print(f"\nrecord: {out}")
     return int(any(row["status"] in ("wrong", "failed") and row["provider"].startswith("ours") for row in writer.rows))

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import math
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,6 +16,7 @@ import numpy as np
 import torch
 
 Sampler = Callable[[], float]  # milliseconds a call
+_ENOUGH = 3  # rounds, of calls that take long
 
 
 class Timing(NamedTuple):
@@ -36,14 +38,20 @@ def summary(taken: Sequence[float]) -> Timing:
     return Timing(p50, p20, p80, len(taken))
 
 
-def rounds(samplers: Mapping[str, Sampler], seconds: float, least: int, most: int) -> dict[str, list[float]]:
-    """A sample of every one, in a random order, round after round for so many seconds, but at least and at most so often."""
+def rounds(
+    samplers: Mapping[str, Sampler], seconds: float, least: int, most: int, patience: float = math.inf
+) -> dict[str, list[float]]:
+    """A sample of every one, in a random order, round after round for so many seconds, but at least and at most so often.
+
+    Three rounds are enough when they have taken `patience` seconds.
+    """
     draw, names = random.Random(0), list(samplers)
     taken: dict[str, list[float]] = {name: [] for name in names}
-    end = time.monotonic() + seconds
+    start = time.monotonic()
     with _no_collection():
         for done in range(most):
-            if done >= least and time.monotonic() > end:
+            passed = time.monotonic() - start
+            if (done >= least and passed > seconds) or (done >= _ENOUGH and passed > patience):
                 break
             for name in draw.sample(names, len(names)):
                 taken[name].append(samplers[name]())

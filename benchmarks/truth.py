@@ -16,24 +16,30 @@ from benchmarks.providers import Provider
 # A relative error beyond which a result is wrong, whoever computes it. Ours has the law of `benchmarks.law` to keep besides.
 _LIMIT = {torch.float64: 1e-10, torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 
+VALUE_ONLY = ("fwd", "infer")  # modes without gradients
+
 
 class Truth:
     """What providers' results are compared with, each family's computed once: in fp64, and by PyTorch at the same precision."""
 
     def __init__(self, problem: Problem, t: Data) -> None:
         self._problem, self._data = problem, t
-        self._exact: dict[str, list[Tensor]] = {}
-        self._plain: dict[str, list[tuple[float, float]]] = {}
+        self._exact: dict[tuple[str, bool], list[Tensor]] = {}
+        self._plain: dict[tuple[str, bool], list[tuple[float, float]]] = {}
 
     def errors(self, provider: Provider, mode: str, got: Sequence[Tensor]) -> list[tuple[float, float]]:
-        return [law.errors(g, e) for g, e in zip(got, of_mode(mode, self._results(provider)), strict=True)]
+        """Of a mode's results: (relative Frobenius, relative maximum) of each."""
+        return [law.errors(g, e) for g, e in zip(got, of_mode(mode, self._results(provider, mode)), strict=True)]
 
     def plain_errors(self, provider: Provider, mode: str) -> list[tuple[float, float]]:
-        if provider.family not in self._plain:
-            leaves, dy = provider.leaves(0), self._data.dy
-            got = value_and_gradients(functools.partial(provider.plain, self._data), leaves, dy)
-            self._plain[provider.family] = self.errors(provider, "fwdbwd", got)
-        return of_mode(mode, self._plain[provider.family])
+        """Of PyTorch's own results at the same precision."""
+        key = provider.family, mode in VALUE_ONLY
+        if key not in self._plain:
+            got = _evaluated(
+                functools.partial(provider.plain, self._data), provider.leaves(0), self._data.dy, mode in VALUE_ONLY
+            )
+            self._plain[key] = [law.errors(g, e) for g, e in zip(got, self._results(provider, mode), strict=True)]
+        return of_mode(mode, self._plain[key])
 
     def breach(self, provider: Provider, mode: str, errors: Sequence[tuple[float, float]]) -> str | None:
         """Why results with these errors are wrong, None if they are right."""
@@ -50,11 +56,21 @@ class Truth:
                 return f"{name}: {why}"
         return None
 
-    def _results(self, provider: Provider) -> list[Tensor]:
-        if provider.family not in self._exact:
+    def _results(self, provider: Provider, mode: str) -> list[Tensor]:
+        key = provider.family, mode in VALUE_ONLY
+        if key not in self._exact:
             function, leaves = provider.exact()
-            self._exact[provider.family] = value_and_gradients(function, leaves, self._data.dy.double())
-        return self._exact[provider.family]
+            self._exact[key] = _evaluated(function, leaves, self._data.dy.double(), mode in VALUE_ONLY)
+        return self._exact[key]
+
+
+def _evaluated(
+    function: Callable[[], Tensor], leaves: tuple[Tensor, ...], dy: Tensor, value_only: bool
+) -> list[Tensor]:
+    if not value_only:
+        return value_and_gradients(function, leaves, dy)
+    with torch.no_grad():
+        return [function()]
 
 
 def value_and_gradients(function: Callable[[], Tensor], leaves: tuple[Tensor, ...], dy: Tensor) -> list[Tensor]:
@@ -65,7 +81,9 @@ def value_and_gradients(function: Callable[[], Tensor], leaves: tuple[Tensor, ..
 
 def of_mode(mode: str, whole: list[Any]) -> list[Any]:
     """Of a value and its gradients what a mode computes."""
-    return {"fwd": whole[:1], "infer": whole[:1], "bwd": whole[1:]}.get(mode, whole)
+    if mode in VALUE_ONLY:
+        return whole[:1]
+    return whole[1:] if mode == "bwd" else whole
 
 
 def _results(leaves: int) -> list[str]:

@@ -1,0 +1,127 @@
+"""Explanations against what a user would write: the affine map of a network, and the grouping of activation patterns.
+
+"ours" linearizes all ten rows of W for a batch; "backwards" is ten plain backward passes, the floor; "jacrev" torch.func's
+Jacobian under vmap. "ours" groups patterns by their packed bits; "unique" is torch.unique over rows of booleans.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from benchmarks import footprint, law
+from benchmarks.measure import Asked, launches, said
+from benchmarks.networks import ARCHITECTURES, CLASSES, MLPNetwork
+from benchmarks.rows import Writer
+from benchmarks.timing import on_events, on_wall, rounds, summary
+from interp_nn.explain import ActivationPatterns, linearize
+
+PROVIDERS = ("ours", "backwards", "jacrev", "unique")
+_CHANNELS, _SIZE = 3, 32
+_BATCH = {"cnn": 16, "vgg11": 4}
+_SAMPLES, _UNITS, _KINDS = 100_000, 256, 5_000  # of patterns
+
+_Call = Callable[[], Tensor]
+
+
+def run(asked: Asked, writer: Writer, quick: bool = False) -> None:
+    """Time linearization of the reference networks and grouping of patterns."""
+    kinds = [*([] if quick else ARCHITECTURES), "patterns"]
+    for kind in tqdm(kinds, unit="problem", desc="explain"):
+        if kind == "patterns":
+            _patterns(asked, writer, _SAMPLES // (100 if quick else 1))
+        else:
+            _linearize(kind, asked, writer)
+
+
+def _linearize(architecture: str, asked: Asked, writer: Writer) -> None:
+    torch.manual_seed(0)
+    network = MLPNetwork(_CHANNELS, _SIZE, architecture).to(asked.device).eval()
+    images = torch.randn(_BATCH[architecture], _CHANNELS, _SIZE, _SIZE).to(asked.device)
+    calls: dict[str, _Call] = {
+        "ours": lambda: linearize(network, images).weight,
+        "backwards": lambda: _backwards(network, images),
+        "jacrev": lambda: _jacobian(network, images),
+    }
+    exact = _backwards(
+        MLPNetwork(_CHANNELS, _SIZE, architecture).to(asked.device).eval().double(), images.double(), network
+    )
+    sizes = {"n": len(images), "d": images[0].numel(), "k": CLASSES}
+    _measure(f"linearize_{architecture}", sizes, calls, lambda got: law.errors(got, exact)[0], 1e-4, asked, writer)
+
+
+def _backwards(network: nn.Module, images: Tensor, state: nn.Module | None = None) -> Tensor:
+    """W by a backward pass a row, (n, 10, channels, height, width); of another network's parameters if it is given."""
+    if state is not None:
+        network.load_state_dict(state.state_dict())
+    x = images.detach().requires_grad_()
+    logits = network(x).sum(0)
+    return torch.stack([torch.autograd.grad(logit, x, retain_graph=True)[0] for logit in logits], 1)
+
+
+def _jacobian(network: nn.Module, images: Tensor) -> Tensor:
+    def one(image: Tensor) -> Tensor:
+        return network(image.unsqueeze(0)).squeeze(0)
+
+    with torch.no_grad():  # of the parameters
+        return torch.func.vmap(torch.func.jacrev(one))(images)
+
+
+def _patterns(asked: Asked, writer: Writer, samples: int) -> None:
+    draw = torch.Generator().manual_seed(0)
+    kinds = torch.rand(_KINDS, _UNITS, generator=draw) < 0.5
+    gates = kinds[torch.randint(_KINDS, (samples,), generator=draw)].to(asked.device)
+    calls: dict[str, _Call] = {
+        "ours": lambda: ActivationPatterns.from_gates(gates).groups().labels,
+        "unique": lambda: torch.unique(gates, dim=0, return_inverse=True)[1],
+    }
+    expected = calls["unique"]()
+
+    def differing(labels: Tensor) -> float:
+        """The share of samples whose label is not that of the group that the other labels say."""
+        pairs = torch.stack((labels, expected), 1).unique(dim=0)
+        same = len(pairs) == len(labels.unique()) == len(expected.unique())
+        return 0.0 if same else 1.0
+
+    sizes = {"n": samples, "d": _UNITS, "k": 1}
+    _measure("group_patterns", sizes, calls, differing, 0.0, asked, writer)
+
+
+def _measure(
+    op: str, sizes: dict[str, int], calls: dict[str, _Call], error: Callable[[Tensor], float], limit: float,
+    asked: Asked, writer: Writer,
+) -> None:  # fmt: skip
+    """Check every call, time all in turn, check again, and write their rows; `limit` is of the error."""
+    clock = on_events if asked.timer == "events" else on_wall
+    ready: dict[str, _Call] = {}
+    found: dict[str, dict[str, Any]] = {}
+    for name, call in calls.items():
+        try:
+            off = error(call())
+            ready[name] = call
+            if off > limit:
+                del ready[name]
+                found[name] = {"status": "wrong", "note": f"relative error {off:.2g}", "err_fro": off}
+        except Exception as failure:
+            found[name] = dict(zip(("status", "note"), said(failure), strict=True))
+    samplers = {name: clock(call, 1) for name, call in ready.items()}
+    for name, taken in rounds(samplers, asked.seconds, asked.samples, 500).items():
+        off = error(ready[name]())
+        found[name] = {
+            **summary(taken).fields(),
+            "err_fro": off,
+            "peak_delta_mb": footprint.peak_bytes(ready[name], asked.device) / 1e6,
+            "launches": launches(ready[name], asked.device),
+            "status": "ok" if off <= limit else "wrong",
+            "note": None if off <= limit else f"after timing: relative error {off:.2g}",
+        }
+    for name in _in_order(found):
+        writer.write(op=op, mode="explain", provider=name, dtype="fp32", m=None, **sizes, **found[name])
+
+
+def _in_order(found: dict[str, dict[str, Any]]) -> Sequence[str]:
+    return [name for name in PROVIDERS if name in found]
