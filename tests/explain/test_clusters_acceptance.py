@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional
 
@@ -49,6 +51,43 @@ def test_a_cluster_has_one_map(make, dtype, bound):
     scale = own.weight.abs().max(), own.bias.abs().max()
     assert (clusters.affine_.weight[clusters.labels_] - own.weight).abs().max() <= bound * scale[0]
     assert (clusters.affine_.bias[clusters.labels_] - own.bias).abs().max() <= bound * scale[1]
+
+
+GATES = [nn.ReLU, lambda: nn.LeakyReLU(0.2), nn.Hardtanh, lambda: nn.PReLU(dtype=torch.float64), nn.ReLU6]
+DATA = {
+    "spread": lambda x: x,
+    "repeated": lambda x: x[torch.randint(len(x), x.shape[:1])],
+    "constant": lambda x: torch.full_like(x, 0.3),
+    "one-hot": lambda x: functional.one_hot(x.argmax(1), x.shape[1]).double(),
+    "far": lambda x: 1e3 + x,
+}
+
+
+@settings(max_examples=25)
+@given(
+    st.integers(1, 120),
+    st.lists(st.tuples(st.integers(1, 7), st.sampled_from(GATES)), min_size=1, max_size=3),
+    st.tuples(st.integers(1, 5), st.integers(1, 3)),
+    st.sampled_from(sorted(DATA)),
+    st.integers(0, 2**31),
+)
+def test_clusters_of_any_network(n, layers, ends, data, seed):
+    torch.manual_seed(seed)
+    fan_in, modules = ends[0], []
+    for width, gate in layers:
+        modules += [nn.Linear(fan_in, width, dtype=torch.float64), gate()]
+        fan_in = width
+    model = nn.Sequential(*modules, nn.Linear(fan_in, ends[1], dtype=torch.float64))
+    x = DATA[data](torch.randn(n, ends[0], dtype=torch.float64))
+    clusters = ActivationClusters(model, batch_size=50).fit(x)
+    assert clusters.check() <= 1e-12 * (1e3 if data == "far" else 1)
+    assert clusters.counts_.sum() == n and torch.equal(clusters.predict(x), clusters.labels_)
+    assert bool((clusters.rank_ >= 1).all()) and bool((clusters.rank_ <= clusters.counts_.clamp_max(ends[0] + 1)).all())
+    assert bool(clusters.region(0).contains(x[clusters.labels_ == 0]).all())
+    half = (len(clusters.counts_) + 1) // 2
+    merged = clusters.merge(half, by="hamming")
+    assert len(merged.counts_) == half and merged.counts_.sum() == n and torch.equal(merged.predict(x), merged.labels_)
+    assert str(clusters.summary()) and str(merged.summary()) and str(clusters.tree())
 
 
 def test_labels_do_not_depend_on_the_batch_size():
