@@ -64,8 +64,11 @@ def _median(found: dict[str, Row], provider: str) -> float | None:
     return min((row["ms_p50"] for row in rows if row["status"] == "ok"), default=None)
 
 
-def markdown(rows: Sequence[Row]) -> str:
-    """All tables: the geometric means and worst cases, then each op and mode, then what was not timed."""
+def markdown(rows: Sequence[Row], brief: bool = False) -> str:
+    """All tables: the geometric means and worst cases, then each op and mode, then what was not timed.
+
+    brief: of the ops and modes only those that do both forward and backward.
+    """
     problems = grouped(rows)
     kinds = list(dict.fromkeys((key[0], key[1]) for key in problems))
     explaining = [
@@ -73,6 +76,8 @@ def markdown(rows: Sequence[Row]) -> str:
     ]
     parts = [_overview(problems, some) for some in ([k for k in kinds if k not in explaining], explaining) if some]
     for op, mode in kinds:
+        if brief and mode not in ("fwdbwd", "loss"):
+            continue
         of = {key: found for key, found in problems.items() if key[:2] == (op, mode)}
         parts.append(f"**{_title(op, mode)}**\n\n{_details(of)}")
     parts += [text for text in (_wrong(rows), _skipped(rows), _where(rows)) if text]
@@ -161,7 +166,7 @@ def _where(rows: Sequence[Row]) -> str:
 
 
 def fill(readme: Path, record: Path, root: Path) -> None:
-    """Write a record's tables into a file, between the marks that name the record.
+    """Write a record's brief tables into a file, between the marks that name the record.
 
     Raises ValueError where the file has no such marks.
     """
@@ -172,4 +177,4 @@ def fill(readme: Path, record: Path, root: Path) -> None:
     _, ended, tail = rest.partition(END)
     if not found or not ended:
         raise ValueError(f"{readme}: has no lines '{begin}' and '{END}' to write between")
-    readme.write_text(f"{head}{begin}\n\n{markdown(read([record]))}\n\n{END}{tail}", encoding="utf-8")
+    readme.write_text(f"{head}{begin}\n\n{markdown(read([record]), brief=True)}\n\n{END}{tail}", encoding="utf-8")

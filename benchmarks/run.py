@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from pathlib import Path
 
@@ -53,6 +54,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"leave out problems whose forward and backward take more (default: {ops.CPU_BUDGET:.0f} on a CPU, none on a GPU)",
     )  # fmt: skip
     parser.add_argument(
+        "--minutes",
+        type=float,
+        default=math.inf,
+        help="begin no further problem of ops after so many (default: no limit)",
+    )
+    parser.add_argument(
         "--quick", action="store_true", help="a minute's look: two shapes, few samples, no other suites"
     )
     parser.add_argument(
@@ -100,7 +107,11 @@ def run(given: argparse.Namespace) -> int:
     if "ops" in suites:
         budget = given.budget or (ops.CPU_BUDGET if device.type == "cpu" else None)
         dtypes = given.dtype or (("fp32",) if device.type == "cpu" else ("bf16", "fp32"))
-        ops.run(ops.Wanted(given.op or OPS, given.mode, given.shape, dtypes, names, budget, given.quick), asked, writer)
+        ops.run(
+            ops.Wanted(given.op or OPS, given.mode, given.shape, dtypes, names, budget, given.quick, given.minutes),
+            asked,
+            writer,
+        )
     if "train" in suites:
         train.run(names, asked, writer)
     if "explain" in suites:

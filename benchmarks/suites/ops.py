@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import math
+import time
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -19,7 +21,10 @@ CPU_BUDGET = 150.0  # GFLOP of a forward and backward
 
 
 class Wanted(NamedTuple):
-    """Which problems, modes and providers; budget: GFLOP of a forward and backward beyond which a problem is left out."""
+    """Which problems, modes and providers.
+
+    budget: GFLOP of a forward and backward beyond which a problem is left out; minutes: after which no other one is begun.
+    """
 
     ops: Sequence[str] = OPS
     modes: Sequence[str] | None = None
@@ -28,6 +33,7 @@ class Wanted(NamedTuple):
     providers: Sequence[str] = NAMES
     budget: float | None = None
     quick: bool = False
+    minutes: float = math.inf
 
 
 def problems(wanted: Wanted) -> Iterator[Problem]:
@@ -43,14 +49,15 @@ def problems(wanted: Wanted) -> Iterator[Problem]:
 
 def run(wanted: Wanted, asked: Asked, writer: Writer) -> None:
     """Time all problems, between two measurements of what the device can do."""
-    found = list(problems(wanted))
+    found, end = list(problems(wanted)), time.monotonic() + 60 * wanted.minutes
     dtypes = list(dict.fromkeys(problem.dtype for problem in found))
     rates = {dtype: _ceiling(dtype, "start", asked, writer) for dtype in dtypes}
     with tqdm(found, unit="problem") as progress:
         for problem in progress:
             progress.set_description(problem.name)
             modes = [mode for mode in MODES[problem.op] if wanted.modes is None or mode in wanted.modes]
-            if why := over(problem, wanted.budget):
+            late = f"out of time: {wanted.minutes:g} minutes" if time.monotonic() > end else None
+            if why := over(problem, wanted.budget) or late:
                 for mode in modes:
                     for name in wanted.providers:
                         writer.write(**problem._asdict(), mode=mode, provider=name, status="skipped", note=why)

@@ -138,6 +138,13 @@ def test_problems_over_the_budget_are_rows(monkeypatch):
     assert out.rows[2]["sol_frac"] > 0
 
 
+def test_no_problem_is_begun_when_the_time_is_over(monkeypatch):
+    monkeypatch.setattr(ops.ceilings, "measure", lambda *_: ops.ceilings.Ceiling(1e10, 1e11))
+    out = writer()
+    ops.run(ops.Wanted(("summary",), ("infer",), [(8, 4, 2)], ("fp32",), ("ours",), minutes=0.0), ASKED, out)
+    assert [(row["status"], row["note"]) for row in out.rows[1:2]] == [("skipped", "out of time: 0 minutes")]
+
+
 def test_the_three_largest_shapes_are_over_a_cpus_budget():
     over = [p for p in ops.problems(ops.Wanted(("summary",))) if ops.over(p, ops.CPU_BUDGET)]
     assert [p[1:4] for p in over] == [(8192, 4096, 1024), (8192, 4096, 4096), (1024, 25088, 4096)]
@@ -306,4 +313,4 @@ def test_readme_is_what_its_record_says():
     names = [line.split()[-2] for line in text.splitlines() if line.startswith(report.BEGIN)]
     assert names
     for name in names:
-        assert report.markdown(rows.read([record.ROOT / Path(name)])) in text
+        assert report.markdown(rows.read([record.ROOT / Path(name)]), brief=True) in text
