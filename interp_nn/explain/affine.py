@@ -56,7 +56,7 @@ def linearize(
     output = recording.output if site is None else recording.recorder.sites[site].preactivations
     itself = Tangent(model, select, site)
     if not secant:
-        return AffineMap(Traced(itself, recording.inputs, output.shape[1:], affine=False), itself, chunk_size)
+        return AffineMap(Traced(itself, recording.inputs, output, affine=False), itself, chunk_size)
     recording.refuse(site)
     replay = Replay(recording, select)
 
@@ -66,7 +66,7 @@ def linearize(
     operator = Traced(
         function,
         recording.inputs,
-        output.shape[1:],
+        output,
         affine=True,
         start=(recording.inputs, output),
         parts=lambda: replay.constants_by_layer(site),
@@ -148,7 +148,7 @@ class AffineMap:
         vectors = self._vectors(x)
         operator = self._operator
         if operator.output.numel() == 1:
-            one = vectors[0].new_ones(operator.n, *operator.output)
+            one = operator.result.new_ones(operator.n, *operator.output)
             weights = tuple(
                 t.reshape(s) for t, s in zip(_several(self.rmatvec(one)), _several(self.shape), strict=True)
             )
@@ -174,7 +174,7 @@ class AffineMap:
             raise ValueError(
                 f"k, k2: got {k} and {k2}, want indices of one dimension of outputs; they are {tuple(output)}"
             )
-        row = self.bias.new_zeros(self._operator.n, output[0])
+        row = self._operator.result.new_zeros(self._operator.n, output[0])
         row[:, k] += 1
         row[:, k2] -= 1
         return AffineMap(Composed(Dense((row,), row.new_zeros(len(row))), self._operator), None, self._chunk_size)
@@ -216,8 +216,10 @@ class AffineMap:
                 ],
                 1,
             )
-            size = (pushed.abs().sum(1) + pulled.abs().sum(1)).clamp_min(torch.finfo(moved.dtype).tiny)
-            defect = (pushed.sum(1) - pulled.sum(1)).abs() / size
+            size = torch.maximum(
+                pushed.abs().sum(1) + pulled.abs().sum(1), wanted.square().reshape(operator.n, -1).sum(1)
+            )
+            defect = (pushed.sum(1) - pulled.sum(1)).abs() / size.clamp_min(torch.finfo(size.dtype).tiny)
         return float(torch.maximum(residual, defect.max()))
 
     def to(self, dtype: torch.dtype) -> AffineMap:
@@ -252,7 +254,7 @@ class AffineMap:
         pull, k = operator.pullback(), operator.output.numel()
         parts = []
         for start, size in self._chunks(k, sum(shape.numel() for shape in operator.inputs)):
-            u = self.bias.new_zeros(size, operator.n, k)
+            u = operator.result.new_zeros(size, operator.n, k)
             u[torch.arange(size), :, torch.arange(start, start + size)] = 1
             parts.append(pull(u.view(size, operator.n, *operator.output)))
         return tuple(
@@ -266,7 +268,7 @@ class AffineMap:
         for i, shape in enumerate(operator.inputs):
             d, parts = shape.numel(), []
             for start, size in self._chunks(d, operator.output.numel()):
-                v = [self.bias.new_zeros(size, operator.n, *s) for s in operator.inputs]
+                v = [t.new_zeros(size, operator.n, *s) for t, s in zip(operator.sources, operator.inputs, strict=True)]
                 v[i].view(size, operator.n, d)[torch.arange(size), :, torch.arange(start, start + size)] = 1
                 parts.append(operator.columns(tuple(v)))
             weights.append(torch.cat(parts).movedim(0, -1).reshape(operator.n, *operator.output, *shape))

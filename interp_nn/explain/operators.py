@@ -14,11 +14,16 @@ Vectors = tuple[Tensor, ...]  # one tensor (r, n, *input) for each of the inputs
 
 
 class Operator(ABC):
-    """W: inputs of per-sample shapes `inputs` to outputs of per-sample shape `output`, for n samples; and b."""
+    """W: inputs of per-sample shapes `inputs` to outputs of per-sample shape `output`, for n samples; and b.
+
+    sources, result: tensors of the dtypes and devices of inputs and output.
+    """
 
     n: int
     inputs: tuple[torch.Size, ...]
     output: torch.Size
+    sources: tuple[Tensor, ...]
+    result: Tensor
 
     @abstractmethod
     def columns(self, v: Vectors) -> Tensor:
@@ -44,6 +49,7 @@ class Dense(Operator):
         self.weights, self._bias = tuple(weights), bias
         self.n, self.output = bias.shape[0], bias.shape[1:]
         self.inputs = tuple(w.shape[bias.dim() :] for w in weights)
+        self.sources, self.result = self.weights, bias
 
     def columns(self, v: Vectors) -> Tensor:
         k = self.output.numel()
@@ -77,6 +83,7 @@ class Composed(Operator):
     def __init__(self, second: Operator, first: Operator) -> None:
         self._second, self._first = second, first
         self.n, self.inputs, self.output = first.n, first.inputs, second.output
+        self.sources, self.result = first.sources, second.result
 
     def columns(self, v: Vectors) -> Tensor:
         return self._second.columns((self._first.columns(v),))
@@ -100,7 +107,7 @@ class Traced(Operator):
         self,
         function: Callable[..., Tensor],
         x: Vectors,
-        output: torch.Size,
+        output: Tensor,
         *,
         affine: bool,
         start: tuple[Vectors, Tensor] | None = None,
@@ -108,7 +115,8 @@ class Traced(Operator):
     ) -> None:
         self._function, self._affine, self._start, self._parts = function, affine, start, parts
         self.x = tuple(t.detach() for t in x)
-        self.n, self.inputs, self.output = x[0].shape[0], tuple(t.shape[1:] for t in x), output
+        self.n, self.inputs, self.output = x[0].shape[0], tuple(t.shape[1:] for t in x), output.shape[1:]
+        self.sources, self.result = self.x, output.detach().new_empty(())
 
     def columns(self, v: Vectors) -> Tensor:
         if len(v[0]) == 1:

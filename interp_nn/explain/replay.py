@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import BaseTorchFunctionMode
 
 from interp_nn.explain.calls import RANDOM, UnsupportedOperation, replaced
 from interp_nn.explain.tracing import ConstantFinder, Layers, Recorder, Replayer, ScaledReplayer
@@ -186,14 +188,15 @@ class Tangent:
 
     def __call__(self, *v: Tensor) -> Any:
         given = tuple(t.clone() for t in v)
-        if self._site is None:
-            with _eager():
-                return self._select(self._model(*given))
-        recorder = Recorder(Layers(self._model), strict=False, keep=True, observe=True)
-        recorder.enter(given)
-        with _eager(), recorder:
-            self._model(*given)
-        return recorder.sites[self._site].preactivations
+        with _eager(), sdpa_kernel(SDPBackend.MATH):  # whose forward mode is implemented
+            if self._site is None:
+                with BaseTorchFunctionMode():  # without the fast paths of transformers, which have no derivative
+                    return self._select(self._model(*given))
+            recorder = Recorder(Layers(self._model), strict=False, keep=True, observe=True)
+            recorder.enter(given)
+            with recorder:
+                self._model(*given)
+            return recorder.sites[self._site].preactivations
 
 
 class TangentReplay(nn.Module):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import types
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -366,7 +367,7 @@ class Layers:
     """The module whose forward is running, and its path, while `following` it. The model itself is left alone."""
 
     def __init__(self, model: nn.Module) -> None:
-        self._names = {id(module): name.replace("_orig_mod.", "") for name, module in model.named_modules()}
+        self._names = {id(module): _path(name) for name, module in model.named_modules()}
         self._stack: list[nn.Module] = []
 
     @property
@@ -393,8 +394,15 @@ class Layers:
         before = nn.modules.module.register_module_forward_pre_hook(entered)
         after = nn.modules.module.register_module_forward_hook(left, always_call=True)
         try:
-            yield
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "Using `torch.compile", UserWarning)  # of hooks that are called twice
+                yield
         finally:
             before.remove()
             after.remove()
             self._stack.clear()
+
+
+def _path(name: str) -> str:
+    """A module's path, whether it is compiled or not."""
+    return ".".join(part for part in name.split(".") if part != "_orig_mod")
