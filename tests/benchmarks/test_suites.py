@@ -205,6 +205,41 @@ def test_records_have_folders_of_devices(monkeypatch):
     assert record.device_slug("cuda") == "nvidia-h200"
 
 
+class Graph:
+    """What a CUDA graph does, on the CPU: the call again, into the same tensors."""
+
+    def __init__(self, call):
+        self.call, self.out = call, call()
+
+    def replay(self):
+        for old, new in zip(self.out, self.call(), strict=True):
+            old.copy_(new)
+
+
+@pytest.mark.parametrize("timer", ["events", "graph"])
+@pytest.mark.parametrize("cold", [False, True])
+def test_the_clocks_of_a_gpu(timer, cold, monkeypatch):
+    monkeypatch.setattr(problems, "cache_bytes", lambda _: 20_000)
+    monkeypatch.setattr(measure, "on_events", lambda work, calls: lambda: work() or 0.25)
+    graphs = []
+
+    def capture(call, device):
+        graphs.append(Graph(call))
+        return graphs[-1], graphs[-1].out
+
+    monkeypatch.setattr(measure, "capture", capture)
+    problem, names = Problem("summary", 9, 20, 6), ("ours", "assoc-b", "best-eager", "graphed")
+    found = measured(problem, ("infer", "fwdbwd"), names, Asked(CPU, timer, cold, seconds=0.0, samples=3))
+    sets = problems.rotation(problem, CPU, cold)
+    for mode in ("infer", "fwdbwd"):
+        assert all(found[mode, name]["ms_p50"] == 0.25 for name in ("ours", "assoc-b", "best-eager"))
+        if timer == "events":
+            assert (found[mode, "graphed"]["status"], found[mode, "graphed"]["plan"]) == ("ok", "assoc-b")
+        else:
+            assert found[mode, "graphed"]["note"] == "this timer replays every provider as a graph"
+    assert len(graphs) == (2 * sets if timer == "events" else 2 * 2)
+
+
 # What things cost
 
 
