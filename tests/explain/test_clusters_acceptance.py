@@ -135,7 +135,7 @@ def test_two_regimes_are_found():
 
 def test_the_titanic():
     """Of 24 seeds, 23 reach 1,740 of 2,201, in 8 to 14 clusters, and 14 give being female a positive coefficient in all of
-    them; the others do so where most people are. This one has 11 clusters, as maps of points that leave them open differ.
+    them: a cluster of few distinct points leaves its map open. This one has 11 clusters.
     """
     table = tables.titanic()
     model = tables.mlp(6, 8, 4, 1, seed=11)
