@@ -54,6 +54,7 @@ def linearize(
     recording = run_recorded(model, x, select, strict=strict, differentiable=secant, keep=upto is not None)
     site = None if upto is None else recording.site(upto)
     output = recording.output if site is None else recording.recorder.sites[site].preactivations
+    output = _check_selected(output, recording.inputs[0].shape[0])
     itself = Tangent(model, select, site)
     if not secant:
         return AffineMap(Traced(itself, recording.inputs, output, affine=False), itself, chunk_size)
@@ -280,26 +281,52 @@ class AffineMap:
 
 
 def _selector(target: Target) -> Callable[[Any], Tensor]:
+    """The function of a model's output that a target stands for."""
+    known = target is None or callable(target) or isinstance(target, (int, slice, Tensor))
+    if not known or isinstance(target, bool):
+        raise TypeError(f"target: got {type(target).__name__}, want None, an int, a slice, a tensor or a function")
+    if isinstance(target, Tensor) and target.dtype != torch.int64:
+        raise TypeError(f"target: got {target.dtype}, want int64")
+
     def select(output: Any) -> Tensor:
         if callable(target):
-            chosen = target(output)
-        elif not isinstance(output, Tensor):
+            return target(output)
+        if not isinstance(output, Tensor):
             raise TypeError(
                 f"model: returned {type(output).__name__}, want a tensor, or a target function that selects one"
             )
-        elif target is None:
-            chosen = output
-        elif output.dim() < 2:
+        if target is None:
+            return output
+        if output.dim() < 2:
+            raise ValueError(f"target: got {target!r} for outputs of shape {tuple(output.shape)}, want None")
+        n, outputs = output.shape[:2]
+        if isinstance(target, slice):
+            if not range(outputs)[target]:
+                raise ValueError(f"target: got {target}, which selects nothing of {outputs}")
+            return output[:, target]
+        if isinstance(target, int):
+            if not -outputs <= target < outputs:
+                raise ValueError(f"target: got {target}, want an index below {outputs}")
+            return output[:, target]
+        if target.shape != (n,):
+            raise ValueError(f"target: got shape {tuple(target.shape)}, want ({n},)")
+        if not 0 <= int(target.min()) <= int(target.max()) < outputs:
             raise ValueError(
-                f"target: got {target!r} for outputs of shape {tuple(output.shape)}, want None for such outputs"
+                f"target: got classes {int(target.min())} to {int(target.max())}, want them below {outputs}"
             )
-        elif isinstance(target, Tensor):
-            chosen = output[torch.arange(len(output), device=output.device), target]
-        else:
-            chosen = output[:, target]
-        return chosen
+        return output[torch.arange(n, device=output.device), target]
 
     return select
+
+
+def _check_selected(output: Any, n: int) -> Tensor:
+    if not isinstance(output, Tensor):
+        raise TypeError(f"target: selected {type(output).__name__}, want a tensor")
+    if not output.dtype.is_floating_point:
+        raise TypeError(f"target: selected {output.dtype}, want floating-point outputs")
+    if output.dim() == 0 or output.shape[0] != n:
+        raise ValueError(f"target: selected shape {tuple(output.shape)}, want ({n}, ...)")
+    return output
 
 
 def _single(values: tuple[Any, ...]) -> Any:
