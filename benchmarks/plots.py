@@ -73,20 +73,34 @@ def _label(key: tuple[Any, ...], dtypes: int) -> str:
 
 
 def _latency(axis: Any, problems: dict[tuple[Any, ...], dict[str, Row]]) -> bool:
-    """Milliseconds of forward and backward over n, a line for each provider at every width that has several n."""
+    """Milliseconds of forward and backward over n; lines join the points of one d and k."""
     timed = _of(problems, "fwdbwd")
-    for name in _COLOURS:
-        points = sorted(
-            (key[3], found[name]["ms_p50"], found[name]["ms_p20"], found[name]["ms_p80"])
+    widths = list(dict.fromkeys((key[2], *key[4:6]) for key in timed))
+    for name, colour in _COLOURS.items():
+        label: str | None = name
+        for width in widths:
+            points = sorted(
+                (key[3], *(found[name][f"ms_{quantile}"] for quantile in ("p50", "p20", "p80")))
+                for key, found in timed.items()
+                if (key[2], *key[4:6]) == width and name in found and found[name]["ms_p50"]
+            )
+            if points:
+                n, p50, p20, p80 = zip(*points, strict=True)
+                axis.plot(n, p50, "-o", markersize=4, linewidth=1.2, color=colour, label=label)
+                axis.vlines(n, p20, p80, color=colour, linewidth=1)
+                label = None
+    for dtype, d, k in widths:
+        n, top = max(
+            (key[3], max(row["ms_p50"] or 0 for row in found.values()))
             for key, found in timed.items()
-            if name in found and found[name]["ms_p50"]
+            if (key[2], *key[4:6]) == (dtype, d, k)
         )
-        if points:
-            n, p50, p20, p80 = zip(*points, strict=True)
-            style = "-" if len(set(n)) == len(n) else ""
-            axis.plot(n, p50, style, marker="o", markersize=4, color=_COLOURS[name], label=name)
-            axis.vlines(n, p20, p80, color=_COLOURS[name], linewidth=1)
-    axis.set(xscale="log", yscale="log", xlabel="rows n", ylabel="ms", title="Summary, forward + backward")
+        several = len({width[0] for width in widths}) > 1
+        text = f"{d}, {k}{f' {dtype}' * several}"
+        axis.annotate(text, (n, top), (0, 5), textcoords="offset points", ha="center", fontsize=7)
+    axis.set(
+        xscale="log", yscale="log", xlabel="rows n", ylabel="ms", title="Summary, forward + backward (points: d, k)"
+    )
     return bool(timed)
 
 
