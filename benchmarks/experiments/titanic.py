@@ -69,7 +69,8 @@ def read_passengers(folder: Path) -> tables.Table:
     """The passengers (n, 10) fp64 with survival (n,): age, log fare and counts of relatives standardised, the rest 0 or 1.
 
     An unknown age is the median, with a column that says so; an unknown port is Southampton, the commonest. Raises
-    FileNotFoundError that says where it looked, ValueError for a file without the columns or for a row that is no passenger.
+    FileNotFoundError that says where it looked; ValueError for a file without the columns or a known age, and for a row that is
+    no passenger.
     """
     places = (folder / "titanic.csv", folder / "titanic" / "titanic.csv")
     file = next((place for place in places if place.is_file()), None)
@@ -81,14 +82,16 @@ def read_passengers(folder: Path) -> tables.Table:
         if missing:
             raise ValueError(f"{file}: has no column {', '.join(missing)}")
         rows = [_passenger(row, f"{file}, line {reader.line_num}") for row in reader]
-    values = torch.tensor(rows, dtype=torch.float64)
+    values = torch.tensor(rows, dtype=torch.float64).view(len(rows), 1 + len(FEATURES))
     y, x = values[:, 0], values[:, 1:]
     age = FEATURES.index("age")
     unknown = x[:, age].isnan()
+    if bool(unknown.all()):
+        raise ValueError(f"{file}: has no passenger of known age")
     x[:, age] = torch.where(unknown, x[~unknown, age].median(), x[:, age])
     for name in ("age", "siblings, spouse", "parents, children", "fare"):
         column = x[:, FEATURES.index(name)]
-        column.sub_(column.mean()).div_(column.std())
+        column.sub_(column.mean()).div_(column.std().clamp_min(1e-9))
     return tables.Table(x, y, FEATURES)
 
 

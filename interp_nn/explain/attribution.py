@@ -108,7 +108,6 @@ class _WithArguments(nn.Module):
     def __init__(self, model: nn.Module, extra: tuple[Any, ...]) -> None:
         super().__init__()
         self.model, self.extra = model, extra
-        self.training = model.training
 
     def forward(self, *inputs: Tensor) -> Any:
         return self.model(*inputs, *self.extra)

@@ -161,7 +161,8 @@ def coverage_curve(coverage: Tensor, *, level: float = 0.9, axes: Axes | None = 
     axes.axhline(100 * level, color="0.5", linewidth=0.8, linestyle="--")
     axes.axvline(reached, color="0.5", linewidth=0.8, linestyle="--")
     text = f"{reached} of {len(shares)} hold {shares[reached - 1]:.1%}"
-    axes.text(0.97, 0.05, text, transform=axes.transAxes, ha="right", fontsize=9)
+    box = {"facecolor": "white", "edgecolor": "none", "pad": 2}
+    axes.text(0.97, 0.05, text, transform=axes.transAxes, ha="right", fontsize=9, bbox=box)
     if len(shares) > 20:
         axes.set_xscale("log")
         axes.xaxis.set_major_formatter("{x:g}")

@@ -62,6 +62,8 @@ def test_channels_add_up_and_a_given_figure_is_used():
     assert plots.attribution_maps(maps, torch.rand(2, 3, 4, 4), figure=figure) is figure
     np.testing.assert_allclose(figure.axes[1].images[0].get_array(), maps[0, 0].sum(0), rtol=1e-6)
     assert figure.axes[0].images[0].get_array().shape == (4, 4, 3)
+    alone = plots.attribution_maps(maps.transpose(0, 1)).axes[0].images[0]
+    np.testing.assert_allclose(alone.get_array(), maps[0, 0].sum(0), rtol=1e-6)
     assert plots.attribution_maps(torch.zeros(1, 1, 2, 2)).axes[0].images[0].get_clim() == (-1, 1)
 
 

@@ -100,6 +100,11 @@ def test_the_loss_of_16_bit_points_is_fp32(dtype):
     assert float(loss) == pytest.approx(float(tsne_loss(y.double(), p)), rel=1e-5)
 
 
+def test_distances_are_exact_far_from_the_origin():
+    y, p = torch.randn(60, 2).round(decimals=2), joint_probabilities(torch.randn(60, 4), 8)
+    assert float(tsne_loss(y + 4096, p)) == pytest.approx(float(tsne_loss(y, p)), rel=1e-3)
+
+
 def test_separate_clusters_stay_separate_and_new_points_fall_into_theirs():
     x, labels = gaussians(400)
     new, new_labels = gaussians(150, seed=2)
@@ -143,6 +148,23 @@ def _after(state, drawn):
     torch.set_rng_state(state)
     torch.randn(drawn)
     return torch.randn(1)
+
+
+def test_exaggeration_ends_and_the_encoder_trains():
+    x, _ = gaussians(60)
+    encoder = nn.Sequential(nn.Linear(10, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 2))
+
+    def divergences(**arguments):
+        tsne = ParametricTSNE(encoder, perplexity=8, epochs=4, **arguments).fit(x)
+        assert tsne.encoder[1].num_batches_tracked == 4  # batch norm was in training mode
+        return tsne.kl_
+
+    plain = divergences(early_exaggeration=1)
+    assert divergences(exaggeration_epochs=0) == plain
+    some, all_of_them = divergences(exaggeration_epochs=2), divergences(exaggeration_epochs=4)
+    # The first divergence is that of the start, and what is exaggerated in an epoch shows in the next.
+    assert some[0] == plain[0] and some[1] != plain[1]
+    assert some[:3] == all_of_them[:3] and some[3] != all_of_them[3]
 
 
 def test_batches_are_of_nearly_one_size():
