@@ -14,7 +14,7 @@ from interp_nn.explain.operators import Composed, Dense, Operator, Traced, Vecto
 from interp_nn.explain.replay import Replay, Tangent, run_recorded
 
 Target = int | slice | Tensor | Callable[[Any], Tensor] | None
-_AT_ONCE = 1 << 26  # numbers of W that are computed at a time
+_AT_ONCE = 1 << 22  # numbers of W that are computed at a time
 
 
 class SingularTriplets(NamedTuple):

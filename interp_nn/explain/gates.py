@@ -136,7 +136,7 @@ def frozen(model: nn.Module, x: Tensor | Inputs, *, mode: str = "secant") -> Rep
 
 def supported_ops(model: nn.Module, x: Tensor | Inputs) -> OperationReport:
     """How each operation of a model is treated at x; nothing that depends on the input is left out."""
-    recording = run_recorded(model, x, strict=False)
+    recording = run_recorded(model, x, strict=False, differentiable=True)
     rows = recording.recorder.rows
     if (source := recording.recorder.blocked(recording.output)) is not None:
         rows = [(o, at, "not treated" if (o, at) == (source.operation, source.layer) else how) for o, at, how in rows]

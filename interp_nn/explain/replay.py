@@ -71,12 +71,14 @@ def run_recorded(
         recorder,
     ):
         output = select(model(*given))
+        if (reason := recorder.unseen(output)) is not None:
+            recorder.refuse(reason)
     return Recording(model, inputs, recorder, output)
 
 
 def replayed(model: nn.Module, x: Tensor | Inputs) -> Replay:
     """The replay of a model at x."""
-    recording = run_recorded(model, x)
+    recording = run_recorded(model, x, differentiable=True)
     recording.refuse()
     return Replay(recording)
 

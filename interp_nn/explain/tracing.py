@@ -80,19 +80,7 @@ class _Ledger:
             for t in tensors(value):
                 if (kind := self.get(t)) is not None:
                     found[id(t)] = kind
-                    _refuse_own_gradient(t)
         return found
-
-
-def _refuse_own_gradient(t: Tensor) -> None:
-    """A user's autograd.Function has its own backward, which need not be that of the calls that were seen in its forward."""
-    node = t.grad_fn
-    if isinstance(node, torch.autograd.function.BackwardCFunction):
-        function = node._forward_cls
-        if not function.__module__.startswith("interp_nn."):
-            raise UnsupportedOperation(
-                f"{function.__qualname__}: an autograd.Function has a gradient of its own; want torch functions"
-            )
 
 
 _AFFINE = Kind()
@@ -128,6 +116,7 @@ class Recorder(TorchFunctionMode):
         self.refusals: list[tuple[int, Source]] = []  # with the number of gate sites before
         self._ledger = _Ledger()
         self._site_calls: dict[str, int] = {}
+        self._constants: dict[int, Tensor] = {}  # what was computed from parameters alone
 
     def enter(self, inputs: Sequence[Tensor]) -> None:
         for t in inputs:
@@ -147,13 +136,14 @@ class Recorder(TorchFunctionMode):
         kwargs = kwargs or {}
         name = operations.operation_name(func)
         kinds = operations.that_matter(self._ledger.kinds(args, kwargs), name, args)
-        draws = name in operations.DRAWS
-        if not draws and not kinds:
-            return func(*args, **kwargs)
         inplace = operations.writes_to_input(func, args, kwargs)
         call = Call(func, name, args, kwargs, inplace, self.layers.path, kinds)
-        if draws:
+        if (reason := self.unseen((args, kwargs))) is not None:
+            return self._refuse(call, reason)
+        if name in operations.DRAWS:
             return self._refuse(call, RANDOM)
+        if not kinds:
+            return self._constant(func(*args, **kwargs))
         if name in operations.LEAVES:
             return self._refuse(call, "it takes values that depend on the input out of PyTorch")
         if kwargs.get("out") is not None:
@@ -174,6 +164,26 @@ class Recorder(TorchFunctionMode):
         with torch.set_grad_enabled(torch.is_grad_enabled() if self.observe else self.differentiable):
             return self._record(call, treatment)
 
+    def unseen(self, value: Any) -> str | None:
+        """What is wrong with values whose gradient is not that of the calls that were seen, where it is known."""
+        for t in tensors(value) if self.differentiable else ():
+            node = t.grad_fn
+            if isinstance(node, torch.autograd.function.BackwardCFunction):
+                function = node._forward_cls
+                if not function.__module__.startswith("interp_nn."):
+                    return (
+                        f"the autograd.Function {function.__qualname__} has a gradient of its own; want torch functions"
+                    )
+            elif node is not None and self._ledger.get(t) is None and id(t) not in self._constants:
+                return "it is given what comes from calls that are not seen, in TorchScript or an extension"
+        return None
+
+    def _constant(self, result: Any) -> Any:
+        for t in tensors(result):
+            if t.grad_fn is not None:
+                self._constants[id(t)] = t
+        return result
+
     def _unknown(self, call: Call) -> Any:
         if isinstance(call.function, types.FunctionType) and call.function.__module__.startswith("torch"):
             with self:
@@ -189,7 +199,7 @@ class Recorder(TorchFunctionMode):
             raise UnsupportedOperation(str(source))
         self.refusals.append((len(self.sites), source))
         self.rows.append((call.name, call.layer, "not treated"))
-        value = result[0] if result else call.run()
+        value = result[0] if result else _detached(call)
         self._ledger.set((value, call.args[0]) if call.inplace else value, Kind(source))
         return value
 
@@ -237,6 +247,16 @@ class Recorder(TorchFunctionMode):
         count = self._site_calls.get(stem, 0)
         self._site_calls[stem] = count + 1
         return stem if own and count == 0 else f"{stem}#{count}"
+
+
+def _detached(call: Call) -> Any:
+    """The call's result, without a gradient."""
+
+    def kept(t: Tensor) -> Tensor:
+        return t if call.inplace and t is call.args[0] else t.detach()
+
+    with torch.no_grad():
+        return call.function(*replaced(call.args, kept), **replaced(call.kwargs, kept))
 
 
 def _recorded(value: Any) -> Replay:

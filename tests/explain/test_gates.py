@@ -80,7 +80,7 @@ def test_where_the_pattern_with_max_pooling_is_the_same_the_map_is(pool):
         point = x.flatten() + far * (boundary.point - x.flatten())
         assert bool(here.contains(point)) == within
         assert (record(model, point.view(1, *shape)).patterns() == seen.patterns()) == within
-    assert (model(point.view(1, *shape)) - affine(point.view(1, *shape))).abs().max() < 1e-3
+    assert (model(point.view(1, *shape)) - affine(point.view(1, *shape))).detach().abs().max() < 1e-3
     assert 0 < float(seen.margin()) < torch.inf
 
 
@@ -226,6 +226,10 @@ class Reverse(torch.autograd.Function):
         return -grad
 
 
+def swish(x):
+    return x * torch.sigmoid(x)
+
+
 class Wrapped(nn.Module):
     def __init__(self, function):
         super().__init__()
@@ -279,7 +283,11 @@ class Alternating(nn.Module):
             "batch_norm in layer '0'",
         ),
         (Wrapped(lambda h: F.dropout(h)), UnsupportedOperation, "dropout in layer '': it draws random numbers"),
-        (Wrapped(Reverse.apply), UnsupportedOperation, "Reverse: an autograd.Function has a gradient of its own"),
+        (
+            Wrapped(Reverse.apply),
+            UnsupportedOperation,
+            "linear in layer 'linear': the autograd.Function Reverse has a gradient",
+        ),
         (
             Wrapped(lambda h: checkpoint(F.gelu, h, use_reentrant=False)),
             RuntimeError,
@@ -305,6 +313,19 @@ def test_other_calls_in_the_replay_are_noticed():
     replay = frozen(Alternating(), batch((6,)))
     with pytest.raises(RuntimeError, match="the replay's call 0 is mul, the recording's was relu in layer ''"):
         replay(batch((6,)))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_calls_that_are_not_seen_are_noticed():
+    model, x = Wrapped(lambda h: h), batch((6,))
+    scripted = torch.jit.script(swish)
+    model.function = lambda h: h + scripted(h)
+    for function in (frozen, linearize):
+        with pytest.raises(
+            UnsupportedOperation, match="add in layer '': it is given what comes from calls that are not seen"
+        ):
+            function(model.to(DTYPE), x)
+    assert not supported_ops(model, x).supported
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:torch.quantize_per_tensor:UserWarning")
