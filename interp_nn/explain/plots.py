@@ -186,7 +186,7 @@ def region_plot(
     plane: (o, u, v), each of the shape of one input: the points o + s u + t v for s and t in `extent` (s from, s to, t from,
     t to). By default it is the whole input space of a network of two inputs. A line is drawn where a unit's preactivation is
     zero, by linear interpolation between points of the grid: off the exact line only within squares that several units cross.
-    Which maximum a pooling layer takes is no unit's state, and not drawn. Memory is resolution² times the units.
+    Memory is resolution² times the units.
     output: fill with this output of the network rather than with a colour a region.
     """
     axes = _axes(axes, (5.6, 4.8))

@@ -143,6 +143,14 @@ def test_lines_are_where_a_unit_flips():
     assert np.ptp(points[:, 0]) > 1.9
 
 
+def test_a_line_is_where_pooling_chooses_another():
+    model = nn.Sequential(nn.Unflatten(1, (1, 2)), nn.MaxPool1d(2), nn.Flatten(), nn.Linear(1, 1)).double()
+    lines = plots.region_plot(model, resolution=40).collections
+    points = np.concatenate([path.vertices for line in lines for path in line.get_paths()])
+    np.testing.assert_allclose(points[:, 0], points[:, 1], atol=1e-12)
+    assert np.ptp(points[:, 0]) > 1.9
+
+
 def test_a_plane_of_images_filled_with_an_output():
     model = nn.Sequential(nn.Flatten(), network(12, 8, 3, dtype=torch.float32))
     o, u, v = torch.randn(3, 3, 4)
