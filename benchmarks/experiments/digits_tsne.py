@@ -22,7 +22,7 @@ def main(arguments: list[str] | None = None) -> int:
     given = common.parser(NAME, __doc__).parse_args(arguments)
     run = common.Run(NAME, given)
     images = data.digits()
-    x_train, x = images.x_train.double(), images.x_test.double()
+    x_train, x = (images.x_train.double() + 1) / 2, (images.x_test.double() + 1) / 2  # ink is 0 to 1
     if given.quick:
         x_train, x = x_train[:200], x[:60]
     y_train, y = images.y_train[: len(x_train)], images.y_test[: len(x)]
