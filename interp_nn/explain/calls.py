@@ -147,6 +147,17 @@ def same(call: Call) -> Any:
     return call.function(*replaced(call.args, constant), **replaced(call.kwargs, constant))
 
 
+def of_input(rule: Rule) -> Rule:
+    """A rule for calls of which no argument but the first depends on the input."""
+
+    def checked(call: Call) -> Treatment:
+        if set(call.kinds) != {id(call.input)}:
+            raise RefusedError("an argument beside the first depends on the input")
+        return rule(call)
+
+    return checked
+
+
 def frozen(call: Call, source: Source | None = None) -> Treatment:
     """A value that is not affine, which is replayed as it was recorded."""
     return Treatment("frozen", source=source or call.here())

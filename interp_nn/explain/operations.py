@@ -25,6 +25,7 @@ from interp_nn.explain.calls import (
     Rule,
     Treatment,
     frozen,
+    of_input,
     same,
     stepped,
     tensors,
@@ -37,19 +38,22 @@ _PRODUCT_OF_TWO = "it multiplies two values that both depend on the input"
 
 def rearranged(call: Call) -> Treatment:
     """Views, sums, concatenations: affine in all floating-point arguments; masks and indices may depend on the input."""
-    used = [t for t in call.tensors() if call.kind(t) is not None]
-    values = [t for t in used if t.dtype.is_floating_point]
-    for value in values:
-        if (source := call.source(value)) is not None:
-            return frozen(call, source)
-    factor = all(kind.factor for t in values if (kind := call.kind(t)) is not None)
-    return Treatment("affine", same, factor=factor)
+    if call.kwargs.get("reduce") not in (None, "add", "sum"):
+        raise RefusedError("it multiplies or compares what it scatters")
+    values = [kind for t in call.tensors() if t.dtype.is_floating_point and (kind := call.kind(t)) is not None]
+    return _summed(call, values)
 
 
 def added(call: Call) -> Treatment:
-    """Sums: affine where all that depends on the input is."""
-    source = next((s for t in call.tensors() if (s := call.source(t)) is not None), None)
-    return rearranged(call) if source is None else frozen(call, source)
+    """Sums: affine where all that depends on the input is, or is piecewise constant."""
+    return _summed(call, list(call.kinds.values()))
+
+
+def _summed(call: Call, values: Sequence[Kind]) -> Treatment:
+    smooth = [kind for kind in values if not kind.step]
+    if (source := next((kind.source for kind in smooth if kind.source is not None), None)) is not None:
+        return frozen(call, source)
+    return Treatment("affine", same, factor=all(kind.factor for kind in smooth), step=not smooth)
 
 
 def multiplied(factors: Sequence[tuple[int, str]], addends: Sequence[tuple[int, str]] = ()) -> Rule:
@@ -59,25 +63,24 @@ def multiplied(factors: Sequence[tuple[int, str]], addends: Sequence[tuple[int, 
     """
 
     def rule(call: Call) -> Treatment:
-        for place, name in addends:
-            if (source := call.source(call.argument(place, name))) is not None:
-                return frozen(call, source)
-        operands = [
-            (place, name, call.argument(place, name, *(("other",) if place == 1 else ("self",))))
-            for place, name in factors
-        ]
-        affine = [(place, name, value) for place, name, value in operands if call.affine(value)]
+        added = [call.argument(place, name) for place, name in addends]
+        operands = [(place, name, call.argument(place, name, "self", "other", "mat2")) for place, name in factors]
+        if not set(call.kinds) <= {id(value) for value in (*added, *(value for _, _, value in operands))}:
+            raise RefusedError("an argument beside its factors depends on the input")
+        if (source := next((s for value in added if (s := call.source(value)) is not None), None)) is not None:
+            return frozen(call, source)
+        used = [(place, name, value, kind) for place, name, value in operands if (kind := call.kind(value)) is not None]
+        affine = [operand for operand in used if operand[3].source is None]
+        if used and not affine:
+            return frozen(call)  # gate * constant + affine
         if len(affine) <= 1:
-            used = [kind for _, _, value in operands if (kind := call.kind(value)) is not None]
-            kind = call.kind(affine[0][2]) if affine else None
-            keeps = kind is not None and kind.factor and not addends
-            if not affine and used:
-                return frozen(call)  # gate * constant + affine
-            return Treatment(_how(used) if affine else "affine", same, factor=keeps)
-        gates = [(place, name, value) for place, name, value in affine if (k := call.kind(value)) and k.factor]
-        if len(affine) - len(gates) != 1 or len({id(value) for _, _, value in affine}) < len(affine):
+            keeps = bool(affine) and affine[0][3].factor and not addends
+            return Treatment(_how([kind for *_, kind in used]), same, factor=keeps)
+        gates = [operand for operand in affine if operand[3].factor]
+        if len(affine) - len(gates) != 1 or len({id(value) for _, _, value, _ in affine}) < len(affine):
             return frozen(call, call.here(_PRODUCT_OF_TWO))
-        return Treatment("secant", _with_frozen([(p, n, v.detach().clone()) for p, n, v in gates]))
+        how = "gate" if all(kind.step for *_, kind in gates) else "secant"
+        return Treatment(how, _with_frozen([(place, name, value.detach().clone()) for place, name, value, _ in gates]))
 
     return rule
 
@@ -114,9 +117,16 @@ def summed_products(call: Call) -> Treatment:
 
 def _how(used: Sequence[Kind]) -> str:
     """How a product is treated whose factors that depend on the input are these, one of them affine."""
-    if len(used) == 1:
+    if len(used) <= 1:
         return "affine"
     return "gate" if all(kind.step for kind in used if kind.source is not None) else "secant"
+
+
+def interpolated(call: Call) -> Treatment:
+    """lerp."""
+    if call.kind(call.argument(2, "weight")) is not None:
+        return frozen(call, call.here(_PRODUCT_OF_TWO))
+    return added(call)
 
 
 def divided(call: Call) -> Treatment:
@@ -181,7 +191,7 @@ TABLE: dict[str, Rule] = {
     "bilinear": _BILINEAR,
     "einsum": summed_products,
     "addcmul": multiplied([(1, "tensor1"), (2, "tensor2")], [(0, "input")]),
-    "lerp": multiplied([(2, "weight"), (1, "end")], [(0, "input")]),
+    "lerp": interpolated,
     **_names("detach data", passed),
     **_names("view_as reshape_as expand_as type_as to", rearranged),
     **_names("addmm addmv baddbmm addbmm", _addmm),
@@ -190,10 +200,10 @@ TABLE: dict[str, Rule] = {
         "dropout dropout1d dropout2d dropout3d alpha_dropout feature_alpha_dropout feature_dropout",
         identity_unless_training,
     ),
-    "batch_norm": batch_normalized,
+    "batch_norm": of_input(batch_normalized),
     # Gates.
     **{
-        name: kinks.gated(pieces, factor=name in ("relu6", "hardtanh", "hardsigmoid"))
+        name: of_input(kinks.gated(pieces, factor=name in ("relu6", "hardtanh", "hardsigmoid")))
         for name, pieces in kinks.PIECES.items()
     },
     **_names("clamp clip clamp_min clamp_max", kinks.clamped),
@@ -201,21 +211,21 @@ TABLE: dict[str, Rule] = {
     "minimum": kinks.larger(-1),
     **_names("gt ge lt le greater greater_equal less less_equal", kinks.compared),
     **{
-        f"{kind}max_pool{d}d{end}": kinks.pooled(d)
+        f"{kind}max_pool{d}d{end}": of_input(kinks.pooled(d))
         for kind in ("", "adaptive_")
         for d in (1, 2, 3)
         for end in ("", "_with_indices")
     },
     **_names("max min topk sort median kthvalue", kinks.selected),
-    **_names("amax amin", kinks.largest),
+    **_names("amax amin", of_input(kinks.largest)),
     # Secants.
-    **{name: secants.elementwise(name, factor=name == "sigmoid") for name in secants.SLOPES},
-    "softplus": secants.softplus,
-    "glu": secants.glu,
-    "layer_norm": secants.layer_normalized,
-    "rms_norm": secants.rms_normalized,
-    "group_norm": secants.group_normalized,
-    "instance_norm": secants.instance_normalized,
+    **{name: of_input(secants.elementwise(name, factor=name == "sigmoid")) for name in secants.SLOPES},
+    "softplus": of_input(secants.softplus),
+    "glu": of_input(secants.glu),
+    "layer_norm": of_input(secants.layer_normalized),
+    "rms_norm": of_input(secants.rms_normalized),
+    "group_norm": of_input(secants.group_normalized),
+    "instance_norm": of_input(secants.instance_normalized),
     "scaled_dot_product_attention": secants.attention,
     # Not affine: their values may multiply, mask or index.
     **_names(

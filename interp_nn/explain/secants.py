@@ -140,9 +140,6 @@ def _normalized(
     dims: tuple[int, ...],
     centred: bool = True,
 ) -> Treatment:
-    if any(call.kind(t) is not None for t in call.tensors() if t is not call.input):
-        return frozen(call, call.here("its scale or shift depends on the input"))
-
     def centre(z: Tensor) -> Tensor:
         z = view(z)
         return z - z.mean(dims, keepdim=True) if centred else z

@@ -34,7 +34,6 @@ class Step(NamedTuple):
 
     name: str
     layer: str
-    how: str
     replay: Replay
     affine: bool
     preactivations: Callable[[Call], Tensor] | None
@@ -103,13 +102,8 @@ class Recorder(TorchFunctionMode):
         observe: bool = False,
     ) -> None:
         super().__init__()
-        self.layers, self.strict, self.differentiable, self.keep, self.observe = (
-            layers,
-            strict,
-            differentiable,
-            keep,
-            observe,
-        )
+        self.layers, self.strict, self.differentiable = layers, strict, differentiable
+        self.keep, self.observe = keep, observe
         self.steps: list[Step] = []
         self.sites: list[Site] = []
         self.rows: list[tuple[str, str, str]] = []
@@ -148,14 +142,14 @@ class Recorder(TorchFunctionMode):
             return self._refuse(call, "it takes values that depend on the input out of PyTorch")
         if kwargs.get("out") is not None:
             return self._refuse(call, "it writes to out=")
-        rule = operations.TABLE.get(name)
-        if rule is None:
-            return self._unknown(call)
         if all(kind.source is not None for kind in kinds.values()):
             result = call.run()
             kind = Kind(next(iter(kinds.values())).source, step=all(kind.step for kind in kinds.values()))
             self._ledger.set((result, args[0]) if inplace else result, kind)
             return result
+        rule = operations.TABLE.get(name)
+        if rule is None:
+            return self._unknown(call)
         try:
             with torch.no_grad():
                 treatment = rule(call)
@@ -230,7 +224,7 @@ class Recorder(TorchFunctionMode):
             source = treatment.source
         if source is not None or replay is None:
             replay = _recorded(replaced(result, lambda t: t.detach().clone()))
-        self.steps.append(Step(call.name, call.layer, treatment.how, replay, source is None, treatment.preactivations))
+        self.steps.append(Step(call.name, call.layer, replay, source is None, treatment.preactivations))
         self.rows.append((call.name, call.layer, treatment.how))
         if call.inplace:
             self._ledger.set(call.args[0], Kind(source, treatment.factor, treatment.step))
@@ -242,7 +236,7 @@ class Recorder(TorchFunctionMode):
 
     def _site_name(self, call: Call) -> str:
         module = self.layers.module
-        own = module is not None and type(module).__module__.startswith("torch.nn.modules.")
+        own = module is not None and type(module).__module__.startswith("torch.nn.modules.") and not module._modules
         stem = (call.layer or call.name) if own else f"{call.layer}:{call.name}"
         count = self._site_calls.get(stem, 0)
         self._site_calls[stem] = count + 1

@@ -107,6 +107,10 @@ EXACT = {
     "where": (lambda x: torch.where(x > 0, x, 0.1 * x), VECTOR),
     "product with a mask": (lambda x: x * (x > 0), VECTOR),
     "product with a cast mask": (lambda x: (x > 0).to(x.dtype) * x, VECTOR),
+    "product with a negated mask": (lambda x: x * (~(x > 0) & (x < 1)), VECTOR),
+    "product with chosen constants": (lambda x: x * torch.where(x > 0, 2.0, -1.0), VECTOR),
+    "sum with chosen constants": (lambda x: x + torch.where(x > 0, 2.0, -1.0), VECTOR),
+    "sum with a mask": (lambda x: x + (x > 0), VECTOR),
     "masked_fill": (lambda x: x.masked_fill(x < 0, 0.0), VECTOR),
     "assignment to a mask": (masked_in_place, VECTOR),
     "max along a dimension": (lambda x: x.max(1)[0], VECTOR),
@@ -415,10 +419,16 @@ REFUSED = {
     "linalg_svdvals": lambda x: x * torch.linalg.svdvals(x)[0],
     "erfinv": lambda x: torch.erfinv(x / 10),
     "cumprod": lambda x: x.cumprod(1),
-    "gt": lambda x: x + (x > 0),
     "add": lambda x: torch.add(x, 1, out=torch.empty(2, 6, dtype=DTYPE)),
     "clamp": lambda x: x.clamp(max=x.mean(1, keepdim=True)),
     "log_softmax": nn.LogSoftmax(-1),
+    "prelu": lambda x: F.prelu(x, x.mean().view(1)),
+    "layer_norm": lambda x: F.layer_norm(x, (6,), x[0]),
+    "batch_norm": lambda x: F.batch_norm(x, ones(6), ones(6), x[0]),
+    "lerp": lambda x: torch.lerp(x, ones(6), x),
+    "mm": lambda x: x.mm(mat2=x.t()),
+    "scatter": lambda x: x.scatter(1, torch.zeros(2, 1, dtype=torch.int64), 2.0, reduce="multiply"),
+    "max": lambda x: x + x.max(),
 }
 
 
