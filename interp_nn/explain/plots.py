@@ -167,7 +167,9 @@ def coverage_curve(coverage: Tensor, *, level: float = 0.9, axes: Axes | None = 
         axes.set_xscale("log")
         axes.xaxis.set_major_formatter("{x:g}")
     else:
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        from matplotlib.ticker import MaxNLocator
+
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set(ylim=(0, 104), xlabel="largest clusters", ylabel="samples covered, %", title="Coverage by clusters")
     return axes
 
