@@ -100,7 +100,7 @@ clean:
 MODULES_bench := matplotlib PIL sklearn tqdm
 MODULES_build := auditwheel build ninja setuptools
 MODULES_lint := mypy ruff
-MODULES_test := $(MODULES_bench) expecttest hypothesis ninja packaging pybind11 pytest scipy setuptools triton
+MODULES_test := $(MODULES_bench) captum expecttest hypothesis ninja packaging pybind11 pytest scipy setuptools triton
 GIVEN := given-bench given-build given-lint given-test
 .PHONY: $(GIVEN)
 $(GIVEN): given-%:

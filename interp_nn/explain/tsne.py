@@ -204,7 +204,7 @@ class ParametricTSNE:
         try:
             from tqdm import tqdm
         except ImportError as error:
-            raise ImportError("progress=True needs tqdm: pip install interp_nn[bench]") from error
+            raise ImportError("progress=True needs tqdm: pip install interp_nn[explain]") from error
         return iter(tqdm(range(self.epochs), desc="t-SNE", unit="epoch"))
 
 
