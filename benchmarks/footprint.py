@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+_Result = TypeVar("_Result")
 
-def peak_bytes(call: Callable[[], object], device: torch.device) -> int:
-    """The most that a call holds beyond what was held before it, counted in the allocator's own events.
+
+def peak_bytes(call: Callable[[], _Result], device: torch.device) -> tuple[int, _Result]:
+    """(the most that a call holds beyond what was held before it, counted in the allocator's own events; what it returns).
 
     What libraries of the CPU allocate for themselves is not in it.
     """
@@ -17,19 +20,19 @@ def peak_bytes(call: Callable[[], object], device: torch.device) -> int:
         torch.cuda.synchronize(device)
         before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
-        call()
+        result = call()
         torch.cuda.synchronize(device)
-        return torch.cuda.max_memory_allocated(device) - before
+        return torch.cuda.max_memory_allocated(device) - before, result
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        call()
-    results = profile.profiler.kineto_results if profile.profiler is not None else None
-    assert results is not None
+        result = call()
+    events = profile.profiler.kineto_results if profile.profiler is not None else None
+    assert events is not None
     held = most = 0
-    changes = [(event.start_ns(), event.nbytes()) for event in results.events() if event.name() == "[memory]"]
+    changes = [(event.start_ns(), event.nbytes()) for event in events.events() if event.name() == "[memory]"]
     for _, change in sorted(changes, key=lambda pair: pair[0]):
         held += change
         most = max(most, held)
-    return most
+    return most, result
 
 
 def saved_bytes(call: Callable[[], Tensor], leaves: Iterable[Tensor]) -> int:

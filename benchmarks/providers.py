@@ -129,7 +129,7 @@ def build(name: str, problem: Problem, mode: str, sets: Sequence[Data], engine: 
     if name in ("assoc-d", "assoc-e") and problem.k <= problem.d:
         raise UnsupportedError("never the cheapest for k <= d")
     if name == "compile":
-        return _compiled(problem, mode, sets, _expression(problem, best or "assoc-a"))
+        return _compiled(problem, sets, best or "assoc-a")
     return _of("summary", _expression(problem, best or "assoc-a" if name == "graphed" else name), problem, sets)
 
 
@@ -207,16 +207,21 @@ def planned(engine: str, problem: Problem, mode: str, device: torch.device) -> s
     return f"{plan.engine} {plan.form}"
 
 
-def _compiled(problem: Problem, mode: str, sets: Sequence[Data], function: Function) -> Provider:
-    torch._dynamo.reset()
-    if mode == "bwd":  # walks one graph again and again, whose buffers may then not be given away
+def _compiled(problem: Problem, sets: Sequence[Data], association: str) -> Provider:
+    if problem not in _compilations:  # what is compiled for another one is in the way of PyTorch's limits
+        torch._dynamo.reset()
+        _compilations.clear()
+        _compilations[problem] = {}
+    made = _compilations[problem]
+    if association not in made:
+        function = _expression(problem, association)
+        # Of a graph that is walked again and again, no buffers may be given away.
         torch._functorch.config.donated_buffer = False
+        made[association] = torch.compile(lambda *inputs: function(Data(*inputs)), fullgraph=True, dynamic=False)
+    return _of("summary", lambda t: made[association](*t), problem, sets)
 
-    @functools.partial(torch.compile, fullgraph=True, dynamic=False)
-    def compiled(*inputs: Tensor) -> Tensor:
-        return function(Data(*inputs))
 
-    return _of("summary", lambda t: compiled(*t), problem, sets)
+_compilations: dict[Problem, dict[str, Callable[..., Tensor]]] = {}
 
 
 def _orthogonal(problem: Problem, mode: str, sets: Sequence[Data]) -> Provider:

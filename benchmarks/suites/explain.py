@@ -114,7 +114,7 @@ def _measure(
         found[name] = {
             **summary(taken).fields(),
             "err_fro": off,
-            "peak_delta_mb": footprint.peak_bytes(ready[name], asked.device) / 1e6,
+            "peak_delta_mb": footprint.peak_bytes(ready[name], asked.device)[0] / 1e6,
             "launches": launches(ready[name], asked.device),
             "status": "ok" if off <= limit else "wrong",
             "note": None if off <= limit else f"after timing: relative error {off:.2g}",

@@ -109,7 +109,7 @@ class _Step:
 
     def _peak(self) -> int:
         self._optimizer.zero_grad()  # so that a step only adds to what is held
-        return footprint.peak_bytes(self, self._asked.device)
+        return footprint.peak_bytes(self, self._asked.device)[0]
 
     def _gradients(self, network: Network, loss: _Loss, images: Tensor) -> Tensor:
         """All of them in one vector, without dropout, whose masks no two precisions share."""
