@@ -26,6 +26,7 @@ from benchmarks.truth import Truth, value_and_gradients
 TIMERS = {"cpu": ("wall",), "cuda": ("events", "graph")}
 _SAMPLE_MS = 1.0  # of a sample on a GPU at least, as events of less time the host
 _MOST = 500  # samples
+_FAR, _LONG = 5, 0.5  # times the fastest, and seconds, beyond both of which a call is timed once
 _PATIENCE = 6  # times the seconds of a run, beyond which it takes fewer samples
 
 
@@ -97,16 +98,22 @@ def _measure(
             ready[name] = _enter(name, problem, mode, asked, sets, truth, best)
         except Exception as error:
             found[name] = dict(zip(("status", "note"), said(error), strict=True))
-    for name, timing in _time(ready, asked, len(sets)).items():
+    fastest = min((entrant.seconds for entrant in ready.values()), default=0.0)
+    slow = {name for name, entrant in ready.items() if entrant.seconds > max(_FAR * fastest, _LONG)}
+    timings = _time({name: entrant for name, entrant in ready.items() if name not in slow}, asked, len(sets))
+    timings |= {name: summary([1e3 * ready[name].seconds]) for name in slow}
+    for name, timing in timings.items():
         found[name] = _row(ready[name], mode, timing, truth, asked)
+        if name in slow and found[name]["status"] == "ok":
+            found[name]["note"] = f"timed once: over {_FAR} times the fastest"
         if name in ("compile", "graphed"):
             found[name]["plan"] = best
     if "best-eager" in names:
         medians = {name: found[name]["ms_p50"] for name in eager if found[name]["status"] == "ok"}
         found["best-eager"] = {"status": "skipped", "note": "no association was timed"}
         if medians:
-            fastest = min(medians, key=lambda name: medians[name])
-            found["best-eager"] = {**found[fastest], "plan": fastest}
+            winner = min(medians, key=lambda name: medians[name])
+            found["best-eager"] = {**found[winner], "plan": winner}
     return found
 
 

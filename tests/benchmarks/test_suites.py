@@ -127,6 +127,18 @@ def test_what_fails_is_a_row(monkeypatch):
     assert {row["status"] for row in found.values()} == {"oom"} and len(found) == 2 * len(SMALL)
 
 
+def test_what_is_far_slower_is_timed_once(monkeypatch):
+    def slow(x, b):
+        time.sleep(0.6)
+        return x @ (b @ (b.mT @ b))
+
+    monkeypatch.setitem(providers.ASSOCIATIONS, "assoc-b", slow)
+    found = measured(Problem("summary", 20, 16, 6), ("infer",), ("ours", "assoc-b"))
+    row = found["infer", "assoc-b"]
+    assert (row["status"], row["samples"]) == ("ok", 1) and row["ms_p50"] > 600
+    assert row["note"] == "timed once: over 5 times the fastest" and found["infer", "ours"]["samples"] == 3
+
+
 def test_problems_over_the_budget_are_rows(monkeypatch):
     monkeypatch.setattr(ops.ceilings, "measure", lambda *_: ops.ceilings.Ceiling(1e10, 1e11))
     out = writer()
