@@ -49,7 +49,7 @@ def draw(rows: Sequence[Row], folder: Path) -> list[Path]:
             axis.grid(axis="y", color="#dddddd", linewidth=0.6)
             axis.set_axisbelow(True)
             axis.spines[["top", "right"]].set_visible(False)
-            axis.legend(fontsize=8, frameon=False, ncols=2)
+            figure.legend(loc="outside right upper", fontsize=8, frameon=False)
             figure.suptitle(device, fontsize=9)
             for kind in ("png", "svg"):
                 written.append(folder / f"{name}.{kind}")
@@ -91,7 +91,7 @@ def _latency(axis: Any, problems: dict[tuple[Any, ...], dict[str, Row]]) -> bool
                 label = None
     for dtype, d, k in widths:
         n, top = max(
-            (key[3], max(row["ms_p50"] or 0 for row in found.values()))
+            (key[3], max(row["ms_p50"] or 0 for name, row in found.items() if name in _COLOURS))
             for key, found in timed.items()
             if (key[2], *key[4:6]) == (dtype, d, k)
         )
