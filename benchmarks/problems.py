@@ -88,9 +88,13 @@ class Data(NamedTuple):
 
 
 def datasets(problem: Problem, device: torch.device, count: int) -> list[Data]:
-    """So many sets of normal inputs, of weights whose products neither grow nor vanish; the same at every call."""
-    _, n, d, k, m, name = problem
-    dtype, classes = DTYPES[name], m or k
+    """So many sets of a problem's inputs."""
+    _, n, d, k, m, dtype = problem
+    return drawn(n, d, k, m or k, DTYPES[dtype], device, count)
+
+
+def drawn(n: int, d: int, k: int, classes: int, dtype: torch.dtype, device: torch.device, count: int) -> list[Data]:
+    """Sets of normal inputs, of weights whose products neither grow nor vanish; the same at every call."""
     draw = torch.Generator(device).manual_seed(0)
 
     def randn(*shape: int, scale: float = 1.0) -> Tensor:
@@ -109,13 +113,16 @@ def datasets(problem: Problem, device: torch.device, count: int) -> list[Data]:
     ]
 
 
+def filling(n: int, d: int, k: int, itemsize: int, cache: int) -> int:
+    """How many sets are, with their gradients, twice what a cache of so many bytes holds; from 2 to 256."""
+    one = 2 * (n * d + k * d + n * k) * itemsize
+    return max(2, min(256, -(-2 * cache // one)))
+
+
 def rotation(problem: Problem, device: torch.device, cold: bool) -> int:
-    """How many sets in turn are, with their gradients, twice what the last cache holds (within limits); 1 if not cold."""
-    if not cold:
-        return 1
-    _, n, d, k, _, name = problem
-    one = 2 * (n * d + k * d + n * k) * DTYPES[name].itemsize
-    return max(2, min(256, -(-2 * cache_bytes(device) // one)))
+    """How many sets of inputs are taken in turn: those that the last cache cannot hold, or one."""
+    _, n, d, k, _, dtype = problem
+    return filling(n, d, k, DTYPES[dtype].itemsize, cache_bytes(device)) if cold else 1
 
 
 def cache_bytes(device: torch.device) -> int:

@@ -23,6 +23,7 @@ from benchmarks import providers
 from benchmarks.gpu import kernels
 from benchmarks.gpu.log import Log
 from benchmarks.graphs import captured, spare_words
+from benchmarks.problems import Data, drawn, filling
 from benchmarks.timing import on_events, on_host, rounds
 from interp_nn import associations, engines, functional
 from interp_nn.chips import chip_of, family
@@ -75,37 +76,10 @@ def tiny_problems() -> list[Problem]:
     return [*kinds, Problem("head", *sizes, 3, torch.float32)]
 
 
-class Data(NamedTuple):
-    """One set of inputs: rows, a layer's weight bᵀ, an output layer, the upstream of the summary, targets."""
-
-    x: Tensor
-    w: Tensor
-    a: Tensor
-    c: Tensor
-    dy: Tensor
-    target: Tensor
-
-
 def datasets(problem: Problem, device: torch.device, cache: int) -> list[Data]:
     """So many sets that they and their gradients fill the cache twice, within limits."""
     _, n, d, k, m, dtype = problem
-    one = 2 * (n * d + k * d + n * k) * dtype.itemsize
-    classes = m or k
-
-    def randn(*shape: int, scale: float = 1.0) -> Tensor:
-        return (torch.randn(shape, device=device) * scale).to(dtype)
-
-    return [
-        Data(
-            randn(n, d).requires_grad_(),
-            randn(k, d, scale=max(d, k) ** -0.5).requires_grad_(),
-            randn(classes, k, scale=k**-0.5).requires_grad_(),
-            randn(classes).requires_grad_(),
-            randn(n, k),
-            torch.randint(classes, (n,), device=device),
-        )
-        for _ in range(max(2, min(256, -(-2 * cache // one))))
-    ]
+    return drawn(n, d, k, m or k, dtype, device, filling(n, d, k, dtype.itemsize, cache))
 
 
 class Provider(NamedTuple):
