@@ -13,7 +13,7 @@ import torch
 
 from benchmarks import ceilings, compare, record, report, roofline, rows, run
 from benchmarks.gpu import job
-from benchmarks.problems import DTYPES, OPS
+from benchmarks.problems import DTYPES, OPS, products
 from benchmarks.suites import ops
 
 
@@ -115,7 +115,7 @@ def _roofline(given: argparse.Namespace) -> int:
     problems = list(ops.problems(ops.Wanted(given.op or OPS, None, given.shape, given.dtype or ("fp32",))))
     rates = {}
     for dtype in dict.fromkeys(problem.dtype for problem in problems):
-        with ops.products(dtype):
+        with products(dtype):
             rates[dtype] = ceilings.measure(device, dtype)
     print(f"{record.device_name(given.device)}, torch {torch.__version__}\n\n{roofline.table(rates, problems)}")
     return 0

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -161,3 +162,15 @@ def least_bytes(problem: Problem, mode: str) -> float:
     passes = {"fwd": inputs + output, "infer": inputs + output}.get(mode, 2 * inputs + output)
     upstream = output if mode == "fwdbwd" else 0
     return DTYPES[name].itemsize * (passes + upstream)
+
+
+@contextlib.contextmanager
+def products(mode: str) -> Iterator[None]:
+    """Products of fp32 matrices are tf32 products in the mode of that name, else exact."""
+    switch = torch.backends.cuda.matmul
+    before = switch.fp32_precision
+    switch.fp32_precision = "tf32" if mode == "tf32" else "ieee"
+    try:
+        yield
+    finally:
+        switch.fp32_precision = before

@@ -17,6 +17,7 @@ from benchmarks import law
 from benchmarks.gpu import kernels
 from benchmarks.gpu.cases import Case
 from benchmarks.gpu.log import Log
+from benchmarks.problems import products
 from interp_nn import associations, functional
 
 DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -94,18 +95,6 @@ def check_poison(engines: Sequence[str], device: torch.device, log: Log) -> None
             if ran is not None:
                 why = None if len(ran) > 1 else "nothing fills the memory that it allocates"
                 log.check(f"poison, {engine}", why, engine=engine, profiled=ran)
-
-
-@contextlib.contextmanager
-def products(mode: str) -> Iterator[None]:
-    """Products of fp32 matrices are tf32 products in the mode of that name, else exact."""
-    switch = torch.backends.cuda.matmul
-    before = switch.fp32_precision
-    switch.fp32_precision = "tf32" if mode == "tf32" else "ieee"
-    try:
-        yield
-    finally:
-        switch.fp32_precision = before
 
 
 def problem(case: Case, n: int, device: torch.device) -> Problem:

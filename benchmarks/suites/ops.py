@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import time
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-import torch
 from tqdm import tqdm
 
 from benchmarks import ceilings
 from benchmarks.measure import Asked, measure
-from benchmarks.problems import CLASSES, HEADS, MODES, OPS, QUICK, SHAPES, Problem, useful_flops
+from benchmarks.problems import CLASSES, HEADS, MODES, OPS, QUICK, SHAPES, Problem, products, useful_flops
 from benchmarks.providers import NAMES
 from benchmarks.rows import Writer
 
@@ -74,18 +72,6 @@ def over(problem: Problem, budget: float | None) -> str | None:
     if budget is None or gflop <= budget:
         return None
     return f"over the FLOP budget: {gflop:.0f} of {budget:.0f} GFLOP"
-
-
-@contextlib.contextmanager
-def products(dtype: str) -> Iterator[None]:
-    """Products of fp32 matrices round to tf32 inside for the dtype of that name, and to nothing for the others."""
-    switch = torch.backends.cuda.matmul
-    before = switch.fp32_precision
-    switch.fp32_precision = "tf32" if dtype == "tf32" else "ieee"
-    try:
-        yield
-    finally:
-        switch.fp32_precision = before
 
 
 def _ceiling(dtype: str, when: str, asked: Asked, writer: Writer) -> ceilings.Ceiling:
