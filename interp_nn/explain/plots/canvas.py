@@ -1,0 +1,67 @@
+"""What the figures share: matplotlib, if it is there, axes, arrays, and scales symmetric about zero."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+SIGNED = "RdBu_r"
+
+
+def pyplot() -> Any:
+    """matplotlib.pyplot. Raises ImportError that says how to get it."""
+    try:
+        from matplotlib import pyplot
+    except ImportError as error:
+        raise ImportError("plots need matplotlib: pip install interp_nn[plot]") from error
+    return pyplot
+
+
+def new_axes(axes: Axes | None, size: tuple[float, float]) -> Axes:
+    """The axes given, or those of a new figure of this size in inches."""
+    return pyplot().figure(figsize=size, layout="constrained").subplots() if axes is None else axes
+
+
+def array(values: Tensor) -> np.ndarray[Any, np.dtype[Any]]:
+    """As numpy has it; 16-bit types as fp32."""
+    values = values.detach().cpu()
+    return (values.float() if values.dtype in (torch.bfloat16, torch.float16) else values).numpy()
+
+
+def scale(values: np.ndarray[Any, Any], weights: np.ndarray[Any, Any] | None = None) -> tuple[float, str]:
+    """The end of a scale symmetric about zero that holds 99 % of the values, by weight of their rows, and which ends are open."""
+    sizes = np.abs(values).ravel()
+    order = np.argsort(sizes)
+    share = np.ones_like(sizes) if weights is None else np.repeat(weights, values.size // len(values))
+    cumulated = np.cumsum(share[order])
+    limit = float(sizes[order[np.searchsorted(cumulated, 0.99 * cumulated[-1])]]) or 1.0
+    high, low = bool((values > limit).any()), bool((values < -limit).any())
+    return limit, "both" if high and low else "max" if high else "min" if low else "neither"
+
+
+def heat_map(
+    axes: Axes,
+    values: np.ndarray[Any, Any],
+    rows: Sequence[str],
+    columns: Sequence[str],
+    label: str,
+    weights: np.ndarray[Any, Any] | None = None,
+) -> None:
+    """Signed values in colour and in digits, with titles and a colour bar; weights are those of rows, for the scale."""
+    if len(columns) != values.shape[1]:
+        raise ValueError(f"got {len(columns)} titles for {values.shape[1]} columns")
+    limit, extend = scale(values, weights)
+    shown = axes.imshow(values, cmap=SIGNED, vmin=-limit, vmax=limit, aspect="auto")
+    for (i, j), value in np.ndenumerate(values):
+        colour = "white" if abs(value) > 0.6 * limit else "black"
+        axes.text(j, i, f"{round(float(value), 2) + 0.0:.2f}", ha="center", va="center", fontsize=8, color=colour)
+    axes.set_yticks(range(len(rows)), rows, fontsize=9)
+    axes.set_xticks(range(len(columns)), columns, fontsize=9)
+    axes.figure.colorbar(shown, ax=axes, label=label, extend=extend)
