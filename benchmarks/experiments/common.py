@@ -1,29 +1,132 @@
-"""What the experiments share: their command line, their figures and their record."""
+"""What the experiments share: their command lines, the networks they train, their figures and their record."""
 
 from __future__ import annotations
 
 import argparse
+import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
-from benchmarks import record
+from benchmarks import record, training
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+Network = TypeVar("Network", bound=nn.Module)
+
 
 def parser(name: str, description: str | None) -> argparse.ArgumentParser:
-    """The options that every experiment has."""
+    """The options that every experiment of one seed has."""
+    options = _parser(name, description)
+    options.add_argument("--seed", type=int, default=0)
+    return options
+
+
+def training_parser(name: str, description: str | None) -> argparse.ArgumentParser:
+    """The options of an experiment that trains networks from several seeds, within a budget."""
+    options = _parser(name, description)
+    options.add_argument("--seeds", type=int, metavar="N", help="from how many seeds each network is trained")
+    options.add_argument(
+        "--epochs", type=int, metavar="N", help="of each network, instead of the experiment's own number"
+    )
+    options.add_argument(
+        "--minutes", type=float, metavar="M", help="for all trainings, shared evenly; the record has the epochs reached"
+    )
+    options.add_argument(
+        "--checkpoints",
+        type=Path,
+        metavar="DIR",
+        help="write one after each epoch, and go on from those that are there",
+    )
+    options.add_argument("--device", default="cpu")
+    return options
+
+
+def _parser(name: str, description: str | None) -> argparse.ArgumentParser:
     options = argparse.ArgumentParser(prog=f"python -m benchmarks.experiments.{name}", description=description)
     options.add_argument(
         "--output", type=Path, default=Path("results"), metavar="DIR", help="for figures and the record"
     )
-    options.add_argument("--seed", type=int, default=0)
     options.add_argument("--quick", action="store_true", help="seconds instead of minutes, to see that it runs")
     return options
+
+
+class Trainer:
+    """Trains the networks of an experiment from each seed within the budget of its command line, and keeps what came of each.
+
+    rows: by training, the network's name, its seed, the epochs reached, training seconds, accuracy after the last epoch and
+    the best after any (optimistic, as tests chose it), and the history.
+    """
+
+    def __init__(self, experiment: str, given: argparse.Namespace, trainings: int) -> None:
+        self._experiment, self._given = experiment, given
+        self._allowance = training.Allowance(given.minutes, trainings)
+        self.rows: list[dict[str, Any]] = []
+
+    def __call__(
+        self,
+        name: str,
+        seed: int,
+        build: Callable[[], Network],
+        x: Tensor,
+        y: Tensor,
+        recipe: training.Recipe,
+        measure: Callable[[nn.Module], dict[str, float]],
+        loss: Callable[[nn.Module, Tensor, Tensor], Tensor] = training.cross_entropy,
+    ) -> Network:
+        """The network that `build` makes from the seed, trained; one of the measures has to be "accuracy"."""
+        torch.manual_seed(seed)
+        network = build().to(x.device)
+        file = "".join(c if c.isalnum() else "-" for c in f"{self._experiment} {name} {seed}") + ".pt"
+        history = training.train(
+            network,
+            x,
+            y,
+            recipe,
+            label=f"{name}, seed {seed}",
+            seed=seed,
+            loss=loss,
+            measure=measure,
+            seconds=self._allowance.seconds(),
+            checkpoint=None if self._given.checkpoints is None else self._given.checkpoints / file,
+        )
+        self.rows.append(
+            {
+                "network": name,
+                "seed": seed,
+                "epochs": len(history["loss"]),
+                "seconds": sum(history["seconds"]),
+                "last_accuracy": history["accuracy"][-1],
+                "best_accuracy": max(history["accuracy"]),
+                "history": history,
+            }
+        )
+        return network
+
+    def of(self, name: str, key: str) -> list[Any]:
+        """A column of the rows of one network, by seed."""
+        return [row[key] for row in self.rows if row["network"] == name]
+
+    def table(self) -> dict[str, Any]:
+        """By network: mean and spread over seeds of the accuracies, epochs and seconds."""
+        names = dict.fromkeys(row["network"] for row in self.rows)
+        keys = ("last_accuracy", "best_accuracy", "epochs", "seconds")
+        return {name: {key: spread(self.of(name, key)) for key in keys} for name in names}
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    """Mean and standard deviation, 0 of a single value."""
+    return {"mean": statistics.fmean(values), "std": statistics.stdev(values) if len(values) > 1 else 0.0}
+
+
+def percent(values: dict[str, float]) -> str:
+    """A `spread` of shares, as text."""
+    return f"{100 * values['mean']:.2f} ± {100 * values['std']:.2f}"
 
 
 class Run:
@@ -46,16 +149,18 @@ class Run:
         plt.close(figure)
         self.figures.append(file)
 
-    def finish(self, budget: dict[str, Any], results: dict[str, Any]) -> None:
-        """Write the record, and say where everything is."""
+    def finish(self, budget: dict[str, Any], results: dict[str, Any], **head: Any) -> None:
+        """Write the record, and say where everything is. head: further keys of it, such as the epochs asked for."""
         seconds = round(time.perf_counter() - self.start, 1)
         file = self.given.output / f"{self.name}.json"
+        seeds = {"seed": self.given.seed} if "seed" in self.given else {"seeds": list(range(self.given.seeds))}
         record.write(
             file,
             {
                 "experiment": self.name,
-                **record.environment(),
-                "seed": self.given.seed,
+                **record.environment(getattr(self.given, "device", "cpu")),
+                **seeds,
+                **head,
                 "quick": self.given.quick,
                 "seconds": seconds,
                 "budget": budget,

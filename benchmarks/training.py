@@ -1,0 +1,179 @@
+"""One training loop for all experiments: Adam on shuffled batches, resumable after every epoch, within a limit of time."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+
+class Recipe(NamedTuple):
+    """How a network is trained: Adam with a constant learning rate."""
+
+    epochs: int
+    batch: int
+    learning_rate: float
+
+
+History = dict[str, list[float]]  # a value an epoch: of "loss", of the "seconds" of training, and of each measure
+
+
+def cross_entropy(network: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    """Of the logits (n, k), the mean."""
+    return nn.functional.cross_entropy(network(x), y)
+
+
+def train(
+    network: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    recipe: Recipe,
+    *,
+    label: str,
+    seed: int = 0,
+    loss: Callable[[nn.Module, Tensor, Tensor], Tensor] = cross_entropy,
+    measure: Callable[[nn.Module], dict[str, float]] = lambda network: {},
+    seconds: float | None = None,
+    checkpoint: Path | None = None,
+) -> History:
+    """Train the parameters that require gradients, and leave the network in evaluation mode; a value an epoch of everything.
+
+    loss(network, x, y) of a batch is minimised; measure(network) is called after each epoch. seed orders the batches.
+    seconds: no epoch is begun that would end later, by the slowest so far; the first is always. How many were reached is the
+    length of the history. checkpoint: a file written after each epoch; where it exists, training goes on from it exactly: with
+    the network, Adam's state, the order of batches, PyTorch's generators and the history (bit by bit on the CPU).
+
+    Raises ValueError for a checkpoint of another training or of more epochs than the recipe's, and for a batch below 1;
+    FloatingPointError for a loss that is not finite.
+    """
+    if recipe.batch < 1:
+        raise ValueError(f"batch: got {recipe.batch}, want at least 1")
+    start = time.perf_counter()
+    adam = torch.optim.Adam([p for p in network.parameters() if p.requires_grad], recipe.learning_rate)
+    shuffle = torch.Generator().manual_seed(seed)
+    history: History = {"loss": [], "seconds": []}
+    settings = {
+        "label": label, "seed": seed, "samples": len(y), "batch": recipe.batch, "learning_rate": recipe.learning_rate,
+    }  # fmt: skip
+    if checkpoint is not None and checkpoint.exists():
+        history = _resume(checkpoint, settings, recipe.epochs, network, adam, shuffle)
+    done = len(history["loss"])
+    slowest, steps = 0.0, math.ceil(len(y) / recipe.batch)
+    with tqdm(total=recipe.epochs * steps, initial=done * steps, desc=label, unit="step", leave=False) as progress:
+        for epoch in range(done, recipe.epochs):
+            begun = time.perf_counter()
+            if seconds is not None and epoch > done and begun - start + slowest > seconds:
+                break
+            network.train()
+            total = torch.zeros((), device=x.device)
+            for index in torch.randperm(len(y), generator=shuffle).to(x.device).split(recipe.batch):
+                adam.zero_grad()
+                value = loss(network, x[index], y[index])
+                value.backward()
+                adam.step()
+                total += len(index) * value.detach()
+                progress.update()
+            mean = float(total) / len(y)  # waits for the device, so that the time is whole
+            taken = time.perf_counter() - begun
+            if not math.isfinite(mean):
+                raise FloatingPointError(
+                    f"{label}: the loss is {mean} in epoch {epoch + 1}; a lower learning rate may help"
+                )
+            network.eval()
+            measures = {"loss": mean, "seconds": taken, **measure(network)}
+            for name, one in measures.items():
+                history.setdefault(name, []).append(one)
+            progress.set_postfix({name: f"{one:.4g}" for name, one in measures.items()})
+            if checkpoint is not None:
+                _save(checkpoint, settings, network, adam, shuffle, history)
+            slowest = max(slowest, time.perf_counter() - begun)
+    network.eval()
+    return history
+
+
+@torch.no_grad()
+def accuracy(network: nn.Module, x: Tensor, y: Tensor, batch: int = 1000) -> float:
+    """Share of samples that are classified right: by the largest of the outputs (n, k), or by the sign of one output (n,)."""
+    right = 0
+    for inputs, truth in zip(x.split(batch), y.split(batch), strict=True):
+        output = network(inputs)
+        right += int(((output > 0 if output.ndim == 1 else output.argmax(1)) == truth).sum())
+    return right / len(y)
+
+
+class Allowance:
+    """Minutes for some trainings, shared evenly by those that are left; None is no limit."""
+
+    def __init__(self, minutes: float | None, trainings: int) -> None:
+        self._end = None if minutes is None else time.perf_counter() + 60 * minutes
+        self._left = trainings
+
+    def seconds(self) -> float | None:
+        """What the next training may take, called once for each."""
+        self._left -= 1
+        return None if self._end is None else max(0.0, self._end - time.perf_counter()) / (self._left + 1)
+
+
+def _save(
+    file: Path,
+    settings: dict[str, Any],
+    network: nn.Module,
+    adam: torch.optim.Adam,
+    shuffle: torch.Generator,
+    history: History,
+) -> None:
+    """Replace the file at once, so that one cut short never is."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    part = file.with_suffix(".part")
+    torch.save(
+        {
+            "settings": settings,
+            "network": network.state_dict(),
+            "adam": adam.state_dict(),
+            "shuffle": shuffle.get_state(),
+            "generator": torch.get_rng_state(),
+            "cuda_generators": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+            "history": history,
+        },
+        part,
+    )
+    os.replace(part, file)
+
+
+def _resume(
+    file: Path,
+    settings: dict[str, Any],
+    epochs: int,
+    network: nn.Module,
+    adam: torch.optim.Adam,
+    shuffle: torch.Generator,
+) -> History:
+    try:
+        kept = torch.load(file, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # damage can look like anything to the unpickler
+        raise ValueError(f"{file}: not a whole checkpoint; remove it to begin again") from error
+    other = {name: value for name, value in kept["settings"].items() if value != settings[name]}
+    if other:
+        wanted = {name: settings[name] for name in other}
+        raise ValueError(
+            f"{file}: a checkpoint of another training, {other} instead of {wanted}; remove it or name another"
+        )
+    reached = len(kept["history"]["loss"])
+    if reached > epochs:
+        raise ValueError(f"{file}: a checkpoint after {reached} epochs, more than the {epochs} asked for")
+    network.load_state_dict(kept["network"])
+    adam.load_state_dict(kept["adam"])
+    shuffle.set_state(kept["shuffle"])
+    torch.set_rng_state(kept["generator"])
+    if kept["cuda_generators"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(kept["cuda_generators"])
+    return dict(kept["history"])
