@@ -1,0 +1,273 @@
+"""The graph of a network's calls: traced once by torch.fx, with each node classified by what it means.
+
+A layer means the same as a module, a function or a method (`nn.ReLU()`, `F.relu(x)`, `x.relu_()`); one table here says so.
+A traced graph has no writes in place: each is replaced by the call that returns a new tensor.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import fx, nn  # which importing torch has loaded
+
+# What modules (of torch.nn and of this library), functions and methods of these names mean.
+_NAMES = {
+    "linear": "Linear SummaryLinear linear",
+    "matmul": "matmul mm",
+    "conv": "Conv1d Conv2d Conv3d SummaryConv2d conv1d conv2d conv3d",
+    "conv_transpose": "ConvTranspose1d ConvTranspose2d ConvTranspose3d conv_transpose1d conv_transpose2d conv_transpose3d",
+    "batch_norm": "BatchNorm1d BatchNorm2d BatchNorm3d SyncBatchNorm batch_norm",
+    "relu": "ReLU relu",
+    "max_pool": "MaxPool1d MaxPool2d MaxPool3d max_pool1d max_pool2d max_pool3d",
+    "avg_pool": "AvgPool1d AvgPool2d AvgPool3d avg_pool1d avg_pool2d avg_pool3d",
+    "adaptive_avg_pool": "AdaptiveAvgPool1d AdaptiveAvgPool2d AdaptiveAvgPool3d "
+    "adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d",
+    "mean": "mean",
+    "flatten": "Flatten flatten",
+    "reshape": "Unflatten reshape view unflatten",
+    "rearrange": "PixelShuffle PixelUnshuffle ChannelShuffle permute transpose squeeze unsqueeze chunk split expand "
+    "getitem pixel_shuffle pixel_unshuffle channel_shuffle",
+    "pad": "ZeroPad1d ZeroPad2d ZeroPad3d ConstantPad1d ConstantPad2d ConstantPad3d ReflectionPad1d ReflectionPad2d "
+    "ReflectionPad3d ReplicationPad1d ReplicationPad2d ReplicationPad3d CircularPad1d CircularPad2d CircularPad3d pad",
+    "upsample": "Upsample UpsamplingNearest2d UpsamplingBilinear2d interpolate",
+    "add": "add iadd",
+    "sub": "sub isub",
+    "cat": "cat concat concatenate",
+    "scale": "mul imul div truediv itruediv neg",
+    "dropout": "Dropout Dropout1d Dropout2d Dropout3d dropout dropout1d dropout2d dropout3d",
+    "identity": "Identity contiguous clone",
+    "shape": "size dim numel getattr",
+    "gate": "gated",
+    "route": "routed",
+}
+_KINDS = {name: kind for kind, names in _NAMES.items() for name in names.split()}
+_OURS = ("torch.nn.", "interp_nn.nn.")
+_MIXED = ("add", "sub", "cat", "gate", "route")  # kinds whose arguments may all depend on the input
+_VIEWS = ("identity", "dropout", "flatten", "reshape", "rearrange")  # kinds whose result may be their argument's memory
+_SIZES = ("shape", "ndim", "device", "dtype")
+_OUT_OF_PLACE = {
+    operator.iadd: operator.add,
+    operator.isub: operator.sub,
+    operator.imul: operator.mul,
+    operator.itruediv: operator.truediv,
+}
+
+
+def gated(z: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+    """z * gate, for gates of z's shape without its first dimension: what stands for a ReLU where the gates are given.
+
+    Raises ValueError for gates of another shape, which could broadcast.
+    """
+    if z.shape[1:] != gate.shape[1:]:
+        raise ValueError(f"gates: got shape {tuple(gate.shape)}, want {tuple(z.shape)}")
+    return z * gate
+
+
+def routed(z: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """The entries of z (n, c, *positions) at flat positions (n, c, *pooled): a max-pooling whose choice is given."""
+    return z.flatten(2).gather(2, index.flatten(2)).view_as(index)
+
+
+def trace(model: nn.Module) -> fx.GraphModule:
+    """The graph of a model's calls, on the model's own parameters and buffers.
+
+    Its leaves are layers of torch.nn and of this library. Python that runs while tracing (`if self.training`, loops) is fixed as
+    it ran. Raises TypeError for what is not an nn.Module of Python, ValueError that names the layer that cannot be traced and
+    why, or one that writes in place where no other call does the same.
+    """
+    model = getattr(model, "_orig_mod", model)
+    if not isinstance(model, nn.Module) or isinstance(model, torch.jit.ScriptModule):
+        raise TypeError(f"model: got {type(model).__name__}, want an nn.Module of Python")
+    tracer = _Tracer()
+    try:
+        graph = tracer.trace(model)
+    except Exception as error:
+        layer, module = tracer.running[-1] if tracer.running else ("", model)
+        raise ValueError(
+            f"model: layer {layer!r} ({type(module).__name__}) cannot be traced: {error}; "
+            "want a model whose calls do not depend on the values of its input"
+        ) from error
+    graph_module = fx.GraphModule(model, graph, type(model).__name__)
+    for node in graph.nodes:
+        _write_nothing(model, graph_module, node)
+    graph_module.recompile()
+    return graph_module
+
+
+def kind(graph_module: fx.GraphModule, node: fx.Node) -> str:
+    """What a node means, however it is written.
+
+    'input', 'output', 'constant' (a parameter, a buffer, or what is computed from those alone), 'shape' (a size, or arithmetic
+    of sizes); 'linear', 'matmul', 'conv', 'conv_transpose', 'batch_norm', 'relu', 'max_pool', 'avg_pool', 'adaptive_avg_pool',
+    'global_avg_pool' (to one position), 'mean', 'flatten' (all but the first dimension), 'reshape', 'rearrange', 'pad',
+    'upsample', 'add', 'sub', 'cat', 'scale' (times a constant), 'dropout', 'identity'; 'gate' and 'route' (see `gated` and
+    `routed`); 'other'. A layer whose weight depends on the input is 'other'. Kept in the node's meta.
+    """
+    if "kind" not in node.meta:
+        node.meta["kind"] = _kind(graph_module, node)
+    return node.meta["kind"]
+
+
+def where(graph_module: fx.GraphModule, node: fx.Node) -> str:
+    """A node in words, for messages: "Softmax in layer 'head.1'"."""
+    if node.op == "call_module":
+        return f"{type(graph_module.get_submodule(str(node.target))).__name__} in layer {str(node.target)!r}"
+    return f"{_name(graph_module, node)} in layer {node.meta.get('layer', '')!r}"
+
+
+def _kind(graph_module: fx.GraphModule, node: fx.Node) -> str:
+    fixed = {"placeholder": "input", "output": "output", "get_attr": "constant"}.get(node.op)
+    if fixed is not None:
+        return fixed
+    sources: list[fx.Node] = []
+    fx.node.map_arg((node.args, node.kwargs), sources.append)
+    varying = [source for source in sources if kind(graph_module, source) not in ("constant", "shape")]
+    if not varying and node.op != "call_module":
+        return "shape" if any(kind(graph_module, source) == "shape" for source in sources) else "constant"
+    name = _name(graph_module, node)
+    found = _KINDS.get(name, "other")
+    by_constant = name in ("mul", "imul") and len(varying) == 1
+    if found not in _MIXED and not by_constant and varying != [_first(node)]:
+        return "other"
+    if found == "shape" and name == "getattr" and node.args[1] not in _SIZES:
+        return "other"
+    if found == "flatten":
+        start, end = _argument(graph_module, node, 1, "start_dim"), _argument(graph_module, node, 2, "end_dim")
+        return found if start == 1 and end in (None, -1) else "reshape"
+    if found == "reshape" and node.op == "call_method":
+        sizes: Any = node.args[1:]
+        sizes = sizes[0] if len(sizes) == 1 and isinstance(sizes[0], (tuple, list)) else sizes
+        return "flatten" if len(sizes) == 2 and sizes[1] == -1 else found
+    if found == "adaptive_avg_pool":
+        size = _argument(graph_module, node, 1, "output_size")
+        return "global_avg_pool" if size == 1 or (isinstance(size, (tuple, list)) and set(size) == {1}) else found
+    return found
+
+
+def _first(node: fx.Node) -> Any:
+    return node.args[0] if node.args else node.kwargs.get("input")
+
+
+def _argument(graph_module: fx.GraphModule, node: fx.Node, place: int, name: str) -> Any:
+    """An argument of a call, or the attribute of that name of the module that is called; None where it is not given."""
+    if node.op == "call_module":
+        return getattr(graph_module.get_submodule(str(node.target)), name)
+    return node.args[place] if place < len(node.args) else node.kwargs.get(name)
+
+
+def _name(graph_module: fx.GraphModule, node: fx.Node) -> str:
+    """The name of a method or function, without the underscore of what writes in place, or of a module's class."""
+    if node.op != "call_module":
+        return str(getattr(node.target, "__name__", node.target)).rstrip("_")
+    module = graph_module.get_submodule(str(node.target))
+    known = (c.__name__ for c in type(module).__mro__ if c.__module__.startswith(_OURS) and c.__name__ in _KINDS)
+    return next(known, type(module).__name__)
+
+
+class _Proxy(fx.Proxy):
+    """A proxy that does not forget that `x += y` writes to x."""
+
+    def __iadd__(self, other: Any) -> fx.Proxy:
+        return self.tracer.create_proxy("call_function", operator.iadd, (self, other), {})
+
+    def __isub__(self, other: Any) -> fx.Proxy:
+        return self.tracer.create_proxy("call_function", operator.isub, (self, other), {})
+
+    def __imul__(self, other: Any) -> fx.Proxy:
+        return self.tracer.create_proxy("call_function", operator.imul, (self, other), {})
+
+    def __itruediv__(self, other: Any) -> fx.Proxy:
+        return self.tracer.create_proxy("call_function", operator.itruediv, (self, other), {})
+
+
+class _Tracer(fx.Tracer):
+    """Notes the module whose code each call is in, and which one was running when tracing failed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.running: list[tuple[str, nn.Module]] = []
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Proxy(node, self)
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return m.__module__.startswith(_OURS) and not isinstance(m, nn.Sequential)
+
+    def call_module(
+        self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        compiled = getattr(m, "_orig_mod", None)
+        if compiled is not None:
+            return self.call_module(compiled, compiled.forward, args, kwargs)
+        self.running.append((self.path_of_module(m), m))
+        result = super().call_module(m, forward, args, kwargs)
+        self.running.pop()  # only where nothing was raised: the last one is then at fault
+        return result
+
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        node = super().create_node(*args, **kwargs)
+        node.meta["layer"] = self.running[-1][0] if self.running else ""
+        return node
+
+
+def _write_nothing(model: nn.Module, graph_module: fx.GraphModule, node: fx.Node) -> None:
+    """Make a call that writes in place one that does not; what is read afterwards is its result."""
+    target, name = node.target, str(getattr(node.target, "__name__", node.target))
+    refusal = f"model: {where(graph_module, node)} writes in place; want a call that returns a new tensor"
+    if node.op == "call_module":
+        module = model.get_submodule(str(target))
+        if not getattr(module, "inplace", False):
+            return
+        module = copy.copy(module)  # the model's own stays as it is
+        module.inplace = False  # type: ignore[assignment]
+        graph_module.set_submodule(str(target), module)
+    elif target in _OUT_OF_PLACE:
+        node.target = _OUT_OF_PLACE[target]
+    elif node.op in ("call_function", "call_method") and name.endswith("_") and not name.endswith("__"):
+        other = getattr(torch.Tensor if node.op == "call_method" else torch, name[:-1], None)
+        if other is None:
+            raise ValueError(refusal)
+        node.target = name[:-1] if node.op == "call_method" else other
+    elif target is operator.setitem or node.kwargs.get("out") is not None:
+        raise ValueError(refusal)
+    elif not _cleared(node):
+        return
+    written, nodes = _first(node), list(node.graph.nodes)
+    earlier = set(nodes[: nodes.index(node) + 1])
+    aliases = _aliases(graph_module, written, nodes[: nodes.index(node)])
+    late = [user for alias in aliases - {written} for user in alias.users if user not in earlier]
+    if late:
+        raise ValueError(f"{refusal}, since {where(graph_module, late[0])} reads what shares its memory")
+    written.replace_all_uses_with(node, lambda user: user not in earlier)
+
+
+def _aliases(graph_module: fx.GraphModule, node: fx.Node, nodes: Sequence[fx.Node]) -> set[fx.Node]:
+    """Which of the nodes may share memory with one of them."""
+    base = node
+    while kind(graph_module, base) in _VIEWS:
+        base = _first(base)
+    found = {base}
+    for other in nodes:
+        if kind(graph_module, other) in _VIEWS and _first(other) in found:
+            found.add(other)
+    return found
+
+
+def _cleared(node: fx.Node) -> bool:
+    """Sets `inplace=True` of a function of torch.nn.functional to False; whether there was one."""
+    if node.op != "call_function" or not inspect.isfunction(node.target):
+        return False
+    try:
+        given = inspect.signature(node.target).bind(*node.args, **node.kwargs)
+    except TypeError:
+        return False
+    if given.arguments.get("inplace") is not True:
+        return False
+    given.arguments["inplace"] = False
+    node.args, node.kwargs = given.args, given.kwargs
+    return True
