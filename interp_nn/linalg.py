@@ -1,12 +1,17 @@
-"""Small shared maths on a tall or wide matrix b (..., d, k): Gram matrix, effective weight, polar factor, spectrum."""
+"""Small shared maths: a matrix b's Gram matrix, effective weight, polar factor and spectrum; canonical eigh and svd in fp64."""
 
 from __future__ import annotations
 
+import copy
 import math
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+Blocks = tuple[tuple[int, int], ...]
+_ENTRIES_AT_ONCE = 1 << 22  # of a batch that is taken to fp64
 
 
 class Orthogonalized(NamedTuple):
@@ -91,6 +96,114 @@ def orthogonalize(b: Tensor, tolerance: float | None = None, max_iterations: int
     result = (factor.mT if wide else factor).to(b.dtype)
     finite = bool(torch.isfinite(result.detach()).all())
     return Orthogonalized(result, orthogonality_defect(result) if finite else math.nan, iterations)
+
+
+def polar(a: Tensor, special: bool = False) -> Tensor:
+    """The orthogonal polar factor U Vᵀ of a = U S Vᵀ (d, k), in fp64: of all orthonormal matrices Q the one with the largest
+    tr(Qᵀa), which is the sum of the singular values (Schönemann 1966).
+
+    What `orthogonalize` approaches by products alone, here by an svd: exact at any rank, and arbitrary in the directions that a
+    lacks. special: only rotations (a square, det Q = 1), which lose twice the smallest singular value where det a < 0.
+    """
+    u, s, vh = torch.linalg.svd(a.detach().double(), full_matrices=False)
+    if special and s.numel() and bool((torch.linalg.slogdet(u).sign * torch.linalg.slogdet(vh).sign) < 0):
+        u[:, -1].neg_()
+    return u @ vh
+
+
+class Eigensystem(NamedTuple):
+    """a = vectors diag(values) vectorsᵀ. values: (n,) ascending; vectors: (n, n), in columns; both fp64.
+
+    blocks: runs [start, stop) of values that are equal but for rounding; within one, any rotation of its vectors will do.
+    """
+
+    values: Tensor
+    vectors: Tensor
+    blocks: Blocks
+
+
+class SingularSystem(NamedTuple):
+    """a = u diag(s) vh with s descending, all fp64; blocks as in `Eigensystem`."""
+
+    u: Tensor
+    s: Tensor
+    vh: Tensor
+    blocks: Blocks
+
+
+def eigh(a: Tensor) -> Eigensystem:
+    """Eigenvalues and -vectors of a symmetric (n, n), in fp64: the largest entry of each vector is positive."""
+    values, vectors = torch.linalg.eigh(a.detach().double())
+    values = values + 0.0  # -0.0 becomes 0.0
+    return Eigensystem(values, vectors * signs(vectors), equal_runs(values))
+
+
+def svd(a: Tensor) -> SingularSystem:
+    """The thin svd of a (d, k), in fp64: the largest entry of each left vector is positive."""
+    u, s, vh = torch.linalg.svd(a.detach().double(), full_matrices=False)
+    sign = signs(u)
+    return SingularSystem(u * sign, s, vh * sign.unsqueeze(1), equal_runs(s))
+
+
+def equal_runs(values: Tensor, scale: Tensor | None = None) -> Blocks:
+    """Runs [start, stop) of at least two neighbours among sorted values (n,) that are closer than rounding tells apart.
+
+    Rounding is n eps times `scale`: the largest |value| by default, which is the error of an eigenvalue solver; (n - 1,) gives
+    each gap its own.
+    """
+    if len(values) < 2:
+        return ()
+    scale = values.abs().max() if scale is None else scale
+    gaps = values.diff().abs() > len(values) * torch.finfo(values.dtype).eps * scale
+    edges = [0, *(1 + gaps.nonzero().squeeze(1)).tolist(), len(values)]
+    return tuple((start, stop) for start, stop in pairwise(edges) if stop - start > 1)
+
+
+def signs(vectors: Tensor) -> Tensor:
+    """±1 for each column, of the first of its entries that has the largest size: rounding must not choose between equal ones."""
+    if not vectors.numel():
+        return vectors.new_ones(vectors.shape[1])
+    sizes = vectors.abs()
+    first = (sizes >= (1 - 1e-6) * sizes.amax(0)).int().argmax(0, keepdim=True)
+    return torch.where(vectors.gather(0, first).squeeze(0) < 0, -1.0, 1.0).to(vectors)
+
+
+class GramAccumulator:
+    """The Gram matrix H Hᵀ of samples that arrive in batches, summed in fp64 in O(n²) memory.
+
+    count: how many samples were seen; mean: (n,) fp64. The sum kept is that of the deviations from the mean, so that centring
+    cancels nothing (Chan, Golub & LeVeque 1979).
+    """
+
+    def __init__(self, features: int, device: torch.device | str | None = None) -> None:
+        self.count = 0
+        self.mean = torch.zeros(features, dtype=torch.float64, device=device)
+        self._deviations = torch.zeros(features, features, dtype=torch.float64, device=device)
+
+    def update(self, batch: Tensor) -> None:
+        """Add samples, the columns of batch (n, m); few at a time, so that their fp64 copy stays small."""
+        for part in batch.detach().split(max(1, _ENTRIES_AT_ONCE // max(1, len(self.mean))), dim=1):
+            if part.shape[1]:
+                values = part.double()
+                mean = values.mean(1)
+                self._add(part.shape[1], mean, gram((values - mean.unsqueeze(1)).mT))
+
+    def merge(self, other: GramAccumulator) -> GramAccumulator:
+        """The accumulator of both sets of samples; neither is changed."""
+        both = copy.deepcopy(self)
+        if other.count:
+            both._add(other.count, other.mean, other._deviations)
+        return both
+
+    def gram(self, center: bool = False) -> Tensor:
+        """H Hᵀ (n, n) fp64; center: of the deviations from the mean."""
+        return self._deviations.clone() if center else self._deviations + self.count * torch.outer(self.mean, self.mean)
+
+    def _add(self, count: int, mean: Tensor, deviations: Tensor) -> None:
+        step, total = mean - self.mean, self.count + count
+        self._deviations += deviations + (self.count * count / total) * torch.outer(step, step)
+        self.mean += step * (count / total)
+        self.count = total
 
 
 def inverse_summary(x: Tensor, b: Tensor) -> Tensor:
