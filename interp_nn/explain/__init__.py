@@ -9,9 +9,9 @@ from interp_nn.explain.attribution import InstanceLinearization
 from interp_nn.explain.calls import UnsupportedOperation
 from interp_nn.explain.clusters import ActivationClusters, MergedClusters, NotFittedError
 from interp_nn.explain.gates import GateRecord, GateSite, OperationReport, frozen, record, supported_ops
-from interp_nn.explain.patterns import ActivationPatterns, PatternGroups
 from interp_nn.explain.regions import Ball, Boundary, Region, region
 from interp_nn.explain.tsne import ParametricTSNE
+from interp_nn.patterns import ActivationPatterns, PatternGroups
 
 __all__ = [
     "ActivationClusters",

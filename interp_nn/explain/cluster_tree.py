@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from interp_nn.explain.merging import by_size
-from interp_nn.explain.patterns import ActivationPatterns
+from interp_nn.patterns import ActivationPatterns
 
 _CHILDREN = 4  # of the root that are printed; half as many of each of them, and so on down to one
 

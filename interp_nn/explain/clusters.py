@@ -20,9 +20,9 @@ from interp_nn.explain.affine import AffineMap, linearize
 from interp_nn.explain.cluster_tree import ClusterTree, cluster_tree
 from interp_nn.explain.gates import GateSite, record, supported_ops
 from interp_nn.explain.merging import by_distance, by_functions, by_size, equal_maps, mean_maps, path_distances, refit
-from interp_nn.explain.patterns import ActivationPatterns
 from interp_nn.explain.piecewise import PiecewiseAffine, Unseen, apply_maps
 from interp_nn.explain.regions import Region, region
+from interp_nn.patterns import ActivationPatterns
 
 By = Literal["affine", "coef", "hamming", "npk"]
 _PAIRS_AT_ONCE = 1 << 22  # of patterns that are compared

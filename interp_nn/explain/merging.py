@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from interp_nn.explain.importance import Designs, designs
-from interp_nn.explain.patterns import ActivationPatterns
+from interp_nn.patterns import ActivationPatterns
 
 if TYPE_CHECKING:
     import numpy as np

@@ -14,6 +14,7 @@ from torch.overrides import BaseTorchFunctionMode
 
 from interp_nn.explain.calls import RANDOM, UnsupportedOperation, replaced
 from interp_nn.explain.tracing import ConstantFinder, Layers, Recorder, Replayer, ScaledReplayer
+from interp_nn.records import place_of
 
 Inputs = tuple[Tensor, ...]
 Select = Callable[[Any], Any]
@@ -247,15 +248,6 @@ def check_model(model: nn.Module) -> None:
                 f"model: layer {name!r} ({type(module).__name__}) is in training mode, where it couples samples or draws "
                 "random numbers; want model.eval()"
             )
-
-
-def place_of(names: Sequence[str], site: str | int) -> int:
-    """The index of a gate site given by index or name. Raises ValueError that lists the sites."""
-    if isinstance(site, int) and -len(names) <= site < len(names):
-        return site % len(names)
-    if isinstance(site, str) and site in names:
-        return names.index(site)
-    raise ValueError(f"site: got {site!r}, want an index below {len(names)} or one of {', '.join(names)}")
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from benchmarks.tables import mlp
 from interp_nn.explain.clusters import ActivationClusters, NotFittedError
-from interp_nn.explain.patterns import ActivationPatterns
+from interp_nn.patterns import ActivationPatterns
 
 
 def fitted(*widths, n=300, y=None, seed=0, **options):

@@ -10,7 +10,7 @@ from torch.nn import functional
 from benchmarks import tables
 from interp_nn.explain.affine import linearize
 from interp_nn.explain.clusters import ActivationClusters
-from interp_nn.explain.patterns import ActivationPatterns
+from interp_nn.patterns import ActivationPatterns
 
 
 class Residual(nn.Module):

@@ -13,7 +13,7 @@ from interp_nn.explain.merging import (
     path_distances,
     refit,
 )
-from interp_nn.explain.patterns import ActivationPatterns
+from interp_nn.patterns import ActivationPatterns
 
 
 def same_partition(a, b):
