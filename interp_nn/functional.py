@@ -25,6 +25,7 @@ from interp_nn import dispatch, linalg
 from interp_nn.engines.reference import LossOptions
 from interp_nn.linalg import Orthogonalized
 from interp_nn.ops import cross_entropy as _cross_entropy
+from interp_nn.ops import gram as _gram
 from interp_nn.ops import summary as _summary
 from interp_nn.ops.library import any_autocast_enabled, cast
 
@@ -62,6 +63,11 @@ def summary(x: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
     each product accumulates in fp32 (fp64 for float64) and is rounded to the dtype. Source: Banh, Interpretable-Neural-Net.
     """
     return _summary.summary(*_planned(x, b, bias, False))
+
+
+def summary_and_square(x: Tensor, b: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    """`summary`, and what its launch formed on the way: the smaller of bᵀb and bbᵀ, without gradient, or None."""
+    return _gram.summary_and_square(*_planned(x, b, bias, False))
 
 
 def summary_pair(x: Tensor, b: Tensor) -> SummaryPair:

@@ -32,9 +32,24 @@ def gram(b: Tensor) -> Tensor:
     return b.mT @ b
 
 
+def smaller_square(b: Tensor) -> Tensor:
+    """The smaller of the two square products: bᵀb (..., k, k), or b bᵀ (..., d, d) where k > d."""
+    return gram(b) if b.shape[-1] <= b.shape[-2] else gram(b.mT)
+
+
+def by_square(b: Tensor, square: Tensor) -> Tensor:
+    """b times a matrix of the size of its smaller square product, from the side where it fits."""
+    return b @ square if b.shape[-1] <= b.shape[-2] else square @ b
+
+
 def effective_weight(b: Tensor) -> Tensor:
     """W = b (bᵀb) = (b bᵀ) b (..., d, k), formed through the smaller of the two square products."""
-    return b @ gram(b) if b.shape[-1] <= b.shape[-2] else gram(b.mT) @ b
+    return by_square(b, smaller_square(b))
+
+
+def newton_schulz(b: Tensor, square: Tensor) -> Tensor:
+    """b (3 I - bᵀb) / 2 for b (..., d, k) and its smaller square product: a singular value s becomes s (3 - s²) / 2."""
+    return 1.5 * b - 0.5 * by_square(b, square)
 
 
 def singular_values(b: Tensor) -> Tensor:
@@ -89,7 +104,7 @@ def orthogonalize(b: Tensor, tolerance: float | None = None, max_iterations: int
         # Convergence is quadratic once the error is below 1, so halving less than that means rounding is met.
         if error <= tolerance or (error < 0.1 and error > previous / 2) or math.isnan(error):
             break
-        factor = 1.5 * factor - 0.5 * (factor @ g)
+        factor = newton_schulz(factor, g)
         g = gram(factor)
         iterations += 1
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from interp_nn import linalg
+from interp_nn.ops.library import transforming
+
+_EXACT = (torch.float32, torch.float64)
 
 
 class LinearForm(nn.Module):
@@ -19,6 +23,11 @@ class LinearForm(nn.Module):
 
     weight: nn.Parameter
     groups: int = 1
+    constraint: str | None = None  # set by `constraints.constrain`
+
+    # The smaller square product of b that a forward formed, kept under the constraint "penalty", and what it was computed
+    # from: that tensor itself too, so that no other comes to lie at its address.
+    _square: tuple[Tensor, tuple[Any, ...], Tensor] | None = None
 
     def matrix(self) -> Tensor:
         """b (in, out), a view of `weight`; (groups, in, out per group) for grouped layers."""
@@ -47,7 +56,7 @@ class LinearForm(nn.Module):
         b = self.matrix()
         results = [linalg.orthogonalize(m) for m in (b if self.groups > 1 else b.unsqueeze(0))]
         factor = torch.cat([r.factor.mT for r in results])
-        self.weight.copy_(factor.view(self.weight.shape))
+        self._set_weight(factor.view(self.weight.shape))
         return max(r.defect for r in results)
 
     @torch.no_grad()
@@ -61,7 +70,43 @@ class LinearForm(nn.Module):
         )
         for part in draw:
             nn.init.orthogonal_(part)
-        self.weight.copy_(draw.view(self.weight.shape))
+        self._set_weight(draw.view(self.weight.shape))
+
+    def known_square(self) -> Tensor | None:
+        """The smaller square product of b, detached, that the last forward of a penalised layer formed; None if b has changed."""
+        if self._square is None or torch.compiler.is_compiling() or self._square[1] != self._identity():
+            return None
+        return self._square[0]
+
+    def _keep_square(self, square: Tensor | None) -> None:
+        """Keep what `known_square` gives; not of 16-bit weights, as bᵀb - I cancels, nor what only lives in a transform."""
+        weight = self._parameters.get("weight")
+        if torch.compiler.is_compiling() or transforming() or not torch.is_grad_enabled():
+            return
+        self._square = None
+        if square is not None and type(weight) is nn.Parameter and square.dtype == weight.dtype in _EXACT:
+            self._square = square.detach(), self._identity(), weight.detach()
+
+    def _identity(self) -> tuple[Any, ...]:
+        w = self.weight
+        return w.data_ptr(), None if w.is_inference() else w._version, w.dtype, w.device
+
+    @torch.no_grad()
+    def _set_weight(self, value: Tensor) -> None:
+        if parametrize.is_parametrized(self, "weight"):
+            self.weight = value  # type: ignore[assignment] # through the parametrization's right inverse
+        else:
+            self.weight.copy_(value)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        self._square = None  # before its weight's memory goes
+        return super()._apply(*args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_square"}
+
+    def _note(self) -> str:
+        return f", constraint={self.constraint!r}" if self.constraint else ""
 
 
 class Freezable(LinearForm):
@@ -103,7 +148,7 @@ class Freezable(LinearForm):
         super()._load_from_state_dict(*args)
 
     def _note(self) -> str:
-        return ", frozen" if self._frozen is not None else ""
+        return super()._note() + (", frozen" if self._frozen is not None else "")
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
         super()._apply(*args, **kwargs)
@@ -113,15 +158,14 @@ class Freezable(LinearForm):
 
     def _freeze(self) -> tuple[Tensor, tuple[Any, ...], Tensor]:
         # Whatever mode this is called in, the kept weight must serve in every other.
-        device_type = self.weight.device.type
-        known = torch.amp.is_autocast_available(device_type)
-        autocast_off = torch.autocast(device_type, enabled=False) if known else nullcontext()
-        with torch.inference_mode(False), torch.no_grad(), autocast_off:
+        with torch.inference_mode(False), torch.no_grad(), autocast_off(self.weight.device):
             return self.effective_weight().contiguous(), self._identity(), self.weight.detach()
 
-    def _identity(self) -> tuple[Any, ...]:
-        w = self.weight
-        return w.data_ptr(), None if w.is_inference() else w._version, w.dtype, w.device
+
+def autocast_off(device: torch.device) -> AbstractContextManager[Any]:
+    """A context in which nothing is cast, on devices with and without autocast."""
+    known = torch.amp.is_autocast_available(device.type)
+    return torch.autocast(device.type, enabled=False) if known else nullcontext()
 
 
 def copy_parameters(source: nn.Module, to: nn.Module, weight: Tensor) -> None:
@@ -135,19 +179,31 @@ def copy_parameters(source: nn.Module, to: nn.Module, weight: Tensor) -> None:
     to.train(source.training)
 
 
-def root(name: str, weight: Tensor, preserve: str, groups: int = 1) -> Tensor:
-    """The `weight` to give a summary layer made from the layer `name`: its cube root ("function") or itself ("weight")."""
+def check_preserve(preserve: str) -> None:
+    """Raise ValueError for what a conversion cannot keep."""
     if preserve not in ("function", "weight"):
         raise ValueError(f"preserve: got {preserve!r}, want 'function' or 'weight'")
+
+
+def root(name: str, weight: Tensor, preserve: str, groups: int = 1) -> Tensor:
+    """The `weight` to give a summary layer made from the layer `name`: its cube root ("function") or itself ("weight")."""
+    check_preserve(preserve)
     if isinstance(weight, nn.UninitializedParameter):
         raise TypeError(f"{name}: its weight is uninitialized (a lazy module); run it once first")
-    if preserve == "weight":
+    if preserve == "weight" or weight.numel() == 0:
         return weight.detach()
     rows = weight.detach().flatten(1).unflatten(0, (groups, -1))
     return linalg.cube_root(rows).view(weight.shape)
 
 
+def exact_effective(weight: Tensor, groups: int = 1) -> Tensor:
+    """The effective weight of a summary layer's `weight`, in its shape and in fp64."""
+    if weight.numel() == 0:
+        return weight.detach().double()
+    b = weight.detach().double().flatten(1).unflatten(0, (groups, -1)).mT
+    return linalg.effective_weight(b).mT.reshape(weight.shape)
+
+
 def folded(layer: LinearForm) -> Tensor:
     """The effective weight, computed in fp64 and rounded once."""
-    b = layer.matrix().detach().double()
-    return linalg.effective_weight(b).mT.reshape(layer.weight.shape).to(layer.weight.dtype)
+    return exact_effective(layer.weight, layer.groups).to(layer.weight.dtype)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.utils import _pair
 
-from interp_nn import functional
+from interp_nn import functional, linalg
 from interp_nn.functional import SummaryPair
 from interp_nn.nn.linear_form import Freezable, LinearForm, copy_parameters, folded, root
 from interp_nn.nn.loss import SummaryLoss
@@ -47,6 +47,10 @@ class SummaryLinear(Freezable):
         frozen = self.frozen_weight()
         if frozen is not None:
             return nn.functional.linear(x, frozen, self.bias)
+        if self.constraint == "penalty":
+            y, square = functional.summary_and_square(x, self.weight.t(), self.bias)
+            self._keep_square(square)
+            return y
         return functional.summary(x, self.weight.t(), self.bias)
 
     def fold(self) -> nn.Linear:
@@ -117,8 +121,13 @@ class SummaryConv2d(Freezable, _ConvNd):  # type: ignore[misc]
         self.reset_orthogonal_()
 
     def forward(self, x: Tensor) -> Tensor:
-        frozen = self.frozen_weight()
-        weight = self.effective_weight() if frozen is None else frozen
+        weight = self.frozen_weight()
+        if weight is None:
+            b = self.matrix()
+            square = linalg.smaller_square(b)
+            weight = linalg.by_square(b, square).mT.reshape(self.weight.shape)
+            if self.constraint == "penalty":
+                self._keep_square(square)
         padding = self.padding
         if self.padding_mode != "zeros":
             x = nn.functional.pad(x, self._reversed_padding_repeated_twice, mode=self.padding_mode)
@@ -187,7 +196,7 @@ class SummaryLayer(LinearForm):
         return nn.functional.linear(x, self.weight)
 
     def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}"
+        return f"in_features={self.in_features}, out_features={self.out_features}{self._note()}"
 
 
 class SummaryClassifier(SummaryLayer):

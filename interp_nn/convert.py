@@ -1,0 +1,173 @@
+"""Whole models in and out: `summarize` turns their plain layers into summary layers, `fold` turns them back, both in place."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from interp_nn.dispatch import Plan, plan
+from interp_nn.nn.convertible import Convertible, Select, memory
+from interp_nn.nn.linear_form import check_preserve, exact_effective, root
+from interp_nn.nn.summary import SummaryConv2d, SummaryLinear
+
+__all__ = ["Converted", "Left", "Report", "fold", "summarize"]
+
+_SUMMARY: dict[type, type] = {nn.Linear: SummaryLinear, nn.Conv2d: SummaryConv2d}
+_PLAIN: dict[type, type] = {summary: plain for plain, summary in _SUMMARY.items()}
+
+
+class Converted(NamedTuple):
+    """A layer in a `Report`.
+
+    name: its path; of a shared module the first. was, now: its classes. shape: (d, k) of b, of each group's where groups > 1.
+    parameters: of weight and bias. plan: how a SummaryLinear computes; None for a convolution, which forms its effective weight
+    once a call, and for plain layers. error: ‖W - W'‖ / ‖W‖ (Frobenius, fp64) of the effective weights W before and W' after;
+    None where they have no values (the meta device).
+    """
+
+    name: str
+    was: str
+    now: str
+    shape: tuple[int, int]
+    groups: int
+    parameters: int
+    plan: Plan | None
+    error: float | None
+
+
+class Left(NamedTuple):
+    """A layer in a `Report` that stays as it is, and why."""
+
+    name: str
+    kind: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `summarize` or `fold` did, or on a dry run would do. Prints as a table."""
+
+    title: str
+    converted: tuple[Converted, ...]
+    left: tuple[Left, ...]
+
+    @property
+    def error(self) -> float:
+        """The largest error of a converted layer; 0 where none has one."""
+        return max((row.error for row in self.converted if row.error is not None), default=0.0)
+
+    def __str__(self) -> str:
+        parameters = sum(row.parameters for row in self.converted)
+        lines = [f"{self.title}: {len(self.converted)} layers, {parameters:,} parameters"]
+        rows = [("layer", "was", "now", "b", "parameters", "plan", "error")]
+        for r in self.converted:
+            shape = f"{r.shape[0]} x {r.shape[1]}" + (f", {r.groups} groups" if r.groups > 1 else "")
+            how = f"{r.plan.engine} {r.plan.form}" if r.plan else "-"
+            error = "-" if r.error is None else f"{r.error:.1e}"
+            rows.append((r.name or "(model)", r.was, r.now, shape, f"{r.parameters:,}", how, error))
+        lines += _columns(rows) if self.converted else []
+        lines += ["left as they are:"] if self.left else []
+        lines += _columns([(r.name or "(model)", r.kind, r.reason) for r in self.left])
+        return "\n".join(lines)
+
+
+def summarize(
+    model: nn.Module, *, select: Select = None, preserve: str = "function", dry_run: bool = False, rows: int = 1024
+) -> Report:
+    """Make each nn.Linear of a model a SummaryLinear and each nn.Conv2d a SummaryConv2d, in place; `fold` is the way back.
+
+    select: which of them: a path ("blocks.0.mlp.fc1"), a pattern ("blocks.*.fc?", where * matches dots too), several of these,
+    or a function of (path, module); None takes all. preserve: "function" keeps the model's outputs, as each b gets the cube
+    roots of its weight's singular values, taken in fp64 and rounded to the weight's dtype, which is all of the report's errors;
+    "weight" keeps the parameters and changes the outputs wherever a weight is not orthonormal. dry_run: compute the same report
+    and change nothing. rows: how many rows (batch times positions) the report's plans are for.
+
+    A layer changes its class and the values of its weight, and is otherwise the same: its parameters are the same objects, so
+    tied weights stay tied and optimizers attached (but their moments were those of the old weight), and hooks, flags, dtype and
+    device are untouched. For a copy, convert `copy.deepcopy(model)`.
+
+    Left as they are, with the reason in the report: subclasses; parametrized, pruned, quantized, sharded, lazy and non-finite
+    layers; ones tied to something that stays; ones whose weight a module above takes for itself, as nn.TransformerEncoderLayer
+    does. The last are found in the source of its forward (`self.fc.weight`); code that reads a weight in another way goes unseen,
+    so compare outputs where that may be.
+
+    Raises ValueError where `select` takes no layer, or names by its very path one that must stay, and changes nothing then.
+    """
+    check_preserve(preserve)
+    return _convert(f"summarize, {preserve} kept", model, select, _SUMMARY, preserve, dry_run, rows)
+
+
+def fold(model: nn.Module) -> Report:
+    """Make each SummaryLinear of a model an nn.Linear and each SummaryConv2d an nn.Conv2d, in place; the outputs are the same.
+
+    The effective weight is formed in fp64 and rounded once, into the parameter that was b; what `summarize` was given comes
+    back to rounding. A parametrization of b ends here. Layers that give pairs (SummaryLayer, SummaryHead) have no plain equal:
+    they stay, as do subclasses and layers tied to something that stays, with the reason in the report.
+    """
+    return _convert("fold", model, None, _PLAIN, "function", False, 0)
+
+
+def _convert(
+    title: str, model: nn.Module, select: Select, classes: dict[type, type], preserve: str, dry_run: bool, rows: int
+) -> Report:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: got {type(model).__name__}, want a torch.nn.Module")
+    found = Convertible(model, select, classes, values=preserve == "function")
+    converted, left = [], []
+    errors: dict[object, float | None] = {}  # of tied weights the first alone is computed, and written
+    layer: Any
+    for layer in found.layers:
+        name = found.paths[layer][0]
+        if layer in found.obstacles:
+            left.append(Left(name, type(layer).__name__, found.obstacles[layer]))
+            continue
+        if parametrize.is_parametrized(layer):
+            for parameter in list(layer.parametrizations):
+                parametrize.remove_parametrizations(layer, parameter)
+        tie = memory(layer.weight)
+        if tie not in errors:
+            new, errors[tie] = _other_weight(name, layer, preserve)
+            if not dry_run:
+                with torch.no_grad():
+                    layer.weight.copy_(new)
+        converted.append(_row(name, layer, classes[type(layer)], errors[tie], rows))
+        if not dry_run:
+            for state in ("_frozen", "_square", "constraint"):
+                vars(layer).pop(state, None)
+            layer.__class__ = classes[type(layer)]
+    return Report(title + ", dry run" * dry_run, tuple(converted), tuple(left))
+
+
+def _other_weight(name: str, layer: Any, preserve: str) -> tuple[Tensor, float | None]:
+    """The weight of the layer's other kind, and the relative change of the effective weight."""
+    groups = getattr(layer, "groups", 1)
+    if type(layer) in _PLAIN:
+        before = exact_effective(layer.weight, groups)
+        new = before.to(layer.weight.dtype)
+        after = new.double()
+    else:
+        before = layer.weight.detach().double()
+        new = root(name, layer.weight, preserve, groups)
+        after = exact_effective(new, groups)
+    if new.is_meta:
+        return new, None
+    size = float(torch.linalg.vector_norm(before))
+    return new, float(torch.linalg.vector_norm(after - before)) / size if size else 0.0
+
+
+def _row(name: str, layer: Any, now: type, error: float | None, rows: int) -> Converted:
+    weight, groups = layer.weight, getattr(layer, "groups", 1)
+    d, k = weight.shape[1:].numel(), len(weight) // groups
+    how = plan(rows, d, k, dtype=weight.dtype, device=weight.device) if now is SummaryLinear else None
+    parameters = sum(p.numel() for p in layer.parameters(recurse=False))
+    return Converted(name, type(layer).__name__, now.__name__, (d, k), groups, parameters, how, error)
+
+
+def _columns(rows: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]

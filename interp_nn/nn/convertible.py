@@ -1,0 +1,131 @@
+"""Which layers of a model can change between plain and summary layers in place, and why not the others."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterable, Mapping
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from interp_nn.nn.linear_form import LinearForm
+from interp_nn.nn.weight_reads import read_past_forward
+
+Select = str | Iterable[str] | Callable[[str, nn.Module], bool] | None
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+class Convertible:
+    """The layers of a model that `select` takes, in order: `paths` of each, and `obstacles`, the reason why one must stay.
+
+    classes: from each class that can be converted to what it becomes. values: whether the conversion computes with them.
+    Raises ValueError where `select` takes no layer, or names one by its very path that must stay.
+    """
+
+    def __init__(self, model: nn.Module, select: Select, classes: Mapping[type, type], values: bool) -> None:
+        self.paths: dict[nn.Module, list[str]] = {}
+        for name, module in model.named_modules(remove_duplicate=False):
+            self.paths.setdefault(module, []).append(name)
+        summaries = any(issubclass(c, LinearForm) for c in classes)
+        layers = [m for m in self.paths if (isinstance(m, LinearForm) if summaries else _has_matrix(m))]
+        self.layers, named = self._selected(select, layers)
+        self.obstacles = {m: why for m in self.layers if (why := _obstacle(m, classes, values)) is not None}
+        if not summaries:
+            for path, reader in read_past_forward(model).items():
+                for m in self.layers:
+                    if path in self.paths[m]:
+                        self.obstacles.setdefault(m, f"the forward of {reader} takes its weight for itself")
+        self._tied()
+        refused = [f"{self.paths[m][0]}: {self.obstacles[m]}" for m in self.layers if m in named & set(self.obstacles)]
+        if refused:
+            raise ValueError(f"select: cannot convert {'; '.join(refused)}")
+
+    def _selected(self, select: Select, layers: list[nn.Module]) -> tuple[list[nn.Module], set[nn.Module]]:
+        """The layers that are taken, and those among them that are named by their path."""
+        if select is None:
+            return layers, set()
+        if callable(select):
+            chosen = {m for m in layers if any(select(path, m) for path in self.paths[m])}
+            if not chosen:
+                raise ValueError("select: takes none of the model's layers")
+            return [m for m in layers if m in chosen], set()
+        chosen, named = set(), set()
+        for pattern in [select] if isinstance(select, str) else select:
+            if not isinstance(pattern, str):
+                raise TypeError(f"select: got {type(pattern).__name__}, want a path or a pattern of paths")
+            found = {m for m in layers if any(fnmatchcase(path, pattern) for path in self.paths[m])}
+            if not found:
+                raise ValueError(f"select: {pattern!r} {self._unknown(pattern, layers)}")
+            chosen |= found
+            named |= {m for m in found if pattern in self.paths[m]}
+        return [m for m in layers if m in chosen], named
+
+    def _unknown(self, pattern: str, layers: list[nn.Module]) -> str:
+        for module, paths in self.paths.items():
+            if pattern in paths:
+                return f"is a {type(module).__name__}, not a layer to convert (those in it are {pattern + '.*'!r})"
+        near = difflib.get_close_matches(pattern, [path for m in layers for path in self.paths[m]])
+        return "is no layer of the model" + (f"; near it: {', '.join(near)}" if near else "")
+
+    def _tied(self) -> None:
+        """Layers tied to something that stays must stay; so must those tied to them."""
+        owners: dict[object, list[tuple[nn.Module, str]]] = {}
+        for module in self.paths:
+            for name, p in module._parameters.items():
+                if p is not None:
+                    owners.setdefault(memory(p), []).append((module, name))
+        for shared in owners.values():
+            kinds = {(type(m), getattr(m, "groups", 1)) for m, _ in shared}
+            stays = next(((m, n) for m, n in shared if m not in self.layers or m in self.obstacles), None)
+            for module, name in shared:
+                other = stays or (next(s for s in shared if s[0] is not module) if len(kinds) > 1 else None)
+                if name == "weight" and module in self.layers and other is not None and other[0] is not module:
+                    to = ".".join(filter(None, (self.paths[other[0]][0], other[1])))
+                    self.obstacles.setdefault(module, f"its weight is tied to {to}")
+
+
+def memory(p: Tensor) -> object:
+    """What two parameters have in common where a write to one is a write to the other."""
+    plain = type(p) is nn.Parameter and p.layout is torch.strided
+    return (plain and p.numel() and not p.is_meta and (p.device, p.data_ptr())) or id(p)
+
+
+def _has_matrix(module: nn.Module) -> bool:
+    weight: Any = module._parameters.get("weight")
+    lazy = isinstance(weight, nn.UninitializedParameter)
+    return isinstance(module, nn.Linear | nn.Conv2d) or (weight is not None and not lazy and weight.dim() > 1)
+
+
+def _obstacle(layer: nn.Module, classes: Mapping[type, type], values: bool) -> str | None:
+    """Why this layer must stay, whatever is around it."""
+    wanted = " or ".join(c.__name__ for c in classes)
+    kind: type = parametrize.type_before_parametrizations(layer)
+    if kind not in classes:
+        base = next((c for c in kind.__mro__ if c in classes), None)
+        if isinstance(getattr(layer, "weight", None), nn.UninitializedParameter):
+            return "its weight is uninitialized (a lazy module); run the model once first"
+        if base is None:
+            return f"not {wanted}"
+        return f"a subclass of {base.__name__}, which may compute something else"
+    summary = issubclass(kind, LinearForm)
+    if parametrize.is_parametrized(layer) and not summary:
+        return "parametrized; call torch.nn.utils.parametrize.remove_parametrizations first"
+    if "forward" in vars(layer):
+        return "its forward was replaced by another on this very module"
+    weight: Any = layer.weight
+    if "weight" not in layer._parameters and not summary:
+        return (
+            "its weight is computed from other parameters (pruning, or a weight norm by hooks); make it permanent first"
+        )
+    if "weight" in layer._parameters and type(weight) is not nn.Parameter:
+        return f"its weight is a {type(weight).__name__} (sharded or quantized?); convert before"
+    if weight.dtype not in _DTYPES or weight.layout is not torch.strided:
+        return f"its weight is {weight.dtype}, {weight.layout}; want dense float64, float32, bfloat16 or float16"
+    if values and weight.is_meta:
+        return "its weight is on the meta device and has no values"
+    if values and not bool(torch.isfinite(weight.detach()).all()):
+        return "its weight is not finite"
+    return None

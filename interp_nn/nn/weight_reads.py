@@ -1,0 +1,68 @@
+"""Which layers have their `weight` read by a module around them, past their own forward."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import textwrap
+from collections.abc import Iterator
+
+from torch import nn
+
+# What a summary layer's weight tells as truly as a plain layer's.
+_FACTS = {"device", "dim", "dtype", "is_cuda", "is_meta", "layout", "ndim", "numel", "requires_grad", "shape", "size"}
+
+
+def read_past_forward(model: nn.Module) -> dict[str, str]:
+    """Paths of layers whose `weight` the forward of a module above them takes for itself, and that module's class.
+
+    A summary layer in such a place would give its b to code that wants an effective weight. Found in the source of `forward`
+    and of the methods that it calls: expressions like `self.qkv.weight`, but for those that ask for a shape or a dtype. What is
+    reached otherwise (an index, a local name, getattr, compiled code) is not found.
+    """
+    reads: dict[str, str] = {}
+    classes: dict[type, set[str]] = {}
+    for name, module in model.named_modules():
+        cls = type(module)
+        if cls not in classes:
+            classes[cls] = set(_reads(cls))
+        for path in classes[cls]:
+            reads[f"{name}.{path}" if name else path] = cls.__name__
+    return reads
+
+
+def _reads(cls: type) -> Iterator[str]:
+    """Paths p of the `self.p.weight` in what a class's forward runs."""
+    seen, ahead = set(), ["forward"]
+    while ahead:
+        method = ahead.pop()
+        if method in seen:
+            continue
+        seen.add(method)
+        for owner in cls.__mro__:
+            if owner is not nn.Module and inspect.isfunction(vars(owner).get(method)):
+                for chain in _chains(vars(owner)[method]):
+                    if len(chain) == 1:
+                        ahead.append(chain[0])
+                    elif "weight" in chain[1:]:
+                        end = chain.index("weight", 1)
+                        if not _FACTS.intersection(chain[end + 1 : end + 2]):
+                            yield ".".join(chain[:end])
+
+
+def _chains(function: object) -> Iterator[list[str]]:
+    """The names after `self` in each `self.a.b.c` of a method; none where its source is not at hand."""
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(function))))  # type: ignore[arg-type]
+    except (OSError, TypeError, SyntaxError):
+        return
+    inner = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Attribute) or id(node) in inner:
+            continue
+        chain, root = [], node
+        while isinstance(root, ast.Attribute):
+            chain.append(root.attr)
+            root = root.value  # type: ignore[assignment]
+        if isinstance(root, ast.Name) and root.id == "self":
+            yield chain[::-1]
