@@ -58,13 +58,13 @@ _OUT_OF_PLACE = {
 }
 
 
-def gated(z: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+def gated(z: torch.Tensor, gate: torch.Tensor, layer: str = "") -> torch.Tensor:
     """z * gate, for gates of z's shape without its first dimension: what stands for a ReLU where the gates are given.
 
-    Raises ValueError for gates of another shape, which could broadcast.
+    Raises ValueError that names the layer for gates of another shape, which could broadcast.
     """
     if z.shape[1:] != gate.shape[1:]:
-        raise ValueError(f"gates: got shape {tuple(gate.shape)}, want {tuple(z.shape)}")
+        raise ValueError(f"gates: got shape {tuple(gate.shape)} for layer {layer!r}, want (n, *{tuple(z.shape[1:])})")
     return z * gate
 
 
@@ -117,7 +117,28 @@ def where(graph_module: fx.GraphModule, node: fx.Node) -> str:
     """A node in words, for messages: "Softmax in layer 'head.1'"."""
     if node.op == "call_module":
         return f"{type(graph_module.get_submodule(str(node.target))).__name__} in layer {str(node.target)!r}"
-    return f"{_name(graph_module, node)} in layer {node.meta.get('layer', '')!r}"
+    return f"{name_of(graph_module, node)} in layer {node.meta.get('layer', '')!r}"
+
+
+def name_of(graph_module: fx.GraphModule, node: fx.Node) -> str:
+    """The name of a method or function, without the underscore of what writes in place, or of a module's class."""
+    if node.op != "call_module":
+        return str(getattr(node.target, "__name__", node.target)).rstrip("_")
+    module = graph_module.get_submodule(str(node.target))
+    known = (c.__name__ for c in type(module).__mro__ if c.__module__.startswith(_OURS) and c.__name__ in _KINDS)
+    return next(known, type(module).__name__)
+
+
+def first(node: fx.Node) -> Any:
+    """The first argument of a call, which most layers transform."""
+    return node.args[0] if node.args else node.kwargs.get("input")
+
+
+def argument(graph_module: fx.GraphModule, node: fx.Node, place: int, name: str) -> Any:
+    """An argument of a call, or the attribute of that name of the module that is called; None for what is not given."""
+    if node.op == "call_module":
+        return getattr(graph_module.get_submodule(str(node.target)), name)
+    return node.args[place] if place < len(node.args) else node.kwargs.get(name)
 
 
 def _kind(graph_module: fx.GraphModule, node: fx.Node) -> str:
@@ -129,44 +150,24 @@ def _kind(graph_module: fx.GraphModule, node: fx.Node) -> str:
     varying = [source for source in sources if kind(graph_module, source) not in ("constant", "shape")]
     if not varying and node.op != "call_module":
         return "shape" if any(kind(graph_module, source) == "shape" for source in sources) else "constant"
-    name = _name(graph_module, node)
+    name = name_of(graph_module, node)
     found = _KINDS.get(name, "other")
     by_constant = name in ("mul", "imul") and len(varying) == 1
-    if found not in _MIXED and not by_constant and varying != [_first(node)]:
+    if found not in _MIXED and not by_constant and varying != [first(node)]:
         return "other"
     if found == "shape" and name == "getattr" and node.args[1] not in _SIZES:
         return "other"
     if found == "flatten":
-        start, end = _argument(graph_module, node, 1, "start_dim"), _argument(graph_module, node, 2, "end_dim")
+        start, end = argument(graph_module, node, 1, "start_dim"), argument(graph_module, node, 2, "end_dim")
         return found if start == 1 and end in (None, -1) else "reshape"
     if found == "reshape" and node.op == "call_method":
         sizes: Any = node.args[1:]
         sizes = sizes[0] if len(sizes) == 1 and isinstance(sizes[0], (tuple, list)) else sizes
         return "flatten" if len(sizes) == 2 and sizes[1] == -1 else found
     if found == "adaptive_avg_pool":
-        size = _argument(graph_module, node, 1, "output_size")
+        size = argument(graph_module, node, 1, "output_size")
         return "global_avg_pool" if size == 1 or (isinstance(size, (tuple, list)) and set(size) == {1}) else found
     return found
-
-
-def _first(node: fx.Node) -> Any:
-    return node.args[0] if node.args else node.kwargs.get("input")
-
-
-def _argument(graph_module: fx.GraphModule, node: fx.Node, place: int, name: str) -> Any:
-    """An argument of a call, or the attribute of that name of the module that is called; None where it is not given."""
-    if node.op == "call_module":
-        return getattr(graph_module.get_submodule(str(node.target)), name)
-    return node.args[place] if place < len(node.args) else node.kwargs.get(name)
-
-
-def _name(graph_module: fx.GraphModule, node: fx.Node) -> str:
-    """The name of a method or function, without the underscore of what writes in place, or of a module's class."""
-    if node.op != "call_module":
-        return str(getattr(node.target, "__name__", node.target)).rstrip("_")
-    module = graph_module.get_submodule(str(node.target))
-    known = (c.__name__ for c in type(module).__mro__ if c.__module__.startswith(_OURS) and c.__name__ in _KINDS)
-    return next(known, type(module).__name__)
 
 
 class _Proxy(fx.Proxy):
@@ -189,7 +190,7 @@ class _Tracer(fx.Tracer):
     """Notes the module whose code each call is in, and which one was running when tracing failed."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__(autowrap_functions=(gated, routed))
         self.running: list[tuple[str, nn.Module]] = []
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
@@ -237,7 +238,7 @@ def _write_nothing(model: nn.Module, graph_module: fx.GraphModule, node: fx.Node
         raise ValueError(refusal)
     elif not _cleared(node):
         return
-    written, nodes = _first(node), list(node.graph.nodes)
+    written, nodes = first(node), list(node.graph.nodes)
     earlier = set(nodes[: nodes.index(node) + 1])
     aliases = _aliases(graph_module, written, nodes[: nodes.index(node)])
     late = [user for alias in aliases - {written} for user in alias.users if user not in earlier]
@@ -250,10 +251,10 @@ def _aliases(graph_module: fx.GraphModule, node: fx.Node, nodes: Sequence[fx.Nod
     """Which of the nodes may share memory with one of them."""
     base = node
     while kind(graph_module, base) in _VIEWS:
-        base = _first(base)
+        base = first(base)
     found = {base}
     for other in nodes:
-        if kind(graph_module, other) in _VIEWS and _first(other) in found:
+        if kind(graph_module, other) in _VIEWS and first(other) in found:
             found.add(other)
     return found
 

@@ -203,8 +203,8 @@ def test_nodes_are_named_by_layer():
 def test_gated_refuses_gates_that_would_broadcast():
     z = torch.randn(3, 4, 5)
     assert torch.equal(gated(z, torch.ones(3, 4, 5)), z)
-    with pytest.raises(ValueError, match=r"gates: got shape \(3, 4, 1\), want \(3, 4, 5\)"):
-        gated(z, torch.ones(3, 4, 1))
+    with pytest.raises(ValueError, match=r"gates: got shape \(3, 4, 1\) for layer '1', want \(n, \*\(4, 5\)\)"):
+        gated(z, torch.ones(3, 4, 1), "1")
 
 
 @pytest.mark.parametrize("shape", [(3, 2, 7), (3, 2, 7, 6), (0, 2, 5, 5), (1, 1, 4, 4, 4)])

@@ -83,10 +83,6 @@ class GatedNetwork(nn.Module):
         values = torch.cat([g.flatten() for g in self.gate_values(x)])
         return float((2 / getattr(self.gate, "ceiling", 1.0) * values - 1).abs().mean())
 
-    def effective_gate_weights(self) -> list[GateWeights]:
-        """Each layer's q as an affine function of the input; where there is none, ValueError."""
-        raise ValueError(f"{type(self).__name__}: its gates are not affine in the input")
-
     def train(self, mode: bool = True) -> GatedNetwork:
         super().train(mode)
         if self.gates_fixed:
@@ -150,8 +146,10 @@ class ValueNetwork(nn.Module):
 
     def forward(self, z: Tensor, gates: Sequence[Tensor]) -> Tensor:
         *hidden, last = self.layers
-        for layer, gate in zip(hidden, gates, strict=True):
-            z = gated(layer(z), gate)
+        if len(gates) != len(hidden):
+            raise ValueError(f"gates: got those of {len(gates)} layers, want {len(hidden)}")
+        for i, (layer, gate) in enumerate(zip(hidden, gates, strict=True)):
+            z = gated(layer(z), gate, f"value.layers.{i}")
         return last(z)
 
 
