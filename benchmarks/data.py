@@ -31,7 +31,7 @@ def load(dataset: str | None, directory: Path | None) -> Images:
 
     directory: for CIFAR-10 the official python batches or lossless WebP sheets of 1,000 images (25 rows of 40) with
     `*_labels.npy`; for MNIST the four idx files, gzipped or not; or a folder with `cifar10` or `mnist` inside. Raises
-    FileNotFoundError that says what was looked for, and where.
+    FileNotFoundError that says what was looked for, and where; ValueError for files that do not hold it.
     """
     if dataset == "digits" or (dataset is None and directory is None):
         return digits()
@@ -41,7 +41,7 @@ def load(dataset: str | None, directory: Path | None) -> Images:
         if dataset not in (None, name):
             continue
         for folder in (directory, *(directory / sub for sub in subfolders)):
-            found = read(folder) if folder.is_dir() else None
+            found = _whole(name, folder, read) if folder.is_dir() else None
             if found is not None:
                 return Images(name, *found)
     wanted = dataset or " or ".join(_READERS)
@@ -61,6 +61,23 @@ def digits() -> Images:
 
 
 _Split = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+def _whole(name: str, folder: Path, read: Callable[[Path], _Split | None]) -> _Split | None:
+    """What `read` finds, with a label of 0 to 9 for each image; None where there is nothing."""
+    try:
+        found = read(folder)
+    except (ImportError, FileNotFoundError):
+        raise
+    except Exception as error:  # each format has its own ways to be damaged
+        raise ValueError(f"{name}: the files in {folder} are damaged: {type(error).__name__}: {error}") from error
+    for images, labels in () if found is None else (found[:2], found[2:]):
+        if len(images) != len(labels) or not len(labels) or int(labels.min()) < 0 or int(labels.max()) > 9:
+            raise ValueError(
+                f"{name}: the files in {folder} are damaged: {len(images)} images with {len(labels)} labels, want as many, "
+                "0 to 9"
+            )
+    return found
 
 
 def _tensors(x: _Pixels, y: NDArray[np.integer]) -> tuple[Tensor, Tensor]:

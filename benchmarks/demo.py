@@ -37,7 +37,7 @@ def run(
     start = time.perf_counter()
     try:
         images = data.load(dataset, Path(directory) if directory else None)
-    except FileNotFoundError as error:
+    except (FileNotFoundError, ValueError) as error:
         print(error, file=sys.stderr)
         return 2
     epochs = epochs or (20 if images.name == "digits" else 1)

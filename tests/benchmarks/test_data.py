@@ -72,6 +72,47 @@ def test_mnist(tmp_path, packed):
     assert images.y_test.tolist() == y.tolist()
 
 
+def _mnist(folder, images=7, labels=7, last=6):
+    for split in ("train", "t10k"):
+        (folder / f"{split}-images-idx3-ubyte").write_bytes(bytes(16) + _pixels(images, 28, 28).tobytes())
+        digits = np.full(labels, last, dtype=np.uint8)
+        (folder / f"{split}-labels-idx1-ubyte").write_bytes(bytes(8) + digits.tobytes())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"labels": 6}, "7 images with 6 labels, want as many, 0 to 9"),
+        ({"last": 10}, "7 images with 7 labels, want as many, 0 to 9"),
+        ({"images": 0, "labels": 0}, "0 images with 0 labels"),
+        (b"too few bytes for any image at all", "ValueError: cannot reshape"),
+    ],
+)
+def test_damaged_files_are_named(tmp_path, change, message):
+    if isinstance(change, bytes):
+        _mnist(tmp_path)
+        (tmp_path / "t10k-images-idx3-ubyte").write_bytes(change)
+    else:
+        _mnist(tmp_path, **change)
+    with pytest.raises(ValueError, match=f"mnist: the files in .* are damaged: {message}"):
+        data.load(None, tmp_path)
+
+
+@pytest.mark.parametrize("damage", [b"", b"no gzip", gzip.compress(bytes(99))[:-9]])
+def test_damaged_archives_are_named(tmp_path, damage):
+    _mnist(tmp_path)
+    (tmp_path / "train-labels-idx1-ubyte.gz").write_bytes(damage)
+    with pytest.raises(ValueError, match=r"mnist: the files in .* are damaged"):
+        data.load("mnist", tmp_path)
+
+
+def test_damaged_batches_are_named(tmp_path):
+    for name in [f"data_batch_{j}" for j in range(1, 6)] + ["test_batch"]:
+        (tmp_path / name).write_bytes(b"no pickle")
+    with pytest.raises(ValueError, match=r"cifar10: the files in .* are damaged: UnpicklingError"):
+        data.load("cifar10", tmp_path)
+
+
 def test_what_is_missing_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"cifar10: no folder given; pass --data DIR or set INTERP_NN_DATA"):
         data.load("cifar10", None)
