@@ -17,7 +17,7 @@ from interp_nn.graphs import argument, first, gated, kind, name_of, routed, trac
 from interp_nn.nn.gated import GatedNetwork, GateWeights
 
 _REFUSED = ("other", "gate", "route")
-_COLUMNS = 256  # of the gates' weights, at a time
+_COLUMNS = 128  # of the gates' weights, at a time
 
 
 class DualNetwork(GatedNetwork):
