@@ -1,4 +1,4 @@
-"""Derivatives along a line, around a ring, over a grid and on a graph, with the eigenpairs of DᵀD in closed form where there is one.
+"""Derivatives along a line, around a ring, over a grid and on a graph, with the eigenpairs of DᵀD in closed form where known.
 
 D acts on the rows of H (n, N), of which row i is what is at place i, and penalises |D H|². What matters of it are the modes T
 (eigenvectors of DᵀD, smooth ones first) and what each costs (its eigenvalue). A numerical solver is wrong by eps times the
@@ -47,6 +47,11 @@ class DerivativeOperator:
     def eigenvectors(self) -> Tensor:
         """T (n, n) fp64, a mode a column."""
         return self.modes.matrix()
+
+    @property
+    def rows(self) -> int:
+        """m, of D (m, n)."""
+        return len(self._apply(torch.zeros(self.n, 1)))
 
     def matrix(self) -> Tensor:
         """D (m, n) fp64."""

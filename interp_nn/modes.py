@@ -7,7 +7,7 @@ three bases do it by FFT, in O(n log n) a column, where that is faster than a pr
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property, reduce
 from math import pi, prod, sqrt
 
@@ -168,7 +168,8 @@ class SineModes(WaveModes):
         odd = torch.fft.rfft(torch.cat((none, h, none, -h.flip(0))), dim=0)
         return -odd.imag[1 : self.n + 1] / sqrt(2 * (self.n + 1))
 
-    _synthesise = _analyse
+    def _synthesise(self, c: Tensor) -> Tensor:
+        return self._analyse(c)
 
 
 class BeamModes(Modes):
@@ -247,7 +248,7 @@ class GridModes(Modes):
         unsorted[self._order.to(c.device)] = c
         return self._along(unsorted, [axis.synthesise for axis in self._axes])
 
-    def _along(self, h: Tensor, maps: Sequence[object]) -> Tensor:
+    def _along(self, h: Tensor, maps: Sequence[Callable[[Tensor], Tensor]]) -> Tensor:
         grid = h.unflatten(0, [axis.n for axis in self._axes])
         for i, change in enumerate(maps):
             moved = grid.movedim(i, 0)
