@@ -197,8 +197,6 @@ _KINDS: dict[str, tuple[Callable[[int], Modes], Callable[[Any], Tensor], Callabl
 
 
 def _check_matrix(name: str, matrix: Tensor) -> None:
-    if not isinstance(matrix, Tensor) or not matrix.is_floating_point():
-        got = matrix.dtype if isinstance(matrix, Tensor) else type(matrix).__name__
-        raise TypeError(f"{name}: got {got}, want a torch.Tensor of a real floating dtype")
+    linalg.check_real(name, matrix)
     if matrix.dim() != 2 or not matrix.shape[1] or not bool(matrix.isfinite().all()):
         raise ValueError(f"{name}: got shape {tuple(matrix.shape)}, want a finite matrix with at least one column")

@@ -79,9 +79,7 @@ def _of_function(function: Callable[[Tensor], Tensor], n: int) -> DerivativeOper
 
 def _extreme(A: Tensor, B: Tensor, reverse: bool) -> BrockettExtreme:
     for name, matrix in (("A", A), ("B", B)):
-        if not isinstance(matrix, Tensor) or not matrix.is_floating_point():
-            got = matrix.dtype if isinstance(matrix, Tensor) else type(matrix).__name__
-            raise TypeError(f"{name}: got {got}, want a torch.Tensor of a real floating dtype")
+        linalg.check_real(name, matrix)
         if matrix.dim() != 2 or matrix.shape != A.shape or not torch.allclose(matrix, matrix.mT):
             raise ValueError(f"{name}: got shape {tuple(matrix.shape)}, want a symmetric matrix, both of one size")
     a, b = linalg.eigh(A), linalg.eigh(B)

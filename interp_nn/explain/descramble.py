@@ -304,15 +304,15 @@ class Descrambler:
         if self._matrix is not None:
             found = most_diagonal(self._matrix, cast(DiagonalCriterion, self.criterion), self.group)
         else:
-            found = self._smoothest(self._seen().all.gram(self.center))
+            found = self._smoothest(self._seen().all.gram(self.center), self._seen().precision)
         rank, n = found.ambiguity.rank, found.ambiguity.features
         if rank < n and self.group != "permutation":
             arbitrary = f"P is arbitrary in {n - rank} directions (see ambiguity_)"
             warnings.warn(f"H: rank {rank} for {n} features, so that {arbitrary}", stacklevel=4)
         return found
 
-    def _smoothest(self, gram: Tensor) -> Optimum:
-        return smoothest(gram, operator_on(self.operator, len(gram)), self.group, self.canonical)
+    def _smoothest(self, gram: Tensor, precision: float = 0.0) -> Optimum:
+        return smoothest(gram, operator_on(self.operator, len(gram)), self.group, self.canonical, precision)
 
     def _in_units_of_chance(self, gram: Tensor, P: Tensor | None = None) -> float:
         """The loss of P, or the least that there is, over its mean over random P; NaN where that is zero."""

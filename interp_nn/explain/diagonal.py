@@ -1,4 +1,4 @@
-"""The P of a group that makes a square matrix as diagonal as can be from the left, by P W's trace or the squares on its diagonal."""
+"""The P of a group that makes a square matrix as diagonal as can be from the left, by P W's trace or its diagonal's squares."""
 
 from __future__ import annotations
 

@@ -13,16 +13,19 @@ _ENTRIES_AT_ONCE = 1 << 22  # that are shuffled
 class Samples:
     """Gram matrices of values (features, n, positions): of every sample, of every other one, and of the features shuffled each by
     itself over the samples and positions of a batch, which keeps what a feature is and loses what it has to do with others.
+    precision: eps of the coarsest dtype seen.
     """
 
     def __init__(self, features: int, device: torch.device) -> None:
         self.halves = (GramAccumulator(features, device), GramAccumulator(features, device))
         self.shuffled = GramAccumulator(features, device)
+        self.precision = 0.0
         self._generator = torch.Generator(device).manual_seed(0)
         self._seen = 0
 
     def update(self, values: Tensor) -> None:
         """Add samples (features, n, positions)."""
+        self.precision = max(self.precision, torch.finfo(values.dtype).eps)
         for parity, half in enumerate(self.halves):
             half.update(values[:, (self._seen + parity) % 2 :: 2].flatten(1))
         self._seen += values.shape[1]

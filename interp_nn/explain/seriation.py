@@ -78,10 +78,7 @@ def fiedler(gram: Tensor) -> Tensor:
 
 def check_data(H: Tensor) -> Tensor:
     """H (n, N) with at least a feature and a sample, real and finite; else TypeError or ValueError."""
-    if not isinstance(H, Tensor):
-        raise TypeError(f"H: got {type(H).__name__}, want a torch.Tensor (arrays: torch.from_numpy)")
-    if not H.is_floating_point():
-        raise TypeError(f"H: got {H.dtype}, want a real floating dtype")
+    linalg.check_real("H", H)
     if H.dim() != 2 or not H.numel():
         raise ValueError(f"H: got shape {tuple(H.shape)}, want (n, N), features x samples, with at least one of each")
     if not bool(H.isfinite().all()):

@@ -48,10 +48,12 @@ class Optimum(NamedTuple):
     ambiguity: Ambiguity
 
 
-def smoothest(gram: Tensor, operator: DerivativeOperator, group: Group, canonical: bool = True) -> Optimum:
+def smoothest(
+    gram: Tensor, operator: DerivativeOperator, group: Group, canonical: bool = True, precision: float = 0.0
+) -> Optimum:
     """The P of the group with the least |D P H|², which is T Uᵀ for T the modes of D and U the principal components of H.
 
-    canonical: whether U's largest entries are made positive.
+    canonical: whether U's largest entries are made positive. precision: eps of the data, for its rank.
     """
     n, tau = len(gram), operator.eigenvalues.to(gram.device)
     values, vectors, _ = linalg.eigh(gram) if canonical else (*torch.linalg.eigh(gram), ())
