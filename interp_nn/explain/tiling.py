@@ -1,0 +1,60 @@
+"""A kernel matrix from its tiles, so that what a tile needs is all that is held beside the matrix."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+_Side = TypeVar("_Side")
+
+
+def tiled(
+    shape: tuple[int, int],
+    chunk: int,
+    left: Callable[[slice], _Side],
+    right: Callable[[slice], _Side] | None,
+    tile: Callable[[_Side, _Side], Tensor],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Tensor:
+    """The matrix of this shape with tile(left(rows), right(columns)) at rows and columns, at most `chunk` of each.
+
+    right: None where it is `left` again and the matrix symmetric, of which the upper half is then computed.
+    Raises ValueError for a chunk below 1, and for entries beyond what the dtype holds.
+    """
+    if chunk < 1:
+        raise ValueError(f"chunk: got {chunk}, want at least 1")
+    kernel = torch.empty(shape, dtype=dtype, device=device)
+    largest = 0.0
+    for top in range(0, shape[0], chunk):
+        rows = slice(top, top + chunk)
+        a = left(rows)
+        for start in range(0 if right else top, shape[1], chunk):
+            columns = slice(start, start + chunk)
+            diagonal = right is None and start == top
+            block = tile(a, a if diagonal else (right or left)(columns))
+            largest = max(largest, float(block.abs().amax()))
+            if diagonal:  # a product of a matrix and itself may round its two halves differently
+                block = block.triu() + block.triu(1).T
+            kernel[rows, columns] = block
+            if right is None and not diagonal:
+                kernel[columns, rows] = block.T
+    _check_range(largest, dtype)
+    return kernel
+
+
+def _check_range(largest: float, dtype: torch.dtype) -> None:
+    limits = torch.finfo(dtype)
+    if not largest <= limits.max:
+        raise ValueError(
+            f"kernel: its largest entry is {largest:.3g}, more than {dtype} holds ({limits.max:.3g}); "
+            "want normalize=True, or dtype=torch.float64"
+        )
+    if 0 < largest < limits.tiny / limits.eps:
+        raise ValueError(
+            f"kernel: its largest entry is {largest:.3g}, too small for {dtype} to tell its entries apart; "
+            "want dtype=torch.float64"
+        )
