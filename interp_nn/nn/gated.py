@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from interp_nn.graphs import gated
 from interp_nn.nn.gates import SoftGate
+from interp_nn.nn.paths import Paths, strongest_paths
 from interp_nn.records import GateRecord, GateSite
 
 GATINGS = ("relu", "linear", "shallow")
@@ -100,8 +101,10 @@ class GatedNetwork(nn.Module):
         return f"value_input={self.value_input!r}{order}"
 
     def _output(self, x: Tensor, seen: Sequence[Tensor]) -> Tensor:
-        z = torch.ones_like(x) if self.value_input == "ones" else x
-        return self.value(z, self._applied(seen))
+        return self.value(self._value_input(x), self._applied(seen))
+
+    def _value_input(self, x: Tensor) -> Tensor:
+        return torch.ones_like(x) if self.value_input == "ones" else x
 
     def _applied(self, seen: Sequence[Tensor]) -> list[Tensor]:
         return [*(self.gate(seen[i]) for i in self.gate_order), *seen[len(self.layers) :]]
@@ -214,13 +217,19 @@ class DGN(GatedNetwork):
         """
         return _effective(self.gating)
 
+    def paths(self, x: Tensor, topk: int = 10) -> Paths:
+        """The `topk` paths of largest |contribution| to each output, of each sample of x (n, d_in); see `Paths`."""
+        if topk < 1 or len(x) == 0:
+            raise ValueError(f"topk, x: got {topk} paths of {len(x)} samples, want at least one of each")
+        layers = [layer for layer in self.value.layers if isinstance(layer, nn.Linear)]
+        return strongest_paths(layers, self._value_input(x), self.gate_values(x), topk)
+
     def extra_repr(self) -> str:
         return f"widths={self.widths}, gating={self.gating.kind!r}, {super().extra_repr()}"
 
-    def _output(self, x: Tensor, seen: Sequence[Tensor]) -> Tensor:
+    def _value_input(self, x: Tensor) -> Tensor:
         # One row of ones is every sample's, until the first gates tell them apart.
-        z = x.new_ones(1, x.shape[1]) if self.value_input == "ones" else x
-        return self.value(z, self._applied(seen))
+        return x.new_ones(1, x.shape[1]) if self.value_input == "ones" else x
 
 
 class DLGN(DGN):
