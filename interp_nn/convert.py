@@ -83,9 +83,9 @@ def summarize(
 
     select: which of them: a path ("blocks.0.mlp.fc1"), a pattern ("blocks.*.fc?", where * matches dots too), several of these,
     or a function of (path, module); None takes all. preserve: "function" keeps the model's outputs, as each b gets the cube
-    roots of its weight's singular values, taken in fp64 and rounded to the weight's dtype, which is all of the report's errors;
-    "weight" keeps the parameters and changes the outputs wherever a weight is not orthonormal. dry_run: compute the same report
-    and change nothing. rows: how many rows (batch times positions) the report's plans are for.
+    roots of its weight's singular values; they are computed in fp64, and rounding them to the weight's dtype is all of the
+    report's errors. "weight" keeps the parameters and changes the outputs wherever a weight is not orthonormal. dry_run:
+    compute the same report and change nothing. rows: how many rows (batch times positions) the report's plans are for.
 
     A layer changes its class and the values of its weight, and is otherwise the same: its parameters are the same objects, so
     tied weights stay tied and optimizers attached (but their moments were those of the old weight), and hooks, flags, dtype and

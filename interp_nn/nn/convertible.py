@@ -30,14 +30,14 @@ class Convertible:
         for name, module in model.named_modules(remove_duplicate=False):
             self.paths.setdefault(module, []).append(name)
         summaries = any(issubclass(c, LinearForm) for c in classes)
-        layers = [m for m in self.paths if (isinstance(m, LinearForm) if summaries else _has_matrix(m))]
+        layers = [m for m in self.paths if isinstance(m, LinearForm) is summaries and (summaries or _has_matrix(m))]
         self.layers, named = self._selected(select, layers)
         self.obstacles = {m: why for m in self.layers if (why := _obstacle(m, classes, values)) is not None}
         if not summaries:
             for path, reader in read_past_forward(model).items():
                 for m in self.layers:
                     if path in self.paths[m]:
-                        self.obstacles.setdefault(m, f"the forward of {reader} takes its weight for itself")
+                        self.obstacles.setdefault(m, f"{reader} takes its weight for itself")
         self._tied()
         refused = [f"{self.paths[m][0]}: {self.obstacles[m]}" for m in self.layers if m in named & set(self.obstacles)]
         if refused:
@@ -101,14 +101,13 @@ def _has_matrix(module: nn.Module) -> bool:
 
 def _obstacle(layer: nn.Module, classes: Mapping[type, type], values: bool) -> str | None:
     """Why this layer must stay, whatever is around it."""
-    wanted = " or ".join(c.__name__ for c in classes)
     kind: type = parametrize.type_before_parametrizations(layer)
     if kind not in classes:
         base = next((c for c in kind.__mro__ if c in classes), None)
         if isinstance(getattr(layer, "weight", None), nn.UninitializedParameter):
             return "its weight is uninitialized (a lazy module); run the model once first"
         if base is None:
-            return f"not {wanted}"
+            return f"neither {' nor '.join(c.__name__ for c in classes)}"
         return f"a subclass of {base.__name__}, which may compute something else"
     summary = issubclass(kind, LinearForm)
     if parametrize.is_parametrized(layer) and not summary:

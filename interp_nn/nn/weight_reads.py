@@ -9,16 +9,17 @@ from collections.abc import Iterator
 
 from torch import nn
 
-# What a summary layer's weight tells as truly as a plain layer's.
+# What a summary layer's weight tells as truly as a plain layer's: these attributes, and these functions' answers.
 _FACTS = {"device", "dim", "dtype", "is_cuda", "is_meta", "layout", "ndim", "numel", "requires_grad", "shape", "size"}
+_QUESTIONS = {"hasattr", "id", "isinstance", "len", "type"}
 
 
 def read_past_forward(model: nn.Module) -> dict[str, str]:
-    """Paths of layers whose `weight` the forward of a module above them takes for itself, and that module's class.
+    """Paths of layers whose `weight` a module above them takes for itself, and that module's class.
 
-    A summary layer in such a place would give its b to code that wants an effective weight. Found in the source of `forward`
-    and of the methods that it calls: expressions like `self.qkv.weight`, but for those that ask for a shape or a dtype. What is
-    reached otherwise (an index, a local name, getattr, compiled code) is not found.
+    A summary layer in such a place would give its b to code that wants an effective weight. Found in the source of `forward`,
+    of `loss` and of the methods that they call: expressions like `self.qkv.weight`, but for those that ask for a shape or a
+    dtype. What is reached otherwise (an index, a local name, getattr, compiled code) is not found.
     """
     reads: dict[str, str] = {}
     classes: dict[type, set[str]] = {}
@@ -32,8 +33,8 @@ def read_past_forward(model: nn.Module) -> dict[str, str]:
 
 
 def _reads(cls: type) -> Iterator[str]:
-    """Paths p of the `self.p.weight` in what a class's forward runs."""
-    seen, ahead = set(), ["forward"]
+    """Paths p of the `self.p.weight` in what a class's forward and loss run."""
+    seen, ahead = set(), ["forward", "loss"]
     while ahead:
         method = ahead.pop()
         if method in seen:
@@ -56,9 +57,14 @@ def _chains(function: object) -> Iterator[list[str]]:
         tree = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(function))))  # type: ignore[arg-type]
     except (OSError, TypeError, SyntaxError):
         return
-    inner = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    passed = {
+        id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Attribute)
+    }  # the inside of a longer chain
     for node in ast.walk(tree):
-        if not isinstance(node, ast.Attribute) or id(node) in inner:
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in _QUESTIONS:
+            passed.update(map(id, node.args))
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Attribute) or id(node) in passed:
             continue
         chain, root = [], node
         while isinstance(root, ast.Attribute):

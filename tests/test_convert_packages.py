@@ -1,0 +1,142 @@
+"""Models of torchvision, timm and transformers, small ones of random weights: the same outputs converted, and folded again."""
+
+import importlib.util
+
+import pytest
+import torch
+from torch import nn
+
+from interp_nn.convert import fold, summarize
+
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]  # of packages that are not ours
+_KEPT = []
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _torchvision():
+    """Make torchvision importable, which timm and transformers import too.
+
+    PyPI's builds for Linux have their operators in a library for CUDA. Beside a PyTorch for the CPU that does not load, and
+    torchvision fails where it gives fake kernels to two of them; its models need none, so the names are enough.
+    """
+    if importlib.util.find_spec("torchvision") is None:
+        return
+    try:
+        import torchvision  # noqa: F401
+    except RuntimeError:
+        library = torch.library.Library("torchvision", "DEF")
+        for name in ("nms", "qnms"):
+            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        _KEPT.append(library)
+
+
+@pytest.fixture
+def images():
+    return torch.randn(2, 3, 64, 64)
+
+
+def is_kept(model, *inputs, left=(), output=lambda y: y, **named):
+    """Whether outputs are the same after both conversions; `left` are the reasons of layers that must stay."""
+    model.eval()
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for p in model.parameters():
+            if not p.any():
+                nn.init.normal_(p, std=0.1)  # heads that start at zero would keep any output
+        before = output(model(*inputs, **named))
+        plain = [type(m) for m in model.modules()]
+        report = summarize(model)
+        converted = output(model(*inputs, **named))
+        assert {row.reason for row in report.left} == set(left) and report.error < 1e-7
+        for name, module in model.named_modules():
+            if type(module) in (nn.Linear, nn.Conv2d):
+                assert name in {row.name for row in report.left}
+        fold(model)
+        folded = output(model(*inputs, **named))
+    assert before.abs().max() > 1e-3 and [type(m) for m in model.modules()] == plain
+    for after in (converted, folded):
+        assert (after - before).norm() <= 1e-5 * before.norm()
+    return len(report.converted)
+
+
+SUBCLASS = "a subclass of Linear, which may compute something else"
+OTHER = "neither Linear nor Conv2d"
+
+
+def test_torchvision_resnet18(images):
+    models = pytest.importorskip("torchvision.models")
+    # Narrow: a network of the usual width takes seconds of singular values and shows the same.
+    model = models.ResNet(models.resnet.BasicBlock, [1, 1, 1, 1], num_classes=10)
+    assert is_kept(model, images) == 13
+
+
+def test_torchvision_mobilenet(images):
+    models = pytest.importorskip("torchvision.models")
+    assert is_kept(models.mobilenet_v3_small(num_classes=10), images) == 54
+
+
+def test_torchvision_vit(images):
+    models = pytest.importorskip("torchvision.models")
+    model = models.VisionTransformer(64, 16, 2, 2, 64, 128, num_classes=10)
+    assert is_kept(model, images, left=[SUBCLASS]) == 6
+
+
+def test_torchvision_swin(images):
+    models = pytest.importorskip("torchvision.models")
+    model = models.SwinTransformer([4, 4], 24, [1, 1], [2, 2], [4, 4], num_classes=10)
+    assert is_kept(model, images, left=["ShiftedWindowAttention takes its weight for itself"]) == 7
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "left", "count"),
+    [
+        ("vit_tiny_patch16_224", {"img_size": 64, "depth": 2}, [], 10),
+        ("convnext_atto", {"depths": (1, 1, 1, 1)}, [], 17),
+        ("beit_base_patch16_224", {"img_size": 64, "depth": 2, "embed_dim": 48, "num_heads": 2},
+         ["Attention takes its weight for itself"], 8),
+    ],
+)  # fmt: skip
+def test_timm(images, name, options, left, count):
+    timm = pytest.importorskip("timm")
+    assert is_kept(timm.create_model(name, pretrained=False, num_classes=10, **options), images, left=left) == count
+
+
+SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+TOKENS = torch.arange(12).view(2, 6)
+
+
+def test_transformers_bert():
+    transformers = pytest.importorskip("transformers")
+    model = transformers.BertForSequenceClassification(transformers.BertConfig(vocab_size=50, **SMALL))
+    assert is_kept(model, TOKENS, left=[OTHER], output=lambda y: y.logits) == 14
+
+
+def test_transformers_vit(images):
+    transformers = pytest.importorskip("transformers")
+    model = transformers.ViTForImageClassification(transformers.ViTConfig(image_size=64, **SMALL))
+    assert is_kept(model, images, output=lambda y: y.logits) == 14
+
+
+def test_transformers_llama():
+    transformers = pytest.importorskip("transformers")
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=50, **SMALL))
+    assert is_kept(model, TOKENS, left=[OTHER], output=lambda y: y.logits) == 15
+
+
+def test_transformers_gpt2_whose_layers_are_its_own():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.GPT2Config(n_layer=1, n_embd=32, n_head=2, vocab_size=50, bos_token_id=0, eos_token_id=0)
+    model = transformers.GPT2LMHeadModel(config)
+    tied = "its weight is tied to transformer.wte.weight"
+    assert is_kept(model, TOKENS, left=[OTHER, tied], output=lambda y: y.logits) == 0
+    with pytest.raises(ValueError, match=r"cannot convert transformer.h.0.attn.c_attn: neither Linear nor Conv2d"):
+        summarize(model, select="transformer.h.0.attn.c_attn")
+
+
+def test_transformers_t5():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.T5Config(d_model=32, num_layers=1, d_ff=64, num_heads=2, d_kv=16, vocab_size=50)
+    model = transformers.T5ForConditionalGeneration(config)
+    tied = "its weight is tied to shared.weight"
+    kept = is_kept(model, TOKENS, left=[OTHER, tied], output=lambda y: y.logits, decoder_input_ids=TOKENS)
+    assert kept == 16
