@@ -170,12 +170,11 @@ def autocast_off(device: torch.device) -> AbstractContextManager[Any]:
 
 def copy_parameters(source: nn.Module, to: nn.Module, weight: Tensor) -> None:
     """Give `to` the weight, and the bias and the flags of `source`."""
-    with torch.no_grad():
-        for name, value in (("weight", weight), ("bias", source.bias)):
-            if value is not None:
-                parameter = getattr(to, name)
-                parameter.copy_(value)
-                parameter.requires_grad_(getattr(source, name).requires_grad)
+    for name, value in (("weight", weight), ("bias", source.bias)):
+        if value is not None:
+            trains = getattr(source, name).requires_grad  # of a parametrized weight, only told where gradients are on
+            with torch.no_grad():
+                getattr(to, name).copy_(value).requires_grad_(trains)
     to.train(source.training)
 
 
