@@ -179,7 +179,7 @@ def _pooling(network: fx.GraphModule, node: fx.Node) -> tuple[str, dict[str, Any
 def _average(network: fx.GraphModule, node: fx.Node) -> None:
     dimensions, given = _pooling(network, node)
     dilation = given.pop("dilation", 1)
-    if {dilation} != {1} and set(dilation) != {1}:
+    if any(d != 1 for d in (dilation if isinstance(dilation, (tuple, list)) else [dilation])):
         raise ValueError(f"model: {where(network, node)} is dilated, as no average pooling is; want dilation=1")
     average = getattr(F, f"avg_pool{dimensions}")
     _replace(network, node, _call(network, node, average, first(node), **given, count_include_pad=False))

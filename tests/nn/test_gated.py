@@ -142,6 +142,7 @@ def test_sharpness_is_the_mean_over_all_gates():
 # Paths
 
 
+@torch.no_grad()
 def all_paths(model, z, gates):
     """Every path's contribution to each output of one sample, by its units: {(i_0, ..., i_L, output): contribution}."""
     found = {}
