@@ -173,13 +173,13 @@ def svd(a: Tensor) -> SingularSystem:
 def equal_runs(values: Tensor, scale: Tensor | None = None) -> Blocks:
     """Runs [start, stop) of at least two neighbours among sorted values (n,) that are closer than rounding tells apart.
 
-    Rounding is n eps times `scale`: the largest |value| by default, which is the error of an eigenvalue solver; (n - 1,) gives
+    Rounding is 8 n eps times `scale`: the largest |value| by default, which is the error of an eigenvalue solver; (n - 1,) gives
     each gap its own.
     """
     if len(values) < 2:
         return ()
     scale = values.abs().max() if scale is None else scale
-    gaps = values.diff().abs() > len(values) * torch.finfo(values.dtype).eps * scale
+    gaps = values.diff().abs() > 8 * len(values) * torch.finfo(values.dtype).eps * scale
     edges = [0, *(1 + gaps.nonzero().squeeze(1)).tolist(), len(values)]
     return tuple((start, stop) for start, stop in pairwise(edges) if stop - start > 1)
 

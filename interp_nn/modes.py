@@ -61,10 +61,13 @@ class WaveModes(Modes):
     radians: Tensor
 
     def analyse(self, h: Tensor) -> Tensor:
-        return self._analyse(h.to(_fft_type(h))).to(h.dtype) if self.n >= self.fft_from else super().analyse(h)
+        return self._analyse(h.to(_fft_type(h))).to(h.dtype) if self._by_fft(h) else super().analyse(h)
 
     def synthesise(self, c: Tensor) -> Tensor:
-        return self._synthesise(c.to(_fft_type(c))).to(c.dtype) if self.n >= self.fft_from else super().synthesise(c)
+        return self._synthesise(c.to(_fft_type(c))).to(c.dtype) if self._by_fft(c) else super().synthesise(c)
+
+    def _by_fft(self, h: Tensor) -> bool:
+        return self.n >= self.fft_from and h.shape[1] > 0  # some FFTs refuse to do nothing
 
     @abstractmethod
     def _analyse(self, h: Tensor) -> Tensor: ...

@@ -231,3 +231,155 @@ def test_the_relation_needs_its_premises():
     assert min(relation(stretched, z, b)) > 0.05
     generic = randn(20, 12)
     assert min(relation(generic, functional.summary_pair(generic, b).projection, b)) > 0.05
+
+
+# Canonical eigh and svd, the polar factor by svd, and the streaming Gram matrix
+
+
+def symmetric(values):
+    q = orthonormal(len(values), len(values))
+    return q * torch.tensor(values, dtype=torch.float64) @ q.mT
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("n", [1, 2, 7, 31])
+def test_eigh_in_fp64_with_the_signs_of_the_largest_entries(n, dtype):
+    a = randn(n, n).to(dtype)
+    a = a + a.mT
+    values, vectors, blocks = linalg.eigh(a)
+    assert values.dtype == vectors.dtype == torch.float64 and blocks == ()
+    assert (values.diff() >= 0).all()
+    close(vectors * values @ vectors.mT, a.double(), rtol=0.0, atol=1e-13 * n)
+    assert (vectors.gather(0, vectors.abs().argmax(0, keepdim=True)) > 0).all()
+
+
+def test_eigh_does_not_depend_on_the_solvers_signs(monkeypatch):
+    a = symmetric([1.0, 2.0, 5.0, 7.0])
+    expected = linalg.eigh(a)
+    solver = torch.linalg.eigh
+    monkeypatch.setattr(torch.linalg, "eigh", lambda m: (solver(m)[0], -solver(m)[1]))
+    close(linalg.eigh(a).vectors, expected.vectors, rtol=0.0, atol=0.0)
+
+
+def test_signs_of_entries_of_one_size_do_not_hang_on_rounding():
+    vectors = torch.tensor([[-1.0, 1.0 - 1e-12], [1.0 + 1e-12, -1.0]]).double()
+    close(linalg.signs(vectors), torch.tensor([-1.0, 1.0]).double())
+    assert linalg.signs(torch.zeros(0, 3)).tolist() == [1.0, 1.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("values", "blocks"),
+    [
+        ([0.0, 0.0, 1.0, 2.0, 2.0, 2.0], ((0, 2), (3, 6))),
+        ([3.0, 3.0], ((0, 2),)),
+        ([1.0, 2.0, 3.0], ()),
+        ([1.0, 1.0 + 1e-9, 3.0], ()),
+        ([0.0, 0.0], ((0, 2),)),
+        ([5.0], ()),
+    ],
+    ids=str,
+)
+def test_degenerate_blocks_are_reported(values, blocks):
+    assert linalg.equal_runs(torch.tensor(values, dtype=torch.float64)) == blocks
+    assert linalg.eigh(symmetric(values)).blocks == blocks
+    descending = tuple(sorted((len(values) - stop, len(values) - start) for start, stop in blocks))
+    assert linalg.svd(with_singular_values(len(values), len(values), values[::-1])).blocks == descending
+
+
+def test_eigh_has_no_negative_zero():
+    values = linalg.eigh(-torch.zeros(3, 3)).values
+    assert not values.signbit().any()
+
+
+@pytest.mark.parametrize("shape", [*SHAPES, (0, 3), (3, 0), (3, 500)], ids=str)
+def test_svd_is_thin_and_canonical(shape):
+    a = randn(*shape)
+    u, s, vh, _ = linalg.svd(a)
+    r = min(shape)
+    assert u.shape == (shape[0], r) and s.shape == (r,) and vh.shape == (r, shape[1])
+    close(u * s @ vh, a, rtol=0.0, atol=1e-12)
+    if r:
+        assert (u.gather(0, u.abs().argmax(0, keepdim=True)) > 0).all()
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_polar_is_what_orthogonalize_approaches(shape):
+    a = randn(*shape)
+    close(linalg.polar(a), functional.orthogonalize(a).factor, rtol=0.0, atol=1e-10)
+    close((linalg.polar(a) * a).sum(), linalg.singular_values(a).sum())
+
+
+def test_polar_of_a_singular_matrix_is_orthogonal_where_newton_schulz_cannot_be():
+    a = with_singular_values(5, 5, [3.0, 2.0, 1.0])
+    assert linalg.orthogonality_defect(linalg.polar(a)) < 1e-13
+    close((linalg.polar(a) * a).sum().item(), 6.0)
+
+
+@pytest.mark.parametrize("n", [1, 2, 5])
+def test_special_polar_is_the_best_rotation(n):
+    a = randn(n, n)
+    a = a * torch.where(torch.linalg.det(a) > 0, -1.0, 1.0) if n % 2 else a[:, torch.arange(n).flip(0)]
+    a[:, 0] *= -torch.linalg.det(a).sign()
+    assert torch.linalg.det(a) < 0
+    q, s = linalg.polar(a, special=True), linalg.singular_values(a)
+    close(torch.linalg.det(q).item(), 1.0)
+    close((q * a).sum(), s.sum() - 2 * s[-1])
+    turned = -a if n % 2 else a[:, torch.arange(n).roll(1)]
+    if torch.linalg.det(turned) > 0:
+        close(linalg.polar(turned, special=True), linalg.polar(turned))
+
+
+@pytest.mark.parametrize("sizes", [[1], [1, 1, 1], [4, 0, 3, 30], [100]], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_gram_accumulator_is_the_gram_matrix(sizes, dtype):
+    h = (randn(5, sum(sizes)) + 3).to(dtype)
+    seen = linalg.GramAccumulator(5)
+    for part in h.split(sizes, dim=1):
+        seen.update(part)
+    assert seen.count == sum(sizes)
+    exact = h.double()
+    mean = exact.mean(1, keepdim=True)
+    close(seen.mean, mean.squeeze(1))
+    close(seen.gram(), exact @ exact.mT)
+    close(seen.gram(center=True), (exact - mean) @ (exact - mean).mT, rtol=1e-10, atol=1e-10)
+
+
+def test_gram_accumulator_keeps_small_deviations_from_a_large_mean():
+    h = 1e8 + randn(3, 1000)
+    seen = linalg.GramAccumulator(3)
+    for part in h.split(100, dim=1):
+        seen.update(part)
+    centred = h - h.mean(1, keepdim=True)
+    close(seen.gram(center=True), centred @ centred.mT, rtol=1e-6, atol=1e-6)
+    naive = h @ h.mT - h.shape[1] * torch.outer(h.mean(1), h.mean(1))
+    assert (naive - centred @ centred.mT).abs().max() > 1
+
+
+def test_gram_accumulators_merge():
+    h = randn(4, 9)
+    parts = [linalg.GramAccumulator(4) for _ in range(3)]
+    parts[0].update(h[:, :7])
+    parts[1].update(h[:, 7:])
+    for both in (parts[0].merge(parts[1]), parts[1].merge(parts[0])):
+        assert both.count == 9
+        close(both.gram(), h @ h.mT)
+    close(parts[0].gram(), h[:, :7] @ h[:, :7].mT)
+    close(parts[2].merge(parts[0]).gram(center=True), parts[0].merge(parts[2]).gram(center=True))
+    assert parts[2].merge(parts[2]).count == 0
+
+
+def test_gram_accumulator_takes_large_batches_in_parts(monkeypatch):
+    monkeypatch.setattr(linalg, "_ENTRIES_AT_ONCE", 12)
+    h = randn(4, 23)
+    seen = linalg.GramAccumulator(4)
+    seen.update(h)
+    close(seen.gram(), h @ h.mT)
+
+
+def test_check_real():
+    assert linalg.check_real("a", t := torch.zeros(2)) is t
+    with pytest.raises(TypeError, match=r"a: got list, want a torch.Tensor"):
+        linalg.check_real("a", [1.0])
+    for bad in (torch.zeros(2, dtype=torch.int64), torch.zeros(2, dtype=torch.complex64)):
+        with pytest.raises(TypeError, match=f"a: got {bad.dtype}, want a real floating dtype"):
+            linalg.check_real("a", bad)
