@@ -1,0 +1,204 @@
+"""Descrambling in closed form and by descent, side by side: the loss reached and the time it took."""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import time
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from benchmarks import signals
+from benchmarks.descent import descend
+from benchmarks.experiments import common
+from interp_nn.derivatives import derivative_operator
+from interp_nn.explain.brockett import brockett_min
+from interp_nn.explain.descramble import Descrambler
+
+NAME = "descent"
+OPERATORS = ("fourier2", "diff1")
+NEAR = (1e-1, 1e-2, 1e-3)  # relative gaps whose time is recorded
+
+
+class Size(NamedTuple):
+    """What is tried with n features: as many trials for each operator, descents in each, and seconds for each descent."""
+
+    n: int
+    trials: int
+    starts: int
+    seconds: float
+
+
+FULL = (Size(32, 2, 20, 2.0), Size(80, 2, 20, 3.0), Size(256, 1, 20, 5.0), Size(1024, 1, 3, 30.0))
+QUICK = (Size(8, 1, 4, 0.2), Size(32, 1, 2, 0.2))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; the exit status, 1 where a descent passed the closed form."""
+    given = common.parser(NAME, __doc__).parse_args(arguments)
+    run = common.Run(NAME, given)
+    sizes = QUICK if given.quick else FULL
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # for both: at most of these sizes more are slower
+    try:
+        with tqdm(total=len(OPERATORS) * sum(size.trials * size.starts for size in sizes), unit="descent") as progress:
+            trials = [
+                _trial(size, operator, given.seed + seed, progress)
+                for size in sizes
+                for operator in OPERATORS
+                for seed in range(size.trials)
+            ]
+    finally:
+        torch.set_num_threads(threads)
+    rows = [_row(n, operator, trials) for n in dict.fromkeys(s.n for s in sizes) for operator in OPERATORS]
+    passed = all(trial["closed"]["loss"] <= trial["best_of_descents"] * (1 + 1e-10) for trial in trials)
+    _print(rows)
+    print(f"\nclosed form <= the best descent in {'every trial' if passed else 'NOT every trial'}")
+    _draw(run, trials, rows)
+    for trial in trials:
+        for one in trial["descents"]:
+            del one["history"]
+    budget = {"sizes": [size._asdict() for size in sizes], "samples": "4 n", "threads": 1}
+    run.finish(budget, {"closed_form_at_most_best_descent": passed, "table": rows, "trials": trials})
+    return 0 if passed else 1
+
+
+def _trial(size: Size, operator: str, seed: int, progress: tqdm[Any]) -> dict[str, Any]:
+    """The closed form and descents on one problem, timed in turn: the closed form again after each descent."""
+    n = size.n
+    H = signals.scrambled(n, 4 * n, seed=seed).mixed
+    D = derivative_operator(n, operator).matrix()
+    A, B = D.mT @ D, H @ H.mT
+    generator = torch.Generator().manual_seed(seed)
+    exact = Descrambler(operator=operator).fit(H)
+    solves, fits = [], []
+    descents: list[dict[str, Any]] = []
+    for index in range(size.starts):
+        progress.set_postfix_str(f"n {n}, {operator}")
+        solves.append(_seconds(lambda: brockett_min(A, B)))
+        fits.append(_seconds(lambda: Descrambler(operator=operator).fit(H)))
+        # The first from Q = 0, as published; an orthogonal start has either determinant.
+        start = None if index == 0 else signals.orthogonal(n, generator)
+        found = descend(A, B, start, seconds=size.seconds)
+        curve = [(seconds, loss / exact.lower_bound_ - 1) for seconds, loss in found.history]
+        descents.append(
+            {
+                "loss": found.loss,
+                "gap": found.loss / exact.lower_bound_ - 1,
+                "iterations": len(found.history),
+                "evaluations": found.evaluations,
+                "seconds": found.seconds,
+                "converged": found.converged,
+                "seconds_to_gap": {f"{near:g}": next((s for s, gap in curve if gap <= near), None) for near in NEAR},
+                "history": curve,
+            }
+        )
+        progress.update()
+    return {
+        "n": n,
+        "operator": operator,
+        "seed": seed,
+        "closed": {
+            "loss": exact.loss_,
+            "error_of_its_loss": abs(exact.loss_ / exact.lower_bound_ - 1),
+            "error_of_orthogonality": _defect(exact.P_),
+            "seconds": statistics.median(solves),
+            "seconds_of_fit": statistics.median(fits),
+        },
+        "best_of_descents": min(one["loss"] for one in descents),
+        "descents": descents,
+    }
+
+
+def _seconds(call: Any) -> float:
+    begin = time.perf_counter()
+    call()
+    return time.perf_counter() - begin
+
+
+def _defect(P: Tensor) -> float:
+    return float((P @ P.mT - torch.eye(len(P), dtype=P.dtype)).abs().max())
+
+
+def _row(n: int, operator: str, trials: list[dict[str, Any]]) -> dict[str, Any]:
+    """All trials of one n and operator: medians and extremes over their descents."""
+    here = [trial for trial in trials if (trial["n"], trial["operator"]) == (n, operator)]
+    descents = [one for trial in here for one in trial["descents"]]
+    gaps, seconds = [one["gap"] for one in descents], [one["seconds"] for one in descents]
+    near = {}
+    for name in descents[0]["seconds_to_gap"]:
+        reached = [one["seconds_to_gap"][name] for one in descents if one["seconds_to_gap"][name] is not None]
+        near[name] = {"reached": len(reached), "seconds": statistics.median(reached) if reached else None}
+    closed = statistics.median(trial["closed"]["seconds"] for trial in here)
+    return {
+        "n": n,
+        "operator": operator,
+        "trials": len(here),
+        "descents": len(descents),
+        "converged": sum(one["converged"] for one in descents),
+        "gap": {"least": min(gaps), "median": statistics.median(gaps), "most": max(gaps)},
+        "iterations": statistics.median(one["iterations"] for one in descents),
+        "seconds": statistics.median(seconds),
+        "within": near,
+        "closed_seconds": closed,
+        "fit_seconds": statistics.median(trial["closed"]["seconds_of_fit"] for trial in here),
+        "descent_over_closed": statistics.median(seconds) / closed,
+    }
+
+
+def _print(rows: list[dict[str, Any]]) -> None:
+    print(f"\n{'':>25}{'relative gap of descents':>30}{'iter-':>8}{'seconds':>9}{'to 1 %':>9}{'closed':>9}{'fit':>9}")
+    print(f"{'n':>5} {'operator':>9}{'descents':>10}{'least':>10}{'median':>10}{'most':>10}{'ations':>8}{'descent':>9}")
+    for row in rows:
+        gap, near = row["gap"], row["within"]["0.01"]
+        to_near = "-" if near["seconds"] is None else f"{near['seconds']:.3g}"
+        print(
+            f"{row['n']:5} {row['operator']:>9}{row['descents']:10}{gap['least']:10.1e}{gap['median']:10.1e}{gap['most']:10.1e}"
+            f"{row['iterations']:8.0f}{row['seconds']:9.3g}{to_near:>9}{row['closed_seconds']:9.2g}{row['fit_seconds']:9.2g}"
+        )
+
+
+def _draw(run: common.Run, trials: list[dict[str, Any]], rows: list[dict[str, Any]]) -> None:
+    from matplotlib import pyplot as plt
+
+    sizes = list(dict.fromkeys(trial["n"] for trial in trials))
+    colours = dict(zip(OPERATORS, ("tab:blue", "tab:orange"), strict=True))
+    figure, panels = plt.subplots(
+        1, len(sizes), figsize=(3.4 * len(sizes), 3.6), sharey=True, squeeze=False, layout="constrained"
+    )
+    for axes, n in zip(panels[0], sizes, strict=True):
+        for trial in (trial for trial in trials if trial["n"] == n):
+            colour, label = colours[trial["operator"]], f"descents, {trial['operator']}"
+            for one in trial["descents"]:
+                seconds, gaps = zip(*one["history"], strict=True)
+                at_least = [max(gap, 1e-12) for gap in gaps]  # less is rounding
+                axes.plot(seconds, at_least, color=colour, linewidth=0.6, alpha=0.6, label=label)
+                label = "_"
+            axes.axvline(trial["closed"]["seconds"], color=colour, linestyle="--", linewidth=1, label="_")
+        axes.set(xscale="log", yscale="log", xlabel="seconds", title=f"n = {n}")
+    panels[0][0].set_ylabel("loss over the minimum, - 1")
+    panels[0][0].axvline(float("nan"), color="0.3", linestyle="--", label="closed form, exact")
+    lines = dict(zip(*reversed(panels[0][0].get_legend_handles_labels()), strict=True))
+    panels[0][0].legend(lines.values(), lines.keys(), fontsize=7, loc="lower left")
+    run.figure(figure, "gap")
+
+    figure, axes = plt.subplots(figsize=(5.4, 4), layout="constrained")
+    for operator, colour in colours.items():
+        of = [row for row in rows if row["operator"] == operator]
+        n = [row["n"] for row in of]
+        axes.plot(n, [row["seconds"] for row in of], color=colour, marker=".", label=f"a descent, {operator}")
+        axes.plot(
+            n, [row["closed_seconds"] for row in of], color=colour, marker=".", linestyle="--", label="closed form"
+        )
+    axes.set(
+        xscale="log", yscale="log", xlabel="features n", ylabel="seconds, median", title="Time for one descrambling"
+    )
+    axes.legend(fontsize=8)
+    run.figure(figure, "time")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
