@@ -115,9 +115,14 @@ def kind(graph_module: fx.GraphModule, node: fx.Node) -> str:
 
 def where(graph_module: fx.GraphModule, node: fx.Node) -> str:
     """A node in words, for messages: "Softmax in layer 'head.1'"."""
-    if node.op == "call_module":
-        return f"{type(graph_module.get_submodule(str(node.target))).__name__} in layer {str(node.target)!r}"
-    return f"{name_of(graph_module, node)} in layer {node.meta.get('layer', '')!r}"
+    called = graph_module.get_submodule(str(node.target)) if node.op == "call_module" else None
+    return f"{type(called).__name__ if called else name_of(graph_module, node)} in layer {layer_of(node)!r}"
+
+
+def layer_of(node: fx.Node) -> str:
+    """The path of the module that a node calls, or in whose code it is; compiled or not, it has the same."""
+    path = str(node.target) if node.op == "call_module" else node.meta.get("layer", "")
+    return ".".join(part for part in path.split(".") if part != "_orig_mod")
 
 
 def name_of(graph_module: fx.GraphModule, node: fx.Node) -> str:

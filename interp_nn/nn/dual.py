@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from interp_nn.graphs import argument, first, gated, kind, name_of, routed, trace, where
+from interp_nn.graphs import argument, first, gated, kind, layer_of, name_of, routed, trace, where
 from interp_nn.nn.gated import GatedNetwork, GateWeights
 
 _REFUSED = ("other", "gate", "route")
@@ -81,6 +81,7 @@ def to_dgn(
     Max-pooling becomes average pooling in both networks of a linear gating (over the entries that it would choose from). A
     ReLU gating keeps it, and its choices are gates too: the value network takes the entries at the chosen positions, and so
     stays linear in its input. With a HardGate, reset=False and value_input='x' it then computes exactly what the model does.
+    Of ones, a batch norm that follows linear layers alone leaves nothing but its shift while it trains: every row is the same.
 
     Works for what torch.fx can trace: modules, functions and methods, reused and in-place ones. The model is left as it is.
     Raises ValueError that names the layer that cannot be converted: another nonlinearity, none at all, control flow that
@@ -190,7 +191,7 @@ def _site_names(network: fx.GraphModule) -> list[str]:
     calls, names = Counter[str](), []
     for node in _calls(network, "relu"):
         module = node.op == "call_module"
-        stem = str(node.target) if module else f"{node.meta['layer']}:{name_of(network, node)}"
+        stem = layer_of(node) if module else f"{layer_of(node)}:{name_of(network, node)}"
         names.append(stem if module and not calls[stem] else f"{stem}#{calls[stem]}")
         calls[stem] += 1
     return names

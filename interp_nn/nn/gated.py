@@ -80,7 +80,11 @@ class GatedNetwork(nn.Module):
 
     @torch.no_grad()
     def gate_sharpness(self, x: Tensor) -> float:
-        """How hard the gates are at x, from 0 (all of them half open) to 1 (each of them open or closed)."""
+        """How hard the gates are at x, from 0 (all of them half open) to 1 (each of them open or closed).
+
+        Raises ValueError where a batch norm or dropout is in training mode.
+        """
+        self._check_evaluating()
         values = torch.cat([g.flatten() for g in self.gate_values(x)])
         return float((2 / getattr(self.gate, "ceiling", 1.0) * values - 1).abs().mean())
 

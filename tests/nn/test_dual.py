@@ -257,6 +257,17 @@ def test_a_record_needs_evaluation_mode():
         dual.gates(images(dtype=torch.float32))
     with pytest.raises(ValueError, match=r"layer 'gating.0.1' \(BatchNorm2d\) is in training mode"):
         dual.effective_gate_weights((3, 16, 16))
+    with pytest.raises(ValueError, match=r"layer 'gating.0.1' \(BatchNorm2d\) is in training mode"):
+        dual.gate_sharpness(images(dtype=torch.float32))
+
+
+def test_compiled_models_are_converted_by_the_same_names():
+    model, x = made(ResNet), images()
+    model.layer1 = torch.compile(model.layer1)
+    dual = to_dgn(torch.compile(model), gating="relu", value_input="x", gate=HardGate(), reset=False)
+    assert [site.name for site in dual.gates(x).sites] == list(to_dgn(made(ResNet)).layers)
+    model.layer1 = model.layer1._orig_mod
+    torch.testing.assert_close(dual(x), model(x), rtol=1e-12, atol=1e-13)
 
 
 def test_a_relu_gating_has_no_half_spaces():
