@@ -1,8 +1,9 @@
-"""The reference's networks, a small CNN and a vgg11, each with its base head and with a summary head."""
+"""Networks of the papers: a small CNN and a vgg11, each with its base head and with a summary head; and those made gated."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -98,6 +99,22 @@ class SummaryNetwork(nn.Module):
 
 Network = MLPNetwork | SummaryNetwork
 NETWORKS: dict[str, type[MLPNetwork] | type[SummaryNetwork]] = {"mlp": MLPNetwork, "summary": SummaryNetwork}
+
+
+def relu_mlp(*widths: int) -> nn.Sequential:
+    """Linear layers of these widths without biases, with ReLU between."""
+    layers: list[nn.Module] = []
+    for fan_in, fan_out in pairwise(widths):
+        layers += [nn.Linear(fan_in, fan_out, bias=False), nn.ReLU()]
+    return nn.Sequential(*layers[:-1])
+
+
+def gconv(channels: int) -> nn.Sequential:
+    """GCONV of arXiv 2006.10529, without biases: four convolutions 3 x 3, the mean of all positions, two hidden layers."""
+    layers: list[nn.Module] = []
+    for fan_in, fan_out in pairwise((channels, 64, 64, 128, 128)):
+        layers += [nn.Conv2d(fan_in, fan_out, 3, padding=1, bias=False), nn.ReLU()]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), *relu_mlp(128, 256, 256, CLASSES))
 
 
 def _features(module: nn.Module, channels: int, size: int) -> int:

@@ -100,11 +100,11 @@ def train(
 
 @torch.no_grad()
 def accuracy(network: nn.Module, x: Tensor, y: Tensor, batch: int = 1000) -> float:
-    """Share of samples that are classified right: by the largest of the outputs (n, k), or by the sign of one output (n,)."""
+    """Share of samples that are classified right: by the largest of k outputs (n, k), or by the sign of one (n, 1)."""
     right = 0
     for inputs, truth in zip(x.split(batch), y.split(batch), strict=True):
         output = network(inputs)
-        right += int(((output > 0 if output.ndim == 1 else output.argmax(1)) == truth).sum())
+        right += int(((output[:, 0] > 0 if output.shape[1] == 1 else output.argmax(1)) == truth).sum())
     return right / len(y)
 
 

@@ -60,7 +60,7 @@ class Trainer:
     """Trains the networks of an experiment from each seed within the budget of its command line, and keeps what came of each.
 
     rows: by training, the network's name, its seed, the epochs reached, training seconds, accuracy after the last epoch and
-    the best after any (optimistic, as tests chose it), and the history.
+    the best after any (optimistic, as tests chose it), the measures before training, and the history.
     """
 
     def __init__(self, experiment: str, given: argparse.Namespace, trainings: int) -> None:
@@ -78,11 +78,18 @@ class Trainer:
         recipe: training.Recipe,
         measure: Callable[[nn.Module], dict[str, float]],
         loss: Callable[[nn.Module, Tensor, Tensor], Tensor] = training.cross_entropy,
+        source: str | None = None,
     ) -> Network:
-        """The network that `build` makes from the seed, trained; one of the measures has to be "accuracy"."""
+        """The network that `build` makes from the seed, trained; one of the measures has to be "accuracy".
+
+        source: the network, trained before, that `build` takes something of. One that has had more epochs since a checkpoint
+        was written begins the training anew.
+        """
         torch.manual_seed(seed)
-        network = build().to(x.device)
-        file = "".join(c if c.isalnum() else "-" for c in f"{self._experiment} {name} {seed}") + ".pt"
+        network = build().to(x.device).eval()
+        before = measure(network)
+        origin = "" if source is None else f" from {source} {self.of(source, 'epochs')[-1]}"
+        file = "".join(c if c.isalnum() else "-" for c in f"{self._experiment} {name}{origin} {seed}") + ".pt"
         history = training.train(
             network,
             x,
@@ -103,6 +110,7 @@ class Trainer:
                 "seconds": sum(history["seconds"]),
                 "last_accuracy": history["accuracy"][-1],
                 "best_accuracy": max(history["accuracy"]),
+                "before": before,
                 "history": history,
             }
         )
@@ -117,6 +125,12 @@ class Trainer:
         names = dict.fromkeys(row["network"] for row in self.rows)
         keys = ("last_accuracy", "best_accuracy", "epochs", "seconds")
         return {name: {key: spread(self.of(name, key)) for key in keys} for name in names}
+
+    def compared(self) -> tuple[int, dict[str, dict[str, float]]]:
+        """The last epoch that every training reached, and each network's accuracy after it: mean and spread over seeds."""
+        epoch = min(row["epochs"] for row in self.rows)
+        names = dict.fromkeys(row["network"] for row in self.rows)
+        return epoch, {name: spread([h["accuracy"][epoch - 1] for h in self.of(name, "history")]) for name in names}
 
 
 def spread(values: list[float]) -> dict[str, float]:
@@ -149,8 +163,10 @@ class Run:
         plt.close(figure)
         self.figures.append(file)
 
-    def finish(self, budget: dict[str, Any], results: dict[str, Any], **head: Any) -> None:
-        """Write the record, and say where everything is. head: further keys of it, such as the epochs asked for."""
+    def finish(
+        self, budget: dict[str, Any], results: dict[str, Any], epochs: int | dict[str, int] | None = None
+    ) -> None:
+        """Write the record, and say where everything is. epochs: how many were asked for."""
         seconds = round(time.perf_counter() - self.start, 1)
         file = self.given.output / f"{self.name}.json"
         seeds = {"seed": self.given.seed} if "seed" in self.given else {"seeds": list(range(self.given.seeds))}
@@ -160,7 +176,7 @@ class Run:
                 "experiment": self.name,
                 **record.environment(getattr(self.given, "device", "cpu")),
                 **seeds,
-                **head,
+                **({} if epochs is None else {"epochs": epochs}),
                 "quick": self.given.quick,
                 "seconds": seconds,
                 "budget": budget,

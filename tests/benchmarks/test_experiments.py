@@ -2,10 +2,21 @@
 
 import json
 
+import numpy as np
 import pytest
+import torch
 
-from benchmarks import tables
-from benchmarks.experiments import digits_attribution, digits_tsne, titanic, two_regimes
+from benchmarks import networks, regimes, tables
+from benchmarks.experiments import (
+    digits_attribution,
+    digits_tsne,
+    gated_digits,
+    gated_images,
+    oblique_trees,
+    titanic,
+    two_regimes,
+)
+from interp_nn.nn.gates import HardGate
 
 HEADER = "survived,pclass,name,sex,age,sibsp,parch,ticket,fare,cabin,embarked"
 
@@ -15,16 +26,22 @@ def _without_data(monkeypatch):
     monkeypatch.delenv("INTERP_NN_DATA", raising=False)
 
 
-def run(experiment, folder, *arguments):
+def run(experiment, folder, *arguments, name=None):
     """The record's results; the figures that it names are there, and small."""
-    assert experiment.main(["--quick", "--output", str(folder), *arguments]) == 0
-    record = json.loads((folder / f"{experiment.NAME}.json").read_text())
-    assert record["experiment"] == experiment.NAME and record["quick"] and record["git_sha"] is not None
+    return recorded(experiment, folder, "--quick", *arguments, name=name)["results"]
+
+
+def recorded(experiment, folder, *arguments, name=None):
+    name = name or experiment.NAME
+    assert experiment.main(["--output", str(folder), *arguments]) == 0
+    record = json.loads((folder / f"{name}.json").read_text())
+    assert record["experiment"] == name and record["git_sha"] is not None
+    assert record["quick"] == ("--quick" in arguments)
     assert sorted(record["figures"]) == sorted(file.name for file in folder.glob("*.png")) and record["figures"]
     for name in record["figures"]:
         figure = (folder / name).read_bytes()
         assert figure.startswith(b"\x89PNG") and len(figure) < 200_000
-    return record["results"]
+    return record
 
 
 def test_digits_attribution(tmp_path, capsys):
@@ -118,3 +135,149 @@ def test_missing_or_broken_passengers_are_named(tmp_path, capsys, text, message)
         (tmp_path / "titanic.csv").write_text(text)
     assert titanic.main(["--data", str(tmp_path), "--output", str(tmp_path)]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_oblique_trees(tmp_path, capsys):
+    record = recorded(oblique_trees, tmp_path, "--quick", "--datasets", "SDI", "SDII", "--epochs", "4")
+    results = record["results"]
+    assert record["seeds"] == [0] and record["epochs"] == {"SDI": 4, "SDII": 4} and record["budget"]["minutes"] is None
+    trainings = results.pop("trainings")
+    assert len(trainings) == 6 and all(row["epochs"] == len(row["history"]["loss"]) == 4 for row in trainings)
+    for row in trainings:
+        assert row["last_accuracy"] == row["history"]["accuracy"][-1] <= row["best_accuracy"]
+        if "gates" in row:
+            best = row["gates"]["best_cosines"]
+            assert len(best) == 15 and row["gates"]["found"] == sum(value >= 0.99 for value in best)
+            assert 0 < row["gates"]["mean_best_cosine_of_random_gates"] < 0.9 and 0 < row["gates"]["sharpness"] < 1
+    assert list(results) == ["SDI", "SDII"]
+    assert results["SDI"]["DLGN-SF"]["published_accuracy"] == 0.9743
+    assert results["SDI"]["DLGN-SF"]["hyperplanes_found"] == [trainings[0]["gates"]["found"]]
+    assert "hyperplanes found, of 15" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_the_gates_of_a_dlgn_become_the_trees_hyperplanes(tmp_path):
+    results = recorded(oblique_trees, tmp_path, "--datasets", "SDI", "--seeds", "1")["results"]
+    found = results["SDI"]["DLGN-SF"]
+    assert found["last_accuracy"]["mean"] >= 0.96 and found["hyperplanes_found"] == [15]
+    assert found["last_accuracy"]["mean"] > results["SDI"]["ReLU network"]["last_accuracy"]["mean"]
+    assert results["trainings"][0]["before"]["accuracy"] < 0.7
+    assert results["trainings"][0]["gates"]["mean_best_cosine_of_random_gates"] < 0.7
+
+
+def test_gated_digits(tmp_path, capsys):
+    results = run(gated_digits, tmp_path, "--epochs", "1")
+    assert len(results["regimes"]) == 11 and all(row["meaning"] for row in results["regimes"].values())
+    for name in ("FRNPF (II)", "FRNPF (DI)", "FLNPF"):  # fixed gates keep their kernel
+        assert results["alignment"][name]["before"] == results["alignment"][name]["after"]
+    assert results["alignment"]["FLNPF"]["before"] == results["alignment"]["ReLU"]["after"]
+    assert results["alignment"]["DLGN(1)"]["before"] != results["alignment"]["DLGN(1)"]["after"]
+    assert all(0.9 < row["mean"] <= 1 for row in results["kernel_machines"].values())
+    assert 0.95 < results["logistic_regression"] < 0.99
+    accuracy = {name: row["last_accuracy"]["mean"] for name, row in results["regimes"].items()}
+    ratio = results["required"]["DLGN(1) over ReLU, at least 0.97"]
+    assert ratio["value"] == pytest.approx(accuracy["DLGN(1)"] / accuracy["ReLU"])
+    assert ratio["holds"] == (ratio["value"] >= 0.97)
+    assert "alignment before, after" in capsys.readouterr().out
+
+
+def mnist(folder, n=120):
+    """Stripes in the place of digits, the class in their height: a folder as users have it."""
+    random = np.random.default_rng(0)
+    for split in ("train", "t10k"):
+        y = random.integers(0, 10, n).astype(np.uint8)
+        x = random.integers(0, 40, (n, 28, 28)).astype(np.uint8)
+        for image, label in zip(x, y, strict=True):
+            image[2 * label + 4 : 2 * label + 8] = 255
+        (folder / f"{split}-images-idx3-ubyte").write_bytes(bytes(16) + x.tobytes())
+        (folder / f"{split}-labels-idx1-ubyte").write_bytes(bytes(8) + y.tobytes())
+    return str(folder)
+
+
+def test_gated_images_of_digits(tmp_path, capsys):
+    results = run(gated_images, tmp_path, "--train-size", "64", name="gated_images-digits")
+    assert [row["network"] for row in results["trainings"]] == list(gated_images.REGIMES)
+    assert all(row["published_best_accuracy"] is None for row in results["regimes"].values())
+    assert "digits: 64 training and 50 test images, 1 epochs of Adam 0.0003 at batch 32" in capsys.readouterr().out
+
+
+def test_gated_images_stop_in_time_and_go_on_as_if_they_had_not(tmp_path):
+    data = mnist(tmp_path)
+    name, arguments = "gated_images-mnist", ["--quick", "--data", data, "--train-size", "0", "--epochs", "3"]
+    whole = recorded(gated_images, tmp_path / "whole", *arguments, name=name)
+    assert whole["epochs"] == 3 and whole["budget"]["train_images"] == 120 and whole["budget"]["test_images"] == 50
+    assert whole["results"]["regimes"]["ReLU"]["published_best_accuracy"] == 0.9814
+    assert whole["results"]["compared_after_epoch"] == 3
+
+    arguments += ["--checkpoints", str(tmp_path / "checkpoints")]
+    cut = recorded(gated_images, tmp_path / "cut", *arguments, "--minutes", "1e-6", name=name)
+    assert {row["epochs"] for row in cut["results"]["trainings"]} == {1} and cut["epochs"] == 3
+    assert cut["budget"]["minutes"] == 1e-6 and cut["results"]["compared_after_epoch"] == 1
+    relu = cut["results"]["accuracy_compared"]["ReLU"]["mean"]
+    assert cut["results"]["dlgn_over_relu"]["DLGN(x)"] == pytest.approx(
+        cut["results"]["accuracy_compared"]["DLGN(x)"]["mean"] / relu
+    )
+
+    resumed = recorded(gated_images, tmp_path / "resumed", *arguments, name=name)
+    for ours, theirs in zip(resumed["results"]["trainings"], whole["results"]["trainings"], strict=True):
+        assert ours["history"]["loss"] == theirs["history"]["loss"]
+        assert ours["history"]["accuracy"] == theirs["history"]["accuracy"]
+
+
+def test_missing_or_damaged_images_are_named(tmp_path, capsys):
+    for arguments, message in (
+        (["--data", str(tmp_path)], "cifar10 or mnist: not found in"),
+        (["--dataset", "mnist"], "mnist: no folder given"),
+    ):
+        assert gated_images.main([*arguments, "--output", str(tmp_path)]) == 2
+        assert message in capsys.readouterr().err
+    mnist(tmp_path)
+    (tmp_path / "t10k-labels-idx1-ubyte").write_bytes(b"")
+    assert gated_images.main(["--data", str(tmp_path), "--output", str(tmp_path)]) == 2
+    assert "are damaged" in capsys.readouterr().err
+
+
+def test_regimes_are_what_the_papers_mean():
+    def backbone():
+        return networks.relu_mlp(6, 5, 5, 3)
+
+    def weights(net):
+        return [module.weight for module in net.modules() if isinstance(module, torch.nn.Linear)]
+
+    relu = regimes.build("ReLU", backbone)
+    x = torch.randn(40, 6)
+    dependent, independent, learned = (
+        regimes.build(name, backbone, relu) for name in ("FRNPF (DI)", "FRNPF (II)", "FLNPF")
+    )
+    for net in (dependent, independent, learned):
+        assert isinstance(net.gate, HardGate)
+        assert not any(p.requires_grad for p in net.gating.parameters())
+        assert all(p.requires_grad for p in net.value.parameters())
+    gating, value = weights(dependent.gating), weights(dependent.value)
+    assert all(torch.equal(a, b) for a, b in zip(gating, value, strict=False))
+    assert not any(
+        torch.equal(a, b) for a, b in zip(weights(independent.gating), weights(independent.value), strict=False)
+    )
+    hidden = relu[1](relu[0](x)), relu[:4](x)
+    for gates, units in zip(learned.gate_values(x), hidden, strict=True):
+        assert torch.equal(gates, (units > 0).float())
+    assert not torch.equal(learned(x), relu(x))
+    # Dependent initialisation: before training it is the network that its gates come from.
+    torch.testing.assert_close(dependent(x), torch.nn.Sequential(*_with(backbone(), value))(x))
+    for name in ("DLNPF", "DGN(x)", "DGN(1)", "DLGN(x)", "DLGN(1)"):
+        net = regimes.build(name, backbone)
+        assert all(p.requires_grad for p in net.parameters())
+        assert (net.value_input == "ones") == name.endswith("(1)")
+        net(x).sum().backward()
+        assert all(p.grad is not None for p in net.parameters())
+        if name.startswith("DLGN"):
+            for forth, back in zip(net.gating(x), net.gating(-x), strict=True):
+                torch.testing.assert_close(forth, -back)
+    with pytest.raises(ValueError, match="FLNPF"):
+        regimes.build("FLNPF", backbone)
+
+
+def _with(net, weights):
+    for module, weight in zip((m for m in net if isinstance(m, torch.nn.Linear)), weights, strict=True):
+        module.weight = weight
+    return net

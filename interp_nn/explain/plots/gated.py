@@ -62,7 +62,8 @@ def kernel_matrix(kernel: Tensor, labels: Tensor | None = None, *, axes: Axes | 
         ticks = (ends - counts / 2 - 0.5).tolist(), [f"{c:g}" for c in classes]
     limit, extend = scale(values)
     signed = bool((values < 0).any())
-    shown = axes.imshow(values, cmap=SIGNED if signed else "Greys", vmin=-limit if signed else 0, vmax=limit)
+    low, colours = (-limit, SIGNED) if signed else (0.0, "Greys")
+    shown = axes.imshow(values, cmap=colours, vmin=low, vmax=limit, interpolation="nearest")
     axes.figure.colorbar(shown, ax=axes, label="kernel", extend=extend)
     axes.set_xticks(*ticks)
     axes.set_yticks(*ticks)

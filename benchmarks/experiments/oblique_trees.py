@@ -1,0 +1,188 @@
+"""Labels of an oblique decision tree: do the gates of a DLGN become the tree's hyperplanes?
+
+Data, networks and learning rates are those of Banerjee et al. (ICLR 2025), who train for 1,500 epochs; the ReLU network beside
+them has the same budget and is not tuned.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks import oblique
+from benchmarks.experiments import common
+from benchmarks.networks import relu_mlp
+from benchmarks.training import Recipe, accuracy
+from interp_nn.explain import plots
+from interp_nn.nn.gated import DLGN
+from interp_nn.nn.gates import HardGate, SoftGate
+
+NAME = "oblique_trees"
+LEVEL = 0.99  # a hyperplane is found by a gate whose |cos| with it is no less
+BATCHES = 10  # an epoch, as published
+EPOCHS = {"SDI": 200, "SDII": 200, "SDIII": 40}  # of the published 1,500
+MLP, HIDDEN = "ReLU network", (64, 64, 64)
+
+
+class Gated(NamedTuple):
+    """A DLGN's published hyperparameters, and its test accuracy with them."""
+
+    beta: float
+    learning_rate: float
+    hidden: tuple[int, ...]
+    accuracy: float
+
+
+PUBLISHED = {
+    "SDI": {"DLGN-SF": Gated(30, 0.02, (10,) * 4, 0.9743), "DLGN": Gated(3, 0.02, (20,) * 5, 0.9605)},
+    "SDII": {"DLGN-SF": Gated(3, 0.02, (10,) * 4, 0.9029), "DLGN": Gated(10, 0.01, (20,) * 4, 0.9425)},
+    "SDIII": {"DLGN-SF": Gated(3, 0.01, (20,) * 3, 0.6383), "DLGN": Gated(10, 0.001, (10,) * 3, 0.6504)},
+}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; the exit status."""
+    options = common.training_parser(NAME, __doc__)
+    options.add_argument("--datasets", nargs="+", choices=list(oblique.SIZES), default=list(oblique.SIZES))
+    given = options.parse_args(arguments)
+    given.seeds = given.seeds or (1 if given.quick else 3)
+    run = common.Run(NAME, given)
+    trainer = common.Trainer(NAME, given, given.seeds * 3 * len(given.datasets))
+    epochs = {name: given.epochs or (10 if given.quick else EPOCHS[name]) for name in given.datasets}
+    for name in given.datasets:
+        _train(name, epochs[name], trainer, run)
+    results = {name: _summary(name, trainer) for name in given.datasets}
+    _print(results)
+    _draw_accuracy(run, trainer)
+    budget = {
+        "minutes": given.minutes,
+        "batches_an_epoch": BATCHES,
+        "published_epochs": 1500,
+        "published": {name: {net: known._asdict() for net, known in PUBLISHED[name].items()} for name in results},
+        "hidden_of_the_relu_network": HIDDEN,
+    }
+    run.finish(budget, {**results, "trainings": trainer.rows}, epochs)
+    return 0
+
+
+def _train(name: str, epochs: int, trainer: common.Trainer, run: common.Run) -> None:
+    """Networks on the published data and, from further seeds, on other trees of its kind; their gates against the trees."""
+    for seed in range(run.given.seeds):
+        data = oblique.load(name, points=4000 if run.given.quick else None, seed=oblique.SEED + seed)
+        data = data._replace(**{part: getattr(data, part).to(run.given.device) for part in data._fields[1:]})
+        normals: dict[str, Tensor] = {}
+        for network, build, rate in _networks(name):
+            recipe = Recipe(epochs, len(data.y_train) // BATCHES, rate)
+            measure = partial(_measure, data)
+            trained = trainer(
+                f"{name}: {network}", seed, build, data.x_train, data.y_train, recipe, measure=measure, loss=_loss
+            )
+            if isinstance(trained, DLGN):
+                found = [weight for weight, _ in trained.effective_gate_weights()]
+                normals[network] = torch.cat(found).detach().double()
+                trainer.rows[-1]["gates"] = _gates(trained, normals[network], data)
+        if seed == 0:
+            _draw_hyperplanes(run, name, normals, data.normals)
+
+
+def _networks(name: str) -> list[tuple[str, Callable[[], nn.Module], float]]:
+    """Names, builders and learning rates."""
+    dim = oblique.SIZES[name][0]
+
+    def gated(kind: str, known: Gated) -> nn.Module:
+        gating = "shallow" if kind == "DLGN-SF" else "linear"
+        return DLGN((dim, *known.hidden, 1), gating=gating, gate=SoftGate(known.beta))
+
+    published = PUBLISHED[name]
+    dlgns = [(kind, partial(gated, kind, known), known.learning_rate) for kind, known in published.items()]
+    return [*dlgns, (MLP, partial(relu_mlp, dim, *HIDDEN, 1), published["DLGN"].learning_rate)]
+
+
+def _loss(network: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    return nn.functional.binary_cross_entropy_with_logits(network(x).squeeze(1), y)
+
+
+def _measure(data: oblique.Oblique, network: nn.Module) -> dict[str, float]:
+    return {"accuracy": accuracy(network, data.x_test, data.y_test, batch=10_000)}
+
+
+def _gates(network: DLGN, found: Tensor, data: oblique.Oblique) -> dict[str, Any]:
+    """How near the gates' hyperplanes are to the tree's, how near chance would be, and how hard the gates are or could be."""
+    chance = torch.randn(found.shape, generator=torch.Generator().manual_seed(0), dtype=found.dtype).to(found.device)
+    best = _best_cosines(found, data.normals)
+    hard = copy.deepcopy(network)
+    hard.gate = HardGate()
+    return {
+        "found": int((best >= LEVEL).sum()),
+        "best_cosines": best.tolist(),
+        "mean_best_cosine_of_random_gates": _best_cosines(chance, data.normals).mean().item(),
+        "sharpness": network.gate_sharpness(data.x_test),
+        "accuracy_with_hard_gates": _measure(data, hard)["accuracy"],
+    }
+
+
+def _best_cosines(found: Tensor, truth: Tensor) -> Tensor:
+    """For each true hyperplane the largest |cos| with any that was found."""
+    return (nn.functional.normalize(truth) @ nn.functional.normalize(found).T).abs().amax(1)
+
+
+def _summary(name: str, trainer: common.Trainer) -> dict[str, Any]:
+    """By network: accuracies over seeds, what was published, and how many of the 15 hyperplanes each seed's gates found."""
+    table = trainer.table()
+    results = {}
+    for network, _, _ in _networks(name):
+        results[network] = table[f"{name}: {network}"]
+        if network in PUBLISHED[name]:
+            gates = [row["gates"] for row in trainer.rows if row["network"] == f"{name}: {network}"]
+            results[network] |= {
+                "published_accuracy": PUBLISHED[name][network].accuracy,
+                "hyperplanes_found": [one["found"] for one in gates],
+                "smallest_best_cosine": [min(one["best_cosines"]) for one in gates],
+                "accuracy_with_hard_gates": common.spread([one["accuracy_with_hard_gates"] for one in gates]),
+            }
+    return results
+
+
+def _print(results: dict[str, Any]) -> None:
+    print(f"\n{'test accuracy, %':20} {'last epoch':>14} {'best':>14} {'published':>10}  hyperplanes found, of 15")
+    for name, networks in results.items():
+        for network, row in networks.items():
+            last, best = (common.percent(row[key]) for key in ("last_accuracy", "best_accuracy"))
+            published = f"{100 * row['published_accuracy']:.2f}" if "published_accuracy" in row else "-"
+            found = ", ".join(map(str, row.get("hyperplanes_found", "-")))
+            print(f"{f'{name}: {network}':20} {last:>14} {best:>14} {published:>10}  {found}")
+
+
+def _draw_hyperplanes(run: common.Run, name: str, normals: dict[str, Tensor], truth: Tensor) -> None:
+    from matplotlib import pyplot as plt
+
+    figure, panels = plt.subplots(1, len(normals), figsize=(13, 4.4), layout="constrained")
+    for axes, (network, found) in zip(panels, normals.items(), strict=True):
+        plots.gate_hyperplanes(found, truth, level=LEVEL, axes=axes)
+        axes.set_title(f"{network}: {axes.get_title()}", fontsize=10)
+    figure.suptitle(f"{name}: hyperplanes of the tree, and of the gates of networks trained on its labels")
+    run.figure(figure, f"{name}-hyperplanes")
+
+
+def _draw_accuracy(run: common.Run, trainer: common.Trainer) -> None:
+    from matplotlib import pyplot as plt
+
+    figure, panels = plt.subplots(
+        1, len(run.given.datasets), figsize=(4.6 * len(run.given.datasets), 2.6), layout="constrained", squeeze=False
+    )
+    for axes, name in zip(panels[0], run.given.datasets, strict=True):
+        accuracies = {network: trainer.of(f"{name}: {network}", "last_accuracy") for network, _, _ in _networks(name)}
+        published = {network: known.accuracy for network, known in PUBLISHED[name].items()}
+        plots.regime_bars(accuracies, published=published, axes=axes)
+        axes.set(title=name, xlabel="test accuracy, %")
+    run.figure(figure, "accuracy")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
