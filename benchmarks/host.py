@@ -1,6 +1,8 @@
-"""What a call of the triton engine costs on the host: everything but the launch itself, which is replaced by nothing.
+"""What calls cost on the host: `SummaryLinear` above its own products, and the triton engine but for the launch itself.
 
-For few rows this, with what Triton's own launch costs, is the time of a layer. Measured on a CPU, where Triton interprets.
+For few rows this is the time of a layer. The engine is measured on a CPU, where Triton interprets, with launches replaced by
+nothing (what Triton's own launch costs comes on top); the layer on the CPU that computes it, beside `nn.Linear` and beside
+the same products written out by hand in a module.
 """
 
 from __future__ import annotations
@@ -9,22 +11,28 @@ import os
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
+from torch import Tensor, nn
 
 import interp_nn
 from benchmarks import record
+from benchmarks.timing import interleave
 from interp_nn import functional
 from interp_nn.engines.reference import LossOptions
+from interp_nn.nn import SummaryLinear
 
 _ROUNDS = 2000
+_SECONDS = 30.0
+_SHAPE = 32, 512, 100  # where a layer takes the least time of the shapes in the tables
 
 
 def run(output: Path | None) -> dict[str, Any]:
-    """Median microseconds of the engine's calls, and of whole calls of `functional`, in one interleaved run."""
+    """Median microseconds of the engine's calls and of whole calls of `functional`, then of layers, in interleaved runs."""
     os.environ["TRITON_INTERPRET"] = "1"  # before Triton is first imported: CPU tensors are accepted then
     with interp_nn.use_engine("triton"):
         from interp_nn.engines import reference, triton
@@ -32,7 +40,7 @@ def run(output: Path | None) -> dict[str, Any]:
         # On a GPU the kernel checks the targets.
         with mock.patch.object(triton, "launch", _nothing), mock.patch.object(reference, "check_target", _nothing):
             medians = _medians(_calls(triton))
-    result = {**record.environment(), "unit": "us", "rounds": _ROUNDS, "median": medians}
+    result = {**record.environment(), "unit": "us", "rounds": _ROUNDS, "median": medians, "layer": _layers()}
     if output is not None:
         record.write(output, result)
     return result
@@ -40,7 +48,47 @@ def run(output: Path | None) -> dict[str, Any]:
 
 def table(result: dict[str, Any]) -> str:
     """The record as lines of text."""
-    return "\n".join(f"{name:32s} {median:6.1f} us" for name, median in result["median"].items())
+    lines = [f"{name:32s} {median:6.1f} us" for name, median in result["median"].items()]
+    layer = result["layer"]
+    lines.append(f"n, d, k = {', '.join(map(str, layer['shape']))}, one thread:")
+    lines += [f"{name:32s} {median:6.1f} us" for name, median in layer["median"].items()]
+    lines += [f"{f'{mode}, above by hand':32s} {above:6.1f} us" for mode, above in layer["above by hand"].items()]
+    return "\n".join(lines)
+
+
+class _ByHand(SummaryLinear):
+    """The products that `SummaryLinear` takes at this shape, and nothing else."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert self.bias is not None
+        return torch.addmm(self.bias, x @ self.weight.t() @ self.weight, self.weight.t())
+
+
+def _layers() -> dict[str, Any]:
+    """Layers on one thread: what is above the products by hand is plans, checks and the freezing of weights."""
+    n, d, k = _SHAPE
+    assert interp_nn.plan(n, d, k).association == interp_nn.plan(n, d, k, grad=()).association == "C"
+    x, leaf, dy = torch.randn(n, d), torch.randn(n, d, requires_grad=True), torch.randn(n, k)
+    layers = {"nn.Linear": nn.Linear(d, k), "by hand": _ByHand(d, k), "SummaryLinear": SummaryLinear(d, k)}
+
+    def inference(layer: nn.Module) -> None:
+        with torch.no_grad():
+            layer(x)
+
+    def both(layer: nn.Module) -> None:
+        torch.autograd.grad(layer(leaf), (leaf, *layer.parameters()), dy)
+
+    modes = {"forward": lambda layer: layer(x), "no gradients": inference, "forward and backward": both}
+    calls = {f"{name}, {mode}": partial(call, layer) for mode, call in modes.items() for name, layer in layers.items()}
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        timed = interleave(calls, seconds=_SECONDS, most=_ROUNDS)
+    finally:
+        torch.set_num_threads(threads)
+    medians = {name: round(1e3 * timing.p50, 2) for name, timing in timed.items()}
+    above = {mode: round(medians[f"SummaryLinear, {mode}"] - medians[f"by hand, {mode}"], 2) for mode in modes}
+    return {"shape": list(_SHAPE), "threads": 1, "median": medians, "above by hand": above}
 
 
 def _nothing(*_: Any) -> None:  # a mock would cost more than what is measured

@@ -191,10 +191,13 @@ def _left_to_autograd(problem: Problem) -> bool:
     return problem.classes is not None and problem.device == "cpu"
 
 
-def choose(problem: Problem) -> str:
-    """The token of the plan. While compiling, operators: there they cost nothing extra."""
+def choose(problem: Problem, any_rows: bool = False) -> str:
+    """The token of the plan. While compiling, operators: there they cost nothing extra.
+
+    any_rows: an operator's form that keeps nothing of the size of n.
+    """
     name, _ = engine(problem)
-    if torch.compiler.is_exporting():
+    if any_rows or torch.compiler.is_exporting():
         return f"{name}:{_for_any_rows(name, problem)}"
     if name != "reference":
         return f"{name}:{_kernel_form(problem, name)}"

@@ -12,7 +12,6 @@ what it got and what would do. All are differentiable to every order, and work u
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -27,7 +26,7 @@ from interp_nn.linalg import Orthogonalized
 from interp_nn.ops import cross_entropy as _cross_entropy
 from interp_nn.ops import gram as _gram
 from interp_nn.ops import summary as _summary
-from interp_nn.ops.library import any_autocast_enabled, cast
+from interp_nn.ops.library import any_autocast_enabled, cast, is_dtensor
 
 __all__ = [
     "Orthogonalized",
@@ -62,7 +61,12 @@ def summary(x: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
     x (..., d), b (d, k), bias (k,) or None; returns (..., k). Which product is formed first is `interp_nn.plan`'s choice;
     each product accumulates in fp32 (fp64 for float64) and is rounded to the dtype. Source: Banh, Interpretable-Neural-Net.
     """
-    return _summary.summary(*_planned(x, b, bias, False))
+    x, b, bias, plan = _planned(x, b, bias, False)
+    if type(b) not in _PLAIN and is_dtensor(b):
+        from interp_nn.ops import sharding
+
+        return sharding.summary(x, b, bias)
+    return _summary.summary(x, b, bias, plan)
 
 
 def summary_and_square(x: Tensor, b: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
@@ -127,12 +131,12 @@ def summary_head_cross_entropy(
 
 def gram(b: Tensor) -> Tensor:
     """Gram matrix G = bᵀb (k, k) of b (d, k)."""
-    return linalg.gram(_matrix(b))
+    return linalg.gram(_matrix(b, sharded=True))
 
 
 def effective_weight(b: Tensor) -> Tensor:
     """W = b (bᵀb) (d, k): `summary(x, b)` is `x @ W`. Its singular values are the cubes of those of b."""
-    return linalg.effective_weight(_matrix(b))
+    return linalg.effective_weight(_matrix(b, sharded=True))
 
 
 def orthogonalize(b: Tensor, tolerance: float | None = None, max_iterations: int = 100) -> Orthogonalized:
@@ -155,9 +159,9 @@ def inverse_summary(x: Tensor, b: Tensor) -> Tensor:
     return linalg.inverse_summary(x, b)
 
 
-def _matrices(x: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """x (..., d) and b (d, k), checked; cast under autocast."""
-    x, b = _operands(x, "x", b=b)
+def _matrices(x: Tensor, b: Tensor, sharded: bool = False) -> tuple[Tensor, Tensor]:
+    """x (..., d) and b (d, k), checked; cast under autocast. sharded: they may be DTensors."""
+    x, b = _operands(x, "x", sharded, b=b)
     if b is None:
         raise TypeError("b: got NoneType, want a torch.Tensor")
     if b.dim() != 2:
@@ -175,16 +179,16 @@ def _planned(x: Tensor, b: Tensor, bias: Tensor | None, pair: bool) -> tuple[Ten
     plain = type(x) in _PLAIN and type(b) in _PLAIN and (bias is None or type(bias) in _PLAIN)
     if plain and not is_dynamo_compiling() and not any_autocast_enabled():
         key = (
-            *(x.shape, b.shape, x.dtype, b.dtype, x.device, b.device, x.layout, b.layout),
-            *(x.requires_grad, b.requires_grad, torch.is_grad_enabled(), pair, dispatch.requested()),
+            x.shape, b.shape, x.dtype, b.dtype, x.device, b.device, x.layout, b.layout, x.requires_grad, b.requires_grad,
+            torch.is_grad_enabled(), pair, dispatch.requested(),
             None if bias is None else (bias.shape, bias.dtype, bias.device, bias.layout),
-        )
+        )  # fmt: skip
         plan = _plans.get(key)
         if plan is not None:
             return x, b, bias, plan
-    x, b = _matrices(x, b)
+    x, b = _matrices(x, b, sharded=True)
     if bias is not None:
-        _, bias = _operands(b, "b", bias=bias)
+        _, bias = _operands(b, "b", True, bias=bias)
         if bias.dim() != 1 or bias.shape[0] != b.shape[1]:
             raise ValueError(f"bias: got shape {_shape(bias)}, want ({b.shape[1]},) for b of shape {_shape(b)}")
     plan = _summary.choose(x, b, pair)
@@ -198,12 +202,17 @@ def _autocast_enabled(t: Tensor) -> bool:
     return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
 
 
-def _operands(first: Tensor, name: str, **others: Tensor | None) -> tuple[Any, ...]:
-    """The tensors (None stays None), checked to be of one supported dtype and one device; cast first under autocast."""
-    _check_tensor(name, first)
+def _operands(first: Tensor, name: str, sharded: bool = False, **others: Tensor | None) -> tuple[Any, ...]:
+    """The tensors (None stays None), checked to be of one supported dtype and one device; cast first under autocast.
+
+    sharded: they may be DTensors, all of them and on one mesh.
+    """
+    _check_tensor(name, first, sharded)
     for other, t in others.items():
         if t is not None:
-            _check_tensor(other, t)
+            _check_tensor(other, t, sharded)
+            if type(t) not in _PLAIN or type(first) not in _PLAIN:
+                _check_mesh(name, first, other, t)
     values: tuple[Any, ...] = (first, *others.values())
     if _autocast_enabled(first):
         values = cast(first.device.type, *values)
@@ -218,26 +227,34 @@ def _operands(first: Tensor, name: str, **others: Tensor | None) -> tuple[Any, .
     return values
 
 
-def _check_tensor(name: str, t: Tensor) -> None:
+def _check_tensor(name: str, t: Tensor, sharded: bool = False) -> None:
     if not isinstance(t, Tensor):
         raise TypeError(f"{name}: got {type(t).__name__}, want a torch.Tensor")
     if t.dtype not in _DTYPES:
         raise TypeError(f"{name}: got dtype {t.dtype}, want float64, float32, bfloat16 or float16")
     if t.layout is not torch.strided:
         raise TypeError(f"{name}: got layout {t.layout}, want a dense tensor (call .to_dense())")
-    if type(t) not in _PLAIN and _is_dtensor(t):
+    if not sharded and type(t) not in _PLAIN and is_dtensor(t):
         raise TypeError(
             f"{name}: got a DTensor, which has no sharding rule here; want a local tensor (call .full_tensor())"
         )
 
 
-def _is_dtensor(t: Tensor) -> bool:
-    module = sys.modules.get("torch.distributed.tensor")
-    return module is not None and isinstance(t, module.DTensor)
+def _check_mesh(name: str, first: Tensor, other: str, t: Tensor) -> None:
+    """Of two tensors that are not both plain: DTensors on one mesh, or none."""
+    if is_dtensor(first) != is_dtensor(t):
+        local, distributed = (name, other) if is_dtensor(t) else (other, name)
+        raise TypeError(
+            f"{local}: got a local tensor, want a DTensor on the mesh of {distributed} (call DTensor.from_local or "
+            "distribute_tensor; distribute_module has input_fn for it)"
+        )
+    meshes = getattr(first, "device_mesh", None), getattr(t, "device_mesh", None)
+    if meshes[0] != meshes[1]:
+        raise ValueError(f"{other}: got a DTensor on {meshes[1]}, want {meshes[0]}, the mesh of {name}")
 
 
-def _matrix(b: Tensor) -> Tensor:
-    (b,) = _operands(b, "b")
+def _matrix(b: Tensor, sharded: bool = False) -> Tensor:
+    (b,) = _operands(b, "b", sharded)
     if b.dim() != 2:
         raise ValueError(f"b: got shape {_shape(b)}, want a matrix (d, k)")
     return b

@@ -34,8 +34,8 @@ def _columns(x: Tensor, b: Tensor) -> Tensor:
 
     PyTorch's autograd forms db in b's order too, so this also speeds up a backward that is left to it.
     """
-    many = x.shape[-2] * x.shape[-1] >= _MANY_ELEMENTS
-    if b.shape[-1] < _FEW_COLUMNS and many and b.is_cpu and b.is_contiguous():
+    few = b.shape[-1] < _FEW_COLUMNS
+    if few and x.shape[-2] * x.shape[-1] >= _MANY_ELEMENTS and b.is_cpu and b.is_contiguous():
         return b.mT.contiguous().mT
     return b
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -67,6 +68,12 @@ _transforms_active: Callable[[], bool] = getattr(torch._C, "_are_functorch_trans
 
 # Of autograd.grad(is_grads_batched=True), whose vmap is older than torch.func's and not among its transforms.
 is_batched: Callable[[Tensor], bool] = getattr(torch._C._functorch, "is_legacy_batchedtensor", lambda _: True)
+
+
+def is_dtensor(t: Tensor) -> bool:
+    """Whether t is a DTensor, without importing what defines one."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(t, module.DTensor)
 
 
 def transforming() -> bool:

@@ -17,7 +17,9 @@ from interp_nn import dispatch, engines
 from interp_nn.associations import KEEPS
 from interp_nn.engines import reference
 from interp_nn.linalg import gram
-from interp_nn.ops.library import apply, define, implement, nested_forward_mode
+from interp_nn.ops.library import apply, define, implement, is_dtensor, nested_forward_mode
+
+COMPOSED = "reference:A*"  # projection, Gram matrix and their product, left to autograd: the plan of DTensors
 
 
 def as_rows(x: Tensor) -> Tensor:
@@ -418,6 +420,8 @@ def _batch_rows(t: Tensor) -> Tensor:
 
 def choose(x: Tensor, b: Tensor, pair: bool) -> str:
     """The plan's token for checked x and b."""
+    if is_dtensor(b):
+        return COMPOSED
     graph = torch.is_grad_enabled()
     needs = graph and x.requires_grad, graph and b.requires_grad
     d, k = b.shape

@@ -1,0 +1,87 @@
+"""Summary layers over several devices: parameters become DTensors, and PyTorch's DTensor does the rest.
+
+For data-parallel training nothing of this is needed: DistributedDataParallel and fully_shard take these layers as they are.
+Importing this file imports torch.distributed.tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from difflib import get_close_matches
+from typing import Any
+
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_module, distribute_tensor
+
+from interp_nn.functional import SummaryPair
+from interp_nn.nn.summary import SummaryLayer, SummaryLinear
+
+# Where weight (out, in), bias (out,) and a local input lie, by what is shared out.
+_PLACES: dict[str, tuple[Placement, Placement, Placement]] = {
+    "rows": (Replicate(), Replicate(), Shard(0)),
+    "inputs": (Shard(1), Replicate(), Replicate()),
+    "outputs": (Shard(0), Shard(0), Replicate()),
+}
+
+
+def parallelize(model: nn.Module, mesh: DeviceMesh, plan: Mapping[str, str]) -> nn.Module:
+    """Share the work of layers of `model` out over a one-dimensional mesh, in place; returns the model.
+
+    plan: the path of a SummaryLinear or SummaryLayer in the model, and over what:
+
+    - "rows": each device has all of b and its own rows of x (a local x is this device's), and runs one launch on them.
+      Gradients are those of the sum of the devices' losses.
+    - "inputs": each device has some rows of b, d in number shared out; projection and Gram matrix are summed over devices.
+    - "outputs": each device has some columns of b, k in number shared out; b is gathered for the Gram matrix.
+
+    Inputs and results are local tensors; over inputs and outputs every device passes the same x and has all of the result.
+    Parameters are DTensors afterwards, so make the optimizer then. Raises ValueError naming the path where there is no such
+    module (and near ones) or it is shared out already, TypeError where it is not such a layer; a forward's errors name it too.
+    """
+    if mesh.ndim != 1:
+        raise ValueError(f"mesh: got {mesh.ndim} dimensions, want one (take mesh['name'] of a larger one)")
+    modules = dict(model.named_modules())
+    for path, over in plan.items():
+        if path not in modules:
+            near = get_close_matches(path, modules) or [name for name in modules if name]
+            raise ValueError(f"plan: no module {path!r} in the model; near it: {', '.join(near[:5])}")
+        if over not in _PLACES:
+            raise ValueError(f"{path}: got {over!r}, want one of {', '.join(map(repr, _PLACES))}")
+        if type(modules[path]) not in (SummaryLinear, SummaryLayer):
+            raise TypeError(f"{path}: got {type(modules[path]).__name__}, want SummaryLinear or SummaryLayer")
+        if isinstance(modules[path].weight, DTensor):
+            raise ValueError(f"{path}: its parameters are DTensors already")
+    for path, over in plan.items():
+        layer = modules[path]
+        assert isinstance(layer, (SummaryLinear, SummaryLayer))
+        _share(layer, path, mesh, over)
+    return model
+
+
+def _share(layer: SummaryLinear | SummaryLayer, path: str, mesh: DeviceMesh, over: str) -> None:
+    weight_place, bias_place, input_place = _PLACES[over]
+
+    def partition(_: str, module: nn.Module, mesh: DeviceMesh) -> None:
+        for name, place in (("weight", weight_place), ("bias", bias_place)):
+            parameter = getattr(module, name, None)
+            if parameter is not None:
+                shared = distribute_tensor(parameter.detach(), mesh, [place])
+                setattr(module, name, nn.Parameter(shared, requires_grad=parameter.requires_grad))
+
+    features = layer.in_features
+
+    def enter(_: nn.Module, inputs: tuple[Any, ...], mesh: DeviceMesh) -> tuple[DTensor]:
+        (x,) = inputs
+        if not isinstance(x, Tensor) or isinstance(x, DTensor):
+            raise TypeError(f"{path}: x: got {type(x).__name__}, want a local torch.Tensor")
+        if x.dim() < 2 or x.shape[-1] != features:
+            raise ValueError(f"{path}: x: got shape {tuple(x.shape)}, want (..., n, {features})")
+        return (DTensor.from_local(x, mesh, [input_place], run_check=False),)
+
+    def leave(_: nn.Module, out: Any, mesh: DeviceMesh) -> Any:
+        if isinstance(out, DTensor):
+            return out.redistribute(placements=[input_place]).to_local()
+        return SummaryPair(*(leave(_, part, mesh) for part in out))
+
+    distribute_module(layer, mesh, partition, enter, leave)  # type: ignore[arg-type] # whose hooks do return something

@@ -1,0 +1,57 @@
+"""Small networks of the layers, and the same networks with every summary written out plainly."""
+
+import copy
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from interp_nn.nn import SummaryConv2d, SummaryHead, SummaryLinear
+
+
+class PlainLinear(SummaryLinear):
+    def forward(self, x):
+        return F.linear(x @ self.weight.t(), self.weight @ self.weight.t(), self.bias)
+
+
+class PlainConv2d(SummaryConv2d):
+    def forward(self, x):
+        rows = self.weight.flatten(1)
+        return F.conv2d(x, (rows @ rows.t() @ rows).view(self.weight.shape), self.bias, self.stride, self.padding)
+
+
+def randomize(model, dtype=torch.float32, scale=0.4):
+    """Draw every parameter at random, so that no weight is orthonormal."""
+    model.to(dtype)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(scale * torch.randn(p.shape, dtype=torch.float64))
+    return model
+
+
+def mlp(dtype=torch.float32):
+    return randomize(nn.Sequential(SummaryLinear(12, 8), nn.Tanh(), SummaryLinear(8, 3)), dtype)
+
+
+def cnn(dtype=torch.float32):
+    layers = nn.Unflatten(1, (1, 3, 4)), SummaryConv2d(1, 4, 2), nn.Tanh(), nn.Flatten(), SummaryLinear(24, 3)
+    return randomize(nn.Sequential(*layers), dtype)
+
+
+def head(dtype=torch.float32):
+    return randomize(SummaryHead(12, 5, 3), dtype)
+
+
+def plain(model):
+    """A copy of the network whose layers have the formulas in place of the library."""
+    model = copy.deepcopy(model)
+    for module in model.modules():
+        if type(module) is SummaryLinear:
+            module.__class__ = PlainLinear
+        elif type(module) is SummaryConv2d:
+            module.__class__ = PlainConv2d
+    return model
+
+
+def batch(n=10, dtype=torch.float32):
+    return torch.randn(n, 12, dtype=dtype), torch.randint(3, (n,))

@@ -1,0 +1,443 @@
+"""What two processes check together: each function runs in both, and raises in either where something is wrong.
+
+Results are compared with the same computation in one process, in fp64 unless a check is of precision.
+"""
+
+import copy
+import re
+import traceback
+from datetime import timedelta
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn import functional as F
+
+TOLERANCE = 1e-6
+
+
+def network():
+    from interp_nn.nn import SummaryConv2d, SummaryLinear
+
+    torch.manual_seed(1)
+    model = nn.Sequential(
+        nn.Unflatten(1, (1, 4, 6)), SummaryConv2d(1, 3, 3), nn.Tanh(), nn.Flatten(), SummaryLinear(24, 10), nn.Tanh(),
+        SummaryLinear(10, 6), nn.Tanh(), SummaryLinear(6, 4),
+    )  # fmt: skip
+    return randomize(model)
+
+
+def head():
+    from interp_nn.nn import SummaryHead
+
+    torch.manual_seed(1)
+    return randomize(SummaryHead(24, 7, 4))
+
+
+def randomize(model):
+    model.double()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(0.4 * torch.randn_like(p))
+    return model
+
+
+def data(steps=4, n=12):
+    torch.manual_seed(2)
+    return [(torch.randn(n, 24, dtype=torch.float64), torch.randint(4, (n,))) for _ in range(steps)]
+
+
+def classify(model, x, target):
+    return F.cross_entropy(model(x), target)
+
+
+class Loss(nn.Module):
+    """A head whose forward is its loss, as DistributedDataParallel wants it."""
+
+    def __init__(self, head):
+        super().__init__()
+        self.head = head
+
+    def forward(self, x, target):
+        return self.head.loss(x, target)
+
+
+def train(model, loss=classify, part=slice(None), clip=False):
+    """Losses of a few steps of Adam on this part of each batch."""
+    optimizer, losses = torch.optim.Adam(model.parameters(), lr=0.05), []
+    for x, target in data():
+        optimizer.zero_grad()
+        value = loss(model, x[part], target[part])
+        value.backward()
+        if clip:
+            nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        optimizer.step()
+        losses.append(value.detach())
+    return torch.stack(losses)
+
+
+def half():
+    return slice(6 * dist.get_rank(), 6 * dist.get_rank() + 6)
+
+
+def full(t):
+    return t.full_tensor() if hasattr(t, "full_tensor") else t
+
+
+def same(got, wanted, tolerance=TOLERANCE):
+    got, wanted = full(got.detach()), full(wanted.detach())
+    assert got.shape == wanted.shape, (got.shape, wanted.shape)
+    distance = (got - wanted).norm() / wanted.norm()
+    assert distance <= tolerance, f"relative error {distance:.3g}"
+
+
+def same_parameters(model, alone, tolerance=TOLERANCE):
+    pairs = list(zip(model.parameters(), alone.parameters(), strict=True))
+    assert pairs
+    for got, wanted in pairs:
+        same(got, wanted, tolerance)
+
+
+def averaged(t):
+    dist.all_reduce(t)
+    return t / dist.get_world_size()
+
+
+def mesh():
+    return dist.device_mesh.init_device_mesh("cpu", (2,))
+
+
+# Data-parallel training
+
+
+def ddp():
+    start = network()
+    model = nn.parallel.DistributedDataParallel(copy.deepcopy(start))
+    losses, alone = averaged(train(model, part=half())), copy.deepcopy(start)
+    same(losses, train(alone))
+    same_parameters(model, alone)
+    assert (start[4].weight - alone[4].weight).abs().max() > 1e-2  # they did move
+
+
+def ddp_of_a_head():
+    start = head()
+    model = nn.parallel.DistributedDataParallel(Loss(copy.deepcopy(start)))
+    alone = Loss(copy.deepcopy(start))
+    losses = averaged(train(model, lambda m, x, t: m(x, t), half()))
+    same(losses, train(alone, lambda m, x, t: m(x, t)))
+    same_parameters(model, alone)
+
+
+def ddp_without_synchronisation():
+    """Gradients of two micro-batches, of which the first is not reduced."""
+    start = network()
+    model, alone = nn.parallel.DistributedDataParallel(copy.deepcopy(start)), copy.deepcopy(start)
+    (x, target), _ = data(2)
+    mine = half()
+    with model.no_sync():
+        classify(model, x[mine][:3], target[mine][:3]).backward()
+    classify(model, x[mine][3:], target[mine][3:]).backward()
+    (2 * classify(alone, x, target)).backward()
+    for got, wanted in zip(model.parameters(), alone.parameters(), strict=True):
+        same(got.grad, wanted.grad)
+
+
+def fsdp():
+    from torch.distributed.fsdp import fully_shard
+
+    start = network()
+    model, alone = copy.deepcopy(start), copy.deepcopy(start)
+    for layer in model:
+        if list(layer.parameters()):
+            fully_shard(layer, mesh=mesh())
+    fully_shard(model, mesh=mesh())
+    assert model[4].weight.to_local().shape == (5, 24)
+    same(averaged(train(model, part=half(), clip=True)), train(alone, clip=True))
+    same_parameters(model, alone)
+
+
+def fsdp_of_a_head():
+    from torch.distributed.fsdp import fully_shard
+
+    start = head()
+    model, alone = Loss(copy.deepcopy(start)), Loss(copy.deepcopy(start))
+    fully_shard(model, mesh=mesh())
+    losses = averaged(train(model, lambda m, x, t: m(x, t), half()))
+    same(losses, train(alone, lambda m, x, t: m(x, t)))
+    same_parameters(model, alone)
+
+
+def fsdp_in_bfloat16():
+    """bf16 parameters and activations on sharded fp32 masters: no farther from fp32 than twice a bf16 model on one device."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    start = network().float()
+    model, exact, rounded = copy.deepcopy(start), copy.deepcopy(start), copy.deepcopy(start).bfloat16()
+    seen = []
+    model[6].register_forward_pre_hook(lambda module, inputs: seen.append((module.weight.dtype, inputs[0].dtype)))
+    fully_shard(model, mesh=mesh(), mp_policy=MixedPrecisionPolicy(torch.bfloat16, torch.float32))
+    x, target = data(1)[0]
+    for twin, part, dtype in (
+        (model, half(), torch.float32),
+        (exact, slice(None), torch.float32),
+        (rounded, slice(None), torch.bfloat16),
+    ):
+        F.cross_entropy(twin(x[part].to(dtype)).float(), target[part]).backward()
+    assert seen == [(torch.bfloat16, torch.bfloat16)]
+    for got, wanted, plain in zip(model.parameters(), exact.parameters(), rounded.parameters(), strict=True):
+        assert got.dtype == got.grad.dtype == torch.float32
+        same(got.grad, wanted.grad, 2 * float((plain.grad - wanted.grad).norm() / wanted.grad.norm()))
+
+
+def fsdp_state_dict():
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+    from torch.distributed.fsdp import fully_shard
+
+    start = network()
+    model = copy.deepcopy(start)
+    fully_shard(model, mesh=mesh())
+    state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
+    if dist.get_rank() == 0:
+        fresh = network()
+        fresh.load_state_dict(state)
+        same_parameters(fresh, start, 0.0)
+
+
+# DTensors
+
+
+def operands(n=8, d=6, k=4):
+    torch.manual_seed(3)
+    return [torch.randn(*shape, dtype=torch.float64) for shape in ((n, d), (d, k), (k,), (n, k))]
+
+
+def place(tensors, over):
+    from torch.distributed.tensor import distribute_tensor
+
+    on = mesh()
+    return [distribute_tensor(t, on, [p]) for t, p in zip(tensors, over, strict=True)]
+
+
+def derivatives(function, x, b, bias, dy):
+    """The value, the gradients, and the gradients of their norms."""
+    given = [t.detach().requires_grad_() for t in (x, b, bias)]
+    y = function(*given)
+    first = torch.autograd.grad(y, given, dy, create_graph=True)
+    second = torch.autograd.grad(sum(g.square().sum() for g in first), given[:2])
+    return [y, *first, *second]
+
+
+def placements():
+    from torch.distributed.tensor import Partial, Replicate, Shard
+
+    R, S0, S1 = Replicate(), Shard(0), Shard(1)
+    return {
+        "rows": (S0, R, R, S0),
+        "rows, upstream on every device": (S0, R, R, R),
+        "everywhere": (R, R, R, R),
+        "inputs": (S1, S0, R, R),
+        "inputs of x alone": (S1, R, R, R),
+        "outputs": (R, S1, S0, S1),
+        "rows and outputs": (S0, S1, R, S0),
+        "rows of all": (S0, S0, S0, S0),
+        "partial sums": (Partial(), R, R, R),
+    }
+
+
+def dtensors():
+    from interp_nn import functional
+
+    for shape in ((8, 6, 4), (4, 2, 6), (7, 5, 3)):
+        tensors = operands(*shape)
+        wanted = derivatives(functional.summary, *tensors)
+        for name, over in placements().items():
+            found = derivatives(functional.summary, *place(tensors, over))
+            for i, (g, w) in enumerate(zip(found, wanted, strict=True)):
+                try:
+                    same(g, w, 1e-10)
+                except AssertionError as e:
+                    raise AssertionError(f"{shape}, {name}, value {i}: {e}") from e
+
+
+def dtensors_of_rows_take_the_operator():
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    from interp_nn import functional
+
+    class Names(TorchDispatchMode):
+        def __init__(self):
+            super().__init__()
+            self.seen = []
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            self.seen.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    x, b, bias, dy = place(operands(), placements()["rows"])
+    with Names() as names:
+        y = functional.summary(x, b.requires_grad_(), bias)
+        (db,) = torch.autograd.grad(y, b, dy)
+    assert y.placements[0].is_shard(0) and db.placements[0].is_partial()
+    assert "interp_nn.summary_of_rows.default" in names.seen
+    assert not any("c10d" in name or "all_" in name for name in names.seen)  # nothing was sent
+
+
+def dtensors_of_more_dimensions():
+    from torch.distributed.tensor import Replicate, Shard
+
+    from interp_nn import functional
+
+    torch.manual_seed(4)
+    x, dy = torch.randn(4, 6, 5, dtype=torch.float64), torch.randn(4, 6, 3, dtype=torch.float64)
+    _, b, bias, _ = operands(1, 5, 3)
+    wanted = derivatives(functional.summary, x, b, bias, dy)
+    for dim in (0, 1):
+        over = Shard(dim), Replicate(), Replicate(), Shard(dim)
+        found = derivatives(functional.summary, *place((x, b, bias, dy), over))
+        for g, w in zip(found, wanted, strict=True):
+            same(g, w, 1e-10)
+
+
+def dtensor_pairs_and_matrices():
+    from interp_nn import functional
+
+    x, b, bias, dy = operands()
+
+    def pair(x, b, bias):
+        p, y = functional.summary_pair(x, b)
+        return p.sin() * y + bias
+
+    wanted = derivatives(pair, x, b, bias, dy)
+    for over in placements().values():
+        for g, w in zip(derivatives(pair, *place((x, b, bias, dy), over)), wanted, strict=True):
+            same(g, w, 1e-10)
+        (shared,) = place((b,), over[1:2])
+        same(functional.gram(shared), functional.gram(b), 1e-10)
+        same(functional.effective_weight(shared), functional.effective_weight(b), 1e-10)
+
+
+def dtensors_under_autocast_and_without_gradients():
+    from interp_nn import functional
+
+    tensors = [t.float() for t in operands()]
+    for over in ("rows", "outputs"):
+        x, b, bias, _ = place(tensors, placements()[over])
+        with torch.autocast("cpu", torch.bfloat16):
+            y = functional.summary(x, b.requires_grad_(), bias)
+        y.float().sum().backward()
+        assert y.dtype == torch.bfloat16 and b.grad.dtype == torch.float32
+        with torch.no_grad():
+            same(functional.summary(x, b, bias), functional.summary(*tensors[:3]))
+        same(y.float(), functional.summary(*tensors[:3]), 2e-2)
+
+
+def raises(error, message, function, *args):
+    with pytest.raises(error, match=re.escape(message)):
+        function(*args)
+
+
+def dtensors_that_are_refused():
+    from torch.distributed.tensor import Replicate, distribute_tensor
+
+    from interp_nn import functional
+
+    x, b, bias, _ = operands()
+    over = placements()["rows"]
+    dx, db, dbias, _ = place(operands(), over)
+    raises(TypeError, "x: got a local tensor, want a DTensor on the mesh of b", functional.summary, x, db, dbias)
+    raises(TypeError, "b: got a local tensor, want a DTensor on the mesh of x", functional.summary, dx, b, dbias)
+    raises(TypeError, "bias: got a local tensor, want a DTensor on the mesh of b", functional.summary, dx, db, bias)
+    raises(TypeError, "x: got a local tensor", functional.summary_pair, x, db)
+    other = dist.device_mesh.init_device_mesh("cpu", (1, 2))
+    far = distribute_tensor(b, other, [Replicate(), Replicate()])
+    raises(ValueError, "b: got a DTensor on DeviceMesh", functional.summary_pair, dx, far)
+    target = torch.zeros(8, dtype=torch.int64)
+    without = "x: got a DTensor, which has no sharding rule here"
+    raises(TypeError, without, functional.summary_cross_entropy, dx, db, target)
+    raises(TypeError, without, functional.inverse_summary, dx, db)
+    raises(TypeError, "b: got a DTensor, which has no sharding rule here", functional.orthogonalize, db)
+
+
+# Tensor parallel
+
+
+def tensor_parallel():
+    from interp_nn.nn.parallel import parallelize
+
+    start = network()
+    for plan in ({"4": "outputs", "6": "inputs"}, {"4": "inputs", "6": "outputs", "8": "outputs"}):
+        model, alone = parallelize(copy.deepcopy(start), mesh(), plan), copy.deepcopy(start)
+        same(train(model, clip=False), train(alone))
+        same_parameters(model, alone)
+        assert model[4].weight.to_local().shape == ((5, 24) if plan["4"] == "outputs" else (10, 12))
+
+
+def tensor_parallel_over_rows():
+    from interp_nn.nn.parallel import parallelize
+
+    start = network()
+    model, alone = copy.deepcopy(start)[4:], copy.deepcopy(start)[4:]
+    parallelize(model, mesh(), {name: "rows" for name in ("4", "6", "8")})
+
+    def total(model, x, target):
+        return F.cross_entropy(model(x), target, reduction="sum")
+
+    losses = train(model, total, half())
+    dist.all_reduce(losses)
+    same(losses, train(alone, total))
+    same_parameters(model, alone)
+
+
+def tensor_parallel_of_a_pair():
+    from interp_nn.nn import SummaryLayer
+    from interp_nn.nn.parallel import parallelize
+
+    layer = randomize(SummaryLayer(24, 6))
+    dist.broadcast(layer.weight.data, 0)
+    x = data(1)[0][0]
+    wanted = layer(x)
+    for over in ("inputs", "outputs"):
+        found = parallelize(nn.Sequential(copy.deepcopy(layer)), mesh(), {"0": over})(x)
+        assert type(found) is type(wanted)
+        same(found.projection, wanted.projection)
+        same(found.summary, wanted.summary)
+
+
+def tensor_parallel_that_is_refused():
+    from interp_nn.nn.parallel import parallelize
+
+    model = nn.Sequential(nn.Sequential(network()[4], nn.Tanh()), nn.Linear(10, 4))
+    raises(ValueError, "plan: no module '0.3' in the model; near it: 0.", parallelize, model, mesh(), {"0.3": "rows"})
+    raises(ValueError, "0.0: got 'columns', want one of 'rows'", parallelize, model, mesh(), {"0.0": "columns"})
+    raises(TypeError, "1: got Linear, want SummaryLinear", parallelize, model, mesh(), {"1": "rows"})
+    wide = dist.device_mesh.init_device_mesh("cpu", (1, 2))
+    raises(ValueError, "mesh: got 2 dimensions", parallelize, model, wide, {"0.0": "rows"})
+    parallelize(model, mesh(), {"0.0": "inputs"})
+    raises(ValueError, "0.0: its parameters are DTensors already", parallelize, model, mesh(), {"0.0": "rows"})
+    raises(ValueError, "0.0: x: got shape (3, 12), want (..., n, 24)", model, torch.zeros(3, 12).double())
+    raises(TypeError, "0.0: x: got NoneType", model, None)
+    raises(TypeError, "0.0: x: got DTensor", model, place(operands(4, 24, 1), placements()["everywhere"])[0])
+
+
+CHECKS = {f.__name__: f for f in (
+    ddp, ddp_of_a_head, ddp_without_synchronisation, fsdp, fsdp_of_a_head, fsdp_in_bfloat16, fsdp_state_dict,
+    dtensors, dtensors_of_rows_take_the_operator, dtensors_of_more_dimensions, dtensor_pairs_and_matrices,
+    dtensors_under_autocast_and_without_gradients, dtensors_that_are_refused,
+    tensor_parallel, tensor_parallel_over_rows, tensor_parallel_of_a_pair, tensor_parallel_that_is_refused,
+)}  # fmt: skip
+
+
+def run(rank, folder):
+    """Every check on one of the two processes; a file each, empty or with what went wrong."""
+    torch.set_num_threads(1)
+    store = dist.FileStore(str(folder / "store"), 2)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=30))
+    for name, check in CHECKS.items():
+        try:
+            check()
+            said = ""
+        except Exception:
+            said = traceback.format_exc()
+        (folder / f"{name}.{rank}").write_text(said)
+    dist.destroy_process_group()

@@ -1,0 +1,119 @@
+"""Layers inside networks, compiled and exported: whole graphs, any batch, the values of eager mode."""
+
+import copy
+import io
+
+import pytest
+import torch
+from networks import batch, cnn, head, mlp
+from torch.nn import functional as F
+
+# Dynamo makes an instance of a Function to trace it by, of which PyTorch's own Function warns.
+pytestmark = pytest.mark.filterwarnings("ignore:.*autograd.function.Function.* should not be instantiated")
+NETWORKS = {"mlp": mlp, "cnn": cnn, "head": head, "head in evaluation": lambda: head().eval()}
+networks = pytest.mark.parametrize("build", NETWORKS.values(), ids=NETWORKS)
+
+
+@pytest.fixture(autouse=True)
+def _fresh():
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+def close(got, wanted):
+    torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
+
+
+def steps(model, loss, sizes):
+    """Losses of steps on batches of these sizes."""
+    torch.manual_seed(5)
+    optimizer, losses = torch.optim.Adam(model.parameters(), lr=0.01), []
+    for n in sizes:
+        x, target = batch(n)
+        optimizer.zero_grad()
+        value = loss(x, target)
+        value.backward()
+        optimizer.step()
+        losses.append(value.detach())
+    return torch.stack(losses)
+
+
+def loss_of(model):
+    if hasattr(model, "loss"):
+        return model.loss
+    return lambda x, target: F.cross_entropy(model(x), target)
+
+
+def check_training(build, **options):
+    model = build()
+    twin = copy.deepcopy(model)
+    compiled = torch.compile(loss_of(twin), fullgraph=True, dynamic=True, **options)
+    sizes = (16, 33, 7, 16)
+    close(steps(twin, compiled, sizes), steps(model, loss_of(model), sizes))
+    close(list(twin.parameters()), list(model.parameters()))
+
+
+@pytest.mark.parametrize("build", [mlp, cnn, head])
+def test_training_on_batches_of_any_size_is_one_graph(build):
+    check_training(build, backend="aot_eager")
+
+
+@networks
+def test_no_graph_breaks(build):
+    torch.compiler.reset()
+    found = torch._dynamo.explain(build())(batch()[0])
+    assert (found.graph_count, found.graph_break_count) == (1, 0), found.break_reasons
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@networks
+def test_export_for_any_batch(build, strict):
+    model = build()
+    program = torch.export.export(model, (batch(5)[0],), dynamic_shapes=({0: torch.export.Dim("n")},), strict=strict)
+    names = {str(node.target) for node in program.graph.nodes}
+    operator = {"mlp": "interp_nn.summary.default", "head": "interp_nn.summary_pair.default"}.get(build.__name__)
+    assert operator is None or operator in names
+    for n in (5, 1, 64):
+        x = batch(n)[0]
+        close(program.module()(x), model(x))
+
+
+def test_export_is_saved_and_loaded():
+    model, file = mlp(), io.BytesIO()
+    torch.export.save(torch.export.export(model, (batch()[0],)), file)
+    file.seek(0)
+    x = batch()[0]
+    close(torch.export.load(file).module()(x), model(x))
+
+
+def test_export_of_training_has_the_gradients_of_eager_mode():
+    """An exported program is differentiable, and its backward is the operator's."""
+    model, (x, target) = mlp(), batch()
+    program = torch.export.export(model, (x,)).module()
+    for module in (model, program):
+        F.cross_entropy(module(x), target).backward()
+    theirs = dict(program.named_parameters())
+    close([theirs[name].grad for name, _ in model.named_parameters()], [p.grad for p in model.parameters()])
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*:DeprecationWarning")  # of inductor's own imports
+@pytest.mark.parametrize("build", [mlp, head])
+def test_training_in_inductor(build):
+    check_training(build)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning"
+)  # of inductor's
+def test_ahead_of_time_inductor(tmp_path):
+    model = mlp()
+    with torch.no_grad():
+        program = torch.export.export(model, (batch(5)[0],), dynamic_shapes=({0: torch.export.Dim("n", max=512)},))
+        path = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "model.pt2"))
+        loaded = torch._inductor.aoti_load_package(path)
+        for n in (5, 2, 77):
+            x = batch(n)[0]
+            close(loaded(x), model(x))

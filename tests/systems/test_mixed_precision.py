@@ -1,0 +1,115 @@
+"""Training in 16 bits: scaled losses, masters in fp32; and optimizers that take many parameters at once."""
+
+import copy
+
+import pytest
+import torch
+from networks import batch, cnn, head, mlp, plain
+from torch.nn import functional as F
+
+NETWORKS = {"mlp": mlp, "cnn": cnn}
+networks = pytest.mark.parametrize("build", NETWORKS.values(), ids=NETWORKS)
+
+
+def distance(got, wanted):
+    got, wanted = (torch.cat([p.detach().float().flatten() for p in ps]) for ps in (got, wanted))
+    return float((got - wanted).norm() / wanted.norm())
+
+
+def gradients(model, x, target, dtype=None, scaler=None):
+    model.zero_grad()
+    with torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None):
+        loss = F.cross_entropy(model(x).float(), target)
+    (loss if scaler is None else scaler.scale(loss)).backward()
+    return [p.grad for p in model.parameters()]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@networks
+def test_scaled_losses_train_like_the_plain_network(build, dtype):
+    """Gradients of autocast are fp32 and, unscaled, no farther from fp32's than twice the plain network's are."""
+    model, (x, target) = build(), batch(32)
+    exact = [g.clone() for g in gradients(plain(model), x, target)]
+    found = []
+    for twin in (model, plain(model)):
+        scaler, optimizer = torch.amp.GradScaler("cpu", init_scale=1024.0), torch.optim.SGD(twin.parameters(), lr=0.1)
+        gradients(twin, x, target, dtype, scaler)
+        scaler.unscale_(optimizer)
+        assert all(p.grad.dtype == torch.float32 for p in twin.parameters())
+        found.append(distance([p.grad for p in twin.parameters()], exact))
+        before = [p.detach().clone() for p in twin.parameters()]
+        scaler.step(optimizer)
+        scaler.update()
+        assert distance(twin.parameters(), before) > 1e-3
+    assert 0 < found[0] <= 2 * found[1] < 0.1
+
+
+@pytest.mark.parametrize("build", [mlp, head])
+def test_an_overflow_skips_the_step_and_lowers_the_scale(build):
+    model, (x, target) = build(), batch(32)
+    scaler, optimizer = torch.amp.GradScaler("cpu", init_scale=2.0**40), torch.optim.SGD(model.parameters(), lr=0.1)
+    before = [p.detach().clone() for p in model.parameters()]
+    with torch.autocast("cpu", torch.float16):
+        loss = model.loss(x, target) if build is head else F.cross_entropy(model(x), target)
+    scaler.scale(loss).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    assert scaler.get_scale() == 2.0**39
+    assert all(torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True))
+
+
+@networks
+def test_bf16_parameters_with_masters_in_fp32(build):
+    """Such training strays from fp32 no farther than twice what the plain network in bf16 does; both come down."""
+
+    def train(model, halved):
+        model = copy.deepcopy(model)
+        masters = [p.detach().clone().requires_grad_() for p in model.parameters()]
+        optimizer, losses = torch.optim.Adam(masters, lr=0.02), []
+        if halved:
+            model.bfloat16()
+        for _ in range(20):
+            model.zero_grad()
+            loss = F.cross_entropy(model(x.to(next(model.parameters()).dtype)).float(), target)
+            loss.backward()
+            for master, p in zip(masters, model.parameters(), strict=True):
+                assert p.grad.dtype == p.dtype
+                master.grad = p.grad.float()
+            optimizer.step()
+            with torch.no_grad():
+                for master, p in zip(masters, model.parameters(), strict=True):
+                    p.copy_(master)
+            losses.append(loss.item())
+        return torch.tensor(losses)
+
+    model, (x, target) = build(), batch(32)
+    exact, ours, naive = train(model, False), train(model, True), train(plain(model), True)
+    assert ours[-1] < 0.8 * ours[0]
+    assert distance([ours], [exact]) <= 2 * distance([naive], [exact]) + 1e-3
+
+
+FUSED = {
+    "Adam": (torch.optim.Adam, {"lr": 0.02}),
+    "AdamW": (torch.optim.AdamW, {"lr": 0.02, "weight_decay": 0.1}),
+    "SGD": (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9}),
+}
+
+
+@pytest.mark.parametrize("name", FUSED)
+@networks
+def test_fused_and_foreach_optimizers_take_the_same_steps(build, name):
+    make, options = FUSED[name]
+    model, (x, target) = build(), batch(32)
+
+    def train(how):
+        twin = copy.deepcopy(model)
+        optimizer = make(twin.parameters(), **options, **how)
+        for _ in range(10):
+            gradients(twin, x, target)
+            optimizer.step()
+        return list(twin.parameters())
+
+    wanted = train({"foreach": False, "fused": False})
+    assert distance(wanted, model.parameters()) > 0.01
+    for how in ("foreach", "fused"):
+        assert distance(train({how: True}), wanted) < 1e-5
