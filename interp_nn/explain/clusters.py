@@ -6,7 +6,6 @@ is linear regression, or logistic regression, whose coefficients are read as suc
 
 from __future__ import annotations
 
-import inspect
 import warnings
 from copy import copy
 from functools import cached_property
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 
 from interp_nn.explain.affine import AffineMap, linearize
 from interp_nn.explain.cluster_tree import ClusterTree, cluster_tree
+from interp_nn.explain.estimator import Estimator
 from interp_nn.explain.gates import GateSite, record, supported_ops
 from interp_nn.explain.merging import by_distance, by_functions, by_size, equal_maps, mean_maps, path_distances, refit
 from interp_nn.explain.piecewise import PiecewiseAffine, Unseen, apply_maps
@@ -32,7 +32,7 @@ class NotFittedError(ValueError, AttributeError):
     """A result was asked for before `fit`. Both of the errors that scikit-learn's is."""
 
 
-class ActivationClusters(PiecewiseAffine):
+class ActivationClusters(PiecewiseAffine, Estimator):
     """The clusters of samples in which a network's units are on and off alike, and its affine map in each, exactly.
 
     model: maps (n, *input) to (n, *output), and is affine where its gates do not change: linear layers, convolutions, ReLU and
@@ -137,18 +137,6 @@ class ActivationClusters(PiecewiseAffine):
             raise ValueError(f"depth: got {depth}, want 1 to {len(self.sites_)}, as many as there are layers of gates")
         layers = {site.name: self.layer_patterns(i) for i, site in enumerate(self.sites_[:depth])}
         return cluster_tree(layers, self.counts_)
-
-    def get_params(self, deep: bool = True) -> dict[str, Any]:
-        """The constructor's arguments, for scikit-learn's `clone` and its searches."""
-        return {name: getattr(self, name) for name in inspect.signature(type(self)).parameters}
-
-    def set_params(self, **params: Any) -> ActivationClusters:
-        """Set constructor's arguments; returns self. Raises ValueError for others."""
-        for name, value in params.items():
-            if name not in self.get_params():
-                raise ValueError(f"{name}: not a parameter; want one of {', '.join(self.get_params())}")
-            setattr(self, name, value)
-        return self
 
     def __getattr__(self, name: str) -> Any:
         # Only what was not found comes here.

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from interp_nn.explain.path_terms import Layer, PathNetwork, Term
+from interp_nn.explain.path_network import PathNetwork
+from interp_nn.explain.path_terms import Layer, Term
 
 _MOST = 1_000_000
 
@@ -70,7 +71,8 @@ def _beginning(layer: Layer, x: Tensor) -> _Paths:
 
 def _reaching(layer: Layer, reached: list[_Paths], n: int) -> _Paths:
     """The paths to a layer's outputs: each one that arrives at its input, times each of the weights that it then may take."""
-    inputs, positions = layer.weight.shape[1], int(layer.window.max()) + 1
+    inputs = layer.weight.shape[1]
+    positions = 1 + max(int(t.max()) for t in (layer.window, *(term.taps.outputs for term in layer.terms)))
     arriving = [_arriving(term, reached[term.layer], positions) for term in layer.terms]
     features, values = [], []
     for group in range(layer.groups):

@@ -14,11 +14,11 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from interp_nn.explain.path_network import PathNetwork
 from interp_nn.explain.path_propagation import Propagation
 from interp_nn.explain.path_sampling import npk_montecarlo
-from interp_nn.explain.path_terms import PathNetwork
-from interp_nn.records import GateRecord
 from interp_nn.explain.tiling import tiled
+from interp_nn.records import GateRecord
 
 Gates = GateRecord | Sequence[Tensor]
 _CHUNK = 1024  # its tiles are 8 MiB each

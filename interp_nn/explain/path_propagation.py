@@ -122,8 +122,10 @@ class Propagation:
                 sums = like.new_zeros(step.pairs + 1, *shape)  # the last is beyond the edge
                 for term, channels, group in runs:
                     source, own = covariances.get(a.terms[term].layer, ([], power))
-                    profiles = (layer.terms[term].profile[:, :, channels] for layer in (a, b))
-                    _add(sums, *profiles, step.products[term], source[group] if source else None, 2.0 ** (own - power))
+                    mine, others = (layer.terms[term].profile[:, :, channels] for layer in (a, b))
+                    _add(
+                        sums, mine, others, step.products[term], source[group] if source else None, 2.0 ** (own - power)
+                    )
                 sums = sums[:-1] if step.table is None else _summed(sums, step.table)
                 # Outputs are not weights: of several, the kernel is the mean.
                 if self._normalize or place == len(left) - 1:
