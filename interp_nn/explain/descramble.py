@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from interp_nn.explain.brockett import Operator, operator_on
 from interp_nn.explain.clusters import NotFittedError
 from interp_nn.explain.diagonal import DiagonalCriterion, asymmetry, in_units_of_norm, most_diagonal
+from interp_nn.explain.replay import check_model
 from interp_nn.explain.rewiring import (
     DescrambledWeights,
     rewire_,
@@ -150,6 +151,7 @@ class Descrambler:
             raise ValueError(
                 f"joint: got True with tap={tap!r}, want tap='post', which is what the next layer's weight meets"
             )
+        check_model(model)
         model = getattr(model, "_orig_mod", model)  # of torch.compile
         inputs = batches(data, model)
         first = next(inputs)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from interp_nn.explain.calls import tensors
-from interp_nn.explain.taps import Wiring, find_layer
+from interp_nn.explain.taps import Wiring, find_layer, has_rows
 from interp_nn.nn.linear_form import LinearForm
 
 
@@ -24,7 +24,9 @@ class DescrambledWeights(NamedTuple):
 
 def rotated_rows(w: Tensor, P: Tensor) -> Tensor:
     """P W of a weight or bias (n, ...)."""
-    return (P.to(w.device) @ w.double().flatten(1) if w.dim() > 1 else P.to(w.device) @ w.double()).view(w.shape)
+    if len(w) != len(P):
+        raise ValueError(f"layer: got a weight of shape {tuple(w.shape)}, want ({len(P)}, ...)")
+    return torch.einsum("ij,j...->i...", P.to(w.device), w.double())
 
 
 def rotated_columns(w: Tensor, P: Tensor) -> Tensor:
@@ -37,11 +39,12 @@ def rotated_columns(w: Tensor, P: Tensor) -> Tensor:
 
 def weight_of(layer: nn.Module | Tensor, name: str) -> Tensor:
     """A layer's weight (out, in, ...); of a summary layer, that of the linear layer which it is."""
-    weight = layer if isinstance(layer, Tensor) else None
-    if isinstance(layer, nn.Module):
-        weight = layer.effective_weight() if isinstance(layer, LinearForm) else getattr(layer, "weight", None)
-    if not isinstance(weight, Tensor) or weight.dim() < 2:
+    if isinstance(layer, Tensor):
+        weight = layer
+    elif not has_rows(layer):
         raise TypeError(f"{name}: got {type(layer).__name__}, want a matrix or a layer with a weight (out, in, ...)")
+    else:
+        weight = layer.effective_weight() if isinstance(layer, LinearForm) else layer.weight  # type: ignore[assignment]
     return weight.detach()
 
 
@@ -74,6 +77,10 @@ def rewire_(model: nn.Module, wires: Wiring, P: Tensor, permutation: bool, probe
         )
     layer, following = (find_layer(model, path)[1] for path in (wires.layer, wires.following))
     for path, module in ((wires.layer, layer), (wires.following, following)):
+        if not has_rows(module):
+            raise ValueError(
+                f"apply_: layer {path!r} is of {type(module).__name__}, want one with a weight (out, in, ...)"
+            )
         if getattr(module, "groups", 1) != 1:
             raise ValueError(
                 f"apply_: layer {path!r} has {module.groups} groups, whose channels cannot be mixed; want one"
@@ -93,8 +100,8 @@ def rewire_(model: nn.Module, wires: Wiring, P: Tensor, permutation: bool, probe
     held = {id(t): t for module in own for t in _values(module) if t.dim() and len(t) == len(P)}
     for value in held.values():
         write(value, rotated_rows(value, P))
-    weight = weight_of(following.weight, "following")
-    write(weight, rotated_columns(weight, P))
+    columns: Tensor = following.weight  # type: ignore[assignment]
+    write(columns, rotated_columns(columns, P))
     after = _output(model, probe)
     # Sums are taken in another order; anything beyond half the digits is another function.
     if not torch.allclose(before, after, rtol=0, atol=torch.finfo(before.dtype).eps ** 0.5 * float(before.abs().max())):

@@ -56,6 +56,7 @@ def seriate_gram(gram: Tensor, operator: DerivativeOperator) -> Seriation:
         closed = operator.kind == "diff1_periodic"
         exact = n <= _MOST_BY_PATHS
         order = _shortest(distance, closed) if exact else _reversed_while_shorter(distance, fiedler(gram), closed)
+        order = _named(order, closed)
         loss = _length(distance, order, closed)
     else:
         d = operator.matrix()
@@ -101,6 +102,14 @@ def _lower_bound(gram: Tensor, operator: DerivativeOperator) -> float:
 def _length(distance: Tensor, order: Tensor, closed: bool) -> float:
     after = order.roll(-1) if closed else order[1:]
     return float(distance[order[: len(after)], after].sum())
+
+
+def _named(order: Tensor, closed: bool) -> Tensor:
+    """Of the orders that are one path, that from the smaller end; of those that are one round, from 0 to its smaller side."""
+    if closed:
+        order = order.roll(-int(order.argmin()))
+    backwards = order[1 % len(order)] > order[-1] if closed else order[0] > order[-1]
+    return order if not backwards else order.flip(0).roll(1) if closed else order.flip(0)
 
 
 def _shortest(distance: Tensor, closed: bool) -> Tensor:

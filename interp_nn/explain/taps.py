@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import copy
 import difflib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from interp_nn.explain.replay import check_model
 from interp_nn.nn.linear_form import LinearForm
 
 Tap = Literal["pre", "post"]
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-_LAYERS = (nn.Linear, *_CONVOLUTIONS, LinearForm)  # whose weight is (out, in, ...)
+
+
+def has_rows(module: nn.Module) -> bool:
+    """Whether a module is a layer whose weight is (out, in, ...), as all are but transposed convolutions."""
+    return isinstance(module, (nn.Linear, _ConvNd, LinearForm)) and not isinstance(module, _ConvTransposeNd)
 
 
 class Wiring(NamedTuple):
@@ -40,10 +43,9 @@ class _Event(NamedTuple):
 def wiring(model: nn.Module, name: str, x: Tensor) -> Wiring:
     """How a layer is wired, found by running the model on x (n, ...) again with the layer's values exchanged between samples.
 
-    Raises ValueError for a name that does not exist (with those nearest to it), a layer that is not called, dropout or batch
-    norm in training mode; TypeError for what is not a model, and for a layer that does not give a tensor.
+    Raises ValueError for a name that does not exist (with those nearest to it) and for a layer that is not called, TypeError for
+    one that does not give a tensor.
     """
-    check_model(model)
     path, layer = find_layer(model, name)
     events, exchanged = _events(model, x), _events(model, x, exchanged=layer)
     place = next((i for i, event in enumerate(events) if event.path == path and not event.start), None)
@@ -53,12 +55,12 @@ def wiring(model: nn.Module, name: str, x: Tensor) -> Wiring:
     if not isinstance(out, Tensor) or out.dim() < 2:
         got = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
         raise TypeError(f"name: layer {name!r} gives {got}, want one that gives a tensor (n, ...)")
-    features = out.shape[1 if isinstance(layer, _CONVOLUTIONS) else -1]
+    features = out.shape[1 if isinstance(layer, _ConvNd) else -1]
     between: list[str] = []
     for event, other in zip(events[place + 1 :], exchanged[place + 1 :], strict=True):
         if not event.start:
             continue
-        if isinstance(find_layer(model, event.path)[1], _LAYERS) and _follows(event.value, other.value):
+        if has_rows(find_layer(model, event.path)[1]) and _follows(event.value, other.value):
             direct = event.value.shape == out.shape and torch.equal(event.value, out)
             return Wiring(path, features, event.path, tuple(between), direct)
         between.append(event.path)
@@ -83,7 +85,7 @@ def tapped(model: nn.Module, wires: Wiring, tap: Tap, x: Tensor) -> Tensor:
     kept: list[Tensor] = []
     _, layer = find_layer(model, wires.layer)
     if tap == "pre":
-        axis = 1 if isinstance(layer, _CONVOLUTIONS) else -1
+        axis = 1 if isinstance(layer, _ConvNd) else -1
         handle = layer.register_forward_hook(lambda module, args, out: kept.append(_features_first(out.detach(), axis)))
     else:
         assert wires.following is not None
@@ -91,9 +93,9 @@ def tapped(model: nn.Module, wires: Wiring, tap: Tap, x: Tensor) -> Tensor:
 
         def keep(module: nn.Module, args: tuple[Any, ...]) -> None:
             given = args[0].detach()
-            if isinstance(following, _CONVOLUTIONS):
+            if isinstance(following, _ConvNd):
                 kept.append(_features_first(given, 1))
-            elif isinstance(layer, _CONVOLUTIONS):  # flattened, channels first
+            elif isinstance(layer, _ConvNd):  # flattened, channels first
                 kept.append(given.unflatten(-1, (wires.features, -1)).movedim(-2, 0).flatten(2))
             else:
                 kept.append(_features_first(given, -1))
@@ -117,6 +119,8 @@ def batches(data: Any, model: nn.Module, at_once: int = 256) -> Iterator[Tensor]
 
     Raises TypeError for batches of another kind, ValueError for none.
     """
+    if not isinstance(data, Iterable):
+        raise TypeError(f"data: got {type(data).__name__}, want a tensor or an iterable of batches")
     like = next((p for p in model.parameters() if p.is_floating_point()), None)
     empty = True
     for batch in data.split(at_once) if isinstance(data, Tensor) else data:
