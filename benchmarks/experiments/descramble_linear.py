@@ -1,0 +1,217 @@
+"""Descrambling where the answer is known: isotropic data, a linear network that learns a tree, and circular convolutions."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks import signals
+from benchmarks.experiments import common
+from interp_nn.derivatives import derivative_operator
+from interp_nn.explain import plots
+from interp_nn.explain.descramble import Descrambler, Nulls
+
+NAME = "descramble_linear"
+OUT, IN = 32, 64  # of the weight that isotropic data go through
+DEPTH, HIDDEN = 3, 16  # of the tree, and units of the network that learns it
+LENGTH = 33  # of the signals that are convolved: an odd one, where every frequency but 0 is a pair
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; the exit status."""
+    given = common.parser(NAME, __doc__).parse_args(arguments)
+    run = common.Run(NAME, given)
+    samples = [500, 5000] if given.quick else [1000, 10_000, 100_000]
+    steps = 2000 if given.quick else 20_000
+    signals_of_convolution = 200 if given.quick else 1000
+    results = {
+        "isotropic": _isotropic(run, samples, given.seed),
+        "tree": _tree(run, steps, given.seed),
+        "convolution": _convolution(run, signals_of_convolution, given.seed),
+    }
+    _print(results)
+    budget = {"isotropic_samples": samples, "tree_steps": steps, "convolved_signals": signals_of_convolution}
+    run.finish(budget, results)
+    return 0
+
+
+def _isotropic(run: common.Run, samples: list[int], seed: int) -> dict[str, Any]:
+    """H = W X with X isotropic: P W should be T S Vᵀ, the right singular vectors on the modes of D, the largest first."""
+    from matplotlib import pyplot as plt
+
+    generator = torch.Generator().manual_seed(seed)
+    u, v = signals.orthogonal(OUT, generator), signals.orthogonal(IN, generator)[:OUT]
+    s = 0.9 ** torch.arange(OUT, dtype=torch.float64)
+    W, T = u * s @ v, derivative_operator(OUT, "fourier2").eigenvectors()
+    found: dict[str, Any] = {"samples": samples, "error_of_weights": [], "least_cosine": [], "nulls": {}}
+    figure, axes = plt.subplots(figsize=(5.4, 3.8), layout="constrained")
+    for count in samples:
+        fitted = Descrambler().fit(W @ torch.randn(IN, count, generator=generator, dtype=torch.float64))
+        modes = T.mT @ fitted.weights(W).weight
+        cosines = (modes * v).sum(1) / modes.norm(dim=1)
+        signed = cosines.sign().unsqueeze(1) * s.unsqueeze(1) * v
+        found["error_of_weights"].append(((modes - signed).norm() / W.norm()).item())
+        found["least_cosine"].append(cosines.abs().min().item())
+        found["nulls"][str(count)] = fitted.nulls_._asdict()
+        axes.plot(cosines.abs(), marker=".", label=f"{count:,} samples")
+    axes.set(
+        xlabel="mode of D, cheapest first", ylabel="|cos|", title="Rows of P W in D's modes, to singular vectors of W"
+    )
+    axes.legend(fontsize=8)
+    run.figure(figure, "isotropic")
+    return found
+
+
+def _tree(run: common.Run, steps: int, seed: int) -> dict[str, Any]:
+    """A two-layer linear network from small weights: P W₁ should be T sqrt(S) Vᵀ, a level of the tree after another."""
+    from matplotlib import pyplot as plt
+
+    tree = signals.tree(DEPTH)
+    items, properties = tree.values.shape[1], len(tree.values)
+    torch.manual_seed(seed)
+    first = nn.Linear(items, HIDDEN, bias=False, dtype=torch.float64)
+    network = nn.Sequential(first, nn.Linear(HIDDEN, properties, bias=False, dtype=torch.float64))
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.mul_(0.01)
+    untrained = first.weight.detach().clone()
+    descent = torch.optim.SGD(network.parameters(), 0.05)
+    x = torch.eye(items, dtype=torch.float64)
+    for _ in range(steps):
+        descent.zero_grad()
+        loss = 0.5 * (network(x) - tree.values.mT).square().sum() / items
+        loss.backward()
+        descent.step()
+    learned = first.weight.detach()
+
+    haar = torch.linalg.svd(tree.values, full_matrices=False).Vh
+    levels = [slice(0, 1), *(slice(2**level, 2 ** (level + 1)) for level in range(DEPTH))]
+    found: dict[str, Any] = {"mse": 2 * loss.item() / properties, "share_in_its_level": {}, "nulls": {}}
+    fits = {}
+    for name, weight in (("trained", learned), ("untrained", untrained)):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # of the rank, which is 8 and in the record
+            fits[name] = Descrambler().fit(weight @ x)
+        modes = derivative_operator(HIDDEN, "fourier2").eigenvectors().mT @ fits[name].weights(weight).weight
+        energy = (modes[:items] @ haar.mT).square()
+        found["share_in_its_level"][name] = [(energy[at, at].sum() / energy[at].sum()).item() for at in levels]
+        found["nulls"][name] = fits[name].nulls_._asdict()
+    ambiguity = fits["trained"].ambiguity_
+    found["singular_values"] = torch.linalg.svdvals(learned).tolist()
+    found["singular_values_of_theory"] = torch.linalg.svdvals(tree.values).sqrt().tolist()
+    found["ambiguity"] = ambiguity._asdict()
+
+    modes = derivative_operator(HIDDEN, "fourier2").eigenvectors().mT @ fits["trained"].P_ @ learned
+    shown = {"W₁": learned, "P W₁": fits["trained"].P_ @ learned, "P W₁ by modes of D": modes, "Vᵀ of the tree": haar}
+    figure, panels = plt.subplot_mosaic(
+        [list(shown), ["ambiguity"] * len(shown)], figsize=(11, 5), height_ratios=(3, 0.8), layout="constrained"
+    )
+    for title, values in shown.items():
+        limit = float(values.abs().max())
+        panels[title].imshow(values, cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto", interpolation="nearest")
+        panels[title].set(title=title, xlabel="item")
+    plots.ambiguity_strips(ambiguity, axes=panels["ambiguity"])
+    run.figure(figure, "tree")
+    return found
+
+
+def _convolution(run: common.Run, count: int, seed: int) -> dict[str, Any]:
+    """Circular convolutions, with a ReLU between, of stationary signals: P should permute frequencies, T Pi Tᵀ.
+
+    "all shifts": every signal in each of its shifts, where H Hᵀ is circulant exactly, after a ReLU too. "as many drawn": as many
+    signals, each once. "places mixed": these, their places in another order, so that nothing is stationary.
+    """
+    from matplotlib import pyplot as plt
+
+    generator = torch.Generator().manual_seed(seed)
+    kernels = torch.randn(2, 5, generator=generator, dtype=torch.float64)
+    drawn = signals.stationary(LENGTH, count * LENGTH, seed=seed)
+    inputs = {
+        "all shifts": signals.all_shifts(drawn[:count]),
+        "as many drawn": drawn,
+        "places mixed": drawn[:, torch.randperm(LENGTH, generator=generator)],
+    }
+    found: dict[str, Any] = {}
+    figure, panels = plt.subplots(2, len(inputs), figsize=(11, 7), layout="constrained")
+    for column, (name, values) in enumerate(inputs.items()):
+        for layer, kernel in enumerate(kernels):
+            values = _convolved(values, kernel)
+            fitted = Descrambler().fit(values.mT)
+            shares = _by_frequency(fitted.P_)
+            found[f"{name}, layer {layer + 1}"] = {
+                "largest_share": {"least": shares.amax(1).min().item(), "mean": shares.amax(1).mean().item()},
+                "frequencies": shares.argmax(1).tolist(),
+                "frequencies_by_power": _by_power(values),
+                "equal_components": len(fitted.ambiguity_.data_blocks),
+                "nulls": fitted.nulls_._asdict(),
+            }
+            axes = panels[layer, column]
+            axes.imshow(shares, cmap="Greys", vmin=0, vmax=1, aspect="auto", interpolation="nearest")
+            axes.set(title=f"{name}, layer {layer + 1}", xlabel="frequency along H", ylabel="mode of D")
+            values = values.relu()
+    run.figure(figure, "convolution")
+    return found
+
+
+def _convolved(values: Tensor, kernel: Tensor) -> Tensor:
+    """Of signals (N, n), each around its circle."""
+    side = len(kernel) // 2
+    padded = nn.functional.pad(values.unsqueeze(1), (side, side), mode="circular")
+    return nn.functional.conv1d(padded, kernel.view(1, 1, -1)).squeeze(1)
+
+
+def _by_frequency(P: Tensor) -> Tensor:
+    """The share of each frequency (cosine and sine together) in what each mode of D takes from the features: (n, n // 2 + 1)."""
+    modes = derivative_operator(len(P), "fourier2").transform(P)
+    shares = torch.fft.rfft(modes, norm="ortho").abs().square()
+    shares[:, 1:] *= 2  # n is odd
+    return shares
+
+
+def _by_power(values: Tensor) -> list[int]:
+    """The frequencies of signals (N, n) by their power, each as often as it has components."""
+    power = torch.fft.rfft(values).abs().square().mean(0)
+    return [f for f in power.argsort(descending=True).tolist() for _ in range(1 if f == 0 else 2)]
+
+
+def _print(results: dict[str, Any]) -> None:
+    isotropic, tree = results["isotropic"], results["tree"]
+    print("\nisotropic data: |P W - T S Vᵀ| / |W|, and the least |cos| of a mode's row to its singular vector")
+    for count, error, cosine in zip(
+        *(isotropic[k] for k in ("samples", "error_of_weights", "least_cosine")), strict=True
+    ):
+        print(f"{count:12,} samples {error:8.3f} {cosine:8.3f}")
+    print("\ntree: share of the energy of P W₁ in the Haar wavelets of its own level")
+    for name, shares in tree["share_in_its_level"].items():
+        print(f"{name:>12}" + "".join(f"{share:8.3f}" for share in shares))
+    print(f"singular values of W₁: {_listed(tree['singular_values'][: len(tree['singular_values_of_theory'])])}")
+    print(f"sqrt of the tree's:    {_listed(tree['singular_values_of_theory'])}")
+    print("\nconvolution: the largest share of one frequency in a mode of D, least and mean over modes")
+    for name, one in results["convolution"].items():
+        shares, same = one["largest_share"], one["frequencies"] == one["frequencies_by_power"]
+        order = f"{'' if same else 'not '}in order of power"
+        print(f"{name:>23} {shares['least']:8.3f} {shares['mean']:8.3f}  {order}")
+    print(f"\n{'loss over that of a random P':>32}" + "".join(f"{name:>11}" for name in Nulls._fields))
+    for name, nulls in _all_nulls(results).items():
+        print(f"{name:>32}" + "".join(f"{value:11.3g}" for value in nulls.values()))
+
+
+def _listed(values: list[float]) -> str:
+    return " ".join(f"{value:.2f}" for value in values)
+
+
+def _all_nulls(results: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """Of every fit, by its name."""
+    return (
+        {f"isotropic, {int(count):,} samples": nulls for count, nulls in results["isotropic"]["nulls"].items()}
+        | {f"tree, {name}": nulls for name, nulls in results["tree"]["nulls"].items()}
+        | {f"convolution, {name}": one["nulls"] for name, one in results["convolution"].items()}
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
