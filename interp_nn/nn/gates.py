@@ -42,8 +42,8 @@ class SoftGate(nn.Module):
 class HardGate(nn.Module):
     """1 where q > 0 and 0 elsewhere, in q's dtype, as PyTorch's gradient of a ReLU has it.
 
-    Nothing flows back to q, so that what computes it is not trained; with `straight_through` the gradient of sigmoid(beta q)
-    does. Raises ValueError for a beta that is not positive.
+    Nothing flows back to q, so that what computes it is not trained; with `straight_through`, the gradient of sigmoid(beta q)
+    does in training mode. Raises ValueError for a beta that is not positive.
     """
 
     ceiling = 1.0
@@ -56,7 +56,7 @@ class HardGate(nn.Module):
 
     def forward(self, q: Tensor) -> Tensor:
         hard = (q > 0).to(q.dtype)
-        if not self.straight_through:
+        if not (self.straight_through and self.training):
             return hard
         soft = torch.sigmoid(self.beta * q)
         return hard + (soft - soft.detach())  # the bracket is exactly 0

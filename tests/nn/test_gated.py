@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.autograd import gradcheck
 
+from interp_nn.explain import linearize
 from interp_nn.nn.gated import DGN, DLGN, DLGNValueTensor, ValueTensor
 from interp_nn.nn.gates import HardGate, SoftGate
 
@@ -230,6 +231,19 @@ def test_a_value_tensor_beyond_memory_is_refused_before_it_is_made():
 
 
 # As modules
+
+
+@pytest.mark.parametrize(
+    "gate", [SoftGate(), HardGate(), HardGate(straight_through=True)], ids=["soft", "hard", "through"]
+)
+@pytest.mark.parametrize("gating", ["relu", "linear", "shallow"])
+def test_its_affine_map_is_that_of_the_value_network_with_its_gates(gating, gate):
+    model, x = DGN(WIDTHS, gating=gating, gate=gate, bias=True, dtype=torch.float64).eval(), inputs(4)
+    affine, gates = linearize(model, x), [g.detach() for g in model.gate_values(x)]
+    assert affine.check() <= 1e-12
+    weight = torch.func.vmap(torch.func.jacrev(lambda z, *g: model.value(z[None], [t[None] for t in g])[0]))(x, *gates)
+    torch.testing.assert_close(affine.weight, weight, rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(affine.bias, model.value(torch.zeros_like(x), gates), rtol=1e-12, atol=1e-14)
 
 
 @networks

@@ -45,6 +45,7 @@ def test_hard_gates_pass_no_gradient_but_straight_through_a_sigmoids():
     got = torch.autograd.grad(HardGate(True, beta=2.5)(q), q, upstream)
     wanted = torch.autograd.grad(SoftGate(2.5)(q), q, upstream)
     torch.testing.assert_close(got, wanted, rtol=0, atol=0)
+    assert not HardGate(True).eval()(q).requires_grad
 
 
 @pytest.mark.parametrize(
