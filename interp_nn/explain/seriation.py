@@ -19,6 +19,7 @@ from interp_nn.explain.brockett import Operator, operator_on
 
 _MOST_BY_PATHS, _MOST_BY_TRIAL = 15, 9  # features
 _TRIALS_AT_ONCE = 1 << 16
+_STEEPNESS = 4.0
 _MIN_GAIN = 1e-12  # of the loss, for an exchange: less may be rounding, and go round in circles
 
 
@@ -50,31 +51,27 @@ def seriate_gram(gram: Tensor, operator: DerivativeOperator) -> Seriation:
     n, device = len(gram), gram.device
     gram = gram.cpu()
     bound = _lower_bound(gram, operator)
+    distance = (gram.diagonal().unsqueeze(1) + gram.diagonal() - 2 * gram).clamp_min(0).fill_diagonal_(0)
     if operator.kind in ("diff1", "diff1_periodic"):
-        squared = gram.diagonal().unsqueeze(1) + gram.diagonal() - 2 * gram
-        distance = squared.clamp_min(0).fill_diagonal_(0)
-        closed = operator.kind == "diff1_periodic"
-        exact = n <= _MOST_BY_PATHS
-        order = _shortest(distance, closed) if exact else _reversed_while_shorter(distance, fiedler(gram), closed)
+        closed, exact = operator.kind == "diff1_periodic", n <= _MOST_BY_PATHS
+        order = _shortest(distance, closed) if exact else _reversed_while_shorter(distance, fiedler(distance), closed)
         order = _named(order, closed)
         loss = _length(distance, order, closed)
     else:
-        d = operator.matrix()
-        penalty = linalg.gram(d)
-        exact = n <= _MOST_BY_TRIAL
-        order = _best_of_all(penalty, gram) if exact else _exchanged_while_cheaper(penalty, gram, fiedler(gram))
+        penalty, exact = linalg.gram(operator.matrix()), n <= _MOST_BY_TRIAL
+        order = _best_of_all(penalty, gram) if exact else _exchanged_while_cheaper(penalty, gram, fiedler(distance))
         loss = float((penalty * gram[order][:, order]).sum())
     return Seriation(order.to(device), loss, min(bound, loss), exact)
 
 
-def fiedler(gram: Tensor) -> Tensor:
-    """The order (n,) of features along the smoothest vector that is not constant on the graph of their likeness."""
-    norms = gram.diagonal().clamp_min(torch.finfo(gram.dtype).tiny).sqrt()
-    likeness = gram / norms / norms.unsqueeze(1)
-    # All weights positive, as features opposite to each other are still parts of one graph.
-    weights = (likeness - likeness.min()).fill_diagonal_(0)
-    laplacian = torch.diag(weights.sum(0)) - weights
-    return linalg.eigh(laplacian).vectors[:, min(1, len(gram) - 1)].argsort(stable=True)
+def fiedler(distance: Tensor) -> Tensor:
+    """The order (n,) of features along the smoothest vector that is not constant, on the graph of their likeness.
+
+    distance: (n, n), squared. Likeness is a Gaussian of it, whose width is such that what is as far as the mean hardly counts.
+    """
+    likeness = (-_STEEPNESS * distance / distance.mean().clamp_min(torch.finfo(distance.dtype).tiny)).exp()
+    laplacian = torch.diag(likeness.sum(0)) - likeness  # in which the diagonal cancels
+    return linalg.eigh(laplacian).vectors[:, min(1, len(distance) - 1)].argsort(stable=True)
 
 
 def check_data(H: Tensor) -> Tensor:
