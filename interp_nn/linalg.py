@@ -38,8 +38,11 @@ def smaller_square(b: Tensor) -> Tensor:
 
 
 def by_square(b: Tensor, square: Tensor) -> Tensor:
-    """b times a matrix of the size of its smaller square product, from the side where it fits."""
-    return b @ square if b.shape[-1] <= b.shape[-2] else square @ b
+    """b times a matrix of the size of its smaller square product, from the side where it fits; in b's order of memory."""
+    left = b.shape[-1] > b.shape[-2]
+    if b.mT.is_contiguous():
+        return (b.mT @ square.mT if left else square.mT @ b.mT).mT
+    return square @ b if left else b @ square
 
 
 def effective_weight(b: Tensor) -> Tensor:
