@@ -107,7 +107,7 @@ def to_dgn(
     if reset:
         _reset(for_gates)
         _reset(for_values)
-    return DualNetwork(for_gates, for_values, gate, value_input, layers, gating)
+    return DualNetwork(for_gates, for_values, gate, value_input, layers, gating).train(traced.training)
 
 
 def _check(graph_module: fx.GraphModule) -> None:

@@ -15,7 +15,7 @@ import math
 from collections.abc import Sequence
 from functools import reduce
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -88,7 +88,7 @@ class GatedNetwork(nn.Module):
         values = torch.cat([g.flatten() for g in self.gate_values(x)])
         return float((2 / getattr(self.gate, "ceiling", 1.0) * values - 1).abs().mean())
 
-    def train(self, mode: bool = True) -> GatedNetwork:
+    def train(self, mode: bool = True) -> Any:
         super().train(mode)
         if self.gates_fixed:
             self.gating.eval()
