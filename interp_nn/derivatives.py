@@ -18,6 +18,8 @@ from interp_nn import linalg
 from interp_nn.linalg import Blocks
 from interp_nn.modes import BeamModes, CosineModes, DenseModes, FourierModes, GridModes, Modes, SineModes
 
+__all__ = ["DerivativeOperator", "derivative_operator", "graph_operator", "matrix_operator"]
+
 Apply = Callable[[Tensor], Tensor]
 
 

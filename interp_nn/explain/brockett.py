@@ -68,7 +68,7 @@ def operator_on(D: Operator, n: int) -> DerivativeOperator:
 def _of_function(function: Callable[[Tensor], Tensor], n: int) -> DerivativeOperator:
     """The operator of a function H (n, N) -> (m, N) that is linear in each column."""
     matrix = function(torch.eye(n, dtype=torch.float64))
-    probe = torch.linspace(-1, 2, n, dtype=torch.float64).unsqueeze(1)
+    probe = torch.stack((torch.linspace(-1, 2, n, dtype=torch.float64), torch.zeros(n, dtype=torch.float64)), 1)
     if not isinstance(matrix, Tensor) or matrix.dim() != 2 or matrix.shape[1] != n:
         got = tuple(matrix.shape) if isinstance(matrix, Tensor) else type(matrix).__name__
         raise ValueError(f"operator: the function gave {got} for ({n}, {n}), want (m, {n})")

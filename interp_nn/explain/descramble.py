@@ -19,6 +19,7 @@ from typing import Any, Literal, NamedTuple, cast, get_args
 import torch
 from torch import Tensor, nn
 
+from interp_nn.derivatives import DerivativeOperator
 from interp_nn.explain.brockett import Operator, operator_on
 from interp_nn.explain.clusters import NotFittedError
 from interp_nn.explain.diagonal import DiagonalCriterion, asymmetry, in_units_of_norm, most_diagonal
@@ -78,6 +79,7 @@ class Descrambler:
 
     layer_: str
     following_: str | None
+    _derivative: DerivativeOperator
     _samples: Samples | None
     _matrix: Tensor | None
     _random_net: GramAccumulator | None
@@ -123,7 +125,7 @@ class Descrambler:
         self._want_samples("fit(W)")
         check_data(H)
         if self._samples is None:
-            operator_on(self.operator, len(H))  # or raises
+            self._derivative = operator_on(self.operator, len(H))
             self._samples = Samples(len(H), H.device)
         if len(H) != self._samples.features:
             raise ValueError(f"H: got {len(H)} features, want {self._samples.features}, as before")
@@ -158,7 +160,7 @@ class Descrambler:
         wires = wiring(model, name, first[:_PROBE])
         if tap == "post" and wires.following is None:
             raise ValueError(f"tap: got 'post', but no layer receives a function of {name!r} alone; want 'pre'")
-        operator_on(self.operator, wires.features)  # or raises
+        derivative = operator_on(self.operator, wires.features)
         self._reset()
         fresh = reinitialised(model)
         samples, null = Samples(wires.features, first.device), GramAccumulator(wires.features, first.device)
@@ -170,7 +172,7 @@ class Descrambler:
         if joint:
             samples.update(scaled_columns(model, wires, samples.all.gram()).unsqueeze(2))
             null.update(scaled_columns(fresh, wires, null.gram()))
-        self._samples, self._random_net = samples, null
+        self._derivative, self._samples, self._random_net = derivative, samples, null
         self._wires, self._probe = wires, first[:_PROBE]
         following = None if wires.following is None else find_layer(model, wires.following)[1]
         self._layers = (find_layer(model, name)[1], following)
@@ -314,13 +316,12 @@ class Descrambler:
         return found
 
     def _smoothest(self, gram: Tensor, precision: float = 0.0) -> Optimum:
-        return smoothest(gram, operator_on(self.operator, len(gram)), self.group, self.canonical, precision)
+        return smoothest(gram, self._derivative, self.group, self.canonical, precision)
 
     def _in_units_of_chance(self, gram: Tensor, P: Tensor | None = None) -> float:
         """The loss of P, or the least that there is, over its mean over random P; NaN where that is zero."""
-        operator = operator_on(self.operator, len(gram))
-        reached = self._smoothest(gram).loss if P is None else loss(P, gram, operator)
-        mean = chance(gram, operator, self.group)
+        reached = self._smoothest(gram).loss if P is None else loss(P, gram, self._derivative)
+        mean = chance(gram, self._derivative, self.group)
         return reached / mean if mean else nan
 
     def _seen(self) -> Samples:

@@ -69,7 +69,8 @@ def rewire_(model: nn.Module, wires: Wiring, P: Tensor, permutation: bool, probe
             f"apply_: no layer after {wires.layer!r} receives a function of its values alone, so none can undo P"
         )
     if not permutation and not wires.direct:
-        modules = [f"{path} ({type(find_layer(model, path)[1]).__name__})" for path in wires.between]
+        between = [(path, find_layer(model, path)[1]) for path in wires.between]
+        modules = [f"{path} ({type(module).__name__})" for path, module in between if not any(module.children())]
         raise ValueError(
             f"apply_: between {wires.layer!r} and {wires.following!r} lies {', '.join(modules) or 'a function'}, which does not "
             "commute with an orthogonal P, so the network would compute something else; want group='permutation', or look at "

@@ -486,6 +486,7 @@ def test_what_is_not_fitted_says_so(name):
         ({"operator": torch.zeros(2, 3)}, torch.zeros(4, 5), ValueError, "operator: got one of 3 places, want 4"),
         ({"operator": lambda h: h[0]}, torch.zeros(4, 5), ValueError, r"the function gave \(4,\) for \(4, 4\)"),
         ({"operator": torch.sin}, torch.zeros(4, 5), ValueError, "the function is not linear in each column"),
+        ({"operator": lambda h: h + 1}, torch.zeros(2, 5), ValueError, "the function is not linear in each column"),
         ({"criterion": "rough"}, torch.zeros(4, 5), ValueError, "criterion: got 'rough', want one of smooth, diag_sum"),
         ({"group": "unitary"}, torch.zeros(4, 5), ValueError, "group: got 'unitary', want one of orthogonal, special"),
         ({"criterion": "diag_sum"}, torch.zeros(4, 5), ValueError, r"got shape \(4, 5\), want a square matrix"),

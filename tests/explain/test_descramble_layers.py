@@ -345,6 +345,44 @@ def test_an_orthogonal_p_is_refused_across_a_nonlinearity():
     assert same(model, before)
 
 
+def test_layers_in_containers_and_with_scales_of_their_own():
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale, self.act = nn.Parameter(torch.rand(6, dtype=torch.float64)), nn.ReLU()
+
+        def forward(self, z):
+            return self.scale * self.act(z)
+
+    first = nn.Sequential(nn.Linear(5, 6), nn.Tanh())
+    model, x = nn.Sequential(first, Scaled(), nn.Sequential(nn.Linear(6, 3))).double(), points(5)
+    out = model(x).detach()
+    d = Descrambler(operator="diff1").fit_layer(model, "0.0", x)
+    with pytest.raises(ValueError, match=r"between '0.0' and '2.0' lies 0.1 \(Tanh\), 1.act \(ReLU\), which"):
+        d.apply_(model)
+    scale = model[1].scale.detach().clone()
+    d = Descrambler(operator="diff1", group="permutation").fit_layer(model, "0.0", x)
+    close(d.apply_(model)(x), out)
+    assert torch.equal(model[1].scale, scale[d.P_.argmax(1)])
+
+
+def test_calls_that_depend_on_the_values():
+    class Branching(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.left, self.right = (nn.Linear(4, 4).double() for _ in range(3))
+
+        def forward(self, x):
+            z = self.first(x)
+            return self.left(z.relu()) if z[0, 0] > z[1, 0] else self.right(z.relu())
+
+    x = points(4, n=2)
+    d = Descrambler(operator="diff1")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # two samples
+        assert d.fit_layer(Branching(), "first", x).following_ is None
+
+
 def test_layers_that_cannot_be_exchanged_alone():
     model, x = Residual(), points(6)
     before = state(model)
