@@ -17,7 +17,7 @@ from interp_nn import engines
 PACKAGE = Path(interp_nn.__file__).parent
 ROOT = PACKAGE.parent
 FILES = sorted(PACKAGE.rglob("*.py"))
-PUBLIC = ["interp_nn", "interp_nn.explain", "interp_nn.functional", "interp_nn.nn"]
+PUBLIC = ["interp_nn", "interp_nn.convert", "interp_nn.explain", "interp_nn.functional", "interp_nn.nn"]
 
 
 def python(*arguments):
