@@ -30,9 +30,9 @@ def parser(name: str, description: str | None) -> argparse.ArgumentParser:
 def training_parser(name: str, description: str | None) -> argparse.ArgumentParser:
     """The options of an experiment that trains networks from several seeds, within a budget."""
     options = _parser(name, description)
-    options.add_argument("--seeds", type=int, metavar="N", help="from how many seeds each network is trained")
+    options.add_argument("--seeds", type=at_least(1), metavar="N", help="from how many seeds each network is trained")
     options.add_argument(
-        "--epochs", type=int, metavar="N", help="of each network, instead of the experiment's own number"
+        "--epochs", type=at_least(1), metavar="N", help="of each network, instead of the experiment's own number"
     )
     options.add_argument(
         "--minutes", type=float, metavar="M", help="for all trainings, shared evenly; the record has the epochs reached"
@@ -45,6 +45,17 @@ def training_parser(name: str, description: str | None) -> argparse.ArgumentPars
     )
     options.add_argument("--device", default="cpu")
     return options
+
+
+def at_least(low: int) -> Callable[[str], int]:
+    """What an option of whole numbers from `low` on is read by."""
+
+    def number(text: str) -> int:
+        if int(text) < low:
+            raise argparse.ArgumentTypeError(f"got {text}, want at least {low}")
+        return int(text)
+
+    return number
 
 
 def _parser(name: str, description: str | None) -> argparse.ArgumentParser:

@@ -77,7 +77,7 @@ def main(arguments: list[str] | None = None) -> int:
         "kernel_machines": {name: common.spread(scores) for name, scores in machines.items()},
         "logistic_regression": _logistic_regression(x_train, y_train, x, y),
         "alignment": {name: _before_and_after(_alignments(trainer, name)) for name in MEANINGS},
-        "required": _required({name: row["last_accuracy"]["mean"] for name, row in table.items()}),
+        "required": _required({name: row["mean"] for name, row in trainer.compared()[1].items()}),
         "trainings": trainer.rows,
     }
     _print(results)

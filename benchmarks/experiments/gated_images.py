@@ -37,7 +37,7 @@ class Budget(NamedTuple):
 
 BUDGETS = {
     "digits": Budget(None, None, 10, 1),
-    "mnist": Budget(None, None, 8, 1),
+    "mnist": Budget(None, None, 6, 3),
     "cifar10": Budget(2000, 1000, 3, 1),
 }
 QUICK = Budget(96, 50, 1, 1)
@@ -59,9 +59,13 @@ def main(arguments: list[str] | None = None) -> int:
         help="folder of MNIST or CIFAR-10 (default: $INTERP_NN_DATA; without, digits)",
     )
     options.add_argument("--dataset", choices=list(BUDGETS), help="default: what the folder holds")
-    options.add_argument("--train-size", type=int, metavar="N", help="how many training images, the first; 0 is all")
-    options.add_argument("--test-size", type=int, metavar="N", help="how many test images, the first; 0 is all")
-    options.add_argument("--batch", type=int, default=BATCH)
+    options.add_argument(
+        "--train-size", type=common.at_least(0), metavar="N", help="how many training images, the first; 0 is all"
+    )
+    options.add_argument(
+        "--test-size", type=common.at_least(0), metavar="N", help="how many test images, the first; 0 is all"
+    )
+    options.add_argument("--batch", type=common.at_least(1), default=BATCH)
     given = options.parse_args(arguments)
     try:
         images = data.load(given.dataset, None if given.data is None else Path(given.data))
@@ -150,16 +154,18 @@ def _print(results: dict[str, Any]) -> None:
 
 def _draw(run: common.Run, dataset: str, trainer: common.Trainer, published: dict[str, float]) -> None:
     from matplotlib import pyplot as plt
+    from matplotlib.ticker import MaxNLocator
 
     figure, (bars, curves) = plt.subplots(1, 2, figsize=(12, 4.2), layout="constrained")
     plots.regime_bars({name: trainer.of(name, "last_accuracy") for name in REGIMES}, published=published, axes=bars)
-    bars.set(xlabel="test accuracy, %", title=f"{dataset}: after the last epoch")
+    bars.set(xlabel="test accuracy, %", title=f"{dataset}: last epoch; published: best epoch")
     for i, name in enumerate(REGIMES):
         for seed, history in enumerate(trainer.of(name, "history")):
             percent = [100 * share for share in history["accuracy"]]
             label = name if seed == 0 else None
             curves.plot(range(1, len(percent) + 1), percent, color=f"C{i}", marker=".", linewidth=1, label=label)
     curves.set(xlabel="epoch", ylabel="test accuracy, %")
+    curves.xaxis.set_major_locator(MaxNLocator(integer=True))
     curves.legend(fontsize=8)
     run.figure(figure, "regimes")
 

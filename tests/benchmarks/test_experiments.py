@@ -224,6 +224,13 @@ def test_gated_images_stop_in_time_and_go_on_as_if_they_had_not(tmp_path):
         assert ours["history"]["accuracy"] == theirs["history"]["accuracy"]
 
 
+@pytest.mark.parametrize("option", ["--seeds", "--epochs", "--batch", "--train-size"])
+def test_numbers_that_mean_nothing_are_refused(option, capsys):
+    with pytest.raises(SystemExit):
+        gated_images.main([option, "-1"])
+    assert f"argument {option}: got -1, want at least" in capsys.readouterr().err
+
+
 def test_missing_or_damaged_images_are_named(tmp_path, capsys):
     for arguments, message in (
         (["--data", str(tmp_path)], "cifar10 or mnist: not found in"),
