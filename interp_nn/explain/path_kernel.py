@@ -110,7 +110,7 @@ def npk_model(
     pooling, flattening, sums and concatenations. "montecarlo" is the mean over `draws` networks with random signs as weights,
     of any model that `frozen` takes; `npk_montecarlo` has its standard error.
     normalize: weights have variance 1 / fan-in, and biases 1. chunk: rows and columns of H made at a time; by default those of a
-    tile of 128 MiB. dtype: of the arithmetic and of H; float32 or float64, by default that of X, in fp32 at least.
+    tile of 256 MiB. dtype: of the arithmetic and of H; float32 or float64, by default that of X, in fp32 at least.
 
     Raises UnsupportedOperation naming a layer that "closed" does not follow; TypeError and ValueError for samples that are not
     floating-point or not finite, for layers in training mode, and where H is beyond its dtype.
@@ -139,7 +139,7 @@ def _layers(gates: Gates, name: str) -> list[Tensor]:
     """The gates of each layer, (n, w_l)."""
     if isinstance(gates, GateRecord):
         for site in gates.sites:
-            if len(site.shape) != 1 or site.operation != "relu":
+            if len(site.shape) != 1 or site.operation not in ("relu", "gate"):
                 raise ValueError(
                     f"{name}: site {site.name!r} is {site.operation} with gates of shape {tuple(site.shape)}, want ReLU on "
                     "the units of linear layers; of other networks: npk_model"

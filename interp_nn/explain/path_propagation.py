@@ -19,8 +19,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from interp_nn.explain.path_terms import Layer, Taps
+from interp_nn.explain.tiling import largest_entry
 
-_TILE_BYTES = 1 << 27
+_TILE_BYTES = 1 << 28
 _GATHER_BYTES = 1 << 25
 _LARGEST_TILE = 1024
 _SCALED_BEYOND = 32  # the exponent of 2
@@ -105,7 +106,8 @@ class Propagation:
         held, most = 0, 1
         for place, step in sorted(self._steps.items()):
             held += self._rows[place] * self._groups[place]
-            most = max(most, held + step.pairs + max(len(product.left) for product in step.products))
+            summed = max((len(product.left) for product in step.products if product.table is not None), default=0)
+            most = max(most, held + step.pairs + summed)
             held -= sum(self._rows[done] * self._groups[done] for done in step.done)
         return min(max(1, math.isqrt(_TILE_BYTES // (most * dtype.itemsize))), _LARGEST_TILE)
 
@@ -148,8 +150,10 @@ def _products(taps: Taps, left: Tensor, right: Tensor) -> _Products:
     by_output[outputs, number] = order
     first, second = (index.flatten(1) for index in _each_with_each(by_output[left], by_output[right]))
     there = (first >= 0) & (second >= 0)
+    if width == 1 and bool(there.all()):
+        return _Products(first.flatten(), second.flatten(), None, None)
     table = torch.where(there, there.flatten().cumsum(0).view_as(there) - 1, there.sum())
-    return _Products(first[there], second[there], None, _unless_identity(table))
+    return _Products(first[there], second[there], None, table)
 
 
 def _each_with_each(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
@@ -207,7 +211,7 @@ def _summed(rows: Tensor, table: Tensor) -> Tensor:
 
 def _scaled(groups: list[Tensor], power: int) -> tuple[list[Tensor], int]:
     """Covariances within the range of their dtype, whatever the depth; times 2 to the power that is returned."""
-    largest = max((float(group.abs().amax()) for group in groups if group.numel()), default=0.0)
+    largest = max((largest_entry(group) for group in groups), default=0.0)
     exponent = math.frexp(largest)[1] if math.isfinite(largest) else 0
     if abs(exponent) <= _SCALED_BEYOND:
         return groups, power

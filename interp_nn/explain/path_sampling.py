@@ -49,11 +49,13 @@ def npk_montecarlo(
     """
     if draws < 2:
         raise ValueError(f"draws: got {draws}, want at least 2")
+    size = _CHUNK if chunk is None else chunk
+    if size < 1:
+        raise ValueError(f"chunk: got {chunk}, want at least 1")
     check_model(model)
     for name, module in model.named_modules():
         if isinstance(module, LinearForm):
             raise ValueError(f"model: layer {name!r} computes its weight from another one; want it folded (`fold`)")
-    size = _CHUNK if chunk is None else chunk
     left = torch.cat([_outputs(model, part, draws, seed, normalize) for part in X.split(size)], 1)
     right = left
     if Y is not None:

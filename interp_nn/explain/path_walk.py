@@ -33,7 +33,8 @@ class Walk(fx.Interpreter):
         dtype: torch.dtype,
         resampled: dict[fx.Node, Any],
     ) -> None:
-        super().__init__(graph, garbage_collect_values=False)
+        super().__init__(graph)
+        self.extra_traceback = False  # of messages
         self.layers: list[Layer] = []
         self._graph, self._gates, self._pools, self._dtype, self._resampled = graph, gates, pools, dtype, resampled
         self._terms: dict[fx.Node, list[Term]] = {}
@@ -60,8 +61,9 @@ class Walk(fx.Interpreter):
         return result
 
     def _other(self, n: Node, result: Any, used: list[fx.Node]) -> list[Term]:
-        if all(term.layer == 0 and not term.norms for node in used for term in self._terms[node]):
-            return self._raw(result)  # before the first weight, a value is what it is
+        weightless = all(term.layer == 0 and not term.norms for node in used for term in self._terms[node])
+        if weightless and isinstance(result, Tensor) and result.dim() > 1:
+            return self._raw(result)  # it is what it is
         if kind(self._graph, n) in ("reshape", "rearrange") and [user.op for user in n.users] == ["output"]:
             return self._terms[used[0]]  # the order of the outputs does not matter
         self._refuse(n, "paths are not followed through it")
@@ -105,14 +107,9 @@ class Walk(fx.Interpreter):
     def _weighted(self, n: Node, module: Any, window: Tensor, groups: int, shape: tuple[int, int]) -> list[Term]:
         weight = module.effective_weight() if isinstance(module, LinearForm) else module.weight
         biases = [] if module.bias is None else [module.bias]
-        return self._begun(
-            Layer(str(n.target), self._input_terms(n), weight.reshape(-1, *shape), window, groups, biases)
-        )
-
-    def _begun(self, layer: Layer) -> list[Term]:
-        """A new layer's own output."""
-        self.layers.append(layer)
-        positions = torch.arange(layer.positions, device=layer.window.device)
+        terms = self._input_terms(n)
+        self.layers.append(Layer(str(n.target), terms, weight.reshape(-1, *shape), window, groups, biases))
+        positions = torch.arange(window.shape[1], device=window.device)
         return [self._ones(Taps(positions, positions))]
 
     def _ones(self, taps: Taps) -> Term:
@@ -236,8 +233,8 @@ class Walk(fx.Interpreter):
         for i, part in enumerate(parts):
             sides = sum(widths[:i]), sum(widths[i + 1 :])
             for t in self._terms[part]:
-                # A channel of the input is the same wherever it goes.
-                shift = t.shift + sides[0] if t.layer else 0
+                # The input is no random function: all of its channels are the same one, with the values in the profile.
+                shift = t.shift + sides[0] if t.layer or t.norms else 0
                 scale = F.pad(t.scale, sides, value=1.0)
                 terms.append(replace(t, profile=F.pad(t.profile, sides), scale=scale, shift=shift))
         return terms
@@ -257,9 +254,9 @@ class Walk(fx.Interpreter):
 
     def _through(self, term: Term, taps: Taps, factor: Tensor) -> Term:
         """A term followed by taps that multiply by factor (T or T, n, channels)."""
-        first, then = (term.taps.outputs.unsqueeze(1) == taps.inputs).nonzero().unbind(1)
-        both = Taps(term.taps.inputs[first], taps.outputs[then])
-        return replace(term, taps=both, profile=term.profile[first] * factor[then])
+        before, then = (term.taps.outputs.unsqueeze(1) == taps.inputs).nonzero().unbind(1)
+        both = Taps(term.taps.inputs[before], taps.outputs[then])
+        return replace(term, taps=both, profile=term.profile[before] * factor[then])
 
     # The node at hand
 
@@ -292,7 +289,7 @@ class Walk(fx.Interpreter):
         return getattr(self, n.op)(n.target, args, kwargs)
 
     def _refuse(self, n: Node, reason: str) -> NoReturn:
-        raise UnsupportedOperation(f"{where(self._graph, n)}: {reason}; method='montecarlo' does not follow paths")
+        raise UnsupportedOperation(f"{where(self._graph, n)}: {reason}; method='montecarlo' needs no paths")
 
 
 def _by_position(value: Tensor, channels: int) -> Tensor:

@@ -36,25 +36,29 @@ def tiled(
             columns = slice(start, start + chunk)
             diagonal = right is None and start == top
             block = tile(a, a if diagonal else (right or left)(columns))
-            largest = max(largest, float(block.abs().amax()))
+            entry = largest_entry(block)
+            if not entry <= torch.finfo(dtype).max:
+                raise ValueError(
+                    f"kernel: its largest entry is {entry:.3g}, more than {dtype} holds; "
+                    "want normalize=True, or dtype=torch.float64"
+                )
+            largest = max(largest, entry)
             if diagonal:  # a product of a matrix and itself may round its two halves differently
                 block = block.triu() + block.triu(1).T
             kernel[rows, columns] = block
             if right is None and not diagonal:
                 kernel[columns, rows] = block.T
-    _check_range(largest, dtype)
-    return kernel
-
-
-def _check_range(largest: float, dtype: torch.dtype) -> None:
-    limits = torch.finfo(dtype)
-    if not largest <= limits.max:
-        raise ValueError(
-            f"kernel: its largest entry is {largest:.3g}, more than {dtype} holds ({limits.max:.3g}); "
-            "want normalize=True, or dtype=torch.float64"
-        )
-    if 0 < largest < limits.tiny / limits.eps:
+    if 0 < largest < torch.finfo(dtype).tiny / torch.finfo(dtype).eps:
         raise ValueError(
             f"kernel: its largest entry is {largest:.3g}, too small for {dtype} to tell its entries apart; "
             "want dtype=torch.float64"
         )
+    return kernel
+
+
+def largest_entry(matrix: Tensor) -> float:
+    """max |m|, 0 of an empty one; NaN where there is one."""
+    if not matrix.numel():
+        return 0.0
+    low, high = matrix.aminmax()
+    return float(torch.maximum(-low, high))

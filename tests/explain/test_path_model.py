@@ -232,6 +232,29 @@ def test_common_paths_of_shifted_images():
     torch.testing.assert_close(npk_model(model, x, normalize=False), want, rtol=1e-12, atol=0)
 
 
+class InputTwice(nn.Module):
+    """The input's channels beside and upon each other, normed or not."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.out = nn.BatchNorm1d(3), nn.Linear(6, 2)
+
+    def forward(self, x):
+        flipped, normed = 2 * x.flip(1), self.norm(x)
+        raw = torch.cat([x, flipped], 1) + torch.cat([flipped, x], 1)
+        return self.out(raw + torch.cat([normed, normed], 1) + torch.cat([torch.relu(x), x], 1))
+
+
+def test_the_input_is_one_function_and_its_norms_are_others():
+    model, x = InputTwice().to(FP64).eval(), torch.randn(4, 3, dtype=FP64)
+    z = torch.cat([x + 2 * x.flip(1), 2 * x.flip(1) + x], 1) + torch.cat([x.relu(), x], 1)
+    want = (
+        z @ z.T + 2 * (x @ x.T + 3) + 1
+    )  # without weights; through norms' scales, and from their shifts; from the bias
+    torch.testing.assert_close(npk_model(model, x, normalize=False), want, rtol=1e-12, atol=0)
+    assert path_features(model, x).check() <= 1e-12
+
+
 def test_fully_connected_is_the_product_of_gates():
     for bias in (False, True):
         model, x = fully_connected(bias), torch.randn(7, 3)
@@ -309,6 +332,8 @@ def test_bad_input():
     model, x = fully_connected(True), torch.randn(2, 3)
     with pytest.raises(ValueError, match="X: has values that are not finite"):
         npk_model(model, x * torch.inf)
+    with pytest.raises(ValueError, match=r"more than torch.float32 holds"):
+        npk_model(model, x * 1e30)
     with pytest.raises(ValueError, match=r"Y: got shape \(0, 3\)"):
         npk_model(model, x, x[:0])
     with pytest.raises(TypeError, match=r"X: got torch.int64"):
@@ -317,6 +342,8 @@ def test_bad_input():
         npk_model(model, x, method="open")
     with pytest.raises(ValueError, match="draws: got 1"):
         npk_montecarlo(model, x, draws=1)
+    with pytest.raises(ValueError, match="chunk: got 0"):
+        npk_montecarlo(model, x, chunk=0)
     with pytest.raises(ValueError, match="layer '0' computes its weight from another"):
         npk_montecarlo(nn.Sequential(SummaryLinear(3, 2)), x)
     with pytest.raises(ValueError, match=r"layer '0' .*training mode"):
