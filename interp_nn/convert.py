@@ -99,6 +99,8 @@ def summarize(
     Raises ValueError where `select` takes no layer, or names by its very path one that must stay, and changes nothing then.
     """
     check_preserve(preserve)
+    if not isinstance(rows, int) or rows < 0:
+        raise ValueError(f"rows: got {rows!r}, want an integer >= 0")
     return _convert(f"summarize, {preserve} kept", model, select, _SUMMARY, preserve, dry_run, rows)
 
 
@@ -129,17 +131,17 @@ def _convert(
         if parametrize.is_parametrized(layer):
             for parameter in list(layer.parametrizations):
                 parametrize.remove_parametrizations(layer, parameter)
-        tie = memory(layer.weight)
+        tie, now, new = memory(layer.weight), classes[type(layer)], None
         if tie not in errors:
             new, errors[tie] = _other_weight(name, layer, preserve)
-            if not dry_run:
+        converted.append(_row(name, layer, now, errors[tie], rows))
+        if not dry_run:
+            if new is not None:
                 with torch.no_grad():
                     layer.weight.copy_(new)
-        converted.append(_row(name, layer, classes[type(layer)], errors[tie], rows))
-        if not dry_run:
             for state in ("_frozen", "_square", "constraint"):
                 vars(layer).pop(state, None)
-            layer.__class__ = classes[type(layer)]
+            layer.__class__ = now
     return Report(title + ", dry run" * dry_run, tuple(converted), tuple(left))
 
 

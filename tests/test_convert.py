@@ -315,6 +315,9 @@ def test_bad_arguments():
         fold({})
     with pytest.raises(ValueError, match=r"^preserve: got 'outputs', want 'function' or 'weight'"):
         summarize(ResNet(), preserve="outputs")
+    for rows in (-1, 2.5):
+        with pytest.raises(ValueError, match=f"^rows: got {rows}, want an integer >= 0"):
+            summarize(ResNet(), rows=rows)
 
 
 def test_nothing_to_convert_is_an_empty_report():
@@ -555,6 +558,23 @@ def test_fold_leaves_what_has_no_plain_equal():
         "4": "its weight is tied to 5.weight",
         "6": "neither SummaryLinear nor SummaryConv2d",
     }
+
+
+def test_fold_leaves_a_pruned_layer():
+    model = nn.Sequential(prune.l1_unstructured(SummaryLinear(6, 4), "weight", 3))
+    (left,) = fold(model).left
+    assert left.reason.startswith("its weight is computed from other parameters") and type(model[0]) is SummaryLinear
+
+
+def test_scripted_parts_are_not_layers():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        scripted = torch.jit.script(nn.Sequential(nn.Linear(4, 4), nn.ReLU()))
+    model, x = nn.Sequential(scripted, nn.Linear(4, 3)), torch.randn(2, 4)
+    before = model(x)
+    report = summarize(model)
+    assert [row.name for row in report.converted] == ["1"] and [left.name for left in report.left] == ["0.0"]
+    assert error(model(x), before) <= 1e-6
 
 
 def test_fold_ends_parametrizations():

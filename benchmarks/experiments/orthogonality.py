@@ -146,13 +146,11 @@ def _draw(run: common.Run, trainer: common.Trainer, times: dict[str, timing.Timi
 
     figure, (defects, bars) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained", width_ratios=(5, 4))
     for way in MEANINGS:
-        curves = [
-            [before["defect"], *h["defect"]]
-            for before, h in zip(trainer.of(way, "before"), trainer.of(way, "history"), strict=True)
-            if "defect" in h
-        ]
+        runs = zip(trainer.of(way, "before"), trainer.of(way, "history"), strict=True)
+        curves = [torch.tensor([before["defect"], *h["defect"]]) for before, h in runs if "defect" in h]
         if curves:
-            defects.plot(torch.tensor(curves).mean(0), label=way)
+            reached = min(map(len, curves))
+            defects.plot(torch.stack([curve[:reached] for curve in curves]).mean(0), label=way)
     defects.set(
         yscale="log", xlabel="epoch", ylabel="max |s - 1| over the singular values of b", title="Orthogonality defect"
     )

@@ -51,10 +51,11 @@ def orthogonality_penalty(model: nn.Module) -> Tensor:
     """The sum of ‖bᵀb - I‖² (Frobenius; ‖bbᵀ - I‖² where k > d) over the layers of a model with the constraint "penalty".
 
     A scalar, differentiable to every order; its gradient is 4 b (bᵀb - I). A SummaryLinear or SummaryConv2d takes the bᵀb that
-    its last forward formed, if its weight has not changed since and is fp32 or fp64: that saves a product of 2 d k² operations,
-    and on the engines of one launch that bᵀb is an output of the forward's launch. It is formed anew for layers that give
-    pairs, for 16-bit weights (in fp32, as bᵀb - I cancels), in compiled code, and where the forward formed none. A weight that
-    layers share counts once. Raises ValueError where no layer has the constraint.
+    its last forward formed, if its weight has not changed since (a write through `.data` goes unseen) and is fp32 or fp64: that
+    saves a product of 2 d k² operations, and two more in the backward, and on the engines of one launch that bᵀb is an output of
+    the forward's launch. It is formed anew for layers that give pairs, for 16-bit weights (in fp32, as bᵀb - I cancels), in
+    compiled code, and where the forward formed none. A weight that layers share counts once. Raises ValueError where no layer
+    has the constraint.
     """
     layers = _constrained(model, "penalty")
     if not layers:

@@ -94,7 +94,7 @@ def memory(p: Tensor) -> object:
 
 
 def _has_matrix(module: nn.Module) -> bool:
-    weight: Any = module._parameters.get("weight")
+    weight: Any = dict(module.named_parameters(recurse=False)).get("weight")
     lazy = isinstance(weight, nn.UninitializedParameter)
     return isinstance(module, nn.Linear | nn.Conv2d) or (weight is not None and not lazy and weight.dim() > 1)
 
@@ -109,17 +109,15 @@ def _obstacle(layer: nn.Module, classes: Mapping[type, type], values: bool) -> s
         if base is None:
             return f"neither {' nor '.join(c.__name__ for c in classes)}"
         return f"a subclass of {base.__name__}, which may compute something else"
-    summary = issubclass(kind, LinearForm)
-    if parametrize.is_parametrized(layer) and not summary:
+    parametrized = parametrize.is_parametrized(layer)
+    if parametrized and not issubclass(kind, LinearForm):
         return "parametrized; call torch.nn.utils.parametrize.remove_parametrizations first"
     if "forward" in vars(layer):
         return "its forward was replaced by another on this very module"
     weight: Any = layer.weight
-    if "weight" not in layer._parameters and not summary:
-        return (
-            "its weight is computed from other parameters (pruning, or a weight norm by hooks); make it permanent first"
-        )
-    if "weight" in layer._parameters and type(weight) is not nn.Parameter:
+    if not parametrized and "weight" not in layer._parameters:
+        return "its weight is computed from other parameters (by pruning, or a weight norm of hooks); make it permanent first"
+    if not parametrized and type(weight) is not nn.Parameter:
         return f"its weight is a {type(weight).__name__} (sharded or quantized?); convert before"
     if weight.dtype not in _DTYPES or weight.layout is not torch.strided:
         return f"its weight is {weight.dtype}, {weight.layout}; want dense float64, float32, bfloat16 or float16"
