@@ -57,7 +57,7 @@ def _isotropic(run: common.Run, samples: list[int], seed: int) -> dict[str, Any]
         found["error_of_weights"].append(((modes - signed).norm() / W.norm()).item())
         found["least_cosine"].append(cosines.abs().min().item())
         found["nulls"][str(count)] = fitted.nulls_._asdict()
-        axes.plot(cosines.abs(), marker=".", label=f"{count:,} samples")
+        axes.plot(cosines.abs().tolist(), marker=".", label=f"{count:,} samples")
     axes.set(
         xlabel="mode of D, cheapest first", ylabel="|cos|", title="Rows of P W in D's modes, to singular vectors of W"
     )
@@ -112,7 +112,9 @@ def _tree(run: common.Run, steps: int, seed: int) -> dict[str, Any]:
     )
     for title, values in shown.items():
         limit = float(values.abs().max())
-        panels[title].imshow(values, cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto", interpolation="nearest")
+        panels[title].imshow(
+            values.numpy(), cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto", interpolation="nearest"
+        )
         panels[title].set(title=title, xlabel="item")
     plots.ambiguity_strips(ambiguity, axes=panels["ambiguity"])
     run.figure(figure, "tree")
@@ -150,7 +152,7 @@ def _convolution(run: common.Run, count: int, seed: int) -> dict[str, Any]:
                 "nulls": fitted.nulls_._asdict(),
             }
             axes = panels[layer, column]
-            axes.imshow(shares, cmap="Greys", vmin=0, vmax=1, aspect="auto", interpolation="nearest")
+            axes.imshow(shares.numpy(), cmap="Greys", vmin=0, vmax=1, aspect="auto", interpolation="nearest")
             axes.set(title=f"{name}, layer {layer + 1}", xlabel="frequency along H", ylabel="mode of D")
             values = values.relu()
     run.figure(figure, "convolution")

@@ -39,7 +39,7 @@ def descrambled_weights(
             f"before, after: got shapes {tuple(before.shape)} and {tuple(after.shape)}, want (n, d) with entries, twice"
         )
     if figure is None:
-        figure = plt.figure(figsize=(8.4, 7), layout="constrained")
+        figure = plt.figure(figsize=(7.4, 6.2), layout="constrained")
     images, waves = figure.subplots(2, 2)
     limit, extend = scale(np.stack((array(before), array(after))))
     views = [fft_view(weight) for weight in (before, after)]

@@ -1,0 +1,174 @@
+"""A network that turns dipolar traces into distance distributions, descrambled: which frequencies do its layers work with?
+
+The task, and the reading of descrambled weights as signal processing, are those of Amey et al., PNAS 118(5), 2021.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks import signals, training
+from benchmarks.experiments import common
+from interp_nn.derivatives import derivative_operator
+from interp_nn.explain import plots
+from interp_nn.explain.descramble import Descrambler, Nulls
+from interp_nn.explain.samples import shuffled
+from interp_nn.explain.taps import Tap, reinitialised
+
+NAME = "descramble_signals"
+POINTS, WIDTH = 256, 80
+TEST = 2000
+LEARNING_RATE, BATCH = 1e-3, 100
+ROTATIONS = 20
+
+
+class Layer(NamedTuple):
+    """Where P is put: the layer's name, before or after its activation, the modules up to there, and the weight that is shown."""
+
+    name: str
+    tap: Tap
+    depth: int
+    weight: int
+    axis: str
+
+
+LAYERS = {
+    "first layer": Layer("0", "pre", 1, 0, "time"),  # rows of P W are filters along time
+    "last layer": Layer("2", "post", 4, 4, "distance"),  # columns of W Pᵀ are functions of distance
+}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; the exit status."""
+    given = common.parser(NAME, __doc__).parse_args(arguments)
+    run = common.Run(NAME, given)
+    torch.manual_seed(given.seed)
+    samples, epochs = (1000, 2) if given.quick else (20_000, 40)
+    made = signals.dipolar(samples + TEST, points=POINTS, seed=given.seed)
+    x, x_test = made.traces.split((samples, TEST))
+    y, y_test = made.distributions.split((samples, TEST))
+    network = nn.Sequential(
+        nn.Linear(POINTS, WIDTH), nn.Tanh(), nn.Linear(WIDTH, WIDTH), nn.Tanh(), nn.Linear(WIDTH, POINTS)
+    )
+    history = training.train(
+        network, x, y, training.Recipe(epochs, BATCH, LEARNING_RATE), label="training", seed=given.seed, loss=_loss
+    )
+    with torch.no_grad():
+        error = (network(x_test) - y_test).square().sum() / (y_test - y.mean(0)).square().sum()
+
+    fits, weights, waves = {}, {}, {}
+    for name, layer in LAYERS.items():
+        fits[name], weights[name], waves[name] = _descrambled(network, layer, x_test, given.seed)
+    results: dict[str, Any] = {
+        "training_loss": history["loss"],
+        "test_r2": 1 - error.item(),
+        "nulls": {name: fit.nulls_._asdict() for name, fit in fits.items()},
+        "spectra": {name: {k: v.tolist() for k, v in fit.spectrum_._asdict().items()} for name, fit in fits.items()},
+        "waves": waves,
+    }
+    _print(results)
+    _draw(run, fits, weights, results)
+    run.finish({"samples": samples, "epochs": epochs, "batch": BATCH, "learning_rate": LEARNING_RATE}, results)
+    return 0
+
+
+def _loss(network: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    return nn.functional.mse_loss(network(x), y)
+
+
+def _descrambled(
+    network: nn.Sequential, layer: Layer, x: Tensor, seed: int
+) -> tuple[Descrambler, tuple[Tensor, Tensor], dict[str, Any]]:
+    """The fit; the weight (n, d) before and after; and what waves P W has, beside what it has where there is less to find."""
+    fit = Descrambler().fit_layer(network, layer.name, x, tap=layer.tap)
+    untrained = reinitialised(network)
+    fit_of_untrained = Descrambler().fit_layer(untrained, layer.name, x, tap=layer.tap)
+    with torch.no_grad():
+        fit_of_shuffled = Descrambler().fit(shuffled(network[: layer.depth](x).mT))
+    W, fresh = (net.get_parameter(f"{layer.weight}.weight").detach().double() for net in (network, untrained))
+    if layer.tap == "post":
+        W, fresh = W.mT, fresh.mT
+    generator = torch.Generator().manual_seed(seed)
+    rotated = [_waves(signals.orthogonal(len(W), generator) @ W) for _ in range(ROTATIONS)]
+    waves = {
+        "descrambled": _waves(fit.P_ @ W),
+        "untrained, descrambled": _waves(fit_of_untrained.P_ @ fresh),
+        "by P of shuffled data": _waves(fit_of_shuffled.P_ @ W),
+        "by random P": {key: common.spread([one[key] for one in rotated]) for key in ("concentration", "order")},
+    }
+    return fit, (W, fit.P_ @ W), waves
+
+
+def _waves(weight: Tensor) -> dict[str, Any]:
+    """The waves along the d columns of a weight (n, d), for each mode of D along its rows.
+
+    frequencies: each mode's mean number of turns, by energy. energies: its share of the weight's. concentration: the share of a
+    mode's energy in three neighbouring frequencies, the best for each mode, averaged by energy. order: Spearman's rank
+    correlation of the frequency with the mode's place, 1 where slower modes hold slower waves.
+    """
+    modes = derivative_operator(len(weight), "fourier2").transform(weight)
+    power = torch.fft.rfft(modes).abs().square()
+    power[:, 1 : (weight.shape[1] + 1) // 2] *= 2
+    energy = power.sum(1)
+    frequency = power @ torch.arange(power.shape[1], dtype=power.dtype) / energy
+    best = power.unfold(1, 3, 1).sum(2).amax(1)
+    ranks = frequency.argsort().argsort().double()
+    order = torch.corrcoef(torch.stack((ranks, torch.arange(len(ranks), dtype=torch.float64))))[0, 1]
+    return {
+        "concentration": (best.sum() / energy.sum()).item(),
+        "order": order.item(),
+        "frequencies": frequency.tolist(),
+        "energies": (energy / energy.sum()).tolist(),
+    }
+
+
+def _print(results: dict[str, Any]) -> None:
+    print(f"\nR² of the distributions of {TEST} traces not trained on: {results['test_r2']:.3f}")
+    print(f"\n{'loss over that of a random P':>30}" + "".join(f"{name:>11}" for name in Nulls._fields))
+    for name, nulls in results["nulls"].items():
+        print(f"{name:>30}" + "".join(f"{value:11.3g}" for value in nulls.values()))
+    print("\nwaves along time or distance: the share of three frequencies in a mode, and order of modes by frequency")
+    for layer, found in results["waves"].items():
+        for name, one in found.items():
+            shown = [
+                one[key] if isinstance(one[key], float) else one[key]["mean"] for key in ("concentration", "order")
+            ]
+            print(f"{layer:>12}, {name:24}" + "".join(f"{value:9.3f}" for value in shown))
+
+
+def _draw(
+    run: common.Run,
+    fits: dict[str, Descrambler],
+    weights: dict[str, tuple[Tensor, Tensor]],
+    results: dict[str, Any],
+) -> None:
+    from matplotlib import pyplot as plt
+
+    for name, (before, after) in weights.items():
+        figure = plots.descrambled_weights(before, after, columns=f"{LAYERS[name].axis} point")
+        figure.suptitle(f"{name.capitalize()}, R² {results['test_r2']:.2f}")
+        run.figure(figure, name.replace(" ", "-"))
+
+    figure, panels = plt.subplots(1, 3, figsize=(15, 4.4), layout="constrained")
+    plots.null_bars({name: fit.nulls_ for name, fit in fits.items()}, axes=panels[0])
+    for axes, (layer, found) in zip(panels[1:], results["waves"].items(), strict=True):
+        for name, one in found.items():
+            if "frequencies" in one:
+                sizes = [400 * energy for energy in one["energies"]]
+                axes.scatter(range(len(sizes)), one["frequencies"], s=sizes, alpha=0.6, label=name)
+        axes.set(xlabel="mode of D", ylabel=f"turns along {LAYERS[layer].axis}, mean", title=f"{layer.capitalize()}")
+        axes.legend(fontsize=8)
+    run.figure(figure, "nulls")
+
+    figure, panels = plt.subplots(1, len(fits), figsize=(6 * len(fits), 3.8), squeeze=False, layout="constrained")
+    for axes, (name, fit) in zip(panels[0], fits.items(), strict=True):
+        plots.spectrum_curves(fit.spectrum_, axes=axes).set_title(name.capitalize())
+    run.figure(figure, "spectra")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
