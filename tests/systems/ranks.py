@@ -220,12 +220,13 @@ def place(tensors, over):
 
 
 def derivatives(function, x, b, bias, dy):
-    """The value, the gradients, and the gradients of their norms."""
+    """The value, the gradients, the same to be differentiated, and the gradients of their norms."""
     given = [t.detach().requires_grad_() for t in (x, b, bias)]
     y = function(*given)
+    plain = torch.autograd.grad(y, given, dy, retain_graph=True)
     first = torch.autograd.grad(y, given, dy, create_graph=True)
     second = torch.autograd.grad(sum(g.square().sum() for g in first), given[:2])
-    return [y, *first, *second]
+    return [y, *plain, *first, *second]
 
 
 def placements():
@@ -432,7 +433,7 @@ def run(rank, folder):
     """Every check on one of the two processes; a file each, empty or with what went wrong."""
     torch.set_num_threads(1)
     store = dist.FileStore(str(folder / "store"), 2)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=30))
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=120))
     for name, check in CHECKS.items():
         try:
             check()
