@@ -127,6 +127,13 @@ class Trainer:
         )
         return network
 
+    def record(self) -> list[dict[str, Any]]:
+        """The rows, the numbers of their histories to five digits."""
+        return [
+            row | {"history": {name: [float(f"{v:.5g}") for v in values] for name, values in row["history"].items()}}
+            for row in self.rows
+        ]
+
     def of(self, name: str, key: str) -> list[Any]:
         """A column of the rows of one network, by seed."""
         return [row[key] for row in self.rows if row["network"] == name]

@@ -78,7 +78,7 @@ def main(arguments: list[str] | None = None) -> int:
         "logistic_regression": _logistic_regression(x_train, y_train, x, y),
         "alignment": {name: _before_and_after(_alignments(trainer, name)) for name in MEANINGS},
         "required": _required({name: row["mean"] for name, row in trainer.compared()[1].items()}),
-        "trainings": trainer.rows,
+        "trainings": trainer.record(),
     }
     _print(results)
     _draw(run, trainer)

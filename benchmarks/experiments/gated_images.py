@@ -133,7 +133,7 @@ def _results(trainer: common.Trainer, published: dict[str, float]) -> dict[str, 
         "accuracy_compared": compared,
         "dlgn_over_relu": {name: mean[name] / mean["ReLU"] for name in ("DLGN(x)", "DLGN(1)")},
         "ordered_frnpf_dlnpf_flnpf_relu": order == sorted(order),
-        "trainings": trainer.rows,
+        "trainings": trainer.record(),
     }
 
 

@@ -67,7 +67,9 @@ def main(arguments: list[str] | None = None) -> int:
         "published": {name: {net: known._asdict() for net, known in PUBLISHED[name].items()} for name in results},
         "hidden_of_the_relu_network": HIDDEN,
     }
-    run.finish(budget, {**results, "trainings": trainer.rows}, epochs)
+    # Hundreds of epochs each: their histories would be most of the record.
+    trainings = [{key: value for key, value in row.items() if key != "history"} for row in trainer.rows]
+    run.finish(budget, {**results, "trainings": trainings}, epochs)
     return 0
 
 
