@@ -32,7 +32,7 @@ def fix_gates(model: Network, fixed: bool = True) -> Network:
     _check(model)
     model.gates_fixed = fixed
     model.gating.requires_grad_(not fixed)
-    model.train(model.training)
+    model.gating.train(model.training and not fixed)
     return model
 
 
