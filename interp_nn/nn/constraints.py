@@ -52,10 +52,10 @@ def orthogonality_penalty(model: nn.Module) -> Tensor:
 
     A scalar, differentiable to every order; its gradient is 4 b (bᵀb - I). A SummaryLinear or SummaryConv2d takes the bᵀb that
     its last forward formed, if its weight has not changed since (a write through `.data` goes unseen) and is fp32 or fp64: that
-    saves a product of 2 d k² operations, and two more in the backward, and on the engines of one launch that bᵀb is an output of
-    the forward's launch. It is formed anew for layers that give pairs, for 16-bit weights (in fp32, as bᵀb - I cancels), in
-    compiled code, and where the forward formed none. A weight that layers share counts once. Raises ValueError where no layer
-    has the constraint.
+    saves two of three products, forward and backward, of 2 d k² operations each, and on the engines of one launch that bᵀb is
+    an output of the forward's launch. It is formed anew for layers that give pairs, for 16-bit weights (in fp32, as bᵀb - I
+    cancels), in compiled code, and where the forward formed none. A weight that layers share counts once. Raises ValueError
+    where no layer has the constraint.
     """
     layers = _constrained(model, "penalty")
     if not layers:
