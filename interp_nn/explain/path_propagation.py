@@ -27,6 +27,10 @@ _LARGEST_TILE = 1024
 _SCALED_BEYOND = 32  # the exponent of 2
 
 
+_Covariances = tuple[list[Tensor], int]  # of each group, times 2 to the power
+_ONE: _Covariances = ([], 0)  # those of a layer without terms
+
+
 class _Products(NamedTuple):
     """A term's covariances: W products of its taps `left` and `right` with rows `source` of its layer's S (None: all in order),
     and which of them `table` (pairs of positions of z, width) sums, where W is none; None: each is a pair's own.
@@ -113,17 +117,17 @@ class Propagation:
 
     def tile(self, left: list[Layer], right: list[Layer]) -> Tensor:
         """The kernel (a, b) of a and b samples, fp64, from their layers."""
-        covariances: dict[int, tuple[list[Tensor], int]] = {}  # by group, times 2 to the power
+        covariances: dict[int, _Covariances] = {}
         for place, step in sorted(self._steps.items()):
             a, b = left[place], right[place]
-            power = max((covariances[t.layer][1] for t in a.terms if t.layer in covariances), default=0)
+            power = max([covariances.get(term.layer, _ONE)[1] for term in a.terms] + [0] * bool(a.biases))
             groups = []
             for runs in step.runs:
                 shape = len(a.terms[0].profile[0]), len(b.terms[0].profile[0])
                 like = a.terms[0].profile
                 sums = like.new_zeros(step.pairs + 1, *shape)  # the last is beyond the edge
                 for term, channels, group in runs:
-                    source, own = covariances.get(a.terms[term].layer, ([], power))
+                    source, own = covariances.get(a.terms[term].layer, _ONE)
                     mine, others = (layer.terms[term].profile[:, :, channels] for layer in (a, b))
                     _add(
                         sums, mine, others, step.products[term], source[group] if source else None, 2.0 ** (own - power)
@@ -209,8 +213,8 @@ def _summed(rows: Tensor, table: Tensor) -> Tensor:
     return total.view(len(table), *rows.shape[1:])
 
 
-def _scaled(groups: list[Tensor], power: int) -> tuple[list[Tensor], int]:
-    """Covariances within the range of their dtype, whatever the depth; times 2 to the power that is returned."""
+def _scaled(groups: list[Tensor], power: int) -> _Covariances:
+    """Covariances within the range of their dtype, whatever the depth."""
     largest = max((largest_entry(group) for group in groups), default=0.0)
     exponent = math.frexp(largest)[1] if math.isfinite(largest) else 0
     if abs(exponent) <= _SCALED_BEYOND:

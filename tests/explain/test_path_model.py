@@ -232,6 +232,31 @@ def test_common_paths_of_shifted_images():
     torch.testing.assert_close(npk_model(model, x, normalize=False), want, rtol=1e-12, atol=0)
 
 
+class Shortcut(nn.Module):
+    """The input beside what many layers make of it."""
+
+    def __init__(self, depth):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(6, 6, bias=False) for _ in range(depth))
+        self.norm, self.out = nn.BatchNorm1d(6), nn.Linear(6, 1, bias=False)
+
+    def forward(self, x):
+        z = x
+        for layer in self.layers:
+            z = layer(z).relu()
+        return self.out(z + x + self.norm(x))
+
+
+def test_terms_of_different_magnitude():
+    model, x = Shortcut(60).to(FP64).eval(), torch.rand(3, 6, dtype=FP64)
+    for layer in model.layers:  # the first three units are on, the others off
+        layer.weight.data.abs_()[3:].neg_()
+    deep = npk(record(model, x), x=x)
+    assert 0 < float(deep.abs().amax()) < 2**-40
+    want = deep + (2 * x @ x.T + 6) / 6
+    torch.testing.assert_close(npk_model(model, x), want, rtol=1e-12, atol=0)
+
+
 class InputTwice(nn.Module):
     """The input's channels beside and upon each other, normed or not."""
 
