@@ -62,7 +62,8 @@ def main(arguments: list[str] | None = None) -> int:
     light.add_argument("--shape", type=run.shape, action="append", metavar="N,D,K[,M]", help="repeatable")
 
     host = commands.add_parser(
-        "host", help="time what a call of the triton engine costs on the host, without its launch"
+        "host",
+        help="time what a layer costs on the host above its products, and a call of the triton engine without its launch",
     )
     host.add_argument("--output", type=Path, metavar="FILE", help="write the record here")
 
