@@ -161,7 +161,6 @@ class Descrambler:
         if tap == "post" and wires.following is None:
             raise ValueError(f"tap: got 'post', but no layer receives a function of {name!r} alone; want 'pre'")
         derivative = operator_on(self.operator, wires.features)
-        self._reset()
         fresh = reinitialised(model)
         samples, null = Samples(wires.features, first.device), GramAccumulator(wires.features, first.device)
         for x in chain([first], inputs):
@@ -172,6 +171,7 @@ class Descrambler:
         if joint:
             samples.update(scaled_columns(model, wires, samples.all.gram()).unsqueeze(2))
             null.update(scaled_columns(fresh, wires, null.gram()))
+        self._reset()
         self._derivative, self._samples, self._random_net = derivative, samples, null
         self._wires, self._probe = wires, first[:_PROBE]
         following = None if wires.following is None else find_layer(model, wires.following)[1]

@@ -90,23 +90,18 @@ def rewire_(model: nn.Module, wires: Wiring, P: Tensor, permutation: bool, probe
             raise ValueError(
                 f"apply_: the weight of layer {path!r} is parametrized, so cannot be written; remove that first"
             )
-    kept: list[tuple[Tensor, Tensor]] = []
-
-    def write(old: Tensor, new: Tensor) -> None:
-        kept.append((old, old.clone()))
-        old.copy_(new)
-
-    before = _output(model, probe)
     own = [layer, *(find_layer(model, path)[1] for path in wires.between)]
     held = {id(t): t for module in own for t in _values(module) if t.dim() and len(t) == len(P)}
-    for value in held.values():
-        write(value, rotated_rows(value, P))
     columns: Tensor = following.weight  # type: ignore[assignment]
-    write(columns, rotated_columns(columns, P))
+    changes = [(t, t.clone(), rotated_rows(t, P)) for t in held.values()]
+    changes.append((columns, columns.clone(), rotated_columns(columns, P)))
+    before = _output(model, probe)
+    for value, _, new in changes:
+        value.copy_(new)
     after = _output(model, probe)
     # Sums are taken in another order; anything beyond half the digits is another function.
     if not torch.allclose(before, after, rtol=0, atol=torch.finfo(before.dtype).eps ** 0.5 * float(before.abs().max())):
-        for value, old in kept:
+        for value, old, _ in changes:
             value.copy_(old)
         raise ValueError(
             f"apply_: exchanging the features of {wires.layer!r} changes what the model computes by "

@@ -97,7 +97,7 @@ def tapped(model: nn.Module, wires: Wiring, tap: Tap, x: Tensor) -> Tensor:
             if isinstance(following, _ConvNd):
                 kept.append(_features_first(given, 1))
             elif isinstance(layer, _ConvNd):  # flattened, channels first
-                kept.append(given.unflatten(-1, (wires.features, -1)).movedim(-2, 0).flatten(2))
+                kept.append(_features_first(given.unflatten(-1, (wires.features, -1)), -2))
             else:
                 kept.append(_features_first(given, -1))
 
@@ -189,8 +189,8 @@ def _follows(given: Any, swapped: Any) -> bool:
 
 
 def _features_first(h: Tensor, axis: int) -> Tensor:
-    """(features, n, positions)."""
-    return h.movedim(axis, 0).flatten(2) if h.dim() > 2 else h.movedim(axis, 0).unsqueeze(2)
+    """(features, n, positions), a copy: the model may write over its own."""
+    return (h.movedim(axis, 0).flatten(2) if h.dim() > 2 else h.movedim(axis, 0).unsqueeze(2)).clone()
 
 
 def _copy(value: Any) -> Any:

@@ -87,6 +87,18 @@ def test_values_before_and_after_the_activation():
     assert (last.layer_, last.following_) == ("fc3", None)
 
 
+def test_values_are_those_before_they_are_written_over():
+    model, x = (
+        nn.Sequential(nn.Linear(5, 6), nn.ReLU(inplace=True), nn.Linear(6, 2), nn.ReLU(inplace=True)).double(),
+        points(5),
+    )
+    z = model[0](x).detach()
+    close(Descrambler(operator="diff1").fit_layer(model, "0", x).loss_, Descrambler(operator="diff1").fit(z.mT).loss_)
+    order = Descrambler(operator="diff1", group="permutation").fit_layer(model, "0", x)
+    out = model(x).detach()
+    close(order.apply_(model)(x), out)
+
+
 def test_channels_are_the_features_of_a_convolution():
     model, x = CNN(), points(1, 8, 8)
     z = model.conv1(x).detach()
@@ -483,5 +495,7 @@ def test_a_failed_fit_keeps_what_was_fitted():
     P = d.P_
     with pytest.raises(ValueError, match="name: got"):
         d.fit_layer(MLP(), "nothing", points(12))
+    with pytest.raises(ValueError, match="H: has entries that are not finite"):
+        d.fit_layer(MLP(), "fc1", points(12) / 0)
     assert d.P_ is P
     assert copy.deepcopy(d).loss_ == d.loss_
