@@ -1,7 +1,7 @@
 """The regimes of the papers on gated networks: which gates a network has, whether they learn, and what its weights see.
 
-Lakshminarayanan & Singh (2020), arXiv 2006.10529 (FRNPF, DLNPF, FLNPF); (2021), arXiv 2110.03403, and Yadav et al. (2022), arXiv
-2203.16455 (DGN and DLGN, whose weights see the input or ones).
+Lakshminarayanan & Singh (2020), arXiv 2006.10529 (FRNPF, DLNPF, FLNPF); arXiv 2110.03403 and 2203.16455 (DGN and DLGN, whose
+weights see the input or ones).
 """
 
 from __future__ import annotations

@@ -82,7 +82,13 @@ def main(arguments: list[str] | None = None) -> int:
     }
     _print(results)
     _draw(run, trainer)
-    budget = {**recipe._asdict(), "minutes": given.minutes, "train_images": len(y_train), "widths": WIDTHS}
+    budget = {
+        **recipe._asdict(),
+        "initialisation": "He normal",
+        "minutes": given.minutes,
+        "train_images": len(y_train),
+        "widths": WIDTHS,
+    }
     run.finish(budget, results, recipe.epochs)
     return 0
 

@@ -103,6 +103,7 @@ def main(arguments: list[str] | None = None) -> int:
     _draw(run, images.name, trainer, published)
     budget = {
         **recipe._asdict(),
+        "initialisation": "He normal",
         "minutes": given.minutes,
         "train_images": len(y_train),
         "test_images": len(y),
