@@ -27,7 +27,7 @@ class Descent(NamedTuple):
     """Where a descent ended.
 
     P: (n, n) fp64 orthogonal. loss: tr(A P B Pᵀ). evaluations: of the objective with its gradient. converged: False where
-    iterations or seconds ran out. history: seconds since the start, and the loss, after each iteration.
+    iterations or seconds ran out. history: seconds since the call, and the loss, at the start and after each iteration.
     """
 
     P: Tensor
@@ -59,7 +59,7 @@ def descend(
     unit = float(norms[0] * norms[1]) / n**2
     P = torch.eye(n, dtype=torch.float64) if start is None else start
     loss = float((a @ P @ b * P).sum())
-    history: list[tuple[float, float]] = []
+    history = [(time.perf_counter() - begin, unit * loss)]
     evaluations, converged = 0, False
 
     def watch(intermediate_result: Any) -> None:
@@ -68,8 +68,8 @@ def descend(
         if taken > seconds:
             raise StopIteration
 
-    while not converged and len(history) < iterations and time.perf_counter() - begin < seconds:
-        step, found = _one_chart(a, P @ b @ P.mT, min(CHART, iterations - len(history)), watch)
+    while not converged and len(history) <= iterations and time.perf_counter() - begin < seconds:
+        step, found = _one_chart(a, P @ b @ P.mT, min(CHART, iterations + 1 - len(history)), watch)
         P, before, loss = step @ P, loss, float(found.fun)
         evaluations += int(found.nfev)
         converged = before - loss <= tolerance * before

@@ -18,6 +18,7 @@ from benchmarks.experiments import common
 from interp_nn.derivatives import derivative_operator
 from interp_nn.explain import plots
 from interp_nn.explain.descramble import Descrambler, Nulls
+from interp_nn.explain.samples import shuffled
 from interp_nn.nn import SummaryHead
 
 NAME = "descramble_digits"
@@ -91,7 +92,11 @@ def main(arguments: list[str] | None = None) -> int:
         },
     }
     _print(results)
-    _draw(run, network, fits, nulls, results)
+    others = {
+        "shuffled data": Descrambler().fit(shuffled(latent.mT)).spectrum_.lam,
+        "untrained network": of_fresh.spectrum_.lam,
+    }
+    _draw(run, network, fits, nulls, others, results)
     run.finish({"epochs": epochs, "batch": BATCH, "learning_rate": LEARNING_RATE}, results)
     return 0
 
@@ -185,6 +190,7 @@ def _draw(
     network: DigitsSummary,
     fits: dict[str, Descrambler],
     nulls: dict[str, Nulls],
+    others: dict[str, Tensor],
     results: dict[str, Any],
 ) -> None:
     from matplotlib import pyplot as plt
@@ -204,9 +210,9 @@ def _draw(
     right.legend(fontsize=8)
     run.figure(figure, "nulls")
 
-    figure, (left, right) = plt.subplots(2, 1, figsize=(7, 5.6), layout="constrained", height_ratios=(3, 1.2))
-    plots.spectrum_curves(fits["hidden layer"].spectrum_, axes=left).set_title("Hidden layer")
-    plots.ambiguity_strips(fits["hidden layer"].ambiguity_, axes=right)
+    figure, (upper, lower) = plt.subplots(2, 1, figsize=(7, 5.6), layout="constrained", height_ratios=(3, 1))
+    plots.spectrum_curves(fits["latent"].spectrum_, others=others, axes=upper).set_title("Latent")
+    plots.ambiguity_strips(fits["latent"].ambiguity_, axes=lower)
     run.figure(figure, "spectrum")
 
 
