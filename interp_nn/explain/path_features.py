@@ -72,6 +72,13 @@ def _beginning(layer: Layer, x: Tensor) -> _Paths:
 def _reaching(layer: Layer, reached: list[_Paths], n: int) -> _Paths:
     """The paths to a layer's outputs: each one that arrives at its input, times each of the weights that it then may take."""
     inputs = layer.weight.shape[1]
+    count = len(layer.biases)
+    for term in layer.terms:
+        before = reached[term.layer].values
+        channels = len(before) if term.layer else term.profile.shape[2]
+        count += layer.window.shape[0] * channels // layer.groups * before.shape[1]
+    if count > _MOST:
+        raise ValueError(f"model: layer {layer.name!r} is reached by {count} paths, want at most {_MOST}")
     positions = 1 + max(int(t.max()) for t in (layer.window, *(term.taps.outputs for term in layer.terms)))
     arriving = [_arriving(term, reached[term.layer], positions) for term in layer.terms]
     features, values = [], []
@@ -91,9 +98,6 @@ def _reaching(layer: Layer, reached: list[_Paths], n: int) -> _Paths:
             weight = own[:, first - group * inputs : stop - group * inputs].mT.unsqueeze(3)
             products.append((weight * along).flatten(2))
             parts.append(part[:, first:stop].transpose(1, 2).flatten(2))
-        count = layer.window.shape[0] * sum(part.shape[2] for part in parts) + len(layer.biases)
-        if count > _MOST:
-            raise ValueError(f"model: layer {layer.name!r} is reached by {count} paths, want at most {_MOST}")
         at_edge = F.pad(torch.cat(parts, 2), (0, 0, 0, 1))  # -1 is the last
         begun = at_edge.new_ones(n, layer.positions, len(layer.biases))
         biases = [bias[group * len(own) : (group + 1) * len(own), None] for bias in layer.biases]
