@@ -2,8 +2,8 @@
 
 Amey et al., PNAS 118(5), 2021, minimise eta(P) = tr(A P B Pᵀ) over P = (I + Q)⁻¹ (I - Q) with Q antisymmetric, from Q = 0, for
 A = DᵀD and B = HHᵀ scaled to a spectral norm of n. The optimiser here is SciPy's L-BFGS. Far from Q = 0 the transform is badly
-conditioned; it is taken anew around the P reached after a few hundred iterations, which comes ten times closer to the minimum
-in as many iterations as one chart does.
+conditioned; it is taken anew around the P reached after a few hundred iterations, which comes several times closer to the
+minimum in as many iterations as one chart does.
 """
 
 from __future__ import annotations

@@ -12,11 +12,10 @@ DIPOLAR = 2 * math.pi * 52.04  # rad/µs nm³: the coupling of two free electron
 
 
 class Scrambled(NamedTuple):
-    """Signals H (n, N) fp64 whose features were mixed: H = R @ smooth, with R (n, n) orthogonal."""
+    """Signals (n, N) fp64 along n features, and the same ones in another orthonormal basis."""
 
     mixed: Tensor
     smooth: Tensor
-    rotation: Tensor
 
 
 def scrambled(n: int, samples: int, *, decay: float = 1.0, seed: int = 0) -> Scrambled:
@@ -27,8 +26,7 @@ def scrambled(n: int, samples: int, *, decay: float = 1.0, seed: int = 0) -> Scr
     cosines /= cosines.norm(dim=0)
     drawn = torch.randn(n, samples, generator=generator, dtype=torch.float64)
     smooth = cosines @ ((1 + k).pow(-decay).unsqueeze(1) * drawn)
-    rotation = orthogonal(n, generator)
-    return Scrambled(rotation @ smooth, smooth, rotation)
+    return Scrambled(orthogonal(n, generator) @ smooth, smooth)
 
 
 def orthogonal(n: int, generator: torch.Generator) -> Tensor:
@@ -51,29 +49,15 @@ def all_shifts(signals: Tensor) -> Tensor:
     return signals[:, index].flatten(0, 1)
 
 
-class Tree(NamedTuple):
-    """Items by their properties: values (properties, items) fp64 in {0, 1}; levels[p] is how deep in the tree property p is."""
-
-    values: Tensor
-    levels: Tensor
-
-
-def tree(depth: int) -> Tree:
-    """A balanced binary tree with 2^depth items as leaves, and a property for each node, had by the items below it.
+def tree(depth: int) -> Tensor:
+    """Items (columns) by their properties (rows), in {0, 1}, fp64: a balanced binary tree with 2^depth items as leaves, and a
+    property for each node, had by the items below it; the nodes of a level after another.
 
     The right singular vectors are Haar wavelets: all items, then one half against the other, and so on, with equal singular
     values at a level (Saxe, McClelland & Ganguli, PNAS 116, 2019).
     """
-    items = 2**depth
-    rows, levels = [], []
-    for level in range(depth + 1):
-        below = items >> level
-        for node in range(2**level):
-            row = torch.zeros(items, dtype=torch.float64)
-            row[node * below : (node + 1) * below] = 1
-            rows.append(row)
-            levels.append(level)
-    return Tree(torch.stack(rows), torch.tensor(levels))
+    items = torch.eye(2**depth, dtype=torch.float64)
+    return torch.cat([items.view(2**level, -1, 2**depth).sum(1) for level in range(depth + 1)])
 
 
 def dipolar_kernel(t: Tensor, r: Tensor) -> Tensor:

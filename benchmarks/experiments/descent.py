@@ -69,7 +69,7 @@ def main(arguments: list[str] | None = None) -> int:
 def _trial(size: Size, operator: str, seed: int, progress: tqdm[Any]) -> dict[str, Any]:
     """The closed form and descents on one problem, timed in turn: the closed form again after each descent."""
     n = size.n
-    H = signals.scrambled(n, 4 * n, seed=seed).mixed
+    H, smooth = signals.scrambled(n, 4 * n, seed=seed)
     D = derivative_operator(n, operator).matrix()
     A, B = D.mT @ D, H @ H.mT
     generator = torch.Generator().manual_seed(seed)
@@ -101,6 +101,7 @@ def _trial(size: Size, operator: str, seed: int, progress: tqdm[Any]) -> dict[st
         "n": n,
         "operator": operator,
         "seed": seed,
+        "loss_before_scrambling": float((D @ smooth).square().sum()),
         "closed": {
             "loss": exact.loss_,
             "error_of_its_loss": abs(exact.loss_ / exact.lower_bound_ - 1),

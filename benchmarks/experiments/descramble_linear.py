@@ -71,7 +71,7 @@ def _tree(run: common.Run, steps: int, seed: int) -> dict[str, Any]:
     from matplotlib import pyplot as plt
 
     tree = signals.tree(DEPTH)
-    items, properties = tree.values.shape[1], len(tree.values)
+    items, properties = tree.shape[1], len(tree)
     torch.manual_seed(seed)
     first = nn.Linear(items, HIDDEN, bias=False, dtype=torch.float64)
     network = nn.Sequential(first, nn.Linear(HIDDEN, properties, bias=False, dtype=torch.float64))
@@ -83,12 +83,12 @@ def _tree(run: common.Run, steps: int, seed: int) -> dict[str, Any]:
     x = torch.eye(items, dtype=torch.float64)
     for _ in range(steps):
         descent.zero_grad()
-        loss = 0.5 * (network(x) - tree.values.mT).square().sum() / items
+        loss = 0.5 * (network(x) - tree.mT).square().sum() / items
         loss.backward()
         descent.step()
     learned = first.weight.detach()
 
-    haar = torch.linalg.svd(tree.values, full_matrices=False).Vh
+    haar = torch.linalg.svd(tree, full_matrices=False).Vh
     levels = [slice(0, 1), *(slice(2**level, 2 ** (level + 1)) for level in range(DEPTH))]
     found: dict[str, Any] = {"mse": 2 * loss.item() / properties, "share_in_its_level": {}, "nulls": {}}
     fits = {}
@@ -102,7 +102,7 @@ def _tree(run: common.Run, steps: int, seed: int) -> dict[str, Any]:
         found["nulls"][name] = fits[name].nulls_._asdict()
     ambiguity = fits["trained"].ambiguity_
     found["singular_values"] = torch.linalg.svdvals(learned).tolist()
-    found["singular_values_of_theory"] = torch.linalg.svdvals(tree.values).sqrt().tolist()
+    found["singular_values_of_theory"] = torch.linalg.svdvals(tree).sqrt().tolist()
     found["ambiguity"] = ambiguity._asdict()
 
     modes = derivative_operator(HIDDEN, "fourier2").eigenvectors().mT @ fits["trained"].P_ @ learned

@@ -28,6 +28,9 @@ def test_no_descent_passes_the_closed_form(tmp_path, capsys):
     for trial in results["trials"]:
         closed = trial["closed"]
         assert closed["error_of_its_loss"] <= 1e-10 and closed["error_of_orthogonality"] <= 1e-12
+        assert closed["loss"] <= trial["loss_before_scrambling"]
+        if trial["operator"] == "diff1":  # whose modes are those that the signals were made of
+            assert trial["loss_before_scrambling"] <= 1.2 * closed["loss"]
         losses = [one["loss"] for one in trial["descents"]]
         assert trial["best_of_descents"] == min(losses) >= closed["loss"] * (1 - 1e-10)
     small = [row for row in results["table"] if row["n"] == 8]
