@@ -23,7 +23,7 @@ ON_PATH := PATH="$$($(PY) -c 'import sysconfig; print(sysconfig.get_path("script
 # What runs from here does without the CUDA library, which takes nvcc minutes.
 EDITABLE := INTERP_NN_BUILD_CUDA=0 $(PY) $(PIP) --quiet --no-build-isolation --editable
 
-.PHONY: help demo test test-all kernels interpreted compiled mirror mirrored mutated newest-triton gpu lint wheel clean
+.PHONY: help demo test test-all kernels interpreted compiled mirror mirrored mutated newest-triton models docs gpu lint wheel clean
 help:
 	@sed -n 's/^## //p' Makefile
 
@@ -60,6 +60,15 @@ newest-triton: $(READY)test
 	$(PY) $(PIP) --quiet --no-deps --upgrade --target build/newest-triton triton
 	PYTHONPATH=build/newest-triton TRITON_INTERPRET=1 $(PY) -m pytest tests/kernels $(ARGS)
 	PYTHONPATH=build/newest-triton INTERP_NN_COMPILE_TESTS=1 INTERP_NN_COMPILE_WARN=1 $(PY) -m pytest tests/compile $(ARGS)
+
+## make models    models of torchvision, timm and transformers, converted and back; keeps the PyTorch that is there
+models: $(READY)test
+	$(EDITABLE) ".[models]" "torch==$$($(PY) -c 'import torch; print(torch.__version__)')"
+	$(PY) -m pytest -m slow tests/test_convert_packages.py $(ARGS)
+
+## make docs      the guide as a site, into build/docs
+docs: $(READY)docs
+	$(PY) -m mkdocs --quiet build
 
 ## make gpu       on a GPU: correctness, launches, repeats, streams, graphs, tuning and timings, in ten minutes; installs nothing
 gpu:
@@ -99,9 +108,11 @@ clean:
 # A given interpreter that has what the target needs is left alone.
 MODULES_bench := matplotlib PIL sklearn tqdm
 MODULES_build := auditwheel build ninja setuptools
+MODULES_docs := mkdocs
 MODULES_lint := mypy ruff
-MODULES_test := $(MODULES_bench) captum expecttest hypothesis ninja packaging pybind11 pytest scipy setuptools triton
-GIVEN := given-bench given-build given-lint given-test
+MODULES_test := $(MODULES_bench) captum expecttest hypothesis ninja onnx onnxruntime onnxscript packaging pybind11 pytest safetensors \
+                scipy setuptools triton
+GIVEN := given-bench given-build given-docs given-lint given-test
 .PHONY: $(GIVEN)
 $(GIVEN): given-%:
 	@$(PY) -c "import sys; from importlib.util import find_spec; sys.exit(None in map(find_spec, sys.argv[1:]))" $(MODULES_$*) \
