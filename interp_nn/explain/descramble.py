@@ -9,7 +9,6 @@ Such a P exists for any data and any network, and P H always looks smooth: see `
 
 from __future__ import annotations
 
-import inspect
 import warnings
 from functools import cached_property
 from itertools import chain
@@ -23,6 +22,7 @@ from interp_nn.derivatives import DerivativeOperator
 from interp_nn.explain.brockett import Operator, operator_on
 from interp_nn.explain.clusters import NotFittedError
 from interp_nn.explain.diagonal import DiagonalCriterion, asymmetry, in_units_of_norm, most_diagonal
+from interp_nn.explain.estimator import Estimator
 from interp_nn.explain.replay import check_model
 from interp_nn.explain.rewiring import (
     DescrambledWeights,
@@ -59,7 +59,7 @@ class Nulls(NamedTuple):
     random_net: float
 
 
-class Descrambler:
+class Descrambler(Estimator):
     """The orthogonal P (n, n) that makes the features of a layer smooth from each to the next: P H for H (n, N).
 
     criterion: "smooth", the least |D P H|²; or for a square W in the place of H "diag_sum", the largest tr(P W), and
@@ -268,18 +268,6 @@ class Descrambler:
             return max(defect, asymmetry(P, self._matrix))
         gap = abs(best.loss - best.lower_bound)
         return max(defect, gap / abs(best.lower_bound) if best.lower_bound else gap)
-
-    def get_params(self, deep: bool = True) -> dict[str, Any]:
-        """The constructor's arguments, for scikit-learn's `clone` and its searches."""
-        return {name: getattr(self, name) for name in inspect.signature(type(self)).parameters}
-
-    def set_params(self, **params: Any) -> Descrambler:
-        """Set constructor's arguments; returns self. Raises ValueError for others."""
-        for name, value in params.items():
-            if name not in self.get_params():
-                raise ValueError(f"{name}: not a parameter; want one of {', '.join(self.get_params())}")
-            setattr(self, name, value)
-        return self
 
     def __repr__(self) -> str:
         given = f"Descrambler(criterion={self.criterion!r}, group={self.group!r}"

@@ -12,7 +12,7 @@ class Estimator:
     """An estimator whose constructor's arguments are attributes of the same names."""
 
     def get_params(self, deep: bool = True) -> dict[str, Any]:
-        """The constructor's arguments."""
+        """The constructor's arguments, for scikit-learn's `clone` and its searches."""
         return {name: getattr(self, name) for name in inspect.signature(type(self)).parameters}
 
     def set_params(self: _Self, **params: Any) -> _Self:

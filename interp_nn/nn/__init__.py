@@ -6,6 +6,7 @@ from interp_nn.nn.dual import DualNetwork, to_dgn
 from interp_nn.nn.gated import DGN, DLGN, DLGNValueTensor, GatedNetwork, GateWeights
 from interp_nn.nn.gates import GatedConv2d, GatedLinear, HardGate, SoftGate
 from interp_nn.nn.loss import SummaryLoss
+from interp_nn.nn.paths import Paths
 from interp_nn.nn.regimes import copy_gates, fix_gates, permute_gates
 from interp_nn.nn.summary import SummaryClassifier, SummaryConv2d, SummaryHead, SummaryLayer, SummaryLinear
 
@@ -19,6 +20,7 @@ __all__ = [
     "GatedLinear",
     "GatedNetwork",
     "HardGate",
+    "Paths",
     "SoftGate",
     "SummaryClassifier",
     "SummaryConv2d",

@@ -64,7 +64,11 @@ class GatedNetwork(nn.Module):
 
     def gate_values(self, x: Tensor) -> list[Tensor]:
         """The gates (n, ...) that multiply each value layer, soft or hard as the network has them."""
-        return self._applied(self.gating(x))[: len(self.layers)]
+        return self.applied(self.gating(x))[: len(self.layers)]
+
+    def applied(self, seen: Sequence[Tensor]) -> list[Tensor]:
+        """What the value network is given of `gating(x)`: the gates in its layers' order, and what else it must be told."""
+        return [*(self.gate(seen[i]) for i in self.gate_order), *seen[len(self.layers) :]]
 
     @torch.no_grad()
     def gates(self, x: Tensor) -> GateRecord:
@@ -105,13 +109,10 @@ class GatedNetwork(nn.Module):
         return f"value_input={self.value_input!r}{order}"
 
     def _output(self, x: Tensor, seen: Sequence[Tensor]) -> Tensor:
-        return self.value(self._value_input(x), self._applied(seen))
+        return self.value(self._value_input(x), self.applied(seen))
 
     def _value_input(self, x: Tensor) -> Tensor:
         return torch.ones_like(x) if self.value_input == "ones" else x
-
-    def _applied(self, seen: Sequence[Tensor]) -> list[Tensor]:
-        return [*(self.gate(seen[i]) for i in self.gate_order), *seen[len(self.layers) :]]
 
     def _check_evaluating(self) -> None:
         for name, module in self.named_modules():

@@ -156,7 +156,7 @@ def test_gates_of_a_relu_gating_are_the_models_by_name(make):
 def test_the_value_network_is_linear_given_the_gates(make, gating):
     dual = to_dgn(made(make), gating=gating, value_input="x").eval()
     x, u, v = images(), images(), images()
-    given = dual._applied(dual.gating(x))
+    given = dual.applied(dual.gating(x))
     zero = dual.value(torch.zeros_like(x), given)
     moved = dual.value(2 * u - 3 * v, given) - zero
     wanted = 2 * (dual.value(u, given) - zero) - 3 * (dual.value(v, given) - zero)
@@ -200,7 +200,7 @@ def test_pooling_in_one_two_and_three_dimensions(gating, dimensions):
 @models
 def test_value_input_of_ones_leaves_the_input_to_the_gates(make):
     dual, x = to_dgn(made(make), value_input="ones").eval(), images()
-    wanted = dual.value(torch.ones_like(x), dual._applied(dual.gating(x)))
+    wanted = dual.value(torch.ones_like(x), dual.applied(dual.gating(x)))
     assert torch.equal(dual(x), wanted)
     assert (dual(x) - dual(x.flip(0))).abs().max() > 0
 
