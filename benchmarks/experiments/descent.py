@@ -33,7 +33,7 @@ class Size(NamedTuple):
 
 
 FULL = (Size(32, 2, 20, 1.5), Size(80, 2, 20, 3.0), Size(256, 1, 20, 8.0), Size(1024, 1, 3, 60.0))
-QUICK = (Size(8, 1, 4, 0.2), Size(32, 1, 2, 0.2))
+QUICK = (Size(8, 1, 4, 0.5), Size(32, 1, 2, 0.5))
 
 
 def main(arguments: list[str] | None = None) -> int:
