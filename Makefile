@@ -106,12 +106,12 @@ clean:
 	@touch $@
 
 # A given interpreter that has what the target needs is left alone.
-MODULES_bench := matplotlib PIL sklearn tqdm
+MODULES_bench := matplotlib PIL scipy sklearn tqdm
 MODULES_build := auditwheel build ninja setuptools
 MODULES_docs := mkdocs
 MODULES_lint := mypy ruff
 MODULES_test := $(MODULES_bench) captum expecttest hypothesis ninja onnx onnxruntime onnxscript packaging pybind11 pytest safetensors \
-                scipy setuptools triton
+                setuptools triton
 GIVEN := given-bench given-build given-docs given-lint given-test
 .PHONY: $(GIVEN)
 $(GIVEN): given-%:
