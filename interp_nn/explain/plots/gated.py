@@ -119,11 +119,12 @@ def regime_bars(
     names = list(accuracies)
     means = [100 * float(np.mean(accuracies[name])) for name in names]
     axes = new_axes(axes, (6.4, 0.34 * len(names) + 1.5))
-    bars = axes.barh(range(len(names)), means, color="tab:blue", alpha=0.6)
-    axes.bar_label(bars, fmt="%.1f", label_type="edge", padding=6, fontsize=8)
+    axes.barh(range(len(names)), means, color="tab:blue", alpha=0.6)
     for i, name in enumerate(names):
         dots = 100 * np.asarray(accuracies[name], dtype=np.float64)
         axes.plot(dots, [i] * len(dots), "o", color="tab:blue", markersize=3)
+        # At the foot of its bar, away from the dots.
+        axes.text(0.01, i, f"{means[i]:.1f}", transform=axes.get_yaxis_transform(), va="center", fontsize=8)
     if others:
         axes.plot(list(others.values()), [names.index(name) for name in others], "kx", markersize=6, label="published")
         axes.legend(loc="lower left", fontsize=8)
