@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import ceilings, compare, record, report, roofline, rows, run
+from benchmarks import ceilings, compare, experiments, record, report, roofline, rows, run
 from benchmarks.gpu import job
 from benchmarks.problems import DTYPES, OPS, products
 from benchmarks.suites import ops
@@ -24,7 +24,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     demo = commands.add_parser("demo", help="train a small CNN with an MLP head and with a summary head, and compare")
     demo.add_argument(
-        "--dataset", choices=("digits", "mnist", "cifar10"), help="default: what --data holds, else digits"
+        "--dataset", choices=("digits", "mnist", "cifar10", "cifar100"), help="default: what --data holds, else digits"
     )
     demo.add_argument(
         "--data",
@@ -38,6 +38,14 @@ def main(arguments: list[str] | None = None) -> int:
     demo.add_argument("--train-size", type=int, help="train on the first so many images (default: all)")
     demo.add_argument("--device", default="cpu")
     demo.add_argument("--output", type=Path, default=Path("results"), metavar="DIR", help="for the PNG and the JSON")
+
+    experiment = commands.add_parser(
+        "experiments", help="explanations of trained networks, and the papers' tables; lists them without a name"
+    )
+    experiment.add_argument("name", nargs="?", metavar="NAME")
+    experiment.add_argument(
+        "options", nargs=argparse.REMAINDER, metavar="...", help="its own: `experiments NAME --help` says which"
+    )
 
     run.add_arguments(
         commands.add_parser("run", help="time the operator, its losses and training steps against rivals")
@@ -122,6 +130,17 @@ def _roofline(given: argparse.Namespace) -> int:
     return 0
 
 
+def _experiments(given: argparse.Namespace) -> int:
+    if given.name is None:
+        print(experiments.listing())
+        return 0
+    try:
+        return experiments.run(given.name, given.options)
+    except KeyError as error:
+        print(f"benchmarks experiments: {error.args[0]}", file=sys.stderr)
+        return 2
+
+
 def _host(given: argparse.Namespace) -> int:
     from benchmarks import host
 
@@ -143,6 +162,7 @@ _COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "compare": compare.run,
     "demo": _demo,
     "env": _env,
+    "experiments": _experiments,
     "gpu": _gpu,
     "host": _host,
     "list": _list,

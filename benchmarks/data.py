@@ -1,4 +1,4 @@
-"""Images to train on: scikit-learn's digits, and MNIST or CIFAR-10 from a folder of the user's."""
+"""Images to train on: scikit-learn's digits, and MNIST, CIFAR-10 or CIFAR-100 from a folder of the user's."""
 
 from __future__ import annotations
 
@@ -25,13 +25,18 @@ class Images(NamedTuple):
     x_test: Tensor
     y_test: Tensor
 
+    @property
+    def classes(self) -> int:
+        return _CLASSES.get(self.name, 10)
+
 
 def load(dataset: str | None, directory: Path | None) -> Images:
-    """The named dataset ("digits", "mnist" or "cifar10"); None means what `directory` holds, digits without one.
+    """The named dataset ("digits", "mnist", "cifar10" or "cifar100"); None means what `directory` holds, digits without one.
 
     directory: for CIFAR-10 the official python batches or lossless WebP sheets of 1,000 images (25 rows of 40) with
-    `*_labels.npy`; for MNIST the four idx files, gzipped or not; or a folder with `cifar10` or `mnist` inside. Raises
-    FileNotFoundError that says what was looked for, and where; ValueError for files that do not hold it.
+    `*_labels.npy`; for CIFAR-100 the official python files, of which the fine labels are taken; for MNIST the four idx files,
+    gzipped or not; or a folder with `cifar10`, `cifar100` or `mnist` inside. Raises FileNotFoundError that says what was looked
+    for, and where; ValueError for files that do not hold it.
     """
     if dataset == "digits" or (dataset is None and directory is None):
         return digits()
@@ -44,8 +49,9 @@ def load(dataset: str | None, directory: Path | None) -> Images:
             found = _whole(name, folder, read) if folder.is_dir() else None
             if found is not None:
                 return Images(name, *found)
-    wanted = dataset or " or ".join(_READERS)
-    raise FileNotFoundError(f"{wanted}: not found in {directory}; looked for {', '.join(_LOOKED_FOR)}")
+    wanted = [dataset] if dataset else list(_READERS)
+    looked_for = "; ".join(_LOOKED_FOR[name] for name in wanted)
+    raise FileNotFoundError(f"{' or '.join(wanted)}: not found in {directory}; looked for {looked_for}")
 
 
 def digits() -> Images:
@@ -64,7 +70,8 @@ _Split = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 def _whole(name: str, folder: Path, read: Callable[[Path], _Split | None]) -> _Split | None:
-    """What `read` finds, with a label of 0 to 9 for each image; None where there is nothing."""
+    """What `read` finds, with a label for each image; None where there is nothing."""
+    last = _CLASSES.get(name, 10) - 1
     try:
         found = read(folder)
     except (ImportError, FileNotFoundError):
@@ -72,10 +79,10 @@ def _whole(name: str, folder: Path, read: Callable[[Path], _Split | None]) -> _S
     except Exception as error:  # each format has its own ways to be damaged
         raise ValueError(f"{name}: the files in {folder} are damaged: {type(error).__name__}: {error}") from error
     for images, labels in () if found is None else (found[:2], found[2:]):
-        if len(images) != len(labels) or not len(labels) or int(labels.min()) < 0 or int(labels.max()) > 9:
+        if len(images) != len(labels) or not len(labels) or int(labels.min()) < 0 or int(labels.max()) > last:
             raise ValueError(
                 f"{name}: the files in {folder} are damaged: {len(images)} images with {len(labels)} labels, want as many, "
-                "0 to 9"
+                f"0 to {last}"
             )
     return found
 
@@ -86,15 +93,22 @@ def _tensors(x: _Pixels, y: NDArray[np.integer]) -> tuple[Tensor, Tensor]:
 
 
 def _cifar10_batches(folder: Path) -> _Split | None:
-    """The official python-version batches."""
-    names = [f"data_batch_{i}" for i in range(1, 6)], ["test_batch"]
-    if not all((folder / name).is_file() for part in names for name in part):
+    return _pickled(folder, [f"data_batch_{i}" for i in range(1, 6)], ["test_batch"], b"labels")
+
+
+def _cifar100(folder: Path) -> _Split | None:
+    return _pickled(folder, ["train"], ["test"], b"fine_labels") if (folder / "meta").is_file() else None
+
+
+def _pickled(folder: Path, train: list[str], test: list[str], labels: bytes) -> _Split | None:
+    """The official python-version batches of CIFAR."""
+    if not all((folder / name).is_file() for name in train + test):
         return None
     halves: list[Tensor] = []
-    for part in names:
+    for part in (train, test):
         batches = [pickle.loads((folder / name).read_bytes(), encoding="bytes") for name in part]
         pixels = np.concatenate([batch[b"data"] for batch in batches]).reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
-        halves += _tensors(pixels, np.concatenate([batch[b"labels"] for batch in batches]))
+        halves += _tensors(pixels, np.concatenate([batch[labels] for batch in batches]))
     return halves[0], halves[1], halves[2], halves[3]
 
 
@@ -140,5 +154,11 @@ def _cifar10(folder: Path) -> _Split | None:
 _READERS: dict[str, tuple[tuple[str, ...], Callable[[Path], _Split | None]]] = {
     "cifar10": (("cifar10", "cifar-10-batches-py"), _cifar10),
     "mnist": (("mnist", "MNIST/raw", "raw"), _mnist),
+    "cifar100": (("cifar100", "cifar-100-python"), _cifar100),
 }
-_LOOKED_FOR = ("data_batch_1..5 and test_batch", "train_NN.webp and test_NN.webp", "train-images-idx3-ubyte[.gz] ...")
+_CLASSES = {"cifar100": 100}
+_LOOKED_FOR = {
+    "cifar10": "data_batch_1..5 and test_batch, or train_NN.webp and test_NN.webp",
+    "mnist": "train-images-idx3-ubyte[.gz] ...",
+    "cifar100": "train, test and meta",
+}

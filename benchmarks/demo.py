@@ -89,7 +89,7 @@ def _train(
 ) -> tuple[dict[str, Any], Network]:
     torch.manual_seed(seed)
     channels, size = images.x_train.shape[1:3]
-    network = NETWORKS[name](channels, size).to(device)
+    network = NETWORKS[name](channels, size, classes=images.classes).to(device)
     optimizer = torch.optim.Adam(network.parameters(), lr=LEARNING_RATE)
     shuffle = torch.Generator().manual_seed(seed)
     losses: list[float] = []

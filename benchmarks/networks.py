@@ -29,6 +29,15 @@ def cnn_body(channels: int, size: int) -> nn.Sequential:
     )
 
 
+class HeConv2d(nn.Conv2d):
+    """A convolution that begins as those of the reference's vgg11: He et al. (2015) by fan-out, without biases."""
+
+    def reset_parameters(self) -> None:
+        nn.init.kaiming_normal_(self.weight, mode="fan_out")
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+
 def vgg11_body(channels: int, size: int) -> nn.Sequential:
     """The convolutions of vgg11 without batch norm, which halve the image five times (size: 32 pixels or more)."""
     layers: list[nn.Module] = []
@@ -36,7 +45,7 @@ def vgg11_body(channels: int, size: int) -> nn.Sequential:
         if isinstance(width, str):
             layers.append(nn.MaxPool2d(2))
         else:
-            layers += [nn.Conv2d(channels, width, 3, padding=1), nn.ReLU()]
+            layers += [HeConv2d(channels, width, 3, padding=1), nn.ReLU()]
             channels = width
     return nn.Sequential(*layers, nn.Flatten())
 
@@ -59,7 +68,7 @@ ARCHITECTURES = {
 class MLPNetwork(nn.Module):
     """A body and the reference's base head, with ReLU between its layers, trained by cross entropy."""
 
-    def __init__(self, channels: int, size: int, architecture: str = "cnn") -> None:
+    def __init__(self, channels: int, size: int, architecture: str = "cnn", classes: int = CLASSES) -> None:
         super().__init__()
         body, hidden, dropout, _ = ARCHITECTURES[architecture]
         self.body = body(channels, size)
@@ -68,7 +77,7 @@ class MLPNetwork(nn.Module):
         for units in hidden:
             layers += [*([nn.Dropout(dropout)] if dropout else []), nn.Linear(width, units), nn.ReLU()]
             width = units
-        self.head = nn.Sequential(*layers, nn.Linear(width, CLASSES))
+        self.head = nn.Sequential(*layers, nn.Linear(width, classes))
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits."""
@@ -80,13 +89,13 @@ class MLPNetwork(nn.Module):
 
 
 class SummaryNetwork(nn.Module):
-    """The same body and a SummaryHead, features-latent-10, trained by the three-term loss."""
+    """The same body and a SummaryHead, features-latent-classes, trained by the three-term loss."""
 
-    def __init__(self, channels: int, size: int, architecture: str = "cnn") -> None:
+    def __init__(self, channels: int, size: int, architecture: str = "cnn", classes: int = CLASSES) -> None:
         super().__init__()
         found = ARCHITECTURES[architecture]
         self.body = found.body(channels, size)
-        self.head = SummaryHead(_features(self.body, channels, size), found.latent, CLASSES)
+        self.head = SummaryHead(_features(self.body, channels, size), found.latent, classes)
 
     def forward(self, images: Tensor) -> Tensor:
         """The pair of logits in training mode, the projection's in evaluation mode."""
@@ -109,12 +118,12 @@ def relu_mlp(*widths: int) -> nn.Sequential:
     return nn.Sequential(*layers[:-1])
 
 
-def gconv(channels: int) -> nn.Sequential:
+def gconv(channels: int, classes: int = CLASSES) -> nn.Sequential:
     """GCONV of arXiv 2006.10529, without biases: four convolutions 3 x 3, the mean of all positions, two hidden layers."""
     layers: list[nn.Module] = []
     for fan_in, fan_out in pairwise((channels, 64, 64, 128, 128)):
         layers += [nn.Conv2d(fan_in, fan_out, 3, padding=1, bias=False), nn.ReLU()]
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), *relu_mlp(128, 256, 256, CLASSES))
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), *relu_mlp(128, 256, 256, classes))
 
 
 def _features(module: nn.Module, channels: int, size: int) -> int:

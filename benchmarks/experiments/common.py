@@ -61,7 +61,10 @@ def at_least(low: int) -> Callable[[str], int]:
 def _parser(name: str, description: str | None) -> argparse.ArgumentParser:
     options = argparse.ArgumentParser(prog=f"python -m benchmarks.experiments.{name}", description=description)
     options.add_argument(
-        "--output", type=Path, default=Path("results"), metavar="DIR", help="for figures and the record"
+        "--output",
+        type=Path,
+        metavar="DIR",
+        help="for figures and the record (default: benchmarks/results/DEVICE/experiments; with --quick, results)",
     )
     options.add_argument("--quick", action="store_true", help="seconds instead of minutes, to see that it runs")
     return options
@@ -169,7 +172,11 @@ class Run:
 
         plt.switch_backend("Agg")
         self.name, self.given, self.start = name, given, time.perf_counter()
+        self.device: str = getattr(given, "device", "cpu")
         self.figures: list[str] = []
+        if given.output is None:
+            device = record.ROOT / "benchmarks" / "results" / record.device_slug(self.device)
+            given.output = Path("results") if given.quick else device / "experiments"
 
     def figure(self, figure: Figure, suffix: str) -> None:
         """Save a figure as a PNG beside the record, and close it."""
@@ -184,17 +191,19 @@ class Run:
     def finish(
         self, budget: dict[str, Any], results: dict[str, Any], epochs: int | dict[str, int] | None = None
     ) -> None:
-        """Write the record, and say where everything is. epochs: how many were asked for."""
+        """Write the record, and say where everything is. epochs: how many were asked for; None where there are none."""
         seconds = round(time.perf_counter() - self.start, 1)
         file = self.given.output / f"{self.name}.json"
-        seeds = {"seed": self.given.seed} if "seed" in self.given else {"seeds": list(range(self.given.seeds))}
+        seed = {"seed": self.given.seed} if "seed" in self.given else {}
+        first = seed.get("seed", 0)
         record.write(
             file,
             {
                 "experiment": self.name,
-                **record.environment(getattr(self.given, "device", "cpu")),
-                **seeds,
-                **({} if epochs is None else {"epochs": epochs}),
+                **record.environment(self.device),
+                **seed,
+                "seeds": list(range(first, first + getattr(self.given, "seeds", 1))),
+                "epochs": epochs,
                 "quick": self.given.quick,
                 "seconds": seconds,
                 "budget": budget,

@@ -10,10 +10,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from benchmarks import data
-from benchmarks.experiments import common
+from benchmarks.experiments import common, exactness
 from interp_nn.explain import plots
 from interp_nn.explain.affine import linearize
-from interp_nn.explain.gates import frozen
 
 NAME = "digits_attribution"
 BATCH = 64
@@ -58,7 +57,10 @@ def main(arguments: list[str] | None = None) -> int:
     steps = 40 if given.quick else 600
     _train(network, x_train, images.y_train, steps)
 
-    exact = {"float32": _exactness(network, x), "float64": _exactness(network.double(), x.double())}
+    exact = {
+        "float32": exactness.errors(network, x),
+        "float64": exactness.errors(network.double(), x.double()),
+    }
     x = x.double()
     linear = linearize(network, x)
     with torch.no_grad():
@@ -72,7 +74,7 @@ def main(arguments: list[str] | None = None) -> int:
         "test_images": len(x),
         "test_accuracy": (predicted == y).double().mean().item(),
         "exactness": exact,
-        "error_over_change_by_step": _neighbourhood(network, x),
+        "error_over_change_by_step": exactness.neighbourhood(network, x),
         "bias": {
             "norm_of_b_over_norm_of_logits": (linear.bias.norm() / logits.norm()).item(),
             "mean_predicted_logit": logits[rows, predicted].mean().item(),
@@ -100,40 +102,6 @@ def _train(network: nn.Module, x: Tensor, y: Tensor, steps: int) -> None:
         nn.functional.cross_entropy(network(x[chosen]), y[chosen]).backward()
         optimizer.step()
     network.eval()
-
-
-def _exactness(network: nn.Module, x: Tensor) -> dict[str, float]:
-    """How far W x + b is from the network at x, and from the replay with the gates of x at a point far away."""
-    linear = linearize(network, x)
-    far = torch.randn_like(x)
-    with torch.no_grad():
-        logits, replayed = network(x), frozen(network, x)(far)
-    return {
-        "at_x": common.relative_error(_apply(linear.weight, linear.bias, x), logits),
-        "replay_at_a_far_point": common.relative_error(_apply(linear.weight, linear.bias, far), replayed),
-    }
-
-
-def _neighbourhood(network: nn.Module, x: Tensor) -> dict[str, dict[str, float]]:
-    """The error of W (x + s) + b for steps s of some sizes, over the change of the output: medians over images.
-
-    On images as they are, any step leaves the region: where paper is empty, all pixels that the pooling compares are equal.
-    """
-    steps = torch.randn_like(x)
-    found: dict[str, dict[str, float]] = {}
-    for name, points in (("images", x), ("images with noise of 0.01", x + 0.01 * torch.randn_like(x))):
-        linear = linearize(network, points)
-        found[name] = {}
-        for size in (1e-6, 1e-4, 1e-2):
-            with torch.no_grad():
-                moved, still = network(points + size * steps), network(points)
-            error = (moved - _apply(linear.weight, linear.bias, points + size * steps)).norm(dim=1)
-            found[name][f"{size:g}"] = (error / (moved - still).norm(dim=1)).median().item()
-    return found
-
-
-def _apply(weight: Tensor, bias: Tensor, x: Tensor) -> Tensor:
-    return torch.einsum("nkchw,nchw->nk", weight, x) + bias
 
 
 @torch.no_grad()

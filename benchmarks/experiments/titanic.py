@@ -1,6 +1,7 @@
 """Who survived the Titanic: a network's clusters and what counts in each, from the 32 published counts of the 2,201 on board.
 
-With --data DIR also from the 891 passengers of titanic.csv (Kaggle's, as in seaborn-data), in DIR or in DIR/titanic.
+With --data DIR also from the 891 passengers of titanic.csv (Kaggle's, as in seaborn-data), in DIR or in DIR/titanic; there the
+network is held against logistic regression on several splits.
 """
 
 from __future__ import annotations
@@ -50,7 +51,17 @@ def main(arguments: list[str] | None = None) -> int:
         metavar="DIR",
         help="folder with titanic.csv (default: $INTERP_NN_DATA; without, the 32 counts alone)",
     )
+    options.add_argument(
+        "--seeds",
+        type=common.at_least(1),
+        metavar="N",
+        help="from how many, --seed and on, the passengers are split and a network is trained (default: 10)",
+    )
+    options.add_argument(
+        "--epochs", type=common.at_least(1), metavar="N", help="of the passengers' networks, each a step on all of them"
+    )
     given = options.parse_args(arguments)
+    given.seeds = given.seeds or (2 if given.quick else 10)
     try:
         passengers = None if given.data is None else read_passengers(Path(given.data))
     except (FileNotFoundError, ValueError) as error:
@@ -59,9 +70,13 @@ def main(arguments: list[str] | None = None) -> int:
     run = common.Run(NAME, given)
     steps = 60 if given.quick else 3000
     results: dict[str, Any] = {"counts": _counts(run, steps)}
+    epochs = {"counts": steps}
     if passengers is not None:
-        results["passengers"] = _passengers(run, passengers, min(steps, PASSENGER_STEPS))
-    run.finish({"steps": steps, "passenger_steps": PASSENGER_STEPS, "learning_rate": LEARNING_RATE}, results)
+        epochs["passengers"] = given.epochs or min(steps, PASSENGER_STEPS)
+        results["passengers"] = _passengers(run, passengers, epochs["passengers"])
+    run.finish(
+        {"steps_an_epoch": 1, "learning_rate": LEARNING_RATE, "held_out_of_passengers": "a fifth"}, results, epochs
+    )
     return 0
 
 
@@ -135,7 +150,10 @@ def _fit(network: nn.Sequential, table: tables.Table, steps: int) -> None:
 
 @torch.no_grad()
 def _scores(network: nn.Module, x: Tensor, y: Tensor) -> dict[str, float]:
-    logits = network(x).squeeze(1)
+    return _of_logits(network(x).squeeze(1), y)
+
+
+def _of_logits(logits: Tensor, y: Tensor) -> dict[str, float]:
     return {"accuracy": ((logits > 0) == (y > 0)).double().mean().item(), "auc": auc(logits, y)}
 
 
@@ -177,34 +195,71 @@ def _counts(run: common.Run, steps: int) -> dict[str, Any]:
 
 
 def _passengers(run: common.Run, table: tables.Table, steps: int) -> dict[str, Any]:
-    order = torch.randperm(len(table.y), generator=torch.Generator().manual_seed(run.given.seed))
-    held_out, fitted = order[: len(order) // 5], order[len(order) // 5 :]
-    part = tables.Table(table.x[fitted], table.y[fitted], table.features)
-    network = tables.mlp(len(table.features), 16, 1, seed=run.given.seed)
-    _fit(network, part, steps)
+    part, rest = _split(table, run.given.seed)
+    network = _network(part, steps, run.given.seed)
     clusters = ActivationClusters(network).fit(part.x, part.y)
     importance = clusters.global_importance()
     merged = clusters.merge(min(4, len(clusters.counts_)), by="coef")
     results: dict[str, Any] = {
-        "passengers": {"fitted": len(fitted), "held_out": len(held_out)},
+        "passengers": {"fitted": len(part.y), "held_out": len(rest.y)},
         "fitted": _scores(network, part.x, part.y),
-        "held_out": _scores(network, table.x[held_out], table.y[held_out]),
+        "held_out": _scores(network, rest.x, rest.y),
+        "splits": _splits(table, steps, range(run.given.seed, run.given.seed + run.given.seeds)),
         "clusters": len(clusters.counts_),
-        "held_out_in_a_known_cluster": (clusters.predict(table.x[held_out]) >= 0).double().mean().item(),
+        "held_out_in_a_known_cluster": (clusters.predict(rest.x) >= 0).double().mean().item(),
         "importance": dict(zip(table.features, importance.mean.tolist(), strict=True)),
         "dispersion": dict(zip(table.features, importance.dispersion.tolist(), strict=True)),
-        "merged_into_four": merged.fidelity(table.x[held_out])._asdict(),
+        "merged_into_four": merged.fidelity(rest.x)._asdict(),
         "check": clusters.check(),
     }
     print(
-        f"\n{len(fitted)} passengers: accuracy {results['fitted']['accuracy']:.3f}; {len(held_out)} held out: accuracy "
-        f"{results['held_out']['accuracy']:.3f}, AUC {results['held_out']['auc']:.3f}\n"
+        f"\n{len(part.y)} passengers: accuracy {results['fitted']['accuracy']:.3f}; {len(rest.y)} held out: accuracy "
+        f"{results['held_out']['accuracy']:.3f}, AUC {results['held_out']['auc']:.3f}"
     )
+    print(f"{f'held out, {run.given.seeds} splits':24} {'accuracy, %':>16} {'AUC, %':>16}")
+    for name, found in results["splits"].items():
+        print(f"{name:24} {common.percent(found['accuracy']):>16} {common.percent(found['auc']):>16}")
+    print()
     print(clusters.summary(feature_names=table.features, rows=8))
-    print(f"\nmerged into four clusters, held out: {merged.fidelity(table.x[held_out])}")
+    print(f"\nmerged into four clusters, held out: {merged.fidelity(rest.x)}")
     _draw(
-        run, merged, clusters, part, "passengers", f"Log-odds of survival of {len(fitted)} passengers, clusters merged"
+        run, merged, clusters, part, "passengers", f"Log-odds of survival of {len(part.y)} passengers, clusters merged"
     )
+    return results
+
+
+def _split(table: tables.Table, seed: int) -> tuple[tables.Table, tables.Table]:
+    """Four fifths of the rows, drawn by the seed, and the others."""
+    order = torch.randperm(len(table.y), generator=torch.Generator().manual_seed(seed))
+    held_out, fitted = order[: len(order) // 5], order[len(order) // 5 :]
+    part, rest = (tables.Table(table.x[rows], table.y[rows], table.features) for rows in (fitted, held_out))
+    return part, rest
+
+
+def _network(part: tables.Table, steps: int, seed: int) -> nn.Sequential:
+    network = tables.mlp(len(part.features), 16, 1, seed=seed)
+    _fit(network, part, steps)
+    return network
+
+
+def _splits(table: tables.Table, steps: int, seeds: range) -> dict[str, Any]:
+    """Held-out accuracy and AUC of the network and of logistic regression on the same splits, and the latter's coefficients."""
+    from sklearn.linear_model import LogisticRegression
+
+    found: dict[str, list[dict[str, float]]] = {"network": [], "logistic regression": []}
+    coefficients = []
+    for seed in seeds:
+        part, rest = _split(table, seed)
+        found["network"].append(_scores(_network(part, steps, seed), rest.x, rest.y))
+        model = LogisticRegression(max_iter=2000).fit(part.x.numpy(), part.y.numpy())
+        logits = torch.from_numpy(model.decision_function(rest.x.numpy()))
+        found["logistic regression"].append(_of_logits(logits, rest.y))
+        coefficients.append(torch.from_numpy(model.coef_[0]))
+    results: dict[str, Any] = {
+        name: {key: common.spread([one[key] for one in scores]) for key in scores[0]} for name, scores in found.items()
+    }
+    mean = torch.stack(coefficients).mean(0).tolist()
+    results["logistic regression"]["coefficients"] = dict(zip(table.features, mean, strict=True))
     return results
 
 

@@ -1,0 +1,123 @@
+"""CIFAR-10: the first and the classifier layers of a trained vgg11, descrambled, against data and networks without structure.
+
+The network is the base head's of summary_vgg, by the same recipe: with the same --checkpoints it is not trained again. Any
+layer can be made smooth: what counts is the loss on the test images against that on shuffled data, on images that P was not
+made for, and of the network before training.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.experiments import common, heads, images
+from benchmarks.experiments.summary_vgg import BASE, STUDY
+from interp_nn.explain import plots
+from interp_nn.explain.descramble import Descrambler, Nulls
+
+NAME = "descramble_cifar10"
+LAYERS = {
+    "first convolution": "body.0",
+    "classifier, layer 1": "head.1",
+    "classifier, layer 2": "head.4",
+    "classifier, logits": "head.6",
+}
+ORDERED = ("first convolution", "classifier, layer 1")
+AT_ONCE = 100  # images
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; the exit status, 2 where the data are not to be had."""
+    given = images.parser(NAME, __doc__).parse_args(arguments)
+    found = STUDY.images(given)
+    if found is None:
+        return 2
+    chosen, recipe = found
+    run = common.Run(NAME, given)
+    trainer = common.Trainer(STUDY.name, given, given.seeds)
+    networks = []
+    for seed in range(given.seeds):
+        network = heads.train(STUDY, trainer, BASE, seed, chosen, recipe)
+        fits = {layer: _fit(network, name, chosen.x_test) for layer, name in LAYERS.items()}
+        networks.append(
+            {
+                "test_accuracy": trainer.rows[-1]["last_accuracy"],
+                "layers": {layer: _layer(fit) for layer, fit in fits.items()},
+                "order": {layer: _ordered(network, LAYERS[layer], chosen.x_test) for layer in ORDERED},
+            }
+        )
+        _print(networks[-1])
+        if seed == 0:
+            _draw(run, network, fits)
+    results = {"networks": networks, "trainings": trainer.record()}
+    budget = {**images.budget(chosen, recipe, given), "operator": "fourier2", "untrained": "drawn anew from seed 0"}
+    run.finish(budget, results, recipe.epochs)
+    return 0
+
+
+def _fit(network: nn.Module, name: str, x: Tensor, **parameters: Any) -> Descrambler:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="H: rank")  # which the record has
+        return Descrambler(**parameters).fit_layer(network, name, x.split(AT_ONCE))
+
+
+def _layer(fit: Descrambler) -> dict[str, Any]:
+    """The loss of a fit in units of chance, with its nulls, and what is arbitrary in its P."""
+    known = fit.ambiguity_
+    return {
+        "features": known.features,
+        "rank": known.rank,
+        "error_against_the_bound": fit.check(),
+        "loss_over_that_of_a_random_P": fit.nulls_._asdict(),
+    }
+
+
+@torch.no_grad()
+def _ordered(network: nn.Module, name: str, x: Tensor) -> dict[str, float]:
+    """The units in the order in which neighbours are most alike, written into a copy of the network, which computes the same."""
+    ordered = copy.deepcopy(network)
+    fit = _fit(ordered, name, x, operator="diff1", group="permutation")
+    fit.apply_(ordered)
+    probe = x[:AT_ONCE]
+    return {
+        "error_of_logits": common.relative_error(ordered(probe), network(probe)),
+        "loss_over_its_lower_bound": fit.loss_ / fit.lower_bound_,
+        **{f"{name} over that of a random order": value for name, value in fit.nulls_._asdict().items()},
+    }
+
+
+def _print(one: dict[str, Any]) -> None:
+    print(f"\ntest accuracy {one['test_accuracy']:.3f}")
+    print(f"{'loss over that of a random P':>30}" + "".join(f"{name:>11}" for name in Nulls._fields) + f"{'rank':>12}")
+    for name, found in one["layers"].items():
+        values = found["loss_over_that_of_a_random_P"].values()
+        rank = f"{found['rank']} of {found['features']}"
+        print(f"{name:>30}" + "".join(f"{value:11.3g}" for value in values) + f"{rank:>12}")
+    for name, found in one["order"].items():
+        print(
+            f"{name}, in order: logits move by {found['error_of_logits']:.1e}, loss {found['loss_over_its_lower_bound']:.2f} "
+            "times the bound of all P"
+        )
+
+
+def _draw(run: common.Run, network: nn.Module, fits: dict[str, Descrambler]) -> None:
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(8, 4), layout="constrained")
+    plots.null_bars({name: fit.nulls_ for name, fit in fits.items()}, axes=axes)
+    run.figure(figure, "nulls")
+
+    before = network.get_submodule(LAYERS["first convolution"]).get_parameter("weight").detach().flatten(1)
+    after = fits["first convolution"].P_.to(before) @ before
+    figure = plots.descrambled_weights(before, after, rows="channel", columns="input")
+    figure.suptitle(f"First convolution: {len(before)} channels of {before.shape[1]} inputs")
+    run.figure(figure, "filters")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

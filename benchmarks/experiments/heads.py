@@ -1,0 +1,229 @@
+"""What the comparisons of heads share: a body with the reference's base head, and with summary heads.
+
+AskExplain/Interpretable-Neural-Net (D. Banh, 2022) forms b by sending an identity matrix through nn.Linear(d, k), so that
+b = Wᵀ + 1 cᵀ, with W and c drawn uniformly from ±1 / √d as nn.Linear draws, and both trained. Its networks are scored as they are
+in training: with dropout. Here they are scored in evaluation mode, and so too; without dropout the two are one.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from benchmarks import data, timing
+from benchmarks.experiments import common, images
+from benchmarks.experiments.images import Budget
+from benchmarks.networks import NETWORKS, MLPNetwork, Network, SummaryNetwork
+from benchmarks.training import Recipe, accuracy
+from interp_nn.nn import SummaryHead
+
+PUBLISHED_BUDGET = (
+    "15 epochs at batch 32 on all 50,000 training images, on a GPU; accuracies of one training, with dropout on"
+)
+TIMED = 10.0  # seconds, of steps
+
+
+class Published(NamedTuple):
+    """Accuracies after epochs 1 and 15 and the best of all, and the seconds of training and scoring 15 times."""
+
+    first: float
+    last: float
+    best: float
+    seconds: float
+
+
+class Variant(NamedTuple):
+    """A head ("mlp" or "summary") on the body, which may be without its ReLU, and what the reference published of it."""
+
+    head: str
+    reference_init: bool = False
+    relu: bool = True
+    published: Published | None = None
+
+
+class Study(NamedTuple):
+    """Heads on a body of `networks.ARCHITECTURES`, the first the base, and the budgets of their trainings on CIFAR-10.
+
+    aims: what is asked of the variant `ours` at the full budget: points of accuracy that it may be from the base's, in either
+    direction or only below, and times the base's training step.
+    """
+
+    name: str
+    architecture: str
+    learning_rate: float
+    variants: dict[str, Variant]
+    ours: str
+    off_base: float
+    either_way: bool
+    step_over_base: float
+    cpu: Budget
+    gpu: Budget
+    quick: Budget
+
+    def images(self, given: argparse.Namespace) -> tuple[data.Images, Recipe] | None:
+        """CIFAR-10 and the recipe within the budget; None after having printed why the images are not to be had."""
+        found = images.load(given, "cifar10")
+        return found and images.within(found, given, self.cpu, self.gpu, self.quick, self.learning_rate)
+
+
+class Shift(nn.Module):
+    """The reference's parametrization of `weight` (k, d), which is bᵀ: W + c 1ᵀ."""
+
+    def __init__(self, c: Tensor) -> None:
+        super().__init__()
+        self.c = nn.Parameter(c)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight + self.c.unsqueeze(1)
+
+
+def build(study: Study, name: str, classes: int = 10) -> Network:
+    """A variant with new weights, for images 3 x 32 x 32."""
+    variant = study.variants[name]
+    network = NETWORKS[variant.head](3, 32, study.architecture, classes)
+    if not variant.relu:
+        network.body = nn.Sequential(*(layer for layer in network.body if not isinstance(layer, nn.ReLU)))
+    if variant.reference_init:
+        assert isinstance(network, SummaryNetwork)
+        as_reference_(network.head)
+    return network
+
+
+def as_reference_(head: SummaryHead) -> None:
+    """Make b what the reference makes it: drawn and trained as Wᵀ + 1 cᵀ."""
+    linear = nn.Linear(head.in_features, head.out_features)
+    with torch.no_grad():
+        head.weight.copy_(linear.weight)
+    parametrize.register_parametrization(head, "weight", Shift(linear.bias.detach().clone()))
+
+
+def train(study: Study, trainer: common.Trainer, name: str, seed: int, chosen: data.Images, recipe: Recipe) -> Network:
+    """A variant, trained."""
+    start, measure = partial(build, study, name), partial(measures, chosen)
+    return trainer(name, seed, start, chosen.x_train, chosen.y_train, recipe, measure, loss)
+
+
+def loss(network: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    """What either network is trained on."""
+    assert isinstance(network, (MLPNetwork, SummaryNetwork))
+    return network.loss(x, y)
+
+
+def measures(chosen: data.Images, network: nn.Module) -> dict[str, float]:
+    """Test accuracies in evaluation mode and as the reference scores, and a summary head's orthogonality defect."""
+    found = images.accuracy_on(chosen)(network)
+    found["accuracy_as_scored"] = found["accuracy"]
+    if any(isinstance(module, nn.Dropout) for module in network.modules()):
+        network.train()
+        found["accuracy_as_scored"] = accuracy(network, chosen.x_test, chosen.y_test, batch=250)
+        network.eval()
+    if isinstance(network, SummaryNetwork):
+        found["defect"] = network.head.orthogonality_defect()
+    return found
+
+
+def main(study: Study, description: str | None, arguments: list[str] | None) -> int:
+    """Run a comparison's command line; the exit status, 2 where the data are not to be had."""
+    given = images.parser(study.name, description).parse_args(arguments)
+    found = study.images(given)
+    if found is None:
+        return 2
+    chosen, recipe = found
+    run = common.Run(study.name, given)
+    trainer = common.Trainer(study.name, given, given.seeds * len(study.variants))
+    for seed in range(given.seeds):
+        for name in study.variants:
+            train(study, trainer, name, seed, chosen, recipe)
+    times = step_times(study, chosen, recipe, given.quick)
+    results = _results(study, trainer, times)
+    _print(results)
+    published = {name: one.published.last for name, one in study.variants.items() if one.published}
+    images.draw(run, trainer, published, "heads", "CIFAR-10, last epoch; published: after 15 epochs, with dropout")
+    bodies = "He normal by fan-out" if study.architecture == "vgg11" else "PyTorch's own"
+    budget = {
+        **images.budget(chosen, recipe, given),
+        "initialisation": f"{bodies} in the convolutions; b orthonormal, or the reference's Wᵀ + 1 cᵀ, uniform in ±1 / √d",
+        "published": PUBLISHED_BUDGET,
+    }
+    run.finish(budget, results, recipe.epochs)
+    return 0
+
+
+def step_times(study: Study, chosen: data.Images, recipe: Recipe, quick: bool) -> dict[str, timing.Timing]:
+    """Milliseconds of a training step with each variant on the same batch, in rounds of all."""
+    x, y = chosen.x_train[: recipe.batch], chosen.y_train[: recipe.batch]
+
+    def stepper(name: str) -> Callable[[], object]:
+        torch.manual_seed(0)
+        network = build(study, name).to(x.device)
+        adam = torch.optim.Adam(network.parameters(), recipe.learning_rate)
+
+        def step() -> None:
+            adam.zero_grad()
+            network.loss(x, y).backward()
+            adam.step()
+
+        return step
+
+    clock = timing.on_events if x.is_cuda else timing.on_wall
+    steppers = {name: stepper(name) for name in study.variants}
+    return timing.interleave(steppers, 0 if quick else TIMED, least=1 if quick else 7, clock=clock)
+
+
+def _results(study: Study, trainer: common.Trainer, times: dict[str, timing.Timing]) -> dict[str, Any]:
+    table = trainer.table()
+    base = next(iter(study.variants))
+    networks = {}
+    for name, variant in study.variants.items():
+        scored = [history["accuracy_as_scored"] for history in trainer.of(name, "history")]
+        defects = [history["defect"][-1] for history in trainer.of(name, "history") if "defect" in history]
+        networks[name] = {
+            **table[name],
+            "last_accuracy_as_scored": common.spread([one[-1] for one in scored]),
+            "best_accuracy_as_scored": common.spread([max(one) for one in scored]),
+            "first_accuracy_as_scored": common.spread([one[0] for one in scored]),
+            "defect": common.spread(defects) if defects else None,
+            "published": variant.published and variant.published._asdict(),
+            "step": times[name].fields(),
+            "step_over_base": times[name].p50 / times[base].p50,
+        }
+    epoch, compared = trainer.compared()
+    off = compared[study.ours]["mean"] - compared[base]["mean"]
+    step = networks[study.ours]["step_over_base"]
+    within = abs(off) <= study.off_base if study.either_way else off >= -study.off_base
+    return {
+        "networks": networks,
+        "compared_after_epoch": epoch,
+        "accuracy_compared": compared,
+        "aims": {
+            f"{study.ours}: {'off' if study.either_way else 'below'} the base by at most {study.off_base:g}": {
+                "accuracy_minus_base": off,
+                "holds": within,
+            },
+            f"{study.ours}: at most {study.step_over_base:g} times the base's training step": {
+                "step_over_base": step,
+                "holds": step <= study.step_over_base,
+            },
+        },
+        "trainings": trainer.record(),
+    }
+
+
+def _print(results: dict[str, Any]) -> None:
+    columns = ("last epoch", "best", "as scored", "published", "ms a step", "over base")
+    print(f"\n{'test accuracy, %':34}" + "".join(f"{name:>15}" for name in columns))
+    for name, row in results["networks"].items():
+        keys = ("last_accuracy", "best_accuracy", "last_accuracy_as_scored")
+        known = f"{100 * row['published']['last']:.2f}" if row["published"] else "-"
+        cells = [*(common.percent(row[key]) for key in keys), known, f"{row['step']['ms_p50']:.3g}"]
+        print(f"{name:34}" + "".join(f"{cell:>15}" for cell in (*cells, f"{row['step_over_base']:.3f}")))
+    print(f"\nafter epoch {results['compared_after_epoch']}")
+    for name, aim in results["aims"].items():
+        value = next(iter(aim.values()))
+        print(f"{name}: {value:.4f}, {'holds' if aim['holds'] else 'DOES NOT HOLD'} at this budget")

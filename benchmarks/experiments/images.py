@@ -1,0 +1,109 @@
+"""What experiments on images share: options, data, budgets by device, accuracy as a measure, and the figure of trainings."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from benchmarks import data
+from benchmarks.experiments import common
+from benchmarks.training import Recipe, accuracy
+from interp_nn.explain import plots
+
+
+class Budget(NamedTuple):
+    """So many training and test images, the first of them (None is all), epochs of each training, seeds, images in a batch."""
+
+    train_size: int | None
+    test_size: int | None
+    epochs: int
+    seeds: int = 1
+    batch: int = 32
+
+
+def parser(name: str, description: str | None) -> argparse.ArgumentParser:
+    """The options of trainings, and those that say on which images."""
+    options = common.training_parser(name, description)
+    options.add_argument(
+        "--data",
+        type=Path,
+        default=os.environ.get("INTERP_NN_DATA"),
+        metavar="DIR",
+        help="folder of the images (default: $INTERP_NN_DATA)",
+    )
+    for split in ("train", "test"):
+        options.add_argument(
+            f"--{split}-size",
+            type=common.at_least(0),
+            metavar="N",
+            help=f"how many {split} images, the first; 0 is all",
+        )
+    options.add_argument("--batch", type=common.at_least(1), metavar="N", help="images in a batch of training")
+    return options
+
+
+def load(given: argparse.Namespace, dataset: str | None) -> data.Images | None:
+    """The images that the command line asks for; None after having printed why they are not to be had."""
+    try:
+        return data.load(dataset, None if given.data is None else Path(given.data))
+    except (FileNotFoundError, ValueError) as error:
+        print(error, file=sys.stderr)
+        return None
+
+
+def within(
+    images: data.Images, given: argparse.Namespace, cpu: Budget, gpu: Budget, quick: Budget, learning_rate: float
+) -> tuple[data.Images, Recipe]:
+    """The images of the budget, on the device, and the recipe: the device's budget wherever the command line says nothing.
+
+    Puts the seeds into `given`, and prints what is to be done.
+    """
+    usual = quick if given.quick else gpu if given.device.startswith("cuda") else cpu
+    given.seeds = given.seeds or usual.seeds
+    train_size = usual.train_size if given.train_size is None else given.train_size
+    test_size = usual.test_size if given.test_size is None else given.test_size
+    recipe = Recipe(given.epochs or usual.epochs, given.batch or usual.batch, learning_rate)
+    x_train, y_train = (part[: train_size or None].to(given.device) for part in (images.x_train, images.y_train))
+    x, y = (part[: test_size or None].to(given.device) for part in (images.x_test, images.y_test))
+    print(
+        f"{images.name}: {len(y_train):,} training and {len(y):,} test images, {recipe.epochs} epochs of Adam "
+        f"{recipe.learning_rate:g} at batch {recipe.batch}, {given.seeds} seeds"
+    )
+    return data.Images(images.name, x_train, y_train, x, y), recipe
+
+
+def budget(images: data.Images, recipe: Recipe, given: argparse.Namespace) -> dict[str, Any]:
+    """What a record says of the trainings."""
+    sizes = {"train_images": len(images.y_train), "test_images": len(images.y_test)}
+    return {**recipe._asdict(), "minutes": given.minutes, **sizes}
+
+
+def accuracy_on(images: data.Images) -> Callable[[nn.Module], dict[str, float]]:
+    """The measure of a training."""
+    return lambda network: {"accuracy": accuracy(network, images.x_test, images.y_test, batch=250)}
+
+
+def draw(run: common.Run, trainer: common.Trainer, published: dict[str, float], suffix: str, title: str) -> None:
+    """Accuracies after the last epoch as bars, with those published, and after each epoch as curves."""
+    from matplotlib import pyplot as plt
+    from matplotlib.ticker import MaxNLocator
+
+    names = list(dict.fromkeys(row["network"] for row in trainer.rows))
+    figure, (bars, curves) = plt.subplots(1, 2, figsize=(12, 4.2), layout="constrained")
+    plots.regime_bars({name: trainer.of(name, "last_accuracy") for name in names}, published=published, axes=bars)
+    bars.set(xlabel="test accuracy, %", title=title)
+    for i, name in enumerate(names):
+        for seed, history in enumerate(trainer.of(name, "history")):
+            percent = [100 * share for share in history["accuracy"]]
+            label = name if seed == 0 else None
+            curves.plot(range(1, len(percent) + 1), percent, color=f"C{i}", marker=".", linewidth=1, label=label)
+    curves.set(xlabel="epoch", ylabel="test accuracy, %")
+    curves.xaxis.set_major_locator(MaxNLocator(integer=True))
+    curves.legend(fontsize=8)
+    run.figure(figure, suffix)

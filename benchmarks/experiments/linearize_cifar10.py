@@ -1,0 +1,160 @@
+"""CIFAR-10: the logits of a trained vgg11 as exact sums over pixels and a constant, against what other attributions make of them.
+
+The network is the base head's of summary_vgg, by the same recipe: with the same --checkpoints it is not trained again. Where a
+network is piecewise affine the exact attribution is gradient x input; what that leaves out is the constant.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.experiments import attributions, common, exactness, heads, images
+from benchmarks.experiments.summary_vgg import BASE, STUDY
+from interp_nn.explain import plots
+from interp_nn.explain.affine import linearize
+
+NAME = "linearize_cifar10"
+EXPLAINED, CHECKED = 100, 20  # test images
+SHARES = [i / 16 for i in range(17)]
+CLASSES = ("plane", "car", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+METHODS = {
+    "exact": attributions.exact,
+    "gradient x input": attributions.gradient_times_input,
+    "integrated gradients": attributions.integrated_gradients,
+}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; the exit status, 2 where the data are not to be had."""
+    given = images.parser(NAME, __doc__).parse_args(arguments)
+    found = STUDY.images(given)
+    if found is None:
+        return 2
+    chosen, recipe = found
+    run = common.Run(NAME, given)
+    explained, checked = (3, 2) if given.quick else (EXPLAINED, CHECKED)
+    x, y = chosen.x_test[:explained], chosen.y_test[:explained]
+    trainer = common.Trainer(STUDY.name, given, given.seeds)
+    networks = []
+    for seed in range(given.seeds):
+        network = heads.train(STUDY, trainer, BASE, seed, chosen, recipe)
+        torch.manual_seed(seed)
+        networks.append(_explain(run, network, x, y, checked, seed))
+    results = {"networks": networks, "trainings": trainer.record()}
+    for one in networks:
+        _print(one)
+    _draw(run, networks[0])
+    budget = {
+        **images.budget(chosen, recipe, given),
+        "images_explained": len(x),
+        "images_checked": checked,
+        "shares_of_pixels": SHARES,
+        "points_of_integrated_gradients": attributions.PATH,
+    }
+    run.finish(budget, results, recipe.epochs)
+    return 0
+
+
+def _explain(run: common.Run, network: nn.Module, x: Tensor, y: Tensor, checked: int, seed: int) -> dict[str, Any]:
+    """Curves and exactness in fp32 as the network is, and the constant, and again the exactness, in fp64."""
+    with torch.no_grad():
+        predicted = torch.cat([network(part) for part in x.split(250)]).argmax(1)
+    found = {name: method(network, x, predicted) for name, method in METHODS.items()}
+    scores = {name: one.sum(1) for name, one in found.items()}
+    draw = torch.Generator().manual_seed(seed)
+    scores["random"] = torch.rand(scores["exact"].shape, generator=draw).to(x)
+    curves = {
+        name: {kind: one._asdict() for kind, one in attributions.curves(network, x, predicted, by, SHARES).items()}
+        for name, by in scores.items()
+    }
+    in_32_bits = exactness.errors(network, x[:checked])
+    network.double()
+    x = x.double()
+    if seed == 0:
+        _draw_maps(run, network, x[:6], y, predicted)
+    return {
+        "test_accuracy": (predicted == y).double().mean().item(),
+        "exactness": {"float32": in_32_bits, "float64": exactness.errors(network, x[:checked])},
+        "error_over_change_by_step": exactness.neighbourhood(network, x[:checked]),
+        "exact_minus_gradient_times_input": common.relative_error(found["exact"], found["gradient x input"]),
+        "bias": _bias(network, x, predicted),
+        "curves": curves,
+    }
+
+
+def _bias(network: nn.Module, x: Tensor, predicted: Tensor) -> dict[str, Any]:
+    """What the constant is of the logits, and of the predicted one, by layer too."""
+    biases, logits, layers = [], [], []
+    for part in x.split(CHECKED):
+        linear = linearize(network, part)
+        with torch.no_grad():
+            logits.append(network(part))
+        biases.append(linear.bias.detach())
+        layers.append({name: one.detach() for name, one in linear.bias_by_layer().items()})
+    b, outputs = torch.cat(biases), torch.cat(logits)
+    by_layer = {name: torch.cat([one[name] for one in layers]) for name in layers[0]}
+    rows = torch.arange(len(x), device=x.device)
+    constant, logit = b[rows, predicted], outputs[rows, predicted]
+    return {
+        "norm_of_b_over_norm_of_logits": (b.norm() / outputs.norm()).item(),
+        "mean_predicted_logit": logit.mean().item(),
+        "mean_of_its_constant": constant.mean().item(),
+        "median_share_of_its_constant": (constant / logit).median().item(),
+        "images_whose_constant_outweighs_the_pixels": (constant.abs() > (logit - constant).abs())
+        .double()
+        .mean()
+        .item(),
+        "mean_of_its_constant_by_layer": {name: one[rows, predicted].mean().item() for name, one in by_layer.items()},
+        "sum_of_layers_error": common.relative_error(torch.stack(list(by_layer.values())).sum(0), b),
+    }
+
+
+def _print(one: dict[str, Any]) -> None:
+    print(f"\ntest accuracy {one['test_accuracy']:.3f}")
+    print(f"{'|F - (Wx + b)| / |F|':34} {'float32':>9} {'float64':>9}")
+    for key in next(iter(one["exactness"].values())):
+        print(f"{key.replace('_', ' '):34} " + " ".join(f"{e[key]:9.1e}" for e in one["exactness"].values()))
+    print(f"exact less gradient x input {one['exact_minus_gradient_times_input']:.1e}")
+    bias = one["bias"]
+    print(
+        f"predicted logit, mean: {bias['mean_predicted_logit']:.2f}, of which the constant {bias['mean_of_its_constant']:.2f} "
+        f"(median share {bias['median_share_of_its_constant']:.2f}); |b| / |F| = {bias['norm_of_b_over_norm_of_logits']:.3f}"
+    )
+    print(f"\n{'area under the curve':24} {'deletion':>16} {'insertion':>16}")
+    for name, curves in one["curves"].items():
+        cells = (f"{curve['area']:.3f} ± {curve['standard_error']:.3f}" for curve in curves.values())
+        print(f"{name:24} " + " ".join(f"{cell:>16}" for cell in cells))
+
+
+def _draw(run: common.Run, one: dict[str, Any]) -> None:
+    from matplotlib import pyplot as plt
+
+    figure, panels = plt.subplots(1, 2, figsize=(10.5, 4), sharey=True, layout="constrained")
+    for axes, kind, what in zip(panels, ("deletion", "insertion"), ("set to 0", "given back"), strict=True):
+        for name, curves in one["curves"].items():
+            line = {"linestyle": "--", "linewidth": 2.5} if name == "gradient x input" else {"marker": "."}
+            label = f"{name}: {curves[kind]['area']:.3f}"
+            axes.plot([100 * s for s in SHARES], curves[kind]["probability"], label=label, **line)
+        axes.set(xlabel=f"pixels {what}, %", title=kind.capitalize())
+        axes.legend(fontsize=8, title="area under the curve", title_fontsize=8)
+    panels[0].set_ylabel("probability of the predicted class")
+    run.figure(figure, "curves")
+
+
+def _draw_maps(run: common.Run, network: nn.Module, x: Tensor, y: Tensor, predicted: Tensor) -> None:
+    figure = plots.attribution_maps(
+        linearize(network, x).contributions(x).cpu(),
+        (x.cpu() + 1) / 2,
+        rows=[f"{CLASSES[int(y[i])]}, called {CLASSES[int(predicted[i])]}" for i in range(len(x))],
+        columns=CLASSES,
+    )
+    figure.suptitle("What each pixel adds to each logit")
+    run.figure(figure, "maps")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

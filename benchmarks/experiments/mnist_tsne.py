@@ -1,0 +1,109 @@
+"""MNIST on a plane: a parametric t-SNE, and for each image the two that say how its pixels move it.
+
+The network of van der Maaten (AISTATS 2009), 500-500-2000-2, trained on the divergence by Adam from a random start: a fifth of
+the epochs with attraction counted four times, then, with Adam begun anew, the rest.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+from functools import partial
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.experiments import common, embedding, images
+from benchmarks.experiments.images import Budget
+from interp_nn.explain.affine import linearize
+from interp_nn.explain.tsne import joint_probabilities, tsne_loss
+
+NAME = "mnist_tsne"
+LEARNING_RATE = 1e-3
+PERPLEXITY = 30.0
+EXAGGERATION, EXAGGERATED = "attraction x 4", 4.0
+EXPLAINED = 200  # test images
+CPU = Budget(10_000, 2000, 50, batch=500)
+GPU = Budget(None, None, 100, batch=500)
+QUICK = Budget(120, 60, 5, batch=60)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; the exit status, 2 where the data are not to be had."""
+    options = images.parser(NAME, __doc__)
+    options.add_argument("--perplexity", type=float, default=PERPLEXITY, help="below the images of a batch, less one")
+    given = options.parse_args(arguments)
+    found = images.load(given, "mnist")
+    if found is None:
+        return 2
+    run = common.Run(NAME, given)
+    chosen, recipe = images.within(found, given, CPU, GPU, QUICK, LEARNING_RATE)
+    recipe = recipe._replace(batch=min(recipe.batch, len(chosen.y_train)))
+    if not 1 < given.perplexity < recipe.batch - 1:
+        options.error(f"--perplexity: got {given.perplexity:g} for batches of {recipe.batch} images")
+    whole = len(chosen.y_train) - len(chosen.y_train) % recipe.batch  # all batches of one size
+    x_train, x = ((part + 1) / 2 for part in (chosen.x_train[:whole], chosen.x_test))  # ink is 0 to 1
+    y_train, y = chosen.y_train[:whole], chosen.y_test
+    first = recipe.epochs // 5
+    phases = {EXAGGERATION: (first, EXAGGERATED), "t-SNE": (recipe.epochs - first, 1.0)}
+    phases = {name: phase for name, phase in phases.items() if phase[0]}
+
+    def measure(network: nn.Module) -> dict[str, float]:
+        return {"accuracy": embedding.accuracy(_placed(network, x_train), y_train, _placed(network, x), y)}
+
+    trainer = common.Trainer(NAME, given, given.seeds * len(phases))
+    planes: list[dict[str, Any]] = []
+    for seed in range(given.seeds):
+        network: nn.Module | None = None
+        for name, (epochs, exaggeration) in phases.items():
+            source = None if network is None else EXAGGERATION
+            build = partial(_encoder, x[0].numel()) if network is None else partial(copy.deepcopy, network)
+            objective = partial(_loss, given.perplexity, exaggeration)
+            steps = recipe._replace(epochs=epochs)
+            network = trainer(name, seed, build, x_train, y_train, steps, measure, objective, source)
+        assert network is not None
+        divergence = trainer.rows[-1]["history"]["loss"]
+        placed = _placed(network, x_train), _placed(network, x)
+        linear = linearize(network.double(), x[:EXPLAINED].double())
+        planes.append(
+            {
+                "divergence": divergence,
+                **embedding.quality(*placed, x_train, y_train, x, y),
+                "exactness_float64": embedding.errors(network, linear, x[:EXPLAINED].double(), seed),
+            }
+        )
+        print(
+            f"\ndivergence {divergence[0]:.3f} in the first epoch of attraction as it is, {divergence[-1]:.3f} in the last"
+        )
+        embedding.show(planes[-1])
+        if seed == 0:
+            title = "Parametric t-SNE of MNIST: fitted images, and new ones with a rim"
+            fitted, new = ((points.cpu(), labels.cpu()) for points, labels in zip(placed, (y_train, y), strict=True))
+            embedding.draw_plane(run, title, fitted, new, divergence)
+            embedding.draw_movement(run, x[:EXPLAINED], y[:EXPLAINED], linear.weight)
+    results = {"points": {"fitted": whole, "new": len(y)}, "planes": planes, "trainings": trainer.record()}
+    budget = {**images.budget(chosen, recipe, given), "phases": phases, "perplexity": given.perplexity}
+    run.finish({**budget, "images_explained": min(EXPLAINED, len(y))}, results, recipe.epochs)
+    return 0
+
+
+def _encoder(inputs: int) -> nn.Sequential:
+    layers: list[nn.Module] = [nn.Flatten()]
+    for fan_in, fan_out in pairwise((inputs, 500, 500, 2000, 2)):
+        layers += [nn.Linear(fan_in, fan_out), nn.ReLU()]
+    return nn.Sequential(*layers[:-1])
+
+
+def _loss(perplexity: float, exaggeration: float, network: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    return tsne_loss(network(x), joint_probabilities(x, perplexity), exaggeration)
+
+
+@torch.no_grad()
+def _placed(network: nn.Module, x: Tensor) -> Tensor:
+    return torch.cat([network(part) for part in x.split(1000)])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
