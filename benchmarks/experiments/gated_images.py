@@ -96,7 +96,7 @@ def _results(trainer: common.Trainer, published: dict[str, float]) -> dict[str, 
         },
         "compared_after_epoch": epoch,
         "accuracy_compared": compared,
-        "dlgn_over_relu": {name: mean[name] / mean["ReLU"] for name in ("DLGN(x)", "DLGN(1)")},
+        "dlgn_over_relu": {name: mean[name] / mean["ReLU"] for name in ("DLGN(x)", "DLGN(1)") if mean["ReLU"]},
         "ordered_frnpf_dlnpf_flnpf_relu": order == sorted(order),
         "trainings": trainer.record(),
     }

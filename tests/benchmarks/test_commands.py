@@ -1,11 +1,12 @@
 """The command line, as users call it, on problems small enough for every run of the tests."""
 
 import json
+import pkgutil
 
 import pytest
 import torch
 
-from benchmarks import networks
+from benchmarks import experiments, networks
 from benchmarks.__main__ import main
 
 
@@ -27,6 +28,23 @@ def test_demo_writes_its_record_and_figure(tmp_path, capsys):
 def test_demo_says_what_is_missing(tmp_path, capsys):
     assert main(["demo", "--dataset", "mnist", "--data", str(tmp_path), "--output", str(tmp_path)]) == 2
     assert "mnist: not found in" in capsys.readouterr().err
+
+
+def test_experiments_are_listed_and_run_by_name(tmp_path, capsys):
+    assert main(["experiments"]) == 0
+    listed = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
+    assert listed == [*experiments.NAMES, *experiments.ALIASES]
+    modules = {module.name for module in pkgutil.iter_modules(experiments.__path__)}
+    assert {name for name in modules if hasattr(experiments._module(name), "NAME")} == set(experiments.NAMES)
+    assert all(name == experiments._module(name).NAME for name in experiments.NAMES)
+
+    assert main(["experiments", "two-regimes", "--quick", "--output", str(tmp_path)]) == 0
+    assert json.loads((tmp_path / "two_regimes.json").read_text())["experiment"] == "two_regimes"
+    capsys.readouterr()
+    assert main(["experiments", "dlgn-cifar10", "--data", str(tmp_path)]) == 2
+    assert "cifar10: not found in" in capsys.readouterr().err
+    assert main(["experiments", "summary-vg"]) == 2
+    assert "summary-vg: no such experiment; did you mean summary_vgg" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("channels", "size", "features"), [(1, 8, 256), (1, 28, 1024), (3, 32, 1600)])

@@ -44,6 +44,26 @@ def test_cifar10_official_batches(tmp_path, subfolder):
     assert images.y_train.tolist() == y[:10].tolist()
 
 
+def test_cifar100_official_files(tmp_path):
+    folder = tmp_path / "cifar-100-python"
+    folder.mkdir()
+    x, y = _pixels(4, 32, 32, 3), [0, 99, 50, 7]
+    for name, part in (("train", slice(0, 3)), ("test", slice(3, 4)), ("meta", slice(0, 0))):
+        raw = x[part].transpose(0, 3, 1, 2).reshape(-1, 3072)
+        (folder / name).write_bytes(
+            pickle.dumps({b"data": raw, b"fine_labels": y[part], b"coarse_labels": [0] * len(raw)})
+        )
+    images = data.load(None, tmp_path)
+    assert images.name == "cifar100" and images.classes == 100
+    assert torch.equal(images.x_train, _expected(x[:3])) and torch.equal(images.x_test, _expected(x[3:]))
+    assert images.y_train.tolist() == [0, 99, 50] and images.y_test.tolist() == [7]
+    (folder / "test").write_bytes(pickle.dumps({b"data": raw, b"fine_labels": [100]}))
+    with pytest.raises(
+        ValueError, match=r"cifar100: the files in .* are damaged: 0 images with 1 labels, want as many, 0 to 99"
+    ):
+        data.load("cifar100", tmp_path)
+
+
 def test_cifar10_sheets(tmp_path):
     x, y = _pixels(1000, 32, 32, 3), (np.arange(1000) % 10).astype(np.uint8)
     sheet = x.reshape(25, 40, 32, 32, 3).transpose(0, 2, 1, 3, 4).reshape(800, 1280, 3)
@@ -118,5 +138,8 @@ def test_what_is_missing_is_named(tmp_path):
         data.load("cifar10", None)
     with pytest.raises(FileNotFoundError, match="mnist: not found in"):
         data.load("mnist", tmp_path)
-    with pytest.raises(FileNotFoundError, match="cifar10 or mnist: not found in"):
+    with pytest.raises(
+        FileNotFoundError,
+        match=r"cifar10 or mnist or cifar100: not found in .*; looked for data_batch_1..5.*; train, test and meta",
+    ):
         data.load(None, tmp_path)

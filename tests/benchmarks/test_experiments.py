@@ -103,6 +103,10 @@ def test_the_titanic_from_its_passengers(tmp_path, capsys):
     assert results["passengers"] == {"fitted": 221, "held_out": 55}
     assert results["held_out"]["accuracy"] > 0.6 and results["check"] <= 1e-12
     assert max(results["importance"], key=results["importance"].get) == "female"
+    for found in results["splits"].values():
+        assert 0.6 < found["accuracy"]["mean"] < 1 and 0.6 < found["auc"]["mean"] < 1 and found["auc"]["std"] > 0
+    coefficients = results["splits"]["logistic regression"]["coefficients"]
+    assert max(coefficients, key=coefficients.get) == "female"
     assert "221 passengers" in capsys.readouterr().out
 
 
@@ -237,7 +241,7 @@ def test_numbers_that_mean_nothing_are_refused(option, capsys):
 
 def test_missing_or_damaged_images_are_named(tmp_path, capsys):
     for arguments, message in (
-        (["--data", str(tmp_path)], "cifar10 or mnist: not found in"),
+        (["--data", str(tmp_path)], "cifar10 or mnist or cifar100: not found in"),
         (["--dataset", "mnist"], "mnist: no folder given"),
     ):
         assert gated_images.main([*arguments, "--output", str(tmp_path)]) == 2
