@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from torch import nn
 
 from benchmarks import data
@@ -80,8 +81,13 @@ def within(
 
 def budget(images: data.Images, recipe: Recipe, given: argparse.Namespace) -> dict[str, Any]:
     """What a record says of the trainings."""
-    sizes = {"train_images": len(images.y_train), "test_images": len(images.y_test)}
-    return {**recipe._asdict(), "minutes": given.minutes, **sizes}
+    return {
+        **recipe._asdict(),
+        "minutes": given.minutes,
+        "train_images": len(images.y_train),
+        "test_images": len(images.y_test),
+        "tf32_in_convolutions": images.x_test.is_cuda and torch.backends.cudnn.allow_tf32,
+    }
 
 
 def accuracy_on(images: data.Images) -> Callable[[nn.Module], dict[str, float]]:
@@ -103,7 +109,7 @@ def draw(run: common.Run, trainer: common.Trainer, published: dict[str, float], 
             percent = [100 * share for share in history["accuracy"]]
             label = name if seed == 0 else None
             curves.plot(range(1, len(percent) + 1), percent, color=f"C{i}", marker=".", linewidth=1, label=label)
-    curves.set(xlabel="epoch", ylabel="test accuracy, %")
+    curves.set(xlabel="epoch", ylabel="test accuracy, %", xlim=(0.5, max(row["epochs"] for row in trainer.rows) + 0.5))
     curves.xaxis.set_major_locator(MaxNLocator(integer=True))
     curves.legend(fontsize=8)
     run.figure(figure, suffix)

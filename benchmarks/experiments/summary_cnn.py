@@ -31,7 +31,7 @@ STUDY = Study(
     off_base=0.01,
     either_way=False,
     step_over_base=1.0,
-    cpu=Budget(None, None, 3),
+    cpu=Budget(None, None, 4),
     gpu=Budget(None, None, 15),
     quick=Budget(32, 20, 1, batch=16),
 )

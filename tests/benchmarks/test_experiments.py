@@ -36,6 +36,7 @@ def recorded(experiment, folder, *arguments, name=None):
     assert experiment.main(["--output", str(folder), *arguments]) == 0
     record = json.loads((folder / f"{name}.json").read_text())
     assert record["experiment"] == name and record["git_sha"] is not None
+    assert {"device", "versions", "seeds", "epochs", "seconds", "budget"} <= set(record)
     assert record["quick"] == ("--quick" in arguments)
     assert sorted(record["figures"]) == sorted(file.name for file in folder.glob("*.png")) and record["figures"]
     for name in record["figures"]:

@@ -86,7 +86,7 @@ def test_the_heads_of_vgg11_of_which_one_is_explained(thin, folder, tmp_path, ca
     assert record["seeds"] == [0] and record["epochs"] == 2
     assert {**record["budget"], "initialisation": "", "published": ""} == {
         "epochs": 2, "batch": 10, "learning_rate": 1e-4, "minutes": None, "train_images": 60, "test_images": 20,
-        "initialisation": "", "published": "",
+        "tf32_in_convolutions": False,         "initialisation": "", "published": "",
     }  # fmt: skip
     results = record["results"]
     assert list(results["networks"]) == list(summary_vgg.STUDY.variants)
