@@ -135,10 +135,11 @@ def _experiments(given: argparse.Namespace) -> int:
         print(experiments.listing())
         return 0
     try:
-        return experiments.run(given.name, given.options)
-    except KeyError as error:
-        print(f"benchmarks experiments: {error.args[0]}", file=sys.stderr)
+        run_experiment = experiments.find(given.name)
+    except ValueError as error:
+        print(f"benchmarks experiments: {error}", file=sys.stderr)
         return 2
+    return run_experiment(given.options)
 
 
 def _host(given: argparse.Namespace) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import inspect
+from collections.abc import Callable
 from types import ModuleType
 
 # Those on the papers' own data first.
@@ -37,16 +38,16 @@ ALIASES = {
 }
 
 
-def run(name: str, arguments: list[str]) -> int:
-    """Run the command line of an experiment; dashes in its name are underscores. The exit status.
+def find(name: str) -> Callable[[list[str]], int]:
+    """What runs an experiment's command line and gives its exit status; dashes in the name are underscores.
 
-    Raises KeyError for another name, with the nearest.
+    Raises ValueError for another name, with the nearest.
     """
     known, *given = ALIASES.get(name.replace("-", "_"), (name.replace("-", "_"),))
     if known not in NAMES:
         near = difflib.get_close_matches(known, [*NAMES, *ALIASES])
-        raise KeyError(f"{name}: no such experiment" + (f"; did you mean {' or '.join(near)}?" if near else ""))
-    return int(_module(known).main([*given, *arguments]))
+        raise ValueError(f"{name}: no such experiment" + (f"; did you mean {' or '.join(near)}?" if near else ""))
+    return lambda arguments: int(_module(known).main([*given, *arguments]))
 
 
 def listing() -> str:

@@ -50,8 +50,8 @@ class Variant(NamedTuple):
 class Study(NamedTuple):
     """Heads on a body of `networks.ARCHITECTURES`, the first the base, and the budgets of their trainings on CIFAR-10.
 
-    aims: what is asked of the variant `ours` at the full budget: points of accuracy that it may be from the base's, in either
-    direction or only below, and times the base's training step.
+    off_base, either_way, step_over_base: what is asked of the variant `ours` at the full budget: how far its accuracy may be from
+    the base's, either way or only below, and how long its training step may be, in steps of the base.
     """
 
     name: str

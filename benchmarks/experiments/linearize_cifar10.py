@@ -60,7 +60,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _explain(run: common.Run, network: nn.Module, x: Tensor, y: Tensor, checked: int, seed: int) -> dict[str, Any]:
-    """Curves and exactness in fp32 as the network is, and the constant, and again the exactness, in fp64."""
+    """Attributions and their curves in fp32, the constant in fp64, and exactness in both; leaves the network in fp64."""
     with torch.no_grad():
         predicted = torch.cat([network(part) for part in x.split(250)]).argmax(1)
     found = {name: method(network, x, predicted) for name, method in METHODS.items()}
