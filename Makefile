@@ -31,7 +31,7 @@ help:
 demo: $(READY)bench
 	$(PY) -m benchmarks demo $(ARGS)
 
-## make test      the quick tier of the tests, 3 minutes
+## make test      the quick tier of the tests, 7 minutes
 test: $(READY)test
 	$(PY) -m pytest $(ARGS)
 
