@@ -16,14 +16,6 @@ plots = pytest.importorskip("interp_nn.explain.plots.spectra")
 NULLS = Nulls(0.1, 0.4, 0.12, 0.2)
 
 
-@pytest.fixture(autouse=True)
-def _no_window(monkeypatch):
-    plt.switch_backend("Agg")
-    monkeypatch.setattr(plt, "show", lambda: pytest.fail("a plot was shown"))
-    yield
-    plt.close("all")
-
-
 def draw(figure):
     """Drawing shows that nothing warns."""
     figure.canvas.draw()

@@ -12,14 +12,6 @@ matplotlib = pytest.importorskip("matplotlib")
 plt = pytest.importorskip("matplotlib.pyplot")
 
 
-@pytest.fixture(autouse=True)
-def _no_window(monkeypatch):
-    plt.switch_backend("Agg")
-    monkeypatch.setattr(plt, "show", lambda: pytest.fail("a plot was shown"))
-    yield
-    plt.close("all")
-
-
 def drawn(figure):
     """The figure's pixels, (height, width, 3); drawing also shows that nothing warns."""
     figure.canvas.draw()

@@ -9,14 +9,6 @@ matplotlib = pytest.importorskip("matplotlib")
 plt = pytest.importorskip("matplotlib.pyplot")
 
 
-@pytest.fixture(autouse=True)
-def _no_window(monkeypatch):
-    plt.switch_backend("Agg")
-    monkeypatch.setattr(plt, "show", lambda: pytest.fail("a plot was shown"))
-    yield
-    plt.close("all")
-
-
 def ticks(axis):
     return [label.get_text() for label in axis.get_ticklabels()]
 
