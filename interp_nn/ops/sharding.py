@@ -23,14 +23,15 @@ from interp_nn.ops.library import apply, define
 
 
 def _forward(x: Tensor, b: Tensor, bias: Tensor | None, plan: str) -> tuple[Tensor, Tensor, Tensor]:
-    """(y, and what the form keeps, empty where it keeps less): DTensor has no strategies for lists of outputs."""
-    y, kept = whole._summary(x, b, bias, plan)
-    first, second = (*kept, x.new_empty(0), x.new_empty(0))[:2]
-    return y, first, second
+    return _with_two(x, *whole._summary(x, b, bias, plan))
 
 
 def _fake_forward(x: Tensor, b: Tensor, bias: Tensor | None, plan: str) -> tuple[Tensor, Tensor, Tensor]:
-    y, kept = whole._fake_summary(x, b, bias, plan)
+    return _with_two(x, *whole._fake_summary(x, b, bias, plan))
+
+
+def _with_two(x: Tensor, y: Tensor, kept: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """(y, and what the form keeps, empty where it keeps less): DTensor has no strategies for lists of outputs."""
     first, second = (*kept, x.new_empty(0), x.new_empty(0))[:2]
     return y, first, second
 

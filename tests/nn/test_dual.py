@@ -3,6 +3,7 @@ import io
 
 import pytest
 import torch
+from explain.networks import BasicBlock
 from torch import nn
 from torch.nn import functional as F
 
@@ -12,26 +13,6 @@ from interp_nn.nn.dual import to_dgn
 from interp_nn.nn.gates import HardGate, SoftGate
 
 
-class Block(nn.Module):
-    """A residual block as torchvision writes it: one ReLU module, in place, called twice, and an addition in place."""
-
-    def __init__(self, inputs, outputs, stride=1):
-        super().__init__()
-        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(outputs)
-        self.relu = nn.ReLU(inplace=True)
-        self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
-        self.bn2 = nn.BatchNorm2d(outputs)
-        self.downsample = None
-        if stride != 1 or inputs != outputs:
-            self.downsample = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
-
-    def forward(self, x):
-        out = self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x)))))
-        out += x if self.downsample is None else self.downsample(x)
-        return self.relu(out)
-
-
 class ResNet(nn.Module):
     """A stem with an overlapping max-pooling, three blocks, a global average and a linear head."""
 
@@ -39,7 +20,9 @@ class ResNet(nn.Module):
         super().__init__()
         self.conv1, self.bn1 = nn.Conv2d(3, width, 7, 2, 3, bias=False), nn.BatchNorm2d(width)
         self.relu, self.maxpool = nn.ReLU(inplace=True), nn.MaxPool2d(3, 2, 1)
-        self.layer1 = nn.Sequential(Block(width, width), Block(width, 2 * width, 2), Block(2 * width, 2 * width))
+        self.layer1 = nn.Sequential(
+            BasicBlock(width, width, 1), BasicBlock(width, 2 * width, 2), BasicBlock(2 * width, 2 * width, 1)
+        )
         self.avgpool, self.fc = nn.AdaptiveAvgPool2d(1), nn.Linear(2 * width, 5)
 
     def forward(self, x):
