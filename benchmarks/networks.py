@@ -118,11 +118,14 @@ def relu_mlp(*widths: int) -> nn.Sequential:
     return nn.Sequential(*layers[:-1])
 
 
-def gconv(channels: int, classes: int = CLASSES) -> nn.Sequential:
-    """GCONV of arXiv 2006.10529, without biases: four convolutions 3 x 3, the mean of all positions, two hidden layers."""
+def gconv(channels: int, classes: int = CLASSES, stride: int = 1) -> nn.Sequential:
+    """GCONV of arXiv 2006.10529, without biases: four convolutions 3 x 3, the mean of all positions, two hidden layers.
+
+    stride: of the second and the fourth convolution, as published 1; 2 makes it 7 times cheaper.
+    """
     layers: list[nn.Module] = []
-    for fan_in, fan_out in pairwise((channels, 64, 64, 128, 128)):
-        layers += [nn.Conv2d(fan_in, fan_out, 3, padding=1, bias=False), nn.ReLU()]
+    for (fan_in, fan_out), step in zip(pairwise((channels, 64, 64, 128, 128)), (1, stride) * 2, strict=True):
+        layers += [nn.Conv2d(fan_in, fan_out, 3, step, padding=1, bias=False), nn.ReLU()]
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), *relu_mlp(128, 256, 256, classes))
 
 

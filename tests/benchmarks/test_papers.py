@@ -271,6 +271,15 @@ def test_gated_images_of_100_classes(folder, tmp_path):
     assert "out_features=100" in record["budget"]["network"]
 
 
+def test_gated_images_of_another_stride_are_trained_anew(folder, tmp_path):
+    arguments = ["--dataset", "cifar10", "--train-size", "4", "--test-size", "4", "--batch", "4"]
+    arguments += ["--checkpoints", str(tmp_path / "checkpoints")]
+    on_a_cpu = recorded(gated_images, tmp_path / "2", folder, *arguments, name="gated_images-cifar10")
+    published = recorded(gated_images, tmp_path / "1", folder, *arguments, "--stride", "1", name="gated_images-cifar10")
+    assert on_a_cpu["budget"]["network"].count("stride=(2, 2)") == 2 and "(2, 2)" not in published["budget"]["network"]
+    assert len(list((tmp_path / "checkpoints").iterdir())) == 2 * len(gated_images.REGIMES)
+
+
 @pytest.mark.parametrize("experiment", [summary_vgg, summary_cnn, linearize_cifar10, descramble_cifar10, mnist_tsne])
 def test_missing_or_damaged_images_are_named(experiment, tmp_path, capsys):
     name = "mnist" if experiment is mnist_tsne else "cifar10"
