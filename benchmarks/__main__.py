@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import ceilings, compare, experiments, record, report, roofline, rows, run
+from benchmarks import ceilings, compare, experiments, papers, record, report, roofline, rows, run
 from benchmarks.gpu import job
 from benchmarks.problems import DTYPES, OPS, products
 from benchmarks.suites import ops
@@ -57,7 +57,13 @@ def main(arguments: list[str] | None = None) -> int:
 
     table = commands.add_parser("table", help="print records as Markdown")
     table.add_argument("file", type=Path, nargs="+")
-    table.add_argument("--readme", type=Path, metavar="FILE", help="write the table into this file, between its marks")
+    table.add_argument("--page", type=Path, metavar="FILE", help="write the table into this file, between its marks")
+
+    papers_table = commands.add_parser("papers", help="print what the papers published beside the experiments' records")
+    papers_table.add_argument("--brief", action="store_true", help="only what has been published, and its rivals")
+    papers_table.add_argument(
+        "--page", type=Path, metavar="FILE", help="write the table into this file, between its marks"
+    )
 
     plot = commands.add_parser("plot", help="draw records")
     plot.add_argument("file", type=Path, nargs="+")
@@ -95,13 +101,26 @@ def _list(_: argparse.Namespace) -> int:
 
 def _table(given: argparse.Namespace) -> int:
     try:
-        if given.readme is None:
+        if given.page is None:
             print(report.markdown(rows.read(given.file)))
         else:
             for file in given.file:
-                report.fill(given.readme, file, record.ROOT)
+                report.fill(given.page, file, record.ROOT)
     except (OSError, ValueError) as error:
         print(f"benchmarks table: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _papers(given: argparse.Namespace) -> int:
+    text = papers.markdown(papers.read(), given.brief)
+    if given.page is None:
+        print(text)
+        return 0
+    try:
+        report.between(given.page, "papers --brief" if given.brief else "papers", text)
+    except (OSError, ValueError) as error:
+        print(f"benchmarks papers: {error}", file=sys.stderr)
         return 2
     return 0
 
@@ -167,6 +186,7 @@ _COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "gpu": _gpu,
     "host": _host,
     "list": _list,
+    "papers": _papers,
     "plot": _plot,
     "roofline": _roofline,
     "run": run.run,

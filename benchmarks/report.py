@@ -1,4 +1,4 @@
-"""`table`: records as Markdown, on the terminal or in the README between two marks."""
+"""`table`: records as Markdown, on the terminal or in a page between two marks."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from benchmarks.providers import INVERSES
 from benchmarks.rows import Row, geomean, grouped, read
 from benchmarks.suites import explain
 
-BEGIN, END = "<!-- begin: python -m benchmarks table", "<!-- end -->"
+BEGIN, END = "<!-- begin: python -m benchmarks", "<!-- end -->"
 _MODE = {
     "fwd": "forward", "bwd": "backward", "fwdbwd": "forward + backward", "infer": "inference", "loss": "loss and gradients",
     "step": "training step",
@@ -165,16 +165,23 @@ def _where(rows: Sequence[Row]) -> str:
     return told + (f" Measured rates: {'; '.join(rates)}." if rates else "")
 
 
-def fill(readme: Path, record: Path, root: Path) -> None:
-    """Write a record's brief tables into a file, between the marks that name the record.
+def fill(page: Path, record: Path, root: Path) -> None:
+    """Write a record's brief tables into a page, between the marks that name the record.
 
-    Raises ValueError where the file has no such marks.
+    Raises ValueError where the page has no such marks.
     """
-    text = readme.read_text(encoding="utf-8")
-    name = record.resolve().relative_to(root).as_posix()
-    begin = f"{BEGIN} {name} -->"
-    head, found, rest = text.partition(begin)
+    between(page, f"table {record.resolve().relative_to(root).as_posix()}", markdown(read([record]), brief=True))
+
+
+def between(page: Path, command: str, text: str) -> None:
+    """Write a text into a page, between the mark that names the command it comes from and the end mark.
+
+    Raises ValueError where the page has no such marks.
+    """
+    whole = page.read_text(encoding="utf-8")
+    begin = f"{BEGIN} {command} -->"
+    head, found, rest = whole.partition(begin)
     _, ended, tail = rest.partition(END)
     if not found or not ended:
-        raise ValueError(f"{readme}: has no lines '{begin}' and '{END}' to write between")
-    readme.write_text(f"{head}{begin}\n\n{markdown(read([record]), brief=True)}\n\n{END}{tail}", encoding="utf-8")
+        raise ValueError(f"{page}: has no lines '{begin}' and '{END}' to write between")
+    page.write_text(f"{head}{begin}\n\n{text}\n\n{END}{tail}", encoding="utf-8")

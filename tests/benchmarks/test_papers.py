@@ -9,7 +9,7 @@ import torch
 from captum.attr import InputXGradient, IntegratedGradients
 from torch import nn
 
-from benchmarks import networks
+from benchmarks import networks, papers
 from benchmarks.experiments import (
     attributions,
     common,
@@ -76,6 +76,7 @@ def recorded(experiment, output, folder, *arguments, name=None):
     assert record["figures"]
     for figure in record["figures"]:
         assert (output / figure).read_bytes().startswith(b"\x89PNG")
+    assert f"| `{name}` | " in papers.markdown([record])
     return record
 
 
