@@ -127,11 +127,20 @@ def cheapest(
     return best
 
 
+def head_by_gram(d: int, k: int, m: int) -> bool:
+    """Whether H = A G of a head with m classes takes fewer operations, all gradients included, than H = (A bᵀ) b without G."""
+    return 2 * d * k + 3 * m * k <= 6 * d * m
+
+
 def head_products(form: str, n: int, d: int, k: int, m: int) -> tuple[int, int]:
     """(floating-point operations, matrix products) of the head's loss with all gradients, in its flat or latent form."""
-    flops, count = 2 * (2 * d * k * k + 3 * m * k * k), 5  # G, b (T + Tᵀ); H = A G, T = U2 A, U2ᵀ G
+    if head_by_gram(d, k, m):
+        flops, count = 2 * (2 * d * k * k + 3 * m * k * k), 5  # G, b (T + Tᵀ); H = A G, T = U2 A, U2ᵀ G
+    else:
+        flops, count = 2 * 6 * d * k * m, 6  # F = A bᵀ, H = F b; R = U2ᵀ bᵀ, Rᵀ A, Fᵀ U2ᵀ, R b
     if form == "flat":  # W = b Zᵀ, X W, Xᵀ E, bᵀ V, V Z, E Wᵀ with 2 m columns
-        return flops + 4 * m * (3 * n * d + 3 * d * k), count + 6
+        known = 0 if head_by_gram(d, k, m) else 2 * d * k * m  # half of W is Fᵀ
+        return flops + 4 * m * (3 * n * d + 3 * d * k) - known, count + 6
     return flops + 2 * 3 * n * d * k + 4 * m * 3 * n * k, count + 6  # P, D bᵀ, Xᵀ D; P Zᵀ, E Z, Pᵀ E
 
 

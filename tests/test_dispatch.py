@@ -70,7 +70,7 @@ def test_products_left_to_autograd_are_those_executed(form, pair, needs, shape):
     assert count(execute) == associations.products(form, *shape, pair, *needs)
 
 
-@pytest.mark.parametrize("sizes", [(7, 5, 3, 2), (6, 4, 9, 3), (20, 8, 4, 11)], ids=str)
+@pytest.mark.parametrize("sizes", [(7, 5, 3, 2), (6, 4, 9, 3), (20, 8, 4, 11), (7, 12, 40, 3)], ids=str)
 @pytest.mark.parametrize("form", ["flat", "latent"])
 def test_products_of_a_head_are_those_executed(form, sizes):
     n, d, k, m = sizes
@@ -141,6 +141,16 @@ def test_known_choices(shape, association):
 def test_a_large_problem_takes_an_operator_and_a_small_one_does_not():
     assert dispatch.plan(2048, 1024, 512).form == "B"
     assert dispatch.plan(16, 8, 4).form[-1] == "*"
+
+
+@pytest.mark.parametrize("sizes", [(32, 1600, 120, 10), (64, 32, 10, 7), (8, 40, 20, 30), (1, 1, 1, 1)], ids=str)
+def test_a_head_forms_the_gram_matrix_where_that_takes_less(sizes, monkeypatch):
+    by_gram = associations.head_by_gram(*sizes[1:])
+    flops = {}
+    for way in (True, False):
+        monkeypatch.setattr(associations, "head_by_gram", lambda *_, way=way: way)
+        flops[way] = associations.head_products("latent", *sizes)[0]
+    assert flops[by_gram] == min(flops.values())
 
 
 @pytest.mark.parametrize("sizes", [(512, 64, 32, 4), (512, 64, 32, 100), (1, 1, 1, 1)], ids=str)

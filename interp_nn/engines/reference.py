@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from interp_nn.associations import head_by_gram
 from interp_nn.linalg import accumulation_dtype, gram
 
 _FEW_COLUMNS = 16
@@ -191,12 +192,32 @@ class LossOptions(NamedTuple):
 
 
 class _Head(NamedTuple):
-    """The output layer of a head on both logits at once: Z = [A; H] (2m x k) with H = A G, and its flat form W = b Zᵀ."""
+    """The output layer of a head on both logits at once: Z = [A; H] (2m x k) with H = A G, and its flat form W = b Zᵀ.
+
+    H is formed from G or, where that takes less, from F = A bᵀ (m x d), without G.
+    """
 
     a: Tensor
-    g: Tensor
+    g: Tensor | None
+    f: Tensor | None
     z: Tensor
     w: Tensor | None
+
+
+def _head(b: Tensor, a: Tensor, form: str) -> _Head:
+    """Products with m rows, never with m columns: see `_columns`."""
+    g = f = w = None
+    d, k = b.shape
+    if head_by_gram(d, k, a.shape[0]):
+        g = gram(b)
+        h = a @ g
+    else:
+        f = a @ b.mT
+        h = f @ b
+    z = torch.cat((a, h))
+    if form == "flat":
+        w = (z @ b.mT if f is None else torch.cat((f, h @ b.mT))).mT
+    return _Head(a, g, f, z, w)
 
 
 def logits(
@@ -207,16 +228,15 @@ def logits(
         p, y, kept = forward(x, b, None, form, True)
         assert p is not None
         return torch.stack((p, y), 1), (p, kept, None)
-    g = gram(b)
-    z = torch.cat((a, a @ g))
+    head = _head(b, a, form)
     both = None if c is None else torch.cat((c, c))
-    if form == "flat":
-        w = (z @ b.mT).mT  # column-major: see `_columns`
-        p, o = None, _affine(x, w, both)
+    p = None
+    if head.w is None:
+        p = x @ b
+        o = _affine(p, head.z.mT, both)
     else:
-        w, p = None, x @ b
-        o = _affine(p, z.mT, both)
-    return o.view(x.shape[0], 2, a.shape[0]), (p, [], _Head(a, g, z, w))
+        o = _affine(x, head.w, both)
+    return o.view(x.shape[0], 2, a.shape[0]), (p, [], head)
 
 
 def row_losses(o: Tensor, target: Tensor, options: LossOptions) -> tuple[Tensor, Tensor, Tensor]:
@@ -304,7 +324,7 @@ def _head_gradients(
     e: Tensor, x: Tensor, b: Tensor, p: Tensor | None, head: _Head, needs: Sequence[bool]
 ) -> list[Tensor]:
     """The head is linear, so with E = [E1 E2] and U = [U1 U2] = Pᵀ E = bᵀ Xᵀ E: T = U2 A, dA = U1ᵀ + U2ᵀ G, Xᵀ D = Xᵀ E Z."""
-    a, g, z, w = head
+    a, z, w = head.a, head.z, head.w
     need_x, need_b, need_a, need_c = needs
     m = a.shape[0]
     out: list[Tensor] = []
@@ -325,14 +345,31 @@ def _head_gradients(
         else:
             assert p is not None
             u = _correlate(p, e)
+        u1, u2 = u[:, :m].mT, u[:, m:].mT
+        through_x = None
         if need_b:
             through_x = v @ z if dprojection is None else x.mT @ dprojection
-            out.append(_add_product(through_x, b, _twice_symmetric(u[:, m:] @ a)))
-        if need_a:
-            out.append(_add_product(u[:, :m].mT, u[:, m:].mT, g))
+        out += _through_output(through_x, u1, u2, b, head, need_a)
     if bias_gradient is not None:
         out.append(bias_gradient)
     return out
+
+
+def _through_output(db: Tensor | None, u1: Tensor, u2: Tensor, b: Tensor, head: _Head, need_a: bool) -> list[Tensor]:
+    """db + b (T + Tᵀ) where db is given, and dA where needed, of U1ᵀ and U2ᵀ (m x k).
+
+    Without G, by R = U2ᵀ bᵀ: b T = Rᵀ A, b Tᵀ = Fᵀ U2ᵀ, U2ᵀ G = R b.
+    """
+    out = []
+    if head.f is None:
+        assert head.g is not None
+        if db is not None:
+            out.append(_add_product(db, b, _twice_symmetric(u2.mT @ head.a)))
+        return [*out, _add_product(u1, u2, head.g)] if need_a else out
+    r = u2 @ b.mT
+    if db is not None:
+        out.append(_add_product(_add_product(db, r.mT, head.a), head.f.mT, u2))
+    return [*out, _add_product(u1, r, b)] if need_a else out
 
 
 def scale(grads: Sequence[Tensor], upstream: Tensor) -> list[Tensor]:
