@@ -25,7 +25,7 @@ def environment(device: str = "cpu") -> dict[str, Any]:
         "device": device_name(device),
         "versions": {
             "interp_nn": interp_nn.__version__,
-            "torch": torch.__version__,
+            "torch": str(torch.__version__),  # which is of a class of its own
             "python": platform.python_version(),
             "cuda": torch.version.cuda,
         },

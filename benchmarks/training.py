@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
+
+from benchmarks import record
 
 
 class Recipe(NamedTuple):
@@ -23,6 +25,13 @@ class Recipe(NamedTuple):
 
 
 History = dict[str, list[float]]  # a value an epoch: of "loss", of the "seconds" of training, and of each measure
+
+
+class Trained(NamedTuple):
+    """What came of a training, and where it was made: how many "epochs" in turn with which commit, device and versions."""
+
+    history: History
+    made: list[dict[str, Any]]
 
 
 def cross_entropy(network: nn.Module, x: Tensor, y: Tensor) -> Tensor:
@@ -42,13 +51,16 @@ def train(
     measure: Callable[[nn.Module], dict[str, float]] = lambda network: {},
     seconds: float | None = None,
     checkpoint: Path | None = None,
-) -> History:
+    settings: Mapping[str, Any] | None = None,
+) -> Trained:
     """Train the parameters that require gradients, and leave the network in evaluation mode; a value an epoch of everything.
 
     loss(network, x, y) of a batch is minimised; measure(network) is called after each epoch. seed orders the batches.
     seconds: no epoch is begun that would end later, by the slowest so far; the first is always. How many were reached is the
     length of the history. checkpoint: a file written after each epoch; where it exists, training goes on from it exactly: with
-    the network, Adam's state, the order of batches, PyTorch's generators and the history (bit by bit on the CPU).
+    the network, Adam's state, the order of batches, PyTorch's generators and the history (bit by bit on the CPU). settings: what
+    loss and measure depend on beside the batch and the network, numbers by name; kept there and compared with what is there, as
+    label, seed, samples, batch and learning rate are. What an older checkpoint lacks is not compared.
 
     Raises ValueError for a checkpoint of another training or of more epochs than the recipe's, and for a batch below 1;
     FloatingPointError for a loss that is not finite.
@@ -59,11 +71,15 @@ def train(
     adam = torch.optim.Adam([p for p in network.parameters() if p.requires_grad], recipe.learning_rate)
     shuffle = torch.Generator().manual_seed(seed)
     history: History = {"loss": [], "seconds": []}
+    made: list[dict[str, Any]] = []
+    here = {name: value for name, value in record.environment(str(x.device)).items() if name != "utc"}
     settings = {
         "label": label, "seed": seed, "samples": len(y), "batch": recipe.batch, "learning_rate": recipe.learning_rate,
+        **(settings or {}),
     }  # fmt: skip
     if checkpoint is not None and checkpoint.exists():
-        history = _resume(checkpoint, settings, recipe.epochs, network, adam, shuffle)
+        history, made = _resume(checkpoint, settings, recipe.epochs, network, adam, shuffle)
+        made = made or [{"epochs": len(history["loss"]), **dict.fromkeys(here)}]  # of a checkpoint that does not say
     done = len(history["loss"])
     slowest, steps = 0.0, math.ceil(len(y) / recipe.batch)
     with tqdm(total=recipe.epochs * steps, initial=done * steps, desc=label, unit="step", leave=False) as progress:
@@ -90,12 +106,15 @@ def train(
             measures = {"loss": mean, "seconds": taken, **measure(network)}
             for name, one in measures.items():
                 history.setdefault(name, []).append(one)
+            if not made or made[-1] != {"epochs": made[-1]["epochs"], **here}:
+                made.append({"epochs": 0, **here})
+            made[-1]["epochs"] += 1
             progress.set_postfix({name: f"{one:.4g}" for name, one in measures.items()})
             if checkpoint is not None:
-                _save(checkpoint, settings, network, adam, shuffle, history)
+                _save(checkpoint, settings, network, adam, shuffle, Trained(history, made))
             slowest = max(slowest, time.perf_counter() - begun)
     network.eval()
-    return history
+    return Trained(history, made)
 
 
 @torch.no_grad()
@@ -123,24 +142,24 @@ class Allowance:
 
 def _save(
     file: Path,
-    settings: dict[str, Any],
+    settings: Mapping[str, Any],
     network: nn.Module,
     adam: torch.optim.Adam,
     shuffle: torch.Generator,
-    history: History,
+    trained: Trained,
 ) -> None:
     """Replace the file at once, so that one cut short never is."""
     file.parent.mkdir(parents=True, exist_ok=True)
     part = file.with_suffix(".part")
     torch.save(
         {
-            "settings": settings,
+            "settings": dict(settings),
             "network": network.state_dict(),
             "adam": adam.state_dict(),
             "shuffle": shuffle.get_state(),
             "generator": torch.get_rng_state(),
             "cuda_generators": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-            "history": history,
+            **trained._asdict(),
         },
         part,
     )
@@ -149,21 +168,21 @@ def _save(
 
 def _resume(
     file: Path,
-    settings: dict[str, Any],
+    settings: Mapping[str, Any],
     epochs: int,
     network: nn.Module,
     adam: torch.optim.Adam,
     shuffle: torch.Generator,
-) -> History:
+) -> Trained:
     try:
         kept = torch.load(file, map_location="cpu", weights_only=True)
     except OSError:
         raise
     except Exception as error:  # damage can look like anything to the unpickler
         raise ValueError(f"{file}: not a whole checkpoint; remove it to begin again") from error
-    other = {name: value for name, value in kept["settings"].items() if value != settings[name]}
+    other = {name: value for name, value in kept["settings"].items() if value != settings.get(name)}
     if other:
-        wanted = {name: settings[name] for name in other}
+        wanted = {name: settings.get(name) for name in other}
         raise ValueError(
             f"{file}: a checkpoint of another training, {other} instead of {wanted}; remove it or name another"
         )
@@ -176,4 +195,4 @@ def _resume(
     torch.set_rng_state(kept["generator"])
     if kept["cuda_generators"] and torch.cuda.is_available():
         torch.cuda.set_rng_state_all(kept["cuda_generators"])
-    return dict(kept["history"])
+    return Trained(kept["history"], kept.get("made", []))

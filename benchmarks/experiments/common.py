@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -74,11 +74,16 @@ class Trainer:
     """Trains the networks of an experiment from each seed within the budget of its command line, and keeps what came of each.
 
     rows: by training, the network's name, its seed, the epochs reached, training seconds, accuracy after the last epoch and
-    the best after any (optimistic, as tests chose it), the measures before training, and the history.
+    the best after any (optimistic, as tests chose it), the measures before training, the history, and where the epochs were
+    made, which may be elsewhere than the record where they come from a checkpoint.
+
+    settings: what losses and measures depend on beside the batches, as `training.train` takes them.
     """
 
-    def __init__(self, experiment: str, given: argparse.Namespace, trainings: int) -> None:
-        self._experiment, self._given = experiment, given
+    def __init__(
+        self, experiment: str, given: argparse.Namespace, trainings: int, settings: Mapping[str, Any] | None = None
+    ) -> None:
+        self._experiment, self._given, self._settings = experiment, given, settings
         self._allowance = training.Allowance(given.minutes, trainings)
         self.rows: list[dict[str, Any]] = []
 
@@ -104,7 +109,7 @@ class Trainer:
         before = measure(network)
         origin = "" if source is None else f" from {source} {self.of(source, 'epochs')[-1]}"
         file = "".join(c if c.isalnum() else "-" for c in f"{self._experiment} {name}{origin} {seed}") + ".pt"
-        history = training.train(
+        history, made = training.train(
             network,
             x,
             y,
@@ -115,6 +120,7 @@ class Trainer:
             measure=measure,
             seconds=self._allowance.seconds(),
             checkpoint=None if self._given.checkpoints is None else self._given.checkpoints / file,
+            settings=self._settings,
         )
         self.rows.append(
             {
@@ -126,6 +132,7 @@ class Trainer:
                 "best_accuracy": max(history["accuracy"]),
                 "before": before,
                 "history": history,
+                "made": made,
             }
         )
         return network

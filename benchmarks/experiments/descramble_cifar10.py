@@ -39,7 +39,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     chosen, recipe = found
     run = common.Run(NAME, given)
-    trainer = common.Trainer(STUDY.name, given, given.seeds)
+    trainer = common.Trainer(STUDY.name, given, given.seeds, images.settings(chosen))
     networks = []
     for seed in range(given.seeds):
         network = heads.train(STUDY, trainer, BASE, seed, chosen, recipe)

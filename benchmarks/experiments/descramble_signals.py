@@ -56,7 +56,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     history = training.train(
         network, x, y, training.Recipe(epochs, BATCH, LEARNING_RATE), label="training", seed=given.seed, loss=_loss
-    )
+    ).history
     with torch.no_grad():
         error = (network(x_test) - y_test).square().sum() / (y_test - y.mean(0)).square().sum()
 

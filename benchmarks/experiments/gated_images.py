@@ -63,7 +63,7 @@ def main(arguments: list[str] | None = None) -> int:
     backbone = partial(_fully_connected, height * width) if fully_connected else convolutional
     measure = images.accuracy_on(chosen)
     called = run.name if fully_connected else f"{run.name} stride {stride}"  # the strides are not in a checkpoint
-    trainer = common.Trainer(called, given, given.seeds * len(REGIMES))
+    trainer = common.Trainer(called, given, given.seeds * len(REGIMES), images.settings(chosen))
     for seed in range(given.seeds):
         trained: dict[str, nn.Module] = {}
         for regime in REGIMES:

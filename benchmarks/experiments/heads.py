@@ -136,7 +136,7 @@ def main(study: Study, description: str | None, arguments: list[str] | None) -> 
         return 2
     chosen, recipe = found
     run = common.Run(study.name, given)
-    trainer = common.Trainer(study.name, given, given.seeds * len(study.variants))
+    trainer = common.Trainer(study.name, given, given.seeds * len(study.variants), images.settings(chosen))
     for seed in range(given.seeds):
         for name in study.variants:
             train(study, trainer, name, seed, chosen, recipe)

@@ -95,6 +95,11 @@ def accuracy_on(images: data.Images) -> Callable[[nn.Module], dict[str, float]]:
     return lambda network: {"accuracy": accuracy(network, images.x_test, images.y_test, batch=250)}
 
 
+def settings(images: data.Images) -> dict[str, Any]:
+    """What `accuracy_on` depends on, for a checkpoint."""
+    return {"test_images": len(images.y_test)}
+
+
 def draw(run: common.Run, trainer: common.Trainer, published: dict[str, float], suffix: str, title: str) -> None:
     """Accuracies after the last epoch as bars, with those published, and after each epoch as curves."""
     from matplotlib import pyplot as plt

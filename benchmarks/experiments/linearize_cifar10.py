@@ -38,7 +38,7 @@ def main(arguments: list[str] | None = None) -> int:
     run = common.Run(NAME, given)
     explained, checked = (3, 2) if given.quick else (EXPLAINED, CHECKED)
     x, y = chosen.x_test[:explained], chosen.y_test[:explained]
-    trainer = common.Trainer(STUDY.name, given, given.seeds)
+    trainer = common.Trainer(STUDY.name, given, given.seeds, images.settings(chosen))
     networks = []
     for seed in range(given.seeds):
         network = heads.train(STUDY, trainer, BASE, seed, chosen, recipe)

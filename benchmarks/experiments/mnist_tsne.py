@@ -53,7 +53,8 @@ def main(arguments: list[str] | None = None) -> int:
     def measure(network: nn.Module) -> dict[str, float]:
         return {"accuracy": embedding.accuracy(_placed(network, x_train), y_train, _placed(network, x), y)}
 
-    trainer = common.Trainer(NAME, given, given.seeds * len(phases))
+    settings = {**images.settings(chosen), "perplexity": given.perplexity, "exaggeration": EXAGGERATED}
+    trainer = common.Trainer(NAME, given, given.seeds * len(phases), settings)
     planes: list[dict[str, Any]] = []
     for seed in range(given.seeds):
         network: nn.Module | None = None

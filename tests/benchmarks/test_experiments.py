@@ -227,6 +227,9 @@ def test_gated_images_stop_in_time_and_go_on_as_if_they_had_not(tmp_path):
         cut["results"]["accuracy_compared"]["DLGN(x)"]["mean"] / relu
     )
 
+    with pytest.raises(ValueError, match=r"a checkpoint of another training, \{'test_images': 50\} instead of"):
+        gated_images.main([*arguments, "--test-size", "40", "--output", str(tmp_path / "other")])
+
     resumed = recorded(gated_images, tmp_path / "resumed", *arguments, name=name)
     for ours, theirs in zip(resumed["results"]["trainings"], whole["results"]["trainings"], strict=True):
         assert ours["history"]["loss"] == theirs["history"]["loss"]

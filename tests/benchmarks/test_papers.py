@@ -115,6 +115,12 @@ def test_the_heads_of_vgg11_of_which_one_is_explained(thin, folder, tmp_path, ca
     # The network is that of the checkpoint, its training seconds too.
     found = recorded(linearize_cifar10, tmp_path, folder, *arguments)["results"]
     assert [row["history"] for row in found["trainings"]] == [trainings[0]["history"]]
+    assert [part["epochs"] for part in found["trainings"][0]["made"]] == [2]
+    for experiment in (summary_vgg, linearize_cifar10, descramble_cifar10):
+        with pytest.raises(ValueError, match=r"a checkpoint of another training, \{'test_images': 20\} instead of"):
+            experiment.main(
+                ["--quick", "--data", str(folder), "--output", str(tmp_path), *arguments, "--test-size", "10"]
+            )
 
 
 def test_the_heads_of_the_small_cnn(folder, tmp_path, capsys):
@@ -253,6 +259,9 @@ def test_mnist_tsne(folder, tmp_path, capsys):
     with pytest.raises(SystemExit):
         mnist_tsne.main(["--quick", "--data", str(folder), "--perplexity", "60"])
     assert "--perplexity: got 60 for batches of 60 images" in capsys.readouterr().err
+    for other, name in ((["--perplexity", "20"], "perplexity"), (["--test-size", "50"], "test_images")):
+        with pytest.raises(ValueError, match=f"a checkpoint of another training, .*'{name}'"):
+            mnist_tsne.main(["--quick", "--data", str(folder), "--output", str(tmp_path), *arguments, *other])
 
 
 def test_neighbours_vote_whatever_is_taken_at_once(monkeypatch):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import training
+from benchmarks import record, training
 from benchmarks.training import Recipe
 
 X, Y = torch.randn(45, 6, generator=torch.Generator().manual_seed(1)), torch.arange(45) % 3
@@ -19,7 +19,7 @@ def network():
 
 
 def fit(model, epochs=5, batch=10, rate=1e-2, **named):
-    return training.train(model, X, Y, Recipe(epochs, batch, rate), label="mlp", **named)
+    return training.train(model, X, Y, Recipe(epochs, batch, rate), label="mlp", **named).history
 
 
 def measured(model):
@@ -78,14 +78,45 @@ def test_what_is_resumed_goes_on_exactly(tmp_path, cut):
     [
         ({"batch": 9}, r"another training, \{'batch': 10\} instead of \{'batch': 9\}"),
         ({"seed": 1}, r"another training, \{'seed': 0\} instead of"),
+        ({"settings": {"test_images": 9}}, r"another training, \{'test_images': 8\} instead of \{'test_images': 9\}"),
+        ({"settings": {}}, r"another training, \{'test_images': 8\} instead of \{'test_images': None\}"),
         ({"epochs": 1}, "after 2 epochs, more than the 1 asked for"),
     ],
 )
 def test_a_checkpoint_of_something_else_is_refused(tmp_path, change, message):
     file = tmp_path / "run.pt"
-    fit(network(), epochs=2, checkpoint=file)
+    same = {"epochs": 2, "settings": {"test_images": 8}, "checkpoint": file}
+    fit(network(), **same)
     with pytest.raises(ValueError, match=message):
-        fit(network(), **{"epochs": 2, **change}, checkpoint=file)
+        fit(network(), **{**same, **change})
+
+
+def test_a_checkpoint_that_lacks_settings_is_resumed(tmp_path):
+    file = tmp_path / "run.pt"
+    fit(network(), epochs=1, checkpoint=file)
+    assert len(fit(network(), epochs=2, settings={"test_images": 8}, checkpoint=file)["loss"]) == 2
+
+
+def test_it_is_known_where_epochs_were_made(tmp_path, monkeypatch):
+    def trained(epochs, commit=None, **named):
+        if commit is not None:
+            here = {"git_sha": commit, "device": "a device", "versions": {"torch": "2"}}
+            monkeypatch.setattr(record, "environment", lambda device: {"utc": "now", **here})
+        return training.train(network(), X, Y, Recipe(epochs, 10, 1e-2), label="mlp", **named).made
+
+    real = record.environment("cpu")
+    assert trained(2) == [{"epochs": 2, **{key: value for key, value in real.items() if key != "utc"}}]
+    file = tmp_path / "run.pt"
+    rest = {"device": "a device", "versions": {"torch": "2"}}
+    for epochs, commit in ((1, "first"), (3, "first"), (4, "second"), (4, "third")):
+        made = trained(epochs, commit, checkpoint=file)
+    assert made == [{"epochs": 3, "git_sha": "first", **rest}, {"epochs": 1, "git_sha": "second", **rest}]
+
+    kept = torch.load(file, weights_only=True)
+    del kept["made"]  # as checkpoints were before it was kept
+    torch.save(kept, file)
+    unknown = {"epochs": 4, "git_sha": None, "device": None, "versions": None}
+    assert trained(5, "first", checkpoint=file) == [unknown, {"epochs": 1, "git_sha": "first", **rest}]
 
 
 def test_a_damaged_checkpoint_is_named(tmp_path):
@@ -134,7 +165,7 @@ def test_another_loss_and_one_output():
         model, X, labels, Recipe(60, 15, 0.1), label="sign",
         loss=lambda net, x, y: nn.functional.binary_cross_entropy_with_logits(net(x)[:, 0], y),
         measure=lambda net: {"accuracy": training.accuracy(net, X, labels, batch=7)},
-    )  # fmt: skip
+    ).history  # fmt: skip
     assert history["loss"][-1] < 0.2 * history["loss"][0] and history["accuracy"][-1] > 0.95
 
 
