@@ -192,14 +192,15 @@ class CrossEntropyFunction(Function):
         if upstream is None:
             return (None,) * 8
         x, b, a, c, target, *grads = ctx.saved_tensors
+        if ctx.spent:
+            grads = []  # of a retained graph: handed out by an earlier backward, and scaled in place by some engines
         needs = tuple(ctx.needs_input_grad[:4])
         plain = not (torch.compiler.is_compiling() or torch.is_grad_enabled() or transforming() or is_batched(upstream))
         if grads and plain:
-            if not ctx.spent:
-                ctx.spent = True
-                scaled = engines.get(dispatch.resolve(ctx.plan)[0]).scale(grads, upstream)
-                return (*spread(scaled, needs), *(None,) * 4)
-            grads = []  # of a retained graph, whose gradients the first backward has used up
+            ctx.spent = True
+            # By .data, which has a version of its own: what their owner does to them then is no harm to a retained graph.
+            scaled = [g.data for g in engines.get(dispatch.resolve(ctx.plan)[0]).scale(grads, upstream)]
+            return (*spread(scaled, needs), *(None,) * 4)
         ones = (*grads, None, None, None, None)[:4]
         found = apply(CrossEntropyBackwardFunction, upstream, x, b, a, c, target, *ones, ctx.options, ctx.plan, needs)
         return (*spread(found, needs), *(None,) * 4)

@@ -19,6 +19,7 @@ from support import (
 from torch.autograd import gradcheck, gradgradcheck
 
 from interp_nn import associations, dispatch, functional
+from interp_nn.engines import reference
 from interp_nn.engines.reference import LossOptions
 from interp_nn.ops import cross_entropy as ops
 from interp_nn.roofline import Problem
@@ -287,6 +288,28 @@ def test_backward_twice_over_a_retained_graph(reduction, dtype):
     first = torch.autograd.grad(loss, inputs, retain_graph=True)
     second = torch.autograd.grad(loss, inputs)
     assert all(torch.equal(f, s) for f, s in zip(first, second, strict=True))
+
+
+def scale_in_place(grads, upstream):
+    """As the engines of one launch do it: a write that autograd does not see."""
+    for g in grads:
+        g.data.mul_(upstream)
+    return list(grads)
+
+
+@pytest.mark.parametrize("scale", [reference.scale, scale_in_place])
+@pytest.mark.parametrize("form", ["A+", "flat"])
+def test_every_backward_over_a_retained_graph_gives_the_same(form, scale, monkeypatch):
+    monkeypatch.setattr(reference, "scale", scale)
+    inputs = leaves(*(head_inputs() if form == "flat" else pair_inputs()))
+    for upstream in (1.0, 2.0):
+        loss = upstream * loss_in(form, IGNORED)(*inputs)
+        expected = torch.autograd.grad(loss, inputs, create_graph=True)
+        for create_graph in (False, True, True, False):
+            got = torch.autograd.grad(loss, inputs, retain_graph=True, create_graph=create_graph)
+            close(got, expected)
+            for g in got:
+                g.detach().mul_(3)  # the gradients belong to who asked for them
 
 
 @pytest.mark.parametrize("head", [False, True])
