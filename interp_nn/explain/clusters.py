@@ -39,7 +39,8 @@ class ActivationClusters(PiecewiseAffine, Estimator):
     its kind. Linear outputs (logits), not probabilities, are what its maps explain. Put it in fp64 where the labels matter:
     a preactivation near zero may come out on either side of it from one batch size or device to another; see margin_.
     min_size: patterns of fewer samples are not clusters, and their samples have label -1; large networks have about as many
-    patterns as there are samples. batch_size: samples that the model sees at a time.
+    patterns as there are samples. batch_size: samples that the model sees at a time; 1 for a model that puts samples in an order
+    of its own (see `record`).
 
     After `fit`: labels_, counts_, affine_, rank_, inputs_, outputs_, response_ as in `PiecewiseAffine`, and
     patterns_: ActivationPatterns, one a cluster. first_: (clusters,) int64, the first sample of each. margin_: (n,) the

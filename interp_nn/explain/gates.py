@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 
 from interp_nn.explain.calls import UnsupportedOperation
 from interp_nn.explain.replay import Inputs, Replay, Tangent, TangentReplay, replayed, run_recorded
+from interp_nn.explain.tracing import Site
 from interp_nn.records import GateRecord, GateSite
 
 __all__ = [
@@ -62,15 +64,23 @@ def record(model: nn.Module, x: Tensor | Inputs, *, mode: str = "secant") -> Gat
     The model runs once, as it is; buffers, hooks, training flags and random state are as before. In 'secant' mode every
     operation must be one that `frozen` can replay; in 'tangent' mode any is accepted, and only its gates are recorded.
 
-    Raises UnsupportedOperation that names operation and layer; ValueError for a batch norm or dropout in training mode, or an x
-    without samples; TypeError for inputs that are not floating-point, or a model that is not an nn.Module.
+    The first and the last of several samples are recorded alone too: a model that puts samples beside one another in an order
+    of its own (one network for two halves, say, with steps or halves first), or in which they depend on one another, has no
+    gates by sample, and is refused.
+
+    Raises UnsupportedOperation that names operation and layer; ValueError for a batch norm or dropout in training mode, for
+    gates that do not lie by sample, or an x without samples; TypeError for inputs that are not floating-point, or a model that
+    is not an nn.Module.
     """
     secant = check_mode(mode) == "secant"
     recording = run_recorded(model, x, strict=secant, keep=True)
     if secant:
         recording.refuse()
-    n, seen = recording.inputs[0].shape[0], recording.recorder.sites
-    zs = [_by_sample(site.name, site.preactivations, n) for site in seen]
+    n, seen = len(recording.inputs[0]), recording.recorder.sites
+    zs = [_by_sample(site, n) for site in seen]
+    for i in (0, n - 1) if n > 1 else ():
+        alone = run_recorded(model, tuple(t[i : i + 1] for t in recording.inputs), strict=secant, keep=True)
+        _check_alone(seen, [z[i] for z in zs], alone.recorder.sites)
     sites = [GateSite(site.name, site.operation, z.shape[1:]) for site, z in zip(seen, zs, strict=True)]
     return GateRecord(recording.output, sites, zs, n)
 
@@ -101,10 +111,28 @@ def check_mode(mode: str) -> str:
     return mode
 
 
-def _by_sample(name: str, z: Tensor, n: int) -> Tensor:
+def _by_sample(site: Site, n: int) -> Tensor:
     """Gates with the samples first; where one axis holds n samples times something, it is taken apart."""
+    z = site.preactivations
     if z.dim() and z.shape[0] == n:
         return z
     if z.dim() and z.shape[0] % n == 0:
         return z.unflatten(0, (n, -1))
-    raise ValueError(f"model: the gates of {name} have shape {tuple(z.shape)}, want the {n} samples first")
+    raise ValueError(
+        f"model: the gates of {site.name} have shape {tuple(z.shape)}, want the {n} samples first, "
+        "or one sample at a time (batch_size=1)"
+    )
+
+
+def _check_alone(sites: Sequence[Site], zs: Sequence[Tensor], alone: Sequence[Site]) -> None:
+    """Raises ValueError where a sample's gates in a batch are not those that it has alone, to a third of the digits."""
+    same_calls = [site.name for site in sites] == [site.name for site in alone]
+    for place, (site, z) in enumerate(zip(sites, zs, strict=True)):
+        own = _by_sample(alone[place], 1)[0] if same_calls else None
+        scale = float(z.where(z.isfinite(), 0).abs().amax()) if z.numel() else 0.0
+        rounding = scale * torch.finfo(z.dtype).eps ** (1 / 3)
+        if own is None or own.shape != z.shape or not torch.allclose(z, own, rtol=0, atol=rounding, equal_nan=True):
+            raise ValueError(
+                f"model: the gates of {site.name} are not those that a sample has alone, since the model reorders samples or "
+                "lets them depend on one another; want one sample at a time (batch_size=1)"
+            )

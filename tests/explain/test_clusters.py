@@ -46,6 +46,26 @@ def test_clusters_are_the_samples_that_share_a_pattern():
     assert len(clusters.affine_.bias) == len(clusters.counts_) < 300 and not clusters.outputs_.requires_grad
 
 
+class Shared(nn.Module):
+    """One network for both halves of a sample, one batch after the other."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoder = nn.Sequential(nn.Linear(2, 3), nn.ReLU()).double()
+
+    def forward(self, x):
+        first, second = self.encoder(torch.cat([x[:, :2], x[:, 2:]])).chunk(2)
+        return first - second
+
+
+def test_a_model_that_reorders_samples_is_clustered_one_at_a_time():
+    model, x = Shared(), torch.randn(60, 4, dtype=torch.float64)
+    with pytest.raises(ValueError, match=r"the gates of encoder.1 .* one sample at a time \(batch_size=1\)"):
+        ActivationClusters(model).fit(x)
+    clusters = ActivationClusters(model, batch_size=1).fit(x)
+    assert clusters.check() <= 1e-12 and torch.equal(clusters.predict(x[:7]), clusters.labels_[:7])
+
+
 def test_maps_are_products_of_the_active_weights():
     clusters, model, _ = fitted(3, 6, 5, 2)
     for c in range(len(clusters.counts_)):
@@ -419,10 +439,10 @@ class Halves(nn.Module):
 
 
 class Branching(nn.Module):
-    """More gates for a single sample."""
+    """More gates for large values."""
 
     def forward(self, x):
-        return x.relu().relu() if len(x) == 1 else x.relu()
+        return x.relu().relu() if bool((x > 5).any()) else x.relu()
 
 
 @pytest.mark.parametrize(

@@ -389,3 +389,59 @@ def test_gates_of_models_that_cannot_be_linearized():
     with pytest.raises(UnsupportedOperation, match=r"softmax in layer '3'.*mode='tangent'"):
         record(model, x)
     assert torch.equal(record(model, x, mode="tangent").gates("1"), model[0](x) > 0)
+
+
+class Shared(nn.Module):
+    """One network for both halves of a sample, one batch after the other."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoder = nn.Sequential(nn.Linear(2, 3), nn.ReLU())
+
+    def forward(self, x):
+        first, second = self.encoder(torch.cat([x[:, :2], x[:, 2:]])).chunk(2)
+        return first - second
+
+
+class TimeFirst(Shared):
+    """Steps before samples."""
+
+    def forward(self, x):
+        return self.encoder(x.unflatten(1, (-1, 2)).transpose(0, 1)).sum(0)
+
+
+class Parts(Shared):
+    """The parts of a sample beside one another in the first dimension."""
+
+    def forward(self, x):
+        return self.encoder(x.reshape(-1, 2)).view(len(x), -1)
+
+
+class Centred(nn.Module):
+    def forward(self, x):
+        return F.relu(x - x.mean(0))
+
+
+@pytest.mark.parametrize("n", [2, 3, 4, 8])
+@pytest.mark.parametrize("make", [Shared, TimeFirst, Centred])
+def test_gates_that_do_not_lie_by_sample_are_refused(make, n):
+    model, x = make().to(DTYPE), batch((8 if make is TimeFirst else 4,), n)
+    with pytest.raises(ValueError, match=r"model: the gates of .* one sample at a time \(batch_size=1\)"):
+        record(model, x)
+    assert len(record(model, x[:1]).patterns()) == 1
+
+
+def test_one_sample_that_has_its_own_gates_does_not_stand_for_the_rest():
+    model, x = Shared().to(DTYPE), batch((4,), 3)
+    x[1, :2] = x[0, 2:]  # which comes second of the first halves
+    with pytest.raises(ValueError, match="one sample at a time"):
+        record(model, x)
+
+
+def test_gates_of_several_parts_of_a_sample():
+    model, x = Parts().to(DTYPE), batch((6,), 4)
+    patterns = record(model, x).patterns()
+    assert patterns.width == 9
+    for order in (torch.arange(4).flip(0), torch.arange(4).roll(1)):
+        assert record(model, x[order]).patterns() == patterns[order]
+    assert all(record(model, x[i : i + 1]).patterns() == patterns[i] for i in range(4))
