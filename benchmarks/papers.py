@@ -1,7 +1,7 @@
 """`papers`: what the papers published beside what the records of the experiments say, as Markdown.
 
-Every cell is read from a record; an experiment without one has no line. Shares are in per cent, and with several seeds have
-their standard deviation.
+Every cell is read from a record; what has none has no line. Shares are in per cent, those published to the digits published.
+What several seeds gave is their mean and standard deviation, and of errors the largest.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks import record
-from benchmarks.experiments import gated_images, mnist_tsne, summary_cnn, summary_vgg
+from benchmarks.experiments import common, gated_images, mnist_tsne, summary_cnn, summary_vgg
+from benchmarks.experiments.heads import Study
 from benchmarks.experiments.images import Budget
 
 MARK = "python -m benchmarks papers"
@@ -33,22 +34,38 @@ class Line(NamedTuple):
 
 
 class Full(NamedTuple):
-    """The budget of an experiment on a GPU, and on how many images: what its record has to have reached to be called full."""
+    """The budget of an experiment on a GPU: on how many images, and of which networks; what its record has to have reached.
+
+    batch: the usual one, which is the published one where anything is. more: how the budget differs from what was published.
+    """
 
     budget: Budget
     images: int
+    networks: tuple[str, ...]
+    batch: int = 32
+    more: str = ""
+
+
+def _gated(images: int, epochs: int) -> Full:
+    more = f" at batch {gated_images.GPU.batch}, where {epochs} at batch 32 are published"
+    return Full(gated_images.GPU, images, gated_images.REGIMES, more=more)
+
+
+def _heads_of(study: Study, *networks: str) -> Full:
+    return Full(study.gpu, 50_000, networks or tuple(study.variants))
 
 
 FULL = {
-    "summary_vgg": Full(summary_vgg.STUDY.gpu, 50_000),
-    "summary_cnn": Full(summary_cnn.STUDY.gpu, 50_000),
-    "gated_images-mnist": Full(gated_images.GPU, 60_000),
-    "gated_images-cifar10": Full(gated_images.GPU, 50_000),
-    "gated_images-cifar100": Full(gated_images.GPU, 50_000),
-    "linearize_cifar10": Full(summary_vgg.STUDY.gpu, 50_000),
-    "descramble_cifar10": Full(summary_vgg.STUDY.gpu, 50_000),
-    "mnist_tsne": Full(mnist_tsne.GPU, 60_000),
+    "summary_vgg": _heads_of(summary_vgg.STUDY),
+    "summary_cnn": _heads_of(summary_cnn.STUDY),
+    "gated_images-mnist": _gated(60_000, 300),
+    "gated_images-cifar10": _gated(50_000, 200),
+    "gated_images-cifar100": _gated(50_000, 200),
+    "linearize_cifar10": _heads_of(summary_vgg.STUDY, summary_vgg.BASE),
+    "descramble_cifar10": _heads_of(summary_vgg.STUDY, summary_vgg.BASE),
+    "mnist_tsne": Full(mnist_tsne.GPU, 60_000, (mnist_tsne.EXAGGERATION, mnist_tsne.TSNE), batch=500),
 }
+TEST_IMAGES = 10_000  # of each of these datasets
 
 
 def read(root: Path = record.ROOT / "benchmarks" / "results") -> list[Record]:
@@ -59,7 +76,7 @@ def read(root: Path = record.ROOT / "benchmarks" / "results") -> list[Record]:
 
 
 def markdown(records: list[Record], brief: bool = False) -> str:
-    """The table, and which experiments have not had their whole budget."""
+    """The table, and which experiments have not had the budget of a GPU."""
     rows = ["| experiment | what | published | ours | budget | device |", "|---|---|--:|--:|---|---|"]
     for one in records:
         for line in _READERS[one["experiment"]](one):
@@ -67,19 +84,24 @@ def markdown(records: list[Record], brief: bool = False) -> str:
                 cells = (line.what, line.published or "-", line.ours, _budget(one, line.epochs), one["device"])
                 rows.append(f"| `{one['experiment']}` | {' | '.join(cells)} |")
     missing = [f"`{name}` ({_words(full)})" for name, full in FULL.items() if not any(_whole(r, name) for r in records)]
-    return "\n".join(rows) + (f"\n\nFull budget not yet run: {', '.join(missing)}." if missing else "")
+    return "\n".join(rows) + (f"\n\nBudget of a GPU not yet run: {', '.join(missing)}." if missing else "")
 
 
 def _words(full: Full) -> str:
-    return f"{full.budget.epochs} epochs of {full.images:,} images"
+    return f"{full.budget.epochs} epochs of {full.images:,} images{full.more}"
 
 
 def _whole(one: Record, name: str) -> bool:
-    """Whether a record is of an experiment's full budget: all images, all epochs, the published network."""
+    """Whether a record is of an experiment's budget on a GPU: all images, epochs, networks and seeds, the published network."""
     full, budget = FULL[name], one["budget"]
+    if one["experiment"] != name:
+        return False
+    trained = {(row["network"], row["seed"]) for row in one["results"]["trainings"]}
     return (
-        one["experiment"] == name
+        not one["quick"]
+        and trained >= {(network, seed) for network in full.networks for seed in one["seeds"]}
         and budget["train_images"] >= full.images
+        and budget["test_images"] >= TEST_IMAGES
         and _reached(one) >= full.budget.epochs
         and "stride=(2, 2)" not in budget.get("network", "")
     )
@@ -100,12 +122,31 @@ def _budget(one: Record, epochs: float | None) -> str:
     parts = [f"{epochs:g} epochs" if epochs != 1 else "1 epoch"] if epochs is not None else []
     if "train_images" in one["budget"]:
         parts.append(f"{one['budget']['train_images']:,} images")
+    if one["experiment"] in FULL and one["budget"]["batch"] != FULL[one["experiment"]].batch:
+        parts.append(f"batch {one['budget']['batch']}")
     return ", ".join([*parts, f"{seeds} seed{'s' * (seeds > 1)}"])
 
 
+def _published(share: float) -> str:
+    """A share as published, to a hundredth of a per cent at most, which .1f would round by what a float makes of a half."""
+    return f"{100 * share:.4g}"
+
+
 def _percent(values: dict[str, float]) -> str:
-    spread = f" ± {100 * values['std']:.1f}" if values["std"] else ""
-    return f"{100 * values['mean']:.1f}{spread}"
+    return _number({name: 100 * value for name, value in values.items()}, ".1f")
+
+
+def _number(values: dict[str, float], form: str) -> str:
+    """A mean over seeds with its spread, if any."""
+    return f"{values['mean']:{form}}" + (f" ± {values['std']:{form}}" if values["std"] else "")
+
+
+def _over_seeds(rows: list[dict[str, Any]], *path: str) -> dict[str, float]:
+    """What lies at a path in the row of each seed."""
+    values: list[Any] = rows
+    for name in path:
+        values = [value[name] for value in values]
+    return common.spread(values)
 
 
 def _heads(one: Record) -> Iterator[Line]:
@@ -114,7 +155,7 @@ def _heads(one: Record) -> Iterator[Line]:
     for name, row in networks.items():
         known, published, ours = row["published"], "", _percent(row["last_accuracy_as_scored"])
         if known:
-            published = f"{100 * known['last']:.1f} ({100 * known['first']:.1f} after 1 epoch)"
+            published = f"{_published(known['last'])} ({_published(known['first'])} after 1 epoch)"
         if row["last_accuracy"] != row["last_accuracy_as_scored"]:
             ours += f", without dropout {_percent(row['last_accuracy'])}"
         if row is not base:
@@ -126,26 +167,28 @@ def _heads(one: Record) -> Iterator[Line]:
 def _regimes(one: Record) -> Iterator[Line]:
     for name, row in one["results"]["regimes"].items():
         known = row["published_best_accuracy"]
-        published = "" if known is None else f"{100 * known:.1f}"
+        published = "" if known is None else _published(known)
         yield Line(f"{name}, best epoch, %", published, _percent(row["best_accuracy"]), row["epochs"]["mean"])
     more = one["results"].get("published_dlgn_over_relu_more_than")
     for name, ratio in one["results"]["dlgn_over_relu"].items():
-        published = "" if more is None else f"> {100 * more:.1f}"
+        published = "" if more is None else f"> {_published(more)}"
         epochs = one["results"]["compared_after_epoch"]
         yield Line(f"{name} of ReLU, last epoch, %", published, f"{100 * ratio:.1f}", epochs)
 
 
 def _trees(one: Record) -> Iterator[Line]:
     for tree in ("SDI", "SDII", "SDIII"):
-        for name, row in one["results"][tree].items():
+        for name, row in one["results"].get(tree, {}).items():
             known = row.get("published_accuracy")
-            published = "" if known is None else f"{100 * known:.1f}"
+            published = "" if known is None else _published(known)
             ours = _percent(row["last_accuracy"])
             yield Line(f"{tree}, {name}, %", published, ours, row["epochs"]["mean"], known is not None)
 
 
 def _passengers(one: Record) -> Iterator[Line]:
-    found = one["results"]["passengers"]
+    found = one["results"].get("passengers")  # None without --data
+    if found is None:
+        return
     for name, scores in found["splits"].items():
         ours = f"{_percent(scores['accuracy'])}; AUC {_percent(scores['auc'])}"
         yield Line(f"{name}, held out, %", "", ours)
@@ -155,31 +198,35 @@ def _passengers(one: Record) -> Iterator[Line]:
 
 
 def _attributions(one: Record) -> Iterator[Line]:
-    network, epochs = one["results"]["networks"][0], one["results"]["trainings"][0]["epochs"]
-    errors = ", ".join(f"{max(found.values()):.1e} in {name}" for name, found in network["exactness"].items())
-    yield Line("\\|F - (W x + b)\\| / \\|F\\|", "", errors, epochs)
-    share = network["bias"]["median_share_of_its_constant"]
-    yield Line("the constant of the predicted logit, median, %", "", f"{100 * share:.1f}", epochs)
+    networks, epochs = one["results"]["networks"], _over_seeds(one["results"]["trainings"], "epochs")["mean"]
+    errors = {name: max(max(net["exactness"][name].values()) for net in networks) for name in networks[0]["exactness"]}
+    ours = ", ".join(f"{error:.1e} in {name}" for name, error in errors.items())
+    yield Line("\\|F - (W x + b)\\| / \\|F\\|", "", ours, epochs)
+    share = _percent(_over_seeds(networks, "bias", "median_share_of_its_constant"))
+    yield Line("the constant of the predicted logit, median, %", "", share, epochs)
     for kind in ("deletion", "insertion"):
-        areas = {name: curves[kind] for name, curves in network["curves"].items()}
-        ours = ", ".join(f"{name} {area['area']:.3f} ± {area['standard_error']:.3f}" for name, area in areas.items())
+        areas = {name: _over_seeds(networks, "curves", name, kind, "area") for name in networks[0]["curves"]}
+        ours = ", ".join(f"{name} {_number(area, '.3f')}" for name, area in areas.items())
         yield Line(f"area under the {kind} curve", "", ours, epochs, False)
 
 
 def _layers(one: Record) -> Iterator[Line]:
-    network, epochs = one["results"]["networks"][0], one["results"]["trainings"][0]["epochs"]
-    for name, row in network["layers"].items():
-        losses = row["loss_over_that_of_a_random_P"]
-        ours = ", ".join(f"{kind.replace('_', ' ')} {value:.3g}" for kind, value in losses.items())
+    networks, epochs = one["results"]["networks"], _over_seeds(one["results"]["trainings"], "epochs")["mean"]
+    for name, row in networks[0]["layers"].items():
+        path = ("layers", name, "loss_over_that_of_a_random_P")
+        losses = {kind: _over_seeds(networks, *path, kind) for kind in row[path[-1]]}
+        ours = ", ".join(f"{kind.replace('_', ' ')} {_number(value, '.3g')}" for kind, value in losses.items())
         yield Line(f"{name}, loss over a random P's", "", ours, epochs, False)
 
 
 def _plane(one: Record) -> Iterator[Line]:
-    plane, epochs = one["results"]["planes"][0], _reached(one)
-    for name, share in plane["neighbour_accuracy"].items():
-        yield Line(f"nearest neighbours, {name}, %", "", f"{100 * share:.1f}", epochs, name == "new points")
-    yield Line("trustworthiness of new points", "", f"{plane['trustworthiness_of_new_points']:.3f}", epochs, False)
-    error = plane["exactness_float64"]["at_x"]
+    planes, epochs = one["results"]["planes"], _reached(one)
+    for name in planes[0]["neighbour_accuracy"]:
+        ours = _percent(_over_seeds(planes, "neighbour_accuracy", name))
+        yield Line(f"nearest neighbours, {name}, %", "", ours, epochs, name == "new points")
+    ours = _number(_over_seeds(planes, "trustworthiness_of_new_points"), ".3f")
+    yield Line("trustworthiness of new points", "", ours, epochs, False)
+    error = max(plane["exactness_float64"]["at_x"] for plane in planes)
     yield Line("\\|F - (W x + b)\\| / \\|F\\|, float64", "", f"{error:.1e}", epochs, False)
 
 

@@ -24,6 +24,7 @@ NAME = "mnist_tsne"
 LEARNING_RATE = 1e-3
 PERPLEXITY = 30.0
 EXAGGERATION, EXAGGERATED = "attraction x 4", 4.0
+TSNE = "t-SNE"
 EXPLAINED = 200  # test images
 CPU = Budget(10_000, 2000, 50, batch=500)
 GPU = Budget(None, None, 100, batch=500)
@@ -47,7 +48,7 @@ def main(arguments: list[str] | None = None) -> int:
     x_train, x = ((part + 1) / 2 for part in (chosen.x_train[:whole], chosen.x_test))  # ink is 0 to 1
     y_train, y = chosen.y_train[:whole], chosen.y_test
     first = recipe.epochs // 5
-    phases = {EXAGGERATION: (first, EXAGGERATED), "t-SNE": (recipe.epochs - first, 1.0)}
+    phases = {EXAGGERATION: (first, EXAGGERATED), TSNE: (recipe.epochs - first, 1.0)}
     phases = {name: phase for name, phase in phases.items() if phase[0]}
 
     def measure(network: nn.Module) -> dict[str, float]:
