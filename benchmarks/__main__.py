@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
-from benchmarks import ceilings, compare, experiments, papers, record, report, roofline, rows, run
+from benchmarks import ceilings, compare, data, experiments, papers, record, report, roofline, rows, run
+from benchmarks.experiments.common import at_least
 from benchmarks.gpu import job
 from benchmarks.problems import DTYPES, OPS, products
 from benchmarks.suites import ops
@@ -29,13 +29,14 @@ def main(arguments: list[str] | None = None) -> int:
     demo.add_argument(
         "--data",
         type=Path,
-        default=os.environ.get("INTERP_NN_DATA"),
+        default=data.usual_folder(),
         metavar="DIR",
         help="folder with MNIST or CIFAR-10 (default: $INTERP_NN_DATA)",
     )
-    demo.add_argument("--epochs", type=int, help="default: 20 for digits, 1 for the others")
-    demo.add_argument("--seeds", type=int, help="networks of each kind (default: 3 for digits, 1 for the others)")
-    demo.add_argument("--train-size", type=int, help="train on the first so many images (default: all)")
+    number = at_least(1)
+    demo.add_argument("--epochs", type=number, help="default: 20 for digits, 1 for the others")
+    demo.add_argument("--seeds", type=number, help="networks of each kind (default: 3 for digits, 1 for the others)")
+    demo.add_argument("--train-size", type=number, help="train on the first so many images (default: all)")
     demo.add_argument("--device", default="cpu")
     demo.add_argument("--output", type=Path, default=Path("results"), metavar="DIR", help="for the PNG and the JSON")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import os
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -28,6 +29,12 @@ class Images(NamedTuple):
     @property
     def classes(self) -> int:
         return _CLASSES.get(self.name, 10)
+
+
+def usual_folder() -> Path | None:
+    """$INTERP_NN_DATA, None where it is not set or empty."""
+    folder = os.environ.get("INTERP_NN_DATA")
+    return Path(folder) if folder else None
 
 
 def load(dataset: str | None, directory: Path | None) -> Images:

@@ -36,7 +36,7 @@ def run(
     """Train, check, time, print, and save a figure and a record; exit status 1 when the gradient check fails."""
     start = time.perf_counter()
     try:
-        images = data.load(dataset, Path(directory) if directory else None)
+        images = data.load(dataset, directory)
     except (FileNotFoundError, ValueError) as error:
         print(error, file=sys.stderr)
         return 2

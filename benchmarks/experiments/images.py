@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -34,7 +33,7 @@ def parser(name: str, description: str | None) -> argparse.ArgumentParser:
     options.add_argument(
         "--data",
         type=Path,
-        default=os.environ.get("INTERP_NN_DATA"),
+        default=data.usual_folder(),
         metavar="DIR",
         help="folder of the images (default: $INTERP_NN_DATA)",
     )
@@ -52,7 +51,7 @@ def parser(name: str, description: str | None) -> argparse.ArgumentParser:
 def load(given: argparse.Namespace, dataset: str | None) -> data.Images | None:
     """The images that the command line asks for; None after having printed why they are not to be had."""
     try:
-        return data.load(dataset, None if given.data is None else Path(given.data))
+        return data.load(dataset, given.data)
     except (FileNotFoundError, ValueError) as error:
         print(error, file=sys.stderr)
         return None

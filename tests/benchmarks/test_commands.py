@@ -30,6 +30,14 @@ def test_demo_says_what_is_missing(tmp_path, capsys):
     assert "mnist: not found in" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("option", ["--seeds", "--epochs", "--train-size"])
+@pytest.mark.parametrize("number", ["-1", "0"])
+def test_a_demo_of_nothing_is_refused(option, number, capsys):
+    with pytest.raises(SystemExit):
+        main(["demo", option, number])
+    assert f"argument {option}: got {number}, want at least 1" in capsys.readouterr().err
+
+
 def test_experiments_are_listed_and_run_by_name(tmp_path, capsys):
     assert main(["experiments"]) == 0
     listed = [line.split()[0] for line in capsys.readouterr().out.splitlines()]

@@ -2,6 +2,7 @@
 
 import gzip
 import pickle
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -131,6 +132,14 @@ def test_damaged_batches_are_named(tmp_path):
         (tmp_path / name).write_bytes(b"no pickle")
     with pytest.raises(ValueError, match=r"cifar10: the files in .* are damaged: UnpicklingError"):
         data.load("cifar10", tmp_path)
+
+
+@pytest.mark.parametrize(("value", "folder"), [(None, None), ("", None), ("there", Path("there"))])
+def test_the_usual_folder(monkeypatch, value, folder):
+    monkeypatch.delenv("INTERP_NN_DATA", raising=False)
+    if value is not None:
+        monkeypatch.setenv("INTERP_NN_DATA", value)
+    assert data.usual_folder() == folder
 
 
 def test_what_is_missing_is_named(tmp_path):
