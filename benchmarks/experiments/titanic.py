@@ -7,8 +7,9 @@ network is held against logistic regression on several splits.
 from __future__ import annotations
 
 import csv
-import os
+import math
 import sys
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from benchmarks import tables
+from benchmarks import data, tables
 from benchmarks.experiments import common
 from interp_nn.explain import plots
 from interp_nn.explain.cluster_table import auc
@@ -24,8 +25,8 @@ from interp_nn.explain.clusters import ActivationClusters
 from interp_nn.explain.piecewise import PiecewiseAffine
 
 NAME = "titanic"
-LEARNING_RATE = 1e-2
-PASSENGER_STEPS = 80  # more of them learn the fitted passengers by heart
+LEARNING_RATE, LOSS = 1e-2, nn.functional.binary_cross_entropy_with_logits
+PASSENGER_STEPS = 400  # at most; more than some dozens learn the fitted passengers by heart
 COLUMNS = ("survived", "pclass", "sex", "age", "sibsp", "parch", "fare", "embarked")
 FEATURES = (
     "1st class",
@@ -39,6 +40,7 @@ FEATURES = (
     "from C",
     "from Q",
 )
+MEASURED = ("age", "siblings, spouse", "parents, children", "fare")  # the others are 0 or 1
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -47,7 +49,7 @@ def main(arguments: list[str] | None = None) -> int:
     options.add_argument(
         "--data",
         type=Path,
-        default=os.environ.get("INTERP_NN_DATA"),
+        default=data.usual_folder(),
         metavar="DIR",
         help="folder with titanic.csv (default: $INTERP_NN_DATA; without, the 32 counts alone)",
     )
@@ -58,12 +60,15 @@ def main(arguments: list[str] | None = None) -> int:
         help="from how many, --seed and on, the passengers are split and a network is trained (default: 10)",
     )
     options.add_argument(
-        "--epochs", type=common.at_least(1), metavar="N", help="of the passengers' networks, each a step on all of them"
+        "--epochs",
+        type=common.at_least(1),
+        metavar="N",
+        help=f"the most steps of the passengers' networks, of which validation chooses (default: {PASSENGER_STEPS})",
     )
     given = options.parse_args(arguments)
     given.seeds = given.seeds or (2 if given.quick else 10)
     try:
-        passengers = None if given.data is None else read_passengers(Path(given.data))
+        passengers = None if given.data is None else read_passengers(given.data)
     except (FileNotFoundError, ValueError) as error:
         print(error, file=sys.stderr)
         return 2
@@ -74,18 +79,23 @@ def main(arguments: list[str] | None = None) -> int:
     if passengers is not None:
         epochs["passengers"] = given.epochs or min(steps, PASSENGER_STEPS)
         results["passengers"] = _passengers(run, passengers, epochs["passengers"])
-    run.finish(
-        {"steps_an_epoch": 1, "learning_rate": LEARNING_RATE, "held_out_of_passengers": "a fifth"}, results, epochs
-    )
+    budget = {
+        "steps_an_epoch": 1,
+        "learning_rate": LEARNING_RATE,
+        "held_out_of_passengers": "a fifth",
+        "steps_of_passengers": "where the loss of a fifth of the fitted, left out of a training on the others, is least; "
+        "then all of the fitted are trained on",
+        "median_and_standardisation_of_passengers": "of what is trained on",
+    }
+    run.finish(budget, results, epochs)
     return 0
 
 
 def read_passengers(folder: Path) -> tables.Table:
-    """The passengers (n, 10) fp64 with survival (n,): age, log fare and counts of relatives standardised, the rest 0 or 1.
+    """The passengers (n, 10) fp64 with survival (n,): age, log fare and counts of relatives, the rest 0 or 1.
 
-    An unknown age is the median, with a column that says so; an unknown port is Southampton, the commonest. Raises
-    FileNotFoundError that says where it looked; ValueError for a file without the columns or a known age, and for a row that is
-    no passenger.
+    An unknown age is NaN, with a column that says so; an unknown port is Southampton, the commonest. Raises FileNotFoundError
+    that says where it looked; ValueError for a file without the columns or a known age, and for a row that is no passenger.
     """
     places = (folder / "titanic.csv", folder / "titanic" / "titanic.csv")
     file = next((place for place in places if place.is_file()), None)
@@ -99,19 +109,17 @@ def read_passengers(folder: Path) -> tables.Table:
         rows = [_passenger(row, f"{file}, line {reader.line_num}") for row in reader]
     values = torch.tensor(rows, dtype=torch.float64).view(len(rows), 1 + len(FEATURES))
     y, x = values[:, 0], values[:, 1:]
-    age = FEATURES.index("age")
-    unknown = x[:, age].isnan()
-    if bool(unknown.all()):
+    if bool(x[:, FEATURES.index("age")].isnan().all()):
         raise ValueError(f"{file}: has no passenger of known age")
-    x[:, age] = torch.where(unknown, x[~unknown, age].median(), x[:, age])
-    for name in ("age", "siblings, spouse", "parents, children", "fare"):
-        column = x[:, FEATURES.index(name)]
-        column.sub_(column.mean()).div_(column.std().clamp_min(1e-9))
     return tables.Table(x, y, FEATURES)
 
 
-def _passenger(row: dict[str, str], place: str) -> list[float]:
+def _passenger(row: dict[str | Any, str | Any], place: str) -> list[float]:
     """Survival and the features of one row; an unknown age is NaN."""
+    more, fields = row.pop(None, []), len(row)  # DictReader's names for what is too much, and for what is missing
+    if more or None in row.values():
+        got = fields + len(more) - list(row.values()).count(None)
+        raise ValueError(f"{place}: got {got} columns, want {fields}")
     if (
         row["survived"] not in ("0", "1")
         or row["pclass"] not in ("1", "2", "3")
@@ -120,31 +128,40 @@ def _passenger(row: dict[str, str], place: str) -> list[float]:
         raise ValueError(
             f"{place}: survived, pclass and sex are {row['survived']!r}, {row['pclass']!r}, {row['sex']!r}"
         )
-    numbers = {name: float(row[name]) for name in ("sibsp", "parch", "fare")}
+    if row["embarked"] not in ("S", "C", "Q", ""):
+        raise ValueError(f"{place}: embarked is {row['embarked']!r}, want S, C, Q or nothing")
     return [
         float(row["survived"]),
         row["pclass"] == "1",
         row["pclass"] == "3",
         row["sex"] == "female",
-        float(row["age"] or "nan"),
+        _number(row, "age", place) if row["age"] else math.nan,
         not row["age"],
-        numbers["sibsp"],
-        numbers["parch"],
-        float(torch.tensor(numbers["fare"], dtype=torch.float64).log1p()),
+        _number(row, "sibsp", place),
+        _number(row, "parch", place),
+        math.log1p(_number(row, "fare", place)),
         row["embarked"] == "C",
         row["embarked"] == "Q",
     ]
 
 
-def _fit(network: nn.Sequential, table: tables.Table, steps: int) -> None:
-    tables.train(
-        network,
-        table,
-        loss=nn.functional.binary_cross_entropy_with_logits,
-        steps=steps,
-        learning_rate=LEARNING_RATE,
-        progress=lambda r: tqdm(r, desc="training"),
-    )
+def _number(row: dict[str, str], name: str, place: str) -> float:
+    try:
+        value = float(row[name])
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < math.inf:
+        raise ValueError(f"{place}: {name} is {row[name]!r}, want a number of at least 0")
+    return value
+
+
+def _fit(
+    network: nn.Sequential,
+    table: tables.Table,
+    steps: int,
+    progress: Callable[[Iterable[int]], Iterable[int]] = lambda steps: tqdm(steps, desc="training"),
+) -> None:
+    tables.train(network, table, loss=LOSS, steps=steps, learning_rate=LEARNING_RATE, progress=progress)
     network.eval()
 
 
@@ -195,8 +212,10 @@ def _counts(run: common.Run, steps: int) -> dict[str, Any]:
 
 
 def _passengers(run: common.Run, table: tables.Table, steps: int) -> dict[str, Any]:
-    part, rest = _split(table, run.given.seed)
-    network = _network(part, steps, run.given.seed)
+    seed = run.given.seed
+    splits = _splits(table, steps, range(seed, seed + run.given.seeds))
+    part, rest = _prepared(*_split(table, seed))
+    network = _network(part, splits["network"]["steps"][0], seed)
     clusters = ActivationClusters(network).fit(part.x, part.y)
     importance = clusters.global_importance()
     merged = clusters.merge(min(4, len(clusters.counts_)), by="coef")
@@ -204,7 +223,7 @@ def _passengers(run: common.Run, table: tables.Table, steps: int) -> dict[str, A
         "passengers": {"fitted": len(part.y), "held_out": len(rest.y)},
         "fitted": _scores(network, part.x, part.y),
         "held_out": _scores(network, rest.x, rest.y),
-        "splits": _splits(table, steps, range(run.given.seed, run.given.seed + run.given.seeds)),
+        "splits": splits,
         "clusters": len(clusters.counts_),
         "held_out_in_a_known_cluster": (clusters.predict(rest.x) >= 0).double().mean().item(),
         "importance": dict(zip(table.features, importance.mean.tolist(), strict=True)),
@@ -219,7 +238,7 @@ def _passengers(run: common.Run, table: tables.Table, steps: int) -> dict[str, A
     print(f"{f'held out, {run.given.seeds} splits':24} {'accuracy, %':>16} {'AUC, %':>16}")
     for name, found in results["splits"].items():
         print(f"{name:24} {common.percent(found['accuracy']):>16} {common.percent(found['auc']):>16}")
-    print()
+    print(f"steps chosen by validation: {', '.join(map(str, splits['network']['steps']))}\n")
     print(clusters.summary(feature_names=table.features, rows=8))
     print(f"\nmerged into four clusters, held out: {merged.fidelity(rest.x)}")
     _draw(
@@ -236,21 +255,57 @@ def _split(table: tables.Table, seed: int) -> tuple[tables.Table, tables.Table]:
     return part, rest
 
 
+def _prepared(fitted: tables.Table, *others: tables.Table) -> list[tables.Table]:
+    """Unknown ages filled in by the median of the fitted, and what is measured standardised, by the fitted too."""
+    age, measured = FEATURES.index("age"), [FEATURES.index(name) for name in MEASURED]
+    median = fitted.x[:, age].nanmedian()
+    filled = [table.x.clone() for table in (fitted, *others)]
+    for x in filled:
+        x[:, age] = x[:, age].where(~x[:, age].isnan(), median)
+    known = filled[0][:, measured]
+    mean, deviation = known.mean(0), known.std(0).clamp_min(1e-9)
+    for x in filled:
+        x[:, measured] = (x[:, measured] - mean) / deviation
+    return [table._replace(x=x) for table, x in zip((fitted, *others), filled, strict=True)]
+
+
+def _chosen_steps(part: tables.Table, most: int, seed: int) -> int:
+    """After how many steps on four fifths of what is fitted the loss of the other fifth is least."""
+    inner, validation = _prepared(*_split(part, seed))
+    network = _new(inner, seed)
+    losses: list[float] = []
+
+    def watched(steps: Iterable[int]) -> Iterator[int]:
+        for step in steps:
+            yield step
+            with torch.no_grad():
+                losses.append(LOSS(network(validation.x).squeeze(1), validation.y).item())
+
+    _fit(network, inner, most, watched)
+    return 1 + losses.index(min(losses))
+
+
+def _new(part: tables.Table, seed: int) -> nn.Sequential:
+    return tables.mlp(len(part.features), 16, 1, seed=seed)
+
+
 def _network(part: tables.Table, steps: int, seed: int) -> nn.Sequential:
-    network = tables.mlp(len(part.features), 16, 1, seed=seed)
+    network = _new(part, seed)
     _fit(network, part, steps)
     return network
 
 
 def _splits(table: tables.Table, steps: int, seeds: range) -> dict[str, Any]:
-    """Held-out accuracy and AUC of the network and of logistic regression on the same splits, and the latter's coefficients."""
+    """Held-out accuracy and AUC of the network and of logistic regression on the same splits; steps, and coefficients."""
     from sklearn.linear_model import LogisticRegression
 
     found: dict[str, list[dict[str, float]]] = {"network": [], "logistic regression": []}
-    coefficients = []
+    coefficients, chosen = [], []
     for seed in seeds:
-        part, rest = _split(table, seed)
-        found["network"].append(_scores(_network(part, steps, seed), rest.x, rest.y))
+        fitted, held_out = _split(table, seed)
+        chosen.append(_chosen_steps(fitted, steps, seed))
+        part, rest = _prepared(fitted, held_out)
+        found["network"].append(_scores(_network(part, chosen[-1], seed), rest.x, rest.y))
         model = LogisticRegression(max_iter=2000).fit(part.x.numpy(), part.y.numpy())
         logits = torch.from_numpy(model.decision_function(rest.x.numpy()))
         found["logistic regression"].append(_of_logits(logits, rest.y))
@@ -258,6 +313,7 @@ def _splits(table: tables.Table, steps: int, seeds: range) -> dict[str, Any]:
     results: dict[str, Any] = {
         name: {key: common.spread([one[key] for one in scores]) for key in scores[0]} for name, scores in found.items()
     }
+    results["network"]["steps"] = chosen
     mean = torch.stack(coefficients).mean(0).tolist()
     results["logistic regression"]["coefficients"] = dict(zip(table.features, mean, strict=True))
     return results

@@ -1,6 +1,7 @@
 """Each experiment from its command line, at sizes small enough for every run of the tests: what it records must be true."""
 
 import json
+import math
 
 import numpy as np
 import pytest
@@ -92,7 +93,7 @@ def test_the_titanic_from_its_counts(tmp_path, capsys):
 def test_the_titanic_from_its_passengers(tmp_path, capsys):
     people = tables.titanic()
     lines = [HEADER]
-    for i, (row, y) in enumerate(zip(people.x[::8].tolist(), people.y[::8].tolist(), strict=True)):
+    for i, (row, y) in enumerate(zip(people.x[::4].tolist(), people.y[::4].tolist(), strict=True)):
         which = 1 + min(row.index(1.0), 2)
         sex, age = ("female" if row[4] else "male"), ("" if i % 5 == 0 else 9 if row[5] else 20 + i % 40)
         lines.append(f'{int(y)},{which},"Doe, {i}",{sex},{age},{i % 3},0,T{i},{60 / which},,{"SCQ"[i % 3]}')
@@ -101,14 +102,15 @@ def test_the_titanic_from_its_passengers(tmp_path, capsys):
     (data / "titanic.csv").write_text("\r\n".join(lines))
     output = tmp_path / "output"
     results = run(titanic, output, "--data", str(tmp_path / "data"))["passengers"]
-    assert results["passengers"] == {"fitted": 221, "held_out": 55}
+    assert results["passengers"] == {"fitted": 441, "held_out": 110}
     assert results["held_out"]["accuracy"] > 0.6 and results["check"] <= 1e-12
     assert max(results["importance"], key=results["importance"].get) == "female"
+    assert len(results["splits"]["network"]["steps"]) == 2 and 1 <= max(results["splits"]["network"]["steps"]) <= 60
     for found in results["splits"].values():
         assert 0.6 < found["accuracy"]["mean"] < 1 and 0.6 < found["auc"]["mean"] < 1 and found["auc"]["std"] > 0
     coefficients = results["splits"]["logistic regression"]["coefficients"]
     assert max(coefficients, key=coefficients.get) == "female"
-    assert "221 passengers" in capsys.readouterr().out
+    assert "441 passengers" in capsys.readouterr().out
 
 
 def test_passengers_are_read_as_they_are(tmp_path):
@@ -119,11 +121,46 @@ def test_passengers_are_read_as_they_are(tmp_path):
     assert y.tolist() == [1, 0, 0]
     assert column["1st class"] == [1, 0, 0] and column["3rd class"] == [0, 1, 0] and column["female"] == [1, 0, 0]
     assert column["age unknown"] == [0, 1, 0] and column["from C"] == [1, 0, 0] and column["from Q"] == [0, 0, 0]
-    age = column["age"]
-    assert age[1] == age[0] < age[2]  # the lower median of 30 and 50
-    for name in ("age", "fare", "siblings, spouse", "parents, children"):
-        assert sum(column[name]) == pytest.approx(0, abs=1e-12)
-        assert sum(v**2 for v in column[name]) == pytest.approx(2)
+    assert column["age"][::2] == [30, 50] and math.isnan(column["age"][1])
+    assert column["fare"] == pytest.approx([math.log(8.25), 0, math.log(21)]) and column["siblings, spouse"] == [
+        1,
+        0,
+        0,
+    ]
+
+
+def made_passengers(n=60):
+    torch.manual_seed(0)
+    x = torch.rand(n, len(titanic.FEATURES), dtype=torch.float64)
+    x[::7, titanic.FEATURES.index("age")] = torch.nan
+    return tables.Table(x, (x[:, 2] + 0.5 * torch.rand(n) > 0.7).double(), titanic.FEATURES)
+
+
+def test_what_is_held_out_is_prepared_by_what_is_fitted():
+    part, rest = titanic._split(made_passengers(), 3)
+    fitted, held_out = titanic._prepared(part, rest)
+    for name in titanic.MEASURED:
+        column = fitted.x[:, titanic.FEATURES.index(name)]
+        assert column.mean().item() == pytest.approx(0, abs=1e-12) and column.std().item() == pytest.approx(1)
+    again, other = titanic._prepared(part, rest._replace(x=2 * rest.x))
+    assert torch.equal(again.x, fitted.x) and fitted.x.isfinite().all() and held_out.x.isfinite().all()
+    age = titanic.FEATURES.index("age")
+    unknown = part.x[:, age].isnan()
+    assert fitted.x[unknown, age].unique().numel() == 1 and bool(
+        fitted.x[~unknown, age].eq(fitted.x[unknown, age][0]).any()
+    )
+    assert torch.equal(other.x[:, 2], 2 * held_out.x[:, 2])  # 0 or 1 is left as it is
+
+
+def test_steps_are_chosen_by_a_fifth_of_what_is_fitted():
+    part, _ = titanic._split(made_passengers(), 3)
+    chosen = titanic._chosen_steps(part, 80, 5)
+    inner, validation = titanic._prepared(*titanic._split(part, 5))
+    losses = []
+    for steps in range(1, 81):
+        logits = titanic._network(inner, steps, 5)(validation.x).squeeze(1)
+        losses.append(torch.nn.functional.binary_cross_entropy_with_logits(logits, validation.y).item())
+    assert chosen == 1 + losses.index(min(losses)) < 80
 
 
 @pytest.mark.parametrize(
@@ -133,6 +170,20 @@ def test_passengers_are_read_as_they_are(tmp_path):
         ("survived,sex\n1,male", "has no column pclass, age, sibsp, parch, fare, embarked"),
         (HEADER, "has no passenger of known age"),
         (HEADER + "\n1,4,A,male,1,0,0,T,1,,S", "line 2: survived, pclass and sex are '1', '4', 'male'"),
+        (HEADER + "\n1,3,A,male,1,0,0,T,1,,S\n1,3,A,male,30", "line 3: got 5 columns, want 11"),
+        (HEADER + "\n1,3,A,male,1,0,0,T,1,,S,1", "line 2: got 12 columns, want 11"),
+        *(
+            (HEADER + f"\n1,3,A,male,{age},{relatives},0,T,{fare},,S", f"line 2: {name} is '{value}', want a number")
+            for age, relatives, fare, name, value in (
+                ("1", "0", "", "fare", ""),
+                ("1", "0", "nan", "fare", "nan"),
+                ("1", "0", "-5", "fare", "-5"),
+                ("nan", "0", "1", "age", "nan"),
+                ("NA", "0", "1", "age", "NA"),
+                ("1", "inf", "1", "sibsp", "inf"),
+            )
+        ),
+        (HEADER + "\n1,3,A,male,1,0,0,T,1,,Z", "line 2: embarked is 'Z', want S, C, Q or nothing"),
     ],
 )
 def test_missing_or_broken_passengers_are_named(tmp_path, capsys, text, message):
