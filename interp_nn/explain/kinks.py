@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from interp_nn.explain.calls import RANDOM, Call, RefusedError, Replay, Rule, Treatment, frozen, stepped
+from interp_nn.explain.calls import Call, Replay, Rule, Treatment, frozen, stepped
 from interp_nn.explain.contests import Contest, Later, adaptive_windows, sliding_windows, whole
 
 _STEP = (0, 1)
@@ -53,8 +53,6 @@ def _prelu(call: Call) -> Pieces:
 
 
 def _rrelu(call: Call) -> Pieces:
-    if call.argument(3, "training", default=False):
-        raise RefusedError(RANDOM)
     slope = (call.argument(1, "lower", default=1 / 8) + call.argument(2, "upper", default=1 / 3)) / 2
     return Pieces((0,), (slope, 1), (0, 0))
 

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from interp_nn.explain import kinks, secants
 from interp_nn.explain.calls import (
-    RANDOM,
     Call,
     Kind,
     RefusedError,
@@ -136,14 +135,6 @@ def divided(call: Call) -> Treatment:
     return multiplied([(0, "input"), (1, "other")])(call)
 
 
-def identity_unless_training(call: Call) -> Treatment:
-    """Dropout."""
-    p = call.argument(1, "p", default=0.5)
-    if call.argument(2, "training", "train", default=True) and p > 0:
-        raise RefusedError(RANDOM)
-    return rearranged(call)
-
-
 def batch_normalized(call: Call) -> Treatment:
     """Batch norm by running statistics."""
     if call.argument(5, "training", default=False):
@@ -168,6 +159,8 @@ def _names(text: str, rule: Rule) -> dict[str, Rule]:
 def _set(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
+
+_DROPOUTS = _set("dropout dropout1d dropout2d dropout3d alpha_dropout feature_alpha_dropout feature_dropout")
 
 TABLE: dict[str, Rule] = {
     # Views, copies and other rearrangements; sums within a tensor; resampling.
@@ -196,10 +189,7 @@ TABLE: dict[str, Rule] = {
     **_names("view_as reshape_as expand_as type_as to", rearranged),
     **_names("addmm addmv baddbmm addbmm", _addmm),
     **_names("div divide true_divide", divided),
-    **_names(
-        "dropout dropout1d dropout2d dropout3d alpha_dropout feature_alpha_dropout feature_dropout",
-        identity_unless_training,
-    ),
+    **dict.fromkeys(_DROPOUTS, rearranged),  # which drop nothing, or `draws` says so
     "batch_norm": of_input(batch_normalized),
     # Gates.
     **{
@@ -246,9 +236,10 @@ _CONSTANTS = _set("zeros_like ones_like full_like empty_like new_zeros new_ones 
 _LIKENESSES = _set("view_as reshape_as expand_as type_as to")
 # What takes values out of PyTorch, from where they may come back as constants.
 LEAVES = _set("item tolist numpy __float__ __int__ __index__ __complex__ __array__ set:data __dlpack__")
-DRAWS = _set(
-    "rand randn randint rand_like randn_like randint_like randperm bernoulli normal uniform multinomial exponential random"
-    " cauchy geometric log_normal poisson fractional_max_pool2d fractional_max_pool3d gumbel_softmax"
+_DRAWS = _set(
+    "rand randn randint rand_like randn_like randint_like randperm bernoulli binomial normal uniform multinomial exponential"
+    " random cauchy geometric log_normal poisson _standard_gamma _sample_dirichlet kaiming_uniform fractional_max_pool2d"
+    " fractional_max_pool3d gumbel_softmax svd_lowrank pca_lowrank"
 )
 _SAME_AS = {
     "_threshold": "threshold",
@@ -290,6 +281,17 @@ def _place_of_inplace(function: Callable[..., Any]) -> int | None:
     code = function.__code__
     names = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
     return names.index("inplace") if "inplace" in names else None
+
+
+def draws(call: Call) -> bool:
+    """Whether a call draws random numbers, for what its name and arguments say."""
+    if call.name in _DROPOUTS:
+        return call.argument(2, "training", "train", default=True) and call.argument(1, "p", default=0.5) > 0
+    if call.name == "rrelu":
+        return call.argument(3, "training", default=False)
+    if call.name == "scaled_dot_product_attention":
+        return call.argument(4, "dropout_p", default=0) > 0
+    return call.name in _DRAWS
 
 
 def that_matter(kinds: dict[int, Kind], name: str, args: Sequence[Any]) -> dict[int, Kind]:

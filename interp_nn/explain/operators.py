@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from interp_nn.explain.replay import over_copies
+from interp_nn.forward_mode import pushed
 
 Vectors = tuple[Tensor, ...]  # one tensor (r, n, *input) for each of the inputs
 
@@ -151,4 +152,4 @@ class Traced(Operator):
         return super().bias_by_layer() if self._parts is None else self._parts()
 
     def _push(self, *v: Tensor) -> Tensor:
-        return torch.func.jvp(self._function, self.x, v)[1].detach()
+        return pushed(self._function, self.x, v)[1].detach()

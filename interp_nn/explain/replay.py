@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import BaseTorchFunctionMode
 
-from interp_nn.explain.calls import RANDOM, UnsupportedOperation, replaced
+from interp_nn.explain.calls import UnsupportedOperation, replaced
 from interp_nn.explain.tracing import ConstantFinder, Layers, Recorder, Replayer, ScaledReplayer
+from interp_nn.forward_mode import pushed
 from interp_nn.records import place_of
 
 Inputs = tuple[Tensor, ...]
@@ -66,7 +67,7 @@ def run_recorded(
     with (
         torch.inference_mode(False),
         torch.set_grad_enabled(differentiable),
-        _untouched(model, inputs, recorder.refuse),
+        _untouched(model, recorder),
         layers.following(),
         _eager(),
         recorder,
@@ -152,7 +153,7 @@ class Replay(nn.Module):
             parts = {}
             if layers:
                 one_by_one = torch.eye(len(layers), dtype=none.dtype, device=none.device)
-                alone = torch.vmap(lambda d: torch.func.jvp(scaled, (none,), (d,))[1], chunk_size=_LAYERS_AT_ONCE)
+                alone = torch.vmap(lambda d: pushed(scaled, (none,), (d,))[1], chunk_size=_LAYERS_AT_ONCE)
                 parts = dict(zip(layers, alone(one_by_one), strict=True))
             if taps:  # a kink's own place
                 own, rest = self._steps[taps[0]].layer, scaled(none)
@@ -215,7 +216,7 @@ class TangentReplay(nn.Module):
         if got != want:
             raise ValueError(f"v: got shapes {got}, want {want}")
         steps = tuple(t - x for t, x in zip(v, self._inputs, strict=True))
-        return torch.add(*torch.func.jvp(self._function, self._inputs, steps))
+        return torch.add(*pushed(self._function, self._inputs, steps))
 
 
 def check_inputs(x: Tensor | Inputs) -> Inputs:
@@ -261,32 +262,30 @@ def _eager() -> Iterator[None]:
 
 
 @contextmanager
-def _untouched(model: nn.Module, inputs: Inputs, refuse: Callable[[str], None]) -> Iterator[None]:
-    """Leaves buffers and random states as they were, and refuses a model that changed them."""
+def _untouched(model: nn.Module, recorder: Recorder) -> Iterator[None]:
+    """Leaves buffers as they were, and refuses a model that changed them; and the generators that the model was seen to draw
+    from: another thread may be drawing from those of the process.
+    """
     buffers = [
         (f"{path}.{name}".lstrip("."), module, name, buffer, buffer.clone(), _version(buffer))
         for path, module in model.named_modules()
         for name, buffer in module._buffers.items()
         if buffer is not None
     ]
-    cuda = [t.device for t in inputs if t.device.type == "cuda"]
-    before = [torch.get_rng_state(), *(torch.cuda.get_rng_state(device) for device in cuda)]
     changed = []
-    with torch.random.fork_rng(cuda):
-        try:
-            yield
-        finally:
-            for path, module, name, buffer, value, version in buffers:
-                if module._buffers.get(name) is not buffer or _version(buffer) != version:
-                    changed.append(path)
-                    module._buffers[name] = buffer
-                    with torch.no_grad():
-                        buffer.copy_(value)
-        after = [torch.get_rng_state(), *(torch.cuda.get_rng_state(device) for device in cuda)]
+    try:
+        yield
+    finally:
+        for generator, state in recorder.generators:
+            generator.set_state(state)
+        for path, module, name, buffer, value, version in buffers:
+            if module._buffers.get(name) is not buffer or _version(buffer) != version:
+                changed.append(path)
+                module._buffers[name] = buffer
+                with torch.no_grad():
+                    buffer.copy_(value)
     if changed:
-        refuse(f"it changes the buffers {', '.join(changed)}; want a model without memory")
-    if not all(map(torch.equal, before, after)):
-        refuse(RANDOM)
+        recorder.refuse(f"it changes the buffers {', '.join(changed)}; want a model without memory")
 
 
 def _version(t: Tensor) -> int:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from interp_nn.explain.calls import RANDOM, Call, RefusedError, Rule, Treatment, frozen, same
+from interp_nn.explain.calls import Call, Rule, Treatment, frozen, same
 from interp_nn.explain.kinks import sloped
 
 
@@ -161,10 +161,8 @@ def _normalized(
 def attention(call: Call) -> Treatment:
     """scaled_dot_product_attention."""
     query, key, value = (call.argument(i, n) for i, n in enumerate(("query", "key", "value")))
-    mask, dropout, causal = (call.argument(i, n) for i, n in ((3, "attn_mask"), (4, "dropout_p"), (5, "is_causal")))
+    mask, causal = call.argument(3, "attn_mask"), call.argument(5, "is_causal")
     scale, grouped = call.argument(6, "scale"), call.argument(7, "enable_gqa", default=False)
-    if dropout:
-        raise RefusedError(RANDOM)
     if not call.affine(value):
         return frozen(call, call.source(value))
     groups = query.shape[-3] // key.shape[-3] if grouped else 1

@@ -108,6 +108,7 @@ class Recorder(TorchFunctionMode):
         self.sites: list[Site] = []
         self.rows: list[tuple[str, str, str]] = []
         self.refusals: list[tuple[int, Source]] = []  # with the number of gate sites before
+        self.generators: list[tuple[torch.Generator, Tensor]] = []  # as they were before the model first drew
         self._ledger = _Ledger()
         self._site_calls: dict[str, int] = {}
         self._constants: dict[int, Tensor] = {}  # what was computed from parameters alone
@@ -134,7 +135,10 @@ class Recorder(TorchFunctionMode):
         call = Call(func, name, args, kwargs, inplace, self.layers.path, kinds)
         if (reason := self.unseen((args, kwargs))) is not None:
             return self._refuse(call, reason)
-        if name in operations.DRAWS:
+        if operations.draws(call):
+            if not self.strict and not self.generators:
+                seen = (torch.default_generator, *torch.cuda.default_generators)
+                self.generators = [(generator, generator.get_state()) for generator in seen]
             return self._refuse(call, RANDOM)
         if not kinds:
             return self._constant(func(*args, **kwargs))

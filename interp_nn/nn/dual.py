@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
+from interp_nn.forward_mode import pushed
 from interp_nn.graphs import argument, first, gated, kind, layer_of, name_of, routed, trace, where
 from interp_nn.nn.gated import GatedNetwork, GateWeights
 
@@ -52,7 +53,7 @@ class DualNetwork(GatedNetwork):
         zero = like.new_zeros(1, *input_shape)
 
         def moved(v: Tensor) -> tuple[Tensor, ...]:
-            return torch.func.jvp(lambda x: tuple(self.gating(x)), (zero,), (v.unsqueeze(0),))[1]
+            return pushed(lambda x: tuple(self.gating(x)), (zero,), (v.unsqueeze(0),))[1]
 
         units = torch.eye(zero.numel(), dtype=like.dtype, device=like.device).unflatten(1, zero.shape[1:])
         with torch.no_grad():
