@@ -10,7 +10,8 @@ from torch.autograd import Function
 from torch.nn.utils import parametrizations, parametrize
 
 from interp_nn import linalg
-from interp_nn.nn.linear_form import LinearForm, autocast_off
+from interp_nn.nn.linear_form import LinearForm, ties
+from interp_nn.ops.library import is_dtensor
 
 CONSTRAINTS = ("penalty", "retract", "parametrization")
 
@@ -25,8 +26,8 @@ def constrain(model: nn.Module, constraint: str | None) -> nn.Module:
 
     "retract" and "parametrization" begin at the nearest orthonormal b, which changes the outputs of a model that was elsewhere.
     `constrain(model.head, ...)` leaves the rest of a model alone. Raises ValueError for another constraint and for a model
-    without such layers; naming the layer, TypeError for a parametrization of 16-bit weights, which PyTorch cannot compute, and
-    ValueError for one of a weight tied to another.
+    without such layers; naming the layer, TypeError for a parametrization of 16-bit weights, which PyTorch cannot compute, or
+    of sharded ones, and ValueError for one of a weight tied to another.
     """
     if constraint not in (None, *CONSTRAINTS):
         raise ValueError(f"constraint: got {constraint!r}, want None, 'penalty', 'retract' or 'parametrization'")
@@ -38,12 +39,13 @@ def constrain(model: nn.Module, constraint: str | None) -> nn.Module:
     for layer in layers.values():
         if layer.constraint == "parametrization":
             parametrize.remove_parametrizations(layer, "weight")
-        layer.constraint = constraint
+            layer.constraint = None
         if constraint in ("retract", "parametrization"):
             layer.orthogonalize_()
-        layer._square = None
+        layer._drop_square()
         if constraint == "parametrization":
             _parametrize(layer)
+        layer.constraint = constraint
     return model
 
 
@@ -51,11 +53,13 @@ def orthogonality_penalty(model: nn.Module) -> Tensor:
     """The sum of ‖bᵀb - I‖² (Frobenius; ‖bbᵀ - I‖² where k > d) over the layers of a model with the constraint "penalty".
 
     A scalar, differentiable to every order; its gradient is 4 b (bᵀb - I). A SummaryLinear or SummaryConv2d takes the bᵀb that
-    its last forward formed, if its weight has not changed since (a write through `.data` goes unseen) and is fp32 or fp64: that
-    saves two of three products, forward and backward, of 2 d k² operations each, and on the engines of one launch that bᵀb is
-    an output of the forward's launch. It is formed anew for layers that give pairs, for 16-bit weights (in fp32, as bᵀb - I
-    cancels), in compiled code, and where the forward formed none. A weight that layers share counts once. Raises ValueError
-    where no layer has the constraint.
+    its last forward formed, if its weight is fp32 or fp64, has not changed since (a write through `.data` goes unseen), and had
+    no gradient then nor got one since: as in a step that begins with `optimizer.zero_grad()` and has the penalty in the loss.
+    That saves two of three products, forward and backward, of 2 d k² operations each, and on the engines of one launch that
+    bᵀb is an output of the forward's launch. It is formed anew otherwise, for layers that give pairs, for 16-bit weights (in
+    fp32, as bᵀb - I cancels), in compiled code, under torch.func, and where the forward formed none. A weight that layers share
+    counts once. Of sharded weights every device gets the whole sum, and its gradient counts once. Raises ValueError where no
+    layer has the constraint.
     """
     layers = _constrained(model, "penalty")
     if not layers:
@@ -74,7 +78,7 @@ def retract_(model: nn.Module) -> None:
     """
     for layer in _constrained(model, "retract"):
         weight = layer.weight
-        with autocast_off(weight.device):
+        with linalg.autocast_off(weight.device):
             b = layer.matrix().to(linalg.accumulation_dtype(weight.dtype))
             weight.copy_(linalg.newton_schulz(b, linalg.smaller_square(b)).mT.reshape(weight.shape))
 
@@ -100,8 +104,8 @@ class _Square(Function):
 
 
 def _penalty(layer: LinearForm) -> Tensor:
-    b, known = layer.matrix(), layer.known_square()
-    with autocast_off(b.device):
+    b, known = layer.whole_matrix(), layer.known_square()
+    with linalg.autocast_off(b.device):
         b = b.to(linalg.accumulation_dtype(b.dtype))
         square = linalg.smaller_square(b) if known is None else _Square.apply(b, known)
         return (square - torch.eye(square.shape[-1], dtype=square.dtype, device=square.device)).square().sum()
@@ -112,22 +116,19 @@ def _constrained(model: nn.Module, constraint: str) -> list[LinearForm]:
     found: dict[int, LinearForm] = {}
     for m in model.modules():
         if isinstance(m, LinearForm) and m.constraint == constraint:
-            found.setdefault(id(m.weight), m)
+            found.setdefault(id(m._parameters.get("weight", m)), m)
     return list(found.values())
 
 
 def _check_parametrizable(model: nn.Module, layers: dict[str, LinearForm]) -> None:
-    owners: dict[int, list[str]] = {}
-    for path, module in model.named_modules():
-        for name, p in module._parameters.items():
-            owners.setdefault(id(p), []).append(f"{path}.{name}".lstrip("."))
     for path, layer in layers.items():
         if layer.weight.dtype not in (torch.float32, torch.float64):
             raise TypeError(
                 f"{path or 'model'}: got weight {layer.weight.dtype}, want float32 or float64 to parametrize"
             )
-        others = [name for name in owners.get(id(layer.weight), ()) if name != f"{path}.weight".lstrip(".")]
-        if others:
+        if is_dtensor(layer.weight):
+            raise TypeError(f"{path or 'model'}: its weight is a DTensor; parametrize it before it is shared out")
+        if others := ties(model, layer, "weight"):
             raise ValueError(
                 f"{path or 'model'}: its weight is tied to {', '.join(others)}, and cannot be parametrized"
             )

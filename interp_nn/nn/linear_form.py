@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+from torch.utils.hooks import RemovableHandle
 
 from interp_nn import linalg
-from interp_nn.ops.library import transforming
+from interp_nn.ops.library import is_dtensor, is_wrapped, transforming
 
 _EXACT = (torch.float32, torch.float64)
+
+
+class _Kept(NamedTuple):
+    """value: what was computed from `sources`; identity: theirs at that time, and they, so that no others come to lie there."""
+
+    value: Tensor
+    identity: tuple[Any, ...]
+    sources: list[Tensor]
 
 
 class LinearForm(nn.Module):
@@ -25,13 +33,21 @@ class LinearForm(nn.Module):
     groups: int = 1
     constraint: str | None = None  # set by `constraints.constrain`
 
-    # The smaller square product of b that a forward formed, kept under the constraint "penalty", and what it was computed
-    # from: that tensor itself too, so that no other comes to lie at its address.
-    _square: tuple[Tensor, tuple[Any, ...], Tensor] | None = None
+    # The smaller square product of b that a forward formed, under the constraint "penalty": none or one, and the hook on
+    # `weight` that takes it away.
+    _square: tuple[list[_Kept], RemovableHandle] | None = None
 
     def matrix(self) -> Tensor:
         """b (in, out), a view of `weight`; (groups, in, out per group) for grouped layers."""
-        rows = self.weight.flatten(1)
+        return self._matrix_of(self.weight)
+
+    def whole_matrix(self) -> Tensor:
+        """`matrix()`, gathered from all devices where `weight` is a DTensor."""
+        weight: Any = self.weight
+        return self._matrix_of(weight.full_tensor() if is_dtensor(weight) else weight)
+
+    def _matrix_of(self, weight: Tensor) -> Tensor:
+        rows = weight.flatten(1)
         return rows.t() if self.groups == 1 else rows.unflatten(0, (self.groups, -1)).mT
 
     def gram(self) -> Tensor:
@@ -44,16 +60,16 @@ class LinearForm(nn.Module):
 
     def spectrum(self) -> Tensor:
         """The min(in, out) singular values of b in descending order, fp64. Those of the effective weight are their cubes."""
-        return linalg.singular_values(self.matrix())
+        return linalg.singular_values(self.whole_matrix())
 
     def orthogonality_defect(self) -> float:
         """max |s - 1| over the singular values s of b: 0 where b has orthonormal columns (or rows)."""
-        return linalg.orthogonality_defect(self.matrix())
+        return linalg.orthogonality_defect(self.whole_matrix())
 
     @torch.no_grad()
     def orthogonalize_(self) -> float:
         """Replace b by its polar factor, the nearest orthonormal matrix; return the orthogonality defect reached."""
-        b = self.matrix()
+        b = self.whole_matrix()
         results = [linalg.orthogonalize(m) for m in (b if self.groups > 1 else b.unsqueeze(0))]
         factor = torch.cat([r.factor.mT for r in results])
         self._set_weight(factor.view(self.weight.shape))
@@ -73,33 +89,63 @@ class LinearForm(nn.Module):
         self._set_weight(draw.view(self.weight.shape))
 
     def known_square(self) -> Tensor | None:
-        """The smaller square product of b, detached, that the last forward of a penalised layer formed; None if b has changed."""
-        if self._square is None or torch.compiler.is_compiling() or self._square[1] != self._identity():
+        """The smaller square product of b, detached, that the last forward of a penalised layer formed; None if b may differ.
+
+        Fused optimizers change a weight and PyTorch records nothing, but none changes a weight without a gradient: so it is
+        known from a forward that found none until the weight gets one.
+        """
+        weight = self._parameters.get("weight")
+        if self._square is None or type(weight) is not nn.Parameter or weight.grad is not None:
             return None
-        return self._square[0]
+        if torch.compiler.is_compiling() or transforming():
+            return None
+        kept = self._square[0]
+        return kept[0].value if kept and kept[0].identity == self._identity() else None
 
     def _keep_square(self, square: Tensor | None) -> None:
         """Keep what `known_square` gives; not of 16-bit weights, as bᵀb - I cancels, nor what only lives in a transform."""
         weight = self._parameters.get("weight")
         if torch.compiler.is_compiling() or transforming() or not torch.is_grad_enabled():
             return
-        self._square = None
-        if square is not None and type(weight) is nn.Parameter and square.dtype == weight.dtype in _EXACT:
-            self._square = square.detach(), self._identity(), weight.detach()
+        self._drop_square()
+        if square is None or type(weight) is not nn.Parameter or not weight.requires_grad or weight.grad is not None:
+            return
+        if square.dtype == weight.dtype in _EXACT:
+            kept = [self._kept(square.detach())]
+            self._square = kept, weight.register_hook(lambda _: kept.clear())
+
+    def _drop_square(self) -> None:
+        if self._square is not None:
+            self._square[1].remove()
+            self._square = None
+
+    def _kept(self, value: Tensor) -> _Kept:
+        return _Kept(value, self._identity(), [t.detach() for t in self._sources()])
 
     def _identity(self) -> tuple[Any, ...]:
-        w = self.weight
-        return w.data_ptr(), None if w.is_inference() else w._version, w.dtype, w.device
+        return tuple(map(_mark, self._sources()))
+
+    def _sources(self) -> list[Tensor]:
+        """What the weight is made of: itself, or all that its parametrization computes it from."""
+        if "weight" not in self._parameters and parametrize.is_parametrized(self, "weight"):
+            made = self.get_submodule("parametrizations.weight")
+            return [*made.parameters(), *made.buffers()]
+        return [self.weight]
 
     @torch.no_grad()
     def _set_weight(self, value: Tensor) -> None:
         if parametrize.is_parametrized(self, "weight"):
             self.weight = value  # type: ignore[assignment] # through the parametrization's right inverse
+        elif is_dtensor(self.weight):
+            from torch.distributed.tensor import DTensor, Replicate
+
+            mesh = self.weight.device_mesh  # type: ignore[attr-defined]
+            self.weight.copy_(DTensor.from_local(value, mesh, [Replicate()] * mesh.ndim, run_check=False))
         else:
             self.weight.copy_(value)
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
-        self._square = None  # before its weight's memory goes
+        self._drop_square()  # before its weight's memory goes
         return super()._apply(*args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -112,15 +158,15 @@ class LinearForm(nn.Module):
 class Freezable(LinearForm):
     """A linear form whose forward is a plain linear layer with its effective weight, which can be kept."""
 
-    # The kept weight, what it was computed from, and that tensor itself, so that no other comes to lie at its address.
-    _frozen: tuple[Tensor, tuple[Any, ...], Tensor] | None = None
+    _frozen: _Kept | None = None
 
     def freeze(self) -> Any:
         """Keep the effective weight: from now on a forward costs exactly a plain linear layer's, and `weight` gets no gradient.
 
-        The kept weight is recomputed when `weight` changes in a way PyTorch records (another tensor, an in-place write,
-        another dtype or device); a write through `.data`, or any write under torch.compile, goes unseen. `unfreeze()`,
-        `train()` and `load_state_dict()` drop it; `eval()` alone keeps nothing. Returns the module.
+        The kept weight is recomputed when `weight`, or what a parametrization computes it from, changes in a way PyTorch
+        records (another tensor, an in-place write, another dtype or device). What PyTorch does not record goes unseen: a
+        write through `.data`, a step of a fused optimizer, any write under torch.compile. `unfreeze()`, `train()` and
+        `load_state_dict()` drop it; `eval()` alone keeps nothing. Returns the module.
         """
         self._frozen = self._freeze()
         return self
@@ -134,9 +180,12 @@ class Freezable(LinearForm):
         """The effective weight kept by `freeze`, brought up to date; None when not frozen."""
         if self._frozen is None:
             return None
-        if not torch.compiler.is_compiling() and self._frozen[1] != self._identity():
-            self._frozen = self._freeze()
-        return self._frozen[0]
+        if torch.compiler.is_compiling() or self._frozen.identity == self._identity():
+            return self._frozen.value
+        now = self._freeze()
+        if not transforming():  # where another weight may stand in for this layer's, for as long as the transform lasts
+            self._frozen = now
+        return now.value
 
     def train(self, mode: bool = True) -> Any:
         if mode:
@@ -156,16 +205,18 @@ class Freezable(LinearForm):
             self._frozen = self._freeze()
         return self
 
-    def _freeze(self) -> tuple[Tensor, tuple[Any, ...], Tensor]:
+    def _freeze(self) -> _Kept:
         # Whatever mode this is called in, the kept weight must serve in every other.
-        with torch.inference_mode(False), torch.no_grad(), autocast_off(self.weight.device):
-            return self.effective_weight().contiguous(), self._identity(), self.weight.detach()
+        with torch.inference_mode(False), torch.no_grad(), linalg.autocast_off(self.weight.device):
+            return self._kept(self.effective_weight().contiguous().detach())
 
 
-def autocast_off(device: torch.device) -> AbstractContextManager[Any]:
-    """A context in which nothing is cast, on devices with and without autocast."""
-    known = torch.amp.is_autocast_available(device.type)
-    return torch.autocast(device.type, enabled=False) if known else nullcontext()
+def _mark(t: Tensor) -> tuple[Any, ...]:
+    """What changes where t becomes another tensor, or is written to in a way that PyTorch records."""
+    if is_wrapped(t):
+        return (id(t),)
+    local: Tensor = t.to_local() if is_dtensor(t) else t  # type: ignore[attr-defined]
+    return local.data_ptr(), None if t.is_inference() else t._version, t.dtype, t.device
 
 
 def copy_parameters(source: nn.Module, to: nn.Module, weight: Tensor) -> None:
@@ -176,6 +227,13 @@ def copy_parameters(source: nn.Module, to: nn.Module, weight: Tensor) -> None:
             with torch.no_grad():
                 getattr(to, name).copy_(value).requires_grad_(trains)
     to.train(source.training)
+
+
+def ties(model: nn.Module, layer: nn.Module, name: str) -> list[str]:
+    """The parameters of a model's other modules that are this layer's parameter of that name."""
+    parameter = layer._parameters.get(name)
+    others = ((path, m) for path, m in model.named_modules() if m is not layer and parameter is not None)
+    return [f"{path}.{of}".lstrip(".") for path, m in others for of, p in m._parameters.items() if p is parameter]
 
 
 def check_preserve(preserve: str) -> None:

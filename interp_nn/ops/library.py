@@ -69,6 +69,11 @@ _transforms_active: Callable[[], bool] = getattr(torch._C, "_are_functorch_trans
 # Of autograd.grad(is_grads_batched=True), whose vmap is older than torch.func's and not among its transforms.
 is_batched: Callable[[Tensor], bool] = getattr(torch._C._functorch, "is_legacy_batchedtensor", lambda _: True)
 
+# Of a tensor that stands for another one inside a torch.func transform, and has no memory of its own.
+is_wrapped: Callable[[Tensor], bool] = getattr(
+    torch._C._functorch, "is_functorch_wrapped_tensor", lambda _: transforming()
+)
+
 
 def is_dtensor(t: Tensor) -> bool:
     """Whether t is a DTensor, without importing what defines one."""

@@ -7,6 +7,7 @@ import pytest
 import torch
 from measure import error, naive_linear, randomize
 from torch import nn
+from torch.autograd import forward_ad
 from torch.nn.utils import parametrize
 
 from interp_nn import linalg, use_engine
@@ -132,6 +133,39 @@ def test_a_changed_weight_is_not_taken_for_the_old_one(kind, change):
     assert abs(orthogonality_penalty(layer) - naive_penalty(layer)) <= 1e-10
 
 
+@pytest.mark.parametrize("kind", ["linear", "conv"])
+@pytest.mark.parametrize("set_to_none", [True, False])
+@pytest.mark.parametrize("forward", ["before", "between", "after"])
+def test_a_fused_step_leaves_no_old_gram_matrix(kind, set_to_none, forward):
+    """Such a step changes the weight and records nothing."""
+    layer, x = make(kind)
+    constrain(layer, "penalty")
+    optimizer = torch.optim.AdamW(layer.parameters(), lr=0.1, fused=True)
+    for _ in range(2):
+        loss = layer(x).square().sum()
+        if forward == "before":
+            layer(x)
+        loss.backward()
+        if forward == "between":
+            layer(x)
+        optimizer.step()
+        assert error(orthogonality_penalty(layer), naive_penalty(layer)) <= 1e-13
+        optimizer.zero_grad(set_to_none)
+        if forward == "after":
+            layer(x)
+        assert error(orthogonality_penalty(layer), naive_penalty(layer)) <= 1e-13
+
+
+def test_hooks_do_not_pile_up():
+    layer, x = make("linear")
+    constrain(layer, "penalty")
+    for _ in range(3):
+        layer(x)
+    assert len(layer.weight._backward_hooks) == 1
+    constrain(layer, None)
+    assert not layer.weight._backward_hooks
+
+
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["copy", "pickle"])
 def test_a_copy_has_the_constraint_and_no_gram_matrix(duplicate):
     layer, x = make("linear")
@@ -178,6 +212,37 @@ def test_transforms_leave_nothing_behind():
         weights
     )
     assert error(gradient["weight"], torch.autograd.grad(layer(x).sum(), layer.weight)[0]) <= 1e-12
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv"])
+@pytest.mark.parametrize("ran", [False, True])
+def test_derivatives_of_the_penalty_by_transforms(kind, ran):
+    layer, x = make(kind)
+    constrain(layer, "penalty")
+    model = nn.ModuleDict({"it": layer})
+    model.forward = lambda x: layer(x).square().sum() + orthogonality_penalty(model)
+    weights = {name: p.detach() for name, p in model.named_parameters()}
+    wanted = torch.autograd.grad(layer(x).square().sum() + naive_penalty(layer), list(model.parameters()))
+    if ran:
+        model(x)
+    assert (layer.known_square() is not None) is ran
+
+    def value(weights):
+        return torch.func.functional_call(model, weights, (x,))
+
+    gradient = torch.func.grad(value)(weights)
+    assert all(error(g, w) <= 1e-12 for g, w in zip(gradient.values(), wanted, strict=True))
+    along = {name: torch.randn_like(p) for name, p in weights.items()}
+    slope = sum((w * a).sum() for w, a in zip(wanted, along.values(), strict=True))
+    assert error(torch.func.jvp(value, (weights,), (along,))[1], slope) <= 1e-12
+    with forward_ad.dual_level():
+        given = {name: forward_ad.make_dual(p, along[name]) for name, p in weights.items()}
+        assert error(forward_ad.unpack_dual(value(given)).tangent, slope) <= 1e-12
+    several = {name: torch.stack((p, 2 * p)) for name, p in weights.items()}
+    doubled = {name: 2 * p for name, p in weights.items()}
+    with torch.no_grad():
+        assert error(torch.vmap(value)(several), torch.stack((value(weights), value(doubled)))) <= 1e-12
+    assert (layer.known_square() is not None) is ran
 
 
 def test_the_sum_over_a_model():
@@ -331,6 +396,28 @@ def test_a_parametrized_layer_freezes_and_folds():
     assert error(layer(x), before) <= 1e-12
     layer.reset_parameters()
     assert error(layer(x), before) > 0.1
+
+
+@by_kind
+def test_a_frozen_parametrized_layer_is_current_and_computes_its_weight_once(kind):
+    layer = make(kind)[0]
+    constrain(layer, "parametrization").eval().freeze()
+    for _ in range(10):  # chance, where the address of a weight computed anew decides
+        kept = layer.frozen_weight()
+        assert layer.frozen_weight() is kept
+        with torch.no_grad():
+            for p in layer.parametrizations.weight.parameters():
+                p.add_(torch.randn_like(p))
+        assert error(layer.frozen_weight(), layer.effective_weight()) <= 1e-12
+
+
+def test_the_penalty_counts_every_weight_that_is_computed():
+    model = nn.Sequential(*(SummaryLinear(5, 4) for _ in range(8))).double()
+    randomize(model)
+    for layer in model:
+        parametrize.register_parametrization(layer, "weight", nn.Identity())
+    constrain(model, "penalty")
+    assert error(orthogonality_penalty(model), sum(map(naive_penalty, model))) <= 1e-13
 
 
 def test_a_copy_of_a_parametrized_layer():

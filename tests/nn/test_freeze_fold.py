@@ -123,6 +123,26 @@ def test_frozen_layer_notices_a_changed_weight(kind, change, inference):
     assert is_frozen(layer, x.requires_grad_())
 
 
+@by_kind
+def test_a_frozen_layer_with_another_weight_in_a_transform(kind):
+    """Every transform of a frozen layer's weight sees that weight, whose gradient is none, and leaves nothing behind."""
+    layer, x, plain = make(kind, torch.float64)
+    layer.freeze()
+    kept = layer.frozen_weight()
+    weights = torch.randn(3, *layer.weight.shape, dtype=torch.float64)
+
+    def value(weight):
+        return torch.func.functional_call(layer, {"weight": weight}, (x,))
+
+    wanted = torch.stack([plain(x, naive_kernel(w, layer.groups), layer.bias) for w in weights])
+    assert error(torch.vmap(value)(weights), wanted) <= 1e-12
+    y, tangent = torch.func.jvp(value, (weights[0],), (weights[1],))
+    assert error(y, wanted[0]) <= 1e-12 and not tangent.any()
+    assert not torch.func.grad(lambda w: value(w).sum())(weights[0]).any()
+    assert error(torch.vmap(layer)(torch.stack((x, x)))[1], layer(x)) <= 1e-12
+    assert layer.frozen_weight() is kept
+
+
 def test_no_later_weight_passes_for_the_frozen_one_by_its_address():
     for _ in range(100):  # the allocator decides whether an address comes back: it does in some of these rounds
         layer, x = SummaryLinear(64, 64), torch.randn(2, 64)
