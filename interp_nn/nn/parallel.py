@@ -15,6 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_module, distribute_tensor
 
 from interp_nn.functional import SummaryPair
+from interp_nn.nn.linear_form import ties
 from interp_nn.nn.summary import SummaryLayer, SummaryLinear
 
 # Where weight (out, in), bias (out,) and a local input lie, by what is shared out.
@@ -37,11 +38,13 @@ def parallelize(model: nn.Module, mesh: DeviceMesh, plan: Mapping[str, str]) -> 
 
     Inputs and results are local tensors; over inputs and outputs every device passes the same x and has all of the result.
     Parameters are DTensors afterwards, so make the optimizer then. Raises ValueError naming the path where there is no such
-    module (and near ones) or it is shared out already, TypeError where it is not such a layer; a forward's errors name it too.
+    module (and near ones), it is shared out already, is named twice or has a parameter tied to another module's, and TypeError
+    where it is not such a layer; a forward's errors name it too.
     """
     if mesh.ndim != 1:
         raise ValueError(f"mesh: got {mesh.ndim} dimensions, want one (take mesh['name'] of a larger one)")
-    modules = dict(model.named_modules())
+    modules = dict(model.named_modules(remove_duplicate=False))
+    taken: dict[nn.Module, str] = {}
     for path, over in plan.items():
         if path not in modules:
             near = get_close_matches(path, modules) or [name for name in modules if name]
@@ -52,6 +55,12 @@ def parallelize(model: nn.Module, mesh: DeviceMesh, plan: Mapping[str, str]) -> 
             raise TypeError(f"{path}: got {type(modules[path]).__name__}, want SummaryLinear or SummaryLayer")
         if isinstance(modules[path].weight, DTensor):
             raise ValueError(f"{path}: its parameters are DTensors already")
+        first = taken.setdefault(modules[path], path)
+        if first != path:
+            raise ValueError(f"{path}: is the same module as {first!r}; name it once")
+        for name in ("weight", "bias"):
+            if others := ties(model, modules[path], name):
+                raise ValueError(f"{path}: its {name} is tied to {', '.join(others)}, and would not be afterwards")
     for path, over in plan.items():
         layer = modules[path]
         assert isinstance(layer, (SummaryLinear, SummaryLayer))

@@ -190,6 +190,76 @@ def fsdp_in_bfloat16():
         same(got.grad, wanted.grad, 2 * float((plain.grad - wanted.grad).norm() / wanted.grad.norm()))
 
 
+def penalised(model, x, target):
+    from interp_nn.nn.constraints import orthogonality_penalty
+
+    return classify(model, x, target) + 0.1 * orthogonality_penalty(model)
+
+
+def fsdp_with_a_constraint():
+    from torch.distributed.fsdp import fully_shard
+
+    from interp_nn.nn.constraints import constrain, retract_
+
+    for constraint, loss, each in (
+        ("penalty", penalised, True),
+        ("penalty", penalised, False),
+        ("retract", classify, True),
+    ):
+        start = constrain(network(), constraint)
+        model, alone = copy.deepcopy(start), copy.deepcopy(start)
+        for layer in model:
+            if each and list(layer.parameters()):
+                fully_shard(layer, mesh=mesh())
+        fully_shard(model, mesh=mesh())
+        same(averaged(train(model, loss, half())), train(alone, loss))
+        same_parameters(model, alone)
+        if constraint == "retract":
+            for twin in (model, alone):
+                retract_(twin)
+            same_parameters(model, alone)
+
+
+def sharded_weights_are_constrained():
+    from torch.distributed.fsdp import fully_shard
+
+    from interp_nn.nn.constraints import constrain, orthogonality_penalty
+    from interp_nn.nn.parallel import parallelize
+
+    start = network()
+    for share in (
+        lambda m: fully_shard(m, mesh=mesh()),
+        lambda m: parallelize(m, mesh(), {"4": "outputs", "6": "inputs", "8": "rows"}),
+    ):
+        model, alone = copy.deepcopy(start), copy.deepcopy(start)
+        share(model)
+        for twin in (model, alone):
+            constrain(twin, "penalty")
+            orthogonality_penalty(twin).backward()
+        for got, wanted in zip(model.parameters(), alone.parameters(), strict=True):
+            assert (got.grad is None) is (wanted.grad is None)
+            if got.grad is not None:
+                same(got.grad, wanted.grad)
+        same(orthogonality_penalty(model), orthogonality_penalty(alone))
+        raises(TypeError, "its weight is a DTensor; parametrize it before", constrain, model, "parametrization")
+        for twin in (model, alone):
+            constrain(twin, "retract")
+        same_parameters(model, alone)
+        assert model[4].orthogonality_defect() < 1e-10 and model[1].constraint == "retract"
+        same(model[6].spectrum(), alone[6].spectrum())
+
+
+def tensor_parallel_with_a_penalty():
+    from interp_nn.nn.constraints import constrain
+    from interp_nn.nn.parallel import parallelize
+
+    start = constrain(network(), "penalty")
+    model, alone = copy.deepcopy(start), copy.deepcopy(start)
+    parallelize(model, mesh(), {"4": "outputs", "6": "inputs", "8": "outputs"})
+    same(train(model, penalised), train(alone, penalised))
+    same_parameters(model, alone)
+
+
 def fsdp_state_dict():
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
     from torch.distributed.fsdp import fully_shard
@@ -421,8 +491,29 @@ def tensor_parallel_that_is_refused():
     raises(TypeError, "0.0: x: got DTensor", model, place(operands(4, 24, 1), placements()["everywhere"])[0])
 
 
+def tied_weights_and_shared_modules():
+    from interp_nn.nn import SummaryLinear
+    from interp_nn.nn.parallel import parallelize
+
+    torch.manual_seed(5)
+    model = nn.Sequential(SummaryLinear(6, 6), nn.Linear(6, 6), SummaryLinear(6, 6)).double()
+    for other in (1, 2):
+        model[other].weight = model[0].weight
+        for plan in ({"0": "rows"}, {"0": "rows", "2": "rows"}):
+            raises(ValueError, f"0: its weight is tied to {other}.weight, and", parallelize, model, mesh(), plan)
+        assert type(model[0].weight) is nn.Parameter
+        model[other].weight = nn.Parameter(model[other].weight.detach().clone())
+    shared = nn.ModuleDict({"a": model[0], "b": model[0]})
+    raises(ValueError, "b: is the same module as 'a'", parallelize, shared, mesh(), {"a": "rows", "b": "rows"})
+    x = torch.randn(4, 6, dtype=torch.float64)
+    wanted = model[0](x)
+    parallelize(shared, mesh(), {"b": "outputs"})
+    same(shared["a"](x), wanted)
+
+
 CHECKS = {f.__name__: f for f in (
     ddp, ddp_of_a_head, ddp_without_synchronisation, fsdp, fsdp_of_a_head, fsdp_in_bfloat16, fsdp_state_dict,
+    fsdp_with_a_constraint, sharded_weights_are_constrained, tensor_parallel_with_a_penalty, tied_weights_and_shared_modules,
     dtensors, dtensors_of_rows_take_the_operator, dtensors_of_more_dimensions, dtensor_pairs_and_matrices,
     dtensors_under_autocast_and_without_gradients, dtensors_that_are_refused,
     tensor_parallel, tensor_parallel_over_rows, tensor_parallel_of_a_pair, tensor_parallel_that_is_refused,
