@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import gzip
+import math
 import os
 import pickle
+import struct
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -141,17 +144,37 @@ def _mnist(folder: Path) -> _Split | None:
     halves: list[Tensor] = []
     for split in ("train", "t10k"):
         parts: list[_Pixels] = []
-        for kind, header in (("images-idx3-ubyte", 16), ("labels-idx1-ubyte", 8)):
-            plain, packed = folder / f"{split}-{kind}", folder / f"{split}-{kind}.gz"
-            if packed.is_file():
-                raw = gzip.decompress(packed.read_bytes())
-            elif plain.is_file():
-                raw = plain.read_bytes()
-            else:
+        for kind, size in (("images-idx3-ubyte", (28, 28)), ("labels-idx1-ubyte", ())):
+            plain = folder / f"{split}-{kind}"
+            files = [file for file in (plain.with_name(f"{plain.name}.gz"), plain) if file.is_file()]
+            if not files:
                 return None
-            parts.append(np.frombuffer(raw, np.uint8, offset=header))
-        halves += _tensors(parts[0].reshape(-1, 28, 28, 1).copy(), parts[1])
+            parts.append(_idx(files[0], size))
+        halves += _tensors(parts[0][..., None].copy(), parts[1])
     return halves[0], halves[1], halves[2], halves[3]
+
+
+def _idx(file: Path, size: tuple[int, ...]) -> _Pixels:
+    """Items of this size from an idx file of bytes, whose header has to say so, and how many."""
+    raw = file.read_bytes()
+    if file.suffix == ".gz":
+        try:
+            raw = gzip.decompress(raw)
+        except (EOFError, OSError, zlib.error) as error:
+            raise ValueError(f"{file.name}: {error}") from error
+    start = bytes((0, 0, 8, 1 + len(size)))  # bytes, on so many axes
+    header = len(start) + 4 * start[3]
+    if not raw.startswith(start) or len(raw) < header:
+        raise ValueError(
+            f"{file.name}: begins with {raw[:4].hex()}, want {start.hex()} and the {start[3]} sizes of an idx file"
+        )
+    shape = struct.unpack_from(f">{start[3]}I", raw, len(start))
+    if shape[1:] != size or len(raw) - header != math.prod(shape):
+        wanted = " x ".join(map(str, ("n", *size)))
+        raise ValueError(
+            f"{file.name}: {len(raw) - header} bytes with the sizes {shape}, want {wanted} and as many bytes"
+        )
+    return np.frombuffer(raw, np.uint8, offset=header).reshape(shape)
 
 
 def _cifar10(folder: Path) -> _Split | None:

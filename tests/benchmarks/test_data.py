@@ -78,13 +78,13 @@ def test_cifar10_sheets(tmp_path):
 
 
 @pytest.mark.parametrize("packed", [True, False])
-def test_mnist(tmp_path, packed):
+def test_mnist(tmp_path, packed, idx):
     x, y = _pixels(7, 28, 28), np.arange(7, dtype=np.uint8)
     (tmp_path / "mnist").mkdir()
     for split in ("train", "t10k"):
         for kind, payload in (
-            ("images-idx3-ubyte", bytes(16) + x.tobytes()),
-            ("labels-idx1-ubyte", bytes(8) + y.tobytes()),
+            ("images-idx3-ubyte", idx(x)),
+            ("labels-idx1-ubyte", idx(y)),
         ):
             path = tmp_path / "mnist" / f"{split}-{kind}{'.gz' if packed else ''}"
             path.write_bytes(gzip.compress(payload) if packed else payload)
@@ -93,11 +93,10 @@ def test_mnist(tmp_path, packed):
     assert images.y_test.tolist() == y.tolist()
 
 
-def _mnist(folder, images=7, labels=7, last=6):
+def _mnist(folder, idx, images=7, labels=7, last=6):
     for split in ("train", "t10k"):
-        (folder / f"{split}-images-idx3-ubyte").write_bytes(bytes(16) + _pixels(images, 28, 28).tobytes())
-        digits = np.full(labels, last, dtype=np.uint8)
-        (folder / f"{split}-labels-idx1-ubyte").write_bytes(bytes(8) + digits.tobytes())
+        (folder / f"{split}-images-idx3-ubyte").write_bytes(idx(_pixels(images, 28, 28)))
+        (folder / f"{split}-labels-idx1-ubyte").write_bytes(idx(np.full(labels, last, dtype=np.uint8)))
 
 
 @pytest.mark.parametrize(
@@ -106,24 +105,42 @@ def _mnist(folder, images=7, labels=7, last=6):
         ({"labels": 6}, "7 images with 6 labels, want as many, 0 to 9"),
         ({"last": 10}, "7 images with 7 labels, want as many, 0 to 9"),
         ({"images": 0, "labels": 0}, "0 images with 0 labels"),
-        (b"too few bytes for any image at all", "ValueError: cannot reshape"),
+        (
+            lambda raw: b"",
+            "ValueError: t10k-images-idx3-ubyte: begins with , want 00000803 and the 3 sizes of an idx file",
+        ),
+        (lambda raw: raw[:9], "ValueError: t10k-images-idx3-ubyte: begins with 00000803, want"),
+        (lambda raw: bytes(4) + raw[4:], "ValueError: t10k-images-idx3-ubyte: begins with 00000000, want"),
+        (
+            lambda raw: raw[:-1],
+            r"ValueError: t10k-images-idx3-ubyte: 5487 bytes with the sizes \(7, 28, 28\), want n x 28 x 28",
+        ),
+        (
+            lambda raw: raw + bytes(784),
+            r"ValueError: t10k-images-idx3-ubyte: 6272 bytes with the sizes \(7, 28, 28\), want",
+        ),
+        (
+            lambda raw: raw[:8] + raw[8:16].replace(b"\x1c", b"\x0e") + raw[16:],
+            r"ValueError: t10k-images-idx3-ubyte: 5488 bytes with the sizes \(7, 14, 14\), want n x 28 x 28",
+        ),
     ],
 )
-def test_damaged_files_are_named(tmp_path, change, message):
-    if isinstance(change, bytes):
-        _mnist(tmp_path)
-        (tmp_path / "t10k-images-idx3-ubyte").write_bytes(change)
-    else:
-        _mnist(tmp_path, **change)
+def test_damaged_files_are_named(tmp_path, change, message, idx):
+    _mnist(tmp_path, idx, **change if isinstance(change, dict) else {})
+    if not isinstance(change, dict):
+        file = tmp_path / "t10k-images-idx3-ubyte"
+        file.write_bytes(change(file.read_bytes()))
     with pytest.raises(ValueError, match=f"mnist: the files in .* are damaged: {message}"):
         data.load(None, tmp_path)
 
 
 @pytest.mark.parametrize("damage", [b"", b"no gzip", gzip.compress(bytes(99))[:-9]])
-def test_damaged_archives_are_named(tmp_path, damage):
-    _mnist(tmp_path)
+def test_damaged_archives_are_named(tmp_path, damage, idx):
+    _mnist(tmp_path, idx)
     (tmp_path / "train-labels-idx1-ubyte.gz").write_bytes(damage)
-    with pytest.raises(ValueError, match=r"mnist: the files in .* are damaged"):
+    with pytest.raises(
+        ValueError, match=r"mnist: the files in .* are damaged: ValueError: train-labels-idx1-ubyte.gz: "
+    ):
         data.load("mnist", tmp_path)
 
 

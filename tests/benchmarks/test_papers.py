@@ -40,7 +40,7 @@ def thin(monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def folder(tmp_path_factory, idx):
     """CIFAR-10, CIFAR-100 and MNIST in one folder as users have it: stripes, the class in their height."""
     at = tmp_path_factory.mktemp("data")
     random = np.random.default_rng(0)
@@ -62,8 +62,8 @@ def folder(tmp_path_factory):
             (at / name / file).write_bytes(pickle.dumps({b"data": x.reshape(40, -1), labels: y.tolist()}))
     for split in ("train", "t10k"):
         x, y = pictures(240, 1, 28)
-        (at / f"{split}-images-idx3-ubyte").write_bytes(bytes(16) + x.tobytes())
-        (at / f"{split}-labels-idx1-ubyte").write_bytes(bytes(8) + y.astype(np.uint8).tobytes())
+        (at / f"{split}-images-idx3-ubyte").write_bytes(idx(x[:, 0]))
+        (at / f"{split}-labels-idx1-ubyte").write_bytes(idx(y.astype(np.uint8)))
     return at
 
 
