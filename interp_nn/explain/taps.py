@@ -24,7 +24,8 @@ def has_rows(module: nn.Module) -> bool:
 
 class Wiring(NamedTuple):
     """A layer and its number of features; the next one that receives a function of its values alone, if there is one, and the
-    modules that are called between. direct: the next one receives the layer's values as they are.
+    modules that are called between. direct: the next one is given the layer's own tensor, which nothing wrote to since, so that
+    no function lies between, whatever it would do to other samples.
     """
 
     layer: str
@@ -38,6 +39,7 @@ class _Event(NamedTuple):
     path: str
     value: Any
     start: bool  # of the call, with what it is given; else its end, with what it gives
+    direct: bool  # whether what it is given is the layer's last result, not written to
 
 
 def wiring(model: nn.Module, name: str, x: Tensor) -> Wiring:
@@ -47,7 +49,7 @@ def wiring(model: nn.Module, name: str, x: Tensor) -> Wiring:
     one that does not give a tensor.
     """
     path, layer = find_layer(model, name)
-    events, exchanged = _events(model, x), _events(model, x, exchanged=layer)
+    events, exchanged = _events(model, x, layer), _events(model, x, layer, exchange=True)
     place = next((i for i, event in enumerate(events) if event.path == path and not event.start), None)
     if place is None:
         raise ValueError(f"name: layer {name!r} is not called by the model")
@@ -62,8 +64,7 @@ def wiring(model: nn.Module, name: str, x: Tensor) -> Wiring:
             continue
         alike = event.path == other.path  # or the values decide what is called
         if alike and has_rows(find_layer(model, event.path)[1]) and _follows(event.value, other.value):
-            direct = event.value.shape == out.shape and torch.equal(event.value, out)
-            return Wiring(path, features, event.path, tuple(between), direct)
+            return Wiring(path, features, event.path, tuple(between), event.direct)
         between.append(event.path)
     return Wiring(path, features, None, (), False)
 
@@ -155,27 +156,34 @@ def reinitialised(model: nn.Module) -> nn.Module:
     return fresh if like is None else fresh.to(like.device)
 
 
-def _events(model: nn.Module, x: Tensor, exchanged: nn.Module | None = None) -> list[_Event]:
+def _events(model: nn.Module, x: Tensor, layer: nn.Module, exchange: bool = False) -> list[_Event]:
     events: list[_Event] = []
+    last: list[tuple[Tensor, int]] = []  # what the layer gave, and its version
 
     def starts(path: str) -> Callable[..., None]:
-        return lambda module, args: events.append(_Event(path, _copy(args[0] if args else None), True))
+        def hook(module: nn.Module, args: Any) -> None:
+            given = args[0] if args else None
+            direct = bool(last) and given is last[-1][0] and given._version == last[-1][1]
+            events.append(_Event(path, _copy(given), True, direct))
+
+        return hook
 
     def ends(path: str) -> Callable[..., Any]:
         def hook(module: nn.Module, args: Any, out: Any) -> Any:
-            if module is exchanged and isinstance(out, Tensor):
-                out = out.roll(1, 0)
-            events.append(_Event(path, _copy(out), False))
+            if module is layer and isinstance(out, Tensor):
+                out = out.roll(1, 0) if exchange else out
+                last.append((out, out._version))
+            events.append(_Event(path, _copy(out), False, False))
             return out
 
         return hook
 
-    with ExitStack() as hooks, torch.no_grad():
+    with ExitStack() as hooks, torch.inference_mode(False), torch.no_grad():
         for path, module in model.named_modules():
             if path:
                 hooks.callback(module.register_forward_pre_hook(starts(path)).remove)
                 hooks.callback(module.register_forward_hook(ends(path)).remove)
-        model(x)
+        model(x.clone())  # a normal tensor, whose results have versions
     return events
 
 

@@ -331,10 +331,6 @@ def test_the_order_is_seriation_of_the_layers_values():
 def test_an_orthogonal_p_goes_between_linear_layers_alone():
     model = nn.Sequential(nn.Linear(5, 6), nn.Linear(6, 3)).double()
     x = points(5)
-    with pytest.warns(UserWarning, match="rank 6" if False else "H"):
-        d = Descrambler(operator="diff1").fit_layer(
-            nn.Sequential(nn.Linear(3, 6), nn.Linear(6, 3)).double(), "0", points(3)
-        )
     d = Descrambler(operator="diff1").fit_layer(model, "0", x)
     out, weight = model(x).detach(), model[0].weight.detach().clone()
     d.apply_(model)
@@ -355,6 +351,36 @@ def test_an_orthogonal_p_is_refused_across_a_nonlinearity():
     with pytest.raises(ValueError, match=r"between 'fc2' and 'fc3' lies a function.* want group='permutation'"):
         d.apply_(model)
     assert same(model, before)
+
+
+class Functional(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.first, self.second, self.function = nn.Linear(5, 6), nn.Linear(6, 2), function
+
+    def forward(self, x):
+        return self.second(self.function(self.first(x)))
+
+
+@pytest.mark.parametrize("function", [F.relu, F.relu_, nn.ReLU(), nn.ReLU(inplace=True), F.relu6], ids=range(5))
+@pytest.mark.parametrize("inference", [False, True])
+def test_an_orthogonal_p_is_refused_across_a_nonlinearity_that_does_nothing_to_the_data(function, inference):
+    model, x = Functional(function).double(), points(5)
+    nn.init.constant_(model.first.bias, 3.0)
+    nn.init.uniform_(model.first.weight, -0.01, 0.01)
+    before = state(model)
+    with torch.inference_mode(inference):
+        d = Descrambler(operator="diff1").fit_layer(model, "first", x + 0)
+        with pytest.raises(ValueError, match="want group='permutation'"):
+            d.apply_(model)
+    assert same(model, before)
+
+
+def test_an_orthogonal_p_goes_across_what_does_nothing():
+    between = nn.Sequential(nn.Identity(), nn.Dropout(0.3), nn.Dropout(0.0)).eval()
+    model, x = Functional(between).double(), points(5)
+    out = model(x).detach()
+    close(Descrambler(operator="diff1").fit_layer(model, "first", x).apply_(model)(x), out)
 
 
 def test_layers_in_containers_and_with_scales_of_their_own():
