@@ -61,7 +61,8 @@ def smoothest(
     lam, u = values.flip(0), vectors.flip(1)
     lam = lam.where(lam > n * torch.finfo(lam.dtype).eps * lam[0], 0.0)
     spectrum = Spectrum(tau, lam)
-    ambiguity = Ambiguity(operator.blocks, linalg.equal_runs(lam), int((lam > 0).sum()), n)
+    rank = int((lam > precision**2 * lam[0]).sum())  # rounding of data is its eps of their norm, whose square lam is
+    ambiguity = Ambiguity(operator.blocks, linalg.equal_runs(lam), rank, n)
     if group == "permutation":
         best = seriate_gram(gram, operator)
         P = torch.eye(n, dtype=gram.dtype, device=gram.device)[best.order]

@@ -1,6 +1,7 @@
 """Descrambling in closed form: against descent, enumeration and random matrices, what it recovers, and its nulls."""
 
 import math
+import warnings
 from itertools import permutations
 
 import pytest
@@ -542,3 +543,15 @@ def test_fft_view_finds_the_waves_of_a_filter():
         fft_view(torch.zeros(2, 2, dtype=torch.int64))
     with pytest.raises(ValueError, match=r"W: got shape \(2,\), want a matrix"):
         fft_view(torch.zeros(2))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize(("n", "rank", "samples"), [(6, 2, 500), (16, 8, 2000), (64, 8, 2000), (64, 8, 40)])
+def test_the_rank_is_not_what_rounding_of_the_data_makes_of_it(dtype, n, rank, samples):
+    H = torch.randn(n, rank, dtype=torch.float64) @ torch.randn(rank, samples, dtype=torch.float64)
+    with pytest.warns(UserWarning, match=f"rank {rank} for {n} features"):
+        assert Descrambler(operator="diff1").fit(H.to(dtype)).ambiguity_.rank == rank
+    full = torch.randn(n, 200, dtype=torch.float64)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert Descrambler(operator="diff1").fit(full.to(dtype)).ambiguity_.rank == n
