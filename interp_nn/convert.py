@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -12,7 +13,7 @@ from torch.nn.utils import parametrize
 
 from interp_nn.dispatch import Plan, plan
 from interp_nn.nn.convertible import Convertible, Select, memory
-from interp_nn.nn.linear_form import check_preserve, exact_effective, root
+from interp_nn.nn.linear_form import LinearForm, check_preserve, exact_effective, root
 from interp_nn.nn.summary import SummaryConv2d, SummaryLinear
 
 __all__ = ["Converted", "Left", "Report", "fold", "summarize"]
@@ -25,9 +26,9 @@ class Converted(NamedTuple):
     """A layer in a `Report`.
 
     name: its path; of a shared module the first. was, now: its classes. shape: (d, k) of b, of each group's where groups > 1.
-    parameters: of weight and bias. plan: how a SummaryLinear computes; None for a convolution, which forms its effective weight
-    once a call, and for plain layers. error: ‖W - W'‖ / ‖W‖ (Frobenius, fp64) of the effective weights W before and W' after;
-    None where they have no values (the meta device).
+    parameters: of weight and bias. plan: how a SummaryLinear computes; None where the engine asked for by name cannot, for a
+    convolution, which forms its effective weight once a call, and for plain layers. error: ‖W - W'‖ / ‖W‖ (Frobenius, fp64) of
+    the effective weights W before and W' after; None where they have no values (the meta device).
     """
 
     name: str
@@ -92,11 +93,12 @@ def summarize(
     device are untouched. For a copy, convert `copy.deepcopy(model)`.
 
     Left as they are, with the reason in the report: subclasses; parametrized, pruned, quantized, sharded, lazy and non-finite
-    layers; ones tied to something that stays; ones whose weight a module above takes for itself, as nn.TransformerEncoderLayer
-    does. The last are found in the source of its forward (`self.fc.weight`); code that reads a weight in another way goes unseen,
-    so compare outputs where that may be.
+    layers; ones tied to something that stays, or that share only part of their memory with another parameter; ones whose weight
+    a module above takes for itself, as nn.TransformerEncoderLayer does. The last are found in the source of its forward
+    (`self.fc.weight`); code that reads a weight in another way goes unseen, so compare outputs where that may be.
 
-    Raises ValueError where `select` takes no layer, or names by its very path one that must stay, and changes nothing then.
+    Raises ValueError where `select` takes no layer, or names by its very path one that must stay. All new weights are computed
+    before the first is written (for a while there are two of each), so a conversion that fails has changed nothing.
     """
     check_preserve(preserve)
     if not isinstance(rows, int) or rows < 0:
@@ -120,41 +122,46 @@ def _convert(
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: got {type(model).__name__}, want a torch.nn.Module")
     found = Convertible(model, select, classes, values=preserve == "function")
-    converted, left = [], []
+    left = [Left(found.paths[m][0], type(m).__name__, found.obstacles[m]) for m in found.layers if m in found.obstacles]
+    layers: list[Any] = [m for m in found.layers if m not in found.obstacles]
+    converted, written = [], {}
     errors: dict[object, float | None] = {}  # of tied weights the first alone is computed, and written
-    layer: Any
-    for layer in found.layers:
-        name = found.paths[layer][0]
-        if layer in found.obstacles:
-            left.append(Left(name, type(layer).__name__, found.obstacles[layer]))
-            continue
+    for layer in layers:  # all that can fail, before anything changes
+        name, weight = found.paths[layer][0], layer.weight
+        tie = layer if parametrize.is_parametrized(layer) else memory(weight)
+        if tie not in errors:
+            written[layer], errors[tie] = _other_weight(name, layer, weight, preserve)
+        converted.append(_row(name, layer, weight, classes[_kind(layer)], errors[tie], rows))
+    for layer in layers if not dry_run else ():
         if parametrize.is_parametrized(layer):
             for parameter in list(layer.parametrizations):
                 parametrize.remove_parametrizations(layer, parameter)
-        tie, now, new = memory(layer.weight), classes[type(layer)], None
-        if tie not in errors:
-            new, errors[tie] = _other_weight(name, layer, preserve)
-        converted.append(_row(name, layer, now, errors[tie], rows))
-        if not dry_run:
-            if new is not None:
-                with torch.no_grad():
-                    layer.weight.copy_(new)
-            for state in ("_frozen", "_square", "constraint"):
-                vars(layer).pop(state, None)
-            layer.__class__ = now
+        if layer in written:
+            with torch.no_grad():
+                layer.weight.copy_(written.pop(layer))
+        if isinstance(layer, LinearForm):
+            layer._drop_square()
+        for state in ("_frozen", "_square", "constraint"):
+            vars(layer).pop(state, None)
+        layer.__class__ = classes[type(layer)]
     return Report(title + ", dry run" * dry_run, tuple(converted), tuple(left))
 
 
-def _other_weight(name: str, layer: Any, preserve: str) -> tuple[Tensor, float | None]:
+def _kind(layer: nn.Module) -> type:
+    kind: type = parametrize.type_before_parametrizations(layer)
+    return kind
+
+
+def _other_weight(name: str, layer: nn.Module, weight: Tensor, preserve: str) -> tuple[Tensor, float | None]:
     """The weight of the layer's other kind, and the relative change of the effective weight."""
     groups = getattr(layer, "groups", 1)
-    if type(layer) in _PLAIN:
-        before = exact_effective(layer.weight, groups)
-        new = before.to(layer.weight.dtype)
+    if _kind(layer) in _PLAIN:
+        before = exact_effective(weight, groups)
+        new = before.to(weight.dtype)
         after = new.double()
     else:
-        before = layer.weight.detach().double()
-        new = root(name, layer.weight, preserve, groups)
+        before = weight.detach().double()
+        new = root(name, weight, preserve, groups)
         after = exact_effective(new, groups)
     if new.is_meta:
         return new, None
@@ -162,12 +169,15 @@ def _other_weight(name: str, layer: Any, preserve: str) -> tuple[Tensor, float |
     return new, float(torch.linalg.vector_norm(after - before)) / size if size else 0.0
 
 
-def _row(name: str, layer: Any, now: type, error: float | None, rows: int) -> Converted:
-    weight, groups = layer.weight, getattr(layer, "groups", 1)
+def _row(name: str, layer: Any, weight: Tensor, now: type, error: float | None, rows: int) -> Converted:
+    groups = getattr(layer, "groups", 1)
     d, k = weight.shape[1:].numel(), len(weight) // groups
-    how = plan(rows, d, k, dtype=weight.dtype, device=weight.device) if now is SummaryLinear else None
-    parameters = sum(p.numel() for p in layer.parameters(recurse=False))
-    return Converted(name, type(layer).__name__, now.__name__, (d, k), groups, parameters, how, error)
+    how = None
+    if now is SummaryLinear:
+        with suppress(RuntimeError):  # of an engine that was asked for and cannot
+            how = plan(rows, d, k, dtype=weight.dtype, device=weight.device)
+    parameters = weight.numel() + (0 if layer.bias is None else layer.bias.numel())
+    return Converted(name, _kind(layer).__name__, now.__name__, (d, k), groups, parameters, how, error)
 
 
 def _columns(rows: Sequence[Sequence[str]]) -> list[str]:

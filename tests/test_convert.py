@@ -11,7 +11,7 @@ from torch.nn.utils import parametrizations, parametrize, prune
 
 from interp_nn import linalg
 from interp_nn.convert import fold, summarize
-from interp_nn.nn import SummaryClassifier, SummaryConv2d, SummaryHead, SummaryLayer, SummaryLinear
+from interp_nn.nn import SummaryClassifier, SummaryConv2d, SummaryHead, SummaryLayer, SummaryLinear, linear_form
 
 FLOATS = [(torch.float64, 1e-11), (torch.float32, 1e-5), (torch.bfloat16, 5e-2), (torch.float16, 1e-2)]
 
@@ -298,6 +298,8 @@ def test_selection(select, wanted):
         ),
         (lambda name, m: False, ValueError, "select: takes none of the model's layers"),
         ([3], TypeError, "select: got int, want a path or a pattern of paths"),
+        (3, TypeError, "^select: got int, want a path, several, or a function"),
+        ([], ValueError, "^select: got no path, want at least one"),
     ],
 )
 def test_a_selection_of_nothing_is_refused(select, kind, message):
@@ -354,6 +356,53 @@ def test_tied_layers_are_converted_together(how):
     assert model[2].weight.data_ptr() == model[0].weight.data_ptr()
     assert (model[2].weight is model[0].weight) is (how == "parameter")
     assert len(fold(model).converted) == 2 and error(model(x), before) <= 1e-12
+
+
+def test_a_layer_tied_to_the_transpose_of_another():
+    model, x = nn.Sequential(nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 6)).double(), torch.randn(3, 6).double()
+    model[2].weight = nn.Parameter(model[0].weight.data.t())
+    before = model(x)
+    assert len(summarize(model).converted) == 2 and error(model(x), before) <= 1e-12
+    assert model[2].weight.data_ptr() == model[0].weight.data_ptr()
+    assert len(fold(model).converted) == 2 and error(model(x), before) <= 1e-12
+
+
+BUFFER = torch.randn(120, dtype=torch.float64)
+PARTS = {
+    "rows of another": (BUFFER[:64].view(8, 8), BUFFER[:32].view(4, 8)),
+    "rows from within": (BUFFER[:64].view(8, 8), BUFFER[32:96].view(8, 8)),
+    "the same entries in another shape": (BUFFER[:64].view(8, 8), BUFFER[:64].view(4, 16)),
+    "the same start and shape": (BUFFER[:64].view(8, 8), BUFFER.as_strided((8, 8), (9, 1))),
+}
+
+
+@pytest.mark.parametrize("weights", PARTS.values(), ids=PARTS)
+@pytest.mark.parametrize("order", [1, -1])
+def test_layers_that_share_part_of_their_memory_are_left(weights, order):
+    model = nn.ModuleList([nn.Linear(4, 4, dtype=torch.float64), nn.Embedding(3, 4)])
+    for weight in weights[::order]:
+        model.append(nn.Linear(*weight.shape[::-1]))
+        model[-1].weight = nn.Parameter(weight)
+    model.append(nn.Linear(8, 8))
+    model[-1].weight = model[2].weight  # and what is tied to one of them
+    state = copy.deepcopy(model.state_dict())
+    report = summarize(model)
+    assert [row.name for row in report.converted] == ["0"]
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items() if name[0] != "0")
+    reasons = {left.name: left.reason for left in report.left}
+    assert reasons["2"] == "its weight overlaps 3.weight in memory" == reasons["4"].replace("2", "3")
+    assert reasons["3"] == "its weight overlaps 2.weight in memory"
+
+
+def test_parts_of_one_buffer_are_layers_of_their_own():
+    model = nn.Sequential(nn.Linear(8, 7), nn.Linear(7, 8)).double()
+    buffer, at = torch.randn(150, dtype=torch.float64), 0
+    for p in model.parameters():
+        p.data = buffer[at : at + p.numel()].view(p.shape)
+        at += p.numel()
+    x = torch.randn(3, 8, dtype=torch.float64)
+    before = model(x)
+    assert len(summarize(model).converted) == 2 and error(model(x), before) <= 1e-12
 
 
 def test_layers_tied_to_what_stays_are_refused():
@@ -585,6 +634,63 @@ def test_fold_ends_parametrizations():
     assert not fold(model).left
     assert type(model[0]) is nn.Linear and not parametrize.is_parametrized(model[0])
     assert error(model[0](x), before) <= 1e-12 and list(model[0].state_dict()) == ["bias", "weight"]
+
+
+def test_fold_of_parametrized_layers_beside_others():
+    model = nn.Sequential(*(SummaryLinear(4, 4) for _ in range(6)), SummaryConv2d(1, 4, 3)).double()
+    for layer in model:
+        with torch.no_grad():
+            layer.weight.copy_(torch.randn_like(layer.weight))
+    for layer in [model[i] for i in (0, 2, 3, 5)]:
+        parametrize.register_parametrization(layer, "weight", nn.Identity())
+    wanted = [layer.effective_weight() for layer in model]
+    report = fold(model)
+    assert all(error(layer.weight, w) <= 1e-12 for layer, w in zip(model, wanted, strict=True))
+    assert [row.parameters for row in report.converted] == [20] * 6 + [40]
+    assert {row.was for row in report.converted} == {"SummaryLinear", "SummaryConv2d"}
+
+
+# All or nothing
+
+
+def test_an_engine_that_cannot_compute_a_layer_is_no_plan(monkeypatch):
+    model, x = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)).double(), torch.randn(3, 4).double()
+    before = model(x)
+    with monkeypatch.context() as patch:
+        patch.setattr("interp_nn.dispatch._requested", "triton")  # which has no float64 kernels
+        report = summarize(model)
+    assert [row.plan for row in report.converted] == [None, None] and error(model(x), before) <= 1e-12
+
+
+def test_a_conversion_that_fails_changes_nothing(monkeypatch):
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4))
+    state, root = copy.deepcopy(model.state_dict()), linear_form.root
+
+    def failing(name, *rest):
+        if name == "2":
+            raise torch.linalg.LinAlgError
+        return root(name, *rest)
+
+    monkeypatch.setattr("interp_nn.convert.root", failing)
+    with pytest.raises(torch.linalg.LinAlgError):
+        summarize(model)
+    assert all(type(layer) is nn.Linear for layer in model)
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+
+
+def test_weights_that_cannot_be_written_are_left():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4))
+    model[1].weight = nn.Parameter(torch.randn(4).expand(4, 4))
+    with torch.inference_mode():
+        model[2] = nn.Linear(4, 4)
+    report = summarize(model)
+    assert [row.name for row in report.converted] == ["0"]
+    assert [left.reason.split(";")[0] for left in report.left] == [
+        "its weight's entries share memory with each other (an expanded tensor?)",
+        "its weight is an inference tensor",
+    ]
+    with torch.inference_mode():
+        assert [row.name for row in summarize(model).converted] == ["2"]
 
 
 # The report

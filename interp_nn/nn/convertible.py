@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -47,6 +47,10 @@ class Convertible:
         """The layers that are taken, and those among them that are named by their path."""
         if select is None:
             return layers, set()
+        if not callable(select) and not isinstance(select, Iterable):
+            raise TypeError(
+                f"select: got {type(select).__name__}, want a path, several, or a function of (path, module)"
+            )
         if callable(select):
             chosen = {m for m in layers if any(select(path, m) for path in self.paths[m])}
             if not chosen:
@@ -61,6 +65,8 @@ class Convertible:
                 raise ValueError(f"select: {pattern!r} {self._unknown(pattern, layers)}")
             chosen |= found
             named |= {m for m in found if pattern in self.paths[m]}
+        if not chosen:
+            raise ValueError("select: got no path, want at least one (None takes all layers)")
         return [m for m in layers if m in chosen], named
 
     def _unknown(self, pattern: str, layers: list[nn.Module]) -> str:
@@ -71,26 +77,52 @@ class Convertible:
         return "is no layer of the model" + (f"; near it: {', '.join(near)}" if near else "")
 
     def _tied(self) -> None:
-        """Layers tied to something that stays must stay; so must those tied to them."""
+        """Layers tied to something that stays must stay; so must those tied to them, and those that overlap something."""
         owners: dict[object, list[tuple[nn.Module, str]]] = {}
         for module in self.paths:
             for name, p in module._parameters.items():
                 if p is not None:
                     owners.setdefault(memory(p), []).append((module, name))
+        for key, other in _overlaps(owners):
+            for module, name in owners[key]:
+                if name == "weight" and module in self.layers:
+                    self.obstacles.setdefault(module, f"its weight overlaps {self._name(*owners[other][0])} in memory")
         for shared in owners.values():
             kinds = {(type(m), getattr(m, "groups", 1)) for m, _ in shared}
             stays = next(((m, n) for m, n in shared if m not in self.layers or m in self.obstacles), None)
             for module, name in shared:
                 other = stays or (next(s for s in shared if s[0] is not module) if len(kinds) > 1 else None)
                 if name == "weight" and module in self.layers and other is not None and other[0] is not module:
-                    to = ".".join(filter(None, (self.paths[other[0]][0], other[1])))
-                    self.obstacles.setdefault(module, f"its weight is tied to {to}")
+                    self.obstacles.setdefault(module, f"its weight is tied to {self._name(*other)}")
+
+    def _name(self, module: nn.Module, parameter: str) -> str:
+        return ".".join(filter(None, (self.paths[module][0], parameter)))
 
 
 def memory(p: Tensor) -> object:
-    """What two parameters have in common where a write to one is a write to the other."""
-    plain = type(p) is nn.Parameter and p.layout is torch.strided
-    return (plain and p.numel() and not p.is_meta and (p.device, p.data_ptr())) or id(p)
+    """What two parameters have in common where they are the same entries, of matrices also where one is the other's transpose."""
+    if type(p) is not nn.Parameter or p.layout is not torch.strided or p.is_meta or not p.numel():
+        return id(p)
+    order = [(stride, size) for stride, size in zip(p.stride(), p.shape, strict=True) if size > 1 or p.dim() != 2]
+    return p.device, p.data_ptr(), _end(p), tuple(sorted(order) if p.dim() == 2 else order)
+
+
+def _end(p: Tensor) -> int:
+    """The address after that of a tensor's last entry."""
+    last = sum((size - 1) * stride for size, stride in zip(p.shape, p.stride(), strict=True))
+    return p.data_ptr() + (last + 1) * p.element_size()
+
+
+def _overlaps(memories: Iterable[object]) -> Iterator[tuple[object, object]]:
+    """Each of the memories whose range overlaps that of another one, and that other one."""
+    ranges = sorted((m for m in memories if isinstance(m, tuple)), key=lambda m: (str(m[0]), m[1]))
+    reaching = None  # farthest, of those that have begun
+    for m in ranges:
+        if reaching is not None and m[0] == reaching[0] and m[1] < reaching[2]:
+            yield m, reaching
+            yield reaching, m
+        if reaching is None or m[0] != reaching[0] or m[2] > reaching[2]:
+            reaching = m
 
 
 def _has_matrix(module: nn.Module) -> bool:
@@ -121,6 +153,10 @@ def _obstacle(layer: nn.Module, classes: Mapping[type, type], values: bool) -> s
         return f"its weight is a {type(weight).__name__} (sharded or quantized?); convert before"
     if weight.dtype not in _DTYPES or weight.layout is not torch.strided:
         return f"its weight is {weight.dtype}, {weight.layout}; want dense float64, float32, bfloat16 or float16"
+    if weight.is_inference() and not torch.is_inference_mode_enabled():
+        return "its weight is an inference tensor; convert under torch.inference_mode"
+    if not weight.is_meta and weight.numel() * weight.element_size() > _end(weight) - weight.data_ptr():
+        return "its weight's entries share memory with each other (an expanded tensor?)"
     if values and weight.is_meta:
         return "its weight is on the meta device and has no values"
     if values and not bool(torch.isfinite(weight.detach()).all()):
