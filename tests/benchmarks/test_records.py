@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from benchmarks import compare, plots, report, rows
+from benchmarks import compare, plots, record, report, rows
 from benchmarks.__main__ import main
 
 CPU = torch.device("cpu")
@@ -118,6 +118,16 @@ def test_two_records_are_compared_by_their_ratios(tmp_path, capsys):
     assert main(["compare", str(one), str(other)]) == 0
     line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("ours / linear"))
     assert line.split()[3:] == ["1.059", "6.0%", "8.4%", "10.0%", "2"]
+    for given, message in (
+        (["--op", "head"], "no problem has the ops, modes and shapes asked for"),
+        (["--op", "summary", "--mode", "loss"], "no problem has the ops, modes and shapes asked for"),
+    ):
+        assert main(["compare", "HEAD", *given]) == 2
+        assert message in capsys.readouterr().err
+    for given in (["--mode", "fast"], ["--rounds", "0"]):
+        with pytest.raises(SystemExit):
+            main(["compare", "HEAD", *given])
+        assert f"argument {given[0]}: " in capsys.readouterr().err
     empty = written(tmp_path, name="empty.jsonl")
     empty.write_text("")
     assert main(["compare", str(one), str(empty)]) == 2
@@ -130,6 +140,22 @@ def test_a_record_that_is_broken_off_is_readable(tmp_path):
     assert len(rows.read([path])) == 1 and json.loads(path.read_text())["samples"] == 0
     with pytest.raises(ValueError, match=r"unknown fields \['speed'\]"):
         writer.write(op="summary", provider="ours", mode="fwd", dtype="fp32", n=1, d=1, k=1, status="ok", speed=1)
+
+
+def test_a_record_has_null_for_what_json_has_no_number_for(tmp_path):
+    file = tmp_path / "record.json"
+    record.write(file, {"a": [1.5, math.nan, (math.inf, "NaN")], "b": {"c": -math.inf, 3: None, "d": True}})
+    assert json.loads(file.read_text(), parse_constant=pytest.fail) == {
+        "a": [1.5, None, [None, "NaN"]],
+        "b": {"c": None, "3": None, "d": True},
+    }
+
+
+@pytest.mark.parametrize(
+    "file", sorted((record.ROOT / "benchmarks" / "results").rglob("*.json")), ids=lambda file: file.stem
+)
+def test_records_are_json(file):
+    json.loads(file.read_text(encoding="utf-8"), parse_constant=pytest.fail)
 
 
 def test_slower_is_by_the_medians_by_most_samples_and_beyond_what_noise_does():
