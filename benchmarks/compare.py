@@ -25,11 +25,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
+from benchmarks.experiments.common import at_least
 from benchmarks.problems import MODES, OPS, QUICK, Problem
 from benchmarks.record import ROOT
 from benchmarks.report import COLUMNS, ratio
 from benchmarks.rows import geomean, grouped, read
-from benchmarks.run import shape
+from benchmarks.run import ALL_MODES, shape
 
 _NAMES = ("ours", "linear")
 
@@ -49,10 +50,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("head", metavar="HEAD", nargs="?", help="the same (default: the files of this checkout)")
     parser.add_argument("--threshold", type=float, default=5.0, metavar="PERCENT", help="more is slower (default: 5)")
     parser.add_argument("--op", choices=OPS, action="append", help="repeatable (default: summary and cross_entropy)")
-    parser.add_argument("--mode", action="append", help="repeatable (default: fwdbwd, infer and loss)")
+    parser.add_argument(
+        "--mode", choices=ALL_MODES, action="append", help="repeatable (default: fwdbwd, infer and loss)"
+    )
     parser.add_argument("--shape", type=shape, action="append", metavar="N,D,K[,M]", help="repeatable")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--rounds", type=int, default=60, help="samples of each (default: 60)")
+    parser.add_argument("--rounds", type=at_least(1), default=60, help="samples of each (default: 60)")
 
 
 def run(given: argparse.Namespace) -> int:
@@ -70,6 +73,10 @@ def run(given: argparse.Namespace) -> int:
         if mode in modes and (len(size) == 4) == (op == "head")
     ]
     try:
+        if not problems:
+            raise ValueError(
+                "no problem has the ops, modes and shapes asked for; a head's shape is N,D,K,M, the others' N,D,K"
+            )
         verdicts = revisions(given.base, given.head, problems, given.device, given.rounds, given.threshold / 100)
     except ValueError as error:
         print(f"benchmarks compare: {error}", file=sys.stderr)
@@ -107,7 +114,9 @@ def _checkout(revision: str | None, root: Path) -> Iterator[Path]:
             if done.returncode:
                 raise ValueError(f"{revision}: {done.stderr.decode().strip()}")
             with tarfile.open(fileobj=io.BytesIO(done.stdout)) as archive:
-                archive.extractall(folder, filter="data")
+                if hasattr(tarfile, "data_filter"):  # Python 3.10 has it from 3.10.12 on
+                    archive.extraction_filter = tarfile.data_filter
+                archive.extractall(folder)
         yield Path(folder)
 
 
