@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from setuptools.command.egg_info import FileList
 
 ROOT = Path(__file__).resolve().parents[2]
 SETUP = runpy.run_path(str(ROOT / "setup.py"))
@@ -122,3 +123,12 @@ def test_a_bad_build_exits_with_its_sentence_alone(tmp_path):
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert done.stderr.startswith("interp_nn: the CUDA library cannot be built: nvcc") and done.stderr.count("\n") == 1
+
+
+def test_the_source_archive_has_what_its_tests_and_its_makefile_read(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    files = FileList()
+    for line in (ROOT / "MANIFEST.in").read_text(encoding="utf-8").splitlines():
+        files.process_template_line(line)
+    guide = {str(page.relative_to(ROOT)) for page in (ROOT / "docs").glob("*.md")}
+    assert len(guide) > 9 and {*guide, "mkdocs.yml", ".ci/run", "CHANGELOG.md", "Makefile"} <= set(files.files)
