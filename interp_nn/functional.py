@@ -3,16 +3,19 @@
 With projection P = X b and Gram matrix G = bᵀb the summary is Y = P G: a linear layer with effective weight W = b G.
 
 x is (..., d) and b is (d, k), with any strides (a layer's (out, in) weight passes as `weight.t()` without a copy), of one
-dtype out of float64, float32, bfloat16, float16 and on one device. Under autocast they are cast, and gradients come back
-in the parameter's dtype. Empty tensors, k > d and rank-deficient b work. Results are the same bits for the same shapes
-and values on every call, and nothing is modified. Every function raises TypeError or ValueError that names the argument,
-what it got and what would do. All are differentiable to every order, and work under torch.func and torch.compile.
+dtype out of float64, float32, bfloat16, float16 and on one device. Under autocast they are cast (but for `orthogonalize`),
+and gradients come back in the parameter's dtype. Empty tensors, k > d and rank-deficient b work. Results are the same bits
+on every call with the same shapes and values that asks for the same gradients: which product is formed first depends on
+these, so that a call under torch.no_grad may differ by rounding. Nothing is modified. Every function raises TypeError or
+ValueError that names the argument, what it got and what would do. All are differentiable to every order, and work under
+torch.func and torch.compile.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from numbers import Real
 from typing import Any, NamedTuple
 
 import torch
@@ -94,7 +97,8 @@ def summary_cross_entropy(
     x (..., d), b (d, k), target (...) int64 with class indices in [0, k). A row's MSE is its mean over k. Rows whose target
     is `ignore_index` are left out of all three terms; "mean" divides by the kept rows (NaN without any, as in PyTorch),
     "sum" adds them, "none" returns one loss a row, of target's shape. The loss is fp32 for 16-bit inputs. Its gradients are
-    computed in the forward. Source: Banh, Representing information as linear combinations of signals, section 2.1.
+    computed in the forward; a row whose logits overflow makes them NaN though it is ignored, as in PyTorch.
+    Source: Banh, Representing information as linear combinations of signals, section 2.1.
     """
     x, b = _matrices(x, b)
     options = _loss_options(x, target, b.shape[1], weights, ignore_index, reduction)
@@ -142,18 +146,25 @@ def effective_weight(b: Tensor) -> Tensor:
 def orthogonalize(b: Tensor, tolerance: float | None = None, max_iterations: int = 100) -> Orthogonalized:
     """The polar factor of b (d, k), its nearest matrix with orthonormal columns (rows for k > d), by Newton-Schulz.
 
-    Iterates b <- b (3 I - bᵀb) / 2 in fp32 (fp64 for float64) until the Frobenius norm of bᵀb - I is at most `tolerance`
-    (default: rounding), or for `max_iterations`. Returns (factor, defect, iterations), the defect being max |s - 1| over
-    the singular values. Exactly zero singular values stay zero, and the defect is then 1; where b is rank-deficient but
-    for rounding, its missing directions come out orthonormal and arbitrary (see `SummaryLinear.spectrum`).
+    Iterates b <- b (3 I - bᵀb) / 2 in fp32 (fp64 for float64), autocast or not, until the Frobenius norm of bᵀb - I is at
+    most `tolerance` (default: rounding), or for `max_iterations`. Returns (factor, defect, iterations), the defect being
+    max |s - 1| over the singular values. Exactly zero singular values stay zero, and the defect is then 1; where b is
+    rank-deficient but for rounding, its missing directions come out orthonormal and arbitrary (see `SummaryLinear.spectrum`).
     """
-    return linalg.orthogonalize(_matrix(b), tolerance, max_iterations)
+    if tolerance is not None and not isinstance(tolerance, Real):
+        raise TypeError(f"tolerance: got {tolerance!r}, want a number or None (rounding)")
+    if not isinstance(max_iterations, int):
+        raise TypeError(f"max_iterations: got {max_iterations!r}, want an int")
+    _check_tensor("b", b)
+    with linalg.autocast_off(b.device):
+        return linalg.orthogonalize(_matrix(b), tolerance, max_iterations)
 
 
 def inverse_summary(x: Tensor, b: Tensor) -> Tensor:
     """Z = X b (bᵀb)⁻¹ (..., k), the least-squares code that the summary replaces; a baseline.
 
-    Raises torch.linalg.LinAlgError where bᵀb is singular. 16-bit inputs are solved in fp32.
+    Raises torch.linalg.LinAlgError where k > d, and where the solver meets a singular bᵀb; one that is singular but for
+    rounding goes unseen, and Z is then large and arbitrary. 16-bit inputs are solved in fp32.
     """
     x, b = _matrices(x, b)
     return linalg.inverse_summary(x, b)
@@ -277,12 +288,23 @@ def _loss_options(
         raise ValueError("target: got zero classes to choose from, want at least one")
     if reduction not in _REDUCTIONS:
         raise ValueError(f"reduction: got {reduction!r}, want one of {_REDUCTIONS}")
-    values = tuple(float(w) for w in weights)
-    if len(values) != 3 or not all(abs(w) < math.inf for w in values):
-        raise ValueError(f"weights: got {tuple(weights)}, want three finite numbers (of CE, CE and MSE)")
     if not isinstance(ignore_index, int):
         raise TypeError(f"ignore_index: got {type(ignore_index).__name__}, want an int")
-    return LossOptions((values[0], values[1], values[2]), ignore_index, reduction)
+    if not -(2**63) <= ignore_index < 2**63:
+        raise ValueError(f"ignore_index: got {ignore_index}, want an int of 64 bits")
+    return LossOptions(loss_weights(weights), ignore_index, reduction)
+
+
+def loss_weights(weights: Sequence[float]) -> tuple[float, float, float]:
+    """The weights of a loss's three terms, checked."""
+    wanted = "want three finite numbers (of CE, CE and MSE)"
+    try:
+        values = tuple(float(w) for w in weights)
+    except (TypeError, ValueError):
+        raise TypeError(f"weights: got {weights!r}, {wanted}") from None
+    if len(values) != 3 or not all(abs(w) < math.inf for w in values):
+        raise ValueError(f"weights: got {values}, {wanted}")
+    return values[0], values[1], values[2]
 
 
 def _shape(t: Tensor | None) -> str:

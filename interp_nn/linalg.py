@@ -103,6 +103,11 @@ def orthogonalize(b: Tensor, tolerance: float | None = None, max_iterations: int
     """
     if min(b.shape) == 0:
         return Orthogonalized(b.clone(), 0.0, 0)
+    with autocast_off(b.device):
+        return _orthogonalize(b, tolerance, max_iterations)
+
+
+def _orthogonalize(b: Tensor, tolerance: float | None, max_iterations: int) -> Orthogonalized:
     wide = b.shape[1] > b.shape[0]
     factor = (b.mT if wide else b).to(accumulation_dtype(b.dtype))
     k = factor.shape[1]
@@ -251,8 +256,14 @@ def check_real(name: str, t: Tensor) -> Tensor:
 
 
 def inverse_summary(x: Tensor, b: Tensor) -> Tensor:
-    """Z = X b (bᵀb)⁻¹ (..., k), by a solve; 16-bit inputs are solved in fp32."""
+    """Z = X b (bᵀb)⁻¹ (..., k) for k <= d, by a solve; 16-bit inputs are solved in fp32."""
+    d, k = b.shape
+    if k > d:
+        raise torch.linalg.LinAlgError(
+            f"b: got shape ({d}, {k}), want k <= d: bᵀb is singular for more columns than rows"
+        )
     p = x @ b
     work = accumulation_dtype(b.dtype)
     rows = torch.atleast_2d(p.to(work))
-    return torch.linalg.solve(gram(b.to(work)), rows, left=False).to(p.dtype).reshape(p.shape)
+    with autocast_off(b.device):
+        return torch.linalg.solve(gram(b.to(work)), rows, left=False).to(p.dtype).reshape(p.shape)

@@ -171,10 +171,18 @@ BAD_LOSS = {
     ),
     "reduction": ({"reduction": "avg"}, ValueError, "reduction: got 'avg', want one of ('mean', 'sum', 'none')"),
     "no reduction": ({"reduction": None}, ValueError, "reduction: got None, want one of ('mean', 'sum', 'none')"),
-    "two weights": ({"weights": (1, 2)}, ValueError, "weights: got (1, 2), want three finite numbers"),
-    "infinite weight": ({"weights": (1, 2, float("inf"))}, ValueError, "weights: got (1, 2, inf), want three finite"),
-    "NaN weight": ({"weights": (1, float("nan"), 2)}, ValueError, "weights: got (1, nan, 2), want three finite"),
+    "two weights": ({"weights": (1, 2)}, ValueError, "weights: got (1.0, 2.0), want three finite numbers"),
+    "infinite weight": (
+        {"weights": (1, 2, float("inf"))},
+        ValueError,
+        "weights: got (1.0, 2.0, inf), want three finite",
+    ),
+    "NaN weight": ({"weights": (1, float("nan"), 2)}, ValueError, "weights: got (1.0, nan, 2.0), want three finite"),
+    "one weight": ({"weights": 1.0}, TypeError, "weights: got 1.0, want three finite numbers (of CE, CE and MSE)"),
+    "no weights": ({"weights": None}, TypeError, "weights: got None, want three finite numbers"),
+    "weights in words": ({"weights": "abc"}, TypeError, "weights: got 'abc', want three finite numbers"),
     "ignore_index": ({"ignore_index": 1.5}, TypeError, "ignore_index: got float, want an int"),
+    "large ignore_index": ({"ignore_index": 2**70}, ValueError, f"ignore_index: got {2**70}, want an int of 64 bits"),
 }
 
 
@@ -183,6 +191,19 @@ BAD_LOSS = {
 def test_losses(function, case):
     options, error, message = BAD_LOSS[case]
     refuse(error, message, function, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"tolerance": "x"}, TypeError, "tolerance: got 'x', want a number or None"),
+        ({"tolerance": torch.ones(2)}, TypeError, "tolerance: got tensor([1., 1.]), want a number or None"),
+        ({"max_iterations": "many"}, TypeError, "max_iterations: got 'many', want an int"),
+        ({"max_iterations": None}, TypeError, "max_iterations: got None, want an int"),
+    ],
+)
+def test_the_limits_of_orthogonalize(options, error, message):
+    refuse(error, message, f.orthogonalize, t(*B), **options)
 
 
 def test_no_classes():

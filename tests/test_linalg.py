@@ -5,6 +5,7 @@ import torch
 from torch.autograd import gradcheck
 
 from interp_nn import functional, linalg
+from interp_nn.nn import SummaryLinear
 
 close = torch.testing.assert_close
 SHAPES = [(8, 3), (3, 8), (5, 5), (1, 4), (4, 1)]
@@ -195,6 +196,31 @@ def test_inverse_summary_equals_the_summary_for_orthonormal_b_only():
 def test_inverse_summary_of_a_singular_gram_matrix():
     with pytest.raises(torch.linalg.LinAlgError, match="singular"):
         functional.inverse_summary(randn(4, 3), torch.zeros(3, 2, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("rows", [0, 2])
+@pytest.mark.parametrize("shape", [(3, 6), (0, 2)])
+def test_inverse_summary_of_more_columns_than_rows(shape, rows):
+    with pytest.raises(torch.linalg.LinAlgError, match=rf"b: got shape \({shape[0]}, {shape[1]}\).*singular"):
+        functional.inverse_summary(randn(rows, shape[0]), randn(*shape))
+
+
+def test_autocast_rounds_neither_the_polar_factor_nor_the_solve():
+    x, b = randn(4, 32).float(), randn(32, 16).float()
+    layer = SummaryLinear(32, 16)
+    with torch.no_grad():
+        layer.weight.copy_(b.t())
+    half_x, half_b = x.bfloat16(), b.bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = functional.orthogonalize(b)
+        assert found.factor.dtype == torch.float32 and found.defect < 1e-6
+        assert layer.orthogonalize_() < 1e-6
+        assert torch.equal(functional.inverse_summary(x, b), functional.inverse_summary(half_x, half_b))
+    assert torch.equal(found.factor, functional.orthogonalize(b).factor) and torch.equal(layer.matrix(), found.factor)
+    exact = torch.linalg.lstsq(half_b.double(), half_x.double().mT).solution.mT
+    with torch.autocast("cpu", torch.bfloat16):
+        z = functional.inverse_summary(x, b)
+    close(z.double(), exact, rtol=0.0, atol=4 * torch.finfo(torch.bfloat16).eps * float(exact.abs().max()))
 
 
 # What the layer stands on

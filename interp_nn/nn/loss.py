@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from interp_nn.functional import loss_weights
 from interp_nn.linalg import accumulation_dtype
 
 
@@ -33,9 +34,7 @@ class SummaryLoss(nn.Module):
             raise ValueError(f"consistency: got {consistency!r}, want 'logits' or 'latent'")
         if reduction not in ("mean", "sum", "none"):
             raise ValueError(f"reduction: got {reduction!r}, want 'mean', 'sum' or 'none'")
-        if len(weights) != 3:
-            raise ValueError(f"weights: got {tuple(weights)}, want three numbers (of CE, CE and MSE)")
-        self.weights = tuple(float(w) for w in weights)
+        self.weights = loss_weights(weights)
         self.consistency, self.ignore_index, self.reduction = consistency, ignore_index, reduction
 
     def forward(self, logits: Sequence[Tensor], target: Tensor, latents: Sequence[Tensor] | None = None) -> Tensor:

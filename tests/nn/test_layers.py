@@ -482,12 +482,18 @@ def test_loss_without_kept_rows_is_nan_as_in_pytorch(consistency):
 
 @pytest.mark.parametrize(
     ("options", "argument"),
-    [({"consistency": "codes"}, "consistency"), ({"reduction": "max"}, "reduction"), ({"weights": (1, 1)}, "weights")],
+    [
+        ({"consistency": "codes"}, "consistency"),
+        ({"reduction": "max"}, "reduction"),
+        ({"weights": (1, 1)}, "weights"),
+        ({"weights": (1, 1, float("inf"))}, "weights"),
+        ({"weights": 1.0}, "weights"),
+    ],
 )
 def test_wrong_loss_options_are_named(options, argument):
-    with pytest.raises(ValueError, match=f"^{argument}: got "):
+    with pytest.raises((TypeError, ValueError), match=f"^{argument}: got "):
         SummaryLoss(**options)
-    with pytest.raises(ValueError, match=f"^{argument}: got "):
+    with pytest.raises((TypeError, ValueError), match=f"^{argument}: got "):
         SummaryHead(4, 3, 2).loss(torch.randn(5, 4), torch.zeros(5, dtype=torch.long), **options)
 
 
