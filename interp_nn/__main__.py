@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import argparse
 import platform
 import sys
 
@@ -40,4 +41,11 @@ if __name__ == "__main__":
         from interp_nn import tuning
 
         sys.exit(tuning.main(sys.argv[2:]))
+    parser = argparse.ArgumentParser(
+        "python -m interp_nn", description="With no command: versions, devices and engines."
+    )
+    parser.add_argument(
+        "command", nargs="?", choices=["tune"], help="measure a table of kernel configurations on a GPU"
+    )
+    parser.parse_args()
     main()

@@ -232,6 +232,12 @@ def test_the_command_line_prints_versions_and_engines():
     assert lines["devices"].startswith("cpu")
 
 
+def test_an_unknown_command_is_an_error():
+    result = python("-m", "interp_nn", "tnue")
+    assert result.returncode == 2 and not result.stdout
+    assert "invalid choice: 'tnue'" in result.stderr and "tune" in result.stderr
+
+
 def test_planning_asks_nothing_of_a_gpu(monkeypatch):
     for name in ("is_available", "device_count", "current_device", "get_device_capability", "get_device_properties"):
         monkeypatch.setattr(torch.cuda, name, lambda *_: pytest.fail("planning asked torch.cuda"))
