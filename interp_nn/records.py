@@ -21,12 +21,26 @@ class GateSite(NamedTuple):
     shape: torch.Size
 
 
+def least(dtype: torch.dtype) -> float:
+    """The smallest number above zero: what a gate looks at that is on by a tie."""
+    return torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+
+
 class GateRecord:
     """What `record` saw: `output`, the model's own result, and `sites`, the calls with on/off gates in call order."""
 
-    def __init__(self, output: Any, sites: Sequence[GateSite], preactivations: Sequence[Tensor], samples: int) -> None:
+    def __init__(
+        self,
+        output: Any,
+        sites: Sequence[GateSite],
+        preactivations: Sequence[Tensor],
+        samples: int,
+        zeros: Sequence[Tensor | None] = (),
+    ) -> None:
+        """zeros: for each site None, or of a max-pooling, say, which of its windows (n, ..., p) have 0 as their largest."""
         self.output, self.sites = output, tuple(sites)
         self._preactivations, self._samples = tuple(preactivations), samples
+        self._zeros = tuple(zeros) or (None,) * len(self.sites)
 
     def preactivations(self, site: str | int | GateSite) -> Tensor:
         """What a site's gates look at, (n, *shape): ReLU's input, say. With several kinks a unit, one slice for each."""
@@ -42,12 +56,17 @@ class GateRecord:
         return ActivationPatterns.from_preactivations([self._preactivations[i] for i in chosen])
 
     def margin(self) -> Tensor:
-        """The smallest |preactivation| of each sample, (n,); infinite without gates. Patterns are unstable where it is tiny."""
-        smallest = [
-            (z.abs().masked_fill(z == 0, torch.inf) if "max" in site.operation else z.abs()).flatten(1).amin(1)
-            for site, z in zip(self.sites, self._preactivations, strict=True)
-            if z.numel()
-        ]
+        """The smallest |preactivation| of each sample, (n,); infinite without gates. Patterns are unstable where it is tiny.
+
+        Ties of zeros in a max-pooling are left out: they are what a ReLU before it cut off.
+        """
+        smallest = []
+        for z, zero in zip(self._preactivations, self._zeros, strict=True):
+            size = z.abs()
+            if zero is not None:
+                size = size.masked_fill((size <= least(z.dtype)) & zero.unsqueeze(-1), torch.inf)
+            if z.numel():
+                smallest.append(size.flatten(1).amin(1))
         return torch.stack(smallest).amin(0) if smallest else torch.full((self._samples,), torch.inf)
 
     def __repr__(self) -> str:

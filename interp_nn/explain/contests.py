@@ -3,37 +3,43 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from interp_nn.explain.calls import Call
+from interp_nn.records import least
 
 
-class Later:
-    """A function that is made when it is first called: gates of contests take more memory than the contests."""
+class Contested:
+    """The preactivations of a call that is a contest, which is held when it is first asked for: it takes more memory than the
+    call. values: the call's, as the contest takes them.
+    """
 
-    def __init__(self, make: Callable[[], Callable[[Call], Tensor]]) -> None:
-        self._make = make
-        self._made: Callable[[Call], Tensor] | None = None
+    def __init__(self, hold: Callable[[], Contest], values: Callable[[Call], Tensor]) -> None:
+        self._hold, self._values = hold, values
 
     def __call__(self, call: Call) -> Tensor:
-        if self._made is None:
-            with torch.no_grad():
-                self._made = self._make()
-        return self._made(call)
+        return self.contest.preactivations(self._values(call))
+
+    @cached_property
+    def contest(self) -> Contest:
+        with torch.no_grad():
+            return self._hold()
 
 
 class Contest:
     """The candidates of each window among values (..., s): windows (p, k) holds their places, and -1 for none.
 
     A candidate's preactivation is its lead over the best of the others, affine in the values while that is the same one, so that
-    it is positive for the winner alone, and for nobody on a tie. -inf where there is no candidate, inf where there is no other.
+    it is positive for the winner alone: on a tie the first. -inf where there is no candidate, inf where there is no other.
+    zero (..., p): whether a window's largest was 0.
     """
 
     def __init__(self, values: Tensor, windows: Tensor, winner: Tensor) -> None:
-        """winner (..., p): the place of each window's largest."""
+        """winner (..., p): the place of each window's largest, the first one on a tie."""
         self._windows, self._winner = windows.clamp_min(0), winner
         self._empty = windows < 0
         self._wins = (windows == winner.unsqueeze(-1)) & ~self._empty
@@ -41,13 +47,22 @@ class Contest:
         best, place = others.max(-1)
         self._alone = self._wins & best.isneginf().unsqueeze(-1)
         self._second = self._windows.expand(others.shape).gather(-1, place.unsqueeze(-1)).squeeze(-1)
+        first = winner.unsqueeze(-1)
+        self._wins_ties = torch.where(self._wins, first < self._second.unsqueeze(-1), self._windows < first)
+        self.zero = values.gather(-1, winner) == 0
 
     def preactivations(self, values: Tensor) -> Tensor:
         """(..., p, k)."""
         first = values.gather(-1, self._winner).unsqueeze(-1)
         second = values.gather(-1, self._second).unsqueeze(-1)
         lead = torch.where(self._wins, first - second, values[..., self._windows] - first)
+        lead = torch.where(self._wins_ties, on_ties(lead), lead)
         return lead.masked_fill(self._empty, -torch.inf).masked_fill(self._alone, torch.inf)
+
+
+def on_ties(lead: Tensor) -> Tensor:
+    """A difference that is positive where it was zero, and has its sign and, but for that, its value elsewhere."""
+    return lead + least(lead.dtype)
 
 
 def whole(values: Tensor) -> Tensor:

@@ -77,12 +77,13 @@ def record(model: nn.Module, x: Tensor | Inputs, *, mode: str = "secant") -> Gat
     if secant:
         recording.refuse()
     n, seen = len(recording.inputs[0]), recording.recorder.sites
-    zs = [_by_sample(site, n) for site in seen]
+    zs = [_by_sample(site, site.preactivations, n) for site in seen]
+    zeros = [None if site.zero is None else _by_sample(site, site.zero, n) for site in seen]
     for i in (0, n - 1) if n > 1 else ():
         alone = run_recorded(model, tuple(t[i : i + 1] for t in recording.inputs), strict=secant, keep=True)
         _check_alone(seen, [z[i] for z in zs], alone.recorder.sites)
     sites = [GateSite(site.name, site.operation, z.shape[1:]) for site, z in zip(seen, zs, strict=True)]
-    return GateRecord(recording.output, sites, zs, n)
+    return GateRecord(recording.output, sites, zs, n, zeros)
 
 
 def frozen(model: nn.Module, x: Tensor | Inputs, *, mode: str = "secant") -> Replay | TangentReplay:
@@ -111,9 +112,8 @@ def check_mode(mode: str) -> str:
     return mode
 
 
-def _by_sample(site: Site, n: int) -> Tensor:
+def _by_sample(site: Site, z: Tensor, n: int) -> Tensor:
     """Gates with the samples first; where one axis holds n samples times something, it is taken apart."""
-    z = site.preactivations
     if z.dim() and z.shape[0] == n:
         return z
     if z.dim() and z.shape[0] % n == 0:
@@ -128,7 +128,7 @@ def _check_alone(sites: Sequence[Site], zs: Sequence[Tensor], alone: Sequence[Si
     """Raises ValueError where a sample's gates in a batch are not those that it has alone, to a third of the digits."""
     same_calls = [site.name for site in sites] == [site.name for site in alone]
     for place, (site, z) in enumerate(zip(sites, zs, strict=True)):
-        own = _by_sample(alone[place], 1)[0] if same_calls else None
+        own = _by_sample(site, alone[place].preactivations, 1)[0] if same_calls else None
         scale = float(z.where(z.isfinite(), 0).abs().amax()) if z.numel() else 0.0
         rounding = scale * torch.finfo(z.dtype).eps ** (1 / 3)
         if own is None or own.shape != z.shape or not torch.allclose(z, own, rtol=0, atol=rounding, equal_nan=True):

@@ -11,27 +11,35 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from interp_nn.explain.calls import Call, Replay, Rule, Treatment, frozen, stepped
-from interp_nn.explain.contests import Contest, Later, adaptive_windows, sliding_windows, whole
+from interp_nn.explain.contests import Contest, Contested, adaptive_windows, on_ties, sliding_windows, whole
 
 _STEP = (0, 1)
 
 
 @dataclass(frozen=True)
 class Pieces:
-    """A piecewise linear function of z: the kinks in ascending order, and slope and offset of the pieces between them."""
+    """A piecewise linear function of z: the kinks in ascending order, and slope and offset of the pieces between them.
+
+    A kink is part of the piece below it, but the first one where `first_above`.
+    """
 
     kinks: tuple[Any, ...]
     slopes: tuple[Any, ...]
     offsets: tuple[Any, ...]
+    first_above: bool = False
 
     def preactivations(self, z: Tensor) -> Tensor:
         """z less each kink: (n, ...) for one kink, (n, kinks, ...) for several."""
         shifted = [z if isinstance(kink, (int, float)) and kink == 0 else z - kink for kink in self.kinks]
+        if self.first_above:
+            shifted[0] = on_ties(shifted[0])
         return shifted[0] if len(shifted) == 1 else torch.stack(shifted, 1)
 
     def at(self, z: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Slope and offset for each entry of z, which belongs to the piece below where it is on a kink."""
+        """Slope and offset for each entry of z."""
         gates = [z > kink for kink in self.kinks]
+        if self.first_above:
+            gates[0] = z >= self.kinks[0]
 
         def chosen(values: tuple[Any, ...]) -> Tensor:
             if values is _STEP:
@@ -62,6 +70,8 @@ def _clipped(low: Any, high: Any) -> Pieces:
         return Pieces((high,), (1, 0), (0, high))
     if high is None:
         return Pieces((low,), (0, 1), (low, 0))
+    crossed = low > high  # PyTorch then gives the upper bound everywhere
+    low = torch.where(crossed, high, low) if isinstance(crossed, Tensor) else min(low, high)
     return Pieces((low, high), (0, 1, 0), (low, 0, high))
 
 
@@ -76,7 +86,7 @@ def _threshold(call: Call) -> Pieces:
 def _shrink(soft: bool) -> Callable[[Call], Pieces]:
     def pieces(call: Call) -> Pieces:
         width = call.argument(1, "lambd", default=0.5)
-        return Pieces((-width, width), (1, 0, 1), (width, 0, -width) if soft else (0, 0, 0))
+        return Pieces((-width, width), (1, 0, 1), (width, 0, -width) if soft else (0, 0, 0), first_above=True)
 
     return pieces
 
@@ -102,8 +112,6 @@ def gated(pieces: Callable[[Call], Pieces], factor: bool = False) -> Rule:
     def rule(call: Call) -> Treatment:
         shape = pieces(call)
         slope, offset = shape.at(call.input)
-        if call.name == "abs":  # PyTorch's gradient of abs at 0 is 0
-            slope = call.input.sign()
         return Treatment(
             "gate", sloped(slope, offset), factor=factor, preactivations=lambda now: shape.preactivations(now.input)
         )
@@ -150,13 +158,16 @@ def larger(sign: int) -> Rule:
 
 
 def compared(call: Call) -> Treatment:
-    """gt, ge, lt, le: the result is a gate, on (but for ties) where the difference is positive."""
+    """gt, ge, lt, le: the result is a gate, on where the difference is positive, or zero where that makes it true."""
     sign = 1 if call.name in ("gt", "ge", "greater", "greater_equal") else -1
     if any(call.source(t) is not None for t in call.tensors()):
         return stepped(call)
-    return Treatment(
-        "gate", source=call.here(), step=True, preactivations=lambda now: sign * (now.input - now.argument(1, "other"))
-    )
+
+    def difference(now: Call) -> Tensor:
+        lead = sign * (now.input - now.argument(1, "other"))
+        return on_ties(lead) if call.name in ("ge", "le", "greater_equal", "less_equal") else lead
+
+    return Treatment("gate", source=call.here(), step=True, preactivations=difference)
 
 
 def pooled(dimensions: int) -> Rule:
@@ -176,12 +187,11 @@ def pooled(dimensions: int) -> Rule:
             picked = flat(now).gather(-1, indices.flatten(-dimensions)).view(indices.shape)
             return (picked, indices) if both else picked
 
-        def preactivations() -> Replay:
+        def contest() -> Contest:
             windows = (adaptive_windows if adaptive else sliding_windows)(call, indices.shape[-dimensions:])
-            contest = Contest(flat(call), windows, indices.flatten(-dimensions))
-            return lambda now: contest.preactivations(flat(now))
+            return Contest(flat(call), windows, indices.flatten(-dimensions))
 
-        return Treatment("gate", replay, preactivations=Later(preactivations))
+        return Treatment("gate", replay, preactivations=Contested(contest, flat))
 
     return rule
 
@@ -239,12 +249,11 @@ def largest(call: Call) -> Treatment:
     return Treatment("gate", replay, preactivations=_ranked(lambda now: sign * flat(now.input), call, index))
 
 
-def _ranked(values: Callable[[Call], Tensor], call: Call, winner: Tensor) -> Later:
+def _ranked(values: Callable[[Call], Tensor], call: Call, winner: Tensor) -> Contested:
     """Gates of a choice of the largest along the last dimension."""
 
-    def preactivations() -> Replay:
+    def contest() -> Contest:
         z = values(call)
-        contest = Contest(z, whole(z), winner)
-        return lambda now: contest.preactivations(values(now))
+        return Contest(z, whole(z), winner)
 
-    return Later(preactivations)
+    return Contested(contest, values)

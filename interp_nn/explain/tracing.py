@@ -27,6 +27,7 @@ from interp_nn.explain.calls import (
     stepped,
     tensors,
 )
+from interp_nn.explain.contests import Contested
 
 
 class Step(NamedTuple):
@@ -40,12 +41,16 @@ class Step(NamedTuple):
 
 
 class Site(NamedTuple):
-    """A call with on/off gates: its name, its operation, its step on the tape and its preactivations at the recorded input."""
+    """A call with on/off gates: its name, its operation, its step on the tape and its preactivations at the recorded input.
+
+    zero: of a contest, which of its windows have 0 as their largest.
+    """
 
     name: str
     operation: str
     step: int
     preactivations: Tensor
+    zero: Tensor | None = None
 
 
 class DivergedError(RuntimeError):
@@ -211,11 +216,13 @@ class Recorder(TorchFunctionMode):
 
     def _record(self, call: Call, treatment: Treatment) -> Any:
         if treatment.preactivations is not None:
-            z = torch.empty(0)
+            z, zero = torch.empty(0), None
             if self.keep:
                 z = treatment.preactivations(call)
                 z = z.clone() if z is call.input else z  # which a later call may overwrite
-            self.sites.append(Site(self._site_name(call), call.name, len(self.steps), z))
+                if isinstance(treatment.preactivations, Contested):
+                    zero = treatment.preactivations.contest.zero
+            self.sites.append(Site(self._site_name(call), call.name, len(self.steps), z, zero))
         source, replay = treatment.source, treatment.replay
         if self.differentiable:
             with torch.set_grad_enabled(replay is not None):

@@ -386,10 +386,12 @@ def test_secants_at_and_around_zero(name):
 
 def test_conventions_at_kinks():
     zero = torch.zeros(1, 4, dtype=DTYPE)
-    for function, slope in ((torch.relu, 0), (torch.abs, 0), (lambda x: F.leaky_relu(x, 0.2), 0.2)):
+    for function, slope in ((torch.relu, 0), (lambda x: F.leaky_relu(x, 0.2), 0.2)):
         affine, tangent = linearize(model_of(function), zero), linearize(model_of(function), zero, mode="tangent")
         assert torch.equal(affine.weight[0].diagonal(), torch.full((4,), slope, dtype=DTYPE))
         assert torch.equal(affine.weight, tangent.weight)
+    # PyTorch's gradient of |x| is 0 there, which neither piece has; a pattern tells two pieces apart.
+    assert torch.equal(linearize(model_of(torch.abs), zero).weight[0], -torch.eye(4, dtype=DTYPE))
     pool = linearize(model_of(nn.MaxPool1d(4)), zero.unsqueeze(1))
     assert pool.weight.flatten().tolist() == [1, 0, 0, 0]
     network = nn.Sequential(nn.Linear(4, 8, bias=False), nn.ReLU(), nn.Linear(8, 2, bias=False)).to(DTYPE)
