@@ -259,9 +259,8 @@ def inverse_summary(x: Tensor, b: Tensor) -> Tensor:
     """Z = X b (bᵀb)⁻¹ (..., k) for k <= d, by a solve; 16-bit inputs are solved in fp32."""
     d, k = b.shape
     if k > d:
-        raise torch.linalg.LinAlgError(
-            f"b: got shape ({d}, {k}), want k <= d: bᵀb is singular for more columns than rows"
-        )
+        message = f"b: got shape ({d}, {k}), want k <= d: bᵀb is singular for more columns than rows"
+        raise torch.linalg.LinAlgError(message)  # type: ignore[attr-defined] # which its stubs hide
     p = x @ b
     work = accumulation_dtype(b.dtype)
     rows = torch.atleast_2d(p.to(work))
