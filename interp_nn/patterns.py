@@ -6,8 +6,9 @@ share one share the network's affine map.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,6 +16,12 @@ from torch import Tensor
 
 _BITS = tuple(1 << i for i in range(8))
 _AT_ONCE = 1 << 24  # bits that are unpacked at a time
+
+
+def as_index(value: Any) -> Any:
+    """An integer of any kind (numpy's, a tensor without dimensions) as an int; anything else as it is."""
+    single = hasattr(value, "__index__") and getattr(value, "shape", ()) == ()
+    return operator.index(value) if single else value
 
 
 class PatternGroups(NamedTuple):
@@ -127,6 +134,7 @@ class ActivationPatterns:
         return self.packed.shape[0]
 
     def __getitem__(self, samples: int | slice | Tensor) -> ActivationPatterns:
+        samples = as_index(samples)
         if isinstance(samples, int):
             if not -len(self) <= samples < len(self):
                 raise IndexError(f"sample: got {samples}, want one of {len(self)}")

@@ -51,8 +51,16 @@ class GateRecord:
         return self.preactivations(site) > 0
 
     def patterns(self, sites: Sequence[str | int | GateSite] | None = None) -> ActivationPatterns:
-        """The patterns over the units of some sites (default: all), concatenated in the order given (of the calls)."""
+        """The patterns over the units of some sites (default: all), concatenated in the order given (of the calls).
+
+        Raises ValueError where there is no site.
+        """
         chosen = range(len(self.sites)) if sites is None else [self._index(site) for site in sites]
+        if not chosen:
+            names = ", ".join(site.name for site in self.sites)
+            raise ValueError(
+                f"sites: got none, {f'want at least one of {names}' if names else 'as the model has no gates'}"
+            )
         return ActivationPatterns.from_preactivations([self._preactivations[i] for i in chosen])
 
     def margin(self) -> Tensor:

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from interp_nn.explain.gates import check_mode
 from interp_nn.explain.operators import Composed, Dense, Operator, Traced, Vectors
-from interp_nn.explain.replay import Replay, Tangent, run_recorded
+from interp_nn.explain.replay import Replay, Tangent, run_recorded, unchanged
+from interp_nn.patterns import as_index
 
 Target = int | slice | Tensor | Callable[[Any], Tensor] | None
 _AT_ONCE = 1 << 22  # numbers of W that are computed at a time
@@ -45,6 +46,9 @@ def linearize(
     and says nothing of a smooth network around x. The samples must not depend on one another, as in evaluation mode they do
     not; `check` finds those that do. chunk_size: rows or columns of W that are computed at a time.
 
+    What is read of the map is computed from the model at that time, and kept: read it before the model is trained further. Where
+    a parameter has changed since, RuntimeError is raised; what is written by `.data` or to a buffer is not seen.
+
     Raises what `record` raises; ValueError or TypeError for a target or site that the model does not have.
     """
     select, secant = _selector(target), check_mode(mode) == "secant"
@@ -55,9 +59,9 @@ def linearize(
     site = None if upto is None else recording.site(upto)
     output = recording.output if site is None else recording.recorder.sites[site].preactivations
     output = _check_selected(output, recording.inputs[0].shape[0])
-    itself = Tangent(model, select, site)
+    itself, still = Tangent(model, select, site), unchanged(model)
     if not secant:
-        return AffineMap(Traced(itself, recording.inputs, output, affine=False), itself, chunk_size)
+        return AffineMap(Traced(itself, recording.inputs, output, affine=False, check=still), itself, chunk_size)
     recording.refuse(site)
     replay = Replay(recording, select)
 
@@ -69,6 +73,7 @@ def linearize(
         recording.inputs,
         output,
         affine=True,
+        check=still,
         start=(recording.inputs, output),
         parts=lambda: replay.constants_by_layer(site),
     )
@@ -208,7 +213,8 @@ class AffineMap:
         with torch.no_grad():
             wanted = self._function(*operator.x)
             moved = operator.columns(tuple(t.unsqueeze(0) for t in operator.x))[0]
-            residual = (moved + self.bias - wanted).abs().max() / wanted.abs().max()
+            scale = wanted.abs().max()
+            residual = (moved + self.bias - wanted).abs().max() / torch.where(scale > 0, scale, 1)
             pushed = (wanted * moved).reshape(operator.n, -1)
             pulled = torch.cat(
                 [
@@ -229,6 +235,7 @@ class AffineMap:
 
     def __getitem__(self, samples: int | slice | Tensor) -> AffineMap:
         """The maps of some samples; forms W."""
+        samples = as_index(samples)
         if isinstance(samples, int):
             if not -len(self) <= samples < len(self):
                 raise IndexError(f"samples: got {samples}, want an index below {len(self)}")
@@ -282,6 +289,7 @@ class AffineMap:
 
 def _selector(target: Target) -> Callable[[Any], Tensor]:
     """The function of a model's output that a target stands for."""
+    target = target if isinstance(target, bool) else as_index(target)
     known = target is None or callable(target) or isinstance(target, (int, slice, Tensor))
     if not known or isinstance(target, bool):
         raise TypeError(f"target: got {type(target).__name__}, want None, an int, a slice, a tensor or a function")

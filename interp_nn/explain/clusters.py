@@ -89,7 +89,9 @@ class ActivationClusters(PiecewiseAffine, Estimator):
 
     @cached_property
     def affine_(self) -> AffineMap:
-        """The clusters' maps, which are those of their first samples; computed from the model when first asked for."""
+        """The clusters' maps, which are those of their first samples; computed when first asked for, and kept: the model must be
+        then what it was in `fit`, or `check()` is no longer rounding.
+        """
         maps = [linearize(self.model, part) for part in self.inputs_[self.first_].split(self.batch_size)]
         return AffineMap.from_tensors(torch.cat([m.weight for m in maps]), torch.cat([m.bias for m in maps]))
 

@@ -101,7 +101,8 @@ class Traced(Operator):
     """The derivative of a function at x, of samples that do not depend on one another.
 
     affine: whether the function is affine, so that b is its value at 0; otherwise b = F(x) - W x. start: leaves and the
-    function of them with its graph, where there is one already; it is used once. parts: computes `bias_by_layer`.
+    function of them with its graph, where there is one already; it is used once. parts: computes `bias_by_layer`. check: raises
+    where the function is no longer what it was; called before it is used.
     """
 
     def __init__(
@@ -111,20 +112,24 @@ class Traced(Operator):
         output: Tensor,
         *,
         affine: bool,
+        check: Callable[[], None],
         start: tuple[Vectors, Tensor] | None = None,
         parts: Callable[[], dict[str, Tensor]] | None = None,
     ) -> None:
         self._function, self._affine, self._start, self._parts = function, affine, start, parts
+        self._check = check
         self.x = tuple(t.detach() for t in x)
         self.n, self.inputs, self.output = x[0].shape[0], tuple(t.shape[1:] for t in x), output.shape[1:]
         self.sources, self.result = self.x, output.detach().new_empty(())
 
     def columns(self, v: Vectors) -> Tensor:
+        self._check()
         if len(v[0]) == 1:
             return self._push(*(t[0] for t in v)).unsqueeze(0)
         return over_copies(self._push, *v)
 
     def pullback(self) -> Callable[[Tensor], Vectors]:
+        self._check()
         if self._start is not None:
             (x, out), self._start = self._start, None
         else:
@@ -143,12 +148,14 @@ class Traced(Operator):
         return pull
 
     def bias(self) -> Tensor:
+        self._check()
         with torch.no_grad():
             if self._affine:
                 return self._function(*(torch.zeros_like(t) for t in self.x))
             return self._function(*self.x) - self._push(*self.x)
 
     def bias_by_layer(self) -> dict[str, Tensor]:
+        self._check()
         return super().bias_by_layer() if self._parts is None else self._parts()
 
     def _push(self, *v: Tensor) -> Tensor:

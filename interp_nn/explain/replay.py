@@ -89,8 +89,8 @@ class Replay(nn.Module):
     """A model with the gates of recorded inputs frozen: an affine function R of inputs of the recorded shapes.
 
     R(v) takes v of the recorded shape (n, ...), each sample with its own gates, or (r n, ...), meaning r stacked copies of the
-    batch. It works under torch.func's transforms. The model is used, not copied: its parameters must not change, and
-    `train()` and `to()` of the replay do not reach it.
+    batch. It works under torch.func's transforms. The model is used, not copied: weights are those that it has when R is called,
+    with the gates of then, and `train()` and `to()` of the replay do not reach it.
     """
 
     def __init__(self, recording: Recording, select: Select = lambda output: output) -> None:
@@ -219,8 +219,26 @@ class TangentReplay(nn.Module):
         return torch.add(*pushed(self._function, self._inputs, steps))
 
 
+def unchanged(model: nn.Module) -> Callable[[], None]:
+    """What raises RuntimeError where a model's parameters are not those of now, or have been written to."""
+    then = [(p, _version(p)) for p in model.parameters()]
+
+    def check() -> None:
+        now = [*model.parameters()]
+        same = len(now) == len(then) and all(
+            p is q and _version(p) == version for p, (q, version) in zip(now, then, strict=True)
+        )
+        if not same:
+            raise RuntimeError(
+                "model: its parameters have changed since it was linearized, and gates and weights would be of two models; "
+                "read the map before, or linearize it again"
+            )
+
+    return check
+
+
 def check_inputs(x: Tensor | Inputs) -> Inputs:
-    """x as a tuple. Raises TypeError and ValueError for what is not a batch of floating-point inputs."""
+    """x as a tuple. Raises TypeError and ValueError for what is not a batch of finite floating-point inputs."""
     inputs = x if isinstance(x, tuple) else (x,)
     if not inputs:
         raise ValueError("x: got no inputs, want at least one")
@@ -231,6 +249,10 @@ def check_inputs(x: Tensor | Inputs) -> Inputs:
             raise TypeError(f"x: got {t.dtype}, want floating-point inputs")
         if t.dim() == 0 or t.shape[0] == 0 or t.shape[0] != inputs[0].shape[0]:
             raise ValueError(f"x: got shapes {[tuple(i.shape) for i in inputs]}, want (n, ...) with one n > 0")
+    n = len(inputs[0])
+    finite = torch.stack([t.isfinite().reshape(n, t[0].numel()).all(1).cpu() for t in inputs]).all(0)
+    if not bool(finite.all()):
+        raise ValueError(f"x: {int((~finite).sum())} of its {n} samples have values that are not finite")
     return inputs
 
 

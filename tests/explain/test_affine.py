@@ -1,4 +1,5 @@
 import hypothesis.strategies as st
+import numpy as np
 import pytest
 import torch
 from explain.networks import functional, mlp, resnet, transformer
@@ -373,3 +374,44 @@ def test_any_stack_of_layers(layers, n, seed):
     assert relative(applied(affine.weight, far) + affine.bias, replay(far)) <= 1e-12
     assert relative(sum(affine.bias_by_layer().values()), affine.bias) <= 1e-11
     assert affine.check() <= 1e-12
+
+
+def test_whatever_is_an_index_is_one():
+    model, x = case("functional")
+    whole = linearize(model, x)
+    for index in (torch.tensor(1), np.int64(1), np.array(1)):
+        assert torch.equal(whole[index].weight, whole.weight[1:2]) and len(whole[index]) == 1
+        assert torch.equal(linearize(model, x, index).weight, linearize(model, x, 1).weight)
+    assert torch.equal(whole[np.array([2, 0])].weight, whole.weight[[2, 0]])
+    with pytest.raises(IndexError, match="samples: got 3"):
+        whole[torch.tensor(3)]
+
+
+@pytest.mark.parametrize("mode", ["secant", "tangent"])
+def test_a_map_of_a_model_whose_parameters_have_changed_is_refused(mode):
+    model, x = case("functional")
+    affine, kept = linearize(model, x, mode=mode), linearize(model, x, mode=mode)
+    weight, bias = kept.weight, kept.bias
+    with torch.no_grad():
+        model.head.bias += 1
+    reads = [
+        lambda: affine.weight,
+        lambda: affine.bias,
+        lambda: affine.matvec(x),
+        lambda: affine.rmatvec(torch.ones(3, 4, dtype=DTYPE)),
+        lambda: affine(x),
+        affine.check,
+        kept.check,
+    ]
+    for read in [*reads, affine.bias_by_layer] if mode == "secant" else reads:
+        with pytest.raises(RuntimeError, match=r"model: its parameters have changed .* linearize it again"):
+            read()
+    assert kept.weight is weight and kept.bias is bias
+    model.head.bias = nn.Parameter(model.head.bias.detach())
+    with pytest.raises(RuntimeError, match="parameters have changed"):
+        affine.bias_by_layer() if mode == "secant" else affine.matvec(x)
+
+
+def test_the_check_of_a_model_that_gives_zeros():
+    model, x = nn.Linear(2, 2, bias=False).to(DTYPE), torch.zeros(2, 2, dtype=DTYPE)
+    assert linearize(model, x).check() == 0

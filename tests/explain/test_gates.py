@@ -359,6 +359,12 @@ def test_compiled_models_are_seen_through():
         (torch.ones(0, 6), ValueError, r"x: got shapes \[\(0, 6\)\], want \(n, \.\.\.\) with one n > 0"),
         ((torch.ones(2, 6), torch.ones(3, 6)), ValueError, r"x: got shapes \[\(2, 6\), \(3, 6\)\]"),
         (torch.tensor(1.0), ValueError, r"x: got shapes \[\(\)\]"),
+        (
+            torch.tensor([[1.0] * 6, [torch.nan] * 6]),
+            ValueError,
+            "x: 1 of its 2 samples have values that are not finite",
+        ),
+        ((torch.ones(1, 6), torch.tensor([[torch.inf]])), ValueError, "x: 1 of its 1 samples have values that are not"),
     ],
 )
 def test_inputs_that_are_refused(x, error, text):
@@ -381,6 +387,10 @@ def test_other_bad_arguments():
         region(model, x)
     with pytest.raises(ValueError, match="model: has no gates"):
         region(nn.Linear(6, 2).to(DTYPE), x[:1])
+    with pytest.raises(ValueError, match="sites: got none, as the model has no gates"):
+        record(nn.Linear(6, 2).to(DTYPE), x).patterns()
+    with pytest.raises(ValueError, match="sites: got none, want at least one of :relu#0"):
+        record(model, x).patterns([])
 
 
 def test_gates_of_models_that_cannot_be_linearized():
