@@ -101,9 +101,7 @@ def graph_operator(adjacency: Tensor) -> DerivativeOperator:
     i, j = weights.triu(1).nonzero().unbind(1)
     roots = weights[i, j].sqrt().unsqueeze(1)
 
-    def apply(h: Tensor) -> Tensor:
-        return roots.to(h) * (h[i.to(h.device)] - h[j.to(h.device)])
-
+    apply = partial(_along_edges, roots, i, j)
     return DerivativeOperator("graph", values.clamp_min(0).cpu(), DenseModes(vectors.cpu()), apply, blocks)
 
 
@@ -119,7 +117,7 @@ def matrix_operator(matrix: Tensor) -> DerivativeOperator:
         "matrix",
         values.square(),
         DenseModes(modes * linalg.signs(modes)),
-        lambda h: d.to(h) @ h,
+        partial(_times, d),
         linalg.equal_runs(values),
     )
 
@@ -132,24 +130,36 @@ def _on_a_line(n: int, kind: str) -> DerivativeOperator:
 
 
 def _on_a_grid(kind: str, axes: Sequence[DerivativeOperator]) -> DerivativeOperator:
-    shape = [axis.n for axis in axes]
     costs = axes[0].eigenvalues
     for axis in axes[1:]:
         costs = (costs.unsqueeze(1) + axis.eigenvalues).flatten()
     values, order = costs.sort(stable=True)
 
-    def apply(h: Tensor) -> Tensor:
-        grid = h.unflatten(0, shape)
-        moved = [grid.movedim(i, 0).flatten(1) for i in range(len(shape))]
-        return torch.cat([a.apply(m).reshape(-1, h.shape[1]) for a, m in zip(axes, moved, strict=True)])
-
-    name = f"{kind} on a grid of {' x '.join(map(str, shape))}"
-    return DerivativeOperator(name, values, GridModes([axis.modes for axis in axes], order), apply, _blocks(values))
+    name = f"{kind} on a grid of {' x '.join(str(axis.n) for axis in axes)}"
+    modes = GridModes([axis.modes for axis in axes], order)
+    return DerivativeOperator(name, values, modes, partial(_over_grid, axes), _blocks(values))
 
 
 def _blocks(values: Tensor) -> Blocks:
     """Of eigenvalues in closed form, which are right to a few ulps of each and not of the largest."""
     return linalg.equal_runs(values, values[1:])
+
+
+# How an operator acts; functions of the module, so that one can be pickled.
+
+
+def _times(matrix: Tensor, h: Tensor) -> Tensor:
+    return matrix.to(h) @ h
+
+
+def _along_edges(roots: Tensor, i: Tensor, j: Tensor, h: Tensor) -> Tensor:
+    return roots.to(h) * (h[i.to(h.device)] - h[j.to(h.device)])
+
+
+def _over_grid(axes: Sequence[DerivativeOperator], h: Tensor) -> Tensor:
+    grid = h.unflatten(0, [axis.n for axis in axes])
+    moved = [grid.movedim(i, 0).flatten(1) for i in range(len(axes))]
+    return torch.cat([a.apply(m).reshape(-1, h.shape[1]) for a, m in zip(axes, moved, strict=True)])
 
 
 # What each kind of derivative costs its modes, and how it acts.

@@ -160,6 +160,8 @@ def _kind(graph_module: fx.GraphModule, node: fx.Node) -> str:
     by_constant = name in ("mul", "imul") and len(varying) == 1
     if found not in _MIXED and not by_constant and varying != [first(node)]:
         return "other"
+    if name in ("div", "divide") and node.kwargs.get("rounding_mode") is not None:
+        return "other"
     if found == "shape" and name == "getattr" and node.args[1] not in _SIZES:
         return "other"
     if found == "flatten":

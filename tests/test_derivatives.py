@@ -1,6 +1,7 @@
 """Derivative operators: each against its matrix, written out, and its closed-form eigenpairs against that."""
 
 import math
+import pickle
 
 import pytest
 import torch
@@ -304,3 +305,10 @@ def test_nothing_is_changed_in_place():
 def test_bad_input_is_named(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+def test_operators_are_pickled():
+    edges = torch.rand(6, 6, dtype=torch.float64)
+    made = (derivative_operator((2, 3), "diff2"), matrix_operator(edges), graph_operator(edges + edges.T))
+    for operator in made:
+        assert torch.equal(pickle.loads(pickle.dumps(operator)).matrix(), operator.matrix())

@@ -86,6 +86,8 @@ def kinds(model):
                 lambda x: F.linear(x, x),
                 lambda x: x @ x,
                 lambda x: torch.ones(4, 4) @ x,
+                lambda x: torch.div(x, 2, rounding_mode="floor"),
+                lambda x: x.div(2, rounding_mode="trunc"),
             ],
         ),
     ],

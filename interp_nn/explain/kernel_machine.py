@@ -105,7 +105,7 @@ class NPKMachine(Estimator):
     def score(self, X: object, y: object) -> float:
         """The share of classes that are told right, or R² of regression (the mean over its targets)."""
         predicted = self.predict(X)
-        truth = np.asarray(y)
+        truth = _array(y)
         if truth.shape != predicted.shape:
             raise ValueError(f"y: got shape {truth.shape}, want {predicted.shape}")
         if self.classes_ is not None:
@@ -165,7 +165,7 @@ def kernel_alignment(kernel: Tensor, target: Tensor, *, centered: bool = True) -
 
 def _targets(y: object, n: int) -> tuple[np.ndarray | None, Tensor]:
     """The classes, None for regression; and the targets (n,) or (n, targets), fp64."""
-    values = np.asarray(y.detach().cpu() if isinstance(y, Tensor) else y)
+    values = _array(y)
     if len(values) != n or values.ndim not in (1, 2):
         raise ValueError(f"y: got shape {values.shape}, want ({n},) or ({n}, k)")
     if values.dtype.kind == "f":
@@ -178,6 +178,14 @@ def _targets(y: object, n: int) -> tuple[np.ndarray | None, Tensor]:
     if len(classes) < 2:
         raise ValueError(f"y: got the one class {classes[0]!r}, want at least two")
     return classes, torch.nn.functional.one_hot(torch.from_numpy(which), len(classes)).double()
+
+
+def _array(y: object) -> np.ndarray:
+    """y for numpy, which has no bfloat16."""
+    if isinstance(y, Tensor):
+        y = y.detach().cpu()
+        y = y.double() if y.is_floating_point() else y
+    return np.asarray(y)
 
 
 def _tensor(values: Any) -> Tensor:

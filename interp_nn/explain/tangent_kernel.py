@@ -61,10 +61,11 @@ def ntk(
     size = y.numel() * y.element_size() * sum(p.numel() for p in trained.values())
     return tiled(
         (len(X), len(X if Y is None else Y)),
-        max(1, _JACOBIAN_BYTES // size) if chunk is None else chunk,
+        max(1, _JACOBIAN_BYTES // max(1, size)) if chunk is None else chunk,
         lambda rows: jacobians(X[rows]),
         None if Y is None else lambda columns: jacobians(Y[columns]),
         tile,
         y.dtype,
         X.device,
+        want=("finite outputs and derivatives, or a model and X of torch.float64", "a model and X of torch.float64"),
     )

@@ -19,11 +19,13 @@ def tiled(
     tile: Callable[[_Side, _Side], Tensor],
     dtype: torch.dtype,
     device: torch.device,
+    want: tuple[str, str] = ("normalize=True, or dtype=torch.float64", "dtype=torch.float64"),
 ) -> Tensor:
     """The matrix of this shape with tile(left(rows), right(columns)) at rows and columns, at most `chunk` of each.
 
     right: None where it is `left` again and the matrix symmetric, of which the upper half is then computed.
-    Raises ValueError for a chunk below 1, and for entries beyond what the dtype holds.
+    Raises ValueError for a chunk below 1, and for entries beyond what the dtype holds. want: what would do where they are too
+    large, or no numbers, and where they are too small.
     """
     if chunk < 1:
         raise ValueError(f"chunk: got {chunk}, want at least 1")
@@ -38,10 +40,7 @@ def tiled(
             block = tile(a, a if diagonal else (right or left)(columns))
             entry = largest_entry(block)
             if not entry <= torch.finfo(dtype).max:
-                raise ValueError(
-                    f"kernel: its largest entry is {entry:.3g}, more than {dtype} holds; "
-                    "want normalize=True, or dtype=torch.float64"
-                )
+                raise ValueError(f"kernel: its largest entry is {entry:.3g}, more than {dtype} holds; want {want[0]}")
             largest = max(largest, entry)
             if diagonal:  # a product of a matrix and itself may round its two halves differently
                 block = block.triu() + block.triu(1).T
@@ -51,7 +50,7 @@ def tiled(
     if 0 < largest < torch.finfo(dtype).tiny / torch.finfo(dtype).eps:
         raise ValueError(
             f"kernel: its largest entry is {largest:.3g}, too small for {dtype} to tell its entries apart; "
-            "want dtype=torch.float64"
+            f"want {want[1]}"
         )
     return kernel
 

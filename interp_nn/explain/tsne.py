@@ -136,6 +136,7 @@ class ParametricTSNE:
         output is not (n, d), or whose last operation is a ReLU, which would fold the embedding into one quadrant.
         """
         _check_points(X)
+        X = X.detach()
         batches = -(-len(X) // self.batch_size)
         smallest = len(X) // batches
         if not 1 < self.perplexity < smallest - 1:

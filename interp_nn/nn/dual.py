@@ -153,8 +153,15 @@ def _replace(network: fx.GraphModule, node: fx.Node, other: fx.Node) -> None:
 
 
 def _dropout_as_module(network: fx.GraphModule, node: fx.Node) -> None:
-    """A functional dropout follows `train()` and `eval()` of the network, not of the model when it was traced."""
+    """A functional dropout follows `train()` and `eval()` of the network, not of the model when it was traced.
+
+    One that was off while the model was in training mode is off for good; in evaluation mode it cannot be told from one that
+    was given `self.training`.
+    """
     if node.op == "call_module":
+        return
+    if network.training and argument(network, node, 2, "training") is False:
+        _replace(network, node, first(node))
         return
     p = argument(network, node, 1, "p")
     dimensions = name_of(network, node).removeprefix("dropout")

@@ -155,3 +155,11 @@ def test_alignment_refuses():
         kernel_alignment(torch.ones(2, 2), torch.tensor([0, 1]))
     with pytest.raises(ValueError, match="kernel: is zero"):
         kernel_alignment(torch.zeros(2, 2), torch.tensor([0, 1]), centered=False)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_targets_of_any_floating_dtype_with_or_without_a_gradient(dtype):
+    X = torch.randn(20, 20, dtype=torch.float64)
+    kernel, y = X @ X.T, torch.randn(20).to(dtype).requires_grad_()
+    machine = NPKMachine().fit(kernel, y)
+    assert machine.score(kernel, y) == NPKMachine().fit(kernel, y.detach().double()).score(kernel, y.tolist())

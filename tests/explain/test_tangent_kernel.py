@@ -80,3 +80,13 @@ def test_bad_input():
         ntk(nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 1)), x)
     with pytest.raises(ValueError, match="chunk: got 0"):
         ntk(nn.Linear(3, 1), x, chunk=0)
+    with pytest.raises(
+        ValueError, match=r"largest entry is nan, .*want finite outputs and derivatives, or a model and X of"
+    ):
+        ntk(nn.Linear(3, 1), x * torch.nan)
+
+
+def test_no_samples():
+    x = torch.randn(2, 3)
+    for a, b in ((x[:0], None), (x[:0], x), (x, x[:0])):
+        assert ntk(nn.Linear(3, 1), a, b).shape == (len(a), len(a if b is None else b))

@@ -297,3 +297,13 @@ def test_nothing_is_placed_before_the_fit():
 def test_divergence_is_reported():
     with pytest.raises(FloatingPointError, match="try a smaller learning_rate"):
         ParametricTSNE(small_encoder(), perplexity=5, epochs=3, learning_rate=1e30).fit(gaussians(40)[0])
+
+
+def test_points_that_require_a_gradient_get_none():
+    x = torch.randn(60, 5, requires_grad=True)
+    fitted = ParametricTSNE(nn.Linear(5, 2), perplexity=5, epochs=2, batch_size=30).fit(x)
+    assert torch.equal(
+        fitted.transform(x),
+        ParametricTSNE(fitted._template, perplexity=5, epochs=2, batch_size=30).fit_transform(x.detach()),
+    )
+    assert x.grad is None

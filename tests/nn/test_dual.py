@@ -232,6 +232,20 @@ def test_training_modes_and_dropout_follow_the_network():
         assert not torch.equal(dual(x), dual(x))
 
 
+def test_a_dropout_that_is_off_in_training_stays_off():
+    class Off(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(4, 8), nn.Linear(8, 2)
+
+        def forward(self, x):
+            return self.second(F.dropout(F.relu(self.first(x)), 0.5, training=False))
+
+    model, x = Off().train(), torch.randn(3, 4)
+    dual = to_dgn(model, gating="relu", value_input="x", gate=HardGate(), reset=False)
+    assert dual.training and torch.equal(dual(x), model(x))
+
+
 def test_a_record_needs_evaluation_mode():
     dual = to_dgn(vgg()).train()
     with pytest.raises(
