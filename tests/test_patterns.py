@@ -58,7 +58,13 @@ def test_groups_are_those_of_the_rows(n, width):
 
 def test_samples_are_selected_compared_and_hashed():
     patterns = ActivationPatterns.from_gates(torch.rand(6, 9) < 0.5)
-    assert patterns[2] == patterns[2:3] == patterns[torch.tensor([2])] == patterns[torch.tensor(2)] == patterns[np.int64(2)]
+    assert (
+        patterns[2]
+        == patterns[2:3]
+        == patterns[torch.tensor([2])]
+        == patterns[torch.tensor(2)]
+        == patterns[np.int64(2)]
+    )
     assert len({patterns, patterns[:], patterns[:3]}) == 2
     assert patterns[-1] == patterns[5:] and patterns != "patterns"
     assert repr(patterns) == "ActivationPatterns(6 samples, 9 units)"

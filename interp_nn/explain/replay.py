@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +21,7 @@ from interp_nn.records import place_of
 Inputs = tuple[Tensor, ...]
 Select = Callable[[Any], Any]
 _LAYERS_AT_ONCE = 8
+_LOCK, _stance, _holders = threading.Lock(), ExitStack(), 0  # of `_forced_eager`
 
 
 @dataclass(frozen=True)
@@ -279,8 +281,25 @@ def _eager() -> Iterator[None]:
     hooks = torch.autograd.graph.disable_saved_tensors_hooks(
         "a replay keeps what it saves; want no activation checkpointing"
     )
-    with torch.compiler.set_stance("force_eager"), hooks:
+    with _forced_eager(), hooks:
         yield
+
+
+@contextmanager
+def _forced_eager() -> Iterator[None]:
+    """torch.compiler's stance is the whole process's: what it was comes back with the last thread that is done here."""
+    global _holders
+    with _LOCK:
+        if _holders == 0:
+            _stance.enter_context(torch.compiler.set_stance("force_eager"))
+        _holders += 1
+    try:
+        yield
+    finally:
+        with _LOCK:
+            _holders -= 1
+            if _holders == 0:
+                _stance.close()
 
 
 @contextmanager

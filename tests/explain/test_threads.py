@@ -94,3 +94,28 @@ def test_maps_are_right_in_several_threads():
     for thread in threads:
         thread.join()
     assert results == [True] * 3
+
+
+def test_models_compile_again_when_the_last_thread_is_done():
+    entered, first_is_done = threading.Event(), threading.Event()
+
+    class Waiting(nn.Module):
+        def forward(self, x):
+            if threading.current_thread() is second:
+                entered.set()
+                first_is_done.wait(10)
+            else:
+                second.start()
+                entered.wait(10)
+            return F.relu(x)
+
+    def stance():
+        return torch._dynamo.eval_frame._stance.stance
+
+    model, x = Waiting(), torch.randn(1, 6, dtype=DTYPE)
+    second = threading.Thread(target=lambda: record(model, x))
+    record(model, x)
+    inside = stance()
+    first_is_done.set()
+    second.join()
+    assert (inside, stance()) == ("force_eager", "default")
