@@ -29,7 +29,7 @@ STUDY = Study(
     off_base=0.015,
     either_way=True,
     step_over_base=1.02,
-    cpu=Budget(7000, 2000, 4),
+    cpu=Budget(32_000, 2000, 1),
     gpu=Budget(None, None, 15),
     quick=Budget(8, 8, 1, batch=4),
 )
