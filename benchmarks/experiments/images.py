@@ -114,6 +114,6 @@ def draw(run: common.Run, trainer: common.Trainer, published: dict[str, float], 
             label = name if seed == 0 else None
             curves.plot(range(1, len(percent) + 1), percent, color=f"C{i}", marker=".", linewidth=1, label=label)
     curves.set(xlabel="epoch", ylabel="test accuracy, %", xlim=(0.5, max(row["epochs"] for row in trainer.rows) + 0.5))
-    curves.xaxis.set_major_locator(MaxNLocator(integer=True))
+    curves.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     curves.legend(fontsize=8)
     run.figure(figure, suffix)
