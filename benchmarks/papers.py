@@ -16,7 +16,6 @@ from benchmarks.experiments import common, gated_images, mnist_tsne, summary_cnn
 from benchmarks.experiments.heads import Study
 from benchmarks.experiments.images import Budget
 
-MARK = "python -m benchmarks papers"
 Record = dict[str, Any]
 
 
