@@ -15,3 +15,12 @@ def _reproducible():
     torch.manual_seed(0)
     yield
     interp_nn.use_engine("auto")
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """Layers this small lose more to waking threads than they win from them."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
