@@ -298,6 +298,49 @@ inline void load_matrices(uint32_t* registers, const void* row, bool transposed)
     });
 }
 
+// A number with its exponent: of zero, one below all others; of a subnormal number, that of the least normal one.
+struct Operand {
+    double value;
+    int exponent;
+};
+constexpr int ZERO = -1000, NOT_FINITE = 128;
+inline Operand operand(float v) {
+    uint32_t bits;
+    std::memcpy(&bits, &v, sizeof bits);
+    const int biased = static_cast<int>(bits >> 23 & 255);
+    return {v, v == 0.f ? ZERO : biased == 0 ? -126 : biased - 127};
+}
+
+inline float towards_zero(double v) {
+    const auto nearest = static_cast<float>(v);
+    return std::isfinite(nearest) && std::abs(nearest) > std::abs(v) ? std::nextafter(nearest, 0.f) : nearest;
+}
+
+// sum + row[0] column[0] + ... as the matrix units of an A100 add it up (Khattak & Mikaitis 2025, arXiv:2512.07004,
+// whose H100 and B200 are a little better): all are cut off, towards zero, at one place, a bit below the last of the
+// one with the largest exponent, and so is the result to fp32. A long sum thus loses much more than one that is
+// rounded.
+inline float add_products(const Operand& sum, const Operand* row, const Operand* column, int count) {
+    int most = sum.exponent;
+    bool finite = sum.exponent < NOT_FINITE;
+    for (int k = 0; k < count; ++k) {
+        finite &= row[k].exponent < NOT_FINITE && column[k].exponent < NOT_FINITE;
+        const int exponent = row[k].exponent + column[k].exponent;
+        most = exponent > most ? exponent : most;
+    }
+    if (!finite) {
+        double all = sum.value;
+        for (int k = 0; k < count; ++k) all += row[k].value * column[k].value;
+        return static_cast<float>(all);
+    }
+    if (most < -132) most = -132;
+    const int last = most - 24;
+    const double units = std::ldexp(1., -last);
+    auto total = static_cast<int64_t>(sum.value * units);
+    for (int k = 0; k < count; ++k) total += static_cast<int64_t>(row[k].value * column[k].value * units);
+    return towards_zero(std::ldexp(static_cast<double>(total), last));
+}
+
 struct Multiplication {
     float* c;
     const uint32_t *a, *b;
@@ -305,33 +348,33 @@ struct Multiplication {
 
 // mma.m16n8kDEPTH. With g = lane / 4 and t = lane % 4, register i of c is row g + 8 (i / 2), column 2 t + i % 2. Of
 // a, of 16 by DEPTH, register i holds row g + 8 (i % 2); of b, of DEPTH by 8, column g. Along the depth, 16-bit
-// registers hold 2 t + 8 j and the next one, 32-bit registers t + 4 j, where j is i / 2 for a and i for b. The sum of a
-// multiplication is rounded once.
+// registers hold 2 t + 8 j and the next one, 32-bit registers t + 4 j, where j is i / 2 for a and i for b. One half of
+// the depth is added after the other.
 template <int DEPTH, class Unpack>
 void multiply(const char* name, float* c, const uint32_t* a, const uint32_t* b, Unpack unpack) {
     Multiplication mine{c, a, b};
     together(name, &mine, [unpack](void** slots) {
-        constexpr int HALVES = DEPTH == 16 ? 2 : 1;
-        static float left[16][DEPTH], right[8][DEPTH];
+        constexpr int HALVES = DEPTH == 16 ? 2 : 1, GROUP = DEPTH / 2;
+        static Operand left[16][DEPTH], right[8][DEPTH];
         for (int l = 0; l < LANES; ++l) {
             const auto* lane = static_cast<Multiplication*>(slots[l]);
             for (int j = 0; j < 2; ++j) {
                 for (int h = 0; h < HALVES; ++h) {
                     const int k = l % 4 * HALVES + h + DEPTH / 2 * j;
-                    left[l / 4][k] = unpack(lane->a[2 * j], h);
-                    left[l / 4 + 8][k] = unpack(lane->a[2 * j + 1], h);
-                    right[l / 4][k] = unpack(lane->b[j], h);
+                    left[l / 4][k] = operand(unpack(lane->a[2 * j], h));
+                    left[l / 4 + 8][k] = operand(unpack(lane->a[2 * j + 1], h));
+                    right[l / 4][k] = operand(unpack(lane->b[j], h));
                 }
             }
         }
         for (int l = 0; l < LANES; ++l) {
             const auto* lane = static_cast<Multiplication*>(slots[l]);
             for (int i = 0; i < 4; ++i) {
-                const float* row = left[l / 4 + i / 2 * 8];
-                const float* column = right[l % 4 * 2 + i % 2];
-                double sum = lane->c[i];
-                for (int k = 0; k < DEPTH; ++k) sum += static_cast<double>(row[k]) * column[k];
-                lane->c[i] = static_cast<float>(sum);
+                const Operand* row = left[l / 4 + i / 2 * 8];
+                const Operand* column = right[l % 4 * 2 + i % 2];
+                for (int k = 0; k < DEPTH; k += GROUP) {
+                    lane->c[i] = add_products(operand(lane->c[i]), row + k, column + k, GROUP);
+                }
             }
         }
     });

@@ -42,6 +42,8 @@ namespace interp_nn {
 constexpr int WARPS = 8;
 constexpr int THREADS = 32 * WARPS;
 
+constexpr uint32_t TF32_BITS = 0xFFFFE000;  // sign, exponent and ten bits after the point
+
 // A 16-bit number in memory: whether it is a bfloat16 ("brain") or an IEEE half is known when a kernel runs.
 struct Sixteen {
     uint16_t bits;
@@ -75,17 +77,7 @@ DEVICE uint32_t pack(float low, float high, bool brain) {
     return *reinterpret_cast<const uint32_t*>(&both);
 }
 
-// fp32 rounded to the ten bits of tf32; the nearest, ties away from zero.
-DEVICE uint32_t round_tf32(float v) {
-#if __CUDA_ARCH__ >= 800
-    uint32_t rounded;
-    asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(rounded) : "f"(v));
-    return rounded;
-#else
-    return __float_as_uint(v);
-#endif
-}
-
+DEVICE uint32_t bits_of(float v) { return __float_as_uint(v); }
 DEVICE float as_float(uint32_t bits) { return __uint_as_float(bits); }
 
 DEVICE uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
@@ -147,8 +139,8 @@ template <bool TRANSPOSED> DEVICE void load_matrices(uint32_t (&r)[4], const voi
     }
 }
 
-// c (16 x 8) += a (16 x 16 in 16 bits, 16 x 8 in tf32) b, each spread over the warp. Below 8.0 nobody calls it, but it
-// must compile.
+// c (16 x 8) += a (16 x 16 in 16 bits, 16 x 8 in tf32) b, each spread over the warp. Of a tf32 operand only the bits of
+// TF32_BITS count. Below 8.0 nobody calls it, but it must compile.
 #if __CUDA_ARCH__ >= 800
 #define INTERP_NN_MULTIPLY(SHAPE_AND_TYPES)                                                                   \
     asm volatile("mma.sync.aligned." SHAPE_AND_TYPES " {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};" \
@@ -261,11 +253,6 @@ inline uint32_t pack(float low, float high, bool brain) {
     return uint32_t{narrow(high, brain).bits} << 16 | narrow(low, brain).bits;
 }
 
-inline uint32_t round_tf32(float v) {
-    const uint32_t bits = bits_of(v);
-    return (bits & 0x7F800000) == 0x7F800000 ? bits : (bits + 0x1000) & 0xFFFFE000;
-}
-
 template <int BYTES> void copy_async(void* shared, const void* global, bool valid) {
     emulator::copy_async(shared, global, BYTES, valid);
 }
@@ -282,7 +269,7 @@ template <bool BRAIN> void multiply_16(float (&c)[4], const uint32_t* a, const u
     });
 }
 inline void multiply_tf32(float (&c)[4], const uint32_t* a, const uint32_t* b) {
-    emulator::multiply<8>("multiply_tf32", c, a, b, [](uint32_t word, int) { return as_float(word & 0xFFFFE000); });
+    emulator::multiply<8>("multiply_tf32", c, a, b, [](uint32_t word, int) { return as_float(word & TF32_BITS); });
 }
 
 inline float exponential(float v) { return std::exp2(v * 1.4426950408889634f); }

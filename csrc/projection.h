@@ -42,7 +42,7 @@ DEVICE void project(const P& products, float (&p)[TILES][4], float (&g)[TILES][4
         products.with([&](const auto& fragments) {
         const auto loop = [&](auto with_gram) {
                 using Fragments = std::decay_t<decltype(fragments)>;
-    UNROLL_BY(Fragments::AHEAD) for (int depth = 0; depth < Tiles::BD; depth += Fragments::DEPTH) {
+    UNROLL_BY((UNROLLED<Fragments, TILES>)) for (int depth = 0; depth < Tiles::BD; depth += Fragments::DEPTH) {
                     typename Fragments::A of_x, of_b;
                     fragments.template load_a<false>(of_x, tile_x(stage), 16 * warp(), depth);
                     if constexpr (decltype(with_gram)::value) fragments.template load_a<false>(of_b, tile_b(stage), 16 * warp(), depth);
