@@ -144,6 +144,9 @@ def _convert(
         for state in ("_frozen", "_square", "constraint"):
             vars(layer).pop(state, None)
         layer.__class__ = classes[type(layer)]
+        # Compiled models are to be compiled again: the guards of PyTorch 2.10 look at classes only where a dict has changed.
+        vars(layer)["converted"] = True
+        del vars(layer)["converted"]
     return Report(title + ", dry run" * dry_run, tuple(converted), tuple(left))
 
 

@@ -25,7 +25,7 @@ from torch.nn import Parameter
 
 from interp_nn import dispatch, linalg
 from interp_nn.engines.reference import LossOptions
-from interp_nn.linalg import Orthogonalized
+from interp_nn.linalg import Orthogonalized, autocast_available
 from interp_nn.ops import cross_entropy as _cross_entropy
 from interp_nn.ops import gram as _gram
 from interp_nn.ops import summary as _summary
@@ -210,7 +210,7 @@ def _planned(x: Tensor, b: Tensor, bias: Tensor | None, pair: bool) -> tuple[Ten
 
 def _autocast_enabled(t: Tensor) -> bool:
     device_type = t.device.type
-    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+    return autocast_available(device_type) and torch.is_autocast_enabled(device_type)
 
 
 def _operands(first: Tensor, name: str, sharded: bool = False, **others: Tensor | None) -> tuple[Any, ...]:

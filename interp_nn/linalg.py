@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
 Blocks = tuple[tuple[int, int], ...]
 _ENTRIES_AT_ONCE = 1 << 22  # of a batch that is taken to fp64
@@ -88,10 +89,16 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
 
 
+def autocast_available(device_type: str) -> bool:
+    """Whether PyTorch has autocast on such devices: on others, asking whether it is on is an error."""
+    if is_dynamo_compiling():  # that of PyTorch 2.10 cannot trace what follows, and compiles for few devices
+        return device_type != "meta"
+    return torch.amp.is_autocast_available(device_type)
+
+
 def autocast_off(device: torch.device) -> AbstractContextManager[Any]:
     """A context in which nothing is cast, on devices with and without autocast."""
-    known = torch.amp.is_autocast_available(device.type)
-    return torch.autocast(device.type, enabled=False) if known else nullcontext()
+    return torch.autocast(device.type, enabled=False) if autocast_available(device.type) else nullcontext()
 
 
 def orthogonalize(b: Tensor, tolerance: float | None = None, max_iterations: int = 100) -> Orthogonalized:

@@ -320,7 +320,8 @@ def _untouched(model: nn.Module, recorder: Recorder) -> Iterator[None]:
         for generator, state in recorder.generators:
             generator.set_state(state)
         for path, module, name, buffer, value, version in buffers:
-            if module._buffers.get(name) is not buffer or _version(buffer) != version:
+            same = module._buffers.get(name) is buffer  # written back as it was by PyTorch 2.10's instance_norm
+            if not same or (_version(buffer) != version and not torch.equal(buffer, value)):
                 changed.append(path)
                 module._buffers[name] = buffer
                 with torch.no_grad():

@@ -291,7 +291,7 @@ class Alternating(nn.Module):
         (
             Wrapped(lambda h: checkpoint(F.gelu, h, use_reentrant=False)),
             RuntimeError,
-            "want no activation checkpointing",
+            "want no activation checkpointing|Function _NoopSaveInputs has a gradient",  # the second: PyTorch 2.10
         ),
         (Wrapped(lambda h: checkpoint(F.gelu, h, use_reentrant=True)), UnsupportedOperation, "CheckpointFunction"),
         (Buffered(True), UnsupportedOperation, "changes the buffers mean"),

@@ -365,6 +365,10 @@ def dtensors_of_more_dimensions():
     wanted = derivatives(functional.summary, x, b, bias, dy)
     for dim in (0, 1):
         over = Shard(dim), Replicate(), Replicate(), Shard(dim)
+        try:
+            place([x], [Shard(dim)])[0].reshape(24, 5)
+        except RuntimeError:  # PyTorch 2.10 flattens no sharded dimension but the first, and second derivatives need it
+            continue
         found = derivatives(functional.summary, *place((x, b, bias, dy), over))
         for g, w in zip(found, wanted, strict=True):
             same(g, w, 1e-10)
