@@ -69,14 +69,25 @@ def test_what_is_optional(mirror):
     assert_close_law(y, theirs - problem.bias, exact - problem.bias.double(), "Y")
 
 
-def test_rows_do_not_see_each_other(mirror):
-    problem = Problem(Case("F16", 40, 64, 64))
+@pytest.mark.parametrize("bits", [0x7FFFFFFF, 0x7F800001, -1, 0x7F800000], ids=hex)  # three NaNs and infinity
+@pytest.mark.parametrize("kind", ["F16", "TF32", "F32"])
+def test_rows_do_not_see_each_other(mirror, kind, bits):
+    problem = Problem(Case(kind, 40, 64, 64))
     before = run(mirror, problem)[1].clone()
-    problem.inputs["x"].tensor[7, 3] = float("inf")
+    problem.inputs["x"].tensor[7, 3] = torch.tensor([bits], dtype=torch.int32).view(torch.float32)[0]
     after = run(mirror, problem)[1]
     others = torch.arange(40) != 7
     assert torch.equal(after[others], before[others])
     assert not bool(after[7].isfinite().any())
+
+
+@pytest.mark.parametrize(("kind", "total"), [("TF32", 1.0), ("F32", 1 + 7 * 2**-22)])
+def test_only_a_step_adds_up_in_the_matrix_units(mirror, kind, total):
+    """One and 63 times 2^-25: beside the one they are cut off, eight by eight they are not."""
+    problem = Problem(Case(kind, 1, 64, 1))
+    problem.inputs["x"].tensor.fill_(2**-25)[0, 0] = 1.0
+    problem.inputs["b"].tensor.fill_(1.0)
+    assert float(run(mirror, problem)[0]) == total
 
 
 @pytest.mark.parametrize(
