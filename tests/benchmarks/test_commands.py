@@ -10,7 +10,6 @@ from benchmarks import experiments, networks
 from benchmarks.__main__ import main
 
 
-@pytest.mark.filterwarnings("ignore:Warning. Profiler clears events")  # of PyTorch 2.10
 def test_demo_writes_its_record_and_figure(tmp_path, capsys):
     assert main(["demo", "--epochs", "1", "--seeds", "2", "--train-size", "256", "--output", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
