@@ -35,10 +35,6 @@ def capture(call: Callable[[], Any], device: torch.device) -> tuple[torch.cuda.C
     return found
 
 
-def spare_words(device: torch.device, least: int = 2048) -> None:
+def spare_words(device: torch.device) -> None:
     """Words for barriers of the launches that the next graph captures: made in it, they would be zeroed by its replays."""
-    free = memory._free.setdefault(device, [])
-    if len(free) < least:
-        # In lines of their own, as the engine's: Triton compiles a kernel anew for an address that is aligned otherwise.
-        free.extend(torch.zeros(64 * least, dtype=torch.int32, device=device).split(32))
-        torch.cuda.synchronize(device)
+    memory.spare_words(device, 2048)

@@ -1,30 +1,41 @@
 // What the launchers know of a device, and of the CUDA that they stand on.
+#include <map>
 #include <mutex>
+#include <utility>
 
 #include "primitives.h"
 
 namespace interp_nn {
 
+static Chip failed(cudaError_t error) { return {0, 0, 0, cudaGetErrorString(error)}; }
+
 static Chip read_chip(int device) {
     Chip chip{};
     int major = 0, minor = 0;
-    cudaDeviceGetAttribute(&chip.shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-    cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-    cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
-    cudaDeviceGetAttribute(&chip.multiprocessors, cudaDevAttrMultiProcessorCount, device);
+    const std::pair<int*, cudaDeviceAttr> wanted[] = {
+        {&chip.multiprocessors, cudaDevAttrMultiProcessorCount},
+        {&chip.shared, cudaDevAttrMaxSharedMemoryPerBlockOptin},
+        {&major, cudaDevAttrComputeCapabilityMajor},
+        {&minor, cudaDevAttrComputeCapabilityMinor},
+    };
+    for (const auto& [value, attribute] : wanted) {
+        if (const cudaError_t error = cudaDeviceGetAttribute(value, attribute, device)) return failed(error);
+    }
     chip.capability = 10 * major + minor;
     return chip;
 }
 
 Chip use_device(int device) {
-    constexpr int MOST = 64;
-    static Chip chips[MOST];
-    static std::once_flag known[MOST];
-    // This library has a CUDA runtime of its own, which keeps a current device of its own.
-    if (cudaSetDevice(device) != cudaSuccess) return {};
-    if (device >= MOST) return read_chip(device);
-    std::call_once(known[device], [&] { chips[device] = read_chip(device); });
-    return chips[device];
+    static std::mutex mutex;
+    static std::map<int, Chip> chips;  // those that could be read
+    // This library has a CUDA runtime of its own, which keeps a current device of its own. The error may be an earlier
+    // launch's, which is why its text is kept.
+    if (const cudaError_t error = cudaSetDevice(device)) return failed(error);
+    const std::lock_guard<std::mutex> alone(mutex);
+    if (const auto known = chips.find(device); known != chips.end()) return known->second;
+    const Chip chip = read_chip(device);
+    if (chip.error == nullptr) chips[device] = chip;
+    return chip;
 }
 
 Versions cuda_versions() {

@@ -9,7 +9,7 @@ namespace interp_nn {
 template <class Arguments> const char* problem(const Arguments& arguments, const Chip& chip) {
     if (arguments.n < 0 || arguments.d < 1 || arguments.k < 1) return "sizes must be n >= 0, d >= 1, k >= 1";
     if (arguments.k > MOST_COLUMNS) return "more than 128 columns";
-    if (chip.multiprocessors < 1) return "no CUDA device";
+    if (chip.error != nullptr) return chip.error;
     if (arguments.kind != Kind::F32 && chip.capability < 80)
         return "this GPU has matrix products of fp32 alone (below 8.0)";
     return nullptr;

@@ -29,9 +29,10 @@ struct Chip {
     int multiprocessors;  // how many, each taking one program
     int shared;           // most bytes of shared memory a program may ask for
     int capability;       // 10 major + minor
+    const char* error;    // why nothing is known of it, or nullptr
 };
 
-// Makes a device the current one of this library; multiprocessors is 0 where there is none.
+// Makes a device the current one of this library.
 Chip use_device(int device);
 
 // As 1000 major + 10 minor: the CUDA that the library has linked in, and the newest one that the driver serves, or 0.

@@ -16,7 +16,7 @@ template <class T> KERNEL scale_kernel(Scale arguments, Mode mode) {
 }
 
 const char* scale(const Scale& arguments, const Chip& chip, Stream stream) {
-    if (chip.multiprocessors < 1) return "no CUDA device";
+    if (chip.error != nullptr) return chip.error;
     int64_t most = 0;
     for (int i = 0; i < 4; ++i) most = arguments.sizes[i] > most ? arguments.sizes[i] : most;
     const int64_t jobs = divide_up(most, 8 * THREADS), room = 4 * int64_t{chip.multiprocessors};

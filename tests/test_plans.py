@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import types
 from pathlib import Path
 
@@ -304,17 +305,21 @@ def test_an_engine_forced_by_the_environment_is_checked_at_use():
 
 
 def test_a_counter_for_each_stream_and_for_each_captured_launch(monkeypatch):
-    state = types.SimpleNamespace(stream=1, capturing=False, blocks=0)
+    state = types.SimpleNamespace(stream=1, capturing=False, blocks=0, free={}, makers=set())
 
     def zeros(size, dtype, device):
         state.blocks += 1
+        state.makers.add(threading.get_ident())
         return torch.empty(size, dtype=dtype)
 
-    def stream(device):
-        return types.SimpleNamespace(cuda_stream=state.stream, synchronize=lambda: None)
+    def synchronize():
+        assert not any(state.free.values())  # no other thread can take a word before it is zero
 
-    monkeypatch.setattr(memory, "_words", {})
-    monkeypatch.setattr(memory, "_free", {})
+    def stream(device):
+        return types.SimpleNamespace(cuda_stream=state.stream, synchronize=synchronize)
+
+    for name, value in {"_words": {}, "_free": state.free, "_blocks": []}.items():
+        monkeypatch.setattr(memory, name, value)
     monkeypatch.setattr(torch, "zeros", zeros)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: state.capturing)
     monkeypatch.setattr(torch.cuda, "current_stream", stream)
@@ -332,8 +337,13 @@ def test_a_counter_for_each_stream_and_for_each_captured_launch(monkeypatch):
     captured = [word() for _ in range(5)]
     assert len({first, second, *captured}) == 7
     state.capturing, state.stream = False, 1
-    assert word() == first and state.blocks == 2  # spare words are made outside of captures
-    memory._free[device].clear()
+    assert word() == first and state.blocks == 1 and not state.makers & {threading.get_ident()}
     state.capturing = True
-    assert word() != word() and state.blocks == 4 and not memory._free[device]
+    captured += [word() for _ in range(1017)]
+    assert state.blocks == 1 and not state.free[device]
+    (block,) = memory._blocks  # which the graphs count in: no allocator gets it back
+    assert all(0 <= address - block.data_ptr() < block.nbytes for address in captured)
+    assert word() != word() and state.blocks == 3  # the graph's own, for want of spare ones
+    state.capturing = False
+    assert word() == first and state.blocks == 4 and len(state.free[device]) == 1024
     assert {(address - first) % 16 for address in (second, *captured)} == {0}

@@ -90,7 +90,13 @@ _scale = _define("cuda_scale(Tensor upstream, Tensor(a!)[] gradients) -> ()", _f
 
 def launch(operator: Callable[..., Any], *arguments: Any) -> Any:
     """One launch: every one of this engine passes here."""
-    return operator(*arguments)
+    try:
+        return operator(*arguments)
+    except RuntimeError as error:
+        if "aoti_torch_empty_strided" not in str(error):
+            raise
+        # The stable ABI tells the library that an allocation failed, and neither why nor by which kind of error.
+        raise torch.OutOfMemoryError(f"CUDA out of memory: no room for the results or workspaces of {operator}") from error
 
 
 def _tf32(dtype: torch.dtype) -> bool:

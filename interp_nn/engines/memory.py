@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import torch
 from torch import Tensor
 
@@ -19,6 +21,7 @@ def workspace(
 
 _words: dict[tuple[torch.device, int], Tensor] = {}
 _free: dict[torch.device, list[Tensor]] = {}
+_blocks: list[Tensor] = []  # all there are: a captured graph knows its words by their addresses alone
 
 
 def counter(device: torch.device) -> Tensor:
@@ -30,15 +33,31 @@ def counter(device: torch.device) -> Tensor:
     """
     if device.type != "cuda":
         return torch.zeros(1, dtype=torch.int32, device=device)
-    free = _free.setdefault(device, [])
     if torch.cuda.is_current_stream_capturing():
+        free = _free.get(device)
         # Without a spare one: a word of the graph's own, which every replay sets to zero first.
         return free.pop() if free else torch.zeros(_LINE, dtype=torch.int32, device=device)
-    stream = torch.cuda.current_stream(device)
-    if len(free) < _WORDS:
-        free.extend(torch.zeros(_WORDS * _LINE, dtype=torch.int32, device=device).split(_LINE))
-        stream.synchronize()  # other streams may use them next
-    word = _words.get((device, stream.cuda_stream))
+    free = spare_words(device)
+    stream = torch.cuda.current_stream(device).cuda_stream
+    word = _words.get((device, stream))
     if word is None:
-        word = _words[device, stream.cuda_stream] = free.pop()
+        word = _words[device, stream] = free.pop()
     return word
+
+
+def spare_words(device: torch.device, least: int = _WORDS // 2) -> list[Tensor]:
+    """Words for streams and captures to come, at least so many. Not to be called while capturing."""
+    free = _free.setdefault(device, [])
+    while len(free) < least:
+        # In a thread of its own: a memory pool in use in this one, of Inductor's CUDA graphs, say, would own the block.
+        with ThreadPoolExecutor(1) as elsewhere:
+            block = elsewhere.submit(_zeroed_block, device).result()
+        _blocks.append(block)
+        free.extend(block.split(_LINE))
+    return free
+
+
+def _zeroed_block(device: torch.device) -> Tensor:
+    block = torch.zeros(_WORDS * _LINE, dtype=torch.int32, device=device)
+    torch.cuda.current_stream(device).synchronize()  # whatever stream uses it next
+    return block

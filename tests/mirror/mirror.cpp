@@ -62,8 +62,9 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         .value("BF16", Kind::BF16)
         .value("TF32", Kind::TF32)
         .value("F32", Kind::F32);
-    py::class_<Chip>(m, "Chip").def(py::init(
-        [](int multiprocessors, int shared, int capability) { return Chip{multiprocessors, shared, capability}; }));
+    py::class_<Chip>(m, "Chip").def(py::init([](int multiprocessors, int shared, int capability) {
+        return Chip{multiprocessors, shared, capability, multiprocessors > 0 ? nullptr : "no CUDA device"};
+    }));
     m.def("reset_counts", [] { emulator::counts = {}; });
     m.def("counts", [] {
         return py::make_tuple(emulator::counts.matrices, emulator::counts.conflicts, emulator::counts.switches);

@@ -7,7 +7,7 @@ using namespace interp_nn;
 
 namespace {
 
-constexpr Chip CHIP{3, 164 << 10, 80};
+constexpr Chip CHIP{3, 164 << 10, 80, nullptr};
 
 template <class Run> const char* guarded(Run run) {
     static std::string error;
