@@ -1,46 +1,20 @@
 // The kernels as private operators of PyTorch, through its stable ABI: a library compiled once serves every PyTorch
 // from 2.10 on. Schemas and fake kernels are in interp_nn/engines/cuda.py, which alone calls them and has checked what
 // is checked here only so that no call can read what is not there.
-#include <dlfcn.h>
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/tensor.h>
 
 #include <optional>
 #include <type_traits>
 #include <vector>
 
-#include "launch.h"
+#include "device.h"
 
 namespace {
 
-using interp_nn::Chip;
+using interp_nn::Device;
 using interp_nn::Kind;
 using torch::stable::Tensor;
 using MaybeTensor = std::optional<Tensor>;
-
-// PyTorch's current stream on a device. Only builds with CUDA have the function, and other builds are to load this too.
-using CurrentStream = AOTITorchError (*)(int32_t, void**);
-CurrentStream current_stream() {
-    static const CurrentStream found = [] {
-        void* const library = dlopen("libtorch_cuda.so", RTLD_NOLOAD | RTLD_LAZY);
-        return reinterpret_cast<CurrentStream>(library ? dlsym(library, "aoti_torch_get_current_cuda_stream")
-                                                       : nullptr);
-    }();
-    return found;
-}
-
-// A device made current, here and in PyTorch, with its stream.
-struct Device {
-    explicit Device(const Tensor& x) : guard(x.get_device_index()), chip(interp_nn::use_device(x.get_device_index())) {
-        STD_TORCH_CHECK(current_stream() != nullptr, "this build of PyTorch has no CUDA");
-        TORCH_ERROR_CODE_CHECK(current_stream()(x.get_device_index(), &stream));
-    }
-    torch::stable::accelerator::DeviceGuard guard;
-    Chip chip;
-    void* stream = nullptr;
-};
 
 void check(const char* error) { STD_TORCH_CHECK(error == nullptr, error != nullptr ? error : ""); }
 
@@ -62,9 +36,10 @@ Tensor empty(const Tensor& like, int32_t dtype, const std::vector<int64_t>& size
              const std::vector<int64_t>& strides) {
     AtenTensorHandle handle = nullptr;
     TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
-                                                    dtype, aoti_torch_device_type_cuda(), like.get_device_index(),
-                                                    &handle));
-    return Tensor(handle);
+                                                    dtype, interp_nn::device_type(), like.get_device_index(), &handle));
+    Tensor made(handle);
+    interp_nn::just_allocated(made);
+    return made;
 }
 
 // What an operator returns: memory for what is needed, in order, and null pointers for the rest.
@@ -235,19 +210,22 @@ void cuda_scale(const Tensor& upstream, const std::vector<Tensor>& gradients) {
     check(interp_nn::scale(a, device.chip, device.stream));
 }
 
-std::vector<int64_t> cuda_versions() {
-    const interp_nn::Versions versions = interp_nn::cuda_versions();
-    return {versions.runtime, versions.driver, current_stream() != nullptr};
-}
-
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(interp_nn, CUDA, m) {
+STABLE_TORCH_LIBRARY_IMPL(interp_nn, INTERP_NN_DISPATCH_KEY, m) {
     m.impl("cuda_forward", TORCH_BOX(&cuda_forward));
     m.impl("cuda_backward", TORCH_BOX(&cuda_backward));
     m.impl("cuda_loss", TORCH_BOX(&cuda_loss));
     m.impl("cuda_scale", TORCH_BOX(&cuda_scale));
 }
+
+#if !defined(INTERP_NN_EMULATED)
+static std::vector<int64_t> cuda_versions() {
+    const interp_nn::Versions versions = interp_nn::cuda_versions();
+    return {versions.runtime, versions.driver, interp_nn::current_stream() != nullptr};
+}
+
 STABLE_TORCH_LIBRARY_IMPL(interp_nn, CompositeExplicitAutograd, m) {
     m.impl("cuda_versions", TORCH_BOX(&cuda_versions));
 }
+#endif

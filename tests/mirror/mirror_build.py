@@ -1,4 +1,7 @@
-"""Builds of csrc under the emulator: all launchers as a Python module, and single kernels as libraries that may be patched."""
+"""Builds of csrc under the emulator: all launchers as a Python module, and single kernels as libraries that may be patched.
+
+The module has csrc's binding in it: imported, it gives the private operators kernels for tensors on the CPU.
+"""
 
 import ctypes
 import os
@@ -9,6 +12,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 CSRC = HERE.parents[1] / "csrc"
+STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000"  # as in setup.py
 
 
 def load():
@@ -18,9 +22,12 @@ def load():
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # ninja lives there
     return cpp_extension.load(
         name="interp_nn_mirror",
-        sources=[str(path) for path in sorted(HERE.glob("*.cpp")) if path.name != "single.cpp"],
+        sources=[
+            str(CSRC / "binding.cpp"),
+            *(str(path) for path in sorted(HERE.glob("*.cpp")) if path.name != "single.cpp"),
+        ],
         extra_include_paths=[str(CSRC)],
-        extra_cflags=["-std=c++17", "-Wall", "-Wextra", "-Werror", "-O2"],
+        extra_cflags=[*"-std=c++17 -Wall -Wextra -Werror -O2 -DINTERP_NN_EMULATED".split(), STABLE_ABI],
         is_python_module=True,
     )
 

@@ -4,7 +4,6 @@ import contextlib
 
 import pytest
 import torch
-from emulated import CHIP, Kernels
 from support import naive, naive_cross_entropy, naive_head_cross_entropy, naive_pair
 from torch.library import opcheck
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -18,13 +17,11 @@ from interp_nn.nn import SummaryClassifier, SummaryHead, SummaryLinear
 OPS = torch.ops.interp_nn
 
 
-@pytest.fixture(scope="module")
-def kernels(mirror):
-    return Kernels(mirror)
+CHIP = (3, 163 * 1024, 80)  # what csrc/device.h says
 
 
 @pytest.fixture
-def forced(kernels, monkeypatch):
+def forced(mirror, monkeypatch):
     """use_engine("cuda") on the CPU."""
     chip = Chip((8, 0), CHIP[0], CHIP[1], 1.0, 1.0)
     monkeypatch.setitem(engines._reasons, "cuda", None)
@@ -195,7 +192,7 @@ def test_compiled_without_a_break(forced):
 
 
 @pytest.mark.parametrize("pair", [False, True])
-def test_opcheck_of_forward_and_backward(pair, kernels):
+def test_opcheck_of_forward_and_backward(pair, mirror):
     x, b = inputs(9, 16, 5)
     p, dy, bias = torch.randn(9, 5), torch.randn(9, 5), torch.randn(5)
     opcheck(OPS.cuda_forward.default, (x, b, None if pair else bias, pair, False))
@@ -207,7 +204,7 @@ def test_opcheck_of_forward_and_backward(pair, kernels):
 
 @pytest.mark.parametrize("head", [False, True])
 @pytest.mark.parametrize("reduction", [0, 1])
-def test_opcheck_of_a_loss(head, reduction, kernels):
+def test_opcheck_of_a_loss(head, reduction, mirror):
     x, b, a, c = inputs(9, 16, 5, 5)
     counter, target = torch.zeros(1, dtype=torch.int32), torch.arange(9) % 5
     needs = (True, True, head, head)
@@ -215,12 +212,12 @@ def test_opcheck_of_a_loss(head, reduction, kernels):
     opcheck(OPS.cuda_loss.default, (*given, *needs, False, False))
 
 
-def test_opcheck_of_scale(kernels):
+def test_opcheck_of_scale(mirror):
     opcheck(OPS.cuda_scale.default, (torch.tensor(0.5), [torch.randn(3, 4), torch.randn(7)]))
 
 
 @pytest.mark.parametrize("form", ["A", "A+"])
-def test_opcheck_of_the_public_operators(form, kernels):
+def test_opcheck_of_the_public_operators(form, mirror):
     x, b = inputs(9, 16, 5)
     operator = OPS.summary.default if form == "A" else OPS.summary_pair.default
     opcheck(operator, (x, b, None, "cuda:A") if form == "A" else (x, b, "cuda:A+"))

@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from interp_nn import native
+from interp_nn.engines import cuda
 
 
 @pytest.fixture
@@ -76,3 +77,16 @@ def test_compile_takes_the_reason_as_a_constant(fresh):
 )
 def test_the_reason_is_what_matters_of_an_error(error, reason):
     assert native._reason(error) == reason
+
+
+def test_no_room_is_pytorchs_own_error():
+    """The stable ABI says which function failed; PyTorch's users catch the kind of the error."""
+
+    def fails(text):
+        raise RuntimeError(text)
+
+    with pytest.raises(torch.OutOfMemoryError, match="no room for the results or workspaces"):
+        cuda.launch(fails, "aoti_torch_empty_strided(...) API call failed at binding.cpp, line 65")
+    with pytest.raises(RuntimeError, match="a dtype without kernels") as caught:
+        cuda.launch(fails, "a dtype without kernels")
+    assert type(caught.value) is RuntimeError

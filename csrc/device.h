@@ -1,0 +1,62 @@
+// Where the binding's tensors are: on a CUDA device, with its current stream; under the emulator on the CPU.
+#pragma once
+
+#include <dlfcn.h>
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstring>
+
+#include "launch.h"
+
+namespace interp_nn {
+
+using torch::stable::Tensor;
+
+#if !defined(INTERP_NN_EMULATED)
+
+#define INTERP_NN_DISPATCH_KEY CUDA
+inline int32_t device_type() { return aoti_torch_device_type_cuda(); }
+
+// PyTorch's current stream on a device. Only builds with CUDA have the function, and other builds are to load this too.
+using CurrentStream = AOTITorchError (*)(int32_t, void**);
+inline CurrentStream current_stream() {
+    static const CurrentStream found = [] {
+        void* const library = dlopen("libtorch_cuda.so", RTLD_NOLOAD | RTLD_LAZY);
+        return reinterpret_cast<CurrentStream>(library ? dlsym(library, "aoti_torch_get_current_cuda_stream")
+                                                       : nullptr);
+    }();
+    return found;
+}
+
+// A device made current, here and in PyTorch, with its stream.
+struct Device {
+    explicit Device(const Tensor& x) : guard(x.get_device_index()), chip(use_device(x.get_device_index())) {
+        STD_TORCH_CHECK(current_stream() != nullptr, "this build of PyTorch has no CUDA");
+        TORCH_ERROR_CODE_CHECK(current_stream()(x.get_device_index(), &stream));
+    }
+    torch::stable::accelerator::DeviceGuard guard;
+    Chip chip;
+    void* stream = nullptr;
+};
+
+inline void just_allocated(const Tensor&) {}
+
+#else
+
+#define INTERP_NN_DISPATCH_KEY CPU
+inline int32_t device_type() { return aoti_torch_device_type_cpu(); }
+
+struct Device {
+    explicit Device(const Tensor&) {}
+    Chip chip{3, 163 << 10, 80, nullptr};
+    void* stream = nullptr;
+};
+
+// What no kernel writes is a NaN.
+inline void just_allocated(const Tensor& t) { std::memset(t.data_ptr(), 0xFF, t.numel() * t.element_size()); }
+
+#endif
+
+}  // namespace interp_nn
