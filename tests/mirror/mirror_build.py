@@ -27,7 +27,7 @@ def load():
             *(str(path) for path in sorted(HERE.glob("*.cpp")) if path.name != "single.cpp"),
         ],
         extra_include_paths=[str(CSRC)],
-        extra_cflags=[*"-std=c++17 -Wall -Wextra -Werror -O2 -DINTERP_NN_EMULATED".split(), STABLE_ABI],
+        extra_cflags=["-std=c++17", "-Wall", "-Wextra", "-Werror", "-O2", "-DINTERP_NN_EMULATED", STABLE_ABI],
         is_python_module=True,
     )
 
