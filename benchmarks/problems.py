@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -166,11 +166,14 @@ def least_bytes(problem: Problem, mode: str) -> float:
 
 @contextlib.contextmanager
 def products(mode: str) -> Iterator[None]:
-    """Products of fp32 matrices are tf32 products in the mode of that name, else exact."""
-    switch = torch.backends.cuda.matmul
-    before = switch.fp32_precision
-    switch.fp32_precision = "tf32" if mode == "tf32" else "ieee"
+    """Products of fp32 matrices, and convolutions, are tf32 products in the mode of that name, else exact."""
+    cudnn: Any = torch.backends.cudnn  # whose stub lacks `conv`
+    switches = torch.backends.cuda.matmul, cudnn.conv
+    before = [switch.fp32_precision for switch in switches]
+    for switch in switches:
+        switch.fp32_precision = "tf32" if mode == "tf32" else "ieee"
     try:
         yield
     finally:
-        switch.fp32_precision = before
+        for switch, precision in zip(switches, before, strict=True):
+            switch.fp32_precision = precision

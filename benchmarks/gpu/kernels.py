@@ -65,7 +65,10 @@ def launches(engine: str) -> Iterator[list[str]]:
 
 
 def profiled(call: Callable[[], Any], device: torch.device) -> tuple[Any, list[str] | None]:
-    """(what the call returns, the names of what ran on the device meanwhile; None without a device)."""
+    """(what the call returns, the names of what ran on the device meanwhile; None without a device).
+
+    Ranges that a program marks, such as an optimizer's step, have copies among the device's events: they are left out.
+    """
     if device.type != "cuda":
         return call(), None
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
@@ -74,4 +77,4 @@ def profiled(call: Callable[[], Any], device: torch.device) -> tuple[Any, list[s
         out = call()
         torch.cuda.synchronize()
     events = profile.events() or []
-    return out, [e.name for e in events if e.device_type.name == "CUDA"]
+    return out, [e.name for e in events if e.device_type.name == "CUDA" and not e.is_user_annotation]

@@ -121,7 +121,7 @@ def _summaries(problem: Problem) -> dict[str, Callable[..., Tensor]]:
     wide = ("assoc-d", "assoc-e") if problem.k > problem.d else ()
     rivals = {_UNFUSED: providers.ASSOCIATIONS["assoc-a"]}
     rivals |= {name: providers.ASSOCIATIONS[name] for name in ("assoc-b", "assoc-c", *wide)}
-    if problem.what == "forward" and not wide:
+    if problem.what == "forward" and not wide and problem.dtype.itemsize > 2:  # torch.linalg has no 16 bits
         rivals[_INVERSE] = providers.INVERSES[_INVERSE]
     functions: dict[str, Callable[..., Tensor]] = {"ours": lambda t: functional.summary(t.x, t.w.t())}
     functions |= {name: with_columns(f) for name, f in rivals.items()}
@@ -423,17 +423,20 @@ def rates(device: torch.device, when: str, log: Log) -> None:
         )
 
 
-def empty_launch(device: torch.device, phases: int) -> None:
-    """A launch of the phased forward on nothing at all, a program a multiprocessor: 7 has two barriers, 4 none."""
+def empty_launch(some: Tensor, phases: int) -> None:
+    """A launch of the phased forward on nothing at all, a program a multiprocessor: 7 has two barriers, 4 none.
+
+    some: what its pointers point at.
+    """
     from interp_nn.kernels import phased
 
     engine: Any = engines.get("triton")
+    device = some.device
     chip = chip_of(device)
     assert chip is not None
     constants = {"FORM": "B", "PRECISION": "tf32", "PHASES": phases, "BN": 64, "BK": 64, "BD": 32}
     options = {"num_warps": 8, "num_stages": 2, "enable_fp_fusion": True, "launch_cooperative_grid": True}
     plan = engine.Launch(phased.phased_forward, chip.multiprocessors, 1, constants | options)
-    some = torch.zeros(16, 16, dtype=torch.bfloat16, device=device)
     engine.launch(plan, device, some, some, None, None, some, some, some, memory.counter(device), 0, 0, 0, 16, 1)
 
 
@@ -442,12 +445,13 @@ def barrier(device: torch.device, log: Log) -> None:
     with log.guarded("barrier"):
         stream, times = torch.cuda.Stream(device), 50
         with torch.cuda.stream(stream):
+            some = torch.zeros(16, 16, dtype=torch.bfloat16, device=device)  # here, so that no launch is timed with it
             samplers, held = {}, []
             for name, phases in (("two barriers", 7), ("none", 4)):
 
                 def launches(phases: int = phases) -> Sequence[Tensor]:
                     for _ in range(times):
-                        empty_launch(device, phases)
+                        empty_launch(some, phases)
                     return []
 
                 launches()
@@ -460,7 +464,7 @@ def barrier(device: torch.device, log: Log) -> None:
             torch.cuda.synchronize()
             begin = time.perf_counter()
             for _ in range(times):
-                empty_launch(device, 4)
+                empty_launch(some, 4)
             host = (time.perf_counter() - begin) / times
             torch.cuda.synchronize()
         two, none = (1e3 * float(np.median(taken[name])) for name in ("two barriers", "none"))

@@ -275,13 +275,16 @@ def test_memory_without_poison_is_noticed(log, lines, monkeypatch):
     assert [line["status"] for line in lines()] == ["wrong"]
 
 
-def test_products_sets_the_switch_and_puts_it_back():
-    switch = torch.backends.cuda.matmul
-    before = switch.fp32_precision
+@pytest.mark.parametrize("allowed", [True, False])
+def test_products_sets_the_switches_and_puts_them_back(allowed, monkeypatch):
+    switches = torch.backends.cuda.matmul, torch.backends.cudnn.conv
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", allowed)  # as older programs say it
+    before = [switch.fp32_precision for switch in switches]
     for mode in cases.MODES:
         with checks.products(mode):
-            assert switch.fp32_precision == ("tf32" if mode == "tf32" else "ieee")
-    assert switch.fp32_precision == before
+            assert {switch.fp32_precision for switch in switches} == {"tf32" if mode == "tf32" else "ieee"}
+    assert [switch.fp32_precision for switch in switches] == before
+    assert torch.backends.cudnn.allow_tf32 is allowed
 
 
 @pytest.mark.parametrize("right", [True, False])
@@ -739,6 +742,26 @@ def test_what_else_the_device_runs_is_counted(log, lines):
     assert [line.get("why") for line in lines()] == ["2 on the device, 1 of the engine's, want 1", None]
 
 
+def test_ranges_that_a_program_marks_are_not_launches(monkeypatch):
+    def event(name, device, marked=False):
+        return types.SimpleNamespace(
+            name=name, device_type=types.SimpleNamespace(name=device), is_user_annotation=marked
+        )
+
+    profile = contextlib.nullcontext(
+        types.SimpleNamespace(
+            events=lambda: [
+                event("Optimizer.step#Adam.step", "CPU", True),
+                event("Optimizer.step#Adam.step", "CUDA", True),
+                event("a kernel", "CUDA"),
+            ]
+        )
+    )
+    monkeypatch.setattr(torch.profiler, "profile", lambda **_: profile)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    assert kernels.profiled(lambda: 7, torch.device("cuda")) == (7, ["a kernel"])
+
+
 @pytest.mark.parametrize("problem", times.tiny_problems(), ids=lambda problem: problem.what)
 def test_every_provider_is_timed_by_both_clocks(problem, played, log, lines):
     times.time_problem(problem, BOTH, CPU, 0.01, log)
@@ -819,6 +842,28 @@ def test_the_problems_timed():
     assert all(problem.dtype == torch.bfloat16 for problem in problems[: len(problems) // 2])
 
 
+def test_a_rival_is_asked_only_for_the_dtypes_that_it_has():
+    for problem in times.problems():
+        if problem.what == "forward":
+            assert ("inverse-inv" in times._summaries(problem)) is (problem.dtype == torch.float32)
+
+
+def test_an_empty_launch_allocates_nothing(played, log, lines, monkeypatch):
+    launched, fill = [], torch.zeros
+    engine = types.SimpleNamespace(Launch=lambda *_: None, launch=lambda _, device, *given: launched.append(given[0]))
+    monkeypatch.setattr(times.engines, "get", lambda name: engine)
+    monkeypatch.setattr(times.memory, "counter", lambda device: None)
+    monkeypatch.setattr(times, "chip_of", lambda device: H100)
+    monkeypatch.setitem(sys.modules, "interp_nn.kernels.phased", types.SimpleNamespace(phased_forward=None))
+    monkeypatch.setattr(times, "rounds", lambda samplers, *_: {name: [sample()] for name, sample in samplers.items()})
+    made = []
+    monkeypatch.setattr(torch, "zeros", lambda *given, **more: made.append(fill(*given, **more)) or made[-1])
+    times.barrier(CPU, log)
+    (line,) = lines()
+    assert line["status"] == "info" and line["empty_launch_us"] > 0
+    assert len(made) == 1 and len(launched) > 200 and {id(some) for some in launched} == {id(made[0])}
+
+
 def test_sets_of_inputs_fill_the_cache():
     problem = times.tiny_problems()[0]
     assert len(times.datasets(problem, CPU, 0)) == 2
@@ -867,7 +912,17 @@ def test_what_the_sanitizer_says(body, status, why, tmp_path, monkeypatch, log, 
     runs.sanitize("racecheck", BOTH, CPU, 1.0, log)
     (line,) = lines()
     assert (line["status"], line.get("why")) == (status, why)
-    assert line["command"][:2] == ["--tool", "racecheck"]
+    assert line["command"][:2] == ["--tool", "racecheck"] and "--report-api-errors" not in line["command"]
+
+
+def test_only_what_kernels_do_is_memchecks_matter(tmp_path, monkeypatch, log, lines):
+    tool = tmp_path / "compute-sanitizer"
+    tool.write_text("#!/bin/sh\n")
+    tool.chmod(0o755)
+    monkeypatch.setattr(runs, "sanitizer", lambda: str(tool))
+    runs.sanitize("memcheck", BOTH, CPU, 5.0, log)
+    command = lines()[0]["command"]
+    assert command[command.index("--report-api-errors") + 1] == "no"
 
 
 # All of it on the interpreter
