@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import itertools
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -20,7 +20,7 @@ from benchmarks.graphs import capture
 from benchmarks.problems import Data, Problem, datasets, least_bytes, rotation, useful_flops
 from benchmarks.providers import Provider, UnsupportedError
 from benchmarks.rows import Writer
-from benchmarks.timing import Sampler, Timing, on_events, on_wall, rounds, summary
+from benchmarks.timing import Limit, Sampler, Timing, on_events, on_wall, rounds, summary
 from benchmarks.truth import Truth, value_and_gradients
 
 TIMERS = {"cpu": ("wall",), "cuda": ("events", "graph")}
@@ -33,7 +33,7 @@ _PATIENCE = 6  # times the seconds of a run, beyond which it takes fewer samples
 class Asked(NamedTuple):
     """How to measure. timer: of TIMERS. cold: with inputs in turn that the last cache does not hold. seconds: of one run at
     least, and long enough for `samples` rounds, but for calls that take long. call_limit: seconds of a call beyond which a
-    provider is left out.
+    provider is left out. limit: when it is over, what has not begun is skipped.
     """
 
     device: torch.device
@@ -43,6 +43,7 @@ class Asked(NamedTuple):
     seconds: float = 1.5
     samples: int = 7
     call_limit: float = 10.0
+    limit: Limit = Limit()
 
 
 class _Entrant(NamedTuple):
@@ -71,13 +72,19 @@ def measure(
             writer.write(**fixed, mode=mode, provider=name, status=status, note=note)
         return
     for mode in modes:
-        found = _measure(problem, mode, names, asked, sets, truth)
+        found = left_out(names, asked) or _measure(problem, mode, names, asked, sets, truth)
         share = {"gflop": useful_flops(problem, mode) / 1e9, "least_mb": least_bytes(problem, mode) / 1e6}
         for name in names:
             row = found[name]
             if ceiling is not None and row.get("ms_p50"):
                 row["sol_frac"] = 1e3 * ceiling.seconds(problem, mode) / row["ms_p50"]
             writer.write(**fixed, **share, mode=mode, provider=name, **row)
+
+
+def left_out(names: Iterable[str], asked: Asked) -> dict[str, dict[str, Any]]:
+    """What there is to say of each provider when the time is over; nothing before."""
+    why = asked.limit.over()
+    return {} if why is None else {name: {"status": "skipped", "note": why} for name in names}
 
 
 def _measure(

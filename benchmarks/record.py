@@ -17,12 +17,13 @@ import interp_nn
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def environment(device: str = "cpu") -> dict[str, Any]:
-    """Device, versions, commit and time, for the head of every record."""
+def environment(device: str = "cpu", revision: str | None = None) -> dict[str, Any]:
+    """Device, versions, commit and time, for the head of every record. revision: the commit where there is no git."""
+    sha = _git("rev-parse", "HEAD")
     return {
         "utc": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "git_sha": _git("rev-parse", "HEAD"),
-        "git_dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        "git_sha": sha or revision,
+        "git_dirty": bool(_git("status", "--porcelain", "--untracked-files=no")) if sha else None,
         "device": device_name(device),
         "versions": {
             "interp_nn": interp_nn.__version__,
@@ -52,10 +53,10 @@ def device_slug(device: str) -> str:
     return "cpu" if device == "cpu" else "-".join(device_name(device).lower().split())
 
 
-def now() -> str:
-    """The time in UTC and the commit, as the name of a file."""
+def now(revision: str | None = None) -> str:
+    """The time in UTC and the commit, as the name of a file. revision: the commit where there is no git."""
     time = datetime.datetime.now(datetime.timezone.utc).strftime("%Y%m%dT%H%M%SZ")
-    return f"{time}-{(_git('rev-parse', 'HEAD') or 'unknown')[:7]}"
+    return f"{time}-{(_git('rev-parse', 'HEAD') or revision or 'unknown')[:7]}"
 
 
 def write(path: Path, record: dict[str, Any]) -> None:

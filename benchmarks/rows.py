@@ -74,9 +74,11 @@ FIELDS: dict[str, tuple[type, ...]] = {
 class Writer:
     """Appends rows to a file as they come, so that a run that is broken off leaves what it has; keeps them too."""
 
-    def __init__(self, path: Path | None, device: torch.device, timer: str, l2: str) -> None:
+    def __init__(
+        self, path: Path | None, device: torch.device, timer: str, l2: str, revision: str | None = None
+    ) -> None:
         self.path, self.rows = path, list[Row]()
-        self._common = {**common(device), "timer": timer, "l2": l2}
+        self._common = {**common(device, revision), "timer": timer, "l2": l2}
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
 
@@ -94,16 +96,19 @@ class Writer:
                 file.write(json.dumps(row, allow_nan=False) + "\n")
 
 
-def common(device: torch.device) -> Row:
-    """What all rows of a run share: when, of which commit, on which device, with which versions."""
-    told = record.environment(device.type)
+def common(device: torch.device, revision: str | None = None) -> Row:
+    """What all rows of a run share: when, of which commit, on which device, with which versions.
+
+    revision: the commit where there is no git.
+    """
+    told = record.environment(device.type, revision)
     versions = told["versions"]
     return {
         "schema": SCHEMA,
         "run_id": uuid.uuid4().hex[:12],
         "utc": told["utc"],
         "git_sha": told["git_sha"],
-        "dirty": told["git_dirty"] if told["git_sha"] else None,
+        "dirty": told["git_dirty"],
         "device": told["device"],
         "driver": _driver() if device.type == "cuda" else None,
         "cuda": versions["cuda"],

@@ -15,6 +15,7 @@ from benchmarks.problems import CLASSES, DTYPES, HEADS, MODES, OPS, QUICK, SHAPE
 from benchmarks.providers import ABOUT, NAMES
 from benchmarks.rows import Writer
 from benchmarks.suites import explain, ops, train
+from benchmarks.timing import Limit
 from interp_nn.engines import ENGINES
 
 SUITES = {
@@ -57,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--minutes",
         type=float,
         default=math.inf,
-        help="begin no further problem of ops after so many (default: no limit)",
+        help="begin no problem and mode after so many: the rest is skipped, and the record says so (default: no limit)",
     )
     parser.add_argument(
         "--quick", action="store_true", help="a minute's look: two shapes, few samples, no other suites"
@@ -68,10 +69,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="JSON lines, appended to (default: benchmarks/results/DEVICE/TIME.jsonl)",
     )
+    parser.add_argument("--revision", metavar="SHA", help="the commit to record where there is no git")
 
 
 _TIMER_HELP = (
-    "wall on a CPU; on a GPU events (of calls as a program makes them; default) or graph (replayed, without the host)"
+    "wall on a CPU; on a GPU events (of calls as a program makes them; default) or graph (replayed, without the host; "
+    "the suite explain is timed by events, train is not)"
 )
 
 
@@ -97,18 +100,24 @@ def run(given: argparse.Namespace) -> int:
     asked = Asked(
         device, timer, cold, given.engine,
         given.seconds or (0.3 if given.quick else 1.5), given.samples or (3 if given.quick else 7),
+        limit=Limit(given.minutes),
     )  # fmt: skip
     out = (
-        given.out or record.ROOT / "benchmarks" / "results" / record.device_slug(device.type) / f"{record.now()}.jsonl"
+        given.out
+        or record.ROOT
+        / "benchmarks"
+        / "results"
+        / record.device_slug(device.type)
+        / f"{record.now(given.revision)}.jsonl"
     )
-    writer = Writer(out, device, timer, "cold" if cold else "hot")
+    writer = Writer(out, device, timer, "cold" if cold else "hot", given.revision)
     names = given.provider or NAMES
     suites = given.suite or (["ops"] if given.quick else list(SUITES))
     if "ops" in suites:
         budget = given.budget or (ops.CPU_BUDGET if device.type == "cpu" else None)
         dtypes = given.dtype or (("fp32",) if device.type == "cpu" else ("bf16", "fp32"))
         ops.run(
-            ops.Wanted(given.op or OPS, given.mode, given.shape, dtypes, names, budget, given.quick, given.minutes),
+            ops.Wanted(given.op or OPS, given.mode, given.shape, dtypes, names, budget, given.quick),
             asked,
             writer,
         )

@@ -32,6 +32,17 @@ class Timing(NamedTuple):
         return {"ms_p50": self.p50, "ms_p20": self.p20, "ms_p80": self.p80, "samples": self.samples}
 
 
+class Limit:
+    """So many minutes from now on, which whoever begins something asks for."""
+
+    def __init__(self, minutes: float = math.inf) -> None:
+        self._minutes, self._end = minutes, time.monotonic() + 60 * minutes
+
+    def over(self) -> str | None:
+        """Why nothing more is begun; None while there is time."""
+        return None if time.monotonic() < self._end else f"out of time: {self._minutes:g} minutes"
+
+
 def summary(taken: Sequence[float]) -> Timing:
     """What a list of samples comes to."""
     p50, p20, p80 = np.quantile(taken, (0.5, 0.2, 0.8)).tolist()

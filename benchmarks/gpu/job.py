@@ -82,7 +82,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: with TRITON_INTERPRET=1 only")
     parser.add_argument("--tiny", action="store_true", help="problems as small as can be: a test of this command")
-    parser.add_argument("--revision", help="the commit to record where there is no git")
+    parser.add_argument("--revision", metavar="SHA", help="the commit to record where there is no git")
 
 
 def _parts(text: str) -> tuple[str, ...]:

@@ -86,9 +86,7 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 def common(device: torch.device, revision: str | None) -> dict[str, Any]:
     """What every line of this process shares: device, versions, commit. revision: the commit where there is no git."""
-    environment = record.environment(device.type)
-    if environment["git_sha"] is None:
-        environment |= {"git_sha": revision, "git_dirty": None}
+    environment = record.environment(device.type, revision)
     versions = environment.pop("versions") | {"triton": _version("triton"), "numpy": _version("numpy")}
     if device.type == "cuda":
         # The CUDA that the compiled library was built with, where it is there.

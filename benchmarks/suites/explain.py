@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from benchmarks import footprint, law
-from benchmarks.measure import Asked, launches, said
+from benchmarks.measure import Asked, launches, left_out, said
 from benchmarks.networks import ARCHITECTURES, CLASSES, MLPNetwork
+from benchmarks.problems import products
 from benchmarks.rows import Writer
 from benchmarks.timing import on_events, on_wall, rounds, summary
 from interp_nn.explain import ActivationPatterns, linearize
@@ -35,7 +36,8 @@ def run(asked: Asked, writer: Writer, quick: bool = False) -> None:
         if kind == "patterns":
             _patterns(asked, writer, _SAMPLES // (100 if quick else 1))
         else:
-            _linearize(kind, asked, writer)
+            with products("fp32"):  # tf32 moves gates, and W with them
+                _linearize(kind, asked, writer)
 
 
 def _linearize(architecture: str, asked: Asked, writer: Writer) -> None:
@@ -96,10 +98,13 @@ def _measure(
     asked: Asked, writer: Writer,
 ) -> None:  # fmt: skip
     """Check every call, time all in turn, check again, and write their rows; `limit` is of the error."""
-    clock = on_events if asked.timer == "events" else on_wall
+    on_gpu = (
+        asked.device.type == "cuda"
+    )  # by events whatever is asked for: these calls wait for the device on their way
+    timer, clock = ("events", on_events) if on_gpu else ("wall", on_wall)
     ready: dict[str, _Call] = {}
-    found: dict[str, dict[str, Any]] = {}
-    for name, call in calls.items():
+    found = left_out(calls, asked)
+    for name, call in calls.items() if not found else ():
         try:
             off = error(call())
             ready[name] = call
@@ -120,7 +125,7 @@ def _measure(
             "note": None if off <= limit else f"after timing: relative error {off:.2g}",
         }
     for name in _in_order(found):
-        writer.write(op=op, mode="explain", provider=name, dtype="fp32", m=None, **sizes, **found[name])
+        writer.write(op=op, mode="explain", provider=name, dtype="fp32", m=None, timer=timer, **sizes, **found[name])
 
 
 def _in_order(found: dict[str, dict[str, Any]]) -> Sequence[str]:

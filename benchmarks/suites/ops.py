@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import time
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -21,7 +19,7 @@ CPU_BUDGET = 150.0  # GFLOP of a forward and backward
 class Wanted(NamedTuple):
     """Which problems, modes and providers.
 
-    budget: GFLOP of a forward and backward beyond which a problem is left out; minutes: after which no other one is begun.
+    budget: GFLOP of a forward and backward beyond which a problem is left out.
     """
 
     ops: Sequence[str] = OPS
@@ -31,31 +29,29 @@ class Wanted(NamedTuple):
     providers: Sequence[str] = NAMES
     budget: float | None = None
     quick: bool = False
-    minutes: float = math.inf
 
 
 def problems(wanted: Wanted) -> Iterator[Problem]:
-    """The problems, the small ones first. A shape with a fourth number is a head's, with so many classes."""
+    """The problems, the small ones first, in each dtype. A shape with a fourth number is a head's, with so many classes."""
     shapes = wanted.shapes or (QUICK if wanted.quick else SHAPES)
     heads = wanted.shapes or tuple((*shape, CLASSES) for shape in HEADS)
-    for dtype in wanted.dtypes:
-        for op in wanted.ops:
-            for shape in heads if op == "head" else shapes:
-                if len(shape) == (4 if op == "head" else 3):
+    for op in wanted.ops:
+        for shape in heads if op == "head" else shapes:
+            if len(shape) == (4 if op == "head" else 3):
+                for dtype in wanted.dtypes:
                     yield Problem.of(op, shape, dtype)
 
 
 def run(wanted: Wanted, asked: Asked, writer: Writer) -> None:
     """Time all problems, between two measurements of what the device can do."""
-    found, end = list(problems(wanted)), time.monotonic() + 60 * wanted.minutes
+    found = list(problems(wanted))
     dtypes = list(dict.fromkeys(problem.dtype for problem in found))
     rates = {dtype: _ceiling(dtype, "start", asked, writer) for dtype in dtypes}
     with tqdm(found, unit="problem") as progress:
         for problem in progress:
             progress.set_description(problem.name)
             modes = [mode for mode in MODES[problem.op] if wanted.modes is None or mode in wanted.modes]
-            late = f"out of time: {wanted.minutes:g} minutes" if time.monotonic() > end else None
-            if why := over(problem, wanted.budget) or late:
+            if why := over(problem, wanted.budget) or asked.limit.over():
                 for mode in modes:
                     for name in wanted.providers:
                         writer.write(**problem._asdict(), mode=mode, provider=name, status="skipped", note=why)

@@ -16,9 +16,9 @@ from tqdm import tqdm
 
 import interp_nn
 from benchmarks import footprint, law
-from benchmarks.measure import Asked, launches, said
+from benchmarks.measure import Asked, launches, left_out, said
 from benchmarks.networks import ARCHITECTURES, CLASSES, MLPNetwork, Network, SummaryNetwork
-from benchmarks.problems import Problem
+from benchmarks.problems import Problem, products
 from benchmarks.providers import OURS, UnsupportedError, planned
 from benchmarks.rows import Writer
 from benchmarks.timing import on_events, on_wall, rounds, summary
@@ -34,7 +34,8 @@ def run(
 ) -> None:
     """Time a step of each network with each head."""
     for architecture in tqdm(architectures, unit="network", desc="train"):
-        _measure(architecture, [name for name in PROVIDERS if name in names], asked, writer)
+        with products("fp32"):
+            _measure(architecture, [name for name in PROVIDERS if name in names], asked, writer)
 
 
 def _measure(architecture: str, names: Sequence[str], asked: Asked, writer: Writer) -> None:
@@ -42,12 +43,10 @@ def _measure(architecture: str, names: Sequence[str], asked: Asked, writer: Writ
     images = torch.randn(BATCH, CHANNELS, SIZE, SIZE, generator=draw).to(asked.device)
     target = torch.randint(CLASSES, (BATCH,), generator=draw).to(asked.device)
     ready: dict[str, _Step] = {}
-    found: dict[str, dict[str, Any]] = {}
-    features = 0
-    for name in names:
+    found = left_out(names, asked)
+    for name in [name for name in names if name not in found]:
         try:
             ready[name] = _Step(name, architecture, images, target, asked)
-            features = ready[name].features
         except Exception as error:
             found[name] = dict(zip(("status", "note"), said(error), strict=True))
     clock = on_events if asked.timer == "events" else on_wall
@@ -55,6 +54,7 @@ def _measure(architecture: str, names: Sequence[str], asked: Asked, writer: Writ
     rounds(samplers, 0.0, least=2, most=2)
     for name, taken in rounds(samplers, asked.seconds, asked.samples, 500).items():
         found[name] = {**summary(taken).fields(), **ready[name].facts()}
+    features = _width(SummaryNetwork(CHANNELS, SIZE, architecture))
     for name in names:
         writer.write(
             op=f"train_{architecture}", mode="step", provider=name, dtype="fp32", n=BATCH, d=features,
@@ -75,10 +75,9 @@ class _Step:
         self._loss: _Loss = _unfused if name == "unfused" else _own
         self._inputs, self._asked = (images, target), asked
         self._optimizer = torch.optim.Adam(self._network.parameters(), lr=_RATE)
-        self.features = _width(self._network)
         self._plan = None
         if name in OURS:
-            problem = Problem("head", BATCH, self.features, ARCHITECTURES[architecture].latent, CLASSES)
+            problem = Problem("head", BATCH, _width(self._network), ARCHITECTURES[architecture].latent, CLASSES)
             self._plan = planned(self._engine, problem, "loss", asked.device)
         self()
 

@@ -13,7 +13,8 @@ from benchmarks import compare, footprint, measure, problems, providers, record,
 from benchmarks.__main__ import main
 from benchmarks.measure import Asked
 from benchmarks.problems import Problem
-from benchmarks.suites import ops, train
+from benchmarks.suites import explain, ops, train
+from benchmarks.timing import Limit
 from interp_nn import functional
 
 CPU = torch.device("cpu")
@@ -150,11 +151,37 @@ def test_problems_over_the_budget_are_rows(monkeypatch):
     assert out.rows[2]["sol_frac"] > 0
 
 
-def test_no_problem_is_begun_when_the_time_is_over(monkeypatch):
+def test_nothing_is_begun_when_the_time_is_over(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(ops.ceilings, "measure", lambda *_: ops.ceilings.Ceiling(1e10, 1e11))
-    out = writer()
-    ops.run(ops.Wanted(("summary",), ("infer",), [(8, 4, 2)], ("fp32",), ("ours",), minutes=0.0), ASKED, out)
-    assert [(row["status"], row["note"]) for row in out.rows[1:2]] == [("skipped", "out of time: 0 minutes")]
+    monkeypatch.setattr(explain, "_SAMPLES", 100)
+    file = tmp_path / "record.jsonl"
+    assert (
+        main(["run", "--device", "cpu", "--minutes", "0", "--dtype", "fp32", "--shape", "8,4,2", "--out", str(file)])
+        == 0
+    )
+    found = rows.read([file])
+    timed = [row for row in found if row["op"] != "ceiling"]
+    assert {(row["status"], row["note"]) for row in timed} == {("skipped", "out of time: 0 minutes")}
+    assert {row["op"] for row in timed} == {
+        *("summary", "cross_entropy", "train_cnn", "train_vgg11", "linearize_cnn", "linearize_vgg11", "group_patterns"),
+    }
+    assert all(row["d"] for row in timed)
+    assert [row["mode"] for row in found if row["op"] == "ceiling"] == ["start", "end"]
+    assert "- (8, 4, 2): out of time: 0 minutes" in capsys.readouterr().out
+
+
+def test_the_time_may_end_between_two_modes(monkeypatch):
+    limit = Limit()
+    said = itertools.chain([None], itertools.repeat("out of time"))
+    monkeypatch.setattr(limit, "over", lambda: next(said))
+    found = measured(Problem("summary", 20, 16, 6), ("fwd", "bwd"), ("ours",), ASKED._replace(limit=limit))
+    assert [(row["status"], row["note"]) for row in found.values()] == [("ok", None), ("skipped", "out of time")]
+
+
+def test_dtypes_take_turns():
+    found = list(ops.problems(ops.Wanted(dtypes=("bf16", "fp32"))))
+    assert [problem.dtype for problem in found] == ["bf16", "fp32"] * (len(found) // 2)
+    assert all(one._replace(dtype="fp32") == other for one, other in zip(found[::2], found[1::2], strict=True))
 
 
 def test_the_three_largest_shapes_are_over_a_cpus_budget():
@@ -174,6 +201,46 @@ def test_training_steps(monkeypatch):
     out = writer()
     train.run(("ours",), ASKED, out, ("cnn",))
     assert out.rows[0]["status"] == "wrong"
+
+
+def test_convolutions_of_the_suites_are_exact(monkeypatch):
+    """As cudnn's would not be without asking, on a device that has tf32."""
+    seen, linearize, step = [], explain.linearize, train._own
+
+    def noted(call):
+        return lambda *given: seen.append(torch.backends.cudnn.conv.fp32_precision) or call(*given)
+
+    monkeypatch.setattr(explain, "linearize", noted(linearize))
+    monkeypatch.setattr(train, "_own", noted(step))
+    monkeypatch.setattr(explain, "ARCHITECTURES", ("cnn",))
+    monkeypatch.setattr(explain, "_SAMPLES", 100)
+    out = writer()
+    explain.run(ASKED, out)
+    train.run(("ours",), ASKED, out, ("cnn",))
+    assert set(seen) == {"ieee"} and {row["status"] for row in out.rows} == {"ok"}
+
+
+def test_explanations_are_timed_by_events_on_a_gpu(monkeypatch):
+    monkeypatch.setattr(explain, "on_events", lambda call, calls: lambda: call() is None or 0.25)
+    monkeypatch.setattr(explain.footprint, "peak_bytes", lambda call, device: (0, call()))
+    monkeypatch.setattr(explain, "launches", lambda call, device: 1)
+    out, sizes = writer(), {"n": 1, "d": 1, "k": 1}
+    for timer in measure.TIMERS["cuda"]:
+        asked = ASKED._replace(device=torch.device("cuda"), timer=timer)
+        explain._measure("group_patterns", sizes, {"ours": lambda: torch.ones(1)}, lambda got: 0.0, 0.0, asked, out)
+    assert [(row["timer"], row["ms_p50"]) for row in out.rows] == [("events", 0.25)] * 2
+
+
+def test_a_commit_can_be_named_where_there_is_no_git(tmp_path, monkeypatch):
+    monkeypatch.setattr(explain, "_SAMPLES", 10_000)
+    arguments = ["run", "--suite", "explain", "--quick", "--seconds", "0.01", "--device", "cpu", "--revision", "f00d"]
+    for git, sha, dirty in ((None, "f00d", None), ("abc", "abc", True)):
+        monkeypatch.setattr(record, "_git", lambda *_, git=git: git)
+        out = tmp_path / f"{sha}.jsonl"
+        assert main([*arguments, "--out", str(out)]) == 0
+        assert {(row["git_sha"], row["dirty"]) for row in rows.read([out])} == {(sha, dirty)}
+    monkeypatch.setattr(record, "_git", lambda *_: None)
+    assert record.now("f00dfeed").endswith("-f00dfee") and record.now().endswith("-unknown")
 
 
 def test_run_from_the_command_line(tmp_path, capsys):
