@@ -125,6 +125,8 @@ def build(name: str, problem: Problem, mode: str, sets: Sequence[Data], engine: 
             raise UnsupportedError("the inverse has no loss of its own")
         if problem.k > problem.d:
             raise UnsupportedError("bᵀb has no inverse for k > d")
+        if DTYPES[problem.dtype].itemsize < 4:
+            raise UnsupportedError("torch.linalg has no 16-bit form of it")
         return _of("inverse", lambda t: INVERSES[name](t.x, t.w.mT), problem, sets)
     if name in ("assoc-d", "assoc-e") and problem.k <= problem.d:
         raise UnsupportedError("never the cheapest for k <= d")

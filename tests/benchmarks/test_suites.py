@@ -39,9 +39,7 @@ def test_every_provider_of_the_summary_is_right_or_says_why_not(shape, dtype):
     names = [name for name in providers.NAMES if name != "compile"]
     found = measured(Problem.of("summary", shape, dtype), problems.MODES["summary"], names)
     assert {key for key in found} == set(itertools.product(problems.MODES["summary"], names))
-    assert {row["status"] for row in found.values()} <= {"ok", "unsupported"} | (
-        {"failed"} if dtype == "bf16" else set()
-    )
+    assert {row["status"] for row in found.values()} <= {"ok", "unsupported"}
     wide, exact = shape[2] > shape[1], dtype != "bf16"
     for mode in problems.MODES["summary"]:
         done = {name for name in names if found[mode, name]["status"] == "ok"}
