@@ -165,15 +165,23 @@ def _kind(problem: Problem) -> str:
 def _kernel_form(problem: Problem, name: str) -> str:
     """The form that an engine's kernels of one launch compute."""
     if problem.head and problem.classes is not None:
-        if name == "cuda":
+        if not _flat_fits(problem, name):
             return "latent"
-        chip, wide = problem.chip, problem.k > 64 and problem.classes > 32
-        if wide and chip is not None and chip.shared < engines.SHARED_WIDE:
-            return "latent"  # the flat form's last phase does not fit
         return associations.head_form(problem.n, problem.d, problem.k, problem.classes)
     if problem.k <= engines.MOST_COLUMNS:
         return "A+" if problem.pair else "A"
     return "A+" if problem.pair or problem.n <= problem.d else "B"
+
+
+def _flat_fits(problem: Problem, name: str) -> bool:
+    """Whether an engine has the flat form of a head, and a block the shared memory for its last phase: the bytes are those of
+    the matrices which Triton's compiler lays there, operands of exact fp32 products in two parts, found with `tests/compile`.
+    """
+    if name != "triton" or problem.chip is None:
+        return name == "reference"
+    k, m = padded(problem.k), padded(problem.classes or 1)
+    needed = 8 * k * k + 24 * k * m if problem.dtype == torch.float32 else 4 * k * k + 8 * k * m
+    return needed <= problem.chip.shared
 
 
 def _reference_form(problem: Problem, composed: bool) -> str:
@@ -208,7 +216,7 @@ def _for_any_rows(name: str, problem: Problem) -> str:
     """The form of a large n. An exported program serves every n, and a choice by n would guard on it."""
     _, d, k, pair = problem[:4]
     if problem.head and problem.classes is not None:
-        return "flat" if 2 * problem.classes < k and name != "cuda" else "latent"
+        return "flat" if 2 * problem.classes < k and _flat_fits(problem, name) else "latent"
     if name != "reference" and not pair:
         return "A" if k <= engines.MOST_COLUMNS else "B"
     return "E" if k > d and name == "reference" else "A+" if pair else "B"

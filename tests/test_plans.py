@@ -85,6 +85,7 @@ def test_the_form_and_the_kernels_of_a_problem(arguments, form, kernels):
         ({"d": 2**30}, "beyond 32-bit offsets"),
         ({"device": "sm_75"}, "not cuda: below compute capability 8.0 it has only fp32 kernels of at most 64 columns"),
         ({"k": 100, "dtype": torch.float32, "device": "sm_86"}, "fp32 kernels for more than 64 columns need 160 KiB"),
+        ({"k": 65, "classes": 65, "dtype": torch.float32, "device": "sm_80"}, "64 columns and 64 classes need 200 KiB"),
     ],
     ids=str,
 )
@@ -111,10 +112,20 @@ def test_heads_on_blackwell_need_a_newer_triton(monkeypatch):
 
 
 def test_the_flat_form_gives_way_where_shared_memory_is_small():
-    def form(chip, classes):
-        return interp_nn.plan(65536, 512, 128, classes=classes, dtype=torch.bfloat16, device=chip).form
+    def form(chip, k, classes, dtype=torch.bfloat16):
+        problem = Problem(4096, 64, k, classes=classes, head=True, dtype=dtype, chip=chips.known(chip))
+        chosen = dispatch._kernel_form(problem, "triton")
+        assert dispatch._for_any_rows("triton", problem) == ("latent" if 2 * classes >= k else chosen)
+        return chosen
 
-    assert (form("sm_90", 50), form("sm_86", 50), form("sm_86", 10)) == ("flat", "latent", "flat")
+    assert [form((9, 0), 128, 50), form((8, 6), 128, 50), form((8, 6), 128, 10)] == ["flat", "latent", "flat"]
+    assert [form((9, 0), 128, 100), form((8, 0), 128, 100)] == ["flat", "latent"]
+    for chip, fits, too_wide in (
+        ((9, 0), (128, 30), (128, 50)),
+        ((8, 0), (64, 50), (128, 10)),
+        ((8, 6), (64, 30), (32, 100)),
+    ):
+        assert [form(chip, *sizes, torch.float32) for sizes in (fits, too_wide)] == ["flat", "latent"]
 
 
 def test_classes_that_do_not_fit_a_pair():

@@ -121,15 +121,21 @@ def refusal(
     if classes is not None and max(k, classes) > MOST_COLUMNS:
         return f"its losses have at most {MOST_COLUMNS} columns and classes, not {k} and {classes}"
     return (
-        _triton_refusal(chip, dtype, n, d, k, head)
+        _triton_refusal(chip, dtype, n, d, k, classes, head)
         if name == "triton"
         else _cuda_refusal(chip, dtype, d, k, classes, head)
     )
 
 
-def _triton_refusal(chip: Chip, dtype: torch.dtype, n: int, d: int, k: int, head: bool) -> str | None:
-    if head and dtype == torch.float32 and k > 64 and chip.shared < SHARED_WIDE:
-        return f"fp32 kernels for more than 64 columns need {SHARED_WIDE >> 10} KiB of shared memory in a block"
+def _triton_refusal(
+    chip: Chip, dtype: torch.dtype, n: int, d: int, k: int, classes: int | None, head: bool
+) -> str | None:
+    if head and dtype == torch.float32 and k > 64:
+        if chip.shared < SHARED_WIDE:
+            return f"fp32 kernels for more than 64 columns need {SHARED_WIDE >> 10} KiB of shared memory in a block"
+        if classes is not None and classes > 64 and chip.shared < _SHARED_WIDEST:
+            needed = _SHARED_WIDEST >> 10
+            return f"fp32 heads of more than 64 columns and 64 classes need {needed} KiB of shared memory in a block"
     if head and chip.capability[0] == 10 and _triton_version() < _HEADS_ON_10:
         return f"Triton before {'.'.join(map(str, _HEADS_ON_10))} cannot compile the loss of a head for {chip.name}"
     if max(n, d * max(k, MOST_COLUMNS)) >= 2**31:

@@ -3,8 +3,8 @@
 Forms: up to 128 columns a summary is "A" (keeps G) and a pair "A+" (keeps P and G); beyond, a pair is "A+", and a summary "A+"
 for n <= d, else "B" (keeps G and W). Losses need at most 128 columns and classes. Products take operands in the inputs' dtype
 and accumulate in fp32; fp32 operands are rounded to tf32 where PyTorch's own switch for matrix products allows it, and are
-split in two such parts otherwise ("tf32x3"). What is rounded: P, G and W as operands and as results, D = dP + dY G and the
-logits' gradients as operands, results.
+split in two such parts otherwise, and in the widest heads ("tf32x3"). What is rounded: P, G and W as operands and as results,
+D = dP + dY G and the logits' gradients as operands, results.
 
 Workspaces come from PyTorch's allocator. Kernels with phases wait for one another on a word of their own (see
 `memory.counter`). They are launched cooperatively: a grid that does not fit fails instead of waiting for ever.
@@ -289,6 +289,8 @@ def _plan_loss(
     name = kernel.__name__
     config, tiles = _common(dtype, n, d, k, name, chip, m or 1)
     bk, bm, strips = tiles["BK"], padded(m or 1), _cdiv(d, tiles["BD"])
+    if dtype == torch.float32 and 18 * bk * bm > chip.shared:  # what Triton's compiler takes for a wide head in tf32
+        precision = "tf32x3"  # it takes less then: 12 bytes in place of 18
     splits = _splits(chip, config, n, d, tiles["BD"])
     jobs = [_cdiv(n, tiles["BN_A"])]
     if gradients:
@@ -308,6 +310,9 @@ def _plan_loss(
     else:
         constants["PHASES"] = 1 | (2 if last else 0) | (4 if parameters else 0)
         constants["WIDTH"] = _width(k)
+        if m is not None:  # A, H and their transposes, each in two parts where products are exact
+            operands = 4 * bk * bm * dtype.itemsize * (2 if precision == "tf32x3" else 1)
+            constants["ANEW"] = operands > chip.shared and not (config.parked and parameters)
         work = splits * d * bk
         work += (programs + 1) * bk * bk if m is None else (programs + 1) * 2 * bm * bk + bk * bk
     work += programs * (2 if m is None else 2 + bm)

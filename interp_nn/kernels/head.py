@@ -113,6 +113,7 @@ def latent_loss(
     PHASES: tl.constexpr,
     REDUCTION: tl.constexpr,
     WIDTH: tl.constexpr,
+    ANEW: tl.constexpr,
     BK: tl.constexpr,
     BM: tl.constexpr,
     BN_A: tl.constexpr,
@@ -127,6 +128,7 @@ def latent_loss(
     Phases: 1 rows, D, parts of U, dc and the loss; 2 strips, U, dc, the loss; 4 db, dA. D, PARKED_P (n, WIDTH) and PARKED_E
     (n, 2 BM) are workspaces in X's dtype; where parked rows are given, U is summed in a second walk over them. WORK, in fp32:
     (splits, d, BK) parts of Xᵀ D, (programs, 2, BM, BK) parts of U, U, G, (programs, BM) parts of dc, parts of loss and count.
+    ANEW: A and H are laid out as operands for each tile of rows, not once for all, for want of shared memory.
     """
     program, programs = tl.program_id(0), tl.num_programs(0)
     rk, rm = tl.arange(0, BK), tl.arange(0, BM)
@@ -152,6 +154,8 @@ def latent_loss(
             row = tl.cast(tile, tl.int64) * BN_A
             target, kept = load_targets(TARGET, row, rn, n, ignore_index, M)
             p = project(X, B, row, n, d, K, BK, BN_A, BD_A, B_T, EVEN_D, PRECISION).to(a.dtype)
+            if ANEW:  # what seems to change from tile to tile the compiler does not keep in shared memory
+                a, h = tl.where(tile >= 0, a, 0.0), tl.where(tile >= 0, h, 0.0)
             o1 = tl.dot(p, tl.trans(a), input_precision=PRECISION) + c[None, :]
             o2 = tl.dot(p, tl.trans(h), input_precision=PRECISION) + c[None, :]
             loss, e1, e2 = loss_terms(o1, o2, target, kept, UPSTREAM, row, rn, w1, w2, w3, M, BM, REDUCTION)
