@@ -9,6 +9,7 @@ form that a table of `interp_nn.kernels.configs` has.
 from __future__ import annotations
 
 import contextlib
+import functools
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -25,7 +26,7 @@ from benchmarks.gpu.log import Log
 from benchmarks.graphs import captured, spare_words
 from benchmarks.problems import Data, drawn, filling
 from benchmarks.timing import on_events, on_host, rounds
-from interp_nn import associations, engines, functional
+from interp_nn import engines, functional
 from interp_nn.chips import chip_of, family
 from interp_nn.engines import memory
 from interp_nn.engines.reference import LossOptions
@@ -179,6 +180,11 @@ def _kernel_call(problem: Problem, name: str, sets: Sequence[Data]) -> Callable[
     engine: Any = engines.get(name)
     kept: dict[int, list[Tensor]] = {}
 
+    @functools.cache
+    def form(device: torch.device) -> str:  # asked for at the first call, in which the engine is in use
+        n, d, k, m = problem[1:5]
+        return "A+" if m is None else interp_nn.plan(n, d, k, classes=m, dtype=problem.dtype, device=device).form
+
     def forward(t: Data) -> tuple[Tensor, list[Tensor]]:
         _, y, keeps = engine.forward(t.x, t.w.t(), None, "A", False)
         return y, keeps
@@ -189,12 +195,10 @@ def _kernel_call(problem: Problem, name: str, sets: Sequence[Data]) -> Callable[
     def call(i: int) -> Sequence[Tensor]:
         t = Data(*(value.detach() for value in sets[i]))
         if problem.what in ("loss", "head"):
-            n, d, k, m = problem[1:5]
-            head = m is not None
-            form = associations.head_form(n, d, k, m) if m is not None else "A+"
+            head = problem.m is not None
             a, c = (t.a, t.c) if head else (None, None)
             needs = (True, True, head, head)
-            value, grads = engine.loss(t.x, t.w.t(), a, c, t.target, _OPTIONS, form, None, needs)
+            value, grads = engine.loss(t.x, t.w.t(), a, c, t.target, _OPTIONS, form(t.x.device), None, needs)
             return [value, *grads]
         if problem.what == "forward":
             return [forward(t)[0]]
