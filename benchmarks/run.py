@@ -102,14 +102,8 @@ def run(given: argparse.Namespace) -> int:
         given.seconds or (0.3 if given.quick else 1.5), given.samples or (3 if given.quick else 7),
         limit=Limit(given.minutes),
     )  # fmt: skip
-    out = (
-        given.out
-        or record.ROOT
-        / "benchmarks"
-        / "results"
-        / record.device_slug(device.type)
-        / f"{record.now(given.revision)}.jsonl"
-    )
+    results = record.ROOT / "benchmarks" / "results" / record.device_slug(device.type)
+    out = given.out or results / f"{record.now(given.revision)}.jsonl"
     writer = Writer(out, device, timer, "cold" if cold else "hot", given.revision)
     names = given.provider or NAMES
     suites = given.suite or (["ops"] if given.quick else list(SUITES))

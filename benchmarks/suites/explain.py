@@ -98,10 +98,8 @@ def _measure(
     asked: Asked, writer: Writer,
 ) -> None:  # fmt: skip
     """Check every call, time all in turn, check again, and write their rows; `limit` is of the error."""
-    on_gpu = (
-        asked.device.type == "cuda"
-    )  # by events whatever is asked for: these calls wait for the device on their way
-    timer, clock = ("events", on_events) if on_gpu else ("wall", on_wall)
+    # On a GPU by events whatever is asked for: these calls wait for the device on their way.
+    timer, clock = ("events", on_events) if asked.device.type == "cuda" else ("wall", on_wall)
     ready: dict[str, _Call] = {}
     found = left_out(calls, asked)
     for name, call in calls.items() if not found else ():

@@ -96,7 +96,9 @@ def launch(operator: Callable[..., Any], *arguments: Any) -> Any:
         if "aoti_torch_empty_strided" not in str(error):
             raise
         # The stable ABI tells the library that an allocation failed, and neither why nor by which kind of error.
-        raise torch.OutOfMemoryError(f"CUDA out of memory: no room for the results or workspaces of {operator}") from error
+        raise torch.OutOfMemoryError(
+            f"CUDA out of memory: no room for the results or workspaces of {operator}"
+        ) from error
 
 
 def _tf32(dtype: torch.dtype) -> bool:
