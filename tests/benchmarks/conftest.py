@@ -2,6 +2,8 @@ import struct
 
 import pytest
 
+from benchmarks.gpu.log import Log, read
+
 
 @pytest.fixture(scope="session")
 def idx():
@@ -11,3 +13,14 @@ def idx():
         return struct.pack(f">HBB{array.ndim}I", 0, 8, array.ndim, *array.shape) + array.tobytes()
 
     return written
+
+
+@pytest.fixture
+def log(tmp_path):
+    """Of a part of the GPU job."""
+    return Log(tmp_path / "log.jsonl", "part", 60.0, {"device": "a device"})
+
+
+@pytest.fixture
+def lines(log):
+    return lambda: read(log._path)

@@ -1,0 +1,15 @@
+"""What the tests of the GPU job have in the place of a GPU."""
+
+import torch
+
+from benchmarks.gpu import kernels
+from interp_nn.chips import Chip
+
+CPU = torch.device("cpu")
+BOTH = kernels.WITH_KERNELS
+H100 = Chip((9, 0), 132, 232448, 1.0, 1.0)
+
+
+def admitting(patch):
+    """No engine refuses anything."""
+    patch.setattr(kernels, "refusal", lambda *args: None)
