@@ -177,8 +177,10 @@ def _flat_fits(problem: Problem, name: str) -> bool:
     """Whether an engine has the flat form of a head, and a block the shared memory for its last phase: the bytes are those of
     the matrices which Triton's compiler lays there, operands of exact fp32 products in two parts, found with `tests/compile`.
     """
-    if name != "triton" or problem.chip is None:
-        return name == "reference"
+    if name == "reference":
+        return True
+    if name == "cuda" or problem.chip is None:
+        return False
     k, m = padded(problem.k), padded(problem.classes or 1)
     needed = 8 * k * k + 24 * k * m if problem.dtype == torch.float32 else 4 * k * k + 8 * k * m
     return needed <= problem.chip.shared
