@@ -42,29 +42,29 @@ test-all: test kernels
 ## make kernels   the kernels without a GPU: Triton's in its interpreter and compiled for GPUs that are not there; CUDA's, mirrored
 kernels: interpreted compiled mirror
 interpreted: $(READY)test
-	TRITON_INTERPRET=1 $(PY) -m pytest tests/kernels $(ARGS)
+	TRITON_INTERPRET=1 $(PY) -m pytest tests/engines/triton/interpreted $(ARGS)
 compiled: $(READY)test
-	INTERP_NN_COMPILE_TESTS=1 $(PY) -m pytest tests/compile $(ARGS)
+	INTERP_NN_COMPILE_TESTS=1 $(PY) -m pytest tests/engines/triton/compiled $(ARGS)
 
 ## make mirror    the CUDA C++ kernels under an emulator on the CPU, and mutants of them; needs g++
 mirror: $(READY)test
 	$(MAKE) --jobs 2 mirrored mutated
-mirrored mutated: export INTERP_NN_MIRROR_TESTS := 1
+mirrored mutated: export INTERP_NN_EMULATOR_TESTS := 1
 mirrored: $(READY)test
-	$(ON_PATH) $(PY) -m pytest tests/mirror -k "not mutants and not sanitized" $(ARGS)
+	$(ON_PATH) $(PY) -m pytest tests/engines/cuda/emulated -k "not mutants and not sanitized" $(ARGS)
 mutated: $(READY)test
-	$(ON_PATH) $(PY) -m pytest tests/mirror -k "mutants or sanitized" $(ARGS)
+	$(ON_PATH) $(PY) -m pytest tests/engines/cuda/emulated -k "mutants or sanitized" $(ARGS)
 
 ## make newest-triton  the same with the newest Triton, which may warn of what the next release will need
 newest-triton: $(READY)test
 	$(PY) $(PIP) --quiet --no-deps --upgrade --target build/newest-triton triton
-	PYTHONPATH=build/newest-triton TRITON_INTERPRET=1 $(PY) -m pytest tests/kernels $(ARGS)
-	PYTHONPATH=build/newest-triton INTERP_NN_COMPILE_TESTS=1 INTERP_NN_COMPILE_WARN=1 $(PY) -m pytest tests/compile $(ARGS)
+	PYTHONPATH=build/newest-triton TRITON_INTERPRET=1 $(PY) -m pytest tests/engines/triton/interpreted $(ARGS)
+	PYTHONPATH=build/newest-triton INTERP_NN_COMPILE_TESTS=1 INTERP_NN_COMPILE_WARN=1 $(PY) -m pytest tests/engines/triton/compiled $(ARGS)
 
 ## make models    models of torchvision, timm and transformers, converted and back; keeps the PyTorch that is there
 models: $(READY)test
 	$(EDITABLE) ".[models]" "torch==$$($(PY) -c 'import torch; print(torch.__version__)')"
-	$(PY) -m pytest -m slow tests/test_convert_packages.py $(ARGS)
+	$(PY) -m pytest -m slow tests/convert/test_convert_packages.py $(ARGS)
 
 ## make docs      the guide as a site, into build/docs
 docs: $(READY)docs

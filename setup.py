@@ -142,7 +142,7 @@ def cuda_library() -> dict[str, Any]:
 
 if __name__ == "__main__":
     setup(
-        # The sources travel with the package, for those who compile on the GPU's machine (interp_nn/native.py).
+        # The sources travel with the package, for INTERP_NN_JIT=1 (interp_nn/engines/cuda/compiled_library.py).
         packages=[*find_packages(include=["interp_nn*"]), "interp_nn.csrc"],
         package_dir={"interp_nn.csrc": "csrc"},
         **cuda_library(),

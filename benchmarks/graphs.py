@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from interp_nn.engines import memory
+from interp_nn.engines import barrier
 
 
 def captured(call: Callable[[], Any], stream: torch.cuda.Stream) -> tuple[torch.cuda.CUDAGraph, Any]:
@@ -37,4 +37,4 @@ def capture(call: Callable[[], Any], device: torch.device) -> tuple[torch.cuda.C
 
 def spare_words(device: torch.device) -> None:
     """Words for barriers of the launches that the next graph captures: made in it, they would be zeroed by its replays."""
-    memory.spare_words(device, 2048)
+    barrier.spare_words(device, 2048)

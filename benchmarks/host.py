@@ -23,7 +23,7 @@ import interp_nn
 from benchmarks import record
 from benchmarks.timing import interleave
 from interp_nn import functional
-from interp_nn.engines.reference import LossOptions
+from interp_nn.engines.eager import LossOptions
 from interp_nn.nn import SummaryLinear
 
 _ROUNDS = 2000
@@ -35,11 +35,12 @@ def run(output: Path | None) -> dict[str, Any]:
     """Median microseconds of the engine's calls and of whole calls of `functional`, then of layers, in interleaved runs."""
     os.environ["TRITON_INTERPRET"] = "1"  # before Triton is first imported: CPU tensors are accepted then
     with interp_nn.use_engine("triton"):
-        from interp_nn.engines import reference, triton
+        from interp_nn.engines import eager
+        from interp_nn.engines.triton import engine
 
         # On a GPU the kernel checks the targets.
-        with mock.patch.object(triton, "launch", _nothing), mock.patch.object(reference, "check_target", _nothing):
-            medians = _medians(_calls(triton))
+        with mock.patch.object(engine, "launch", _nothing), mock.patch.object(eager, "check_target", _nothing):
+            medians = _medians(_calls(engine))
     result = {**record.environment(), "unit": "us", "rounds": _ROUNDS, "median": medians, "layer": _layers()}
     if output is not None:
         record.write(output, result)

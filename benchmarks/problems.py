@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from interp_nn import associations
+from interp_nn.engines import orders
 
 DTYPES = {
     "fp32": torch.float32,
@@ -143,10 +143,10 @@ def useful_flops(problem: Problem, mode: str) -> float:
     """Operations of the cheapest order of products, the same for every provider, so that none gains by doing more work."""
     _, n, d, k, m, _ = problem
     if m is not None:
-        return min(associations.head_products(form, n, d, k, m)[0] for form in ("flat", "latent"))
+        return min(orders.head_products(form, n, d, k, m)[0] for form in ("flat", "latent"))
 
     def cheapest(gradients: bool) -> float:
-        forms = (associations.counted(form, problem.loss, gradients, gradients) for form in associations.KEEPS)
+        forms = (orders.counted(form, problem.loss, gradients, gradients) for form in orders.KEEPS)
         return min(form.flops(n, d, k) for form in forms)
 
     if mode == "bwd":

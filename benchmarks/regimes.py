@@ -12,9 +12,9 @@ from typing import TypeVar
 
 from torch import nn
 
-from interp_nn.nn.dual import to_dgn
-from interp_nn.nn.gates import HardGate, SoftGate
-from interp_nn.nn.regimes import copy_gates, fix_gates
+from interp_nn.nn.gated.from_relu import to_dgn
+from interp_nn.nn.gated.gates import HardGate, SoftGate
+from interp_nn.nn.gated.regimes import copy_gates, fix_gates
 
 MEANINGS = {
     "ReLU": "the network itself",

@@ -1,5 +1,5 @@
 // The kernels as private operators of PyTorch, through its stable ABI: a library compiled once serves every PyTorch
-// from 2.10 on. Schemas and fake kernels are in interp_nn/engines/cuda.py, which alone calls them and has checked what
+// from 2.10 on. Schemas and fake kernels are in interp_nn/engines/cuda/engine.py, which alone calls them and has checked what
 // is checked here only so that no call can read what is not there.
 #include <torch/csrc/stable/library.h>
 

@@ -11,7 +11,9 @@ import sys
 
 import torch
 
-from interp_nn import __version__, dispatch, engines, fatbin, native
+from interp_nn import __version__, engines
+from interp_nn.engines import select
+from interp_nn.engines.cuda import compiled_library, fatbin
 
 
 def main() -> None:
@@ -24,16 +26,17 @@ def main() -> None:
     for name, state in engines.availability().items():
         print(f"engine    {name}: {state}")
     print(f"library   {_library()}")
-    print(f"requested {dispatch.requested()} (INTERP_NN_ENGINE or interp_nn.use_engine)")
+    print(f"requested {select.requested()} (INTERP_NN_ENGINE or interp_nn.use_engine)")
 
 
 def _library() -> str:
-    reason = native.load()
+    reason = compiled_library.load()
     if reason is not None:
         return f"none: {reason}"
-    built, served, _ = native.versions()
-    driver = f"the driver serves CUDA {native.dotted(served)}" if served else "no CUDA driver"
-    return f"{native.path()}, CUDA {native.dotted(built)}, for {fatbin.archs(native.path().read_bytes())}; {driver}"
+    built, served, _ = compiled_library.versions()
+    driver = f"the driver serves CUDA {compiled_library.dotted(served)}" if served else "no CUDA driver"
+    file = compiled_library.path()
+    return f"{file}, CUDA {compiled_library.dotted(built)}, for {fatbin.archs(file.read_bytes())}; {driver}"
 
 
 if __name__ == "__main__":

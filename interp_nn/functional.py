@@ -23,11 +23,12 @@ from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 from torch.nn import Parameter
 
-from interp_nn import dispatch, linalg
-from interp_nn.engines.reference import LossOptions
+from interp_nn import linalg
+from interp_nn.engines import select
+from interp_nn.engines.eager import LossOptions
 from interp_nn.linalg import Orthogonalized, autocast_available
-from interp_nn.ops import cross_entropy as _cross_entropy
 from interp_nn.ops import gram as _gram
+from interp_nn.ops import losses as _cross_entropy
 from interp_nn.ops import summary as _summary
 from interp_nn.ops.library import any_autocast_enabled, cast, is_dtensor
 
@@ -191,7 +192,7 @@ def _planned(x: Tensor, b: Tensor, bias: Tensor | None, pair: bool) -> tuple[Ten
     if plain and not is_dynamo_compiling() and not any_autocast_enabled():
         key = (
             x.shape, b.shape, x.dtype, b.dtype, x.device, b.device, x.layout, b.layout, x.requires_grad, b.requires_grad,
-            torch.is_grad_enabled(), pair, dispatch.requested(),
+            torch.is_grad_enabled(), pair, select.requested(),
             None if bias is None else (bias.shape, bias.dtype, bias.device, bias.layout),
         )  # fmt: skip
         plan = _plans.get(key)

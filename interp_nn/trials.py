@@ -18,12 +18,12 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from interp_nn import dispatch, engines, functional
-from interp_nn.chips import Chip, chip_of
-from interp_nn.engines import reference
-from interp_nn.engines.reference import LossOptions
-from interp_nn.kernels import configs
-from interp_nn.kernels.configs import Bucket, Config
+from interp_nn import engines, functional
+from interp_nn.engines import eager, select
+from interp_nn.engines.devices import Chip, chip_of
+from interp_nn.engines.eager import LossOptions
+from interp_nn.engines.triton import configs
+from interp_nn.engines.triton.configs import Bucket, Config
 
 ITEMSIZES = {2: "bf16", 4: "fp32"}
 _DTYPES = {2: torch.bfloat16, 4: torch.float32}
@@ -123,7 +123,7 @@ def engine_call(group: Group, n: int, device: torch.device) -> Callable[[], obje
     if group.kernel in ("stream", "phased_forward"):
         return lambda: engine.forward(x, b, None, form, False)
     pair = group.kernel == "pair_backward"
-    kept = [t.contiguous() for t in reference.forward(x, b, None, form, pair)[2]]
+    kept = [t.contiguous() for t in eager.forward(x, b, None, form, pair)[2]]
     dp, dy = (torch.randn(n, k, dtype=dtype, device=device) for _ in range(2))
     return lambda: engine.backward(dp if pair else None, dy, x, b, kept, form, True, True)
 
@@ -292,7 +292,7 @@ class DeviceBench:
 
         def on(engine: str) -> Callable[[], object]:
             def run() -> object:
-                with dispatch.use_engine(engine):
+                with select.use_engine(engine):
                     return call()
 
             return run

@@ -1,4 +1,4 @@
-"""`python -m interp_nn tune`: the table of `interp_nn.kernels.configs`, measured on the GPU at hand.
+"""`python -m interp_nn tune`: the table of `interp_nn.engines.triton.configs`, measured on the GPU at hand.
 
 Nothing tunes by itself: a first step of training never waits for it. For every kernel, element size, and bucket of columns,
 classes and rows, the present choice is timed against its neighbours (one tile doubled or halved, other warps, stages, parked
@@ -23,9 +23,9 @@ from typing import Any, NamedTuple
 import torch
 
 from interp_nn import engines
-from interp_nn.chips import Chip, family
-from interp_nn.kernels import configs
-from interp_nn.kernels.configs import TILES, Bucket, Config, estimated_shared
+from interp_nn.engines.devices import Chip, family
+from interp_nn.engines.triton import configs
+from interp_nn.engines.triton.configs import TILES, Bucket, Config, estimated_shared
 from interp_nn.trials import ITEMSIZES, Bench, DeviceBench, Group, table
 
 # From so many rows on, and the number of rows where that is measured.

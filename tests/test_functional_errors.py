@@ -279,7 +279,7 @@ def test_an_unknown_engine_in_the_environment_fails_at_use_not_at_import():
 
 
 def test_an_engine_of_the_environment_is_used():
-    code = "import interp_nn; print(interp_nn.plan(8, 4, 2).engine, interp_nn.dispatch.requested())"
+    code = "import interp_nn; print(interp_nn.plan(8, 4, 2).engine, interp_nn.engines.select.requested())"
     assert run(["-c", code], INTERP_NN_ENGINE="reference").stdout == "reference reference\n"
 
 

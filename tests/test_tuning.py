@@ -12,10 +12,9 @@ import pytest
 import torch
 
 from interp_nn import engines, trials, tuning
-from interp_nn.chips import known
-from interp_nn.engines import triton as engine
-from interp_nn.kernels import configs
-from interp_nn.kernels.configs import TILES, Bucket, Config, estimated_shared
+from interp_nn.engines.devices import known
+from interp_nn.engines.triton import configs, engine
+from interp_nn.engines.triton.configs import TILES, Bucket, Config, estimated_shared
 from interp_nn.trials import Group
 from interp_nn.tuning import LEVELS
 

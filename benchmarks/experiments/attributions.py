@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from interp_nn.explain.attribution import InstanceLinearization
+from interp_nn.explain.linear.instance_linearization import InstanceLinearization
 
 PATH = 32  # points between 0 and x, of integrated gradients
 AT_ONCE = 50  # images

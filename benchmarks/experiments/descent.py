@@ -14,9 +14,9 @@ from tqdm import tqdm
 from benchmarks import signals
 from benchmarks.descent import descend
 from benchmarks.experiments import common
-from interp_nn.derivatives import derivative_operator
-from interp_nn.explain.brockett import brockett_min
-from interp_nn.explain.descramble import Descrambler
+from interp_nn.explain.descramble.brockett import brockett_min
+from interp_nn.explain.descramble.derivatives import derivative_operator
+from interp_nn.explain.descramble.descrambler import Descrambler
 
 NAME = "descent"
 OPERATORS = ("fourier2", "diff1")

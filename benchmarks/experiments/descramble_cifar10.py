@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from benchmarks.experiments import common, heads, images
 from benchmarks.experiments.summary_vgg import BASE, STUDY
 from interp_nn.explain import plots
-from interp_nn.explain.descramble import Descrambler, Nulls
+from interp_nn.explain.descramble.descrambler import Descrambler, Nulls
 
 NAME = "descramble_cifar10"
 LAYERS = {

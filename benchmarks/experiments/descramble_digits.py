@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from benchmarks import data, training
 from benchmarks.experiments import common
-from interp_nn.derivatives import derivative_operator
 from interp_nn.explain import plots
-from interp_nn.explain.descramble import Descrambler, Nulls
-from interp_nn.explain.samples import shuffled
+from interp_nn.explain.descramble.derivatives import derivative_operator
+from interp_nn.explain.descramble.descrambler import Descrambler, Nulls
+from interp_nn.explain.descramble.moments import shuffled
 from interp_nn.nn import SummaryHead
 
 NAME = "descramble_digits"

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from benchmarks import signals
 from benchmarks.experiments import common
-from interp_nn.derivatives import derivative_operator
 from interp_nn.explain import plots
-from interp_nn.explain.descramble import Descrambler, Nulls
+from interp_nn.explain.descramble.derivatives import derivative_operator
+from interp_nn.explain.descramble.descrambler import Descrambler, Nulls
 
 NAME = "descramble_linear"
 OUT, IN = 32, 64  # of the weight that isotropic data go through

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from benchmarks import signals, training
 from benchmarks.experiments import common
-from interp_nn.derivatives import derivative_operator
 from interp_nn.explain import plots
-from interp_nn.explain.descramble import Descrambler, Nulls
-from interp_nn.explain.samples import shuffled
-from interp_nn.explain.taps import Tap, reinitialised
+from interp_nn.explain.descramble.derivatives import derivative_operator
+from interp_nn.explain.descramble.descrambler import Descrambler, Nulls
+from interp_nn.explain.descramble.moments import shuffled
+from interp_nn.explain.following.layer_values import Tap, reinitialised
 
 NAME = "descramble_signals"
 POINTS, WIDTH = 256, 80

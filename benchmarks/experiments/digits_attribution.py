@@ -12,7 +12,7 @@ from tqdm import tqdm
 from benchmarks import data
 from benchmarks.experiments import common, exactness
 from interp_nn.explain import plots
-from interp_nn.explain.affine import linearize
+from interp_nn.explain.linear.affine_map import linearize
 
 NAME = "digits_attribution"
 BATCH = 64

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from benchmarks.experiments import common, exactness
 from interp_nn.explain import plots
-from interp_nn.explain.affine import AffineMap
+from interp_nn.explain.linear.affine_map import AffineMap
 
 NEIGHBOURS = 5
 _AT_ONCE = 500  # points

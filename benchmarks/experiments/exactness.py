@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.experiments import common
-from interp_nn.explain.affine import linearize
-from interp_nn.explain.gates import frozen
+from interp_nn.explain.following.gate_record import frozen
+from interp_nn.explain.linear.affine_map import linearize
 
 STEPS = (1e-6, 1e-4, 1e-2)
 

@@ -18,12 +18,12 @@ from benchmarks.experiments import common
 from benchmarks.networks import relu_mlp
 from benchmarks.training import Recipe, accuracy
 from interp_nn.explain import plots
-from interp_nn.explain.gates import record
-from interp_nn.explain.kernel_machine import NPKMachine, kernel_alignment
-from interp_nn.explain.path_kernel import npk
-from interp_nn.nn.gated import DLGN, GatedNetwork
-from interp_nn.nn.gates import SoftGate
-from interp_nn.nn.regimes import permute_gates
+from interp_nn.explain.following.gate_record import record
+from interp_nn.explain.paths.kernel_machine import NPKMachine, kernel_alignment
+from interp_nn.explain.paths.path_kernel import npk
+from interp_nn.nn.gated.gates import SoftGate
+from interp_nn.nn.gated.networks import DLGN, GatedNetwork
+from interp_nn.nn.gated.regimes import permute_gates
 
 NAME = "gated_digits"
 WIDTHS = (64, 64, 64, 64, 64, 10)

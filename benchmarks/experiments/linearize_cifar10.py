@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from benchmarks.experiments import attributions, common, exactness, heads, images
 from benchmarks.experiments.summary_vgg import BASE, STUDY
 from interp_nn.explain import plots
-from interp_nn.explain.affine import linearize
+from interp_nn.explain.linear.affine_map import linearize
 
 NAME = "linearize_cifar10"
 EXPLAINED, CHECKED = 100, 20  # test images

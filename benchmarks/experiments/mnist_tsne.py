@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from benchmarks.experiments import common, embedding, images
 from benchmarks.experiments.images import Budget
-from interp_nn.explain.affine import linearize
+from interp_nn.explain.linear.affine_map import linearize
 from interp_nn.explain.tsne import joint_probabilities, tsne_loss
 
 NAME = "mnist_tsne"

@@ -20,8 +20,8 @@ from benchmarks.experiments import common
 from benchmarks.networks import relu_mlp
 from benchmarks.training import Recipe, accuracy
 from interp_nn.explain import plots
-from interp_nn.nn.gated import DLGN
-from interp_nn.nn.gates import HardGate, SoftGate
+from interp_nn.nn.gated.gates import HardGate, SoftGate
+from interp_nn.nn.gated.networks import DLGN
 
 NAME = "oblique_trees"
 LEVEL = 0.99  # a hyperplane is found by a gate whose |cos| with it is no less

@@ -19,8 +19,8 @@ from benchmarks.experiments import common
 from benchmarks.networks import cnn_body
 from benchmarks.training import Recipe, accuracy, cross_entropy
 from interp_nn.nn import SummaryLinear
-from interp_nn.nn.constraints import constrain, orthogonality_penalty, retract_
-from interp_nn.nn.linear_form import LinearForm
+from interp_nn.nn.base import LinearForm
+from interp_nn.nn.orthogonality import constrain, orthogonality_penalty, retract_
 
 NAME = "orthogonality"
 HIDDEN = (256, 120, 84)

@@ -20,9 +20,9 @@ from tqdm import tqdm
 from benchmarks import data, tables
 from benchmarks.experiments import common
 from interp_nn.explain import plots
-from interp_nn.explain.cluster_table import auc
-from interp_nn.explain.clusters import ActivationClusters
-from interp_nn.explain.piecewise import PiecewiseAffine
+from interp_nn.explain.clusters.activation_clusters import ActivationClusters
+from interp_nn.explain.clusters.piecewise_affine import PiecewiseAffine
+from interp_nn.explain.clusters.table import auc
 
 NAME = "titanic"
 LEARNING_RATE, LOSS = 1e-2, nn.functional.binary_cross_entropy_with_logits

@@ -11,7 +11,7 @@ from tqdm import tqdm
 from benchmarks import tables
 from benchmarks.experiments import common
 from interp_nn.explain import plots
-from interp_nn.explain.clusters import ActivationClusters
+from interp_nn.explain.clusters.activation_clusters import ActivationClusters
 
 NAME = "two_regimes"
 WIDTHS = (3, 16, 16, 1)

@@ -18,7 +18,8 @@ from benchmarks.gpu import kernels
 from benchmarks.gpu.cases import Case
 from benchmarks.gpu.log import Log
 from benchmarks.problems import products
-from interp_nn import associations, functional
+from interp_nn import functional
+from interp_nn.engines import orders
 
 DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 WEIGHTS = (0.7, 1.3, 0.9)
@@ -209,7 +210,7 @@ def _check_engine(
         stack.enter_context(poisoned())
         launched = stack.enter_context(kernels.launches(engine))
         if form is not None:
-            stack.enter_context(mock.patch.object(associations, "head_form", return_value=form))
+            stack.enter_context(mock.patch.object(orders, "head_form", return_value=form))
         plan = interp_nn.plan(
             n, case.d, case.k,
             pair=case.what.endswith("pair") or case.what == "pair_loss",

@@ -10,7 +10,7 @@ from unittest import mock
 import torch
 
 from interp_nn import engines
-from interp_nn.chips import chip_of, interpreting
+from interp_nn.engines.devices import chip_of, interpreting
 
 WITH_KERNELS = ("triton", "cuda")
 # The name of what passes through an engine's `launch`.

@@ -16,8 +16,9 @@ from typing import Any
 import torch
 
 from benchmarks import record
-from interp_nn import engines, native
-from interp_nn.chips import interpreting
+from interp_nn import engines
+from interp_nn.engines.cuda import compiled_library
+from interp_nn.engines.devices import interpreting
 
 BAD = ("wrong", "failed")  # what makes the job fail; the others are "ok", "skipped" and "info"
 
@@ -90,7 +91,9 @@ def common(device: torch.device, revision: str | None) -> dict[str, Any]:
     versions = environment.pop("versions") | {"triton": _version("triton"), "numpy": _version("numpy")}
     if device.type == "cuda":
         # The CUDA that the compiled library was built with, where it is there.
-        versions["cuda_library"] = None if engines.unavailable("cuda") else native.dotted(native.versions()[0])
+        versions["cuda_library"] = (
+            None if engines.unavailable("cuda") else compiled_library.dotted(compiled_library.versions()[0])
+        )
         found = torch.cuda.get_device_properties(device)
         environment |= {
             "capability": [found.major, found.minor],

@@ -23,7 +23,8 @@ from benchmarks.gpu import kernels
 from benchmarks.gpu.log import Log, read
 from benchmarks.graphs import captured
 from benchmarks.record import ROOT
-from interp_nn import associations, functional
+from interp_nn import functional
+from interp_nn.engines import orders
 
 Call = Callable[[], Sequence[Tensor]]
 
@@ -82,7 +83,7 @@ def workload(shape: Shape, device: torch.device, wide: bool = False) -> dict[str
         call = calling(lambda x, w, a, c: [loss(x, w.t(), a, c, tm)], [upstream], x, w, a, c)
 
         def in_form() -> Sequence[Tensor]:
-            with mock.patch.object(associations, "head_form", return_value=form):
+            with mock.patch.object(orders, "head_form", return_value=form):
                 return call()
 
         return in_form

@@ -3,7 +3,7 @@
 Each problem has more sets of inputs than the second-level cache holds, taken in turn. Two clocks: "plain" is a loop of calls
 as a program makes them, the host's share included; "graph" replays a CUDA graph of them, which leaves the device's. For few
 rows the host's share is all there is, so a third one takes it alone. Which engine is faster is a line of its own, in the
-form that a table of `interp_nn.kernels.configs` has.
+form that a table of `interp_nn.engines.triton.configs` has.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from benchmarks.graphs import captured, spare_words
 from benchmarks.problems import Data, drawn, filling
 from benchmarks.timing import on_events, on_host, rounds
 from interp_nn import engines, functional
-from interp_nn.chips import chip_of, family
-from interp_nn.engines import memory
-from interp_nn.engines.reference import LossOptions
-from interp_nn.kernels.configs import padded
+from interp_nn.engines import barrier as barrier_words
+from interp_nn.engines.devices import chip_of, family
+from interp_nn.engines.eager import LossOptions
+from interp_nn.engines.triton.configs import padded
 
 _PLAIN_MS = 1.0  # of one sample at least
 _LEAST, _MOST = 5, 60  # rounds
@@ -432,7 +432,7 @@ def empty_launch(some: Tensor, phases: int) -> None:
 
     some: what its pointers point at.
     """
-    from interp_nn.kernels import phased
+    from interp_nn.engines.triton import phased
 
     engine: Any = engines.get("triton")
     device = some.device
@@ -441,7 +441,7 @@ def empty_launch(some: Tensor, phases: int) -> None:
     constants = {"FORM": "B", "PRECISION": "tf32", "PHASES": phases, "BN": 64, "BK": 64, "BD": 32}
     options = {"num_warps": 8, "num_stages": 2, "enable_fp_fusion": True, "launch_cooperative_grid": True}
     plan = engine.Launch(phased.phased_forward, chip.multiprocessors, 1, constants | options)
-    engine.launch(plan, device, some, some, None, None, some, some, some, memory.counter(device), 0, 0, 0, 16, 1)
+    engine.launch(plan, device, some, some, None, None, some, some, some, barrier_words.counter(device), 0, 0, 0, 16, 1)
 
 
 def barrier(device: torch.device, log: Log) -> None:

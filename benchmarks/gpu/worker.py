@@ -22,7 +22,7 @@ import torch
 import interp_nn
 from benchmarks.gpu import cases, checks, kernels, runs
 from benchmarks.gpu.log import Log, common
-from interp_nn import chips
+from interp_nn.engines import devices
 
 LOST = 3  # the exit status of a process whose device has failed
 _STEP_SECONDS = 180.0  # far more than any step needs, its compilations included
@@ -251,7 +251,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--tiny", action="store_true")
     given = parser.parse_args(arguments)
     warnings.simplefilter("ignore")
-    if given.device == "cpu" and chips.interpreting():
+    if given.device == "cpu" and devices.interpreting():
         torch.set_num_threads(1)
     device = torch.device(given.device, torch.cuda.current_device()) if given.device == "cuda" else torch.device("cpu")
     share, shares = map(int, given.share.split("/"))

@@ -9,9 +9,9 @@ from types import ModuleType
 
 import torch
 
-from interp_nn import native
-from interp_nn.chips import Chip, chip_of, interpreting
-from interp_nn.engines import reference
+from interp_nn.engines import eager
+from interp_nn.engines.cuda import compiled_library
+from interp_nn.engines.devices import Chip, chip_of, interpreting
 
 ENGINES = ("reference", "triton", "cuda")
 OLDEST_TRITON = (3, 6)
@@ -19,13 +19,13 @@ MOST_COLUMNS = 128  # that the kernels hold in one tile
 SHARED_WIDE = 160 << 10  # two 128 x 128 matrices in fp32, and what is multiplied with them
 _SHARED_WIDEST = 200 << 10  # three
 _HEADS_ON_10 = (3, 9)
-_MODULES: dict[str, ModuleType] = {"reference": reference}
+_MODULES: dict[str, ModuleType] = {"reference": eager}
 
 
 def get(name: str) -> ModuleType:
     """The engine's module, imported when it is first needed."""
     if name not in _MODULES:
-        _MODULES[name] = importlib.import_module(f"interp_nn.engines.{name}")
+        _MODULES[name] = importlib.import_module(f"interp_nn.engines.{name}.engine")
     return _MODULES[name]
 
 
@@ -60,7 +60,7 @@ def _triton_unavailable() -> str | None:
 
 
 def _cuda_unavailable() -> str | None:
-    return _no_device((7, 5)) or native.load() or native.driver_reason()
+    return _no_device((7, 5)) or compiled_library.load() or compiled_library.driver_reason()
 
 
 def _no_device(oldest: tuple[int, int]) -> str | None:

@@ -4,25 +4,32 @@ Where every unit of a ReLU network is either on or off, the network is an affine
 pattern, and the inputs that share one are a convex region with flat sides.
 """
 
-from interp_nn.explain.affine import AffineMap, SingularTriplets, linearize
-from interp_nn.explain.attribution import InstanceLinearization
-from interp_nn.explain.brockett import BrockettExtreme, brockett_max, brockett_min, smoothness
-from interp_nn.explain.calls import UnsupportedOperation
-from interp_nn.explain.clusters import ActivationClusters, MergedClusters, NotFittedError
-from interp_nn.explain.descramble import Descrambler, Nulls
-from interp_nn.explain.gates import GateRecord, GateSite, OperationReport, frozen, record, supported_ops
-from interp_nn.explain.kernel_machine import NPKMachine, kernel_alignment
-from interp_nn.explain.path_features import PathFeatures, path_features
-from interp_nn.explain.path_kernel import npk, npk_model
-from interp_nn.explain.path_sampling import SampledKernel, npk_montecarlo
-from interp_nn.explain.regions import Ball, Boundary, Region, region
-from interp_nn.explain.rewiring import DescrambledWeights
-from interp_nn.explain.seriation import Seriation, seriate
-from interp_nn.explain.smooth import Ambiguity, Spectrum
-from interp_nn.explain.tangent_kernel import ntk
+from interp_nn.explain.clusters.activation_clusters import ActivationClusters, MergedClusters
+from interp_nn.explain.descramble.brockett import BrockettExtreme, brockett_max, brockett_min, smoothness
+from interp_nn.explain.descramble.derivatives import (
+    DerivativeOperator,
+    derivative_operator,
+    graph_operator,
+    matrix_operator,
+)
+from interp_nn.explain.descramble.descrambler import Descrambler, Nulls
+from interp_nn.explain.descramble.fourier import FourierView, fft_view
+from interp_nn.explain.descramble.optimum import Ambiguity, Spectrum
+from interp_nn.explain.descramble.rewiring import DescrambledWeights
+from interp_nn.explain.descramble.seriation import Seriation, seriate
+from interp_nn.explain.estimator import NotFittedError
+from interp_nn.explain.following.calls import UnsupportedOperation
+from interp_nn.explain.following.gate_record import GateRecord, GateSite, OperationReport, frozen, record, supported_ops
+from interp_nn.explain.linear.affine_map import AffineMap, SingularTriplets, linearize
+from interp_nn.explain.linear.instance_linearization import InstanceLinearization
+from interp_nn.explain.linear.regions import Ball, Boundary, Region, region
+from interp_nn.explain.paths.enumeration import PathFeatures, path_features
+from interp_nn.explain.paths.kernel_machine import NPKMachine, kernel_alignment
+from interp_nn.explain.paths.monte_carlo import SampledKernel, npk_montecarlo
+from interp_nn.explain.paths.path_kernel import npk, npk_model
+from interp_nn.explain.paths.tangent_kernel import ntk
 from interp_nn.explain.tsne import ParametricTSNE
-from interp_nn.explain.waves import FourierView, fft_view
-from interp_nn.patterns import ActivationPatterns, PatternGroups
+from interp_nn.gates.patterns import ActivationPatterns, PatternGroups
 
 __all__ = [
     "ActivationClusters",
@@ -32,6 +39,7 @@ __all__ = [
     "Ball",
     "Boundary",
     "BrockettExtreme",
+    "DerivativeOperator",
     "DescrambledWeights",
     "Descrambler",
     "FourierView",
@@ -54,10 +62,13 @@ __all__ = [
     "UnsupportedOperation",
     "brockett_max",
     "brockett_min",
+    "derivative_operator",
     "fft_view",
     "frozen",
+    "graph_operator",
     "kernel_alignment",
     "linearize",
+    "matrix_operator",
     "npk",
     "npk_model",
     "npk_montecarlo",

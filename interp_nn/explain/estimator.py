@@ -8,6 +8,10 @@ from typing import Any, TypeVar
 _Self = TypeVar("_Self", bound="Estimator")
 
 
+class NotFittedError(ValueError, AttributeError):
+    """A result was asked for before `fit`. Both of the errors that scikit-learn's is."""
+
+
 class Estimator:
     """An estimator whose constructor's arguments are attributes of the same names."""
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from interp_nn.explain.affine import AffineMap, linearize
+from interp_nn.explain.linear.affine_map import AffineMap, linearize
 
 _HALVINGS = 44  # of a bracket of e^80 in the bandwidth: to 5e-12 of it
 _VIEWS = ("View", "ReshapeAlias", "UnsafeView", "Squeeze", "Unsqueeze", "Transpose", "Permute", "Alias")

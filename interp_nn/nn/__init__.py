@@ -1,14 +1,15 @@
 """Layers around the summary Y = X b (bᵀb), the reference network's head and its loss; and gated networks."""
 
-from interp_nn.nn.constraints import constrain, orthogonality_penalty, retract_
-from interp_nn.nn.convert import head_from_reference
-from interp_nn.nn.dual import DualNetwork, to_dgn
-from interp_nn.nn.gated import DGN, DLGN, DLGNValueTensor, GatedNetwork, GateWeights
-from interp_nn.nn.gates import GatedConv2d, GatedLinear, HardGate, SoftGate
+from interp_nn.nn.conv import SummaryConv2d
+from interp_nn.nn.gated.from_relu import DualNetwork, to_dgn
+from interp_nn.nn.gated.gates import GatedConv2d, GatedLinear, HardGate, SoftGate
+from interp_nn.nn.gated.networks import DGN, DLGN, DLGNValueTensor, GatedNetwork, GateWeights
+from interp_nn.nn.gated.regimes import copy_gates, fix_gates, permute_gates
+from interp_nn.nn.gated.strongest_paths import Paths
+from interp_nn.nn.heads import SummaryClassifier, SummaryHead, SummaryLayer
+from interp_nn.nn.linear import SummaryLinear
 from interp_nn.nn.loss import SummaryLoss
-from interp_nn.nn.paths import Paths
-from interp_nn.nn.regimes import copy_gates, fix_gates, permute_gates
-from interp_nn.nn.summary import SummaryClassifier, SummaryConv2d, SummaryHead, SummaryLayer, SummaryLinear
+from interp_nn.nn.orthogonality import constrain, orthogonality_penalty, retract_
 
 __all__ = [
     "DGN",
@@ -31,7 +32,6 @@ __all__ = [
     "constrain",
     "copy_gates",
     "fix_gates",
-    "head_from_reference",
     "orthogonality_penalty",
     "permute_gates",
     "retract_",

@@ -15,8 +15,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_module, distribute_tensor
 
 from interp_nn.functional import SummaryPair
-from interp_nn.nn.linear_form import ties
-from interp_nn.nn.summary import SummaryLayer, SummaryLinear
+from interp_nn.nn.base import ties
+from interp_nn.nn.heads import SummaryLayer
+from interp_nn.nn.linear import SummaryLinear
 
 # Where weight (out, in), bias (out,) and a local input lie, by what is shared out.
 _PLACES: dict[str, tuple[Placement, Placement, Placement]] = {

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from interp_nn.associations import KEEPS
-from interp_nn.engines import reference
+from interp_nn.engines import eager
+from interp_nn.engines.orders import KEEPS
 from interp_nn.ops.library import apply, nested_forward_mode
 from interp_nn.ops.summary import _summary_function, as_rows
 
@@ -17,7 +17,7 @@ def summary_and_square(x: Tensor, b: Tensor, bias: Tensor | None, plan: str) -> 
     """
     form = plan.partition(":")[2]
     if form[-1] == "*" or nested_forward_mode():
-        _, rows, kept = reference.forward(as_rows(x), b, bias, form, False)
+        _, rows, kept = eager.forward(as_rows(x), b, bias, form, False)
         y = rows.view(*x.shape[:-1], b.shape[1])
     else:
         y, *kept = apply(_summary_function(), x, b, bias, plan, False)

@@ -16,8 +16,8 @@ from torch.autograd import Function
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.distributed.tensor.experimental import register_sharding
 
-from interp_nn import dispatch
-from interp_nn.associations import KEEPS
+from interp_nn.engines import select
+from interp_nn.engines.orders import KEEPS
 from interp_nn.ops import summary as whole
 from interp_nn.ops.library import apply, define
 
@@ -47,7 +47,7 @@ def _backward(
     transposed: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dX, db, dbias), empty where not needed."""
-    kept = (first, second)[: len(KEEPS[dispatch.resolve(plan)[1]])]
+    kept = (first, second)[: len(KEEPS[select.resolve(plan)[1]])]
     return _filled(whole._summary_backward(None, dy, x, b, kept, plan, needs, transposed), x, needs)
 
 
@@ -141,8 +141,8 @@ def summary(x: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
     graph = torch.is_grad_enabled()
     needs = graph and x.requires_grad, graph and b.requires_grad
     d, k = b.shape
-    problem = dispatch.problem_of(local, whole.row_count(local), d, k, False, needs)
-    return apply(RowsFunction, x, b, bias, dispatch.choose(problem, any_rows=True))[0]
+    problem = select.problem_of(local, whole.row_count(local), d, k, False, needs)
+    return apply(RowsFunction, x, b, bias, select.choose(problem, any_rows=True))[0]
 
 
 def _over_rows(x: DTensor, b: DTensor, bias: DTensor | None) -> bool:

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from interp_nn import dispatch, engines
-from interp_nn.associations import KEEPS
-from interp_nn.engines import reference
+from interp_nn import engines
+from interp_nn.engines import eager, select
+from interp_nn.engines.orders import KEEPS
 from interp_nn.linalg import gram
 from interp_nn.ops.library import apply, define, implement, is_dtensor, nested_forward_mode
 
@@ -42,13 +42,13 @@ def row_count(x: Tensor) -> int:
 
 
 def _summary(x: Tensor, b: Tensor, bias: Tensor | None, plan: str) -> tuple[Tensor, list[Tensor]]:
-    engine, form = dispatch.resolve(plan)
+    engine, form = select.resolve(plan)
     _, y, kept = engines.get(engine).forward(as_rows(x), b, bias, form, False)
     return y.view(*x.shape[:-1], b.shape[1]), _contiguous(kept)
 
 
 def _summary_pair(x: Tensor, b: Tensor, plan: str) -> tuple[Tensor, Tensor, list[Tensor]]:
-    engine, form = dispatch.resolve(plan)
+    engine, form = select.resolve(plan)
     p, y, kept = engines.get(engine).forward(as_rows(x), b, None, form, True)
     shape = (*x.shape[:-1], b.shape[1])
     kept = kept[1:] if _keeps_projection(form) else kept
@@ -65,7 +65,7 @@ def _summary_backward(
     needs: Sequence[bool],
     transposed: bool,
 ) -> list[Tensor]:
-    engine, form = dispatch.resolve(plan)
+    engine, form = select.resolve(plan)
     dp, dy = _rows_if_any(dp), _rows_if_any(dy)
     kept = list(map(as_rows, kept))  # a pair's own P may have batch dimensions
     dx, db, dbias = engines.get(engine).backward(dp, dy, as_rows(x), b, kept, form, *needs)
@@ -100,7 +100,7 @@ def _contiguous(kept: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _fake_kept(x: Tensor, b: Tensor, plan: str, pair: bool) -> list[Tensor]:
-    _, form = dispatch.resolve(plan)
+    _, form = select.resolve(plan)
     n, (d, k) = row_count(x), b.shape
     shapes = {"P": (n, k), "G": (k, k), "W": (d, k), "Q": (n, d), "R": (n, d), "K": (d, d)}
     names = KEEPS[form]
@@ -155,8 +155,8 @@ def tangent(x: Tensor, b: Tensor, tx: Tensor, tb: Tensor) -> tuple[Tensor, Tenso
 
 def gradient(dp: Tensor | None, dy: Tensor | None, x: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """(dX, db) for upstream (dP, dY), in plain differentiable products that broadcast over leading dimensions."""
-    _, _, kept = reference.forward(x, b, None, "A+", True)
-    dx, db, _ = reference.backward(dp, dy, x, b, kept, "A+", True, True)
+    _, _, kept = eager.forward(x, b, None, "A+", True)
+    dx, db, _ = eager.backward(dp, dy, x, b, kept, "A+", True, True)
     assert dx is not None and db is not None
     return dx, db
 
@@ -220,7 +220,7 @@ class SummaryFunction(Function):
         kept = output[outputs:]
         ctx.mark_non_differentiable(*kept)
         ctx.set_materialize_grads(False)
-        if pair and _keeps_projection(dispatch.resolve(plan)[1]):
+        if pair and _keeps_projection(select.resolve(plan)[1]):
             kept = (output[0], *kept)
         ctx.save_for_backward(x, b, *kept)
         ctx.plan, ctx.outputs = plan, outputs
@@ -250,8 +250,8 @@ class SummaryFunction(Function):
             return out, (0,) * outputs + (None,) * (len(out) - outputs)
         x, b = _batch(x, x_dim, info.batch_size), _batch(b, b_dim, info.batch_size)
         shape = (*x.shape[:-1], b.shape[2])
-        form = dispatch.resolve(plan)[1]
-        p, y, kept = reference.forward(_batch_rows(x), b, None, form, pair)
+        form = select.resolve(plan)[1]
+        p, y, kept = eager.forward(_batch_rows(x), b, None, form, pair)
         if bias is not None:
             y = y + _batch(bias, bias_dim, info.batch_size).unsqueeze(1)
         results = [y.view(shape)]
@@ -425,13 +425,13 @@ def choose(x: Tensor, b: Tensor, pair: bool) -> str:
     graph = torch.is_grad_enabled()
     needs = graph and x.requires_grad, graph and b.requires_grad
     d, k = b.shape
-    return dispatch.choose(dispatch.problem_of(x, row_count(x), d, k, pair, needs))
+    return select.choose(select.problem_of(x, row_count(x), d, k, pair, needs))
 
 
 def summary(x: Tensor, b: Tensor, bias: Tensor | None, plan: str) -> Tensor:
     """Y = X b (bᵀb) + bias for checked arguments."""
     if plan[-1] == "*" or nested_forward_mode():
-        _, y, _ = reference.forward(as_rows(x), b, bias, plan.partition(":")[2], False)
+        _, y, _ = eager.forward(as_rows(x), b, bias, plan.partition(":")[2], False)
         return y if x.dim() == 2 else y.view(*x.shape[:-1], b.shape[1])
     return apply(_summary_function(), x, b, bias, plan, False)[0]
 
@@ -439,7 +439,7 @@ def summary(x: Tensor, b: Tensor, bias: Tensor | None, plan: str) -> Tensor:
 def summary_pair(x: Tensor, b: Tensor, plan: str) -> tuple[Tensor, Tensor]:
     """(X b, X b (bᵀb)) for checked arguments."""
     if plan[-1] == "*" or nested_forward_mode():
-        p, y, _ = reference.forward(as_rows(x), b, None, plan.partition(":")[2], True)
+        p, y, _ = eager.forward(as_rows(x), b, None, plan.partition(":")[2], True)
         assert p is not None
         if x.dim() == 2:
             return p, y

@@ -3,7 +3,7 @@
 import torch
 
 from benchmarks.gpu import kernels
-from interp_nn.chips import Chip
+from interp_nn.engines.devices import Chip
 
 CPU = torch.device("cpu")
 BOTH = kernels.WITH_KERNELS

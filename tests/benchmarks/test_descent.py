@@ -5,8 +5,8 @@ import torch
 
 from benchmarks import descent, signals
 from benchmarks.descent import descend
-from interp_nn.derivatives import derivative_operator
-from interp_nn.explain.brockett import brockett_min
+from interp_nn.explain.descramble.brockett import brockett_min
+from interp_nn.explain.descramble.derivatives import derivative_operator
 
 
 def pair(n, operator="diff1", seed=0):

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from benchmarks.experiments import descent, descramble_digits, descramble_linear, descramble_signals
-from interp_nn.derivatives import derivative_operator
+from interp_nn.explain.descramble.derivatives import derivative_operator
 
 
 def run(experiment, folder):

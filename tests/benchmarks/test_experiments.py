@@ -18,7 +18,7 @@ from benchmarks.experiments import (
     two_regimes,
 )
 from benchmarks.record import ROOT
-from interp_nn.nn.gates import HardGate
+from interp_nn.nn.gated.gates import HardGate
 
 HEADER = "survived,pclass,name,sex,age,sibsp,parch,ticket,fare,cabin,embarked"
 

@@ -16,7 +16,7 @@ from benchmarks import law
 from benchmarks.gpu import cases, checks, kernels, runs, summary
 from benchmarks.record import ROOT
 from interp_nn import engines, functional
-from interp_nn.engines import memory
+from interp_nn.engines import barrier
 
 pytestmark = pytest.mark.usefixtures("one_thread")  # problems this small lose more to waking threads
 
@@ -219,7 +219,7 @@ def test_poison_reaches_what_the_engine_writes(log, lines):
     with checks.poisoned():
         assert engine.workspace((2, 3), torch.float32, CPU).isnan().all()
         assert engine.workspace((2, 3), torch.float32, CPU, (1, 2)).isnan().all()
-        assert not memory.counter(CPU).any()
+        assert not barrier.counter(CPU).any()
     assert not torch.are_deterministic_algorithms_enabled()
     checks.check_poison((), CPU, log)
     assert [line["status"] for line in lines()] == ["ok"]

@@ -14,7 +14,7 @@ from gpu_stand_ins import BOTH, CPU, H100, admitting
 import interp_nn
 from benchmarks import providers
 from benchmarks.gpu import kernels, runs, summary, times
-from interp_nn.kernels import configs
+from interp_nn.engines.triton import configs
 
 pytestmark = pytest.mark.usefixtures("one_thread")  # problems this small lose more to waking threads
 
@@ -250,9 +250,9 @@ def test_an_empty_launch_allocates_nothing(played, log, lines, monkeypatch):
     launched, fill = [], torch.zeros
     engine = types.SimpleNamespace(Launch=lambda *_: None, launch=lambda _, device, *given: launched.append(given[0]))
     monkeypatch.setattr(times.engines, "get", lambda name: engine)
-    monkeypatch.setattr(times.memory, "counter", lambda device: None)
+    monkeypatch.setattr(times.barrier_words, "counter", lambda device: None)
     monkeypatch.setattr(times, "chip_of", lambda device: H100)
-    monkeypatch.setitem(sys.modules, "interp_nn.kernels.phased", types.SimpleNamespace(phased_forward=None))
+    monkeypatch.setitem(sys.modules, "interp_nn.engines.triton.phased", types.SimpleNamespace(phased_forward=None))
     monkeypatch.setattr(times, "rounds", lambda samplers, *_: {name: [sample()] for name, sample in samplers.items()})
     made = []
     monkeypatch.setattr(torch, "zeros", lambda *given, **more: made.append(fill(*given, **more)) or made[-1])

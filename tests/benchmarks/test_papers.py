@@ -22,7 +22,8 @@ from benchmarks.experiments import (
     summary_cnn,
     summary_vgg,
 )
-from interp_nn.nn import SummaryHead, head_from_reference
+from interp_nn.convert import head_from_reference
+from interp_nn.nn import SummaryHead
 
 KEYS = {"experiment", "git_sha", "device", "versions", "seeds", "epochs", "seconds", "budget", "results"}
 

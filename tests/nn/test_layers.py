@@ -6,7 +6,7 @@ import pickle
 
 import pytest
 import torch
-from measure import error, naive_kernel, naive_linear, randomize
+from relative_error import error, naive_kernel, naive_linear, randomize
 from torch import nn
 from torch.nn import functional as F
 

@@ -2,11 +2,12 @@
 
 import pytest
 import torch
-from measure import error, randomize
+from relative_error import error, randomize
 from torch import nn
 from torch.nn import functional as F
 
-from interp_nn.nn import SummaryHead, SummaryLoss, head_from_reference
+from interp_nn.convert import head_from_reference
+from interp_nn.nn import SummaryHead, SummaryLoss
 
 
 class ReferenceLayer(nn.Module):

@@ -2,7 +2,7 @@ import copy
 
 import pytest
 import torch
-from measure import error, naive_linear, randomize
+from relative_error import error, naive_linear, randomize
 from torch import nn
 from torch.nn import functional as F
 

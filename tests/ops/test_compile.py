@@ -197,13 +197,12 @@ def test_export_of_a_loss(of_a_head):
 @pytest.mark.parametrize("policy", [CheckpointPolicy.MUST_SAVE, CheckpointPolicy.PREFER_RECOMPUTE])
 def test_selective_checkpointing_by_operator(policy, monkeypatch):
     """Saved, the operator runs once; recomputed, twice; the gradients are the same bits either way."""
-    from interp_nn import associations
-    from interp_nn.engines import reference
+    from interp_nn.engines import eager, orders
 
-    monkeypatch.setattr(associations, "OPERATOR_OVERHEAD", 0)  # an operator even at this size
+    monkeypatch.setattr(orders, "OPERATOR_OVERHEAD", 0)  # an operator even at this size
     monkeypatch.setattr(functional, "_plans", {})
-    calls, forward = [], reference.forward
-    monkeypatch.setattr(reference, "forward", lambda *args: calls.append(1) or forward(*args))
+    calls, forward = [], eager.forward
+    monkeypatch.setattr(eager, "forward", lambda *args: calls.append(1) or forward(*args))
 
     def choose(ctx, operator, *args, **kwargs):
         return policy if operator is torch.ops.interp_nn.summary.default else CheckpointPolicy.PREFER_RECOMPUTE

@@ -18,11 +18,11 @@ from support import (
 )
 from torch.autograd import gradcheck, gradgradcheck
 
-from interp_nn import associations, dispatch, functional
-from interp_nn.engines import reference
-from interp_nn.engines.reference import LossOptions
-from interp_nn.ops import cross_entropy as ops
-from interp_nn.roofline import Problem
+from interp_nn import functional
+from interp_nn.engines import eager, orders, select
+from interp_nn.engines.cost import Problem
+from interp_nn.engines.eager import LossOptions
+from interp_nn.ops import losses as ops
 
 PAIR_FORMS = [form for form, pair in CASES if pair]
 HEAD_FORMS = ["flat", "latent"]
@@ -35,7 +35,7 @@ close = torch.testing.assert_close
 def way(request, monkeypatch):
     """Losses are left to PyTorch's autograd on a CPU, in eager mode; elsewhere they are the operator's."""
     if request.param == "operator":
-        monkeypatch.setattr(dispatch, "_left_to_autograd", lambda problem: False)
+        monkeypatch.setattr(select, "_left_to_autograd", lambda problem: False)
     return request.param
 
 
@@ -115,7 +115,7 @@ def pair_problem(n, d, k, reduction):
     ],
 )
 def test_pair_loss_obeys_the_law_in_the_form_of_its_shape(form, composed, shape, reduction, dtype, way):
-    found = dispatch.choose(Problem(*shape, pair=True, classes=shape[2]))
+    found = select.choose(Problem(*shape, pair=True, classes=shape[2]))
     assert found == f"reference:{form if way == 'operator' else composed}"
     target, options, inputs, upstream = pair_problem(*shape, reduction)
     function = functools.partial(functional.summary_cross_entropy, target=target, **options)
@@ -167,7 +167,7 @@ def test_functional_head_equals_naive_whatever_form_it_takes(shape):
     n, d, k, m = shape
     inputs = leaves(randn(n, d), randn(d, k) / d**0.5, randn(m, k), randn(m))
     target = torch.randint(m, (n,))
-    assert associations.head_form(n, d, k, m) == ("flat" if 2 * m < k else "latent")
+    assert orders.head_form(n, d, k, m) == ("flat" if 2 * m < k else "latent")
     got, expected = (f(*inputs, target) for f in (functional.summary_head_cross_entropy, naive_head_cross_entropy))
     close(got, expected)
     close(torch.autograd.grad(got, inputs), torch.autograd.grad(expected, inputs))
@@ -297,10 +297,10 @@ def scale_in_place(grads, upstream):
     return list(grads)
 
 
-@pytest.mark.parametrize("scale", [reference.scale, scale_in_place])
+@pytest.mark.parametrize("scale", [eager.scale, scale_in_place])
 @pytest.mark.parametrize("form", ["A+", "flat"])
 def test_every_backward_over_a_retained_graph_gives_the_same(form, scale, monkeypatch):
-    monkeypatch.setattr(reference, "scale", scale)
+    monkeypatch.setattr(eager, "scale", scale)
     inputs = leaves(*(head_inputs() if form == "flat" else pair_inputs()))
     for upstream in (1.0, 2.0):
         loss = upstream * loss_in(form, IGNORED)(*inputs)

@@ -4,17 +4,17 @@ import pytest
 import torch
 from support import assert_close_law, naive
 
-from interp_nn import associations, functional
-from interp_nn.engines import reference
+from interp_nn import functional
+from interp_nn.engines import eager, orders
 from interp_nn.ops.library import apply
 from interp_nn.ops.summary import SummaryFunction, summary
 
-FORMS = [*associations.KEEPS, "A*", "B*", "C*", "D*", "E*"]
+FORMS = [*orders.KEEPS, "A*", "B*", "C*", "D*", "E*"]
 
 
 @pytest.fixture(autouse=True)
 def _at_any_size(monkeypatch):
-    monkeypatch.setattr(reference, "_MANY_ELEMENTS", 0)
+    monkeypatch.setattr(eager, "_MANY_ELEMENTS", 0)
     monkeypatch.setattr(functional, "_plans", {})
 
 
@@ -37,7 +37,7 @@ def test_values_and_gradients(form, k):
         assert_close_law(got, same, exact)
 
 
-@pytest.mark.parametrize("form", associations.KEEPS)
+@pytest.mark.parametrize("form", orders.KEEPS)
 def test_operators_promise_the_same_strides(form):
     x, b = torch.randn(20, 9), torch.randn(9, 3)
     torch.library.opcheck(torch.ops.interp_nn.summary.default, (x, b, torch.randn(3), "reference:" + form))
@@ -47,6 +47,6 @@ def test_operators_promise_the_same_strides(form):
 
 def test_a_large_problem_takes_that_path():
     x, b = torch.randn(128, 256), torch.randn(256, 10)
-    assert reference._column_major(reference._columns(x, b))
-    assert reference._columns(x, b.t().contiguous().t()).is_contiguous() is False
-    assert reference._columns(x, torch.randn(256, 16)).is_contiguous()
+    assert eager._column_major(eager._columns(x, b))
+    assert eager._columns(x, b.t().contiguous().t()).is_contiguous() is False
+    assert eager._columns(x, torch.randn(256, 16)).is_contiguous()

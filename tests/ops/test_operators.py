@@ -10,8 +10,8 @@ from torch._subclasses import FakeTensorMode
 from torch.library import opcheck
 
 import interp_nn
-from interp_nn import associations, dispatch, engines, functional
-from interp_nn.engines import reference
+from interp_nn import engines, functional
+from interp_nn.engines import eager, orders, select
 from interp_nn.ops.summary import SummaryFunction
 
 OPS = torch.ops.interp_nn
@@ -58,7 +58,7 @@ def test_opcheck_backward(form, needs, transposed):
 def test_opcheck_backward_of_a_pair(form, outputs):
     x, b = randn(4, 5), weight(5, 3)
     p, _, kept = OPS.summary_pair(x, b, f"reference:{form}")
-    kept = [p, *kept] if associations.KEEPS[form][:1] == ("P",) else kept
+    kept = [p, *kept] if orders.KEEPS[form][:1] == ("P",) else kept
     dp = None if outputs == "summary" else randn(4, 3)
     dy = None if outputs == "projection" else randn(4, 3)
     opcheck(OPS.summary_backward.default, (dp, dy, x, b, kept, f"reference:{form}", [True, True, False], True))
@@ -112,7 +112,7 @@ def test_fake_and_meta_agree_with_real(form, pair, batch, make_b, dtype):
     def run(x, b):
         out = OPS.summary_pair(x, b, token) if pair else OPS.summary(x, b, None, token)
         kept = list(out[-1])
-        if pair and associations.KEEPS[form][:1] == ("P",):
+        if pair and orders.KEEPS[form][:1] == ("P",):
             kept.insert(0, out[0])
         dp, dy = (out[0], out[1]) if pair else (None, out[0])
         return [*out, OPS.summary_backward(dp, dy, x, b, kept, token, [True] * 3, transposed)]
@@ -243,7 +243,7 @@ SAVED_SHAPES = {
 @pytest.mark.parametrize("kind", SAVED_SHAPES)
 def test_nothing_but_x_grows_with_n(kind, bias):
     n, d, k = SAVED_SHAPES[kind]
-    assert (dispatch.plan(n, d, k).form[-1] == "*") == ("operator" not in kind)
+    assert (select.plan(n, d, k).form[-1] == "*") == ("operator" not in kind)
     x, b = randn(n, d).requires_grad_(), weight(d, k).requires_grad_()
     saved, _ = saved_tensors(lambda: functional.summary(x, b, randn(k).requires_grad_() if bias else None))
     grown = [t for t in saved if n in t.shape and t.untyped_storage().data_ptr() != x.untyped_storage().data_ptr()]
@@ -265,10 +265,10 @@ def test_a_pair_saves_its_own_outputs_at_most(kind):
 def test_what_a_candidate_keeps_does_not_outgrow_b(shape, pair):
     n, d, k = shape
     x, b = randn(n, d), randn(d, k)
-    for form in associations.candidates(n, d, k, pair, composed=False):
+    for form in orders.candidates(n, d, k, pair, composed=False):
         token = f"reference:{form}"
         kept = (OPS.summary_pair(x, b, token) if pair else OPS.summary(x, b, None, token))[-1]
-        names = [name for name in associations.KEEPS[form] if not (pair and name == "P")]
+        names = [name for name in orders.KEEPS[form] if not (pair and name == "P")]
         for name, t in zip(names, kept, strict=True):
             bound = {"G": k * k, "K": d * d}.get(name, d * k)
             assert t.numel() <= bound, (form, name)
@@ -291,12 +291,12 @@ def probe(monkeypatch):
     def noted(name):
         def call(*args, **kwargs):
             calls.append(name)
-            return getattr(reference, name)(*args, **kwargs)
+            return getattr(eager, name)(*args, **kwargs)
 
         return call
 
     engine = types.SimpleNamespace(calls=calls, **{name: noted(name) for name in ("forward", "backward", "loss")})
-    monkeypatch.setattr(dispatch, "ENGINES", ("reference", "probe"))
+    monkeypatch.setattr(select, "ENGINES", ("reference", "probe"))
     monkeypatch.setitem(engines._MODULES, "probe", engine)
     monkeypatch.setattr(engines, "unavailable", lambda name: None)
     monkeypatch.setattr(engines, "refusal", lambda *_: None)

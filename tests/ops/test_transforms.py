@@ -6,7 +6,8 @@ from support import CASES, FORMS, naive, naive_cross_entropy, naive_head_cross_e
 from torch.autograd import forward_ad
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 
-from interp_nn import associations, dispatch, functional
+from interp_nn import functional
+from interp_nn.engines import orders, select
 
 close = torch.testing.assert_close
 
@@ -176,9 +177,9 @@ def test_hessians_of_a_pair(f, nesting):
 @pytest.fixture
 def operators_only(monkeypatch):
     """Dispatch takes an operator's form at any size."""
-    monkeypatch.setattr(associations, "OPERATOR_OVERHEAD", 0)
+    monkeypatch.setattr(orders, "OPERATOR_OVERHEAD", 0)
     monkeypatch.setattr(functional, "_plans", {})
-    assert dispatch.plan(3, 3, 2).form[-1] != "*"
+    assert select.plan(3, 3, 2).form[-1] != "*"
 
 
 @pytest.mark.parametrize("shape", [(3, 3, 2), (2, 2, 3)], ids=str)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 SETUP = runpy.run_path(str(ROOT / "setup.py"))
-FATBIN = runpy.run_path(str(ROOT / "interp_nn/fatbin.py"))
+FATBIN = runpy.run_path(str(ROOT / "interp_nn/engines/cuda/fatbin.py"))
 LIBRARY = "interp_nn/_C.abi3.so"
 MOST_BYTES = 5_000_000  # five kernels, three families of operands, up to three widths, nine GPUs; more needs a reason
 TAG = re.compile(rf"-{SETUP['OLDEST_PYTHON']}-abi3-manylinux_\d+_\d+_(x86_64|aarch64)\.whl$")

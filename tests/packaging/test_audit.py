@@ -5,7 +5,7 @@ import audit
 import pytest
 import resources
 
-from interp_nn import fatbin
+from interp_nn.engines.cuda import fatbin
 
 ARCHS = audit.SETUP["ARCHS"]
 SINCE = {"torch_call_dispatcher": 10, "torch_from_blob": 11}

@@ -11,8 +11,10 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import interp_nn
-from interp_nn import chips, dispatch, engines, fatbin, linalg, native, ops
+from interp_nn import engines, linalg, ops
 from interp_nn import functional as F
+from interp_nn.engines import devices, select
+from interp_nn.engines.cuda import compiled_library, fatbin
 
 LIBRARY = Path(interp_nn.__file__).parent / "_C.abi3.so"
 with_library = pytest.mark.skipif(not LIBRARY.exists(), reason="installed without the CUDA library")
@@ -31,7 +33,7 @@ def test_each_part_works():
     layer(x).sum().backward()
     assert layer.weight.grad.isfinite().all()
     assert linalg.gram(b).shape == (4, 4)
-    assert all(part.__doc__ for part in (chips, dispatch, engines, ops))
+    assert all(part.__doc__ for part in (devices, select, engines, ops))
 
 
 def test_main_names_every_engine():
@@ -48,23 +50,25 @@ def test_sources_are_there_to_compile():
 @pytest.mark.skipif(LIBRARY.exists(), reason="installed with the CUDA library")
 def test_without_the_library_main_says_how_to_get_it():
     assert re.search(r"^library +none: .*without the CUDA library .*no-build-isolation", main(), re.MULTILINE)
-    assert "without the CUDA library" in native.load()
+    assert "without the CUDA library" in compiled_library.load()
 
 
 @with_library
 def test_the_library_loads():
-    assert native.load() is None
-    built, served, streams = native.versions()
+    assert compiled_library.load() is None
+    built, served, streams = compiled_library.versions()
     assert built >= 12080 and served >= 0
     assert streams == (torch.version.cuda is not None)
-    assert re.search(rf"^library +{re.escape(str(LIBRARY))}, CUDA {native.dotted(built)}, for \d", main(), re.MULTILINE)
+    assert re.search(
+        rf"^library +{re.escape(str(LIBRARY))}, CUDA {compiled_library.dotted(built)}, for \d", main(), re.MULTILINE
+    )
     assert fatbin.archs(LIBRARY.read_bytes())
 
 
 @with_library
 def test_private_operators_have_cuda_kernels():
-    native.load()
-    importlib.import_module("interp_nn.engines.cuda")  # which has their schemas
+    compiled_library.load()
+    importlib.import_module("interp_nn.engines.cuda.engine")  # which has their schemas
     private = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("interp_nn::cuda_")}
     assert {f"interp_nn::cuda_{name}" for name in ("forward", "backward", "loss", "scale")} <= private
     for name in private - {"interp_nn::cuda_versions"}:
@@ -93,7 +97,7 @@ def private_calls(device, dtype, transposed):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("device", ["meta", "cuda"])
 def test_private_operators_have_fake_kernels(device, dtype, transposed):
-    importlib.import_module("interp_nn.engines.cuda")
+    importlib.import_module("interp_nn.engines.cuda.engine")
 
     with FakeTensorMode():  # needs no GPU
         for name, arguments in private_calls(device, dtype, transposed).items():
@@ -121,7 +125,7 @@ def test_opcheck_of_the_private_operators(dtype):
 
 @with_library
 def test_opcheck_of_the_public_operators_beside_the_library():
-    assert native.load() is None
+    assert compiled_library.load() is None
     x, b = torch.randn(9, 16), torch.randn(16, 5)
     torch.library.opcheck(torch.ops.interp_nn.summary.default, (x, b, None, "reference:A"))
     torch.library.opcheck(torch.ops.interp_nn.summary_pair.default, (x, b, "reference:A+"))

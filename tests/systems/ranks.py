@@ -191,7 +191,7 @@ def fsdp_in_bfloat16():
 
 
 def penalised(model, x, target):
-    from interp_nn.nn.constraints import orthogonality_penalty
+    from interp_nn.nn.orthogonality import orthogonality_penalty
 
     return classify(model, x, target) + 0.1 * orthogonality_penalty(model)
 
@@ -199,7 +199,7 @@ def penalised(model, x, target):
 def fsdp_with_a_constraint():
     from torch.distributed.fsdp import fully_shard
 
-    from interp_nn.nn.constraints import constrain, retract_
+    from interp_nn.nn.orthogonality import constrain, retract_
 
     for constraint, loss, each in (
         ("penalty", penalised, True),
@@ -223,7 +223,7 @@ def fsdp_with_a_constraint():
 def sharded_weights_are_constrained():
     from torch.distributed.fsdp import fully_shard
 
-    from interp_nn.nn.constraints import constrain, orthogonality_penalty
+    from interp_nn.nn.orthogonality import constrain, orthogonality_penalty
     from interp_nn.nn.parallel import parallelize
 
     start = network()
@@ -250,7 +250,7 @@ def sharded_weights_are_constrained():
 
 
 def tensor_parallel_with_a_penalty():
-    from interp_nn.nn.constraints import constrain
+    from interp_nn.nn.orthogonality import constrain
     from interp_nn.nn.parallel import parallelize
 
     start = constrain(network(), "penalty")

@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 import torch
 from functorch.compile import make_boxed_func
-from networks import batch, cnn, mlp
+from system_networks import batch, cnn, mlp
 from torch import nn
 from torch._dynamo.backends.common import aot_autograd
 from torch.nn import functional as F

@@ -5,7 +5,7 @@ import io
 
 import pytest
 import torch
-from networks import batch, cnn, head, mlp
+from system_networks import batch, cnn, head, mlp
 from torch.nn import functional as F
 
 # Dynamo makes an instance of a Function to trace it by, of which PyTorch's own Function warns.

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from networks import batch, cnn, mlp, plain
+from system_networks import batch, cnn, mlp, plain
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, stack_module_state, vmap
 from torch.nn import functional as F
 

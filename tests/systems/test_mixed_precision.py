@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from networks import batch, cnn, head, mlp, plain
+from system_networks import batch, cnn, head, mlp, plain
 from torch.nn import functional as F
 
 NETWORKS = {"mlp": mlp, "cnn": cnn}

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from interp_nn.explain.gates import record
+from interp_nn.explain.following.gate_record import record
 from interp_nn.explain.plots.canvas import SIGNED, array, heat_map, new_axes
 
 if TYPE_CHECKING:

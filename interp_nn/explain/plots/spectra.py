@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 from torch import Tensor
 
+from interp_nn.explain.descramble.fourier import fft_view
 from interp_nn.explain.plots.canvas import SIGNED, array, new_axes, pyplot, scale
-from interp_nn.explain.waves import fft_view
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from interp_nn.explain.descramble import Nulls
-    from interp_nn.explain.smooth import Ambiguity, Spectrum
+    from interp_nn.explain.descramble.descrambler import Nulls
+    from interp_nn.explain.descramble.optimum import Ambiguity, Spectrum
 
 _NULLS = {
     "fitted": ("the data", "tab:blue"),

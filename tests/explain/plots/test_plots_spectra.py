@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from interp_nn.explain.descramble import Descrambler, Nulls
-from interp_nn.explain.smooth import Ambiguity, Spectrum
+from interp_nn.explain.descramble.descrambler import Descrambler, Nulls
+from interp_nn.explain.descramble.optimum import Ambiguity, Spectrum
 
 plt = pytest.importorskip("matplotlib.pyplot")
 plots = pytest.importorskip("interp_nn.explain.plots.spectra")

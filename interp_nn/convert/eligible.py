@@ -1,0 +1,164 @@
+"""Which layers of a model can change between plain and summary layers in place, and why not the others."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from interp_nn.convert.weight_reads import read_past_forward
+from interp_nn.nn.base import LinearForm
+
+Select = str | Iterable[str] | Callable[[str, nn.Module], bool] | None
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+class Convertible:
+    """The layers of a model that `select` takes, in order: `paths` of each, and `obstacles`, the reason why one must stay.
+
+    classes: from each class that can be converted to what it becomes. values: whether the conversion computes with them.
+    Raises ValueError where `select` takes no layer, or names one by its very path that must stay.
+    """
+
+    def __init__(self, model: nn.Module, select: Select, classes: Mapping[type, type], values: bool) -> None:
+        self.paths: dict[nn.Module, list[str]] = {}
+        for name, module in model.named_modules(remove_duplicate=False):
+            self.paths.setdefault(module, []).append(name)
+        summaries = any(issubclass(c, LinearForm) for c in classes)
+        layers = [m for m in self.paths if isinstance(m, LinearForm) is summaries and (summaries or _has_matrix(m))]
+        self.layers, named = self._selected(select, layers)
+        self.obstacles = {m: why for m in self.layers if (why := _obstacle(m, classes, values)) is not None}
+        if not summaries:
+            for path, reader in read_past_forward(model).items():
+                for m in self.layers:
+                    if path in self.paths[m]:
+                        self.obstacles.setdefault(m, f"{reader} takes its weight for itself")
+        self._tied()
+        refused = [f"{self.paths[m][0]}: {self.obstacles[m]}" for m in self.layers if m in named & set(self.obstacles)]
+        if refused:
+            raise ValueError(f"select: cannot convert {'; '.join(refused)}")
+
+    def _selected(self, select: Select, layers: list[nn.Module]) -> tuple[list[nn.Module], set[nn.Module]]:
+        """The layers that are taken, and those among them that are named by their path."""
+        if select is None:
+            return layers, set()
+        if not callable(select) and not isinstance(select, Iterable):
+            raise TypeError(
+                f"select: got {type(select).__name__}, want a path, several, or a function of (path, module)"
+            )
+        if callable(select):
+            chosen = {m for m in layers if any(select(path, m) for path in self.paths[m])}
+            if not chosen:
+                raise ValueError("select: takes none of the model's layers")
+            return [m for m in layers if m in chosen], set()
+        chosen, named = set(), set()
+        for pattern in [select] if isinstance(select, str) else select:
+            if not isinstance(pattern, str):
+                raise TypeError(f"select: got {type(pattern).__name__}, want a path or a pattern of paths")
+            found = {m for m in layers if any(fnmatchcase(path, pattern) for path in self.paths[m])}
+            if not found:
+                raise ValueError(f"select: {pattern!r} {self._unknown(pattern, layers)}")
+            chosen |= found
+            named |= {m for m in found if pattern in self.paths[m]}
+        if not chosen:
+            raise ValueError("select: got no path, want at least one (None takes all layers)")
+        return [m for m in layers if m in chosen], named
+
+    def _unknown(self, pattern: str, layers: list[nn.Module]) -> str:
+        for module, paths in self.paths.items():
+            if pattern in paths:
+                return f"is a {type(module).__name__}, not a layer to convert (those in it are {pattern + '.*'!r})"
+        near = difflib.get_close_matches(pattern, [path for m in layers for path in self.paths[m]])
+        return "is no layer of the model" + (f"; near it: {', '.join(near)}" if near else "")
+
+    def _tied(self) -> None:
+        """Layers tied to something that stays must stay; so must those tied to them, and those that overlap something."""
+        owners: dict[object, list[tuple[nn.Module, str]]] = {}
+        for module in self.paths:
+            for name, p in module._parameters.items():
+                if p is not None:
+                    owners.setdefault(memory(p), []).append((module, name))
+        for key, other in _overlaps(owners):
+            for module, name in owners[key]:
+                if name == "weight" and module in self.layers:
+                    self.obstacles.setdefault(module, f"its weight overlaps {self._name(*owners[other][0])} in memory")
+        for shared in owners.values():
+            kinds = {(type(m), getattr(m, "groups", 1)) for m, _ in shared}
+            stays = next(((m, n) for m, n in shared if m not in self.layers or m in self.obstacles), None)
+            for module, name in shared:
+                other = stays or (next(s for s in shared if s[0] is not module) if len(kinds) > 1 else None)
+                if name == "weight" and module in self.layers and other is not None and other[0] is not module:
+                    self.obstacles.setdefault(module, f"its weight is tied to {self._name(*other)}")
+
+    def _name(self, module: nn.Module, parameter: str) -> str:
+        return ".".join(filter(None, (self.paths[module][0], parameter)))
+
+
+def memory(p: Tensor) -> object:
+    """What two parameters have in common where they are the same entries, of matrices also where one is the other's transpose."""
+    if type(p) is not nn.Parameter or p.layout is not torch.strided or p.is_meta or not p.numel():
+        return id(p)
+    order = [(stride, size) for stride, size in zip(p.stride(), p.shape, strict=True) if size > 1 or p.dim() != 2]
+    return p.device, p.data_ptr(), _end(p), tuple(sorted(order) if p.dim() == 2 else order)
+
+
+def _end(p: Tensor) -> int:
+    """The address after that of a tensor's last entry."""
+    last = sum((size - 1) * stride for size, stride in zip(p.shape, p.stride(), strict=True))
+    return p.data_ptr() + (last + 1) * p.element_size()
+
+
+def _overlaps(memories: Iterable[object]) -> Iterator[tuple[object, object]]:
+    """Each of the memories whose range overlaps that of another one, and that other one."""
+    ranges = sorted((m for m in memories if isinstance(m, tuple)), key=lambda m: (str(m[0]), m[1]))
+    reaching = None  # farthest, of those that have begun
+    for m in ranges:
+        if reaching is not None and m[0] == reaching[0] and m[1] < reaching[2]:
+            yield m, reaching
+            yield reaching, m
+        if reaching is None or m[0] != reaching[0] or m[2] > reaching[2]:
+            reaching = m
+
+
+def _has_matrix(module: nn.Module) -> bool:
+    weight: Any = dict(module.named_parameters(recurse=False)).get("weight")
+    lazy = isinstance(weight, nn.UninitializedParameter)
+    return isinstance(module, nn.Linear | nn.Conv2d) or (weight is not None and not lazy and weight.dim() > 1)
+
+
+def _obstacle(layer: nn.Module, classes: Mapping[type, type], values: bool) -> str | None:
+    """Why this layer must stay, whatever is around it."""
+    kind: type = parametrize.type_before_parametrizations(layer)
+    if kind not in classes:
+        base = next((c for c in kind.__mro__ if c in classes), None)
+        if isinstance(getattr(layer, "weight", None), nn.UninitializedParameter):
+            return "its weight is uninitialized (a lazy module); run the model once first"
+        if base is None:
+            return f"neither {' nor '.join(c.__name__ for c in classes)}"
+        return f"a subclass of {base.__name__}, which may compute something else"
+    parametrized = parametrize.is_parametrized(layer)
+    if parametrized and not issubclass(kind, LinearForm):
+        return "parametrized; call torch.nn.utils.parametrize.remove_parametrizations first"
+    if "forward" in vars(layer):
+        return "its forward was replaced by another on this very module"
+    weight: Any = layer.weight
+    if not parametrized and "weight" not in layer._parameters:
+        return "its weight is computed from other parameters (by pruning, or a weight norm of hooks); make it permanent first"
+    if not parametrized and type(weight) is not nn.Parameter:
+        return f"its weight is a {type(weight).__name__} (sharded or quantized?); convert before"
+    if weight.dtype not in _DTYPES or weight.layout is not torch.strided:
+        return f"its weight is {weight.dtype}, {weight.layout}; want dense float64, float32, bfloat16 or float16"
+    if weight.is_inference() and not torch.is_inference_mode_enabled():
+        return "its weight is an inference tensor; convert under torch.inference_mode"
+    if not weight.is_meta and weight.numel() * weight.element_size() > _end(weight) - weight.data_ptr():
+        return "its weight's entries share memory with each other (an expanded tensor?)"
+    if values and weight.is_meta:
+        return "its weight is on the meta device and has no values"
+    if values and not bool(torch.isfinite(weight.detach()).all()):
+        return "its weight is not finite"
+    return None

@@ -1,0 +1,115 @@
+"""The compiled CUDA library: found and loaded once, or the reason why not.
+
+It is `_C.abi3.so` in the package's folder, where the wheel has it or setup.py has built it. INTERP_NN_JIT=1 asks for one that is
+compiled on this machine instead, from the same sources, for its GPU.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+
+_PACKAGE = Path(__file__).resolve().parents[2]
+_LIBRARY = _PACKAGE / "_C.abi3.so"
+_OLDEST_DRIVER = {13: "driver 580"}  # that serves a major version of CUDA
+_SCHEMAS = torch.library.Library("interp_nn", "FRAGMENT")
+_SCHEMAS.define("cuda_versions() -> int[]")
+
+_attempt: tuple[Path, str | None] | None = None
+
+
+def load() -> str | None:
+    """Load the library at the first call. The reason why there is none; None if it is loaded."""
+    return _load()[1]
+
+
+load._dynamo_marked_constant = True  # type: ignore[attr-defined] # see chips.chip_of
+
+
+def path() -> Path:
+    """The file of the library that `load` has loaded."""
+    return _load()[0]
+
+
+def versions() -> tuple[int, int, bool]:
+    """The CUDA that the loaded library was built with, 1000 major + 10 minor, and the newest one that the driver serves, 0
+    without a driver; whether this PyTorch can tell the library its CUDA streams.
+    """
+    built, served, streams = torch.ops.interp_nn.cuda_versions()
+    return built, served, bool(streams)
+
+
+versions._dynamo_marked_constant = True  # type: ignore[attr-defined] # see chips.chip_of
+
+
+def driver_reason() -> str | None:
+    """Why the driver cannot run what is in the loaded library; None if it can."""
+    built, served, _ = versions()
+    if served == 0:
+        return "there is no CUDA driver"
+    if served // 1000 >= built // 1000:
+        return None
+    major = built // 1000
+    return (
+        f"the driver serves CUDA {dotted(served)} and the library needs CUDA {major} "
+        f"({_OLDEST_DRIVER.get(major, 'a driver of that time')} or newer, or a library built with CUDA {served // 1000})"
+    )
+
+
+driver_reason._dynamo_marked_constant = True  # type: ignore[attr-defined] # see chips.chip_of
+
+
+def dotted(version: int) -> str:
+    """A version as CUDA counts them, 12080, as people do: 12.8."""
+    return f"{version // 1000}.{version % 1000 // 10}"
+
+
+def _load() -> tuple[Path, str | None]:
+    global _attempt
+    if _attempt is None:
+        _attempt = _attempt_once()
+    return _attempt
+
+
+def _attempt_once() -> tuple[Path, str | None]:
+    jit = os.environ.get("INTERP_NN_JIT") == "1"
+    if not jit and not _LIBRARY.exists():
+        how = "where nvcc is: INTERP_NN_BUILD_CUDA=1 pip install --no-build-isolation --no-binary interp_nn interp_nn"
+        return _LIBRARY, f"this wheel was built without the CUDA library ({how})"
+    try:
+        file = _compile() if jit else _LIBRARY
+        torch.ops.load_library(str(file))
+    except Exception as error:  # whatever a compiler or a linker dislikes, PyTorch's own operators still compute
+        return _LIBRARY, _reason(error)
+    return file, None
+
+
+def _reason(error: Exception) -> str:
+    """What a linker says is the cause of an OSError; of a failed compilation, which is long, the first lines that matter."""
+    if isinstance(error, OSError):
+        return str(error.__cause__ or error)
+    lines = str(error).splitlines()
+    mattering = [line.strip() for line in lines[1:] if "error" in line.lower() or "cannot" in line]
+    return ": ".join([lines[0].partition(":")[0], *mattering[:2]]) if mattering else str(error)
+
+
+def _compile() -> Path:
+    """The library for the current device. PyTorch keeps it and compiles again when a source changes."""
+    if not torch.cuda.is_available():
+        raise RuntimeError("INTERP_NN_JIT=1 needs a PyTorch with CUDA and a CUDA device")
+    from torch.utils import cpp_extension  # slow to import
+
+    if cpp_extension.CUDA_HOME is None:
+        raise RuntimeError("INTERP_NN_JIT=1 needs nvcc (on PATH, or CUDA_HOME set to the folder of its toolkit)")
+    folder = _PACKAGE / "csrc" if (_PACKAGE / "csrc").is_dir() else _PACKAGE.parent / "csrc"  # installed; a checkout
+    arch = "{}{}".format(*torch.cuda.get_device_capability())
+    built = cpp_extension.load(
+        "interp_nn_cuda",
+        sorted(str(file) for file in folder.iterdir() if file.suffix in (".cpp", ".cu")),
+        extra_cflags=["-O2", "-DTORCH_TARGET_VERSION=0x020a000000000000"],  # as in setup.py
+        extra_cuda_cflags=["-O3", "-std=c++17", f"-gencode=arch=compute_{arch},code=sm_{arch}"],
+        is_python_module=False,
+    )
+    return Path(built)

@@ -1,0 +1,209 @@
+"""The three-term loss of the pair with its gradients: w1 CE(P, t) + w2 CE(Y, t) + w3 MSE(P, Y).
+
+Gradients are carried without the factor upstream / kept rows, so that 16-bit ones neither underflow for many rows nor under
+a small upstream; they meet it in fp32 on their way out. With one upstream a row there is nothing to postpone.
+"""
+
+import triton
+import triton.language as tl
+
+from interp_nn.engines.triton.backward import add_splits, projection_strips, twice_symmetric
+from interp_nn.engines.triton.grid import add_parts, add_scalars, barrier
+from interp_nn.engines.triton.tiles import gram, inside, load_b, load_rows, project, store_b, store_rows
+
+
+@triton.jit
+def _log_softmax_terms(o, hot, M: tl.constexpr, BM: tl.constexpr):
+    """(maximum, 1 / sum of exponentials, cross entropy) of each row of logits."""
+    o_max = tl.max(tl.where(tl.arange(0, BM)[None, :] < M, o, float("-inf")), axis=1)
+    total = tl.sum(tl.where(tl.arange(0, BM)[None, :] < M, tl.exp(o - o_max[:, None]), 0.0), axis=1)
+    return o_max, 1.0 / total, tl.log(total) + o_max - tl.sum(tl.where(hot, o, 0.0), axis=1)
+
+
+@triton.jit
+def load_targets(TARGET, row, rn, n, ignore_index, M: tl.constexpr):
+    """(targets, whether each row counts) of the rows row + rn; a bad class stops the kernel as it stops PyTorch's own."""
+    exists = inside(row, rn, n)
+    target = tl.load(TARGET + row + rn, mask=exists, other=0)
+    kept = exists & (target != ignore_index)
+    tl.device_assert((not kept) | ((target >= 0) & (target < M)), "target: class index out of range")
+    return target, kept
+
+
+@triton.jit
+def loss_terms(
+    o1, o2, target, kept, UPSTREAM, row, rn, w1, w2, w3, M: tl.constexpr, BM: tl.constexpr, REDUCTION: tl.constexpr
+):
+    """(loss of each row, E1, E2): the gradients of the logits o1 and o2, all zero where a row does not count.
+
+    Statistics come first, so that few wide intermediates are alive at once.
+    """
+    rm = tl.arange(0, BM)
+    hot = rm[None, :] == target[:, None]
+    max1, inverse1, ce1 = _log_softmax_terms(o1, hot, M, BM)
+    max2, inverse2, ce2 = _log_softmax_terms(o2, hot, M, BM)
+    difference = o1 - o2
+    loss = w1 * ce1 + w2 * ce2 + w3 * (tl.sum(difference * difference, axis=1) / M)
+    loss = tl.where(kept, loss, 0.0)
+    weight = tl.where(kept, 1.0, 0.0)
+    if REDUCTION == "none":
+        if UPSTREAM is not None:
+            weight = tl.load(UPSTREAM + row + rn, mask=kept, other=0.0).to(tl.float32)
+    use = kept[:, None] & (rm[None, :] < M)
+    pull = difference * (2.0 * w3 / M)
+    one = tl.where(hot, 1.0, 0.0)
+    e1 = tl.where(use, ((tl.exp(o1 - max1[:, None]) * inverse1[:, None] - one) * w1 + pull) * weight[:, None], 0.0)
+    e2 = tl.where(use, ((tl.exp(o2 - max2[:, None]) * inverse2[:, None] - one) * w2 - pull) * weight[:, None], 0.0)
+    return loss, e1, e2
+
+
+@triton.jit
+def gradient_scale(COUNTS, UPSTREAM, parts, REDUCTION: tl.constexpr, BATCH: tl.constexpr):
+    """What the gradients are still to be multiplied with: upstream / kept rows for "mean", upstream for "sum"."""
+    scale = 1.0
+    if REDUCTION != "none":
+        if UPSTREAM is not None:
+            scale = tl.load(UPSTREAM).to(tl.float32)
+    if REDUCTION == "mean":
+        scale = scale / tl.maximum(add_scalars(COUNTS, parts, BATCH), 1.0)
+    return scale
+
+
+@triton.jit
+def store_value(VALUE, LOSSES, COUNTS, parts, REDUCTION: tl.constexpr, BATCH: tl.constexpr):
+    """The mean over kept rows (NaN without any, as in PyTorch) or the sum; rows themselves are stored already."""
+    if REDUCTION != "none":
+        value = add_scalars(LOSSES, parts, BATCH)
+        if REDUCTION == "mean":
+            value = value / add_scalars(COUNTS, parts, BATCH)
+        tl.store(VALUE, value)
+
+
+@triton.jit(do_not_specialize=["n", "splits", "ignore_index"])
+def pair_loss(
+    X,
+    B,
+    TARGET,
+    UPSTREAM,
+    VALUE,
+    DX,
+    DB,
+    D,
+    PARKED_P,
+    PARKED_E,
+    WORK,
+    COUNTER,
+    n,
+    d,
+    splits,
+    ignore_index,
+    w1,
+    w2,
+    w3,
+    K: tl.constexpr,
+    B_T: tl.constexpr,
+    EVEN_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+    PHASES: tl.constexpr,
+    REDUCTION: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BK: tl.constexpr,
+    BN_A: tl.constexpr,
+    BD_A: tl.constexpr,
+    BN: tl.constexpr,
+    BD: tl.constexpr,
+    BC: tl.constexpr,
+    BATCH: tl.constexpr,
+):
+    """The loss and, where DX and DB are not None, its gradients: D = E1 + E2 G, dX = D bᵀ, db = Xᵀ D + b (T + Tᵀ), T = Pᵀ E2.
+    The logits never leave the chip. UPSTREAM (None for 1) is a scalar, or (n,) for reduction "none".
+
+    Phases: 1 rows, D, parts of T and of the loss; 2 strips, T, the loss; 4 db. D, PARKED_P, PARKED_E (n, WIDTH) are
+    workspaces in X's dtype; where the last two are given, T is summed in a second walk over them, which needs fewer
+    registers. WORK, in fp32: (splits, d, BK) parts of Xᵀ D, (programs, BK, BK) parts of T, T, parts of loss and count.
+    """
+    program, programs = tl.program_id(0), tl.num_programs(0)
+    rk = tl.arange(0, BK)
+    T_PARTS = WORK + splits * d * BK
+    T = T_PARTS + programs * BK * BK
+    LOSSES = T + BK * BK
+    COUNTS = LOSSES + programs
+    if PHASES & 1:
+        rn = tl.arange(0, BN_A)
+        g = gram(B, d, K, BK, BD_A, B_T, EVEN_D, PRECISION).to(X.dtype.element_ty)
+        t = tl.zeros((BK, BK), tl.float32)
+        total, count = 0.0, 0.0
+        for tile in range(program, tl.cdiv(n, BN_A), programs):
+            row = tl.cast(tile, tl.int64) * BN_A
+            target, kept = load_targets(TARGET, row, rn, n, ignore_index, K)
+            p = project(X, B, row, n, d, K, BK, BN_A, BD_A, B_T, EVEN_D, PRECISION)
+            p16 = p.to(X.dtype.element_ty)
+            y = tl.dot(p16, g, input_precision=PRECISION)
+            loss, e1, e2 = loss_terms(p, y, target, kept, UPSTREAM, row, rn, w1, w2, w3, K, BK, REDUCTION)
+            total += tl.sum(loss, axis=0)
+            count += tl.sum(tl.where(kept, 1.0, 0.0), axis=0)
+            if REDUCTION == "none":
+                tl.store(VALUE + row + rn, loss, mask=inside(row, rn, n))
+            if D is not None:
+                e2 = e2.to(X.dtype.element_ty)
+                store_rows(D, tl.dot(e2, g, e1, input_precision=PRECISION), row, rn, rk, n, WIDTH)
+                if DB is not None:
+                    if PARKED_P is not None:
+                        store_rows(PARKED_P, p16, row, rn, rk, n, WIDTH)
+                        store_rows(PARKED_E, e2, row, rn, rk, n, WIDTH)
+                    else:
+                        t = tl.dot(tl.trans(p16), e2, t, input_precision=PRECISION)
+        if DB is not None:
+            if PARKED_P is not None:
+                tl.debug_barrier()
+                for tile in range(program, tl.cdiv(n, BN_A), programs):
+                    row = tl.cast(tile, tl.int64) * BN_A
+                    p16 = load_rows(PARKED_P, row, rn, rk, n, WIDTH)
+                    e2 = load_rows(PARKED_E, row, rn, rk, n, WIDTH)
+                    t = tl.dot(tl.trans(p16), e2, t, input_precision=PRECISION)
+            tl.store(T_PARTS + program * BK * BK + rk[:, None] * BK + rk[None, :], t)
+        tl.store(LOSSES + program, total)
+        tl.store(COUNTS + program, count)
+    if (PHASES & 3) == 3:
+        barrier(COUNTER)
+    if PHASES & 2:
+        if D is not None:
+            scale = gradient_scale(COUNTS, UPSTREAM, programs, REDUCTION, BATCH)
+            projection_strips(
+                X, B, D, DX, WORK, n, d, splits, scale, K, WIDTH, BK, BN, BD, B_T, EVEN_D, DB is not None, PRECISION
+            )
+            if DB is not None:
+                add_parts(T_PARTS, T, programs, BK * BK, BK * BK, 256, BATCH)
+        if program == programs - 1:
+            store_value(VALUE, LOSSES, COUNTS, programs, REDUCTION, BATCH)
+    if (PHASES & 6) == 6:
+        barrier(COUNTER)
+    if PHASES & 4:
+        scale = gradient_scale(COUNTS, UPSTREAM, programs, REDUCTION, BATCH)
+        t = twice_symmetric(T, BK)
+        for strip in range(program, tl.cdiv(d, BC), programs):
+            rd = strip * BC + tl.arange(0, BC)
+            db = add_splits(WORK, rd, d, splits, BK, BC, 4)
+            b = load_b(B, rd, rk, d, K, B_T, EVEN_D).to(tl.float32)
+            store_b(DB, tl.dot(b, t, db, input_precision=PRECISION) * scale, rd, rk, d, K, B_T)
+
+
+@triton.jit
+def _scale_one(G, size, scale, BLOCK: tl.constexpr):
+    """G *= scale over `size` elements of memory; nothing for no G."""
+    if G is not None:
+        for block in range(tl.program_id(0), tl.cdiv(size, BLOCK), tl.num_programs(0)):
+            i = tl.cast(block, tl.int64) * BLOCK + tl.arange(0, BLOCK)
+            g = tl.load(G + i, mask=i < size, other=0.0).to(tl.float32) * scale
+            tl.store(G + i, g.to(G.dtype.element_ty), mask=i < size)
+
+
+@triton.jit(do_not_specialize=["size0", "size1", "size2", "size3"])
+def scale_gradients(UPSTREAM, G0, G1, G2, G3, size0, size1, size2, size3, BLOCK: tl.constexpr):
+    """Multiply up to four gradients by UPSTREAM in place. For an upstream of 1, as backward() has it, nothing is touched."""
+    scale = tl.load(UPSTREAM).to(tl.float32)
+    if scale != 1.0:
+        _scale_one(G0, size0, scale, BLOCK)
+        _scale_one(G1, size1, scale, BLOCK)
+        _scale_one(G2, size2, scale, BLOCK)
+        _scale_one(G3, size3, scale, BLOCK)

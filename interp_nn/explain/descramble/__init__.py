@@ -1,0 +1,1 @@
+"""Descrambling: the orthogonal transform that makes a layer's signals smooth, in closed form."""

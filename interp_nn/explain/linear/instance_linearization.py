@@ -1,0 +1,172 @@
+"""Exact attribution in the manner of captum: what each input adds to an output, and the constant that no input accounts for.
+
+Around x a network of linear maps and gates is W x + b (Li et al., arXiv 2310.16295), so entry j of x adds exactly W[k, j] x_j to
+output k, and b_k is the rest. On piecewise affine networks these are gradient x input; unlike it, they come with b.
+"""
+
+from __future__ import annotations
+
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from interp_nn.explain.linear.affine_map import linearize
+
+Tensors: TypeAlias = Tensor | tuple[Tensor, ...]
+Target: TypeAlias = int | tuple[int, ...] | Tensor | list[int] | list[tuple[int, ...]] | None
+
+
+class InstanceLinearization:
+    """Contributions of the inputs to one output a sample, from the affine map of each sample.
+
+    model: the network, in evaluation mode; it may take several inputs. Used like an attribution method of captum, which need
+    not be installed; `attribute` is an explanation function for captum's metrics.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        """Raises TypeError for what is not a module: functions have no layers to name."""
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model: got {type(model).__name__}, want an nn.Module")
+        self.forward_func = model
+
+    @property
+    def multiplies_by_inputs(self) -> bool:
+        """Contributions are coefficients times inputs, as captum calls it."""
+        return True
+
+    def has_convergence_delta(self) -> bool:
+        """`attribute` can return its own error."""
+        return True
+
+    def attribute(
+        self,
+        inputs: Tensors,
+        baselines: Tensor | float | tuple[Tensor | float, ...] | None = None,
+        target: Target = None,
+        additional_forward_args: Any = None,
+        internal_batch_size: int | None = None,
+        return_convergence_delta: bool = False,
+    ) -> Tensors | tuple[Tensors, Tensor]:
+        """W[k] * (x - x0) for output k of each sample: a tensor like each of the inputs, in a tuple where they are.
+
+        inputs: (n, ...), or a tuple of them for a model of several. baselines: x0, a tensor that broadcasts to the input or a
+        number for each of them; 0 without. additional_forward_args: what follows the inputs in the call of the model and is not
+        explained. internal_batch_size: samples at a time.
+
+        target: which output of a model that gives (n, k): one index for all samples, or n of them in a 1-D tensor or a list; of
+        a model that gives (n, k, l, ...): a tuple of indices, or a list of n tuples. None for a model that gives (n,).
+
+        With return_convergence_delta also (n,): F_k(x) - (sum of the contributions) - (W x0 + b)_k, with the last term computed
+        by a pass of its own: rounding, unless something went wrong. Raises ValueError and TypeError for inputs and targets that
+        do not fit; as `linearize` does for models that have no exact map.
+        """
+        points, extra = _tuple(inputs), _arguments(additional_forward_args)
+        for i, x in enumerate(points):
+            if not isinstance(x, Tensor) or x.dim() < 1 or len(x) != len(points[0]):
+                got = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
+                raise ValueError(f"inputs[{i}]: got {got}, want a tensor (n, ...) with the same n in all")
+        points = tuple(x.detach() for x in points)
+        n = len(points[0])
+        if not n:
+            raise ValueError("inputs: got no samples")
+        starts = [_baseline(b, x) for b, x in zip(_baselines(baselines, len(points)), points, strict=True)]
+        size = n if internal_batch_size is None else internal_batch_size
+        if size < 1:
+            raise ValueError(f"internal_batch_size: got {internal_batch_size}, want at least 1")
+        parts = []
+        for first in range(0, n, size):
+            chosen = slice(first, first + size)
+            parts.append(
+                self._part(
+                    tuple(x[chosen] for x in points),
+                    tuple(b[chosen] for b in starts),
+                    _of_samples(target, chosen, n),
+                    tuple(a[chosen] if isinstance(a, Tensor) and a.dim() and len(a) == n else a for a in extra),
+                )
+            )
+        contributions = tuple(torch.cat(column) for column in zip(*(part[0] for part in parts), strict=True))
+        result = contributions if isinstance(inputs, tuple) else contributions[0]
+        return (result, torch.cat([part[1] for part in parts])) if return_convergence_delta else result
+
+    def _part(
+        self, points: tuple[Tensor, ...], starts: tuple[Tensor, ...], target: Target, extra: tuple[Any, ...]
+    ) -> tuple[tuple[Tensor, ...], Tensor]:
+        """Contributions to the chosen outputs of some samples, and their error."""
+        call = _WithArguments(self.forward_func, extra)
+        linear = linearize(call, points, target=lambda output: _select(output, target))
+        contributions = _tuple(linear.contributions(tuple(x - b for x, b in zip(points, starts, strict=True))))
+        with torch.no_grad():
+            outputs = _select(call(*points), target)
+        explained = torch.stack([part.flatten(1).sum(1) for part in contributions]).sum(0)
+        return contributions, outputs - explained - linear(starts)
+
+
+class _WithArguments(nn.Module):
+    """A model with the arguments after its inputs given."""
+
+    def __init__(self, model: nn.Module, extra: tuple[Any, ...]) -> None:
+        super().__init__()
+        self.model, self.extra = model, extra
+
+    def forward(self, *inputs: Tensor) -> Any:
+        return self.model(*inputs, *self.extra)
+
+
+def _tuple(values: Any) -> tuple[Any, ...]:
+    return values if isinstance(values, tuple) else (values,)
+
+
+def _arguments(extra: Any) -> tuple[Any, ...]:
+    return () if extra is None else _tuple(extra)
+
+
+def _baselines(baselines: Any, count: int) -> tuple[Any, ...]:
+    given = (0.0,) * count if baselines is None else _tuple(baselines)
+    if len(given) != count:
+        raise ValueError(f"baselines: got {len(given)}, want one for each of {count} inputs")
+    return given
+
+
+def _baseline(baseline: Tensor | float, x: Tensor) -> Tensor:
+    value = torch.as_tensor(baseline, dtype=x.dtype, device=x.device)
+    try:
+        return value.expand_as(x)
+    except RuntimeError:
+        raise ValueError(
+            f"baselines: got shape {tuple(value.shape)}, want one that broadcasts to {tuple(x.shape)}"
+        ) from None
+
+
+def _of_samples(target: Target, chosen: slice, n: int) -> Target:
+    """The targets of some samples, of n in all."""
+    if isinstance(target, list) or (isinstance(target, Tensor) and target.numel() != 1):
+        if (isinstance(target, Tensor) and target.dim() != 1) or len(target) != n:
+            got = tuple(target.shape) if isinstance(target, Tensor) else len(target)
+            raise ValueError(f"target: got {got}, want one index, or one for each of {n} samples")
+        return target[chosen]
+    return target
+
+
+def _select(output: Any, target: Target) -> Tensor:
+    """One output (n,) of each sample, as captum's targets choose it."""
+    if not isinstance(output, Tensor):
+        raise TypeError(f"model: gave {type(output).__name__}, want a tensor; wrap it to return the one to explain")
+    shape = output.shape[1:]
+    given = target.tolist() if isinstance(target, Tensor) else target
+    if given is None and shape.numel() == 1:
+        given = (0,) * len(shape)
+    columns = [k if isinstance(k, tuple) else (k,) for k in (given if isinstance(given, list) else [given])]
+    if any(not isinstance(k, int) for column in columns for k in column) and given is not None:
+        raise TypeError(f"target: got {target!r}, want integers, tuples of them, or a list or 1-D tensor of them")
+    for column in columns:
+        if len(column) != len(shape) or not all(
+            k is not None and -s <= k < s for k, s in zip(column, shape, strict=True)
+        ):
+            got = given if len(columns) == 1 else column
+            raise ValueError(
+                f"target: got {got} for a model that gives {tuple(output.shape)}, want the index of one output"
+            )
+    index = torch.tensor(columns, dtype=torch.long, device=output.device)  # (1 or n, dimensions of an output)
+    places = (torch.arange(len(output), device=output.device), *index.T)
+    return output[places]

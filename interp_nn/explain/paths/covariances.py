@@ -1,0 +1,222 @@
+"""The neural path kernel of any graph of layers: covariances of its values over random weights, from layer to layer.
+
+With independent weights of mean 0 and variance 1, and the gates held, the channels of a layer's output are independent and
+alike: one covariance S(q, q') for each pair of positions is all there is to know. On the way to the next layer it is multiplied
+by two samples' profiles, and the weights sum it over channels, which is a product of matrices. The variance of the output is
+the neural path kernel (Lakshminarayanan & Singh, 2020, arXiv 2006.10529), in one pass through the graph.
+
+Pairs of positions that no output needs are left out: without pooling, those with q = q' are enough.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from interp_nn.explain.paths.path_terms import Layer, Taps
+from interp_nn.explain.paths.tiling import largest_entry
+
+_TILE_BYTES = 1 << 28
+_GATHER_BYTES = 1 << 25
+_LARGEST_TILE = 1024
+_SCALED_BEYOND = 32  # the exponent of 2
+
+
+_Covariances = tuple[list[Tensor], int]  # of each group, times 2 to the power
+_ONE: _Covariances = ([], 0)  # those of a layer without terms
+
+
+class _Products(NamedTuple):
+    """A term's covariances: W products of its taps `left` and `right` with rows `source` of its layer's S (None: all in order),
+    and which of them `table` (pairs of positions of z, width) sums, where W is none; None: each is a pair's own.
+    """
+
+    left: Tensor
+    right: Tensor
+    source: Tensor | None
+    table: Tensor | None
+
+
+class _Run(NamedTuple):
+    """Channels of z that a term takes from one group of its layer."""
+
+    term: int
+    channels: slice
+    group: int
+
+
+class _Step(NamedTuple):
+    """How the covariances of a layer follow: of `pairs` pairs of positions of z, by its terms' products, and then of its own by
+    `table`, which sums over the window (pairs of positions, K). runs: by group. done: layers that are not needed any more.
+    """
+
+    pairs: int
+    products: list[_Products]
+    table: Tensor | None
+    runs: list[list[_Run]]
+    done: list[int]
+
+
+class Propagation:
+    """Which covariances the layers of a network need, and how each follows from others: the same for all samples."""
+
+    def __init__(self, layers: list[Layer], normalize: bool) -> None:
+        """layers: of any sample. normalize: weights have variance 1 / fan-in."""
+        self._normalize = normalize
+        needed: list[list[Tensor]] = [[] for _ in layers]
+        needed[-1].append(torch.zeros(1, dtype=torch.int64, device=layers[-1].window.device))
+        self._steps: dict[int, _Step] = {}
+        self._rows = [0] * len(layers)
+        coded: dict[int, Tensor] = {}
+        later: set[int] = set()
+        for place in reversed(range(len(layers))):
+            layer = layers[place]
+            if not layer.terms or not needed[place]:
+                continue
+            coded[place] = torch.cat(needed[place]).unique()
+            self._rows[place] = len(coded[place])
+            seen = [
+                layer.window[:, index] for index in (coded[place] // layer.positions, coded[place] % layer.positions)
+            ]
+            inside, size = (seen[0] >= 0) & (seen[1] >= 0), int(layer.window.max()) + 1
+            codes = seen[0] * size + seen[1]
+            pairs = codes[inside].unique()
+            table = torch.searchsorted(pairs, codes).masked_fill(~inside, len(pairs)).T.contiguous()
+            products = [_products(term.taps, pairs // size, pairs % size) for term in layer.terms]
+            for term, product in zip(layer.terms, products, strict=True):
+                inputs = term.taps.inputs
+                needed[term.layer].append(inputs[product.left] * layers[term.layer].positions + inputs[product.right])
+            done = {term.layer for term in layer.terms} - later
+            later |= done
+            runs = [_runs(layers, layer, group) for group in range(layer.groups)]
+            self._steps[place] = _Step(len(pairs), products, _unless_identity(table), runs, sorted(done))
+        for place, step in self._steps.items():
+            for i, term in enumerate(layers[place].terms):
+                own = step.products[i]
+                if term.layer in coded:
+                    codes = term.taps.inputs[own.left] * layers[term.layer].positions + term.taps.inputs[own.right]
+                    rows = torch.searchsorted(coded[term.layer], codes)
+                    whole = len(rows) == len(coded[term.layer])
+                    step.products[i] = own._replace(source=_unless_identity(rows) if whole else rows)
+        self._groups = [layer.groups for layer in layers]
+
+    def chunk(self, dtype: torch.dtype) -> int:
+        """How many rows and columns of the kernel a tile may have."""
+        held, most = 0, 1
+        for place, step in sorted(self._steps.items()):
+            held += self._rows[place] * self._groups[place]
+            summed = max((len(product.left) for product in step.products if product.table is not None), default=0)
+            most = max(most, held + step.pairs + summed)
+            held -= sum(self._rows[done] * self._groups[done] for done in step.done)
+        return min(max(1, math.isqrt(_TILE_BYTES // (most * dtype.itemsize))), _LARGEST_TILE)
+
+    def tile(self, left: list[Layer], right: list[Layer]) -> Tensor:
+        """The kernel (a, b) of a and b samples, fp64, from their layers."""
+        covariances: dict[int, _Covariances] = {}
+        for place, step in sorted(self._steps.items()):
+            a, b = left[place], right[place]
+            power = max([covariances.get(term.layer, _ONE)[1] for term in a.terms] + [0] * bool(a.biases))
+            groups = []
+            for runs in step.runs:
+                shape = len(a.terms[0].profile[0]), len(b.terms[0].profile[0])
+                like = a.terms[0].profile
+                sums = like.new_zeros(step.pairs + 1, *shape)  # the last is beyond the edge
+                for term, channels, group in runs:
+                    source, own = covariances.get(a.terms[term].layer, _ONE)
+                    mine, others = (layer.terms[term].profile[:, :, channels] for layer in (a, b))
+                    _add(
+                        sums, mine, others, step.products[term], source[group] if source else None, 2.0 ** (own - power)
+                    )
+                sums = sums[:-1] if step.table is None else _summed(sums, step.table)
+                # Outputs are not weights: of several, the kernel is the mean.
+                if self._normalize or place == len(left) - 1:
+                    sums = sums.div_(max(1, a.weight.shape[1:].numel()))
+                groups.append(sums.add_(len(a.biases) * 2.0**-power) if a.biases else sums)
+            covariances[place] = _scaled(groups, power)
+            for done in step.done:
+                covariances.pop(done, None)
+        groups, power = covariances[len(left) - 1]
+        return groups[0][0].double() * 2.0 ** min(power, 1023)
+
+
+def _products(taps: Taps, left: Tensor, right: Tensor) -> _Products:
+    """The products of taps that lead to pairs of positions left and right of z; their source is found later."""
+    outputs, order = taps.outputs.sort(stable=True)
+    counts = torch.bincount(outputs, minlength=int(max(left.max(), right.max())) + 1 if len(left) else 1)
+    width = int(counts.max())
+    number = torch.arange(len(outputs), device=outputs.device) - (counts.cumsum(0) - counts)[outputs]
+    by_output = order.new_full((len(counts), width), -1)
+    by_output[outputs, number] = order
+    first, second = (index.flatten(1) for index in _each_with_each(by_output[left], by_output[right]))
+    there = (first >= 0) & (second >= 0)
+    if width == 1 and bool(there.all()):
+        return _Products(first.flatten(), second.flatten(), None, None)
+    table = torch.where(there, there.flatten().cumsum(0).view_as(there) - 1, there.sum())
+    return _Products(first[there], second[there], None, table)
+
+
+def _each_with_each(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """(n, v, w) of a (n, v) and b (n, w)."""
+    shape = len(a), a.shape[1], b.shape[1]
+    return a.unsqueeze(2).expand(shape), b.unsqueeze(1).expand(shape)
+
+
+def _runs(layers: list[Layer], layer: Layer, group: int) -> list[_Run]:
+    """The channels of z that a group of a layer's outputs sums, cut where a term's own layer has another group."""
+    inputs = layer.weight.shape[1]
+    start, stop = group * inputs, (group + 1) * inputs
+    runs = []
+    for i, term in enumerate(layer.terms):
+        own = layers[term.layer]
+        if not own.terms:  # the same for all channels
+            runs.append(_Run(i, slice(start, stop), 0))
+            continue
+        outputs = len(own.weight) // own.groups
+        edges = [term.shift + k * outputs for k in range(own.groups + 1)]
+        for k, (low, high) in enumerate(itertools.pairwise(edges)):
+            if max(low, start) < min(high, stop):
+                runs.append(_Run(i, slice(max(low, start), min(high, stop)), k))
+    return runs
+
+
+def _unless_identity(table: Tensor) -> Tensor | None:
+    """None for a table that names each row once, in order."""
+    rows = torch.arange(len(table), device=table.device)
+    return None if table.numel() == len(rows) and torch.equal(table.flatten(), rows) else table
+
+
+def _add(sums: Tensor, a: Tensor, b: Tensor, products: _Products, source: Tensor | None, scale: float) -> None:
+    """Add a term's covariances to sums (pairs + 1, n, m), from profiles a (T, n, channels) and b (T, m, channels)."""
+    count, room = len(products.left), (a.shape[1] + b.shape[1]) * a.shape[2] * a.element_size()
+    whole = sums if products.table is None else sums.new_zeros(count + 1, *sums.shape[1:])
+    size = max(1, _GATHER_BYTES // max(1, room))
+    for start in range(0, count, size):
+        part = slice(start, min(start + size, count))
+        product = torch.bmm(a[products.left[part]], b[products.right[part]].mT)
+        if source is not None:
+            product *= source[part] if products.source is None else source[products.source[part]]
+        if scale != 1:
+            product *= scale
+        whole[part] += product
+    if products.table is not None:
+        sums[:-1] += _summed(whole, products.table)
+
+
+def _summed(rows: Tensor, table: Tensor) -> Tensor:
+    """The sums (pairs, n, m) of those rows (W + 1, n, m) that the table (pairs, width) names; the last one is zero."""
+    total = F.embedding_bag(table, rows.flatten(1), mode="sum", padding_idx=len(rows) - 1)
+    return total.view(len(table), *rows.shape[1:])
+
+
+def _scaled(groups: list[Tensor], power: int) -> _Covariances:
+    """Covariances within the range of their dtype, whatever the depth."""
+    largest = max((largest_entry(group) for group in groups), default=0.0)
+    exponent = math.frexp(largest)[1] if math.isfinite(largest) else 0
+    if abs(exponent) <= _SCALED_BEYOND:
+        return groups, power
+    return [group.mul_(2.0**-exponent) for group in groups], power + exponent

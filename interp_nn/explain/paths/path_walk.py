@@ -1,0 +1,297 @@
+"""One run of a network's graph, in which each value's terms are found from those of the values that it is computed from."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn import functional as F
+
+from interp_nn.explain.following.calls import UnsupportedOperation
+from interp_nn.explain.paths.path_terms import Layer, Taps, Term
+from interp_nn.gates.graph import first, kind, where
+from interp_nn.nn.base import LinearForm
+
+GATE = "interp_nn_gate_"  # the names of buffers that stand for gates begin so
+Pool = Callable[[Tensor], Tensor]
+Node = Any  # an fx.Node, whose arguments are what its kind says
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+class Walk(fx.Interpreter):
+    """Runs the graph on samples, and finds each value's terms as it goes."""
+
+    def __init__(
+        self,
+        graph: fx.GraphModule,
+        gates: Sequence[Tensor],
+        pools: Sequence[Pool],
+        dtype: torch.dtype,
+        resampled: dict[fx.Node, Any],
+    ) -> None:
+        super().__init__(graph)
+        self.extra_traceback = False  # of messages
+        self.layers: list[Layer] = []
+        self._graph, self._gates, self._pools, self._dtype, self._resampled = graph, gates, pools, dtype, resampled
+        self._terms: dict[fx.Node, list[Term]] = {}
+        self._used: dict[int, str] = {}
+
+    def fetch_attr(self, target: str) -> Any:
+        """A parameter, a buffer or a gate."""
+        return self._gates[int(target[len(GATE) :])] if target.startswith(GATE) else super().fetch_attr(target)
+
+    def run_node(self, n: Node) -> Any:
+        result = super().run_node(n)
+        what = kind(self._graph, n)
+        used = [node for node in n.all_input_nodes if node in self._terms]
+        if what == "input":
+            one = torch.zeros(1, 1, dtype=torch.int64, device=result.device)
+            self.layers.append(Layer("input", [], result.new_empty(0), one, 1, []))
+            self._samples, self._terms[n] = len(result), self._raw(result)
+        elif used:
+            rule: Callable[[fx.Node, Any], list[Term]] | None = getattr(self, f"_on_{what}", None)
+            if rule is not None:
+                self._terms[n] = rule(n, result)
+            elif what != "shape":
+                self._terms[n] = self._other(n, result, used)
+        return result
+
+    def _other(self, n: Node, result: Any, used: list[fx.Node]) -> list[Term]:
+        weightless = all(term.layer == 0 and not term.norms for node in used for term in self._terms[node])
+        if weightless and isinstance(result, Tensor) and result.dim() > 1:
+            return self._raw(result)  # it is what it is
+        if kind(self._graph, n) in ("reshape", "rearrange") and [user.op for user in n.users] == ["output"]:
+            return self._terms[used[0]]  # the order of the outputs does not matter
+        self._refuse(n, "paths are not followed through it")
+
+    def _raw(self, x: Tensor) -> list[Term]:
+        """The input, or what is computed from it without weights: paths begin at each of its channels and positions."""
+        profile = _by_position(x, x.shape[1]).to(self._dtype)
+        outputs = torch.arange(len(profile), device=x.device)
+        return [Term(0, Taps(torch.zeros_like(outputs), outputs), profile, 0, x.new_ones(x.shape[1]))]
+
+    def _on_output(self, n: Node, result: Any) -> list[Term]:
+        if not isinstance(result, Tensor):
+            raise TypeError(f"model: got {type(result).__name__} from it, want one tensor")
+        terms = self._input_terms(n)
+        channels = terms[0].profile.shape[2]
+        window = torch.arange(result[0].numel() // channels, device=result.device).unsqueeze(1)
+        self.layers.append(Layer("output", terms, result.new_ones(1, channels, len(window)), window, 1, []))
+        return terms
+
+    # Layers of weights
+
+    def _on_linear(self, n: Node, result: Tensor) -> list[Term]:
+        z, module = self._input(n), self._module(n)
+        if z.dim() != 2:
+            self._refuse(n, f"it shares its weights along all but the last of the dimensions {tuple(z.shape)}")
+        channels = self._channels(first(n))
+        window = torch.arange(z.shape[1] // channels, device=z.device).unsqueeze(1)
+        return self._weighted(n, module, window, 1, (channels, len(window)))
+
+    def _on_conv(self, n: Node, result: Tensor) -> list[Term]:
+        z, module = self._input(n), self._module(n)
+        taps = module.weight.shape[2:].numel()
+        # Positions are numbered from 1, and seen through kernels of one weight each.
+        numbers = torch.arange(1, z.shape[2:].numel() + 1, dtype=torch.float64, device=z.device)
+        sizes = module.kernel_size, module.stride, module.padding, module.dilation
+        finder = _CONVOLUTIONS[z.dim() - 3](1, taps, *sizes, bias=False, padding_mode=module.padding_mode).to(numbers)
+        finder.weight.copy_(torch.eye(taps).view_as(finder.weight))
+        window = finder(numbers.view(1, 1, *z.shape[2:])).view(taps, -1).round().long() - 1
+        return self._weighted(n, module, window, module.groups, (module.weight.shape[1], taps))
+
+    def _weighted(self, n: Node, module: Any, window: Tensor, groups: int, shape: tuple[int, int]) -> list[Term]:
+        weight = module.effective_weight() if isinstance(module, LinearForm) else module.weight
+        biases = [] if module.bias is None else [module.bias]
+        terms = self._input_terms(n)
+        self.layers.append(Layer(str(n.target), terms, weight.reshape(-1, *shape), window, groups, biases))
+        positions = torch.arange(window.shape[1], device=window.device)
+        return [self._ones(Taps(positions, positions))]
+
+    def _ones(self, taps: Taps) -> Term:
+        """What the newest layer's output adds to itself, or to all positions."""
+        weight = self.layers[-1].weight
+        profile = torch.ones(len(taps.inputs), self._samples, len(weight), dtype=self._dtype, device=weight.device)
+        return Term(len(self.layers) - 1, taps, profile, 0, weight.new_ones(len(weight)))
+
+    def _on_batch_norm(self, n: Node, result: Tensor) -> list[Term]:
+        """A scale, which is a weight that its paths pass, and a shift, where paths begin."""
+        module, terms, channels = self._module(n), self._input_terms(n), self._channels(first(n))
+        if module.running_mean is None:
+            self._refuse(n, "it uses the statistics of the batch, which couple its samples")
+        if module.num_features != channels:
+            self._refuse(n, f"it scales each of {module.num_features} features, want one scale for each channel")
+        scale = (module.running_var + module.eps).rsqrt()
+        scale = scale if module.weight is None else scale * module.weight
+        shift = -module.running_mean * scale
+        shift = shift if module.bias is None else shift + module.bias
+        before = self.layers[terms[0].layer]
+        if before.name == first(n).target and len(first(n).users) == 1:  # the two are one layer of weights
+            before.weight = before.weight * scale[:, None, None]
+            before.biases = [*(bias * scale for bias in before.biases), shift]
+            return terms
+        one = torch.zeros(1, 1, dtype=torch.int64, device=shift.device)
+        self.layers.append(Layer(str(n.target), [], shift.new_empty(len(shift), 0, 1), one, 1, [shift]))
+        everywhere = torch.arange(result[0].numel() // channels, device=shift.device)
+        scaled = [replace(t, scale=t.scale * scale, norms=(*t.norms, str(n.target))) for t in terms]
+        return [*scaled, self._ones(Taps(torch.zeros_like(everywhere), everywhere))]
+
+    # What has no weights
+
+    def _on_relu(self, n: Node, result: Tensor) -> list[Term]:
+        return self._gated(n, self._input(n) > 0)
+
+    def _on_gate(self, n: Node, result: Tensor) -> list[Term]:
+        return self._gated(n, self.env[n.args[1]])
+
+    def _gated(self, n: Node, gate: Tensor) -> list[Term]:
+        terms = self._input_terms(n)
+        gate = _by_position(gate, terms[0].profile.shape[2])
+        return [replace(t, profile=t.profile * gate[t.taps.outputs]) for t in terms]
+
+    def _same(self, n: Node, result: Tensor) -> list[Term]:
+        return self._input_terms(n)
+
+    _on_flatten = _on_identity = _same
+
+    def _on_dropout(self, n: Node, result: Tensor) -> list[Term]:
+        if n.op != "call_module" and not torch.equal(result, self._input(n)):
+            self._refuse(n, "it draws random numbers; want training=False")
+        return self._input_terms(n)
+
+    def _resampled_by(self, n: Node, result: Tensor) -> list[Term]:
+        """Sums over positions that are alike in all channels and samples."""
+        taps, weights = self._resampling(n, lambda z: self._applied(n, z))
+        weights = weights.to(self._dtype)[:, None, None]
+        return [self._through(t, taps, weights) for t in self._input_terms(n)]
+
+    _on_avg_pool = _on_adaptive_avg_pool = _on_global_avg_pool = _on_pad = _on_upsample = _resampled_by
+
+    def _on_mean(self, n: Node, result: Tensor) -> list[Term]:
+        dims = n.args[1] if len(n.args) > 1 else n.kwargs.get("dim")
+        dims = [dims] if isinstance(dims, int) else dims or [0]
+        if any(d % self._input(n).dim() < 2 for d in dims):
+            self._refuse(n, "it is not a mean over positions alone")
+        return self._resampled_by(n, result)
+
+    def _on_max_pool(self, n: Node, result: Tensor) -> list[Term]:
+        if n.op == "call_module":
+            pool = copy.copy(self.fetch_attr(str(n.target)))
+            pool.return_indices = True
+            _, index = pool(self._input(n))
+        else:
+            args, kwargs = self.fetch_args_kwargs_from_env(n)
+            _, index = getattr(F, n.target.__name__)(*args, **{**kwargs, "return_indices": True})
+        return self._chosen(n, index, lambda z: self._applied(n, z))
+
+    def _on_route(self, n: Node, result: Tensor) -> list[Term]:
+        place = int(n.args[1].target[len(GATE) :])
+        pool = self._pools[place - len(self._gates)]  # which come last
+        return self._chosen(n, self.env[n.args[1]], pool)
+
+    def _chosen(self, n: Node, index: Tensor, pool: Pool) -> list[Term]:
+        """The choice of a position is a gate of each of those that could have been chosen."""
+        taps, _ = self._resampling(n, pool)
+        chosen = _by_position(index, index.shape[1])[taps.outputs] == taps.inputs[:, None, None]
+        return [self._through(t, taps, chosen) for t in self._input_terms(n)]
+
+    def _on_scale(self, n: Node, result: Tensor) -> list[Term]:
+        (scaled,) = (node for node in n.all_input_nodes if node in self._terms)
+        if len(n.all_input_nodes) > 1:
+            self._refuse(n, "it multiplies by a tensor, want a number")
+        factor = float(self._applied(n, torch.ones((), dtype=torch.float64)))
+        return [replace(t, profile=t.profile * factor) for t in self._terms[scaled]]
+
+    def _on_add(self, n: Node, result: Tensor) -> list[Term]:
+        parts = [arg for arg in n.args[:2] if arg in self._terms]
+        if len(parts) < 2 or n.kwargs or any(self.env[part].shape != result.shape for part in parts):
+            self._refuse(n, "want a sum of two values of one shape that both depend on the input")
+        if len({self._channels(part) for part in parts}) > 1:
+            self._refuse(n, "its values were flattened from different numbers of channels")
+        terms: list[Term] = []
+        for term in (t for part in parts for t in self._terms[part]):
+            same = next((i for i, t in enumerate(terms) if t.adds_to(term)), None)
+            if same is None:
+                terms.append(term)
+            else:
+                terms[same] = replace(term, profile=terms[same].profile + term.profile)
+        return terms
+
+    def _on_cat(self, n: Node, result: Tensor) -> list[Term]:
+        parts = n.args[0]
+        dim = n.args[1] if len(n.args) > 1 else n.kwargs.get("dim", 0)
+        if dim % result.dim() != 1 or any(part not in self._terms for part in parts):
+            self._refuse(n, "want values that depend on the input, side by side as channels (dim=1)")
+        widths = [self._channels(part) for part in parts]
+        if sum(widths) != result.shape[1]:
+            self._refuse(n, "its values were flattened, want them side by side before that")
+        terms = []
+        for i, part in enumerate(parts):
+            sides = sum(widths[:i]), sum(widths[i + 1 :])
+            for t in self._terms[part]:
+                # The input is no random function: all of its channels are the same one, with the values in the profile.
+                shift = t.shift + sides[0] if t.layer or t.norms else 0
+                scale = F.pad(t.scale, sides, value=1.0)
+                terms.append(replace(t, profile=F.pad(t.profile, sides), scale=scale, shift=shift))
+        return terms
+
+    def _resampling(self, n: Node, operation: Pool) -> tuple[Taps, Tensor]:
+        """The taps of an operation on positions, and their weights (T,), from what it makes of each single position."""
+        if n not in self._resampled:
+            z = self._input(n)
+            positions = z.shape[2:].numel()
+            each = torch.eye(positions, dtype=torch.float64, device=z.device).view(positions, 1, *z.shape[2:])
+            if bool(operation(torch.zeros_like(each[:1])).any()):
+                self._refuse(n, "it adds a constant")
+            matrix = operation(each).reshape(positions, -1)
+            inputs, outputs = matrix.nonzero().unbind(1)
+            self._resampled[n] = Taps(inputs, outputs), matrix[inputs, outputs]
+        return self._resampled[n]
+
+    def _through(self, term: Term, taps: Taps, factor: Tensor) -> Term:
+        """A term followed by taps that multiply by factor (T or T, n, channels)."""
+        before, then = (term.taps.outputs.unsqueeze(1) == taps.inputs).nonzero().unbind(1)
+        both = Taps(term.taps.inputs[before], taps.outputs[then])
+        return replace(term, taps=both, profile=term.profile[before] * factor[then])
+
+    # The node at hand
+
+    def _module(self, n: Node) -> Any:
+        """The module that is called, where it is the only call that uses its parameters."""
+        if n.op != "call_module":
+            self._refuse(n, "its weights are not those of a module of its own")
+        module = self._graph.get_submodule(str(n.target))
+        for owned in (module, *module.parameters()):
+            if self._used.setdefault(id(owned), n.name) != n.name:
+                self._refuse(n, "its weights are used more than once")
+        return module
+
+    def _input(self, n: Node) -> Tensor:
+        return self.env[first(n)]
+
+    def _input_terms(self, n: Node) -> list[Term]:
+        return self._terms[first(n)]
+
+    def _channels(self, node: Any) -> int:
+        return self._terms[node][0].profile.shape[2]
+
+    def _applied(self, n: Node, value: Tensor) -> Tensor:
+        """What a node makes of another value than its own."""
+
+        def given(node: Node) -> Any:
+            return value if node in self._terms else self.env[node]
+
+        args, kwargs = fx.node.map_arg(n.args, given), fx.node.map_arg(n.kwargs, given)
+        return getattr(self, n.op)(n.target, args, kwargs)
+
+    def _refuse(self, n: Node, reason: str) -> NoReturn:
+        raise UnsupportedOperation(f"{where(self._graph, n)}: {reason}; method='montecarlo' needs no paths")
+
+
+def _by_position(value: Tensor, channels: int) -> Tensor:
+    """(positions, n, channels) of a value (n, channels, *positions), which may be flattened."""
+    return value.reshape(len(value), channels, value[0].numel() // channels).permute(2, 0, 1)

@@ -1,0 +1,6 @@
+"""Gates of a network, which `nn` and `explain` share: activation patterns, gate records and traced graphs."""
+
+from interp_nn.gates.patterns import ActivationPatterns, PatternGroups
+from interp_nn.gates.record import GateRecord, GateSite
+
+__all__ = ["ActivationPatterns", "GateRecord", "GateSite", "PatternGroups"]

@@ -1,0 +1,94 @@
+"""SummaryConv2d, which takes the place of nn.Conv2d."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+from torch.nn.modules.utils import _pair
+
+from interp_nn import linalg
+from interp_nn.nn.base import Freezable, copy_parameters, folded, meta_arguments, root
+
+
+class SummaryConv2d(Freezable, _ConvNd):  # type: ignore[misc]
+    """A convolution whose kernels are the effective weight b (bᵀb): nn.Conv2d's signature, parameters and state_dict.
+
+    b (in_channels / groups * kh * kw, out_channels) is `weight` flattened and transposed, one b for each group: every
+    output position is the summary of its patch. The effective weight is formed once a call, so the rest is a convolution.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int],
+        stride: int | tuple[int, int] = 1,
+        padding: str | int | tuple[int, int] = 0,
+        dilation: int | tuple[int, int] = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: str = "zeros",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        _ConvNd.__init__(
+            self,
+            in_channels,
+            out_channels,
+            _pair(kernel_size),
+            _pair(stride),
+            padding if isinstance(padding, str) else _pair(padding),
+            _pair(dilation),
+            False,
+            _pair(0),
+            groups,
+            bias,
+            padding_mode,  # type: ignore[arg-type]
+            device=device,
+            dtype=dtype,
+        )
+
+    def reset_parameters(self) -> None:
+        _ConvNd.reset_parameters(self)
+        self.reset_orthogonal_()
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.frozen_weight()
+        if weight is None:
+            b = self.matrix()
+            square = linalg.smaller_square(b)
+            weight = linalg.by_square(b, square).mT.reshape(self.weight.shape)
+            if self.constraint == "penalty":
+                self._keep_square(square)
+        padding = self.padding
+        if self.padding_mode != "zeros":
+            x = nn.functional.pad(x, self._reversed_padding_repeated_twice, mode=self.padding_mode)
+            padding = _pair(0)
+        return nn.functional.conv2d(x, weight, self.bias, self.stride, padding, self.dilation, self.groups)
+
+    def fold(self) -> nn.Conv2d:
+        """A plain nn.Conv2d that computes the same function, its kernels formed in fp64."""
+        out = nn.Conv2d(**_conv_arguments(self)).to_empty(device=self.weight.device)
+        copy_parameters(self, out, folded(self))
+        return out
+
+    def extra_repr(self) -> str:
+        return _ConvNd.extra_repr(self) + self._note()
+
+    @classmethod
+    def from_conv2d(cls, conv: nn.Conv2d, preserve: str = "function") -> SummaryConv2d:
+        """The summary layer of an nn.Conv2d; `preserve` as in SummaryLinear.from_linear."""
+        if not isinstance(conv, nn.Conv2d):
+            raise TypeError(f"conv: got {type(conv).__name__}, want nn.Conv2d")
+        weight = root("conv", conv.weight, preserve, conv.groups)
+        out = cls(**_conv_arguments(conv)).to_empty(device=weight.device)
+        copy_parameters(conv, out, weight)
+        return out
+
+
+def _conv_arguments(conv: nn.Module) -> dict[str, Any]:
+    names = ["in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode"]
+    return meta_arguments(conv, *names)

@@ -1,0 +1,77 @@
+"""SummaryLinear, which takes the place of nn.Linear."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from interp_nn import functional
+from interp_nn.nn.base import Freezable, copy_parameters, folded, meta_arguments, root
+
+
+class SummaryLinear(Freezable):
+    """y = x b (bᵀb) + bias with nn.Linear's signature, parameters and state_dict: `weight` (out, in) is bᵀ, `bias` (out).
+
+    Initialised with b orthonormal, where it equals nn.Linear with the same weight; bias as in nn.Linear.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.weight = nn.Parameter(torch.empty(out_features, in_features, device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        self.reset_orthogonal_()
+        if self.bias is not None:
+            bound = 1 / math.sqrt(self.in_features) if self.in_features else 0.0
+            nn.init.uniform_(self.bias, -bound, bound)
+
+    def forward(self, x: Tensor) -> Tensor:
+        frozen = self.frozen_weight()
+        if frozen is not None:
+            return nn.functional.linear(x, frozen, self.bias)
+        if self.constraint == "penalty":
+            y, square = functional.summary_and_square(x, self.weight.t(), self.bias)
+            self._keep_square(square)
+            return y
+        return functional.summary(x, self.weight.t(), self.bias)
+
+    def fold(self) -> nn.Linear:
+        """A plain nn.Linear that computes the same function, its weight formed in fp64."""
+        out = nn.Linear(**_linear_arguments(self)).to_empty(device=self.weight.device)
+        copy_parameters(self, out, folded(self))
+        return out
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, preserve: str = "function") -> SummaryLinear:
+        """The summary layer of an nn.Linear.
+
+        preserve="function" keeps the outputs: b gets the cube roots of the weight's singular values, taken in fp64.
+        preserve="weight" keeps the parameter, and changes the outputs wherever it is not orthonormal.
+        """
+        if not isinstance(linear, nn.Linear):
+            raise TypeError(f"linear: got {type(linear).__name__}, want nn.Linear")
+        weight = root("linear", linear.weight, preserve)
+        out = cls(**_linear_arguments(linear)).to_empty(device=weight.device)
+        copy_parameters(linear, out, weight)
+        return out
+
+    def extra_repr(self) -> str:
+        bias = self.bias is not None
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={bias}{self._note()}"
+
+
+def _linear_arguments(linear: nn.Module) -> dict[str, Any]:
+    return meta_arguments(linear, "in_features", "out_features")

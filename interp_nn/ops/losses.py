@@ -1,0 +1,282 @@
+"""Operators `summary_cross_entropy` and its backward: the three-term loss of a pair, or of a head's two logits.
+
+w1 CE(o1, t) + w2 CE(o2, t) + w3 MSE(o1, o2), with (o1, o2) = (P, Y), or (P Aᵀ + c, Y Aᵀ + c) behind an output layer. One
+call gives the loss and its gradients for an upstream of 1, scaled when the upstream arrives. Where that scaling would
+come too late (fp16, whose small gradients underflow; one upstream a row) the backward computes them with the upstream.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from interp_nn import engines
+from interp_nn.engines import eager, select
+from interp_nn.engines.eager import LossOptions
+from interp_nn.linalg import accumulation_dtype
+from interp_nn.ops.library import apply, define, implement, is_batched, transforming
+from interp_nn.ops.summary import as_rows, is_transposed, ordered, row_count, spread
+
+
+def _loss(
+    x: Tensor,
+    b: Tensor,
+    a: Tensor | None,
+    c: Tensor | None,
+    target: Tensor,
+    weights: Sequence[float],
+    ignore_index: int,
+    reduction: str,
+    plan: str,
+    needs: Sequence[bool],
+    transposed: bool,
+) -> tuple[Tensor, list[Tensor]]:
+    engine, form = select.resolve(plan)
+    options = LossOptions((weights[0], weights[1], weights[2]), ignore_index, reduction)
+    value, grads = engines.get(engine).loss(as_rows(x), b, a, c, target.reshape(-1), options, form, None, needs)
+    return value.view(target.shape) if reduction == "none" else value, _shaped(grads, x, needs, transposed)
+
+
+def _loss_backward(
+    upstream: Tensor,
+    x: Tensor,
+    b: Tensor,
+    a: Tensor | None,
+    c: Tensor | None,
+    target: Tensor,
+    weights: Sequence[float],
+    ignore_index: int,
+    reduction: str,
+    plan: str,
+    needs: Sequence[bool],
+    transposed: bool,
+) -> list[Tensor]:
+    engine, form = select.resolve(plan)
+    options = LossOptions((weights[0], weights[1], weights[2]), ignore_index, reduction)
+    _, grads = engines.get(engine).loss(
+        as_rows(x), b, a, c, target.reshape(-1), options, form, upstream.reshape(-1), needs
+    )
+    return _shaped(grads, x, needs, transposed)
+
+
+def _shaped(grads: list[Tensor], x: Tensor, needs: Sequence[bool], transposed: bool) -> list[Tensor]:
+    """The gradients, dX in the shape of x and db in the memory order that was asked for."""
+    if needs[0]:
+        grads[0] = grads[0].view(x.shape)
+    if needs[1]:
+        grads[needs[0]] = ordered(grads[needs[0]], transposed)
+    return grads
+
+
+def _fake_gradients(
+    x: Tensor, b: Tensor, a: Tensor | None, c: Tensor | None, needs: Sequence[bool], transposed: bool
+) -> list[Tensor]:
+    grads = [t.new_empty(t.shape) for t, need in zip((x, b, a, c), needs, strict=True) if need and t is not None]
+    return _shaped(grads, x, needs, transposed)
+
+
+def _fake_loss(
+    x: Tensor, b: Tensor, a: Tensor | None, c: Tensor | None, target: Tensor, *rest: Any
+) -> tuple[Tensor, list[Tensor]]:
+    shape = target.shape if rest[2] == "none" else ()
+    return x.new_empty(shape, dtype=accumulation_dtype(x.dtype)), _fake_gradients(x, b, a, c, *rest[-2:])
+
+
+def _fake_loss_backward(
+    upstream: Tensor, x: Tensor, b: Tensor, a: Tensor | None, c: Tensor | None, target: Tensor, *rest: Any
+) -> list[Tensor]:
+    return _fake_gradients(x, b, a, c, *rest[-2:])
+
+
+_ARGUMENTS = (
+    "Tensor x, Tensor b, Tensor? output_weight, Tensor? output_bias, Tensor target, float[3] weights, "
+    "int ignore_index, str reduction, str plan, bool[4] needs, bool transposed"
+)
+loss_operator = define(f"summary_cross_entropy({_ARGUMENTS}) -> (Tensor, Tensor[])", _loss, _fake_loss)
+loss_backward_operator = define(
+    f"summary_cross_entropy_backward(Tensor upstream, {_ARGUMENTS}) -> Tensor[]",
+    _loss_backward,
+    _fake_loss_backward,
+    cast_inputs=False,
+)
+
+
+def composed(
+    x: Tensor,
+    b: Tensor,
+    a: Tensor | None,
+    c: Tensor | None,
+    target: Tensor,
+    options: LossOptions,
+    plan: str,
+    masked: bool = True,
+) -> Tensor:
+    """The same loss as one differentiable PyTorch expression: of forms with a star, for torch.func, for second derivatives.
+
+    masked: whether rows may be ignored.
+    """
+    form, rows = plan.partition(":")[2].rstrip("*"), as_rows(x)
+    if a is None:
+        o1, o2, _ = eager.forward(rows, b, None, form, True)
+        assert o1 is not None
+    else:
+        o1, o2 = eager.logits(rows, b, a, c, form)[0].unbind(1)
+    wide = accumulation_dtype(x.dtype)
+    value = eager.three_terms(o1.to(wide), o2.to(wide), target.reshape(-1), options, masked)
+    return value.view(target.shape) if options.reduction == "none" else value
+
+
+def _batched_loss_backward(
+    upstream: Tensor,
+    x: Tensor,
+    b: Tensor,
+    a: Tensor | None,
+    c: Tensor | None,
+    target: Tensor,
+    weights: Sequence[float],
+    ignore_index: int,
+    reduction: str,
+    plan: str,
+    needs: Sequence[bool],
+    transposed: bool,
+) -> list[Tensor]:
+    """The same under autograd.grad(is_grads_batched=True), whose vmap sees operators and not Functions."""
+    options = LossOptions((weights[0], weights[1], weights[2]), ignore_index, reduction)
+    tensors = (x, b, a, c)
+
+    def value(*parameters: Tensor) -> Tensor:
+        given = iter(parameters)
+        x, b, a, c = (next(given) if need else t for t, need in zip(tensors, needs, strict=True))
+        assert x is not None and b is not None
+        return composed(x, b, a, c, target, options, plan)
+
+    wanted = [t for t, need in zip(tensors, needs, strict=True) if need and t is not None]
+    return list(torch.func.vjp(value, *wanted)[1](upstream))
+
+
+implement("summary_cross_entropy_backward", _batched_loss_backward, "Batched")
+
+
+class CrossEntropyFunction(Function):
+    """(loss, *gradients for an upstream of 1 where `needs` asks): the Function over `interp_nn::summary_cross_entropy`."""
+
+    @staticmethod
+    def forward(
+        x: Tensor,
+        b: Tensor,
+        a: Tensor | None,
+        c: Tensor | None,
+        target: Tensor,
+        options: LossOptions,
+        plan: str,
+        needs: tuple[bool, ...],
+    ) -> tuple[Tensor, ...]:
+        value, grads = loss_operator(x, b, a, c, target, *_unpack(options), plan, needs, is_transposed(b))
+        return (value, *grads)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        x, b, a, c, target, ctx.options, ctx.plan, _ = inputs
+        grads = output[1:]
+        ctx.mark_non_differentiable(*grads)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, b, a, c, target, *grads)
+        ctx.spent = False
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        if upstream is None:
+            return (None,) * 8
+        x, b, a, c, target, *grads = ctx.saved_tensors
+        if ctx.spent:
+            grads = []  # of a retained graph: handed out by an earlier backward, and scaled in place by some engines
+        needs = tuple(ctx.needs_input_grad[:4])
+        plain = not (torch.compiler.is_compiling() or torch.is_grad_enabled() or transforming() or is_batched(upstream))
+        if grads and plain:
+            ctx.spent = True
+            # By .data, which has a version of its own: what their owner does to them then is no harm to a retained graph.
+            scaled = [g.data for g in engines.get(select.resolve(ctx.plan)[0]).scale(grads, upstream)]
+            return (*spread(scaled, needs), *(None,) * 4)
+        ones = (*grads, None, None, None, None)[:4]
+        found = apply(CrossEntropyBackwardFunction, upstream, x, b, a, c, target, *ones, ctx.options, ctx.plan, needs)
+        return (*spread(found, needs), *(None,) * 4)
+
+
+class CrossEntropyBackwardFunction(Function):
+    """The needed gradients times the upstream, or computed with it; its own backward is that of the composed expression."""
+
+    @staticmethod
+    def forward(
+        upstream: Tensor,
+        x: Tensor,
+        b: Tensor,
+        a: Tensor | None,
+        c: Tensor | None,
+        target: Tensor,
+        g0: Tensor | None,
+        g1: Tensor | None,
+        g2: Tensor | None,
+        g3: Tensor | None,
+        options: LossOptions,
+        plan: str,
+        needs: tuple[bool, ...],
+    ) -> tuple[Tensor, ...]:
+        if g0 is not None:
+            return tuple(g * upstream for g in (g0, g1, g2, g3) if g is not None)
+        return tuple(
+            loss_backward_operator(upstream, x, b, a, c, target, *_unpack(options), plan, needs, is_transposed(b))
+        )
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.options, ctx.plan, ctx.needs = inputs[10:]
+        ctx.save_for_backward(*inputs[:6])
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
+        upstream, *tensors, target = ctx.saved_tensors
+        present = [t for t in tensors if t is not None]
+
+        def value(*parameters: Tensor) -> Tensor:
+            given = iter(parameters)
+            x, b = next(given), next(given)
+            a, c = (None if t is None else next(given) for t in tensors[2:])
+            return composed(x, b, a, c, target, ctx.options, ctx.plan)
+
+        def gradients(upstream: Tensor, *parameters: Tensor) -> list[Tensor]:
+            found = iter(torch.func.vjp(value, *parameters)[1](upstream))
+            by_place = [None if t is None else next(found) for t in tensors]
+            return [g for g, need in zip(by_place, ctx.needs, strict=True) if need and g is not None]
+
+        second = iter(torch.func.vjp(gradients, upstream, *present)[1](list(cotangents)))
+        return (next(second), *(None if t is None else next(second) for t in tensors), *(None,) * 8)
+
+
+def _unpack(options: LossOptions) -> tuple[list[float], int, str]:
+    return list(options.weights), options.ignore_index, options.reduction
+
+
+def cross_entropy(
+    x: Tensor, b: Tensor, a: Tensor | None, c: Tensor | None, target: Tensor, options: LossOptions
+) -> Tensor:
+    """The three-term loss for checked arguments; a and c None for a pair's own loss."""
+    enabled = torch.is_grad_enabled()
+    needs = tuple(enabled and t is not None and t.requires_grad for t in (x, b, a, c))
+    head, classes = a is not None, (b if a is None else a.mT).shape[1]
+    d, k = b.shape
+    plan = select.choose(select.problem_of(x, row_count(x), d, k, not head, (needs[0], needs[1]), classes))
+    if not torch.compiler.is_compiling() and transforming():
+        return composed(x, b, a, c, target, options, plan)
+    if plan[-1] == "*":
+        try:
+            return composed(x, b, a, c, target, options, plan, bool((target == options.ignore_index).any()))
+        except IndexError:  # of PyTorch's loss, which spares the check where all is well
+            eager.check_target(target, classes, options.ignore_index)
+            raise
+    late = x.dtype == torch.float16 or options.reduction == "none"
+    now = (False,) * 4 if late else needs
+    return apply(CrossEntropyFunction, x, b, a, c, target, options, plan, now)[0]

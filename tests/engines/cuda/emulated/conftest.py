@@ -1,0 +1,15 @@
+"""Tests of the CUDA C++ kernels on the CPU; asked for by INTERP_NN_EMULATOR_TESTS=1, since they compile for a minute."""
+
+import os
+
+import pytest
+
+if os.environ.get("INTERP_NN_EMULATOR_TESTS") != "1":
+    collect_ignore_glob = ["*"]
+
+
+@pytest.fixture(scope="session")
+def mirror():
+    import emulator_build
+
+    return emulator_build.load()

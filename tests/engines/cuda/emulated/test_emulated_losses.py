@@ -1,0 +1,202 @@
+import contextlib
+
+import pytest
+import torch
+from cases import Case, Guarded, Problem, TF32Products, array, name
+from support import assert_close_law
+from test_emulated_forward import CHIP, OLD_CHIP, PRECISION, ULPS
+
+from interp_nn.engines import eager
+from interp_nn.engines.eager import LossOptions
+
+WEIGHTS = (0.7, 1.3, 0.9)
+KINDS = ("F16", "BF16", "TF32", "F32")
+SIZES = [  # n, d, k, classes of a head, reduction
+    (0, 7, 10, 3, "sum"),
+    (1, 7, 2, 2, "sum"),
+    (17, 7, 63, 17, "none"),
+    (127, 64, 10, 16, "mean"),
+    (129, 72, 100, 100, "mean"),
+    (300, 40, 128, 128, "sum"),
+    (1000, 64, 20, 10, "mean"),
+]
+CASES = [
+    (Case(kind, n, d, k, (i + j) % 2 == 1, i), m, reduction)
+    for j, kind in enumerate(KINDS)
+    for i, (n, d, k, m, reduction) in enumerate(SIZES)
+]
+IDS = [f"{name(case)}-{m}-{reduction}" for case, m, reduction in CASES]
+
+
+class Loss:
+    """A problem with targets, some of them ignored, and for a head (classes not None) with an output layer."""
+
+    def __init__(self, case, classes, reduction, upstream=None):
+        self.problem, self.classes, self.reduction = Problem(case), classes, reduction
+        dtype, m = self.problem.dtype, classes or case.k
+        self.options = LossOptions(WEIGHTS, -100, reduction)
+        self.target = torch.randint(m, (case.n,)).where(torch.rand(case.n) < 0.8, -100)
+        self.upstream = upstream
+        given = self.problem.inputs
+        self.a = self.c = None
+        if classes is not None:
+            a, c = torch.randn(m, case.k).div(case.k**0.5).to(dtype), torch.randn(m).to(dtype)
+            given["a"], given["c"] = Guarded(a.shape, dtype, a), Guarded(c.shape, dtype, c)
+            self.a, self.c = a, c
+
+    def expected(self, dtype, needs):
+        """(value, gradients) of the reference engine in a dtype."""
+        problem = self.problem
+        x, b, a, c = (None if t is None else t.to(dtype) for t in (problem.x, problem.b, self.a, self.c))
+        form = "A+" if a is None else "latent"
+        upstream = None if self.upstream is None else self.upstream.to(dtype)
+        return eager.loss(x, b, a, c, self.target, self.options, form, upstream, needs)
+
+    def run(self, mirror, chip=CHIP, seed=None, needs=(True, True, True, True)):
+        problem, case, m = self.problem, self.problem.case, self.classes
+        given = problem.inputs
+        value = Guarded((case.n,) if self.reduction == "none" else (1,), torch.float32)
+        terms = mirror.LossTerms(
+            self.target.numpy(),
+            array(self.upstream),
+            array(value),
+            -100,
+            *WEIGHTS,
+            getattr(mirror.Reduction, self.reduction),
+        )
+        results = [problem.empty(case.n, case.d), problem.result_b()]
+        if m is not None:
+            results += [problem.empty(m, case.k), problem.empty(m)]
+        wanted = [array(r) if need else None for r, need in zip(results, needs, strict=False)]
+        tail = (case.b_transposed, problem.sizes(mirror), mirror.Chip(*chip), case.seed if seed is None else seed)
+        if m is None:
+            mirror.pair_loss(array(given["x"]), array(given["b"]), terms, *wanted, *tail)
+        else:
+            inputs = [array(given[key]) for key in ("x", "b", "a", "c")]
+            mirror.head_loss(*inputs, terms, *wanted, m, *tail)
+        for result in (value, *results):
+            result.check()
+        value = value.tensor if self.reduction == "none" else value.tensor[0]
+        return value, [problem.of_b(r) if i == 1 else r.tensor for i, r in enumerate(results)]
+
+    def check(self, results):
+        needs = (True,) * (2 if self.classes is None else 4)
+        kind, dtype = self.problem.case.kind, self.problem.dtype
+        with TF32Products() if kind == "TF32" else contextlib.nullcontext():
+            same = self.expected(dtype, needs)
+        exact = self.expected(torch.float64, needs)
+        assert_close_law(results[0], same[0].float(), exact[0], "value", PRECISION[kind], ULPS[kind])
+        for what, got, theirs, truth in zip(("dX", "db", "dA", "dc"), results[1], same[1], exact[1], strict=False):
+            assert_close_law(got, theirs, truth, what, PRECISION[kind], ULPS[kind])
+
+
+@pytest.mark.parametrize(("case", "m", "reduction"), CASES, ids=IDS)
+def test_pair_law(mirror, case, m, reduction):
+    loss = Loss(case, None, reduction)
+    mirror.reset_counts()
+    loss.check(loss.run(mirror))
+    assert mirror.counts()[1] == 0
+
+
+@pytest.mark.parametrize(("case", "m", "reduction"), CASES, ids=IDS)
+def test_head_law(mirror, case, m, reduction):
+    chip = CHIP if case.kind in ("F16", "BF16") or m <= 16 else (3, 227 * 1024, 90)
+    loss = Loss(case, m, reduction)
+    mirror.reset_counts()
+    loss.check(loss.run(mirror, chip))
+    assert mirror.counts()[1] == 0
+
+
+@pytest.mark.parametrize("classes", [None, 10])
+def test_law_on_gpus_without_matrix_units(mirror, classes):
+    loss = Loss(Case("F32", 150, 40, 12, True), classes, "mean")
+    if classes is None:
+        return loss.check(loss.run(mirror, OLD_CHIP))
+    with pytest.raises(ValueError, match="shared memory"):
+        loss.run(mirror, OLD_CHIP)
+
+
+@pytest.mark.parametrize("kind", ["F16", "F32"])
+@pytest.mark.parametrize("classes", [None, 7])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_upstream_is_read_on_the_device(mirror, kind, classes, reduction):
+    case = Case(kind, 140, 24, 12)
+    upstream = torch.rand(140) if reduction == "none" else torch.tensor([2.0**-12])
+    loss = Loss(case, classes, reduction, upstream)
+    loss.check(loss.run(mirror))
+
+
+@pytest.mark.parametrize("classes", [None, 7])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_in_parts(mirror, classes, reduction):
+    loss = Loss(Case("BF16", 140, 40, 24), classes, reduction)
+    value, whole = loss.run(mirror)
+    for wanted in [(), *[(i,) for i in range(len(whole))]]:
+        needs = [i in wanted for i in range(4)]
+        again, parts = loss.run(mirror, needs=needs)
+        assert torch.equal(again, value)
+        for need, part, of_whole in zip(needs, parts, whole, strict=False):
+            assert torch.equal(part, of_whole) if need else bool(part.isnan().all())
+
+
+@pytest.mark.parametrize("kind", ["BF16", "F32"])
+@pytest.mark.parametrize("classes", [None, 10])
+def test_same_bits_in_every_schedule(mirror, kind, classes):
+    loss = Loss(Case(kind, 700, 200, 20, True), classes, "mean")
+    value, grads = loss.run(mirror, seed=0)
+    loss.check((value, grads))
+    for seed in range(1, 5):
+        again, others = loss.run(mirror, seed=seed)
+        assert torch.equal(again, value)
+        assert all(torch.equal(a, b) for a, b in zip(others, grads, strict=True))
+
+
+@pytest.mark.parametrize("classes", [None, 7])
+def test_no_row_that_counts(mirror, classes):
+    loss = Loss(Case("F16", 40, 24, 12), classes, "mean")
+    loss.target.fill_(-100)
+    value, grads = loss.run(mirror)
+    assert bool(value.isnan())
+    assert all(not bool(g.any()) for g in grads)
+
+
+def test_a_single_class_pulls_nothing(mirror):
+    """Its probability is 1, so the gradients of both logits are opposite and that of their bias is zero, to the bit."""
+    loss = Loss(Case("TF32", 591, 48, 12, True), 1, "mean")
+    _, (dx, _, _, dc) = loss.run(mirror)
+    assert bool(dx.any()) and not bool(dc.any())
+
+
+@pytest.mark.parametrize("classes", [None, 7])
+def test_a_target_out_of_range_stops_the_kernel(mirror, classes):
+    loss = Loss(Case("F16", 40, 24, 12), classes, "mean")
+    loss.target[3] = 12
+    with pytest.raises(RuntimeError, match="class index out of range"):
+        loss.run(mirror)
+
+
+@pytest.mark.parametrize("classes", [None, 7])
+def test_rows_do_not_see_each_other(mirror, classes):
+    loss = Loss(Case("F16", 40, 64, 64), classes, "none")
+    value, grads = loss.run(mirror)
+    loss.problem.inputs["x"].tensor[7, 3] = float("inf")
+    loss.target[7] = 1
+    after, others = loss.run(mirror)
+    rest = torch.arange(40) != 7
+    assert torch.equal(after[rest], value[rest])
+    assert torch.equal(others[0][rest], grads[0][rest])
+    assert not bool(after[7].isfinite())
+
+
+@pytest.mark.parametrize("kind", ["F16", "BF16", "F32"])
+def test_scale(mirror, kind):
+    dtype = Problem(Case(kind, 1, 1, 1)).dtype
+    given = [torch.randn(33, 70).to(dtype), torch.randn(5000).to(dtype), torch.randn(1).to(dtype)]
+    for upstream in (1.0, 0.3):
+        scaled = [Guarded(g.shape, dtype, g) for g in given]
+        mirror.scale(
+            torch.tensor([upstream]).numpy(), [array(s) for s in scaled], getattr(mirror.Kind, kind), mirror.Chip(*CHIP)
+        )
+        for before, after in zip(given, scaled, strict=True):
+            after.check()
+            assert torch.equal(after.tensor, (before.float() * upstream).to(dtype))

@@ -1,0 +1,362 @@
+"""Plans for GPUs that are not at hand, the table of configurations, and engines that are off: nothing here needs a GPU."""
+
+import importlib.metadata
+import importlib.util
+import itertools
+import json
+import os
+import subprocess
+import sys
+import threading
+import types
+from pathlib import Path
+
+import pytest
+import torch
+
+import interp_nn
+from interp_nn import engines
+from interp_nn.engines import barrier, cost, devices, select
+from interp_nn.engines.cost import Problem
+from interp_nn.engines.devices import KNOWN, Chip
+from interp_nn.engines.triton import configs
+from interp_nn.engines.triton.configs import Bucket, Config
+
+HOPPER = devices.known((9, 0))
+TRITONS = [chip for chip in KNOWN if chip.capability >= (8, 0)]  # that its kernels serve
+TRITON = importlib.util.find_spec("triton") is not None
+
+
+@pytest.fixture
+def table(tmp_path, monkeypatch):
+    """Writes a user's table and names it in the environment."""
+
+    def write(**content):
+        path = tmp_path / f"table{len(list(tmp_path.iterdir()))}.json"
+        path.write_text(json.dumps(content))
+        monkeypatch.setenv("INTERP_NN_TABLE", str(path))
+
+    return write
+
+
+def entry(**changes):
+    where = {"capabilities": [[9, 0]], "itemsize": 2, "columns": 128, "classes": 128, "rows": 0}
+    return {**where, **changes}
+
+
+# Plans
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("chip", [chip.name for chip in TRITONS])
+def test_a_plan_for_each_known_gpu(chip, dtype):
+    plan = interp_nn.plan(65536, 512, 64, pair=True, classes=64, dtype=dtype, device=chip)
+    assert plan.engine == "triton" and plan.form == "A+"
+    assert [kernel for kernel, _ in plan.config] == ["pair_loss"]
+    assert plan.seconds > 0 and plan.bytes >= 3 * 65536 * 512 * dtype.itemsize
+    text = str(plan)
+    assert "in one launch each" in text and " MFLOP, " in text and "warps" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "form", "kernels"),
+    [
+        ({}, "A", ["stream", "summary_backward"]),
+        ({"grad": ()}, "A", ["stream"]),
+        ({"pair": True}, "A+", ["stream", "pair_backward"]),
+        ({"pair": True, "classes": 64}, "A+", ["pair_loss"]),
+        ({"classes": 10}, "flat", ["flat_loss"]),
+        ({"classes": 60}, "latent", ["latent_loss"]),
+    ],
+    ids=str,
+)
+def test_the_form_and_the_kernels_of_a_problem(arguments, form, kernels):
+    plan = interp_nn.plan(4096, 512, 64, dtype=torch.bfloat16, device="sm_90", **arguments)
+    assert (plan.engine, plan.form, [kernel for kernel, _ in plan.config]) == ("triton", form, kernels)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        ({"k": 256}, "cuBLAS is faster than a kernel of one launch for k > 128"),
+        ({"dtype": torch.float64}, "it has no float64 kernels"),
+        ({"k": 200, "pair": True, "classes": 200}, "at most 128 columns and classes, not 200 and 200"),
+        ({"classes": 1000}, "at most 128 columns and classes, not 64 and 1000"),
+        ({"d": 2**30}, "beyond 32-bit offsets"),
+        ({"device": "sm_75"}, "not cuda: below compute capability 8.0 it has only fp32 kernels of at most 64 columns"),
+        ({"k": 100, "dtype": torch.float32, "device": "sm_86"}, "fp32 kernels for more than 64 columns need 160 KiB"),
+        ({"k": 65, "classes": 65, "dtype": torch.float32, "device": "sm_80"}, "64 columns and 64 classes need 200 KiB"),
+    ],
+    ids=str,
+)
+def test_what_is_left_to_the_reference_engine_and_why(arguments, reason):
+    sizes = {"n": 4096, "d": 512, "k": 64, "dtype": torch.bfloat16, "device": "sm_90", **arguments}
+    plan = interp_nn.plan(sizes.pop("n"), sizes.pop("d"), sizes.pop("k"), **sizes)
+    assert plan.engine == "reference" and reason in plan.reason and plan.config == ()
+
+
+@pytest.mark.parametrize("device", ["sm_70", "sm_", "sm_x0", "sm_9"])
+def test_a_gpu_that_no_kernel_serves_cannot_be_planned_for(device):
+    with pytest.raises(ValueError, match="plan: device must be"):
+        interp_nn.plan(8, 4, 2, device=device)
+
+
+def test_heads_on_blackwell_need_a_newer_triton(monkeypatch):
+    for version, engine in (((3, 6), "cuda"), ((3, 9), "triton")):
+        monkeypatch.setattr(engines, "_triton_version", lambda version=version: version)
+        plan = interp_nn.plan(4096, 512, 64, classes=10, dtype=torch.bfloat16, device="sm_100")
+        assert plan.engine == engine
+    assert (
+        interp_nn.plan(4096, 512, 64, pair=True, classes=64, dtype=torch.bfloat16, device="sm_100").engine == "triton"
+    )
+
+
+def test_the_flat_form_gives_way_where_shared_memory_is_small():
+    def form(chip, k, classes, dtype=torch.bfloat16):
+        problem = Problem(4096, 64, k, classes=classes, head=True, dtype=dtype, chip=devices.known(chip))
+        chosen = select._kernel_form(problem, "triton")
+        assert select._for_any_rows("triton", problem) == ("latent" if 2 * classes >= k else chosen)
+        return chosen
+
+    assert [form((9, 0), 128, 50), form((8, 6), 128, 50), form((8, 6), 128, 10)] == ["flat", "latent", "flat"]
+    assert [form((9, 0), 128, 100), form((8, 0), 128, 100)] == ["flat", "latent"]
+    for chip, fits, too_wide in (
+        ((9, 0), (128, 30), (128, 50)),
+        ((8, 0), (64, 50), (128, 10)),
+        ((8, 6), (64, 30), (32, 100)),
+    ):
+        assert [form(chip, *sizes, torch.float32) for sizes in (fits, too_wide)] == ["flat", "latent"]
+
+
+def test_classes_that_do_not_fit_a_pair():
+    with pytest.raises(ValueError, match="the loss of a pair has k = 4 classes, got classes=3"):
+        interp_nn.plan(8, 4, 4, pair=True, classes=3)
+
+
+def test_on_a_cpu_the_plan_predicts_no_time():
+    plan = interp_nn.plan(4096, 512, 64, classes=10)
+    assert (plan.engine, plan.form, plan.seconds, plan.bytes) == ("reference", "flat*", None, None)
+
+
+def test_the_choice_is_the_lesser_prediction():
+    for n, d, k in itertools.product((32, 4096, 65536), (64, 512, 4096), (10, 64, 128)):
+        for pair, classes in ((False, None), (True, None), (True, k), (False, 7)):
+            problem = Problem(n, d, k, pair, True, True, classes, classes == 7, torch.bfloat16, HOPPER, "sm_90")
+            ours = cost.one_launch(problem, select._kernel_form(problem, "triton"), HOPPER).seconds
+            theirs = cost.reference(problem, select._reference_form(problem, False), HOPPER).seconds
+            assert select.engine(problem)[0] == ("triton" if ours <= theirs else "reference")
+
+
+def test_rows_that_are_no_whole_vectors_are_predicted_slow_and_logged_once(monkeypatch, caplog):
+    plans = [interp_nn.plan(65536, d, 64, dtype=torch.bfloat16, device="sm_90") for d in (512, 511)]
+    assert [plan.engine for plan in plans] == ["triton", "reference"]
+    monkeypatch.setattr(select, "_requested", "triton")
+    monkeypatch.setattr(select, "_logged", set())
+    monkeypatch.setattr(engines, "unavailable", lambda name: None)
+    for d, k in ((511, 64), (509, 64), (512, 64), (512, 200)):
+        assert select.engine(Problem(8, d, k, dtype=torch.bfloat16, chip=HOPPER, device="cuda"))[0] == "triton"
+    assert [record.message.split(": ")[1] for record in caplog.records] == [
+        "d = 511 is not a multiple of 16, so X is not read in vectors",
+        "k = 200 > 128 is slower than cuBLAS",
+    ]
+
+
+def test_predictions_grow_with_the_problem():
+    def seconds(n, dtype=torch.bfloat16):
+        return cost.one_launch(Problem(n, 1024, 128, dtype=dtype), "A", HOPPER).seconds
+
+    assert seconds(2**20) > 3 * seconds(2**18) > 9 * seconds(2**16) > 0
+    assert seconds(2**20, torch.float32) > 1.9 * seconds(2**20)
+
+
+# The table
+
+
+def test_the_nearest_older_capability_of_a_generation_serves_another():
+    assert (
+        devices.family((12, 1)) == (12, 0) and devices.family((8, 7)) == (8, 6) and devices.family((10, 3)) == (10, 0)
+    )
+    assert devices.family((7, 0)) is None and devices.family((11, 0)) is None
+    assert devices.known((7, 0)) is None and devices.known((9, 0)).name == "sm_90"
+    assert devices.known((13, 0)).capability == (13, 0)
+
+
+def test_the_table_covers_every_kernel_of_every_known_gpu():
+    for chip, kernel, itemsize, columns, rows in itertools.product(
+        TRITONS, ("stream", "pair_backward", "summary_backward", "pair_loss"), (2, 4), (16, 64, 128), (1, 100_000)
+    ):
+        bucket = Bucket(kernel, itemsize, columns, 16, rows)
+        assert any(e["kernel"] == kernel and configs._matches(e, chip, bucket) for e in configs._own_table().kernels)
+
+
+@pytest.mark.parametrize("kernel", configs.TILES)
+def test_the_rule_for_what_the_table_lacks_fits_and_shrinks(kernel, monkeypatch):
+    monkeypatch.setattr(configs, "_own_table", configs.Table)
+    large = configs.choose(HOPPER, Bucket(kernel, 2, 128, 16, 4096))
+    small = configs.choose(HOPPER._replace(shared=48_000), Bucket(kernel, 4, 128, 16, 4096))
+    assert len(large.tiles) == len(small.tiles) == len(configs.TILES[kernel])
+    assert configs.estimated_shared(large, Bucket(kernel, 2, 128, 16, 4096)) <= HOPPER.shared
+    assert small.tiles[0] <= large.tiles[0] and small != large
+
+
+def test_a_users_table_comes_first(table):
+    bucket = Bucket("stream", 2, 64, 16, 4096)
+    table(kernels=[entry(kernel="stream", tiles=[64, 16], warps=4, stages=2, resident=2)])
+    assert configs.choose(HOPPER, bucket) == Config((64, 16), 4, 2, False, 2)
+    for other in (bucket._replace(itemsize=4), bucket._replace(columns=256), bucket._replace(kernel="pair_backward")):
+        assert configs.choose(HOPPER, other).tiles != (64, 16)
+    assert configs.choose(devices.known((8, 0)), bucket).tiles != (64, 16)
+
+
+def test_a_measured_engine_overrules_the_model(table):
+    assert interp_nn.plan(4096, 512, 64, dtype=torch.bfloat16, device="sm_90").engine == "triton"
+    table(kernels=[], engines=[entry(problem="summary", engine="reference")])
+    plan = interp_nn.plan(4096, 512, 64, dtype=torch.bfloat16, device="sm_90")
+    assert plan.engine == "reference" and "measured faster" in plan.reason
+    assert interp_nn.plan(4096, 512, 64, pair=True, dtype=torch.bfloat16, device="sm_90").engine == "triton"
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {},
+        {"kernels": 3},
+        {"kernels": [{"kernel": "stream"}]},
+        {"kernels": [entry(kernel="stream", tiles=[1], warps=4, stages=2)]},
+        {"kernels": [entry(kernel="warp", tiles=[16, 16], warps=4, stages=2)]},
+        {"kernels": [], "engines": [entry(problem="summary")]},
+    ],
+    ids=str,
+)
+def test_a_bad_table_is_refused_by_name(content, table):
+    table(**content)
+    with pytest.raises(ValueError, match=r"INTERP_NN_TABLE: .*table0\.json"):
+        configs.choose(HOPPER, Bucket("stream", 2, 64, 16, 4096))
+
+
+def test_a_table_that_is_not_there(monkeypatch):
+    monkeypatch.setenv("INTERP_NN_TABLE", "/nowhere/table.json")
+    with pytest.raises(ValueError, match=r"INTERP_NN_TABLE: /nowhere/table\.json is not a table"):
+        configs.choose(HOPPER, Bucket("stream", 2, 64, 16, 4096))
+
+
+# Engines that are off
+
+
+def why_off(monkeypatch, triton="3.6.0", numpy="2.3.5", interpreting=False, cuda="13.0", devices=()):
+    """The reason on a machine that is made up."""
+    versions = {"triton": triton, "numpy": numpy}
+
+    def version(name):
+        if versions.get(name) is None:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return versions[name]
+
+    found = dict(enumerate(devices))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if triton is None else object())
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    monkeypatch.setattr(engines, "interpreting", lambda: interpreting)
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(devices))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(devices))
+    monkeypatch.setattr(engines, "chip_of", lambda device: Chip(found[device.index], 1, 0, 1.0, 1.0))
+    return engines._triton_unavailable()
+
+
+@pytest.mark.parametrize(
+    ("machine", "reason"),
+    [
+        ({"triton": None}, "Triton is not installed"),
+        ({"triton": "3.5.1"}, "Triton 3.5 is older than 3.6"),
+        ({"cuda": None}, "PyTorch is built without CUDA"),
+        ({}, "no CUDA device"),
+        ({"devices": [(7, 5)]}, "no CUDA device of compute capability 8.0 or newer"),
+        ({"interpreting": True, "numpy": "2.4.0"}, "needs numpy < 2.4"),
+        ({"interpreting": True}, None),
+        ({"interpreting": True, "numpy": "2.4.0", "triton": "3.7.1"}, None),
+        ({"devices": [(7, 5), (9, 0)]}, None),
+    ],
+    ids=str,
+)
+def test_the_reason_why_the_engine_is_off(machine, reason, monkeypatch):
+    found = why_off(monkeypatch, **machine)
+    assert found is None if reason is None else reason in found
+
+
+def test_a_device_that_the_engine_does_not_serve():
+    def refusal(chip, device):
+        return engines.refusal("triton", chip, device, torch.float32, 8, 4, 2, None, False)
+
+    engines._reasons.pop("triton", None)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engines, "_triton_unavailable", lambda: None)
+        assert refusal(None, "cpu") == "it needs a CUDA device, and x is on cpu"
+        assert refusal(Chip((7, 5), 1, 0, 1.0, 1.0), "cuda") == "it needs compute capability 8.0, and cuda has 7.5"
+        assert refusal(HOPPER, "cuda") is None
+    engines._reasons.pop("triton")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the engine is on")
+def test_forcing_an_engine_that_is_off_raises_with_the_reason():
+    reason = engines.unavailable("triton")
+    with pytest.raises(RuntimeError, match="use_engine: the triton engine is off: ") as caught:
+        interp_nn.use_engine("triton")
+    assert reason in str(caught.value) and select.requested() == "auto"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the engine is on")
+def test_an_engine_forced_by_the_environment_is_checked_at_use():
+    code = "import torch, interp_nn; interp_nn.functional.summary(torch.ones(2, 2), torch.ones(2, 2))"
+    root = str(Path(interp_nn.__file__).parents[1])
+    environment = {**os.environ, "PYTHONPATH": root, "INTERP_NN_ENGINE": "triton"}
+    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
+    assert "RuntimeError: the triton engine was asked for, but " in result.stderr
+    assert engines.unavailable("triton") in result.stderr
+
+
+# The counters of the barrier
+
+
+def test_a_counter_for_each_stream_and_for_each_captured_launch(monkeypatch):
+    state = types.SimpleNamespace(stream=1, capturing=False, blocks=0, free={}, makers=set())
+
+    def zeros(size, dtype, device):
+        state.blocks += 1
+        state.makers.add(threading.get_ident())
+        return torch.empty(size, dtype=dtype)
+
+    def synchronize():
+        assert not any(state.free.values())  # no other thread can take a word before it is zero
+
+    def stream(device):
+        return types.SimpleNamespace(cuda_stream=state.stream, synchronize=synchronize)
+
+    for name, value in {"_words": {}, "_free": state.free, "_blocks": []}.items():
+        monkeypatch.setattr(barrier, name, value)
+    monkeypatch.setattr(torch, "zeros", zeros)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: state.capturing)
+    monkeypatch.setattr(torch.cuda, "current_stream", stream)
+    device = torch.device("cuda", 0)
+
+    def word():
+        return barrier.counter(device).data_ptr()
+
+    first = word()
+    assert word() == first
+    state.stream = 2
+    second = word()
+    assert second != first and word() == second
+    state.capturing = True
+    captured = [word() for _ in range(5)]
+    assert len({first, second, *captured}) == 7
+    state.capturing, state.stream = False, 1
+    assert word() == first and state.blocks == 1 and not state.makers & {threading.get_ident()}
+    state.capturing = True
+    captured += [word() for _ in range(1017)]
+    assert state.blocks == 1 and not state.free[device]
+    (block,) = barrier._blocks  # which the graphs count in: no allocator gets it back
+    assert all(0 <= address - block.data_ptr() < block.nbytes for address in captured)
+    assert word() != word() and state.blocks == 3  # the graph's own, for want of spare ones
+    state.capturing = False
+    assert word() == first and state.blocks == 4 and len(state.free[device]) == 1024
+    assert {(address - first) % 16 for address in (second, *captured)} == {0}

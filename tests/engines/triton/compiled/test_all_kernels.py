@@ -1,0 +1,190 @@
+"""Every kernel compiles for every known GPU, in the tiles the table gives it, and what comes out is fit to run."""
+
+import os
+import warnings
+from pathlib import Path
+
+import offline
+import pytest
+import torch
+import triton
+from recording import recording
+
+from interp_nn import engines
+from interp_nn.engines import select
+from interp_nn.engines.cost import Problem
+from interp_nn.engines.devices import known
+from interp_nn.engines.eager import LossOptions
+from interp_nn.engines.triton import engine
+
+ARTEFACTS = Path(os.environ.get("INTERP_NN_ARTEFACTS", Path(__file__).parents[4] / "build" / "compile"))
+WARN = os.environ.get("INTERP_NN_COMPILE_WARN") == "1"
+CAPABILITIES = (80, 90, 100) if WARN else (80, 86, 89, 90, 100, 120)  # one a generation where a Triton is on trial
+
+
+def problem(name, dtype, n, k, m, transposed=True, needs=(True,) * 4, reduction="mean", d=512):
+    """Launches one kernel for tensors on the meta device."""
+
+    def empty(*shape, of=dtype):
+        return torch.empty(shape, dtype=of, device="meta")
+
+    x, p, g = empty(n, d), empty(n, k), empty(k, k)
+    b = empty(k, d).t() if transposed else empty(d, k)
+    options = LossOptions((1.0, 1.0, 1.0), -100, reduction)
+    upstream = empty(n if reduction == "none" else 1, of=torch.float32) if reduction != "mean" else None
+    target = empty(n, of=torch.int64)
+    if name == "stream":
+        engine.forward(x, b, empty(k), "A", False)
+    elif name == "summary_backward":
+        engine.backward(None, p, x, b, [g], "A", *needs[:3])
+    elif name == "pair_backward":
+        engine.backward(p, p, x, b, [p, g], "A+", *needs[:2])
+    elif name == "phased_forward":
+        engine.forward(x, b, empty(k), "B", False)
+        engine.forward(x, b, None, "A+", True)
+    elif name == "phased_backward":
+        engine.backward(None, p, x, b, [g, empty(d, k)], "B", True, True, True)
+        engine.backward(p, p, x, b, [p, g], "A+", True, True)
+    elif name == "pair_loss":
+        engine.loss(x, b, None, None, target, options, "A+", upstream, (*needs[:2], False, False))
+    else:
+        engine.loss(x, b, empty(m, k), empty(m), target, options, name.split("_")[0], upstream, needs)
+
+
+NAMES = (
+    "stream",
+    "summary_backward",
+    "pair_backward",
+    "pair_loss",
+    "latent_loss",
+    "flat_loss",
+    "phased_forward",
+    "phased_backward",
+)
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+# (dtype, n, k, m, fp32 precision, other arguments): both sizes of tiles, columns around the powers of two, both memory
+# orders of b; on one GPU more: fp16, tf32, some gradients only, values only, rows of losses.
+EVERYWHERE = [
+    (BF16, 65536, 128, 10, None, {}),
+    (BF16, 4096, 100, 60, None, {"transposed": False}),
+    (FP32, 65536, 64, 10, "ieee", {}),
+]
+HERE = [
+    (FP16, 4096, 65, 100, None, {}),
+    (BF16, 65536, 10, 3, None, {"transposed": False, "reduction": "none"}),
+    (FP32, 4096, 128, 10, "ieee", {"transposed": False}),
+    (FP32, 65536, 100, 10, "tf32", {}),
+    (BF16, 4096, 64, 10, None, {"needs": (True, False, False, False), "reduction": "sum"}),
+    (BF16, 4096, 64, 10, None, {"needs": (False, True, False, True)}),
+    (BF16, 4096, 64, 10, None, {"needs": (False,) * 4, "reduction": "none"}),
+]
+# (capability, kernel, dtype, k, m, fp32 precision, needs): what hardly fits into the shared memory of its chip, heads in the form
+# that dispatch takes. Values and dX alone lay out other matrices than all gradients. With few features more heads are flat.
+ALL, DX, VALUE = (True,) * 4, (True, False, False, False), (False,) * 4
+TIGHT = [
+    (90, "head", FP32, 128, 60, "ieee", DX),
+    (90, "head", FP32, 128, 100, "ieee", ALL),
+    (90, "head", FP32, 128, 100, "ieee", VALUE),
+    (90, "head", FP32, 128, 100, "tf32", ALL),
+    (86, "head", FP32, 64, 60, "ieee", DX),
+    (86, "head", FP32, 64, 100, "tf32", ALL),
+    (86, "head", BF16, 128, 100, None, DX),
+    (80, "head", FP32, 128, 10, "ieee", ALL),
+    (80, "head", BF16, 128, 100, None, ALL),
+    (80, "stream", FP32, 128, 1, "ieee", ALL),
+]
+# Instructions that move registers to memory and back: most of them outside of the loops over features.
+MOST_SPILLS = {2: 220, 4: 400}
+# What a version of Triton cannot compile, and dispatch therefore leaves to another engine: heads for sm_100 before 3.9.
+IMPOSSIBLE = {("latent_loss", 100), ("flat_loss", 100)} if engines._triton_version() < engines._HEADS_ON_10 else set()
+
+
+def head(capability, dtype, n, d, k, m):
+    return Problem(n, d, k, classes=m, head=True, dtype=dtype, chip=known(divmod(capability, 10)))
+
+
+def wanted():
+    """(tag, capability, launch) of every compilation."""
+    for capability in CAPABILITIES:
+        for name in NAMES:
+            for dtype, n, k, m, precision, more in EVERYWHERE + (HERE if capability == 90 and not WARN else []):
+                if name.startswith("phased"):
+                    if k not in (128, 64):
+                        continue
+                    k = 256
+                if name == "flat_loss" and not select._flat_fits(head(capability, dtype, n, 512, k, m), "triton"):
+                    continue  # dispatch takes the latent form
+                tag = f"{name} {str(dtype)[6:]} {precision or ''} n{n} k{k} m{m} {more or ''}"
+                with recording(capability, precision) as launches:
+                    problem(name, dtype, n, k, m, **more)
+                for i, launch in enumerate(launches):
+                    yield f"{tag} {i}", capability, launch
+    for capability, name, dtype, k, m, precision, needs in TIGHT if not WARN else []:
+        n, d = 65536, 64
+        if name == "head":
+            name = f"{select._kernel_form(head(capability, dtype, n, d, k, m), 'triton')}_loss"
+        with recording(capability, precision) as launches:
+            problem(name, dtype, n, k, m, needs=needs, d=d)
+        yield f"{name} tight {str(dtype)[6:]} {precision or ''} k{k} m{m} {needs}", capability, launches[0]
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    """Every outcome, written as a table too."""
+    outcomes = {}
+    by_capability = {}
+    for tag, capability, launch in wanted():
+        by_capability.setdefault(capability, []).append((tag, launch))
+    for capability, launches in by_capability.items():
+        outcomes |= offline.compile_all(launches, [capability])
+    ARTEFACTS.mkdir(parents=True, exist_ok=True)
+    offline.write_table(ARTEFACTS / f"triton-{triton.__version__}.txt", outcomes.values())
+    return outcomes
+
+
+def expect(bad, what):
+    """Fails, or only warns where the newest Triton is on trial."""
+    if bad and WARN:
+        warnings.warn(f"{what}: {bad}", stacklevel=2)
+    else:
+        assert not bad, what
+
+
+pytestmark = [pytest.mark.filterwarnings("default")] if WARN else []
+
+
+def test_everything_compiles_but_what_dispatch_leaves_out(compiled):
+    failed = {(key, o.error) for key, o in compiled.items() if o.error}
+    expect([f for f in failed if (f[0][0].split()[0], f[0][1]) not in IMPOSSIBLE], "does not compile")
+    expect(IMPOSSIBLE - {(key[0].split()[0], key[1]) for key, _ in failed}, "compiles, and need not be left out")
+
+
+def good(compiled):
+    return {key: o for key, o in compiled.items() if not o.error}
+
+
+def test_shared_memory_is_within_the_limit_of_the_chip(compiled):
+    expect({key: o.shared for key, o in good(compiled).items() if not o.fits_shared}, "too much shared memory")
+
+
+def test_spills_are_bounded(compiled):
+    usual = {key: o for key, o in good(compiled).items() if " tight " not in key[0]}
+    most = {key: o.spills for key, o in usual.items() if o.spills > MOST_SPILLS[4 if o.dtype == "fp32" else 2]}
+    expect(most, "too many spills")
+
+
+def test_products_use_the_matrix_units(compiled):
+    """Hopper's own for tiles of 64 rows and more, the older ones for smaller tiles."""
+    expect([key for key, o in good(compiled).items() if not o.hgmma + o.hmma + o.tcgen05], "no matrix instructions")
+
+
+def test_rows_are_loaded_in_vectors_and_in_advance(compiled):
+    expect([key for key, o in good(compiled).items() if not o.vector_loads], "no 16-byte loads")
+
+
+def test_the_barrier_orders_memory(compiled):
+    """What a phase writes the next one reads: acquire and release at the barrier, and no cache that may be stale."""
+    barriers = {key: o for key, o in good(compiled).items() if o.kernel != "stream"}
+    one_phase = {key for key in barriers if "False, False, False)" in key[0]}
+    expect([key for key, o in barriers.items() if not o.has_acquire_release and key not in one_phase], "no ordering")
+    expect([key for key, o in barriers.items() if o.has_non_coherent_loads], "loads past the barrier's order")

@@ -1,0 +1,170 @@
+"""The triton engine on the interpreter: on a chip of the test's choice, in guarded memory, phase by phase if asked."""
+
+import contextlib
+
+import torch
+from interpreter import check_guards, guarded, guarded_like
+from support import naive, naive_cross_entropy, naive_head_cross_entropy, naive_pair
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import interp_nn
+from interp_nn import functional
+from interp_nn.engines.devices import Chip, known
+from interp_nn.engines.triton import configs, engine
+from interp_nn.engines.triton.configs import Config
+
+PLANS = [value for name, value in vars(engine).items() if name.startswith("_plan")]
+# Several tiles, splits and strips at sizes that the interpreter can bear.
+TINY = {
+    "stream": Config((16, 16)),
+    "pair_backward": Config((16, 16, 16, 16)),
+    "summary_backward": Config((16, 16, 16)),
+    "pair_loss": Config((16, 32, 16, 16, 16)),
+    "latent_loss": Config((16, 32, 16, 16, 16)),
+    "flat_loss": Config((16, 32, 16, 16, 16)),
+    "phased_forward": Config((64, 64, 32)),
+    "phased_backward": Config((64, 64, 32)),
+}
+
+
+@contextlib.contextmanager
+def forced():
+    """The triton engine, with plans of its own."""
+    functional._plans.clear()
+    with interp_nn.use_engine("triton"):
+        yield
+    functional._plans.clear()
+
+
+@contextlib.contextmanager
+def chip(monkeypatch, programs, tiny=False, parked=False, rows=None):
+    """A chip with so many multiprocessors; with tiny tiles, with losses that park rows, with so many rows in a split."""
+    found = Chip((9, 0), programs, known((9, 0)).shared, 1.0, 1.0)
+    original = configs.choose
+
+    def choose(chip, bucket):
+        config = TINY[bucket.kernel] if tiny else original(chip, bucket)
+        return config._replace(parked=parked) if tiny else config
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "_chip", lambda device: found)
+        patch.setattr(configs, "choose", choose)
+        if rows is not None:
+            patch.setattr(engine, "_ROWS_A_SPLIT", rows)
+        forget()
+        yield
+    forget()
+
+
+def forget():
+    for plan in PLANS:
+        plan.cache_clear()
+
+
+class Launches:
+    """A guard around every launch: inputs and results lie between poisoned zones, and results start as poison."""
+
+    def __init__(self, monkeypatch, phases=False):
+        self.made, self.kernels, self.counters, self.phases = [], [], [], phases
+        self._launch = engine.launch
+        monkeypatch.setattr(engine, "workspace", self.workspace)
+        monkeypatch.setattr(engine, "launch", self.launch)
+
+    def workspace(self, shape, dtype, device, stride=None):
+        self.made.append(guarded(shape, dtype, device, stride=stride))
+        return self.made[-1]
+
+    def launch(self, plan, device, *arguments):
+        self.kernels.append(plan.kernel.__name__)
+        own = {t.untyped_storage().data_ptr() for t in self.made}
+        self.counters += [t for t in arguments if isinstance(t, torch.Tensor) and t.dtype == torch.int32]
+        given = [self._guarded(t, own) for t in arguments]
+        for constants in self._runs(plan.constants):
+            self._launch(plan._replace(constants=constants), device, *given)
+        check_guards(self.made)
+
+    def _guarded(self, t, own):
+        foreign = isinstance(t, torch.Tensor) and t.dtype != torch.int32 and t.dim() > 0
+        return guarded_like(t) if foreign and t.untyped_storage().data_ptr() not in own else t
+
+    def _runs(self, constants):
+        """All phases in one launch, or one after another."""
+        mask = constants.get("PHASES", 0)
+        bits = [1 << i for i in range(mask.bit_length()) if mask >> i & 1]
+        return [constants | {"PHASES": bit} for bit in bits] if self.phases and bits else [constants]
+
+
+class Tf32(TorchDispatchMode):
+    """PyTorch's products as a GPU does them with tf32 allowed: fp32 operands rounded to ten bits."""
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        if operator in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default):
+            *base, left, right = args
+            args = (*base, to_tf32(left), to_tf32(right))
+        return operator(*args, **(kwargs or {}))
+
+
+def to_tf32(t):
+    if t.dtype != torch.float32:
+        return t
+    from interpreter import to_tf32 as rounded
+
+    return torch.from_numpy(rounded(t.detach().contiguous().numpy()).copy())
+
+
+# What is computed, by name: (function, the same in plain PyTorch, the shapes of its inputs, the number of outputs)
+
+
+def transposed(t):
+    """The same matrix with the memory of a layer's weight, differentiably."""
+    return t.mT.contiguous().mT
+
+
+def summary(x, b, bias):
+    return functional.summary(x, transposed(b), bias)
+
+
+def pair(x, b):
+    return tuple(functional.summary_pair(x, b))
+
+
+def projection_alone(x, b):
+    return functional.summary_pair(x, b).projection
+
+
+def summary_of_pair(x, b):
+    return functional.summary_pair(x, transposed(b)).summary
+
+
+def pair_loss(target, **options):
+    return lambda x, b: functional.summary_cross_entropy(x, transposed(b), target, **options)
+
+
+def pair_loss_reference(target, **options):
+    return lambda x, b: naive_cross_entropy(x, b, target, **options)
+
+
+def head_loss(target, **options):
+    return lambda x, b, a, c: functional.summary_head_cross_entropy(x, b, a, c, target, **options)
+
+
+def head_loss_reference(target, **options):
+    return lambda x, b, a, c: naive_head_cross_entropy(x, b, a, c, target, **options)
+
+
+def targets(n, classes):
+    """Class indices, about every fifth row ignored and, where there are rows, not all of them."""
+    target = torch.randint(classes, (n,))
+    target[1::5] = -100
+    return target
+
+
+def inputs(n, d, k, m=None):
+    """fp64 x, b and, with classes m, an output layer, at the scale of a trained network."""
+    x, b = torch.randn(n, d, dtype=torch.float64), torch.randn(d, k, dtype=torch.float64) / max(d, k) ** 0.5
+    if m is None:
+        return [x, b]
+    return [x, b, torch.randn(m, k, dtype=torch.float64) / k**0.5, torch.randn(m, dtype=torch.float64)]
+
+
+REFERENCES = {summary: naive, pair: naive_pair}

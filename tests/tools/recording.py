@@ -1,0 +1,43 @@
+"""The launches that the Triton engine would make on a GPU that is not there, as `offline` compiles them.
+
+The engine itself plans them, with tensors on the meta device; only its view of the device and its last step are exchanged.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+from unittest import mock
+
+import torch
+from offline import Launch
+
+from interp_nn.engines.devices import known
+from interp_nn.engines.triton import engine
+
+
+@contextlib.contextmanager
+def recording(capability: int, fp32_precision: str | None = None) -> Iterator[list[Launch]]:
+    """A list that gets what the engine launches inside, for tensors of any device, as on a known chip of that capability.
+
+    fp32_precision: what PyTorch's switch for products of fp32 matrices says inside, if it matters.
+    """
+    chip = known(divmod(capability, 10))
+    if chip is None:
+        raise ValueError(f"no chip is known that has capability {capability}")
+    launches: list[Launch] = []
+
+    def record(plan: engine.Launch, device: torch.device, *arguments: Any) -> None:
+        named = {param.name for param in plan.kernel.params}
+        constants = {name: value for name, value in plan.constants.items() if name in named}
+        options = {name: value for name, value in plan.constants.items() if name not in named}
+        launches.append(Launch(plan.kernel, arguments, constants, options))
+
+    switch = torch.backends.cuda.matmul
+    before = switch.fp32_precision
+    with mock.patch.object(engine, "_chip", return_value=chip), mock.patch.object(engine, "launch", record):
+        try:
+            if fp32_precision is not None:
+                switch.fp32_precision = fp32_precision
+            yield launches
+        finally:
+            switch.fp32_precision = before
