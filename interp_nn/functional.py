@@ -25,9 +25,8 @@ from torch.nn import Parameter
 
 from interp_nn import linalg
 from interp_nn.engines import select
-from interp_nn.engines.eager import LossOptions
+from interp_nn.engines.problem import LossOptions, Plan
 from interp_nn.linalg import Orthogonalized, autocast_available
-from interp_nn.ops import gram as _gram
 from interp_nn.ops import losses as _cross_entropy
 from interp_nn.ops import summary as _summary
 from interp_nn.ops.library import any_autocast_enabled, cast, is_dtensor
@@ -48,7 +47,7 @@ __all__ = [
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _PLAIN = (Tensor, Parameter)
 _MOST_PLANS = 4096
-_plans: dict[tuple[object, ...], str] = {}
+_plans: dict[tuple[object, ...], Plan] = {}
 _REDUCTIONS = ("mean", "sum", "none")
 
 
@@ -70,12 +69,14 @@ def summary(x: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
         from interp_nn.ops import sharding
 
         return sharding.summary(x, b, bias)
-    return _summary.summary(x, b, bias, plan)
+    return _summary.summary(x, b, bias, plan)[0]
 
 
-def summary_and_square(x: Tensor, b: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-    """`summary`, and what its launch formed on the way: the smaller of bᵀb and bbᵀ, without gradient, or None."""
-    return _gram.summary_and_square(*_planned(x, b, bias, False))
+def summary_and_gram(x: Tensor, b: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    """Return `summary`, and the smaller of bᵀb and bbᵀ, without gradient, if its launch has formed that; else None."""
+    x, b, bias, plan = _planned(x, b, bias, False)
+    y, saved = _summary.summary(x, b, bias, plan)
+    return y, _summary.small_gram(plan, saved, b)
 
 
 def summary_pair(x: Tensor, b: Tensor) -> SummaryPair:
@@ -185,8 +186,8 @@ def _matrices(x: Tensor, b: Tensor, sharded: bool = False) -> tuple[Tensor, Tens
     return x, b
 
 
-def _planned(x: Tensor, b: Tensor, bias: Tensor | None, pair: bool) -> tuple[Tensor, Tensor, Tensor | None, str]:
-    """Checked x, b and bias, and the plan's token. Remembered by all that they depend on: a call costs one look-up."""
+def _planned(x: Tensor, b: Tensor, bias: Tensor | None, pair: bool) -> tuple[Tensor, Tensor, Tensor | None, Plan]:
+    """Checked x, b and bias, and the plan. Remembered by all that they depend on: a call costs one look-up."""
     key = None
     plain = type(x) in _PLAIN and type(b) in _PLAIN and (bias is None or type(bias) in _PLAIN)
     if plain and not is_dynamo_compiling() and not any_autocast_enabled():

@@ -34,6 +34,11 @@ def gram(b: Tensor) -> Tensor:
     return b.mT @ b
 
 
+def is_column_major(b: Tensor) -> bool:
+    """Return True if b's memory is that of a contiguous bᵀ and not its own, as a layer's transposed weight has it."""
+    return not b.is_contiguous() and b.mT.is_contiguous()
+
+
 def smaller_square(b: Tensor) -> Tensor:
     """The smaller of the two square products: bᵀb (..., k, k), or b bᵀ (..., d, d) where k > d."""
     return gram(b) if b.shape[-1] <= b.shape[-2] else gram(b.mT)
@@ -42,7 +47,7 @@ def smaller_square(b: Tensor) -> Tensor:
 def by_square(b: Tensor, square: Tensor) -> Tensor:
     """b times a matrix of the size of its smaller square product, from the side where it fits; in b's order of memory."""
     left = b.shape[-1] > b.shape[-2]
-    if b.mT.is_contiguous():
+    if is_column_major(b):
         return (b.mT @ square.mT if left else square.mT @ b.mT).mT
     return square @ b if left else b @ square
 

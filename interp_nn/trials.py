@@ -10,9 +10,8 @@ import os
 import statistics
 import time
 from collections import deque
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from multiprocessing.connection import wait
-from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
@@ -20,14 +19,14 @@ from torch import Tensor
 
 from interp_nn import engines, functional
 from interp_nn.engines import eager, select
-from interp_nn.engines.devices import Chip, chip_of
-from interp_nn.engines.eager import LossOptions
+from interp_nn.engines.devices import DeviceSpec, spec_of
+from interp_nn.engines.limits import unsupported_reason
+from interp_nn.engines.problem import ENGINES, Config, EngineName, LossOptions, Plan, Problem
 from interp_nn.engines.triton import configs
-from interp_nn.engines.triton.configs import Bucket, Config
+from interp_nn.engines.triton.configs import Bucket
 
 ITEMSIZES = {2: "bf16", 4: "fp32"}
 _DTYPES = {2: torch.bfloat16, 4: torch.float32}
-_LOSSES = ("pair_loss", "latent_loss", "flat_loss")
 _FEW_ROWS = 256  # to see whether a candidate compiles and launches
 _COMPILING = 90.0  # seconds that this may take
 _OPTIONS = LossOptions((1.0, 1.0, 1.0), -100, "mean")
@@ -56,95 +55,29 @@ class Group(NamedTuple):
         return f"{self.kernel} {ITEMSIZES[self.itemsize]}, {self.columns} columns{classes}"
 
 
-@contextlib.contextmanager
-def replaced(owner: Any, name: str, value: object) -> Iterator[None]:
-    """owner.name is `value` inside."""
-    before = getattr(owner, name)
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        setattr(owner, name, before)
-
-
-def forget() -> None:
-    """Drop what was planned with other configs: the launches that the engine remembers, and the table."""
-    configs._user_table.cache_clear()
-    for name, value in vars(engines.get("triton")).items():
-        if name.startswith("_plan"):
-            value.cache_clear()
-
-
-@contextlib.contextmanager
-def using(kernel: str, config: Config) -> Iterator[None]:
-    """Launches of that kernel that are planned inside have this config."""
-    chosen = configs.choose
-
-    def choose(chip: Chip, bucket: Bucket) -> Config:
-        return config if bucket.kernel == kernel else chosen(chip, bucket)
-
-    forget()
-    try:
-        with replaced(configs, "choose", choose):
-            yield
-    finally:
-        forget()
-
-
-@contextlib.contextmanager
-def table(path: Path) -> Iterator[None]:
-    """INTERP_NN_TABLE names this file inside."""
-    before = os.environ.get("INTERP_NN_TABLE")
-    os.environ["INTERP_NN_TABLE"] = str(path)
-    forget()
-    try:
-        yield
-    finally:
-        del os.environ["INTERP_NN_TABLE"]
-        if before is not None:
-            os.environ["INTERP_NN_TABLE"] = before
-        forget()
-
-
-def engine_call(group: Group, n: int, device: torch.device) -> Callable[[], object]:
-    """A call of the triton engine that launches the group's kernel, with n rows and a layer's transposed weight."""
-    engine: Any = engines.get("triton")
+def engine_call(group: Group, n: int, device: torch.device, config: Config) -> Callable[[], object]:
+    """Return a call of the triton engine that launches the group's kernel, with n rows and a layer's transposed weight."""
+    engine = engines.get("triton")
     (d, k, m), dtype = group.sizes, _DTYPES[group.itemsize]
+    tiles = ((group.kernel, config),)
     x = torch.randn(n, d, dtype=dtype, device=device)
     b = (torch.randn(k, d, device=device) / max(d, k) ** 0.5).to(dtype).t()
-    if group.kernel in _LOSSES:
-        head = group.kernel != "pair_loss"
-        target = torch.randint(m if head else k, (n,), device=device)
-        a = torch.randn(m, k, dtype=dtype, device=device) / k**0.5 if head else None
-        c = torch.randn(m, dtype=dtype, device=device) if head else None
-        form = group.kernel.removesuffix("_loss") if head else "A+"
-        return lambda: engine.loss(x, b, a, c, target, _OPTIONS, form, None, (True, True, head, head))
-    form = {"pair_backward": "A+", "phased_forward": "B", "phased_backward": "B"}.get(group.kernel, "A")
-    if group.kernel in ("stream", "phased_forward"):
-        return lambda: engine.forward(x, b, None, form, False)
+    for order, kernel in configs.LOSS_KERNELS.items():
+        if kernel == group.kernel:
+            head = kernel != "pair_loss"
+            target = torch.randint(m if head else k, (n,), device=device)
+            a = torch.randn(m, k, dtype=dtype, device=device) / k**0.5 if head else None
+            c = torch.randn(m, dtype=dtype, device=device) if head else None
+            plan = Plan("triton", order, saves=not head, tiles=tiles)
+            return lambda: engine.loss(x, b, a, c, target, _OPTIONS, plan, None, (True, True, head, head))
     pair = group.kernel == "pair_backward"
-    kept = [t.contiguous() for t in eager.forward(x, b, None, form, pair)[2]]
+    order = "X(bG)" if group.kernel in ("phased_forward", "phased_backward") else "(Xb)G"
+    plan = Plan("triton", order, saves=pair, tiles=tiles)
+    if group.kernel in ("stream", "phased_forward"):
+        return lambda: engine.forward(x, b, None, plan, False)
+    saved = [t.contiguous() for t in eager.forward(x, b, None, plan, pair)[2]]
     dp, dy = (torch.randn(n, k, dtype=dtype, device=device) for _ in range(2))
-    return lambda: engine.backward(dp if pair else None, dy, x, b, kept, form, True, True)
-
-
-def relaunch(call: Callable[[], object]) -> Callable[[], None]:
-    """What the call launches, to be launched again on the same memory: the device's share of it alone."""
-    engine: Any = engines.get("triton")
-    launch, made = engine.launch, []
-
-    def noted(*arguments: Any) -> None:
-        made.append(arguments)
-        launch(*arguments)
-
-    with replaced(engine, "launch", noted):
-        call()
-
-    def again() -> None:
-        for arguments in made:
-            launch(*arguments)
-
-    return again
+    return lambda: engine.backward(dp if pair else None, dy, x, b, saved, plan, True, True)
 
 
 def whole_call(kind: str, itemsize: int, columns: int, n: int, device: torch.device) -> Callable[[], object]:
@@ -193,9 +126,9 @@ def _in_turn(
 
 
 def device_clock(calls: Mapping[Key, Callable[[], object]], device: torch.device) -> dict[Key, list[float]]:
-    """What a call takes on the device with cold caches: between two events, behind a write long enough to hide the host."""
+    """Time calls on the device with cold caches: between two events, behind a write that is long enough to hide the host."""
     cache = getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 2**26)
-    flush = torch.empty(max(8 * cache, 2**28), dtype=torch.int8, device=device)
+    flush = torch.empty(max(8 * cache, 2**30), dtype=torch.int8, device=device)
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
 
     def sample(call: Callable[[], object]) -> float:
@@ -239,7 +172,7 @@ def _synchronize(device: torch.device) -> None:
 class Bench(Protocol):
     """Where configs are tried: a GPU, or what a test puts in its place."""
 
-    chip: Chip
+    spec: DeviceSpec
     origin: str
 
     def prepare(self, group: Group, tried: Sequence[Config], seconds: float) -> dict[Config, str | None]:
@@ -256,10 +189,10 @@ class DeviceBench:
     """A device that kernels run on; on a GPU other processes compile the candidates, several at a time."""
 
     def __init__(self, device: torch.device, workers: int | None = None) -> None:
-        chip = chip_of(device)
-        assert chip is not None
-        self.chip, self.device = chip, device
-        self.origin = _origin(device, chip)
+        spec = spec_of(device)
+        assert spec is not None
+        self.spec, self.device = spec, device
+        self.origin = _origin(device, spec)
         cuda = device.type == "cuda"
         count = min(12, os.cpu_count() or 1) if workers is None else workers
         self._compilers = Compilers(count, device) if cuda and count else None
@@ -271,21 +204,23 @@ class DeviceBench:
         return dict(zip(tried, found, strict=True))
 
     def kernel_times(self, group: Group, n: int, tried: Sequence[Config]) -> dict[int, list[float]]:
-        call, calls = engine_call(group, n, self.device), dict[int, Callable[[], object]]()
+        calls = dict[int, Callable[[], object]]()
         for place, config in enumerate(tried):
-            # What compiles for few rows may still not launch for many: twice the programs, more memory.
-            with using(group.kernel, config), contextlib.suppress(Exception):
-                again = relaunch(call)
+            # A config that compiles for few rows may not launch for many: twice the programs, more memory.
+            with contextlib.suppress(Exception):
+                call = engine_call(group, n, self.device, config)
+                call()
                 _synchronize(self.device)
-                calls[place] = again
+                calls[place] = call
         return device_clock(calls, self.device) if self.device.type == "cuda" else host_clock(calls, self.device)
 
-    def _able(self, kind: str, itemsize: int, columns: int, n: int) -> list[str]:
-        """The engines that compute a problem."""
+    def _able(self, kind: str, itemsize: int, columns: int, n: int) -> list[EngineName]:
+        """The engines that can compute a problem."""
         d, k, m = Group(kind, itemsize, columns).sizes
         classes = {"pair_loss": k, "head_loss": m}.get(kind)
-        given = (self.chip, self.device.type, _DTYPES[itemsize], n, d, k, classes, kind == "head_loss")
-        return [name for name in engines.ENGINES if engines.refusal(name, *given) is None]
+        pair, head = kind in ("pair", "pair_loss"), kind == "head_loss"
+        problem = Problem(n, d, k, pair, True, True, classes, head, _DTYPES[itemsize], self.spec, self.device.type)
+        return [name for name in ENGINES if unsupported_reason(name, problem) is None]
 
     def engine_times(self, kind: str, itemsize: int, columns: int, n: int) -> dict[str, list[float]]:
         call = whole_call(kind, itemsize, columns, n, self.device)
@@ -306,21 +241,20 @@ class DeviceBench:
 def attempt(group: Group, config: Config, device: torch.device) -> str | None:
     """Launch the group's kernel on few rows; why that fails, if it does."""
     try:
-        with using(group.kernel, config):
-            engine_call(group, _FEW_ROWS, device)()
+        engine_call(group, _FEW_ROWS, device, config)()
         _synchronize(device)
     except Exception as error:  # whatever a compiler or a driver raises
         return f"{type(error).__name__}: {error}".splitlines()[0][:200]
     return None
 
 
-def _origin(device: torch.device, chip: Chip) -> str:
+def _origin(device: torch.device, spec: DeviceSpec) -> str:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "a CPU, interpreted"
     triton = importlib.import_module("triton").__version__
     precision = torch.backends.cuda.matmul.fp32_precision
     today = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
     versions = f"torch {torch.__version__}, triton {triton}, CUDA {torch.version.cuda}, fp32 products {precision!r}"
-    return f"python -m interp_nn tune on {name} ({chip.name}), {today}, {versions}"
+    return f"python -m interp_nn tune on {name} ({spec.name}), {today}, {versions}"
 
 
 def _serve(connection: Any, device: torch.device, precision: str) -> None:

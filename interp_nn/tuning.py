@@ -1,9 +1,9 @@
 """`python -m interp_nn tune`: the table of `interp_nn.engines.triton.configs`, measured on the GPU at hand.
 
 Nothing tunes by itself: a first step of training never waits for it. For every kernel, element size, and bucket of columns,
-classes and rows, the present choice is timed against its neighbours (one tile doubled or halved, other warps, stages, parked
+classes and rows, the present choice is timed against its neighbours (one tile doubled or halved, other warps, stages, scratch
 rows, programs a multiprocessor), then the best of them against theirs. What is faster by more than the noise is kept. With
-these, the triton engine is timed against the reference on whole problems. The file is written anew after each step, so a
+these, the triton engine is timed against eager on whole problems. The file is written anew after each step, so a
 time limit costs what has not been done yet and nothing else.
 """
 
@@ -22,11 +22,12 @@ from typing import Any, NamedTuple
 
 import torch
 
-from interp_nn import engines
-from interp_nn.engines.devices import Chip, family
+from interp_nn.engines.devices import DeviceSpec, table_capability
+from interp_nn.engines.limits import unsupported_reason
+from interp_nn.engines.problem import Config
 from interp_nn.engines.triton import configs
-from interp_nn.engines.triton.configs import TILES, Bucket, Config, estimated_shared
-from interp_nn.trials import ITEMSIZES, Bench, DeviceBench, Group, table
+from interp_nn.engines.triton.configs import TILES, Bucket, fits
+from interp_nn.trials import ITEMSIZES, Bench, DeviceBench, Group
 
 # From so many rows on, and the number of rows where that is measured.
 LEVELS = ((16384, 65536), (1024, 4096), (0, 256))
@@ -39,7 +40,7 @@ _TILES = {
     "BC": (16, 32),
     "BK": (64, 128, 256),
 }
-_PARKING = ("pair_loss", "latent_loss")
+_WITH_SCRATCH = ("pair_loss", "latent_loss")
 _ROUNDS = 2  # of neighbours of the best
 _ENGINES_SHARE = 0.25  # of the time, for whole problems
 _NOISE = 0.02  # a gain that is never believed, whatever the noise seems to be
@@ -61,7 +62,7 @@ def groups() -> list[Group]:
     ]
 
 
-def neighbours(config: Config, bucket: Bucket, chip: Chip) -> list[Config]:
+def neighbours(config: Config, bucket: Bucket, spec: DeviceSpec) -> list[Config]:
     """The configs one step away, as far as their shared memory should fit. Some will not compile or launch for all that."""
     found = []
     for place, name in enumerate(TILES[bucket.kernel]):
@@ -69,10 +70,10 @@ def neighbours(config: Config, bucket: Bucket, chip: Chip) -> list[Config]:
             found.append(config._replace(tiles=(*config.tiles[:place], size, *config.tiles[place + 1 :])))
     found += [config._replace(warps=warps) for warps in _next((4, 8), config.warps)]
     found += [config._replace(stages=stages) for stages in _next((2, 3, 4), config.stages)]
-    found += [config._replace(resident=resident) for resident in _next((1, 2), config.resident)]
-    if bucket.kernel in _PARKING:
-        found.append(config._replace(parked=not config.parked))
-    return [config for config in found if estimated_shared(config, bucket) <= chip.shared]
+    found += [config._replace(blocks_per_sm=blocks_per_sm) for blocks_per_sm in _next((1, 2), config.blocks_per_sm)]
+    if bucket.kernel in _WITH_SCRATCH:
+        found.append(config._replace(scratch=not config.scratch))
+    return [config for config in found if fits(spec, config, bucket)]
 
 
 def _next(sizes: Sequence[int], size: int) -> list[int]:
@@ -110,11 +111,11 @@ class _Tuning:
             self.write()
 
     def _group(self, group: Group, until: float) -> dict[int, Winner]:
-        chip = self.bench.chip
-        present = {rows: configs.choose(chip, group.bucket(rows)) for rows, _ in self.levels}
+        spec = self.bench.spec
+        present = {rows: configs.choose(spec, group.bucket(rows)) for rows, _ in self.levels}
         best, outcome = dict(present), dict[Config, str | None]()
         for _ in range(_ROUNDS):
-            near = [n for rows, config in best.items() for n in neighbours(config, group.bucket(rows), chip)]
+            near = [n for rows, config in best.items() for n in neighbours(config, group.bucket(rows), spec)]
             new = [config for config in dict.fromkeys((*best.values(), *near)) if config not in outcome]
             if not new or self.left() < until:
                 break
@@ -174,7 +175,7 @@ class _Tuning:
 
     def _engine(self, kind: str, itemsize: int, columns: int, rows: int, n: int, label: str) -> dict[str, Any] | None:
         try:
-            with table(self.output):
+            with configs.use_table(self.output):
                 taken = self.bench.engine_times(kind, itemsize, columns, n)
         except Exception as error:
             self.say(f"{label}: not timed: {error}".splitlines()[0][:200])
@@ -187,7 +188,7 @@ class _Tuning:
             return None
         classes = {"pair_loss": columns, "head_loss": 16}.get(kind, 16)
         bucket = {"itemsize": itemsize, "columns": columns, "classes": classes, "rows": rows}
-        return {"problem": kind, **_where(self.bench.chip), **bucket, "engine": name, "microseconds": microseconds}
+        return {"problem": kind, **_where(self.bench.spec), **bucket, "engine": name, "microseconds": microseconds}
 
     def write(self) -> dict[str, Any]:
         """The table so far, which is also what the file now holds."""
@@ -203,14 +204,14 @@ class _Tuning:
 
     def _entries(self) -> list[dict[str, Any]]:
         """What was found, and where an entry would also hold for what was not looked at, the present choice before it."""
-        chip, out = self.bench.chip, []
+        spec, out = self.bench.spec, []
         for group in sorted(_covered(self.found), key=lambda g: (list(TILES).index(g.kernel), *g[1:])):
             for rows, _ in sorted(self.levels, reverse=True):
-                winner = self.found.get(group, {}).get(rows) or Winner(configs.choose(chip, group.bucket(rows)))
+                winner = self.found.get(group, {}).get(rows) or Winner(configs.choose(spec, group.bucket(rows)))
                 config = winner.config._asdict() | {"tiles": list(winner.config.tiles)}
                 times = {"microseconds": winner.microseconds, "before": winner.before}
                 timed = {name: value for name, value in times.items() if value is not None}
-                out.append({"kernel": group.kernel, **_where(chip), **group._asdict(), "rows": rows, **config, **timed})
+                out.append({"kernel": group.kernel, **_where(spec), **group._asdict(), "rows": rows, **config, **timed})
         return out
 
 
@@ -229,12 +230,14 @@ def fastest(medians: Mapping[str, float]) -> str | None:
 
 
 def _short(config: Config) -> str:
-    extra = (", parked" if config.parked else "") + (f", {config.resident} resident" if config.resident > 1 else "")
+    extra = (", scratch" if config.scratch else "") + (
+        f", {config.blocks_per_sm} blocks_per_sm" if config.blocks_per_sm > 1 else ""
+    )
     return f"{config}{extra}"
 
 
-def _where(chip: Chip) -> dict[str, Any]:
-    return {"capabilities": [list(family(chip.capability) or chip.capability)]}
+def _where(spec: DeviceSpec) -> dict[str, Any]:
+    return {"capabilities": [list(table_capability(spec.capability) or spec.capability)]}
 
 
 def _covered(found: Iterable[Group]) -> set[Group]:
@@ -281,7 +284,7 @@ def tune(
     if used and Path(used).resolve() == output.resolve():
         raise RuntimeError(f"INTERP_NN_TABLE names the file to be written, {output}")
     if bench is None:
-        off = engines.unavailable("triton")
+        off = unsupported_reason("triton")
         if off is not None:
             raise RuntimeError(f"the triton engine is off: {off}")
         where = torch.device(device or "cuda")

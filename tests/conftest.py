@@ -5,6 +5,7 @@ import pytest
 import torch
 
 import interp_nn
+from interp_nn.engines.problem import plan_to_text
 
 hypothesis.settings.register_profile("interp_nn", derandomize=True, database=None, deadline=None, max_examples=40)
 hypothesis.settings.load_profile("interp_nn")
@@ -24,3 +25,8 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+def pytest_make_parametrize_id(config, val, argname):
+    """A plan in the name of a test."""
+    return plan_to_text(val) + "*" * val.autograd if isinstance(val, interp_nn.Plan) else None

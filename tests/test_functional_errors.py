@@ -258,7 +258,7 @@ def test_remembered_problems_are_bounded(monkeypatch):
 
 
 def test_an_unknown_engine():
-    with pytest.raises(ValueError, match=r"^use_engine: unknown engine 'warp'; this build has reference.*'auto'"):
+    with pytest.raises(ValueError, match=r"^use_engine: unknown engine 'warp'; this build has eager.*'auto'"):
         interp_nn.use_engine("warp")
     assert f.summary(t(*X), t(*B)).shape == (3, 2)
 
@@ -275,12 +275,12 @@ def test_an_unknown_engine_in_the_environment_fails_at_use_not_at_import():
     )
     result = run(["-c", code], INTERP_NN_ENGINE="warp")
     assert result.returncode == 1 and result.stdout == "imported\n"
-    assert re.search(r"ValueError: INTERP_NN_ENGINE: unknown engine 'warp'; this build has reference", result.stderr)
+    assert re.search(r"ValueError: INTERP_NN_ENGINE: unknown engine 'warp'; this build has eager", result.stderr)
 
 
 def test_an_engine_of_the_environment_is_used():
     code = "import interp_nn; print(interp_nn.plan(8, 4, 2).engine, interp_nn.engines.select.requested())"
-    assert run(["-c", code], INTERP_NN_ENGINE="reference").stdout == "reference reference\n"
+    assert run(["-c", code], INTERP_NN_ENGINE="eager").stdout == "eager eager\n"
 
 
 @pytest.mark.parametrize(

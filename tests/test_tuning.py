@@ -11,15 +11,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from interp_nn import engines, trials, tuning
-from interp_nn.engines.devices import known
+from interp_nn import trials, tuning
+from interp_nn.engines import limits
+from interp_nn.engines.devices import spec_for
+from interp_nn.engines.limits import unsupported_reason
 from interp_nn.engines.triton import configs, engine
-from interp_nn.engines.triton.configs import TILES, Bucket, Config, estimated_shared
+from interp_nn.engines.triton.configs import TILES, Bucket, fits
 from interp_nn.trials import Group
 from interp_nn.tuning import LEVELS
 
 ROOT = Path(tuning.__file__).parents[1]
-HOPPER = known((9, 0))
+HOPPER = spec_for((9, 0))
 STREAM = Group("stream", 2, 128)
 ROWS = [rows for rows, _ in LEVELS]
 SECONDS = 1000.0
@@ -29,13 +31,13 @@ SECONDS = 1000.0
 def _own_table_only(monkeypatch):
     monkeypatch.delenv("INTERP_NN_TABLE", raising=False)
     yield
-    trials.forget()
+    configs._forget()
 
 
 class Bench:
     """A device whose times are a formula of the config, with some noise or none."""
 
-    chip, origin = HOPPER, "a bench"
+    spec, origin = HOPPER, "a bench"
 
     def __init__(self, cost=lambda group, n, config: 1.0, fails=lambda config: None, noise=0.0, engines=(1.0, 2.0)):
         self.cost, self.fails, self.noise, self.engines = cost, fails, noise, engines
@@ -51,13 +53,13 @@ class Bench:
 
     def engine_times(self, kind, itemsize, columns, n):
         self.tables.append(os.environ.get("INTERP_NN_TABLE"))
-        triton, reference = self.engines(kind, n) if callable(self.engines) else self.engines
+        triton, eager = self.engines(kind, n) if callable(self.engines) else self.engines
         noisy = 1 + self.noise
         return {
             "triton": [triton],
-            "reference": [reference],
+            "eager": [eager],
             "triton again": [triton * noisy],
-            "reference again": [reference * noisy],
+            "eager again": [eager * noisy],
         }
 
 
@@ -85,9 +87,9 @@ def test_neighbours_are_one_step_away_and_fit(group):
             changed += [a != b for a, b in zip(present.tiles, config.tiles, strict=True)]
             assert sum(changed) == 1
             assert len(config.tiles) == len(TILES[group.kernel]) and min(config.tiles) >= 16
-            assert config.warps in (4, 8) and config.stages in (2, 3, 4) and config.resident in (1, 2)
-            assert estimated_shared(config, bucket) <= HOPPER.shared
-            assert not config.parked or group.kernel in ("pair_loss", "latent_loss")
+            assert config.warps in (4, 8) and config.stages in (2, 3, 4) and config.blocks_per_sm in (1, 2)
+            assert fits(HOPPER, config, bucket)
+            assert not config.scratch or group.kernel in ("pair_loss", "latent_loss")
 
 
 def test_every_kernel_is_tuned_in_both_sizes():
@@ -100,53 +102,18 @@ def test_every_kernel_is_tuned_in_both_sizes():
 def test_a_group_is_measured_by_a_launch_of_its_kernel_in_its_bucket(group, monkeypatch):
     """Planned for a GPU that is not there; nothing is launched."""
     chosen, kernels, original = [], [], configs.choose
-    monkeypatch.setattr(engine, "_chip", lambda device: HOPPER)
+    monkeypatch.setattr(engine, "_spec", lambda device: HOPPER)
     monkeypatch.setattr(
-        engine, "launch", lambda plan, device, *_: kernels.append((plan.kernel.__name__, plan.constants))
+        engine, "launch", lambda made, device, *_: kernels.append((made.kernel.__name__, made.constants))
     )
-    monkeypatch.setattr(configs, "choose", lambda chip, bucket: chosen.append(bucket) or original(chip, bucket))
-    config = configs.choose(HOPPER, group.bucket(0))._replace(stages=2, warps=4)
-    chosen.clear()
-    with trials.using(group.kernel, config):
-        trials.engine_call(group, 8, torch.device("meta"))()
+    monkeypatch.setattr(configs, "choose", lambda spec, bucket: chosen.append(bucket) or original(spec, bucket))
+    config = original(HOPPER, group.bucket(0))._replace(stages=2, warps=4)
+    trials.engine_call(group, 8, torch.device("meta"), config)()
     assert [name for name, _ in kernels] == [group.kernel]
     options = kernels[0][1]
     assert (options["num_stages"], options["num_warps"]) == (2, 4)
     assert options.get("BK", group.columns) in (group.columns, *config.tiles)
     assert not chosen  # what is tried is not looked up
-    trials.engine_call(group, 8, torch.device("meta"))()
-    expected = group.bucket(8)
-    assert [b._replace(classes=0) for b in chosen] == [expected._replace(classes=0)]
-    assert chosen[0].classes <= group.classes
-
-
-def test_a_trial_is_over_when_it_is_over():
-    bucket, other = STREAM.bucket(0), Bucket("pair_backward", 2, 128, 16, 0)
-    before = configs.choose(HOPPER, bucket), configs.choose(HOPPER, other)
-    tried = Config((64, 32), 4, 2)
-    plan = engine._plan_stream(HOPPER, torch.bfloat16, 8, 64, 100, False, "tf32")
-
-    def fail():
-        with trials.using("stream", tried):
-            assert configs.choose(HOPPER, bucket) == tried
-            assert configs.choose(HOPPER, other) == before[1]
-            inside = engine._plan_stream(HOPPER, torch.bfloat16, 8, 64, 100, False, "tf32")
-            assert (inside.constants["BN"], inside.constants["num_warps"]) == (64, 4)
-            raise RuntimeError("as asked")
-
-    with pytest.raises(RuntimeError, match="as asked"):
-        fail()
-    assert (configs.choose(HOPPER, bucket), configs.choose(HOPPER, other)) == before
-    assert engine._plan_stream(HOPPER, torch.bfloat16, 8, 64, 100, False, "tf32") == plan
-
-
-def test_launches_are_made_again(monkeypatch):
-    made = []
-    monkeypatch.setattr(engine, "launch", lambda *arguments: made.append(arguments))
-    again = trials.relaunch(lambda: [engine.launch("plan", "device", i) for i in range(2)])
-    assert len(made) == 2
-    again()
-    assert made == [("plan", "device", 0), ("plan", "device", 1)] * 2
 
 
 # What is kept
@@ -246,12 +213,12 @@ def test_entries_change_nothing_that_was_not_measured(tmp_path, monkeypatch):
     measured = {("latent_loss", 2, 128, 128), ("stream", 4, 128, 16)}
     assert {bucket[:4] for bucket in changed} <= measured | {("stream", 4, 128, 128)}  # a stream has no classes
     assert {bucket.kernel for bucket in changed} == {"latent_loss", "stream"}
-    for chip in (known((8, 0)), known((8, 9))):
+    for spec in (spec_for((8, 0)), spec_for((8, 9))):
         assert all(e["capabilities"] == [[9, 0]] for e in content["kernels"])
         with monkeypatch.context() as patch:
             patch.delenv("INTERP_NN_TABLE")
-            own = configs.choose(chip, wanted[1].bucket(0))
-        assert configs.choose(chip, wanted[1].bucket(0)) == own
+            own = configs.choose(spec, wanted[1].bucket(0))
+        assert configs.choose(spec, wanted[1].bucket(0)) == own
 
 
 def test_the_file_looks_like_the_packages_own(tmp_path):
@@ -265,7 +232,7 @@ def test_the_file_looks_like_the_packages_own(tmp_path):
     assert configs._read(file) == configs.Table()
 
 
-@pytest.mark.parametrize(("times", "name"), [((1.0, 2.0), "triton"), ((2.0, 1.0), "reference"), ((1.0, 1.005), None)])
+@pytest.mark.parametrize(("times", "name"), [((1.0, 2.0), "triton"), ((2.0, 1.0), "eager"), ((1.0, 1.005), None)])
 def test_the_faster_engine_is_written_and_read_back(times, name, tmp_path, monkeypatch):
     bench, said = Bench(engines=times), []
     problems = [("summary", 2, 64), ("pair_loss", 2, 128), ("head_loss", 4, 128)]
@@ -289,10 +256,10 @@ def test_the_faster_engine_is_written_and_read_back(times, name, tmp_path, monke
 @pytest.mark.parametrize(
     ("medians", "name"),
     [
-        ({"reference": 3.0, "triton": 2.0, "cuda": 1.0}, "cuda"),
-        ({"reference": 3.0, "triton": 1.0, "cuda": 1.01}, None),
-        ({"reference": 3.0, "triton": 1.0, "cuda": 1.3, "cuda again": 1.0}, None),  # as far apart as the two engines
-        ({"reference": 1.0, "triton": 1.5}, "reference"),
+        ({"eager": 3.0, "triton": 2.0, "cuda": 1.0}, "cuda"),
+        ({"eager": 3.0, "triton": 1.0, "cuda": 1.01}, None),
+        ({"eager": 3.0, "triton": 1.0, "cuda": 1.3, "cuda again": 1.0}, None),  # as far apart as the two engines
+        ({"eager": 1.0, "triton": 1.5}, "eager"),
     ],
 )
 def test_the_fastest_engine_beats_every_other(medians, name):
@@ -301,13 +268,13 @@ def test_the_fastest_engine_beats_every_other(medians, name):
 
 
 def test_engines_that_refuse_a_problem_are_not_timed(monkeypatch):
-    monkeypatch.setattr(engines, "unavailable", lambda name: None)
+    monkeypatch.setattr(limits, "_machine_reason", lambda engine: None)
     bench = object.__new__(trials.DeviceBench)
-    bench.device, bench.chip = torch.device("cuda", 0), known((7, 5))
-    assert bench._able("summary", 4, 64, 8) == ["reference", "cuda"]
-    assert bench._able("head_loss", 4, 64, 8) == ["reference"]
-    bench.chip = known((9, 0))
-    assert bench._able("pair_loss", 2, 128, 8) == ["reference", "triton", "cuda"]
+    bench.device, bench.spec = torch.device("cuda", 0), spec_for((7, 5))
+    assert bench._able("summary", 4, 64, 8) == ["eager", "cuda"]
+    assert bench._able("head_loss", 4, 64, 8) == ["eager"]
+    bench.spec = spec_for((9, 0))
+    assert bench._able("pair_loss", 2, 128, 8) == ["eager", "triton", "cuda"]
 
 
 def test_an_engine_may_be_faster_for_many_rows_only(tmp_path, monkeypatch):
@@ -315,7 +282,7 @@ def test_an_engine_may_be_faster_for_many_rows_only(tmp_path, monkeypatch):
     file, _ = tune(tmp_path, bench, wanted=[], problems=[("pair", 4, 128)])
     monkeypatch.setenv("INTERP_NN_TABLE", str(file))
     found = {rows: configs.measured_engine(HOPPER, Bucket("pair", 4, 100, 16, rows)) for rows in (32, 4096, 65536)}
-    assert found == {32: "reference", 4096: "reference", 65536: "triton"}
+    assert found == {32: "eager", 4096: "eager", 65536: "triton"}
 
 
 def test_time_that_is_over_costs_what_is_not_done(tmp_path, monkeypatch):
@@ -355,7 +322,7 @@ def test_a_table_in_use_is_not_written_over(tmp_path, monkeypatch):
 
 def test_without_a_gpu_the_command_says_why(tmp_path, capsys, monkeypatch):
     assert tuning.main(["--output", str(tmp_path / "table.json")]) == 2
-    reason = engines.unavailable("triton")
+    reason = unsupported_reason("triton")
     assert capsys.readouterr().err == f"interp_nn tune: the triton engine is off: {reason}\n"
     assert not (tmp_path / "table.json").exists()
 

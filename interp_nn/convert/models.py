@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from interp_nn.convert.eligible import Convertible, Select, memory
-from interp_nn.engines.select import Plan, plan
+from interp_nn.engines.problem import Plan
+from interp_nn.engines.select import plan
 from interp_nn.nn.base import LinearForm, check_preserve, exact_effective, root
 from interp_nn.nn.conv import SummaryConv2d
 from interp_nn.nn.linear import SummaryLinear
@@ -67,7 +68,7 @@ class Report:
         rows = [("layer", "was", "now", "b", "parameters", "plan", "error")]
         for r in self.converted:
             shape = f"{r.shape[0]} x {r.shape[1]}" + (f", {r.groups} groups" if r.groups > 1 else "")
-            how = f"{r.plan.engine} {r.plan.form}" if r.plan else "-"
+            how = f"{r.plan.engine} {r.plan.order}" if r.plan else "-"
             error = "-" if r.error is None else f"{r.error:.1e}"
             rows.append((r.name or "(model)", r.was, r.now, shape, f"{r.parameters:,}", how, error))
         lines += _columns(rows) if self.converted else []

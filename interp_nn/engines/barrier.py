@@ -1,4 +1,4 @@
-"""Memory that the engines with kernels of their own hand to them."""
+"""Workspaces of kernels, and the counters of their barriers."""
 
 from __future__ import annotations
 
@@ -13,43 +13,42 @@ _WORDS, _LINE = 1024, 32  # each counter in a 128-byte line of its own, which al
 def workspace(
     shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, stride: tuple[int, ...] | None = None
 ) -> Tensor:
-    """Memory that a kernel writes before it, or anyone, reads it: results and what passes between phases."""
+    """Return memory that a kernel writes before anything reads it: results, and values that pass between phases."""
     if stride is None:
         return torch.empty(shape, dtype=dtype, device=device)
     return torch.empty_strided(shape, stride, dtype=dtype, device=device)
 
 
-_words: dict[tuple[torch.device, int], Tensor] = {}
+_in_use: dict[tuple[torch.device, int], Tensor] = {}
 _free: dict[torch.device, list[Tensor]] = {}
-_blocks: list[Tensor] = []  # all there are: a captured graph knows its words by their addresses alone
+_blocks: list[Tensor] = []  # kept alive: a captured graph knows its counters by their addresses alone
 
 
 def counter(device: torch.device) -> Tensor:
-    """The word that a launch on the current stream counts arrivals on.
+    """Return the counter of arrivals for a launch on the current stream.
 
-    Kernels with phases wait for one another on a word that every launch leaves ready for the next: one for each device and
-    stream, and a fresh one for each launch that a CUDA graph captures, since two graphs captured on one stream may be
-    replayed on two.
+    Every launch leaves its counter ready for the next one. There is one for each device and stream, and a fresh one for each
+    launch that a CUDA graph captures: two graphs captured on one stream may be replayed on two.
     """
     if device.type != "cuda":
         return torch.zeros(1, dtype=torch.int32, device=device)
     if torch.cuda.is_current_stream_capturing():
         free = _free.get(device)
-        # Without a spare one: a word of the graph's own, which every replay sets to zero first.
+        # Without a spare one: a counter of the graph's own, which every replay sets to zero first.
         return free.pop() if free else torch.zeros(_LINE, dtype=torch.int32, device=device)
-    free = spare_words(device)
+    free = spare_counters(device)
     stream = torch.cuda.current_stream(device).cuda_stream
-    word = _words.get((device, stream))
-    if word is None:
-        word = _words[device, stream] = free.pop()
-    return word
+    found = _in_use.get((device, stream))
+    if found is None:
+        found = _in_use[device, stream] = free.pop()
+    return found
 
 
-def spare_words(device: torch.device, least: int = _WORDS // 2) -> list[Tensor]:
-    """Words for streams and captures to come, at least so many. Not to be called while capturing."""
+def spare_counters(device: torch.device, least: int = _WORDS // 2) -> list[Tensor]:
+    """Return at least so many counters for later streams and captures. Not to be called while capturing."""
     free = _free.setdefault(device, [])
     while len(free) < least:
-        # In a thread of its own: a memory pool in use in this one, of Inductor's CUDA graphs, say, would own the block.
+        # In another thread: a memory pool in use in this one (of Inductor's CUDA graphs) would own the block.
         with ThreadPoolExecutor(1) as elsewhere:
             block = elsewhere.submit(_zeroed_block, device).result()
         _blocks.append(block)

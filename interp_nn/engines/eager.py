@@ -1,13 +1,13 @@
-"""The reference engine: the operator and its losses in PyTorch's own matrix products, in every association.
+"""The eager engine: the operator and its losses in PyTorch's own matrix products, in every order.
 
-x is (..., n, d), b (..., d, k); leading dimensions broadcast as in torch.matmul. Forms and what they keep are dispatch's.
-Each product is rounded to the inputs' dtype and accumulated as torch.matmul does it (fp32 for 16-bit types); sums of
-two products use addmm, so they round once. Softmax, losses and logit gradients are computed in fp32 (fp64 for fp64).
+x is (..., n, d) and b (..., d, k); leading dimensions broadcast as in torch.matmul. Each product is rounded to the inputs' dtype
+and accumulated as torch.matmul does it (fp32 for 16-bit types). Sums of two products use addmm, so they round once. Softmax,
+losses and logit gradients are computed in fp32 (fp64 for fp64).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from interp_nn.engines.orders import head_by_gram
-from interp_nn.linalg import accumulation_dtype, gram
+from interp_nn.engines.problem import LossOptions, Order, Plan
+from interp_nn.linalg import accumulation_dtype, gram, is_column_major
 
 _FEW_COLUMNS = 16
 _MANY_ELEMENTS = 2**15
@@ -41,11 +42,6 @@ def _columns(x: Tensor, b: Tensor) -> Tensor:
     return b
 
 
-def _column_major(b: Tensor) -> bool:
-    """Whether b's columns are contiguous, as those of a layer's transposed weight are: W = b G then follows it."""
-    return min(b.shape[-2:]) > 1 and b.mT.is_contiguous()
-
-
 def _correlate(x: Tensor, y: Tensor) -> Tensor:
     """xᵀ y, in column-major order for few columns (see `_columns`)."""
     return (y.mT @ x).mT if y.shape[-1] < _FEW_COLUMNS and y.is_cpu else x.mT @ y
@@ -60,31 +56,31 @@ def _twice_symmetric(t: Tensor) -> Tensor:
 
 
 def forward(
-    x: Tensor, b: Tensor, bias: Tensor | None, form: str, pair: bool
+    x: Tensor, b: Tensor, bias: Tensor | None, plan: Plan, pair: bool
 ) -> tuple[Tensor | None, Tensor, list[Tensor]]:
-    """(P where the form needs it or `pair` asks for it, Y, what the form keeps). A bias needs 2-D inputs.
+    """Compute `Engine.forward`. A bias needs 2-D inputs.
 
-    Differentiable: the forms with a star are this under PyTorch's autograd, and keep nothing themselves.
+    It is differentiable: plans with `autograd` are this function under PyTorch's autograd, and save nothing themselves.
     """
-    association, b = form[0], _columns(x, b)
-    if association == "A":
+    order, b = plan.order, _columns(x, b)
+    if order == "(Xb)G":
         p, g = x @ b, gram(b)
-        return p, _affine(p, g, bias), [p, g] if form == "A+" else [g]
-    if association == "C":
+        return p, _affine(p, g, bias), [p, g] if plan.saves else [g]
+    if order == "((Xb)bᵀ)b":
         p = x @ b
         q = p @ b.mT
-        return p, _affine(q, b, bias), [p, q] if form == "C+" else []
+        return p, _affine(q, b, bias), [p, q]
     projection = x @ b if pair else None
-    if association == "B":
+    if order == "X(bG)":
         g = gram(b)
-        w = (g @ b.mT).mT if _column_major(b) else b @ g
+        w = (g @ b.mT).mT if is_column_major(b) else b @ g
         return projection, _affine(x, w, bias), [g, w]
     outer = gram(b.mT)
-    if association == "E":
-        w = (b.mT @ outer).mT if _column_major(b) else outer @ b
+    if order == "X((bbᵀ)b)":
+        w = (b.mT @ outer).mT if is_column_major(b) else outer @ b
         return projection, _affine(x, w, bias), [outer, w]
     r = x @ outer
-    return projection, _affine(r, b, bias), [outer, r] if form == "D+" else [outer]
+    return projection, _affine(r, b, bias), [outer, r]
 
 
 def backward(
@@ -92,32 +88,32 @@ def backward(
     dy: Tensor | None,
     x: Tensor,
     b: Tensor,
-    kept: Sequence[Tensor],
-    form: str,
+    saved: Sequence[Tensor],
+    plan: Plan,
     need_x: bool,
     need_b: bool,
     need_bias: bool = False,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """(dX, db, dbias) for upstream dP and dY, either of which may be None (zero); None where not needed."""
+    """Compute `Engine.backward`."""
     if dy is None:
         assert dp is not None
         dbias = b.new_zeros(b.shape[-1]) if need_bias else None
         return dp @ b.mT if need_x else None, _correlate(x, dp) if need_b else None, dbias
-    dx, db = _BACKWARD[form[0]](dp, dy, x, b, kept, need_x, need_b)
+    dx, db = _BACKWARD[plan.order](dp, dy, x, b, saved, need_x, need_b)
     return dx, db, dy.sum(0) if need_bias else None
 
 
 _Gradients = tuple[Tensor | None, Tensor | None]
 
 
-def _backward_a(
-    dp: Tensor | None, dy: Tensor, x: Tensor, b: Tensor, kept: Sequence[Tensor], need_x: bool, need_b: bool
+def _backward_projected(
+    dp: Tensor | None, dy: Tensor, x: Tensor, b: Tensor, saved: Sequence[Tensor], need_x: bool, need_b: bool
 ) -> _Gradients:
-    if len(kept) == 1:  # P was not kept: db through S = Xᵀ dY instead
-        (g,) = kept
+    if len(saved) == 1:  # P was not saved: db through S = Xᵀ dY instead
+        (g,) = saved
         dx = _add_product(dp, dy, g) @ b.mT if need_x else None
         return dx, _through_gram(dp, dy, x, b, g) if need_b else None
-    p, g = kept
+    p, g = saved
     dprojection = _add_product(dp, dy, g)
     db = None
     if need_b:
@@ -125,10 +121,10 @@ def _backward_a(
     return dprojection @ b.mT if need_x else None, db
 
 
-def _backward_b(
-    dp: Tensor | None, dy: Tensor, x: Tensor, b: Tensor, kept: Sequence[Tensor], need_x: bool, need_b: bool
+def _backward_weight(
+    dp: Tensor | None, dy: Tensor, x: Tensor, b: Tensor, saved: Sequence[Tensor], need_x: bool, need_b: bool
 ) -> _Gradients:
-    g, w = kept
+    g, w = saved
     dx = _add_product(None if dp is None else dp @ b.mT, dy, w.mT) if need_x else None
     return dx, _through_gram(dp, dy, x, b, g) if need_b else None
 
@@ -140,37 +136,35 @@ def _through_gram(dp: Tensor | None, dy: Tensor, x: Tensor, b: Tensor, g: Tensor
     return db if dp is None else _add_product(db, x.mT, dp)
 
 
-def _backward_c(
-    dp: Tensor | None, dy: Tensor, x: Tensor, b: Tensor, kept: Sequence[Tensor], need_x: bool, need_b: bool
+def _backward_twice_projected(
+    dp: Tensor | None, dy: Tensor, x: Tensor, b: Tensor, saved: Sequence[Tensor], need_x: bool, need_b: bool
 ) -> _Gradients:
     r = dy @ b.mT
     dprojection = _add_product(dp, r, b)
     db = None
     if need_b:
-        p = kept[0] if kept else x @ b
-        q = kept[1] if len(kept) > 1 else p @ b.mT
+        p, q = saved
         db = _add_product(_add_product(_correlate(x, dprojection), q.mT, dy), r.mT, p)
     return dprojection @ b.mT if need_x else None, db
 
 
-def _backward_d(
-    dp: Tensor | None, dy: Tensor, x: Tensor, b: Tensor, kept: Sequence[Tensor], need_x: bool, need_b: bool
+def _backward_outer(
+    dp: Tensor | None, dy: Tensor, x: Tensor, b: Tensor, saved: Sequence[Tensor], need_x: bool, need_b: bool
 ) -> _Gradients:
-    outer = kept[0]
+    outer, r = saved
     dr = dy @ b.mT
     dx = _add_product(None if dp is None else dp @ b.mT, dr, outer) if need_x else None
     db = None
     if need_b:
-        r = kept[1] if len(kept) > 1 else x @ outer
         db = _add_product(_correlate(r, dy), _twice_symmetric(x.mT @ dr), b)
         db = db if dp is None else _add_product(db, x.mT, dp)
     return dx, db
 
 
-def _backward_e(
-    dp: Tensor | None, dy: Tensor, x: Tensor, b: Tensor, kept: Sequence[Tensor], need_x: bool, need_b: bool
+def _backward_outer_weight(
+    dp: Tensor | None, dy: Tensor, x: Tensor, b: Tensor, saved: Sequence[Tensor], need_x: bool, need_b: bool
 ) -> _Gradients:
-    outer, w = kept
+    outer, w = saved
     dx = _add_product(None if dp is None else dp @ b.mT, dy, w.mT) if need_x else None
     db = None
     if need_b:
@@ -180,21 +174,20 @@ def _backward_e(
     return dx, db
 
 
-_BACKWARD = {"A": _backward_a, "B": _backward_b, "C": _backward_c, "D": _backward_d, "E": _backward_e}
-
-
-class LossOptions(NamedTuple):
-    """weights of CE(o1), CE(o2), MSE(o1, o2); ignore_index as in PyTorch; reduction "mean", "sum" or "none"."""
-
-    weights: tuple[float, float, float]
-    ignore_index: int
-    reduction: str
+_BACKWARD: dict[Order, Callable[..., _Gradients]] = {
+    "(Xb)G": _backward_projected,
+    "X(bG)": _backward_weight,
+    "((Xb)bᵀ)b": _backward_twice_projected,
+    "(X(bbᵀ))b": _backward_outer,
+    "X((bbᵀ)b)": _backward_outer_weight,
+}
 
 
 class _Head(NamedTuple):
-    """The output layer of a head on both logits at once: Z = [A; H] (2m x k) with H = A G, and its flat form W = b Zᵀ.
+    """The output layer of a head on both logits at once: Z = [A; H] (2m x k) with H = A G.
 
-    H is formed from G or, where that takes less, from F = A bᵀ (m x d), without G.
+    Logits from X have the weight W = b Zᵀ (d x 2m). H is formed from G or, where that takes less, from F = A bᵀ (m x d),
+    without G.
     """
 
     a: Tensor
@@ -204,7 +197,7 @@ class _Head(NamedTuple):
     w: Tensor | None
 
 
-def _head(b: Tensor, a: Tensor, form: str) -> _Head:
+def _head(b: Tensor, a: Tensor, order: Order) -> _Head:
     """Products with m rows, never with m columns: see `_columns`."""
     g = f = w = None
     d, k = b.shape
@@ -215,20 +208,20 @@ def _head(b: Tensor, a: Tensor, form: str) -> _Head:
         f = a @ b.mT
         h = f @ b
     z = torch.cat((a, h))
-    if form == "flat":
+    if order == "logits_from_x":
         w = (z @ b.mT if f is None else torch.cat((f, h @ b.mT))).mT
     return _Head(a, g, f, z, w)
 
 
 def logits(
-    x: Tensor, b: Tensor, a: Tensor | None, c: Tensor | None, form: str
+    x: Tensor, b: Tensor, a: Tensor | None, c: Tensor | None, plan: Plan
 ) -> tuple[Tensor, tuple[Tensor | None, list[Tensor], _Head | None]]:
     """Both logits (n, 2, m), and what their backward needs. Without an output layer `a` they are P and Y themselves."""
     if a is None:
-        p, y, kept = forward(x, b, None, form, True)
+        p, y, saved = forward(x, b, None, plan, True)
         assert p is not None
-        return torch.stack((p, y), 1), (p, kept, None)
-    head = _head(b, a, form)
+        return torch.stack((p, y), 1), (p, saved, None)
+    head = _head(b, a, plan.order)
     both = None if c is None else torch.cat((c, c))
     p = None
     if head.w is None:
@@ -279,7 +272,7 @@ def loss(
     c: Tensor | None,
     target: Tensor,
     options: LossOptions,
-    form: str,
+    plan: Plan,
     upstream: Tensor | None = None,
     needs: Sequence[bool] | None = None,
 ) -> tuple[Tensor, list[Tensor]]:
@@ -288,7 +281,7 @@ def loss(
     Gradients are for `upstream` (a scalar, or (n,) for reduction "none"); None means 1. Raises ValueError for a target
     outside of [0, classes) that is not ignored (on a GPU: an assertion on the device).
     """
-    o, (p, residuals, head) = logits(x, b, a, c, form)
+    o, (p, residuals, head) = logits(x, b, a, c, plan)
     check_target(target, o.shape[2], options.ignore_index)
     o = o.to(accumulation_dtype(o.dtype))
     rows, log_p, kept = row_losses(o, target, options)
@@ -297,7 +290,7 @@ def loss(
         return value, []
     e = _logit_gradients(o, target, log_p, kept, options, upstream).to(x.dtype)
     if head is None:
-        dx, db, _ = backward(e[:, 0], e[:, 1], x, b, residuals, form, needs[0], needs[1])
+        dx, db, _ = backward(e[:, 0], e[:, 1], x, b, residuals, plan, needs[0], needs[1])
         return value, [g for g in (dx, db) if g is not None]
     return value, _head_gradients(e, x, b, p, head, needs)
 

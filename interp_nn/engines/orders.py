@@ -1,50 +1,54 @@
-"""The associations of X b bᵀ b: what each keeps for its backward, and what it costs. Pure arithmetic on shapes.
+"""The orders in which X b bᵀ b can be multiplied: the tensors that each saves for its backward, and its cost.
 
-With P = X b, G = bᵀb, K = bbᵀ the summary has five associations, and each may keep an intermediate for its backward:
+Pure arithmetic on shapes. With P = X b, G = bᵀb, K = bbᵀ:
 
-    A  (X b) G          keeps G, and P where it is no larger than b          (form "A+")
-    B  X (b G)          keeps G and W = b G
-    C  ((X b) bᵀ) b     keeps P and Q = P bᵀ where they are no larger than b (form "C+")
-    D  (X K) b          keeps K, and R = X K where it is no larger than b    (form "D+")
-    E  X (K b)          keeps K and W = K b
+    (Xb)G        saves G, and P where it is no larger than b
+    X(bG)        saves G and W = b G
+    ((Xb)bᵀ)b    saves P and Q = P bᵀ; a candidate only where both are no larger than b
+    (X(bbᵀ))b    saves K and R = X K; a candidate only for k > d, and where R is no larger than b
+    X((bbᵀ)b)    saves K and W = K b; a candidate only for k > d
 
-so that nothing kept grows with n beyond the size of the parameter. A form with a star ("A*") is the same association left
-to PyTorch's own autograd: more operations in the backward, but none of an operator's fixed cost. The cost of a form is
-its floating-point operations, forward and backward together, plus a charge for each matrix product and each operator.
+So nothing that is saved grows with n beyond the size of the parameter. Any order may instead leave its backward to PyTorch's
+autograd, which has more operations but none of the operator's fixed cost. The cost of an order is its floating-point operations,
+forward and backward together, plus a charge for each matrix product and for the operator.
 """
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
+from interp_nn.engines.problem import Order, Plan, Problem
+
 # A matrix product costs at least about as much as this many floating-point operations: call, allocation, cold operands.
 PRODUCT_OVERHEAD = 400_000
 # The same for an operator with its autograd Function around it, forward and backward (about 0.4 ms of a cold CPU core).
 OPERATOR_OVERHEAD = 40_000_000
 
-# What each form of the operator keeps for its backward, in this order.
-KEEPS: dict[str, tuple[str, ...]] = {
-    "A": ("G",),
-    "A+": ("P", "G"),
-    "B": ("G", "W"),
-    "C": (),
-    "C+": ("P", "Q"),
-    "D": ("K",),
-    "D+": ("K", "R"),
-    "E": ("K", "W"),
+_SAVED: dict[tuple[Order, bool], tuple[str, ...]] = {
+    ("(Xb)G", False): ("G",),
+    ("(Xb)G", True): ("P", "G"),
+    ("X(bG)", False): ("G", "W"),
+    ("((Xb)bᵀ)b", True): ("P", "Q"),
+    ("(X(bbᵀ))b", True): ("K", "R"),
+    ("X((bbᵀ)b)", False): ("K", "W"),
 }
+OPERATOR_PLANS = tuple(Plan("eager", order, saves) for order, saves in _SAVED)
 
-EXPRESSIONS = {
-    "A": "(X b)(bᵀb)",
-    "B": "X (b (bᵀb))",
-    "C": "((X b) bᵀ) b",
-    "D": "(X (b bᵀ)) b",
-    "E": "X ((b bᵀ) b)",
-}
+
+def saved_names(plan: Plan) -> tuple[str, ...]:
+    """Return the names of the tensors that an operator saves for its backward, in their order.
+
+    Raises:
+        ValueError: The operator of a summary has no such plan.
+    """
+    if (plan.order, plan.saves) not in _SAVED:
+        known = ", ".join(f"{order}{' saves' * saves}" for order, saves in _SAVED)
+        raise ValueError(f"plan: got order {plan.order}{' saves' * plan.saves}, want one of {known}")
+    return _SAVED[plan.order, plan.saves]
 
 
 class Products(NamedTuple):
-    """How many products there are of each size: n d k, d k², d² k, n k², n d² multiplications."""
+    """Number of matrix products of each size: n d k, d k², d² k, n k², n d² multiplications."""
 
     ndk: int
     dk2: int
@@ -53,97 +57,110 @@ class Products(NamedTuple):
     nd2: int
 
     def flops(self, n: int, d: int, k: int) -> int:
-        """Floating-point operations: two a multiplication."""
+        """Return the floating-point operations, two a multiplication."""
         ndk, dk2, d2k, nk2, nd2 = self
         return 2 * (ndk * n * d * k + dk2 * d * k * k + d2k * d * d * k + nk2 * n * k * k + nd2 * n * d * d)
 
     def elements(self, n: int, d: int, k: int) -> int:
-        """Elements read and written: two operands and a result each."""
+        """Return the elements read and written: two operands and a result each."""
         ndk, dk2, d2k, nk2, nd2 = self
         wide = ndk * (n * d + d * k + n * k) + nd2 * (2 * n * d + d * d)
         return wide + dk2 * (2 * d * k + k * k) + d2k * (2 * d * k + d * d) + nk2 * (2 * n * k + k * k)
 
 
-def counted(form: str, pair: bool, need_x: bool, need_b: bool) -> Products:
-    """The products of a form's forward and backward; sums of matrices are not counted."""
-    association, composed = form[0], form[-1] == "*"
+def count_products(plan: Plan, problem: Problem) -> Products:
+    """Count the products of a summary's forward and backward; sums of matrices are not counted."""
+    order, autograd = plan.order, plan.autograd
+    need_x, need_b = problem.need_x, problem.need_b
     either = need_x or need_b
     ndk = dk2 = d2k = nk2 = nd2 = 0
-    if form == "A":  # P, G, P G | (dY G) bᵀ | S = Xᵀ dY, T = bᵀ S, S G, b (T + Tᵀ)
+    if order == "(Xb)G" and not (
+        plan.saves or autograd
+    ):  # P, G, P G | (dY G) bᵀ | S = Xᵀ dY, T = bᵀ S, S G, b (T + Tᵀ)
         ndk, dk2, nk2 = 1 + need_x + need_b, 1 + 3 * need_b, 1 + need_x
-    elif association == "A":  # P, G, P G | D = dY G, dX = D bᵀ | T = Pᵀ dY, Xᵀ D, b (T + Tᵀ), or b T and b Tᵀ
-        ndk, dk2, nk2 = 1 + need_x + need_b, 1 + need_b * (1 + composed), 1 + either + need_b
-    elif association == "B":  # G, W, X W | dY Wᵀ | S = Xᵀ dY, T = bᵀ S, S G, b (T + Tᵀ)
-        ndk, dk2 = 1 + need_x + need_b, 2 + need_b * (3 + composed)
-    elif association == "E":  # K, W, X W | dY Wᵀ | S = Xᵀ dY, M = S bᵀ, K S, (M + Mᵀ) b
-        ndk, d2k = 1 + need_x + need_b, 2 + need_b * (3 + composed)
-    elif association == "C":  # P, Q, Q b | R = dY bᵀ, U = R b | U bᵀ | Xᵀ U, Qᵀ dY, Rᵀ P
-        again = 2 * need_b if form == "C" else 0
-        ndk = 3 + 2 * either + need_x + 3 * need_b + again
+    elif order == "(Xb)G":  # P, G, P G | D = dY G, dX = D bᵀ | T = Pᵀ dY, Xᵀ D, b (T + Tᵀ), or b T and b Tᵀ
+        ndk, dk2, nk2 = 1 + need_x + need_b, 1 + need_b * (1 + autograd), 1 + either + need_b
+    elif order == "X(bG)":  # G, W, X W | dY Wᵀ | S = Xᵀ dY, T = bᵀ S, S G, b (T + Tᵀ)
+        ndk, dk2 = 1 + need_x + need_b, 2 + need_b * (3 + autograd)
+    elif order == "X((bbᵀ)b)":  # K, W, X W | dY Wᵀ | S = Xᵀ dY, M = S bᵀ, K S, (M + Mᵀ) b
+        ndk, d2k = 1 + need_x + need_b, 2 + need_b * (3 + autograd)
+    elif order == "((Xb)bᵀ)b":  # P, Q, Q b | R = dY bᵀ, U = R b | U bᵀ | Xᵀ U, Qᵀ dY, Rᵀ P
+        ndk = 3 + 2 * either + need_x + 3 * need_b
     else:  # K, R = X K, R b | dR = dY bᵀ | dR K | Rᵀ dY, M = Xᵀ dR, (M + Mᵀ) b
-        ndk, d2k = 1 + either + need_b, 1 + need_b * (1 + composed)
-        nd2 = 1 + need_x + need_b + (need_b if form == "D" else 0)
-    if pair and association in "BDE":  # P | dP bᵀ | Xᵀ dP
+        ndk, d2k = 1 + either + need_b, 1 + need_b * (1 + autograd)
+        nd2 = 1 + need_x + need_b
+    if problem.pair and order in ("X(bG)", "(X(bbᵀ))b", "X((bbᵀ)b)"):  # P | dP bᵀ | Xᵀ dP
         ndk += 1 + need_x + need_b
     return Products(ndk, dk2, d2k, nk2, nd2)
 
 
-def products(form: str, n: int, d: int, k: int, pair: bool, need_x: bool, need_b: bool) -> tuple[int, int]:
-    """(floating-point operations, matrix products) of a form's forward and backward."""
-    found = counted(form, pair, need_x, need_b)
-    return found.flops(n, d, k), sum(found)
+def flops_and_products(plan: Plan, problem: Problem) -> tuple[int, int]:
+    """Return (floating-point operations, number of matrix products) of forward and backward."""
+    if problem.head and problem.classes is not None:
+        return _head_products(plan.order, problem.n, problem.d, problem.k, problem.classes)
+    found = count_products(plan, problem)
+    return found.flops(problem.n, problem.d, problem.k), sum(found)
 
 
-def cost(form: str, n: int, d: int, k: int, pair: bool, need_x: bool, need_b: bool) -> int:
-    """Floating-point operations, and what calls cost in the same unit."""
-    flops, count = products(form, n, d, k, pair, need_x, need_b)
-    return flops + count * PRODUCT_OVERHEAD + (0 if form[-1] == "*" else OPERATOR_OVERHEAD)
+def cost(plan: Plan, problem: Problem) -> int:
+    """Return the floating-point operations, plus the charge for products and the operator in the same unit."""
+    flops, count = flops_and_products(plan, problem)
+    return flops + count * PRODUCT_OVERHEAD + (0 if plan.autograd else OPERATOR_OVERHEAD)
 
 
-def candidates(n: int, d: int, k: int, pair: bool, operators: bool = True, composed: bool = True) -> list[str]:
-    """The forms worth considering: each association with all it may keep; D and E only pay for k > d.
+def candidates(problem: Problem, operators: bool = True, autograd: bool = True) -> list[Plan]:
+    """Return the eager plans worth considering for a summary.
 
-    `operators` admits the operator's own, `composed` the ones left to PyTorch's autograd, which keeps every intermediate:
-    only where each may be kept.
+    Args:
+        problem: The problem.
+        operators: Admit the operator's own backward.
+        autograd: Admit plans whose backward is left to PyTorch's autograd, which saves every intermediate.
     """
-    small_p, small_q = pair or n <= d, n <= k
-    forms = ["A+" if small_p else "A", "B", "C+" if small_p and small_q else "C"]
+    n, d, k = problem.n, problem.d, problem.k
+    small_p, small_q = problem.pair or n <= d, n <= k
+    orders: list[tuple[Order, bool]] = []
+    if small_p:
+        orders.append(("(Xb)G", True))
+    orders.append(("X(bG)", False))
+    if small_p and small_q:
+        orders.append(("((Xb)bᵀ)b", True))
     if k > d:
-        forms += ["D+" if small_q else "D", "E"]
-    left = [form[0] + "*" for form in forms if form in ("A+", "B", "C+", "D+", "E")]
-    return forms * operators + left * composed
+        if small_q:
+            orders.append(("(X(bbᵀ))b", True))
+        orders.append(("X((bbᵀ)b)", False))
+    found = [Plan("eager", order, saves) for order, saves in orders] if operators else []
+    return found + ([Plan("eager", order, autograd=True) for order, _ in orders] if autograd else [])
 
 
-def cheapest(
-    n: int, d: int, k: int, pair: bool = False, need_x: bool = True, need_b: bool = True, operators: bool = True,
-    composed: bool = True,
-) -> str:  # fmt: skip
-    """The candidate form with the least cost; the earlier one on a tie."""
-    best, least = "", -1
-    for form in candidates(n, d, k, pair, operators, composed):
-        charge = cost(form, n, d, k, pair, need_x, need_b)
+def cheapest(problem: Problem, operators: bool = True, autograd: bool = True) -> Plan:
+    """Return the candidate with the least cost; the earlier one on a tie."""
+    best, least = None, -1
+    for plan in candidates(problem, operators, autograd):
+        charge = cost(plan, problem)
         if least < 0 or charge < least:
-            best, least = form, charge
+            best, least = plan, charge
+    assert best is not None
     return best
 
 
 def head_by_gram(d: int, k: int, m: int) -> bool:
-    """Whether H = A G of a head with m classes takes fewer operations, all gradients included, than H = (A bᵀ) b without G."""
+    """Return True if H = A G of a head with m classes takes fewer operations, gradients included, than H = (A bᵀ) b without G."""
     return 2 * d * k + 3 * m * k <= 6 * d * m
 
 
-def head_products(form: str, n: int, d: int, k: int, m: int) -> tuple[int, int]:
-    """(floating-point operations, matrix products) of the head's loss with all gradients, in its flat or latent form."""
+def _head_products(order: Order, n: int, d: int, k: int, m: int) -> tuple[int, int]:
+    """Return (floating-point operations, matrix products) of a head's loss with all gradients."""
     if head_by_gram(d, k, m):
         flops, count = 2 * (2 * d * k * k + 3 * m * k * k), 5  # G, b (T + Tᵀ); H = A G, T = U2 A, U2ᵀ G
     else:
         flops, count = 2 * 6 * d * k * m, 6  # F = A bᵀ, H = F b; R = U2ᵀ bᵀ, Rᵀ A, Fᵀ U2ᵀ, R b
-    if form == "flat":  # W = b Zᵀ, X W, Xᵀ E, bᵀ V, V Z, E Wᵀ with 2 m columns
+    if order == "logits_from_x":  # W = b Zᵀ, X W, Xᵀ E, bᵀ V, V Z, E Wᵀ with 2 m columns
         known = 0 if head_by_gram(d, k, m) else 2 * d * k * m  # half of W is Fᵀ
         return flops + 4 * m * (3 * n * d + 3 * d * k) - known, count + 6
     return flops + 2 * 3 * n * d * k + 4 * m * 3 * n * k, count + 6  # P, D bᵀ, Xᵀ D; P Zᵀ, E Z, Pᵀ E
 
 
-def head_form(n: int, d: int, k: int, m: int) -> str:
-    """ "flat" (no n x k intermediate) where it takes no more operations than "latent": about 2 m < k for large n."""
-    return "flat" if head_products("flat", n, d, k, m)[0] <= head_products("latent", n, d, k, m)[0] else "latent"
+def head_order(n: int, d: int, k: int, m: int) -> Order:
+    """Return the order of a head's loss with fewer operations: "logits_from_x" from about 2 m < k on, for large n."""
+    from_x, from_latent = (_head_products(order, n, d, k, m)[0] for order in ("logits_from_x", "logits_from_latent"))
+    return "logits_from_x" if from_x <= from_latent else "logits_from_latent"

@@ -1,8 +1,8 @@
-"""Problem -> Plan: which engine computes, and which product is formed first. Pure arithmetic on shapes and a chip's figures.
+"""Choose an engine and an order for a problem. Pure arithmetic on shapes and a device's figures.
 
-`reference` takes the association with the least cost (see `interp_nn.engines.orders`). Where a GPU has kernels of one
-launch, "auto" takes them if a tuned table says so, or, without one, if `interp_nn.engines.cost` predicts that they are no
-slower. Triton's come before those of the compiled library then, as they have the faster matrix products of newer GPUs.
+`eager` takes the order with the least cost (see `interp_nn.engines.orders`). Where a GPU has kernels of one launch, "auto"
+takes them if a tuned table says so. Without a table it takes them if `interp_nn.engines.cost` predicts that they are no
+slower. Then Triton's come before those of the compiled library, because they use the faster matrix products of newer GPUs.
 """
 
 from __future__ import annotations
@@ -10,65 +10,49 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass
 from types import TracebackType
 
 import torch
 
-from interp_nn import engines
-from interp_nn.engines import ENGINES, cost, orders
-from interp_nn.engines.cost import Prediction, Problem
-from interp_nn.engines.devices import Chip, chip_of, interpreting, known
-from interp_nn.engines.orders import EXPRESSIONS, KEEPS, cheapest
+from interp_nn.engines import cost, orders
+from interp_nn.engines.devices import DeviceSpec, interpreting, spec_for, spec_of
+from interp_nn.engines.limits import MOST_COLUMNS, can_form_logits_from_x, padded, unsupported_reason
+from interp_nn.engines.problem import ENGINES, Config, EngineName, Order, Plan, Problem
 from interp_nn.engines.triton import configs
-from interp_nn.engines.triton.configs import Bucket, Config, padded
+from interp_nn.engines.triton.configs import Bucket
 
 _logger = logging.getLogger("interp_nn")
 _logged: set[str] = set()
 _requested = os.environ.get("INTERP_NN_ENGINE") or "auto"  # checked at use: an import never fails
-_FORMS = (*KEEPS, "flat", "latent")
-_WITH_KERNELS = ("triton", "cuda")  # of one launch, in the order in which they are asked where nothing was measured
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How a problem is computed, forward and backward: by which engine, in which form (see `interp_nn.engines.orders`), why.
-
-    bytes and seconds are predictions for a GPU, and config the tiles of its kernels, forward first; None and () elsewhere.
-    """
-
-    engine: str
-    form: str
-    flops: int
-    reason: str
-    bytes: int | None = None
-    seconds: float | None = None
-    config: tuple[tuple[str, Config], ...] = ()
-
-    @property
-    def association(self) -> str:
-        return self.form[0]
-
-    def __str__(self) -> str:
-        product = EXPRESSIONS.get(self.association, "the loss of a head")
-        text = f"{self.engine}, {self.form}: {product}; {self.reason}"
-        if self.seconds is not None and self.bytes is not None:
-            text += f"; predicted {self.bytes / 1e6:.4g} MB, {self.flops / 1e6:.4g} MFLOP, {self.seconds * 1e6:.4g} µs"
-        return text + "".join(f"; {kernel} {config}" for kernel, config in self.config)
+_WITH_KERNELS: tuple[EngineName, ...] = (
+    "triton",
+    "cuda",
+)  # of one launch; the first comes first where nothing was measured
 
 
 class use_engine:  # noqa: N801 - used like a function, as torch.no_grad is
-    """Force an engine for every later call, or inside a `with` block: `use_engine("reference")`; "auto" lets dispatch choose.
+    """Force an engine for every later call, or inside a `with` block.
 
-    Overrides the environment variable INTERP_NN_ENGINE. Global to the process, like torch.backends' flags. A backward
-    always runs on the engine of its forward. Raises ValueError for a name that is not an engine, and RuntimeError with the
-    reason for one that cannot compute here; a call that a forced engine cannot compute raises RuntimeError as well.
+    It overrides the environment variable INTERP_NN_ENGINE, and is global to the process, like torch.backends' flags. A backward
+    always runs on the engine of its forward.
+
+    Args:
+        name: "eager", "triton" or "cuda"; "auto" chooses for each problem.
+
+    Raises:
+        ValueError: The name is not an engine's.
+        RuntimeError: The engine cannot compute here, for the reason given. A later call that a forced engine cannot compute
+            raises RuntimeError as well.
+
+    Example:
+        >>> with interp_nn.use_engine("eager"):
+        ...     y = interp_nn.functional.summary(torch.ones(2, 3), torch.eye(3))
     """
 
     def __init__(self, name: str) -> None:
         global _requested
-        _check_engine(name, "use_engine")
-        reason = None if name == "auto" else engines.unavailable(name)
+        engine = _checked(name, "use_engine")
+        reason = None if engine is None else unsupported_reason(engine)
         if reason is not None:
             raise RuntimeError(f"use_engine: the {name} engine is off: {reason}")
         self._previous, _requested = _requested, name
@@ -83,152 +67,141 @@ class use_engine:  # noqa: N801 - used like a function, as torch.no_grad is
         _requested = self._previous
 
 
-def _check_engine(name: str, source: str) -> None:
-    if name != "auto" and name not in ENGINES:
+def _checked(name: str, source: str) -> EngineName | None:
+    """The engine of that name; None for "auto"."""
+    for engine in ENGINES:
+        if engine == name:
+            return engine
+    if name != "auto":
         raise ValueError(f"{source}: unknown engine {name!r}; this build has {', '.join(ENGINES)}, or 'auto' to choose")
+    return None
 
 
 def requested() -> str:
-    """The engine asked for by `use_engine` or INTERP_NN_ENGINE, unchecked; "auto" where none was."""
+    """Return the name given to `use_engine` or INTERP_NN_ENGINE, unchecked; "auto" without one."""
     return _requested
 
 
 def problem_of(
     x: torch.Tensor, n: int, d: int, k: int, pair: bool, needs: tuple[bool, bool], classes: int | None = None
 ) -> Problem:
-    """The problem of rows x (n, d) on its device; of a loss where there are classes, and then of a head unless of a pair."""
+    """Return the problem of rows x (n, d) on its device: a loss where there are classes, a head's unless of a pair."""
     device = x.device
-    chip = chip_of(device) if device.type == "cuda" or interpreting() else None
+    spec = spec_of(device) if device.type == "cuda" or interpreting() else None
     head = classes is not None and not pair
-    return Problem(n, d, k, pair, *needs, classes, head, x.dtype, chip, device.type)
+    return Problem(n, d, k, pair, *needs, classes, head, x.dtype, spec, device.type)
 
 
-def _refusal(name: str, problem: Problem) -> str | None:
-    p = problem
-    return engines.refusal(name, p.chip, p.device, p.dtype, p.n, p.d, p.k, p.classes, p.head)
+def choose_engine(problem: Problem) -> tuple[EngineName, str]:
+    """Return (engine, reason): the requested engine, else the one that should be faster.
 
-
-def engine(problem: Problem) -> tuple[str, str]:
-    """(the engine that computes, why): the one asked for by `use_engine` or INTERP_NN_ENGINE, else the faster one.
-
-    Raises RuntimeError with the reason where the one asked for cannot.
+    Raises:
+        RuntimeError: The requested engine cannot compute the problem, for the reason given.
     """
-    _check_engine(_requested, "INTERP_NN_ENGINE")
-    if _requested != "auto":
-        reason = _refusal(_requested, problem)
+    forced = _checked(_requested, "INTERP_NN_ENGINE")
+    if forced is not None:
+        reason = unsupported_reason(forced, problem)
         if reason is not None:
-            raise RuntimeError(f"the {_requested} engine was asked for, but {reason}")
-        _log_if_slow(problem)
-        return _requested, "asked for"
-    chip = problem.chip
-    if chip is None or problem.device == "cpu":
-        return "reference", "the only engine for this device"
-    if problem.classes is None and problem.k > engines.MOST_COLUMNS:
-        return "reference", f"cuBLAS is faster than a kernel of one launch for k > {engines.MOST_COLUMNS}"
-    refusals = {name: _refusal(name, problem) for name in _WITH_KERNELS}
-    able = [name for name, reason in refusals.items() if reason is None]
+            raise RuntimeError(f"the {forced} engine was asked for, but {reason}")
+        _log_if_slow(problem, forced)
+        return forced, "asked for"
+    spec = problem.spec
+    if spec is None or problem.device == "cpu":
+        return "eager", "the only engine for this device"
+    if problem.classes is None and problem.k > MOST_COLUMNS:
+        return "eager", f"cuBLAS is faster than a kernel of one launch for k > {MOST_COLUMNS}"
+    reasons = {name: unsupported_reason(name, problem) for name in _WITH_KERNELS}
+    able = [name for name, reason in reasons.items() if reason is None]
     if not able:
-        return "reference", "; ".join(f"not {name}: {reason}" for name, reason in refusals.items())
+        return "eager", "; ".join(f"not {name}: {reason}" for name, reason in reasons.items())
     bucket = Bucket(_kind(problem), problem.dtype.itemsize, padded(problem.k), padded(problem.classes or 1), problem.n)
-    measured = configs.measured_engine(chip, bucket)
-    if measured == "reference" or measured in able:
-        return measured, "measured faster on this kind of chip"
-    ours = cost.one_launch(problem, _kernel_form(problem, able[0]), chip, able[0]).seconds
-    theirs = cost.reference(problem, _reference_form(problem, False), chip).seconds
+    measured = configs.measured_engine(spec, bucket)
+    for name in ("eager", *able):
+        if name == measured:
+            return name, "measured faster on this kind of GPU"
+    ours = cost.predict_fused(problem, _kernel_plan(problem, able[0]), spec).seconds
+    theirs = cost.predict_eager(problem, _eager_plan(problem, False), spec).seconds
     verdict = f"predicted {ours * 1e6:.3g} µs in one launch each, {theirs * 1e6:.3g} µs in PyTorch's operations"
-    return (able[0] if ours <= theirs else "reference"), verdict
+    return (able[0] if ours <= theirs else "eager"), verdict
 
 
-def _log_if_slow(problem: Problem) -> None:
-    """Say once that a problem sent to the kernels by name takes a slow way through them."""
-    if _requested == "reference" or problem.device != "cuda" or torch.compiler.is_compiling():
+def _log_if_slow(problem: Problem, forced: EngineName) -> None:
+    """Warn once that a forced engine's kernels are slow for a problem."""
+    if forced == "eager" or problem.device != "cuda" or torch.compiler.is_compiling():
         return
     slow = {
-        "columns": problem.k > engines.MOST_COLUMNS
-        and f"k = {problem.k} > {engines.MOST_COLUMNS} is slower than cuBLAS",
+        "columns": problem.k > MOST_COLUMNS and f"k = {problem.k} > {MOST_COLUMNS} is slower than cuBLAS",
         "features": cost.unaligned(problem) and f"d = {problem.d} is not a multiple of 16, so X is not read in vectors",
     }
     for way, text in slow.items():
         if text and way not in _logged:
             _logged.add(way)
-            _logger.warning("the %s engine was asked for: %s", _requested, text)
+            _logger.warning("the %s engine was asked for: %s", forced, text)
 
 
 def _kind(problem: Problem) -> str:
-    """What a tuned table calls the whole of forward and backward."""
+    """The name that a tuned table gives to the whole of forward and backward."""
     if problem.classes is None:
         return "pair" if problem.pair else "summary"
     return "head_loss" if problem.head else "pair_loss"
 
 
-def _kernel_form(problem: Problem, name: str) -> str:
-    """The form that an engine's kernels of one launch compute."""
+def _kernel_plan(problem: Problem, engine: EngineName) -> Plan:
+    """The plan of an engine's kernels of one launch."""
     if problem.head and problem.classes is not None:
-        if not _flat_fits(problem, name):
-            return "latent"
-        return orders.head_form(problem.n, problem.d, problem.k, problem.classes)
-    if problem.k <= engines.MOST_COLUMNS:
-        return "A+" if problem.pair else "A"
-    return "A+" if problem.pair or problem.n <= problem.d else "B"
+        if not can_form_logits_from_x(engine, problem):
+            return Plan(engine, "logits_from_latent")
+        return Plan(engine, orders.head_order(problem.n, problem.d, problem.k, problem.classes))
+    if problem.k <= MOST_COLUMNS:
+        return Plan(engine, "(Xb)G", problem.pair)
+    if problem.pair or problem.n <= problem.d:
+        return Plan(engine, "(Xb)G", True)
+    return Plan(engine, "X(bG)")
 
 
-def _flat_fits(problem: Problem, name: str) -> bool:
-    """Whether an engine has the flat form of a head, and a block the shared memory for its last phase: the bytes are those of
-    the matrices which Triton's compiler lays there, operands of exact fp32 products in two parts, found with `tests/compile`.
-    """
-    if name == "reference":
-        return True
-    if name == "cuda" or problem.chip is None:
-        return False
-    k, m = padded(problem.k), padded(problem.classes or 1)
-    needed = 8 * k * k + 24 * k * m if problem.dtype == torch.float32 else 4 * k * k + 8 * k * m
-    return needed <= problem.chip.shared
-
-
-def _reference_form(problem: Problem, composed: bool) -> str:
-    left = composed and _left_to_autograd(problem)
+def _eager_plan(problem: Problem, autograd: bool) -> Plan:
+    """The cheapest plan of PyTorch's products. autograd: PyTorch's autograd may compute the backward."""
+    left = autograd and _prefers_autograd(problem)
     if problem.head and problem.classes is not None:
-        return orders.head_form(problem.n, problem.d, problem.k, problem.classes) + "*" * left
-    n, d, k, pair, need_x, need_b = problem[:6]
-    return cheapest(n, d, k, pair, need_x, need_b, not left, composed if problem.classes is None else left)
+        order = orders.head_order(problem.n, problem.d, problem.k, problem.classes)
+        return Plan("eager", order, autograd=left)
+    return orders.cheapest(problem, not left, autograd if problem.classes is None else left)
 
 
-def _left_to_autograd(problem: Problem) -> bool:
-    """Whether an eager problem is left to PyTorch's autograd at any size: a loss on the CPU, whose cross entropy and its
-    backward are single passes there, where the operator, which has to form the logits' gradients itself, takes many.
+def _prefers_autograd(problem: Problem) -> bool:
+    """True for a loss on a CPU, whatever its size.
+
+    There PyTorch's cross entropy and its backward are single passes. The operator has to form the gradients of the logits itself,
+    in many passes.
     """
     return problem.classes is not None and problem.device == "cpu"
 
 
-def choose(problem: Problem, any_rows: bool = False) -> str:
-    """The token of the plan. While compiling, operators: there they cost nothing extra.
+def choose(problem: Problem, any_rows: bool = False) -> Plan:
+    """Return the plan of a problem, without reason and predictions. While compiling it is an operator's, which is free there.
 
-    any_rows: an operator's form that keeps nothing of the size of n.
+    Args:
+        problem: The problem.
+        any_rows: Take an operator's plan that saves nothing with n rows.
     """
-    name, _ = engine(problem)
+    name, _ = choose_engine(problem)
     if any_rows or torch.compiler.is_exporting():
-        return f"{name}:{_for_any_rows(name, problem)}"
-    if name != "reference":
-        return f"{name}:{_kernel_form(problem, name)}"
-    return f"{name}:{_reference_form(problem, not torch.compiler.is_compiling())}"
+        return _plan_for_any_rows(name, problem)
+    if name != "eager":
+        return _kernel_plan(problem, name)
+    return _eager_plan(problem, not torch.compiler.is_compiling())
 
 
-def _for_any_rows(name: str, problem: Problem) -> str:
-    """The form of a large n. An exported program serves every n, and a choice by n would guard on it."""
-    _, d, k, pair = problem[:4]
+def _plan_for_any_rows(name: EngineName, problem: Problem) -> Plan:
+    """The plan of a large n. An exported program serves every n, and a choice by n would guard on it."""
+    d, k, pair = problem.d, problem.k, problem.pair
     if problem.head and problem.classes is not None:
-        return "flat" if 2 * problem.classes < k and _flat_fits(problem, name) else "latent"
-    if name != "reference" and not pair:
-        return "A" if k <= engines.MOST_COLUMNS else "B"
-    return "E" if k > d and name == "reference" else "A+" if pair else "B"
-
-
-def resolve(token: str) -> tuple[str, str]:
-    """(engine, form) of a token that an operator was given; ValueError if it is not one."""
-    name, _, form = token.partition(":")
-    if name not in ENGINES or form not in _FORMS:
-        raise ValueError(f"plan: got {token!r}, want 'engine:form' with engine in {ENGINES} and form in {_FORMS}")
-    return name, form
+        from_x = 2 * problem.classes < k and can_form_logits_from_x(name, problem)
+        return Plan(name, "logits_from_x" if from_x else "logits_from_latent")
+    if name != "eager" and not pair:
+        return Plan(name, "(Xb)G" if k <= MOST_COLUMNS else "X(bG)")
+    order: Order = "X((bbᵀ)b)" if k > d and name == "eager" else "(Xb)G" if pair else "X(bG)"
+    return Plan(name, order, order == "(Xb)G")
 
 
 def plan(
@@ -242,12 +215,29 @@ def plan(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
 ) -> Plan:
-    """How X (n x d) with b (d x k) is computed in eager mode, and why.
+    """Return how X (n x d) with b (d x k) is computed in eager mode, and why.
 
-    The problem is `functional.summary`; `summary_pair` with pair=True; `summary_cross_entropy` with classes=k and pair=True;
-    `summary_head_cross_entropy` with classes=m and pair=False. grad: which of "x" and "b" need a gradient; () for
-    inference. device: a PyTorch device, or "sm_90" and the like to plan for a GPU that is not at hand.
-    Raises ValueError for a negative size, another name, or classes that do not fit.
+    Args:
+        n: Rows of X.
+        d: Features.
+        k: Columns of b.
+        pair: False for `functional.summary` and `summary_head_cross_entropy`, True for `summary_pair` and
+            `summary_cross_entropy`.
+        grad: The tensors that need a gradient, of "x" and "b"; () for inference.
+        classes: k for `summary_cross_entropy`, the number of classes for `summary_head_cross_entropy`, else None.
+        dtype: Dtype of X and b.
+        device: A PyTorch device, or "sm_90" and the like for a GPU that is not at hand.
+
+    Returns:
+        The plan, with its reason and, for a GPU, predictions and the tiles of its kernels.
+
+    Raises:
+        ValueError: A negative size, another name in `grad` or `device`, or classes that do not fit.
+        RuntimeError: The engine given to `use_engine` cannot compute the problem.
+
+    Example:
+        >>> interp_nn.plan(65536, 512, 64, dtype=torch.bfloat16, device="sm_90").engine
+        'triton'
     """
     for name, size in (("n", n), ("d", d), ("k", k), ("classes", 1 if classes is None else classes)):
         if isinstance(size, bool) or not isinstance(size, int) or size < 0:
@@ -257,55 +247,63 @@ def plan(
         raise ValueError(f"plan: grad may hold 'x' and 'b', got {sorted(wanted)}")
     if pair and classes not in (None, k):
         raise ValueError(f"plan: the loss of a pair has k = {k} classes, got classes={classes}")
-    chip, where = _chip_named(device)
+    spec, where = _spec_named(device)
     head = classes is not None and not pair
-    problem = Problem(n, d, k, pair, "x" in wanted, "b" in wanted, classes, head, dtype, chip, where)
-    name, why = engine(problem)
-    form = choose(problem).partition(":")[2]
-    if name == "reference":
-        prediction = None if chip is None else cost.reference(problem, form, chip)
-        return _explained(problem, form, why, prediction)
-    assert chip is not None
-    prediction = cost.one_launch(problem, form, chip, name)
-    tiles = () if name == "cuda" else tuple((kernel, _config(problem, kernel)) for kernel in _kernels(problem, form))
-    return Plan(name, form, int(prediction.flops), why, int(prediction.bytes), prediction.seconds, tiles)
+    problem = Problem(n, d, k, pair, "x" in wanted, "b" in wanted, classes, head, dtype, spec, where)
+    engine, why = choose_engine(problem)
+    chosen = choose(problem)
+    if engine == "eager":
+        return _explain_eager(problem, chosen, why)
+    assert spec is not None
+    prediction = cost.predict_fused(problem, chosen, spec)
+    tiles = (
+        () if engine == "cuda" else tuple((kernel, _config(problem, kernel)) for kernel in _kernels(problem, chosen))
+    )
+    return chosen._replace(
+        tiles=tiles, reason=why, flops=int(prediction.flops), bytes=int(prediction.bytes), seconds=prediction.seconds
+    )
 
 
-def _chip_named(device: torch.device | str) -> tuple[Chip | None, str]:
+def _spec_named(device: torch.device | str) -> tuple[DeviceSpec | None, str]:
     if isinstance(device, str) and device.startswith("sm_"):
         digits = device[3:]
-        chip = known((int(digits[:-1]), int(digits[-1]))) if digits.isdigit() and len(digits) > 1 else None
-        if chip is None:
+        spec = spec_for((int(digits[:-1]), int(digits[-1]))) if digits.isdigit() and len(digits) > 1 else None
+        if spec is None:
             raise ValueError(f"plan: device must be a PyTorch device or 'sm_75' and newer, got {device!r}")
-        return chip, device
+        return spec, device
     device = torch.device(device)
-    return chip_of(device), device.type
+    return spec_of(device), device.type
 
 
-def _explained(problem: Problem, form: str, why: str, prediction: Prediction | None) -> Plan:
-    """A plan of the reference engine, with what its rivals would have cost."""
-    n, d, k, pair, need_x, need_b = problem[:6]
-    if problem.head and problem.classes is not None:
-        flops, count = orders.head_products(form.rstrip("*"), n, d, k, problem.classes)
-        reason = f"{why}; {flops / 1e6:.4g} MFLOP in {count} products"
-    else:
-        flops, count = orders.products(form, n, d, k, pair, need_x, need_b)
-        left = _left_to_autograd(problem)
-        forms = orders.candidates(n, d, k, pair, not left, problem.classes is None or left)
-        charges = {f: orders.cost(f, n, d, k, pair, need_x, need_b) for f in forms}
-        rivals = ", ".join(f"{f} {c / charges[form]:.3g}" for f, c in charges.items() if f != form)
-        how = "left to autograd" if form[-1] == "*" else "one operator each way"
-        reason = f"{why}; {flops / 1e6:.4g} MFLOP in {count} products, {how}; cost of the others: {rivals}"
-    if prediction is None:
-        return Plan("reference", form, flops, reason)
-    return Plan("reference", form, flops, reason, int(prediction.bytes), prediction.seconds)
+def _explain_eager(problem: Problem, chosen: Plan, why: str) -> Plan:
+    """An eager plan with its cost, and those of the other candidates relative to it."""
+    flops, count = orders.flops_and_products(chosen, problem)
+    reason = f"{why}; {flops / 1e6:.4g} MFLOP in {count} products"
+    if not problem.head:
+        left = _prefers_autograd(problem)
+        charges = {
+            _label(plan): orders.cost(plan, problem)
+            for plan in orders.candidates(problem, not left, problem.classes is None or left)
+        }
+        least = charges.pop(_label(chosen))
+        others = ", ".join(f"{label} {charge / least:.3g}" for label, charge in charges.items())
+        reason += f"; cost of the others: {others}"
+    explained = chosen._replace(reason=reason, flops=flops)
+    if problem.spec is None:
+        return explained
+    prediction = cost.predict_eager(problem, chosen, problem.spec)
+    return explained._replace(bytes=int(prediction.bytes), seconds=prediction.seconds)
 
 
-def _kernels(problem: Problem, form: str) -> tuple[str, ...]:
+def _label(plan: Plan) -> str:
+    return plan.order + (" by autograd" if plan.autograd else "")
+
+
+def _kernels(problem: Problem, plan: Plan) -> tuple[str, ...]:
     """The kernels of forward and backward, or of the loss."""
     if problem.classes is not None:
-        return (f"{form}_loss" if problem.head else "pair_loss",)
-    if problem.k > engines.MOST_COLUMNS:
+        return (configs.LOSS_KERNELS[plan.order],)
+    if problem.k > MOST_COLUMNS:
         both = "phased_forward", "phased_backward"
     else:
         both = "stream", "pair_backward" if problem.pair else "summary_backward"
@@ -313,6 +311,6 @@ def _kernels(problem: Problem, form: str) -> tuple[str, ...]:
 
 
 def _config(problem: Problem, kernel: str) -> Config:
-    assert problem.chip is not None
+    assert problem.spec is not None
     classes = padded(problem.classes) if problem.head and problem.classes is not None else 16
-    return configs.choose(problem.chip, Bucket(kernel, problem.dtype.itemsize, padded(problem.k), classes, problem.n))
+    return configs.choose(problem.spec, Bucket(kernel, problem.dtype.itemsize, padded(problem.k), classes, problem.n))

@@ -43,7 +43,7 @@ class SummaryLinear(Freezable):
         if frozen is not None:
             return nn.functional.linear(x, frozen, self.bias)
         if self.constraint == "penalty":
-            y, square = functional.summary_and_square(x, self.weight.t(), self.bias)
+            y, square = functional.summary_and_gram(x, self.weight.t(), self.bias)
             self._keep_square(square)
             return y
         return functional.summary(x, self.weight.t(), self.bias)

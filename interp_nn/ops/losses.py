@@ -16,10 +16,10 @@ from torch.autograd import Function
 
 from interp_nn import engines
 from interp_nn.engines import eager, select
-from interp_nn.engines.eager import LossOptions
-from interp_nn.linalg import accumulation_dtype
+from interp_nn.engines.problem import LossOptions, Plan, plan_from_text, plan_to_text
+from interp_nn.linalg import accumulation_dtype, is_column_major
 from interp_nn.ops.library import apply, define, implement, is_batched, transforming
-from interp_nn.ops.summary import as_rows, is_transposed, ordered, row_count, spread
+from interp_nn.ops.summary import as_rows, ordered, row_count, spread
 
 
 def _loss(
@@ -35,9 +35,11 @@ def _loss(
     needs: Sequence[bool],
     transposed: bool,
 ) -> tuple[Tensor, list[Tensor]]:
-    engine, form = select.resolve(plan)
+    chosen = plan_from_text(plan)
     options = LossOptions((weights[0], weights[1], weights[2]), ignore_index, reduction)
-    value, grads = engines.get(engine).loss(as_rows(x), b, a, c, target.reshape(-1), options, form, None, needs)
+    value, grads = engines.get(chosen.engine).loss(
+        as_rows(x), b, a, c, target.reshape(-1), options, chosen, None, needs
+    )
     return value.view(target.shape) if reduction == "none" else value, _shaped(grads, x, needs, transposed)
 
 
@@ -55,10 +57,10 @@ def _loss_backward(
     needs: Sequence[bool],
     transposed: bool,
 ) -> list[Tensor]:
-    engine, form = select.resolve(plan)
+    chosen = plan_from_text(plan)
     options = LossOptions((weights[0], weights[1], weights[2]), ignore_index, reduction)
-    _, grads = engines.get(engine).loss(
-        as_rows(x), b, a, c, target.reshape(-1), options, form, upstream.reshape(-1), needs
+    _, grads = engines.get(chosen.engine).loss(
+        as_rows(x), b, a, c, target.reshape(-1), options, chosen, upstream.reshape(-1), needs
     )
     return _shaped(grads, x, needs, transposed)
 
@@ -105,26 +107,26 @@ loss_backward_operator = define(
 )
 
 
-def composed(
+def expression(
     x: Tensor,
     b: Tensor,
     a: Tensor | None,
     c: Tensor | None,
     target: Tensor,
     options: LossOptions,
-    plan: str,
+    plan: Plan,
     masked: bool = True,
 ) -> Tensor:
-    """The same loss as one differentiable PyTorch expression: of forms with a star, for torch.func, for second derivatives.
+    """Return the same loss as one differentiable PyTorch expression.
 
-    masked: whether rows may be ignored.
+    It serves plans with `autograd`, torch.func and second derivatives. masked: rows may be ignored.
     """
-    form, rows = plan.partition(":")[2].rstrip("*"), as_rows(x)
+    rows = as_rows(x)
     if a is None:
-        o1, o2, _ = eager.forward(rows, b, None, form, True)
+        o1, o2, _ = eager.forward(rows, b, None, plan, True)
         assert o1 is not None
     else:
-        o1, o2 = eager.logits(rows, b, a, c, form)[0].unbind(1)
+        o1, o2 = eager.logits(rows, b, a, c, plan)[0].unbind(1)
     wide = accumulation_dtype(x.dtype)
     value = eager.three_terms(o1.to(wide), o2.to(wide), target.reshape(-1), options, masked)
     return value.view(target.shape) if options.reduction == "none" else value
@@ -152,7 +154,7 @@ def _batched_loss_backward(
         given = iter(parameters)
         x, b, a, c = (next(given) if need else t for t, need in zip(tensors, needs, strict=True))
         assert x is not None and b is not None
-        return composed(x, b, a, c, target, options, plan)
+        return expression(x, b, a, c, target, options, plan_from_text(plan))
 
     wanted = [t for t, need in zip(tensors, needs, strict=True) if need and t is not None]
     return list(torch.func.vjp(value, *wanted)[1](upstream))
@@ -172,10 +174,12 @@ class CrossEntropyFunction(Function):
         c: Tensor | None,
         target: Tensor,
         options: LossOptions,
-        plan: str,
+        plan: Plan,
         needs: tuple[bool, ...],
     ) -> tuple[Tensor, ...]:
-        value, grads = loss_operator(x, b, a, c, target, *_unpack(options), plan, needs, is_transposed(b))
+        value, grads = loss_operator(
+            x, b, a, c, target, *_unpack(options), plan_to_text(plan), needs, is_column_major(b)
+        )
         return (value, *grads)
 
     @staticmethod
@@ -199,7 +203,7 @@ class CrossEntropyFunction(Function):
         if grads and plain:
             ctx.spent = True
             # By .data, which has a version of its own: what their owner does to them then is no harm to a retained graph.
-            scaled = [g.data for g in engines.get(select.resolve(ctx.plan)[0]).scale(grads, upstream)]
+            scaled = [g.data for g in engines.get(ctx.plan.engine).scale(grads, upstream)]
             return (*spread(scaled, needs), *(None,) * 4)
         ones = (*grads, None, None, None, None)[:4]
         found = apply(CrossEntropyBackwardFunction, upstream, x, b, a, c, target, *ones, ctx.options, ctx.plan, needs)
@@ -222,13 +226,15 @@ class CrossEntropyBackwardFunction(Function):
         g2: Tensor | None,
         g3: Tensor | None,
         options: LossOptions,
-        plan: str,
+        plan: Plan,
         needs: tuple[bool, ...],
     ) -> tuple[Tensor, ...]:
         if g0 is not None:
             return tuple(g * upstream for g in (g0, g1, g2, g3) if g is not None)
         return tuple(
-            loss_backward_operator(upstream, x, b, a, c, target, *_unpack(options), plan, needs, is_transposed(b))
+            loss_backward_operator(
+                upstream, x, b, a, c, target, *_unpack(options), plan_to_text(plan), needs, is_column_major(b)
+            )
         )
 
     @staticmethod
@@ -245,7 +251,7 @@ class CrossEntropyBackwardFunction(Function):
             given = iter(parameters)
             x, b = next(given), next(given)
             a, c = (None if t is None else next(given) for t in tensors[2:])
-            return composed(x, b, a, c, target, ctx.options, ctx.plan)
+            return expression(x, b, a, c, target, ctx.options, ctx.plan)
 
         def gradients(upstream: Tensor, *parameters: Tensor) -> list[Tensor]:
             found = iter(torch.func.vjp(value, *parameters)[1](upstream))
@@ -270,10 +276,10 @@ def cross_entropy(
     d, k = b.shape
     plan = select.choose(select.problem_of(x, row_count(x), d, k, not head, (needs[0], needs[1]), classes))
     if not torch.compiler.is_compiling() and transforming():
-        return composed(x, b, a, c, target, options, plan)
-    if plan[-1] == "*":
+        return expression(x, b, a, c, target, options, plan)
+    if plan.autograd:
         try:
-            return composed(x, b, a, c, target, options, plan, bool((target == options.ignore_index).any()))
+            return expression(x, b, a, c, target, options, plan, bool((target == options.ignore_index).any()))
         except IndexError:  # of PyTorch's loss, which spares the check where all is well
             eager.check_target(target, classes, options.ignore_index)
             raise

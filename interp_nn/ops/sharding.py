@@ -17,7 +17,9 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.distributed.tensor.experimental import register_sharding
 
 from interp_nn.engines import select
-from interp_nn.engines.orders import KEEPS
+from interp_nn.engines.orders import saved_names
+from interp_nn.engines.problem import Plan, plan_from_text, plan_to_text
+from interp_nn.linalg import is_column_major
 from interp_nn.ops import summary as whole
 from interp_nn.ops.library import apply, define
 
@@ -30,9 +32,9 @@ def _fake_forward(x: Tensor, b: Tensor, bias: Tensor | None, plan: str) -> tuple
     return _with_two(x, *whole._fake_summary(x, b, bias, plan))
 
 
-def _with_two(x: Tensor, y: Tensor, kept: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """(y, and what the form keeps, empty where it keeps less): DTensor has no strategies for lists of outputs."""
-    first, second = (*kept, x.new_empty(0), x.new_empty(0))[:2]
+def _with_two(x: Tensor, y: Tensor, saved: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """(y, two saved tensors, empty where the plan saves fewer): DTensor has no strategies for lists of outputs."""
+    first, second = (*saved, x.new_empty(0), x.new_empty(0))[:2]
     return y, first, second
 
 
@@ -47,8 +49,8 @@ def _backward(
     transposed: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dX, db, dbias), empty where not needed."""
-    kept = (first, second)[: len(KEEPS[select.resolve(plan)[1]])]
-    return _filled(whole._summary_backward(None, dy, x, b, kept, plan, needs, transposed), x, needs)
+    saved = (first, second)[: len(saved_names(plan_from_text(plan)))]
+    return _filled(whole._summary_backward(None, dy, x, b, saved, plan, needs, transposed), x, needs)
 
 
 def _fake_backward(
@@ -104,11 +106,11 @@ register_sharding(torch.ops.interp_nn.summary_of_rows_backward.default)(_backwar
 
 
 class RowsFunction(Function):
-    """(y, kept, kept): the Function over `interp_nn::summary_of_rows`."""
+    """(y, saved, saved): the Function over `interp_nn::summary_of_rows`."""
 
     @staticmethod
-    def forward(x: Tensor, b: Tensor, bias: Tensor | None, plan: str) -> tuple[Tensor, Tensor, Tensor]:
-        y, first, second = _forward_operator(x, b, bias, plan)
+    def forward(x: Tensor, b: Tensor, bias: Tensor | None, plan: Plan) -> tuple[Tensor, Tensor, Tensor]:
+        y, first, second = _forward_operator(x, b, bias, plan_to_text(plan))
         return y, first, second
 
     @staticmethod
@@ -128,7 +130,7 @@ class RowsFunction(Function):
             dx, db = whole.gradient(None, whole.as_rows(dy), whole.as_rows(x), b)
             found = dx.view(x.shape), db, dy.sum(tuple(range(dy.dim() - 1)))
         else:
-            found = _backward_operator(dy, x, b, first, second, ctx.plan, needs, whole.is_transposed(b))
+            found = _backward_operator(dy, x, b, first, second, plan_to_text(ctx.plan), needs, is_column_major(b))
         return (*(t if need else None for t, need in zip(found, needs, strict=True)), None)
 
 
@@ -136,7 +138,7 @@ def summary(x: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
     """Y = X b (bᵀb) + bias for checked arguments that are DTensors on one mesh; a DTensor."""
     assert isinstance(x, DTensor) and isinstance(b, DTensor) and (bias is None or isinstance(bias, DTensor))
     if not _over_rows(x, b, bias):
-        return whole.summary(x, b, bias, whole.COMPOSED)
+        return whole.summary(x, b, bias, whole.BY_AUTOGRAD)[0]
     local = x.to_local()
     graph = torch.is_grad_enabled()
     needs = graph and x.requires_grad, graph and b.requires_grad

@@ -1,7 +1,7 @@
 """Operators `summary`, `summary_pair`, `summary_backward`, and their gradients to every order.
 
-A plan's token travels from forward to backward; what the plan's form keeps are further outputs of the forward operators.
-Problems too small to repay an operator are left to PyTorch's autograd (forms with a star), in eager mode only.
+A plan travels from forward to backward; the tensors that it saves are further outputs of the forward operators. Operators take it
+as a string. In eager mode a plan with `autograd` leaves its backward to PyTorch's autograd.
 """
 
 from __future__ import annotations
@@ -15,11 +15,13 @@ from torch.autograd import Function
 
 from interp_nn import engines
 from interp_nn.engines import eager, select
-from interp_nn.engines.orders import KEEPS
-from interp_nn.linalg import gram
+from interp_nn.engines.orders import saved_names
+from interp_nn.engines.problem import Plan, plan_from_text, plan_to_text
+from interp_nn.linalg import gram, is_column_major
 from interp_nn.ops.library import apply, define, implement, is_dtensor, nested_forward_mode
 
-COMPOSED = "reference:A*"  # projection, Gram matrix and their product, left to autograd: the plan of DTensors
+BY_AUTOGRAD = Plan("eager", "(Xb)G", autograd=True)  # the plan of DTensors
+_SAVING = Plan("eager", "(Xb)G", saves=True)
 
 
 def as_rows(x: Tensor) -> Tensor:
@@ -42,17 +44,20 @@ def row_count(x: Tensor) -> int:
 
 
 def _summary(x: Tensor, b: Tensor, bias: Tensor | None, plan: str) -> tuple[Tensor, list[Tensor]]:
-    engine, form = select.resolve(plan)
-    _, y, kept = engines.get(engine).forward(as_rows(x), b, bias, form, False)
-    return y.view(*x.shape[:-1], b.shape[1]), _contiguous(kept)
+    value = plan_from_text(plan)
+    saved_names(value)
+    _, y, saved = engines.get(value.engine).forward(as_rows(x), b, bias, value, False)
+    return y.view(*x.shape[:-1], b.shape[1]), _contiguous(saved)
 
 
 def _summary_pair(x: Tensor, b: Tensor, plan: str) -> tuple[Tensor, Tensor, list[Tensor]]:
-    engine, form = select.resolve(plan)
-    p, y, kept = engines.get(engine).forward(as_rows(x), b, None, form, True)
+    value = plan_from_text(plan)
+    saved_names(value)
+    p, y, saved = engines.get(value.engine).forward(as_rows(x), b, None, value, True)
+    assert p is not None
     shape = (*x.shape[:-1], b.shape[1])
-    kept = kept[1:] if _keeps_projection(form) else kept
-    return p.view(shape), y.view(shape), _contiguous(kept)
+    saved = saved[1:] if _saves_projection(value) else saved
+    return p.view(shape), y.view(shape), _contiguous(saved)
 
 
 def _summary_backward(
@@ -60,15 +65,15 @@ def _summary_backward(
     dy: Tensor | None,
     x: Tensor,
     b: Tensor,
-    kept: Sequence[Tensor],
+    saved: Sequence[Tensor],
     plan: str,
     needs: Sequence[bool],
     transposed: bool,
 ) -> list[Tensor]:
-    engine, form = select.resolve(plan)
+    value = plan_from_text(plan)
     dp, dy = _rows_if_any(dp), _rows_if_any(dy)
-    kept = list(map(as_rows, kept))  # a pair's own P may have batch dimensions
-    dx, db, dbias = engines.get(engine).backward(dp, dy, as_rows(x), b, kept, form, *needs)
+    saved = list(map(as_rows, saved))  # a pair's own P may have batch dimensions
+    dx, db, dbias = engines.get(value.engine).backward(dp, dy, as_rows(x), b, saved, value, *needs)
     out = [] if dx is None else [dx.view(x.shape)]
     if db is not None:
         out.append(ordered(db, transposed))
@@ -85,35 +90,29 @@ def ordered(db: Tensor, transposed: bool) -> Tensor:
     return db.mT.contiguous().mT if transposed else db.contiguous()
 
 
-def is_transposed(b: Tensor) -> bool:
-    """Whether b's memory is that of a contiguous bᵀ and not its own."""
-    return not b.is_contiguous() and b.mT.is_contiguous()
+def _saves_projection(plan: Plan) -> bool:
+    return saved_names(plan)[:1] == ("P",)
 
 
-def _keeps_projection(form: str) -> bool:
-    return KEEPS[form][:1] == ("P",)
+def _contiguous(saved: Sequence[Tensor]) -> list[Tensor]:
+    """The saved tensors with the strides that the fake kernels promise, whatever b's are: Inductor may choose others for b."""
+    return [t.contiguous() for t in saved]
 
 
-def _contiguous(kept: Sequence[Tensor]) -> list[Tensor]:
-    """What a form keeps, with the strides that the fake kernels promise whatever b's are: Inductor may choose others for b."""
-    return [t.contiguous() for t in kept]
-
-
-def _fake_kept(x: Tensor, b: Tensor, plan: str, pair: bool) -> list[Tensor]:
-    _, form = select.resolve(plan)
+def _fake_saved(x: Tensor, b: Tensor, plan: str, pair: bool) -> list[Tensor]:
     n, (d, k) = row_count(x), b.shape
     shapes = {"P": (n, k), "G": (k, k), "W": (d, k), "Q": (n, d), "R": (n, d), "K": (d, d)}
-    names = KEEPS[form]
+    names = saved_names(plan_from_text(plan))
     return [x.new_empty(shapes[name]) for name in names if not (pair and name == "P")]
 
 
 def _fake_summary(x: Tensor, b: Tensor, bias: Tensor | None, plan: str) -> tuple[Tensor, list[Tensor]]:
-    return x.new_empty(*x.shape[:-1], b.shape[1]), _fake_kept(x, b, plan, False)
+    return x.new_empty(*x.shape[:-1], b.shape[1]), _fake_saved(x, b, plan, False)
 
 
 def _fake_summary_pair(x: Tensor, b: Tensor, plan: str) -> tuple[Tensor, Tensor, list[Tensor]]:
     shape = (*x.shape[:-1], b.shape[1])
-    return x.new_empty(shape), x.new_empty(shape), _fake_kept(x, b, plan, True)
+    return x.new_empty(shape), x.new_empty(shape), _fake_saved(x, b, plan, True)
 
 
 def _fake_summary_backward(
@@ -121,7 +120,7 @@ def _fake_summary_backward(
     dy: Tensor | None,
     x: Tensor,
     b: Tensor,
-    kept: Sequence[Tensor],
+    saved: Sequence[Tensor],
     plan: str,
     needs: Sequence[bool],
     transposed: bool,
@@ -138,7 +137,7 @@ pair_operator = define(
     "summary_pair(Tensor x, Tensor b, str plan) -> (Tensor, Tensor, Tensor[])", _summary_pair, _fake_summary_pair
 )
 backward_operator = define(
-    "summary_backward(Tensor? dp, Tensor? dy, Tensor x, Tensor b, Tensor[] kept, str plan, bool[3] needs, "
+    "summary_backward(Tensor? dp, Tensor? dy, Tensor x, Tensor b, Tensor[] saved, str plan, bool[3] needs, "
     "bool transposed) -> Tensor[]",
     _summary_backward,
     _fake_summary_backward,
@@ -155,8 +154,8 @@ def tangent(x: Tensor, b: Tensor, tx: Tensor, tb: Tensor) -> tuple[Tensor, Tenso
 
 def gradient(dp: Tensor | None, dy: Tensor | None, x: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """(dX, db) for upstream (dP, dY), in plain differentiable products that broadcast over leading dimensions."""
-    _, _, kept = eager.forward(x, b, None, "A+", True)
-    dx, db, _ = eager.backward(dp, dy, x, b, kept, "A+", True, True)
+    _, _, saved = eager.forward(x, b, None, _SAVING, True)
+    dx, db, _ = eager.backward(dp, dy, x, b, saved, _SAVING, True, True)
     assert dx is not None and db is not None
     return dx, db
 
@@ -184,7 +183,7 @@ def _batched_backward(
     dy: Tensor | None,
     x: Tensor,
     b: Tensor,
-    kept: Sequence[Tensor],
+    saved: Sequence[Tensor],
     plan: str,
     needs: Sequence[bool],
     transposed: bool,
@@ -200,29 +199,29 @@ implement("summary_backward", _batched_backward, "Batched")
 
 
 class SummaryFunction(Function):
-    """(y, *kept), or (p, y, *kept) for a pair: the autograd Function over `interp_nn::summary` and `::summary_pair`.
+    """The autograd Function over `interp_nn::summary` and `::summary_pair`: (y, *saved), or (p, y, *saved) for a pair.
 
-    Arguments: x (..., d), b (d, k), bias (k,) or None, the plan's token, and whether the projection is an output.
+    Its arguments are x (..., d), b (d, k), bias (k,) or None, the plan, and True if the projection is an output.
     """
 
     @staticmethod
-    def forward(x: Tensor, b: Tensor, bias: Tensor | None, plan: str, pair: bool) -> tuple[Tensor, ...]:
+    def forward(x: Tensor, b: Tensor, bias: Tensor | None, plan: Plan, pair: bool) -> tuple[Tensor, ...]:
         if pair:
-            p, y, kept = pair_operator(x, b, plan)
-            return (p, y, *kept)
-        y, kept = summary_operator(x, b, bias, plan)
-        return (y, *kept)
+            p, y, saved = pair_operator(x, b, plan_to_text(plan))
+            return (p, y, *saved)
+        y, saved = summary_operator(x, b, bias, plan_to_text(plan))
+        return (y, *saved)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         x, b, _, plan, pair = inputs
         outputs = 2 if pair else 1
-        kept = output[outputs:]
-        ctx.mark_non_differentiable(*kept)
+        saved = output[outputs:]
+        ctx.mark_non_differentiable(*saved)
         ctx.set_materialize_grads(False)
-        if pair and _keeps_projection(select.resolve(plan)[1]):
-            kept = (output[0], *kept)
-        ctx.save_for_backward(x, b, *kept)
+        if pair and _saves_projection(plan):
+            saved = (output[0], *saved)
+        ctx.save_for_backward(x, b, *saved)
         ctx.plan, ctx.outputs = plan, outputs
 
     @staticmethod
@@ -230,8 +229,8 @@ class SummaryFunction(Function):
         dp, dy = grads[:2] if ctx.outputs == 2 else (None, grads[0])
         if dp is None and dy is None:
             return (None,) * 5
-        x, b, *kept = ctx.saved_tensors
-        first, second = (*kept, None, None)[:2]
+        x, b, *saved = ctx.saved_tensors
+        first, second = (*saved, None, None)[:2]
         need_x, need_b, need_bias = ctx.needs_input_grad[:3]
         found = iter(apply(_backward_function(), dp, dy, x, b, first, second, ctx.plan, need_x, need_b, need_bias))
         dx = next(found) if need_x else None
@@ -240,7 +239,7 @@ class SummaryFunction(Function):
 
     @staticmethod
     def vmap(
-        info: Any, in_dims: tuple[int | None, ...], x: Tensor, b: Tensor, bias: Tensor | None, plan: str, pair: bool
+        info: Any, in_dims: tuple[int | None, ...], x: Tensor, b: Tensor, bias: Tensor | None, plan: Plan, pair: bool
     ) -> tuple[tuple[Tensor, ...], tuple[int | None, ...]]:
         x_dim, b_dim, bias_dim = in_dims[:3]
         outputs = 2 if pair else 1
@@ -250,16 +249,15 @@ class SummaryFunction(Function):
             return out, (0,) * outputs + (None,) * (len(out) - outputs)
         x, b = _batch(x, x_dim, info.batch_size), _batch(b, b_dim, info.batch_size)
         shape = (*x.shape[:-1], b.shape[2])
-        form = select.resolve(plan)[1]
-        p, y, kept = eager.forward(_batch_rows(x), b, None, form, pair)
+        p, y, saved = eager.forward(_batch_rows(x), b, None, plan, pair)
         if bias is not None:
             y = y + _batch(bias, bias_dim, info.batch_size).unsqueeze(1)
         results = [y.view(shape)]
         if pair:
             assert p is not None
             results.insert(0, p.view(shape))
-            kept = kept[1:] if _keeps_projection(form) else kept
-        return (*results, *kept), (0,) * (len(results) + len(kept))
+            saved = saved[1:] if _saves_projection(plan) else saved
+        return (*results, *saved), (0,) * (len(results) + len(saved))
 
 
 class SummaryBackwardFunction(Function):
@@ -273,14 +271,14 @@ class SummaryBackwardFunction(Function):
         b: Tensor,
         first: Tensor | None,
         second: Tensor | None,
-        plan: str,
+        plan: Plan,
         need_x: bool,
         need_b: bool,
         need_bias: bool,
     ) -> tuple[Tensor, ...]:
-        kept = [t for t in (first, second) if t is not None]
+        saved = [t for t in (first, second) if t is not None]
         needs = [need_x, need_b, need_bias]
-        return tuple(backward_operator(dp, dy, x, b, kept, plan, needs, is_transposed(b)))
+        return tuple(backward_operator(dp, dy, x, b, saved, plan_to_text(plan), needs, is_column_major(b)))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -324,7 +322,7 @@ class SummaryBackwardFunction(Function):
         b: Tensor,
         first: Tensor | None,
         second: Tensor | None,
-        plan: str,
+        plan: Plan,
         need_x: bool,
         need_b: bool,
         need_bias: bool,
@@ -351,7 +349,7 @@ class _ForwardModeFunction(SummaryFunction):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         SummaryFunction.setup_context(ctx, inputs, output)
         ctx.save_for_forward(inputs[0], inputs[1])
-        ctx.kept = len(output) - ctx.outputs
+        ctx.saved = len(output) - ctx.outputs
 
     @staticmethod
     def jvp(
@@ -363,7 +361,7 @@ class _ForwardModeFunction(SummaryFunction):
         tp, ty = tangent(as_rows(x), b, as_rows(tx), tb)
         ty = ty if tbias is None else ty + tbias
         shape = (*x.shape[:-1], b.shape[1])
-        return (*(tp.view(shape), ty.view(shape))[2 - ctx.outputs :], *(None,) * ctx.kept)
+        return (*(tp.view(shape), ty.view(shape))[2 - ctx.outputs :], *(None,) * ctx.saved)
 
 
 class _ForwardModeBackwardFunction(SummaryBackwardFunction):
@@ -418,28 +416,37 @@ def _batch_rows(t: Tensor) -> Tensor:
     return t.unsqueeze(1) if t.dim() == 2 else t.flatten(1, -2)
 
 
-def choose(x: Tensor, b: Tensor, pair: bool) -> str:
-    """The plan's token for checked x and b."""
+def choose(x: Tensor, b: Tensor, pair: bool) -> Plan:
+    """Return the plan for checked x and b."""
     if is_dtensor(b):
-        return COMPOSED
+        return BY_AUTOGRAD
     graph = torch.is_grad_enabled()
     needs = graph and x.requires_grad, graph and b.requires_grad
     d, k = b.shape
     return select.choose(select.problem_of(x, row_count(x), d, k, pair, needs))
 
 
-def summary(x: Tensor, b: Tensor, bias: Tensor | None, plan: str) -> Tensor:
-    """Y = X b (bᵀb) + bias for checked arguments."""
-    if plan[-1] == "*" or nested_forward_mode():
-        _, y, _ = eager.forward(as_rows(x), b, bias, plan.partition(":")[2], False)
-        return y if x.dim() == 2 else y.view(*x.shape[:-1], b.shape[1])
-    return apply(_summary_function(), x, b, bias, plan, False)[0]
+def summary(x: Tensor, b: Tensor, bias: Tensor | None, plan: Plan) -> tuple[Tensor, list[Tensor]]:
+    """Return (Y = X b (bᵀb) + bias, the saved tensors of the plan) for checked arguments."""
+    if plan.autograd or nested_forward_mode():
+        _, y, saved = eager.forward(as_rows(x), b, bias, plan, False)
+        return y if x.dim() == 2 else y.view(*x.shape[:-1], b.shape[1]), saved
+    y, *saved = apply(_summary_function(), x, b, bias, plan, False)
+    return y, saved
 
 
-def summary_pair(x: Tensor, b: Tensor, plan: str) -> tuple[Tensor, Tensor]:
-    """(X b, X b (bᵀb)) for checked arguments."""
-    if plan[-1] == "*" or nested_forward_mode():
-        p, y, _ = eager.forward(as_rows(x), b, None, plan.partition(":")[2], True)
+def small_gram(plan: Plan, saved: Sequence[Tensor], b: Tensor) -> Tensor | None:
+    """Return the smaller of bᵀb and bbᵀ, detached, if it is among the saved tensors of a summary; else None."""
+    names = {"(Xb)G": ("P", "G")[-len(saved) :], "X(bG)": ("G", "W"), "(X(bbᵀ))b": ("K", "R"), "X((bbᵀ)b)": ("K", "W")}
+    found = dict(zip(names.get(plan.order, ()), saved, strict=False))
+    gram = found.get("G" if b.shape[1] <= b.shape[0] else "K")
+    return None if gram is None else gram.detach()
+
+
+def summary_pair(x: Tensor, b: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
+    """Return (X b, X b (bᵀb)) for checked arguments."""
+    if plan.autograd or nested_forward_mode():
+        p, y, _ = eager.forward(as_rows(x), b, None, plan, True)
         assert p is not None
         if x.dim() == 2:
             return p, y

@@ -326,12 +326,12 @@ def test_the_report_counts_and_prints():
     rows = {row.name: row for row in report.converted}
     assert rows["blocks.0.conv2"].shape == (36, 2) and rows["blocks.0.conv2"].groups == 2
     assert rows["fc"].shape == (4, 7) and rows["stem"].shape == (27, 4)
-    assert rows["fc"].plan.engine == "reference" and rows["stem"].plan is None
+    assert rows["fc"].plan.engine == "eager" and rows["stem"].plan is None
     wanted = sum(p.numel() for name, m in model.named_modules() if name in rows for p in m.parameters())
     assert sum(row.parameters for row in report.converted) == wanted
     lines = str(report).splitlines()
     assert lines[0] == f"summarize, function kept: 6 layers, {wanted:,} parameters"
     assert lines[1].split() == ["layer", "was", "now", "b", "parameters", "plan", "error"]
     assert lines[-1].startswith("fc ") and "Linear  SummaryLinear  4 x 7 " in lines[-1]
-    assert f"reference {rows['fc'].plan.form}" in lines[-1] and "36 x 2, 2 groups" in str(report)
+    assert f"eager {rows['fc'].plan.order}" in lines[-1] and "36 x 2, 2 groups" in str(report)
     assert max(row.error for row in report.converted) == report.error < 1e-6

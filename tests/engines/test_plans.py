@@ -15,15 +15,15 @@ import pytest
 import torch
 
 import interp_nn
-from interp_nn import engines
-from interp_nn.engines import barrier, cost, devices, select
-from interp_nn.engines.cost import Problem
-from interp_nn.engines.devices import KNOWN, Chip
+from interp_nn.engines import barrier, cost, devices, limits, select
+from interp_nn.engines.devices import KNOWN, DeviceSpec
+from interp_nn.engines.limits import unsupported_reason
+from interp_nn.engines.problem import Config, Plan, Problem
 from interp_nn.engines.triton import configs
-from interp_nn.engines.triton.configs import Bucket, Config
+from interp_nn.engines.triton.configs import Bucket
 
-HOPPER = devices.known((9, 0))
-TRITONS = [chip for chip in KNOWN if chip.capability >= (8, 0)]  # that its kernels serve
+HOPPER = devices.spec_for((9, 0))
+TRITONS = [spec for spec in KNOWN if spec.capability >= (8, 0)]  # that its kernels serve
 TRITON = importlib.util.find_spec("triton") is not None
 
 
@@ -48,31 +48,32 @@ def entry(**changes):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("chip", [chip.name for chip in TRITONS])
-def test_a_plan_for_each_known_gpu(chip, dtype):
-    plan = interp_nn.plan(65536, 512, 64, pair=True, classes=64, dtype=dtype, device=chip)
-    assert plan.engine == "triton" and plan.form == "A+"
-    assert [kernel for kernel, _ in plan.config] == ["pair_loss"]
+@pytest.mark.parametrize("gpu", [spec.name for spec in TRITONS])
+def test_a_plan_for_each_known_gpu(gpu, dtype):
+    plan = interp_nn.plan(65536, 512, 64, pair=True, classes=64, dtype=dtype, device=gpu)
+    assert (plan.engine, plan.order, plan.saves) == ("triton", "(Xb)G", True)
+    assert [kernel for kernel, _ in plan.tiles] == ["pair_loss"]
     assert plan.seconds > 0 and plan.bytes >= 3 * 65536 * 512 * dtype.itemsize
     text = str(plan)
     assert "in one launch each" in text and " MFLOP, " in text and "warps" in text
 
 
 @pytest.mark.parametrize(
-    ("arguments", "form", "kernels"),
+    ("arguments", "order", "saves", "kernels"),
     [
-        ({}, "A", ["stream", "summary_backward"]),
-        ({"grad": ()}, "A", ["stream"]),
-        ({"pair": True}, "A+", ["stream", "pair_backward"]),
-        ({"pair": True, "classes": 64}, "A+", ["pair_loss"]),
-        ({"classes": 10}, "flat", ["flat_loss"]),
-        ({"classes": 60}, "latent", ["latent_loss"]),
+        ({}, "(Xb)G", False, ["stream", "summary_backward"]),
+        ({"grad": ()}, "(Xb)G", False, ["stream"]),
+        ({"pair": True}, "(Xb)G", True, ["stream", "pair_backward"]),
+        ({"pair": True, "classes": 64}, "(Xb)G", True, ["pair_loss"]),
+        ({"classes": 10}, "logits_from_x", False, ["flat_loss"]),
+        ({"classes": 60}, "logits_from_latent", False, ["latent_loss"]),
     ],
     ids=str,
 )
-def test_the_form_and_the_kernels_of_a_problem(arguments, form, kernels):
+def test_the_order_and_the_kernels_of_a_problem(arguments, order, saves, kernels):
     plan = interp_nn.plan(4096, 512, 64, dtype=torch.bfloat16, device="sm_90", **arguments)
-    assert (plan.engine, plan.form, [kernel for kernel, _ in plan.config]) == ("triton", form, kernels)
+    assert (plan.engine, plan.order, plan.saves) == ("triton", order, saves)
+    assert [kernel for kernel, _ in plan.tiles] == kernels
 
 
 @pytest.mark.parametrize(
@@ -89,10 +90,10 @@ def test_the_form_and_the_kernels_of_a_problem(arguments, form, kernels):
     ],
     ids=str,
 )
-def test_what_is_left_to_the_reference_engine_and_why(arguments, reason):
+def test_what_the_eager_engine_computes_and_why(arguments, reason):
     sizes = {"n": 4096, "d": 512, "k": 64, "dtype": torch.bfloat16, "device": "sm_90", **arguments}
     plan = interp_nn.plan(sizes.pop("n"), sizes.pop("d"), sizes.pop("k"), **sizes)
-    assert plan.engine == "reference" and reason in plan.reason and plan.config == ()
+    assert plan.engine == "eager" and reason in plan.reason and plan.tiles == ()
 
 
 @pytest.mark.parametrize("device", ["sm_70", "sm_", "sm_x0", "sm_9"])
@@ -103,7 +104,7 @@ def test_a_gpu_that_no_kernel_serves_cannot_be_planned_for(device):
 
 def test_heads_on_blackwell_need_a_newer_triton(monkeypatch):
     for version, engine in (((3, 6), "cuda"), ((3, 9), "triton")):
-        monkeypatch.setattr(engines, "_triton_version", lambda version=version: version)
+        monkeypatch.setattr(limits, "triton_version", lambda version=version: version)
         plan = interp_nn.plan(4096, 512, 64, classes=10, dtype=torch.bfloat16, device="sm_100")
         assert plan.engine == engine
     assert (
@@ -111,21 +112,25 @@ def test_heads_on_blackwell_need_a_newer_triton(monkeypatch):
     )
 
 
-def test_the_flat_form_gives_way_where_shared_memory_is_small():
-    def form(chip, k, classes, dtype=torch.bfloat16):
-        problem = Problem(4096, 64, k, classes=classes, head=True, dtype=dtype, chip=devices.known(chip))
-        chosen = select._kernel_form(problem, "triton")
-        assert select._for_any_rows("triton", problem) == ("latent" if 2 * classes >= k else chosen)
+def test_logits_come_from_the_latent_code_where_shared_memory_is_small():
+    from_x, from_latent = "logits_from_x", "logits_from_latent"
+
+    def order(capability, k, classes, dtype=torch.bfloat16):
+        spec = devices.spec_for(capability)
+        problem = Problem(4096, 64, k, classes=classes, head=True, dtype=dtype, spec=spec)
+        chosen = select._kernel_plan(problem, "triton").order
+        for_any = select._plan_for_any_rows("triton", problem).order
+        assert for_any == (from_latent if 2 * classes >= k else chosen)
         return chosen
 
-    assert [form((9, 0), 128, 50), form((8, 6), 128, 50), form((8, 6), 128, 10)] == ["flat", "latent", "flat"]
-    assert [form((9, 0), 128, 100), form((8, 0), 128, 100)] == ["flat", "latent"]
-    for chip, fits, too_wide in (
+    assert [order((9, 0), 128, 50), order((8, 6), 128, 50), order((8, 6), 128, 10)] == [from_x, from_latent, from_x]
+    assert [order((9, 0), 128, 100), order((8, 0), 128, 100)] == [from_x, from_latent]
+    for capability, fits, too_wide in (
         ((9, 0), (128, 30), (128, 50)),
         ((8, 0), (64, 50), (128, 10)),
         ((8, 6), (64, 30), (32, 100)),
     ):
-        assert [form(chip, *sizes, torch.float32) for sizes in (fits, too_wide)] == ["flat", "latent"]
+        assert [order(capability, *sizes, torch.float32) for sizes in (fits, too_wide)] == [from_x, from_latent]
 
 
 def test_classes_that_do_not_fit_a_pair():
@@ -135,26 +140,27 @@ def test_classes_that_do_not_fit_a_pair():
 
 def test_on_a_cpu_the_plan_predicts_no_time():
     plan = interp_nn.plan(4096, 512, 64, classes=10)
-    assert (plan.engine, plan.form, plan.seconds, plan.bytes) == ("reference", "flat*", None, None)
+    assert (plan.engine, plan.order, plan.autograd) == ("eager", "logits_from_x", True)
+    assert (plan.seconds, plan.bytes) == (None, None)
 
 
 def test_the_choice_is_the_lesser_prediction():
     for n, d, k in itertools.product((32, 4096, 65536), (64, 512, 4096), (10, 64, 128)):
         for pair, classes in ((False, None), (True, None), (True, k), (False, 7)):
             problem = Problem(n, d, k, pair, True, True, classes, classes == 7, torch.bfloat16, HOPPER, "sm_90")
-            ours = cost.one_launch(problem, select._kernel_form(problem, "triton"), HOPPER).seconds
-            theirs = cost.reference(problem, select._reference_form(problem, False), HOPPER).seconds
-            assert select.engine(problem)[0] == ("triton" if ours <= theirs else "reference")
+            ours = cost.predict_fused(problem, select._kernel_plan(problem, "triton"), HOPPER).seconds
+            theirs = cost.predict_eager(problem, select._eager_plan(problem, False), HOPPER).seconds
+            assert select.choose_engine(problem)[0] == ("triton" if ours <= theirs else "eager")
 
 
 def test_rows_that_are_no_whole_vectors_are_predicted_slow_and_logged_once(monkeypatch, caplog):
     plans = [interp_nn.plan(65536, d, 64, dtype=torch.bfloat16, device="sm_90") for d in (512, 511)]
-    assert [plan.engine for plan in plans] == ["triton", "reference"]
+    assert [plan.engine for plan in plans] == ["triton", "eager"]
     monkeypatch.setattr(select, "_requested", "triton")
     monkeypatch.setattr(select, "_logged", set())
-    monkeypatch.setattr(engines, "unavailable", lambda name: None)
+    monkeypatch.setattr(select, "unsupported_reason", lambda *_: None)
     for d, k in ((511, 64), (509, 64), (512, 64), (512, 200)):
-        assert select.engine(Problem(8, d, k, dtype=torch.bfloat16, chip=HOPPER, device="cuda"))[0] == "triton"
+        assert select.choose_engine(Problem(8, d, k, dtype=torch.bfloat16, spec=HOPPER, device="cuda"))[0] == "triton"
     assert [record.message.split(": ")[1] for record in caplog.records] == [
         "d = 511 is not a multiple of 16, so X is not read in vectors",
         "k = 200 > 128 is slower than cuBLAS",
@@ -163,7 +169,7 @@ def test_rows_that_are_no_whole_vectors_are_predicted_slow_and_logged_once(monke
 
 def test_predictions_grow_with_the_problem():
     def seconds(n, dtype=torch.bfloat16):
-        return cost.one_launch(Problem(n, 1024, 128, dtype=dtype), "A", HOPPER).seconds
+        return cost.predict_fused(Problem(n, 1024, 128, dtype=dtype), Plan("triton", "(Xb)G"), HOPPER).seconds
 
     assert seconds(2**20) > 3 * seconds(2**18) > 9 * seconds(2**16) > 0
     assert seconds(2**20, torch.float32) > 1.9 * seconds(2**20)
@@ -173,20 +179,18 @@ def test_predictions_grow_with_the_problem():
 
 
 def test_the_nearest_older_capability_of_a_generation_serves_another():
-    assert (
-        devices.family((12, 1)) == (12, 0) and devices.family((8, 7)) == (8, 6) and devices.family((10, 3)) == (10, 0)
-    )
-    assert devices.family((7, 0)) is None and devices.family((11, 0)) is None
-    assert devices.known((7, 0)) is None and devices.known((9, 0)).name == "sm_90"
-    assert devices.known((13, 0)).capability == (13, 0)
+    served = {(12, 1): (12, 0), (8, 7): (8, 6), (10, 3): (10, 0), (7, 0): None, (11, 0): None}
+    assert {capability: devices.table_capability(capability) for capability in served} == served
+    assert devices.spec_for((7, 0)) is None and devices.spec_for((9, 0)).name == "sm_90"
+    assert devices.spec_for((13, 0)).capability == (13, 0)
 
 
 def test_the_table_covers_every_kernel_of_every_known_gpu():
-    for chip, kernel, itemsize, columns, rows in itertools.product(
+    for spec, kernel, itemsize, columns, rows in itertools.product(
         TRITONS, ("stream", "pair_backward", "summary_backward", "pair_loss"), (2, 4), (16, 64, 128), (1, 100_000)
     ):
         bucket = Bucket(kernel, itemsize, columns, 16, rows)
-        assert any(e["kernel"] == kernel and configs._matches(e, chip, bucket) for e in configs._own_table().kernels)
+        assert any(e["kernel"] == kernel and configs._matches(e, spec, bucket) for e in configs._own_table().kernels)
 
 
 @pytest.mark.parametrize("kernel", configs.TILES)
@@ -195,24 +199,24 @@ def test_the_rule_for_what_the_table_lacks_fits_and_shrinks(kernel, monkeypatch)
     large = configs.choose(HOPPER, Bucket(kernel, 2, 128, 16, 4096))
     small = configs.choose(HOPPER._replace(shared=48_000), Bucket(kernel, 4, 128, 16, 4096))
     assert len(large.tiles) == len(small.tiles) == len(configs.TILES[kernel])
-    assert configs.estimated_shared(large, Bucket(kernel, 2, 128, 16, 4096)) <= HOPPER.shared
+    assert configs.fits(HOPPER, large, Bucket(kernel, 2, 128, 16, 4096))
     assert small.tiles[0] <= large.tiles[0] and small != large
 
 
 def test_a_users_table_comes_first(table):
     bucket = Bucket("stream", 2, 64, 16, 4096)
-    table(kernels=[entry(kernel="stream", tiles=[64, 16], warps=4, stages=2, resident=2)])
+    table(kernels=[entry(kernel="stream", tiles=[64, 16], warps=4, stages=2, blocks_per_sm=2)])
     assert configs.choose(HOPPER, bucket) == Config((64, 16), 4, 2, False, 2)
     for other in (bucket._replace(itemsize=4), bucket._replace(columns=256), bucket._replace(kernel="pair_backward")):
         assert configs.choose(HOPPER, other).tiles != (64, 16)
-    assert configs.choose(devices.known((8, 0)), bucket).tiles != (64, 16)
+    assert configs.choose(devices.spec_for((8, 0)), bucket).tiles != (64, 16)
 
 
 def test_a_measured_engine_overrules_the_model(table):
     assert interp_nn.plan(4096, 512, 64, dtype=torch.bfloat16, device="sm_90").engine == "triton"
-    table(kernels=[], engines=[entry(problem="summary", engine="reference")])
+    table(kernels=[], engines=[entry(problem="summary", engine="eager")])
     plan = interp_nn.plan(4096, 512, 64, dtype=torch.bfloat16, device="sm_90")
-    assert plan.engine == "reference" and "measured faster" in plan.reason
+    assert plan.engine == "eager" and "measured faster" in plan.reason
     assert interp_nn.plan(4096, 512, 64, pair=True, dtype=torch.bfloat16, device="sm_90").engine == "triton"
 
 
@@ -255,12 +259,12 @@ def why_off(monkeypatch, triton="3.6.0", numpy="2.3.5", interpreting=False, cuda
     found = dict(enumerate(devices))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if triton is None else object())
     monkeypatch.setattr(importlib.metadata, "version", version)
-    monkeypatch.setattr(engines, "interpreting", lambda: interpreting)
+    monkeypatch.setattr(limits, "interpreting", lambda: interpreting)
     monkeypatch.setattr(torch.version, "cuda", cuda)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(devices))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: len(devices))
-    monkeypatch.setattr(engines, "chip_of", lambda device: Chip(found[device.index], 1, 0, 1.0, 1.0))
-    return engines._triton_unavailable()
+    monkeypatch.setattr(limits, "spec_of", lambda device: DeviceSpec(found[device.index], 1, 0, 1.0, 1.0))
+    return limits._triton_machine_reason()
 
 
 @pytest.mark.parametrize(
@@ -283,22 +287,19 @@ def test_the_reason_why_the_engine_is_off(machine, reason, monkeypatch):
     assert found is None if reason is None else reason in found
 
 
-def test_a_device_that_the_engine_does_not_serve():
-    def refusal(chip, device):
-        return engines.refusal("triton", chip, device, torch.float32, 8, 4, 2, None, False)
+def test_a_device_that_the_engine_does_not_serve(monkeypatch):
+    def reason(spec, device):
+        return unsupported_reason("triton", Problem(8, 4, 2, spec=spec, device=device))
 
-    engines._reasons.pop("triton", None)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engines, "_triton_unavailable", lambda: None)
-        assert refusal(None, "cpu") == "it needs a CUDA device, and x is on cpu"
-        assert refusal(Chip((7, 5), 1, 0, 1.0, 1.0), "cuda") == "it needs compute capability 8.0, and cuda has 7.5"
-        assert refusal(HOPPER, "cuda") is None
-    engines._reasons.pop("triton")
+    monkeypatch.setattr(limits, "_machine_reason", lambda engine: None)
+    assert reason(None, "cpu") == "it needs a CUDA device, and x is on cpu"
+    assert reason(DeviceSpec((7, 5), 1, 0, 1.0, 1.0), "cuda") == "it needs compute capability 8.0, and cuda has 7.5"
+    assert reason(HOPPER, "cuda") is None
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the engine is on")
 def test_forcing_an_engine_that_is_off_raises_with_the_reason():
-    reason = engines.unavailable("triton")
+    reason = unsupported_reason("triton")
     with pytest.raises(RuntimeError, match="use_engine: the triton engine is off: ") as caught:
         interp_nn.use_engine("triton")
     assert reason in str(caught.value) and select.requested() == "auto"
@@ -311,7 +312,7 @@ def test_an_engine_forced_by_the_environment_is_checked_at_use():
     environment = {**os.environ, "PYTHONPATH": root, "INTERP_NN_ENGINE": "triton"}
     result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
     assert "RuntimeError: the triton engine was asked for, but " in result.stderr
-    assert engines.unavailable("triton") in result.stderr
+    assert unsupported_reason("triton") in result.stderr
 
 
 # The counters of the barrier
@@ -331,7 +332,7 @@ def test_a_counter_for_each_stream_and_for_each_captured_launch(monkeypatch):
     def stream(device):
         return types.SimpleNamespace(cuda_stream=state.stream, synchronize=synchronize)
 
-    for name, value in {"_words": {}, "_free": state.free, "_blocks": []}.items():
+    for name, value in {"_in_use": {}, "_free": state.free, "_blocks": []}.items():
         monkeypatch.setattr(barrier, name, value)
     monkeypatch.setattr(torch, "zeros", zeros)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: state.capturing)

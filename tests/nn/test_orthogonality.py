@@ -11,6 +11,7 @@ from torch.autograd import forward_ad
 from torch.nn.utils import parametrize
 
 from interp_nn import linalg, use_engine
+from interp_nn.engines.problem import Plan
 from interp_nn.nn import SummaryClassifier, SummaryConv2d, SummaryHead, SummaryLayer, SummaryLinear
 from interp_nn.nn.orthogonality import CONSTRAINTS, constrain, orthogonality_penalty, retract_
 
@@ -38,12 +39,13 @@ def naive_penalty(layer):
 
 
 @pytest.fixture
-def form_is(monkeypatch):
-    """Force a form, in a memory of plans of its own."""
+def plan_is(monkeypatch):
+    """Force a plan, in a memory of plans of its own."""
 
-    def force(form):
+    def force(order, how):
+        plan = Plan("eager", order, saves=how == "saves", autograd=how == "autograd")
         monkeypatch.setattr("interp_nn.functional._plans", {})
-        monkeypatch.setattr("interp_nn.ops.summary.choose", lambda *_: f"reference:{form}")
+        monkeypatch.setattr("interp_nn.ops.summary.choose", lambda *_: plan)
 
     return force
 
@@ -58,7 +60,7 @@ def test_penalty_and_its_gradients_are_those_of_its_formula(kind, ran):
     constrain(layer, "penalty")
     if ran:
         layer(x)
-    assert (layer.known_square() is not None) is ran or kind == "wide"  # a form without bbᵀ is the best for that one
+    assert (layer.known_square() is not None) is ran or kind == "wide"  # an order without bbᵀ is the best for that one
     value, wanted = orthogonality_penalty(layer), naive_penalty(layer)
     assert value.shape == () and error(value, wanted) <= 1e-13
     (gradient,) = torch.autograd.grad(value, layer.weight, create_graph=True)
@@ -69,9 +71,12 @@ def test_penalty_and_its_gradients_are_those_of_its_formula(kind, ran):
     assert error(hessian, torch.autograd.grad((right * v).sum(), layer.weight)[0]) <= 1e-13
 
 
-@pytest.mark.parametrize("form", ["A", "A+", "B", "A*", "B*"])
-def test_the_summary_forms_that_have_a_gram_matrix_give_it(form, form_is):
-    form_is(form)
+@pytest.mark.parametrize(
+    ("order", "how"),
+    [("(Xb)G", ""), ("(Xb)G", "saves"), ("X(bG)", ""), ("(Xb)G", "autograd"), ("X(bG)", "autograd")],
+)
+def test_the_summary_orders_that_have_a_gram_matrix_give_it(order, how, plan_is):
+    plan_is(order, how)
     layer, x = make("linear")
     constrain(layer, "penalty")
     y = layer(x)
@@ -83,9 +88,12 @@ def test_the_summary_forms_that_have_a_gram_matrix_give_it(form, form_is):
     assert all(error(g, r) <= 1e-12 for g, r in zip(got, right, strict=True))
 
 
-@pytest.mark.parametrize("form", ["D", "D+", "E", "D*", "E*"])
-def test_wide_layers_take_the_other_square(form, form_is):
-    form_is(form)
+@pytest.mark.parametrize(
+    ("order", "how"),
+    [("(X(bbᵀ))b", "saves"), ("X((bbᵀ)b)", ""), ("(X(bbᵀ))b", "autograd"), ("X((bbᵀ)b)", "autograd")],
+)
+def test_wide_layers_take_the_other_square(order, how, plan_is):
+    plan_is(order, how)
     layer, x = make("wide")
     constrain(layer, "penalty")(x)
     assert error(layer.known_square(), layer.matrix() @ layer.matrix().t()) <= 1e-14
@@ -93,10 +101,16 @@ def test_wide_layers_take_the_other_square(form, form_is):
 
 
 @pytest.mark.parametrize(
-    ("kind", "form"), [("linear", "C"), ("linear", "C+"), ("linear", "E"), ("wide", "A"), ("wide", "C*")]
+    ("kind", "order", "how"),
+    [
+        ("linear", "((Xb)bᵀ)b", "saves"),
+        ("linear", "X((bbᵀ)b)", ""),
+        ("wide", "(Xb)G", ""),
+        ("wide", "((Xb)bᵀ)b", "autograd"),
+    ],
 )
-def test_forms_without_it_leave_it_to_the_penalty(kind, form, form_is):
-    form_is(form)
+def test_orders_without_it_leave_it_to_the_penalty(kind, order, how, plan_is):
+    plan_is(order, how)
     layer, x = make(kind)
     constrain(layer, "penalty")(x)
     assert layer.known_square() is None
@@ -484,6 +498,6 @@ def _tied():
 def test_a_penalised_layer_under_a_forced_engine():
     layer, x = make("linear", torch.float32)
     constrain(layer, "penalty")
-    with use_engine("reference"):
+    with use_engine("eager"):
         layer(x)
     assert error(orthogonality_penalty(layer), naive_penalty(layer)) <= 1e-5

@@ -21,11 +21,11 @@ from torch.autograd import gradcheck, gradgradcheck
 from interp_nn import functional
 from interp_nn.engines import eager, orders, select
 from interp_nn.engines.cost import Problem
-from interp_nn.engines.eager import LossOptions
+from interp_nn.engines.problem import LossOptions, Plan
 from interp_nn.ops import losses as ops
 
-PAIR_FORMS = [form for form, pair in CASES if pair]
-HEAD_FORMS = ["flat", "latent"]
+PAIR_PLANS = [plan for plan, pair in CASES if pair]
+HEAD_PLANS = [Plan("eager", "logits_from_x"), Plan("eager", "logits_from_latent")]
 REDUCTIONS = ["mean", "sum", "none"]
 IGNORED = torch.tensor([0, 2, -100, 1, -100, 1])
 close = torch.testing.assert_close
@@ -35,7 +35,7 @@ close = torch.testing.assert_close
 def way(request, monkeypatch):
     """Losses are left to PyTorch's autograd on a CPU, in eager mode; elsewhere they are the operator's."""
     if request.param == "operator":
-        monkeypatch.setattr(select, "_left_to_autograd", lambda problem: False)
+        monkeypatch.setattr(select, "_prefers_autograd", lambda problem: False)
     return request.param
 
 
@@ -51,22 +51,22 @@ def head_inputs(n=6, d=4, k=2, m=3, bias=True):
     return (*pair_inputs(n, d, k), randn(m, k), *([randn(m)] if bias else []))
 
 
-def loss_in(form, target, weights=(1.0, 1.0, 1.0), ignore_index=-100, reduction="mean"):
-    """The loss in a form of the test's choice, as a function of (x, b) or (x, b, a[, c])."""
+def loss_in(plan, target, weights=(1.0, 1.0, 1.0), ignore_index=-100, reduction="mean"):
+    """The loss under a given plan, as a function of (x, b) or (x, b, a[, c])."""
 
     def function(x, b, a=None, c=None):
         enabled = [t is not None and t.requires_grad for t in (x, b, a, c)]
         late = x.dtype == torch.float16 or reduction == "none"
         return ops.apply(
             ops.CrossEntropyFunction,
-            *(x, b, a, c, target, LossOptions(weights, ignore_index, reduction), f"reference:{form}"),
+            *(x, b, a, c, target, LossOptions(weights, ignore_index, reduction), plan),
             (False,) * 4 if late else tuple(enabled),
         )[0]
 
     return function
 
 
-def reference_of(form, target, **options):
+def reference_of(plan, target, **options):
     def function(x, b, a=None, c=None):
         if a is None:
             return naive_cross_entropy(x, b, target, **options)
@@ -76,20 +76,20 @@ def reference_of(form, target, **options):
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
-@pytest.mark.parametrize("form", PAIR_FORMS)
-def test_derivatives_of_the_pair_loss(form, reduction):
+@pytest.mark.parametrize("plan", PAIR_PLANS)
+def test_derivatives_of_the_pair_loss(plan, reduction):
     inputs = leaves(*pair_inputs())
-    function = loss_in(form, IGNORED, weights=(0.5, 2.0, 3.0), reduction=reduction)
+    function = loss_in(plan, IGNORED, weights=(0.5, 2.0, 3.0), reduction=reduction)
     assert gradcheck(function, inputs, check_batched_grad=reduction == "none")
     assert gradgradcheck(function, inputs, fast_mode=True)
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("form", HEAD_FORMS)
-def test_derivatives_of_the_head_loss(form, bias, reduction):
+@pytest.mark.parametrize("plan", HEAD_PLANS)
+def test_derivatives_of_the_head_loss(plan, bias, reduction):
     inputs = leaves(*head_inputs(bias=bias))
-    function = loss_in(form, IGNORED, weights=(0.5, 2.0, 3.0), reduction=reduction)
+    function = loss_in(plan, IGNORED, weights=(0.5, 2.0, 3.0), reduction=reduction)
     assert gradcheck(function, inputs)
     assert gradgradcheck(function, inputs, fast_mode=True)
 
@@ -105,43 +105,43 @@ def pair_problem(n, d, k, reduction):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize(
-    ("form", "composed", "shape"),
+    ("plan", "composed", "shape"),
     [
-        ("A+", "A*", (40, 24, 10)),
-        ("A+", "A*", (200, 12, 5)),
-        ("C+", "C*", (16, 8, 64)),
-        ("D+", "C*", (128, 16, 128)),
-        ("E", "E*", (128, 8, 64)),
+        (Plan("eager", "(Xb)G", saves=True), Plan("eager", "(Xb)G", autograd=True), (40, 24, 10)),
+        (Plan("eager", "(Xb)G", saves=True), Plan("eager", "(Xb)G", autograd=True), (200, 12, 5)),
+        (Plan("eager", "((Xb)bᵀ)b", saves=True), Plan("eager", "((Xb)bᵀ)b", autograd=True), (16, 8, 64)),
+        (Plan("eager", "(X(bbᵀ))b", saves=True), Plan("eager", "((Xb)bᵀ)b", autograd=True), (128, 16, 128)),
+        (Plan("eager", "X((bbᵀ)b)"), Plan("eager", "X((bbᵀ)b)", autograd=True), (128, 8, 64)),
     ],
 )
-def test_pair_loss_obeys_the_law_in_the_form_of_its_shape(form, composed, shape, reduction, dtype, way):
+def test_pair_loss_obeys_the_law_in_the_order_of_its_shape(plan, composed, shape, reduction, dtype, way):
     found = select.choose(Problem(*shape, pair=True, classes=shape[2]))
-    assert found == f"reference:{form if way == 'operator' else composed}"
+    assert found == (plan if way == "operator" else composed)
     target, options, inputs, upstream = pair_problem(*shape, reduction)
     function = functools.partial(functional.summary_cross_entropy, target=target, **options)
-    check_law(function, reference_of(form, target, **options), inputs, upstream, dtype)
+    check_law(function, reference_of(plan, target, **options), inputs, upstream, dtype)
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("shape", [(40, 24, 10), (9, 16, 24), (200, 12, 5)], ids=str)
-@pytest.mark.parametrize("form", PAIR_FORMS)
-def test_pair_loss_in_every_form(form, shape, reduction):
+@pytest.mark.parametrize("plan", PAIR_PLANS)
+def test_pair_loss_in_every_order(plan, shape, reduction):
     target, options, inputs, upstream = pair_problem(*shape, reduction)
-    check_law(loss_in(form, target, **options), reference_of(form, target, **options), inputs, upstream, torch.float64)
+    check_law(loss_in(plan, target, **options), reference_of(plan, target, **options), inputs, upstream, torch.float64)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("form", HEAD_FORMS)
-def test_head_loss_obeys_the_law(form, bias, reduction, dtype):
+@pytest.mark.parametrize("plan", HEAD_PLANS)
+def test_head_loss_obeys_the_law(plan, bias, reduction, dtype):
     n, d, k, m = 60, 24, 16, 7
     target = torch.randint(m, (n,))
     target[::7] = -100
     options = {"reduction": reduction, "weights": (1.0, 0.5, 0.25)}
     inputs = [randn(n, d), randn(d, k) / d**0.5, randn(m, k) / k**0.5, randn(m)][: 3 + bias]
     upstream = torch.rand(n if reduction == "none" else (), dtype=torch.float64) + 0.5
-    check_law(loss_in(form, target, **options), reference_of(form, target, **options), inputs, [upstream], dtype)
+    check_law(loss_in(plan, target, **options), reference_of(plan, target, **options), inputs, [upstream], dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -167,7 +167,7 @@ def test_functional_head_equals_naive_whatever_form_it_takes(shape):
     n, d, k, m = shape
     inputs = leaves(randn(n, d), randn(d, k) / d**0.5, randn(m, k), randn(m))
     target = torch.randint(m, (n,))
-    assert orders.head_form(n, d, k, m) == ("flat" if 2 * m < k else "latent")
+    assert orders.head_order(n, d, k, m) == ("logits_from_x" if 2 * m < k else "logits_from_latent")
     got, expected = (f(*inputs, target) for f in (functional.summary_head_cross_entropy, naive_head_cross_entropy))
     close(got, expected)
     close(torch.autograd.grad(got, inputs), torch.autograd.grad(expected, inputs))
@@ -191,9 +191,9 @@ def test_ignored_rows_give_exactly_nothing(reduction, ignore_index):
         assert loss[ignored].eq(0).all() and loss[~ignored].ne(0).all()
 
     x2, b2 = leaves(x[~ignored], b)
-    kept = functional.summary_cross_entropy(x2, b2, target[~ignored], reduction=reduction)
-    close(loss[~ignored] if reduction == "none" else loss, kept)
-    close((dx[~ignored], db), torch.autograd.grad(kept.sum(), (x2, b2)))
+    saved = functional.summary_cross_entropy(x2, b2, target[~ignored], reduction=reduction)
+    close(loss[~ignored] if reduction == "none" else loss, saved)
+    close((dx[~ignored], db), torch.autograd.grad(saved.sum(), (x2, b2)))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -252,11 +252,11 @@ def test_the_weights_weigh_their_terms():
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (3,), (1, 2), (0, 3)], ids=str)
-@pytest.mark.parametrize("form", HEAD_FORMS)
-def test_gradients_only_where_needed(form, wanted, reduction):
+@pytest.mark.parametrize("plan", HEAD_PLANS)
+def test_gradients_only_where_needed(plan, wanted, reduction):
     inputs = [t.requires_grad_(i in wanted) for i, t in enumerate(head_inputs())]
     options = {"reduction": reduction}
-    got = torch.autograd.grad(loss_in(form, IGNORED, **options)(*inputs).sum(), [inputs[i] for i in wanted])
+    got = torch.autograd.grad(loss_in(plan, IGNORED, **options)(*inputs).sum(), [inputs[i] for i in wanted])
     expected = naive_head_cross_entropy(*inputs, IGNORED, **options).sum()
     close(got, torch.autograd.grad(expected, [inputs[i] for i in wanted]))
 
@@ -274,7 +274,7 @@ def test_gradients_asked_of_one_input_where_all_need_them(reduction):
 
 def test_gradients_not_needed_are_not_computed():
     x, b = pair_inputs()
-    arguments = (None, None, IGNORED, [1.0] * 3, -100, "mean", "reference:B")
+    arguments = (None, None, IGNORED, [1.0] * 3, -100, "mean", "eager:X(bG)")
     for needs, shapes in (([True, False], [x.shape]), ([False, True], [b.shape]), ([False, False], [])):
         _, grads = torch.ops.interp_nn.summary_cross_entropy(x, b, *arguments, [*needs, False, False], False)
         assert [g.shape for g in grads] == shapes
@@ -298,12 +298,12 @@ def scale_in_place(grads, upstream):
 
 
 @pytest.mark.parametrize("scale", [eager.scale, scale_in_place])
-@pytest.mark.parametrize("form", ["A+", "flat"])
-def test_every_backward_over_a_retained_graph_gives_the_same(form, scale, monkeypatch):
+@pytest.mark.parametrize("plan", [Plan("eager", "(Xb)G", saves=True), Plan("eager", "logits_from_x")])
+def test_every_backward_over_a_retained_graph_gives_the_same(plan, scale, monkeypatch):
     monkeypatch.setattr(eager, "scale", scale)
-    inputs = leaves(*(head_inputs() if form == "flat" else pair_inputs()))
+    inputs = leaves(*(head_inputs() if plan.order == "logits_from_x" else pair_inputs()))
     for upstream in (1.0, 2.0):
-        loss = upstream * loss_in(form, IGNORED)(*inputs)
+        loss = upstream * loss_in(plan, IGNORED)(*inputs)
         expected = torch.autograd.grad(loss, inputs, create_graph=True)
         for create_graph in (False, True, True, False):
             got = torch.autograd.grad(loss, inputs, retain_graph=True, create_graph=create_graph)

@@ -2,14 +2,14 @@
 
 import pytest
 import torch
-from support import assert_close_law, naive
+from support import AUTOGRAD_PLANS, OPERATOR_PLANS, assert_close_law, naive
 
 from interp_nn import functional
-from interp_nn.engines import eager, orders
+from interp_nn.engines import eager
+from interp_nn.engines.problem import Plan, plan_to_text
+from interp_nn.linalg import is_column_major
 from interp_nn.ops.library import apply
 from interp_nn.ops.summary import SummaryFunction, summary
-
-FORMS = [*orders.KEEPS, "A*", "B*", "C*", "D*", "E*"]
 
 
 @pytest.fixture(autouse=True)
@@ -19,8 +19,8 @@ def _at_any_size(monkeypatch):
 
 
 @pytest.mark.parametrize("k", [1, 3, 15])
-@pytest.mark.parametrize("form", FORMS)
-def test_values_and_gradients(form, k):
+@pytest.mark.parametrize("plan", [*OPERATOR_PLANS, *AUTOGRAD_PLANS])
+def test_values_and_gradients(plan, k):
     x, b, dy = torch.randn(20, 9), torch.randn(9, k), torch.randn(20, k)
 
     def run(f, dtype):
@@ -29,24 +29,24 @@ def test_values_and_gradients(form, k):
         return [y, *torch.autograd.grad(y, inputs, dy.to(dtype))]
 
     def ours(x, b):
-        if form[-1] == "*":
-            return summary(x, b, None, "reference:" + form)
-        return apply(SummaryFunction, x, b, None, "reference:" + form, False)[0]
+        if plan.autograd:
+            return summary(x, b, None, plan)[0]
+        return apply(SummaryFunction, x, b, None, plan, False)[0]
 
     for got, same, exact in zip(run(ours, x.dtype), run(naive, x.dtype), run(naive, torch.float64), strict=True):
         assert_close_law(got, same, exact)
 
 
-@pytest.mark.parametrize("form", orders.KEEPS)
-def test_operators_promise_the_same_strides(form):
+@pytest.mark.parametrize("plan", OPERATOR_PLANS)
+def test_operators_promise_the_same_strides(plan):
     x, b = torch.randn(20, 9), torch.randn(9, 3)
-    torch.library.opcheck(torch.ops.interp_nn.summary.default, (x, b, torch.randn(3), "reference:" + form))
-    if form != "A":
-        torch.library.opcheck(torch.ops.interp_nn.summary_pair.default, (x, b, "reference:" + form))
+    torch.library.opcheck(torch.ops.interp_nn.summary.default, (x, b, torch.randn(3), plan_to_text(plan)))
+    if plan != Plan("eager", "(Xb)G"):
+        torch.library.opcheck(torch.ops.interp_nn.summary_pair.default, (x, b, plan_to_text(plan)))
 
 
 def test_a_large_problem_takes_that_path():
     x, b = torch.randn(128, 256), torch.randn(256, 10)
-    assert eager._column_major(eager._columns(x, b))
+    assert is_column_major(eager._columns(x, b))
     assert eager._columns(x, b.t().contiguous().t()).is_contiguous() is False
     assert eager._columns(x, torch.randn(256, 16)).is_contiguous()

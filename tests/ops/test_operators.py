@@ -5,17 +5,18 @@ import types
 
 import pytest
 import torch
-from support import CASES, FORMS, apply, naive, operator, ops_summary
+from support import CASES, OPERATOR_PLANS, apply, naive, operator, ops_summary
 from torch._subclasses import FakeTensorMode
 from torch.library import opcheck
 
 import interp_nn
 from interp_nn import engines, functional
 from interp_nn.engines import eager, orders, select
+from interp_nn.engines.problem import Plan, Problem, plan_from_text, plan_to_text
 from interp_nn.ops.summary import SummaryFunction
 
 OPS = torch.ops.interp_nn
-PAIR_FORMS = [form for form, pair in CASES if pair]
+PAIR_PLANS = [plan for plan, pair in CASES if pair]
 
 
 def randn(*shape, dtype=torch.float32):
@@ -31,63 +32,74 @@ def weight(d, k):
 
 
 @pytest.mark.parametrize(("shape", "make_b", "bias"), [((200, 6, 4), weight, True), ((2, 3, 5), randn, False)])
-@pytest.mark.parametrize("form", FORMS)
-def test_opcheck_summary(form, shape, make_b, bias):
+@pytest.mark.parametrize("plan", OPERATOR_PLANS)
+def test_opcheck_summary(plan, shape, make_b, bias):
     n, d, k = shape
-    opcheck(OPS.summary.default, (randn(n, d), make_b(d, k), randn(k) if bias else None, f"reference:{form}"))
+    opcheck(OPS.summary.default, (randn(n, d), make_b(d, k), randn(k) if bias else None, plan_to_text(plan)))
 
 
 @pytest.mark.parametrize(("batch", "make_b"), [((), randn), ((2, 3), weight)])
-@pytest.mark.parametrize("form", PAIR_FORMS)
-def test_opcheck_pair(form, batch, make_b):
-    opcheck(OPS.summary_pair.default, (randn(*batch, 5), make_b(5, 3), f"reference:{form}"))
+@pytest.mark.parametrize("plan", PAIR_PLANS)
+def test_opcheck_pair(plan, batch, make_b):
+    opcheck(OPS.summary_pair.default, (randn(*batch, 5), make_b(5, 3), plan_to_text(plan)))
 
 
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("needs", [(1, 1, 1), (0, 1, 0)], ids=str)
-@pytest.mark.parametrize("form", FORMS)
-def test_opcheck_backward(form, needs, transposed):
+@pytest.mark.parametrize("plan", OPERATOR_PLANS)
+def test_opcheck_backward(plan, needs, transposed):
     x, b, dy = randn(2, 4, 5), weight(5, 3), randn(2, 4, 3)
-    _, kept = OPS.summary(x, b, None, f"reference:{form}")
+    _, saved = OPS.summary(x, b, None, plan_to_text(plan))
     needs = [bool(need) for need in needs]
-    opcheck(OPS.summary_backward.default, (None, dy, x, b, kept, f"reference:{form}", needs, transposed))
+    opcheck(OPS.summary_backward.default, (None, dy, x, b, saved, plan_to_text(plan), needs, transposed))
 
 
 @pytest.mark.parametrize("outputs", ["both", "projection", "summary"])
-@pytest.mark.parametrize("form", PAIR_FORMS)
-def test_opcheck_backward_of_a_pair(form, outputs):
+@pytest.mark.parametrize("plan", PAIR_PLANS)
+def test_opcheck_backward_of_a_pair(plan, outputs):
     x, b = randn(4, 5), weight(5, 3)
-    p, _, kept = OPS.summary_pair(x, b, f"reference:{form}")
-    kept = [p, *kept] if orders.KEEPS[form][:1] == ("P",) else kept
+    p, _, saved = OPS.summary_pair(x, b, plan_to_text(plan))
+    saved = [p, *saved] if orders.saved_names(plan)[:1] == ("P",) else saved
     dp = None if outputs == "summary" else randn(4, 3)
     dy = None if outputs == "projection" else randn(4, 3)
-    opcheck(OPS.summary_backward.default, (dp, dy, x, b, kept, f"reference:{form}", [True, True, False], True))
+    opcheck(OPS.summary_backward.default, (dp, dy, x, b, saved, plan_to_text(plan), [True, True, False], True))
 
 
-LOSSES = [*((form, False) for form in PAIR_FORMS), ("flat", True), ("latent", True)]
+LOSSES = [
+    *((plan, False) for plan in PAIR_PLANS),
+    (Plan("eager", "logits_from_x"), True),
+    (Plan("eager", "logits_from_latent"), True),
+]
 
 
-def loss_arguments(form, head, reduction, needs, dtype=torch.float32):
+def loss_arguments(plan, head, reduction, needs, dtype=torch.float32):
     x, b, a, c = randn(6, 5), randn(5, 4), randn(3, 4), randn(3)
     target = torch.tensor([0, 2, -100, 1, 1, 0])
     a, c, needs = (a, c, needs) if head else (None, None, [*needs[:2], False, False])
     tensors = [None if t is None else t.to(dtype) for t in (x, b, a, c)]
-    return (*tensors, target, [1.0, 0.5, 2.0], -100, reduction, f"reference:{form}", needs, head)
+    return (*tensors, target, [1.0, 0.5, 2.0], -100, reduction, plan_to_text(plan), needs, head)
 
 
 @pytest.mark.parametrize(("reduction", "needs"), [("mean", [False, True, False, True]), ("none", [True] * 4)], ids=str)
-@pytest.mark.parametrize(("form", "head"), [case for case in LOSSES if case[0] in ("A+", "flat", "latent")])
-def test_opcheck_losses(form, head, reduction, needs):
-    arguments = loss_arguments(form, head, reduction, needs)
+@pytest.mark.parametrize(("plan", "head"), [LOSSES[0], *LOSSES[-2:]])
+def test_opcheck_losses(plan, head, reduction, needs):
+    arguments = loss_arguments(plan, head, reduction, needs)
     opcheck(OPS.summary_cross_entropy.default, arguments)
     upstream = randn(6) if reduction == "none" else randn(())
     opcheck(OPS.summary_cross_entropy_backward.default, (upstream, *arguments))
 
 
-@pytest.mark.parametrize("token", ["", "B", "reference", "reference:", "reference:Z", "reference:B*", "elsewhere:B"])
-def test_a_token_that_is_no_plan_is_refused(token):
-    with pytest.raises(ValueError, match=f"plan: got '{token.replace('*', '.')}', want 'engine:form'"):
-        OPS.summary(randn(3, 2), randn(2, 2), None, token)
+@pytest.mark.parametrize(
+    "text", ["", "X(bG)", "eager", "eager:", "eager:Z", "eager:X(bG)*", "elsewhere:X(bG)", "eager:X(bG):saves"]
+)
+def test_a_string_that_is_no_plan_is_refused(text):
+    with pytest.raises(ValueError, match=r"plan: got .*, want "):
+        OPS.summary(randn(3, 2), randn(2, 2), None, text)
+
+
+def test_a_plan_survives_its_string():
+    for plan in (*OPERATOR_PLANS, *(plan for plan, head in LOSSES if head)):
+        assert plan_from_text(plan_to_text(plan)) == plan and plan_to_text(plan).isascii()
 
 
 # Fake kernels
@@ -105,17 +117,17 @@ def agrees(real, fake):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("make_b", [randn, weight])
 @pytest.mark.parametrize("batch", [(), (0,), (9,), (2, 1), (140,)], ids=str)
-@pytest.mark.parametrize(("form", "pair"), CASES)
-def test_fake_and_meta_agree_with_real(form, pair, batch, make_b, dtype):
-    token, transposed = f"reference:{form}", make_b is weight
+@pytest.mark.parametrize(("plan", "pair"), CASES)
+def test_fake_and_meta_agree_with_real(plan, pair, batch, make_b, dtype):
+    token, transposed = plan_to_text(plan), make_b is weight
 
     def run(x, b):
         out = OPS.summary_pair(x, b, token) if pair else OPS.summary(x, b, None, token)
-        kept = list(out[-1])
-        if pair and orders.KEEPS[form][:1] == ("P",):
-            kept.insert(0, out[0])
+        saved = list(out[-1])
+        if pair and orders.saved_names(plan)[:1] == ("P",):
+            saved.insert(0, out[0])
         dp, dy = (out[0], out[1]) if pair else (None, out[0])
-        return [*out, OPS.summary_backward(dp, dy, x, b, kept, token, [True] * 3, transposed)]
+        return [*out, OPS.summary_backward(dp, dy, x, b, saved, token, [True] * 3, transposed)]
 
     for d, k in ((6, 4), (4, 4), (3, 5), (1, 4), (4, 1)):
         x, b = randn(*batch, d).to(dtype), make_b(d, k).to(dtype)
@@ -128,9 +140,9 @@ def test_fake_and_meta_agree_with_real(form, pair, batch, make_b, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-@pytest.mark.parametrize(("form", "head"), LOSSES)
-def test_fake_losses_agree_with_real(form, head, reduction, dtype):
-    arguments = loss_arguments(form, head, reduction, [True] * 4, dtype)
+@pytest.mark.parametrize(("plan", "head"), LOSSES)
+def test_fake_losses_agree_with_real(plan, head, reduction, dtype):
+    arguments = loss_arguments(plan, head, reduction, [True] * 4, dtype)
     meta = [t.to("meta") if isinstance(t, torch.Tensor) else t for t in arguments]
     real = OPS.summary_cross_entropy(*arguments)
     agrees(real, OPS.summary_cross_entropy(*meta))
@@ -140,10 +152,10 @@ def test_fake_losses_agree_with_real(form, head, reduction, dtype):
     )
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_meta_tensors_carry_gradients(form):
+@pytest.mark.parametrize("plan", OPERATOR_PLANS)
+def test_meta_tensors_carry_gradients(plan):
     x, b = (t.to("meta").requires_grad_() for t in (randn(2, 7, 5), randn(5, 3)))
-    operator(x, b, None, form).sum().backward()
+    operator(x, b, None, plan).sum().backward()
     assert x.grad.shape == x.shape and b.grad.shape == b.shape
 
 
@@ -191,10 +203,10 @@ def test_autocast_on_the_losses():
         assert g.dtype == torch.float32 and torch.equal(g, e.float())
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_backward_inside_autocast_is_the_backward_outside(form):
+@pytest.mark.parametrize("plan", OPERATOR_PLANS)
+def test_backward_inside_autocast_is_the_backward_outside(plan):
     x, b = randn(6, 5).requires_grad_(), randn(5, 4).requires_grad_()
-    y = operator(x, b, None, form)
+    y = operator(x, b, None, plan)
     outside = torch.autograd.grad(y.sum(), (x, b), retain_graph=True)
     with autocast():
         inside = torch.autograd.grad(y.sum(), (x, b))
@@ -204,17 +216,17 @@ def test_backward_inside_autocast_is_the_backward_outside(form):
 def test_operators_called_directly_cast_under_autocast():
     x, b = randn(6, 5), randn(5, 4)
     with autocast():
-        y, kept = OPS.summary(x, b, None, "reference:B")
-        p, y2, _ = OPS.summary_pair(x, b, "reference:B")
-    assert {t.dtype for t in (y, y2, p, *kept)} == {torch.bfloat16}
-    assert torch.equal(y, OPS.summary(x.bfloat16(), b.bfloat16(), None, "reference:B")[0])
+        y, saved = OPS.summary(x, b, None, "eager:X(bG)")
+        p, y2, _ = OPS.summary_pair(x, b, "eager:X(bG)")
+    assert {t.dtype for t in (y, y2, p, *saved)} == {torch.bfloat16}
+    assert torch.equal(y, OPS.summary(x.bfloat16(), b.bfloat16(), None, "eager:X(bG)")[0])
 
 
 def test_autocast_leaves_float64_alone():
     x, b = randn(6, 5, dtype=torch.float64), randn(5, 4, dtype=torch.float64)
     with autocast():
         y = functional.summary(x, b)
-        direct, _ = OPS.summary(x, b, None, "reference:B")
+        direct, _ = OPS.summary(x, b, None, "eager:X(bG)")
     assert y.dtype == direct.dtype == torch.float64
     torch.testing.assert_close(y, naive(x, b), rtol=1e-13, atol=1e-13)
 
@@ -243,7 +255,7 @@ SAVED_SHAPES = {
 @pytest.mark.parametrize("kind", SAVED_SHAPES)
 def test_nothing_but_x_grows_with_n(kind, bias):
     n, d, k = SAVED_SHAPES[kind]
-    assert (select.plan(n, d, k).form[-1] == "*") == ("operator" not in kind)
+    assert (select.plan(n, d, k).autograd) == ("operator" not in kind)
     x, b = randn(n, d).requires_grad_(), weight(d, k).requires_grad_()
     saved, _ = saved_tensors(lambda: functional.summary(x, b, randn(k).requires_grad_() if bias else None))
     grown = [t for t in saved if n in t.shape and t.untyped_storage().data_ptr() != x.untyped_storage().data_ptr()]
@@ -265,13 +277,13 @@ def test_a_pair_saves_its_own_outputs_at_most(kind):
 def test_what_a_candidate_keeps_does_not_outgrow_b(shape, pair):
     n, d, k = shape
     x, b = randn(n, d), randn(d, k)
-    for form in orders.candidates(n, d, k, pair, composed=False):
-        token = f"reference:{form}"
-        kept = (OPS.summary_pair(x, b, token) if pair else OPS.summary(x, b, None, token))[-1]
-        names = [name for name in orders.KEEPS[form] if not (pair and name == "P")]
-        for name, t in zip(names, kept, strict=True):
+    for plan in orders.candidates(Problem(n, d, k, pair), autograd=False):
+        token = plan_to_text(plan)
+        saved = (OPS.summary_pair(x, b, token) if pair else OPS.summary(x, b, None, token))[-1]
+        names = [name for name in orders.saved_names(plan) if not (pair and name == "P")]
+        for name, t in zip(names, saved, strict=True):
             bound = {"G": k * k, "K": d * d}.get(name, d * k)
-            assert t.numel() <= bound, (form, name)
+            assert t.numel() <= bound, (plan, name)
 
 
 def test_inference_saves_nothing():
@@ -285,7 +297,7 @@ def test_inference_saves_nothing():
 
 @pytest.fixture
 def probe(monkeypatch):
-    """An engine that computes as the reference does and notes each call."""
+    """An engine that stands in for cuda, computes as eager does and notes each call."""
     calls = []
 
     def noted(name):
@@ -296,17 +308,15 @@ def probe(monkeypatch):
         return call
 
     engine = types.SimpleNamespace(calls=calls, **{name: noted(name) for name in ("forward", "backward", "loss")})
-    monkeypatch.setattr(select, "ENGINES", ("reference", "probe"))
-    monkeypatch.setitem(engines._MODULES, "probe", engine)
-    monkeypatch.setattr(engines, "unavailable", lambda name: None)
-    monkeypatch.setattr(engines, "refusal", lambda *_: None)
+    monkeypatch.setitem(engines._engines, "cuda", engine)
+    monkeypatch.setattr(select, "unsupported_reason", lambda *_: None)
     monkeypatch.setattr(functional, "_plans", {})
     return engine
 
 
 def test_backward_runs_on_the_engine_of_its_forward(probe):
     x, b = randn(300, 768).requires_grad_(), randn(768, 256).requires_grad_()
-    with interp_nn.use_engine("probe"):
+    with interp_nn.use_engine("cuda"):
         y = functional.summary(x, b)
     assert probe.calls == ["forward"]
     thread = threading.Thread(target=lambda: y.sum().backward())
@@ -316,14 +326,14 @@ def test_backward_runs_on_the_engine_of_its_forward(probe):
     torch.testing.assert_close(b.grad, torch.autograd.grad(naive(x, b).sum(), b)[0], rtol=1e-3, atol=1.0)
 
     outside = functional.summary(x, b)
-    with interp_nn.use_engine("probe"):
+    with interp_nn.use_engine("cuda"):
         outside.sum().backward()
     assert probe.calls == ["forward", "backward"]
 
 
 def test_a_loss_computed_late_stays_on_its_engine(probe):
     x, b = randn(6, 5).half().requires_grad_(), randn(5, 4).half().requires_grad_()
-    with interp_nn.use_engine("probe"):
+    with interp_nn.use_engine("cuda"):
         loss = functional.summary_cross_entropy(x, b, torch.zeros(6, dtype=torch.int64))
     loss.backward()
     assert probe.calls == ["loss", "loss"]
@@ -334,7 +344,7 @@ def test_many_threads_at_once():
 
     def work(results):
         own = b.clone().requires_grad_()
-        operator(x, own, None, "B").sum().backward()
+        operator(x, own, None, Plan("eager", "X(bG)")).sum().backward()
         results.append(own.grad)
 
     work(alone := [])
@@ -350,6 +360,6 @@ def test_many_threads_at_once():
 def test_gradients_off_skips_the_graph():
     x, b = randn(6, 5), randn(5, 4).requires_grad_()
     with torch.no_grad():
-        y = apply(SummaryFunction, x, b, None, "reference:B", False)[0]
+        y = apply(SummaryFunction, x, b, None, Plan("eager", "X(bG)"), False)[0]
     assert not y.requires_grad
-    assert ops_summary.summary(x, b, None, "reference:B").requires_grad
+    assert ops_summary.summary(x, b, None, Plan("eager", "X(bG)"))[0].requires_grad

@@ -1,12 +1,12 @@
-"""Derivatives of the operator in every form, by finite differences and against PyTorch's autograd, to third order."""
+"""Derivatives of the operator in every plan, by finite differences and against PyTorch's autograd, to third order."""
 
 import pytest
 import torch
-from support import CASES, COMPOSED_FORMS, FORMS, in_form, naive, naive_pair, operator, pair_in_form
+from support import AUTOGRAD_PLANS, CASES, OPERATOR_PLANS, naive, naive_pair, operator, pair_by, summary_by
 from torch.autograd import gradcheck, gradgradcheck
 
 SHAPES = [(3, 4, 2), (2, 2, 3)]
-ALL_FORMS = (*FORMS, *COMPOSED_FORMS)
+ALL_PLANS = (*OPERATOR_PLANS, *AUTOGRAD_PLANS)
 
 
 def randn(*shape):
@@ -22,53 +22,53 @@ def check_to_second_order(function, inputs):
     assert gradgradcheck(function, inputs, check_batched_grad=True, check_fwd_over_rev=True)
 
 
-def summary_in(form, pair):
-    """The (pair of) outputs in a form, starred or not, as a function of the inputs alone."""
-    if form in FORMS:
-        return lambda x, b, bias=None: operator(x, b, bias, form, pair)
-    return (lambda x, b: pair_in_form(form, x, b)) if pair else (lambda x, b, bias=None: in_form(form, x, b, bias))
+def summary_in(plan, pair):
+    """The (pair of) outputs in a plan, starred or not, as a function of the inputs alone."""
+    if plan in OPERATOR_PLANS:
+        return lambda x, b, bias=None: operator(x, b, bias, plan, pair)
+    return (lambda x, b: pair_by(plan, x, b)) if pair else (lambda x, b, bias=None: summary_by(plan, x, b, bias))
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize(
-    ("form", "pair"), [*CASES, *((form, pair) for form in COMPOSED_FORMS for pair in (False, True))]
+    ("plan", "pair"), [*CASES, *((plan, pair) for plan in AUTOGRAD_PLANS for pair in (False, True))]
 )
-def test_first_and_second_derivatives(form, pair, shape):
+def test_first_and_second_derivatives(plan, pair, shape):
     inputs = problem(*shape)
-    check_to_second_order(summary_in(form, pair), inputs[:2] if pair else inputs)
+    check_to_second_order(summary_in(plan, pair), inputs[:2] if pair else inputs)
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_second_derivatives_with_batch_dimensions(form):
-    check_to_second_order(lambda *inputs: operator(*inputs, form=form), (randn(2, 2, 3), randn(3, 2), randn(2)))
+@pytest.mark.parametrize("plan", OPERATOR_PLANS)
+def test_second_derivatives_with_batch_dimensions(plan):
+    check_to_second_order(lambda *inputs: operator(*inputs, plan=plan), (randn(2, 2, 3), randn(3, 2), randn(2)))
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_a_single_vector(form):
-    check_to_second_order(lambda *inputs: operator(*inputs, form=form), (randn(3), randn(3, 2), randn(2)))
+@pytest.mark.parametrize("plan", OPERATOR_PLANS)
+def test_a_single_vector(plan):
+    check_to_second_order(lambda *inputs: operator(*inputs, plan=plan), (randn(3), randn(3, 2), randn(2)))
 
 
 @pytest.mark.parametrize("needs", [(1, 0, 0), (0, 1, 0), (0, 0, 1), (0, 1, 1)], ids=str)
-@pytest.mark.parametrize("form", FORMS)
-def test_gradients_of_only_some_inputs(form, needs):
+@pytest.mark.parametrize("plan", OPERATOR_PLANS)
+def test_gradients_of_only_some_inputs(plan, needs):
     inputs = [
         t.requires_grad_(bool(need)) for t, need in zip((t.detach() for t in problem(3, 4, 2)), needs, strict=True)
     ]
-    check_to_second_order(lambda *inputs: operator(*inputs, form=form), tuple(inputs))
+    check_to_second_order(lambda *inputs: operator(*inputs, plan=plan), tuple(inputs))
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_without_a_bias(form):
-    check_to_second_order(lambda x, b: operator(x, b, None, form), problem(3, 4, 2)[:2])
+@pytest.mark.parametrize("plan", OPERATOR_PLANS)
+def test_without_a_bias(plan):
+    check_to_second_order(lambda x, b: operator(x, b, None, plan), problem(3, 4, 2)[:2])
 
 
-@pytest.mark.parametrize(("form", "pair"), CASES)
-def test_gradients_asked_of_one_input_where_all_need_them(form, pair):
+@pytest.mark.parametrize(("plan", "pair"), CASES)
+def test_gradients_asked_of_one_input_where_all_need_them(plan, pair):
     x, b, bias = problem(3, 4, 2)
     bias = None if pair else bias
     expected = naive_pair(x, b) if pair else (naive(x, b, bias),)
     for wanted in (x, b) if pair else (x, b, bias):
-        got = operator(x, b, bias, form, pair)
+        got = operator(x, b, bias, plan, pair)
         upstream = [torch.randn_like(o) for o in expected]
         (g,) = torch.autograd.grad(got if pair else (got,), (wanted,), upstream)
         (e,) = torch.autograd.grad(expected, (wanted,), upstream, retain_graph=True)
@@ -76,15 +76,15 @@ def test_gradients_asked_of_one_input_where_all_need_them(form, pair):
 
 
 @pytest.mark.parametrize("which", ["projection", "summary", "neither"])
-@pytest.mark.parametrize("form", [form for form, pair in CASES if pair])
-def test_a_pair_of_which_one_output_is_used(form, which):
+@pytest.mark.parametrize("plan", [plan for plan, pair in CASES if pair])
+def test_a_pair_of_which_one_output_is_used(plan, which):
     def one(x, b):
-        return operator(x, b, None, form, True)[which == "summary"]
+        return operator(x, b, None, plan, True)[which == "summary"]
 
     inputs = problem(3, 4, 2)[:2]
     if which != "neither":
         return check_to_second_order(one, inputs)
-    loss = sum(0 * o.detach().sum() for o in operator(*inputs, None, form, True)) + inputs[0].sum()
+    loss = sum(0 * o.detach().sum() for o in operator(*inputs, None, plan, True)) + inputs[0].sum()
     gx, gb = torch.autograd.grad(loss, inputs, allow_unused=True)
     assert gx.eq(1).all() and gb is None
 
@@ -100,11 +100,11 @@ UPSTREAMS = {
 
 
 @pytest.mark.parametrize("consumer", UPSTREAMS)
-@pytest.mark.parametrize("form", ALL_FORMS)
-def test_upstream_layouts(form, consumer):
+@pytest.mark.parametrize("plan", ALL_PLANS)
+def test_upstream_layouts(plan, consumer):
     x, b, bias = problem(3, 4, 2)
     consume = UPSTREAMS[consumer]
-    got = torch.autograd.grad(consume(in_form(form, x, b, bias)), (x, b, bias))
+    got = torch.autograd.grad(consume(summary_by(plan, x, b, bias)), (x, b, bias))
     expected = torch.autograd.grad(consume(naive(x, b, bias)), (x, b, bias))
     torch.testing.assert_close(got, expected)
 
@@ -114,21 +114,21 @@ def test_upstream_layouts(form, consumer):
     [torch.ones(()).expand(3, 2), torch.randn(2, 3).t(), torch.randn(1, 2).expand(3, 2), torch.randn(3, 4)[:, ::2]],
     ids=["stride 0", "transposed", "expanded", "strided"],
 )
-@pytest.mark.parametrize(("form", "pair"), CASES)
-def test_upstream_strides(form, pair, upstream):
+@pytest.mark.parametrize(("plan", "pair"), CASES)
+def test_upstream_strides(plan, pair, upstream):
     """Cotangents handed over as they are, not as a consumer's backward happens to lay them out."""
     x, b, bias = problem(3, 4, 2)
     upstream = upstream.double()
     bias, inputs = (None, (x, b)) if pair else (bias, (x, b, bias))
-    got, expected = operator(x, b, bias, form, pair), naive_pair(x, b) if pair else naive(x, b, bias)
+    got, expected = operator(x, b, bias, plan, pair), naive_pair(x, b) if pair else naive(x, b, bias)
     cotangents = (upstream, upstream) if pair else upstream
     torch.testing.assert_close(
         torch.autograd.grad(got, inputs, cotangents), torch.autograd.grad(expected, inputs, cotangents)
     )
 
 
-@pytest.mark.parametrize(("form", "pair"), CASES)
-def test_third_derivative(form, pair):
+@pytest.mark.parametrize(("plan", "pair"), CASES)
+def test_third_derivative(plan, pair):
     def third(function):
         torch.manual_seed(1)
         x, b, _ = problem(3, 4, 2)
@@ -138,14 +138,14 @@ def test_third_derivative(form, pair):
             value = sum((g * torch.randn_like(g)).sum() for g in grads)
         return [g.detach() for g in grads]
 
-    got = third(lambda x, b: operator(x, b, None, form, True) if pair else (operator(x, b, None, form),))
+    got = third(lambda x, b: operator(x, b, None, plan, True) if pair else (operator(x, b, None, plan),))
     torch.testing.assert_close(got, third(lambda x, b: naive_pair(x, b) if pair else (naive(x, b),)))
 
 
-@pytest.mark.parametrize("form", ALL_FORMS)
-def test_backward_twice_over_a_retained_graph(form):
+@pytest.mark.parametrize("plan", ALL_PLANS)
+def test_backward_twice_over_a_retained_graph(plan):
     x, b, bias = problem(3, 4, 2)
-    loss = in_form(form, x, b, bias).square().sum()
+    loss = summary_by(plan, x, b, bias).square().sum()
     first = torch.autograd.grad(loss, (x, b, bias), retain_graph=True)
     second = torch.autograd.grad(loss, (x, b, bias))
     assert all(torch.equal(f, s) for f, s in zip(first, second, strict=True))
@@ -153,22 +153,22 @@ def test_backward_twice_over_a_retained_graph(form):
         torch.autograd.grad(loss, (x, b, bias))
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_an_input_modified_after_the_forward_is_refused(form):
+@pytest.mark.parametrize("plan", OPERATOR_PLANS)
+def test_an_input_modified_after_the_forward_is_refused(plan):
     x, b, _ = problem(3, 4, 2)
-    y = operator(x, b, None, form)
+    y = operator(x, b, None, plan)
     with torch.no_grad():
         b.mul_(2)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.sum().backward()
 
 
-@pytest.mark.parametrize("form", ALL_FORMS)
-def test_accumulates_into_leaves_of_any_layout(form):
+@pytest.mark.parametrize("plan", ALL_PLANS)
+def test_accumulates_into_leaves_of_any_layout(plan):
     x, b, _ = problem(3, 4, 2)
     weight = b.detach().t().contiguous().requires_grad_()
     for _ in range(2):
-        in_form(form, x, weight.t()).sum().backward()
+        summary_by(plan, x, weight.t()).sum().backward()
     expected = torch.autograd.grad(2 * naive(x, b).sum(), b)[0].t()
     torch.testing.assert_close(weight.grad, expected)
     assert weight.grad.stride() == weight.stride()

@@ -5,23 +5,23 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from support import (
+    AUTOGRAD_PLANS,
     CASES,
-    COMPOSED_FORMS,
     DTYPES,
-    FORMS,
+    OPERATOR_PLANS,
     assert_close_law,
     check_law,
-    in_form,
     naive,
     naive_pair,
     operator,
-    pair_in_form,
+    pair_by,
+    summary_by,
 )
 
 from interp_nn import functional
 
-ALL_FORMS = (*FORMS, *COMPOSED_FORMS)
-ALL_CASES = [*CASES, *((form, True) for form in COMPOSED_FORMS), *((form, False) for form in COMPOSED_FORMS)]
+ALL_PLANS = (*OPERATOR_PLANS, *AUTOGRAD_PLANS)
+ALL_CASES = [*CASES, *((plan, True) for plan in AUTOGRAD_PLANS), *((plan, False) for plan in AUTOGRAD_PLANS)]
 # Few columns and many rows take their own memory order; k > d and n < k their own associations.
 SHAPES = [(131, 37, 7), (5, 16, 48), (8, 64, 24)]
 
@@ -42,11 +42,11 @@ def integers(*shape, dtype=torch.float64, limit=2):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize(("form", "pair"), ALL_CASES)
-def test_every_form_and_dtype_obeys_the_law(form, pair, shape, dtype):
+@pytest.mark.parametrize(("plan", "pair"), ALL_CASES)
+def test_every_order_and_dtype_obeys_the_law(plan, pair, shape, dtype):
     n, d, k = shape
     inputs = [*scaled(n, d, k)] if pair else [*scaled(n, d, k), randn(k)]
-    function = (lambda x, b: pair_in_form(form, x, b)) if pair else (lambda x, b, bias: in_form(form, x, b, bias))
+    function = (lambda x, b: pair_by(plan, x, b)) if pair else (lambda x, b, bias: summary_by(plan, x, b, bias))
     check_law(function, naive_pair if pair else naive, inputs, [randn(n, k), randn(n, k)][: 1 + pair], dtype)
 
 
@@ -65,11 +65,11 @@ def test_functional_obeys_the_law_where_an_operator_pays(dtype):
     check_law(functional.summary_pair, naive_pair, scaled(n, d, k), [randn(n, k), randn(n, k)], dtype)
 
 
-@pytest.mark.parametrize(("form", "pair"), ALL_CASES)
-def test_rank_deficient(form, pair):
+@pytest.mark.parametrize(("plan", "pair"), ALL_CASES)
+def test_rank_deficient(plan, pair):
     x, b = scaled(12, 8, 6)
     b = torch.cat((b[:, :2], b[:, :2], torch.zeros(8, 2, dtype=b.dtype)), 1)
-    function = (lambda x, b: pair_in_form(form, x, b)) if pair else (lambda x, b: in_form(form, x, b))
+    function = (lambda x, b: pair_by(plan, x, b)) if pair else (lambda x, b: summary_by(plan, x, b))
     check_law(function, naive_pair if pair else naive, [x, b], [randn(12, 6)] * (1 + pair), torch.float32)
 
 
@@ -89,16 +89,16 @@ def assert_exact(function, reference, inputs, upstream):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16], ids=str)
 @pytest.mark.parametrize("batch", [(), (0,), (1,), (2,), (2, 0), (2, 1), (1, 2, 1)], ids=str)
-@pytest.mark.parametrize(("form", "pair"), ALL_CASES)
-def test_sizes_from_zero_up(form, pair, batch, dtype):
+@pytest.mark.parametrize(("plan", "pair"), ALL_CASES)
+def test_sizes_from_zero_up(plan, pair, batch, dtype):
     for d in (0, 1, 2):
         for k in (0, 1, 3):
             x, b, bias = (integers(*shape, dtype=dtype, limit=1) for shape in ((*batch, d), (d, k), (k,)))
             upstream = integers(*batch, k, dtype=dtype, limit=1)
             if pair:
-                assert_exact(lambda x, b: pair_in_form(form, x, b), naive_pair, [x, b], upstream)
+                assert_exact(lambda x, b: pair_by(plan, x, b), naive_pair, [x, b], upstream)
             else:
-                assert_exact(lambda *t: in_form(form, *t), naive, [x, b, bias], upstream)
+                assert_exact(lambda *t: summary_by(plan, *t), naive, [x, b, bias], upstream)
 
 
 @st.composite
@@ -138,12 +138,12 @@ def test_any_shape_and_layout_is_exact(problem):
 
 
 @given(problems(), st.sampled_from(ALL_CASES))
-def test_any_shape_and_layout_is_exact_in_every_form(problem, case):
-    (x, b, bias, upstream), (form, pair) = problem, case
+def test_any_shape_and_layout_is_exact_in_every_order(problem, case):
+    (x, b, bias, upstream), (plan, pair) = problem, case
     if pair:
-        assert_exact(lambda x, b: pair_in_form(form, x, b), naive_pair, [x, b], upstream)
+        assert_exact(lambda x, b: pair_by(plan, x, b), naive_pair, [x, b], upstream)
     else:
-        assert_exact(lambda *t: in_form(form, *t), naive, [x, b, bias], upstream)
+        assert_exact(lambda *t: summary_by(plan, *t), naive, [x, b, bias], upstream)
 
 
 LAYOUTS = {
@@ -172,8 +172,8 @@ def test_layouts_obey_the_law(x_layout, b_layout, dtype):
 @pytest.mark.parametrize("batch", [(), (7,), (2, 3), (2, 1, 3)], ids=str)
 def test_batch_dimensions_are_rows(batch):
     x, b, bias = randn(*batch, 8), randn(8, 3), randn(3)
-    for form in ALL_FORMS:
-        y = in_form(form, x, b, bias)
+    for plan in ALL_PLANS:
+        y = summary_by(plan, x, b, bias)
         assert y.shape == (*batch, 3)
         torch.testing.assert_close(y.reshape(-1, 3), naive(x.reshape(-1, 8), b, bias))
 
@@ -182,12 +182,12 @@ def test_batch_dimensions_are_rows(batch):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("form", "pair"), ALL_CASES)
-def test_powers_of_two_scale_bitwise(form, pair, dtype):
+@pytest.mark.parametrize(("plan", "pair"), ALL_CASES)
+def test_powers_of_two_scale_bitwise(plan, pair, dtype):
     x, b = (t.to(dtype) for t in scaled(33, 24, 10))
 
     def f(x, b):
-        return pair_in_form(form, x, b) if pair else (in_form(form, x, b),)
+        return pair_by(plan, x, b) if pair else (summary_by(plan, x, b),)
 
     *p, y = f(x, b)
     *p_x, y_x = f(2 * x, b)
@@ -196,17 +196,17 @@ def test_powers_of_two_scale_bitwise(form, pair, dtype):
     assert all(torch.equal(scaled, 2 * q) for scaled, q in zip(p_x + p_b, p + p, strict=True))
 
 
-@pytest.mark.parametrize(("form", "pair"), ALL_CASES)
-def test_euler_identities(form, pair):
+@pytest.mark.parametrize(("plan", "pair"), ALL_CASES)
+def test_euler_identities(plan, pair):
     """Y is linear in X and cubic in b, P is linear in both: <X, dX> = <dY, Y> (+ <dP, P>), <b, db> = 3 <dY, Y> + <dP, P>."""
     x, b = (t.requires_grad_() for t in scaled(20, 12, 15))
     dp, dy = randn(20, 15), randn(20, 15)
     if pair:
-        p, y = pair_in_form(form, x, b)
+        p, y = pair_by(plan, x, b)
         dx, db = torch.autograd.grad((p, y), (x, b), (dp, dy))
         through_p = (dp * p).sum()
     else:
-        y = in_form(form, x, b)
+        y = summary_by(plan, x, b)
         dx, db = torch.autograd.grad(y, (x, b), dy)
         through_p = torch.zeros(())
     through_y = (dy * y).sum()
@@ -215,35 +215,35 @@ def test_euler_identities(form, pair):
     torch.testing.assert_close((b * db).sum(), 3 * through_y + through_p, **tolerance)
 
 
-@pytest.mark.parametrize("form", ALL_FORMS)
-def test_orthogonal_invariance(form):
+@pytest.mark.parametrize("plan", ALL_PLANS)
+def test_orthogonal_invariance(plan):
     x, b = scaled(20, 12, 9)
-    y = in_form(form, x, b)
+    y = summary_by(plan, x, b)
     q, r = (torch.linalg.qr(randn(size, size)).Q for size in (12, 9))
-    torch.testing.assert_close(in_form(form, x @ q, q.mT @ b), y, rtol=0.0, atol=1e-13 * float(y.abs().max()))
-    torch.testing.assert_close(in_form(form, x, b @ r), y @ r, rtol=0.0, atol=1e-13 * float(y.abs().max()))
+    torch.testing.assert_close(summary_by(plan, x @ q, q.mT @ b), y, rtol=0.0, atol=1e-13 * float(y.abs().max()))
+    torch.testing.assert_close(summary_by(plan, x, b @ r), y @ r, rtol=0.0, atol=1e-13 * float(y.abs().max()))
 
 
-@pytest.mark.parametrize("form", ALL_FORMS)
-def test_permuted_rows(form):
+@pytest.mark.parametrize("plan", ALL_PLANS)
+def test_permuted_rows(plan):
     x, b = scaled(50, 12, 9)
     order = torch.randperm(50)
-    y = in_form(form, x.float(), b.float())
+    y = summary_by(plan, x.float(), b.float())
     assert_close_law(
-        in_form(form, x[order].float(), b.float()), y[order], naive(x.float().double(), b.float().double())[order]
+        summary_by(plan, x[order].float(), b.float()), y[order], naive(x.float().double(), b.float().double())[order]
     )
 
 
 @pytest.mark.parametrize("value", [-torch.inf, torch.nan])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(("form", "pair"), ALL_CASES)
-def test_a_non_finite_row_stays_its_own_affair(form, pair, dtype, value):
+@pytest.mark.parametrize(("plan", "pair"), ALL_CASES)
+def test_a_non_finite_row_stays_its_own_affair(plan, pair, dtype, value):
     x, b = (t.to(dtype) for t in scaled(150, 24, 10))
     poisoned = x.clone()
     poisoned[41, 5] = value
 
     def f(x):
-        return pair_in_form(form, x, b) if pair else (in_form(form, x, b),)
+        return pair_by(plan, x, b) if pair else (summary_by(plan, x, b),)
 
     others = torch.arange(150) != 41
     for clean, dirty in zip(f(x), f(poisoned), strict=True):
@@ -251,23 +251,23 @@ def test_a_non_finite_row_stays_its_own_affair(form, pair, dtype, value):
         assert torch.equal(dirty[others], clean[others])
 
 
-@pytest.mark.parametrize("form", ALL_FORMS)
-def test_a_non_finite_b_is_not_hidden(form):
+@pytest.mark.parametrize("plan", ALL_PLANS)
+def test_a_non_finite_b_is_not_hidden(plan):
     x, b = scaled(6, 5, 4)
     b[1, 2] = torch.nan
-    assert not in_form(form, x, b)[:, 2].isfinite().any()
+    assert not summary_by(plan, x, b)[:, 2].isfinite().any()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("form", "pair"), ALL_CASES)
-def test_same_bits_every_time_and_inputs_untouched(form, pair, dtype):
+@pytest.mark.parametrize(("plan", "pair"), ALL_CASES)
+def test_same_bits_every_time_and_inputs_untouched(plan, pair, dtype):
     x, b, bias, dy = (t.to(dtype) for t in (*scaled(150, 24, 10), randn(10), randn(150, 10)))
     inputs = [x.requires_grad_(), b.requires_grad_()] + ([] if pair else [bias.requires_grad_()])
     before = [t.detach().clone() for t in (*inputs, dy)]
     versions = [t._version for t in (*inputs, dy)]
 
     def run():
-        out = pair_in_form(form, *inputs) if pair else (in_form(form, *inputs),)
+        out = pair_by(plan, *inputs) if pair else (summary_by(plan, *inputs),)
         return [*out, *torch.autograd.grad(out, inputs, [dy] * len(out))]
 
     first = run()
@@ -277,10 +277,10 @@ def test_same_bits_every_time_and_inputs_untouched(form, pair, dtype):
     assert all(torch.equal(t, old) for t, old in zip((*inputs, dy), before, strict=True))
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_outputs_share_no_memory_with_inputs_or_each_other(form):
+@pytest.mark.parametrize("plan", OPERATOR_PLANS)
+def test_outputs_share_no_memory_with_inputs_or_each_other(plan):
     x, b = scaled(4, 3, 3)
-    tensors = [x, b, *operator(x, b, None, form, True)]
+    tensors = [x, b, *operator(x, b, None, plan, True)]
     assert len({t.untyped_storage().data_ptr() for t in tensors}) == len(tensors)
 
 

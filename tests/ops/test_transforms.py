@@ -1,13 +1,14 @@
-"""torch.func, forward mode and batched gradients, over the forms that dispatch takes and over every operator form."""
+"""torch.func, forward mode and batched gradients, over the forms that dispatch takes and over every operator plan."""
 
 import pytest
 import torch
-from support import CASES, FORMS, naive, naive_cross_entropy, naive_head_cross_entropy, naive_pair, operator
+from support import CASES, OPERATOR_PLANS, naive, naive_cross_entropy, naive_head_cross_entropy, naive_pair, operator
 from torch.autograd import forward_ad
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 
 from interp_nn import functional
 from interp_nn.engines import orders, select
+from interp_nn.engines.problem import plan_to_text
 
 close = torch.testing.assert_close
 
@@ -16,15 +17,15 @@ def randn(*shape):
     return torch.randn(*shape, dtype=torch.float64)
 
 
-def through(form):
-    return lambda x, b, bias=None: operator(x, b, bias, form)
+def through(plan):
+    return lambda x, b, bias=None: operator(x, b, bias, plan)
 
 
-# functional takes a starred form at these sizes; the operator forms are forced.
-SUMMARIES = {"functional": functional.summary, **{form: through(form) for form in FORMS}}
+# functional leaves these sizes to autograd; the operators' plans are forced.
+SUMMARIES = {"functional": functional.summary, **{plan_to_text(plan): through(plan) for plan in OPERATOR_PLANS}}
 PAIRS = {
     "functional": functional.summary_pair,
-    **{form: (lambda x, b, form=form: operator(x, b, None, form, True)) for form, pair in CASES if pair},
+    **{plan_to_text(plan): (lambda x, b, plan=plan: operator(x, b, None, plan, True)) for plan, pair in CASES if pair},
 }
 summaries = pytest.mark.parametrize("f", SUMMARIES.values(), ids=SUMMARIES)
 pairs = pytest.mark.parametrize("f", PAIRS.values(), ids=PAIRS)
@@ -176,10 +177,10 @@ def test_hessians_of_a_pair(f, nesting):
 
 @pytest.fixture
 def operators_only(monkeypatch):
-    """Dispatch takes an operator's form at any size."""
+    """Dispatch takes an operator's plan at any size."""
     monkeypatch.setattr(orders, "OPERATOR_OVERHEAD", 0)
     monkeypatch.setattr(functional, "_plans", {})
-    assert select.plan(3, 3, 2).form[-1] != "*"
+    assert not select.plan(3, 3, 2).autograd
 
 
 @pytest.mark.parametrize("shape", [(3, 3, 2), (2, 2, 3)], ids=str)

@@ -13,29 +13,33 @@ from benchmarks.law import (  # noqa: F401 - tests take the formulas from here
 )
 from benchmarks.law import floor as law_floor
 from interp_nn.engines import orders
+from interp_nn.engines.problem import SUMMARY_ORDERS, Plan
 from interp_nn.ops import summary as ops_summary
 from interp_nn.ops.library import apply
 
-FORMS = tuple(orders.KEEPS)
-COMPOSED_FORMS = tuple(f"{association}*" for association in orders.EXPRESSIONS)
-# A pair keeps its projection anyway, so the form that drops it does not exist for one.
-CASES = tuple((form, pair) for form in FORMS for pair in (False, True) if not (pair and form == "A"))
+OPERATOR_PLANS = orders.OPERATOR_PLANS
+AUTOGRAD_PLANS = tuple(Plan("eager", order, autograd=True) for order in SUMMARY_ORDERS)
+# A pair returns its projection, so the plan that does not save it does not exist for one.
+CASES = tuple(
+    (plan, pair) for plan in OPERATOR_PLANS for pair in (False, True) if not (pair and plan == Plan("eager", "(Xb)G"))
+)
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
-def operator(x, b, bias=None, form="B", pair=False):
-    """The outputs of the operator's autograd Function in a form of the test's choice, whatever dispatch would take."""
-    out = apply(ops_summary._summary_function(), x, b, bias, f"reference:{form}", pair)
+def operator(x, b, bias=None, plan=Plan("eager", "X(bG)"), pair=False):  # noqa: B008 - a Plan is immutable
+    """The outputs of the operator's autograd Function under a given plan."""
+    out = apply(ops_summary._summary_function(), x, b, bias, plan, pair)
     return out[:2] if pair else out[0]
 
 
-def in_form(form, x, b, bias=None):
-    """The summary in any form, starred or not."""
-    return ops_summary.summary(x, b, bias, f"reference:{form}")
+def summary_by(plan, x, b, bias=None):
+    """The summary under a given plan, of an operator or of autograd."""
+    return ops_summary.summary(x, b, bias, plan)[0]
 
 
-def pair_in_form(form, x, b):
-    return ops_summary.summary_pair(x, b, f"reference:{form}")
+def pair_by(plan, x, b):
+    """The pair under a given plan, of an operator or of autograd."""
+    return ops_summary.summary_pair(x, b, plan)
 
 
 def assert_close_law(got, same_precision_torch, exact_fp64, name="result", precision=None, ulps=None):

@@ -1,6 +1,7 @@
 """The CUDA engine: `forward`, `backward` and `loss` in one launch each, by the compiled kernels of csrc.
 
-Forms: a summary is "A" (keeps G), a pair "A+" (keeps P and G), the loss of a head "latent"; all of at most 128 columns and
+Plans: a summary is "(Xb)G" (saves G), a pair also saves P, the loss of a head is "logits_from_latent"; all have at most 128
+    columns and
 classes. b may have any strides. Products take operands in the inputs' dtype and accumulate in fp32; fp32 operands are rounded
 to tf32 where PyTorch's own switch for matrix products allows it, and are split in two such parts otherwise (below compute
 capability 8.0, which has no such products, they are multiplied as they are). What is rounded: P, G and W as operands and as
@@ -21,7 +22,8 @@ from torch import Tensor
 
 from interp_nn.engines import eager
 from interp_nn.engines.barrier import counter
-from interp_nn.engines.eager import LossOptions
+from interp_nn.engines.problem import LossOptions, Plan
+from interp_nn.linalg import is_column_major
 
 _REDUCTIONS = ("none", "mean", "sum")  # as the library counts them
 
@@ -109,18 +111,13 @@ def _contiguous(t: Tensor | None) -> Tensor | None:
     return None if t is None else t.contiguous()
 
 
-def _is_transposed(b: Tensor) -> bool:
-    """Whether db is to lie as a contiguous bᵀ does: as b itself, then."""
-    return not b.is_contiguous() and b.stride(0) == 1
-
-
 def forward(
-    x: Tensor, b: Tensor, bias: Tensor | None, form: str, pair: bool
+    x: Tensor, b: Tensor, bias: Tensor | None, plan: Plan, pair: bool
 ) -> tuple[Tensor | None, Tensor, list[Tensor]]:
-    """As `reference.forward`."""
+    """Compute `Engine.forward`."""
     if x.numel() * b.shape[1] == 0:
-        return eager.forward(x, b, bias, form, pair)
-    y, g, *p = launch(_forward, x.contiguous(), b, _contiguous(bias), form == "A+", _tf32(x.dtype))
+        return eager.forward(x, b, bias, plan, pair)
+    y, g, *p = launch(_forward, x.contiguous(), b, _contiguous(bias), plan.saves, _tf32(x.dtype))
     return (p[0], y, [p[0], g]) if p else (None, y, [g])
 
 
@@ -129,20 +126,20 @@ def backward(
     dy: Tensor | None,
     x: Tensor,
     b: Tensor,
-    kept: Sequence[Tensor],
-    form: str,
+    saved: Sequence[Tensor],
+    plan: Plan,
     need_x: bool,
     need_b: bool,
     need_bias: bool = False,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """As `reference.backward`."""
+    """Compute `Engine.backward`."""
     if x.numel() * b.shape[1] == 0 or not (need_x or need_b):
-        return eager.backward(dp, dy, x, b, kept, form, need_x, need_b, need_bias)
-    p, g = (None, *kept) if form == "A" else kept
+        return eager.backward(dp, dy, x, b, saved, plan, need_x, need_b, need_bias)
+    p, g = saved if plan.saves else (None, *saved)
     found = iter(
         launch(
             _backward, _contiguous(dp), _contiguous(dy), x.contiguous(), b, _contiguous(p), _contiguous(g),
-            counter(x.device), form == "A+", need_x, need_b, need_bias, _is_transposed(b), _tf32(x.dtype),
+            counter(x.device), plan.saves, need_x, need_b, need_bias, is_column_major(b), _tf32(x.dtype),
         )
     )  # fmt: skip
     dx, db, dbias = (next(found) if need else None for need in (need_x, need_b, need_bias))
@@ -156,24 +153,27 @@ def loss(
     c: Tensor | None,
     target: Tensor,
     options: LossOptions,
-    form: str,
+    plan: Plan,
     upstream: Tensor | None = None,
     needs: Sequence[bool] | None = None,
 ) -> tuple[Tensor, list[Tensor]]:
-    """As `reference.loss`; a target out of range stops the kernel, as it stops PyTorch's own losses."""
+    """Compute `Engine.loss`. A target out of range stops the kernel, as it stops PyTorch's own losses."""
     if x.numel() * b.shape[1] == 0:
-        return eager.loss(x, b, a, c, target, options, form, upstream, needs)
+        return eager.loss(x, b, a, c, target, options, plan, upstream, needs)
     if upstream is not None:
         upstream = upstream.float().contiguous()
     value, *grads = launch(
         _loss, x.contiguous(), b, _contiguous(a), _contiguous(c), target.contiguous(), upstream, counter(x.device),
         *options.weights, options.ignore_index, _REDUCTIONS.index(options.reduction), *(needs or (False,) * 4),
-        _is_transposed(b), _tf32(x.dtype),
+        is_column_major(b), _tf32(x.dtype),
     )  # fmt: skip
     return value, grads
 
 
 def scale(grads: Sequence[Tensor], upstream: Tensor) -> list[Tensor]:
-    """As `reference.scale`, but in place, and where upstream is 1 without touching them; the device alone knows."""
+    """Compute `Engine.scale` in place.
+
+    The kernel reads the upstream on the device, and returns early when it is 1: no host sync.
+    """
     launch(_scale, upstream.float(), list(grads))
     return list(grads)

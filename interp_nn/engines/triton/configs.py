@@ -7,15 +7,21 @@ tune` writes that format. An entry holds for a kernel, a capability, an element 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
-from interp_nn.engines.devices import Chip, family
+from interp_nn.engines.devices import DeviceSpec, table_capability
+from interp_nn.engines.limits import tiles_fit
+from interp_nn.engines.problem import Config, Order
 
-# Which tiles a kernel has: BN_A rows and BD_A features in its first phase, BN and BD in its strips, BC features in its last.
+Result = TypeVar("Result")
+
+# The tiles of each kernel: BN_A rows and BD_A features in its first phase, BN and BD in its strips, BC features in its last.
 TILES = {
     "stream": ("BN", "BD"),
     "pair_backward": ("BN_A", "BN", "BD", "BC"),
@@ -28,17 +34,12 @@ TILES = {
 }
 
 
-class Config(NamedTuple):
-    """Tile sizes in the order of TILES, warps, stages, whether a loss parks its rows, and programs a multiprocessor."""
-
-    tiles: tuple[int, ...]
-    warps: int = 8
-    stages: int = 3
-    parked: bool = False
-    resident: int = 1
-
-    def __str__(self) -> str:
-        return "x".join(map(str, self.tiles)) + f", {self.warps} warps, {self.stages} stages"
+# The kernel of a loss.
+LOSS_KERNELS: dict[Order, str] = {
+    "(Xb)G": "pair_loss",
+    "logits_from_latent": "latent_loss",
+    "logits_from_x": "flat_loss",
+}
 
 
 class Bucket(NamedTuple):
@@ -49,11 +50,6 @@ class Bucket(NamedTuple):
     columns: int
     classes: int
     rows: int
-
-
-def padded(size: int) -> int:
-    """The power of two, at least 16, that holds `size` columns or classes."""
-    return max(16, 1 << (size - 1).bit_length())
 
 
 # From the largest to the smallest; the rule takes the first whose estimated shared memory fits.
@@ -72,14 +68,14 @@ _SIZES = {
         Config((16, 32, 16), stages=2),
     ),
     "pair_loss": (
-        Config((64, 64, 64, 128, 16), parked=True),
-        Config((32, 64, 32, 64, 16), stages=2, parked=True),
-        Config((16, 32, 16, 32, 16), stages=2, parked=True),
+        Config((64, 64, 64, 128, 16), scratch=True),
+        Config((32, 64, 32, 64, 16), stages=2, scratch=True),
+        Config((16, 32, 16, 32, 16), stages=2, scratch=True),
     ),
     "latent_loss": (
         Config((64, 64, 64, 128, 16)),
-        Config((32, 64, 32, 64, 16), stages=2, parked=True),
-        Config((16, 32, 16, 32, 16), stages=2, parked=True),
+        Config((32, 64, 32, 64, 16), stages=2, scratch=True),
+        Config((16, 32, 16, 32, 16), stages=2, scratch=True),
     ),
     "flat_loss": (
         Config((128, 64, 64, 128, 16)),
@@ -91,38 +87,39 @@ _SIZES = {
 }
 
 
-def estimated_shared(config: Config, bucket: Bucket) -> int:
-    """An upper estimate of a block's shared memory in bytes: its staged tiles, and one square to change layouts through."""
-    tiles = dict(zip(TILES[bucket.kernel], config.tiles, strict=True))
-    columns = tiles.get("BK", bucket.columns)
-    rows, depth = tiles["BN"], tiles["BD"]
-    staged = (rows * depth + max(rows, depth) * columns) * bucket.itemsize
-    if "BD_A" in tiles:
-        staged = max(staged, (tiles["BN_A"] + columns) * tiles["BD_A"] * bucket.itemsize)
-    return config.stages * staged + 2 * columns * columns * bucket.itemsize
+def tiles_of(kernel: str, config: Config) -> dict[str, int]:
+    """Return the tile sizes of a config by name."""
+    return dict(zip(TILES[kernel], config.tiles, strict=True))
 
 
-def choose(chip: Chip, bucket: Bucket) -> Config:
-    """The config of a kernel: the table's, or the rule's. Its row tile is halved while programs would lack rows."""
+def fits(spec: DeviceSpec, config: Config, bucket: Bucket) -> bool:
+    """Return True if a block should have the shared memory for a config."""
+    return tiles_fit(spec, tiles_of(bucket.kernel, config), config.stages, bucket.columns, bucket.itemsize)
+
+
+def choose(spec: DeviceSpec, bucket: Bucket) -> Config:
+    """Return the config of a kernel: the first entry of the tables that matches, else the largest one that fits."""
     for entry in _user_table(os.environ.get("INTERP_NN_TABLE")).kernels + _own_table().kernels:
-        if entry["kernel"] == bucket.kernel and _matches(entry, chip, bucket):
-            return Config(tuple(entry["tiles"]), entry["warps"], entry["stages"], entry["parked"], entry["resident"])
+        if entry["kernel"] == bucket.kernel and _matches(entry, spec, bucket):
+            return Config(
+                tuple(entry["tiles"]), entry["warps"], entry["stages"], entry["scratch"], entry["blocks_per_sm"]
+            )
     sizes = _SIZES[bucket.kernel]
-    fitting = (config for config in sizes if estimated_shared(config, bucket) <= chip.shared)
+    fitting = (config for config in sizes if fits(spec, config, bucket))
     return next(fitting, sizes[-1])
 
 
-def measured_engine(chip: Chip, bucket: Bucket) -> str | None:
+def measured_engine(spec: DeviceSpec, bucket: Bucket) -> str | None:
     """The engine that a tuned table found faster for a "summary", "pair", "pair_loss" or "head_loss"; None without one."""
     for entry in _user_table(os.environ.get("INTERP_NN_TABLE")).engines + _own_table().engines:
-        if entry["problem"] == bucket.kernel and _matches(entry, chip, bucket):
+        if entry["problem"] == bucket.kernel and _matches(entry, spec, bucket):
             return str(entry["engine"])
     return None
 
 
-def _matches(entry: dict[str, Any], chip: Chip, bucket: Bucket) -> bool:
+def _matches(entry: dict[str, Any], spec: DeviceSpec, bucket: Bucket) -> bool:
     return (
-        list(family(chip.capability) or ()) in entry["capabilities"]
+        list(table_capability(spec.capability) or ()) in entry["capabilities"]
         and entry["itemsize"] == bucket.itemsize
         and bucket.columns <= entry["columns"]
         and bucket.classes <= entry["classes"]
@@ -138,6 +135,36 @@ class Table(NamedTuple):
 
 
 _BUCKET = {"capabilities", "itemsize", "columns", "classes", "rows"}
+
+
+_caches: list[Any] = []
+
+
+def remembered(function: Callable[..., Result]) -> Callable[..., Result]:
+    """Cache the results of a function that looks configs up, until another table is used."""
+    cached = functools.lru_cache(4096)(function)
+    _caches.append(cached)
+    return cached
+
+
+@contextlib.contextmanager
+def use_table(path: Path) -> Iterator[None]:
+    """Use a file as INTERP_NN_TABLE inside the block."""
+    before = os.environ.get("INTERP_NN_TABLE")
+    os.environ["INTERP_NN_TABLE"] = str(path)
+    _forget()
+    try:
+        yield
+    finally:
+        del os.environ["INTERP_NN_TABLE"]
+        if before is not None:
+            os.environ["INTERP_NN_TABLE"] = before
+        _forget()
+
+
+def _forget() -> None:
+    for cached in (_user_table, *_caches):
+        cached.cache_clear()
 
 
 @functools.cache
@@ -158,8 +185,8 @@ def _read(path: Path) -> Table:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"INTERP_NN_TABLE: {path} is not a table of kernel configurations: {error!r}") from error
     for entry in kernels:
-        entry.setdefault("parked", False)
-        entry.setdefault("resident", 1)
+        entry.setdefault("scratch", False)
+        entry.setdefault("blocks_per_sm", 1)
         missing = _BUCKET | {"kernel", "tiles", "warps", "stages"}
         tiles = TILES.get(entry.get("kernel"), ())
         if not missing <= set(entry) or len(entry["tiles"]) != len(tiles):

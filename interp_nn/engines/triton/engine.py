@@ -1,18 +1,18 @@
-"""The Triton engine: `forward`, `backward` and `loss` in one launch each, by the kernels of `interp_nn.engines.triton`.
+"""The Triton engine: `forward`, `backward` and `loss` in one launch each, by the kernels beside this file.
 
-Forms: up to 128 columns a summary is "A" (keeps G) and a pair "A+" (keeps P and G); beyond, a pair is "A+", and a summary "A+"
-for n <= d, else "B" (keeps G and W). Losses need at most 128 columns and classes. Products take operands in the inputs' dtype
-and accumulate in fp32; fp32 operands are rounded to tf32 where PyTorch's own switch for matrix products allows it, and are
-split in two such parts otherwise, and in the widest heads ("tf32x3"). What is rounded: P, G and W as operands and as results,
-D = dP + dY G and the logits' gradients as operands, results.
+Plans: up to 128 columns a summary is "(Xb)G" (saves G) and a pair also saves P. Beyond, a pair is "(Xb)G" with P, and a
+    summary the
+same for n <= d, else "X(bG)" (saves G and W). Losses need at most 128 columns and classes. Products take operands in the inputs'
+dtype and accumulate in fp32. fp32 operands are rounded to tf32 where PyTorch's own switch for matrix products allows it.
+Otherwise, and in the widest heads, they are split in two such parts ("tf32x3"). Rounded are: P, G and W as operands and as
+results, D = dP + dY G and the logits' gradients as operands, results.
 
-Workspaces come from PyTorch's allocator. Kernels with phases wait for one another on a word of their own (see
-`memory.counter`). They are launched cooperatively: a grid that does not fit fails instead of waiting for ever.
+Workspaces come from PyTorch's allocator. Kernels with phases wait at a barrier counter of their own (see `barrier.counter`). They
+are launched cooperatively: a grid that does not fit fails instead of waiting for ever.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any, NamedTuple
@@ -20,16 +20,21 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from interp_nn.engines import MOST_COLUMNS, eager
+from interp_nn.engines import eager
 from interp_nn.engines.barrier import counter, workspace
-from interp_nn.engines.devices import Chip, chip_of
-from interp_nn.engines.eager import LossOptions
+from interp_nn.engines.devices import DeviceSpec, spec_of
+from interp_nn.engines.limits import MOST_COLUMNS, output_layer_fits, padded, single_tf32_fits
+from interp_nn.engines.problem import Config, LossOptions, Order, Plan
 from interp_nn.engines.triton import backward as backward_kernels
 from interp_nn.engines.triton import configs, cross_entropy, head, phased
 from interp_nn.engines.triton import forward as forward_kernels
-from interp_nn.engines.triton.configs import Bucket, Config, padded
+from interp_nn.engines.triton.configs import Bucket
+from interp_nn.linalg import is_column_major
 
 _ROWS_A_SPLIT = 256
+
+
+Tuned = tuple[tuple[str, Config], ...]  # `Plan.tiles`
 
 
 class Launch(NamedTuple):
@@ -39,20 +44,20 @@ class Launch(NamedTuple):
     programs: int
     splits: int
     constants: dict[str, Any]
-    parked: bool = False
+    scratch: bool = False
 
 
-def launch(plan: Launch, device: torch.device, *arguments: Any) -> None:
+def launch(made: Launch, device: torch.device, *arguments: Any) -> None:
     """Run a kernel on its device: every launch of this engine passes here."""
     other = device.type == "cuda" and device.index != torch.cuda.current_device()
     with torch.cuda.device(device) if other else nullcontext():
-        plan.kernel[(plan.programs,)](*arguments, **plan.constants)
+        made.kernel[(made.programs,)](*arguments, **made.constants)
 
 
-def _chip(device: torch.device) -> Chip:
-    chip = chip_of(device)
-    assert chip is not None, f"the triton engine was given a tensor on {device}"
-    return chip
+def _spec(device: torch.device) -> DeviceSpec:
+    spec = spec_of(device)
+    assert spec is not None, f"the triton engine was given a tensor on {device}"
+    return spec
 
 
 def _precision(dtype: torch.dtype) -> str:
@@ -71,16 +76,12 @@ def _options(config: Config, cooperative: bool, checked: bool = False) -> dict[s
 
 
 def _matrix(b: Tensor) -> tuple[Tensor, bool]:
-    """(b, whether its memory is that of a contiguous bᵀ), copied if it is neither that nor contiguous."""
-    if b.is_contiguous():
-        return b, False
-    if b.stride() == (1, b.shape[0]):
-        return b, True
-    return b.contiguous(), False
+    """Return (b, True if it is column-major), copied if it is neither that nor contiguous."""
+    return (b, True) if is_column_major(b) else (b.contiguous(), False)
 
 
 def _like(b: Tensor, transposed: bool) -> Tensor:
-    """An empty matrix with b's shape and memory order."""
+    """Return an empty matrix with b's shape and memory order."""
     d, k = b.shape
     return workspace((d, k), b.dtype, b.device, (1, d) if transposed else None)
 
@@ -90,69 +91,82 @@ def _cdiv(a: int, b: int) -> int:
 
 
 def _common(
-    dtype: torch.dtype, n: int, d: int, k: int, kernel: str, chip: Chip, m: int = 1
+    tuned: Tuned, dtype: torch.dtype, n: int, d: int, k: int, kernel: str, spec: DeviceSpec, m: int = 1
 ) -> tuple[Config, dict[str, int]]:
-    """(the config, its tiles by name with BK)."""
-    config = configs.choose(chip, Bucket(kernel, dtype.itemsize, padded(k), padded(m), n))
-    return config, {"BK": padded(k), **dict(zip(configs.TILES[kernel], config.tiles, strict=True))}
+    """Return (the config of a kernel, its tiles by name with BK): the plan's own config, else the table's."""
+    config = dict(tuned).get(kernel) or configs.choose(spec, Bucket(kernel, dtype.itemsize, padded(k), padded(m), n))
+    return config, {"BK": padded(k), **configs.tiles_of(kernel, config)}
 
 
 def _even(d: int, tiles: dict[str, int]) -> bool:
-    """Whether every tile of features is full."""
+    """Return True if every tile of features is full."""
     return all(d % tiles[name] == 0 for name in ("BD_A", "BD", "BC") if name in tiles)
 
 
-def _splits(chip: Chip, config: Config, n: int, d: int, depth: int) -> int:
-    """Into how many parts the rows of a strip are split: enough to occupy the chip, each with some rows to do."""
-    return max(1, min(chip.multiprocessors * config.resident // _cdiv(d, depth), _cdiv(n, _ROWS_A_SPLIT)))
+def _splits(spec: DeviceSpec, config: Config, n: int, d: int, depth: int) -> int:
+    """Return the number of parts that the rows of a column tile are split into: enough to occupy the GPU, each with some rows."""
+    return max(1, min(spec.multiprocessors * config.blocks_per_sm // _cdiv(d, depth), _cdiv(n, _ROWS_A_SPLIT)))
 
 
-def _programs(chip: Chip, config: Config, *jobs: int) -> int:
-    return max(1, min(chip.multiprocessors * config.resident, max(jobs)))
+def _programs(spec: DeviceSpec, config: Config, *jobs: int) -> int:
+    return max(1, min(spec.multiprocessors * config.blocks_per_sm, max(jobs)))
 
 
-@functools.lru_cache(4096)
-def _plan_stream(chip: Chip, dtype: torch.dtype, n: int, d: int, k: int, transposed: bool, precision: str) -> Launch:
-    config, tiles = _common(dtype, n, d, k, "stream", chip)
+@configs.remembered
+def _stream_launch(
+    tuned: Tuned, spec: DeviceSpec, dtype: torch.dtype, n: int, d: int, k: int, transposed: bool, precision: str
+) -> Launch:
+    config, tiles = _common(tuned, dtype, n, d, k, "stream", spec)
     constants = {"K": k, "B_T": transposed, "EVEN_D": _even(d, tiles), "PRECISION": precision}
-    programs = _programs(chip, config, _cdiv(n, tiles["BN"]))
+    programs = _programs(spec, config, _cdiv(n, tiles["BN"]))
     return Launch(forward_kernels.stream, programs, 1, constants | tiles | _options(config, False))
 
 
-@functools.lru_cache(4096)
-def _plan_phased(
-    chip: Chip, dtype: torch.dtype, n: int, d: int, k: int, form: str, precision: str, phases: int, back: bool
+@configs.remembered
+def _phased_launch(
+    tuned: Tuned,
+    spec: DeviceSpec,
+    dtype: torch.dtype,
+    n: int,
+    d: int,
+    k: int,
+    order: Order,
+    precision: str,
+    phases: int,
+    back: bool,
 ) -> Launch:
     kernel = phased.phased_backward if back else phased.phased_forward
-    config, tiles = _common(dtype, n, d, k, "phased_backward" if back else "phased_forward", chip)
+    config, tiles = _common(tuned, dtype, n, d, k, "phased_backward" if back else "phased_forward", spec)
     rows, columns = tiles["BN"], tiles["BK"]
     tn, tk, td = _cdiv(n, rows), _cdiv(k, columns), _cdiv(d, rows)
     jobs = (tn * tk, td * tk, tn * _cdiv(d, columns) if back else 0)
-    constants = {"FORM": form[0], "PRECISION": precision, "PHASES": phases}
-    programs = _programs(chip, config, *jobs)
+    constants = {"FORM": "A" if order == "(Xb)G" else "B", "PRECISION": precision, "PHASES": phases}
+    programs = _programs(spec, config, *jobs)
     return Launch(kernel, programs, 1, constants | tiles | _options(config, True))
 
 
 def forward(
-    x: Tensor, b: Tensor, bias: Tensor | None, form: str, pair: bool
+    x: Tensor, b: Tensor, bias: Tensor | None, plan: Plan, pair: bool
 ) -> tuple[Tensor | None, Tensor, list[Tensor]]:
-    """As `reference.forward`."""
+    """Compute `Engine.forward`."""
     (n, d), k = x.shape, b.shape[1]
     if n * d * k == 0:
-        return eager.forward(x, b, bias, form, pair)
-    device, chip = x.device, _chip(x.device)
+        return eager.forward(x, b, bias, plan, pair)
+    device, spec, precision = x.device, _spec(x.device), _precision(x.dtype)
     x, (b, transposed) = x.contiguous(), _matrix(b)
     bias = None if bias is None else bias.contiguous()
     y, g = workspace((n, k), x.dtype, x.device), workspace((k, k), x.dtype, x.device)
     if k <= MOST_COLUMNS:
-        p = workspace((n, k), x.dtype, x.device) if form == "A+" else None
-        plan = _plan_stream(chip, x.dtype, n, d, k, transposed, _precision(x.dtype))
-        launch(plan, device, x, b, bias, p, y, g, n, d)
+        p = workspace((n, k), x.dtype, x.device) if plan.saves else None
+        launch(
+            _stream_launch(plan.tiles, spec, x.dtype, n, d, k, transposed, precision), device, x, b, bias, p, y, g, n, d
+        )
         return p, y, [g] if p is None else [p, g]
-    p = workspace((n, k), x.dtype, x.device) if form == "A+" or pair else None
-    w = workspace((d, k), x.dtype, x.device) if form == "B" else None
-    plan = _plan_phased(chip, x.dtype, n, d, k, form, _precision(x.dtype), 3 if form == "A+" else 7, False)
-    launch(plan, device, x, b, bias, p, y, g, w, counter(device), n, d, k, *b.stride())
+    p = workspace((n, k), x.dtype, x.device) if plan.saves or pair else None
+    w = workspace((d, k), x.dtype, x.device) if plan.order == "X(bG)" else None
+    phases = 7 if plan.order == "X(bG)" else 3
+    made = _phased_launch(plan.tiles, spec, x.dtype, n, d, k, plan.order, precision, phases, False)
+    launch(made, device, x, b, bias, p, y, g, w, counter(device), n, d, k, *b.stride())
     if w is not None:
         return p, y, [g, w]
     assert p is not None
@@ -164,39 +178,47 @@ def backward(
     dy: Tensor | None,
     x: Tensor,
     b: Tensor,
-    kept: Sequence[Tensor],
-    form: str,
+    saved: Sequence[Tensor],
+    plan: Plan,
     need_x: bool,
     need_b: bool,
     need_bias: bool = False,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """As `reference.backward`."""
+    """Compute `Engine.backward`."""
     (n, d), k = x.shape, b.shape[1]
     if n * d * k == 0 or not (need_x or need_b):
-        return eager.backward(dp, dy, x, b, kept, form, need_x, need_b, need_bias)
+        return eager.backward(dp, dy, x, b, saved, plan, need_x, need_b, need_bias)
     x, (b, transposed) = x.contiguous(), _matrix(b)
     dp, dy = (None if g is None else g.contiguous() for g in (dp, dy))
     dx = workspace((n, d), x.dtype, x.device) if need_x else None
     db = _like(b, transposed) if need_b else None
     dbias = workspace((k,), b.dtype, b.device) if need_bias else None
     if k > MOST_COLUMNS:
-        _phased_backward(dp, dy, x, b, kept, form, dx, db, dbias)
-    elif form == "A":
+        _phased_backward(dp, dy, x, b, saved, plan, dx, db, dbias)
+    elif not plan.saves:
         assert dy is not None
-        _summary_backward(dy, x, b, kept[0], transposed, dx, db, dbias)
+        _summary_backward(dy, x, b, saved[0], plan.tiles, transposed, dx, db, dbias)
     else:
         assert dbias is None
-        _pair_backward(dp, dy, x, b, kept, transposed, dx, db)
+        _pair_backward(dp, dy, x, b, saved, plan.tiles, transposed, dx, db)
     return dx, db, dbias
 
 
-@functools.lru_cache(4096)
-def _plan_summary_backward(
-    chip: Chip, dtype: torch.dtype, n: int, d: int, k: int, transposed: bool, precision: str, phases: int
+@configs.remembered
+def _summary_backward_launch(
+    tuned: Tuned,
+    spec: DeviceSpec,
+    dtype: torch.dtype,
+    n: int,
+    d: int,
+    k: int,
+    transposed: bool,
+    precision: str,
+    phases: int,
 ) -> tuple[Launch, int]:
-    config, tiles = _common(dtype, n, d, k, "summary_backward", chip)
-    bk, strips, splits = tiles["BK"], _cdiv(d, tiles["BD"]), _splits(chip, config, n, d, tiles["BD"])
-    programs = _programs(chip, config, strips * splits, _cdiv(d, tiles["BC"]) if phases & 4 else 1)
+    config, tiles = _common(tuned, dtype, n, d, k, "summary_backward", spec)
+    bk, strips, splits = tiles["BK"], _cdiv(d, tiles["BD"]), _splits(spec, config, n, d, tiles["BD"])
+    programs = _programs(spec, config, strips * splits, _cdiv(d, tiles["BC"]) if phases & 4 else 1)
     constants = {
         "K": k,
         "B_T": transposed,
@@ -210,28 +232,38 @@ def _plan_summary_backward(
 
 
 def _summary_backward(
-    dy: Tensor, x: Tensor, b: Tensor, g: Tensor, transposed: bool,
+    dy: Tensor, x: Tensor, b: Tensor, g: Tensor, tuned: Tuned, transposed: bool,
     dx: Tensor | None, db: Tensor | None, dbias: Tensor | None,
 ) -> None:  # fmt: skip
     (n, d), k, device = x.shape, b.shape[1], x.device
     phases = 7 if db is not None else 3 if dbias is not None else 1
-    plan, size = _plan_summary_backward(_chip(device), x.dtype, n, d, k, transposed, _precision(x.dtype), phases)
+    made, size = _summary_backward_launch(
+        tuned, _spec(device), x.dtype, n, d, k, transposed, _precision(x.dtype), phases
+    )  # fmt: skip
     work = workspace((size,), torch.float32, device)
-    launch(plan, device, x, b, g, dy, dx, db, dbias, work, counter(device), n, d, plan.splits)
+    launch(made, device, x, b, g, dy, dx, db, dbias, work, counter(device), n, d, made.splits)
 
 
-@functools.lru_cache(4096)
-def _plan_pair_backward(
-    chip: Chip, dtype: torch.dtype, n: int, d: int, k: int, transposed: bool, precision: str, phases: int
+@configs.remembered
+def _pair_backward_launch(
+    tuned: Tuned,
+    spec: DeviceSpec,
+    dtype: torch.dtype,
+    n: int,
+    d: int,
+    k: int,
+    transposed: bool,
+    precision: str,
+    phases: int,
 ) -> tuple[Launch, int]:
-    config, tiles = _common(dtype, n, d, k, "pair_backward", chip)
-    bk, strips, splits = tiles["BK"], _cdiv(d, tiles["BD"]), _splits(chip, config, n, d, tiles["BD"])
+    config, tiles = _common(tuned, dtype, n, d, k, "pair_backward", spec)
+    bk, strips, splits = tiles["BK"], _cdiv(d, tiles["BD"]), _splits(spec, config, n, d, tiles["BD"])
     jobs = (
         _cdiv(n, tiles["BN_A"]) if phases & 1 else 1,
         strips * splits,
         _cdiv(d, tiles["BC"]) if phases & 4 else 1,
     )
-    programs = _programs(chip, config, *jobs)
+    programs = _programs(spec, config, *jobs)
     constants = {
         "K": k, "B_T": transposed, "EVEN_D": _even(d, tiles), "PRECISION": precision, "PHASES": phases,
         "WIDTH": _width(k) if phases & 1 else k, "BATCH": 32,
@@ -246,77 +278,80 @@ def _width(k: int) -> int:
 
 
 def _pair_backward(
-    dp: Tensor | None, dy: Tensor | None, x: Tensor, b: Tensor, kept: Sequence[Tensor], transposed: bool,
+    dp: Tensor | None, dy: Tensor | None, x: Tensor, b: Tensor, saved: Sequence[Tensor], tuned: Tuned,
+    transposed: bool,
     dx: Tensor | None, db: Tensor | None,
 ) -> None:  # fmt: skip
     (n, d), k, device = x.shape, b.shape[1], x.device
-    p, g = (t.contiguous() for t in kept)
+    p, g = (t.contiguous() for t in saved)
     phases = (2 if dy is None else 3) | (0 if db is None else 4)
-    plan, size = _plan_pair_backward(_chip(device), x.dtype, n, d, k, transposed, _precision(x.dtype), phases)
+    made, size = _pair_backward_launch(tuned, _spec(device), x.dtype, n, d, k, transposed, _precision(x.dtype), phases)
     rows = dp if dy is None else workspace((n, _width(k)), x.dtype, device)
     work = workspace((size,), torch.float32, device)
-    launch(plan, device, x, b, p, g, dp, dy, dx, db, rows, work, counter(device), n, d, plan.splits)
+    launch(made, device, x, b, p, g, dp, dy, dx, db, rows, work, counter(device), n, d, made.splits)
 
 
 def _phased_backward(
-    dp: Tensor | None, dy: Tensor | None, x: Tensor, b: Tensor, kept: Sequence[Tensor], form: str,
+    dp: Tensor | None, dy: Tensor | None, x: Tensor, b: Tensor, saved: Sequence[Tensor], plan: Plan,
     dx: Tensor | None, db: Tensor | None, dbias: Tensor | None,
 ) -> None:  # fmt: skip
     (n, d), k, device = x.shape, b.shape[1], x.device
     p, g, w, rows, s, t = None, None, None, dp, None, None
     need_t = dy is not None and (db is not None or dbias is not None)
-    if form == "B":
-        g, w = kept
+    if plan.order == "X(bG)":
+        g, w = saved
         phases = 7 if db is not None else 1
         s = workspace((d, k), torch.float32, device) if need_t else None
     else:
-        p, g = (m.contiguous() for m in kept)
+        p, g = (m.contiguous() for m in saved)
         phases = 2 if dy is None else 3
         rows = dp if dy is None else workspace((n, k), x.dtype, device)
     if need_t:
         t = workspace((k, k), torch.float32, device)
-    plan = _plan_phased(_chip(device), x.dtype, n, d, k, form, _precision(x.dtype), phases, True)
-    launch(plan, device, x, b, p, g, w, dp, dy, dx, db, dbias, rows, s, t, counter(device), n, d, k, *b.stride())
+    made = _phased_launch(
+        plan.tiles, _spec(device), x.dtype, n, d, k, plan.order, _precision(x.dtype), phases, True
+    )  # fmt: skip
+    launch(made, device, x, b, p, g, w, dp, dy, dx, db, dbias, rows, s, t, counter(device), n, d, k, *b.stride())
 
 
-@functools.lru_cache(4096)
-def _plan_loss(
-    chip: Chip, dtype: torch.dtype, n: int, d: int, k: int, m: int | None, form: str, transposed: bool,
+@configs.remembered
+def _loss_launch(
+    tuned: Tuned, spec: DeviceSpec, dtype: torch.dtype, n: int, d: int, k: int, m: int | None, order: Order, transposed: bool,
     precision: str, reduction: str, gradients: bool, parameters: bool,
 ) -> tuple[Launch, int]:  # fmt: skip
-    """The launch and its fp32 workspace, of the pair's loss (m None) or of a head's in its latent or flat form."""
-    kernel = {"flat": head.flat_loss, "latent": head.latent_loss}.get(form, cross_entropy.pair_loss)
-    name = kernel.__name__
-    config, tiles = _common(dtype, n, d, k, name, chip, m or 1)
+    """Return (launch, numbers in its fp32 workspace) of the loss of a pair (m None) or of a head."""
+    name = configs.LOSS_KERNELS[order]
+    kernel = getattr(cross_entropy if name == "pair_loss" else head, name)
+    config, tiles = _common(tuned, dtype, n, d, k, name, spec, m or 1)
     bk, bm, strips = tiles["BK"], padded(m or 1), _cdiv(d, tiles["BD"])
-    if dtype == torch.float32 and 18 * bk * bm > chip.shared:  # what Triton's compiler takes for a wide head in tf32
-        precision = "tf32x3"  # it takes less then: 12 bytes in place of 18
-    splits = _splits(chip, config, n, d, tiles["BD"])
+    if dtype == torch.float32 and not single_tf32_fits(spec, bk, bm):
+        precision = "tf32x3"
+    splits = _splits(spec, config, n, d, tiles["BD"])
     jobs = [_cdiv(n, tiles["BN_A"])]
     if gradients:
         jobs.append(strips * splits)
-    if parameters or form == "flat":
+    if parameters or order == "logits_from_x":
         jobs.append(_cdiv(d, tiles["BC"]))
-    programs = _programs(chip, config, *jobs)
+    programs = _programs(spec, config, *jobs)
     last = gradients or reduction != "none"
     constants = {
         "K": k, "B_T": transposed, "EVEN_D": _even(d, tiles), "PRECISION": precision, "REDUCTION": reduction, "BATCH": 32,
     }  # fmt: skip
     if m is not None:
         constants |= {"M": m, "BM": bm}
-    if form == "flat":
+    if order == "logits_from_x":
         constants["PHASES"] = 3 | (4 if last else 0) | (24 if parameters else 0)
         work = 2 * splits * d * bm + (min(programs, strips * splits) + 1) * 2 * bm * bk + bk * bk
     else:
         constants["PHASES"] = 1 | (2 if last else 0) | (4 if parameters else 0)
         constants["WIDTH"] = _width(k)
-        if m is not None:  # A, H and their transposes, each in two parts where products are exact
-            operands = 4 * bk * bm * dtype.itemsize * (2 if precision == "tf32x3" else 1)
-            constants["ANEW"] = operands > chip.shared and not (config.parked and parameters)
+        if m is not None:
+            fits = output_layer_fits(spec, bk, bm, dtype.itemsize, precision == "tf32x3")
+            constants["ANEW"] = not fits and not (config.scratch and parameters)
         work = splits * d * bk
         work += (programs + 1) * bk * bk if m is None else (programs + 1) * 2 * bm * bk + bk * bk
     work += programs * (2 if m is None else 2 + bm)
-    return Launch(kernel, programs, splits, constants | tiles | _options(config, True, True), config.parked), work
+    return Launch(kernel, programs, splits, constants | tiles | _options(config, True, True), config.scratch), work
 
 
 def loss(
@@ -326,15 +361,15 @@ def loss(
     c: Tensor | None,
     target: Tensor,
     options: LossOptions,
-    form: str,
+    plan: Plan,
     upstream: Tensor | None = None,
     needs: Sequence[bool] | None = None,
 ) -> tuple[Tensor, list[Tensor]]:
-    """As `reference.loss`; a target out of range stops the kernel on a GPU, as it stops PyTorch's own losses."""
+    """Compute `Engine.loss`. On a GPU a target out of range stops the kernel, as it stops PyTorch's own losses."""
     (n, d), k = x.shape, b.shape[1]
     if n * d * k == 0:
-        return eager.loss(x, b, a, c, target, options, form, upstream, needs)
-    device, chip = x.device, _chip(x.device)
+        return eager.loss(x, b, a, c, target, options, plan, upstream, needs)
+    device, spec = x.device, _spec(x.device)
     m = None if a is None else a.shape[0]
     if device.type == "cpu":
         eager.check_target(target, m or k, options.ignore_index)
@@ -343,35 +378,35 @@ def loss(
     if upstream is not None:
         upstream = upstream.contiguous()
     parameters = need_b or need_a
-    plan, size = _plan_loss(
-        chip, x.dtype, n, d, k, m, form, transposed, _precision(x.dtype), options.reduction,
+    made, size = _loss_launch(
+        plan.tiles, spec, x.dtype, n, d, k, m, plan.order, transposed, _precision(x.dtype), options.reduction,
         need_x or parameters or need_c, parameters,
     )  # fmt: skip
     value = workspace((n,) if options.reduction == "none" else (), torch.float32, device)
     dx = workspace((n, d), x.dtype, x.device) if need_x else None
     db = _like(b, transposed) if need_b else None
     work = workspace((size,), torch.float32, device)
-    tail = (work, counter(device), n, d, plan.splits, options.ignore_index, *options.weights)
+    tail = (work, counter(device), n, d, made.splits, options.ignore_index, *options.weights)
 
     def rows(width: int, wanted: bool) -> Tensor | None:
         return workspace((n, width), x.dtype, device) if wanted else None
 
-    width, parked = _width(k), plan.parked and parameters
+    width, scratch = _width(k), made.scratch and parameters
     through_d = need_x or need_b
     if a is None or m is None:
-        spaces = rows(width, through_d), rows(width, parked), rows(width, parked)
-        launch(plan, device, x, b, target, upstream, value, dx, db, *spaces, *tail)
+        spaces = rows(width, through_d), rows(width, scratch), rows(width, scratch)
+        launch(made, device, x, b, target, upstream, value, dx, db, *spaces, *tail)
         return value, [g for g in (dx, db) if g is not None]
     a, c = a.contiguous(), None if c is None else c.contiguous()
     da = workspace((m, k), a.dtype, device) if need_a else None
     dc = workspace((m,), a.dtype, device) if need_c else None
     both = 2 * padded(m)
     own: tuple[Tensor | None, ...]
-    if form == "flat":
+    if plan.order == "logits_from_x":
         own = workspace((2, d, padded(m)), x.dtype, device), rows(both, need_x or parameters)
     else:
-        own = rows(width, through_d), rows(width, parked), rows(both, parked)
-    launch(plan, device, x, b, a, c, target, upstream, value, dx, db, da, dc, *own, *tail)
+        own = rows(width, through_d), rows(width, scratch), rows(both, scratch)
+    launch(made, device, x, b, a, c, target, upstream, value, dx, db, da, dc, *own, *tail)
     return value, [g for g in (dx, db, da, dc) if g is not None]
 
 
@@ -379,10 +414,13 @@ _SCALE_BLOCK = 4096
 
 
 def scale(grads: Sequence[Tensor], upstream: Tensor) -> list[Tensor]:
-    """As `reference.scale`, but in place, and where upstream is 1 without touching them; the device alone knows."""
+    """Compute `Engine.scale` in place.
+
+    The kernel reads the upstream on the device, and returns early when it is 1: no host sync.
+    """
     sizes = [g.numel() for g in grads]
     device = upstream.device
-    programs = max(1, min(4 * _chip(device).multiprocessors, _cdiv(max(sizes), _SCALE_BLOCK)))
+    programs = max(1, min(4 * _spec(device).multiprocessors, _cdiv(max(sizes), _SCALE_BLOCK)))
     options = {"BLOCK": _SCALE_BLOCK, "num_warps": 8, "enable_fp_fusion": True}
     plan = Launch(cross_entropy.scale_gradients, programs, 1, options)
     rest = 4 - len(sizes)
