@@ -1,4 +1,8 @@
-"""interp_nn: interpretable linear-form layers, Y = X b (bᵀb), that train as fast as nn.Linear."""
+"""Linear layers Y = X b (bᵀb), kernels for them, and exact explanations of ReLU networks.
+
+Forward and backward take 1.0 (from 16,384 rows) to 2.6 times (32 rows) the time of nn.Linear on a CPU. The GPU kernels have
+not yet run on a GPU.
+"""
 
 from interp_nn import convert, functional, nn
 from interp_nn.engines.problem import Plan
