@@ -26,7 +26,7 @@ from interp_nn.explain.linear.regions import Ball, Boundary, Region, region
 from interp_nn.explain.paths.enumeration import PathFeatures, path_features
 from interp_nn.explain.paths.kernel_machine import NPKMachine, kernel_alignment
 from interp_nn.explain.paths.monte_carlo import SampledKernel, npk_montecarlo
-from interp_nn.explain.paths.path_kernel import npk, npk_model
+from interp_nn.explain.paths.path_kernel import npk, npk_from_gates
 from interp_nn.explain.paths.tangent_kernel import ntk
 from interp_nn.explain.tsne import ParametricTSNE
 from interp_nn.gates.patterns import ActivationPatterns, PatternGroups
@@ -70,7 +70,7 @@ __all__ = [
     "linearize",
     "matrix_operator",
     "npk",
-    "npk_model",
+    "npk_from_gates",
     "npk_montecarlo",
     "ntk",
     "path_features",
