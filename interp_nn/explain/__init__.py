@@ -5,7 +5,7 @@ pattern, and the inputs that share one are a convex region with flat sides.
 """
 
 from interp_nn.explain.clusters.activation_clusters import ActivationClusters, MergedClusters
-from interp_nn.explain.descramble.brockett import BrockettExtreme, brockett_max, brockett_min, smoothness
+from interp_nn.explain.descramble.brockett import BrockettExtreme, brockett_min, smoothness
 from interp_nn.explain.descramble.derivatives import (
     DerivativeOperator,
     derivative_operator,
@@ -60,7 +60,6 @@ __all__ = [
     "SingularTriplets",
     "Spectrum",
     "UnsupportedOperation",
-    "brockett_max",
     "brockett_min",
     "derivative_operator",
     "fft_view",

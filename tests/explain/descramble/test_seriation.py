@@ -143,11 +143,11 @@ def test_data_of_other_dtypes_and_left_alone():
 @pytest.mark.parametrize(
     ("H", "error", "message"),
     [
-        (torch.zeros(3), ValueError, r"H: got shape \(3,\), want \(n, N\)"),
-        (torch.zeros(3, 0), ValueError, r"H: got shape \(3, 0\)"),
-        (torch.zeros(3, 2).long(), TypeError, r"H: got torch\.int64"),
-        (torch.full((3, 2), torch.nan), ValueError, "H: has entries that are not finite"),
-        ("H", TypeError, "H: got str"),
+        (torch.zeros(3), ValueError, r"x: got shape \(3,\), want \(features, samples\)"),
+        (torch.zeros(3, 0), ValueError, r"x: got shape \(3, 0\)"),
+        (torch.zeros(3, 2).long(), TypeError, r"x: got torch\.int64"),
+        (torch.full((3, 2), torch.nan), ValueError, "x: has entries that are not finite"),
+        ("H", TypeError, "x: got str"),
     ],
 )
 def test_bad_input_is_named(H, error, message):
