@@ -1,8 +1,8 @@
 """Descrambling: the orthogonal mixture, or the order, of a layer's features in which each feature is most like the next.
 
-Amey, Keeley, Choudhury & Kuprov (PNAS 118(5) e2016917118, 2021) put an orthogonal P after a layer, so that P H varies slowly from
-each row to the next, and then look at P W. They find P by gradient descent. Sule, Spencer & Czaja (arXiv 2301.07820) note that
-|D P H|² is Brockett's function, whose minimum is known: the principal components of H become the modes of D, and the component
+Amey, Keeley, Choudhury & Kuprov (PNAS 118(5) e2016917118, 2021) put an orthogonal P after a layer. They choose P by gradient
+descent, so that P H varies slowly from each row to the next, and then look at P W. Sule, Spencer & Czaja (arXiv 2301.07820) note
+that |D P H|² is Brockett's function, whose minimum is known. The principal components of H become the modes of D. The component
 with the most energy becomes the mode with the lowest cost.
 
 Such a P exists for any data and any network, and P H always looks smooth. So compare with `nulls_` before you interpret P W.
@@ -47,8 +47,8 @@ class Nulls(NamedTuple):
 
     If `fitted` is below `shuffled`, the data have structure. If `held_out` is as low as `fitted`, other samples have it too. If
     `random_net` is as low, the structure comes from the inputs or the architecture, not from training. A value is NaN where it
-    does not apply. For the diagonal criteria, minus the loss is divided by the largest value that a matrix with the same norm
-    can reach, so that more is better.
+    does not apply. For the diagonal criteria, more is better: the values are minus the loss, divided by the largest value that a
+    matrix with the same norm can reach.
 
     Attributes:
         fitted: Of the data.
@@ -81,7 +81,7 @@ class Descrambler(Estimator):
     Args:
         criterion: "smooth" minimises |D P H|². The other criteria take a square matrix W in place of the features: "diag_sum"
             maximises tr(P W), and "diag_normsq" the sum of (P W)_ii², to a local maximum. Their loss is minus that value.
-        operator: D, as a name of `derivative_operator`, a matrix (m, n), a `DerivativeOperator` (for a grid or a graph), or a
+        operator: D: a kind of `derivative_operator`, a matrix (m, n), a `DerivativeOperator` (as for a grid or a graph), or a
             function that is linear in the columns of its argument.
         group: The set of matrices P: "orthogonal", "special" (rotations) or "permutation" (orders of the features, which
             `seriate` finds exactly for few features).

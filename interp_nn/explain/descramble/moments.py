@@ -13,9 +13,9 @@ _CHUNK_ENTRIES = 1 << 22  # entries that are shuffled at a time
 class Samples:
     """Gram matrices of values (features, n, positions).
 
-    halves: of the samples with even and with odd numbers. all: of all samples. shuffled: of data in which each feature is
-    shuffled by itself over the samples and positions of a batch. This keeps the distribution of each feature and removes its
-    relation to the others. precision: eps of the coarsest dtype of the values.
+    halves: of the samples with even and with odd numbers. all: of all samples. shuffled: of data with each feature shuffled by
+    itself, over the samples and positions of a batch. This keeps the distribution of each feature and removes its relation to
+    the others. precision: eps of the coarsest dtype of the values.
     """
 
     def __init__(self, features: int, device: torch.device) -> None:

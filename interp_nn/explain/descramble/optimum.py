@@ -1,4 +1,4 @@
-"""The P of a group that minimises |D P H|², from the Gram matrix H Hᵀ alone, and the mean of |D P H|² over random P."""
+"""The minimum of |D P H|² over the P of a group, and its mean over random P, both from the Gram matrix H Hᵀ alone."""
 
 from __future__ import annotations
 

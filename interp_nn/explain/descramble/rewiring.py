@@ -1,4 +1,4 @@
-"""The weights of a layer and of the next one after a change P of the features between them, to look at or in the model."""
+"""The weights P W of a layer and W Pᵀ of the next one, as tensors or written into the model."""
 
 from __future__ import annotations
 

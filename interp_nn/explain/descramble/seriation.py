@@ -49,8 +49,8 @@ class Seriation(NamedTuple):
 def seriate(x: Tensor, operator: OperatorLike = "diff1") -> Seriation:
     """Find the order of features that minimises |D x[order]|², in float64.
 
-    The result is exact for up to 15 features with "diff1" and "diff1_periodic", in O(2ⁿ n²) (Held & Karp 1962), and for up to 9
-    features with other operators, by trying all n! orders. For more features it is a local minimum, in O(n²) memory.
+    With "diff1" and "diff1_periodic" the result is exact for up to 15 features, in O(2ⁿ n²) (Held & Karp 1962). With other
+    operators it is exact for up to 9 features, by trying all n! orders. Beyond, it is a local minimum, in O(n²) memory.
 
     Args:
         x: Features of shape (n, samples), real floating-point, finite.

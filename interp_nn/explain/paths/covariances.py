@@ -56,9 +56,9 @@ class _Run(NamedTuple):
 class _Step(NamedTuple):
     """The computation of one layer's covariances.
 
-    pairs: the number of pairs of positions of z. products: one for each term, which give the covariances of z. table: the pairs
-    of z that each pair of output positions sums over the window, (pairs of positions, K); None gives each pair its own one.
-    runs: for each group. done: the layers whose covariances no later step needs.
+    pairs: the number of pairs of positions of z. products: for each term; their sum gives the covariances of z.
+    table: the pairs of z that each pair of output positions sums over the window, (pairs of positions, K).
+    None gives each pair its own one. runs: for each group. done: the layers whose covariances no later step needs.
     """
 
     pairs: int

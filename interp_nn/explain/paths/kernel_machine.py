@@ -201,8 +201,8 @@ def kernel_alignment(kernel: Tensor, target: Tensor, *, centered: bool = True) -
 
     Args:
         kernel: K, of shape (n, n).
-        target: T, another kernel (n, n); or class labels (n,) of an integer or bool dtype, where T is 1 for two samples of one
-            class and 0 else; or values (n,) of a floating dtype, where T is their outer product.
+        target: T, another kernel (n, n). Class labels (n,) of an integer or bool dtype make T 1 for two samples of one class and
+            0 else. Values (n,) of a floating dtype make T their outer product.
         centered: Center both matrices in feature space first. Without this, a constant in the kernel counts as alignment.
 
     Returns:

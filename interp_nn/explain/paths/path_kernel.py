@@ -2,8 +2,8 @@
 
 A path leads from an input through one unit of each layer to the output. It is active where all of its gates are on, and then it
 adds its input times its weights to the output. So the output is y = <phi, v>. The features phi(p) = x(i_0) prod_l G(i_l) hold
-the path's input and gates. The values v(p) hold its weights. The kernel is H(x, x') = <phi, phi'>, which can be computed without
-the enumeration of paths (Lakshminarayanan & Singh, 2020, "Neural path features and neural path kernel", arXiv 2006.10529).
+the path's input and gates. The values v(p) hold its weights. The kernel is H(x, x') = <phi, phi'>. It can be computed without an
+enumeration of the paths. See Lakshminarayanan & Singh (2020), "Neural path features and neural path kernel", arXiv 2006.10529.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Derivative operators: each against its matrix, written out, and its closed-form eigenpairs against that."""
+"""Derivative operators: each is compared with its matrix, written out, and its eigenpairs with those of the matrix."""
 
 import math
 import pickle

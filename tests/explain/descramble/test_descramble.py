@@ -1,4 +1,4 @@
-"""Descrambling in closed form: against descent, enumeration and random matrices, what it recovers, and its nulls."""
+"""Descrambling in closed form: compared with descent, enumeration and random matrices; signals it recovers; its nulls."""
 
 import math
 import warnings
@@ -181,7 +181,7 @@ def test_memory_does_not_grow_with_the_square_of_the_samples():
     assert Descrambler(operator="diff1").fit(H).check() < 1e-12
 
 
-# What it finds
+# Signals and structure that it finds
 
 
 def test_recovers_smooth_signals_from_a_random_mixture():
@@ -400,7 +400,7 @@ def test_rotations_reach_less_of_a_trace_where_they_must():
 
 
 def test_squares_on_the_diagonal_from_any_start():
-    """Ascent from 50 random starts, as written out here, does not pass what the polar start reaches."""
+    """Ascent from 50 random starts, as written out here, does not reach more than the ascent from the polar factor."""
     W = randn(8, 8)
     d = Descrambler("diag_normsq").fit(W)
     best = 0.0
@@ -444,7 +444,7 @@ def test_a_singular_matrix_is_reported():
     assert d.ambiguity_ == ((), ((2, 5),), 2, 5)
 
 
-# The manner of scikit-learn
+# The interface of scikit-learn
 
 
 def test_parameters_and_clone():

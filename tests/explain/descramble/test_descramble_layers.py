@@ -1,4 +1,4 @@
-"""Descrambling a layer of a network: what is tapped, the weights seen, orders written into the model, and what is refused."""
+"""Descrambling a layer of a network: its values, the turned weights, orders written into the model, and errors."""
 
 import copy
 import math
@@ -77,7 +77,7 @@ def same(model, before):
     return all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
-# What is tapped
+# Values of a layer
 
 
 def test_values_before_and_after_the_activation():
@@ -139,7 +139,7 @@ def test_batches_of_any_kind():
 
 
 def test_halves_are_of_samples_and_not_of_positions():
-    """Neighbouring positions of one image are alike, and in one half."""
+    """Neighbouring positions of one image are alike, so they belong to one half."""
     model, x = nn.Sequential(nn.Conv2d(1, 6, 1)).double(), points(1, 1, 1, n=8).expand(-1, -1, 9, 9)
     x = x.contiguous()
     x[::2] = 0
@@ -220,7 +220,7 @@ def test_summary_layers():
 
 
 def test_training_is_told_from_the_architecture():
-    """Trained to copy smooth signals through a narrow layer, whose random weights would not give smooth data."""
+    """The network learns to copy smooth signals through a narrow layer; with random weights its values are not smooth."""
     torch.manual_seed(1)
     x = torch.cumsum(points(16, n=400), 1) / 4
     model = nn.Sequential(nn.Linear(16, 12), nn.Tanh(), nn.Linear(12, 16)).double()

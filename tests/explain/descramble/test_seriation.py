@@ -1,4 +1,4 @@
-"""The best order of features: against all orders, against what was scrambled, and against its bound."""
+"""The best order of features, compared with all orders, with the order before scrambling, and with its bound."""
 
 from itertools import permutations
 
@@ -65,7 +65,7 @@ def test_equal_orders_are_named_once():
 
 
 def test_two_opt_improves_on_fiedler():
-    """How much longer than the shortest the paths through 8 random features are: the mean and the largest ratio of 20."""
+    """The lengths of paths through 8 random features relative to the shortest one: mean and maximum of 20."""
     plain, improved = [], []
     for _ in range(20):
         H = randn(8, 100)

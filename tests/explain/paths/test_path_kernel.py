@@ -14,7 +14,7 @@ FP64 = torch.float64
 
 
 def enumerated(gates, x, bias=False):
-    """The features of all paths, one by one: those that begin at an input, and at a bias of any layer where there is one."""
+    """The kernel from the features of all paths, which begin at an input or, with biases, at the bias of any layer."""
     n, widths = len(x), [g.shape[1] for g in gates]
     columns = []
     starts = range(len(gates) + 1) if bias else [0]
@@ -117,7 +117,7 @@ def test_a_layer_without_units_has_no_paths():
 
 
 def test_depth_110():
-    """fp32 holds the normalised kernel of on/off gates to its last bit, and says so where it cannot."""
+    """fp32 holds the normalised kernel of on/off gates to its last bit; where it cannot, npk_from_gates raises."""
     generator = torch.Generator().manual_seed(0)
     base = torch.rand(6, 128, generator=generator) < 0.7
     gates = [base ^ (torch.rand(6, 128, generator=generator) < 0.01) for _ in range(110)]

@@ -1,4 +1,4 @@
-"""The kernel of whole networks: closed form against the enumeration of paths, and against draws of the weights."""
+"""The kernel of whole networks in closed form, compared with the enumeration of paths and with draws of the weights."""
 
 import pytest
 import torch
@@ -188,7 +188,7 @@ def test_standard_error_is_the_spread_over_seeds():
 
 
 def test_draws_of_what_the_closed_form_does_not_follow():
-    """The output for each sample, with gates held, is linear in each weight: exact for the last layer over all of its signs."""
+    """A layer norm, whose factors are fixed as gates are, has a sampled kernel that is finite and positive semi-definite."""
     model = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4), nn.ReLU(), nn.Linear(4, 1)).to(FP64)
     x = torch.randn(3, 3, dtype=FP64)
     with pytest.raises(UnsupportedOperation, match=r"LayerNorm in layer '1'.*montecarlo"):
@@ -234,7 +234,7 @@ def test_common_paths_of_shifted_images():
 
 
 class Shortcut(nn.Module):
-    """The input beside what many layers make of it."""
+    """The input, added to the output of many layers."""
 
     def __init__(self, depth):
         super().__init__()
@@ -259,7 +259,7 @@ def test_terms_of_different_magnitude():
 
 
 class InputTwice(nn.Module):
-    """The input's channels beside and upon each other, normed or not."""
+    """The input's channels, concatenated and added, with and without a norm."""
 
     def __init__(self):
         super().__init__()
@@ -293,7 +293,7 @@ def test_fully_connected_is_the_product_of_gates():
 
 
 def test_depth_110():
-    """Products of many layers stay in the range of fp32 as long as the kernel does, and it is said where it does not."""
+    """Products of many layers stay in the range of fp32 as long as the kernel does. Otherwise npk raises."""
     layers = [nn.Linear(4, 32, bias=False)]
     for _ in range(110):
         layers += [nn.ReLU(), nn.Linear(32, 32, bias=False)]

@@ -13,7 +13,7 @@ def mlp():
 
 
 def by_autograd(model, x):
-    """The same, a sample and an output at a time."""
+    """The tangent kernel from one gradient for each sample and output."""
     rows = []
     for sample in x:
         y = model(sample.unsqueeze(0)).flatten()
