@@ -93,8 +93,8 @@ def main(arguments: list[str] | None = None) -> int:
     }
     _print(results)
     others = {
-        "shuffled data": Descrambler().fit(shuffled(latent.mT)).spectrum_.lam,
-        "untrained network": of_fresh.spectrum_.lam,
+        "shuffled data": Descrambler().fit(shuffled(latent.mT)).spectrum_.energies,
+        "untrained network": of_fresh.spectrum_.energies,
     }
     _draw(run, network, fits, nulls, others, results)
     run.finish({"epochs": epochs, "batch": BATCH, "learning_rate": LEARNING_RATE}, results)

@@ -20,7 +20,7 @@ from benchmarks.training import Recipe, accuracy
 from interp_nn.explain import plots
 from interp_nn.explain.following.gate_record import record
 from interp_nn.explain.paths.kernel_machine import NPKMachine, kernel_alignment
-from interp_nn.explain.paths.path_kernel import npk
+from interp_nn.explain.paths.path_kernel import npk_from_gates
 from interp_nn.nn.gated.gates import SoftGate
 from interp_nn.nn.gated.networks import DLGN, GatedNetwork
 from interp_nn.nn.gated.regimes import permute_gates
@@ -104,10 +104,10 @@ def _network(regime: str, trained: nn.Module | None, seed: int) -> nn.Module:
 def _kernel(network: nn.Module, x: Tensor) -> Tensor:
     """The path kernel of the samples; where the weights' input is all ones, of gates alone."""
     if not isinstance(network, GatedNetwork):
-        return npk(record(network, x), x=x)
+        return npk_from_gates(record(network, x), x)
     with torch.no_grad():
         gates = network.gate_values(x)
-    return npk(gates, x=None if network.value_input == "ones" else x)
+    return npk_from_gates(gates, None if network.value_input == "ones" else x)
 
 
 def _alignments(trainer: common.Trainer, regime: str) -> Tensor:

@@ -5,7 +5,7 @@ pattern, and the inputs that share one are a convex region with flat sides.
 """
 
 from interp_nn.explain.clusters.activation_clusters import ActivationClusters, MergedClusters
-from interp_nn.explain.descramble.brockett import BrockettExtreme, brockett_max, brockett_min, smoothness
+from interp_nn.explain.descramble.brockett import BrockettExtreme, brockett_min, smoothness
 from interp_nn.explain.descramble.derivatives import (
     DerivativeOperator,
     derivative_operator,
@@ -26,7 +26,7 @@ from interp_nn.explain.linear.regions import Ball, Boundary, Region, region
 from interp_nn.explain.paths.enumeration import PathFeatures, path_features
 from interp_nn.explain.paths.kernel_machine import NPKMachine, kernel_alignment
 from interp_nn.explain.paths.monte_carlo import SampledKernel, npk_montecarlo
-from interp_nn.explain.paths.path_kernel import npk, npk_model
+from interp_nn.explain.paths.path_kernel import npk, npk_from_gates
 from interp_nn.explain.paths.tangent_kernel import ntk
 from interp_nn.explain.tsne import ParametricTSNE
 from interp_nn.gates.patterns import ActivationPatterns, PatternGroups
@@ -60,7 +60,6 @@ __all__ = [
     "SingularTriplets",
     "Spectrum",
     "UnsupportedOperation",
-    "brockett_max",
     "brockett_min",
     "derivative_operator",
     "fft_view",
@@ -70,7 +69,7 @@ __all__ = [
     "linearize",
     "matrix_operator",
     "npk",
-    "npk_model",
+    "npk_from_gates",
     "npk_montecarlo",
     "ntk",
     "path_features",

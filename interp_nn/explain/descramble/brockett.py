@@ -1,7 +1,8 @@
-"""The Brockett function tr(A P B Pᵀ) on the orthogonal group: its extremes in closed form, and the smoothness that is one.
+"""The Brockett function tr(A P B Pᵀ) on the orthogonal matrices P: its minimum in closed form, and smoothness as a case of it.
 
-Brockett (1991); Sule, Spencer & Czaja (arXiv 2301.07820). In the eigenbases of A and B, the function is linear in the squares of
-P's entries, which are doubly stochastic; so an extreme pairs the eigenvalues, and rearrangement says how.
+In the eigenbases of A and B, the function is linear in the squares of P's entries, which form a doubly stochastic matrix. So a
+minimum pairs each eigenvalue of A with one of B. By the rearrangement inequality, the largest goes with the smallest.
+See Brockett (1991) and Sule, Spencer & Czaja (arXiv 2301.07820).
 """
 
 from __future__ import annotations
@@ -15,73 +16,110 @@ from torch import Tensor
 from interp_nn import linalg
 from interp_nn.explain.descramble.derivatives import DerivativeOperator, derivative_operator, matrix_operator
 
-Operator = str | Tensor | DerivativeOperator | Callable[[Tensor], Tensor]
+OperatorLike = str | Tensor | DerivativeOperator | Callable[[Tensor], Tensor]
 
 
 class BrockettExtreme(NamedTuple):
-    """P (n, n) orthogonal, fp64, and the value tr(A P B Pᵀ) there, which no orthogonal matrix passes."""
+    """An extreme of tr(A P B Pᵀ), the result of `brockett_min`.
+
+    Attributes:
+        P: The orthogonal matrix, of shape (n, n), float64.
+        value: tr(A P B Pᵀ), the extreme value over all orthogonal matrices.
+
+    Example:
+        >>> best = brockett_min(torch.diag(torch.tensor([1.0, 2.0])), torch.diag(torch.tensor([3.0, 5.0])))
+        >>> best.value  # 1 * 5 + 2 * 3
+        11.0
+    """
 
     P: Tensor
     value: float
 
 
 def brockett_min(A: Tensor, B: Tensor) -> BrockettExtreme:
-    """The orthogonal P with the least tr(A P B Pᵀ), for symmetric A and B (n, n): the dearest with the least, sum a_i b_(n-i).
+    """Find the orthogonal P that minimises tr(A P B Pᵀ), which pairs A's ascending with B's descending eigenvalues.
 
-    Unique up to n signs where neither has equal eigenvalues. Raises TypeError for complex or integer matrices, ValueError for
-    ones that are not symmetric or not of one size.
+    P is unique up to n signs if neither matrix has equal eigenvalues. `brockett_min(-A, B)` finds the maximum.
+
+    Args:
+        A: Symmetric matrix (n, n), real floating-point.
+        B: Symmetric matrix (n, n), real floating-point.
+
+    Returns:
+        `BrockettExtreme` of P, (n, n) float64, and the value.
+
+    Raises:
+        TypeError: Complex or integer matrices.
+        ValueError: A matrix that is not symmetric, or of another size than the other one.
+
+    Example:
+        >>> A, B = torch.diag(torch.tensor([1.0, 2.0])), torch.diag(torch.tensor([3.0, 5.0]))
+        >>> brockett_min(A, B).P.abs()
+        tensor([[0., 1.],
+                [1., 0.]], dtype=torch.float64)
+
+    Source: Brockett (1991); Sule, Spencer & Czaja, arXiv 2301.07820.
     """
-    return _extreme(A, B, reverse=True)
+    for name, matrix in (("A", A), ("B", B)):
+        linalg.check_real(name, matrix)
+        if matrix.dim() != 2 or matrix.shape != A.shape or not torch.allclose(matrix, matrix.mT):
+            raise ValueError(f"{name}: got shape {tuple(matrix.shape)}, want a symmetric matrix, both of one size")
+    a, b = linalg.eigh(A), linalg.eigh(B)
+    return BrockettExtreme(a.vectors @ b.vectors.flip(1).mT, float(a.values @ b.values.flip(0)))
 
 
-def brockett_max(A: Tensor, B: Tensor) -> BrockettExtreme:
-    """The orthogonal P with the largest tr(A P B Pᵀ), which is the sum a_i b_i; the rest as in `brockett_min`."""
-    return _extreme(A, B, reverse=False)
+def smoothness(P: Tensor, x: Tensor, operator: OperatorLike) -> Tensor:
+    """Compute |D P x|², which is small if the rows of P x change little from each to the next.
 
+    Args:
+        P: Matrix of shape (n, n).
+        x: Features of shape (n, samples), in P's dtype.
+        operator: D, as in `Descrambler`.
 
-def smoothness(P: Tensor, H: Tensor, D: Operator) -> Tensor:
-    """|D P H|², a scalar that is differentiable in P and H: how rough the rows of P H (n, N) are, one after another.
+    Returns:
+        A scalar tensor, differentiable in P and x.
 
-    P (n, n), H (n, N) and what `Descrambler` takes as its operator.
+    Raises:
+        TypeError: An operator of another kind.
+        ValueError: An operator that is not known, or for another number of features.
+
+    Example:
+        >>> x = torch.tensor([[0.0, 0.0], [1.0, 2.0], [3.0, 2.0]])
+        >>> smoothness(torch.eye(3), x, "diff1")  # 1 + 4 + 4 + 0
+        tensor(9.)
+
+    Source: Sule, Spencer & Czaja, arXiv 2301.07820.
     """
-    h = P @ H
-    return operator_on(D, len(h)).apply(h).square().sum()
+    h = P @ x
+    return operator_on(operator, len(h)).apply(h).square().sum()
 
 
-def operator_on(D: Operator, n: int) -> DerivativeOperator:
-    """The operator for n places. Raises ValueError and TypeError for one that is not known, or of other places."""
-    if isinstance(D, str):
-        return derivative_operator(n, D)
-    if isinstance(D, DerivativeOperator):
-        operator = D
-    elif isinstance(D, Tensor):
-        operator = matrix_operator(D)
-    elif callable(D):
-        operator = _of_function(D, n)
+def operator_on(operator: OperatorLike, n: int) -> DerivativeOperator:
+    """Return the operator for n places. Raises ValueError or TypeError for one that is not known or for other places."""
+    if isinstance(operator, str):
+        return derivative_operator(n, operator)
+    if isinstance(operator, DerivativeOperator):
+        found = operator
+    elif isinstance(operator, Tensor):
+        found = matrix_operator(operator)
+    elif callable(operator):
+        found = _of_function(operator, n)
     else:
-        raise TypeError(f"operator: got {type(D).__name__}, want a name, a matrix, a DerivativeOperator or a function")
-    if operator.n != n:
-        raise ValueError(f"operator: got one of {operator.n} places, want {n}, as many as there are features")
-    return operator
+        raise TypeError(
+            f"operator: got {type(operator).__name__}, want a name, a matrix, a DerivativeOperator or a function"
+        )
+    if found.n != n:
+        raise ValueError(f"operator: got one for {found.n} places, want {n}, the number of features")
+    return found
 
 
 def _of_function(function: Callable[[Tensor], Tensor], n: int) -> DerivativeOperator:
-    """The operator of a function H (n, N) -> (m, N) that is linear in each column."""
+    """Return the operator of a function (n, samples) -> (m, samples) that is linear in each column."""
     matrix = function(torch.eye(n, dtype=torch.float64))
     probe = torch.stack((torch.linspace(-1, 2, n, dtype=torch.float64), torch.zeros(n, dtype=torch.float64)), 1)
     if not isinstance(matrix, Tensor) or matrix.dim() != 2 or matrix.shape[1] != n:
         got = tuple(matrix.shape) if isinstance(matrix, Tensor) else type(matrix).__name__
         raise ValueError(f"operator: the function gave {got} for ({n}, {n}), want (m, {n})")
     if not torch.allclose(function(probe), matrix @ probe):
-        raise ValueError("operator: the function is not linear in each column; want D(H) = D H")
+        raise ValueError("operator: the function is not linear in each column; want a matrix product D x")
     return matrix_operator(matrix)
-
-
-def _extreme(A: Tensor, B: Tensor, reverse: bool) -> BrockettExtreme:
-    for name, matrix in (("A", A), ("B", B)):
-        linalg.check_real(name, matrix)
-        if matrix.dim() != 2 or matrix.shape != A.shape or not torch.allclose(matrix, matrix.mT):
-            raise ValueError(f"{name}: got shape {tuple(matrix.shape)}, want a symmetric matrix, both of one size")
-    a, b = linalg.eigh(A), linalg.eigh(B)
-    values, vectors = (b.values.flip(0), b.vectors.flip(1)) if reverse else (b.values, b.vectors)
-    return BrockettExtreme(a.vectors @ vectors.mT, float(a.values @ values))

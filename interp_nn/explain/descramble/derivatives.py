@@ -1,8 +1,8 @@
 """Derivatives along a line, around a ring, over a grid and on a graph, with the eigenpairs of DᵀD in closed form where known.
 
-D acts on the rows of H (n, N), of which row i is what is at place i, and penalises |D H|². What matters of it are the modes T
-(eigenvectors of DᵀD, smooth ones first) and what each costs (its eigenvalue). A numerical solver is wrong by eps times the
-dearest mode, which may be 1e11 times a cheap one; a closed form is right to a few ulps of each.
+D acts on the rows of x (n, samples), where row i is the value at place i. The penalty is |D x|². The modes T are the eigenvectors
+of DᵀD, the smooth ones first, and the cost of a mode is its eigenvalue. A numerical solver has an error of eps times the largest
+cost, which may be 1e11 times the smallest one. A closed form has an error of a few ulps in each cost.
 """
 
 from __future__ import annotations
@@ -32,59 +32,131 @@ Apply = Callable[[Tensor], Tensor]
 
 
 class DerivativeOperator:
-    """A linear map D of n places with its modes T and their costs: DᵀD = T diag(eigenvalues) Tᵀ.
+    """A linear map D (m, n) of n places with its modes T and their costs: DᵀD = T diag(eigenvalues) Tᵀ.
 
-    kind: its name. n: how many places. eigenvalues: (n,) fp64, ascending. blocks: the runs [start, stop) of equal ones, within
-    which modes may be rotated into each other. Made by `derivative_operator`, `graph_operator` and `matrix_operator`.
+    `derivative_operator`, `graph_operator` and `matrix_operator` make one.
+
+    Args:
+        kind: Name of the operator.
+        eigenvalues: Costs of the modes, (n,) float64, ascending.
+        modes: The basis T.
+        apply: Function that computes D x.
+        blocks: Runs [start, stop) of equal eigenvalues. Modes of one run may be rotated into each other.
+
+    Attributes:
+        kind: Name of the operator.
+        n: Number of places.
+        eigenvalues: Costs of the modes, (n,) float64, ascending.
+        modes: The basis T.
+        blocks: Runs [start, stop) of equal eigenvalues.
+
+    Example:
+        >>> operator = derivative_operator(3, "diff1")
+        >>> operator.matrix()
+        tensor([[-1.,  1.,  0.],
+                [ 0., -1.,  1.]], dtype=torch.float64)
+        >>> operator.apply(torch.tensor([[1.0], [2.0], [4.0]])).flatten()
+        tensor([1., 2.])
     """
 
     def __init__(self, kind: str, eigenvalues: Tensor, modes: Modes, apply: Apply, blocks: Blocks) -> None:
         self.kind, self.n, self.eigenvalues, self.blocks = kind, len(eigenvalues), eigenvalues, blocks
         self.modes, self._apply = modes, apply
 
-    def apply(self, h: Tensor) -> Tensor:
-        """D H (m, N) of H (n, N)."""
-        return self._apply(self._checked(h))
+    def apply(self, x: Tensor) -> Tensor:
+        """Compute D x.
 
-    def transform(self, h: Tensor) -> Tensor:
-        """Tᵀ H (n, N): how much of each mode the columns of H (n, N) have; by FFT where that is faster."""
-        return self.modes.analyse(self._checked(h))
+        Args:
+            x: Values at the places, (n, samples).
 
-    def inverse(self, c: Tensor) -> Tensor:
-        """T C (n, N): the columns that have as much of each mode as C (n, N) says; by FFT where that is faster."""
-        return self.modes.synthesise(self._checked(c))
+        Returns:
+            Tensor of shape (m, samples), in the dtype of x.
+
+        Raises:
+            ValueError: x has another shape.
+        """
+        return self._apply(self._checked("x", x))
+
+    def transform(self, x: Tensor) -> Tensor:
+        """Compute Tᵀ x, the coefficient of each mode in each column of x; by FFT where that is faster.
+
+        Args:
+            x: Values at the places, (n, samples).
+
+        Returns:
+            Tensor of shape (n, samples), in the dtype of x.
+
+        Raises:
+            ValueError: x has another shape.
+        """
+        return self.modes.analyse(self._checked("x", x))
+
+    def inverse(self, coefficients: Tensor) -> Tensor:
+        """Compute T c, the columns whose modes have the coefficients c; by FFT where that is faster.
+
+        Args:
+            coefficients: c, of shape (n, samples).
+
+        Returns:
+            Tensor of shape (n, samples), in the dtype of the coefficients.
+
+        Raises:
+            ValueError: The coefficients have another shape.
+        """
+        return self.modes.synthesise(self._checked("coefficients", coefficients))
 
     def eigenvectors(self) -> Tensor:
-        """T (n, n) fp64, a mode a column."""
+        """Return T (n, n) in float64, with a mode in each column."""
         return self.modes.matrix()
 
     @property
     def rows(self) -> int:
-        """m, of D (m, n)."""
+        """The number m of rows of D (m, n)."""
         return len(self._apply(torch.zeros(self.n, 1)))
 
     def matrix(self) -> Tensor:
-        """D (m, n) fp64."""
+        """Return D (m, n) in float64."""
         return self._apply(torch.eye(self.n, dtype=torch.float64))
 
     def __repr__(self) -> str:
         return f"DerivativeOperator({self.kind!r}, {self.n} places)"
 
-    def _checked(self, h: Tensor) -> Tensor:
-        if h.dim() != 2 or h.shape[0] != self.n:
-            raise ValueError(f"h: got shape {tuple(h.shape)}, want ({self.n}, N)")
-        return h
+    def _checked(self, name: str, values: Tensor) -> Tensor:
+        if values.dim() != 2 or values.shape[0] != self.n:
+            raise ValueError(f"{name}: got shape {tuple(values.shape)}, want ({self.n}, samples)")
+        return values
 
 
 def derivative_operator(n: int | Sequence[int], kind: str = "fourier2") -> DerivativeOperator:
-    """The derivative of n places that `kind` names; for a sequence, of a grid of that shape (places in row-major order), where
-    the penalty is the sum of those along each axis and DᵀD so a Kronecker sum.
+    """Make a derivative of places along a line, around a ring or over a grid.
 
-    "fourier2": second derivative of the trigonometric interpolant of a ring of length 2 pi (Trefethen 2000, chapter 3); costs
-    are 0, 1, 1, 16, 16, 81, 81, ... "dct", "dst": the same for a line of length pi that goes on as an even or an odd function;
-    costs are k⁴. "diff1", "diff2": first and second differences inside of a line, whose ends are free: constants (and straight
-    lines) cost nothing. "diff1_dirichlet", "diff2_dirichlet": with zeros beyond both ends. "diff1_periodic",
-    "diff2_periodic": around a ring. Raises ValueError for another kind, and for an n below 1.
+    | kind | derivative | costs |
+    |---|---|---|
+    | "fourier2" | second, of the trigonometric interpolant around a ring of length 2 pi | 0, 1, 1, 16, 16, 81, 81, ... |
+    | "dct" | second, on a line of length pi that continues as an even function | 0, 1, 16, 81, ... |
+    | "dst" | second, on a line of length pi that continues as an odd function | 1, 16, 81, ... |
+    | "diff1", "diff2" | first and second differences on a line with free ends | 0 for constants; "diff2": and for lines |
+    | "diff1_dirichlet", "diff2_dirichlet" | differences on a line with zeros beyond both ends | above 0 |
+    | "diff1_periodic", "diff2_periodic" | differences around a ring | 0 for constants |
+
+    Args:
+        n: Number of places. A sequence makes a grid of that shape, with its places in row-major order. The penalty of a grid is
+            the sum of the penalties along its axes, so that DᵀD is a Kronecker sum.
+        kind: Name of the derivative.
+
+    Returns:
+        `DerivativeOperator` of n places.
+
+    Raises:
+        ValueError: Another kind, or an n below 1.
+
+    Example:
+        >>> derivative_operator(5, "fourier2").eigenvalues
+        tensor([ 0.,  1.,  1., 16., 16.], dtype=torch.float64)
+        >>> derivative_operator((2, 3), "diff1").n
+        6
+
+    Source: Trefethen (2000), Spectral Methods in MATLAB, chapter 3, for "fourier2".
     """
     if kind not in _KINDS:
         raise ValueError(f"kind: got {kind!r}, want one of {', '.join(_KINDS)}")
@@ -96,9 +168,24 @@ def derivative_operator(n: int | Sequence[int], kind: str = "fourier2") -> Deriv
 
 
 def graph_operator(adjacency: Tensor) -> DerivativeOperator:
-    """Differences along the edges of a graph: |D H|² is the sum of w_ij |h_i - h_j|², and DᵀD the graph's Laplacian.
+    """Make the differences along the edges of a graph: |D x|² = sum over edges of w_ij |x_i - x_j|².
 
-    adjacency: (n, n) symmetric, the weights w >= 0 of the edges. Raises ValueError where it is not.
+    DᵀD is the Laplacian of the graph.
+
+    Args:
+        adjacency: The weights w_ij >= 0 of the edges, a symmetric matrix (n, n), real floating-point.
+
+    Returns:
+        `DerivativeOperator` of n places.
+
+    Raises:
+        TypeError: A complex or integer matrix.
+        ValueError: A matrix that is not symmetric, not finite or has negative entries.
+
+    Example:
+        >>> line = torch.tensor([[0.0, 1.0, 0.0], [1.0, 0.0, 1.0], [0.0, 1.0, 0.0]])
+        >>> [round(cost, 6) for cost in graph_operator(line).eigenvalues.tolist()]
+        [0.0, 1.0, 3.0]
     """
     _check_matrix("adjacency", adjacency)
     weights = adjacency.detach().double()
@@ -114,7 +201,22 @@ def graph_operator(adjacency: Tensor) -> DerivativeOperator:
 
 
 def matrix_operator(matrix: Tensor) -> DerivativeOperator:
-    """Any D (m, n), real and finite, its eigenpairs by an svd of D itself: that of DᵀD would lose half the digits."""
+    """Make an operator of any matrix D, with the eigenpairs of DᵀD from an SVD of D, since DᵀD would lose half the digits.
+
+    Args:
+        matrix: D, of shape (m, n) with n > 0, real floating-point and finite.
+
+    Returns:
+        `DerivativeOperator` of n places.
+
+    Raises:
+        TypeError: A complex or integer matrix.
+        ValueError: Another shape, or entries that are not finite.
+
+    Example:
+        >>> matrix_operator(torch.tensor([[-1.0, 1.0]])).eigenvalues.round(decimals=6)
+        tensor([0., 2.], dtype=torch.float64)
+    """
     _check_matrix("matrix", matrix)
     d = matrix.detach().double().cpu()
     _, s, vh = torch.linalg.svd(d, full_matrices=len(d) < d.shape[1])
@@ -149,11 +251,11 @@ def _on_a_grid(kind: str, axes: Sequence[DerivativeOperator]) -> DerivativeOpera
 
 
 def _blocks(values: Tensor) -> Blocks:
-    """Of eigenvalues in closed form, which are right to a few ulps of each and not of the largest."""
+    """Find the runs of equal eigenvalues, given in closed form: each has an error of a few of its own ulps."""
     return linalg.equal_runs(values, values[1:])
 
 
-# How an operator acts; functions of the module, so that one can be pickled.
+# The actions of the operators. They are functions of the module, so that an operator can be pickled.
 
 
 def _times(matrix: Tensor, h: Tensor) -> Tensor:
@@ -170,7 +272,7 @@ def _over_grid(axes: Sequence[DerivativeOperator], h: Tensor) -> Tensor:
     return torch.cat([a.apply(m).reshape(-1, h.shape[1]) for a, m in zip(axes, moved, strict=True)])
 
 
-# What each kind of derivative costs its modes, and how it acts.
+# The costs and the action of each kind of derivative.
 
 
 def _spectral_cost(modes: Any) -> Tensor:

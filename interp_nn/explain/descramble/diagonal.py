@@ -1,4 +1,4 @@
-"""The P of a group that makes a square matrix as diagonal as can be from the left, by P W's trace or its diagonal's squares."""
+"""The P of a group that makes P W as diagonal as possible, by its trace or by the sum of squares on its diagonal."""
 
 from __future__ import annotations
 
@@ -13,14 +13,15 @@ from interp_nn.explain.descramble.optimum import Ambiguity, Group, Optimum, Spec
 
 DiagonalCriterion = Literal["diag_sum", "diag_normsq"]
 _STEPS = 10_000
-_SETTLED = 1e-15  # relative growth of a sum of squares
+_SETTLED = 1e-15  # relative growth of the sum of squares at which the ascent stops
 
 
 def most_diagonal(W: Tensor, criterion: DiagonalCriterion, group: Group) -> Optimum:
-    """The P of the group with the largest tr(P W), or sum of (P W)_ii²; the loss is minus that.
+    """Find the P of the group with the largest tr(P W) (diag_sum) or sum of (P W)_ii² (diag_normsq); the loss is minus that.
 
-    diag_sum: the sum of W's singular values, with P W symmetric; rotations lose twice the smallest where det W < 0.
-    diag_normsq: at most |W|_F²; a local maximum. Permutations: an assignment, exactly (needs scipy).
+    diag_sum reaches the sum of W's singular values, and P W is then symmetric. Rotations reach twice the smallest singular value
+    less where det W < 0. diag_normsq finds a local maximum, which is at most |W|_F². For permutations, the problem is a linear
+    assignment, which scipy solves exactly.
     """
     W = W.detach().double()
     sums, special = criterion == "diag_sum", group == "special"
@@ -40,14 +41,14 @@ def most_diagonal(W: Tensor, criterion: DiagonalCriterion, group: Group) -> Opti
 
 
 def in_units_of_norm(loss: float, W: Tensor, criterion: DiagonalCriterion) -> float:
-    """Minus the loss in units of the largest that a matrix of W's Frobenius norm can reach."""
+    """Return minus the loss, divided by the largest value that a matrix with W's Frobenius norm can reach."""
     norm = float(torch.linalg.matrix_norm(W.double()))
     most = sqrt(len(W)) * norm if criterion == "diag_sum" else norm**2
     return -loss / most if most else float("nan")
 
 
 def asymmetry(P: Tensor, W: Tensor) -> float:
-    """How far P is from a stationary point of the sum of (P W)_ii², where P W diag(P W) is symmetric; relative to its norm."""
+    """Return the asymmetry of P W diag(P W) relative to its norm. It is 0 at a stationary point of the sum of (P W)_ii²."""
     turned = P @ W
     gradient = turned * turned.diagonal()
     size = float(torch.linalg.matrix_norm(gradient))
@@ -55,8 +56,10 @@ def asymmetry(P: Tensor, W: Tensor) -> float:
 
 
 def _climbed(W: Tensor, special: bool) -> Tensor:
-    """The sum of squares is convex in P, so the P that is best for its tangent is better, or it is the last one: from the best
-    for the sum, P <- polar factor of W diag(P W), transposed, until the sum no longer grows.
+    """Maximise the sum of (P W)_ii² by ascent: P <- transposed polar factor of W diag(P W), until the sum no longer grows.
+
+    The sum is convex in P. So the P that maximises its tangent plane has at least the same sum. The ascent starts from the P
+    that maximises the trace.
     """
     P, reached = _polar(W, special), 0.0
     for _ in range(_STEPS):
@@ -77,7 +80,7 @@ def _diagonal_of(P: Tensor, W: Tensor) -> Tensor:
 
 
 def _assigned(gains: Tensor) -> Tensor:
-    """The order (n,) int64 with the largest sum of gains[order[i], i]."""
+    """Return the order (n,) int64 with the largest sum of gains[order[i], i]."""
     try:
         from scipy.optimize import linear_sum_assignment
     except ImportError as error:

@@ -1,4 +1,4 @@
-"""The waves that a weight matrix is made of, once its features are in an order that means something."""
+"""The two-dimensional Fourier amplitudes of a weight matrix whose features are in a meaningful order."""
 
 from __future__ import annotations
 
@@ -11,8 +11,17 @@ from interp_nn import linalg
 
 
 class FourierView(NamedTuple):
-    """amplitudes: (n, d), of each pair of waves along the rows and the columns, constants in the middle; their squares sum to
-    |W|². row_waves (n,), column_waves (d,): how many turns each makes over the whole length, in ascending order.
+    """The Fourier amplitudes of a matrix, the result of `fft_view`.
+
+    Attributes:
+        amplitudes: Amplitude of each pair of waves along the rows and the columns, (n, d) float64, with constants in the middle.
+            The sum of their squares is |W|².
+        row_waves: Periods of each wave over the height of the matrix, (n,) float64, ascending.
+        column_waves: Periods of each wave over the width of the matrix, (d,) float64, ascending.
+
+    Example:
+        >>> fft_view(torch.ones(3, 4)).column_waves
+        tensor([-2., -1.,  0.,  1.], dtype=torch.float64)
     """
 
     amplitudes: Tensor
@@ -21,10 +30,26 @@ class FourierView(NamedTuple):
 
 
 def fft_view(W: Tensor) -> FourierView:
-    """The two-dimensional Fourier amplitudes of a matrix (n, d), as Amey et al. (2021) look at descrambled weights.
+    """Compute the two-dimensional Fourier amplitudes of a matrix.
 
-    A row of P W that is a filter of one frequency is one pair of bright points. Raises TypeError for complex or integer W,
-    ValueError for another shape.
+    Applied to descrambled weights P W, a row that filters a single frequency appears as one pair of bright points.
+
+    Args:
+        W: Matrix of shape (n, d) with at least one entry, real floating-point.
+
+    Returns:
+        `FourierView` of the amplitudes and their frequencies.
+
+    Raises:
+        TypeError: A complex or integer matrix.
+        ValueError: Another shape.
+
+    Example:
+        >>> fft_view(torch.ones(2, 2)).amplitudes  # a constant alone
+        tensor([[0., 0.],
+                [0., 2.]], dtype=torch.float64)
+
+    Source: Amey, Keeley, Choudhury & Kuprov (2021), PNAS 118(5) e2016917118.
     """
     linalg.check_real("W", W)
     if W.dim() != 2 or not W.numel():

@@ -1,7 +1,7 @@
-"""Orthonormal bases of smooth modes: Fourier, cosine, sine, those of a free beam, products of these on a grid, and any matrix.
+"""Orthonormal bases of smooth modes: Fourier, cosine, sine and beam modes, their products on a grid, and any matrix.
 
-Each is T (n, n), a mode a column, smooth ones first. `analyse` gives Tᵀ H and `synthesise` T C for columns (n, N); the first
-three bases do it by FFT, in O(n log n) a column, where that is faster than a product with T.
+A basis is T (n, n), with a mode in each column and the smooth ones first. `analyse` computes Tᵀ H and `synthesise` T C, for
+columns (n, N). The Fourier, cosine and sine bases use FFTs, in O(n log n) a column, where that is faster than a product with T.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ class Modes(ABC):
 
     @abstractmethod
     def matrix(self) -> Tensor:
-        """T (n, n) fp64, a mode a column."""
+        """Return T (n, n) in float64, with a mode in each column."""
 
     def analyse(self, h: Tensor) -> Tensor:
-        """Tᵀ H (n, N), in the dtype and on the device of H."""
+        """Compute Tᵀ H (n, N), in the dtype and on the device of H."""
         return self._matrix.mT.to(h) @ h
 
     def synthesise(self, c: Tensor) -> Tensor:
-        """T C (n, N), in the dtype and on the device of C."""
+        """Compute T C (n, N), in the dtype and on the device of C."""
         return self._matrix.to(c) @ c
 
     @cached_property
@@ -48,12 +48,15 @@ class DenseModes(Modes):
         self._given = matrix
 
     def matrix(self) -> Tensor:
+        """Return a copy of the matrix."""
         return self._given.clone()
 
 
 class WaveModes(Modes):
-    """Trigonometric modes, whose products are FFTs. waves: (n,) fp64, the whole numbers of each mode. radians: (n,) fp64, by
-    how much its angle grows from place to place. fft_from: the n from which FFTs are faster, measured on two cores of a CPU.
+    """Trigonometric modes, whose products can be computed by FFTs.
+
+    waves: the wave number of each mode, (n,) float64. radians: the step of its angle from place to place, (n,) float64. fft_from:
+    the n from which FFTs are faster, measured on two cores of a CPU.
     """
 
     fft_from = 256
@@ -61,13 +64,15 @@ class WaveModes(Modes):
     radians: Tensor
 
     def analyse(self, h: Tensor) -> Tensor:
+        """Compute Tᵀ H (n, N), by FFT from `fft_from` places on."""
         return self._analyse(h.to(_fft_type(h))).to(h.dtype) if self._by_fft(h) else super().analyse(h)
 
     def synthesise(self, c: Tensor) -> Tensor:
+        """Compute T C (n, N), by FFT from `fft_from` places on."""
         return self._synthesise(c.to(_fft_type(c))).to(c.dtype) if self._by_fft(c) else super().synthesise(c)
 
     def _by_fft(self, h: Tensor) -> bool:
-        return self.n >= self.fft_from and h.shape[1] > 0  # some FFTs refuse to do nothing
+        return self.n >= self.fft_from and h.shape[1] > 0  # some FFT libraries raise for an empty batch
 
     @abstractmethod
     def _analyse(self, h: Tensor) -> Tensor: ...
@@ -77,7 +82,7 @@ class WaveModes(Modes):
 
 
 class FourierModes(WaveModes):
-    """A ring: 1, cos q, sin q, cos 2q, sin 2q, ... at q = 2 pi j / n, and (-1)^j at last where n is even."""
+    """A ring: 1, cos q, sin q, cos 2q, sin 2q, ... at q = 2 pi j / n, with (-1)^j as the last mode for even n."""
 
     def __init__(self, n: int) -> None:
         super().__init__(n)
@@ -85,6 +90,7 @@ class FourierModes(WaveModes):
         self.radians = 2 * pi / n * self.waves
 
     def matrix(self) -> Tensor:
+        """Return T, from angles that are reduced while they are exact."""
         place = torch.arange(self.n)
         angle = _angles(torch.outer(place, (place + 1).div(2, rounding_mode="floor")), self.n)
         sine = (place % 2 == 0) & (place > 0)
@@ -99,7 +105,7 @@ class FourierModes(WaveModes):
         c = c * self._norms(c)
         none = torch.zeros_like(c[:1])
         pairs = torch.cat((c[:1], none, c[1:], none)[: 4 if self.n % 2 == 0 else 3]).unflatten(0, (-1, 2))
-        # The transform counts each wave but the constant, and the last one where n is even, twice.
+        # The real FFT counts each wave twice, except for the constant and, for even n, the last one.
         weight = pairs.new_full((len(pairs), 1), self.n / 2)
         weight[0] = self.n
         if self.n % 2 == 0:
@@ -123,10 +129,11 @@ class CosineModes(WaveModes):
         self.radians = pi / n * self.waves
 
     def matrix(self) -> Tensor:
+        """Return T, from angles that are reduced while they are exact."""
         angle = _angles(torch.outer(2 * torch.arange(self.n) + 1, torch.arange(self.n)), 4 * self.n)
         return self._norms(angle).squeeze(1) * angle.cos()
 
-    # By one real FFT of n values, the even places first and the odd ones backwards (Makhoul 1980).
+    # One real FFT of n values, with the even places first and then the odd ones in reverse (Makhoul 1980).
 
     def _analyse(self, h: Tensor) -> Tensor:
         turned = torch.fft.rfft(torch.cat((h[::2], h[1::2].flip(0))), dim=0) * self._turns(h)
@@ -153,7 +160,7 @@ class CosineModes(WaveModes):
 
 
 class SineModes(WaveModes):
-    """A line whose ends are held at zero: sin(pi k j / (n + 1)) for j and k = 1 ... n, the DST-I, which is its own inverse."""
+    """A line with zeros beyond its ends: sin(pi k j / (n + 1)) for j and k = 1 ... n, the DST-I, which is its own inverse."""
 
     fft_from = 512
 
@@ -163,6 +170,7 @@ class SineModes(WaveModes):
         self.radians = pi / (n + 1) * self.waves
 
     def matrix(self) -> Tensor:
+        """Return T, from angles that are reduced while they are exact."""
         k = torch.arange(self.n) + 1
         return sqrt(2 / (self.n + 1)) * _angles(torch.outer(k, k), 2 * self.n + 2).sin()
 
@@ -176,11 +184,11 @@ class SineModes(WaveModes):
 
 
 class BeamModes(Modes):
-    """A line with free ends as the second difference sees it: 1, x, and the modes of a discrete beam with free ends.
+    """The modes of second differences on a line with free ends: 1, x, and the modes of a discrete beam with free ends.
 
-    With x from the middle, such a mode is A cos(theta x) + B cosh(phi x), or the sines of both, where sin(theta / 2) is
-    sinh(phi / 2). That its second difference is zero at two more places beyond each end leaves one theta in each interval
-    (p pi, (p + 1) pi) / (n - 1), p = 1 ... n - 2, where bisection finds it.
+    With x measured from the middle, a beam mode is A cos(theta x) + B cosh(phi x), or the sines of both, with
+    sin(theta / 2) = sinh(phi / 2). Its second difference must be zero at two more places beyond each end. This leaves one theta
+    in each interval (p pi, (p + 1) pi) / (n - 1), p = 1 ... n - 2, which bisection finds.
     """
 
     def __init__(self, n: int) -> None:
@@ -192,11 +200,12 @@ class BeamModes(Modes):
 
     @property
     def radians(self) -> Tensor:
-        """theta of every mode (n,) fp64: 0 for 1 and x."""
+        """The angle theta of every mode, (n,) float64; 0 for the modes 1 and x."""
         return torch.cat((torch.zeros(self.n - len(self._p), dtype=torch.float64), self._theta(self._excess)))
 
     def matrix(self) -> Tensor:
-        x = torch.arange(1 - self.n, self.n, 2).unsqueeze(1)  # twice the place, from the middle
+        """Return T, from normalised modes."""
+        x = torch.arange(1 - self.n, self.n, 2).unsqueeze(1)  # twice the place, measured from the middle
         rigid = torch.cat((torch.ones_like(x), x), 1)[:, : self.n]
         modes = torch.cat((rigid.double(), self._flexed(x)), 1)
         return modes / torch.linalg.vector_norm(modes, dim=0)
@@ -204,7 +213,7 @@ class BeamModes(Modes):
     def _flexed(self, x: Tensor) -> Tensor:
         end, theta = torch.tensor(self.n - 1), self._theta(self._excess)
         phi, sign = 2 * (theta / 2).sin().asinh(), torch.where(self._even, 1.0, -1.0).to(theta)
-        # cosh(phi x) / cosh(phi end), or their sines: as exponentials, which cannot overflow.
+        # cosh(phi x) / cosh(phi end), or sinh for both, written with exponentials that cannot overflow.
         near, far = (phi / 2 * (x - end)).exp(), (-phi / 2 * (x + end)).exp()
         hyperbolic = (near + sign * far) / (1 + sign * (-phi * end).exp())
         return self._wave(x, self._excess) / self._wave(end, self._excess) + hyperbolic
@@ -226,7 +235,7 @@ class BeamModes(Modes):
         return (pi * self._p.double() + excess) / self._span
 
     def _wave(self, x: Tensor, excess: Tensor, quadrature: bool = False) -> Tensor:
-        """cos(theta x / 2) for even modes and sin for odd ones; quadrature: sin and -cos. x: whole numbers."""
+        """Return cos(theta x / 2) for even modes and sin for odd ones; with quadrature, sin and -cos. x: whole numbers."""
         angle = _angles(self._p * x, 4 * self._span) + excess * x / (2 * self._span)
         if quadrature:
             return torch.where(self._even, angle.sin(), -angle.cos())
@@ -234,19 +243,22 @@ class BeamModes(Modes):
 
 
 class GridModes(Modes):
-    """Products of the modes of each axis of a grid, in the order given by `order`; places in row-major order."""
+    """Products of the modes of each axis of a grid, sorted by `order`. The places are in row-major order."""
 
     def __init__(self, axes: Sequence[Modes], order: Tensor) -> None:
         super().__init__(prod(axis.n for axis in axes))
         self._axes, self._order = tuple(axes), order
 
     def matrix(self) -> Tensor:
+        """Return T, the sorted Kronecker product of the axes' bases."""
         return reduce(torch.kron, (axis.matrix() for axis in self._axes))[:, self._order]
 
     def analyse(self, h: Tensor) -> Tensor:
+        """Compute Tᵀ H (n, N), one axis after another."""
         return self._along(h, [axis.analyse for axis in self._axes])[self._order.to(h.device)]
 
     def synthesise(self, c: Tensor) -> Tensor:
+        """Compute T C (n, N), one axis after another."""
         unsorted = torch.empty_like(c)
         unsorted[self._order.to(c.device)] = c
         return self._along(unsorted, [axis.synthesise for axis in self._axes])
@@ -260,7 +272,7 @@ class GridModes(Modes):
 
 
 def _angles(steps: Tensor, turn: int) -> Tensor:
-    """Angles (fp64) of whole numbers of steps, `turn` of them a turn; whole turns are taken off while they are exact."""
+    """Return the angles (float64) of whole numbers of steps, with `turn` steps in a full turn. Full turns are removed exactly."""
     return (2 * pi / turn) * (steps % turn).double()
 
 

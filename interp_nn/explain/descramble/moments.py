@@ -1,4 +1,4 @@
-"""Second moments of data that arrive in batches, in O(n²) memory: of all, of two halves, and of data shuffled as a null."""
+"""Gram matrices of data that arrive in batches, in O(n²) memory: of all samples, of two halves, and of shuffled data."""
 
 from __future__ import annotations
 
@@ -7,13 +7,15 @@ from torch import Tensor
 
 from interp_nn.linalg import GramAccumulator
 
-_ENTRIES_AT_ONCE = 1 << 22  # that are shuffled
+_CHUNK_ENTRIES = 1 << 22  # entries that are shuffled at a time
 
 
 class Samples:
-    """Gram matrices of values (features, n, positions): of every sample, of every other one, and of the features shuffled each by
-    itself over the samples and positions of a batch, which keeps what a feature is and loses what it has to do with others.
-    precision: eps of the coarsest dtype seen.
+    """Gram matrices of values (features, n, positions).
+
+    halves: of the samples with even and with odd numbers. all: of all samples. shuffled: of data with each feature shuffled by
+    itself, over the samples and positions of a batch. This keeps the distribution of each feature and removes its relation to
+    the others. precision: eps of the coarsest dtype of the values.
     """
 
     def __init__(self, features: int, device: torch.device) -> None:
@@ -29,21 +31,22 @@ class Samples:
         for parity, half in enumerate(self.halves):
             half.update(values[:, (self._seen + parity) % 2 :: 2].flatten(1))
         self._seen += values.shape[1]
-        for part in values.flatten(1).split(max(1, _ENTRIES_AT_ONCE // max(1, len(values))), dim=1):
+        for part in values.flatten(1).split(max(1, _CHUNK_ENTRIES // max(1, len(values))), dim=1):
             self.shuffled.update(shuffled(part, self._generator))
 
     @property
     def features(self) -> int:
+        """The number of features."""
         return len(self.shuffled.mean)
 
     @property
     def all(self) -> GramAccumulator:
-        """Of every sample."""
+        """The Gram matrix of all samples."""
         return self.halves[0].merge(self.halves[1])
 
 
 def shuffled(values: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """Values (features, n) with each row's in an order of its own; by default the same orders at every call."""
+    """Shuffle each row of values (features, n) by itself. Without a generator, every call draws the same orders."""
     generator = generator or torch.Generator(values.device).manual_seed(0)
     order = torch.rand(values.shape, generator=generator, device=values.device).argsort(1)
     return values.gather(1, order)

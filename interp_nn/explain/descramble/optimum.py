@@ -1,4 +1,4 @@
-"""The P of a group for which |D P H|² is least, from the Gram matrix H Hᵀ alone, and what it is for a P drawn at random."""
+"""The minimum of |D P H|² over the P of a group, and its mean over random P, both from the Gram matrix H Hᵀ alone."""
 
 from __future__ import annotations
 
@@ -13,23 +13,43 @@ from interp_nn.explain.descramble.seriation import seriate_gram
 from interp_nn.linalg import Blocks
 
 Group = Literal["orthogonal", "special", "permutation"]
-_ENTRIES_AT_ONCE = 1 << 22  # of D P
+_CHUNK_ENTRIES = 1 << 22  # entries of D P that are computed at a time
 
 
 class Spectrum(NamedTuple):
-    """tau: (n,) fp64 ascending, what the operator's modes cost; lam: (n,) descending, the energies of the data's principal
-    components, of which each goes to the mode at its place. For the diagonal criteria tau is 1, and lam W's singular values.
+    """The costs of the operator's modes, and the energies of the data's components, of which component i becomes mode i.
+
+    The smallest loss is sum_i mode_costs[i] energies[i].
+
+    Attributes:
+        mode_costs: Eigenvalues tau of DᵀD, (n,) float64, ascending. For the diagonal criteria, ones.
+        energies: Eigenvalues lambda of the Gram matrix H Hᵀ, (n,) float64, descending. For the diagonal criteria, the singular
+            values of the matrix.
+
+    Example:
+        >>> from interp_nn.explain import Descrambler
+        >>> spectrum = Descrambler(operator="diff1").fit(torch.tensor([[3.0, 0.0], [0.0, 2.0]])).spectrum_
+        >>> spectrum.mode_costs.round(decimals=6), spectrum.energies.round(decimals=6)
+        (tensor([0., 2.], dtype=torch.float64), tensor([9., 4.], dtype=torch.float64))
     """
 
-    tau: Tensor
-    lam: Tensor
+    mode_costs: Tensor
+    energies: Tensor
 
 
 class Ambiguity(NamedTuple):
-    """How far an optimal P is not determined, beyond the sign of each component, which never is.
+    """The directions in which an optimal P is arbitrary, beyond the sign of each component, which always is.
 
-    operator_blocks, data_blocks: runs [start, stop) of equal tau, and of equal lam: rotating their modes, or components, into
-    each other costs nothing. rank, features: the data has no energy in its last features - rank components.
+    Attributes:
+        operator_blocks: Runs [start, stop) of equal mode costs. P may rotate the modes of a run into each other at the same loss.
+        data_blocks: Runs [start, stop) of equal energies. P may rotate the components of a run into each other at the same loss.
+        rank: Rank of the data. The last features - rank components have no energy.
+        features: Number of features n.
+
+    Example:
+        >>> from interp_nn.explain import Descrambler
+        >>> Descrambler(operator="fourier2").fit(torch.diag(torch.tensor([3.0, 2.0, 1.0]))).ambiguity_
+        Ambiguity(operator_blocks=((1, 3),), data_blocks=(), rank=3, features=3)
     """
 
     operator_blocks: Blocks
@@ -39,7 +59,7 @@ class Ambiguity(NamedTuple):
 
 
 class Optimum(NamedTuple):
-    """P (n, n) fp64, its loss, what no P has less than, and what both follow from."""
+    """The optimal P (n, n) in float64, its loss, a lower bound of the loss of any P, and the spectrum and ambiguity of P."""
 
     P: Tensor
     loss: float
@@ -51,18 +71,19 @@ class Optimum(NamedTuple):
 def smoothest(
     gram: Tensor, operator: DerivativeOperator, group: Group, canonical: bool = True, precision: float = 0.0
 ) -> Optimum:
-    """The P of the group with the least |D P H|², which is T Uᵀ for T the modes of D and U the principal components of H.
+    """Find the P of the group with the smallest |D P H|²: P = T Uᵀ, with the modes T of D and the principal components U of H.
 
-    canonical: whether U's largest entries are made positive. precision: eps of the data, for its rank.
+    canonical: make the largest entry of each column of U positive. precision: eps of the data, for its rank.
     """
-    n, tau = len(gram), operator.eigenvalues.to(gram.device)
+    n, costs = len(gram), operator.eigenvalues.to(gram.device)
     values, vectors, _ = linalg.eigh(gram) if canonical else (*torch.linalg.eigh(gram), ())
-    # What is below rounding of the largest is nothing, and would count much where a mode is dear.
-    lam, u = values.flip(0), vectors.flip(1)
-    lam = lam.where(lam > n * torch.finfo(lam.dtype).eps * lam[0], 0.0)
-    spectrum = Spectrum(tau, lam)
-    rank = int((lam > precision**2 * lam[0]).sum())  # rounding of data is its eps of their norm, whose square lam is
-    ambiguity = Ambiguity(operator.blocks, linalg.equal_runs(lam), rank, n)
+    # Energies below the rounding error of the largest one are set to 0. Otherwise the cost of a rough mode would amplify them.
+    energies, u = values.flip(0), vectors.flip(1)
+    energies = energies.where(energies > n * torch.finfo(energies.dtype).eps * energies[0], 0.0)
+    spectrum = Spectrum(costs, energies)
+    # Rounding changes the data by eps of their norm, and energies are squares of norms.
+    rank = int((energies > precision**2 * energies[0]).sum())
+    ambiguity = Ambiguity(operator.blocks, linalg.equal_runs(energies), rank, n)
     if group == "permutation":
         best = seriate_gram(gram, operator)
         P = torch.eye(n, dtype=gram.dtype, device=gram.device)[best.order]
@@ -71,20 +92,23 @@ def smoothest(
     if group == "special" and float(torch.linalg.slogdet(P).sign) < 0:
         u[:, -1].neg_()
         P = operator.inverse(u.mT)
-    return Optimum(P, loss(P, gram, operator), float(tau @ lam), spectrum, ambiguity)
+    return Optimum(P, loss(P, gram, operator), float(costs @ energies), spectrum, ambiguity)
 
 
 def loss(P: Tensor, gram: Tensor, operator: DerivativeOperator) -> float:
-    """|D P H|² = tr(D P H Hᵀ Pᵀ Dᵀ), some columns of D P at a time."""
+    """Compute |D P H|² = tr(D P H Hᵀ Pᵀ Dᵀ), with a chunk of the columns of D P at a time."""
     turned, total = P @ gram, 0.0
-    for columns in torch.arange(len(P)).split(max(1, _ENTRIES_AT_ONCE // max(1, operator.rows))):
+    for columns in torch.arange(len(P)).split(max(1, _CHUNK_ENTRIES // max(1, operator.rows))):
         part = slice(int(columns[0]), int(columns[-1]) + 1)
         total += float((operator.apply(turned[:, part]) * operator.apply(P[:, part])).sum())
     return total
 
 
 def chance(gram: Tensor, operator: DerivativeOperator, group: Group) -> float:
-    """The mean of |D P H|² over a uniform P: tr(DᵀD) tr(H Hᵀ) / n, and for permutations the same with constants apart."""
+    """Compute the mean of |D P H|² over uniformly random P of the group.
+
+    It is tr(DᵀD) tr(H Hᵀ) / n for orthogonal P. Permutations keep constants, whose part is computed by itself.
+    """
     n, cost, energy = len(gram), float(operator.eigenvalues.sum()), float(gram.trace())
     mean = cost * energy / n
     if group == "permutation" and n > 1:

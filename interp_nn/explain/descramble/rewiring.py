@@ -1,4 +1,4 @@
-"""The weights of a layer and of the next in other coordinates of what passes between them, seen or written into the model."""
+"""The weights P W of a layer and W Pᵀ of the next one, as tensors or written into the model."""
 
 from __future__ import annotations
 
@@ -14,8 +14,17 @@ from interp_nn.nn.base import LinearForm
 
 
 class DescrambledWeights(NamedTuple):
-    """A layer's weight from the left, P W, and the next layer's from the right, W Pᵀ (None without one), in fp64 and in the
-    shapes that the layers have them.
+    """The weights of a layer and of the next one for descrambled features, the result of `Descrambler.weights`.
+
+    Attributes:
+        weight: P W of the layer, in the weight's own shape (n, ...), float64.
+        following: W Pᵀ of the next layer, in the weight's own shape (m, n, ...), float64; None without a next layer.
+
+    Example:
+        >>> from interp_nn.explain import Descrambler
+        >>> order = Descrambler(operator="diff1", group="permutation").fit(torch.tensor([[1.0], [9.0], [2.0]]))
+        >>> order.weights(torch.tensor([[1.0], [9.0], [2.0]])).weight.flatten()
+        tensor([1., 2., 9.], dtype=torch.float64)
     """
 
     weight: Tensor
@@ -23,14 +32,14 @@ class DescrambledWeights(NamedTuple):
 
 
 def rotated_rows(w: Tensor, P: Tensor) -> Tensor:
-    """P W of a weight or bias (n, ...)."""
+    """Compute P W of a weight or bias (n, ...)."""
     if len(w) != len(P):
         raise ValueError(f"layer: got a weight of shape {tuple(w.shape)}, want ({len(P)}, ...)")
     return torch.einsum("ij,j...->i...", P.to(w.device), w.double())
 
 
 def rotated_columns(w: Tensor, P: Tensor) -> Tensor:
-    """W Pᵀ of a weight (m, n, ...), or (m, n s) with s positions of each of n channels."""
+    """Compute W Pᵀ of a weight (m, n, ...), or (m, n s) for s positions of each of n channels."""
     n = len(P)
     if w.dim() < 2 or w.shape[1] % n:
         raise ValueError(f"following: got a weight of shape {tuple(w.shape)}, want (m, {n}, ...) or a multiple of {n}")
@@ -38,7 +47,7 @@ def rotated_columns(w: Tensor, P: Tensor) -> Tensor:
 
 
 def weight_of(layer: nn.Module | Tensor, name: str) -> Tensor:
-    """A layer's weight (out, in, ...); of a summary layer, that of the linear layer which it is."""
+    """Return a layer's weight (out, in, ...); for a summary layer, its effective weight."""
     if isinstance(layer, Tensor):
         weight = layer
     elif not has_rows(layer):
@@ -49,7 +58,7 @@ def weight_of(layer: nn.Module | Tensor, name: str) -> Tensor:
 
 
 def scaled_columns(model: nn.Module, wires: Wiring, gram: Tensor) -> Tensor:
-    """The next layer's weight as samples of the features (n, m), scaled to the spectral norm of those with this Gram matrix."""
+    """Return the next layer's weight as samples (n, m), scaled to the spectral norm of samples with this Gram matrix."""
     assert wires.following is not None
     weight = weight_of(find_layer(model, wires.following)[1], "following").double()
     columns = weight.view(len(weight), wires.features, -1).movedim(1, 0).flatten(1)
@@ -59,36 +68,37 @@ def scaled_columns(model: nn.Module, wires: Wiring, gram: Tensor) -> Tensor:
 
 @torch.no_grad()
 def rewire_(model: nn.Module, wires: Wiring, P: Tensor, permutation: bool, probe: Tensor) -> None:
-    """Put P after a layer and Pᵀ before the next one, in place: weights, biases, and what lies between with a value a feature.
+    """Multiply a layer's parameters by P and the next layer's weight by Pᵀ, in place.
 
-    Compares the model's outputs on `probe` before and after; where they differ by more than rounding, everything is put back
-    and ValueError raised. Raises ValueError too for a P that is no permutation where anything lies between.
+    Parameters and buffers of the modules between the two, with one value for each feature, are multiplied by P too. The function
+    compares the outputs on `probe` before and after. If they differ by more than rounding, it restores the model and raises
+    ValueError. It also raises ValueError for a P that is no permutation if any operation lies between the layers.
     """
     if wires.following is None:
         raise ValueError(
-            f"apply_: no layer after {wires.layer!r} receives a function of its values alone, so none can undo P"
+            f"apply_: no layer after {wires.layer!r} receives a function of its values alone, so that no layer can undo P"
         )
     if not permutation and not wires.direct:
         between = [(path, find_layer(model, path)[1]) for path in wires.between]
         modules = [f"{path} ({type(module).__name__})" for path, module in between if not any(module.children())]
         raise ValueError(
             f"apply_: between {wires.layer!r} and {wires.following!r} lies {', '.join(modules) or 'a function'}, which does not "
-            "commute with an orthogonal P, so the network would compute something else; want group='permutation', or look at "
-            "weights()"
+            "commute with an orthogonal P, so that the network would compute another function; want group='permutation'; "
+            "weights() shows P W without a change of the model"
         )
     layer, following = (find_layer(model, path)[1] for path in (wires.layer, wires.following))
     for path, module in ((wires.layer, layer), (wires.following, following)):
         if not has_rows(module):
             raise ValueError(
-                f"apply_: layer {path!r} is of {type(module).__name__}, want one with a weight (out, in, ...)"
+                f"apply_: layer {path!r} is {type(module).__name__}, want a layer with a weight (out, in, ...)"
             )
         if getattr(module, "groups", 1) != 1:
             raise ValueError(
-                f"apply_: layer {path!r} has {module.groups} groups, whose channels cannot be mixed; want one"
+                f"apply_: layer {path!r} has {module.groups} groups, whose channels cannot be mixed; want one group"
             )
         if is_parametrized(module, "weight"):
             raise ValueError(
-                f"apply_: the weight of layer {path!r} is parametrized, so cannot be written; remove that first"
+                f"apply_: the weight of layer {path!r} is parametrized and cannot be written; want a plain parameter"
             )
     own = [layer, *(find_layer(model, path)[1] for path in wires.between)]
     held = {id(t): t for module in own for t in _values(module) if t.dim() and len(t) == len(P)}
@@ -99,13 +109,13 @@ def rewire_(model: nn.Module, wires: Wiring, P: Tensor, permutation: bool, probe
     for value, _, new in changes:
         value.copy_(new)
     after = _output(model, probe)
-    # Sums are taken in another order; anything beyond half the digits is another function.
+    # The sums are taken in another order. A difference in the leading half of the digits means another function.
     if not torch.allclose(before, after, rtol=0, atol=torch.finfo(before.dtype).eps ** 0.5 * float(before.abs().max())):
         for value, old, _ in changes:
             value.copy_(old)
         raise ValueError(
-            f"apply_: exchanging the features of {wires.layer!r} changes what the model computes by "
-            f"{float((before - after).abs().max()):.2g}, as where another layer uses them too; the model is as it was"
+            f"apply_: with the features of {wires.layer!r} exchanged, the model's output changes by "
+            f"{float((before - after).abs().max()):.2g}, for instance because another layer uses them too; the model is unchanged"
         )
 
 

@@ -1,8 +1,8 @@
-"""The order of features in which neighbours are most alike: the least |D Pi H|² over permutations Pi.
+"""The order of features that minimises |D Pi H|² over permutations Pi, so that neighbours are alike.
 
-With first differences it is the shortest path through the features (seriation), with any other D a quadratic assignment. Small
-ones are solved exactly; larger ones from the order of the Fiedler vector (Atkins, Boman & Hendrickson 1998), improved until no
-exchange helps, with a bound that says how far from the best the result can be.
+For first differences it is the shortest path through the features (seriation). For any other D it is a quadratic assignment.
+Small problems are solved exactly. Larger ones start from the order of the Fiedler vector (Atkins, Boman & Hendrickson 1998) and
+are improved until no exchange lowers the loss. A lower bound limits the distance of the result from the optimum.
 """
 
 from __future__ import annotations
@@ -14,18 +14,30 @@ import torch
 from torch import Tensor
 
 from interp_nn import linalg
-from interp_nn.explain.descramble.brockett import Operator, operator_on
+from interp_nn.explain.descramble.brockett import OperatorLike, operator_on
 from interp_nn.explain.descramble.derivatives import DerivativeOperator
 
-_MOST_BY_PATHS, _MOST_BY_TRIAL = 15, 9  # features
-_TRIALS_AT_ONCE = 1 << 16
+_MAX_BY_PATHS, _MAX_BY_TRIAL = 15, 9  # the largest numbers of features that are solved exactly
+_CHUNK_ORDERS = 1 << 16  # orders that are tried at a time
 _STEEPNESS = 4.0
-_MIN_GAIN = 1e-12  # of the loss, for an exchange: less may be rounding, and go round in circles
+_MIN_GAIN = (
+    1e-12  # the gain an exchange must have, relative to the loss: a smaller one may be rounding and repeat forever
+)
 
 
 class Seriation(NamedTuple):
-    """order: (n,) int64, the feature at each place, so that H[order] is smooth. loss: |D H[order]|². lower_bound: what no order
-    can pass (of orthogonal matrices instead of permutations). exact: whether no order has a lower loss.
+    """An order of features, the result of `seriate`.
+
+    Attributes:
+        order: The feature at each place, (n,) int64, so that x[order] is smooth.
+        loss: |D x[order]|².
+        lower_bound: A bound that no order is below, from orthogonal matrices in place of permutations.
+        exact: True if no order has a lower loss.
+
+    Example:
+        >>> found = seriate(torch.tensor([[0.0], [5.0], [1.0]]))
+        >>> found.order.tolist(), found.loss, found.exact
+        ([0, 2, 1], 17.0, True)
     """
 
     order: Tensor
@@ -34,59 +46,77 @@ class Seriation(NamedTuple):
     exact: bool
 
 
-def seriate(H: Tensor, operator: Operator = "diff1") -> Seriation:
-    """The order of the features H (n, N) with the least |D H[order]|², in fp64.
+def seriate(x: Tensor, operator: OperatorLike = "diff1") -> Seriation:
+    """Find the order of features that minimises |D x[order]|², in float64.
 
-    operator: as in `Descrambler`. Exact for up to 15 features with "diff1" and "diff1_periodic" (Held & Karp 1962), in
-    O(2ⁿ n²), and up to 9 with others (all n! orders); beyond, the result is a local minimum. Its memory is O(n²).
-    Raises TypeError for complex or integer data, ValueError for another shape or values that are not finite.
+    With "diff1" and "diff1_periodic" the result is exact for up to 15 features, in O(2ⁿ n²) (Held & Karp 1962). With other
+    operators it is exact for up to 9 features, by trying all n! orders. Beyond, it is a local minimum, in O(n²) memory.
+
+    Args:
+        x: Features of shape (n, samples), real floating-point, finite.
+        operator: D, as in `Descrambler`.
+
+    Returns:
+        `Seriation` with the order on x's device.
+
+    Raises:
+        TypeError: Complex or integer data, or an operator of another kind.
+        ValueError: Another shape, values that are not finite, or an operator that is not known.
+
+    Example:
+        >>> seriate(torch.tensor([[3.0, 3.0], [1.0, 1.0], [4.0, 4.0], [2.0, 2.0]])).order
+        tensor([1, 3, 0, 2])
+
+    Source: Held & Karp (1962); Atkins, Boman & Hendrickson (1998); Croes (1958); Taillard (1991).
     """
-    samples = linalg.GramAccumulator(len(check_data(H)), H.device)
-    samples.update(H)
-    return seriate_gram(samples.gram(), operator_on(operator, len(H)))
+    samples = linalg.GramAccumulator(len(check_data(x)), x.device)
+    samples.update(x)
+    return seriate_gram(samples.gram(), operator_on(operator, len(x)))
 
 
 def seriate_gram(gram: Tensor, operator: DerivativeOperator) -> Seriation:
-    """`seriate` of features with the Gram matrix H Hᵀ (n, n)."""
+    """Find the order as `seriate` does, from the Gram matrix H Hᵀ (n, n) of the features."""
     n, device = len(gram), gram.device
     gram = gram.cpu()
     bound = _lower_bound(gram, operator)
     distance = (gram.diagonal().unsqueeze(1) + gram.diagonal() - 2 * gram).clamp_min(0).fill_diagonal_(0)
     if operator.kind in ("diff1", "diff1_periodic"):
-        closed, exact = operator.kind == "diff1_periodic", n <= _MOST_BY_PATHS
+        closed, exact = operator.kind == "diff1_periodic", n <= _MAX_BY_PATHS
         order = _shortest(distance, closed) if exact else _reversed_while_shorter(distance, fiedler(distance), closed)
         order = _named(order, closed)
         loss = _length(distance, order, closed)
     else:
-        penalty, exact = linalg.gram(operator.matrix()), n <= _MOST_BY_TRIAL
+        penalty, exact = linalg.gram(operator.matrix()), n <= _MAX_BY_TRIAL
         order = _best_of_all(penalty, gram) if exact else _exchanged_while_cheaper(penalty, gram, fiedler(distance))
         loss = float((penalty * gram[order][:, order]).sum())
     return Seriation(order.to(device), loss, min(bound, loss), exact)
 
 
 def fiedler(distance: Tensor) -> Tensor:
-    """The order (n,) of features along the smoothest vector that is not constant, on the graph of their likeness.
+    """Sort the features by the Fiedler vector: the smoothest vector, apart from constants, on the graph of their similarity.
 
-    distance: (n, n), squared. Likeness is a Gaussian of it, whose width is such that what is as far as the mean hardly counts.
+    distance: squared distances, (n, n). The similarity is a Gaussian of the distance, exp(-4) at the mean squared distance.
     """
-    likeness = (-_STEEPNESS * distance / distance.mean().clamp_min(torch.finfo(distance.dtype).tiny)).exp()
-    laplacian = torch.diag(likeness.sum(0)) - likeness  # in which the diagonal cancels
+    similarity = (-_STEEPNESS * distance / distance.mean().clamp_min(torch.finfo(distance.dtype).tiny)).exp()
+    laplacian = torch.diag(similarity.sum(0)) - similarity  # the diagonal of the similarity cancels
     return linalg.eigh(laplacian).vectors[:, min(1, len(distance) - 1)].argsort(stable=True)
 
 
-def check_data(H: Tensor) -> Tensor:
-    """H (n, N) with at least a feature and a sample, real and finite; else TypeError or ValueError."""
-    linalg.check_real("H", H)
-    if H.dim() != 2 or not H.numel():
-        raise ValueError(f"H: got shape {tuple(H.shape)}, want (n, N), features x samples, with at least one of each")
-    if not bool(H.isfinite().all()):
-        raise ValueError("H: has entries that are not finite")
-    return H
+def check_data(x: Tensor) -> Tensor:
+    """Return x if it is (features, samples) with at least one of each, real and finite; else raise TypeError or ValueError."""
+    linalg.check_real("x", x)
+    if x.dim() != 2 or not x.numel():
+        raise ValueError(f"x: got shape {tuple(x.shape)}, want (features, samples) with at least one of each")
+    if not bool(x.isfinite().all()):
+        raise ValueError("x: has entries that are not finite, want finite ones")
+    return x
 
 
 def _lower_bound(gram: Tensor, operator: DerivativeOperator) -> float:
-    """Of orthogonal matrices; and where D sends constants to zero, of those that keep constants, as permutations do
-    (Hadley, Rendl & Wolkowicz 1992), which is tighter.
+    """Return the smallest loss of orthogonal matrices.
+
+    If D maps constants to zero, only orthogonal matrices that keep constants count, as permutations do. This bound is tighter
+    (Hadley, Rendl & Wolkowicz 1992).
     """
     costs, ones = operator.eigenvalues, gram.new_ones(len(gram), 1)
     if float(operator.apply(ones).abs().sum()) <= 1e-9 * float(costs[-1].sqrt()):
@@ -102,7 +132,7 @@ def _length(distance: Tensor, order: Tensor, closed: bool) -> float:
 
 
 def _named(order: Tensor, closed: bool) -> Tensor:
-    """Of the orders that are one path, that from the smaller end; of those that are one round, from 0 to its smaller side."""
+    """Choose one of the equal orders: a path from its smaller end, a cycle from 0 towards its smaller neighbour."""
     if closed:
         order = order.roll(-int(order.argmin()))
     backwards = order[1 % len(order)] > order[-1] if closed else order[0] > order[-1]
@@ -110,18 +140,18 @@ def _named(order: Tensor, closed: bool) -> Tensor:
 
 
 def _shortest(distance: Tensor, closed: bool) -> Tensor:
-    """The shortest path (or round) through all points, by dynamic programming over sets of points."""
+    """Find the shortest path (or cycle) through all points, by dynamic programming over sets of points."""
     n = len(distance)
     sets = torch.arange(1 << n)
     members = (sets.unsqueeze(1) >> torch.arange(n)) & 1
-    # cost[s, j]: of the shortest path through the points of s that ends in j; a round begins at point 0.
+    # cost[s, j] is the length of the shortest path through the points of s that ends in j. A cycle begins at point 0.
     cost = torch.full((1 << n, n), torch.inf, dtype=distance.dtype)
     start = torch.arange(1 if closed else n)
     cost[1 << start, start] = 0
     sizes = members.sum(1)
     for size in range(2, n + 1):
         chosen = sets[sizes == size]
-        before = chosen.unsqueeze(1) ^ (1 << torch.arange(n))  # without j; with it, where it was not in
+        before = chosen.unsqueeze(1) ^ (1 << torch.arange(n))  # the set without j; with j, where it was not in the set
         inside = members[chosen].bool()
         reached = (cost[before.where(inside, 0)] + distance.mT).amin(2)
         cost[chosen] = reached.where(inside, torch.inf).minimum(cost[chosen])
@@ -134,9 +164,9 @@ def _shortest(distance: Tensor, closed: bool) -> Tensor:
 
 
 def _reversed_while_shorter(distance: Tensor, order: Tensor, closed: bool) -> Tensor:
-    """2-opt (Croes 1958): parts of the path whose reversal shortens it are reversed, until there are none."""
+    """Reverse parts of the path while that shortens it: 2-opt (Croes 1958)."""
     n = len(distance)
-    if not closed:  # a path is a round through a point that is as far from all others
+    if not closed:  # a path is a cycle through one more point, at distance 0 from all others
         padded = distance.new_zeros(n + 1, n + 1)
         padded[:n, :n] = distance
         distance, order = padded, torch.cat((order, torch.tensor([n])))
@@ -145,7 +175,7 @@ def _reversed_while_shorter(distance: Tensor, order: Tensor, closed: bool) -> Te
     while improved:
         improved = False
         for i in range(len(order) - 1):
-            # The steps from places i and j > i are replaced by one that joins their starts, and one that joins their ends.
+            # A reversal replaces the steps at places i and j > i by a step between their starts and one between their ends.
             starts, ends = order[i:], order.roll(-1)[i:]
             change = distance[starts[0], starts] + distance[ends[0], ends]
             change -= distance[starts[0], ends[0]] + distance[starts, ends]
@@ -158,7 +188,7 @@ def _reversed_while_shorter(distance: Tensor, order: Tensor, closed: bool) -> Te
 
 def _best_of_all(penalty: Tensor, gram: Tensor) -> Tensor:
     best, least = torch.arange(len(gram)), torch.inf
-    for part in torch.tensor(list(permutations(range(len(gram))))).split(_TRIALS_AT_ONCE):
+    for part in torch.tensor(list(permutations(range(len(gram))))).split(_CHUNK_ORDERS):
         losses = (penalty * gram[part.unsqueeze(2), part.unsqueeze(1)]).sum((1, 2))
         if float(losses.min()) < least:
             best, least = part[losses.argmin()], float(losses.min())
@@ -166,8 +196,9 @@ def _best_of_all(penalty: Tensor, gram: Tensor) -> Tensor:
 
 
 def _exchanged_while_cheaper(penalty: Tensor, gram: Tensor, order: Tensor) -> Tensor:
-    """Two features whose exchange lowers the loss change places (the change in O(n²) for all partners: Taillard 1991), until no
-    two are left.
+    """Exchange pairs of features while that lowers the loss.
+
+    One matrix product gives the change of the loss for all partners of a feature, in O(n²) (Taillard 1991).
     """
     g, cost = gram[order][:, order], penalty.diagonal()
     least = _MIN_GAIN * float((penalty.abs() * g.abs()).sum())
@@ -176,7 +207,7 @@ def _exchanged_while_cheaper(penalty: Tensor, gram: Tensor, order: Tensor) -> Te
         improved = False
         for i in range(len(order)):
             own, size = (penalty * g).sum(1), g.diagonal()
-            # 2 sum over all k of (penalty_ki - penalty_kj)(g_kj - g_ki), less what k = i and k = j should count in that.
+            # 2 sum over all k of (penalty_ki - penalty_kj)(g_kj - g_ki), then minus the terms of k = i and k = j.
             change = 2 * (penalty[i] @ g + penalty @ g[i] - own[i] - own)
             change -= 2 * ((cost[i] - penalty[i]) * (g[i] - size[i]) + (penalty[i] - cost) * (size - g[i]))
             change += (cost[i] - cost) * (size - size[i])

@@ -1,11 +1,12 @@
-"""The neural path kernel of any graph of layers: covariances of its values over random weights, from layer to layer.
+"""The neural path kernel of any graph of layers, from covariances that are passed from layer to layer.
 
-With independent weights of mean 0 and variance 1, and the gates held, the channels of a layer's output are independent and
-alike: one covariance S(q, q') for each pair of positions is all there is to know. On the way to the next layer it is multiplied
-by two samples' profiles, and the weights sum it over channels, which is a product of matrices. The variance of the output is
-the neural path kernel (Lakshminarayanan & Singh, 2020, arXiv 2006.10529), in one pass through the graph.
+The weights are independent, with mean 0 and variance 1, and the gates are fixed. Then the channels of a layer's output are
+independent and have the same distribution. One covariance S(q, q') for each pair of positions describes it completely. A term
+that leads to the next layer multiplies S by the profiles of both samples. The next layer's weights sum the product over the
+channels, which is a matrix product. The variance of the output is the neural path kernel (Lakshminarayanan & Singh, 2020,
+arXiv 2006.10529). One pass through the graph computes it.
 
-Pairs of positions that no output needs are left out: without pooling, those with q = q' are enough.
+Pairs of positions that no output needs are skipped. Without pooling, the pairs with q = q' suffice.
 """
 
 from __future__ import annotations
@@ -18,22 +19,24 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from interp_nn.explain.paths.path_terms import Layer, Taps
+from interp_nn.explain.paths.path_terms import Layer, PositionMap
 from interp_nn.explain.paths.tiling import largest_entry
 
 _TILE_BYTES = 1 << 28
 _GATHER_BYTES = 1 << 25
 _LARGEST_TILE = 1024
-_SCALED_BEYOND = 32  # the exponent of 2
+_SCALED_BEYOND = 32  # covariances are rescaled where their exponent of 2 is larger
 
 
-_Covariances = tuple[list[Tensor], int]  # of each group, times 2 to the power
-_ONE: _Covariances = ([], 0)  # those of a layer without terms
+_Covariances = tuple[list[Tensor], int]  # one tensor a group, each to be multiplied by 2 ** power
+_ONE: _Covariances = ([], 0)  # of a layer without terms
 
 
 class _Products(NamedTuple):
-    """A term's covariances: W products of its taps `left` and `right` with rows `source` of its layer's S (None: all in order),
-    and which of them `table` (pairs of positions of z, width) sums, where W is none; None: each is a pair's own.
+    """A term's covariances, as W products of two entries of its position map.
+
+    left, right: the entries, (W,) each. source: the row of the layer's S that each product takes; None takes all rows in order.
+    table: the products that each pair of positions of z sums, (pairs, width), with W for none; None gives each pair its own one.
     """
 
     left: Tensor
@@ -51,8 +54,11 @@ class _Run(NamedTuple):
 
 
 class _Step(NamedTuple):
-    """How the covariances of a layer follow: of `pairs` pairs of positions of z, by its terms' products, and then of its own by
-    `table`, which sums over the window (pairs of positions, K). runs: by group. done: layers that are not needed any more.
+    """The computation of one layer's covariances.
+
+    pairs: the number of pairs of positions of z. products: for each term; their sum gives the covariances of z.
+    table: the pairs of z that each pair of output positions sums over the window, (pairs of positions, K).
+    None gives each pair its own one. runs: for each group. done: the layers whose covariances no later step needs.
     """
 
     pairs: int
@@ -63,10 +69,14 @@ class _Step(NamedTuple):
 
 
 class Propagation:
-    """Which covariances the layers of a network need, and how each follows from others: the same for all samples."""
+    """The covariances that each layer of a network needs, and the steps that compute them. They are the same for all samples.
+
+    Args:
+        layers: The layers of the network at any sample.
+        normalize: The weights have variance 1 / fan-in instead of 1.
+    """
 
     def __init__(self, layers: list[Layer], normalize: bool) -> None:
-        """layers: of any sample. normalize: weights have variance 1 / fan-in."""
         self._normalize = normalize
         needed: list[list[Tensor]] = [[] for _ in layers]
         needed[-1].append(torch.zeros(1, dtype=torch.int64, device=layers[-1].window.device))
@@ -87,9 +97,9 @@ class Propagation:
             codes = seen[0] * size + seen[1]
             pairs = codes[inside].unique()
             table = torch.searchsorted(pairs, codes).masked_fill(~inside, len(pairs)).T.contiguous()
-            products = [_products(term.taps, pairs // size, pairs % size) for term in layer.terms]
+            products = [_products(term.position_map, pairs // size, pairs % size) for term in layer.terms]
             for term, product in zip(layer.terms, products, strict=True):
-                inputs = term.taps.inputs
+                inputs = term.position_map.inputs
                 needed[term.layer].append(inputs[product.left] * layers[term.layer].positions + inputs[product.right])
             done = {term.layer for term in layer.terms} - later
             later |= done
@@ -99,14 +109,15 @@ class Propagation:
             for i, term in enumerate(layers[place].terms):
                 own = step.products[i]
                 if term.layer in coded:
-                    codes = term.taps.inputs[own.left] * layers[term.layer].positions + term.taps.inputs[own.right]
+                    inputs = term.position_map.inputs
+                    codes = inputs[own.left] * layers[term.layer].positions + inputs[own.right]
                     rows = torch.searchsorted(coded[term.layer], codes)
                     whole = len(rows) == len(coded[term.layer])
                     step.products[i] = own._replace(source=_unless_identity(rows) if whole else rows)
         self._groups = [layer.groups for layer in layers]
 
-    def chunk(self, dtype: torch.dtype) -> int:
-        """How many rows and columns of the kernel a tile may have."""
+    def chunk_size(self, dtype: torch.dtype) -> int:
+        """Return the number of rows and columns of a tile of the kernel that takes at most 256 MiB."""
         held, most = 0, 1
         for place, step in sorted(self._steps.items()):
             held += self._rows[place] * self._groups[place]
@@ -116,7 +127,7 @@ class Propagation:
         return min(max(1, math.isqrt(_TILE_BYTES // (most * dtype.itemsize))), _LARGEST_TILE)
 
     def tile(self, left: list[Layer], right: list[Layer]) -> Tensor:
-        """The kernel (a, b) of a and b samples, fp64, from their layers."""
+        """Return the kernel (a, b) in float64, from the layers at a samples and at b samples."""
         covariances: dict[int, _Covariances] = {}
         for place, step in sorted(self._steps.items()):
             a, b = left[place], right[place]
@@ -125,7 +136,7 @@ class Propagation:
             for runs in step.runs:
                 shape = len(a.terms[0].profile[0]), len(b.terms[0].profile[0])
                 like = a.terms[0].profile
-                sums = like.new_zeros(step.pairs + 1, *shape)  # the last is beyond the edge
+                sums = like.new_zeros(step.pairs + 1, *shape)  # the last row stands for positions beyond the edge
                 for term, channels, group in runs:
                     source, own = covariances.get(a.terms[term].layer, _ONE)
                     mine, others = (layer.terms[term].profile[:, :, channels] for layer in (a, b))
@@ -133,7 +144,7 @@ class Propagation:
                         sums, mine, others, step.products[term], source[group] if source else None, 2.0 ** (own - power)
                     )
                 sums = sums[:-1] if step.table is None else _summed(sums, step.table)
-                # Outputs are not weights: of several, the kernel is the mean.
+                # The network's outputs are not weights. For several outputs, the kernel is their mean.
                 if self._normalize or place == len(left) - 1:
                     sums = sums.div_(max(1, a.weight.shape[1:].numel()))
                 groups.append(sums.add_(len(a.biases) * 2.0**-power) if a.biases else sums)
@@ -144,9 +155,9 @@ class Propagation:
         return groups[0][0].double() * 2.0 ** min(power, 1023)
 
 
-def _products(taps: Taps, left: Tensor, right: Tensor) -> _Products:
-    """The products of taps that lead to pairs of positions left and right of z; their source is found later."""
-    outputs, order = taps.outputs.sort(stable=True)
+def _products(position_map: PositionMap, left: Tensor, right: Tensor) -> _Products:
+    """Find the products of entries that lead to the pairs (left, right) of positions of z; their source is set later."""
+    outputs, order = position_map.outputs.sort(stable=True)
     counts = torch.bincount(outputs, minlength=int(max(left.max(), right.max())) + 1 if len(left) else 1)
     width = int(counts.max())
     number = torch.arange(len(outputs), device=outputs.device) - (counts.cumsum(0) - counts)[outputs]
@@ -161,19 +172,19 @@ def _products(taps: Taps, left: Tensor, right: Tensor) -> _Products:
 
 
 def _each_with_each(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """(n, v, w) of a (n, v) and b (n, w)."""
+    """Expand a (n, v) and b (n, w) to all pairs in a row, (n, v, w)."""
     shape = len(a), a.shape[1], b.shape[1]
     return a.unsqueeze(2).expand(shape), b.unsqueeze(1).expand(shape)
 
 
 def _runs(layers: list[Layer], layer: Layer, group: int) -> list[_Run]:
-    """The channels of z that a group of a layer's outputs sums, cut where a term's own layer has another group."""
+    """List the channels of z that a group of a layer's outputs sums, split where a term's own layer changes its group."""
     inputs = layer.weight.shape[1]
     start, stop = group * inputs, (group + 1) * inputs
     runs = []
     for i, term in enumerate(layer.terms):
         own = layers[term.layer]
-        if not own.terms:  # the same for all channels
+        if not own.terms:  # its covariances are the same for all channels
             runs.append(_Run(i, slice(start, stop), 0))
             continue
         outputs = len(own.weight) // own.groups
@@ -185,13 +196,13 @@ def _runs(layers: list[Layer], layer: Layer, group: int) -> list[_Run]:
 
 
 def _unless_identity(table: Tensor) -> Tensor | None:
-    """None for a table that names each row once, in order."""
+    """Return None for a table that names each row once and in order, else the table."""
     rows = torch.arange(len(table), device=table.device)
     return None if table.numel() == len(rows) and torch.equal(table.flatten(), rows) else table
 
 
 def _add(sums: Tensor, a: Tensor, b: Tensor, products: _Products, source: Tensor | None, scale: float) -> None:
-    """Add a term's covariances to sums (pairs + 1, n, m), from profiles a (T, n, channels) and b (T, m, channels)."""
+    """Add a term's covariances to `sums` (pairs + 1, n, m), from profiles a (T, n, channels) and b (T, m, channels)."""
     count, room = len(products.left), (a.shape[1] + b.shape[1]) * a.shape[2] * a.element_size()
     whole = sums if products.table is None else sums.new_zeros(count + 1, *sums.shape[1:])
     size = max(1, _GATHER_BYTES // max(1, room))
@@ -208,13 +219,13 @@ def _add(sums: Tensor, a: Tensor, b: Tensor, products: _Products, source: Tensor
 
 
 def _summed(rows: Tensor, table: Tensor) -> Tensor:
-    """The sums (pairs, n, m) of those rows (W + 1, n, m) that the table (pairs, width) names; the last one is zero."""
+    """Sum the rows (W + 1, n, m) that a table (pairs, width) names, to (pairs, n, m). The last row must be zero."""
     total = F.embedding_bag(table, rows.flatten(1), mode="sum", padding_idx=len(rows) - 1)
     return total.view(len(table), *rows.shape[1:])
 
 
 def _scaled(groups: list[Tensor], power: int) -> _Covariances:
-    """Covariances within the range of their dtype, whatever the depth."""
+    """Rescale covariances by a power of 2 where they are near the limits of their dtype, as in deep networks."""
     largest = max((largest_entry(group) for group in groups), default=0.0)
     exponent = math.frexp(largest)[1] if math.isfinite(largest) else 0
     if abs(exponent) <= _SCALED_BEYOND:

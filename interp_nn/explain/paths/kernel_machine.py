@@ -1,4 +1,4 @@
-"""Learning with a kernel alone: ridge regression on it, and how well it is aligned with a target."""
+"""Learning with a kernel alone: kernel ridge regression, and the alignment of a kernel with a target."""
 
 from __future__ import annotations
 
@@ -9,49 +9,74 @@ import torch
 from torch import Tensor, nn
 
 from interp_nn.explain.estimator import Estimator, NotFittedError
-from interp_nn.explain.paths.path_kernel import npk_model
+from interp_nn.explain.paths.path_kernel import npk
 
 
 class NPKMachine(Estimator):
-    """Kernel ridge regression with the neural path kernel of a network, in scikit-learn's manner.
+    """Kernel ridge regression with the neural path kernel of a network, as a scikit-learn estimator.
 
-    It is what the network could learn with its gates as they are: f(x) = sum_i a_i H(x, x_i) + the mean of the targets.
-    network: whose gates make the kernel, as `npk_model` takes it; None where fit and predict are given kernels, (n, n) between
-    the training samples and (m, n) from new ones to them, of any kind. ridge: the penalty, as a multiple of the mean of the
-    kernel's diagonal. chunk, dtype: `npk_model`'s. The system is solved in fp64.
+    f(x) = sum_i a_i H(x, x_i) + the mean of the targets. The machine shows how well the network could learn with its gates fixed.
+    The dtype of the targets selects the task. Floating-point targets (n,) or (n, k) mean regression. Other targets (n,) are
+    classes; each class is regressed against the rest. The linear system is solved in float64.
 
-    y decides: floating-point is regression, of one target (n,) or several (n, k); anything else (n,) is classes, each of which
-    is regressed against the rest. After `fit`: classes_ (classes,), or None; dual_coef_ (n, targets) and intercept_ (targets,),
-    fp64; X_fit_: the training samples, or None where kernels were given.
+    Args:
+        network: The network whose gates make the kernel, as `npk` takes it. None: the methods take kernels of any kind instead of
+            samples: (n, n) between the training samples, (m, n) from new samples to them.
+        ridge: The penalty, as a multiple of the mean of the kernel's diagonal; at least 0.
+        chunk_size: Number of rows and of columns of the kernel that `npk` computes at a time.
+        dtype: Dtype of the kernel, as in `npk`.
+
+    Attributes:
+        classes_: The classes, a sorted numpy array; None for regression.
+        dual_coef_: The coefficients a, (n,) or (n, targets), float64.
+        intercept_: The means of the targets, () or (targets,), float64.
+        x_fit_: The training samples; None without a network.
+
+    Example:
+        >>> x, labels = torch.tensor([[-2.0], [-1.0], [1.0], [2.0]]), ["no", "no", "yes", "yes"]
+        >>> _ = torch.manual_seed(0)
+        >>> network = nn.Sequential(nn.Linear(1, 9), nn.ReLU(), nn.Linear(9, 1))
+        >>> NPKMachine(network).fit(x, labels).predict([[3.0]]).tolist()
+        ['yes']
+
+    Source: Lakshminarayanan & Singh (2020), arXiv 2006.10529.
     """
 
     classes_: np.ndarray | None
     dual_coef_: Tensor
     intercept_: Tensor
-    X_fit_: Tensor | None
+    x_fit_: Tensor | None
 
     def __init__(
         self,
         network: nn.Module | None = None,
         *,
         ridge: float = 1e-3,
-        chunk: int | None = None,
+        chunk_size: int | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        self.network, self.ridge, self.chunk, self.dtype = network, ridge, chunk, dtype
+        self.network, self.ridge, self.chunk_size, self.dtype = network, ridge, chunk_size, dtype
 
-    def fit(self, X: object, y: object) -> NPKMachine:
-        """Solve (K + ridge mean(diag K) I) a = y - mean(y); returns self.
+    def fit(self, x: object, y: object) -> NPKMachine:
+        """Solve (K + ridge mean(diag K) I) a = y - mean(y) for the coefficients a.
 
-        X: samples (n, ...) or a kernel (n, n). y: (n,) or (n, k). Raises ValueError for a negative ridge, a kernel that is not
-        square or finite, another number of targets, targets that are not finite, and a system that has no stable solution.
+        Args:
+            x: Samples (n, ...), or the kernel K (n, n) where the machine has no network.
+            y: Targets (n,) or (n, k).
+
+        Returns:
+            The machine itself.
+
+        Raises:
+            ValueError: A negative ridge, a kernel that is not square or not finite, another number of targets, targets that are
+                not finite, a single class, or a system that is not positive definite.
         """
         if not self.ridge >= 0:
             raise ValueError(f"ridge: got {self.ridge}, want at least 0")
-        kernel = self.kernel(X).double()
+        kernel = self.kernel(x).double()
         n = len(kernel)
         if kernel.shape != (n, n) or not n:
-            raise ValueError(f"X: got a kernel of shape {tuple(kernel.shape)}, want (n, n) with n > 0")
+            raise ValueError(f"x: got a kernel of shape {tuple(kernel.shape)}, want (n, n) with n > 0")
         classes, targets = _targets(y, n)
         targets = targets.to(kernel.device)
         intercept = targets.mean(0)
@@ -60,50 +85,91 @@ class NPKMachine(Estimator):
         factor, failed = torch.linalg.cholesky_ex(system)
         if failed:
             raise ValueError(
-                f"ridge: got {self.ridge}, with which the kernel is not positive definite to rounding; want a larger one"
+                f"ridge: got {self.ridge}, but then the system is not positive definite to rounding; want a larger ridge"
             )
         self.classes_, self.intercept_ = classes, intercept
         self.dual_coef_ = torch.cholesky_solve((targets - intercept).reshape(n, -1), factor).reshape(targets.shape)
-        self.X_fit_ = None if self.network is None else self._samples(X)
+        self.x_fit_ = None if self.network is None else self._samples(x)
         return self
 
-    def kernel(self, X: object, Y: object = None) -> Tensor:
-        """The kernel (n, m) of samples X and Y (default: X), what sklearn.svm.SVC(kernel="precomputed") takes; without a network,
-        X itself. Raises ValueError where it is not finite.
+    def kernel(self, x: object, other_x: object = None) -> Tensor:
+        """Compute the kernel between samples, for instance for sklearn.svm.SVC(kernel="precomputed").
+
+        Args:
+            x: Samples (n, ...), or a kernel (n, m) where the machine has no network. A kernel is returned as it is.
+            other_x: Samples (m, ...). Default: x.
+
+        Returns:
+            Tensor of shape (n, m).
+
+        Raises:
+            ValueError: The kernel has another shape or is not finite.
         """
         if self.network is None:
-            kernel = _tensor(X)
+            kernel = _tensor(x)
             if kernel.dim() != 2:
-                raise ValueError(f"X: got shape {tuple(kernel.shape)}, want a kernel (n, m), as there is no network")
+                raise ValueError(f"x: got shape {tuple(kernel.shape)}, want a kernel (n, m), as there is no network")
         else:
-            right = None if Y is None else self._samples(Y)
-            kernel = npk_model(self.network, self._samples(X), right, chunk=self.chunk, dtype=self.dtype)
+            right = None if other_x is None else self._samples(other_x)
+            kernel = npk(self.network, self._samples(x), right, chunk_size=self.chunk_size, dtype=self.dtype)
         if not bool(kernel.isfinite().all()):
-            raise ValueError(f"X: its kernel has {int((~kernel.isfinite()).sum())} entries that are not finite")
+            raise ValueError(f"x: its kernel has {int((~kernel.isfinite()).sum())} entries that are not finite")
         return kernel
 
-    def decision_function(self, X: object) -> np.ndarray:
-        """The fitted values, fp64: of regression (n,) or (n, k); (n,) of two classes, positive for the second; (n, classes)."""
+    def decision_function(self, x: object) -> np.ndarray:
+        """Return the fitted values in float64: (n,) or (n, k) for regression, else one score for each class.
+
+        Args:
+            x: Samples (n, ...), or a kernel (n, m) to the m training samples where the machine has no network.
+
+        Returns:
+            For regression, an array of the targets' shape. For two classes (n,), positive for the second. For more (n, classes).
+
+        Raises:
+            NotFittedError: `fit` was not called.
+            ValueError: A kernel of another shape, or one that is not finite.
+        """
         if "dual_coef_" not in vars(self):
-            raise NotFittedError("NPKMachine: not fitted yet; call fit(X, y) first")
-        kernel = self.kernel(X, self.X_fit_).double()
+            raise NotFittedError("NPKMachine: not fitted yet; call fit(x, y) first")
+        kernel = self.kernel(x, self.x_fit_).double()
         if kernel.shape[1] != len(self.dual_coef_):
             raise ValueError(
-                f"X: got a kernel of shape {tuple(kernel.shape)}, want (n, {len(self.dual_coef_)}), to the training samples"
+                f"x: got a kernel of shape {tuple(kernel.shape)}, want (n, {len(self.dual_coef_)}), to the training samples"
             )
         values = (kernel @ self.dual_coef_ + self.intercept_).cpu().numpy()
         return values[:, 1] - values[:, 0] if self.classes_ is not None and len(self.classes_) == 2 else values
 
-    def predict(self, X: object) -> np.ndarray:
-        """The classes (n,), of classes_'s dtype, or the regressed values. Raises NotFittedError before `fit`."""
-        values = self.decision_function(X)
+    def predict(self, x: object) -> np.ndarray:
+        """Return the classes (n,) in the dtype of `classes_`, or the fitted values of regression.
+
+        Args:
+            x: As in `decision_function`.
+
+        Returns:
+            Array of shape (n,) or (n, k).
+
+        Raises:
+            NotFittedError: `fit` was not called.
+        """
+        values = self.decision_function(x)
         if self.classes_ is None:
             return values
         return self.classes_[(values > 0).astype(int) if values.ndim == 1 else values.argmax(1)]
 
-    def score(self, X: object, y: object) -> float:
-        """The share of classes that are told right, or R² of regression (the mean over its targets)."""
-        predicted = self.predict(X)
+    def score(self, x: object, y: object) -> float:
+        """Return the accuracy for classes, or R² for regression (the mean over the targets).
+
+        Args:
+            x: As in `decision_function`.
+            y: The true targets, in the shape of `predict`'s result.
+
+        Returns:
+            The score; 1 is best.
+
+        Raises:
+            ValueError: Targets of another shape.
+        """
+        predicted = self.predict(x)
         truth = _array(y)
         if truth.shape != predicted.shape:
             raise ValueError(f"y: got shape {truth.shape}, want {predicted.shape}")
@@ -113,7 +179,7 @@ class NPKMachine(Estimator):
         return float(np.mean(1 - residual / spread))
 
     def __sklearn_tags__(self) -> Any:
-        """What scikit-learn (1.6 and later) asks before cross-validation; only classes are then dealt out evenly."""
+        """Return the tags that scikit-learn 1.6 and later reads; as a classifier, the machine gets stratified folds."""
         from sklearn.utils import ClassifierTags, InputTags, Tags, TargetTags
 
         return Tags(
@@ -123,21 +189,34 @@ class NPKMachine(Estimator):
             input_tags=InputTags(pairwise=self.network is None),
         )
 
-    def _samples(self, X: object) -> Tensor:
-        """X as the network takes it."""
+    def _samples(self, x: object) -> Tensor:
+        """Return samples on the device and in the dtype of the network."""
         like = None if self.network is None else next(self.network.parameters(), None)
-        x = _tensor(X)
-        return x.to(torch.get_default_dtype()) if like is None else x.to(like.device, like.dtype)
+        samples = _tensor(x)
+        return samples.to(torch.get_default_dtype()) if like is None else samples.to(like.device, like.dtype)
 
 
 def kernel_alignment(kernel: Tensor, target: Tensor, *, centered: bool = True) -> float:
-    """The cosine of the angle between a kernel (n, n) and a target, as matrices: in [-1, 1], and 1 where one is a multiple of
-    the other (Cristianini et al., 2001, "On kernel-target alignment").
+    """Compute the alignment <K, T> / (|K| |T|) of a kernel K with a target T: the cosine of the angle between the matrices.
 
-    target: another kernel (n, n); labels (n,) of whole numbers, whose kernel is 1 for two of one class and 0 else; or values
-    (n,) of floating point, whose kernel is their products. centered: both are taken about the mean of their features, without
-    which a constant in the kernel passes for alignment (Cortes, Mohri & Rostamizadeh, 2012). In fp64.
-    Raises ValueError for other shapes, for values that are not finite, and for a kernel or target without variation.
+    Args:
+        kernel: K, of shape (n, n).
+        target: T, another kernel (n, n). Class labels (n,) of an integer or bool dtype make T 1 for two samples of one class and
+            0 else. Values (n,) of a floating dtype make T their outer product.
+        centered: Center both matrices in feature space first. Without this, a constant in the kernel counts as alignment.
+
+    Returns:
+        A number in [-1, 1], computed in float64. It is 1 where K is a positive multiple of T.
+
+    Raises:
+        ValueError: Another shape, entries that are not finite, or a matrix that is zero (after the centering, if any).
+
+    Example:
+        >>> kernel = torch.tensor([[2.0, 1.0, 0.0], [1.0, 2.0, 0.0], [0.0, 0.0, 2.0]])
+        >>> round(kernel_alignment(kernel, torch.tensor([0, 0, 1]), centered=False), 4)
+        0.9562
+
+    Source: Cristianini et al. (2001), "On kernel-target alignment"; Cortes, Mohri & Rostamizadeh (2012).
     """
     if kernel.dim() != 2 or kernel.shape[0] != kernel.shape[1]:
         raise ValueError(f"kernel: got shape {tuple(kernel.shape)}, want (n, n)")
@@ -157,13 +236,14 @@ def kernel_alignment(kernel: Tensor, target: Tensor, *, centered: bool = True) -
             matrix = matrix - rows - columns + rows.mean()
         norm = float(torch.linalg.matrix_norm(matrix))
         if not norm > len(matrix) * torch.finfo(torch.float64).eps * size:
-            raise ValueError(f"{name}: is {'constant once centred' if centered else 'zero'}, and aligned with nothing")
+            problem = "constant, so that nothing is left after centering" if centered else "zero"
+            raise ValueError(f"{name}: is {problem}; want one that varies")
         matrices.append(matrix / norm)
     return float((matrices[0] * matrices[1]).sum())
 
 
 def _targets(y: object, n: int) -> tuple[np.ndarray | None, Tensor]:
-    """The classes, None for regression; and the targets (n,) or (n, targets), fp64."""
+    """Return the classes (None for regression) and the targets (n,) or (n, targets) in float64."""
     values = _array(y)
     if len(values) != n or values.ndim not in (1, 2):
         raise ValueError(f"y: got shape {values.shape}, want ({n},) or ({n}, k)")
@@ -175,12 +255,12 @@ def _targets(y: object, n: int) -> tuple[np.ndarray | None, Tensor]:
         raise ValueError(f"y: got {values.dtype} of shape {values.shape}, want classes of shape ({n},)")
     classes, which = np.unique(values, return_inverse=True)
     if len(classes) < 2:
-        raise ValueError(f"y: got the one class {classes[0]!r}, want at least two")
+        raise ValueError(f"y: got only the class {classes[0]!r}, want at least two")
     return classes, torch.nn.functional.one_hot(torch.from_numpy(which), len(classes)).double()
 
 
 def _array(y: object) -> np.ndarray:
-    """y for numpy, which has no bfloat16."""
+    """Return y as a numpy array; floating-point tensors as float64, since numpy has no bfloat16."""
     if isinstance(y, Tensor):
         y = y.detach().cpu()
         y = y.double() if y.is_floating_point() else y

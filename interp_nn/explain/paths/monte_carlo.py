@@ -1,7 +1,7 @@
-"""The neural path kernel of any network with gates, estimated: E[f(x) f(x')] over random signs as weights, with the gates held.
+"""An estimate of the neural path kernel of any network with gates: E[f(x) f(x')] over random signs as weights.
 
-Unequal paths have uncorrelated products of independent signs, and each path's own has mean square 1, so that the mean is the
-number of paths which are active for both, with their inputs: the neural path kernel.
+The gates stay fixed. The weight products of two different paths are uncorrelated, and the square of one path's product is 1. So
+the mean sums x(i) x'(i) over the paths that are active for both samples, where i is the path's input. That is the kernel.
 """
 
 from __future__ import annotations
@@ -18,11 +18,21 @@ from interp_nn.explain.following.replay import check_model
 from interp_nn.nn.base import LinearForm
 from interp_nn.nn.gated.networks import GatedNetwork
 
-_CHUNK = 256
+_CHUNK_SIZE = 256
 
 
 class SampledKernel(NamedTuple):
-    """kernel (n, m) and the standard error of each of its entries, (n, m), which falls as 1 / sqrt(draws)."""
+    """An estimated kernel with its standard error, the result of `npk_montecarlo`.
+
+    Attributes:
+        kernel: Tensor of shape (n, m), float64.
+        standard_error: Standard error of each entry, (n, m), float64. It falls as 1 / sqrt(draws).
+
+    Example:
+        >>> sampled = npk_montecarlo(nn.Linear(2, 1, bias=False), torch.eye(2), draws=4)
+        >>> sampled.kernel.diagonal(), sampled.standard_error.diagonal()
+        (tensor([0.5000, 0.5000], dtype=torch.float64), tensor([0., 0.], dtype=torch.float64))
+    """
 
     kernel: Tensor
     standard_error: Tensor
@@ -31,36 +41,62 @@ class SampledKernel(NamedTuple):
 @torch.no_grad()
 def npk_montecarlo(
     model: nn.Module,
-    X: Tensor,
-    Y: Tensor | None = None,
+    x: Tensor,
+    other_x: Tensor | None = None,
     *,
     draws: int = 100,
     seed: int = 0,
     normalize: bool = True,
-    chunk: int | None = None,
+    chunk_size: int | None = None,
 ) -> SampledKernel:
-    """The neural path kernel (n, m) of samples X (n, ...) and Y (m, ...; default: X), fp64, as a mean over draws of the weights.
+    """Estimate the neural path kernel as the mean of f(x) f(x') over random draws of the weights, with the gates fixed.
 
-    Every parameter becomes a random sign: weights, of two dimensions and more, over sqrt(fan-in) with `normalize` (the entries of
-    one output, along the first dimension); biases, and the scales and shifts of norms, as they are. Batch norms have no other
-    statistics then. model: any that `frozen` takes, with what its sigmoids and norms multiply by held as gates are; or a
-    `GatedNetwork`, whose value network is drawn. chunk: samples at a time. Raises ValueError for fewer than two draws, and for
-    layers whose weight is computed from others.
+    Each draw replaces every parameter by random signs. Batch norms get statistics that do nothing.
+
+    Args:
+        model: A network that `frozen` takes. The factors of its sigmoids and norms are fixed as gates are. For a `GatedNetwork`,
+            the weights of its value network are drawn.
+        x: Samples of shape (n, ...), in the model's dtype.
+        other_x: Samples of shape (m, ...). Default: x.
+        draws: Number of draws, at least 2.
+        seed: Seed of the draws. PyTorch's generators stay as they are.
+        normalize: Divide the parameters of two and more dimensions by sqrt(fan-in), the square root of the number of entries for
+            each output. Biases, and the scales and shifts of norms, keep magnitude 1.
+        chunk_size: Number of samples that run through the model at a time. Default: 256.
+
+    Returns:
+        `SampledKernel` of the kernel and its standard error, (n, m) each, float64.
+
+    Raises:
+        TypeError: The model is no `nn.Module`.
+        UnsupportedOperation: An operation of the model that `frozen` does not take.
+        ValueError: Fewer than two draws, a chunk_size below 1, a layer in training mode where that matters, or a layer that
+            computes its weight from other parameters.
+
+    Example:
+        >>> x = torch.tensor([[1.0, 2.0], [2.0, 1.0]])
+        >>> sampled = npk_montecarlo(nn.Linear(2, 1, bias=False), x, draws=1000)
+        >>> bool(((sampled.kernel - x @ x.T / 2).abs() < 4 * sampled.standard_error).all())
+        True
+
+    Source: Lakshminarayanan & Singh (2020), arXiv 2006.10529.
     """
     if draws < 2:
         raise ValueError(f"draws: got {draws}, want at least 2")
-    size = _CHUNK if chunk is None else chunk
+    size = _CHUNK_SIZE if chunk_size is None else chunk_size
     if size < 1:
-        raise ValueError(f"chunk: got {chunk}, want at least 1")
+        raise ValueError(f"chunk_size: got {chunk_size}, want at least 1")
     check_model(model)
     for name, module in model.named_modules():
         if isinstance(module, LinearForm):
-            raise ValueError(f"model: layer {name!r} computes its weight from another one; want it folded (`fold`)")
-    left = torch.cat([_outputs(model, part, draws, seed, normalize) for part in X.split(size)], 1)
+            raise ValueError(
+                f"model: layer {name!r} computes its weight from another parameter; want a plain layer, as `fold` makes it"
+            )
+    left = torch.cat([_outputs(model, part, draws, seed, normalize) for part in x.split(size)], 1)
     right = left
-    if Y is not None:
-        right = torch.cat([_outputs(model, part, draws, seed, normalize) for part in Y.split(size)], 1)
-    mean, squares = left.new_zeros(len(X), right.shape[1]), left.new_zeros(len(X), right.shape[1])
+    if other_x is not None:
+        right = torch.cat([_outputs(model, part, draws, seed, normalize) for part in other_x.split(size)], 1)
+    mean, squares = left.new_zeros(len(x), right.shape[1]), left.new_zeros(len(x), right.shape[1])
     for i, (a, b) in enumerate(zip(left, right, strict=True), 1):
         change = a @ b.T / a.shape[1] - mean
         mean += change / i
@@ -69,7 +105,7 @@ def npk_montecarlo(
 
 
 def _outputs(model: nn.Module, x: Tensor, draws: int, seed: int, normalize: bool) -> Tensor:
-    """The outputs (draws, n, outputs), fp64, with the gates of x. All parts of the samples see the same draws."""
+    """Return the outputs (draws, n, outputs) in float64, with the gates of x. Each call makes the same draws."""
     generator = torch.Generator().manual_seed(seed)
     drawn, f = _held(model, x)
     outputs = []
@@ -80,7 +116,7 @@ def _outputs(model: nn.Module, x: Tensor, draws: int, seed: int, normalize: bool
 
 
 def _held(model: nn.Module, x: Tensor) -> tuple[nn.Module, Callable[[], Tensor]]:
-    """A copy whose weights may be changed, and its output with the gates of x held."""
+    """Return a copy of the model, whose weights may be changed, and a function for its output with the gates of x."""
     if isinstance(model, GatedNetwork):
         gates = model.applied(model.gating(x))
         z = torch.ones_like(x) if model.value_input == "ones" else x
@@ -96,7 +132,7 @@ def _draw(model: nn.Module, normalize: bool, generator: torch.Generator) -> None
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_var is not None:
             assert module.running_mean is not None
             module.running_var.fill_(1 - module.eps)
-            # Without a bias of its own, the mean is its shift.
+            # A norm without a bias has its running mean as its shift.
             module.running_mean.copy_(
                 _signs(module.running_mean, generator) if module.bias is None else 0 * module.running_mean
             )

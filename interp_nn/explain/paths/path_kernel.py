@@ -1,9 +1,9 @@
-"""The neural path kernel: how many paths through a network are active for both of two inputs.
+"""The neural path kernel: the number of paths through a network that are active for both of two inputs.
 
-A path goes from an input through one unit a layer to the output. It is active where all of its gates are on, and carries its
-input times its weights; a network's output is the sum over the active ones. With the gates and inputs in the features phi(p) =
-x(i_0) prod_l G(i_l) and the weights in the values v(p), y = <phi, v>. The kernel is H(x, x') = <phi, phi'>, which needs no
-enumeration of paths: Lakshminarayanan & Singh (2020), "Neural path features and neural path kernel", arXiv 2006.10529.
+A path leads from an input through one unit of each layer to the output. It is active where all of its gates are on, and then it
+adds its input times its weights to the output. So the output is y = <phi, v>. The features phi(p) = x(i_0) prod_l G(i_l) hold
+the path's input and gates. The values v(p) hold its weights. The kernel is H(x, x') = <phi, phi'>. It can be computed without an
+enumeration of the paths. See Lakshminarayanan & Singh (2020), "Neural path features and neural path kernel", arXiv 2006.10529.
 """
 
 from __future__ import annotations
@@ -21,44 +21,140 @@ from interp_nn.explain.paths.tiling import tiled
 from interp_nn.gates.record import GateRecord
 
 Gates = GateRecord | Sequence[Tensor]
-_CHUNK = 1024  # its tiles are 8 MiB each
+_CHUNK_SIZE = 1024  # its tiles are 8 MiB each
 
 
 def npk(
+    model: nn.Module,
+    x: Tensor,
+    other_x: Tensor | None = None,
+    *,
+    method: Literal["closed", "montecarlo"] = "closed",
+    draws: int = 100,
+    seed: int = 0,
+    normalize: bool = True,
+    chunk_size: int | None = None,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Compute the neural path kernel H(x, x') = E[f(x) f(x')] of a network f with the gates that it has at the samples.
+
+    The expectation is over independent weights of mean 0 and variance 1. For several outputs, H is their mean. A convolution has
+    the same weights at all positions, so that paths which differ by a translation are one path. Paths begin at the inputs, at
+    the biases and at the shifts of batch norms; the scales of batch norms are weights of the paths. For a network whose linear
+    layers (without biases) and ReLUs alternate, H is `npk_from_gates(record(model, x), x)`; with biases, pass it `bias=True`.
+
+    Args:
+        model: For "closed", a network of linear layers, convolutions, batch norm, ReLU, max- and average-pooling, flattening,
+            sums and concatenations, or a `GatedNetwork`. For "montecarlo", any model that `frozen` takes.
+        x: Samples of shape (n, ...), floating-point, finite, n > 0.
+        other_x: Samples of shape (m, ...). Default: x.
+        method: "closed" is exact and takes one pass through the graph. "montecarlo" is the mean over `draws` networks with random
+            signs as weights; `npk_montecarlo` gives its standard error too.
+        draws: Number of draws of "montecarlo".
+        seed: Seed of "montecarlo".
+        normalize: Let weights have variance 1 / fan-in instead of 1. Biases keep variance 1.
+        chunk_size: Number of rows and of columns of H that are computed at a time; for "montecarlo", the number of samples.
+            Default: tiles of 256 MiB; for "montecarlo", 256.
+        dtype: Dtype of the arithmetic and of H: torch.float32 or torch.float64. Default: float64 for float64 samples, else
+            float32. "montecarlo" computes in float64.
+
+    Returns:
+        Tensor of shape (n, m).
+
+    Raises:
+        TypeError: The model is no `nn.Module`, or samples are not floating-point.
+        UnsupportedOperation: "closed" does not follow a layer, which the message names.
+        ValueError: Samples of another shape or that are not finite, an unknown method, a chunk_size below 1, a layer in training
+            mode where that matters, or entries of H beyond the range of the dtype.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(2, 3, bias=False), nn.ReLU(), nn.Linear(3, 1, bias=False))
+        >>> _ = nn.init.ones_(model[0].weight)  # all gates are on at positive inputs
+        >>> npk(model, torch.tensor([[1.0, 2.0], [3.0, 4.0]]))  # <x, x'> / 2 * 3 / 3
+        tensor([[ 2.5000,  5.5000],
+                [ 5.5000, 12.5000]])
+
+    Source: Lakshminarayanan & Singh (2020), arXiv 2006.10529.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: got {type(model).__name__}, want an nn.Module; npk_from_gates takes gates")
+    for name, samples in (("x", x), *((("other_x", other_x),) if other_x is not None else ())):
+        _check_samples(samples, name)
+    work = dtype or torch.promote_types(x.dtype, torch.float32)
+    if method == "montecarlo":
+        sampled = npk_montecarlo(model, x, other_x, draws=draws, seed=seed, normalize=normalize, chunk_size=chunk_size)
+        return sampled.kernel.to(work)
+    if method != "closed":
+        raise ValueError(f"method: got {method!r}, want 'closed' or 'montecarlo'")
+    network = PathNetwork(model, work)
+    propagation = Propagation(network.layers(x[:1]), normalize)
+    return tiled(
+        (len(x), len(x if other_x is None else other_x)),
+        propagation.chunk_size(work) if chunk_size is None else chunk_size,
+        lambda rows: network.layers(x[rows]),
+        None if other_x is None else lambda columns: network.layers(other_x[columns]),
+        propagation.tile,
+        work,
+        x.device,
+    )
+
+
+def npk_from_gates(
     gates: Gates,
-    other: Gates | None = None,
     x: Tensor | None = None,
-    y: Tensor | None = None,
+    other_gates: Gates | None = None,
+    other_x: Tensor | None = None,
     *,
     normalize: bool = True,
     bias: bool = False,
-    chunk: int | None = None,
+    chunk_size: int | None = None,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """H = <x, y> prod_l <G_l, G'_l> (n, m) of a fully connected network, from its gates.
+    """Compute the neural path kernel H = <x, x'> prod_l <G_l, G'_l> of a fully connected network, from its gates.
 
-    gates: of n samples, one (n, w_l) tensor a layer in the layers' order, on/off (bool) or soft (floating-point, finite), or
-    a `GateRecord` of a network of linear layers and ReLU, one after another. other: of m samples, and `gates` again without
-    it. x (n, ...) and y (m, ...): the inputs of the network that has the weights; None is one input that is always 1.
-    normalize: each layer's product is divided by its width and the inputs' by their size, as for weights of variance
-    1 / fan-in, which makes H the mean over all paths and not their sum. bias: paths may also start at a layer's bias, which
-    adds 1: S_0 = <x, y>, S_l = (S_{l-1} + 1) <G_l, G'_l>, H = S + 1; normalised, biases still count 1.
-    chunk: the rows and columns of H made at a time. dtype: of the products of gates and of H; float64 where the gates or x
-    are, and float32 else. Of on/off gates they are whole numbers, and H has one rounding.
+    Args:
+        gates: Gates of n samples: one tensor (n, w_l) for each layer, in order, on/off (bool) or soft (floating-point, finite).
+            Or a `GateRecord` of a network whose linear layers and ReLUs alternate. For other networks, use `npk`.
+        x: Inputs (n, ...) of the network that has the weights, floating-point. None: one input that is always 1.
+        other_gates: Gates of m samples, as `gates`. Default: `gates`.
+        other_x: Inputs (m, ...), where other_gates and x are given.
+        normalize: Divide each layer's product by its width, and <x, x'> by the number of inputs, as for weights of variance
+            1 / fan-in. H is then the mean over all paths instead of the sum.
+        bias: Let paths begin at the biases of all layers too: S_0 = <x, x'>, S_l = (S_{l-1} + 1) <G_l, G'_l>, H = S + 1.
+            Biases count 1, also with `normalize`.
+        chunk_size: Number of rows and of columns of H that are computed at a time. Default: 1,024.
+        dtype: Dtype of H and of the products of gates: torch.float32 or torch.float64. Default: float64 if any argument is,
+            else float32. The products of on/off gates are whole numbers, so that H is rounded once.
 
-    Networks with convolutions, pooling or skip connections: `npk_model`. Raises TypeError for gates and inputs of other kinds;
-    ValueError for layers that do not match, which it names, for values that are not finite, and where H is beyond its dtype.
+    Returns:
+        Tensor of shape (n, m).
+
+    Raises:
+        TypeError: Gates or inputs of another kind, or another dtype.
+        ValueError: Layers or inputs that do not match, values that are not finite, a chunk_size below 1, a `GateRecord` of
+            another network, or entries of H beyond the range of the dtype.
+
+    Example:
+        >>> gates, x = [torch.tensor([[True, True, False], [False, True, True]])], torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+        >>> npk_from_gates(gates, x, normalize=False)  # (5, 11; 11, 25) times the units in common, (2, 1; 1, 2)
+        tensor([[10., 11.],
+                [11., 50.]])
+
+    Source: Lakshminarayanan & Singh (2020), arXiv 2006.10529.
     """
     left = _layers(gates, "gates")
-    right = left if other is None else _layers(other, "other")
+    right = left if other_gates is None else _layers(other_gates, "other_gates")
     _check_match(left, right)
-    if y is not None and x is None:
-        raise ValueError("y: given without x, want both or x alone")
-    if (other is None) != (y is None) and x is not None:
-        raise ValueError("x, y: want y where other is given, and only there")
-    inputs = None if x is None else (_inputs(x, len(left[0]), "x"), _inputs(x if y is None else y, len(right[0]), "y"))
-    if inputs is not None and inputs[0].shape[1] != inputs[1].shape[1]:
-        raise ValueError(f"y: got {inputs[1].shape[1]} inputs a sample, want {inputs[0].shape[1]}, as x has")
+    if other_x is not None and x is None:
+        raise ValueError("other_x: given without x, want both or x alone")
+    if (other_gates is None) != (other_x is None) and x is not None:
+        raise ValueError("other_x: want it where other_gates and x are given, and only there")
+    inputs = None
+    if x is not None:
+        others = x if other_x is None else other_x
+        inputs = _inputs(x, len(left[0]), "x"), _inputs(others, len(right[0]), "other_x")
+        if inputs[0].shape[1] != inputs[1].shape[1]:
+            raise ValueError(f"other_x: got {inputs[1].shape[1]} inputs a sample, want {inputs[0].shape[1]}, as x has")
     given = [*left, *right, *(inputs or ())]
     work = dtype or (torch.float64 if any(t.dtype == torch.float64 for t in given) else torch.float32)
     if work not in (torch.float32, torch.float64):
@@ -69,7 +165,7 @@ def npk(
         return lambda rows: [t[rows].to(work) for t in factors]
 
     def tile(a: list[Tensor], b: list[Tensor]) -> Tensor:
-        # In fp64: products pass beyond the range of fp32 on the way, and so round once.
+        # In fp64, because products on the way may be beyond the range of fp32. The result is rounded once.
         block = torch.ones(len(a[0]), len(b[0]), dtype=torch.float64, device=a[0].device)
         for place, (g, h) in enumerate(zip(a, b, strict=True)):
             if bias and (inputs is None or place > 0):
@@ -79,70 +175,23 @@ def npk(
 
     return tiled(
         (len(left[0]), len(right[0])),
-        _CHUNK if chunk is None else chunk,
+        _CHUNK_SIZE if chunk_size is None else chunk_size,
         side(left, inputs and inputs[0]),
-        None if other is None else side(right, inputs and inputs[1]),
+        None if other_gates is None else side(right, inputs and inputs[1]),
         tile,
         work,
         left[0].device,
     )
 
 
-def npk_model(
-    model: nn.Module,
-    X: Tensor,
-    Y: Tensor | None = None,
-    *,
-    method: Literal["closed", "montecarlo"] = "closed",
-    draws: int = 100,
-    seed: int = 0,
-    normalize: bool = True,
-    chunk: int | None = None,
-    dtype: torch.dtype | None = None,
-) -> Tensor:
-    """H (n, m) of a network's gates at samples X (n, ...) and Y (m, ...; default: X).
-
-    It is E[f(x) f(x')] over independent weights of mean 0 and variance 1, with the gates that the model has; for several outputs,
-    their mean. A convolution has the same weights at all positions, so that paths which differ by a translation are one.
-    Further paths begin at biases and at the shifts of batch norms, whose scales are weights that paths pass.
-
-    method: "closed" is exact: one pass through the graph, of linear layers, convolutions, batch norm, ReLU, max- and average-
-    pooling, flattening, sums and concatenations. "montecarlo" is the mean over `draws` networks with random signs as weights,
-    of any model that `frozen` takes; `npk_montecarlo` has its standard error.
-    normalize: weights have variance 1 / fan-in, and biases 1. chunk: rows and columns of H made at a time; by default those of a
-    tile of 256 MiB. dtype: of the arithmetic and of H; float32 or float64, by default that of X, in fp32 at least.
-
-    Raises UnsupportedOperation naming a layer that "closed" does not follow; TypeError and ValueError for samples that are not
-    floating-point or not finite, for layers in training mode, and where H is beyond its dtype.
-    """
-    for name, samples in (("X", X), *((("Y", Y),) if Y is not None else ())):
-        _check_samples(samples, name)
-    work = dtype or torch.promote_types(X.dtype, torch.float32)
-    if method == "montecarlo":
-        return npk_montecarlo(model, X, Y, draws=draws, seed=seed, normalize=normalize, chunk=chunk).kernel.to(work)
-    if method != "closed":
-        raise ValueError(f"method: got {method!r}, want 'closed' or 'montecarlo'")
-    network = PathNetwork(model, work)
-    propagation = Propagation(network.layers(X[:1]), normalize)
-    return tiled(
-        (len(X), len(X if Y is None else Y)),
-        propagation.chunk(work) if chunk is None else chunk,
-        lambda rows: network.layers(X[rows]),
-        None if Y is None else lambda columns: network.layers(Y[columns]),
-        propagation.tile,
-        work,
-        X.device,
-    )
-
-
 def _layers(gates: Gates, name: str) -> list[Tensor]:
-    """The gates of each layer, (n, w_l)."""
+    """Return the gates of each layer, (n, w_l)."""
     if isinstance(gates, GateRecord):
         for site in gates.sites:
             if len(site.shape) != 1 or site.operation not in ("relu", "gate"):
                 raise ValueError(
-                    f"{name}: site {site.name!r} is {site.operation} with gates of shape {tuple(site.shape)}, want ReLU on "
-                    "the units of linear layers; of other networks: npk_model"
+                    f"{name}: layer {site.name!r} is {site.operation} with gates of shape {tuple(site.shape)}, want ReLU on "
+                    "the units of linear layers; npk(model, x) takes other networks"
                 )
         gates = [gates.gates(site) for site in gates.sites]
     layers = list(gates)
@@ -163,10 +212,10 @@ def _layers(gates: Gates, name: str) -> list[Tensor]:
 
 def _check_match(left: list[Tensor], right: list[Tensor]) -> None:
     if len(left) != len(right):
-        raise ValueError(f"other: got {len(right)} layers, want {len(left)}, as gates has")
+        raise ValueError(f"other_gates: got {len(right)} layers, want {len(left)}, as gates has")
     for i, (a, b) in enumerate(zip(left, right, strict=True)):
         if a.shape[1] != b.shape[1]:
-            raise ValueError(f"other: layer {i} has {b.shape[1]} units, want {a.shape[1]}, as gates has")
+            raise ValueError(f"other_gates: layer {i} has {b.shape[1]} units, want {a.shape[1]}, as gates has")
 
 
 def _inputs(x: Tensor, n: int, name: str) -> Tensor:

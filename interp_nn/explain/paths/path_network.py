@@ -1,4 +1,4 @@
-"""A model as layers of weights and the terms between them, at samples: of a ReLU network, or of a gated network's values."""
+"""A ReLU network, or the value network of a gated network, as layers of weights and the terms between them."""
 
 from __future__ import annotations
 
@@ -17,14 +17,19 @@ from interp_nn.nn.gated.networks import GatedNetwork, ValueNetwork
 class PathNetwork:
     """A network's layers of weights in the order of its calls, with the terms that lead from one to another.
 
-    The first layer is the input: each of its channels and positions is 1, and the values are in the terms' profiles. The last
-    is not the network's own: its terms are the output. Of a `GatedNetwork`, the paths are those of its value network.
+    The first layer is the input. Each of its channels and positions is 1; the values of the input are in the terms' profiles. The
+    last layer is added to the network: its terms are the output. For a `GatedNetwork`, the layers are the value network's.
+
+    Args:
+        model: The network.
+        dtype: Dtype of the profiles.
+
+    Raises:
+        TypeError: The model cannot be traced.
+        ValueError: The model cannot be traced, or a layer is in training mode where that matters.
     """
 
     def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
-        """dtype: of profiles. Raises TypeError and ValueError for a model that cannot be traced, or with a layer in training
-        mode that it matters to.
-        """
         check_model(model)
         self._gated = model if isinstance(model, GatedNetwork) else None
         self._graph = trace(model if self._gated is None else _ValueNetwork(self._gated))
@@ -33,7 +38,7 @@ class PathNetwork:
 
     @torch.no_grad()
     def layers(self, x: Tensor) -> list[Layer]:
-        """The layers at samples x (n, ...). Raises UnsupportedOperation for a layer without known paths."""
+        """Return the layers at samples x (n, ...). Raises UnsupportedOperation for an operation whose paths are not known."""
         gates: list[Tensor] = []
         if self._gated is not None:
             gates = self._gated.applied(self._gated.gating(x))
@@ -44,7 +49,7 @@ class PathNetwork:
 
 
 class _ValueNetwork(nn.Module):
-    """The value network of a gated network as a function of its input, to be traced; each gate is a buffer."""
+    """The value network of a gated network as a function of its input, for tracing. Each gate is a buffer."""
 
     def __init__(self, model: GatedNetwork) -> None:
         super().__init__()
@@ -56,14 +61,14 @@ class _ValueNetwork(nn.Module):
     def forward(self, z: Tensor) -> Tensor:
         if not isinstance(self.value, ValueNetwork):
             return self.value(z, self.gates)
-        *hidden, last = self.value.layers  # itself a leaf of the graph
+        *hidden, last = self.value.layers  # a ValueNetwork is a leaf of the graph, so its layers are called here
         for layer, gate in zip(hidden, self.gates, strict=True):
             z = gated(layer(z), gate)
         return last(z)
 
 
 def _pools(model: GatedNetwork) -> list[Pool]:
-    """The max-poolings of a gating network, whose choices its value network follows; they come after the gates."""
+    """List the max-poolings of a gating network. Its value network takes the same positions; their gates come last."""
 
     def pool(node: Any) -> Pool:
         return lambda z: node.target(z, *node.args[1:], **node.kwargs)[0]

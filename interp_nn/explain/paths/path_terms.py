@@ -1,7 +1,7 @@
-"""A network with its gates held, between its layers of weights: gates, pooling, sums and concatenation alone.
+"""The parts of a network between its layers of weights, with the gates fixed: gates, pooling, sums and concatenation.
 
-They take a layer's output to the next layer's input channel by channel, by a map of positions that is linear and known for each
-sample. What depends on the weights is left out: it is the same for all samples.
+These parts map a layer's output to the next layer's input, one channel at a time. The map of positions is linear and known for
+each sample. The weights are not part of it, since they are the same for all samples.
 """
 
 from __future__ import annotations
@@ -13,8 +13,11 @@ import torch
 from torch import Tensor
 
 
-class Taps(NamedTuple):
-    """Which positions of a layer's output go to which positions here: inputs (T,) to outputs (T,), int64."""
+class PositionMap(NamedTuple):
+    """Pairs of positions: entry t leads from position inputs[t] of a layer's output to position outputs[t] of a value.
+
+    inputs, outputs: (T,) int64.
+    """
 
     inputs: Tensor
     outputs: Tensor
@@ -22,37 +25,39 @@ class Taps(NamedTuple):
 
 @dataclass(frozen=True)
 class Term:
-    """What one layer's output u adds to a value z of several channels c and positions q, at each sample n:
+    """The contribution of one layer's output u to a value z, which has samples n, channels c and positions q.
 
-    z(n, c, q) = sum over the taps t with output q of profile(t, n, c) scale(c) u(n, c - shift, input(t)).
+    z(n, c, q) = sum over the entries t with outputs[t] = q of profile(t, n, c) scale(c) u(n, c - shift, inputs[t]).
 
-    profile: (T, n, channels). norms: the batch norms on the way; their scales are weights as well, whose product is scale.
+    layer: the index of the layer. profile: (T, n, channels). norms: the batch norms between the two. Their scales are weights
+    too; `scale` (channels,) is their product.
     """
 
     layer: int
-    taps: Taps
+    position_map: PositionMap
     profile: Tensor
     shift: int
     scale: Tensor
     norms: tuple[str, ...] = ()
 
     def adds_to(self, other: Term) -> bool:
-        """Whether two terms hold the same paths; others have none in common."""
+        """Return True if both terms have the same paths. Terms that differ have no path in common."""
         mine, others = (self.layer, self.shift, self.norms), (other.layer, other.shift, other.norms)
         return (
             mine == others
             and self.profile.shape == other.profile.shape
-            and all(torch.equal(a, b) for a, b in zip(self.taps, other.taps, strict=True))
+            and all(torch.equal(a, b) for a, b in zip(self.position_map, other.position_map, strict=True))
         )
 
 
 @dataclass
 class Layer:
-    """A layer of weights: u(o, q) = sum over k and c of weight(o, c, k) z(c, window(k, q)), plus biases(o), with z the sum of its
-    terms; with groups, c runs over the inputs of o's own.
+    """A layer of weights: u(o, q) = biases(o) + sum over k and c of weight(o, c, k) z(c, window(k, q)).
+
+    z is the sum of the layer's terms. With several groups, c runs over the inputs of the group of o.
 
     weight: (outputs, inputs / groups, K). window: (K, positions) int64, -1 beyond the edge. biases: any number of (outputs,).
-    What the input is, and what a batch norm adds to a value, are layers without terms and of one position.
+    The network's input and the shift of a batch norm are layers without terms and with one position.
     """
 
     name: str
@@ -64,4 +69,5 @@ class Layer:
 
     @property
     def positions(self) -> int:
+        """The number of positions of the output."""
         return self.window.shape[1]

@@ -1,4 +1,4 @@
-"""One run of a network's graph, in which each value's terms are found from those of the values that it is computed from."""
+"""One run of a network's graph on samples, which derives the terms of each value from the terms of its inputs."""
 
 from __future__ import annotations
 
@@ -12,18 +12,26 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from interp_nn.explain.following.calls import UnsupportedOperation
-from interp_nn.explain.paths.path_terms import Layer, Taps, Term
+from interp_nn.explain.paths.path_terms import Layer, PositionMap, Term
 from interp_nn.gates.graph import first, kind, where
 from interp_nn.nn.base import LinearForm
 
-GATE = "interp_nn_gate_"  # the names of buffers that stand for gates begin so
+GATE = "interp_nn_gate_"  # prefix of the names of buffers that stand for gates
 Pool = Callable[[Tensor], Tensor]
-Node = Any  # an fx.Node, whose arguments are what its kind says
+Node = Any  # an fx.Node, whose arguments have the types that its kind implies
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 class Walk(fx.Interpreter):
-    """Runs the graph on samples, and finds each value's terms as it goes."""
+    """Runs the graph on samples and derives the terms of each value.
+
+    Args:
+        graph: The traced network.
+        gates: The gates of a gated network, then the positions that its max-poolings choose.
+        pools: The max-poolings of a gated network.
+        dtype: Dtype of the profiles.
+        resampled: Position maps of operations on positions, kept from run to run.
+    """
 
     def __init__(
         self,
@@ -34,17 +42,18 @@ class Walk(fx.Interpreter):
         resampled: dict[fx.Node, Any],
     ) -> None:
         super().__init__(graph)
-        self.extra_traceback = False  # of messages
+        self.extra_traceback = False  # keeps error messages as they are
         self.layers: list[Layer] = []
         self._graph, self._gates, self._pools, self._dtype, self._resampled = graph, gates, pools, dtype, resampled
         self._terms: dict[fx.Node, list[Term]] = {}
         self._used: dict[int, str] = {}
 
     def fetch_attr(self, target: str) -> Any:
-        """A parameter, a buffer or a gate."""
+        """Return a parameter, a buffer or a gate."""
         return self._gates[int(target[len(GATE) :])] if target.startswith(GATE) else super().fetch_attr(target)
 
     def run_node(self, n: Node) -> Any:
+        """Run one node of the graph, and derive the terms of its result."""
         result = super().run_node(n)
         what = kind(self._graph, n)
         used = [node for node in n.all_input_nodes if node in self._terms]
@@ -63,16 +72,16 @@ class Walk(fx.Interpreter):
     def _other(self, n: Node, result: Any, used: list[fx.Node]) -> list[Term]:
         weightless = all(term.layer == 0 and not term.norms for node in used for term in self._terms[node])
         if weightless and isinstance(result, Tensor) and result.dim() > 1:
-            return self._raw(result)  # it is what it is
+            return self._raw(result)  # computed from the input without weights
         if kind(self._graph, n) in ("reshape", "rearrange") and [user.op for user in n.users] == ["output"]:
             return self._terms[used[0]]  # the order of the outputs does not matter
         self._refuse(n, "paths are not followed through it")
 
     def _raw(self, x: Tensor) -> list[Term]:
-        """The input, or what is computed from it without weights: paths begin at each of its channels and positions."""
+        """Return the term of the input, or of a value computed from it without weights: its paths begin at every entry."""
         profile = _by_position(x, x.shape[1]).to(self._dtype)
         outputs = torch.arange(len(profile), device=x.device)
-        return [Term(0, Taps(torch.zeros_like(outputs), outputs), profile, 0, x.new_ones(x.shape[1]))]
+        return [Term(0, PositionMap(torch.zeros_like(outputs), outputs), profile, 0, x.new_ones(x.shape[1]))]
 
     def _on_output(self, n: Node, result: Any) -> list[Term]:
         if not isinstance(result, Tensor):
@@ -95,14 +104,14 @@ class Walk(fx.Interpreter):
 
     def _on_conv(self, n: Node, result: Tensor) -> list[Term]:
         z, module = self._input(n), self._module(n)
-        taps = module.weight.shape[2:].numel()
-        # Positions are numbered from 1, and seen through kernels of one weight each.
+        width = module.weight.shape[2:].numel()
+        # The window is found by convolving the positions' numbers, from 1 on, with kernels that have a single weight of 1.
         numbers = torch.arange(1, z.shape[2:].numel() + 1, dtype=torch.float64, device=z.device)
         sizes = module.kernel_size, module.stride, module.padding, module.dilation
-        finder = _CONVOLUTIONS[z.dim() - 3](1, taps, *sizes, bias=False, padding_mode=module.padding_mode).to(numbers)
-        finder.weight.copy_(torch.eye(taps).view_as(finder.weight))
-        window = finder(numbers.view(1, 1, *z.shape[2:])).view(taps, -1).round().long() - 1
-        return self._weighted(n, module, window, module.groups, (module.weight.shape[1], taps))
+        finder = _CONVOLUTIONS[z.dim() - 3](1, width, *sizes, bias=False, padding_mode=module.padding_mode).to(numbers)
+        finder.weight.copy_(torch.eye(width).view_as(finder.weight))
+        window = finder(numbers.view(1, 1, *z.shape[2:])).view(width, -1).round().long() - 1
+        return self._weighted(n, module, window, module.groups, (module.weight.shape[1], width))
 
     def _weighted(self, n: Node, module: Any, window: Tensor, groups: int, shape: tuple[int, int]) -> list[Term]:
         weight = module.effective_weight() if isinstance(module, LinearForm) else module.weight
@@ -110,16 +119,18 @@ class Walk(fx.Interpreter):
         terms = self._input_terms(n)
         self.layers.append(Layer(str(n.target), terms, weight.reshape(-1, *shape), window, groups, biases))
         positions = torch.arange(window.shape[1], device=window.device)
-        return [self._ones(Taps(positions, positions))]
+        return [self._ones(PositionMap(positions, positions))]
 
-    def _ones(self, taps: Taps) -> Term:
-        """What the newest layer's output adds to itself, or to all positions."""
+    def _ones(self, position_map: PositionMap) -> Term:
+        """Return a term with profile 1 that leads on from the newest layer's output."""
         weight = self.layers[-1].weight
-        profile = torch.ones(len(taps.inputs), self._samples, len(weight), dtype=self._dtype, device=weight.device)
-        return Term(len(self.layers) - 1, taps, profile, 0, weight.new_ones(len(weight)))
+        profile = torch.ones(
+            len(position_map.inputs), self._samples, len(weight), dtype=self._dtype, device=weight.device
+        )
+        return Term(len(self.layers) - 1, position_map, profile, 0, weight.new_ones(len(weight)))
 
     def _on_batch_norm(self, n: Node, result: Tensor) -> list[Term]:
-        """A scale, which is a weight that its paths pass, and a shift, where paths begin."""
+        """Treat the scale as a weight of the paths, and the shift as a layer where paths begin."""
         module, terms, channels = self._module(n), self._input_terms(n), self._channels(first(n))
         if module.running_mean is None:
             self._refuse(n, "it uses the statistics of the batch, which couple its samples")
@@ -130,7 +141,7 @@ class Walk(fx.Interpreter):
         shift = -module.running_mean * scale
         shift = shift if module.bias is None else shift + module.bias
         before = self.layers[terms[0].layer]
-        if before.name == first(n).target and len(first(n).users) == 1:  # the two are one layer of weights
+        if before.name == first(n).target and len(first(n).users) == 1:  # fold the norm into the layer before it
             before.weight = before.weight * scale[:, None, None]
             before.biases = [*(bias * scale for bias in before.biases), shift]
             return terms
@@ -138,9 +149,9 @@ class Walk(fx.Interpreter):
         self.layers.append(Layer(str(n.target), [], shift.new_empty(len(shift), 0, 1), one, 1, [shift]))
         everywhere = torch.arange(result[0].numel() // channels, device=shift.device)
         scaled = [replace(t, scale=t.scale * scale, norms=(*t.norms, str(n.target))) for t in terms]
-        return [*scaled, self._ones(Taps(torch.zeros_like(everywhere), everywhere))]
+        return [*scaled, self._ones(PositionMap(torch.zeros_like(everywhere), everywhere))]
 
-    # What has no weights
+    # Operations without weights
 
     def _on_relu(self, n: Node, result: Tensor) -> list[Term]:
         return self._gated(n, self._input(n) > 0)
@@ -151,7 +162,7 @@ class Walk(fx.Interpreter):
     def _gated(self, n: Node, gate: Tensor) -> list[Term]:
         terms = self._input_terms(n)
         gate = _by_position(gate, terms[0].profile.shape[2])
-        return [replace(t, profile=t.profile * gate[t.taps.outputs]) for t in terms]
+        return [replace(t, profile=t.profile * gate[t.position_map.outputs]) for t in terms]
 
     def _same(self, n: Node, result: Tensor) -> list[Term]:
         return self._input_terms(n)
@@ -164,10 +175,10 @@ class Walk(fx.Interpreter):
         return self._input_terms(n)
 
     def _resampled_by(self, n: Node, result: Tensor) -> list[Term]:
-        """Sums over positions that are alike in all channels and samples."""
-        taps, weights = self._resampling(n, lambda z: self._applied(n, z))
+        """Follow an operation on positions that is linear and the same for all channels and samples."""
+        position_map, weights = self._resampling(n, lambda z: self._applied(n, z))
         weights = weights.to(self._dtype)[:, None, None]
-        return [self._through(t, taps, weights) for t in self._input_terms(n)]
+        return [self._through(t, position_map, weights) for t in self._input_terms(n)]
 
     _on_avg_pool = _on_adaptive_avg_pool = _on_global_avg_pool = _on_pad = _on_upsample = _resampled_by
 
@@ -190,14 +201,14 @@ class Walk(fx.Interpreter):
 
     def _on_route(self, n: Node, result: Tensor) -> list[Term]:
         place = int(n.args[1].target[len(GATE) :])
-        pool = self._pools[place - len(self._gates)]  # which come last
+        pool = self._pools[place - len(self._gates)]  # the pools' choices are the last entries of the gates
         return self._chosen(n, self.env[n.args[1]], pool)
 
     def _chosen(self, n: Node, index: Tensor, pool: Pool) -> list[Term]:
-        """The choice of a position is a gate of each of those that could have been chosen."""
-        taps, _ = self._resampling(n, pool)
-        chosen = _by_position(index, index.shape[1])[taps.outputs] == taps.inputs[:, None, None]
-        return [self._through(t, taps, chosen) for t in self._input_terms(n)]
+        """Treat the choice of a position as a gate of each position that could have been chosen."""
+        position_map, _ = self._resampling(n, pool)
+        chosen = _by_position(index, index.shape[1])[position_map.outputs] == position_map.inputs[:, None, None]
+        return [self._through(t, position_map, chosen) for t in self._input_terms(n)]
 
     def _on_scale(self, n: Node, result: Tensor) -> list[Term]:
         (scaled,) = (node for node in n.all_input_nodes if node in self._terms)
@@ -233,14 +244,14 @@ class Walk(fx.Interpreter):
         for i, part in enumerate(parts):
             sides = sum(widths[:i]), sum(widths[i + 1 :])
             for t in self._terms[part]:
-                # The input is no random function: all of its channels are the same one, with the values in the profile.
+                # All channels of the input are the same constant 1; their values are in the profile. So they need no shift.
                 shift = t.shift + sides[0] if t.layer or t.norms else 0
                 scale = F.pad(t.scale, sides, value=1.0)
                 terms.append(replace(t, profile=F.pad(t.profile, sides), scale=scale, shift=shift))
         return terms
 
-    def _resampling(self, n: Node, operation: Pool) -> tuple[Taps, Tensor]:
-        """The taps of an operation on positions, and their weights (T,), from what it makes of each single position."""
+    def _resampling(self, n: Node, operation: Pool) -> tuple[PositionMap, Tensor]:
+        """Return the position map of an operation on positions and its weights (T,), from its result for each position alone."""
         if n not in self._resampled:
             z = self._input(n)
             positions = z.shape[2:].numel()
@@ -249,19 +260,19 @@ class Walk(fx.Interpreter):
                 self._refuse(n, "it adds a constant")
             matrix = operation(each).reshape(positions, -1)
             inputs, outputs = matrix.nonzero().unbind(1)
-            self._resampled[n] = Taps(inputs, outputs), matrix[inputs, outputs]
+            self._resampled[n] = PositionMap(inputs, outputs), matrix[inputs, outputs]
         return self._resampled[n]
 
-    def _through(self, term: Term, taps: Taps, factor: Tensor) -> Term:
-        """A term followed by taps that multiply by factor (T or T, n, channels)."""
-        before, then = (term.taps.outputs.unsqueeze(1) == taps.inputs).nonzero().unbind(1)
-        both = Taps(term.taps.inputs[before], taps.outputs[then])
-        return replace(term, taps=both, profile=term.profile[before] * factor[then])
+    def _through(self, term: Term, position_map: PositionMap, factor: Tensor) -> Term:
+        """Compose a term with a position map whose entries multiply by a factor (T or T, n, channels)."""
+        before, then = (term.position_map.outputs.unsqueeze(1) == position_map.inputs).nonzero().unbind(1)
+        both = PositionMap(term.position_map.inputs[before], position_map.outputs[then])
+        return replace(term, position_map=both, profile=term.profile[before] * factor[then])
 
-    # The node at hand
+    # About the current node
 
     def _module(self, n: Node) -> Any:
-        """The module that is called, where it is the only call that uses its parameters."""
+        """Return the module that the node calls. Refuses a module whose parameters another call uses too."""
         if n.op != "call_module":
             self._refuse(n, "its weights are not those of a module of its own")
         module = self._graph.get_submodule(str(n.target))
@@ -280,7 +291,7 @@ class Walk(fx.Interpreter):
         return self._terms[node][0].profile.shape[2]
 
     def _applied(self, n: Node, value: Tensor) -> Tensor:
-        """What a node makes of another value than its own."""
+        """Return the node's result for another value in the place of its input."""
 
         def given(node: Node) -> Any:
             return value if node in self._terms else self.env[node]
@@ -293,5 +304,5 @@ class Walk(fx.Interpreter):
 
 
 def _by_position(value: Tensor, channels: int) -> Tensor:
-    """(positions, n, channels) of a value (n, channels, *positions), which may be flattened."""
+    """Reshape a value (n, channels, *positions), which may be flattened, to (positions, n, channels)."""
     return value.reshape(len(value), channels, value[0].numel() // channels).permute(2, 0, 1)

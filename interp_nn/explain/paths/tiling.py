@@ -1,4 +1,4 @@
-"""A kernel matrix from its tiles, so that what a tile needs is all that is held beside the matrix."""
+"""A kernel matrix that is computed in tiles, so that only one tile's working memory is needed beside the matrix."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _Side = TypeVar("_Side")
 
 def tiled(
     shape: tuple[int, int],
-    chunk: int,
+    chunk_size: int,
     left: Callable[[slice], _Side],
     right: Callable[[slice], _Side] | None,
     tile: Callable[[_Side, _Side], Tensor],
@@ -21,28 +21,41 @@ def tiled(
     device: torch.device,
     want: tuple[str, str] = ("normalize=True, or dtype=torch.float64", "dtype=torch.float64"),
 ) -> Tensor:
-    """The matrix of this shape with tile(left(rows), right(columns)) at rows and columns, at most `chunk` of each.
+    """Compute a matrix whose tile at some rows and columns is tile(left(rows), right(columns)).
 
-    right: None where it is `left` again and the matrix symmetric, of which the upper half is then computed.
-    Raises ValueError for a chunk below 1, and for entries beyond what the dtype holds. want: what would do where they are too
-    large, or no numbers, and where they are too small.
+    Args:
+        shape: Shape of the matrix.
+        chunk_size: The largest number of rows and of columns of a tile.
+        left: Returns the operand of a slice of rows.
+        right: Returns the operand of a slice of columns. None for a symmetric matrix, whose columns have the operands of its
+            rows; only its upper half is then computed.
+        tile: Returns a tile from two operands.
+        dtype: Dtype of the matrix.
+        device: Device of the matrix.
+        want: Two remedies for error messages: for entries that are too large or NaN, and for entries that are too small.
+
+    Returns:
+        Tensor of this shape.
+
+    Raises:
+        ValueError: A chunk_size below 1, or entries beyond the range of the dtype.
     """
-    if chunk < 1:
-        raise ValueError(f"chunk: got {chunk}, want at least 1")
+    if chunk_size < 1:
+        raise ValueError(f"chunk_size: got {chunk_size}, want at least 1")
     kernel = torch.empty(shape, dtype=dtype, device=device)
     largest = 0.0
-    for top in range(0, shape[0], chunk):
-        rows = slice(top, top + chunk)
+    for top in range(0, shape[0], chunk_size):
+        rows = slice(top, top + chunk_size)
         a = left(rows)
-        for start in range(0 if right else top, shape[1], chunk):
-            columns = slice(start, start + chunk)
+        for start in range(0 if right else top, shape[1], chunk_size):
+            columns = slice(start, start + chunk_size)
             diagonal = right is None and start == top
             block = tile(a, a if diagonal else (right or left)(columns))
             entry = largest_entry(block)
             if not entry <= torch.finfo(dtype).max:
                 raise ValueError(f"kernel: its largest entry is {entry:.3g}, more than {dtype} holds; want {want[0]}")
             largest = max(largest, entry)
-            if diagonal:  # a product of a matrix and itself may round its two halves differently
+            if diagonal:  # the product of a matrix with its transpose may round its two halves differently
                 block = block.triu() + block.triu(1).T
             kernel[rows, columns] = block
             if right is None and not diagonal:
@@ -56,7 +69,7 @@ def tiled(
 
 
 def largest_entry(matrix: Tensor) -> float:
-    """max |m|, 0 of an empty one; NaN where there is one."""
+    """Return max |m|: 0 for an empty matrix, NaN if an entry is NaN."""
     if not matrix.numel():
         return 0.0
     low, high = matrix.aminmax()

@@ -75,7 +75,7 @@ def spectrum_curves(
     (n,) by name, such as a null's, in the same order. Zeros are off the logarithmic scale.
     """
     axes = new_axes(axes, (5.4, 3.8))
-    curves = {"energy of the components": spectrum.lam, **(others or {})}
+    curves = {"energy of the components": spectrum.energies, **(others or {})}
     for index, (name, energies) in enumerate(curves.items()):
         shares = array(energies)
         if shares.ndim != 1 or not len(shares):
@@ -84,7 +84,7 @@ def spectrum_curves(
         axes.plot(
             np.arange(len(shares)), np.where(shares > 0, shares, np.nan), color=f"C{index}", marker=".", label=name
         )
-    costs = array(spectrum.tau)
+    costs = array(spectrum.mode_costs)
     costs = costs / (costs.max() or 1.0)
     twin = axes.twinx()
     (line,) = twin.plot(

@@ -1,4 +1,4 @@
-"""Derivative operators: each against its matrix, written out, and its closed-form eigenpairs against that."""
+"""Derivative operators: each is compared with its matrix, written out, and its eigenpairs with those of the matrix."""
 
 import math
 import pickle
@@ -290,9 +290,17 @@ def test_nothing_is_changed_in_place():
         (lambda: derivative_operator(0), ValueError, "n: got 0, want at least one place"),
         (lambda: derivative_operator((3, 0)), ValueError, r"n: got \(3, 0\), want at least one place"),
         (lambda: derivative_operator(()), ValueError, r"n: got \(\), want at least one place"),
-        (lambda: derivative_operator(4).apply(torch.zeros(3, 2)), ValueError, r"h: got shape \(3, 2\), want \(4, N\)"),
-        (lambda: derivative_operator(4).transform(torch.zeros(4)), ValueError, r"h: got shape \(4,\), want \(4, N\)"),
-        (lambda: derivative_operator(4).inverse(torch.zeros(1, 4)), ValueError, r"want \(4, N\)"),
+        (
+            lambda: derivative_operator(4).apply(torch.zeros(3, 2)),
+            ValueError,
+            r"x: got shape \(3, 2\), want \(4, samples\)",
+        ),
+        (
+            lambda: derivative_operator(4).transform(torch.zeros(4)),
+            ValueError,
+            r"x: got shape \(4,\), want \(4, samples\)",
+        ),
+        (lambda: derivative_operator(4).inverse(torch.zeros(1, 4)), ValueError, r"coefficients: .*want \(4, samples\)"),
         (lambda: matrix_operator(eye(2).long()), TypeError, "matrix: got torch.int64, want a real floating dtype"),
         (lambda: matrix_operator([[1.0]]), TypeError, "matrix: got list, want a torch.Tensor"),
         (lambda: matrix_operator(torch.zeros(2)), ValueError, r"matrix: got shape \(2,\), want a finite matrix"),

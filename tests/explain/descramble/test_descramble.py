@@ -1,4 +1,4 @@
-"""Descrambling in closed form: against descent, enumeration and random matrices, what it recovers, and its nulls."""
+"""Descrambling in closed form: compared with descent, enumeration and random matrices; signals it recovers; its nulls."""
 
 import math
 import warnings
@@ -9,7 +9,7 @@ import torch
 from torch.autograd import gradcheck
 
 from interp_nn import linalg
-from interp_nn.explain.descramble.brockett import brockett_max, brockett_min, smoothness
+from interp_nn.explain.descramble.brockett import brockett_min, smoothness
 from interp_nn.explain.descramble.derivatives import derivative_operator, graph_operator
 from interp_nn.explain.descramble.descrambler import Descrambler
 from interp_nn.explain.descramble.fourier import fft_view
@@ -60,13 +60,13 @@ def test_the_loss_is_the_paired_spectra(trial):
     D = randn(n + 2, n) if kind == "matrix" else kind
     H = randn(n, N) * torch.rand(n, 1, dtype=F64)
     d = Descrambler(operator=D).fit(H)
-    tau, lam = d.spectrum_
+    costs, energies = d.spectrum_
     direct = float(smoothness(d.P_, H, D))
     for reached in (d.loss_, direct):
         assert abs(reached - d.lower_bound_) <= 1e-10 * d.lower_bound_
-    close(d.lower_bound_, float(tau @ lam))
+    close(d.lower_bound_, float(costs @ energies))
     assert orthogonality(d.P_) < 1e-12 and d.check() < 1e-9
-    assert (tau.diff() >= 0).all() and (lam.diff() <= 0).all()
+    assert (costs.diff() >= 0).all() and (energies.diff() <= 0).all()
 
 
 def descend(A, B, P, steps=150):
@@ -112,7 +112,7 @@ def test_all_matchings_are_critical_and_none_is_below():
         assert (gradient - gradient.mT).abs().max() < 1e-11
         losses.append(float((A * (P @ B @ P.mT)).sum()))
     assert d.loss_ <= min(losses) * (1 + 1e-12) and min(losses) == pytest.approx(d.loss_, rel=1e-12)
-    assert brockett_max(A, B).value == pytest.approx(max(losses), rel=1e-12)
+    assert -brockett_min(-A, B).value == pytest.approx(max(losses), rel=1e-12)
 
 
 def test_no_random_orthogonal_matrix_is_below():
@@ -128,14 +128,13 @@ def test_no_random_orthogonal_matrix_is_below():
 def test_brockett_extremes_of_indefinite_matrices():
     A, B = randn(7, 7), randn(7, 7)
     A, B = A + A.mT, B + B.mT
-    low, high = brockett_min(A, B), brockett_max(A, B)
-    for P, value in (low, high):
+    low, high = brockett_min(A, B), brockett_min(-A, B)
+    for P, value in (low, high._replace(value=-high.value)):
         close(float(torch.trace(A @ P @ B @ P.mT)), value)
         assert orthogonality(P) < 1e-13
     Q = random_orthogonal(7, 500)
     between = (A * (Q @ B @ Q.mT)).sum((1, 2))
-    assert low.value < between.min() and between.max() < high.value
-    close(brockett_min(-A, B).value, -high.value)
+    assert low.value < between.min() and between.max() < -high.value
 
 
 def test_smoothness_is_differentiable():
@@ -182,7 +181,7 @@ def test_memory_does_not_grow_with_the_square_of_the_samples():
     assert Descrambler(operator="diff1").fit(H).check() < 1e-12
 
 
-# What it finds
+# Signals and structure that it finds
 
 
 def test_recovers_smooth_signals_from_a_random_mixture():
@@ -239,7 +238,7 @@ def test_equal_energies_are_reported():
     s = torch.tensor([3.0, 2, 2, 2, 1, 0.5], dtype=F64)
     d = Descrambler(operator="diff1").fit(random_orthogonal(6) * s @ random_orthogonal(20)[:6])
     assert d.ambiguity_ == ((), ((1, 4),), 6, 6)
-    close(d.spectrum_.lam, s.square())
+    close(d.spectrum_.energies, s.square())
 
 
 def test_canonical_signs_do_not_come_from_the_solver(monkeypatch):
@@ -274,8 +273,8 @@ def test_centring_frees_the_constant_mode_of_the_mean():
     H = 100 + correlated(10, 500)
     plain, centred = Descrambler(operator="diff1").fit(H), Descrambler(operator="diff1", center=True).fit(H)
     deviations = H - H.mean(1, keepdim=True)
-    close(centred.spectrum_.lam, linalg.eigh(deviations @ deviations.mT).values.flip(0))
-    assert plain.spectrum_.lam[0] > 1e3 * plain.spectrum_.lam[1]
+    close(centred.spectrum_.energies, linalg.eigh(deviations @ deviations.mT).values.flip(0))
+    assert plain.spectrum_.energies[0] > 1e3 * plain.spectrum_.energies[1]
     close(centred.transform(H), centred.P_ @ deviations)
     close(centred.mean_, H.mean(1))
     close(plain.transform(H), plain.P_ @ H)
@@ -307,7 +306,7 @@ def test_structure_is_told_from_none():
 
 
 def test_few_samples_look_smooth_and_are_not():
-    with pytest.warns(UserWarning, match="H: rank 8 for 16 features, so that P is arbitrary in 8 directions"):
+    with pytest.warns(UserWarning, match="x: rank 8 for 16 features, so that P is arbitrary in 8 directions"):
         nulls = Descrambler(operator="diff1").fit(randn(16, 8)).nulls_
     assert nulls.fitted < 0.25 and nulls.shuffled < 0.3 and nulls.held_out > 0.6
 
@@ -388,7 +387,7 @@ def test_the_largest_trace_is_the_nuclear_norm(n):
     PW = d.transform(W)
     assert (PW - PW.mT).abs().max() < 1e-13 and torch.linalg.eigvalsh(PW).min() > -1e-13
     close(torch.trace(PW).item(), -d.loss_)
-    close(d.spectrum_.lam, s)
+    close(d.spectrum_.energies, s)
 
 
 def test_rotations_reach_less_of_a_trace_where_they_must():
@@ -401,7 +400,7 @@ def test_rotations_reach_less_of_a_trace_where_they_must():
 
 
 def test_squares_on_the_diagonal_from_any_start():
-    """Ascent from 50 random starts, as written out here, does not pass what the polar start reaches."""
+    """Ascent from 50 random starts, as written out here, does not reach more than the ascent from the polar factor."""
     W = randn(8, 8)
     d = Descrambler("diag_normsq").fit(W)
     best = 0.0
@@ -445,7 +444,7 @@ def test_a_singular_matrix_is_reported():
     assert d.ambiguity_ == ((), ((2, 5),), 2, 5)
 
 
-# The manner of scikit-learn
+# The interface of scikit-learn
 
 
 def test_parameters_and_clone():
@@ -466,8 +465,8 @@ def test_parameters_and_clone():
 
 
 @pytest.mark.parametrize("name", ["P_", "loss_", "lower_bound_", "spectrum_", "ambiguity_", "nulls_", "mean_"])
-def test_what_is_not_fitted_says_so(name):
-    with pytest.raises(NotFittedError, match="Descrambler: this is known after fit"):
+def test_fitted_attributes_raise_before_fit(name):
+    with pytest.raises(NotFittedError, match="Descrambler: not fitted to samples yet"):
         getattr(Descrambler(), name)
     assert not hasattr(Descrambler(), name) and "not fitted" in repr(Descrambler())
 
@@ -475,16 +474,16 @@ def test_what_is_not_fitted_says_so(name):
 @pytest.mark.parametrize(
     ("parameters", "H", "error", "message"),
     [
-        ({}, torch.zeros(4, 5, dtype=torch.cfloat), TypeError, "H: got torch.complex64, want a real floating dtype"),
-        ({}, torch.zeros(4, 5, dtype=torch.int64), TypeError, "H: got torch.int64, want a real floating dtype"),
-        ({}, [[1.0]], TypeError, "H: got list, want a torch.Tensor"),
-        ({}, torch.zeros(4), ValueError, r"H: got shape \(4,\), want \(n, N\), features x samples"),
-        ({}, torch.zeros(4, 0), ValueError, r"H: got shape \(4, 0\)"),
-        ({}, torch.zeros(2, 3, 4), ValueError, r"H: got shape \(2, 3, 4\)"),
-        ({}, torch.full((2, 3), torch.inf), ValueError, "H: has entries that are not finite"),
+        ({}, torch.zeros(4, 5, dtype=torch.cfloat), TypeError, "x: got torch.complex64, want a real floating dtype"),
+        ({}, torch.zeros(4, 5, dtype=torch.int64), TypeError, "x: got torch.int64, want a real floating dtype"),
+        ({}, [[1.0]], TypeError, "x: got list, want a torch.Tensor"),
+        ({}, torch.zeros(4), ValueError, r"x: got shape \(4,\), want \(features, samples\)"),
+        ({}, torch.zeros(4, 0), ValueError, r"x: got shape \(4, 0\)"),
+        ({}, torch.zeros(2, 3, 4), ValueError, r"x: got shape \(2, 3, 4\)"),
+        ({}, torch.full((2, 3), torch.inf), ValueError, "x: has entries that are not finite"),
         ({"operator": "diff9"}, torch.zeros(4, 5), ValueError, "kind: got 'diff9', want one of fourier2, dct"),
         ({"operator": 3}, torch.zeros(4, 5), TypeError, "operator: got int, want a name, a matrix"),
-        ({"operator": torch.zeros(2, 3)}, torch.zeros(4, 5), ValueError, "operator: got one of 3 places, want 4"),
+        ({"operator": torch.zeros(2, 3)}, torch.zeros(4, 5), ValueError, "operator: got one for 3 places, want 4"),
         ({"operator": lambda h: h[0]}, torch.zeros(4, 5), ValueError, r"the function gave \(4,\) for \(4, 4\)"),
         ({"operator": torch.sin}, torch.zeros(4, 5), ValueError, "the function is not linear in each column"),
         ({"operator": lambda h: h + 1}, torch.zeros(2, 5), ValueError, "the function is not linear in each column"),
@@ -507,11 +506,11 @@ def test_bad_input_is_named(parameters, H, error, message):
 
 def test_more_bad_input():
     d = Descrambler().fit(randn(4, 9))
-    with pytest.raises(ValueError, match="H: got 3 features, want 4, as before"):
+    with pytest.raises(ValueError, match="x: got 3 features, want 4, as before"):
         d.partial_fit(randn(3, 9))
-    with pytest.raises(ValueError, match="H: got 3 features, want 4, as in fit"):
+    with pytest.raises(ValueError, match="x: got 3 features, want 4, as in fit"):
         d.transform(randn(3, 9))
-    with pytest.raises(ValueError, match=r"criterion: got 'diag_sum', which is of one square matrix; want fit\(W\)"):
+    with pytest.raises(ValueError, match=r"criterion: got 'diag_sum', which takes one square matrix; want fit\(W\)"):
         Descrambler("diag_sum").partial_fit(randn(3, 3))
     for A, B, error, message in (
         (randn(2, 2), torch.eye(2, dtype=F64), ValueError, "A: .*want a symmetric matrix"),
@@ -547,7 +546,7 @@ def test_fft_view_finds_the_waves_of_a_filter():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
 @pytest.mark.parametrize(("n", "rank", "samples"), [(6, 2, 500), (16, 8, 2000), (64, 8, 2000), (64, 8, 40)])
-def test_the_rank_is_not_what_rounding_of_the_data_makes_of_it(dtype, n, rank, samples):
+def test_rounding_of_the_data_does_not_change_the_rank(dtype, n, rank, samples):
     H = torch.randn(n, rank, dtype=torch.float64) @ torch.randn(rank, samples, dtype=torch.float64)
     with pytest.warns(UserWarning, match=f"rank {rank} for {n} features"):
         assert Descrambler(operator="diff1").fit(H.to(dtype)).ambiguity_.rank == rank

@@ -1,4 +1,4 @@
-"""Descrambling a layer of a network: what is tapped, the weights seen, orders written into the model, and what is refused."""
+"""Descrambling a layer of a network: its values, the turned weights, orders written into the model, and errors."""
 
 import copy
 import math
@@ -61,6 +61,10 @@ class Residual(nn.Module):
         return self.last(x + F.relu(self.inner(x)))
 
 
+def diff1(**parameters):
+    return Descrambler(operator="diff1", **parameters)
+
+
 def points(*shape, n=50):
     return torch.randn(n, *shape, dtype=torch.float64)
 
@@ -73,15 +77,15 @@ def same(model, before):
     return all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
-# What is tapped
+# Values of a layer
 
 
 def test_values_before_and_after_the_activation():
     model, x = MLP(), points(12)
     z = model.fc1(x)
-    pre, post = (Descrambler(operator="diff1").fit_layer(model, "fc1", x, tap=tap) for tap in ("pre", "post"))
-    close(pre.loss_, Descrambler(operator="diff1").fit(z.detach().mT).loss_)
-    close(post.loss_, Descrambler(operator="diff1").fit(z.detach().tanh().mT).loss_)
+    pre, post = (diff1().fit_layer(model, "fc1", x, tap=tap) for tap in ("pre", "post"))
+    close(pre.loss_, diff1().fit(z.detach().mT).loss_)
+    close(post.loss_, diff1().fit(z.detach().tanh().mT).loss_)
     assert (pre.layer_, pre.following_) == ("fc1", "fc2")
     last = Descrambler().fit_layer(model, "fc3", x)
     assert (last.layer_, last.following_) == ("fc3", None)
@@ -93,8 +97,8 @@ def test_values_are_those_before_they_are_written_over():
         points(5),
     )
     z = model[0](x).detach()
-    close(Descrambler(operator="diff1").fit_layer(model, "0", x).loss_, Descrambler(operator="diff1").fit(z.mT).loss_)
-    order = Descrambler(operator="diff1", group="permutation").fit_layer(model, "0", x)
+    close(diff1().fit_layer(model, "0", x).loss_, diff1().fit(z.mT).loss_)
+    order = diff1(group="permutation").fit_layer(model, "0", x)
     out = model(x).detach()
     close(order.apply_(model)(x), out)
 
@@ -102,46 +106,46 @@ def test_values_are_those_before_they_are_written_over():
 def test_channels_are_the_features_of_a_convolution():
     model, x = CNN(), points(1, 8, 8)
     z = model.conv1(x).detach()
-    d = Descrambler(operator="diff1").fit_layer(model, "conv1", x)
-    close(d.P_, Descrambler(operator="diff1").fit(z.movedim(1, 0).flatten(1)).P_)
+    d = diff1().fit_layer(model, "conv1", x)
+    close(d.P_, diff1().fit(z.movedim(1, 0).flatten(1)).P_)
     assert d.following_ == "conv2"
     h = F.max_pool2d(model.act(model.bn1(z)), 2).detach()
-    post = Descrambler(operator="diff1").fit_layer(model, "conv1", x, tap="post")
-    close(post.loss_, Descrambler(operator="diff1").fit(h.movedim(1, 0).flatten(1)).loss_)
-    flat = Descrambler(operator="diff1").fit_layer(model, "conv2", x, tap="post")
+    post = diff1().fit_layer(model, "conv1", x, tap="post")
+    close(post.loss_, diff1().fit(h.movedim(1, 0).flatten(1)).loss_)
+    flat = diff1().fit_layer(model, "conv2", x, tap="post")
     h = F.avg_pool2d(F.relu(model.bn2(model.conv2(h))), 2).detach()
     assert flat.following_ == "fc" and flat.P_.shape == (6, 6)
-    close(flat.loss_, Descrambler(operator="diff1").fit(h.movedim(1, 0).flatten(1)).loss_)
+    close(flat.loss_, diff1().fit(h.movedim(1, 0).flatten(1)).loss_)
 
 
 def test_sequences_have_their_features_last():
     model = nn.Sequential(nn.Linear(4, 5), nn.GELU(), nn.Linear(5, 2)).double()
     x = points(7, 4)
     for tap, h in (("pre", model[0](x)), ("post", model[:2](x))):
-        d = Descrambler(operator="diff1").fit_layer(model, "0", x, tap=tap)
-        close(d.loss_, Descrambler(operator="diff1").fit(h.detach().flatten(0, 1).mT).loss_)
+        d = diff1().fit_layer(model, "0", x, tap=tap)
+        close(d.loss_, diff1().fit(h.detach().flatten(0, 1).mT).loss_)
 
 
 def test_batches_of_any_kind():
     model, x = MLP(), points(12)
-    whole = Descrambler(operator="diff1").fit_layer(model, "fc2", x)
+    whole = diff1().fit_layer(model, "fc2", x)
     loader = DataLoader(TensorDataset(x, torch.zeros(50)), batch_size=16)
     for data in (loader, list(x.split(7)), iter(x.split(1)), ((part, None) for part in x.split(20))):
-        d = Descrambler(operator="diff1").fit_layer(model, "fc2", data)
+        d = diff1().fit_layer(model, "fc2", data)
         close(d.loss_, whole.loss_)
         close(d.nulls_.held_out, whole.nulls_.held_out)
         close(d.nulls_.random_net, whole.nulls_.random_net)
-    close(Descrambler(operator="diff1").fit_layer(model.float(), "fc2", x).loss_, whole.loss_, rtol=1e-4, atol=0.0)
+    close(diff1().fit_layer(model.float(), "fc2", x).loss_, whole.loss_, rtol=1e-4, atol=0.0)
 
 
 def test_halves_are_of_samples_and_not_of_positions():
-    """Neighbouring positions of one image are alike, and in one half."""
+    """Neighbouring positions of one image are alike, so they belong to one half."""
     model, x = nn.Sequential(nn.Conv2d(1, 6, 1)).double(), points(1, 1, 1, n=8).expand(-1, -1, 9, 9)
     x = x.contiguous()
     x[::2] = 0
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # one channel gives rank 2
-        d = Descrambler(operator="diff1").fit_layer(model, "0", x)
+        d = diff1().fit_layer(model, "0", x)
     first, second = d._samples.halves
     assert first.count == second.count == 4 * 81
     close(first.gram(), 4 * 81 * torch.outer(model[0].bias, model[0].bias).detach())
@@ -152,14 +156,14 @@ def test_the_weights_of_the_next_layer_join_the_samples():
     model, x = MLP(), points(12)
     h, w = model.fc1(x).detach().tanh().mT, model.fc2.weight.detach()
     scale = torch.linalg.matrix_norm(h, 2) / torch.linalg.matrix_norm(w, 2)
-    d = Descrambler(operator="diff1").fit_layer(model, "fc1", x, tap="post", joint=True)
-    close(d.loss_, Descrambler(operator="diff1").fit(torch.cat((h, scale * w.mT), 1)).loss_)
+    d = diff1().fit_layer(model, "fc1", x, tap="post", joint=True)
+    close(d.loss_, diff1().fit(torch.cat((h, scale * w.mT), 1)).loss_)
     cnn = CNN()
-    d = Descrambler(operator="diff1").fit_layer(cnn, "conv2", points(1, 8, 8), tap="post", joint=True)
+    d = diff1().fit_layer(cnn, "conv2", points(1, 8, 8), tap="post", joint=True)
     assert d._samples.all.count == 50 * 4 + 7 * 4  # 4 positions, and 7 filters of 4 positions
     model.fc2.weight.data.zero_()
-    zero = Descrambler(operator="diff1").fit_layer(model, "fc1", x, tap="post", joint=True)
-    close(zero.loss_, Descrambler(operator="diff1").fit(h).loss_)
+    zero = diff1().fit_layer(model, "fc1", x, tap="post", joint=True)
+    close(zero.loss_, diff1().fit(h).loss_)
 
 
 def test_the_model_is_left_as_it_is():
@@ -184,13 +188,13 @@ def test_a_layer_called_twice_gives_all_its_calls():
     model, x = Twice(), points(5)
     first = model.fc(x).detach()
     both = torch.cat((first, model.fc(first.relu()).detach())).mT
-    close(Descrambler(operator="diff1").fit_layer(model, "fc", x).loss_, Descrambler(operator="diff1").fit(both).loss_)
+    close(diff1().fit_layer(model, "fc", x).loss_, diff1().fit(both).loss_)
 
 
 def test_compiled_and_shared_modules():
     model, x = MLP(), points(12)
     compiled = torch.compile(model, backend="eager")
-    d, plain = (Descrambler(operator="diff1").fit_layer(m, "fc1", x) for m in (compiled, model))
+    d, plain = (diff1().fit_layer(m, "fc1", x) for m in (compiled, model))
     close(d.P_, plain.P_)
     shared = nn.Sequential(nn.Linear(4, 4), nn.ReLU()).double()
     model = nn.Sequential(shared, shared)
@@ -199,14 +203,14 @@ def test_compiled_and_shared_modules():
 
 def test_summary_layers():
     model, x = MLP(layer=SummaryLinear), points(12)
-    d = Descrambler(operator="diff1").fit_layer(model, "fc1", x)
+    d = diff1().fit_layer(model, "fc1", x)
     close(d.weights().weight, d.P_ @ model.fc1.effective_weight().detach())
     close(d.weights().following, model.fc2.effective_weight().detach() @ d.P_.mT)
     head = nn.Sequential(nn.Linear(12, 9), nn.ReLU(), SummaryHead(9, 5, 3)).double().eval()
-    d = Descrambler(operator="diff1").fit_layer(head, "0", x, tap="post")
+    d = diff1().fit_layer(head, "0", x, tap="post")
     assert d.following_ == "2" and d.P_.shape == (9, 9)
     conv = nn.Sequential(SummaryConv2d(1, 4, 3), nn.ReLU(), SummaryConv2d(4, 2, 3)).double()
-    d = Descrambler(operator="diff1", group="permutation").fit_layer(conv, "0", points(1, 8, 8))
+    d = diff1(group="permutation").fit_layer(conv, "0", points(1, 8, 8))
     images = points(1, 8, 8)
     before = conv(images)
     close(d.apply_(conv)(images), before)
@@ -216,7 +220,7 @@ def test_summary_layers():
 
 
 def test_training_is_told_from_the_architecture():
-    """Trained to copy smooth signals through a narrow layer, whose random weights would not give smooth data."""
+    """The network learns to copy smooth signals through a narrow layer; with random weights its values are not smooth."""
     torch.manual_seed(1)
     x = torch.cumsum(points(16, n=400), 1) / 4
     model = nn.Sequential(nn.Linear(16, 12), nn.Tanh(), nn.Linear(12, 16)).double()
@@ -225,11 +229,11 @@ def test_training_is_told_from_the_architecture():
         optimizer.zero_grad()
         F.mse_loss(model(x), x).backward()
         optimizer.step()
-    trained = Descrambler(operator="diff1").fit_layer(model, "0", x)
-    again = Descrambler(operator="diff1").fit_layer(model, "0", x)
+    trained = diff1().fit_layer(model, "0", x)
+    again = diff1().fit_layer(model, "0", x)
     nulls = trained.nulls_
     assert nulls == again.nulls_ and 0 < nulls.fitted < nulls.shuffled
-    fresh = Descrambler(operator="diff1").fit_layer(reinitialised(model), "0", x)
+    fresh = diff1().fit_layer(reinitialised(model), "0", x)
     assert nulls.random_net == pytest.approx(fresh.nulls_.fitted) and nulls.random_net != nulls.fitted
     assert math.isnan(trained.partial_fit(points(20).mT[:12]).nulls_.random_net)
 
@@ -261,7 +265,7 @@ def test_new_weights_are_drawn_as_a_new_model_draws_them():
 
 def test_weights_are_turned_from_the_side_of_the_features():
     model, x = CNN(), points(1, 8, 8)
-    d = Descrambler(operator="diff1").fit_layer(model, "conv2", x)
+    d = diff1().fit_layer(model, "conv2", x)
     weight, following = d.weights()
     close(weight, torch.einsum("ij,jcab->icab", d.P_, model.conv2.weight.detach()))
     assert weight.shape == model.conv2.weight.shape and weight.dtype == torch.float64
@@ -277,7 +281,7 @@ def test_weights_are_turned_from_the_side_of_the_features():
 def test_p_after_the_activation_is_undone_by_the_next_layer():
     """W (Pᵀ P) f(z) = W f(z), while W Pᵀ f(P z) is another network."""
     model, x = MLP(), points(12)
-    d = Descrambler(operator="diff1").fit_layer(model, "fc1", x, tap="post")
+    d = diff1().fit_layer(model, "fc1", x, tap="post")
     following = d.weights().following
     out = model.fc2(model.fc1(x).tanh()).detach()
     after = (model.fc1(x).tanh() @ d.P_.mT @ following.mT + model.fc2.bias).detach()
@@ -294,12 +298,12 @@ def test_p_after_the_activation_is_undone_by_the_next_layer():
 def test_an_order_leaves_the_function_as_it_is(name, tap, layer):
     model, x = MLP(torch.float32, layer), points(12).float()
     before, out = state(model), model(x).detach()
-    d = Descrambler(operator="diff1", group="permutation").fit_layer(model, name, x, tap=tap)
+    d = diff1(group="permutation").fit_layer(model, name, x, tap=tap)
     assert d.apply_(model) is model
     assert (model(x) - out).abs().max() <= 1e-6 and not same(model, before)
     order = d.P_.argmax(1)
     assert torch.equal(getattr(model, name).bias, before[f"{name}.bias"][order])
-    again = Descrambler(operator="diff1", group="permutation").fit_layer(model, name, x, tap=tap)
+    again = diff1(group="permutation").fit_layer(model, name, x, tap=tap)
     assert again.P_.argmax(1).tolist() == list(range(len(order)))
 
 
@@ -308,7 +312,7 @@ def test_an_order_leaves_the_function_as_it_is(name, tap, layer):
 def test_an_order_of_channels_takes_batch_norms_and_flattened_maps_with_it(name, dtype):
     model, x = CNN(dtype), points(1, 8, 8).to(dtype)
     before, out = state(model), model(x).detach()
-    d = Descrambler(operator="diff1", group="permutation").fit_layer(model, name, x)
+    d = diff1(group="permutation").fit_layer(model, name, x)
     assert not torch.equal(d.P_, torch.eye(len(d.P_)).to(d.P_))
     d.apply_(model)
     assert (model(x) - out).abs().max() <= (1e-6 if dtype == torch.float32 else 1e-14) * out.abs().max().clamp_min(1)
@@ -321,7 +325,7 @@ def test_an_order_of_channels_takes_batch_norms_and_flattened_maps_with_it(name,
 
 def test_the_order_is_seriation_of_the_layers_values():
     model, x = MLP(), points(12)
-    d = Descrambler(operator="diff1", group="permutation").fit_layer(model, "fc1", x)
+    d = diff1(group="permutation").fit_layer(model, "fc1", x)
     best = seriate(model.fc1(x).detach().mT)
     assert d.P_.argmax(1).tolist() == best.order.tolist()
     close((d.loss_, d.lower_bound_), (best.loss, best.lower_bound))
@@ -331,7 +335,7 @@ def test_the_order_is_seriation_of_the_layers_values():
 def test_an_orthogonal_p_goes_between_linear_layers_alone():
     model = nn.Sequential(nn.Linear(5, 6), nn.Linear(6, 3)).double()
     x = points(5)
-    d = Descrambler(operator="diff1").fit_layer(model, "0", x)
+    d = diff1().fit_layer(model, "0", x)
     out, weight = model(x).detach(), model[0].weight.detach().clone()
     d.apply_(model)
     close(model(x), out)
@@ -342,12 +346,12 @@ def test_an_orthogonal_p_goes_between_linear_layers_alone():
 def test_an_orthogonal_p_is_refused_across_a_nonlinearity():
     model, x = MLP(), points(12)
     before = state(model)
-    d = Descrambler(operator="diff1").fit_layer(model, "fc1", x)
+    d = diff1().fit_layer(model, "fc1", x)
     with pytest.raises(
         ValueError, match=r"between 'fc1' and 'fc2' lies act \(Tanh\), which does not commute with an orth"
     ):
         d.apply_(model)
-    d = Descrambler(operator="diff1").fit_layer(model, "fc2", x)
+    d = diff1().fit_layer(model, "fc2", x)
     with pytest.raises(ValueError, match=r"between 'fc2' and 'fc3' lies a function.* want group='permutation'"):
         d.apply_(model)
     assert same(model, before)
@@ -370,7 +374,7 @@ def test_an_orthogonal_p_is_refused_across_a_nonlinearity_that_does_nothing_to_t
     nn.init.uniform_(model.first.weight, -0.01, 0.01)
     before = state(model)
     with torch.inference_mode(inference):
-        d = Descrambler(operator="diff1").fit_layer(model, "first", x + 0)
+        d = diff1().fit_layer(model, "first", x + 0)
         with pytest.raises(ValueError, match="want group='permutation'"):
             d.apply_(model)
     assert same(model, before)
@@ -380,7 +384,7 @@ def test_an_orthogonal_p_goes_across_what_does_nothing():
     between = nn.Sequential(nn.Identity(), nn.Dropout(0.3), nn.Dropout(0.0)).eval()
     model, x = Functional(between).double(), points(5)
     out = model(x).detach()
-    close(Descrambler(operator="diff1").fit_layer(model, "first", x).apply_(model)(x), out)
+    close(diff1().fit_layer(model, "first", x).apply_(model)(x), out)
 
 
 def test_layers_in_containers_and_with_scales_of_their_own():
@@ -395,11 +399,11 @@ def test_layers_in_containers_and_with_scales_of_their_own():
     first = nn.Sequential(nn.Linear(5, 6), nn.Tanh())
     model, x = nn.Sequential(first, Scaled(), nn.Sequential(nn.Linear(6, 3))).double(), points(5)
     out = model(x).detach()
-    d = Descrambler(operator="diff1").fit_layer(model, "0.0", x)
+    d = diff1().fit_layer(model, "0.0", x)
     with pytest.raises(ValueError, match=r"between '0.0' and '2.0' lies 0.1 \(Tanh\), 1.act \(ReLU\), which"):
         d.apply_(model)
     scale = model[1].scale.detach().clone()
-    d = Descrambler(operator="diff1", group="permutation").fit_layer(model, "0.0", x)
+    d = diff1(group="permutation").fit_layer(model, "0.0", x)
     close(d.apply_(model)(x), out)
     assert torch.equal(model[1].scale, scale[d.P_.argmax(1)])
 
@@ -415,48 +419,49 @@ def test_calls_that_depend_on_the_values():
             return self.left(z.relu()) if z[0, 0] > z[1, 0] else self.right(z.relu())
 
     x = points(4, n=2)
-    d = Descrambler(operator="diff1")
+    d = diff1()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # two samples
         assert d.fit_layer(Branching(), "first", x).following_ is None
 
 
-def test_layers_that_cannot_be_exchanged_alone():
-    model, x = Residual(), points(6)
+@pytest.mark.parametrize(
+    ("make", "name", "shape", "following", "message"),
+    [
+        (Residual, "first", (6,), "inner", "with the features of 'first' exchanged, the model's output changes by"),
+        (Residual, "inner", (6,), None, "no layer after 'inner' receives a function of its values alone"),
+        (
+            lambda: nn.Sequential(nn.Conv1d(4, 4, 1), nn.ReLU(), nn.Conv1d(4, 4, 1, groups=2)),
+            *("0", (4, 9), "2", "layer '2' has 2 groups, whose channels cannot be mixed"),
+        ),
+        (
+            lambda: nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(5, 4)), nn.ReLU(), nn.Linear(4, 2)),
+            *("0", (5,), "2", "weight of layer '0' is parametrized"),
+        ),
+        (
+            lambda: nn.Sequential(nn.ConvTranspose1d(5, 5, 1), nn.ReLU(), nn.Conv1d(5, 2, 1)),
+            *("0", (5, 9), "2", "layer '0' is ConvTranspose1d, want a layer with a weight"),
+        ),
+    ],
+)
+def test_layers_that_cannot_be_exchanged_alone(make, name, shape, following, message):
+    model = make().double()
     before = state(model)
-    d = Descrambler(operator="diff1", group="permutation").fit_layer(model, "first", x)
-    assert d.following_ == "inner"
-    with pytest.raises(ValueError, match="exchanging the features of 'first' changes what the model computes by"):
+    d = diff1(group="permutation").fit_layer(model, name, points(*shape))
+    assert d.following_ == following
+    with pytest.raises(ValueError, match=message):
         d.apply_(model)
     assert same(model, before)
-    d = Descrambler(operator="diff1", group="permutation").fit_layer(model, "inner", x)
-    assert d.following_ is None
-    with pytest.raises(ValueError, match="no layer after 'inner' receives a function of its values alone"):
-        d.apply_(model)
-    grouped = nn.Sequential(nn.Conv1d(4, 4, 1), nn.ReLU(), nn.Conv1d(4, 4, 1, groups=2)).double()
-    d = Descrambler(operator="diff1", group="permutation").fit_layer(grouped, "0", points(4, 9))
-    with pytest.raises(ValueError, match="layer '2' has 2 groups, whose channels cannot be mixed"):
-        d.apply_(grouped)
-    normed = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(5, 4)), nn.ReLU(), nn.Linear(4, 2)).double()
-    d = Descrambler(operator="diff1", group="permutation").fit_layer(normed, "0", points(5))
-    before = state(normed)
-    with pytest.raises(ValueError, match="weight of layer '0' is parametrized"):
-        d.apply_(normed)
-    assert same(normed, before)
 
 
-def test_what_apply_and_weights_want():
+def test_arguments_of_apply_and_weights():
     model, x = MLP(), points(12)
-    d = Descrambler(operator="diff1", group="permutation").fit(points(5).mT)
-    transposed = nn.Sequential(nn.ConvTranspose1d(5, 5, 1), nn.ReLU(), nn.Conv1d(5, 2, 1)).double()
+    d = diff1(group="permutation").fit(points(5).mT)
     with pytest.raises(TypeError, match="layer: got ConvTranspose1d, want a matrix or a layer"):
-        d.weights(transposed[0])
-    lifted = Descrambler(operator="diff1", group="permutation").fit_layer(transposed, "0", points(5, 9))
-    with pytest.raises(ValueError, match="layer '0' is of ConvTranspose1d, want one with a weight"):
-        lifted.apply_(transposed)
-    with pytest.raises(ValueError, match="apply_: want fit_layer first"):
+        d.weights(nn.ConvTranspose1d(5, 5, 1))
+    with pytest.raises(ValueError, match="apply_: fit_layer was not called; want fit_layer first"):
         d.apply_(model)
-    with pytest.raises(ValueError, match="layer: got None, which means the layer of fit_layer"):
+    with pytest.raises(ValueError, match="layer: got None, but fit_layer was not called"):
         d.weights()
     with pytest.raises(TypeError, match="layer: got ReLU, want a matrix or a layer with a weight"):
         d.weights(nn.ReLU())
@@ -493,13 +498,13 @@ def test_what_apply_and_weights_want():
         (lambda d, m, x: d.fit_layer(m, "fc1", ["a"]), TypeError, "data: got a batch of str, want tensors"),
         (lambda d, m, x: d.fit_layer(m, "fc1", [{"x": x}]), TypeError, "data: got a batch of dict"),
         (lambda d, m, x: d.fit_layer(m, "fc1", 3), TypeError, "data: got int, want a tensor or an iterable"),
-        (lambda d, m, x: d.fit_layer(m, "fc1", x / 0), ValueError, "H: has entries that are not finite"),
+        (lambda d, m, x: d.fit_layer(m, "fc1", x / 0), ValueError, "x: has entries that are not finite"),
         (lambda d, m, x: d.fit_layer(lambda x: x, "fc1", x), TypeError, "model: got function, want an nn.Module"),
         (lambda d, m, x: d.set_params(operator="no").fit_layer(m, "fc1", x), ValueError, "kind: got 'no'"),
         (
             lambda d, m, x: d.set_params(criterion="diag_sum").fit_layer(m, "fc1", x),
             ValueError,
-            r"of one square matrix; want fit\(layer.weight\)",
+            r"takes one square matrix; want fit\(layer.weight\)",
         ),
     ],
 )
@@ -507,7 +512,7 @@ def test_bad_input_is_named(call, error, message):
     model = MLP()
     model.unused = nn.Linear(2, 2)
     with pytest.raises(error, match=message):
-        call(Descrambler(operator="diff1"), model, points(12))
+        call(diff1(), model, points(12))
 
 
 def test_training_mode_is_refused_where_it_matters():
@@ -517,11 +522,11 @@ def test_training_mode_is_refused_where_it_matters():
 
 
 def test_a_failed_fit_keeps_what_was_fitted():
-    d = Descrambler(operator="diff1").fit(points(5).mT)
+    d = diff1().fit(points(5).mT)
     P = d.P_
     with pytest.raises(ValueError, match="name: got"):
         d.fit_layer(MLP(), "nothing", points(12))
-    with pytest.raises(ValueError, match="H: has entries that are not finite"):
+    with pytest.raises(ValueError, match="x: has entries that are not finite"):
         d.fit_layer(MLP(), "fc1", points(12) / 0)
     assert d.P_ is P
     assert copy.deepcopy(d).loss_ == d.loss_

@@ -1,4 +1,4 @@
-"""The best order of features: against all orders, against what was scrambled, and against its bound."""
+"""The best order of features, compared with all orders, with the order before scrambling, and with its bound."""
 
 from itertools import permutations
 
@@ -65,7 +65,7 @@ def test_equal_orders_are_named_once():
 
 
 def test_two_opt_improves_on_fiedler():
-    """How much longer than the shortest the paths through 8 random features are: the mean and the largest ratio of 20."""
+    """The lengths of paths through 8 random features relative to the shortest one: mean and maximum of 20."""
     plain, improved = [], []
     for _ in range(20):
         H = randn(8, 100)
@@ -143,11 +143,11 @@ def test_data_of_other_dtypes_and_left_alone():
 @pytest.mark.parametrize(
     ("H", "error", "message"),
     [
-        (torch.zeros(3), ValueError, r"H: got shape \(3,\), want \(n, N\)"),
-        (torch.zeros(3, 0), ValueError, r"H: got shape \(3, 0\)"),
-        (torch.zeros(3, 2).long(), TypeError, r"H: got torch\.int64"),
-        (torch.full((3, 2), torch.nan), ValueError, "H: has entries that are not finite"),
-        ("H", TypeError, "H: got str"),
+        (torch.zeros(3), ValueError, r"x: got shape \(3,\), want \(features, samples\)"),
+        (torch.zeros(3, 0), ValueError, r"x: got shape \(3, 0\)"),
+        (torch.zeros(3, 2).long(), TypeError, r"x: got torch\.int64"),
+        (torch.full((3, 2), torch.nan), ValueError, "x: has entries that are not finite"),
+        ("H", TypeError, "x: got str"),
     ],
 )
 def test_bad_input_is_named(H, error, message):

@@ -11,7 +11,7 @@ from torch import nn
 
 from interp_nn.explain.estimator import NotFittedError
 from interp_nn.explain.paths.kernel_machine import NPKMachine, kernel_alignment
-from interp_nn.explain.paths.path_kernel import npk_model
+from interp_nn.explain.paths.path_kernel import npk
 
 
 def network():
@@ -27,7 +27,7 @@ def test_regression_is_kernel_ridge():
     model, (x, _), (new, _) = network(), samples(40), samples(9, seed=1)
     y = torch.stack([x[:, 0] * x[:, 1], x.sum(1)], 1)
     machine = NPKMachine(model, ridge=1e-2, dtype=torch.float64).fit(x, y)
-    kernel, cross = npk_model(model, x, dtype=torch.float64), npk_model(model, new, x, dtype=torch.float64)
+    kernel, cross = npk(model, x, dtype=torch.float64), npk(model, new, x, dtype=torch.float64)
     alpha = 1e-2 * float(kernel.diagonal().mean())
     mean = y.double().mean(0)
     peer = KernelRidge(alpha=alpha, kernel="precomputed").fit(kernel.numpy(), (y - mean).numpy())
@@ -73,10 +73,10 @@ def test_digits_and_a_support_vector_machine():
 
 
 def test_parameters_as_scikit_learn_has_them():
-    machine = NPKMachine(network(), ridge=0.5, chunk=7)
-    assert set(machine.get_params()) == {"network", "ridge", "chunk", "dtype"}
+    machine = NPKMachine(network(), ridge=0.5, chunk_size=7)
+    assert set(machine.get_params()) == {"network", "ridge", "chunk_size", "dtype"}
     copied = clone(machine)
-    assert copied is not machine and copied.ridge == 0.5 and copied.chunk == 7
+    assert copied is not machine and copied.ridge == 0.5 and copied.chunk_size == 7
     assert machine.set_params(ridge=2.0) is machine and machine.ridge == 2
     with pytest.raises(ValueError, match="alpha: not a parameter; want one of network, ridge"):
         machine.set_params(alpha=1)
@@ -107,7 +107,7 @@ def test_bad_input():
         NPKMachine().fit(torch.ones(6), y)
     with pytest.raises(ValueError, match=r"y: got shape \(5,\), want \(6,\)"):
         NPKMachine().fit(kernel, y[:5])
-    with pytest.raises(ValueError, match="y: got the one class"):
+    with pytest.raises(ValueError, match="y: got only the class"):
         NPKMachine().fit(kernel, [1] * 6)
     with pytest.raises(ValueError, match="y: has values that are not finite"):
         NPKMachine().fit(kernel, [torch.nan] * 6)
@@ -151,7 +151,7 @@ def test_alignment_refuses():
         kernel_alignment(torch.eye(2), torch.ones(3))
     with pytest.raises(ValueError, match="target: has entries that are not finite"):
         kernel_alignment(torch.eye(2), torch.tensor([1.0, torch.nan]))
-    with pytest.raises(ValueError, match="kernel: is constant once centred"):
+    with pytest.raises(ValueError, match="kernel: is constant, so that nothing is left"):
         kernel_alignment(torch.ones(2, 2), torch.tensor([0, 1]))
     with pytest.raises(ValueError, match="kernel: is zero"):
         kernel_alignment(torch.zeros(2, 2), torch.tensor([0, 1]), centered=False)

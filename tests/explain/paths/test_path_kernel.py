@@ -1,3 +1,4 @@
+import functools
 import itertools
 
 import pytest
@@ -7,13 +8,13 @@ from hypothesis import strategies as st
 from torch import nn
 
 from interp_nn.explain.following.gate_record import record
-from interp_nn.explain.paths.path_kernel import npk
+from interp_nn.explain.paths.path_kernel import npk, npk_from_gates
 
 FP64 = torch.float64
 
 
 def enumerated(gates, x, bias=False):
-    """The features of all paths, one by one: those that begin at an input, and at a bias of any layer where there is one."""
+    """The kernel from the features of all paths, which begin at an input or, with biases, at the bias of any layer."""
     n, widths = len(x), [g.shape[1] for g in gates]
     columns = []
     starts = range(len(gates) + 1) if bias else [0]
@@ -40,7 +41,7 @@ def enumerated(gates, x, bias=False):
 def test_is_the_inner_product_over_paths(n, widths, inputs, soft, bias, chunk):
     x = torch.randn(n, inputs, dtype=FP64)
     gates = [torch.rand(n, w, dtype=FP64) if soft else torch.rand(n, w) < 0.6 for w in widths]
-    got = npk(gates, x=x, normalize=False, bias=bias, chunk=chunk)
+    got = npk_from_gates(gates, x, normalize=False, bias=bias, chunk_size=chunk)
     want = enumerated(gates, x, bias)
     torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
     assert torch.equal(got, got.T)
@@ -53,66 +54,83 @@ def test_normalised_is_the_kernel_of_weights_with_variance_one_over_fan_in(bias)
     s = x @ x.T / 3
     for g in gates:
         s = (s + bias) * (g @ g.T / g.shape[1])
-    torch.testing.assert_close(npk(gates, x=x, bias=bias), s + bias, rtol=1e-14, atol=0)
+    torch.testing.assert_close(npk_from_gates(gates, x, bias=bias), s + bias, rtol=1e-14, atol=0)
 
 
 def test_two_sets_of_samples():
     x, gates = torch.randn(9, 3), [torch.rand(9, w) < 0.5 for w in (6, 5)]
-    whole = npk(gates, x=x)
+    whole = npk_from_gates(gates, x)
     assert whole.dtype == torch.float32
-    parts = npk([g[:4] for g in gates], [g[4:] for g in gates], x[:4], x[4:], chunk=3)
+    parts = npk_from_gates([g[:4] for g in gates], x[:4], [g[4:] for g in gates], x[4:], chunk_size=3)
     torch.testing.assert_close(parts, whole[:4, 4:])
 
 
 def test_inputs_that_are_not_given_are_one():
     gates = [torch.rand(4, 5) < 0.5, torch.rand(4, 3) < 0.5]
-    assert torch.equal(npk(gates), npk(gates, x=torch.ones(4, 1)))
-    assert torch.equal(npk(gates), npk(gates, x=torch.ones(4, 8)))
-    torch.testing.assert_close(npk(gates, bias=True), npk(gates, x=torch.ones(4, 1), bias=True))
+    assert torch.equal(npk_from_gates(gates), npk_from_gates(gates, x=torch.ones(4, 1)))
+    assert torch.equal(npk_from_gates(gates), npk_from_gates(gates, x=torch.ones(4, 8)))
+    torch.testing.assert_close(npk_from_gates(gates, bias=True), npk_from_gates(gates, x=torch.ones(4, 1), bias=True))
 
 
 def test_of_a_record():
     model, x = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 5), nn.ReLU(), nn.Linear(5, 1)), torch.randn(6, 3)
     gates = record(model, x)
     plain = [gates.gates(0), gates.gates(1)]
-    assert torch.equal(npk(gates, x=x), npk(plain, x=x))
-    assert torch.equal(npk(gates, gates, x, x), npk(plain, plain, x, x))
+    assert torch.equal(npk_from_gates(gates, x), npk_from_gates(plain, x))
+    assert torch.equal(npk_from_gates(gates, x, gates, x), npk_from_gates(plain, x, plain, x))
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, FP64])
+@pytest.mark.parametrize("normalize", [False, True])
+def test_of_a_model_is_that_of_its_gates(bias, dtype, normalize):
+    layers = [nn.Linear(3, 8, bias), nn.ReLU(), nn.Linear(8, 5, bias), nn.ReLU(), nn.Linear(5, 1, bias)]
+    model, x, other = nn.Sequential(*layers).to(dtype), torch.randn(6, 3).to(dtype), torch.randn(4, 3).to(dtype)
+    gates, others = record(model, x), record(model, other)
+    settings = dict(normalize=normalize, dtype=FP64)
+    close = functools.partial(torch.testing.assert_close, rtol=1e-12, atol=1e-12)
+    close(npk(model, x, **settings), npk_from_gates(gates, x, bias=bias, **settings))
+    close(npk(model, x, other, **settings), npk_from_gates(gates, x, others, other, bias=bias, **settings))
+    assert npk(model, x).dtype == npk_from_gates(gates, x).dtype == dtype
+    for wrong in (gates, [gates.gates(0)]):
+        with pytest.raises(TypeError, match=r"model: got (GateRecord|list), want an nn.Module; npk_from_gates takes"):
+            npk(wrong, x)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, FP64])
 def test_dtypes(dtype):
     gates = [torch.rand(4, 5).to(dtype), torch.rand(4, 3).to(dtype)]
-    got = npk(gates)
+    got = npk_from_gates(gates)
     assert got.dtype == (FP64 if dtype == FP64 else torch.float32)
-    torch.testing.assert_close(got.double(), npk([g.double() for g in gates]), rtol=1e-6, atol=0)
-    assert npk(gates, dtype=FP64).dtype == FP64
+    torch.testing.assert_close(got.double(), npk_from_gates([g.double() for g in gates]), rtol=1e-6, atol=0)
+    assert npk_from_gates(gates, dtype=FP64).dtype == FP64
 
 
 @pytest.mark.parametrize("n", [0, 1])
 def test_few_samples(n):
-    assert npk([torch.ones(n, 3, dtype=torch.bool)]).shape == (n, n)
-    assert npk([torch.ones(2, 3)], [torch.ones(n, 3)]).shape == (2, n)
+    assert npk_from_gates([torch.ones(n, 3, dtype=torch.bool)]).shape == (n, n)
+    assert npk_from_gates([torch.ones(2, 3)], other_gates=[torch.ones(n, 3)]).shape == (2, n)
 
 
 def test_a_layer_without_units_has_no_paths():
-    assert npk([torch.ones(2, 3), torch.ones(2, 0)]).tolist() == [[0, 0], [0, 0]]
+    assert npk_from_gates([torch.ones(2, 3), torch.ones(2, 0)]).tolist() == [[0, 0], [0, 0]]
 
 
 def test_depth_110():
-    """fp32 holds the normalised kernel of on/off gates to its last bit, and says so where it cannot."""
+    """fp32 holds the normalised kernel of on/off gates to its last bit; where it cannot, npk_from_gates raises."""
     generator = torch.Generator().manual_seed(0)
     base = torch.rand(6, 128, generator=generator) < 0.7
     gates = [base ^ (torch.rand(6, 128, generator=generator) < 0.01) for _ in range(110)]
-    exact = npk(gates, dtype=FP64)
+    exact = npk_from_gates(gates, dtype=FP64)
     assert float(exact.amin()) > 0 and float(exact.amax()) < 1e-10
-    torch.testing.assert_close(npk(gates).double(), exact, rtol=2**-24, atol=float(exact.amax()) * 2**-24)
+    torch.testing.assert_close(npk_from_gates(gates).double(), exact, rtol=2**-24, atol=float(exact.amax()) * 2**-24)
     with pytest.raises(ValueError, match=r"more than torch.float32 holds.*normalize=True"):
-        npk(gates, normalize=False)
-    assert bool(npk(gates, normalize=False, dtype=FP64).isfinite().all())
+        npk_from_gates(gates, normalize=False)
+    assert bool(npk_from_gates(gates, normalize=False, dtype=FP64).isfinite().all())
     with pytest.raises(ValueError, match=r"more than torch.float64 holds"):
-        npk(gates * 2, normalize=False, dtype=FP64)
+        npk_from_gates(gates * 2, normalize=False, dtype=FP64)
     with pytest.raises(ValueError, match=r"too small for torch.float32.*dtype=torch.float64"):
-        npk(gates * 3)
+        npk_from_gates(gates * 3)
 
 
 @pytest.mark.parametrize(
@@ -125,27 +143,35 @@ def test_depth_110():
             dict(gates=[torch.ones(2, 3), torch.full((2, 3), torch.nan)]),
             "gates: layer 1 has values that are not finite",
         ),
-        (dict(gates=[torch.ones(2, 3)], other=[]), "other: got no layers"),
-        (dict(gates=[torch.ones(2, 3)], other=[torch.ones(2, 3)] * 2), "other: got 2 layers, want 1"),
+        (dict(gates=[torch.ones(2, 3)], other_gates=[]), "other_gates: got no layers"),
+        (dict(gates=[torch.ones(2, 3)], other_gates=[torch.ones(2, 3)] * 2), "other_gates: got 2 layers, want 1"),
         (
-            dict(gates=[torch.ones(2, 3), torch.ones(2, 4)], other=[torch.ones(2, 3), torch.ones(2, 5)]),
-            "other: layer 1 has 5 units, want 4",
+            dict(gates=[torch.ones(2, 3), torch.ones(2, 4)], other_gates=[torch.ones(2, 3), torch.ones(2, 5)]),
+            "other_gates: layer 1 has 5 units, want 4",
         ),
         (dict(gates=[torch.ones(2, 3)], x=torch.ones(3, 1)), r"x: got shape \(3, 1\), want \(2, ...\)"),
         (dict(gates=[torch.ones(2, 3)], x=torch.tensor([[1.0], [torch.inf]])), "x: has values that are not finite"),
-        (dict(gates=[torch.ones(2, 3)], y=torch.ones(2, 1)), "y: given without x"),
-        (dict(gates=[torch.ones(2, 3)], x=torch.ones(2, 1), y=torch.ones(2, 1)), "want y where other is given"),
-        (dict(gates=[torch.ones(2, 3)], other=[torch.ones(2, 3)], x=torch.ones(2, 1)), "want y where other is given"),
+        (dict(gates=[torch.ones(2, 3)], other_x=torch.ones(2, 1)), "other_x: given without x"),
         (
-            dict(gates=[torch.ones(2, 3)], other=[torch.ones(2, 3)], x=torch.ones(2, 1), y=torch.ones(2, 2)),
-            "y: got 2 inputs a sample, want 1",
+            dict(gates=[torch.ones(2, 3)], x=torch.ones(2, 1), other_x=torch.ones(2, 1)),
+            "want it where other_gates and x",
         ),
-        (dict(gates=[torch.ones(2, 3)], chunk=0), "chunk: got 0"),
+        (
+            dict(gates=[torch.ones(2, 3)], other_gates=[torch.ones(2, 3)], x=torch.ones(2, 1)),
+            "want it where other_gates and x",
+        ),
+        (
+            dict(
+                gates=[torch.ones(2, 3)], other_gates=[torch.ones(2, 3)], x=torch.ones(2, 1), other_x=torch.ones(2, 2)
+            ),
+            "other_x: got 2 inputs a sample, want 1",
+        ),
+        (dict(gates=[torch.ones(2, 3)], chunk_size=0), "chunk_size: got 0"),
     ],
 )
 def test_bad_values(arguments, message):
     with pytest.raises(ValueError, match=message):
-        npk(**arguments)
+        npk_from_gates(**arguments)
 
 
 @pytest.mark.parametrize(
@@ -159,7 +185,7 @@ def test_bad_values(arguments, message):
 )
 def test_bad_types(arguments, message):
     with pytest.raises(TypeError, match=message):
-        npk(**arguments)
+        npk_from_gates(**arguments)
 
 
 @pytest.mark.parametrize(
@@ -167,5 +193,5 @@ def test_bad_types(arguments, message):
 )
 def test_records_of_other_networks_are_refused(layers):
     gates = record(nn.Sequential(*layers), torch.randn(2, 1, 4, 4))
-    with pytest.raises(ValueError, match=r"gates: site '\d' is .*npk_model"):
-        npk(gates)
+    with pytest.raises(ValueError, match=r"gates: layer '\d' is .*npk\(model, x\)"):
+        npk_from_gates(gates)

@@ -1,4 +1,4 @@
-"""The kernel of whole networks: closed form against the enumeration of paths, and against draws of the weights."""
+"""The kernel of whole networks in closed form, compared with the enumeration of paths and with draws of the weights."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from interp_nn.explain.following.calls import UnsupportedOperation
 from interp_nn.explain.following.gate_record import record
 from interp_nn.explain.paths.enumeration import path_features
 from interp_nn.explain.paths.monte_carlo import npk_montecarlo
-from interp_nn.explain.paths.path_kernel import npk, npk_model
+from interp_nn.explain.paths.path_kernel import npk, npk_from_gates
 from interp_nn.nn.conv import SummaryConv2d
 from interp_nn.nn.gated.from_relu import to_dgn
 from interp_nn.nn.gated.gates import HardGate
@@ -148,7 +148,7 @@ def test_closed_form_is_the_sum_over_paths(name):
     paths = path_features(model, x)
     assert paths.check() <= 1e-12
     want = paths.features @ paths.features.T
-    got = npk_model(model, x, normalize=False)
+    got = npk(model, x, normalize=False)
     assert float((got - want).abs().amax() / want.abs().amax()) <= 1e-10
     assert torch.equal(got, got.T)
     assert torch.linalg.eigvalsh(got)[0] >= -1e-10 * got.trace()
@@ -157,9 +157,9 @@ def test_closed_form_is_the_sum_over_paths(name):
 @pytest.mark.parametrize("name", ["with biases", "residual", "everything", "DLGN", "dual, ReLU"])
 def test_tiles_and_two_sets_of_samples(name):
     model, x = network(name, n=5)
-    whole = npk_model(model, x)
-    torch.testing.assert_close(npk_model(model, x, chunk=2), whole, rtol=1e-12, atol=0)
-    torch.testing.assert_close(npk_model(model, x[:2], x[2:], chunk=2), whole[:2, 2:], rtol=1e-12, atol=0)
+    whole = npk(model, x)
+    torch.testing.assert_close(npk(model, x, chunk_size=2), whole, rtol=1e-12, atol=0)
+    torch.testing.assert_close(npk(model, x[:2], x[2:], chunk_size=2), whole[:2, 2:], rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize(
@@ -169,12 +169,12 @@ def test_tiles_and_two_sets_of_samples(name):
 def test_mean_over_draws_of_the_weights(name, normalize):
     model, x = network(name, n=3)
     sampled = npk_montecarlo(model, x, draws=200, normalize=normalize)
-    closed = npk_model(model, x, normalize=normalize)
+    closed = npk(model, x, normalize=normalize)
     assert float(sampled.standard_error.amin()) > 0
     assert float(((sampled.kernel - closed) / sampled.standard_error).abs().amax()) < 4
     assert float(sampled.standard_error.mean() / closed.mean()) < 0.3
     if normalize:
-        got = npk_model(model, x, method="montecarlo", draws=10, chunk=2, dtype=torch.float32)
+        got = npk(model, x, method="montecarlo", draws=10, chunk_size=2, dtype=torch.float32)
         assert got.dtype == torch.float32
         torch.testing.assert_close(got.double(), npk_montecarlo(model, x, draws=10).kernel, rtol=1e-5, atol=1e-6)
 
@@ -188,11 +188,11 @@ def test_standard_error_is_the_spread_over_seeds():
 
 
 def test_draws_of_what_the_closed_form_does_not_follow():
-    """The output for each sample, with gates held, is linear in each weight: exact for the last layer over all of its signs."""
+    """A layer norm, whose factors are fixed as gates are, has a sampled kernel that is finite and positive semi-definite."""
     model = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4), nn.ReLU(), nn.Linear(4, 1)).to(FP64)
     x = torch.randn(3, 3, dtype=FP64)
     with pytest.raises(UnsupportedOperation, match=r"LayerNorm in layer '1'.*montecarlo"):
-        npk_model(model, x)
+        npk(model, x)
     got = npk_montecarlo(model, x, draws=50)
     assert bool(got.kernel.isfinite().all())
     assert torch.linalg.eigvalsh(got.kernel)[0] >= -1e-10 * got.kernel.trace()
@@ -201,13 +201,13 @@ def test_draws_of_what_the_closed_form_does_not_follow():
 @pytest.mark.parametrize("head", [[], [nn.Linear(2, 4), nn.ReLU(), nn.Linear(4, 3)]])
 def test_shifts_do_not_matter_where_padding_is_circular(head):
     model, x = circular(*head).to(FP64), torch.randn(3, 1, 5, 6, dtype=FP64)
-    kernel = npk_model(model, x)
+    kernel = npk(model, x)
     for shift in ((1, 0), (2, 5), (4, 3)):
-        moved = npk_model(model, x, x.roll(shift, (2, 3)))
+        moved = npk(model, x, x.roll(shift, (2, 3)))
         assert float((moved - kernel).abs().amax() / kernel.abs().amax()) <= 1e-12
     model[0].padding_mode = "zeros"
     model[0] = nn.Conv2d(1, 3, 3, padding=1, bias=False).to(FP64)
-    assert not torch.allclose(npk_model(model, x, x.roll(2, 2)), npk_model(model, x))
+    assert not torch.allclose(npk(model, x, x.roll(2, 2)), npk(model, x))
 
 
 def test_common_paths_of_shifted_images():
@@ -230,11 +230,11 @@ def test_common_paths_of_shifted_images():
     want = (
         torch.tensor([[kernel(a, b) for b in range(2)] for a in range(2)], dtype=FP64) / 2
     )  # of two outputs, each its own
-    torch.testing.assert_close(npk_model(model, x, normalize=False), want, rtol=1e-12, atol=0)
+    torch.testing.assert_close(npk(model, x, normalize=False), want, rtol=1e-12, atol=0)
 
 
 class Shortcut(nn.Module):
-    """The input beside what many layers make of it."""
+    """The input, added to the output of many layers."""
 
     def __init__(self, depth):
         super().__init__()
@@ -252,14 +252,14 @@ def test_terms_of_different_magnitude():
     model, x = Shortcut(60).to(FP64).eval(), torch.rand(3, 6, dtype=FP64)
     for layer in model.layers:  # the first three units are on, the others off
         layer.weight.data.abs_()[3:].neg_()
-    deep = npk(record(model, x), x=x)
+    deep = npk_from_gates(record(model, x), x)
     assert 0 < float(deep.abs().amax()) < 2**-40
     want = deep + (2 * x @ x.T + 6) / 6
-    torch.testing.assert_close(npk_model(model, x), want, rtol=1e-12, atol=0)
+    torch.testing.assert_close(npk(model, x), want, rtol=1e-12, atol=0)
 
 
 class InputTwice(nn.Module):
-    """The input's channels beside and upon each other, normed or not."""
+    """The input's channels, concatenated and added, with and without a norm."""
 
     def __init__(self):
         super().__init__()
@@ -277,23 +277,23 @@ def test_the_input_is_one_function_and_its_norms_are_others():
     want = (
         z @ z.T + 2 * (x @ x.T + 3) + 1
     )  # without weights; through norms' scales, and from their shifts; from the bias
-    torch.testing.assert_close(npk_model(model, x, normalize=False), want, rtol=1e-12, atol=0)
+    torch.testing.assert_close(npk(model, x, normalize=False), want, rtol=1e-12, atol=0)
     assert path_features(model, x).check() <= 1e-12
 
 
 def test_fully_connected_is_the_product_of_gates():
     for bias in (False, True):
         model, x = fully_connected(bias), torch.randn(7, 3)
-        got = npk_model(model, x)
+        got = npk(model, x)
         assert got.dtype == torch.float32
-        torch.testing.assert_close(got, npk(record(model, x), x=x, bias=bias), rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(got, npk_from_gates(record(model, x), x, bias=bias), rtol=1e-5, atol=1e-7)
     model = DGN((3, 5, 4, 2), gate=HardGate(), value_input="ones").to(FP64)
     x = torch.randn(7, 3, dtype=FP64)
-    torch.testing.assert_close(npk_model(model, x), npk(model.gate_values(x)), rtol=1e-12, atol=0)
+    torch.testing.assert_close(npk(model, x), npk_from_gates(model.gate_values(x)), rtol=1e-12, atol=0)
 
 
 def test_depth_110():
-    """Products of many layers stay in the range of fp32 as long as the kernel does, and it is said where it does not."""
+    """Products of many layers stay in the range of fp32 as long as the kernel does. Otherwise npk raises."""
     layers = [nn.Linear(4, 32, bias=False)]
     for _ in range(110):
         layers += [nn.ReLU(), nn.Linear(32, 32, bias=False)]
@@ -301,14 +301,14 @@ def test_depth_110():
     for layer in model:
         if isinstance(layer, nn.Linear):
             nn.init.kaiming_normal_(layer.weight)
-    exact = npk_model(model, 1000 * x)
+    exact = npk(model, 1000 * x)
     assert 0 < float(exact.abs().amax()) < 1e-20
-    got = npk_model(model, 1000 * x, dtype=torch.float32).to(FP64)
+    got = npk(model, 1000 * x, dtype=torch.float32).to(FP64)
     torch.testing.assert_close(got, exact, rtol=1e-4, atol=1e-6 * float(exact.abs().amax()))
     with pytest.raises(ValueError, match=r"too small for torch.float32"):
-        npk_model(model, 1e-15 * x, dtype=torch.float32)
+        npk(model, 1e-15 * x, dtype=torch.float32)
     with pytest.raises(ValueError, match=r"more than torch.float32 holds"):
-        npk_model(model, x, dtype=torch.float32, normalize=False)
+        npk(model, x, dtype=torch.float32, normalize=False)
 
 
 class Twice(nn.Module):
@@ -351,29 +351,29 @@ def tied():
 )
 def test_layers_that_are_not_followed(model, shape, message):
     with pytest.raises(UnsupportedOperation, match=f"{message}.*montecarlo"):
-        npk_model(model, torch.randn(2, *shape))
+        npk(model, torch.randn(2, *shape))
 
 
 def test_bad_input():
     model, x = fully_connected(True), torch.randn(2, 3)
-    with pytest.raises(ValueError, match="X: has values that are not finite"):
-        npk_model(model, x * torch.inf)
+    with pytest.raises(ValueError, match="x: has values that are not finite"):
+        npk(model, x * torch.inf)
     with pytest.raises(ValueError, match=r"more than torch.float32 holds"):
-        npk_model(model, x * 1e30)
-    with pytest.raises(ValueError, match=r"Y: got shape \(0, 3\)"):
-        npk_model(model, x, x[:0])
-    with pytest.raises(TypeError, match=r"X: got torch.int64"):
-        npk_model(model, x.long())
+        npk(model, x * 1e30)
+    with pytest.raises(ValueError, match=r"other_x: got shape \(0, 3\)"):
+        npk(model, x, x[:0])
+    with pytest.raises(TypeError, match=r"x: got torch.int64"):
+        npk(model, x.long())
     with pytest.raises(ValueError, match="method: got 'open'"):
-        npk_model(model, x, method="open")
+        npk(model, x, method="open")
     with pytest.raises(ValueError, match="draws: got 1"):
         npk_montecarlo(model, x, draws=1)
-    with pytest.raises(ValueError, match="chunk: got 0"):
-        npk_montecarlo(model, x, chunk=0)
+    with pytest.raises(ValueError, match="chunk_size: got 0"):
+        npk_montecarlo(model, x, chunk_size=0)
     with pytest.raises(ValueError, match="layer '0' computes its weight from another"):
         npk_montecarlo(nn.Sequential(SummaryLinear(3, 2)), x)
     with pytest.raises(ValueError, match=r"layer '0' .*training mode"):
-        npk_model(nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 1)), x)
+        npk(nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 1)), x)
 
 
 def test_paths_that_are_too_many():
@@ -393,4 +393,4 @@ def test_kernel_of_outputs_with_paths_of_their_own_is_their_mean():
     model, x = nn.Sequential(nn.Linear(3, 4), nn.ReLU()).to(FP64), torch.randn(3, 3, dtype=FP64)
     gate = record(model, x).gates(0).double()
     want = (x @ x.T + 1) * (gate @ gate.T) / 4
-    torch.testing.assert_close(npk_model(model, x, normalize=False), want, rtol=1e-12, atol=0)
+    torch.testing.assert_close(npk(model, x, normalize=False), want, rtol=1e-12, atol=0)

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from interp_nn.explain.paths.path_kernel import npk
+from interp_nn.explain.paths.path_kernel import npk_from_gates
 from interp_nn.explain.paths.tangent_kernel import ntk
 from interp_nn.nn.gated.gates import HardGate
 from interp_nn.nn.gated.networks import DGN
@@ -13,7 +13,7 @@ def mlp():
 
 
 def by_autograd(model, x):
-    """The same, a sample and an output at a time."""
+    """The tangent kernel from one gradient for each sample and output."""
     rows = []
     for sample in x:
         y = model(sample.unsqueeze(0)).flatten()
@@ -27,8 +27,8 @@ def by_autograd(model, x):
 def test_is_the_product_of_gradients(chunk):
     model, x = mlp(), torch.randn(5, 3, dtype=torch.float64)
     want = by_autograd(model, x)
-    torch.testing.assert_close(ntk(model, x, chunk=chunk), want, rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(ntk(model, x[:2], x, chunk=chunk), want[:2], rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(ntk(model, x, chunk_size=chunk), want, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(ntk(model, x[:2], x, chunk_size=chunk), want[:2], rtol=1e-12, atol=1e-12)
 
 
 def test_parameters_that_are_not_trained_do_not_count():
@@ -66,7 +66,7 @@ def test_mean_over_weights_is_the_path_kernel(value_input):
         mean += ntk(dgn, x, fixed_gates=True) / draws
     layers, variance = 3, 1 / width
     inputs = torch.ones_like(x) if value_input == "ones" else x
-    want = layers * variance ** (layers - 1) * npk(dgn.gate_values(x), x=inputs, normalize=False)
+    want = layers * variance ** (layers - 1) * npk_from_gates(dgn.gate_values(x), inputs, normalize=False)
     assert float((mean - want).norm() / want.norm()) < 0.03
 
 
@@ -78,10 +78,10 @@ def test_bad_input():
         ntk(nn.Sequential(nn.Linear(3, 2), nn.GELU()), x, fixed_gates=True)
     with pytest.raises(ValueError, match=r"layer '0' .*training mode"):
         ntk(nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 1)), x)
-    with pytest.raises(ValueError, match="chunk: got 0"):
-        ntk(nn.Linear(3, 1), x, chunk=0)
+    with pytest.raises(ValueError, match="chunk_size: got 0"):
+        ntk(nn.Linear(3, 1), x, chunk_size=0)
     with pytest.raises(
-        ValueError, match=r"largest entry is nan, .*want finite outputs and derivatives, or a model and X of"
+        ValueError, match=r"largest entry is nan, .*want finite outputs and derivatives, or a model and x of"
     ):
         ntk(nn.Linear(3, 1), x * torch.nan)
 
