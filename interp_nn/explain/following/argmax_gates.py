@@ -25,6 +25,7 @@ class LazyArgmax:
         self._build, self._values = build, values
 
     def __call__(self, call: Call) -> Tensor:
+        """Return the preactivations (..., p, k) of a call's gates."""
         return self.gates.preactivations(self._values(call))
 
     @cached_property

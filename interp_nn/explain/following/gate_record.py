@@ -132,7 +132,7 @@ def frozen(model: nn.Module, x: Tensor | Inputs, *, mode: str = "secant") -> Rep
     Example:
         >>> replay = frozen(nn.ReLU(), torch.tensor([[1.0, -1.0]]))
         >>> replay(torch.tensor([[-5.0, 5.0]]))
-        tensor([[-5., 0.]])
+        tensor([[-5.,  0.]])
     """
     if check_mode(mode) == "tangent":
         return TangentReplay(ModelFunction(model), run_recorded(model, x, strict=False).inputs)

@@ -220,6 +220,7 @@ class ModelFunction:
         self._model, self._select, self._gate_call = model, select, gate_call
 
     def __call__(self, *v: Tensor) -> Any:
+        """Compute the function at v."""
         given = tuple(t.clone() for t in v)
         with _eager(), sdpa_kernel(SDPBackend.MATH):  # the backend that implements forward mode
             if self._gate_call is None:

@@ -83,7 +83,7 @@ def elementwise(name: str, factor: bool = False) -> Rule:
 
 
 def softplus(call: Call) -> RuleResult:
-    """Rule of softplus(z) = log(1 + exp(β z)) / β, which is z above a threshold of β z."""
+    """Rule of softplus: log(1 + exp(β z)) / β, and z itself above a threshold of β z."""
     beta, threshold = call.argument(1, "beta", default=1), call.argument(2, "threshold", default=20)
     z = beta * call.input
     slope = torch.where(z > threshold, 1 - _ratio(torch.full_like(z, _LOG2), z, 0), _softplus(z))

@@ -322,7 +322,7 @@ def test_calls_that_are_not_seen_are_noticed():
     model.function = lambda h: h + scripted(h)
     for function in (frozen, linearize):
         with pytest.raises(
-            UnsupportedOperation, match="add in layer '': it is given what comes from calls that are not seen"
+            UnsupportedOperation, match="add in layer '': an argument was computed by calls that cannot be recorded"
         ):
             function(model.to(DTYPE), x)
     assert not supported_ops(model, x).supported
@@ -436,7 +436,7 @@ class Centred(nn.Module):
 @pytest.mark.parametrize("make", [Shared, TimeFirst, Centred])
 def test_gates_that_do_not_lie_by_sample_are_refused(make, n):
     model, x = make().to(DTYPE), batch((8 if make is TimeFirst else 4,), n)
-    with pytest.raises(ValueError, match=r"model: the gates of .* one sample at a time \(batch_size=1\)"):
+    with pytest.raises(ValueError, match=r"model: the gates of .* one sample at a time \(chunk_size=1\)"):
         record(model, x)
     assert len(record(model, x[:1]).patterns()) == 1
 
