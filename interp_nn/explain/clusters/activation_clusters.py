@@ -28,10 +28,11 @@ from interp_nn.explain.clusters.merging import (
 from interp_nn.explain.clusters.piecewise_affine import PiecewiseAffine, Unseen, apply_maps
 from interp_nn.explain.clusters.tree import ClusterTree, cluster_tree
 from interp_nn.explain.estimator import Estimator, NotFittedError
-from interp_nn.explain.following.gate_record import GateSite, record, supported_ops
+from interp_nn.explain.following.gate_record import record, supported_ops
 from interp_nn.explain.linear.affine_map import AffineMap, linearize
 from interp_nn.explain.linear.regions import Region, region
 from interp_nn.gates.patterns import ActivationPatterns
+from interp_nn.gates.record import GateSite
 
 By = Literal["affine", "coef", "hamming", "npk"]
 _PAIRS_PER_CHUNK = 1 << 22  # of patterns to compare
@@ -110,7 +111,9 @@ class ActivationClusters(PiecewiseAffine, Estimator):
         size = size[groups.counts[size] >= self.min_size]
         if not len(size):
             most = int(groups.counts.max())
-            raise ValueError(f"min_size: got {self.min_size}, but no pattern has more than {most} samples")
+            raise ValueError(
+                f"min_size: got {self.min_size}, but no pattern has more than {most} samples; want at most {most}"
+            )
         number = torch.full_like(groups.counts, -1)
         number[size] = torch.arange(len(size), device=number.device)
         self.labels_, self.counts_, self.patterns_ = number[groups.labels], groups.counts[size], groups.patterns[size]
@@ -205,9 +208,10 @@ class ActivationClusters(PiecewiseAffine, Estimator):
         x = x.to(torch.get_default_dtype()) if like is None else x.to(like.device, like.dtype)
         if x.dim() < 2 or not len(x):
             raise ValueError(f"x: got shape {tuple(x.shape)}, want (n, ...) with n > 0")
-        if not bool(x.isfinite().all()):
+        finite = x.isfinite().flatten(1).all(1)
+        if not bool(finite.all()):
             raise ValueError(
-                f"x: {int((~x.isfinite().flatten(1).all(1)).sum())} of its samples have values that are not finite"
+                f"x: {int((~finite).sum())} of its samples have values that are not finite, want finite samples"
             )
         return x
 

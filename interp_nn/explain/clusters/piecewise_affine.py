@@ -20,7 +20,7 @@ _ENTRIES_PER_CHUNK = 1 << 24  # coefficients to gather
 
 
 class Fidelity(NamedTuple):
-    """How well affine maps approximate the network F.
+    """Quality of affine maps as an approximation of the network F.
 
     Attributes:
         r2: 1 - sum |F - (W x + b)|² / sum |F - mean F|² over samples and outputs; NaN if F is constant.
@@ -32,7 +32,7 @@ class Fidelity(NamedTuple):
 
 
 class PiecewiseAffine(ABC):
-    """Clusters of samples x (n, *input), with an affine map for each that stands for a network F.
+    """Clusters of samples x (n, *input), with an affine map for each that approximates a network F.
 
     Attributes:
         labels_: Cluster of each sample, (n,) int64, or -1. The largest cluster is 0.
@@ -216,7 +216,7 @@ class PiecewiseAffine(ABC):
         )
 
     def _response_of(self, output: int) -> Tensor:
-        """Return the response (n,) to an output's map: y, whether y is that class, or the output itself."""
+        """Return the response (n,) for an output: y, or True where y is the class `output`, or the output itself."""
         outputs = self.outputs_.reshape(len(self.outputs_), -1)
         if self.response_ is None:
             return outputs[:, output]

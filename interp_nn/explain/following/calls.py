@@ -50,7 +50,7 @@ class NonAffineCall:
 
 @dataclass(frozen=True)
 class Dependence:
-    """How a tensor depends on the input.
+    """The dependence of a tensor on the input.
 
     Attributes:
         non_affine: The call that made it not affine in the input, or None for an affine tensor.

@@ -8,27 +8,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from interp_nn.explain.following.calls import UnsupportedOperation
 from interp_nn.explain.following.recorder import GateCall
 from interp_nn.explain.following.replay import Inputs, ModelFunction, Replay, TangentReplay, replay_at, run_recorded
 from interp_nn.gates.record import GateRecord, GateSite
-
-__all__ = [
-    "GateRecord",
-    "GateSite",
-    "OperationReport",
-    "Replay",
-    "UnsupportedOperation",
-    "frozen",
-    "record",
-    "supported_ops",
-]
 
 _MODES = ("secant", "tangent")
 
 
 class OperationReport:
-    """How each operation on values that depend on the input is treated, by layer; it prints as a table.
+    """A table of all operations on values that depend on the input, with their layer and treatment.
 
     Args:
         rows: (operation, layer, treatment, calls) of each operation.

@@ -169,7 +169,7 @@ def batches(data: Any, model: nn.Module) -> Iterator[Tensor]:
             empty = False
             yield x if like is None else x.to(like.device, like.dtype if x.is_floating_point() else x.dtype)
     if empty:
-        raise ValueError("data: got no samples")
+        raise ValueError("data: got no samples, want at least one")
 
 
 def reinitialised(model: nn.Module) -> nn.Module:

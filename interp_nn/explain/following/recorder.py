@@ -71,7 +71,7 @@ class DivergedError(RuntimeError):
 
 
 class DependencyMap:
-    """How each tensor depends on the input.
+    """The dependence of each tensor on the input.
 
     A view shares the entry of its base, so that a write through one view is seen in all. The map keeps the tensors alive,
     because it finds them by their id.
@@ -111,7 +111,7 @@ class Recorder(TorchFunctionMode):
     """Runs a model unchanged and records how each of its calls is replayed.
 
     Args:
-        layers: Knows which layer is running.
+        layers: Tracks the layer that is running.
         strict: Raise at the first operation that is not supported, instead of noting it in `unsupported`.
         differentiable: Replay each call as soon as it is recorded, so that autograd differentiates with frozen gates.
         keep_preactivations: Keep the preactivations of the gates.
@@ -433,7 +433,7 @@ class ScaledReplayer(Replayer):
 
 
 class Layers:
-    """Knows which module's forward is running, by global hooks; the model itself does not change."""
+    """Tracks the running modules by global hooks; the model does not change."""
 
     def __init__(self, model: nn.Module) -> None:
         self._names = {id(module): _path(name) for name, module in model.named_modules()}

@@ -297,7 +297,9 @@ def check_inputs(x: Tensor | Inputs) -> Inputs:
     n = len(inputs[0])
     finite = torch.stack([t.isfinite().reshape(n, t[0].numel()).all(1).cpu() for t in inputs]).all(0)
     if not bool(finite.all()):
-        raise ValueError(f"x: {int((~finite).sum())} of its {n} samples have values that are not finite")
+        raise ValueError(
+            f"x: {int((~finite).sum())} of its {n} samples have values that are not finite, want finite samples"
+        )
     return inputs
 
 

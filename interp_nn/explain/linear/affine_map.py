@@ -285,7 +285,7 @@ class AffineMap:
         """Compute the k largest singular values and their vectors of each sample's W; forms W.
 
         Args:
-            k: How many singular values.
+            k: Number of singular values.
 
         Returns:
             Singular values (n, k) and vectors (n, k, ...).
@@ -422,7 +422,7 @@ def _selector(target: Target) -> Callable[[Any], Tensor]:
         n, outputs = output.shape[:2]
         if isinstance(target, slice):
             if not range(outputs)[target]:
-                raise ValueError(f"target: got {target}, which selects nothing of {outputs}")
+                raise ValueError(f"target: got {target}, which selects nothing; want a slice of {outputs} outputs")
             return output[:, target]
         if isinstance(target, int):
             if not -outputs <= target < outputs:

@@ -90,7 +90,7 @@ class InstanceLinearization:
         points = tuple(x.detach() for x in points)
         n = len(points[0])
         if not n:
-            raise ValueError("inputs: got no samples")
+            raise ValueError("inputs: got no samples, want at least one")
         starts = [_baseline(b, x) for b, x in zip(_baselines(baselines, len(points)), points, strict=True)]
         size = n if internal_batch_size is None else internal_batch_size
         if size < 1:

@@ -466,7 +466,9 @@ def test_secants_are_warned_of_and_show_in_the_check():
     """A sigmoid at the end: a probability is no affine function of the input, its logit is."""
     model, x = mlp(2, 4, 1), 4 * torch.randn(90, 2, dtype=torch.float64)
     clusters = ActivationClusters(nn.Sequential(*model, nn.Sigmoid()))
-    with pytest.warns(UserWarning, match="model: sigmoid in layer '3' is not piecewise linear; samples of one cluster may"):
+    with pytest.warns(
+        UserWarning, match="model: sigmoid in layer '3' is not piecewise linear; samples of one cluster may"
+    ):
         clusters.fit(x)
     assert clusters.check() > 1e-3 and ActivationClusters(model).fit(x).check() < 1e-12
 

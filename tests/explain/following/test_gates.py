@@ -8,7 +8,8 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from interp_nn.explain import ActivationPatterns
-from interp_nn.explain.following.gate_record import UnsupportedOperation, frozen, record, supported_ops
+from interp_nn.explain.following.calls import UnsupportedOperation
+from interp_nn.explain.following.gate_record import frozen, record, supported_ops
 from interp_nn.explain.linear.affine_map import linearize
 from interp_nn.explain.linear.regions import region
 
@@ -50,7 +51,7 @@ def test_in_place_calls_do_not_reach_what_is_recorded():
     assert torch.equal(seen.preactivations("0"), x) and torch.equal(seen.preactivations("1.1"), model[0](x.relu()))
 
 
-def test_clipped_units_have_a_gate_for_each_kink():
+def test_clipped_units_have_a_gate_for_each_breakpoint():
     z = torch.tensor([[-1.0, 0.0, 3.0, 6.0, 7.0]], dtype=DTYPE)
     seen = record(nn.ReLU6(), z)
     assert seen.sites[0].shape == (2, 5)

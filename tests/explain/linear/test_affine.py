@@ -147,9 +147,9 @@ def test_layer_gives_the_map_of_a_preactivation():
         assert relative(affine(x), wanted) <= 1e-14 and affine.check() <= 1e-14
         assert relative(affine.weight, last.weight) <= 1e-13
     assert relative(sum(last.bias_by_layer().values()), last.bias) <= 1e-12
-    kinked = nn.Sequential(nn.Linear(6, 3), nn.ReLU6(), nn.Softmax(-1)).to(DTYPE)  # softmax comes later
-    affine = linearize(kinked, x, layer=0)
-    assert affine.shape == (3, 2, 3, 6) and relative(affine(x)[:, 1], kinked[0](x) - 6) <= 1e-14
+    clipped = nn.Sequential(nn.Linear(6, 3), nn.ReLU6(), nn.Softmax(-1)).to(DTYPE)  # softmax comes later
+    affine = linearize(clipped, x, layer=0)
+    assert affine.shape == (3, 2, 3, 6) and relative(affine(x)[:, 1], clipped[0](x) - 6) <= 1e-14
     assert relative(sum(affine.bias_by_layer().values()), affine.bias) <= 1e-14
 
 
@@ -275,7 +275,11 @@ def test_memory_of_the_recording_is_let_go():
     ("arguments", "error", "text"),
     [
         ({"target": 4}, ValueError, r"target: got 4, want an index below 4"),
-        ({"target": slice(2, 2)}, ValueError, r"target: got slice\(2, 2, None\), which selects nothing of 4"),
+        (
+            {"target": slice(2, 2)},
+            ValueError,
+            r"target: got slice\(2, 2, None\), which selects nothing; want a slice of 4",
+        ),
         ({"target": torch.tensor([0, 1])}, ValueError, r"target: got shape \(2,\), want \(3,\)"),
         ({"target": torch.tensor([0, 1, 4])}, ValueError, "target: got classes 0 to 4, want them below 4"),
         ({"target": torch.tensor([0.0, 1.0, 2.0])}, TypeError, "target: got torch.float32, want int64"),
@@ -307,7 +311,9 @@ def test_bad_vectors_and_maps():
         affine.matvec(torch.ones(3, 5, dtype=DTYPE))
     with pytest.raises(ValueError, match=r"u: got shape \(3, 6\), want \(3, 4\)"):
         affine.rmatvec(torch.ones(3, 6, dtype=DTYPE))
-    with pytest.raises(ValueError, match=r"@: got maps of shapes .* want the second map's outputs as the first's inputs"):
+    with pytest.raises(
+        ValueError, match=r"@: got maps of shapes .* want the second map's outputs as the first's inputs"
+    ):
         affine @ affine
     with pytest.raises(TypeError):
         affine @ torch.ones(3)
