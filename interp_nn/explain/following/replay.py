@@ -20,7 +20,7 @@ from interp_nn.gates.record import place_of
 
 Inputs = tuple[Tensor, ...]
 Select = Callable[[Any], Any]
-_LAYERS_PER_CHUNK = 8
+_LAYERS_AT_ONCE = 8
 _LOCK, _stance, _holders = threading.Lock(), ExitStack(), 0  # of `_forced_eager`
 
 
@@ -182,7 +182,7 @@ class Replay(nn.Module):
             parts = {}
             if layers:
                 one_by_one = torch.eye(len(layers), dtype=none.dtype, device=none.device)
-                alone = torch.vmap(lambda d: pushed(scaled, (none,), (d,))[1], chunk_size=_LAYERS_PER_CHUNK)
+                alone = torch.vmap(lambda d: pushed(scaled, (none,), (d,))[1], chunk_size=_LAYERS_AT_ONCE)
                 parts = dict(zip(layers, alone(one_by_one), strict=True))
             if wanted:  # the gate's own breakpoint
                 own, rest = self._steps[wanted[0]].layer, scaled(none)
