@@ -199,7 +199,7 @@ def _counts(run: common.Run, steps: int) -> dict[str, Any]:
         f"{results['best_accuracy_of_any_rule']:.4f}); female counts for survival in "
         f"{results['clusters_where_female_counts_for']} of {results['clusters']} clusters\n"
     )
-    print(clusters.summary(feature_names=table.features, rows=14))
+    print(clusters.table(feature_names=table.features, rows=14))
     _draw(
         run,
         clusters,
@@ -239,7 +239,7 @@ def _passengers(run: common.Run, table: tables.Table, steps: int) -> dict[str, A
     for name, found in results["splits"].items():
         print(f"{name:24} {common.percent(found['accuracy']):>16} {common.percent(found['auc']):>16}")
     print(f"steps chosen by validation: {', '.join(map(str, splits['network']['steps']))}\n")
-    print(clusters.summary(feature_names=table.features, rows=8))
+    print(clusters.table(feature_names=table.features, rows=8))
     print(f"\nmerged into four clusters, held out: {merged.fidelity(rest.x)}")
     _draw(
         run, merged, clusters, part, "passengers", f"Log-odds of survival of {len(part.y)} passengers, clusters merged"

@@ -54,7 +54,7 @@ def main(arguments: list[str] | None = None) -> int:
         },
     }
     _print(results)
-    print(f"\n{clusters.summary(feature_names=table.features, rows=5)}")
+    print(f"\n{clusters.table(feature_names=table.features, rows=5)}")
     _draw(run, network, clusters, table)
     run.finish({"widths": WIDTHS, "steps": steps, "learning_rate": LEARNING_RATE}, results)
     return 0

@@ -19,7 +19,7 @@ from interp_nn.explain.descramble.rewiring import DescrambledWeights
 from interp_nn.explain.descramble.seriation import Seriation, seriate
 from interp_nn.explain.estimator import NotFittedError
 from interp_nn.explain.following.calls import UnsupportedOperation
-from interp_nn.explain.following.gate_record import GateRecord, GateSite, OperationReport, frozen, record, supported_ops
+from interp_nn.explain.following.gate_record import OperationReport, frozen, record, supported_ops
 from interp_nn.explain.linear.affine_map import AffineMap, SingularTriplets, linearize
 from interp_nn.explain.linear.instance_linearization import InstanceLinearization
 from interp_nn.explain.linear.regions import Ball, Boundary, Region, region
@@ -30,6 +30,7 @@ from interp_nn.explain.paths.path_kernel import npk, npk_from_gates
 from interp_nn.explain.paths.tangent_kernel import ntk
 from interp_nn.explain.tsne import ParametricTSNE
 from interp_nn.gates.patterns import ActivationPatterns, PatternGroups
+from interp_nn.gates.record import GateRecord, GateSite
 
 __all__ = [
     "ActivationClusters",

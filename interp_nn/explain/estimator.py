@@ -1,4 +1,4 @@
-"""What scikit-learn's `clone` and its searches ask of an estimator, without scikit-learn."""
+"""Base class of estimators that scikit-learn's `clone` and searches accept; it does not need scikit-learn."""
 
 from __future__ import annotations
 
@@ -9,18 +9,27 @@ _Self = TypeVar("_Self", bound="Estimator")
 
 
 class NotFittedError(ValueError, AttributeError):
-    """A result was asked for before `fit`. Both of the errors that scikit-learn's is."""
+    """A result was read before `fit`; like scikit-learn's error, it is a ValueError and an AttributeError.
+
+    Example:
+        >>> from interp_nn.explain import ActivationClusters
+        >>> try:
+        ...     ActivationClusters(model=None).labels_
+        ... except NotFittedError:
+        ...     print("call fit first")
+        call fit first
+    """
 
 
 class Estimator:
-    """An estimator whose constructor's arguments are attributes of the same names."""
+    """An estimator that keeps its constructor's arguments as attributes of the same names."""
 
     def get_params(self, deep: bool = True) -> dict[str, Any]:
-        """The constructor's arguments, for scikit-learn's `clone` and its searches."""
+        """Return the constructor's arguments by name; `deep` has no effect."""
         return {name: getattr(self, name) for name in inspect.signature(type(self)).parameters}
 
     def set_params(self: _Self, **params: Any) -> _Self:
-        """Set constructor's arguments; returns self. Raises ValueError for others."""
+        """Set constructor's arguments by name, and return self. Raises ValueError for another name."""
         for name, value in params.items():
             if name not in self.get_params():
                 raise ValueError(f"{name}: not a parameter; want one of {', '.join(self.get_params())}")

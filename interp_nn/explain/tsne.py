@@ -1,7 +1,8 @@
-"""Parametric t-SNE: a network that places points on a plane so that neighbours stay neighbours, and its linear form.
+"""Parametric t-SNE: a network that places points on a plane so that neighbours stay neighbours.
 
-van der Maaten, "Learning a parametric embedding by preserving local structure" (AISTATS 2009). Unlike an embedding of fixed
-points, the encoder places new ones; and where it is piecewise affine, it is one exact affine map around each of them.
+The network also places new points. If it is piecewise affine, it is an exact affine map around each point.
+
+Source: van der Maaten, "Learning a parametric embedding by preserving local structure" (AISTATS 2009).
 """
 
 from __future__ import annotations
@@ -18,27 +19,38 @@ from torch import Tensor, nn
 
 from interp_nn.explain.linear.affine_map import AffineMap, linearize
 
-_HALVINGS = 44  # of a bracket of e^80 in the bandwidth: to 5e-12 of it
+_BISECTIONS = 44  # of a bracket of e^80 for the precision: to a relative 5e-12
 _VIEWS = ("View", "ReshapeAlias", "UnsafeView", "Squeeze", "Unsqueeze", "Transpose", "Permute", "Alias")
 
 
 def conditional_probabilities(x: Tensor, perplexity: float) -> Tensor:
-    """How likely point i would pick point j as its neighbour, p(j | i), with the perplexity given in every row.
+    """Compute p(j | i), the probability that point i picks point j as its neighbour, with a given perplexity.
 
-    x: (n, ...), each point taken as one long row. The result is (n, n) fp64 with zeros on the diagonal: a Gaussian around each
-    point, whose width is found by bisection so that exp of the row's entropy is the perplexity. Where more points than that
-    are equally near, a row is uniform over them. Raises ValueError unless 1 < perplexity < n - 1.
+    Each point has a Gaussian, whose width is found by bisection such that exp of the row's entropy is the perplexity. If more
+    points than that are equally near, the row is uniform over them.
+
+    Args:
+        x: Points (n, ...), which are flattened.
+        perplexity: Effective number of neighbours of each point.
+
+    Returns:
+        Tensor (n, n) fp64, with zeros on the diagonal.
+
+    Raises:
+        ValueError: A perplexity outside (1, n - 1).
     """
     n = len(x)
     if not 1 < perplexity < n - 1:
         raise ValueError(f"perplexity: got {perplexity:g} for {n} points, want more than 1 and less than {n - 1}")
     squared = _squared_distances(x.flatten(1).double())
     nearest = squared.fill_diagonal_(torch.inf).amin(1, keepdim=True)
-    excess = (squared - nearest).fill_diagonal_(0)  # a shift of a row changes nothing, and gives the nearest weight 1
+    excess = (squared - nearest).fill_diagonal_(
+        0
+    )  # this shift cancels in the ratio, and gives the nearest point weight 1
     excess /= (excess.sum(1, keepdim=True) / (n - 1)).clamp_min(torch.finfo(excess.dtype).tiny)
     low, high = excess.new_full((n, 1), -40), excess.new_full((n, 1), 40)
     weights = total = excess
-    for _ in range(_HALVINGS):
+    for _ in range(_BISECTIONS):
         middle = (low + high) / 2
         precision = middle.exp()
         weights = (-precision * excess).exp().fill_diagonal_(0)
@@ -50,18 +62,22 @@ def conditional_probabilities(x: Tensor, perplexity: float) -> Tensor:
 
 
 def joint_probabilities(x: Tensor, perplexity: float) -> Tensor:
-    """P (n, n) fp64: (p(j | i) + p(i | j)) / 2n, symmetric, zero on the diagonal, summing to 1."""
+    """Compute P = (p(j | i) + p(i | j)) / 2n, (n, n) fp64, for points x (n, ...); P sums to 1."""
     conditional = conditional_probabilities(x, perplexity)
     return (conditional + conditional.mT) / (2 * len(conditional))
 
 
 def tsne_loss(embedding: Tensor, joint: Tensor, exaggeration: float = 1.0) -> Tensor:
-    """KL(P || Q), a scalar, for points (n, d) whose similarities Q are a Student t's, and P (n, n) `joint`: in the
-    embedding's dtype, or in fp32 where that has 16 bits.
+    """Compute the divergence KL(P || Q), with similarities Q of a Student t with max(d - 1, 1) degrees of freedom.
 
-    Q has max(d - 1, 1) degrees of freedom (section 3 of the paper: the volume of the space grows with d). `exaggeration`
-    multiplies the attraction between points and leaves their repulsion, as P scaled in the gradient alone does; the value is
-    the divergence only at 1.
+    Args:
+        embedding: Points (n, d).
+        joint: P (n, n).
+        exaggeration: Factor of the attraction between points; their repulsion does not change. The value is the divergence
+            only at 1.
+
+    Returns:
+        Scalar in the embedding's dtype, or in fp32 for 16-bit dtypes.
     """
     embedding = embedding.to(torch.promote_types(embedding.dtype, torch.float32))
     joint = joint.to(embedding.dtype)
@@ -73,19 +89,38 @@ def tsne_loss(embedding: Tensor, joint: Tensor, exaggeration: float = 1.0) -> Te
 
 
 class ParametricTSNE:
-    """A network that embeds points of any shape into the plane, trained on the t-SNE divergence by mini-batches of Adam.
+    """Train a network that embeds points of any shape, on the t-SNE divergence, by Adam on mini-batches.
 
-    encoder: a network from (n, ...) to (n, d) whose last layer is linear. It is a template: `fit` trains a copy of it. None is
-    the paper's: the points as rows, 500, 500 and 2000 ReLU units, and a linear layer to the plane; trained from a random start
-    where the paper stacks restricted Boltzmann machines, with the data's dtype and device.
-    perplexity: how many neighbours a point has, as in `conditional_probabilities`, within a mini-batch.
-    batch_size: the points whose P is formed together. Each epoch deals all points into batches anew, of sizes that differ by
-    at most one and do not exceed it: fewer points would starve the last batch of neighbours.
-    early_exaggeration: how many times attraction counts in the first `exaggeration_epochs`, so that clusters can pass.
-    seed: of everything random in `fit`; PyTorch's own generators are left as they were, and equal seeds give equal networks.
-    progress: show a progress bar (needs tqdm).
+    Each epoch splits the points at random into batches of nearly equal size, so that no batch is too small for the
+    perplexity. `fit` does not change PyTorch's own random state, and equal seeds give equal networks.
 
-    After `fit`: `encoder`, the trained copy in evaluation mode; `kl_`, the mean divergence of the batches of each epoch.
+    Args:
+        encoder: Network from (n, ...) to (n, d) with a linear last layer. `fit` trains a copy of it. None is the paper's
+            network: flattened points, layers of 500, 500 and 2000 ReLU units and a linear layer to the plane. It starts from
+            random weights; the paper pre-trains it with restricted Boltzmann machines.
+        perplexity: Effective number of neighbours of each point within a mini-batch.
+        batch_size: Largest number of points in a mini-batch.
+        epochs: Number of passes over the points.
+        learning_rate: Adam's learning rate.
+        early_exaggeration: Factor of the attraction in the first epochs, so that clusters can pass each other.
+        exaggeration_epochs: Number of these epochs.
+        seed: Seed of the initial weights, the batches and dropout.
+        progress: Show a progress bar (needs tqdm).
+
+    Attributes:
+        kl_: Mean divergence of the batches in each epoch.
+
+    Raises:
+        TypeError: An encoder that is not an nn.Module.
+        ValueError: A number out of range.
+
+    Example:
+        >>> x = torch.cat([torch.zeros(8, 3), torch.ones(8, 3)]) + 0.01 * torch.arange(16).unsqueeze(1)
+        >>> tsne = ParametricTSNE(nn.Linear(3, 2), perplexity=4, epochs=2).fit(x)
+        >>> tsne.transform(x).shape, len(tsne.kl_)
+        (torch.Size([16, 2]), 2)
+
+    Source: van der Maaten, "Learning a parametric embedding by preserving local structure" (AISTATS 2009).
     """
 
     def __init__(
@@ -101,7 +136,6 @@ class ParametricTSNE:
         seed: int = 0,
         progress: bool = False,
     ) -> None:
-        """Raises TypeError for an encoder that is no module, ValueError for a number out of its range."""
         if encoder is not None and not isinstance(encoder, nn.Module):
             raise TypeError(f"encoder: got {type(encoder).__name__}, want an nn.Module or None")
         for name, value, least in (
@@ -123,68 +157,96 @@ class ParametricTSNE:
 
     @property
     def encoder(self) -> nn.Module:
-        """The trained network. Raises RuntimeError before `fit`."""
+        """The trained copy in evaluation mode. Raises RuntimeError before `fit`."""
         if self._encoder is None:
-            raise RuntimeError("ParametricTSNE: not fitted yet; call fit(X) first")
+            raise RuntimeError("ParametricTSNE: not fitted yet; call fit(x) first")
         return self._encoder
 
-    def fit(self, X: Tensor) -> ParametricTSNE:
-        """Train on points X (n, ...), of a floating dtype.
+    def fit(self, x: Tensor) -> ParametricTSNE:
+        """Train a copy of the encoder on points, in its own dtype and on its own device.
 
-        The encoder's own dtype and device are those of the training. Raises TypeError for X of another kind; ValueError for X
-        that is not finite, for fewer points than the perplexity needs in a batch, and for an encoder without parameters, whose
-        output is not (n, d), or whose last operation is a ReLU, which would fold the embedding into one quadrant.
+        Args:
+            x: Points (n, ...) of a floating-point dtype.
+
+        Returns:
+            self.
+
+        Raises:
+            TypeError: Points of another type.
+            ValueError: Points that are not finite or too few for the perplexity, or an encoder without parameters, with an
+                output other than (n, d), or with a final ReLU (which limits the embedding to one quadrant).
+            FloatingPointError: The divergence is no longer finite.
         """
-        _check_points(X)
-        X = X.detach()
-        batches = -(-len(X) // self.batch_size)
-        smallest = len(X) // batches
+        _check_points(x)
+        x = x.detach()
+        batches = -(-len(x) // self.batch_size)
+        smallest = len(x) // batches
         if not 1 < self.perplexity < smallest - 1:
             raise ValueError(
-                f"perplexity: got {self.perplexity:g} for batches of {smallest} points (X has {len(X)}, batch_size is "
+                f"perplexity: got {self.perplexity:g} for batches of {smallest} points (x has {len(x)}, batch_size is "
                 f"{self.batch_size}), want more than 1 and less than {smallest - 1}"
             )
-        device = X.device if self._template is None else _parameter(self._template).device
+        device = x.device if self._template is None else _parameter(self._template).device
         with _own_random_numbers(self.seed, device):
-            encoder = _default_encoder(X) if self._template is None else copy.deepcopy(self._template)
-            _check_encoder(encoder, X)
-            self.kl_ = self._train(encoder, X, batches)
+            encoder = _default_encoder(x) if self._template is None else copy.deepcopy(self._template)
+            _check_encoder(encoder, x)
+            self.kl_ = self._train(encoder, x, batches)
         self._encoder = encoder.eval()
         return self
 
     @torch.no_grad()
-    def transform(self, X: Tensor) -> Tensor:
-        """Where the encoder places points X (n, ...), new or not: (n, d), in the encoder's dtype and on its device.
+    def transform(self, x: Tensor) -> Tensor:
+        """Embed points, new or not.
 
-        Raises RuntimeError before `fit`; TypeError and ValueError as there.
+        Args:
+            x: Points (n, ...) of a floating-point dtype.
+
+        Returns:
+            Tensor (n, d), in the encoder's dtype and on its device.
+
+        Raises:
+            RuntimeError: Before `fit`.
+            TypeError: Points of another type.
+            ValueError: Points that are not finite.
         """
         encoder = self.encoder
-        _check_points(X)
-        return torch.cat([encoder(_to(part, encoder)) for part in X.split(self.batch_size)])
+        _check_points(x)
+        return torch.cat([encoder(_to(part, encoder)) for part in x.split(self.batch_size)])
 
-    def fit_transform(self, X: Tensor) -> Tensor:
-        """`fit`, then `transform` of the same points."""
-        return self.fit(X).transform(X)
+    def fit_transform(self, x: Tensor) -> Tensor:
+        """Fit, and return the embedding (n, d) of the same points x (n, ...)."""
+        return self.fit(x).transform(x)
 
-    def linearize(self, X: Tensor) -> AffineMap:
-        """The encoder around each point of X (n, ...): W (n, d, ...) and b (n, d) with transform(X) = W X + b.
+    def linearize(self, x: Tensor) -> AffineMap:
+        """Compute the encoder's affine map around each point: transform(x) = W x + b.
 
-        W holds d images a point, which say how each entry of X moves the point along each axis; two points in one region of a
-        piecewise affine encoder differ by exactly W (x - x'). Raises RuntimeError before `fit`.
+        For each point, W holds d images: they say how each entry of x moves the point along each axis. Two points in one
+        region of a piecewise affine encoder differ by exactly W (x - x').
+
+        Args:
+            x: Points (n, ...) of a floating-point dtype.
+
+        Returns:
+            W (n, d, ...) and b (n, d).
+
+        Raises:
+            RuntimeError: Before `fit`.
+            TypeError: Points of another type.
+            ValueError: Points that are not finite.
         """
         encoder = self.encoder
-        _check_points(X)
-        return linearize(encoder, _to(X, encoder))
+        _check_points(x)
+        return linearize(encoder, _to(x, encoder))
 
-    def _train(self, encoder: nn.Module, X: Tensor, batches: int) -> list[float]:
+    def _train(self, encoder: nn.Module, x: Tensor, batches: int) -> list[float]:
         optimizer = torch.optim.Adam(encoder.parameters(), lr=self.learning_rate)
         encoder.train()
         divergences = []
         for epoch in self._epochs():
             exaggeration = self.early_exaggeration if epoch < self.exaggeration_epochs else 1.0
             total = 0.0
-            for index in torch.randperm(len(X)).tensor_split(batches):
-                points = _to(X[index.to(X.device)], encoder)
+            for index in torch.randperm(len(x)).tensor_split(batches):
+                points = _to(x[index.to(x.device)], encoder)
                 embedding = encoder(points)
                 joint = joint_probabilities(points, self.perplexity)
                 optimizer.zero_grad()
@@ -210,23 +272,23 @@ class ParametricTSNE:
 
 
 def _squared_distances(x: Tensor) -> Tensor:
-    """(n, n) from differences: the expansion into products would lose the distances of near neighbours."""
+    """Compute squared distances (n, n) from differences, because products lose precision for near neighbours."""
     return torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist").square()
 
 
-def _default_encoder(X: Tensor) -> nn.Module:
-    sizes = (X[0].numel(), 500, 500, 2000, 2)
+def _default_encoder(x: Tensor) -> nn.Module:
+    sizes = (x[0].numel(), 500, 500, 2000, 2)
     layers: list[nn.Module] = [nn.Flatten()]
     for i, o in itertools.pairwise(sizes):
-        layers += [nn.Linear(i, o, device=X.device, dtype=X.dtype), nn.ReLU()]
+        layers += [nn.Linear(i, o, device=x.device, dtype=x.dtype), nn.ReLU()]
     return nn.Sequential(*layers[:-1])
 
 
 def _parameter(encoder: nn.Module) -> nn.Parameter:
-    """One that says the encoder's dtype and device."""
+    """Return the encoder's first parameter, which has its dtype and device."""
     parameter = next(encoder.parameters(), None)
     if parameter is None:
-        raise ValueError("encoder: has no parameters to train")
+        raise ValueError("encoder: has no parameters, want a network to train")
     return parameter
 
 
@@ -235,40 +297,40 @@ def _to(points: Tensor, encoder: nn.Module) -> Tensor:
     return points.to(parameter.device, parameter.dtype)
 
 
-def _check_points(X: Any) -> None:
-    if not isinstance(X, Tensor):
-        raise TypeError(f"X: got {type(X).__name__}, want a torch.Tensor (arrays: torch.from_numpy)")
-    if not X.is_floating_point():
-        raise TypeError(f"X: got {X.dtype}, want a floating dtype")
-    if X.dim() < 2:
-        raise ValueError(f"X: got shape {tuple(X.shape)}, want (n, ...) with at least two dimensions")
-    if not len(X):
-        raise ValueError("X: got no points")
-    if not bool(X.isfinite().all()):
-        raise ValueError("X: has entries that are not finite")
+def _check_points(x: Any) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x: got {type(x).__name__}, want a torch.Tensor (arrays: torch.from_numpy)")
+    if not x.is_floating_point():
+        raise TypeError(f"x: got {x.dtype}, want a floating-point dtype")
+    if x.dim() < 2:
+        raise ValueError(f"x: got shape {tuple(x.shape)}, want (n, ...) with at least two dimensions")
+    if not len(x):
+        raise ValueError("x: got no points, want at least one")
+    if not bool(x.isfinite().all()):
+        raise ValueError("x: has entries that are not finite, want finite points")
 
 
-def _check_encoder(encoder: nn.Module, X: Tensor) -> None:
-    points = _to(X[:2], encoder)
+def _check_encoder(encoder: nn.Module, x: Tensor) -> None:
+    points = _to(x[:2], encoder)
     out = encoder.eval()(points)
     if not isinstance(out, Tensor) or out.dim() != 2 or len(out) != len(points):
         got = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
-        raise ValueError(f"encoder: gave {got} for {len(points)} points, want ({len(points)}, d)")
+        raise ValueError(f"encoder: returned {got} for {len(points)} points, want ({len(points)}, d)")
     last = out.grad_fn
     while last is not None and last.name().startswith(_VIEWS):
         last = last.next_functions[0][0]
     if last is not None and last.name().startswith("Relu"):
         raise ValueError(
-            "encoder: ends in a ReLU, which folds the embedding into one quadrant; end it in a linear layer"
+            "encoder: ends in a ReLU, which limits the embedding to one quadrant; want a linear last layer"
         )
 
 
 @contextmanager
 def _own_random_numbers(seed: int, device: torch.device) -> Iterator[None]:
-    """Seeded generators, for initial weights, shuffles and dropout alike; the global ones come back as they were."""
+    """Seed PyTorch's generators for initial weights, shuffles and dropout, and restore their state at the end."""
     if device.type == "cpu":
         with torch.random.fork_rng([]):
-            torch.default_generator.manual_seed(seed)  # torch.manual_seed would reach accelerators too
+            torch.default_generator.manual_seed(seed)  # torch.manual_seed would also seed accelerators
             yield
     else:
         module = torch.get_device_module(device)

@@ -242,8 +242,8 @@ class FunctionalReLU(nn.Module):
         (lambda: nn.Sequential(nn.Linear(10, 2), nn.ReLU()), "ends in a ReLU"),
         (lambda: nn.Sequential(nn.Linear(10, 2), nn.ReLU(inplace=True), nn.Flatten()), "ends in a ReLU"),
         (FunctionalReLU, "ends in a ReLU"),
-        (lambda: nn.Unflatten(1, (5, 2)), "has no parameters to train"),
-        (lambda: nn.Sequential(nn.Linear(10, 4), nn.Unflatten(1, (2, 2))), r"gave \(2, 2, 2\) for 2 points"),
+        (lambda: nn.Unflatten(1, (5, 2)), "has no parameters"),
+        (lambda: nn.Sequential(nn.Linear(10, 4), nn.Unflatten(1, (2, 2))), r"returned \(2, 2, 2\) for 2 points"),
     ],
 )
 def test_encoders_that_cannot_embed_are_refused(make, text):
@@ -254,12 +254,12 @@ def test_encoders_that_cannot_embed_are_refused(make, text):
 @pytest.mark.parametrize(
     ("x", "error", "text"),
     [
-        ([[0.0]], TypeError, "X: got list, want a torch.Tensor"),
-        (torch.ones(40, 10).long(), TypeError, "X: got torch.int64, want a floating dtype"),
-        (torch.ones(40), ValueError, r"X: got shape \(40,\)"),
+        ([[0.0]], TypeError, "x: got list, want a torch.Tensor"),
+        (torch.ones(40, 10).long(), TypeError, "x: got torch.int64, want a floating-point dtype"),
+        (torch.ones(40), ValueError, r"x: got shape \(40,\)"),
         (torch.full((40, 10), torch.nan), ValueError, "not finite"),
         (torch.ones(6, 10), ValueError, "perplexity: got 5 for batches of 6 points .* less than 5"),
-        (torch.ones(0, 10), ValueError, "X: got no points"),
+        (torch.ones(0, 10), ValueError, "x: got no points"),
     ],
 )
 def test_points_that_cannot_be_embedded_are_refused(x, error, text):

@@ -1,7 +1,8 @@
-"""Samples by activation pattern: clusters within each of which a ReLU network is one affine map.
+"""Cluster samples by activation pattern; in each cluster a ReLU network is one affine map.
 
-Picchiotti & Gori (arXiv 2110.06593): the units of a trained network that are on divide the data, and in each part the network
-is linear regression, or logistic regression, whose coefficients are read as such.
+The maps read as linear regressions, or as logistic regressions for logits.
+
+Source: Picchiotti & Gori, arXiv 2110.06593.
 """
 
 from __future__ import annotations
@@ -27,31 +28,51 @@ from interp_nn.explain.clusters.merging import (
 from interp_nn.explain.clusters.piecewise_affine import PiecewiseAffine, Unseen, apply_maps
 from interp_nn.explain.clusters.tree import ClusterTree, cluster_tree
 from interp_nn.explain.estimator import Estimator, NotFittedError
-from interp_nn.explain.following.gate_record import GateSite, record, supported_ops
+from interp_nn.explain.following.gate_record import record, supported_ops
 from interp_nn.explain.linear.affine_map import AffineMap, linearize
 from interp_nn.explain.linear.regions import Region, region
 from interp_nn.gates.patterns import ActivationPatterns
+from interp_nn.gates.record import GateSite
 
 By = Literal["affine", "coef", "hamming", "npk"]
-_PAIRS_AT_ONCE = 1 << 22  # of patterns that are compared
+_PAIRS_PER_CHUNK = 1 << 22  # of patterns to compare
 
 
 class ActivationClusters(PiecewiseAffine, Estimator):
-    """The clusters of samples in which a network's units are on and off alike, and its affine map in each, exactly.
+    """Find the clusters of samples in which a network's units are on and off alike, and its exact affine map in each.
 
-    model: maps (n, *input) to (n, *output), and is affine where its gates do not change: linear layers, convolutions, ReLU and
-    its kind. Linear outputs (logits), not probabilities, are what its maps explain. Put it in fp64 where the labels matter:
-    a preactivation near zero may come out on either side of it from one batch size or device to another; see margin_.
-    min_size: patterns of fewer samples are not clusters, and their samples have label -1; large networks have about as many
-    patterns as there are samples. batch_size: samples that the model sees at a time; 1 for a model that puts samples in an order
-    of its own (see `record`).
+    The network's operations must be affine or piecewise linear. `fit` warns of secants (for example a GELU or a final
+    sigmoid): with them, the samples of a cluster may have several maps, and `check` is larger than rounding. The same holds
+    for sort, topk and median, whose order is not part of the pattern.
 
-    After `fit`: labels_, counts_, affine_, rank_, inputs_, outputs_, response_ as in `PiecewiseAffine`, and
-    patterns_: ActivationPatterns, one a cluster. first_: (clusters,) int64, the first sample of each. margin_: (n,) the
-    smallest |preactivation| of each sample, over all units. sites_: the gates that make the pattern, in call order.
+    Use fp64 if the labels must be reproducible. A preactivation near 0 may change its sign with the chunk size or device; see
+    `margin_`.
 
-    Orders (sort, topk, median) are no part of the pattern, and secants (GELU, a sigmoid at the end) are no gates: with them,
-    samples of one cluster may have several maps, and `check()` is then no longer rounding. `fit` warns of secants.
+    Args:
+        model: The network, from (n, *input) to (n, *output), in evaluation mode. Explain logits, not probabilities.
+        min_size: A pattern of fewer samples is no cluster; its samples have label -1. Large networks have about as many
+            patterns as there are samples.
+        chunk_size: Number of samples that the model gets at a time. Use 1 for a model that reorders samples, see `record`.
+
+    Attributes:
+        labels_: Cluster of each sample, (n,) int64, or -1. The largest cluster is 0.
+        counts_: Number of samples in each cluster, (clusters,) int64.
+        inputs_: The samples (n, *input).
+        outputs_: The network's outputs (n, *output).
+        response_: The observed y (n,), or None.
+        patterns_: One pattern for each cluster.
+        first_: Index of each cluster's first sample, (clusters,) int64.
+        margin_: Smallest |preactivation| of each sample over all units, (n,).
+        sites_: The gates that make the pattern, in call order.
+
+    Example:
+        >>> network = nn.Sequential(nn.Linear(1, 1), nn.ReLU())
+        >>> _ = nn.init.ones_(network[0].weight), nn.init.zeros_(network[0].bias)
+        >>> clusters = ActivationClusters(network).fit([[1.0], [2.0], [-1.0]])
+        >>> clusters.labels_.tolist(), clusters.affine_.weight.flatten().tolist()
+        ([0, 0, 1], [1.0, 0.0])
+
+    Source: Picchiotti & Gori, arXiv 2110.06593.
     """
 
     patterns_: ActivationPatterns
@@ -59,20 +80,29 @@ class ActivationClusters(PiecewiseAffine, Estimator):
     margin_: Tensor
     sites_: tuple[GateSite, ...]
 
-    def __init__(self, model: nn.Module, *, min_size: int = 1, batch_size: int = 1024) -> None:
-        self.model, self.min_size, self.batch_size = model, min_size, batch_size
+    def __init__(self, model: nn.Module, *, min_size: int = 1, chunk_size: int = 1024) -> None:
+        self.model, self.min_size, self.chunk_size = model, min_size, chunk_size
 
-    def fit(self, X: object, y: object = None) -> ActivationClusters:
-        """Find the clusters of the samples X (n, *input), a tensor or what numpy makes an array of; returns self.
+    def fit(self, x: object, y: object = None) -> ActivationClusters:
+        """Find the clusters of samples.
 
-        y (n,): what was observed, which `summary` compares the maps with; classes (integers) for a model of several outputs.
-        X is taken to the dtype and device of the model's parameters. Warns of secants in the model. Raises ValueError for no
-        samples, for values that are not finite, for a model without gates, for another number of responses, and where min_size
-        leaves no cluster.
+        Args:
+            x: Samples (n, *input), a tensor or anything that numpy converts to an array. They are converted to the dtype and
+                device of the model's parameters.
+            y: Observed response (n,), with which `table` compares the maps. Integers are classes for a model of several
+                outputs.
+
+        Returns:
+            self.
+
+        Raises:
+            ValueError: No samples, values that are not finite, a model without gates, a y of another length, or a `min_size`
+                that leaves no cluster.
+            TypeError: A model that does not return one tensor.
         """
         if self.min_size < 1:
             raise ValueError(f"min_size: got {self.min_size}, want at least 1")
-        x = self._samples(X)
+        x = self._samples(x)
         patterns, outputs, margin, sites = self._record(x)
         self._warn_of_secants(x[:1])
         response = None if y is None else self._response(y, x)
@@ -81,7 +111,9 @@ class ActivationClusters(PiecewiseAffine, Estimator):
         size = size[groups.counts[size] >= self.min_size]
         if not len(size):
             most = int(groups.counts.max())
-            raise ValueError(f"min_size: got {self.min_size}, but no pattern has more than {most} samples")
+            raise ValueError(
+                f"min_size: got {self.min_size}, but no pattern has more than {most} samples; want at most {most}"
+            )
         number = torch.full_like(groups.counts, -1)
         number[size] = torch.arange(len(size), device=number.device)
         self.labels_, self.counts_, self.patterns_ = number[groups.labels], groups.counts[size], groups.patterns[size]
@@ -93,19 +125,20 @@ class ActivationClusters(PiecewiseAffine, Estimator):
 
     @cached_property
     def affine_(self) -> AffineMap:
-        """The clusters' maps, which are those of their first samples; computed when first asked for, and kept: the model must be
-        then what it was in `fit`, or `check()` is no longer rounding.
+        """The clusters' maps, computed at first use from the first sample of each.
+
+        The model must not change between `fit` and the first use.
         """
-        maps = [linearize(self.model, part) for part in self.inputs_[self.first_].split(self.batch_size)]
+        maps = [linearize(self.model, part) for part in self.inputs_[self.first_].split(self.chunk_size)]
         return AffineMap.from_tensors(torch.cat([m.weight for m in maps]), torch.cat([m.bias for m in maps]))
 
     def region(self, cluster: int) -> Region:
-        """The half-spaces within which the cluster's pattern, and so its map, holds."""
+        """Return the region of a cluster's pattern, in which its map holds."""
         first = int(self.first_[cluster])
         return region(self.model, self.inputs_[first : first + 1])
 
     def layer_patterns(self, layer: int | str) -> ActivationPatterns:
-        """The clusters' patterns in one layer of gates, an index or name of `sites_`."""
+        """Return the clusters' patterns in one layer of gates, an index or name of `sites_`. Raises ValueError for others."""
         names, sizes = [site.name for site in self.sites_], [site.shape.numel() for site in self.sites_]
         index = names.index(layer) if isinstance(layer, str) and layer in names else layer
         if isinstance(index, str) or not -len(names) <= index < len(names):
@@ -113,24 +146,32 @@ class ActivationClusters(PiecewiseAffine, Estimator):
         return ActivationPatterns.from_gates(self.patterns_.unpack().split(sizes, 1)[index])
 
     def merge(self, n_clusters: int | None = None, by: By | Tensor = "coef", *, refit: bool = True) -> MergedClusters:
-        """Fewer clusters, whose maps are no longer the network's; `.fidelity()` of the result says how close they come.
+        """Merge clusters; the maps of merged clusters approximate the network, see `fidelity` of the result.
 
-        by: "coef" k-means, weighted by size, on the maps as functions of standardised inputs (Sudjianto et al., arXiv
-        2011.04041); "hamming" agglomeration by the number of gates that differ; "npk" agglomeration by the share of active paths
-        that two patterns do not have in common, the gates' part of the neural path kernel (Lakshminarayanan & Singh, arXiv
-        2006.10529). They make n_clusters; the last two need memory for all pairs of clusters, and all three scikit-learn. k-means
-        may spend a group on a few clusters that are steep and narrow, where another is better for few groups.
-        Without n_clusters: "affine" puts together those with the same map, as where gates of dead units differ, and loses
-        nothing; a tensor (clusters,) of integers is the groups themselves, such as a level of `tree` or the groups of
-        `layer_patterns`.
+        "hamming" and "npk" need memory for all pairs of clusters. k-means may give a group to a few clusters with a steep
+        map; then try another method.
 
-        refit: the mean of the merged maps, weighted by size, is corrected to the model's outputs by ridge regression, with a
-        penalty for each merged cluster under which samples left out are told best. Raises ValueError for another `by`, and for a
-        number of clusters that cannot be made.
+        Args:
+            n_clusters: Number of merged clusters, for by="coef", "hamming" and "npk".
+            by: "coef": k-means on the maps as functions of standardised inputs, weighted by size. "hamming": agglomeration
+                by the number of gates that differ. "npk": agglomeration by the share of active paths that two patterns do
+                not share. "affine": merge equal maps, which loses nothing. A tensor (clusters,) of integers: the groups,
+                such as a level of `tree` or the groups of `layer_patterns`.
+            refit: Correct each merged map, the mean of its clusters' maps, to the model's outputs by ridge regression. The
+                penalty of each cluster minimises the leave-one-out error.
+
+        Returns:
+            The merged clusters.
+
+        Raises:
+            ValueError: Another `by`, or a number of clusters that cannot be made.
+            ImportError: scikit-learn is not installed; "coef", "hamming" and "npk" need it.
+
+        Source: "coef": Sudjianto et al., arXiv 2011.04041. "npk": Lakshminarayanan & Singh, arXiv 2006.10529.
         """
         if isinstance(by, Tensor) or by == "affine":
             if n_clusters is not None:
-                raise ValueError(f"n_clusters: got {n_clusters}, but by={by!r} itself says how many there will be")
+                raise ValueError(f"n_clusters: got {n_clusters}, but by={by!r} determines the number; want None")
             groups = self._checked(by) if isinstance(by, Tensor) else equal_maps(self._functions(constants=1.0))
         else:
             groups = self._grouped(by, n_clusters)
@@ -138,17 +179,20 @@ class ActivationClusters(PiecewiseAffine, Estimator):
         return MergedClusters(self, by_size(groups, self.counts_), refit and not equal)
 
     def tree(self, depth: int | None = None) -> ClusterTree:
-        """Clusters by the gates of the first layer, within them by those of the second, and so on to `depth` layers."""
+        """Nest the clusters: by the gates of the first layer, then of the second, and so on to `depth` layers.
+
+        Raises ValueError for a depth that is not 1 to the number of layers of gates.
+        """
         depth = len(self.sites_) if depth is None else depth
         if not 1 <= depth <= len(self.sites_):
-            raise ValueError(f"depth: got {depth}, want 1 to {len(self.sites_)}, as many as there are layers of gates")
+            raise ValueError(f"depth: got {depth}, want 1 to {len(self.sites_)}, the number of layers of gates")
         layers = {site.name: self.layer_patterns(i) for i, site in enumerate(self.sites_[:depth])}
         return cluster_tree(layers, self.counts_)
 
     def __getattr__(self, name: str) -> Any:
-        # Only what was not found comes here.
+        # Python calls this only for attributes that it did not find.
         if name.endswith("_") and not name.startswith("_") and "labels_" not in vars(self):
-            raise NotFittedError(f"{type(self).__name__}: {name} is known after fit(X), which was not called")
+            raise NotFittedError(f"{type(self).__name__}: {name} is known only after fit; call fit(x) first")
         raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
 
     def __repr__(self) -> str:
@@ -157,16 +201,17 @@ class ActivationClusters(PiecewiseAffine, Estimator):
         )
         return f"{type(self).__name__}({fitted})"
 
-    def _samples(self, X: object) -> Tensor:
-        """X as the model takes it."""
+    def _samples(self, values: object) -> Tensor:
+        """Return samples in the dtype and on the device of the model's parameters."""
         like = next((p for p in self.model.parameters() if p.is_floating_point()), None)
-        x = _tensor(X)
+        x = _tensor(values)
         x = x.to(torch.get_default_dtype()) if like is None else x.to(like.device, like.dtype)
         if x.dim() < 2 or not len(x):
-            raise ValueError(f"X: got shape {tuple(x.shape)}, want (n, ...) with n > 0")
-        if not bool(x.isfinite().all()):
+            raise ValueError(f"x: got shape {tuple(x.shape)}, want (n, ...) with n > 0")
+        finite = x.isfinite().flatten(1).all(1)
+        if not bool(finite.all()):
             raise ValueError(
-                f"X: {int((~x.isfinite().flatten(1).all(1)).sum())} of its samples have values that are not finite"
+                f"x: {int((~finite).sum())} of its samples have values that are not finite, want finite samples"
             )
         return x
 
@@ -176,22 +221,26 @@ class ActivationClusters(PiecewiseAffine, Estimator):
             found = [
                 f"{name} in layer {layer!r}" for name, layer, how, _ in report.rows if how not in ("affine", "gate")
             ]
-            text = "is no gate, so that samples of one cluster may have several maps; see check()"
+            text = "is not piecewise linear; samples of one cluster may have several maps, see check()"
             warnings.warn(f"model: {', '.join(found)} {text}", stacklevel=3)
 
     def _record(self, x: Tensor) -> tuple[ActivationPatterns, Tensor, Tensor, tuple[GateSite, ...]]:
-        """The samples' patterns, outputs and margins, and the gates that make the patterns."""
+        """Return the samples' patterns, outputs and margins, and the gates that make the patterns."""
         packed, outputs, margins = [], [], []
         sites: tuple[GateSite, ...] = ()
         width = 0
-        for part in x.split(self.batch_size):
+        for part in x.split(self.chunk_size):
             gates = record(self.model, part)
             if sites and gates.sites != sites:
-                raise ValueError("model: samples go through different gates; its forward depends on them")
+                raise ValueError(
+                    "model: samples go through different gates; want a forward that makes the same calls for all samples"
+                )
             if not gates.sites:
-                raise ValueError("model: no unit of it is a gate (ReLU and its kind): use linearize")
+                raise ValueError(
+                    "model: has no gates, want a model with ReLU or a similar activation; for others use linearize"
+                )
             if not isinstance(gates.output, Tensor):
-                raise TypeError(f"model: got {type(gates.output).__name__} from it, want one tensor")
+                raise TypeError(f"model: returned {type(gates.output).__name__}, want one tensor")
             patterns, sites = gates.patterns(), gates.sites
             packed.append(patterns.packed)
             outputs.append(gates.output)
@@ -205,32 +254,30 @@ class ActivationClusters(PiecewiseAffine, Estimator):
             raise ValueError(f"y: got shape {tuple(response.shape)}, want ({len(x)},)")
         return response.to(x.device)
 
-    def _assign(self, X: object, unseen: Unseen) -> tuple[Tensor, Tensor, Tensor]:
+    def _assign(self, x: object, unseen: Unseen) -> tuple[Tensor, Tensor, Tensor]:
         if unseen not in ("flag", "nearest"):
             raise ValueError(f"unseen: got {unseen!r}, want flag or nearest")
-        known, x = self.patterns_, self._samples(X)
+        known, x = self.patterns_, self._samples(x)
         if x.shape[1:] != self.inputs_.shape[1:]:
-            raise ValueError(f"X: got shape {tuple(x.shape)}, want (n, {', '.join(map(str, self.inputs_.shape[1:]))})")
+            raise ValueError(f"x: got shape {tuple(x.shape)}, want (n, {', '.join(map(str, self.inputs_.shape[1:]))})")
         patterns, outputs, _, _ = self._record(x)
-        # Groups are numbered as they appear: those of the clusters come first, in their order.
+        # Groups are numbered as they first appear, so the clusters keep their numbers.
         labels = (
             ActivationPatterns(torch.cat([known.packed, patterns.packed]), known.width).groups().labels[len(known) :]
         )
         new = (labels >= len(known)).nonzero().squeeze(1)
         labels[new] = -1
         if unseen == "nearest":
-            for part in new.split(max(1, _PAIRS_AT_ONCE // len(known))):
+            for part in new.split(max(1, _PAIRS_PER_CHUNK // len(known))):
                 labels[part] = patterns[part].hamming(known).argmin(1)
         return x, outputs, labels
 
     def _grouped(self, by: By, n_clusters: int | None) -> Tensor:
-        """The group of each cluster, (clusters,) int64, by one of the ways that are told how many to make."""
+        """Return the group of each cluster, (clusters,) int64, by a method that makes a given number of groups."""
         if by not in get_args(By):
             raise ValueError(f"by: got {by!r}, want one of {', '.join(get_args(By))}, or a tensor of groups")
         if n_clusters is None or not 1 <= n_clusters <= len(self.counts_):
-            raise ValueError(
-                f"n_clusters: got {n_clusters}, want 1 to {len(self.counts_)}, as many as there are clusters"
-            )
+            raise ValueError(f"n_clusters: got {n_clusters}, want 1 to {len(self.counts_)}, the number of clusters")
         if n_clusters == len(self.counts_):
             return torch.arange(n_clusters, device=self.counts_.device)
         if by == "coef":
@@ -240,8 +287,10 @@ class ActivationClusters(PiecewiseAffine, Estimator):
         return by_distance(path_distances([self.layer_patterns(i) for i in range(len(self.sites_))]), n_clusters)
 
     def _functions(self, constants: float) -> Tensor:
-        """The clusters' maps as vectors (clusters, outputs (d + 1)): of inputs with mean 0 and variance 1, so that the distance
-        of two is that of their values. Inputs that are constant count as if they had the standard deviation `constants`.
+        """Return the clusters' maps as vectors (clusters, outputs (d + 1)).
+
+        They are functions of inputs with mean 0 and variance 1, so that two vectors are as far apart as their maps' values.
+        Constant inputs get the standard deviation `constants`.
         """
         weight, bias = self._maps()
         x = self.inputs_.flatten(1)
@@ -260,14 +309,31 @@ def _tensor(values: object) -> Tensor:
 
 
 class MergedClusters(PiecewiseAffine):
-    """Fewer clusters, made of those of `clusters`: each has one map, which stands for the network but is not it.
+    """Merged clusters, each with one map that approximates the network. `ActivationClusters.merge` makes them.
 
-    members_: (clusters that were merged,) int64, the merged cluster that each is part of; the rest as in `PiecewiseAffine`.
-    Made by `ActivationClusters.merge`.
+    Args:
+        clusters: The clusters to merge.
+        members: The merged cluster of each cluster, (clusters,) int64.
+        refitted: Correct the maps to the network's outputs.
+
+    Attributes:
+        labels_: Merged cluster of each sample, (n,) int64, or -1. The largest is 0.
+        counts_: Number of samples in each merged cluster, int64.
+        inputs_: The samples (n, *input).
+        outputs_: The network's outputs (n, *output).
+        response_: The observed y (n,), or None.
+        members_: As given.
+
+    Example:
+        >>> network = nn.Sequential(nn.Linear(1, 1), nn.ReLU())
+        >>> _ = nn.init.ones_(network[0].weight), nn.init.zeros_(network[0].bias)
+        >>> clusters = ActivationClusters(network).fit([[1.0], [2.0], [-1.0]])
+        >>> clusters.merge(by=torch.tensor([0, 0]))
+        MergedClusters(2 clusters merged into 1)
     """
 
     def __init__(self, clusters: ActivationClusters, members: Tensor, refitted: bool) -> None:
-        # A copy, as these clusters may be fitted again.
+        # A copy, because `clusters` may be fitted again.
         self._clusters, self.members_, self._refitted = copy(clusters), members, refitted
         self._means = [mean_maps(part, members, clusters.counts_) for part in clusters._maps()]
         self.inputs_, self.outputs_, self.response_ = clusters.inputs_, clusters.outputs_, clusters.response_
@@ -276,7 +342,7 @@ class MergedClusters(PiecewiseAffine):
 
     @cached_property
     def affine_(self) -> AffineMap:
-        """The maps of the merged clusters; computed when first asked for."""
+        """The maps of the merged clusters, computed at first use."""
         weight, bias = self._means
         if self._refitted:
             x, outputs, labels = self._inside()
@@ -292,6 +358,6 @@ class MergedClusters(PiecewiseAffine):
     def _merged(self, labels: Tensor) -> Tensor:
         return torch.where(labels < 0, -1, self.members_[labels])
 
-    def _assign(self, X: object, unseen: Unseen) -> tuple[Tensor, Tensor, Tensor]:
-        x, outputs, labels = self._clusters._assign(X, unseen)
+    def _assign(self, x: object, unseen: Unseen) -> tuple[Tensor, Tensor, Tensor]:
+        x, outputs, labels = self._clusters._assign(x, unseen)
         return x, outputs, self._merged(labels)

@@ -1,7 +1,7 @@
-"""What the coefficients of affine maps, one a cluster of samples, say about the inputs; and what the samples leave open.
+"""Importance of inputs, from the coefficients of affine maps, and the rank of each cluster's design matrix.
 
-A coefficient says how an output moves with an input within the cluster. It is a fact about the network; whether the data can
-tell it from others is a fact about the cluster's design matrix, which has directions in which no two of its samples differ.
+A coefficient says how an output changes with an input within the cluster; it is a property of the network. The data of a
+cluster determine it only along directions in which its samples differ.
 """
 
 from __future__ import annotations
@@ -14,9 +14,11 @@ from torch import Tensor
 
 
 class GlobalImportance(NamedTuple):
-    """Each input's share over all clusters: the mean and the standard deviation, weighted by the clusters' sizes; (*input).
+    """Each input's share over all clusters, weighted by size.
 
-    A large deviation means that the input matters in some clusters and not in others: that it interacts.
+    Attributes:
+        mean: Mean share (*input).
+        dispersion: Standard deviation of the share (*input). It is large for an input that matters in some clusters only.
     """
 
     mean: Tensor
@@ -24,10 +26,15 @@ class GlobalImportance(NamedTuple):
 
 
 class Designs(NamedTuple):
-    """Clusters of the same size s and the singular value decompositions u diag(values) vh of their centred inputs, in fp64.
+    """Singular value decompositions u diag(values) vh of the centred inputs of m clusters with s samples each, in fp64.
 
-    clusters: (m,) their numbers. rows: (m, s) their samples. u: (m, s, r), values: (m, r), vh: (m, r, d), r = min(s, d);
-    values that rounding explains are zero. mean: (m, d).
+    Attributes:
+        clusters: Numbers of the clusters (m,).
+        rows: Indices of their samples (m, s).
+        mean: Mean inputs (m, d).
+        u: (m, s, r), with r = min(s, d).
+        values: Singular values (m, r); those below rounding are 0.
+        vh: (m, r, d).
     """
 
     clusters: Tensor
@@ -39,9 +46,12 @@ class Designs(NamedTuple):
 
 
 def designs(x: Tensor, labels: Tensor, clusters: int) -> Iterator[Designs]:
-    """The design matrices of the clusters 0 to clusters - 1 of the samples x (n, d), those of one size at a time.
+    """Yield the design matrices of the clusters, those of one size at a time.
 
-    labels: (n,), negative for samples of no cluster. Every cluster has a sample.
+    Args:
+        x: Samples (n, d).
+        labels: Cluster of each sample (n,), negative for none. Every cluster has a sample.
+        clusters: Number of clusters.
     """
     order = labels.argsort(stable=True)[int((labels < 0).sum()) :]
     counts = labels[order].bincount(minlength=clusters)
@@ -50,7 +60,7 @@ def designs(x: Tensor, labels: Tensor, clusters: int) -> Iterator[Designs]:
         members = (counts == size).nonzero().squeeze(1)
         rows = order[starts[members].unsqueeze(1) + torch.arange(size, device=order.device)]
         design = x[rows].double()
-        # Rounding of the inputs and of their mean, by the scale of the inputs themselves: equal samples have rank zero.
+        # Rounding of the inputs and of their mean, relative to the inputs, so that equal samples have rank 0.
         noise = torch.finfo(x.dtype).eps * max(design.shape[1:]) * design.flatten(1).norm(dim=1)
         mean = design.mean(1, keepdim=True)
         u, values, vh = torch.linalg.svd(design - mean, full_matrices=False)
@@ -59,7 +69,7 @@ def designs(x: Tensor, labels: Tensor, clusters: int) -> Iterator[Designs]:
 
 
 def ranks(x: Tensor, labels: Tensor, clusters: int) -> Tensor:
-    """The rank of each cluster's design matrix [1, x], (clusters,) int64: d + 1 where its samples fix an affine map."""
+    """Compute the rank of each cluster's design matrix [1, x], (clusters,) int64; d + 1 determines an affine map."""
     rank = labels.new_zeros(clusters)
     for design in designs(x, labels, clusters):
         rank[design.clusters] = 1 + (design.values > 0).sum(1)
@@ -67,8 +77,9 @@ def ranks(x: Tensor, labels: Tensor, clusters: int) -> Tensor:
 
 
 def row_space_part(coefficients: Tensor, x: Tensor, labels: Tensor) -> Tensor:
-    """Coefficients (clusters, d), each projected on the row space of the cluster's centred design matrix: without the part
-    that no two of its samples can tell.
+    """Project coefficients (clusters, d) on the row space of each cluster's centred design matrix.
+
+    This removes the part along directions in which the cluster's samples do not differ.
     """
     projected = torch.zeros_like(coefficients)
     for design in designs(x, labels, len(coefficients)):
@@ -79,13 +90,13 @@ def row_space_part(coefficients: Tensor, x: Tensor, labels: Tensor) -> Tensor:
 
 
 def shares(scaled: Tensor) -> Tensor:
-    """Each row of scaled (clusters, d) >= 0 divided by its sum; zero where all of it is zero."""
+    """Divide each row of scaled (clusters, d) >= 0 by its sum; a row of zeros stays zero."""
     total = scaled.sum(1, keepdim=True)
     return scaled / torch.where(total > 0, total, 1)
 
 
 def over_clusters(shares: Tensor, counts: Tensor) -> GlobalImportance:
-    """Shares (clusters, *input) of clusters with these counts (clusters,), as one."""
+    """Average shares (clusters, *input) over clusters, weighted by counts (clusters,)."""
     weight = (counts / counts.sum()).to(shares.dtype).view(-1, *[1] * (shares.dim() - 1))
     mean = (weight * shares).sum(0)
     return GlobalImportance(mean, (weight * (shares - mean).square()).sum(0).sqrt())

@@ -1,7 +1,8 @@
-"""Which clusters of a network belong together, and one affine map for those that do.
+"""Group clusters, and fit one affine map to each group.
 
-A network of some size has about as many clusters as there are samples. Fewer of them are no longer exact: Sudjianto et al.
-(2020), "Unwrapping the black box of deep ReLU networks", merge by k-means on the coefficients and fit again.
+Large networks have about as many clusters as there are samples. Fewer, merged clusters are approximate.
+
+Source: Sudjianto et al. (2020), "Unwrapping the black box of deep ReLU networks": k-means on the coefficients, then refit.
 """
 
 from __future__ import annotations
@@ -18,19 +19,19 @@ from interp_nn.gates.patterns import ActivationPatterns
 if TYPE_CHECKING:
     import numpy as np
 
-# Of ridge regression, relative to the largest squared singular value; the last one leaves the slope as it was.
+# Of ridge regression, relative to the largest squared singular value. The last one does not change the slope.
 _PENALTIES = (1e-9, *(10.0**k for k in range(-6, 3)), torch.inf)
 
 
 def equal_maps(functions: Tensor) -> Tensor:
-    """Groups of equal rows of functions (clusters, p): (clusters,) int64.
+    """Group equal rows of functions (clusters, p): (clusters,) int64.
 
-    Equal is up to rounding: eps ** 0.75 of the row's largest entry, 2e-12 in fp64 and 6e-6 in fp32.
+    Two rows are equal if they differ by at most eps ** 0.75 of the row's largest entry: 2e-12 in fp64, 6e-6 in fp32.
     """
     tolerance = torch.finfo(functions.dtype).eps ** 0.75 * functions.double().abs().amax(1, keepdim=True)
     functions = functions.double()
     direction = torch.rand(functions.shape[1], generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    # Equal rows are neighbours along any direction, and others are not on a random one.
+    # Along a random direction, equal rows are neighbours and other rows are apart.
     order = (functions @ direction.to(functions.device)).argsort(stable=True)
     new = (functions[order].diff(dim=0).abs() > tolerance[order[1:]]).any(1)
     groups = torch.zeros_like(order)
@@ -39,36 +40,37 @@ def equal_maps(functions: Tensor) -> Tensor:
 
 
 def by_functions(functions: Tensor, counts: Tensor, groups: int) -> Tensor:
-    """k-means on the rows of functions (clusters, p), each weighted by its count."""
+    """Group the rows of functions (clusters, p) by k-means, each weighted by its count."""
     means = _sklearn().KMeans(groups, n_init=10, random_state=0)
     return _groups(means.fit(functions.double().cpu().numpy(), sample_weight=counts.cpu().numpy()).labels_, counts)
 
 
 def by_distance(distances: Tensor, groups: int) -> Tensor:
-    """Agglomeration of distances (clusters, clusters), by the mean distance between the members of two groups."""
+    """Group clusters by agglomeration with average linkage on distances (clusters, clusters)."""
     linkage = _sklearn().AgglomerativeClustering(groups, metric="precomputed", linkage="average")
     return _groups(linkage.fit(distances.cpu().numpy()).labels_, distances)
 
 
 def path_distances(layers: list[ActivationPatterns]) -> Tensor:
-    """1 - K(c, e) / sqrt(K(c, c) K(e, e)) of all pairs of patterns (clusters, clusters), fp64, where K counts the paths through
-    the network that are active in both: the product over its layers of the units on in both.
+    """Compute 1 - K(c, e) / sqrt(K(c, c) K(e, e)) for all pairs of patterns, (clusters, clusters) fp64.
 
-    K is the neural path kernel's part that depends on the gates (Lakshminarayanan & Singh, NeurIPS 2020, arXiv 2006.10529),
-    for layers that follow one another. Two patterns with a layer that is off in both are alike in it.
+    K counts the paths that are active in both patterns: the product over the layers of the number of units that are on in
+    both. The layers must follow one another. A layer that is off in both patterns counts as equal.
+
+    Source: the gates' part of the neural path kernel, Lakshminarayanan & Singh (NeurIPS 2020), arXiv 2006.10529.
     """
     similarity = torch.ones((), dtype=torch.float64)
     for layer in layers:
         both, active = layer.overlap().double(), layer.active().double()
         scale = (active.unsqueeze(1) * active).sqrt()
-        # One layer that is off in one pattern alone: no path in common.
+        # A layer that is off in one pattern alone leaves no common path.
         off = (active == 0).double()
         similarity = similarity.to(both) * torch.where(scale > 0, both / scale.clamp_min(1), off.unsqueeze(1) * off)
     return (1 - similarity).clamp_min(0)
 
 
 def by_size(groups: Tensor, counts: Tensor) -> Tensor:
-    """Groups (clusters,) of any int64 numbers, numbered anew by the size of what they hold, those of one size as they appear."""
+    """Renumber groups (clusters,) by the total count of their clusters, largest first; ties keep their order."""
     distinct, groups = groups.unique(return_inverse=True)
     sizes = counts.new_zeros(len(distinct)).index_add_(0, groups, counts)
     first = groups.new_full((len(distinct),), len(groups)).scatter_reduce(
@@ -80,7 +82,7 @@ def by_size(groups: Tensor, counts: Tensor) -> Tensor:
 
 
 def mean_maps(values: Tensor, groups: Tensor, counts: Tensor) -> Tensor:
-    """The mean of values (clusters, ...) over each group, weighted by counts."""
+    """Average values (clusters, ...) over each group, weighted by counts."""
     weight = counts.to(values.dtype)
     total = values.new_zeros(int(groups.max()) + 1).index_add_(0, groups, weight)
     share = (weight / total[groups]).view(-1, *[1] * (values.dim() - 1))
@@ -88,11 +90,19 @@ def mean_maps(values: Tensor, groups: Tensor, counts: Tensor) -> Tensor:
 
 
 def refit(x: Tensor, residual: Tensor, labels: Tensor, clusters: int) -> tuple[Tensor, Tensor]:
-    """Weights (clusters, outputs, d) and biases (clusters, outputs) that fit residual (n, outputs) in each cluster of the samples
-    x (n, d): ridge regression, with the penalty under which each sample is best told from the others of its cluster.
+    """Fit the residual in each cluster by ridge regression, with the penalty of the smallest leave-one-out error.
 
-    Few samples can be fitted exactly, by weights that are of no use elsewhere. Where the samples of a cluster do not differ,
-    nothing is added to its weights.
+    The penalty keeps few samples from being fitted exactly by weights that fit no others. A cluster of equal samples gets
+    weight 0.
+
+    Args:
+        x: Samples (n, d).
+        residual: Values to fit (n, outputs).
+        labels: Cluster of each sample (n,), negative for none.
+        clusters: Number of clusters.
+
+    Returns:
+        Weights (clusters, outputs, d) and biases (clusters, outputs).
     """
     weight = x.new_zeros(clusters, residual.shape[1], x.shape[1])
     bias = x.new_zeros(clusters, residual.shape[1])
@@ -108,9 +118,11 @@ def refit(x: Tensor, residual: Tensor, labels: Tensor, clusters: int) -> tuple[T
 
 
 def _ridge(design: Designs, y: Tensor, penalty: float) -> tuple[Tensor, Tensor]:
-    """The slopes (m, outputs, d) of ridge regression to centred y (m, s, outputs), and the sum of the squared errors (m,) when
-    each sample is told from the others: they follow from the one fit (Allen, 1974, "The relationship between variable selection
-    and data augmentation and a method for prediction").
+    """Fit centred y (m, s, outputs) by ridge regression.
+
+    Returns the slopes (m, outputs, d) and the sums (m,) of the squared leave-one-out errors, which follow from one fit.
+
+    Source: Allen (1974), "The relationship between variable selection and data augmentation and a method for prediction".
     """
     energy = design.values.square()
     shrunk = energy + penalty * energy[:, :1]

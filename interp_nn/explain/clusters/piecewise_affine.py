@@ -1,4 +1,4 @@
-"""Samples in clusters with an affine map for each: what exact clusters and merged ones have in common."""
+"""Base class of exact and merged clusters: samples in clusters, with an affine map for each cluster."""
 
 from __future__ import annotations
 
@@ -16,14 +16,15 @@ from interp_nn.explain.linear.affine_map import AffineMap
 
 Kind = Literal["coef", "scaled", "share", "contribution"]
 Unseen = Literal["flag", "nearest"]
-_AT_ONCE = 1 << 24  # coefficients that are gathered at a time
+_ENTRIES_PER_CHUNK = 1 << 24  # coefficients to gather
 
 
 class Fidelity(NamedTuple):
-    """How well affine maps stand for the network.
+    """Quality of affine maps as an approximation of the network F.
 
-    r2: 1 - sum |F - (W x + b)|² / sum |F - mean F|² over samples and outputs; NaN where F is constant. agreement: the share
-    of samples with the same largest output, or with the same sign where there is one output.
+    Attributes:
+        r2: 1 - sum |F - (W x + b)|² / sum |F - mean F|² over samples and outputs; NaN if F is constant.
+        agreement: Share of samples with the same largest output, or with the same sign for one output.
     """
 
     r2: float
@@ -31,11 +32,14 @@ class Fidelity(NamedTuple):
 
 
 class PiecewiseAffine(ABC):
-    """Clusters of samples x (n, *input) and an affine map for each, which stands for a network F: x -> (n, *output).
+    """Clusters of samples x (n, *input), with an affine map for each that approximates a network F.
 
-    labels_: (n,) int64, each sample's cluster; clusters are numbered by size, the largest first; -1 is none.
-    counts_: (clusters,) int64. affine_: the clusters' maps, affine_[c] of c. inputs_ (n, *input), outputs_ (n, *output): the
-    samples, and F of them. response_: (n,) what was observed, or None.
+    Attributes:
+        labels_: Cluster of each sample, (n,) int64, or -1. The largest cluster is 0.
+        counts_: Number of samples in each cluster, (clusters,) int64.
+        inputs_: The samples (n, *input).
+        outputs_: F of the samples (n, *output).
+        response_: The observed response (n,), or None.
     """
 
     labels_: Tensor
@@ -47,66 +51,88 @@ class PiecewiseAffine(ABC):
     @property
     @abstractmethod
     def affine_(self) -> AffineMap:
-        """The clusters' maps."""
+        """The clusters' maps: `affine_[c]` is that of cluster c."""
 
     @abstractmethod
-    def _assign(self, X: object, unseen: Unseen) -> tuple[Tensor, Tensor, Tensor]:
-        """New samples (n, *input), the network's outputs for them and their clusters."""
+    def _assign(self, x: object, unseen: Unseen) -> tuple[Tensor, Tensor, Tensor]:
+        """Return new samples (n, *input), the network's outputs for them and their clusters."""
 
-    def predict(self, X: object, *, unseen: Unseen = "flag") -> Tensor:
-        """The cluster of each new sample, (n,) int64.
+    def predict(self, x: object, *, unseen: Unseen = "flag") -> Tensor:
+        """Find the cluster of each new sample.
 
-        unseen: what becomes of a pattern that no cluster has: "flag" it as -1 (`linearize` gives its own map), or put it in the
-        "nearest" cluster, with the fewest gates that differ.
+        Args:
+            x: Samples (n, *input).
+            unseen: For a pattern that no cluster has: "flag" gives -1 (`linearize` gives its own map), "nearest" gives the
+                cluster with the fewest gates that differ.
+
+        Returns:
+            Tensor (n,) int64.
+
+        Raises:
+            ValueError: Samples that do not fit, or another `unseen`.
         """
-        return self._assign(X, unseen)[2]
+        return self._assign(x, unseen)[2]
 
-    def surrogate(self, X: object) -> Tensor:
-        """W_c x + b_c with the map of each new sample's cluster, the nearest one for unseen patterns: (n, *output)."""
-        x, _, labels = self._assign(X, "nearest")
-        return self._apply(x, labels)
+    def surrogate(self, x: object) -> Tensor:
+        """Compute W_c x + b_c (n, *output) of new samples with the map of their cluster; unseen patterns take the nearest."""
+        samples, _, labels = self._assign(x, "nearest")
+        return self._apply(samples, labels)
 
-    def fidelity(self, X: object | None = None) -> Fidelity:
-        """How well the maps stand for the network, on new samples, or on those of the clusters, which refitted maps flatter."""
-        if X is None:
-            x, wanted, labels = self._inside()
-        else:
-            x, wanted, labels = self._assign(X, "nearest")
-        got, wanted = self._apply(x, labels).reshape(len(x), -1), wanted.reshape(len(x), -1)
+    def fidelity(self, x: object | None = None) -> Fidelity:
+        """Measure how well the maps approximate the network.
+
+        Args:
+            x: New samples (n, *input), or None for the fitted ones. On fitted samples, refitted maps look better than on new
+                ones.
+
+        Returns:
+            R² and agreement of the maps with the network.
+        """
+        samples, wanted, labels = self._inside() if x is None else self._assign(x, "nearest")
+        n = len(samples)
+        got, wanted = self._apply(samples, labels).reshape(n, -1), wanted.reshape(n, -1)
         same = wanted.argmax(1) == got.argmax(1) if wanted.shape[1] > 1 else ((wanted > 0) == (got > 0)).squeeze(1)
         return Fidelity(r2(got, wanted), float(same.double().mean()))
 
     def check(self) -> float:
-        """max |W_c x + b_c - F(x)| / max |F(x)| over the samples of the clusters: rounding, where the clusters are exact."""
+        """Compute max |W_c x + b_c - F(x)| / max |F(x)| over the clusters' samples; it is rounding for exact clusters."""
         x, outputs, labels = self._inside()
         error, scale = (self._apply(x, labels) - outputs).abs().max(), outputs.abs().max()
         return float(error / torch.where(scale > 0, scale, 1))
 
     @cached_property
     def rank_(self) -> Tensor:
-        """The rank of each cluster's design matrix with an intercept, (clusters,) int64.
+        """Rank of each cluster's design matrix with an intercept, (clusters,) int64.
 
-        Below d + 1 the samples do not fix the cluster's map: it is the network's, and in part an extrapolation.
+        Below d + 1, the cluster's samples alone do not determine its map; in some directions the map extrapolates.
         """
         return ranks(self.inputs_.flatten(1), self.labels_, len(self.counts_))
 
     def coverage(self) -> Tensor:
-        """The share of all samples that is in the m + 1 largest clusters, (clusters,) fp64."""
+        """Compute the share of all samples in the m + 1 largest clusters, (clusters,) fp64."""
         return self.counts_.cumsum(0).double() / len(self.labels_)
 
     def importance(self, output: int = 0, kind: Kind = "coef", *, project: bool = False, centre: bool = True) -> Tensor:
-        """What each input does to an output, cluster by cluster.
+        """Compute how much each input matters to an output in each cluster.
 
-        output: its index, in outputs of several dimensions among all of them flattened. kind: "coef" the coefficients
-        W_c[k, j] (clusters, *input), for logits the change of log-odds a unit; "scaled" |W_c[k, j]| std_j (clusters, *input);
-        "share" the same divided by its sum over j (clusters, *input); "contribution" W_c[k, j] (x_j - mean_j) of each sample
-        with its cluster's coefficients (n, *input), NaN for samples of no cluster. mean and std (population) are those of
-        all samples.
+        Mean and (population) standard deviation are those of all samples.
 
-        project: coefficients are first projected on the row space of the cluster's centred design matrix: inputs that are
-        constant in the cluster get zero, inputs that move together share what they have. centre: where there are several
-        outputs, their mean is taken off first, as a softmax does not see a vector that all classes share; False for outputs
-        that are not logits. Raises IndexError for an output that is not there, ValueError for another kind.
+        Args:
+            output: Index of the output, among the flattened outputs.
+            kind: "coef": coefficients W_c[k, j]; for logits, the change of the log-odds per unit. "scaled":
+                |W_c[k, j]| std_j. "share": "scaled" divided by its sum over j. "contribution":
+                W_c[k, j] (x_j - mean_j) for each sample.
+            project: First project the coefficients on the row space of the cluster's centred design matrix. Inputs that are
+                constant in the cluster then get 0, and inputs that move together share their coefficients.
+            centre: For several outputs, first subtract their mean, which a softmax does not depend on. Use False for outputs
+                that are not logits.
+
+        Returns:
+            Tensor (clusters, *input). For "contribution" (n, *input), with NaN for samples of no cluster.
+
+        Raises:
+            IndexError: An output out of range.
+            ValueError: Another kind.
         """
         if kind not in get_args(Kind):
             raise ValueError(f"kind: got {kind!r}, want one of {', '.join(get_args(Kind))}")
@@ -125,10 +151,10 @@ class PiecewiseAffine(ABC):
         return values.view(-1, *self.inputs_.shape[1:])
 
     def global_importance(self, output: int = 0, *, project: bool = False, centre: bool = True) -> GlobalImportance:
-        """The inputs' shares over all clusters, weighted by size: their mean and their dispersion, each (*input)."""
+        """Average the inputs' shares over all clusters, weighted by size; the arguments are those of `importance`."""
         return over_clusters(self.importance(output, "share", project=project, centre=centre), self.counts_)
 
-    def summary(
+    def table(
         self,
         output: int = 0,
         *,
@@ -137,12 +163,25 @@ class PiecewiseAffine(ABC):
         project: bool = False,
         centre: bool = True,
     ) -> ClusterTable:
-        """A table of the largest clusters, `rows` of them: coverage, size, response, scores, rank and coefficients; it prints.
+        """Make a table of the largest clusters, which prints.
 
-        The response is what `fit` was given as y, else the network's output. Where there is a y, each map is scored against it,
-        on its own cluster and on all samples: by the area under the ROC curve where y is binary, else by R². With several
-        outputs and a y of integers, which are classes, the response is whether it is `output`. project, centre: as in
-        `importance`; scores are those of the map before projection. Raises ValueError for another number of names than inputs.
+        Without an observed response y, the response is the network's output. With y, each map is scored against it, on its
+        own cluster and on all samples: by AUC for a binary response, else by R². For several outputs and a y of classes, the
+        response is True for the class `output`.
+
+        Args:
+            output: Index of the output, among the flattened outputs.
+            feature_names: Names of the inputs; by default x0, x1, ...
+            rows: Number of clusters.
+            project: As in `importance`. The scores are those of the maps before the projection.
+            centre: As in `importance`.
+
+        Returns:
+            Coverage, size, response, scores, rank and coefficients of the clusters.
+
+        Raises:
+            IndexError: An output out of range.
+            ValueError: Another number of names than inputs.
         """
         x = self.inputs_.flatten(1)
         names = tuple(feature_names) if feature_names is not None else tuple(f"x{j}" for j in range(x.shape[1]))
@@ -177,7 +216,7 @@ class PiecewiseAffine(ABC):
         )
 
     def _response_of(self, output: int) -> Tensor:
-        """What is to be explained by an output's map (n,): y, whether y is that class, or the output itself."""
+        """Return the response (n,) for an output: y, or True where y is the class `output`, or the output itself."""
         outputs = self.outputs_.reshape(len(self.outputs_), -1)
         if self.response_ is None:
             return outputs[:, output]
@@ -186,17 +225,17 @@ class PiecewiseAffine(ABC):
         return self.response_
 
     def _inside(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The samples that are in a cluster, the network's outputs for them and their clusters."""
+        """Return the samples that are in a cluster, the network's outputs for them and their clusters."""
         inside = self.labels_ >= 0
         return self.inputs_[inside], self.outputs_[inside], self.labels_[inside]
 
     def _maps(self) -> tuple[Tensor, Tensor]:
-        """The clusters' weights (clusters, outputs, d) and biases (clusters, outputs), of inputs and outputs made flat."""
+        """Return the weights (clusters, outputs, d) and biases (clusters, outputs) for flattened inputs and outputs."""
         clusters, d = len(self.counts_), self.inputs_[0].numel()
         return self.affine_.weight.reshape(clusters, -1, d), self.affine_.bias.reshape(clusters, -1)
 
     def _map(self, output: int, centre: bool) -> tuple[Tensor, Tensor]:
-        """The coefficients (clusters, d) and constants (clusters,) of one output."""
+        """Return the coefficients (clusters, d) and constants (clusters,) of one output."""
         weight, bias = self._maps()
         outputs = weight.shape[1]
         if not -outputs <= output < outputs:
@@ -206,12 +245,12 @@ class PiecewiseAffine(ABC):
         return weight[:, output], bias[:, output]
 
     def _apply(self, x: Tensor, labels: Tensor) -> Tensor:
-        """The maps of these clusters at x (n, *input): (n, *output)."""
+        """Apply the maps of the given clusters to x (n, *input): (n, *output)."""
         return apply_maps(*self._maps(), x.flatten(1), labels).view(-1, *self.outputs_.shape[1:])
 
 
 def apply_maps(weight: Tensor, bias: Tensor, x: Tensor, labels: Tensor) -> Tensor:
-    """W_c x + b_c (n, outputs) of x (n, d) with the maps (clusters, outputs, d), (clusters, outputs) that the labels choose."""
-    size = max(1, _AT_ONCE // max(1, weight[0].numel()))
+    """Compute W_c x + b_c (n, outputs) for x (n, d), weights (clusters, outputs, d) and labels c (n,)."""
+    size = max(1, _ENTRIES_PER_CHUNK // max(1, weight[0].numel()))
     parts = zip(x.split(size), labels.split(size), strict=True)
     return torch.cat([(weight[c] @ part.unsqueeze(2)).squeeze(2) + bias[c] for part, c in parts])

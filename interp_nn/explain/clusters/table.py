@@ -1,4 +1,4 @@
-"""The table of a network's clusters, which prints: coverage first, then the largest clusters, then all of them as one."""
+"""Table of a network's clusters: coverage, the largest clusters, and the mean over all of them."""
 
 from __future__ import annotations
 
@@ -11,20 +11,28 @@ from torch import Tensor
 from interp_nn.explain.clusters.importance import GlobalImportance
 
 _COVERAGE_AT = (1, 2, 5, 10, 20, 50, 100, 1000)
-_FEATURES = 8  # columns that are printed
+_FEATURES = 8  # printed columns
 
 
 @dataclass(frozen=True, eq=False)
 class ClusterTable:
-    """The largest clusters, m of `clusters`, a row each; `str` of it is the table.
+    """The m largest of the clusters, one row each; `str` gives the table.
 
-    samples: all that were fitted. coverage (clusters,): the share of them in the i + 1 largest clusters. count (m,): samples
-    of the cluster. mean, std (m,): of their response; std is NaN for one sample. rank (m,): of the design matrix with an
-    intercept. coefficients (m, d) of `features`, d names. importance: shares (d,) over all clusters. check: the largest error
-    of the maps, relative to the network's largest output.
-
-    score: "AUC", "R²" or None where nothing was observed. local (m,): the score of a cluster's map on its own samples, NaN
-    where their response is constant; overall (m,): the score of that same map on all samples.
+    Attributes:
+        samples: Number of fitted samples.
+        clusters: Number of clusters.
+        coverage: Share of the samples in the i + 1 largest clusters, (clusters,).
+        count: Number of samples in each cluster, (m,).
+        mean: Mean response (m,).
+        std: Standard deviation of the response (m,); NaN for one sample.
+        rank: Rank of the design matrix with an intercept, (m,).
+        score: "AUC", "R²", or None without an observed response.
+        local: Score of each cluster's map on its own samples (m,); NaN where their response is constant.
+        overall: Score of each cluster's map on all samples (m,).
+        coefficients: (m, d).
+        features: The d names of the inputs.
+        importance: Shares (d,) over all clusters.
+        check: Largest error of the maps, relative to the network's largest output.
     """
 
     samples: int
@@ -62,7 +70,7 @@ class ClusterTable:
         return "\n".join(lines)
 
     def _features(self) -> list[int]:
-        """Those that are printed: the most important ones, in the order of the inputs."""
+        """Return the indices of the most important features, in the order of the inputs."""
         return sorted(self.importance.mean.argsort(descending=True, stable=True)[:_FEATURES].tolist())
 
     def _row(self, i: int, shown: list[int]) -> list[str]:
@@ -84,14 +92,15 @@ def _number(value: Tensor) -> str:
 
 
 def scorer(response: Tensor) -> tuple[Callable[[Tensor, Tensor], float], str]:
-    """How predictions of a response (n,) are scored, and what that is called: AUC where it is binary, of 0 and 1, else R²."""
+    """Return a score of predictions and its name: AUC for a binary response (n,) of 0 and 1, else R²."""
     binary = response.dtype == torch.bool or response.unique().tolist() == [0, 1]
     return (auc, "AUC") if binary else (r2, "R²")
 
 
 def auc(prediction: Tensor, response: Tensor) -> float:
-    """Area under the ROC curve: how often a sample with response 1 is predicted higher than one with 0, ties counting half; NaN
-    where there is one kind only.
+    """Compute the area under the ROC curve; NaN if all responses are equal.
+
+    It is the share of pairs in which the sample with response 1 has the higher prediction; a tie counts half.
     """
     low, high = prediction[response == 0].sort().values, prediction[response == 1]
     pairs = len(low) * len(high)
@@ -100,7 +109,7 @@ def auc(prediction: Tensor, response: Tensor) -> float:
 
 
 def r2(prediction: Tensor, response: Tensor) -> float:
-    """1 - sum (response - prediction)² / sum (response - mean)², over samples and outputs of (n, ...); NaN for a constant."""
+    """Compute 1 - sum (response - prediction)² / sum (response - mean)² over all of (n, ...); NaN for a constant response."""
     if bool((response == response[:1]).all()):
         return torch.nan
     prediction, response = prediction.double(), response.double()

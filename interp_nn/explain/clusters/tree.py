@@ -1,4 +1,4 @@
-"""Clusters layer by layer: those that share the first layer's gates, among them those that share the second's, and so on."""
+"""Nest clusters layer by layer: by the first layer's gates, then by the second's, and so on."""
 
 from __future__ import annotations
 
@@ -10,13 +10,18 @@ from torch import Tensor
 from interp_nn.explain.clusters.merging import by_size
 from interp_nn.gates.patterns import ActivationPatterns
 
-_CHILDREN = 4  # of the root that are printed; half as many of each of them, and so on down to one
+_CHILDREN = 4  # printed for the root; half as many at each further level, at least one
 
 
 @dataclass(frozen=True, eq=False)
 class TreeLevel:
-    """The nodes of one layer. nodes: (clusters,) int64, the node each cluster is in, numbered by size, the largest first.
-    counts: (nodes,) samples. parents: (nodes,) their nodes in the level above, 0 for the first.
+    """The nodes of one layer of gates.
+
+    Attributes:
+        layer: Name of the gates.
+        nodes: Node of each cluster, (clusters,) int64. The largest node is 0.
+        counts: Number of samples in each node, (nodes,).
+        parents: Each node's node in the level above, (nodes,); 0 in the first level.
     """
 
     layer: str
@@ -26,10 +31,16 @@ class TreeLevel:
 
 
 class ClusterTree:
-    """Nested clusters, `levels` by the gates of the first layer, the first two, ...; `str` of it shows the largest nodes.
+    """Nested clusters: level l groups clusters by the gates of the first l + 1 layers; it prints its largest nodes.
 
-    The nodes of a level are a merging: `clusters.merge(by=tree.levels[0].nodes)`. Within a node of level l the
-    preactivations of layer l + 1 are affine functions of the input.
+    The nodes of a level are groups for `ActivationClusters.merge`: `clusters.merge(by=tree.levels[0].nodes)`. Within a node
+    of level l, the preactivations of the next layer are affine functions of the input.
+
+    Args:
+        levels: The levels, one for each layer of gates.
+
+    Attributes:
+        levels: As given.
     """
 
     def __init__(self, levels: list[TreeLevel]) -> None:
@@ -44,7 +55,7 @@ class ClusterTree:
         return "\n".join([*lines, *self._below(0, 0)])
 
     def _below(self, depth: int, parent: int) -> list[str]:
-        """The largest nodes of a level within a node of the one above, and what is in them."""
+        """Return the lines of the largest nodes of a level within one parent node, and of their children."""
         if depth == len(self.levels):
             return []
         level, lines = self.levels[depth], []
@@ -58,11 +69,16 @@ class ClusterTree:
 
 
 def cluster_tree(layers: dict[str, ActivationPatterns], counts: Tensor) -> ClusterTree:
-    """The tree of clusters with these patterns of each layer, by its name, and these counts (clusters,)."""
+    """Build the tree of clusters.
+
+    Args:
+        layers: By name, the clusters' patterns in each layer of gates.
+        counts: Number of samples in each cluster, (clusters,).
+    """
     levels: list[TreeLevel] = []
     above = torch.zeros_like(counts)
     for name, layer in layers.items():
-        # What shares the layers so far: a node above, and this layer's pattern within it.
+        # Clusters share a node if they share the node above and this layer's pattern.
         pairs = torch.stack([above, layer.groups().labels], 1)
         nodes = by_size(pairs.unique(dim=0, return_inverse=True)[1], counts)
         sizes = counts.new_zeros(int(nodes.max()) + 1).index_add_(0, nodes, counts)

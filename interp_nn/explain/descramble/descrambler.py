@@ -34,7 +34,15 @@ from interp_nn.explain.descramble.rewiring import (
 )
 from interp_nn.explain.descramble.seriation import check_data
 from interp_nn.explain.estimator import Estimator, NotFittedError
-from interp_nn.explain.following.layer_values import Tap, Wiring, batches, find_layer, reinitialised, tapped, wiring
+from interp_nn.explain.following.layer_values import (
+    Tap,
+    Wiring,
+    batches,
+    find_layer,
+    layer_values,
+    reinitialised,
+    wiring,
+)
 from interp_nn.explain.following.replay import check_model
 from interp_nn.linalg import GramAccumulator
 
@@ -226,10 +234,10 @@ class Descrambler(Estimator):
         fresh = reinitialised(model)
         samples, null = Samples(wires.features, first.device), GramAccumulator(wires.features, first.device)
         for x in chain([first], inputs):
-            values = tapped(model, wires, tap, x)
+            values = layer_values(model, wires, tap, x)
             check_data(values.flatten(1))
             samples.update(values)
-            null.update(tapped(fresh, wires, tap, x).flatten(1))
+            null.update(layer_values(fresh, wires, tap, x).flatten(1))
         if joint:
             samples.update(scaled_columns(model, wires, samples.all.gram()).unsqueeze(2))
             null.update(scaled_columns(fresh, wires, null.gram()))

@@ -1,7 +1,7 @@
-"""One call of a torch function on values that depend on a network's input, and what becomes of it once gates are frozen.
+"""One call of a torch function on values that depend on a network's input, and how it is replayed with frozen gates.
 
-A value that depends on the input is either affine in it, given the gates, or it is not; one that is not may still multiply,
-mask or index one that is, and is then frozen as it was recorded.
+With frozen gates, a value is either affine in the input or not. A value that is not affine may still multiply, mask or
+index an affine one. It is then replayed as it was recorded.
 """
 
 from __future__ import annotations
@@ -12,47 +12,70 @@ from typing import Any
 
 from torch import Tensor
 
-Replay = Callable[["Call"], Any]
-Rule = Callable[["Call"], "Treatment"]
+CallFunction = Callable[["Call"], Any]
+Rule = Callable[["Call"], "RuleResult"]
 
 RANDOM = "it draws random numbers; want a model without randomness (model.eval())"
 
 
 class UnsupportedOperation(NotImplementedError):  # noqa: N818 - like NotImplemented, it says what is missing
-    """An operation through which no affine map is known: the message names it and its layer."""
+    """An operation has no known affine map; the message names the operation and its layer.
+
+    Example:
+        >>> import torch
+        >>> from interp_nn.explain import linearize
+        >>> try:
+        ...     linearize(torch.nn.Softmax(-1), torch.ones(1, 2))
+        ... except UnsupportedOperation as error:
+        ...     print(str(error).split(":")[0])
+        softmax in layer ''
+    """
 
 
-class RefusedError(Exception):
-    """Raised by a rule for a call that it cannot treat, with the reason."""
+class UnsupportedCallError(Exception):
+    """A rule cannot replay a call; the message is the reason."""
 
 
 @dataclass(frozen=True)
-class Source:
-    """The call at which a value ceased to be affine in the input."""
+class NonAffineCall:
+    """The call from which on a value is not affine in the input, and the reason."""
 
     operation: str
     layer: str
-    reason: str = "its result is not affine in the input, even where its value is frozen"
+    reason: str = "its result is not affine in the input, even with frozen gates"
 
     def __str__(self) -> str:
         return f"{self.operation} in layer {self.layer!r}: {self.reason}"
 
 
 @dataclass(frozen=True)
-class Kind:
-    """How a tensor depends on the input: affinely (no source), or not.
+class Dependence:
+    """The dependence of a tensor on the input.
 
-    factor: its value may be frozen where it multiplies. step: it is piecewise constant, so that freezing it is exact.
+    Attributes:
+        non_affine: The call that made it not affine in the input, or None for an affine tensor.
+        factor: True if its value may be frozen where it multiplies another value.
+        piecewise_constant: True if freezing its value is exact.
     """
 
-    source: Source | None = None
+    non_affine: NonAffineCall | None = None
     factor: bool = False
-    step: bool = False
+    piecewise_constant: bool = False
 
 
 @dataclass
 class Call:
-    """One call of a torch function. kinds holds the arguments that depend on the input, by id."""
+    """One call of a torch function.
+
+    Attributes:
+        function: The torch function.
+        name: Its name in the table of operations.
+        args: Positional arguments.
+        kwargs: Keyword arguments.
+        inplace: True if the call writes to its first argument.
+        layer: Path of the layer that makes the call.
+        dependences: By id, the arguments that depend on the input.
+    """
 
     function: Callable[..., Any]
     name: str
@@ -60,59 +83,69 @@ class Call:
     kwargs: dict[str, Any]
     inplace: bool = False
     layer: str = ""
-    kinds: dict[int, Kind] = field(default_factory=dict)
+    dependences: dict[int, Dependence] = field(default_factory=dict)
 
     def run(self) -> Any:
+        """Call the function."""
         return self.function(*self.args, **self.kwargs)
 
-    def argument(self, place: int, *names: str, default: Any = None) -> Any:
-        """An argument by its place or by one of its names."""
-        if place < len(self.args):
-            return self.args[place]
+    def argument(self, index: int, *names: str, default: Any = None) -> Any:
+        """Return an argument by its position or by one of its names."""
+        if index < len(self.args):
+            return self.args[index]
         return next((self.kwargs[name] for name in names if name in self.kwargs), default)
 
     @property
     def input(self) -> Tensor:
+        """The first argument."""
         return self.argument(0, "input", "self", "x", "query")
 
-    def kind(self, value: object) -> Kind | None:
-        """How an argument depends on the input; None for one that does not."""
-        return self.kinds.get(id(value))
+    def dependence(self, value: object) -> Dependence | None:
+        """Return how an argument depends on the input, or None if it does not."""
+        return self.dependences.get(id(value))
 
-    def affine(self, value: object) -> bool:
-        kind = self.kind(value)
-        return kind is not None and kind.source is None
+    def is_affine(self, value: object) -> bool:
+        """Return True for an argument that depends on the input and is affine in it."""
+        dependence = self.dependence(value)
+        return dependence is not None and dependence.non_affine is None
 
-    def source(self, value: object) -> Source | None:
-        kind = self.kind(value)
-        return None if kind is None else kind.source
+    def non_affine(self, value: object) -> NonAffineCall | None:
+        """Return the call that made an argument not affine, or None."""
+        dependence = self.dependence(value)
+        return None if dependence is None else dependence.non_affine
 
-    def here(self, reason: str | None = None) -> Source:
-        return Source(self.name, self.layer, reason) if reason else Source(self.name, self.layer)
+    def as_non_affine(self, reason: str | None = None) -> NonAffineCall:
+        """Return this call as the one whose result is not affine."""
+        return NonAffineCall(self.name, self.layer, reason) if reason else NonAffineCall(self.name, self.layer)
 
     def tensors(self) -> Iterator[Tensor]:
+        """Yield the tensors among the arguments."""
         return tensors((self.args, self.kwargs))
 
 
 @dataclass(frozen=True)
-class Treatment:
-    """What becomes of a call.
+class RuleResult:
+    """The result of a rule: how one call is replayed.
 
-    how: 'affine', 'gate' (exactly piecewise linear), 'secant' or 'frozen'. replay: what computes it in the replay. source:
-    set for a value that is not affine, which is replayed as it was recorded. factor, step: see `Kind`. preactivations: of the
-    on/off gates, which are on where they are positive.
+    Attributes:
+        treatment: 'affine', 'gate' (exactly piecewise linear), 'secant' or 'frozen'.
+        replay: Computes the call's result in the replay.
+        non_affine: Set for a result that is not affine; the replay returns its recorded value.
+        factor: As in `Dependence`.
+        piecewise_constant: As in `Dependence`.
+        preactivations: Computes the preactivations of the call's gates. A gate is on where its preactivation is positive.
     """
 
-    how: str
-    replay: Replay | None = None
-    source: Source | None = None
+    treatment: str
+    replay: CallFunction | None = None
+    non_affine: NonAffineCall | None = None
     factor: bool = False
-    step: bool = False
+    piecewise_constant: bool = False
     preactivations: Callable[[Call], Tensor] | None = None
 
 
 def tensors(value: Any) -> Iterator[Tensor]:
-    """The tensors in nested tuples, lists and dictionaries."""
+    """Yield the tensors in nested tuples, lists and dictionaries."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, (tuple, list)):
@@ -123,46 +156,46 @@ def tensors(value: Any) -> Iterator[Tensor]:
             yield from tensors(item)
 
 
-def replaced(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """The same nested value with each of its tensors changed."""
+def map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """Return a nested value with `change` applied to each of its tensors."""
     if isinstance(value, Tensor):
         return change(value)
     if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(replaced(item, change) for item in value))
+        return type(value)(*(map_tensors(item, change) for item in value))
     if type(value) in (tuple, list):
-        return type(value)(replaced(item, change) for item in value)
+        return type(value)(map_tensors(item, change) for item in value)
     if isinstance(value, tuple):  # torch.return_types
-        return type(value)([replaced(item, change) for item in value])
+        return type(value)([map_tensors(item, change) for item in value])
     if type(value) is dict:
-        return {key: replaced(item, change) for key, item in value.items()}
+        return {key: map_tensors(item, change) for key, item in value.items()}
     return value
 
 
-def same(call: Call) -> Any:
-    """The call itself: it is affine. Only what is affine in the input gets a gradient."""
+def rerun(call: Call) -> Any:
+    """Run an affine call again; only arguments that are affine in the input get a gradient."""
 
     def constant(t: Tensor) -> Tensor:
-        return t.detach() if t.requires_grad and not call.affine(t) else t
+        return t.detach() if t.requires_grad and not call.is_affine(t) else t
 
-    return call.function(*replaced(call.args, constant), **replaced(call.kwargs, constant))
+    return call.function(*map_tensors(call.args, constant), **map_tensors(call.kwargs, constant))
 
 
-def of_input(rule: Rule) -> Rule:
-    """A rule for calls of which no argument but the first depends on the input."""
+def of_first_argument(rule: Rule) -> Rule:
+    """Return a rule that accepts a call only if no argument but the first depends on the input."""
 
-    def checked(call: Call) -> Treatment:
-        if set(call.kinds) != {id(call.input)}:
-            raise RefusedError("an argument beside the first depends on the input")
+    def checked(call: Call) -> RuleResult:
+        if set(call.dependences) != {id(call.input)}:
+            raise UnsupportedCallError("an argument other than the first depends on the input")
         return rule(call)
 
     return checked
 
 
-def frozen(call: Call, source: Source | None = None) -> Treatment:
-    """A value that is not affine, which is replayed as it was recorded."""
-    return Treatment("frozen", source=source or call.here())
+def recorded_value(call: Call, non_affine: NonAffineCall | None = None) -> RuleResult:
+    """Replay a value that is not affine as it was recorded."""
+    return RuleResult("frozen", non_affine=non_affine or call.as_non_affine())
 
 
-def stepped(call: Call) -> Treatment:
-    """A value that is piecewise constant: a comparison, a rounding, an index."""
-    return Treatment("gate", source=call.here(), step=True)
+def piecewise_constant(call: Call) -> RuleResult:
+    """Replay a piecewise constant value as it was recorded: a comparison, a rounding, an index."""
+    return RuleResult("gate", non_affine=call.as_non_affine(), piecewise_constant=True)

@@ -1,4 +1,4 @@
-"""Gates of a network at an input: recorded as the model runs, and frozen in a replay that is affine in its input."""
+"""Record the gates of a network at an input, and freeze them in a replay that is affine in its input."""
 
 from __future__ import annotations
 
@@ -8,31 +8,30 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from interp_nn.explain.following.calls import UnsupportedOperation
-from interp_nn.explain.following.recorder import Site
-from interp_nn.explain.following.replay import Inputs, Replay, Tangent, TangentReplay, replayed, run_recorded
+from interp_nn.explain.following.recorder import GateCall
+from interp_nn.explain.following.replay import Inputs, ModelFunction, Replay, TangentReplay, replay_at, run_recorded
 from interp_nn.gates.record import GateRecord, GateSite
-
-__all__ = [
-    "GateRecord",
-    "GateSite",
-    "OperationReport",
-    "Replay",
-    "UnsupportedOperation",
-    "frozen",
-    "record",
-    "supported_ops",
-]
 
 _MODES = ("secant", "tangent")
 
 
 class OperationReport:
-    """Every operation that received values that depend on the input, by layer, and how it is treated; prints as a table.
+    """A table of all operations on values that depend on the input, with their layer and treatment.
 
-    rows: (operation, layer, treatment, calls), the treatment one of 'affine', 'gate' (piecewise linear), 'secant', 'frozen'
-    (a value that multiplies or masks, held as it is) and 'not treated'. `exact`: whether all are affine or gates, so that the
-    affine map is that of the region and not a secant.
+    Args:
+        rows: (operation, layer, treatment, calls) of each operation.
+
+    Attributes:
+        rows: As given. The treatment is one of 'affine', 'gate' (piecewise linear), 'secant', 'frozen' (a value that
+            multiplies or masks, and keeps its recorded value) and 'not treated'.
+
+    Example:
+        >>> from interp_nn.explain import supported_ops
+        >>> report = supported_ops(nn.Sequential(nn.Linear(2, 2), nn.ReLU()), torch.ones(1, 2))
+        >>> print(report)
+        operation  layer  treatment  calls
+        linear     0      affine     1
+        relu       1      gate       1
     """
 
     def __init__(self, rows: Sequence[tuple[str, str, str, int]]) -> None:
@@ -40,12 +39,13 @@ class OperationReport:
 
     @property
     def exact(self) -> bool:
-        return all(how in ("affine", "gate") for _, _, how, _ in self.rows)
+        """True if all operations are affine or gates: the affine map then holds in the whole region, and is no secant."""
+        return all(treatment in ("affine", "gate") for _, _, treatment, _ in self.rows)
 
     @property
     def supported(self) -> bool:
-        """Whether `frozen` and `linearize` accept the model in secant mode."""
-        return all(how != "not treated" for _, _, how, _ in self.rows)
+        """True if `frozen` and `linearize` accept the model in secant mode."""
+        return all(treatment != "not treated" for _, _, treatment, _ in self.rows)
 
     def __str__(self) -> str:
         head = ("operation", "layer", "treatment", "calls")
@@ -59,80 +59,128 @@ class OperationReport:
 
 
 def record(model: nn.Module, x: Tensor | Inputs, *, mode: str = "secant") -> GateRecord:
-    """The gates of a model at each sample of x (n, ...), or of a tuple of inputs with n samples each.
+    """Record the gates of a model at each sample of x.
 
-    The model runs once, as it is; buffers, hooks, training flags and random state are as before. In 'secant' mode every
-    operation must be one that `frozen` can replay; in 'tangent' mode any is accepted, and only its gates are recorded.
+    The model runs once on x. Its buffers, hooks and training flags, and PyTorch's random state, do not change. The first and
+    the last sample are also recorded alone, to find models whose samples depend on one another.
 
-    The first and the last of several samples are recorded alone too: a model that puts samples beside one another in an order
-    of its own (one network for two halves, say, with steps or halves first), or in which they depend on one another, has no
-    gates by sample, and is refused.
+    Args:
+        model: The network, in evaluation mode.
+        x: Samples (n, ...) of a floating-point dtype, or a tuple of inputs with n samples each.
+        mode: 'secant': each operation must be one that `frozen` can replay. 'tangent': all operations are accepted, and only
+            their gates are recorded.
 
-    Raises UnsupportedOperation that names operation and layer; ValueError for a batch norm or dropout in training mode, for
-    gates that do not lie by sample, or an x without samples; TypeError for inputs that are not floating-point, or a model that
-    is not an nn.Module.
+    Returns:
+        The gates, preactivations and output of the model.
+
+    Raises:
+        UnsupportedOperation: An operation without an affine map. The message names the operation and its layer.
+        ValueError: A batch norm or dropout in training mode, no samples, samples that are not finite, or a model that
+            reorders samples or lets them depend on one another. Give such a model one sample at a time.
+        TypeError: Inputs that are not floating-point, or a model that is not an nn.Module.
+
+    Example:
+        >>> network = nn.Sequential(nn.Linear(1, 1), nn.ReLU())
+        >>> _ = nn.init.ones_(network[0].weight), nn.init.zeros_(network[0].bias)
+        >>> gates = record(network, torch.tensor([[2.0], [-3.0]]))
+        >>> gates.gates(0).tolist(), gates.margin().tolist()
+        ([[True], [False]], [2.0, 3.0])
     """
     secant = check_mode(mode) == "secant"
-    recording = run_recorded(model, x, strict=secant, keep=True)
+    recording = run_recorded(model, x, strict=secant, keep_preactivations=True)
     if secant:
-        recording.refuse()
-    n, seen = len(recording.inputs[0]), recording.recorder.sites
-    zs = [_by_sample(site, site.preactivations, n) for site in seen]
-    zeros = [None if site.zero is None else _by_sample(site, site.zero, n) for site in seen]
+        recording.check_affine()
+    n, calls = len(recording.inputs[0]), recording.recorder.gate_calls
+    zs = [_by_sample(call, call.preactivations, n) for call in calls]
+    zeros = [None if call.zero is None else _by_sample(call, call.zero, n) for call in calls]
     for i in (0, n - 1) if n > 1 else ():
-        alone = run_recorded(model, tuple(t[i : i + 1] for t in recording.inputs), strict=secant, keep=True)
-        _check_alone(seen, [z[i] for z in zs], alone.recorder.sites)
-    sites = [GateSite(site.name, site.operation, z.shape[1:]) for site, z in zip(seen, zs, strict=True)]
+        sample = tuple(t[i : i + 1] for t in recording.inputs)
+        alone = run_recorded(model, sample, strict=secant, keep_preactivations=True)
+        _check_alone(calls, [z[i] for z in zs], alone.recorder.gate_calls)
+    sites = [GateSite(call.name, call.operation, z.shape[1:]) for call, z in zip(calls, zs, strict=True)]
     return GateRecord(recording.output, sites, zs, n, zeros)
 
 
 def frozen(model: nn.Module, x: Tensor | Inputs, *, mode: str = "secant") -> Replay | TangentReplay:
-    """The replay R of a model with the gates of x frozen: affine in its input everywhere, and equal to the model at x.
+    """Return the replay R of a model with the gates of x frozen: affine everywhere, and equal to the model at x.
 
-    Arguments and errors are `record`'s. In 'tangent' mode R(v) = F(x) + J (v - x) with the Jacobian J at x.
+    Args:
+        model: The network, in evaluation mode.
+        x: Samples (n, ...) of a floating-point dtype, or a tuple of inputs with n samples each.
+        mode: 'secant': R keeps the gates and secants of x. 'tangent': R(v) = F(x) + J (v - x), with the Jacobian J at x.
+
+    Returns:
+        A module that maps inputs of the shapes of x to the model's output.
+
+    Raises:
+        UnsupportedOperation: An operation without an affine map, in 'secant' mode.
+        ValueError: As `record` raises it.
+        TypeError: As `record` raises it.
+
+    Example:
+        >>> replay = frozen(nn.ReLU(), torch.tensor([[1.0, -1.0]]))
+        >>> replay(torch.tensor([[-5.0, 5.0]]))
+        tensor([[-5.,  0.]])
     """
     if check_mode(mode) == "tangent":
-        return TangentReplay(Tangent(model), run_recorded(model, x, strict=False).inputs)
-    return replayed(model, x)
+        return TangentReplay(ModelFunction(model), run_recorded(model, x, strict=False).inputs)
+    return replay_at(model, x)
 
 
 def supported_ops(model: nn.Module, x: Tensor | Inputs) -> OperationReport:
-    """How each operation of a model is treated at x; nothing that depends on the input is left out."""
+    """Report how each operation of a model is treated at x.
+
+    Args:
+        model: The network, in evaluation mode.
+        x: Samples (n, ...) of a floating-point dtype, or a tuple of inputs with n samples each.
+
+    Returns:
+        A table that lists every operation on values that depend on the input.
+
+    Raises:
+        ValueError: As `record` raises it.
+        TypeError: As `record` raises it.
+
+    Example:
+        >>> report = supported_ops(nn.Sequential(nn.Linear(2, 2), nn.GELU()), torch.ones(1, 2))
+        >>> report.supported, report.exact
+        (True, False)
+    """
     recording = run_recorded(model, x, strict=False, differentiable=True)
     rows = recording.recorder.rows
-    if (source := recording.recorder.blocked(recording.output)) is not None:
-        rows = [(o, at, "not treated" if (o, at) == (source.operation, source.layer) else how) for o, at, how in rows]
+    if (call := recording.recorder.non_affine(recording.output)) is not None:
+        rows = [(o, at, "not treated" if (o, at) == (call.operation, call.layer) else how) for o, at, how in rows]
     return OperationReport([(*row, count) for row, count in Counter(rows).items()])
 
 
 def check_mode(mode: str) -> str:
-    """Raises ValueError for a mode that does not exist."""
+    """Return the mode. Raises ValueError for a mode that does not exist."""
     if mode not in _MODES:
         raise ValueError(f"mode: got {mode!r}, want one of {_MODES}")
     return mode
 
 
-def _by_sample(site: Site, z: Tensor, n: int) -> Tensor:
-    """Gates with the samples first; where one axis holds n samples times something, it is taken apart."""
+def _by_sample(call: GateCall, z: Tensor, n: int) -> Tensor:
+    """Return gates with the samples first; a first axis of n times r entries is split into (n, r)."""
     if z.dim() and z.shape[0] == n:
         return z
     if z.dim() and z.shape[0] % n == 0:
         return z.unflatten(0, (n, -1))
     raise ValueError(
-        f"model: the gates of {site.name} have shape {tuple(z.shape)}, want the {n} samples first, "
-        "or one sample at a time (batch_size=1)"
+        f"model: the gates of {call.name} have shape {tuple(z.shape)}, want the {n} samples first, "
+        "or one sample at a time (chunk_size=1)"
     )
 
 
-def _check_alone(sites: Sequence[Site], zs: Sequence[Tensor], alone: Sequence[Site]) -> None:
-    """Raises ValueError where a sample's gates in a batch are not those that it has alone, to a third of the digits."""
-    same_calls = [site.name for site in sites] == [site.name for site in alone]
-    for place, (site, z) in enumerate(zip(sites, zs, strict=True)):
-        own = _by_sample(site, alone[place].preactivations, 1)[0] if same_calls else None
+def _check_alone(calls: Sequence[GateCall], zs: Sequence[Tensor], alone: Sequence[GateCall]) -> None:
+    """Check that a sample's preactivations zs in a batch are those that it has alone, to a third of the digits."""
+    same_calls = [call.name for call in calls] == [call.name for call in alone]
+    for i, (call, z) in enumerate(zip(calls, zs, strict=True)):
+        own = _by_sample(call, alone[i].preactivations, 1)[0] if same_calls else None
         scale = float(z.where(z.isfinite(), 0).abs().amax()) if z.numel() else 0.0
         rounding = scale * torch.finfo(z.dtype).eps ** (1 / 3)
         if own is None or own.shape != z.shape or not torch.allclose(z, own, rtol=0, atol=rounding, equal_nan=True):
             raise ValueError(
-                f"model: the gates of {site.name} are not those that a sample has alone, since the model reorders samples or "
-                "lets them depend on one another; want one sample at a time (batch_size=1)"
+                f"model: the gates of {call.name} differ between a batch and one sample alone: the model reorders samples or "
+                "lets them depend on one another; want one sample at a time (chunk_size=1)"
             )

@@ -1,4 +1,4 @@
-"""What a layer of a network computes, as features x samples: its own values, or what the next layer receives of them."""
+"""Values of a layer of a network: its own output, or the next layer's input."""
 
 from __future__ import annotations
 
@@ -15,17 +15,23 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from interp_nn.nn.base import LinearForm
 
 Tap = Literal["pre", "post"]
+_CHUNK_SIZE = 256  # samples
 
 
 def has_rows(module: nn.Module) -> bool:
-    """Whether a module is a layer whose weight is (out, in, ...), as all are but transposed convolutions."""
+    """Return True for a layer whose weight is (out, in, ...): a linear layer, or a convolution that is not transposed."""
     return isinstance(module, (nn.Linear, _ConvNd, LinearForm)) and not isinstance(module, _ConvTransposeNd)
 
 
 class Wiring(NamedTuple):
-    """A layer and its number of features; the next one that receives a function of its values alone, if there is one, and the
-    modules that are called between. direct: the next one is given the layer's own tensor, which nothing wrote to since, so that
-    no function lies between, whatever it would do to other samples.
+    """A layer and the next layer with a weight.
+
+    Attributes:
+        layer: The layer's path.
+        features: Its number of features.
+        following: Path of the next layer whose input depends on this layer's values alone, or None.
+        between: Paths of the modules that are called between the two.
+        direct: True if the next layer receives this layer's own tensor and nothing wrote to it.
     """
 
     layer: str
@@ -37,52 +43,71 @@ class Wiring(NamedTuple):
 
 class _Event(NamedTuple):
     path: str
-    value: Any
-    start: bool  # of the call, with what it is given; else its end, with what it gives
-    direct: bool  # whether what it is given is the layer's last result, not written to
+    value: Any  # at the start of a call its first argument, at the end its result
+    start: bool
+    direct: bool  # the first argument is the layer's last result, and nothing wrote to it
 
 
-def wiring(model: nn.Module, name: str, x: Tensor) -> Wiring:
-    """How a layer is wired, found by running the model on x (n, ...) again with the layer's values exchanged between samples.
+def wiring(model: nn.Module, layer: str, x: Tensor) -> Wiring:
+    """Find the layer that follows a layer: run the model on x twice, once with the layer's values exchanged between samples.
 
-    Raises ValueError for a name that does not exist (with those nearest to it) and for a layer that is not called, TypeError for
-    one that does not give a tensor.
+    Args:
+        model: The network.
+        layer: The layer's path.
+        x: Samples (n, ...).
+
+    Returns:
+        The layer and the next layer with a weight.
+
+    Raises:
+        ValueError: The model has no such layer (the message has the nearest paths), or does not call it.
+        TypeError: The layer does not return a tensor.
     """
-    path, layer = find_layer(model, name)
-    events, exchanged = _events(model, x, layer), _events(model, x, layer, exchange=True)
+    path, module = find_layer(model, layer)
+    events, exchanged = _events(model, x, module), _events(model, x, module, exchange=True)
     place = next((i for i, event in enumerate(events) if event.path == path and not event.start), None)
     if place is None:
-        raise ValueError(f"name: layer {name!r} is not called by the model")
+        raise ValueError(f"layer: the model does not call {layer!r}; want a layer that it calls")
     out = events[place].value
     if not isinstance(out, Tensor) or out.dim() < 2:
         got = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
-        raise TypeError(f"name: layer {name!r} gives {got}, want one that gives a tensor (n, ...)")
-    features = out.shape[1 if isinstance(layer, _ConvNd) else -1]
+        raise TypeError(f"layer: {layer!r} returns {got}, want a layer that returns a tensor (n, ...)")
+    features = out.shape[1 if isinstance(module, _ConvNd) else -1]
     between: list[str] = []
     for event, other in zip(events[place + 1 :], exchanged[place + 1 :], strict=False):
         if not event.start:
             continue
-        alike = event.path == other.path  # or the values decide what is called
+        alike = event.path == other.path  # else the calls depend on the values
         if alike and has_rows(find_layer(model, event.path)[1]) and _follows(event.value, other.value):
             return Wiring(path, features, event.path, tuple(between), event.direct)
         between.append(event.path)
     return Wiring(path, features, None, (), False)
 
 
-def find_layer(model: nn.Module, name: str) -> tuple[str, nn.Module]:
-    """A layer and its first name. Raises ValueError with the nearest names where there is none."""
+def find_layer(model: nn.Module, layer: str) -> tuple[str, nn.Module]:
+    """Return a layer's first path and the layer. Raises ValueError with the nearest paths if there is none."""
     modules = {path: module for path, module in model.named_modules(remove_duplicate=False) if path}
-    if name not in modules:
-        near = difflib.get_close_matches(str(name), modules, n=3, cutoff=0.4) or list(modules)[:3]
-        raise ValueError(f"name: got {name!r}, which the model does not have; nearest are {', '.join(near)}")
-    return next((path, module) for path, module in modules.items() if module is modules[name])
+    if layer not in modules:
+        near = difflib.get_close_matches(str(layer), modules, n=3, cutoff=0.4) or list(modules)[:3]
+        raise ValueError(f"layer: got {layer!r}, which the model does not have; nearest are {', '.join(near)}")
+    return next((path, module) for path, module in modules.items() if module is modules[layer])
 
 
-def tapped(model: nn.Module, wires: Wiring, tap: Tap, x: Tensor) -> Tensor:
-    """The values (features, n, positions) that a layer gives for x (n, ...), or that the next one receives.
+def layer_values(model: nn.Module, wires: Wiring, tap: Tap, x: Tensor) -> Tensor:
+    """Compute a layer's values on x.
 
-    Channels are the features of a convolution, and the last dimension those of any other layer. A layer that is called
-    several times has all its calls among the positions.
+    Args:
+        model: The network.
+        wires: The layer, and the next one.
+        tap: "pre": the layer's output. "post": the next layer's input.
+        x: Samples (n, ...).
+
+    Returns:
+        Tensor (features, n, positions). The features of a convolution are its channels, those of another layer its last
+        dimension. The positions of a layer that is called several times are those of all calls.
+
+    Raises:
+        ValueError: The next layer receives another number of features.
     """
     kept: list[Tensor] = []
     _, layer = find_layer(model, wires.layer)
@@ -97,7 +122,7 @@ def tapped(model: nn.Module, wires: Wiring, tap: Tap, x: Tensor) -> Tensor:
             given = args[0].detach()
             if isinstance(following, _ConvNd):
                 kept.append(_features_first(given, 1))
-            elif isinstance(layer, _ConvNd):  # flattened, channels first
+            elif isinstance(layer, _ConvNd):  # flattened, with the channels first
                 kept.append(_features_first(given.unflatten(-1, (wires.features, -1)), -2))
             else:
                 kept.append(_features_first(given, -1))
@@ -111,21 +136,30 @@ def tapped(model: nn.Module, wires: Wiring, tap: Tap, x: Tensor) -> Tensor:
     values = torch.cat(kept, 2)
     if len(values) != wires.features:
         raise ValueError(
-            f"name: layer {wires.following!r} receives {len(values)} features, want the {wires.features} of {wires.layer!r}"
+            f"layer: {wires.following!r} receives {len(values)} features, want the {wires.features} of {wires.layer!r}"
         )
     return values
 
 
-def batches(data: Any, model: nn.Module, at_once: int = 256) -> Iterator[Tensor]:
-    """The inputs in a tensor (n, ...), or in an iterable of them or of tuples that begin with them, as the model takes them.
+def batches(data: Any, model: nn.Module) -> Iterator[Tensor]:
+    """Yield batches of inputs on the model's device and in its dtype.
 
-    Raises TypeError for batches of another kind, ValueError for none.
+    Args:
+        data: Inputs (n, ...), or an iterable of batches, each of them inputs or a tuple that begins with inputs.
+        model: The network.
+
+    Yields:
+        Inputs (n, ...).
+
+    Raises:
+        TypeError: Data of another kind.
+        ValueError: No samples.
     """
     if not isinstance(data, Iterable):
         raise TypeError(f"data: got {type(data).__name__}, want a tensor or an iterable of batches")
     like = next((p for p in model.parameters() if p.is_floating_point()), None)
     empty = True
-    for batch in data.split(at_once) if isinstance(data, Tensor) else data:
+    for batch in data.split(_CHUNK_SIZE) if isinstance(data, Tensor) else data:
         x = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
         if not isinstance(x, Tensor) or x.dim() < 1:
             raise TypeError(
@@ -135,14 +169,15 @@ def batches(data: Any, model: nn.Module, at_once: int = 256) -> Iterator[Tensor]
             empty = False
             yield x if like is None else x.to(like.device, like.dtype if x.is_floating_point() else x.dtype)
     if empty:
-        raise ValueError("data: got no samples")
+        raise ValueError("data: got no samples, want at least one")
 
 
 def reinitialised(model: nn.Module) -> nn.Module:
-    """A copy of a model with weights as before training: by each module's `reset_parameters`, and where it has none, by dealing
-    the entries of each of its parameters anew. PyTorch's generators are left as they were.
+    """Return a copy of a model with weights as before training; PyTorch's random state does not change.
+
+    Each module's `reset_parameters` draws the weights. A module without it gets its own entries in a random order.
     """
-    fresh = copy.deepcopy(model).cpu()  # where the draws are the same whatever the device
+    fresh = copy.deepcopy(model).cpu()  # so that the draws do not depend on the device
     with torch.random.fork_rng([]), torch.no_grad():
         torch.default_generator.manual_seed(0)
         for module in fresh.modules():
@@ -158,7 +193,7 @@ def reinitialised(model: nn.Module) -> nn.Module:
 
 def _events(model: nn.Module, x: Tensor, layer: nn.Module, exchange: bool = False) -> list[_Event]:
     events: list[_Event] = []
-    last: list[tuple[Tensor, int]] = []  # what the layer gave, and its version
+    last: list[tuple[Tensor, int]] = []  # the layer's result and its version
 
     def starts(path: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any) -> None:
@@ -188,16 +223,16 @@ def _events(model: nn.Module, x: Tensor, layer: nn.Module, exchange: bool = Fals
 
 
 def _follows(given: Any, swapped: Any) -> bool:
-    """Whether what a layer is given moved from sample to sample as the other layer's values did."""
+    """Return True if a layer's input was exchanged between samples as the other layer's values were."""
     if not isinstance(given, Tensor) or not isinstance(swapped, Tensor) or given.shape != swapped.shape:
         return False
     if len(given) < 2:
-        return True  # nothing to exchange: taken on trust
+        return True  # one sample: nothing to exchange
     return not torch.equal(given, swapped) and torch.allclose(given.roll(1, 0), swapped)
 
 
 def _features_first(h: Tensor, axis: int) -> Tensor:
-    """(features, n, positions), a copy: the model may write over its own."""
+    """Return a copy (features, n, positions) of the values h; the model may write to h later."""
     return (h.movedim(axis, 0).flatten(2) if h.dim() > 2 else h.movedim(axis, 0).unsqueeze(2)).clone()
 
 

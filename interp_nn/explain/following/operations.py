@@ -1,8 +1,13 @@
-"""The table: what each operation of PyTorch is once the gates of an input are frozen, by the operation's name.
+"""Table of PyTorch's operations: how each is replayed with frozen gates.
 
-A call on values that are affine in the input becomes one of: itself ('affine'), a slope and offset or a choice by index that
-is exact around the input ('gate'), a secant that is exact at the input ('secant'), or a value that is no longer affine and may
-only multiply, mask or index what is ('frozen'). What the table does not name is refused.
+A call on values that are affine in the input gets one of four treatments:
+
+- 'affine': the call is replayed as it is.
+- 'gate': a slope and offset, or a selection by index; exact around the input.
+- 'secant': a slope and offset; exact at the input.
+- 'frozen': the recorded value, which is not affine. It may only multiply, mask or index affine values.
+
+An operation that is not in the table is not supported.
 """
 
 from __future__ import annotations
@@ -18,15 +23,15 @@ from torch import Tensor
 from interp_nn.explain.following import piecewise_linear, secants
 from interp_nn.explain.following.calls import (
     Call,
-    Kind,
-    RefusedError,
-    Replay,
+    CallFunction,
+    Dependence,
     Rule,
-    Treatment,
-    frozen,
-    of_input,
-    same,
-    stepped,
+    RuleResult,
+    UnsupportedCallError,
+    of_first_argument,
+    piecewise_constant,
+    recorded_value,
+    rerun,
     tensors,
 )
 
@@ -35,121 +40,131 @@ _PRODUCT_OF_TWO = "it multiplies two values that both depend on the input"
 # Affine operations
 
 
-def rearranged(call: Call) -> Treatment:
-    """Views, sums, concatenations: affine in all floating-point arguments; masks and indices may depend on the input."""
+def rearrangement(call: Call) -> RuleResult:
+    """Rule of views, sums and concatenations: affine in all floating-point arguments; masks and indices may vary."""
     if call.kwargs.get("reduce") not in (None, "add", "sum"):
-        raise RefusedError("it multiplies or compares what it scatters")
-    values = [kind for t in call.tensors() if t.dtype.is_floating_point and (kind := call.kind(t)) is not None]
-    return _summed(call, values)
+        raise UnsupportedCallError("it multiplies or compares the values that it scatters")
+    values = [
+        dependence
+        for t in call.tensors()
+        if t.dtype.is_floating_point and (dependence := call.dependence(t)) is not None
+    ]
+    return _sum_of(call, values)
 
 
-def added(call: Call) -> Treatment:
-    """Sums: affine where all that depends on the input is, or is piecewise constant."""
-    return _summed(call, list(call.kinds.values()))
+def addition(call: Call) -> RuleResult:
+    """Rule of sums: affine if each argument is affine or piecewise constant."""
+    return _sum_of(call, list(call.dependences.values()))
 
 
-def _summed(call: Call, values: Sequence[Kind]) -> Treatment:
-    smooth = [kind for kind in values if not kind.step]
-    if (source := next((kind.source for kind in smooth if kind.source is not None), None)) is not None:
-        return frozen(call, source)
-    return Treatment("affine", same, factor=all(kind.factor for kind in smooth), step=not smooth)
+def _sum_of(call: Call, values: Sequence[Dependence]) -> RuleResult:
+    varying = [value for value in values if not value.piecewise_constant]
+    if (non_affine := next((v.non_affine for v in varying if v.non_affine is not None), None)) is not None:
+        return recorded_value(call, non_affine)
+    return RuleResult("affine", rerun, factor=all(v.factor for v in varying), piecewise_constant=not varying)
 
 
-def multiplied(factors: Sequence[tuple[int, str]], addends: Sequence[tuple[int, str]] = ()) -> Rule:
-    """A product of arguments plus others, each given by place and name: affine where one factor is and no addend is not.
+def product(factors: Sequence[tuple[int, str]], addends: Sequence[tuple[int, str]] = ()) -> Rule:
+    """Return the rule of a product plus addends; it is affine if at most one factor and every addend is affine.
 
-    Of two affine factors, one that comes from a gating function (a sigmoid, say) is frozen.
+    Of two affine factors, one that comes from a gating function (for example a sigmoid) is frozen.
+
+    Args:
+        factors: Position and name of each factor.
+        addends: Position and name of each addend.
     """
 
-    def rule(call: Call) -> Treatment:
-        added = [call.argument(place, name) for place, name in addends]
-        operands = [(place, name, call.argument(place, name, "self", "other", "mat2")) for place, name in factors]
-        if not set(call.kinds) <= {id(value) for value in (*added, *(value for _, _, value in operands))}:
-            raise RefusedError("an argument beside its factors depends on the input")
-        if (source := next((s for value in added if (s := call.source(value)) is not None), None)) is not None:
-            return frozen(call, source)
-        used = [(place, name, value, kind) for place, name, value in operands if (kind := call.kind(value)) is not None]
-        affine = [operand for operand in used if operand[3].source is None]
+    def rule(call: Call) -> RuleResult:
+        added = [call.argument(index, name) for index, name in addends]
+        operands = [(index, name, call.argument(index, name, "self", "other", "mat2")) for index, name in factors]
+        if not set(call.dependences) <= {id(value) for value in (*added, *(value for _, _, value in operands))}:
+            raise UnsupportedCallError("an argument other than its factors depends on the input")
+        if (non_affine := next((c for value in added if (c := call.non_affine(value)) is not None), None)) is not None:
+            return recorded_value(call, non_affine)
+        used = [(index, name, value, d) for index, name, value in operands if (d := call.dependence(value)) is not None]
+        affine = [operand for operand in used if operand[3].non_affine is None]
         if used and not affine:
-            return frozen(call)  # gate * constant + affine
+            return recorded_value(call)  # gate * constant + affine
         if len(affine) <= 1:
-            keeps = bool(affine) and affine[0][3].factor and not addends
-            return Treatment(_how([kind for *_, kind in used]), same, factor=keeps)
+            is_factor = bool(affine) and affine[0][3].factor and not addends
+            return RuleResult(_product_treatment([d for *_, d in used]), rerun, factor=is_factor)
         gates = [operand for operand in affine if operand[3].factor]
         if len(affine) - len(gates) != 1 or len({id(value) for _, _, value, _ in affine}) < len(affine):
-            return frozen(call, call.here(_PRODUCT_OF_TWO))
-        how = "gate" if all(kind.step for *_, kind in gates) else "secant"
-        return Treatment(how, _with_frozen([(place, name, value.detach().clone()) for place, name, value, _ in gates]))
+            return recorded_value(call, call.as_non_affine(_PRODUCT_OF_TWO))
+        treatment = "gate" if all(d.piecewise_constant for *_, d in gates) else "secant"
+        return RuleResult(
+            treatment, _with_arguments([(index, name, value.detach().clone()) for index, name, value, _ in gates])
+        )
 
     return rule
 
 
-def _with_frozen(values: Sequence[tuple[int, str, Tensor]]) -> Replay:
-    """The call with some of its arguments as they were recorded."""
+def _with_arguments(values: Sequence[tuple[int, str, Tensor]]) -> CallFunction:
+    """Return the replay of a call with some arguments as they were recorded."""
 
     def replay(call: Call) -> Any:
         args, kwargs = list(call.args), dict(call.kwargs)
-        for place, name, value in values:
-            if place == 0 and call.inplace:
+        for index, name, value in values:
+            if index == 0 and call.inplace:
                 args[0].copy_(value)
-            elif place < len(args):
-                args[place] = value
+            elif index < len(args):
+                args[index] = value
             else:
                 kwargs[name] = value
-        return same(Call(call.function, call.name, tuple(args), kwargs, call.inplace, call.layer, call.kinds))
+        return rerun(Call(call.function, call.name, tuple(args), kwargs, call.inplace, call.layer, call.dependences))
 
     return replay
 
 
-def passed(call: Call) -> Treatment:
-    """detach and data: for the value of a network it makes no difference where gradients stop."""
-    return Treatment("affine", lambda now: now.input if now.inplace else now.input.view_as(now.input))
+def detach(call: Call) -> RuleResult:
+    """Rule of detach and data: they do not change the value, so the replay ignores them."""
+    return RuleResult("affine", lambda now: now.input if now.inplace else now.input.view_as(now.input))
 
 
-def summed_products(call: Call) -> Treatment:
-    """einsum: affine where one operand is."""
-    used = [kind for t in tensors(call.args[1:]) if (kind := call.kind(t)) is not None]
-    if sum(kind.source is None for kind in used) > 1:
-        return frozen(call, call.here(_PRODUCT_OF_TWO))
-    return Treatment(_how(used), same)
+def einsum(call: Call) -> RuleResult:
+    """Rule of einsum: affine if at most one operand is."""
+    used = [dependence for t in tensors(call.args[1:]) if (dependence := call.dependence(t)) is not None]
+    if sum(dependence.non_affine is None for dependence in used) > 1:
+        return recorded_value(call, call.as_non_affine(_PRODUCT_OF_TWO))
+    return RuleResult(_product_treatment(used), rerun)
 
 
-def _how(used: Sequence[Kind]) -> str:
-    """How a product is treated whose factors that depend on the input are these, one of them affine."""
+def _product_treatment(used: Sequence[Dependence]) -> str:
+    """Return the treatment of a product with one affine factor; `used` are the factors that depend on the input."""
     if len(used) <= 1:
         return "affine"
-    return "gate" if all(kind.step for kind in used if kind.source is not None) else "secant"
+    return "gate" if all(d.piecewise_constant for d in used if d.non_affine is not None) else "secant"
 
 
-def interpolated(call: Call) -> Treatment:
-    """lerp."""
-    if call.kind(call.argument(2, "weight")) is not None:
-        return frozen(call, call.here(_PRODUCT_OF_TWO))
-    return added(call)
+def lerp(call: Call) -> RuleResult:
+    """Rule of lerp: its weight must not depend on the input."""
+    if call.dependence(call.argument(2, "weight")) is not None:
+        return recorded_value(call, call.as_non_affine(_PRODUCT_OF_TWO))
+    return addition(call)
 
 
-def divided(call: Call) -> Treatment:
-    """A quotient: affine in the numerator."""
-    if call.kwargs.get("rounding_mode") is not None or call.affine(call.argument(1, "other")):
-        return frozen(call)
-    return multiplied([(0, "input"), (1, "other")])(call)
+def division(call: Call) -> RuleResult:
+    """Rule of a quotient: affine in the numerator."""
+    if call.kwargs.get("rounding_mode") is not None or call.is_affine(call.argument(1, "other")):
+        return recorded_value(call)
+    return product([(0, "input"), (1, "other")])(call)
 
 
-def batch_normalized(call: Call) -> Treatment:
-    """Batch norm by running statistics."""
+def batch_norm(call: Call) -> RuleResult:
+    """Rule of batch norm by running statistics."""
     if call.argument(5, "training", default=False):
         reason = "it uses the statistics of the batch, which couple its samples; want running statistics, model.eval()"
-        raise RefusedError(reason)
-    return rearranged(call)
+        raise UnsupportedCallError(reason)
+    return rearrangement(call)
 
 
-_PRODUCT = multiplied([(0, "input"), (1, "other")])
-_LINEAR = multiplied([(0, "input"), (1, "weight")], [(2, "bias")])
-_BILINEAR = multiplied([(0, "input1"), (1, "input2"), (2, "weight")], [(3, "bias")])
+_PRODUCT = product([(0, "input"), (1, "other")])
+_LINEAR = product([(0, "input"), (1, "weight")], [(2, "bias")])
+_BILINEAR = product([(0, "input1"), (1, "input2"), (2, "weight")], [(3, "bias")])
 
 
-def _addmm(call: Call) -> Treatment:
-    return multiplied([(1, "mat1"), (2, "mat2")], [(0, "input")])(call)
+def _addmm(call: Call) -> RuleResult:
+    return product([(1, "mat1"), (2, "mat2")], [(0, "input")])(call)
 
 
 def _names(text: str, rule: Rule) -> dict[str, Rule]:
@@ -175,67 +190,70 @@ TABLE: dict[str, Rule] = {
         " sum mean cumsum diff nansum pad constant_pad_nd zero_pad2d"
         " avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d"
         " interpolate upsample upsample_nearest upsample_bilinear max_unpool1d max_unpool2d max_unpool3d",
-        rearranged,
+        rearrangement,
     ),
-    **_names("add sub subtract rsub __rsub__ neg negative", added),
+    **_names("add sub subtract rsub __rsub__ neg negative", addition),
     # Products.
     **_names("mul multiply matmul mm bmm mv dot inner outer ger kron tensordot __rmatmul__ __matmul__", _PRODUCT),
     **_names("linear conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d", _LINEAR),
     "bilinear": _BILINEAR,
-    "einsum": summed_products,
-    "addcmul": multiplied([(1, "tensor1"), (2, "tensor2")], [(0, "input")]),
-    "lerp": interpolated,
-    **_names("detach data", passed),
-    **_names("view_as reshape_as expand_as type_as to", rearranged),
+    "einsum": einsum,
+    "addcmul": product([(1, "tensor1"), (2, "tensor2")], [(0, "input")]),
+    "lerp": lerp,
+    **_names("detach data", detach),
+    **_names("view_as reshape_as expand_as type_as to", rearrangement),
     **_names("addmm addmv baddbmm addbmm", _addmm),
-    **_names("div divide true_divide", divided),
-    **dict.fromkeys(_DROPOUTS, rearranged),  # which drop nothing, or `draws` says so
-    "batch_norm": of_input(batch_normalized),
+    **_names("div divide true_divide", division),
+    **dict.fromkeys(_DROPOUTS, rearrangement),  # in evaluation mode; `draws_random_numbers` finds the others
+    "batch_norm": of_first_argument(batch_norm),
     # Gates.
     **{
-        name: of_input(piecewise_linear.gated(pieces, factor=name in ("relu6", "hardtanh", "hardsigmoid")))
+        name: of_first_argument(
+            piecewise_linear.activation(pieces, factor=name in ("relu6", "hardtanh", "hardsigmoid"))
+        )
         for name, pieces in piecewise_linear.PIECES.items()
     },
-    **_names("clamp clip clamp_min clamp_max", piecewise_linear.clamped),
-    "maximum": piecewise_linear.larger(1),
-    "minimum": piecewise_linear.larger(-1),
-    **_names("gt ge lt le greater greater_equal less less_equal", piecewise_linear.compared),
+    **_names("clamp clip clamp_min clamp_max", piecewise_linear.clamp),
+    "maximum": piecewise_linear.maximum(1),
+    "minimum": piecewise_linear.maximum(-1),
+    **_names("gt ge lt le greater greater_equal less less_equal", piecewise_linear.comparison),
     **{
-        f"{kind}max_pool{d}d{end}": of_input(piecewise_linear.pooled(d))
+        f"{kind}max_pool{d}d{end}": of_first_argument(piecewise_linear.max_pooling(d))
         for kind in ("", "adaptive_")
         for d in (1, 2, 3)
         for end in ("", "_with_indices")
     },
-    **_names("max min topk sort median kthvalue", piecewise_linear.selected),
-    **_names("amax amin", of_input(piecewise_linear.largest)),
+    **_names("max min topk sort median kthvalue", piecewise_linear.selection),
+    **_names("amax amin", of_first_argument(piecewise_linear.amax)),
     # Secants.
-    **{name: of_input(secants.elementwise(name, factor=name == "sigmoid")) for name in secants.SLOPES},
-    "softplus": of_input(secants.softplus),
-    "glu": of_input(secants.glu),
-    "layer_norm": of_input(secants.layer_normalized),
-    "rms_norm": of_input(secants.rms_normalized),
-    "group_norm": of_input(secants.group_normalized),
-    "instance_norm": of_input(secants.instance_normalized),
+    **{name: of_first_argument(secants.elementwise(name, factor=name == "sigmoid")) for name in secants.SLOPES},
+    "softplus": of_first_argument(secants.softplus),
+    "glu": of_first_argument(secants.glu),
+    "layer_norm": of_first_argument(secants.layer_normalized),
+    "rms_norm": of_first_argument(secants.rms_normalized),
+    "group_norm": of_first_argument(secants.group_normalized),
+    "instance_norm": of_first_argument(secants.instance_normalized),
     "scaled_dot_product_attention": secants.attention,
-    # Not affine: their values may multiply, mask or index.
+    # Not affine: their values may multiply, mask or index affine values.
     **_names(
         "softmax log_softmax softmin exp exp2 expm1 log log2 log10 log1p logsumexp pow __rpow__ square sqrt rsqrt reciprocal"
         " __rdiv__ norm vector_norm linalg_vector_norm linalg_norm var std var_mean std_mean prod cos"
         " cosine_similarity cdist pairwise_distance atan2 remainder fmod cross",
-        frozen,
+        recorded_value,
     ),
     **_names(
         "eq ne isnan isinf isfinite signbit sign sgn floor ceil round trunc argmax argmin argsort long int bool any all"
         " logical_not count_nonzero nonzero __bool__ is_nonzero equal allclose",
-        stepped,
+        piecewise_constant,
     ),
 }
 
-# What takes only shape or dtype of its arguments, or of all but the first.
+# Their result depends on the shape and dtype of the arguments alone.
 _CONSTANTS = _set("zeros_like ones_like full_like empty_like new_zeros new_ones new_full new_empty")
-_LIKENESSES = _set("view_as reshape_as expand_as type_as to")
-# What takes values out of PyTorch, from where they may come back as constants.
-LEAVES = _set("item tolist numpy __float__ __int__ __index__ __complex__ __array__ set:data __dlpack__")
+# Their result depends on the values of the first argument alone.
+_FIRST_ARGUMENT_ONLY = _set("view_as reshape_as expand_as type_as to")
+# They copy values out of PyTorch, from where the values may come back as constants.
+TO_PYTHON = _set("item tolist numpy __float__ __int__ __index__ __complex__ __array__ set:data __dlpack__")
 _DRAWS = _set(
     "rand randn randint rand_like randn_like randint_like randperm bernoulli binomial normal uniform multinomial exponential"
     " random cauchy geometric log_normal poisson _standard_gamma _sample_dirichlet kaiming_uniform fractional_max_pool2d"
@@ -255,7 +273,7 @@ _SAME_AS = {
 
 
 def operation_name(function: Callable[..., Any]) -> str:
-    """The name by which the table knows a torch function: 'relu' for F.relu, torch.relu_, Tensor.relu and aten.relu alike."""
+    """Return a torch function's name in the table: 'relu' for F.relu, torch.relu_, Tensor.relu and aten.relu alike."""
     name = getattr(function, "__name__", type(function).__name__)
     module = getattr(function, "__module__", None) or ""
     owner = getattr(function, "__self__", None)
@@ -275,7 +293,7 @@ def operation_name(function: Callable[..., Any]) -> str:
 
 
 @cache
-def _place_of_inplace(function: Callable[..., Any]) -> int | None:
+def _index_of_inplace(function: Callable[..., Any]) -> int | None:
     if not isinstance(function, types.FunctionType):
         return None
     code = function.__code__
@@ -283,8 +301,8 @@ def _place_of_inplace(function: Callable[..., Any]) -> int | None:
     return names.index("inplace") if "inplace" in names else None
 
 
-def draws(call: Call) -> bool:
-    """Whether a call draws random numbers, for what its name and arguments say."""
+def draws_random_numbers(call: Call) -> bool:
+    """Return True if a call draws random numbers, by its name and arguments."""
     if call.name in _DROPOUTS:
         return call.argument(2, "training", "train", default=True) and call.argument(1, "p", default=0.5) > 0
     if call.name == "rrelu":
@@ -294,17 +312,17 @@ def draws(call: Call) -> bool:
     return call.name in _DRAWS
 
 
-def that_matter(kinds: dict[int, Kind], name: str, args: Sequence[Any]) -> dict[int, Kind]:
-    """The kinds of those arguments whose values the result depends on."""
+def relevant(dependences: dict[int, Dependence], name: str, args: Sequence[Any]) -> dict[int, Dependence]:
+    """Return the dependences of the arguments whose values the result depends on."""
     if name in _CONSTANTS:
         return {}
-    if name in _LIKENESSES and args:
-        return {key: kind for key, kind in kinds.items() if key == id(args[0])}
-    return kinds
+    if name in _FIRST_ARGUMENT_ONLY and args:
+        return {key: dependence for key, dependence in dependences.items() if key == id(args[0])}
+    return dependences
 
 
 def writes_to_input(function: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
-    """Whether a call changes its first argument in place."""
+    """Return True if a call changes its first argument in place."""
     name = getattr(function, "__name__", "")
     if name == "__setitem__" or (
         name.startswith("__i") and name not in ("__invert__", "__int__", "__index__", "__iter__")
@@ -314,13 +332,13 @@ def writes_to_input(function: Callable[..., Any], args: Sequence[Any], kwargs: d
         return True
     if kwargs.get("inplace", False):
         return True
-    place = _place_of_inplace(function)
-    return place is not None and place < len(args) and bool(args[place])
+    index = _index_of_inplace(function)
+    return index is not None and index < len(args) and bool(args[index])
 
 
 @cache
-def opened(function: types.FunctionType) -> Callable[..., Any]:
-    """A function of PyTorch that is written in Python, without its own hand-over to the mode: its inner calls are seen."""
+def without_dispatch(function: types.FunctionType) -> Callable[..., Any]:
+    """Return a Python function of PyTorch without its own call of __torch_function__, so that its inner calls are recorded."""
     never = {name: lambda *_: False for name in function.__globals__ if name.startswith("has_torch_function")}
     inner = types.FunctionType(
         function.__code__,

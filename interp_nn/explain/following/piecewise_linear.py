@@ -1,4 +1,4 @@
-"""Operations that are exactly piecewise linear: activations with kinks, clamps, comparisons, choices by index, max-pooling."""
+"""Piecewise linear operations: activations such as ReLU, clamps, comparisons, selections by index and max-pooling."""
 
 from __future__ import annotations
 
@@ -10,36 +10,54 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from interp_nn.explain.following.calls import Call, Replay, Rule, Treatment, frozen, stepped
-from interp_nn.explain.following.maxima import Contest, Contested, adaptive_windows, on_ties, sliding_windows, whole
+from interp_nn.explain.following.argmax_gates import (
+    ArgmaxGates,
+    LazyArgmax,
+    adaptive_windows,
+    positive_on_ties,
+    single_window,
+    sliding_windows,
+)
+from interp_nn.explain.following.calls import (
+    Call,
+    CallFunction,
+    Rule,
+    RuleResult,
+    piecewise_constant,
+    recorded_value,
+)
 
 _STEP = (0, 1)
 
 
 @dataclass(frozen=True)
 class Pieces:
-    """A piecewise linear function of z: the kinks in ascending order, and slope and offset of the pieces between them.
+    """A piecewise linear function of z.
 
-    A kink is part of the piece below it, but the first one where `first_above`.
+    Attributes:
+        breakpoints: In ascending order. Each belongs to the piece below it.
+        slopes: Slope of each piece.
+        offsets: Offset of each piece.
+        first_above: True if the first breakpoint belongs to the piece above it.
     """
 
-    kinks: tuple[Any, ...]
+    breakpoints: tuple[Any, ...]
     slopes: tuple[Any, ...]
     offsets: tuple[Any, ...]
     first_above: bool = False
 
     def preactivations(self, z: Tensor) -> Tensor:
-        """z less each kink: (n, ...) for one kink, (n, kinks, ...) for several."""
-        shifted = [z if isinstance(kink, (int, float)) and kink == 0 else z - kink for kink in self.kinks]
+        """Return z less each breakpoint: (n, ...) for one breakpoint, (n, breakpoints, ...) for several."""
+        shifted = [z if isinstance(b, (int, float)) and b == 0 else z - b for b in self.breakpoints]
         if self.first_above:
-            shifted[0] = on_ties(shifted[0])
+            shifted[0] = positive_on_ties(shifted[0])
         return shifted[0] if len(shifted) == 1 else torch.stack(shifted, 1)
 
     def at(self, z: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Slope and offset for each entry of z."""
-        gates = [z > kink for kink in self.kinks]
+        """Return slope and offset for each entry of z; the offset is None if it is 0 everywhere."""
+        gates = [z > b for b in self.breakpoints]
         if self.first_above:
-            gates[0] = z >= self.kinks[0]
+            gates[0] = z >= self.breakpoints[0]
 
         def chosen(values: tuple[Any, ...]) -> Tensor:
             if values is _STEP:
@@ -106,21 +124,24 @@ PIECES: dict[str, Callable[[Call], Pieces]] = {
 }
 
 
-def gated(pieces: Callable[[Call], Pieces], factor: bool = False) -> Rule:
-    """An activation made of pieces."""
+def activation(pieces: Callable[[Call], Pieces], factor: bool = False) -> Rule:
+    """Return the rule of a piecewise linear activation."""
 
-    def rule(call: Call) -> Treatment:
-        shape = pieces(call)
-        slope, offset = shape.at(call.input)
-        return Treatment(
-            "gate", sloped(slope, offset), factor=factor, preactivations=lambda now: shape.preactivations(now.input)
+    def rule(call: Call) -> RuleResult:
+        function = pieces(call)
+        slope, offset = function.at(call.input)
+        return RuleResult(
+            "gate",
+            scale_and_shift(slope, offset),
+            factor=factor,
+            preactivations=lambda now: function.preactivations(now.input),
         )
 
     return rule
 
 
-def sloped(slope: Tensor, offset: Tensor | float | None) -> Replay:
-    """z becomes slope z + offset, in place where the call is."""
+def scale_and_shift(slope: Tensor, offset: Tensor | float | None) -> CallFunction:
+    """Return the replay of z as slope z + offset, in place if the call is in place."""
 
     def replay(call: Call) -> Tensor:
         z = call.input
@@ -130,50 +151,50 @@ def sloped(slope: Tensor, offset: Tensor | float | None) -> Replay:
     return replay
 
 
-def clamped(call: Call) -> Treatment:
-    """clamp, clip, clamp_min, clamp_max."""
+def clamp(call: Call) -> RuleResult:
+    """Rule of clamp, clip, clamp_min and clamp_max."""
     low = call.argument(1, "min") if call.name != "clamp_max" else None
     high = call.argument(1, "max") if call.name == "clamp_max" else call.argument(2, "max")
-    if call.kind(low) is not None or call.kind(high) is not None:
-        return frozen(call, call.here("its bounds depend on the input"))
-    return gated(lambda _: _clipped(low, high), factor=low is not None and high is not None)(call)
+    if call.dependence(low) is not None or call.dependence(high) is not None:
+        return recorded_value(call, call.as_non_affine("its bounds depend on the input"))
+    return activation(lambda _: _clipped(low, high), factor=low is not None and high is not None)(call)
 
 
-def larger(sign: int) -> Rule:
-    """maximum (1) and minimum (-1) of two: the first where it is the larger, the second on a tie."""
+def maximum(sign: int) -> Rule:
+    """Return the rule of maximum (sign 1) or minimum (-1) of two tensors; on a tie the second wins."""
 
     def difference(call: Call) -> Tensor:
         return sign * (call.input - call.argument(1, "other"))
 
-    def rule(call: Call) -> Treatment:
+    def rule(call: Call) -> RuleResult:
         a, b = call.input, call.argument(1, "other")
-        if (source := call.source(a) or call.source(b)) is not None:
-            return frozen(call, source)
+        if (non_affine := call.non_affine(a) or call.non_affine(b)) is not None:
+            return recorded_value(call, non_affine)
         gate = difference(call) > 0
-        return Treatment(
+        return RuleResult(
             "gate", lambda now: torch.where(gate, now.input, now.argument(1, "other")), preactivations=difference
         )
 
     return rule
 
 
-def compared(call: Call) -> Treatment:
-    """gt, ge, lt, le: the result is a gate, on where the difference is positive, or zero where that makes it true."""
+def comparison(call: Call) -> RuleResult:
+    """Rule of gt, ge, lt and le: the result is a gate, which is on where the comparison is true."""
     sign = 1 if call.name in ("gt", "ge", "greater", "greater_equal") else -1
-    if any(call.source(t) is not None for t in call.tensors()):
-        return stepped(call)
+    if any(call.non_affine(t) is not None for t in call.tensors()):
+        return piecewise_constant(call)
 
     def difference(now: Call) -> Tensor:
         lead = sign * (now.input - now.argument(1, "other"))
-        return on_ties(lead) if call.name in ("ge", "le", "greater_equal", "less_equal") else lead
+        return positive_on_ties(lead) if call.name in ("ge", "le", "greater_equal", "less_equal") else lead
 
-    return Treatment("gate", source=call.here(), step=True, preactivations=difference)
+    return RuleResult("gate", non_affine=call.as_non_affine(), piecewise_constant=True, preactivations=difference)
 
 
-def pooled(dimensions: int) -> Rule:
-    """Max-pooling, by the index of the largest, the first one on a tie."""
+def max_pooling(dimensions: int) -> Rule:
+    """Return the rule of max-pooling over 1 to 3 dimensions; on a tie the first value wins."""
 
-    def rule(call: Call) -> Treatment:
+    def rule(call: Call) -> RuleResult:
         adaptive = call.name.startswith("adaptive")
         pool = getattr(F, f"{call.name.removesuffix('_with_indices')}_with_indices")
         kwargs = {key: value for key, value in call.kwargs.items() if key != "return_indices"}
@@ -187,23 +208,23 @@ def pooled(dimensions: int) -> Rule:
             picked = flat(now).gather(-1, indices.flatten(-dimensions)).view(indices.shape)
             return (picked, indices) if both else picked
 
-        def contest() -> Contest:
+        def build() -> ArgmaxGates:
             windows = (adaptive_windows if adaptive else sliding_windows)(call, indices.shape[-dimensions:])
-            return Contest(flat(call), windows, indices.flatten(-dimensions))
+            return ArgmaxGates(flat(call), windows, indices.flatten(-dimensions))
 
-        return Treatment("gate", replay, preactivations=Contested(contest, flat))
+        return RuleResult("gate", replay, preactivations=LazyArgmax(build, flat))
 
     return rule
 
 
-def selected(call: Call) -> Treatment:
-    """max, min, topk, sort, median, kthvalue along a dimension: by index."""
+def selection(call: Call) -> RuleResult:
+    """Rule of max, min, topk, sort, median and kthvalue along a dimension: the recorded indices are selected."""
     other = call.argument(1, "other")
     if call.name in ("max", "min") and isinstance(other, Tensor):
-        return larger(1 if call.name == "max" else -1)(call)
+        return maximum(1 if call.name == "max" else -1)(call)
     result = call.run()
     if isinstance(result, Tensor):
-        return frozen(call, call.here("without a dimension it couples the samples of the batch"))
+        return recorded_value(call, call.as_non_affine("without a dimension it couples the samples of the batch"))
     indices = result[1]
     dim = call.argument(2 if call.name in ("topk", "kthvalue") else 1, "dim", default=-1)
 
@@ -213,24 +234,24 @@ def selected(call: Call) -> Treatment:
         return type(result)((values if kept else values.squeeze(dim), indices))
 
     if call.name not in ("max", "min"):
-        return Treatment("gate", replay)
+        return RuleResult("gate", replay)
     sign, winner = (
         1 if call.name == "max" else -1,
         indices if indices.dim() == call.input.dim() else indices.unsqueeze(dim),
     )
-    return Treatment(
+    return RuleResult(
         "gate",
         replay,
-        preactivations=_ranked(lambda now: sign * now.input.movedim(dim, -1), call, winner.movedim(dim, -1)),
+        preactivations=_lazy_argmax(lambda now: sign * now.input.movedim(dim, -1), call, winner.movedim(dim, -1)),
     )
 
 
-def largest(call: Call) -> Treatment:
-    """amax, amin: by the index of the first."""
+def amax(call: Call) -> RuleResult:
+    """Rule of amax and amin: the recorded index is selected, the first one on a tie."""
     dim = call.argument(1, "dim", default=())
     dims = [d % call.input.dim() for d in ((dim,) if isinstance(dim, int) else dim)]
     if not dims or 0 in dims:
-        return frozen(call, call.here("over the first dimension it couples the samples of the batch"))
+        return recorded_value(call, call.as_non_affine("over the first dimension it couples the samples of the batch"))
     keepdim, last = call.argument(2, "keepdim", default=False), tuple(range(-len(dims), 0))
 
     def flat(z: Tensor) -> Tensor:
@@ -246,14 +267,14 @@ def largest(call: Call) -> Treatment:
         return picked
 
     sign = 1 if call.name == "amax" else -1
-    return Treatment("gate", replay, preactivations=_ranked(lambda now: sign * flat(now.input), call, index))
+    return RuleResult("gate", replay, preactivations=_lazy_argmax(lambda now: sign * flat(now.input), call, index))
 
 
-def _ranked(values: Callable[[Call], Tensor], call: Call, winner: Tensor) -> Contested:
-    """Gates of a choice of the largest along the last dimension."""
+def _lazy_argmax(values: Callable[[Call], Tensor], call: Call, winner: Tensor) -> LazyArgmax:
+    """Return the gates of an argmax over the last dimension."""
 
-    def contest() -> Contest:
+    def build() -> ArgmaxGates:
         z = values(call)
-        return Contest(z, whole(z), winner)
+        return ArgmaxGates(z, single_window(z), winner)
 
-    return Contested(contest, values)
+    return LazyArgmax(build, values)

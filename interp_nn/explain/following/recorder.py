@@ -1,4 +1,4 @@
-"""Following a model call by call: once to record what becomes of each call, and again to replay it with the gates frozen."""
+"""Follow a model call by call: a recorder decides how each call is replayed, and a replayer replays it with frozen gates."""
 
 from __future__ import annotations
 
@@ -14,36 +14,49 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from interp_nn.explain.following import operations
+from interp_nn.explain.following.argmax_gates import LazyArgmax
 from interp_nn.explain.following.calls import (
     RANDOM,
     Call,
-    Kind,
-    RefusedError,
-    Replay,
-    Source,
-    Treatment,
+    CallFunction,
+    Dependence,
+    NonAffineCall,
+    RuleResult,
+    UnsupportedCallError,
     UnsupportedOperation,
-    replaced,
-    stepped,
+    map_tensors,
+    piecewise_constant,
     tensors,
 )
-from interp_nn.explain.following.maxima import Contested
 
 
 class Step(NamedTuple):
-    """A call on affine values: its operation and layer, what replays it, and its gates' preactivations if it has any."""
+    """One recorded call on affine values.
+
+    Attributes:
+        name: The operation's name in the table.
+        layer: Path of the layer that made the call.
+        replay: Computes the call's result in the replay.
+        affine: True if the result is affine in the input.
+        preactivations: Computes the preactivations of the call's gates, or None for a call without gates.
+    """
 
     name: str
     layer: str
-    replay: Replay
+    replay: CallFunction
     affine: bool
     preactivations: Callable[[Call], Tensor] | None
 
 
-class Site(NamedTuple):
-    """A call with on/off gates: its name, its operation, its step on the tape and its preactivations at the recorded input.
+class GateCall(NamedTuple):
+    """One recorded call with on/off gates.
 
-    zero: of a contest, which of its windows have 0 as their largest.
+    Attributes:
+        name: The gates' name, as in `GateSite`.
+        operation: The operation's name in the table.
+        step: Index of the call among the recorder's steps.
+        preactivations: At the recorded input.
+        zero: For an argmax, True for each window whose largest value is 0; else None.
     """
 
     name: str
@@ -54,48 +67,62 @@ class Site(NamedTuple):
 
 
 class DivergedError(RuntimeError):
-    """A replay that made other calls than the recording did."""
+    """The replay made other calls than the recording."""
 
 
-class _Ledger:
-    """How tensors depend on the input. Views share the entry of their base, so that writing through one is seen in all.
+class DependencyMap:
+    """The dependence of each tensor on the input.
 
-    The tensors are kept alive, since they are known by their identity.
+    A view shares the entry of its base, so that a write through one view is seen in all. The map keeps the tensors alive,
+    because it finds them by their id.
     """
 
     def __init__(self) -> None:
-        self._entries: dict[int, tuple[Tensor, Kind]] = {}
+        self._entries: dict[int, tuple[Tensor, Dependence]] = {}
 
-    def get(self, t: Tensor) -> Kind | None:
+    def get(self, t: Tensor) -> Dependence | None:
+        """Return how a tensor depends on the input, or None if it does not."""
         entry = self._entries.get(id(t)) or (self._entries.get(id(t._base)) if t._base is not None else None)
         return None if entry is None else entry[1]
 
-    def set(self, value: Any, kind: Kind | None) -> None:
+    def set(self, value: Any, dependence: Dependence | None) -> None:
+        """Set the dependence of all tensors in a nested value and of their bases; None removes it."""
         for t in tensors(value):
             for alias in (t,) if t._base is None else (t, t._base):
-                if kind is None:
+                if dependence is None:
                     self._entries.pop(id(alias), None)
                 else:
-                    self._entries[id(alias)] = (alias, kind)
+                    self._entries[id(alias)] = (alias, dependence)
 
-    def kinds(self, args: Any, kwargs: Any) -> dict[int, Kind]:
+    def of_arguments(self, args: Any, kwargs: Any) -> dict[int, Dependence]:
+        """Return by id the dependences of those arguments that depend on the input."""
         found = {}
         for value in (*args, *kwargs.values()):
             for t in tensors(value):
-                if (kind := self.get(t)) is not None:
-                    found[id(t)] = kind
+                if (dependence := self.get(t)) is not None:
+                    found[id(t)] = dependence
         return found
 
 
-_AFFINE = Kind()
+_AFFINE = Dependence()
 
 
 class Recorder(TorchFunctionMode):
-    """Runs a model as it is, and writes down what becomes of each call: `steps`, `sites`, and `rows` for the report.
+    """Runs a model unchanged and records how each of its calls is replayed.
 
-    strict: whether an operation that the table does not name raises at once. differentiable: whether each call is replayed
-    as it is recorded, so that autograd sees the gates frozen. keep: whether preactivations are kept. observe: leaves the calls
-    and their gradients as they are.
+    Args:
+        layers: Tracks the layer that is running.
+        strict: Raise at the first operation that is not supported, instead of noting it in `unsupported`.
+        differentiable: Replay each call as soon as it is recorded, so that autograd differentiates with frozen gates.
+        keep_preactivations: Keep the preactivations of the gates.
+        observe_only: Leave the calls and their gradients as they are.
+
+    Attributes:
+        steps: The calls on affine values, in call order.
+        gate_calls: The calls with gates, in call order.
+        rows: (operation, layer, treatment) of each call, for the report.
+        unsupported: Each unsupported call, with the number of gate calls before it.
+        generators: The random generators and their states before the model first drew from them.
     """
 
     def __init__(
@@ -103,31 +130,32 @@ class Recorder(TorchFunctionMode):
         layers: Layers,
         strict: bool = True,
         differentiable: bool = False,
-        keep: bool = False,
-        observe: bool = False,
+        keep_preactivations: bool = False,
+        observe_only: bool = False,
     ) -> None:
         super().__init__()
         self.layers, self.strict, self.differentiable = layers, strict, differentiable
-        self.keep, self.observe = keep, observe
+        self.keep_preactivations, self.observe_only = keep_preactivations, observe_only
         self.steps: list[Step] = []
-        self.sites: list[Site] = []
+        self.gate_calls: list[GateCall] = []
         self.rows: list[tuple[str, str, str]] = []
-        self.refusals: list[tuple[int, Source]] = []  # with the number of gate sites before
-        self.generators: list[tuple[torch.Generator, Tensor]] = []  # as they were before the model first drew
-        self._ledger = _Ledger()
-        self._site_calls: dict[str, int] = {}
-        self._constants: dict[int, Tensor] = {}  # what was computed from parameters alone
+        self.unsupported: list[tuple[int, NonAffineCall]] = []
+        self.generators: list[tuple[torch.Generator, Tensor]] = []
+        self._dependences = DependencyMap()
+        self._name_counts: dict[str, int] = {}
+        self._constants: dict[int, Tensor] = {}  # computed from parameters alone
 
-    def enter(self, inputs: Sequence[Tensor]) -> None:
+    def mark_inputs(self, inputs: Sequence[Tensor]) -> None:
+        """Mark tensors as the network's inputs."""
         for t in inputs:
-            self._ledger.set(t, _AFFINE)
+            self._dependences.set(t, _AFFINE)
 
-    def blocked(self, output: Any) -> Source | None:
-        """Why an output is not affine in the input; None where it is."""
+    def non_affine(self, output: Any) -> NonAffineCall | None:
+        """Return the call that made an output not affine in the input, or None for an affine output."""
         for t in tensors(output):
-            kind = self._ledger.get(t)
-            if kind is not None and kind.source is not None:
-                return kind.source
+            dependence = self._dependences.get(t)
+            if dependence is not None and dependence.non_affine is not None:
+                return dependence.non_affine
         return None
 
     def __torch_function__(
@@ -135,40 +163,43 @@ class Recorder(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         name = operations.operation_name(func)
-        kinds = operations.that_matter(self._ledger.kinds(args, kwargs), name, args)
+        dependences = operations.relevant(self._dependences.of_arguments(args, kwargs), name, args)
         inplace = operations.writes_to_input(func, args, kwargs)
-        call = Call(func, name, args, kwargs, inplace, self.layers.path, kinds)
-        if (reason := self.unseen((args, kwargs))) is not None:
-            return self._refuse(call, reason)
-        if operations.draws(call):
+        call = Call(func, name, args, kwargs, inplace, self.layers.path, dependences)
+        if (reason := self.unrecorded_reason((args, kwargs))) is not None:
+            return self._note_unsupported(call, reason)
+        if operations.draws_random_numbers(call):
             if not self.strict and not self.generators:
                 seen = (torch.default_generator, *torch.cuda.default_generators)
                 self.generators = [(generator, generator.get_state()) for generator in seen]
-            return self._refuse(call, RANDOM)
-        if not kinds:
+            return self._note_unsupported(call, RANDOM)
+        if not dependences:
             return self._constant(func(*args, **kwargs))
-        if name in operations.LEAVES:
-            return self._refuse(call, "it takes values that depend on the input out of PyTorch")
+        if name in operations.TO_PYTHON:
+            return self._note_unsupported(call, "it copies values that depend on the input out of PyTorch")
         if kwargs.get("out") is not None:
-            return self._refuse(call, "it writes to out=")
-        if all(kind.source is not None for kind in kinds.values()):
+            return self._note_unsupported(call, "it writes to out=")
+        if all(dependence.non_affine is not None for dependence in dependences.values()):
             result = call.run()
-            kind = Kind(next(iter(kinds.values())).source, step=all(kind.step for kind in kinds.values()))
-            self._ledger.set((result, args[0]) if inplace else result, kind)
+            dependence = Dependence(
+                next(iter(dependences.values())).non_affine,
+                piecewise_constant=all(d.piecewise_constant for d in dependences.values()),
+            )
+            self._dependences.set((result, args[0]) if inplace else result, dependence)
             return result
         rule = operations.TABLE.get(name)
         if rule is None:
             return self._unknown(call)
         try:
             with torch.no_grad():
-                treatment = rule(call)
-        except RefusedError as reason:
-            return self._refuse(call, str(reason))
-        with torch.set_grad_enabled(torch.is_grad_enabled() if self.observe else self.differentiable):
-            return self._record(call, treatment)
+                treated = rule(call)
+        except UnsupportedCallError as reason:
+            return self._note_unsupported(call, str(reason))
+        with torch.set_grad_enabled(torch.is_grad_enabled() if self.observe_only else self.differentiable):
+            return self._record(call, treated)
 
-    def unseen(self, value: Any) -> str | None:
-        """What is wrong with values whose gradient is not that of the calls that were seen, where it is known."""
+    def unrecorded_reason(self, value: Any) -> str | None:
+        """Return why the gradient of a value is not that of the recorded calls, or None."""
         for t in tensors(value) if self.differentiable else ():
             node = t.grad_fn
             if isinstance(node, torch.autograd.function.BackwardCFunction):
@@ -177,8 +208,8 @@ class Recorder(TorchFunctionMode):
                     return (
                         f"the autograd.Function {function.__qualname__} has a gradient of its own; want torch functions"
                     )
-            elif node is not None and self._ledger.get(t) is None and id(t) not in self._constants:
-                return "it is given what comes from calls that are not seen, in TorchScript or an extension"
+            elif node is not None and self._dependences.get(t) is None and id(t) not in self._constants:
+                return "an argument was computed by calls that cannot be recorded, in TorchScript or an extension"
         return None
 
     def _constant(self, result: Any) -> Any:
@@ -190,107 +221,116 @@ class Recorder(TorchFunctionMode):
     def _unknown(self, call: Call) -> Any:
         if isinstance(call.function, types.FunctionType) and call.function.__module__.startswith("torch"):
             with self:
-                return operations.opened(call.function)(*call.args, **call.kwargs)
+                return operations.without_dispatch(call.function)(*call.args, **call.kwargs)
         result = call.run()
         if not call.inplace and next(tensors(result), None) is None:
             return result  # a shape, a dtype, a device
-        return self._refuse(call, "it is not in the table of operations", result)
+        return self._note_unsupported(call, "it is not in the table of operations", result)
 
-    def _refuse(self, call: Call, reason: str, *result: Any) -> Any:
-        source = call.here(reason)
+    def _note_unsupported(self, call: Call, reason: str, *result: Any) -> Any:
+        non_affine = call.as_non_affine(reason)
         if self.strict:
-            raise UnsupportedOperation(str(source))
-        self.refusals.append((len(self.sites), source))
+            raise UnsupportedOperation(str(non_affine))
+        self.unsupported.append((len(self.gate_calls), non_affine))
         self.rows.append((call.name, call.layer, "not treated"))
         value = result[0] if result else _detached(call)
-        self._ledger.set((value, call.args[0]) if call.inplace else value, Kind(source))
+        self._dependences.set((value, call.args[0]) if call.inplace else value, Dependence(non_affine))
         return value
 
-    def refuse(self, reason: str) -> None:
-        """Notes what is wrong with the whole run."""
-        source = Source("forward", "", reason)
+    def note_unsupported_model(self, reason: str) -> None:
+        """Note, or raise if strict, that the whole model is not supported."""
+        non_affine = NonAffineCall("forward", "", reason)
         if self.strict:
-            raise UnsupportedOperation(str(source))
-        self.refusals.append((0, source))
-        self.rows.append((source.operation, source.layer, "not treated"))
+            raise UnsupportedOperation(str(non_affine))
+        self.unsupported.append((0, non_affine))
+        self.rows.append((non_affine.operation, non_affine.layer, "not treated"))
 
-    def _record(self, call: Call, treatment: Treatment) -> Any:
-        if treatment.preactivations is not None:
+    def _record(self, call: Call, treated: RuleResult) -> Any:
+        if treated.preactivations is not None:
             z, zero = torch.empty(0), None
-            if self.keep:
-                z = treatment.preactivations(call)
-                z = z.clone() if z is call.input else z  # which a later call may overwrite
-                if isinstance(treatment.preactivations, Contested):
-                    zero = treatment.preactivations.contest.zero
-            self.sites.append(Site(self._site_name(call), call.name, len(self.steps), z, zero))
-        source, replay = treatment.source, treatment.replay
+            if self.keep_preactivations:
+                z = treated.preactivations(call)
+                z = z.clone() if z is call.input else z  # a later call may overwrite the input
+                if isinstance(treated.preactivations, LazyArgmax):
+                    zero = treated.preactivations.gates.zero
+            self.gate_calls.append(GateCall(self._gate_name(call), call.name, len(self.steps), z, zero))
+        non_affine, replay = treated.non_affine, treated.replay
         if self.differentiable:
             with torch.set_grad_enabled(replay is not None):
                 result = replay(call) if replay is not None else call.run()
         else:
             result = call.run()
         floating = all(t.dtype.is_floating_point for t in tensors(result))
-        if source is None and not floating and not isinstance(result, (tuple, list)):
-            treatment = stepped(call)
-            source = treatment.source
-        if source is not None or replay is None:
-            replay = _recorded(replaced(result, lambda t: t.detach().clone()))
-        self.steps.append(Step(call.name, call.layer, replay, source is None, treatment.preactivations))
-        self.rows.append((call.name, call.layer, treatment.how))
+        if non_affine is None and not floating and not isinstance(result, (tuple, list)):
+            treated = piecewise_constant(call)
+            non_affine = treated.non_affine
+        if non_affine is not None or replay is None:
+            replay = _recorded(map_tensors(result, lambda t: t.detach().clone()))
+        self.steps.append(Step(call.name, call.layer, replay, non_affine is None, treated.preactivations))
+        self.rows.append((call.name, call.layer, treated.treatment))
         if call.inplace:
-            self._ledger.set(call.args[0], Kind(source, treatment.factor, treatment.step))
+            self._dependences.set(call.args[0], Dependence(non_affine, treated.factor, treated.piecewise_constant))
         for t in tensors(result):
-            indices = source is None and not t.dtype.is_floating_point
-            where = call.here("it is an index") if indices else source
-            self._ledger.set(t, Kind(where, treatment.factor, treatment.step or indices))
+            is_index = non_affine is None and not t.dtype.is_floating_point
+            origin = call.as_non_affine("it is an index") if is_index else non_affine
+            self._dependences.set(t, Dependence(origin, treated.factor, treated.piecewise_constant or is_index))
         return result
 
-    def _site_name(self, call: Call) -> str:
+    def _gate_name(self, call: Call) -> str:
         module = self.layers.module
         own = module is not None and type(module).__module__.startswith("torch.nn.modules.") and not module._modules
         stem = (call.layer or call.name) if own else f"{call.layer}:{call.name}"
-        count = self._site_calls.get(stem, 0)
-        self._site_calls[stem] = count + 1
+        count = self._name_counts.get(stem, 0)
+        self._name_counts[stem] = count + 1
         return stem if own and count == 0 else f"{stem}#{count}"
 
 
 def _detached(call: Call) -> Any:
-    """The call's result, without a gradient."""
+    """Return the call's result without a gradient."""
 
     def kept(t: Tensor) -> Tensor:
         return t if call.inplace and t is call.args[0] else t.detach()
 
     with torch.no_grad():
-        return call.function(*replaced(call.args, kept), **replaced(call.kwargs, kept))
+        return call.function(*map_tensors(call.args, kept), **map_tensors(call.kwargs, kept))
 
 
-def _recorded(value: Any) -> Replay:
+def _recorded(value: Any) -> CallFunction:
+    """Return the replay that gives a recorded value."""
+
     def replay(call: Call) -> Any:
         if call.inplace:
             result = call.input.copy_(value)
             return result if call.name != "__setitem__" else None
-        return replaced(value, Tensor.clone)
+        return map_tensors(value, Tensor.clone)
 
     return replay
 
 
 class Replayer(TorchFunctionMode):
-    """Runs a model with each call on affine values replaced by what the recording made of it.
+    """Runs a model with each call on affine values replaced by its recorded step.
 
-    taps: the steps whose preactivations are wanted, which come to lie in `tapped`.
+    Args:
+        steps: The recorded steps.
+        wanted_steps: Indices of the steps whose preactivations are kept.
+
+    Attributes:
+        preactivations: By index, those of the wanted steps.
     """
 
-    def __init__(self, steps: Sequence[Step], taps: Sequence[int] = ()) -> None:
+    def __init__(self, steps: Sequence[Step], wanted_steps: Sequence[int] = ()) -> None:
         super().__init__()
-        self._steps, self._next, self._ledger = steps, 0, _Ledger()
+        self._steps, self._next, self._dependences = steps, 0, DependencyMap()
         self._grad = torch.is_grad_enabled()
-        self._taps, self.tapped = frozenset(taps), dict[int, Tensor]()
+        self._wanted_steps, self.preactivations = frozenset(wanted_steps), dict[int, Tensor]()
 
-    def enter(self, inputs: Sequence[Tensor]) -> None:
+    def mark_inputs(self, inputs: Sequence[Tensor]) -> None:
+        """Mark tensors as the network's inputs."""
         for t in inputs:
-            self._ledger.set(t, _AFFINE)
+            self._dependences.set(t, _AFFINE)
 
     def finish(self) -> None:
+        """Check that all steps were replayed. Raises DivergedError otherwise."""
         if self._next != len(self._steps):
             raise self._diverged(None)
 
@@ -298,35 +338,35 @@ class Replayer(TorchFunctionMode):
         self, func: Callable[..., Any], types_: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        kinds = self._ledger.kinds(args, kwargs)
-        name = operations.operation_name(func) if kinds else ""
-        kinds = operations.that_matter(kinds, name, args)
-        if not kinds:
+        dependences = self._dependences.of_arguments(args, kwargs)
+        name = operations.operation_name(func) if dependences else ""
+        dependences = operations.relevant(dependences, name, args)
+        if not dependences:
             return func(*args, **kwargs)
-        call = Call(func, name, args, kwargs, operations.writes_to_input(func, args, kwargs), "", kinds)
+        call = Call(func, name, args, kwargs, operations.writes_to_input(func, args, kwargs), "", dependences)
         if name not in operations.TABLE:
             if isinstance(func, types.FunctionType) and func.__module__.startswith("torch"):
                 with self:
-                    return operations.opened(func)(*args, **kwargs)
+                    return operations.without_dispatch(func)(*args, **kwargs)
             return func(*args, **kwargs)
         if self._next == len(self._steps) or self._steps[self._next].name != name:
             raise self._diverged(name)
-        place, step = self._next, self._steps[self._next]
+        index, step = self._next, self._steps[self._next]
         self._next += 1
-        # A model that stops gradients is no less affine for it.
+        # The model may run under no_grad; the replay keeps the gradient mode of its caller.
         with torch.set_grad_enabled(self._grad):
-            if place in self._taps:
+            if index in self._wanted_steps:
                 z = step.preactivations(call) if step.preactivations is not None else call.input
-                self.tapped[place] = z.clone()
-            result = self._replayed(place, step, call)
-        kind = _AFFINE if step.affine else None
+                self.preactivations[index] = z.clone()
+            result = self._run_step(index, step, call)
+        dependence = _AFFINE if step.affine else None
         if call.inplace:
-            self._ledger.set(args[0], kind)
+            self._dependences.set(args[0], dependence)
         for t in tensors(result):
-            self._ledger.set(t, kind if t.dtype.is_floating_point else None)
+            self._dependences.set(t, dependence if t.dtype.is_floating_point else None)
         return result
 
-    def _replayed(self, place: int, step: Step, call: Call) -> Any:
+    def _run_step(self, index: int, step: Step, call: Call) -> Any:
         return step.replay(call)
 
     def _diverged(self, name: str | None) -> DivergedError:
@@ -339,57 +379,61 @@ class Replayer(TorchFunctionMode):
 
 
 class ConstantFinder(Replayer):
-    """A replay that notes what each step makes of zeros, by the step's place, where that is not zero."""
+    """A replay that also runs each step on zeros, and keeps its result where it is not zero.
 
-    def __init__(self, steps: Sequence[Step], taps: Sequence[int] = ()) -> None:
-        super().__init__(steps, taps)
+    Attributes:
+        constants: By index of the step, its results on zeros.
+    """
+
+    def __init__(self, steps: Sequence[Step], wanted_steps: Sequence[int] = ()) -> None:
+        super().__init__(steps, wanted_steps)
         self.constants: dict[int, list[Tensor]] = {}
 
-    def _replayed(self, place: int, step: Step, call: Call) -> Any:
+    def _run_step(self, index: int, step: Step, call: Call) -> Any:
         if step.affine:
-            kinds: dict[int, Kind] = {}
+            dependences: dict[int, Dependence] = {}
 
             def zeros(t: Tensor) -> Tensor:
-                if not call.affine(t):
+                if not call.is_affine(t):
                     return t
                 zero = torch.zeros_like(t)
-                kinds[id(zero)] = _AFFINE
+                dependences[id(zero)] = _AFFINE
                 return zero
 
-            args, kwargs = replaced(call.args, zeros), replaced(call.kwargs, zeros)
-            result = step.replay(Call(call.function, call.name, args, kwargs, call.inplace, call.layer, kinds))
+            args, kwargs = map_tensors(call.args, zeros), map_tensors(call.kwargs, zeros)
+            result = step.replay(Call(call.function, call.name, args, kwargs, call.inplace, call.layer, dependences))
             constants = list(tensors(args[0] if call.inplace else result))
             if any(bool(c.any()) for c in constants if c.dtype.is_floating_point):
-                self.constants[place] = [c.clone() for c in constants]
+                self.constants[index] = [c.clone() for c in constants]
         return step.replay(call)
 
 
 class ScaledReplayer(Replayer):
-    """A replay whose steps' constants are multiplied: by scales[layer] those of a layer."""
+    """A replay that multiplies the constants of each layer's steps by scales[layer]."""
 
     def __init__(
         self,
         steps: Sequence[Step],
-        taps: Sequence[int],
+        wanted_steps: Sequence[int],
         constants: dict[int, list[Tensor]],
         scales: dict[str, Tensor],
     ) -> None:
-        super().__init__(steps, taps)
+        super().__init__(steps, wanted_steps)
         self._constants, self._scales = constants, scales
 
-    def _replayed(self, place: int, step: Step, call: Call) -> Any:
+    def _run_step(self, index: int, step: Step, call: Call) -> Any:
         result = step.replay(call)
-        if place not in self._constants:
+        if index not in self._constants:
             return result
-        constants, change = iter(self._constants[place]), self._scales[step.layer] - 1
+        constants, change = iter(self._constants[index]), self._scales[step.layer] - 1
         if call.inplace:
             call.args[0].add_(change * next(constants))
             return result
-        return replaced(result, lambda t: t + change * c if (c := next(constants)).dtype.is_floating_point else t)
+        return map_tensors(result, lambda t: t + change * c if (c := next(constants)).dtype.is_floating_point else t)
 
 
 class Layers:
-    """The module whose forward is running, and its path, while `following` it. The model itself is left alone."""
+    """Tracks the running modules by global hooks; the model does not change."""
 
     def __init__(self, model: nn.Module) -> None:
         self._names = {id(module): _path(name) for name, module in model.named_modules()}
@@ -397,15 +441,17 @@ class Layers:
 
     @property
     def module(self) -> nn.Module | None:
+        """The innermost running module."""
         return self._stack[-1] if self._stack else None
 
     @property
     def path(self) -> str:
-        """The innermost running module that the model owns."""
+        """Path of the innermost running module that belongs to the model."""
         return next((self._names[id(m)] for m in reversed(self._stack) if id(m) in self._names), "")
 
     @contextmanager
-    def following(self) -> Iterator[None]:
+    def tracked(self) -> Iterator[None]:
+        """Track the modules that run in this thread."""
         thread = threading.get_ident()
 
         def entered(module: nn.Module, args: Any) -> None:
@@ -420,7 +466,7 @@ class Layers:
         after = nn.modules.module.register_module_forward_hook(left, always_call=True)
         try:
             with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", "Using `torch.compile", UserWarning)  # of hooks that are called twice
+                warnings.filterwarnings("ignore", "Using `torch.compile", UserWarning)  # hooks are called twice
                 yield
         finally:
             before.remove()
@@ -429,5 +475,5 @@ class Layers:
 
 
 def _path(name: str) -> str:
-    """A module's path, whether it is compiled or not."""
+    """Return a module's path without the prefix of compiled modules."""
     return ".".join(part for part in name.split(".") if part != "_orig_mod")

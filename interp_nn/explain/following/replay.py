@@ -1,4 +1,4 @@
-"""A model recorded at an input, and replayed with its gates frozen: an affine function."""
+"""Record a model at an input, and replay it with frozen gates: an affine function."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import BaseTorchFunctionMode
 
-from interp_nn.explain.following.calls import UnsupportedOperation, replaced
+from interp_nn.explain.following.calls import UnsupportedOperation, map_tensors
 from interp_nn.explain.following.recorder import ConstantFinder, Layers, Recorder, Replayer, ScaledReplayer
 from interp_nn.gates.jvp import pushed
 from interp_nn.gates.record import place_of
@@ -26,25 +26,35 @@ _LOCK, _stance, _holders = threading.Lock(), ExitStack(), 0  # of `_forced_eager
 
 @dataclass(frozen=True)
 class Recording:
-    """One run of a model under a recorder. inputs are leaves, of which output is a function where it is differentiable."""
+    """One run of a model under a recorder.
+
+    Attributes:
+        model: The model.
+        inputs: Leaf tensors. If the recorder is differentiable, autograd can differentiate the output by them.
+        recorder: The recorder.
+        output: The selected output of the model.
+    """
 
     model: nn.Module
     inputs: Inputs
     recorder: Recorder
     output: Any
 
-    def refuse(self, site: int | None = None) -> None:
-        """Raises UnsupportedOperation where the output, or the preactivation of a gate site, is not affine given its gates."""
-        before = [source for place, source in self.recorder.refusals if site is None or place <= site]
-        source = before[0] if before else None if site is not None else self.recorder.blocked(self.output)
-        if source is not None:
+    def check_affine(self, gate_call: int | None = None) -> None:
+        """Check that the output, or a gate call's preactivation, is affine given its gates.
+
+        Raises UnsupportedOperation otherwise.
+        """
+        before = [call for index, call in self.recorder.unsupported if gate_call is None or index <= gate_call]
+        call = before[0] if before else None if gate_call is not None else self.recorder.non_affine(self.output)
+        if call is not None:
             raise UnsupportedOperation(
-                f"{source}; want a model whose output is affine given its gates, or mode='tangent'"
+                f"{call}; want a model whose output is affine given its gates, or mode='tangent'"
             )
 
-    def site(self, site: str | int) -> int:
-        """The place of a gate site given by name or index."""
-        return place_of([s.name for s in self.recorder.sites], site)
+    def gate_call(self, layer: str | int) -> int:
+        """Return the index of a gate call that is given by name or index. Raises ValueError for another one."""
+        return place_of([call.name for call in self.recorder.gate_calls], layer)
 
 
 def run_recorded(
@@ -54,63 +64,77 @@ def run_recorded(
     *,
     strict: bool = True,
     differentiable: bool = False,
-    keep: bool = False,
+    keep_preactivations: bool = False,
 ) -> Recording:
-    """select(model(x)), recorded. keep: whether the gates' preactivations are kept; the rest as in `Recorder`."""
+    """Record select(model(x)); the options are those of `Recorder`."""
     check_model(model)
     inputs = tuple(t.detach() for t in check_inputs(x))
     layers = Layers(model)
-    recorder = Recorder(layers, strict, differentiable, keep)
+    recorder = Recorder(layers, strict, differentiable, keep_preactivations)
     with torch.inference_mode(False), torch.set_grad_enabled(differentiable):
         if differentiable:
             inputs = tuple(t.clone().requires_grad_() for t in inputs)
         given = tuple(t.clone() for t in inputs)
-    recorder.enter(given)
+    recorder.mark_inputs(given)
     with (
         torch.inference_mode(False),
         torch.set_grad_enabled(differentiable),
-        _untouched(model, recorder),
-        layers.following(),
+        _state_restored(model, recorder),
+        layers.tracked(),
         _eager(),
         recorder,
     ):
         output = select(model(*given))
-        if (reason := recorder.unseen(output)) is not None:
-            recorder.refuse(reason)
+        if (reason := recorder.unrecorded_reason(output)) is not None:
+            recorder.note_unsupported_model(reason)
     return Recording(model, inputs, recorder, output)
 
 
-def replayed(model: nn.Module, x: Tensor | Inputs) -> Replay:
-    """The replay of a model at x."""
+def replay_at(model: nn.Module, x: Tensor | Inputs) -> Replay:
+    """Return the replay of a model with the gates of x frozen."""
     recording = run_recorded(model, x, differentiable=True)
-    recording.refuse()
+    recording.check_affine()
     return Replay(recording)
 
 
 class Replay(nn.Module):
-    """A model with the gates of recorded inputs frozen: an affine function R of inputs of the recorded shapes.
+    """A model with the gates of recorded inputs frozen: an affine function R.
 
-    R(v) takes v of the recorded shape (n, ...), each sample with its own gates, or (r n, ...), meaning r stacked copies of the
-    batch. It works under torch.func's transforms. The model is used, not copied: weights are those that it has when R is called,
-    with the gates of then, and `train()` and `to()` of the replay do not reach it.
+    It works under torch.func's transforms. It uses the model and does not copy it: R has the model's weights at the time of
+    the call and the recorded gates. `train()` and `to()` of the replay do not change the model.
+
+    Args:
+        recording: The recording, whose output is affine given its gates.
+        select: Selects the output to compute from the model's output.
     """
 
     def __init__(self, recording: Recording, select: Select = lambda output: output) -> None:
         super().__init__()
         recorder = recording.recorder
-        self._model = (recording.model,)  # not a submodule
+        self._model = (recording.model,)  # in a tuple, so that it is not a submodule
         self._select, self._steps = select, tuple(recorder.steps)
-        self._sites = tuple((site.name, site.step) for site in recorder.sites)
+        self._gate_calls = tuple((call.name, call.step) for call in recorder.gate_calls)
         self.shapes = tuple(t.shape for t in recording.inputs)
         self._like = tuple(t.detach().new_zeros(()) for t in recording.inputs)
 
     @property
     def sites(self) -> tuple[str, ...]:
-        """The names of the calls with on/off gates."""
-        return tuple(name for name, _ in self._sites)
+        """The names of the calls with on/off gates, in call order."""
+        return tuple(name for name, _ in self._gate_calls)
 
     def forward(self, *v: Tensor) -> Any:
-        """R(v). Raises ValueError for inputs of other shapes."""
+        """Compute R(v).
+
+        Args:
+            v: For each input a tensor of its recorded shape (n, ...), or (r n, ...): r stacked copies of the batch. Each
+                sample has its own gates.
+
+        Returns:
+            The output, (n, ...) or (r n, ...).
+
+        Raises:
+            ValueError: Other shapes.
+        """
         if tuple(t.shape for t in v) == self.shapes:
             return self._follow(v)[0]
         n = self.shapes[0][0]
@@ -120,35 +144,38 @@ class Replay(nn.Module):
             raise ValueError(f"v: got shapes {got}, want {want}, or several copies stacked")
         stacked = [t.unflatten(0, (copies, n)) for t in v]
         out = over_copies(lambda *each: self._follow(each)[0], *stacked)
-        return replaced(out, lambda t: t.flatten(0, 1))
+        return map_tensors(out, lambda t: t.flatten(0, 1))
 
-    def preactivations(self, v: Sequence[Tensor], site: int) -> Tensor:
-        """The preactivations of one gate site in R(v), for v of the recorded shapes."""
-        step = self._sites[site][1]
-        return self._follow(v, [step])[1].tapped[step]
+    def preactivations(self, v: Sequence[Tensor], gate_call: int) -> Tensor:
+        """Return the preactivations of one gate call in R(v), for v of the recorded shapes."""
+        step = self._gate_calls[gate_call][1]
+        return self._follow(v, [step])[1].preactivations[step]
 
     def all_preactivations(self, v: Sequence[Tensor]) -> list[Tensor]:
-        """The preactivations of every gate site in R(v), for v of the recorded shapes."""
-        steps = [step for _, step in self._sites]
-        tapped = self._follow(v, steps)[1].tapped
-        return [tapped[step] for step in steps]
+        """Return the preactivations of every gate call in R(v), for v of the recorded shapes."""
+        steps = [step for _, step in self._gate_calls]
+        found = self._follow(v, steps)[1].preactivations
+        return [found[step] for step in steps]
 
-    def constants_by_layer(self, site: int | None = None) -> dict[str, Tensor]:
-        """What each layer's constants (biases, shifts, paddings, offsets of gates) add to R, or to a site's preactivations."""
-        taps = [] if site is None else [self._sites[site][1]]
+    def constants_by_layer(self, gate_call: int | None = None) -> dict[str, Tensor]:
+        """Return the part of R(0), or of a gate call's preactivations there, that comes from each layer's constants.
+
+        Constants are biases, shifts, paddings and the offsets of gates.
+        """
+        wanted = [] if gate_call is None else [self._gate_calls[gate_call][1]]
         with torch.no_grad():
             zeros = [t.new_zeros(shape) for t, shape in zip(self._like, self.shapes, strict=True)]
-            finder = ConstantFinder(self._steps, taps)
+            finder = ConstantFinder(self._steps, wanted)
             self._follow(zeros, mode=finder)
-        constants = {place: c for place, c in finder.constants.items() if not taps or place < taps[0]}
-        layers = list(dict.fromkeys(self._steps[place].layer for place in constants))
+        constants = {step: c for step, c in finder.constants.items() if not wanted or step < wanted[0]}
+        layers = list(dict.fromkeys(self._steps[step].layer for step in constants))
 
         def scaled(scales: Tensor) -> Tensor:
             by_layer = dict(zip(layers, scales.unbind(), strict=True))
-            mode = ScaledReplayer(self._steps, taps, constants, by_layer)
-            # Every value is made to depend on the scales, so that what is written in place may.
+            mode = ScaledReplayer(self._steps, wanted, constants, by_layer)
+            # The inputs depend on the scales, so that forward mode allows writes in place.
             output, _ = self._follow([t + 0 * scales.sum() for t in zeros], mode=mode)
-            return mode.tapped[taps[0]] if taps else output
+            return mode.preactivations[wanted[0]] if wanted else output
 
         none = zeros[0].new_zeros(len(layers))
         with torch.no_grad():
@@ -157,18 +184,18 @@ class Replay(nn.Module):
                 one_by_one = torch.eye(len(layers), dtype=none.dtype, device=none.device)
                 alone = torch.vmap(lambda d: pushed(scaled, (none,), (d,))[1], chunk_size=_LAYERS_AT_ONCE)
                 parts = dict(zip(layers, alone(one_by_one), strict=True))
-            if taps:  # a kink's own place
-                own, rest = self._steps[taps[0]].layer, scaled(none)
+            if wanted:  # the gate's own breakpoint
+                own, rest = self._steps[wanted[0]].layer, scaled(none)
                 parts[own] = parts[own] + rest if own in parts else rest
         return parts
 
     def _follow(
-        self, v: Sequence[Tensor], taps: Sequence[int] = (), mode: Replayer | None = None
+        self, v: Sequence[Tensor], wanted_steps: Sequence[int] = (), mode: Replayer | None = None
     ) -> tuple[Any, Replayer]:
         check_model(self._model[0])
-        mode = mode or Replayer(self._steps, taps)
+        mode = mode or Replayer(self._steps, wanted_steps)
         given = [t.clone() for t in v]
-        mode.enter(given)
+        mode.mark_inputs(given)
         with _eager(), mode:
             output = self._select(self._model[0](*given))
             mode.finish()
@@ -176,7 +203,7 @@ class Replay(nn.Module):
 
 
 def over_copies(function: Callable[..., Any], *stacked: Tensor) -> Any:
-    """The function of each of r copies, stacked: by vmap, or one by one where a model writes into tensors of its own."""
+    """Apply a function to each of r stacked copies: by vmap, or one by one if the model writes into its own tensors."""
     try:
         return torch.vmap(function)(*stacked)
     except RuntimeError:
@@ -186,34 +213,50 @@ def over_copies(function: Callable[..., Any], *stacked: Tensor) -> Any:
         return type(each[0])(torch.stack(parts) for parts in zip(*each, strict=True))
 
 
-class Tangent:
-    """A model as it is: select(model(v)), or the preactivations of a gate site as the model computes them."""
+class ModelFunction:
+    """A model without frozen gates: select(model(v)), or the preactivations of a gate call of the model at v."""
 
-    def __init__(self, model: nn.Module, select: Select = lambda output: output, site: int | None = None) -> None:
-        self._model, self._select, self._site = model, select, site
+    def __init__(self, model: nn.Module, select: Select = lambda output: output, gate_call: int | None = None) -> None:
+        self._model, self._select, self._gate_call = model, select, gate_call
 
     def __call__(self, *v: Tensor) -> Any:
+        """Compute the function at v."""
         given = tuple(t.clone() for t in v)
-        with _eager(), sdpa_kernel(SDPBackend.MATH):  # whose forward mode is implemented
-            if self._site is None:
-                with BaseTorchFunctionMode():  # without the fast paths of transformers, which have no derivative
+        with _eager(), sdpa_kernel(SDPBackend.MATH):  # the backend that implements forward mode
+            if self._gate_call is None:
+                with BaseTorchFunctionMode():  # turns off the fast paths of transformers, which have no derivative
                     return self._select(self._model(*given))
-            recorder = Recorder(Layers(self._model), strict=False, keep=True, observe=True)
-            recorder.enter(given)
+            recorder = Recorder(Layers(self._model), strict=False, keep_preactivations=True, observe_only=True)
+            recorder.mark_inputs(given)
             with recorder:
                 self._model(*given)
-            return recorder.sites[self._site].preactivations
+            return recorder.gate_calls[self._gate_call].preactivations
 
 
 class TangentReplay(nn.Module):
-    """R(v) = F(x) + J (v - x) for v of the recorded shapes, with the Jacobian J of the model at x."""
+    """The tangent R(v) = F(x) + J (v - x) of a model F, with its Jacobian J at x.
 
-    def __init__(self, function: Tangent, inputs: Inputs) -> None:
+    Args:
+        function: The model F.
+        inputs: The inputs x.
+    """
+
+    def __init__(self, function: ModelFunction, inputs: Inputs) -> None:
         super().__init__()
         self._function, self._inputs = function, tuple(t.detach() for t in inputs)
 
     def forward(self, *v: Tensor) -> Tensor:
-        """R(v). Raises ValueError for inputs of other shapes."""
+        """Compute R(v).
+
+        Args:
+            v: For each input a tensor of its shape at x.
+
+        Returns:
+            The output (n, ...).
+
+        Raises:
+            ValueError: Other shapes.
+        """
         got, want = [tuple(t.shape) for t in v], [tuple(t.shape) for t in self._inputs]
         if got != want:
             raise ValueError(f"v: got shapes {got}, want {want}")
@@ -221,8 +264,8 @@ class TangentReplay(nn.Module):
         return torch.add(*pushed(self._function, self._inputs, steps))
 
 
-def unchanged(model: nn.Module) -> Callable[[], None]:
-    """What raises RuntimeError where a model's parameters are not those of now, or have been written to."""
+def parameter_check(model: nn.Module) -> Callable[[], None]:
+    """Return a function that raises RuntimeError if a model's parameters are no longer those of now."""
     then = [(p, _version(p)) for p in model.parameters()]
 
     def check() -> None:
@@ -232,15 +275,15 @@ def unchanged(model: nn.Module) -> Callable[[], None]:
         )
         if not same:
             raise RuntimeError(
-                "model: its parameters have changed since it was linearized, and gates and weights would be of two models; "
-                "read the map before, or linearize it again"
+                "model: its parameters have changed since it was linearized, so the gates no longer fit the weights; "
+                "read the map before the change, or linearize the model again"
             )
 
     return check
 
 
 def check_inputs(x: Tensor | Inputs) -> Inputs:
-    """x as a tuple. Raises TypeError and ValueError for what is not a batch of finite floating-point inputs."""
+    """Return x as a tuple. Raises TypeError or ValueError unless it is a batch of finite floating-point inputs."""
     inputs = x if isinstance(x, tuple) else (x,)
     if not inputs:
         raise ValueError("x: got no inputs, want at least one")
@@ -254,30 +297,38 @@ def check_inputs(x: Tensor | Inputs) -> Inputs:
     n = len(inputs[0])
     finite = torch.stack([t.isfinite().reshape(n, t[0].numel()).all(1).cpu() for t in inputs]).all(0)
     if not bool(finite.all()):
-        raise ValueError(f"x: {int((~finite).sum())} of its {n} samples have values that are not finite")
+        raise ValueError(
+            f"x: {int((~finite).sum())} of its {n} samples have values that are not finite, want finite samples"
+        )
     return inputs
 
 
 def check_model(model: nn.Module) -> None:
-    """Raises TypeError for what is not an nn.Module of Python, ValueError for layers in training mode that it would matter to."""
+    """Check that a model can be followed.
+
+    Raises TypeError if it is not an nn.Module or contains a ScriptModule, and ValueError for a batch norm, dropout or
+    RReLU in training mode.
+    """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: got {type(model).__name__}, want an nn.Module")
     for name, module in model.named_modules():
         if isinstance(module, torch.jit.ScriptModule):
-            raise TypeError(f"model: layer {name!r} is a ScriptModule, whose calls are not seen; want an nn.Module")
+            raise TypeError(
+                f"model: layer {name!r} is a ScriptModule, whose calls cannot be recorded; want an nn.Module"
+            )
         if module.training and (
             isinstance(module, (nn.modules.batchnorm._BatchNorm, nn.RReLU))
             or (isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0)
         ):
             raise ValueError(
-                f"model: layer {name!r} ({type(module).__name__}) is in training mode, where it couples samples or draws "
+                f"model: layer {name!r} ({type(module).__name__}) is in training mode, in which it couples samples or draws "
                 "random numbers; want model.eval()"
             )
 
 
 @contextmanager
 def _eager() -> Iterator[None]:
-    """Compiled models run as Python, where their calls are seen; checkpointed ones would run again where they are not."""
+    """Run compiled models as Python, so that their calls are recorded, and raise RuntimeError for activation checkpointing."""
     hooks = torch.autograd.graph.disable_saved_tensors_hooks(
         "a replay keeps what it saves; want no activation checkpointing"
     )
@@ -287,7 +338,7 @@ def _eager() -> Iterator[None]:
 
 @contextmanager
 def _forced_eager() -> Iterator[None]:
-    """torch.compiler's stance is the whole process's: what it was comes back with the last thread that is done here."""
+    """Force eager mode for the whole process; the last thread that leaves restores torch.compiler's stance."""
     global _holders
     with _LOCK:
         if _holders == 0:
@@ -303,9 +354,10 @@ def _forced_eager() -> Iterator[None]:
 
 
 @contextmanager
-def _untouched(model: nn.Module, recorder: Recorder) -> Iterator[None]:
-    """Leaves buffers as they were, and refuses a model that changed them; and the generators that the model was seen to draw
-    from: another thread may be drawing from those of the process.
+def _state_restored(model: nn.Module, recorder: Recorder) -> Iterator[None]:
+    """Restore the model's buffers, and the random generators that it drew from; a model that changed buffers is unsupported.
+
+    Other generators are not restored, because another thread may draw from them.
     """
     buffers = [
         (f"{path}.{name}".lstrip("."), module, name, buffer, buffer.clone(), _version(buffer))
@@ -320,14 +372,14 @@ def _untouched(model: nn.Module, recorder: Recorder) -> Iterator[None]:
         for generator, state in recorder.generators:
             generator.set_state(state)
         for path, module, name, buffer, value, version in buffers:
-            same = module._buffers.get(name) is buffer  # written back as it was by PyTorch 2.10's instance_norm
+            same = module._buffers.get(name) is buffer  # instance_norm of PyTorch 2.10 writes the same values back
             if not same or (_version(buffer) != version and not torch.equal(buffer, value)):
                 changed.append(path)
                 module._buffers[name] = buffer
                 with torch.no_grad():
                     buffer.copy_(value)
     if changed:
-        recorder.refuse(f"it changes the buffers {', '.join(changed)}; want a model without memory")
+        recorder.note_unsupported_model(f"it changes the buffers {', '.join(changed)}; want a model without memory")
 
 
 def _version(t: Tensor) -> int:

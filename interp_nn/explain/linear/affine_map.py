@@ -1,4 +1,7 @@
-"""Instance-wise linearization: the affine map F(x) = W x + b that a network is at each input (Li et al., arXiv 2310.16295)."""
+"""Instance-wise linearization: the affine map F(x) = W x + b of a network at each input.
+
+Source: Li et al., arXiv 2310.16295.
+"""
 
 from __future__ import annotations
 
@@ -10,16 +13,33 @@ import torch
 from torch import Tensor, nn
 
 from interp_nn.explain.following.gate_record import check_mode
-from interp_nn.explain.following.replay import Replay, Tangent, run_recorded, unchanged
-from interp_nn.explain.linear.operators import Composed, Dense, Operator, Traced, Vectors
+from interp_nn.explain.following.replay import ModelFunction, Replay, parameter_check, run_recorded
+from interp_nn.explain.linear.operators import (
+    AffineOperator,
+    ComposedOperator,
+    DenseOperator,
+    JacobianOperator,
+    Vectors,
+)
 from interp_nn.gates.patterns import as_index
 
 Target = int | slice | Tensor | Callable[[Any], Tensor] | None
-_AT_ONCE = 1 << 22  # numbers of W that are computed at a time
+_ENTRIES_PER_CHUNK = 1 << 22  # of W, by default
 
 
 class SingularTriplets(NamedTuple):
-    """The largest singular values (n, k) of each sample's W, with left (n, k, *output) and right (n, k, *input) vectors."""
+    """The k largest singular values and their vectors of each sample's W.
+
+    Attributes:
+        left: Left singular vectors (n, k, *output).
+        values: Singular values (n, k), largest first.
+        right: Right singular vectors (n, k, *input).
+
+    Example:
+        >>> affine = AffineMap.from_tensors(torch.diag(torch.tensor([3.0, 2.0])).unsqueeze(0), torch.zeros(1, 2))
+        >>> affine.svd(1).values
+        tensor([[3.]])
+    """
 
     left: Tensor
     values: Tensor
@@ -32,89 +52,135 @@ def linearize(
     target: Target = None,
     *,
     mode: str = "secant",
-    upto: str | int | None = None,
+    layer: str | int | None = None,
     chunk_size: int | None = None,
 ) -> AffineMap:
-    """The affine map F(x) = W x + b of a model at each sample of x (n, ...), or of a tuple of inputs.
+    """Compute the affine map F(x) = W x + b of a model at each sample.
 
-    target: the outputs to explain: None for all, an int or a slice along the first dimension of a sample's output, a tensor (n,)
-    int64 of one for each sample, or a function of the model's output that returns a tensor (n, ...). Take logits: softmax is
-    not affine. upto: a gate site, by name or index, whose preactivation is explained in place of the output.
+    The samples must not depend on one another; `AffineMap.check` finds models whose samples do. The map reads the model when
+    one of its results is first asked for, and keeps the result. Read it before the model is trained further. A write by
+    `.data` or to a buffer is not detected.
 
-    mode 'secant': W and b of the replay with frozen gates (see `frozen`), b from the replay at 0, for piecewise linear networks
-    the map of the region of x. 'tangent': W is the Jacobian and b = F(x) - W x, so that F(x) = W x + b holds by construction
-    and says nothing of a smooth network around x. The samples must not depend on one another, as in evaluation mode they do
-    not; `check` finds those that do. chunk_size: rows or columns of W that are computed at a time.
+    Args:
+        model: The network, in evaluation mode.
+        x: Samples (n, ...) of a floating-point dtype, or a tuple of inputs with n samples each.
+        target: The outputs to explain: None for all, an int or slice along the first dimension of a sample's output, a tensor
+            (n,) int64 with one index for each sample, or a function of the model's output that returns a tensor (n, ...).
+            Explain logits, because a softmax is not affine.
+        mode: 'secant': W and b of the replay with frozen gates, see `frozen`. For a piecewise linear network, this is the map
+            of the whole region of x. 'tangent': W is the Jacobian and b = F(x) - W x.
+        layer: Explain the preactivations of this layer of gates instead of the output. A name or index of `GateRecord.sites`.
+        chunk_size: Number of rows or columns of W to compute at a time. By default, 4 million entries.
 
-    What is read of the map is computed from the model at that time, and kept: read it before the model is trained further. Where
-    a parameter has changed since, RuntimeError is raised; what is written by `.data` or to a buffer is not seen.
+    Returns:
+        The maps of the n samples.
 
-    Raises what `record` raises; ValueError or TypeError for a target or site that the model does not have.
+    Raises:
+        UnsupportedOperation: An operation without an affine map, in 'secant' mode.
+        ValueError: A target or layer that the model does not have, or as `record` raises it.
+        TypeError: A target of another type, or as `record` raises it.
+        RuntimeError: From the map's methods: a parameter of the model has changed.
+
+    Example:
+        >>> network = nn.Sequential(nn.Linear(2, 1), nn.ReLU())
+        >>> _ = nn.init.ones_(network[0].weight), nn.init.zeros_(network[0].bias)
+        >>> linearize(network, torch.tensor([[2.0, 1.0], [-2.0, 1.0]])).weight
+        tensor([[[1., 1.]],
+        <BLANKLINE>
+                [[0., 0.]]])
+
+    Source: Li et al., arXiv 2310.16295.
     """
     select, secant = _selector(target), check_mode(mode) == "secant"
-    if upto is not None and target is not None:
-        raise ValueError(f"target, upto: got {target!r} and {upto!r}, want one of them")
-    strict = secant and upto is None
-    recording = run_recorded(model, x, select, strict=strict, differentiable=secant, keep=upto is not None)
-    site = None if upto is None else recording.site(upto)
-    output = recording.output if site is None else recording.recorder.sites[site].preactivations
+    if layer is not None and target is not None:
+        raise ValueError(f"target, layer: got {target!r} and {layer!r}, want one of them")
+    strict, keep = secant and layer is None, layer is not None
+    recording = run_recorded(model, x, select, strict=strict, differentiable=secant, keep_preactivations=keep)
+    gate_call = None if layer is None else recording.gate_call(layer)
+    output = recording.output if gate_call is None else recording.recorder.gate_calls[gate_call].preactivations
     output = _check_selected(output, recording.inputs[0].shape[0])
-    itself, still = Tangent(model, select, site), unchanged(model)
+    function, check = ModelFunction(model, select, gate_call), parameter_check(model)
     if not secant:
-        return AffineMap(Traced(itself, recording.inputs, output, affine=False, check=still), itself, chunk_size)
-    recording.refuse(site)
+        operator = JacobianOperator(function, recording.inputs, output, affine=False, check=check)
+        return AffineMap(operator, function, chunk_size)
+    recording.check_affine(gate_call)
     replay = Replay(recording, select)
 
-    def function(*v: Tensor) -> Tensor:
-        return replay(*v) if site is None else replay.preactivations(v, site)
+    def replayed(*v: Tensor) -> Tensor:
+        return replay(*v) if gate_call is None else replay.preactivations(v, gate_call)
 
-    operator = Traced(
-        function,
+    operator = JacobianOperator(
+        replayed,
         recording.inputs,
         output,
         affine=True,
-        check=still,
+        check=check,
         start=(recording.inputs, output),
-        parts=lambda: replay.constants_by_layer(site),
+        parts=lambda: replay.constants_by_layer(gate_call),
     )
-    return AffineMap(operator, itself, chunk_size)
+    return AffineMap(operator, function, chunk_size)
 
 
 class AffineMap:
-    """F(x) = W x + b for each of n samples, with W applied without being formed until `weight` is asked for.
+    """The affine map F(x) = W x + b of each of n samples.
 
-    Made by `linearize` or `from_tensors`; maps are composed by @ and samples selected by an index. Where the model takes a
-    tuple of inputs, so do the methods, and weights and contributions are tuples.
+    `linearize` and `from_tensors` make maps. `weight` forms W at first use; the other methods apply W without it where they
+    can. `a @ b` composes two maps, and an index selects samples. For a model with a tuple of inputs, the methods take tuples,
+    and weights and contributions are tuples.
+
+    Args:
+        operator: Applies W, and computes b.
+        function: The model, which `check` compares with.
+        chunk_size: Number of rows or columns of W to compute at a time. By default, 4 million entries.
+
+    Raises:
+        ValueError: A `chunk_size` below 1.
+
+    Example:
+        >>> affine = AffineMap.from_tensors(torch.tensor([[[2.0, -1.0]]]), torch.tensor([[1.0]]))
+        >>> affine(torch.tensor([[3.0, 4.0]])), affine.contributions(torch.tensor([[3.0, 4.0]]))
+        (tensor([[3.]]), tensor([[[ 6., -4.]]]))
     """
 
     def __init__(
-        self, operator: Operator, function: Callable[..., Tensor] | None = None, chunk_size: int | None = None
+        self, operator: AffineOperator, function: Callable[..., Tensor] | None = None, chunk_size: int | None = None
     ) -> None:
         if chunk_size is not None and chunk_size < 1:
-            raise ValueError(f"chunk_size: got {chunk_size}, want a positive number")
+            raise ValueError(f"chunk_size: got {chunk_size}, want at least 1")
         self._operator, self._function, self._chunk_size = operator, function, chunk_size
 
     @classmethod
     def from_tensors(cls, weight: Tensor | tuple[Tensor, ...], bias: Tensor) -> AffineMap:
-        """The map of given weight (n, *output, *input) and bias (n, *output)."""
+        """Make the map of a given weight and bias.
+
+        Args:
+            weight: W (n, *output, *input), or a tuple of one for each input.
+            bias: b (n, *output).
+
+        Returns:
+            The maps of the n samples.
+
+        Raises:
+            ValueError: Shapes that do not fit.
+        """
         weights = weight if isinstance(weight, tuple) else (weight,)
         for w in weights:
             if bias.dim() < 1 or w.shape[: bias.dim()] != bias.shape:
                 raise ValueError(f"weight: got shape {tuple(w.shape)}, want {tuple(bias.shape)} first, as bias has it")
-        return cls(Dense(weights, bias))
+        return cls(DenseOperator(weights, bias))
 
     @cached_property
     def weight(self) -> Any:
-        """W (n, *output, *input), by rows or by columns, whichever is fewer."""
+        """Weight W (n, *output, *input), computed at first use by rows or by columns, whichever are fewer."""
         operator = self._operator
-        if isinstance(operator, Dense):
+        if isinstance(operator, DenseOperator):
             return _single(operator.weights)
         rows, columns = operator.output.numel(), sum(shape.numel() for shape in operator.inputs)
         return _single(self._by_rows() if rows <= columns else self._by_columns())
 
     @cached_property
     def bias(self) -> Tensor:
-        """b (n, *output)."""
+        """Constant b (n, *output), computed at first use by one run of the model."""
         return self._operator.bias().detach()
 
     @property
@@ -124,33 +190,43 @@ class AffineMap:
         return _single(tuple(torch.Size((operator.n, *operator.output, *shape)) for shape in operator.inputs))
 
     def matvec(self, v: Tensor | tuple[Tensor, ...]) -> Tensor:
-        """W v (n, *output) for v (n, *input)."""
+        """Return W v (n, *output) for v (n, *input). Raises ValueError for other shapes."""
         return self._operator.columns(tuple(t.unsqueeze(0) for t in self._vectors(v)))[0]
 
     def rmatvec(self, u: Tensor) -> Any:
-        """Wᵀ u (n, *input) for u (n, *output)."""
+        """Return Wᵀ u (n, *input) for u (n, *output). Raises ValueError for other shapes."""
         wanted = (self._operator.n, *self._operator.output)
         if tuple(u.shape) != wanted:
             raise ValueError(f"u: got shape {tuple(u.shape)}, want {wanted}")
         return _single(tuple(t[0] for t in self._operator.pullback()(u.unsqueeze(0))))
 
     def __call__(self, x: Tensor | tuple[Tensor, ...]) -> Tensor:
-        """W x + b (n, *output)."""
+        """Return W x + b (n, *output) for x (n, *input)."""
         return self.matvec(x) + self.bias
 
     def __matmul__(self, first: AffineMap) -> AffineMap:
-        """The map that applies `first` and then this one."""
+        """Return the map that applies `first` and then this one."""
         if not isinstance(first, AffineMap):
             return NotImplemented
         left, right = self._operator, first._operator
         if left.n != right.n or left.inputs != (right.output,):
             raise ValueError(
-                f"@: got maps of shapes {self.shape} and {first.shape}, want outputs that are the other's inputs"
+                f"@: got maps of shapes {self.shape} and {first.shape}, want the second map's outputs as the first's inputs"
             )
-        return AffineMap(Composed(left, right), None, self._chunk_size)
+        return AffineMap(ComposedOperator(left, right), None, self._chunk_size)
 
     def contributions(self, x: Tensor | tuple[Tensor, ...]) -> Any:
-        """Each input's share of each output, W * x (n, *output, *input): over the inputs they sum to F(x) - b."""
+        """Compute what each input adds to each output: W * x. Summed over the inputs this is F(x) - b.
+
+        Args:
+            x: Samples (n, *input), or a tuple of inputs.
+
+        Returns:
+            Tensor (n, *output, *input), or a tuple of one for each input.
+
+        Raises:
+            ValueError: Other shapes.
+        """
         vectors = self._vectors(x)
         operator = self._operator
         if operator.output.numel() == 1:
@@ -166,27 +242,57 @@ class AffineMap:
         )
 
     def bias_by_layer(self) -> dict[str, Tensor]:
-        """b split exactly over the layers that contribute a constant, by module path: {path: (n, *output)}, in call order.
+        """Split b exactly over the layers that contribute a constant.
 
-        Biases, batch norms' shifts, non-zero padding and the offsets of clipped units; they sum to `bias`. Those of FullGrad
-        (Srinivas & Fleuret, NeurIPS 2019), summed over a layer. Raises ValueError for a map without its model, or a tangent.
+        Constants are biases, shifts of batch norms, non-zero paddings and the offsets of clipped units.
+
+        Returns:
+            By module path, in call order, the layer's part of b (n, *output). The parts sum to `bias`.
+
+        Raises:
+            ValueError: A map without its model, or of mode 'tangent'.
+
+        Source: bias terms of FullGrad (Srinivas & Fleuret, NeurIPS 2019), summed over each layer.
         """
         return self._operator.bias_by_layer()
 
     def contrast(self, k: int, k2: int) -> AffineMap:
-        """The map of output k less output k2, of outputs (n, classes): for logits, the log-odds of the two classes."""
+        """Return the map of output k less output k2; for logits, these are the log-odds of the two classes.
+
+        Args:
+            k: Index of an output, for outputs (n, classes).
+            k2: Index of another one.
+
+        Returns:
+            The maps to one output (n,).
+
+        Raises:
+            ValueError: Outputs of another shape, or indices out of range.
+        """
         output = self._operator.output
         if len(output) != 1 or not all(-output[0] <= i < output[0] for i in (k, k2)):
             raise ValueError(
-                f"k, k2: got {k} and {k2}, want indices of one dimension of outputs; they are {tuple(output)}"
+                f"k, k2: got {k} and {k2}, want two indices of outputs (n, classes); a sample's outputs are {tuple(output)}"
             )
         row = self._operator.result.new_zeros(self._operator.n, output[0])
         row[:, k] += 1
         row[:, k2] -= 1
-        return AffineMap(Composed(Dense((row,), row.new_zeros(len(row))), self._operator), None, self._chunk_size)
+        return AffineMap(
+            ComposedOperator(DenseOperator((row,), row.new_zeros(len(row))), self._operator), None, self._chunk_size
+        )
 
     def svd(self, k: int) -> SingularTriplets:
-        """The k largest singular values of each sample's W and their vectors; one input only, and W is formed."""
+        """Compute the k largest singular values and their vectors of each sample's W; forms W.
+
+        Args:
+            k: Number of singular values.
+
+        Returns:
+            Singular values (n, k) and vectors (n, k, ...).
+
+        Raises:
+            ValueError: A map of several inputs, or k out of range.
+        """
         operator = self._operator
         if len(operator.inputs) != 1:
             raise ValueError(f"svd: got a map of {len(operator.inputs)} inputs, want one")
@@ -202,21 +308,27 @@ class AffineMap:
         )
 
     def check(self) -> float:
-        """max |F(x) - (W x + b)| / max |F(x)| at the linearized x, or the defect of the rows if that is larger.
+        """Compute the relative error of the map at the linearized x.
 
-        F is the model itself, W x a forward-mode derivative of the replay, b the replay at 0. The rows, by reverse mode, are
-        compared with it in one direction a sample; they differ where samples of a batch depend on one another.
+        The error is max |F(x) - (W x + b)| / max |F(x)|, with W x by forward mode. A second error compares W x with the rows
+        of W by reverse mode, in one direction for each sample. It is large if samples of a batch depend on one another.
+
+        Returns:
+            The larger of the two errors; rounding if the map is exact.
+
+        Raises:
+            ValueError: A map without its model.
         """
         operator = self._operator
-        if self._function is None or not isinstance(operator, Traced):
+        if self._function is None or not isinstance(operator, JacobianOperator):
             raise ValueError("check: got a map without its model, want one as `linearize` returned it")
         with torch.no_grad():
             wanted = self._function(*operator.x)
             moved = operator.columns(tuple(t.unsqueeze(0) for t in operator.x))[0]
             scale = wanted.abs().max()
             residual = (moved + self.bias - wanted).abs().max() / torch.where(scale > 0, scale, 1)
-            pushed = (wanted * moved).reshape(operator.n, -1)
-            pulled = torch.cat(
+            by_columns = (wanted * moved).reshape(operator.n, -1)
+            by_rows = torch.cat(
                 [
                     (r * x).reshape(operator.n, -1)
                     for r, x in zip(_several(self.rmatvec(wanted)), operator.x, strict=True)
@@ -224,23 +336,23 @@ class AffineMap:
                 1,
             )
             size = torch.maximum(
-                pushed.abs().sum(1) + pulled.abs().sum(1), wanted.square().reshape(operator.n, -1).sum(1)
+                by_columns.abs().sum(1) + by_rows.abs().sum(1), wanted.square().reshape(operator.n, -1).sum(1)
             )
-            defect = (pushed.sum(1) - pulled.sum(1)).abs() / size.clamp_min(torch.finfo(size.dtype).tiny)
+            defect = (by_columns.sum(1) - by_rows.sum(1)).abs() / size.clamp_min(torch.finfo(size.dtype).tiny)
         return float(torch.maximum(residual, defect.max()))
 
     def to(self, dtype: torch.dtype) -> AffineMap:
-        """The map in another dtype; forms W."""
-        return AffineMap(Dense(tuple(w.to(dtype) for w in _several(self.weight)), self.bias.to(dtype)))
+        """Return the map in another dtype; forms W."""
+        return AffineMap(DenseOperator(tuple(w.to(dtype) for w in _several(self.weight)), self.bias.to(dtype)))
 
     def __getitem__(self, samples: int | slice | Tensor) -> AffineMap:
-        """The maps of some samples; forms W."""
+        """Return the maps of some samples; forms W."""
         samples = as_index(samples)
         if isinstance(samples, int):
             if not -len(self) <= samples < len(self):
                 raise IndexError(f"samples: got {samples}, want an index below {len(self)}")
             samples = slice(samples, samples + 1 or None)
-        return AffineMap(Dense(tuple(w[samples] for w in _several(self.weight)), self.bias[samples]))
+        return AffineMap(DenseOperator(tuple(w[samples] for w in _several(self.weight)), self.bias[samples]))
 
     def __len__(self) -> int:
         return self._operator.n
@@ -283,12 +395,12 @@ class AffineMap:
         return tuple(weights)
 
     def _chunks(self, total: int, width: int) -> Iterator[tuple[int, int]]:
-        size = self._chunk_size or max(1, _AT_ONCE // max(1, self._operator.n * width))
+        size = self._chunk_size or max(1, _ENTRIES_PER_CHUNK // max(1, self._operator.n * width))
         return ((start, min(size, total - start)) for start in range(0, total, size))
 
 
 def _selector(target: Target) -> Callable[[Any], Tensor]:
-    """The function of a model's output that a target stands for."""
+    """Return the function that selects a target from a model's output."""
     target = target if isinstance(target, bool) else as_index(target)
     known = target is None or callable(target) or isinstance(target, (int, slice, Tensor))
     if not known or isinstance(target, bool):
@@ -310,7 +422,7 @@ def _selector(target: Target) -> Callable[[Any], Tensor]:
         n, outputs = output.shape[:2]
         if isinstance(target, slice):
             if not range(outputs)[target]:
-                raise ValueError(f"target: got {target}, which selects nothing of {outputs}")
+                raise ValueError(f"target: got {target}, which selects nothing; want a slice of {outputs} outputs")
             return output[:, target]
         if isinstance(target, int):
             if not -outputs <= target < outputs:

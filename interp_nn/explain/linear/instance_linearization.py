@@ -1,7 +1,9 @@
-"""Exact attribution in the manner of captum: what each input adds to an output, and the constant that no input accounts for.
+"""Exact attribution with the interface of captum: what each input adds to an output.
 
-Around x a network of linear maps and gates is W x + b (Li et al., arXiv 2310.16295), so entry j of x adds exactly W[k, j] x_j to
-output k, and b_k is the rest. On piecewise affine networks these are gradient x input; unlike it, they come with b.
+Around x, a network of linear maps and gates is W x + b. Entry j of x then adds exactly W[k, j] x_j to output k, and the
+constant b_k is the rest. On piecewise affine networks W[k, j] x_j is gradient x input.
+
+Source: Li et al., arXiv 2310.16295.
 """
 
 from __future__ import annotations
@@ -18,25 +20,36 @@ Target: TypeAlias = int | tuple[int, ...] | Tensor | list[int] | list[tuple[int,
 
 
 class InstanceLinearization:
-    """Contributions of the inputs to one output a sample, from the affine map of each sample.
+    """Compute the contributions of the inputs to one output of each sample.
 
-    model: the network, in evaluation mode; it may take several inputs. Used like an attribution method of captum, which need
-    not be installed; `attribute` is an explanation function for captum's metrics.
+    It works like an attribution method of captum, and does not need captum. `attribute` is an explanation function for
+    captum's metrics.
+
+    Args:
+        model: The network, in evaluation mode, with one or several inputs.
+
+    Raises:
+        TypeError: A model that is not an nn.Module.
+
+    Example:
+        >>> network = nn.Sequential(nn.Linear(2, 1), nn.ReLU())
+        >>> _ = nn.init.constant_(network[0].weight, 3.0)
+        >>> InstanceLinearization(network).attribute(torch.tensor([[1.0, 2.0]]), target=0)
+        tensor([[3., 6.]])
     """
 
     def __init__(self, model: nn.Module) -> None:
-        """Raises TypeError for what is not a module: functions have no layers to name."""
         if not isinstance(model, nn.Module):
             raise TypeError(f"model: got {type(model).__name__}, want an nn.Module")
         self.forward_func = model
 
     @property
     def multiplies_by_inputs(self) -> bool:
-        """Contributions are coefficients times inputs, as captum calls it."""
+        """True: contributions are coefficients times inputs."""
         return True
 
     def has_convergence_delta(self) -> bool:
-        """`attribute` can return its own error."""
+        """Return True: `attribute` can return its own error."""
         return True
 
     def attribute(
@@ -48,18 +61,26 @@ class InstanceLinearization:
         internal_batch_size: int | None = None,
         return_convergence_delta: bool = False,
     ) -> Tensors | tuple[Tensors, Tensor]:
-        """W[k] * (x - x0) for output k of each sample: a tensor like each of the inputs, in a tuple where they are.
+        """Compute the contributions W[k] * (x - x0) of the inputs to output k of each sample.
 
-        inputs: (n, ...), or a tuple of them for a model of several. baselines: x0, a tensor that broadcasts to the input or a
-        number for each of them; 0 without. additional_forward_args: what follows the inputs in the call of the model and is not
-        explained. internal_batch_size: samples at a time.
+        Args:
+            inputs: Samples (n, ...), or a tuple of inputs for a model of several.
+            baselines: x0: for each input a tensor that broadcasts to it, or a number. None is 0.
+            target: The output k. For outputs (n, k): an index, or n indices in a 1-D tensor or a list. For outputs
+                (n, k, l, ...): a tuple of indices, or a list of n tuples. None for outputs (n,).
+            additional_forward_args: Further arguments of the model, which are not explained.
+            internal_batch_size: Number of samples to explain at a time. None is all.
+            return_convergence_delta: Also return the error of each sample.
 
-        target: which output of a model that gives (n, k): one index for all samples, or n of them in a 1-D tensor or a list; of
-        a model that gives (n, k, l, ...): a tuple of indices, or a list of n tuples. None for a model that gives (n,).
+        Returns:
+            A tensor of the shape of each input, in a tuple if the inputs are one. With `return_convergence_delta` a pair of
+            it and the errors (n,): F_k(x) - sum of the contributions - (W x0 + b)_k. The errors are rounding if the map is
+            exact.
 
-        With return_convergence_delta also (n,): F_k(x) - (sum of the contributions) - (W x0 + b)_k, with the last term computed
-        by a pass of its own: rounding, unless something went wrong. Raises ValueError and TypeError for inputs and targets that
-        do not fit; as `linearize` does for models that have no exact map.
+        Raises:
+            UnsupportedOperation: An operation without an affine map.
+            ValueError: Inputs, baselines or targets that do not fit.
+            TypeError: A target of another type.
         """
         points, extra = _tuple(inputs), _arguments(additional_forward_args)
         for i, x in enumerate(points):
@@ -69,7 +90,7 @@ class InstanceLinearization:
         points = tuple(x.detach() for x in points)
         n = len(points[0])
         if not n:
-            raise ValueError("inputs: got no samples")
+            raise ValueError("inputs: got no samples, want at least one")
         starts = [_baseline(b, x) for b, x in zip(_baselines(baselines, len(points)), points, strict=True)]
         size = n if internal_batch_size is None else internal_batch_size
         if size < 1:
@@ -92,7 +113,7 @@ class InstanceLinearization:
     def _part(
         self, points: tuple[Tensor, ...], starts: tuple[Tensor, ...], target: Target, extra: tuple[Any, ...]
     ) -> tuple[tuple[Tensor, ...], Tensor]:
-        """Contributions to the chosen outputs of some samples, and their error."""
+        """Return the contributions to the chosen outputs of some samples, and their error."""
         call = _WithArguments(self.forward_func, extra)
         linear = linearize(call, points, target=lambda output: _select(output, target))
         contributions = _tuple(linear.contributions(tuple(x - b for x, b in zip(points, starts, strict=True))))
@@ -103,7 +124,7 @@ class InstanceLinearization:
 
 
 class _WithArguments(nn.Module):
-    """A model with the arguments after its inputs given."""
+    """A model with fixed values for the arguments after its inputs."""
 
     def __init__(self, model: nn.Module, extra: tuple[Any, ...]) -> None:
         super().__init__()
@@ -139,7 +160,7 @@ def _baseline(baseline: Tensor | float, x: Tensor) -> Tensor:
 
 
 def _of_samples(target: Target, chosen: slice, n: int) -> Target:
-    """The targets of some samples, of n in all."""
+    """Return the targets of the chosen samples, of n in all."""
     if isinstance(target, list) or (isinstance(target, Tensor) and target.numel() != 1):
         if (isinstance(target, Tensor) and target.dim() != 1) or len(target) != n:
             got = tuple(target.shape) if isinstance(target, Tensor) else len(target)
@@ -149,9 +170,11 @@ def _of_samples(target: Target, chosen: slice, n: int) -> Target:
 
 
 def _select(output: Any, target: Target) -> Tensor:
-    """One output (n,) of each sample, as captum's targets choose it."""
+    """Return one output (n,) of each sample, chosen by a target of captum."""
     if not isinstance(output, Tensor):
-        raise TypeError(f"model: gave {type(output).__name__}, want a tensor; wrap it to return the one to explain")
+        raise TypeError(
+            f"model: returned {type(output).__name__}, want a tensor; wrap the model to return the output to explain"
+        )
     shape = output.shape[1:]
     given = target.tolist() if isinstance(target, Tensor) else target
     if given is None and shape.numel() == 1:
@@ -165,7 +188,7 @@ def _select(output: Any, target: Target) -> Tensor:
         ):
             got = given if len(columns) == 1 else column
             raise ValueError(
-                f"target: got {got} for a model that gives {tuple(output.shape)}, want the index of one output"
+                f"target: got {got} for outputs of shape {tuple(output.shape)}, want the index of one output"
             )
     index = torch.tensor(columns, dtype=torch.long, device=output.device)  # (1 or n, dimensions of an output)
     places = (torch.arange(len(output), device=output.device), *index.T)

@@ -1,4 +1,4 @@
-"""Linear operators W and their constants b, one for each of n samples, which are applied without W being formed."""
+"""Affine operators v -> W v + b, one for each of n samples, which apply W without forming it."""
 
 from __future__ import annotations
 
@@ -11,13 +11,18 @@ from torch import Tensor
 from interp_nn.explain.following.replay import over_copies
 from interp_nn.gates.jvp import pushed
 
-Vectors = tuple[Tensor, ...]  # one tensor (r, n, *input) for each of the inputs
+Vectors = tuple[Tensor, ...]  # one tensor (r, n, *input) for each input
 
 
-class Operator(ABC):
-    """W: inputs of per-sample shapes `inputs` to outputs of per-sample shape `output`, for n samples; and b.
+class AffineOperator(ABC):
+    """A linear operator W and a constant b for each of n samples.
 
-    sources, result: tensors of the dtypes and devices of inputs and output.
+    Attributes:
+        n: Number of samples.
+        inputs: Shape of one sample of each input.
+        output: Shape of one sample of the output.
+        sources: For each input a tensor of its dtype and device.
+        result: A tensor of the output's dtype and device.
     """
 
     n: int
@@ -28,22 +33,22 @@ class Operator(ABC):
 
     @abstractmethod
     def columns(self, v: Vectors) -> Tensor:
-        """W v (r, n, *output) for r vectors a sample."""
+        """Return W v (r, n, *output) for r vectors of each sample."""
 
     @abstractmethod
     def pullback(self) -> Callable[[Tensor], Vectors]:
-        """The map u (r, n, *output) to Wᵀ u, which keeps what it needs for as long as it lives."""
+        """Return the function u (r, n, *output) -> Wᵀ u, which keeps autograd's graph while it is alive."""
 
     @abstractmethod
     def bias(self) -> Tensor:
-        """b (n, *output)."""
+        """Return b (n, *output)."""
 
     def bias_by_layer(self) -> dict[str, Tensor]:
-        """b's parts by layer, where they are known."""
+        """Return b's parts by layer. Raises ValueError for an operator without a model."""
         raise ValueError("bias_by_layer: got a map without layers, want one that `linearize` returned in secant mode")
 
 
-class Dense(Operator):
+class DenseOperator(AffineOperator):
     """Weights (n, *output, *input), one for each input, and a bias (n, *output)."""
 
     def __init__(self, weights: Sequence[Tensor], bias: Tensor) -> None:
@@ -53,6 +58,7 @@ class Dense(Operator):
         self.sources, self.result = self.weights, bias
 
     def columns(self, v: Vectors) -> Tensor:
+        """Return W v (r, n, *output)."""
         k = self.output.numel()
         parts = [
             torch.einsum("nkd,rnd->rnk", w.reshape(self.n, k, -1), t.reshape(len(t), self.n, -1))
@@ -63,6 +69,7 @@ class Dense(Operator):
         )
 
     def pullback(self) -> Callable[[Tensor], Vectors]:
+        """Return the function u -> Wᵀ u."""
         k = self.output.numel()
 
         def pull(u: Tensor) -> Vectors:
@@ -75,34 +82,43 @@ class Dense(Operator):
         return pull
 
     def bias(self) -> Tensor:
+        """Return b (n, *output)."""
         return self._bias
 
 
-class Composed(Operator):
-    """W = W₂ W₁ and b = W₂ b₁ + b₂."""
+class ComposedOperator(AffineOperator):
+    """The composition of two operators: W = W₂ W₁ and b = W₂ b₁ + b₂."""
 
-    def __init__(self, second: Operator, first: Operator) -> None:
+    def __init__(self, second: AffineOperator, first: AffineOperator) -> None:
         self._second, self._first = second, first
         self.n, self.inputs, self.output = first.n, first.inputs, second.output
         self.sources, self.result = first.sources, second.result
 
     def columns(self, v: Vectors) -> Tensor:
+        """Return W v (r, n, *output)."""
         return self._second.columns((self._first.columns(v),))
 
     def pullback(self) -> Callable[[Tensor], Vectors]:
+        """Return the function u -> Wᵀ u."""
         second, first = self._second.pullback(), self._first.pullback()
         return lambda u: first(second(u)[0])
 
     def bias(self) -> Tensor:
+        """Return b (n, *output)."""
         return self._second.columns((self._first.bias().unsqueeze(0),))[0] + self._second.bias()
 
 
-class Traced(Operator):
-    """The derivative of a function at x, of samples that do not depend on one another.
+class JacobianOperator(AffineOperator):
+    """The Jacobian of a function at x; the function must not mix samples.
 
-    affine: whether the function is affine, so that b is its value at 0; otherwise b = F(x) - W x. start: leaves and the
-    function of them with its graph, where there is one already; it is used once. parts: computes `bias_by_layer`. check: raises
-    where the function is no longer what it was; called before it is used.
+    Args:
+        function: The function.
+        x: Its inputs, (n, *input) each.
+        output: Its value at x, (n, *output).
+        affine: True if the function is affine; then b is its value at 0. Otherwise b = F(x) - W x.
+        check: Raises if the function has changed. It is called before each use of the function.
+        start: Leaf tensors and the function's value with its autograd graph, if it exists already. It is used once.
+        parts: Computes `bias_by_layer`.
     """
 
     def __init__(
@@ -123,12 +139,14 @@ class Traced(Operator):
         self.sources, self.result = self.x, output.detach().new_empty(())
 
     def columns(self, v: Vectors) -> Tensor:
+        """Return W v (r, n, *output)."""
         self._check()
         if len(v[0]) == 1:
             return self._push(*(t[0] for t in v)).unsqueeze(0)
         return over_copies(self._push, *v)
 
     def pullback(self) -> Callable[[Tensor], Vectors]:
+        """Return the function u -> Wᵀ u."""
         self._check()
         if self._start is not None:
             (x, out), self._start = self._start, None
@@ -138,7 +156,7 @@ class Traced(Operator):
                 out = self._function(*x)
 
         def pull(u: Tensor) -> Vectors:
-            if not out.requires_grad:  # a model without a gradient
+            if not out.requires_grad:  # the output does not depend on the input
                 return tuple(t.new_zeros(len(u), *t.shape) for t in x)
             if len(u) > 1:
                 return torch.autograd.grad(out, x, u, retain_graph=True, is_grads_batched=True, materialize_grads=True)
@@ -148,6 +166,7 @@ class Traced(Operator):
         return pull
 
     def bias(self) -> Tensor:
+        """Return b (n, *output)."""
         self._check()
         with torch.no_grad():
             if self._affine:
@@ -155,6 +174,7 @@ class Traced(Operator):
             return self._function(*self.x) - self._push(*self.x)
 
     def bias_by_layer(self) -> dict[str, Tensor]:
+        """Return b's parts by layer, if they are known."""
         self._check()
         return super().bias_by_layer() if self._parts is None else self._parts()
 

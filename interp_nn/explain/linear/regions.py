@@ -1,4 +1,4 @@
-"""Regions: where in the input space an activation pattern holds, which is an intersection of half-spaces."""
+"""Regions: the inputs that share an activation pattern, an intersection of half-spaces."""
 
 from __future__ import annotations
 
@@ -7,11 +7,22 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from interp_nn.explain.following.replay import replayed
+from interp_nn.explain.following.replay import replay_at
 
 
 class Boundary(NamedTuple):
-    """The nearest side of a region: its distance, its unit, and the point on it, for each x: (...), (...), (..., d)."""
+    """The nearest boundary of a region for each x (..., d).
+
+    Attributes:
+        distance: Euclidean distance to it, (...).
+        unit: Index of the unit that flips there, (...) int64.
+        point: The nearest point on it, (..., d).
+
+    Example:
+        >>> half_line = Region(torch.tensor([[2.0]]), torch.tensor([-2.0]), torch.tensor([True]))  # 2 x - 2 > 0
+        >>> half_line.nearest_boundary(torch.tensor([4.0]))
+        Boundary(distance=tensor(3.), unit=tensor(0), point=tensor([1.]))
+    """
 
     distance: Tensor
     unit: Tensor
@@ -19,21 +30,48 @@ class Boundary(NamedTuple):
 
 
 class Ball(NamedTuple):
-    """A ball: its centre (d,) and its radius."""
+    """A ball in the input space.
+
+    Attributes:
+        centre: Its centre (d,).
+        radius: Its Euclidean radius.
+
+    Example:
+        >>> half_line = Region(torch.tensor([[2.0]]), torch.tensor([-2.0]), torch.tensor([True]))  # 2 x - 2 > 0
+        >>> half_line.chebyshev(box=(0.0, 5.0))
+        Ball(centre=tensor([3.]), radius=2.0)
+    """
 
     centre: Tensor
     radius: float
 
 
 class Region:
-    """The inputs x (d,) for which each of u units is on or off as it is here.
+    """The inputs x (d,) at which each of u units has a given state, on or off.
 
-    normals (u, d) and offsets (u,) are the units' preactivations A x + a as affine functions of the input, with the gates of
-    earlier layers as they are in the region; on (u,) bool: on means A x + a > 0, off A x + a <= 0.
+    A unit is on where its preactivation A x + a is positive. The gates of earlier layers are frozen in A and a.
+
+    Args:
+        normals: A (u, d).
+        offsets: a (u,).
+        on: The states (u,) bool.
+
+    Attributes:
+        normals: As given.
+        offsets: As given.
+        on: As given.
+
+    Raises:
+        ValueError: Shapes that do not fit.
+        TypeError: `on` is not bool.
+
+    Example:
+        >>> half_line = Region(torch.tensor([[2.0]]), torch.tensor([-2.0]), torch.tensor([True]))  # 2 x - 2 > 0
+        >>> half_line.contains(torch.tensor([[4.0], [0.0]])), half_line.radius(torch.tensor([4.0]))
+        (tensor([ True, False]), tensor(3.))
     """
 
     def __init__(self, normals: Tensor, offsets: Tensor, on: Tensor) -> None:
-        """Raises ValueError for shapes that do not belong together, TypeError for `on` that is not bool."""
         if normals.dim() != 2 or offsets.shape != normals.shape[:1] or on.shape != normals.shape[:1]:
             shapes = [tuple(t.shape) for t in (normals, offsets, on)]
             raise ValueError(f"normals, offsets, on: got shapes {shapes}, want (u, d), (u,) and (u,)")
@@ -42,39 +80,47 @@ class Region:
         self.normals, self.offsets, self.on = normals, offsets, on
 
     def contains(self, x: Tensor) -> Tensor:
-        """Whether each x (..., d) is in the region: (...) bool."""
+        """Return (...) bool: True for each x (..., d) in the region."""
         return ((self._preactivations(x) > 0) == self.on).all(-1)
 
     def margins(self, x: Tensor) -> Tensor:
-        """The distance of each x (..., d) to the boundary of each unit, (..., u): negative on its other side.
+        """Compute the Euclidean distance (..., u) of each x (..., d) to the boundary of each unit.
 
-        Infinite for a unit whose preactivation does not depend on the input.
+        It is negative on the other side of the boundary, and infinite for a unit that does not depend on the input.
         """
         signed = torch.where(self.on, 1.0, -1.0) * self._preactivations(x)
         lengths = self.normals.norm(dim=1)
         return torch.where(lengths > 0, signed / lengths, signed.new_full((), torch.inf))
 
     def radius(self, x: Tensor) -> Tensor:
-        """How far each x (..., d) of the region can move in every direction before a unit flips: (...)."""
+        """Compute the distance (...) that each x (..., d) can move in any direction before a unit flips."""
         return self.margins(x).amin(-1)
 
     def nearest_boundary(self, x: Tensor) -> Boundary:
-        """The nearest point of each x (..., d) at which a unit flips, seen from within the region."""
+        """Find the nearest boundary of each x (..., d) in the region."""
         distance, unit = self.margins(x).min(-1)
         normal = self.normals[unit]
         step = self._preactivations(x).gather(-1, unit.unsqueeze(-1)) / normal.square().sum(-1, keepdim=True)
         return Boundary(distance, unit, x - step * normal)
 
     def to_halfspaces(self) -> Tensor:
-        """The region as rows [N, c] with N x + c <= 0, (u, d + 1): the convention of scipy.spatial.HalfspaceIntersection."""
+        """Return rows [N, c], (u, d + 1), with N x + c <= 0 in the region, as scipy.spatial.HalfspaceIntersection takes them."""
         sign = torch.where(self.on, -1.0, 1.0).to(self.normals.dtype).unsqueeze(1)
         return sign * torch.cat([self.normals, self.offsets.unsqueeze(1)], 1)
 
     def chebyshev(self, box: tuple[Tensor | float, Tensor | float] | None = None) -> Ball:
-        """The largest ball in the region, by a linear program; needs scipy.
+        """Find the largest ball in the region by a linear program; needs scipy.
 
-        box: the lowest and highest input, a number or (d,) each, within which the ball is to lie: many regions have no end.
-        Raises ValueError where balls of any size fit, and where none does.
+        Args:
+            box: Lowest and highest input, a number or a tensor (d,) each, between which the ball lies. Regions without a
+                largest ball need it.
+
+        Returns:
+            The ball.
+
+        Raises:
+            ValueError: Balls of any size fit in the region, or none does.
+            ImportError: scipy is not installed.
         """
         try:
             from scipy.optimize import linprog  # type: ignore[import-untyped, unused-ignore]
@@ -85,7 +131,7 @@ class Region:
             unit = torch.eye(sides.shape[1] - 1, dtype=torch.float64)
             low, high = (torch.as_tensor(end, dtype=torch.float64).expand(len(unit)).unsqueeze(1) for end in box)
             sides = torch.cat([sides, torch.cat([-unit, low], 1), torch.cat([unit, -high], 1)])
-        # N x + c + r |N| <= 0, with sides of length 1 but for those that no input reaches.
+        # N x + c + r |N| <= 0, with rows N of length 1, or 0 for units that do not depend on the input.
         lengths = sides[:, :-1].norm(dim=1, keepdim=True)
         sides = sides / torch.where(lengths > 0, lengths, 1)
         constraints = torch.cat([sides[:, :-1], (lengths > 0).double()], 1)
@@ -94,7 +140,7 @@ class Region:
         found = linprog(objective, constraints.numpy(), -sides[:, -1].numpy(), bounds=free)
         if found.status == 3:
             raise ValueError(
-                f"box: got {box}, but balls of any size fit in the region; want its lowest and highest input"
+                f"box: got {box}, but balls of any size fit in the region; want a lowest and a highest input"
             )
         if not found.success:
             raise ValueError(f"box: got {box}, but no ball fits in the region within it: {found.message}")
@@ -111,17 +157,34 @@ class Region:
 
 
 def region(model: nn.Module, x: Tensor) -> Region:
-    """The region of one sample x (1, ...): where every gate of the model is as it is at x. Its points are flattened inputs.
+    """Compute the region of one sample: the inputs at which every gate of the model is as it is at x.
 
-    All units' preactivations as affine functions of the input, with the gates of earlier layers frozen, in the order of
-    `GateRecord.patterns`, less what is infinite there. They hold u x d numbers. Raises ValueError for more than one sample or a
-    model without gates, and what `record` raises.
+    The points of the region are flattened inputs. Its units are in the order of `GateRecord.patterns`. Units whose
+    preactivation is infinite at 0 are left out.
+
+    Args:
+        model: The network, in evaluation mode.
+        x: One sample (1, ...).
+
+    Returns:
+        The region. It holds u x d numbers for u units.
+
+    Raises:
+        ValueError: More than one sample, a model without gates, or as `record` raises it.
+        UnsupportedOperation: An operation without an affine map.
+        TypeError: As `record` raises it.
+
+    Example:
+        >>> network = nn.Sequential(nn.Linear(1, 1), nn.ReLU())
+        >>> _ = nn.init.constant_(network[0].weight, 2.0), nn.init.constant_(network[0].bias, -2.0)
+        >>> region(network, torch.tensor([[4.0]])).margins(torch.tensor([4.0]))
+        tensor([3.])
     """
     if x.shape[:1] != (1,):
         raise ValueError(f"x: got shape {tuple(x.shape)}, want one sample (1, ...)")
-    replay = replayed(model, x)
+    replay = replay_at(model, x)
     if not replay.sites:
-        raise ValueError("model: has no gates, want one with ReLU or the like")
+        raise ValueError("model: has no gates, want a model with ReLU or a similar activation")
 
     def preactivations(v: Tensor) -> Tensor:
         return torch.cat([z.reshape(-1) for z in replay.all_preactivations((v.view(x.shape),))])
@@ -130,5 +193,5 @@ def region(model: nn.Module, x: Tensor) -> Region:
     with torch.no_grad():
         normals = torch.func.jacrev(preactivations)(flat)
         offsets, on = preactivations(torch.zeros_like(flat)), preactivations(flat) > 0
-        real = offsets.isfinite()  # a max-pooling's windows have no candidates beyond the border
+        real = offsets.isfinite()  # a window of max-pooling has no candidates beyond the border
         return Region(normals[real], offsets[real], on[real])

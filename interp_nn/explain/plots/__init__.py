@@ -1,9 +1,8 @@
-"""Figures of exact explanations: contributions as images, constants by layer, clusters, regions and coverage, gates and kernels,
-descrambled weights and spectra.
+"""Figures of explanations: attributions, constants by layer, clusters, regions, gates, kernels and descrambled weights.
 
-Every function draws on the axes or the figure it is given, or on a new one, and returns it; none shows or saves anything.
-Colours of signed values are symmetric about zero, red for and blue against; the largest of a hundred values may be off their
-scale. matplotlib is needed (`interp_nn[plot]`).
+Each function draws on the axes or figure that it is given, or on new ones, and returns them. It does not show or save
+anything. Colours of signed values are symmetric about zero: red is positive, blue is negative. The scale holds 99 % of the
+values. The figures need matplotlib (`pip install interp_nn[plot]`).
 """
 
 from interp_nn.explain.plots.attribution import attribution_maps, bias_bars, bias_map

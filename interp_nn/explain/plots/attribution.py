@@ -1,4 +1,4 @@
-"""Contributions as images, and constants by layer."""
+"""Figures of contributions as images, and of constants by layer."""
 
 from __future__ import annotations
 
@@ -26,12 +26,28 @@ def attribution_maps(
     label: str = "contribution",
     figure: Figure | None = None,
 ) -> Figure:
-    """A grid of signed images: a row for each of n samples, a column for each of k outputs, one colour scale for all.
+    """Draw contributions as a grid of signed images, one row for each sample and one column for each output.
 
-    contributions: (n, k, height, width) or (n, k, channels, height, width); channels are summed, as contributions add up.
-    images: what they explain, (n, [channels,] height, width), shown in a column before. rows, columns: n and k titles.
-    label: what the colours mean.
-    Raises ValueError for other shapes or numbers of titles.
+    Args:
+        contributions: (n, k, height, width), or (n, k, channels, height, width), whose channels are summed.
+        images: The explained images (n, [channels,] height, width), drawn in a first column.
+        rows: n titles of the rows.
+        columns: k titles of the columns.
+        label: Label of the colour bar.
+        figure: Figure to draw on; by default a new one.
+
+    Returns:
+        The figure.
+
+    Raises:
+        ValueError: Other shapes or numbers of titles.
+        ImportError: matplotlib is not installed.
+
+    Example:
+        >>> import torch
+        >>> figure = attribution_maps(torch.randn(2, 3, 8, 8), columns=["cat", "dog", "bird"])
+        >>> [axes.get_title() for axes in figure.axes[:3]]
+        ['cat', 'dog', 'bird']
     """
     plt = pyplot()
     maps = array(contributions)
@@ -69,9 +85,26 @@ def attribution_maps(
 
 
 def bias_bars(by_layer: Mapping[str, Tensor], *, sample: int = 0, output: int = 0, axes: Axes | None = None) -> Axes:
-    """Bars of what each layer adds to the constant of one output of one sample, and of their sum.
+    """Draw what each layer adds to the constant of one output of one sample, and the sum, as bars.
 
-    by_layer: each layer's part (n, k), as `AffineMap.bias_by_layer` gives it; layers are drawn in its order.
+    Args:
+        by_layer: Each layer's part (n, k), as `AffineMap.bias_by_layer` returns it. The bars have its order.
+        sample: Index of the sample.
+        output: Index of the output.
+        axes: Axes to draw on; by default new ones.
+
+    Returns:
+        The axes.
+
+    Raises:
+        ValueError: No layers, other shapes, or an index out of range.
+        ImportError: matplotlib is not installed.
+
+    Example:
+        >>> import torch
+        >>> axes = bias_bars({"0": torch.tensor([[1.0]]), "2": torch.tensor([[-3.0]])})
+        >>> [float(bar.get_width()) for bar in axes.patches]
+        [1.0, -3.0, -2.0]
     """
     names, parts = _layers(by_layer, sample)
     if not -parts.shape[1] <= output < parts.shape[1]:
@@ -94,9 +127,26 @@ def bias_bars(by_layer: Mapping[str, Tensor], *, sample: int = 0, output: int = 
 def bias_map(
     by_layer: Mapping[str, Tensor], *, sample: int = 0, outputs: Sequence[str] | None = None, axes: Axes | None = None
 ) -> Axes:
-    """An image of what each layer (rows) adds to the constant of each output (columns) of one sample.
+    """Draw what each layer (rows) adds to the constant of each output (columns) of one sample.
 
-    by_layer: each layer's part (n, k), as `AffineMap.bias_by_layer` gives it. outputs: k titles.
+    Args:
+        by_layer: Each layer's part (n, k), as `AffineMap.bias_by_layer` returns it.
+        sample: Index of the sample.
+        outputs: k titles of the columns.
+        axes: Axes to draw on; by default new ones.
+
+    Returns:
+        The axes.
+
+    Raises:
+        ValueError: No layers, other shapes or numbers of titles, or an index out of range.
+        ImportError: matplotlib is not installed.
+
+    Example:
+        >>> import torch
+        >>> axes = bias_map({"0": torch.tensor([[1.0, 2.0]]), "2": torch.tensor([[-3.0, 0.5]])})
+        >>> [text.get_text() for text in axes.texts]
+        ['1.00', '2.00', '-3.00', '0.50']
     """
     names, parts = _layers(by_layer, sample)
     k = parts.shape[1]
@@ -108,7 +158,7 @@ def bias_map(
 
 
 def _pictures(images: Tensor, n: int) -> np.ndarray[Any, Any]:
-    """Grey (n, h, w) or coloured (n, h, w, 3) images, scaled to [0, 1] together."""
+    """Return grey (n, h, w) or coloured (n, h, w, 3) images, scaled to [0, 1] together."""
     pictures = array(images)
     if len(pictures) != n or pictures.ndim not in (3, 4) or (pictures.ndim == 4 and pictures.shape[1] not in (1, 3)):
         raise ValueError(f"images: got shape {tuple(images.shape)}, want ({n}, h, w) or ({n}, 1 or 3 channels, h, w)")
@@ -119,9 +169,9 @@ def _pictures(images: Tensor, n: int) -> np.ndarray[Any, Any]:
 
 
 def _layers(by_layer: Mapping[str, Tensor], sample: int) -> tuple[list[str], np.ndarray[Any, Any]]:
-    """The layers' names, and their parts (layers, k) of one sample."""
+    """Return the layers' names, and their parts (layers, k) of one sample."""
     if not by_layer:
-        raise ValueError("by_layer: got no layers; a network without constants has nothing to show")
+        raise ValueError("by_layer: got no layers, want a network with constants")
     parts = {name: array(part) for name, part in by_layer.items()}
     for name, part in parts.items():
         if part.ndim != 2 or not -len(part) <= sample < len(part):

@@ -1,4 +1,4 @@
-"""What the figures share: matplotlib, if it is there, axes, arrays, and scales symmetric about zero."""
+"""Helpers of the figures: matplotlib, axes, arrays and colour scales."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SIGNED = "RdBu_r"
 
 
 def pyplot() -> Any:
-    """matplotlib.pyplot. Raises ImportError that says how to get it."""
+    """Import matplotlib.pyplot. Raises an ImportError with the command that installs it."""
     try:
         from matplotlib import pyplot
     except ImportError as error:
@@ -25,18 +25,26 @@ def pyplot() -> Any:
 
 
 def new_axes(axes: Axes | None, size: tuple[float, float]) -> Axes:
-    """The axes given, or those of a new figure of this size in inches."""
+    """Return the given axes, or those of a new figure of a size in inches."""
     return pyplot().figure(figsize=size, layout="constrained").subplots() if axes is None else axes
 
 
 def array(values: Tensor) -> np.ndarray[Any, np.dtype[Any]]:
-    """As numpy has it; 16-bit types as fp32."""
+    """Convert a tensor to numpy; 16-bit dtypes become fp32."""
     values = values.detach().cpu()
     return (values.float() if values.dtype in (torch.bfloat16, torch.float16) else values).numpy()
 
 
 def scale(values: np.ndarray[Any, Any], weights: np.ndarray[Any, Any] | None = None) -> tuple[float, str]:
-    """The end of a scale symmetric about zero that holds 99 % of the values, by weight of their rows, and which ends are open."""
+    """Compute the limit of a symmetric colour scale that holds 99 % of the values, and the ends that it does not hold.
+
+    Args:
+        values: Array with any number of rows.
+        weights: Weight of each row; by default 1.
+
+    Returns:
+        The limit, and `extend` for the colour bar: 'both', 'max', 'min' or 'neither'.
+    """
     sizes = np.abs(values).ravel()
     order = np.argsort(sizes)
     share = np.ones_like(sizes) if weights is None else np.repeat(weights, values.size // len(values))
@@ -54,9 +62,9 @@ def heat_map(
     label: str,
     weights: np.ndarray[Any, Any] | None = None,
 ) -> None:
-    """Signed values in colour and in digits, with titles and a colour bar; weights are those of rows, for the scale."""
+    """Draw signed values in colour and digits, with a colour bar; `weights` are those of the rows for `scale`."""
     if len(columns) != values.shape[1]:
-        raise ValueError(f"got {len(columns)} titles for {values.shape[1]} columns")
+        raise ValueError(f"titles: got {len(columns)} titles for {values.shape[1]} columns, want one for each")
     limit, extend = scale(values, weights)
     shown = axes.imshow(values, cmap=SIGNED, vmin=-limit, vmax=limit, aspect="auto")
     for (i, j), value in np.ndenumerate(values):

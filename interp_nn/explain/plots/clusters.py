@@ -1,4 +1,4 @@
-"""Clusters: their coefficients, how many samples they cover, and the regions of a plane."""
+"""Figures of clusters: their coefficients and coverage, and the regions of a plane."""
 
 from __future__ import annotations
 
@@ -25,10 +25,27 @@ def cluster_coefficients(
     most: int = 20,
     axes: Axes | None = None,
 ) -> Axes:
-    """The largest clusters as a table: a row each with its size, and the coefficient of every feature in colour and digits.
+    """Draw the coefficients of the largest clusters as a table in colour and digits, one row for each cluster.
 
-    coefficients: (clusters, d), of one output. counts: (clusters,) samples in each. features: d names. responses: (clusters,)
-    mean response, shown beside the sizes. most: how many clusters to show, largest first.
+    Args:
+        coefficients: (clusters, d), of one output.
+        counts: Number of samples in each cluster, (clusters,).
+        features: d names of the columns.
+        responses: Mean response of each cluster, (clusters,), shown beside the sizes.
+        most: Largest number of rows; the largest clusters are first.
+        axes: Axes to draw on; by default new ones.
+
+    Returns:
+        The axes.
+
+    Raises:
+        ValueError: Other shapes or numbers of names.
+        ImportError: matplotlib is not installed.
+
+    Example:
+        >>> axes = cluster_coefficients(torch.tensor([[1.0, -2.0], [3.0, 4.0]]), torch.tensor([10, 30]))
+        >>> [label.get_text() for label in axes.get_yticklabels()]
+        ['cluster 1: 30 (75.0%)', 'cluster 0: 10 (25.0%)']
     """
     values, sizes = array(coefficients), array(counts)
     if values.ndim != 2 or sizes.shape != values.shape[:1]:
@@ -49,9 +66,24 @@ def cluster_coefficients(
 
 
 def coverage_curve(coverage: Tensor, *, level: float = 0.9, axes: Axes | None = None) -> Axes:
-    """The share of samples in the m largest clusters over m, and the m that reaches `level`.
+    """Draw the share of samples in the m largest clusters against m, and mark the m that reaches `level`.
 
-    coverage: (clusters,) the share in the largest, in the two largest, and so on, as `ActivationClusters.coverage` gives it.
+    Args:
+        coverage: Shares (clusters,), as `ActivationClusters.coverage` returns them.
+        level: Share to mark, in [0, 1].
+        axes: Axes to draw on; by default new ones.
+
+    Returns:
+        The axes.
+
+    Raises:
+        ValueError: Other shapes.
+        ImportError: matplotlib is not installed.
+
+    Example:
+        >>> axes = coverage_curve(torch.tensor([0.5, 0.9, 1.0], dtype=torch.float64))
+        >>> axes.texts[0].get_text()
+        '2 of 3 hold 90.0%'
     """
     shares = array(coverage)
     if shares.ndim != 1 or not len(shares):
@@ -85,13 +117,33 @@ def region_plot(
     output: int | None = None,
     axes: Axes | None = None,
 ) -> Axes:
-    """The regions of a network in a plane: the points of a grid by activation pattern, and the lines where a unit flips.
+    """Draw the regions of a network in a plane: a grid of points by activation pattern, and the lines where a unit flips.
 
-    plane: (o, u, v), each of the shape of one input: the points o + s u + t v for s and t in `extent` (s from, s to, t from,
-    t to). By default it is the whole input space of a network of two inputs. A line is drawn where a unit's preactivation is
-    zero, by linear interpolation between points of the grid: off the exact line only within squares that several units cross.
-    Memory is resolution² times the units.
-    output: fill with this output of the network rather than with a colour a region.
+    A line is drawn where a unit's preactivation is zero, by linear interpolation between the points of the grid. It is off
+    the exact line only in squares that several units cross. The memory is resolution² times the number of units.
+
+    Args:
+        model: The network, in evaluation mode.
+        plane: (o, u, v), each of the shape of one input: the plane o + s u + t v. By default the input space of a network of
+            two inputs.
+        extent: Range of s and t: (s from, s to, t from, t to).
+        resolution: Number of points along s and along t.
+        output: Index of an output to show in colour. None gives each region its own colour.
+        axes: Axes to draw on; by default new ones.
+
+    Returns:
+        The axes.
+
+    Raises:
+        ValueError: An output out of range, or as `record` raises it.
+        UnsupportedOperation: An operation without an affine map.
+        ImportError: matplotlib is not installed.
+
+    Example:
+        >>> network = nn.Sequential(nn.Linear(2, 2), nn.ReLU())
+        >>> _ = nn.init.eye_(network[0].weight), nn.init.zeros_(network[0].bias)
+        >>> region_plot(network, resolution=10).get_title()
+        '4 activation regions'
     """
     axes = new_axes(axes, (5.6, 4.8))
     if plane is None:
@@ -125,7 +177,7 @@ def region_plot(
     else:
         values = array(gates.output).reshape(resolution, resolution, -1)
         if not -values.shape[2] <= output < values.shape[2]:
-            raise ValueError(f"output: got {output}, want one of {values.shape[2]}")
+            raise ValueError(f"output: got {output}, want one of {values.shape[2]} outputs")
         chosen = values[:, :, output]
         limit = float(np.abs(chosen).max()) or 1.0
         shown = axes.imshow(chosen, cmap=SIGNED, vmin=-limit, vmax=limit, origin="lower", extent=extent, aspect="auto")

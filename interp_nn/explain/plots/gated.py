@@ -1,4 +1,4 @@
-"""Gated networks: their hyperplanes against known ones, path kernels, alignment over training, and regimes."""
+"""Figures of gated networks: their hyperplanes, path kernels, kernel alignment over training, and training regimes."""
 
 from __future__ import annotations
 
@@ -16,14 +16,32 @@ if TYPE_CHECKING:
 
 
 def gate_hyperplanes(found: Tensor, truth: Tensor, *, level: float = 0.99, axes: Axes | None = None) -> Axes:
-    """|cos| between known hyperplanes (rows) and those of gates (columns), each row's best gate on the diagonal.
+    """Draw |cos| between known hyperplanes (rows) and those of gates (columns), with each row's best gate on the diagonal.
 
-    found: normals (gates, d), as `effective_gate_weights` gives them. truth: normals (m, d). A row's title has its largest
-    |cos|, the figure's how many rows reach `level`. Raises ValueError for other shapes and for values that are not finite.
+    A row's label has its largest |cos|. The title has the number of rows that reach `level`.
+
+    Args:
+        found: Normals (gates, d), as `effective_gate_weights` returns them.
+        truth: Known normals (m, d).
+        level: The |cos| at which a hyperplane counts as found.
+        axes: Axes to draw on; by default new ones.
+
+    Returns:
+        The axes.
+
+    Raises:
+        ValueError: Other shapes, or values that are not finite.
+        ImportError: matplotlib is not installed.
+
+    Example:
+        >>> gate_hyperplanes(torch.tensor([[0.0, 2.0], [1.0, 1.0]]), torch.eye(2)).get_title()
+        '1 of 2 hyperplanes found at |cos| ≥ 0.99'
     """
     normals = [_directions(values, name) for name, values in (("found", found), ("truth", truth))]
     if normals[0].shape[1] != normals[1].shape[1]:
-        raise ValueError(f"found, truth: got normals of {normals[0].shape[1]} and {normals[1].shape[1]} dimensions")
+        raise ValueError(
+            f"found, truth: got normals of {normals[0].shape[1]} and {normals[1].shape[1]} dimensions, want the same"
+        )
     cosines = array((normals[1] @ normals[0].T).abs())
     best, gates = cosines.max(1), cosines.argmax(1)
     first = list(dict.fromkeys(gates.tolist()))
@@ -38,10 +56,26 @@ def gate_hyperplanes(found: Tensor, truth: Tensor, *, level: float = 0.99, axes:
 
 
 def kernel_matrix(kernel: Tensor, labels: Tensor | None = None, *, axes: Axes | None = None) -> Axes:
-    """A kernel (n, n) in colour, its samples sorted by their labels (n,), with lines between the classes.
+    """Draw a kernel in colour, with the samples sorted by label and lines between the classes.
 
-    The scale holds 99 % of the values, from zero where none is negative, and symmetric about it elsewhere. Raises ValueError
-    for other shapes.
+    The colour scale holds 99 % of the values. It starts at zero if no value is negative, and is symmetric otherwise.
+
+    Args:
+        kernel: (n, n).
+        labels: Class of each sample (n,).
+        axes: Axes to draw on; by default new ones.
+
+    Returns:
+        The axes.
+
+    Raises:
+        ValueError: Other shapes.
+        ImportError: matplotlib is not installed.
+
+    Example:
+        >>> axes = kernel_matrix(torch.eye(3), torch.tensor([1, 0, 1]))
+        >>> [label.get_text() for label in axes.get_xticklabels()]
+        ['0', '1']
     """
     values = array(kernel)
     n = len(values)
@@ -72,12 +106,26 @@ def kernel_matrix(kernel: Tensor, labels: Tensor | None = None, *, axes: Axes | 
 
 
 def alignment_curves(curves: Mapping[str, Tensor], *, axes: Axes | None = None) -> Axes:
-    """Kernel alignment over training: by name, (epochs + 1,) or (seeds, epochs + 1), the first before any training.
+    """Draw kernel alignment over training; several seeds are thin lines, and their mean is a thick line.
 
-    Of several seeds each is a thin line, and their mean a thick one.
+    Args:
+        curves: By name, alignments (epochs + 1,) or (seeds, epochs + 1). The first is before training.
+        axes: Axes to draw on; by default new ones.
+
+    Returns:
+        The axes.
+
+    Raises:
+        ValueError: No curves, or other shapes.
+        ImportError: matplotlib is not installed.
+
+    Example:
+        >>> axes = alignment_curves({"ReLU": torch.tensor([0.1, 0.5, 0.9])})
+        >>> axes.get_xlabel(), axes.get_ylabel()
+        ('epoch', 'alignment with the classes')
     """
     if not curves:
-        raise ValueError("curves: got none")
+        raise ValueError("curves: got none, want at least one")
     axes = new_axes(axes, (5.4, 3.8))
     from matplotlib.ticker import MaxNLocator
 
@@ -105,16 +153,32 @@ def regime_bars(
     published: Mapping[str, float] | None = None,
     axes: Axes | None = None,
 ) -> Axes:
-    """Mean accuracy by regime as bars, in percent from where they differ, with a dot for each seed.
+    """Draw the mean accuracy of each training regime as a bar, in percent, with a dot for each seed.
 
-    accuracies: shares in [0, 1] by regime, one a seed. published: others' shares by regime, drawn as crosses. The axis does
-    not begin at zero: it is there to compare. Raises ValueError for a regime without accuracies.
+    The axis does not start at zero, so that small differences are visible.
+
+    Args:
+        accuracies: By regime, one share in [0, 1] for each seed.
+        published: By regime, a published share, drawn as a cross.
+        axes: Axes to draw on; by default new ones.
+
+    Returns:
+        The axes.
+
+    Raises:
+        ValueError: No regimes, or a regime without accuracies.
+        ImportError: matplotlib is not installed.
+
+    Example:
+        >>> axes = regime_bars({"ReLU": [0.97, 0.99], "fixed gates": [0.9]})
+        >>> [text.get_text() for text in axes.texts]
+        ['98.0', '90.0']
     """
     if not accuracies:
-        raise ValueError("accuracies: got no regimes")
+        raise ValueError("accuracies: got no regimes, want at least one")
     for name, values in accuracies.items():
         if not len(values):
-            raise ValueError(f"accuracies: {name} has none")
+            raise ValueError(f"accuracies: {name} has none, want at least one")
     others = {name: 100 * share for name, share in (published or {}).items() if name in accuracies}
     names = list(accuracies)
     means = [100 * float(np.mean(accuracies[name])) for name in names]
@@ -123,7 +187,7 @@ def regime_bars(
     for i, name in enumerate(names):
         dots = 100 * np.asarray(accuracies[name], dtype=np.float64)
         axes.plot(dots, [i] * len(dots), "o", color="tab:blue", markersize=3)
-        # At the foot of its bar, away from the dots.
+        # At the start of its bar, away from the dots.
         axes.text(0.01, i, f"{means[i]:.1f}", transform=axes.get_yaxis_transform(), va="center", fontsize=8)
     if others:
         axes.plot(list(others.values()), [names.index(name) for name in others], "kx", markersize=6, label="published")
@@ -139,9 +203,9 @@ def regime_bars(
 
 
 def _directions(normals: Tensor, name: str) -> Tensor:
-    """Unit normals in fp64; one that is zero stays so."""
+    """Return unit normals in fp64; a zero normal stays zero."""
     if normals.dim() != 2 or not normals.numel():
         raise ValueError(f"{name}: got shape {tuple(normals.shape)}, want (hyperplanes, d)")
     if not bool(normals.isfinite().all()):
-        raise ValueError(f"{name}: has values that are not finite")
+        raise ValueError(f"{name}: has values that are not finite, want finite normals")
     return nn.functional.normalize(normals.detach().double())

@@ -1,4 +1,4 @@
-"""Descrambled weights, the spectra that descrambling pairs, its loss against chance and nulls, and what of it is arbitrary."""
+"""Figures of descrambling: weights, spectra, loss against null models, and the ambiguity of the optimum."""
 
 from __future__ import annotations
 
@@ -29,9 +29,27 @@ _NULLS = {
 def descrambled_weights(
     before: Tensor, after: Tensor, *, rows: str = "feature", columns: str = "input", figure: Figure | None = None
 ) -> Figure:
-    """A weight before and after descrambling, as images with one scale, and below them their Fourier amplitudes.
+    """Draw a weight before and after descrambling with one colour scale, and below them their Fourier amplitudes.
 
-    before, after: (n, d), as W and P W. rows, columns: what these are. Raises ValueError for shapes that are not one matrix's.
+    Args:
+        before: W (n, d).
+        after: P W (n, d).
+        rows: Label of the rows.
+        columns: Label of the columns.
+        figure: Figure to draw on; by default a new one.
+
+    Returns:
+        The figure.
+
+    Raises:
+        ValueError: Shapes that are not two of one matrix.
+        ImportError: matplotlib is not installed.
+
+    Example:
+        >>> import torch
+        >>> figure = descrambled_weights(torch.eye(3), torch.eye(3).flip(0))
+        >>> [axes.get_title() for axes in figure.axes[:2]]
+        ['before', 'after']
     """
     plt = pyplot()
     if before.dim() != 2 or before.shape != after.shape or not before.numel():
@@ -69,10 +87,27 @@ def descrambled_weights(
 def spectrum_curves(
     spectrum: Spectrum, *, others: Mapping[str, Tensor] | None = None, axes: Axes | None = None
 ) -> Axes:
-    """The share of the energy in each principal component, largest first, and what the mode that it is sent to costs.
+    """Draw the share of the energy in each principal component, largest first, and the cost of the mode it becomes.
 
-    spectrum: as `Descrambler.spectrum_`; costs are drawn on a scale of their own, as shares of the largest. others: energies
-    (n,) by name, such as a null's, in the same order. Zeros are off the logarithmic scale.
+    The costs have a second axis, as shares of the largest cost. Zeros are not visible on the logarithmic scales.
+
+    Args:
+        spectrum: As `Descrambler.spectrum_`.
+        others: By name, further energies (n,) in the same order, for example of shuffled data.
+        axes: Axes to draw on; by default new ones.
+
+    Returns:
+        The axes of the energies.
+
+    Raises:
+        ValueError: Energies of another shape.
+        ImportError: matplotlib is not installed.
+
+    Example:
+        >>> import torch
+        >>> from interp_nn.explain import Spectrum
+        >>> spectrum_curves(Spectrum(torch.tensor([0.0, 1.0]), torch.tensor([3.0, 1.0]))).lines[0].get_ydata()
+        array([0.75, 0.25], dtype=float32)
     """
     axes = new_axes(axes, (5.4, 3.8))
     curves = {"energy of the components": spectrum.energies, **(others or {})}
@@ -98,15 +133,34 @@ def spectrum_curves(
         if any((np.asarray(drawn.get_ydata()) > 0).any() for drawn in each.lines):
             each.set_yscale("log")
     axes.legend(handles=[*axes.lines, line], fontsize=8, loc="lower center")
-    axes.set(xlabel="mode and component", ylabel="share of the energy", title="What descrambling pairs")
-    twin.set_ylabel("share of the dearest mode's cost")
+    axes.set(
+        xlabel="mode and component", ylabel="share of the energy", title="Energies of components and costs of modes"
+    )
+    twin.set_ylabel("cost of the mode, share of the largest")
     return axes
 
 
 def null_bars(nulls: Mapping[str, Nulls], *, axes: Axes | None = None) -> Axes:
-    """The loss in units of chance for each of some layers: of the data, held out, shuffled, and of the untrained network.
+    """Draw the loss of each layer relative to a random P: of the data, held-out data, shuffled data and an untrained network.
 
-    nulls: `Descrambler.nulls_` by name. What is NaN is left out. Only a first bar below its neighbours is a finding.
+    NaN values have no bar. A layer has structure from training if its first bar is below the others.
+
+    Args:
+        nulls: By name of the layer, `Descrambler.nulls_`.
+        axes: Axes to draw on; by default new ones.
+
+    Returns:
+        The axes.
+
+    Raises:
+        ValueError: No layers.
+        ImportError: matplotlib is not installed.
+
+    Example:
+        >>> from interp_nn.explain import Nulls
+        >>> axes = null_bars({"fc1": Nulls(0.1, 0.4, 0.12, 0.2)})
+        >>> axes.get_ylabel()
+        'loss over that of a random P'
     """
     if not nulls:
         raise ValueError("nulls: got none, want at least one layer's")
@@ -122,16 +176,31 @@ def null_bars(nulls: Mapping[str, Nulls], *, axes: Axes | None = None) -> Axes:
     axes.set_yscale("log")
     axes.margins(y=0.15)
     axes.set_xticks(range(len(nulls)), list(nulls))
-    axes.set(ylabel="loss over that of a random P", title="Descrambling against its nulls")
+    axes.set(ylabel="loss over that of a random P", title="Descrambling against null models")
     axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=3)
     return axes
 
 
 def ambiguity_strips(ambiguity: Ambiguity, *, axes: Axes | None = None) -> Axes:
-    """Which modes of the operator, and which components of the data, an optimal P may rotate into each other at no cost.
+    """Draw which modes and components an optimal P may rotate into each other without a change of the loss.
 
-    ambiguity: as `Descrambler.ambiguity_`. Grey is determined but for its sign; each run of equal values has a colour, and
-    components without energy are black, whatever their values.
+    Grey modes and components are determined up to their sign. Each run of equal values has a colour. Components without
+    energy are black.
+
+    Args:
+        ambiguity: As `Descrambler.ambiguity_`.
+        axes: Axes to draw on; by default new ones.
+
+    Returns:
+        The axes.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+
+    Example:
+        >>> from interp_nn.explain import Ambiguity
+        >>> ambiguity_strips(Ambiguity(((1, 3),), (), 4, 4)).get_title()
+        'Arbitrary beyond signs: 2 of 4 modes, 0 of 4 components'
     """
     n = ambiguity.features
     strips = np.zeros((2, n), dtype=int)

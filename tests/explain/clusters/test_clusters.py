@@ -61,9 +61,9 @@ class Shared(nn.Module):
 
 def test_a_model_that_reorders_samples_is_clustered_one_at_a_time():
     model, x = Shared(), torch.randn(60, 4, dtype=torch.float64)
-    with pytest.raises(ValueError, match=r"the gates of encoder.1 .* one sample at a time \(batch_size=1\)"):
+    with pytest.raises(ValueError, match=r"the gates of encoder.1 .* one sample at a time \(chunk_size=1\)"):
         ActivationClusters(model).fit(x)
-    clusters = ActivationClusters(model, batch_size=1).fit(x)
+    clusters = ActivationClusters(model, chunk_size=1).fit(x)
     assert clusters.check() <= 1e-12 and torch.equal(clusters.predict(x[:7]), clusters.labels_[:7])
 
 
@@ -97,7 +97,7 @@ def test_outputs_of_no_and_of_several_dimensions():
         clusters = ActivationClusters(nn.Sequential(last, head)).fit(x)
         assert clusters.outputs_.shape == (60, *shape) and clusters.check() < 1e-12
         assert clusters.surrogate(x).shape == (60, *shape)
-        assert clusters.fidelity().r2 == pytest.approx(1) and str(clusters.summary())
+        assert clusters.fidelity().r2 == pytest.approx(1) and str(clusters.table())
     torch.testing.assert_close(clusters.importance(5), flat.importance(5))
     assert clusters.affine_.weight.shape == (len(clusters.counts_), 2, 3, 4)
 
@@ -105,7 +105,7 @@ def test_outputs_of_no_and_of_several_dimensions():
 def test_inputs_of_several_dimensions():
     model = nn.Sequential(nn.Conv2d(1, 3, 3), nn.ReLU(), nn.Flatten(), nn.Linear(12, 2)).double()
     x = torch.randn(50, 1, 4, 4, dtype=torch.float64)
-    clusters = ActivationClusters(model, batch_size=7).fit(x)
+    clusters = ActivationClusters(model, chunk_size=7).fit(x)
     assert clusters.check() < 1e-12
     for kind, length in (("coef", len(clusters.counts_)), ("contribution", 50)):
         assert clusters.importance(1, kind).shape == (length, 1, 4, 4)
@@ -240,7 +240,7 @@ def test_merged_clusters_stand_for_the_network(by):
     assert merged.fidelity().agreement > 0.9 and merged.check() > 1e-6
     assert torch.equal(merged.predict(x), merged.labels_)
     assert clusters.merge(20, by=by).affine_.weight.equal(merged.affine_.weight)
-    assert str(merged.summary()) and merged.importance().shape == (20, 3)
+    assert str(merged.table()) and merged.importance().shape == (20, 3)
 
 
 def test_one_merged_cluster_is_linear_regression():
@@ -298,7 +298,7 @@ def test_a_table_of_regression():
     x = torch.randn(300, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     y = x[:, 0] + 0.1 * torch.randn(300, dtype=torch.float64)
     clusters, _, x = fitted(3, 5, 1, y=y)
-    table = clusters.summary(feature_names=["age", "fare", "sex"], rows=4)
+    table = clusters.table(feature_names=["age", "fare", "sex"], rows=4)
     assert table.score == "R²" and torch.equal(table.count, clusters.counts_[:4])
     for c in range(4):
         own = clusters.labels_ == c
@@ -322,7 +322,7 @@ def test_a_table_of_classes():
     model = mlp(12, 2, 3)
     y = (model(x) + torch.randn(200, 3)).argmax(1)
     clusters = ActivationClusters(model).fit(x, y)
-    table = clusters.summary(1)
+    table = clusters.table(1)
     assert table.score == "AUC" and len(table.count) == len(clusters.counts_) <= 4
     centred = clusters.affine_.weight[:, 1] - clusters.affine_.weight.mean(1)
     for c in range(len(clusters.counts_)):
@@ -331,27 +331,27 @@ def test_a_table_of_classes():
         assert table.overall[c] == pytest.approx(roc_auc_score(y == 1, score))
         assert table.mean[c] == pytest.approx((y[own] == 1).double().mean().item())
     assert "and 4 inputs of less importance" in str(table)
-    alone = clusters.fit(x, torch.where(clusters.labels_ == 0, 1, y)).summary(1)
+    alone = clusters.fit(x, torch.where(clusters.labels_ == 0, 1, y)).table(1)
     assert math.isnan(alone.local[0]) and str(alone).splitlines()[3].split()[4] == "-"
 
 
 def test_a_table_of_the_networks_own_output():
     clusters, _, _ = fitted(3, 6, 1)
-    table = clusters.summary()
+    table = clusters.table()
     assert table.score is None and "R²" not in str(table)
-    assert len(clusters.summary(rows=0).count) == 0 and "share" in str(clusters.summary(rows=0))
+    assert len(clusters.table(rows=0).count) == 0 and "share" in str(clusters.table(rows=0))
     assert table.mean[0] == pytest.approx(clusters.outputs_[clusters.labels_ == 0].mean().item())
 
 
 def test_what_scikit_learn_expects():
-    clusters, model, x = fitted(3, 6, 1, min_size=2, batch_size=50)
-    assert clusters.get_params() == {"model": model, "min_size": 2, "batch_size": 50}
+    clusters, model, x = fitted(3, 6, 1, min_size=2, chunk_size=50)
+    assert clusters.get_params() == {"model": model, "min_size": 2, "chunk_size": 50}
     copy = clone(clusters)
     assert copy.min_size == 2 and copy.model is not model and not hasattr(copy, "labels_")
     assert torch.equal(copy.fit(x.numpy()).labels_, clusters.labels_)
     assert clusters.set_params(min_size=1) is clusters and clusters.fit(x.tolist()).labels_.min() == 0
     assert repr(copy.set_params(min_size=1)).startswith("ActivationClusters(300 samples in ")
-    with pytest.raises(ValueError, match="size: not a parameter; want one of model, min_size, batch_size"):
+    with pytest.raises(ValueError, match="size: not a parameter; want one of model, min_size, chunk_size"):
         clusters.set_params(size=1)
     rows = np.zeros((2, 3))
     rows.flags.writeable = False
@@ -385,7 +385,7 @@ def test_merged_clusters_stay_as_they_are():
         lambda c: c.predict(torch.zeros(1, 3)),
         lambda c: c.coverage(),
         lambda c: c.importance(),
-        lambda c: c.summary(),
+        lambda c: c.table(),
         lambda c: c.region(0),
         lambda c: c.merge(1),
         lambda c: c.tree(),
@@ -395,7 +395,7 @@ def test_merged_clusters_stay_as_they_are():
 def test_before_fit(use):
     clusters = ActivationClusters(mlp(3, 6, 1))
     assert repr(clusters) == "ActivationClusters(not fitted)"
-    with pytest.raises(NotFittedError, match=r"ActivationClusters: \w+_ is known after fit\(X\)"):
+    with pytest.raises(NotFittedError, match=r"ActivationClusters: \w+_ is known only after fit; call fit\(x\) first"):
         use(clusters)
 
 
@@ -405,19 +405,19 @@ NAN = torch.tensor([[0.0, 1.0, 2.0], [0.0, torch.nan, 1.0], [torch.inf, 0.0, 0.0
 @pytest.mark.parametrize(
     ("use", "error", "text"),
     [
-        (lambda c: c.fit(NAN), ValueError, "X: 2 of its samples have values that are not finite"),
-        (lambda c: c.fit(torch.zeros(0, 3)), ValueError, r"X: got shape \(0, 3\), want \(n, \.\.\.\) with n > 0"),
-        (lambda c: c.fit(torch.zeros(3)), ValueError, r"X: got shape \(3,\)"),
+        (lambda c: c.fit(NAN), ValueError, "x: 2 of its samples have values that are not finite"),
+        (lambda c: c.fit(torch.zeros(0, 3)), ValueError, r"x: got shape \(0, 3\), want \(n, \.\.\.\) with n > 0"),
+        (lambda c: c.fit(torch.zeros(3)), ValueError, r"x: got shape \(3,\)"),
         (lambda c: c.fit(torch.zeros(2, 3), [1, 2, 3]), ValueError, r"y: got shape \(3,\), want \(2,\)"),
-        (lambda c: c.predict(torch.zeros(2, 4)), ValueError, r"X: got shape \(2, 4\), want \(n, 3\)"),
-        (lambda c: c.predict(NAN), ValueError, "X: 2 of its samples"),
+        (lambda c: c.predict(torch.zeros(2, 4)), ValueError, r"x: got shape \(2, 4\), want \(n, 3\)"),
+        (lambda c: c.predict(NAN), ValueError, "x: 2 of its samples"),
         (lambda c: c.predict(torch.zeros(2, 3), unseen="drop"), ValueError, "unseen: got 'drop', want flag or nearest"),
         (lambda c: c.importance(kind="shap"), ValueError, "kind: got 'shap', want one of coef, scaled, share, contribution"),
         (lambda c: c.importance(1), IndexError, "output: got 1, want one of 1 outputs"),
-        (lambda c: c.summary(feature_names=["a"]), ValueError, "feature_names: got 1 names, want 3"),
+        (lambda c: c.table(feature_names=["a"]), ValueError, "feature_names: got 1 names, want 3"),
         (lambda c: c.merge(10**6), ValueError, r"n_clusters: got 1000000, want 1 to \d+"),
         (lambda c: c.merge(), ValueError, "n_clusters: got None, want 1 to"),
-        (lambda c: c.merge(2, by="affine"), ValueError, "n_clusters: got 2, but by='affine' itself says"),
+        (lambda c: c.merge(2, by="affine"), ValueError, "n_clusters: got 2, but by='affine' determines the number"),
         (lambda c: c.merge(2, by="colour"), ValueError, "by: got 'colour', want one of affine, coef, hamming, npk, or a tensor"),
         (lambda c: c.merge(by=torch.zeros(2)), ValueError, r"by: got torch.float32 of shape \(2,\), want integers of shape"),
         (lambda c: c.tree(3), ValueError, "depth: got 3, want 1 to 1"),
@@ -449,9 +449,9 @@ class Branching(nn.Module):
 @pytest.mark.parametrize(
     ("model", "error", "text"),
     [
-        (nn.Linear(2, 1), ValueError, "model: no unit of it is a gate"),
-        (nn.Sequential(nn.Linear(2, 2), nn.GELU()), ValueError, "model: no unit of it is a gate"),
-        (Halves(), TypeError, "model: got tuple from it, want one tensor"),
+        (nn.Linear(2, 1), ValueError, "model: has no gates"),
+        (nn.Sequential(nn.Linear(2, 2), nn.GELU()), ValueError, "model: has no gates"),
+        (Halves(), TypeError, "model: returned tuple, want one tensor"),
         (Branching(), ValueError, "model: samples go through different gates"),
         (nn.Sequential(nn.BatchNorm1d(2), nn.ReLU()), ValueError, "training"),
     ],
@@ -459,14 +459,16 @@ class Branching(nn.Module):
 def test_models_without_clusters(model, error, text):
     x = torch.tensor([[1.0, 2.0], [3.0, 4.0], [8.0, 9.0]])
     with pytest.raises(error, match=text):
-        ActivationClusters(model, batch_size=2).fit(x)
+        ActivationClusters(model, chunk_size=2).fit(x)
 
 
 def test_secants_are_warned_of_and_show_in_the_check():
     """A sigmoid at the end: a probability is no affine function of the input, its logit is."""
     model, x = mlp(2, 4, 1), 4 * torch.randn(90, 2, dtype=torch.float64)
     clusters = ActivationClusters(nn.Sequential(*model, nn.Sigmoid()))
-    with pytest.warns(UserWarning, match="model: sigmoid in layer '3' is no gate, so that samples of one cluster may"):
+    with pytest.warns(
+        UserWarning, match="model: sigmoid in layer '3' is not piecewise linear; samples of one cluster may"
+    ):
         clusters.fit(x)
     assert clusters.check() > 1e-3 and ActivationClusters(model).fit(x).check() < 1e-12
 

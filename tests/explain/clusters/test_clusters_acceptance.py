@@ -79,7 +79,7 @@ def test_clusters_of_any_network(n, layers, ends, data, seed):
         fan_in = width
     model = nn.Sequential(*modules, nn.Linear(fan_in, ends[1], dtype=torch.float64))
     x = DATA[data](torch.randn(n, ends[0], dtype=torch.float64))
-    clusters = ActivationClusters(model, batch_size=50).fit(x)
+    clusters = ActivationClusters(model, chunk_size=50).fit(x)
     assert clusters.check() <= 1e-12 * (1e3 if data == "far" else 1)
     assert clusters.counts_.sum() == n and torch.equal(clusters.predict(x), clusters.labels_)
     assert bool((clusters.rank_ >= 1).all()) and bool((clusters.rank_ <= clusters.counts_.clamp_max(ends[0] + 1)).all())
@@ -87,15 +87,15 @@ def test_clusters_of_any_network(n, layers, ends, data, seed):
     half = (len(clusters.counts_) + 1) // 2
     merged = clusters.merge(half, by="hamming")
     assert len(merged.counts_) == half and merged.counts_.sum() == n and torch.equal(merged.predict(x), merged.labels_)
-    assert str(clusters.summary()) and str(merged.summary()) and str(clusters.tree())
+    assert str(clusters.table()) and str(merged.table()) and str(clusters.tree())
 
 
-def test_labels_do_not_depend_on_the_batch_size():
+def test_labels_do_not_depend_on_the_chunk_size():
     model, x = residual(torch.float64), torch.randn(700, 5, dtype=torch.float64)
-    whole = ActivationClusters(model, batch_size=700).fit(x)
+    whole = ActivationClusters(model, chunk_size=700).fit(x)
     assert whole.margin_[whole.margin_ > 0].min() > 1e-12  # it is exactly 0 where all that reaches a unit is off
-    for batch_size in (1, 17, 256):
-        parts = ActivationClusters(model, batch_size=batch_size).fit(x)
+    for chunk_size in (1, 17, 256):
+        parts = ActivationClusters(model, chunk_size=chunk_size).fit(x)
         assert torch.equal(parts.labels_, whole.labels_) and parts.patterns_ == whole.patterns_
     order = torch.randperm(700)
     assert torch.equal(ActivationClusters(model).fit(x[order]).counts_, whole.counts_)
@@ -149,5 +149,5 @@ def test_the_titanic():
     # With 14 points in these clusters, none of them fixes a map of 7 numbers: coefficients are mostly extrapolation.
     assert clusters.rank_.max() <= 4 and bool((clusters.rank_ == 1).any())
     assert not bool(clusters.importance(project=True)[clusters.rank_ == 1].any())
-    shown = str(clusters.summary(feature_names=table.features))
+    shown = str(clusters.table(feature_names=table.features))
     assert "AUC here" in shown and "female" in shown

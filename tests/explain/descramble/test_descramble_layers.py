@@ -472,7 +472,7 @@ def test_arguments_of_apply_and_weights():
     with pytest.raises(ValueError, match=r"layer: got a weight of shape \(4, 3\), want \(5, ...\)"):
         d.weights(torch.zeros(4, 3))
     d.fit_layer(model, "fc1", x)
-    with pytest.raises(ValueError, match=r"name: got 'fc1', which the model does not have"):
+    with pytest.raises(ValueError, match=r"layer: got 'fc1', which the model does not have"):
         d.apply_(nn.Sequential(nn.Linear(12, 8)))
 
 
@@ -482,10 +482,10 @@ def test_arguments_of_apply_and_weights():
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
-        (lambda d, m, x: d.fit_layer(m, "fc4", x), ValueError, "name: got 'fc4', .*; nearest are fc3, fc2, fc1"),
-        (lambda d, m, x: d.fit_layer(m, "activ", x), ValueError, "name: got 'activ', .*; nearest are act"),
-        (lambda d, m, x: d.fit_layer(m, "", x), ValueError, "name: got '', which the model does not have"),
-        (lambda d, m, x: d.fit_layer(m, "unused", x), ValueError, "name: layer 'unused' is not called"),
+        (lambda d, m, x: d.fit_layer(m, "fc4", x), ValueError, "layer: got 'fc4', .*; nearest are fc3, fc2, fc1"),
+        (lambda d, m, x: d.fit_layer(m, "activ", x), ValueError, "layer: got 'activ', .*; nearest are act"),
+        (lambda d, m, x: d.fit_layer(m, "", x), ValueError, "layer: got '', which the model does not have"),
+        (lambda d, m, x: d.fit_layer(m, "unused", x), ValueError, "layer: the model does not call 'unused'"),
         (lambda d, m, x: d.fit_layer(m, "fc1", x, tap="mid"), ValueError, "tap: got 'mid', want one of pre, post"),
         (
             lambda d, m, x: d.fit_layer(m, "fc3", x, tap="post"),
@@ -524,7 +524,7 @@ def test_training_mode_is_refused_where_it_matters():
 def test_a_failed_fit_keeps_what_was_fitted():
     d = diff1().fit(points(5).mT)
     P = d.P_
-    with pytest.raises(ValueError, match="name: got"):
+    with pytest.raises(ValueError, match="layer: got"):
         d.fit_layer(MLP(), "nothing", points(12))
     with pytest.raises(ValueError, match="x: has entries that are not finite"):
         d.fit_layer(MLP(), "fc1", points(12) / 0)

@@ -8,7 +8,8 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from interp_nn.explain import ActivationPatterns
-from interp_nn.explain.following.gate_record import UnsupportedOperation, frozen, record, supported_ops
+from interp_nn.explain.following.calls import UnsupportedOperation
+from interp_nn.explain.following.gate_record import frozen, record, supported_ops
 from interp_nn.explain.linear.affine_map import linearize
 from interp_nn.explain.linear.regions import region
 
@@ -50,7 +51,7 @@ def test_in_place_calls_do_not_reach_what_is_recorded():
     assert torch.equal(seen.preactivations("0"), x) and torch.equal(seen.preactivations("1.1"), model[0](x.relu()))
 
 
-def test_clipped_units_have_a_gate_for_each_kink():
+def test_clipped_units_have_a_gate_for_each_breakpoint():
     z = torch.tensor([[-1.0, 0.0, 3.0, 6.0, 7.0]], dtype=DTYPE)
     seen = record(nn.ReLU6(), z)
     assert seen.sites[0].shape == (2, 5)
@@ -322,7 +323,7 @@ def test_calls_that_are_not_seen_are_noticed():
     model.function = lambda h: h + scripted(h)
     for function in (frozen, linearize):
         with pytest.raises(
-            UnsupportedOperation, match="add in layer '': it is given what comes from calls that are not seen"
+            UnsupportedOperation, match="add in layer '': an argument was computed by calls that cannot be recorded"
         ):
             function(model.to(DTYPE), x)
     assert not supported_ops(model, x).supported
@@ -436,7 +437,7 @@ class Centred(nn.Module):
 @pytest.mark.parametrize("make", [Shared, TimeFirst, Centred])
 def test_gates_that_do_not_lie_by_sample_are_refused(make, n):
     model, x = make().to(DTYPE), batch((8 if make is TimeFirst else 4,), n)
-    with pytest.raises(ValueError, match=r"model: the gates of .* one sample at a time \(batch_size=1\)"):
+    with pytest.raises(ValueError, match=r"model: the gates of .* one sample at a time \(chunk_size=1\)"):
         record(model, x)
     assert len(record(model, x[:1]).patterns()) == 1
 

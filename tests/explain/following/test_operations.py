@@ -5,7 +5,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from interp_nn.explain.following.gate_record import UnsupportedOperation, frozen, supported_ops
+from interp_nn.explain.following.calls import UnsupportedOperation
+from interp_nn.explain.following.gate_record import frozen, supported_ops
 from interp_nn.explain.linear.affine_map import linearize
 
 DTYPE = torch.float64
@@ -380,11 +381,11 @@ def test_secants_at_and_around_zero(name):
     derivative = torch.func.grad(lambda z: model(z.view(1, 1)).sum())(tensor(0.0)[0])
     slopes = affine.weight[0].diagonal()
     assert (slopes[0] - derivative).abs() <= 1e-7  # PyTorch rounds some constants to single precision
-    if name not in ("elu", "selu"):  # which have a kink there
+    if name not in ("elu", "selu"):  # these have a breakpoint there
         assert (slopes[1:4] - derivative).abs().max() <= 1e-7
 
 
-def test_conventions_at_kinks():
+def test_conventions_at_breakpoints():
     zero = torch.zeros(1, 4, dtype=DTYPE)
     for function, slope in ((torch.relu, 0), (lambda x: F.leaky_relu(x, 0.2), 0.2)):
         affine, tangent = linearize(model_of(function), zero), linearize(model_of(function), zero, mode="tangent")

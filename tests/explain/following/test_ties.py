@@ -1,4 +1,4 @@
-"""Inputs on a kink and between equals: the map is the model's there, a pattern stands for one map, and the margin is zero."""
+"""Inputs on a breakpoint or a tie: the map is the model's, a pattern has one map, and the margin is zero."""
 
 import pytest
 import torch

@@ -135,21 +135,21 @@ def test_secant_is_not_tangent_on_a_transformer():
     assert relative(tangent(x), model(x)) <= 1e-13 and tangent.check() <= 1e-12
 
 
-def test_upto_gives_the_map_of_a_preactivation():
+def test_layer_gives_the_map_of_a_preactivation():
     model, x = case("functional")
-    first, last = linearize(model, x, upto=0), linearize(model, x, upto="relu#1")
+    first, last = linearize(model, x, layer=0), linearize(model, x, layer="relu#1")
     assert torch.equal(first.weight, model.first.weight.expand(3, 12, 6)) and torch.equal(
         first.bias, model.first.bias.expand(3, 12)
     )
     wanted = model.again(F.relu(model.again(F.relu(model.first(x))))) - 0.3
     for mode in ("secant", "tangent"):
-        affine = linearize(model, x, upto="relu#1", mode=mode)
+        affine = linearize(model, x, layer="relu#1", mode=mode)
         assert relative(affine(x), wanted) <= 1e-14 and affine.check() <= 1e-14
         assert relative(affine.weight, last.weight) <= 1e-13
     assert relative(sum(last.bias_by_layer().values()), last.bias) <= 1e-12
-    kinked = nn.Sequential(nn.Linear(6, 3), nn.ReLU6(), nn.Softmax(-1)).to(DTYPE)  # softmax comes later
-    affine = linearize(kinked, x, upto=0)
-    assert affine.shape == (3, 2, 3, 6) and relative(affine(x)[:, 1], kinked[0](x) - 6) <= 1e-14
+    clipped = nn.Sequential(nn.Linear(6, 3), nn.ReLU6(), nn.Softmax(-1)).to(DTYPE)  # softmax comes later
+    affine = linearize(clipped, x, layer=0)
+    assert affine.shape == (3, 2, 3, 6) and relative(affine(x)[:, 1], clipped[0](x) - 6) <= 1e-14
     assert relative(sum(affine.bias_by_layer().values()), affine.bias) <= 1e-14
 
 
@@ -275,7 +275,11 @@ def test_memory_of_the_recording_is_let_go():
     ("arguments", "error", "text"),
     [
         ({"target": 4}, ValueError, r"target: got 4, want an index below 4"),
-        ({"target": slice(2, 2)}, ValueError, r"target: got slice\(2, 2, None\), which selects nothing of 4"),
+        (
+            {"target": slice(2, 2)},
+            ValueError,
+            r"target: got slice\(2, 2, None\), which selects nothing; want a slice of 4",
+        ),
         ({"target": torch.tensor([0, 1])}, ValueError, r"target: got shape \(2,\), want \(3,\)"),
         ({"target": torch.tensor([0, 1, 4])}, ValueError, "target: got classes 0 to 4, want them below 4"),
         ({"target": torch.tensor([0.0, 1.0, 2.0])}, TypeError, "target: got torch.float32, want int64"),
@@ -288,9 +292,9 @@ def test_memory_of_the_recording_is_let_go():
             TypeError,
             "target: selected torch.int64, want floating-point outputs",
         ),
-        ({"upto": "relu#7"}, ValueError, "site: got 'relu#7'"),
-        ({"upto": 3}, ValueError, "site: got 3, want an index below 3"),
-        ({"upto": 0, "target": 1}, ValueError, "target, upto: got 1 and 0, want one of them"),
+        ({"layer": "relu#7"}, ValueError, "got 'relu#7'"),
+        ({"layer": 3}, ValueError, "got 3, want an index below 3"),
+        ({"layer": 0, "target": 1}, ValueError, "target, layer: got 1 and 0, want one of them"),
         ({"mode": "jacobian"}, ValueError, "mode: got 'jacobian'"),
     ],
 )
@@ -307,7 +311,9 @@ def test_bad_vectors_and_maps():
         affine.matvec(torch.ones(3, 5, dtype=DTYPE))
     with pytest.raises(ValueError, match=r"u: got shape \(3, 6\), want \(3, 4\)"):
         affine.rmatvec(torch.ones(3, 6, dtype=DTYPE))
-    with pytest.raises(ValueError, match=r"@: got maps of shapes .* want outputs that are the other's inputs"):
+    with pytest.raises(
+        ValueError, match=r"@: got maps of shapes .* want the second map's outputs as the first's inputs"
+    ):
         affine @ affine
     with pytest.raises(TypeError):
         affine @ torch.ones(3)
@@ -404,7 +410,7 @@ def test_a_map_of_a_model_whose_parameters_have_changed_is_refused(mode):
         kept.check,
     ]
     for read in [*reads, affine.bias_by_layer] if mode == "secant" else reads:
-        with pytest.raises(RuntimeError, match=r"model: its parameters have changed .* linearize it again"):
+        with pytest.raises(RuntimeError, match=r"model: its parameters have changed .* linearize the model again"):
             read()
     assert kept.weight is weight and kept.bias is bias
     model.head.bias = nn.Parameter(model.head.bias.detach())

@@ -183,9 +183,9 @@ def test_captums_metrics_take_it():
 @pytest.mark.parametrize(
     ("arguments", "error", "text"),
     [
-        ({"target": 5}, ValueError, r"target: got 5 for a model that gives \(6, 5\)"),
+        ({"target": 5}, ValueError, r"target: got 5 for outputs of shape \(6, 5\)"),
         ({"target": -6}, ValueError, "target: got -6"),
-        ({}, ValueError, r"target: got None for a model that gives \(6, 5\)"),
+        ({}, ValueError, r"target: got None for outputs of shape \(6, 5\)"),
         ({"target": (1, 1)}, ValueError, r"target: got \(1, 1\)"),
         ({"target": [0, 1]}, ValueError, "target: got 2, want one index, or one for each of 6 samples"),
         ({"target": torch.zeros(2, 3).long()}, ValueError, r"target: got \(2, 3\)"),
@@ -218,7 +218,7 @@ def test_bad_inputs_and_models_are_named():
         InstanceLinearization(Residual().double()).attribute(x, target=0)
     with pytest.raises(TypeError, match=r"model: got function, want an nn\.Module"):
         InstanceLinearization(lambda x: x)
-    with pytest.raises(TypeError, match="model: gave tuple, want a tensor"):
+    with pytest.raises(TypeError, match="model: returned tuple, want a tensor"):
         InstanceLinearization(Pair()).attribute(torch.ones(2, 3), target=0)
 
 

@@ -1,4 +1,4 @@
-"""Which of several values is the largest, as gates: one for each candidate of each window of a max-pooling, say."""
+"""Gates of an argmax: one for each candidate of each window, for example of max-pooling."""
 
 from __future__ import annotations
 
@@ -13,33 +13,45 @@ from interp_nn.explain.following.calls import Call
 from interp_nn.gates.record import least
 
 
-class Contested:
-    """The preactivations of a call that is a contest, which is held when it is first asked for: it takes more memory than the
-    call. values: the call's, as the contest takes them.
+class LazyArgmax:
+    """Preactivations of a call that takes a maximum; its gates are built at first use, as they need more memory than the call.
+
+    Args:
+        build: Builds the gates.
+        values: Returns the call's values in the layout that the gates expect.
     """
 
-    def __init__(self, hold: Callable[[], Contest], values: Callable[[Call], Tensor]) -> None:
-        self._hold, self._values = hold, values
+    def __init__(self, build: Callable[[], ArgmaxGates], values: Callable[[Call], Tensor]) -> None:
+        self._build, self._values = build, values
 
     def __call__(self, call: Call) -> Tensor:
-        return self.contest.preactivations(self._values(call))
+        """Return the preactivations (..., p, k) of a call's gates."""
+        return self.gates.preactivations(self._values(call))
 
     @cached_property
-    def contest(self) -> Contest:
+    def gates(self) -> ArgmaxGates:
+        """The gates, built once."""
         with torch.no_grad():
-            return self._hold()
+            return self._build()
 
 
-class Contest:
-    """The candidates of each window among values (..., s): windows (p, k) holds their places, and -1 for none.
+class ArgmaxGates:
+    """One gate for each candidate of each window among values (..., s).
 
-    A candidate's preactivation is its lead over the best of the others, affine in the values while that is the same one, so that
-    it is positive for the winner alone: on a tie the first. -inf where there is no candidate, inf where there is no other.
-    zero (..., p): whether a window's largest was 0.
+    A candidate's preactivation is its value less the best of the others. It is affine in the values while the best of the
+    others is the same candidate. It is positive for the winner alone; on a tie the first candidate wins. It is -inf for an
+    empty place, and inf for a candidate without a rival.
+
+    Args:
+        values: (..., s) at the recorded input.
+        windows: (p, k) int64, the index of each candidate in the last dimension of values; -1 for an empty place.
+        winner: (..., p) int64, the index of each window's largest value, the first one on a tie.
+
+    Attributes:
+        zero: (..., p) bool, True where a window's largest value is 0.
     """
 
     def __init__(self, values: Tensor, windows: Tensor, winner: Tensor) -> None:
-        """winner (..., p): the place of each window's largest, the first one on a tie."""
         self._windows, self._winner = windows.clamp_min(0), winner
         self._empty = windows < 0
         self._wins = (windows == winner.unsqueeze(-1)) & ~self._empty
@@ -52,58 +64,58 @@ class Contest:
         self.zero = values.gather(-1, winner) == 0
 
     def preactivations(self, values: Tensor) -> Tensor:
-        """(..., p, k)."""
+        """Return the preactivations (..., p, k) of the gates for values (..., s)."""
         first = values.gather(-1, self._winner).unsqueeze(-1)
         second = values.gather(-1, self._second).unsqueeze(-1)
         lead = torch.where(self._wins, first - second, values[..., self._windows] - first)
-        lead = torch.where(self._wins_ties, on_ties(lead), lead)
+        lead = torch.where(self._wins_ties, positive_on_ties(lead), lead)
         return lead.masked_fill(self._empty, -torch.inf).masked_fill(self._alone, torch.inf)
 
 
-def on_ties(lead: Tensor) -> Tensor:
-    """A difference that is positive where it was zero, and has its sign and, but for that, its value elsewhere."""
+def positive_on_ties(lead: Tensor) -> Tensor:
+    """Return the difference with each 0 replaced by the smallest positive number; other signs do not change."""
     return lead + least(lead.dtype)
 
 
-def whole(values: Tensor) -> Tensor:
-    """One window, of all places of the last dimension."""
+def single_window(values: Tensor) -> Tensor:
+    """Return one window (1, s) of all indices of the last dimension."""
     return torch.arange(values.shape[-1], device=values.device).unsqueeze(0)
 
 
 def sliding_windows(call: Call, out: Sequence[int]) -> Tensor:
-    """The windows of a max-pooling call with outputs of shape `out`."""
+    """Return the windows (p, k) of a max-pooling call with outputs of shape `out`."""
     d, size = len(out), call.input.shape[-len(out) :]
-    kernel = _each(call.argument(1, "kernel_size"), d)
-    stride = _each(call.argument(2, "stride") or kernel, d)
+    kernel = _per_axis(call.argument(1, "kernel_size"), d)
+    stride = _per_axis(call.argument(2, "stride") or kernel, d)
     padding, dilation = (
-        _each(call.argument(3, "padding", default=0), d),
-        _each(call.argument(4, "dilation", default=1), d),
+        _per_axis(call.argument(3, "padding", default=0), d),
+        _per_axis(call.argument(4, "dilation", default=1), d),
     )
     axes = []
     for i in range(d):
         place = torch.arange(out[i]).unsqueeze(1) * stride[i] - padding[i] + torch.arange(kernel[i]) * dilation[i]
         axes.append(place.masked_fill((place < 0) | (place >= size[i]), -1))
-    return _crossed(axes, size).to(call.input.device)
+    return _flat_windows(axes, size).to(call.input.device)
 
 
 def adaptive_windows(call: Call, out: Sequence[int]) -> Tensor:
-    """The windows of an adaptive max-pooling call with outputs of shape `out`."""
+    """Return the windows (p, k) of an adaptive max-pooling call with outputs of shape `out`."""
     size = call.input.shape[-len(out) :]
     axes = []
     for o, s in zip(out, size, strict=True):
         start, end = torch.arange(o) * s // o, -(-(torch.arange(o) + 1) * s // o)
         place = start.unsqueeze(1) + torch.arange(int((end - start).max()))
         axes.append(place.masked_fill(place >= end.unsqueeze(1), -1))
-    return _crossed(axes, size).to(call.input.device)
+    return _flat_windows(axes, size).to(call.input.device)
 
 
-def _each(value: Any, d: int) -> Sequence[int]:
+def _per_axis(value: Any, d: int) -> Sequence[int]:
     values = (value,) if isinstance(value, int) else tuple(value)
     return values * d if len(values) == 1 else values
 
 
-def _crossed(axes: Sequence[Tensor], size: Sequence[int]) -> Tensor:
-    """Flat places (p, k) of windows given along each axis as (p_i, k_i)."""
+def _flat_windows(axes: Sequence[Tensor], size: Sequence[int]) -> Tensor:
+    """Return flat indices (p, k) of windows that are given along each axis as (p_i, k_i)."""
     places = axes[0]
     for axis, length in zip(axes[1:], size[1:], strict=True):
         empty = (places < 0)[:, None, :, None] | (axis < 0)[None, :, None, :]
