@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from interp_nn.explain.following.gate_record import frozen
 from interp_nn.explain.following.replay import check_model
@@ -88,7 +89,8 @@ def npk_montecarlo(
         raise ValueError(f"chunk_size: got {chunk_size}, want at least 1")
     check_model(model)
     for name, module in model.named_modules():
-        if isinstance(module, LinearForm):
+        weight = vars(module).get("weight")  # where a hook computes it, as weight_norm does
+        if isinstance(module, LinearForm) or is_parametrized(module) or isinstance(weight, Tensor):
             raise ValueError(
                 f"model: layer {name!r} computes its weight from another parameter; want a plain layer, as `fold` makes it"
             )

@@ -43,6 +43,9 @@ def npk(
     the biases and at the shifts of batch norms; the scales of batch norms are weights of the paths. For a network whose linear
     layers (without biases) and ReLUs alternate, H is `npk_from_gates(record(model, x), x)`; with biases, pass it `bias=True`.
 
+    A layer that computes its weight from other parameters, as `SummaryLinear` does, counts with the entries of that weight.
+    Operations on the input that read no parameters are preprocessing: paths begin at their results.
+
     Args:
         model: For "closed", a network of linear layers, convolutions, batch norm, ReLU, max- and average-pooling, flattening,
             sums and concatenations, or a `GatedNetwork`. For "montecarlo", any model that `frozen` takes.
@@ -114,7 +117,9 @@ def npk_from_gates(
 
     Args:
         gates: Gates of n samples: one tensor (n, w_l) for each layer, in order, on/off (bool) or soft (floating-point, finite).
-            Or a `GateRecord` of a network whose linear layers and ReLUs alternate. For other networks, use `npk`.
+            Or a `GateRecord` of a network whose linear layers and ReLUs alternate. For other networks, use `npk`. A record does
+            not hold the network: each layer is checked to be an affine function of the one before it, which shows a skip
+            connection only where there are more samples than units.
         x: Inputs (n, ...) of the network that has the weights, floating-point. None: one input that is always 1.
         other_gates: Gates of m samples, as `gates`. Default: `gates`.
         other_x: Inputs (m, ...), where other_gates and x are given.
@@ -193,6 +198,7 @@ def _layers(gates: Gates, name: str) -> list[Tensor]:
                     f"{name}: layer {site.name!r} is {site.operation} with gates of shape {tuple(site.shape)}, want ReLU on "
                     "the units of linear layers; npk(model, x) takes other networks"
                 )
+        _check_chain(gates, name)
         gates = [gates.gates(site) for site in gates.sites]
     layers = list(gates)
     if not layers:
@@ -208,6 +214,30 @@ def _layers(gates: Gates, name: str) -> list[Tensor]:
         if layer.dtype != torch.bool and not bool(layer.isfinite().all()):
             raise ValueError(f"{name}: layer {i} has values that are not finite")
     return [layer.detach() for layer in layers]
+
+
+def _check_chain(record: GateRecord, name: str) -> None:
+    """Check that each layer and the output are affine functions of the ReLUs before them, as far as the samples can tell."""
+    values = [(site.name, record.preactivations(site)) for site in record.sites]
+    if isinstance(record.output, Tensor) and record.output.dim() == 2:
+        values.append(("output", record.output))
+    for site, (_, z), (then, wanted) in zip(record.sites, values, values[1:], strict=False):
+        z, wanted = (value.detach()[: z.shape[1] + 65] for value in (z, wanted))  # as many samples as it takes
+        n, width = z.shape
+        if site.operation != "relu" or len(wanted) != n:
+            continue
+        h = torch.nn.functional.normalize(
+            torch.cat([z.double().relu(), z.new_ones(n, 1).double()], 1), dim=0, eps=1e-300
+        )
+        u, s, _ = torch.linalg.svd(h, full_matrices=False)
+        u = u[:, s > width * torch.finfo(z.dtype).eps * s[0]]
+        wanted = wanted.double()
+        rest = wanted - u @ (u.T @ wanted)  # zero for as few samples as there are dimensions
+        if float(rest.norm()) > torch.finfo(z.dtype).eps ** 0.5 * float(wanted.norm()):
+            raise ValueError(
+                f"{name}: {then!r} is not an affine function of layer {site.name!r} alone, as where a skip connection leads "
+                "around it; want linear layers and ReLUs that alternate; npk(model, x) takes other networks"
+            )
 
 
 def _check_match(left: list[Tensor], right: list[Tensor]) -> None:

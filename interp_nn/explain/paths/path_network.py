@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import copy
+import inspect
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
+from interp_nn.explain.following.calls import UnsupportedOperation
 from interp_nn.explain.following.replay import check_model
 from interp_nn.explain.paths.path_terms import Layer
 from interp_nn.explain.paths.path_walk import GATE, Pool, Walk
-from interp_nn.gates.graph import gated, trace
+from interp_nn.gates.graph import gated, trace, where
 from interp_nn.nn.gated.networks import GatedNetwork, ValueNetwork
 
 
@@ -31,8 +34,10 @@ class PathNetwork:
 
     def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
         check_model(model)
+        model = getattr(model, "_orig_mod", model)
         self._gated = model if isinstance(model, GatedNetwork) else None
-        self._graph = trace(model if self._gated is None else _ValueNetwork(self._gated))
+        self._graph = trace(_of_one_argument(model) if self._gated is None else _ValueNetwork(self._gated))
+        self._checked = False
         self._pools = [] if self._gated is None else _pools(self._gated)
         self._dtype, self._resampled = dtype, dict[fx.Node, Any]()
 
@@ -43,9 +48,40 @@ class PathNetwork:
         if self._gated is not None:
             gates = self._gated.applied(self._gated.gating(x))
             x = torch.ones_like(x) if self._gated.value_input == "ones" else x
+        walk = self._walk(x, gates)
+        if walk.computed and not self._checked:
+            self._check_independence(walk, x[:1], [gate[:1] for gate in gates])
+        self._checked = True
+        return walk.layers
+
+    def _walk(self, x: Tensor, gates: list[Tensor]) -> Walk:
         walk = Walk(self._graph, gates, self._pools, self._dtype, self._resampled)
         walk.run(x)
-        return walk.layers
+        return walk
+
+    def _check_independence(self, walk: Walk, x: Tensor, gates: list[Tensor]) -> None:
+        """Check that no value computed from the input depends on another sample, so that tiles give what the whole gives."""
+        beside = self._walk(torch.cat([x, 1 - x.flip(-1)]), [torch.cat([gate, gate]) for gate in gates])
+        for node, value in walk.computed.items():
+            alone, other = (v[:1].to(torch.complex128) for v in (value, beside.computed[node]))
+            tolerance = 2**-10 * float(alone.abs().amax())
+            if alone.shape != other.shape or not torch.allclose(alone, other, rtol=0, atol=tolerance, equal_nan=True):
+                raise UnsupportedOperation(
+                    f"{where(self._graph, node)}: its value for a sample depends on the other samples, so that there is no "
+                    "kernel of two samples; want an operation on each sample alone"
+                )
+
+
+def _of_one_argument(model: nn.Module) -> nn.Module:
+    """Return the model with a forward of one argument, so that the others keep their default values when it is traced."""
+    known = type(model)
+    if known.__module__.startswith(("torch.nn.", "interp_nn.nn.")) and not isinstance(model, nn.Sequential):
+        return nn.Sequential(model)  # a layer alone is a network of one layer
+    if isinstance(model, fx.GraphModule) or len(inspect.signature(model.forward).parameters) < 2:
+        return model
+    own = copy.copy(model)
+    own.__class__ = type(known.__name__, (known,), {"forward": lambda self, x: known.forward(self, x)})
+    return own
 
 
 class _ValueNetwork(nn.Module):

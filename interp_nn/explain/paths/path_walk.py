@@ -46,7 +46,9 @@ class Walk(fx.Interpreter):
         self.layers: list[Layer] = []
         self._graph, self._gates, self._pools, self._dtype, self._resampled = graph, gates, pools, dtype, resampled
         self._terms: dict[fx.Node, list[Term]] = {}
+        self._made: dict[fx.Node, Layer] = {}  # the layer of weights of each node that has one
         self._used: dict[int, str] = {}
+        self.computed: dict[fx.Node, Tensor] = {}  # values of nodes that compute from the input without weights
 
     def fetch_attr(self, target: str) -> Any:
         """Return a parameter, a buffer or a gate."""
@@ -67,25 +69,56 @@ class Walk(fx.Interpreter):
                 self._terms[n] = rule(n, result)
             elif what != "shape":
                 self._terms[n] = self._other(n, result, used)
+            if n in self._terms and isinstance(result, Tensor) and result.shape[:1] != (self._samples,):
+                self._refuse(n, f"it returns shape {tuple(result.shape)} for {self._samples} samples")
         return result
 
     def _other(self, n: Node, result: Any, used: list[fx.Node]) -> list[Term]:
+        if self._reads_parameters(n):
+            self._refuse(n, "it reads parameters, and paths are not followed through it")
         weightless = all(term.layer == 0 and not term.norms for node in used for term in self._terms[node])
         if weightless and isinstance(result, Tensor) and result.dim() > 1:
-            return self._raw(result)  # computed from the input without weights
-        if kind(self._graph, n) in ("reshape", "rearrange") and [user.op for user in n.users] == ["output"]:
+            self.computed[n] = result
+            return self._raw(result)
+        if (
+            kind(self._graph, n) in ("reshape", "rearrange")
+            and [user.op for user in n.users] == ["output"]
+            and self._only_reorders(n)
+        ):
             return self._terms[used[0]]  # the order of the outputs does not matter
         self._refuse(n, "paths are not followed through it")
 
+    def _reads_parameters(self, n: Node) -> bool:
+        """Return True if a node, or a constant among its arguments, depends on parameters."""
+        if n.op == "call_module":
+            return any(True for _ in self._graph.get_submodule(str(n.target)).parameters())
+        if n.op == "get_attr":
+            return isinstance(super().fetch_attr(str(n.target)), nn.Parameter)
+        constants = (node for node in n.all_input_nodes if node not in self._terms)
+        return any(self._reads_parameters(node) for node in constants)
+
+    def _only_reorders(self, n: Node) -> bool:
+        """Return True if a node returns each entry of each sample exactly once."""
+        z = self._input(n)
+        numbers = torch.arange(z.numel(), device=z.device).view_as(z)
+        moved = self._applied(n, numbers)
+        return (
+            isinstance(moved, Tensor)
+            and moved.numel() == z.numel()
+            and torch.equal(moved.reshape(self._samples, -1).sort(1).values, numbers.view(self._samples, -1))
+        )
+
     def _raw(self, x: Tensor) -> list[Term]:
         """Return the term of the input, or of a value computed from it without weights: its paths begin at every entry."""
+        x = x.real if x.is_complex() else x  # a function of complex values becomes real before it meets weights
         profile = _by_position(x, x.shape[1]).to(self._dtype)
         outputs = torch.arange(len(profile), device=x.device)
         return [Term(0, PositionMap(torch.zeros_like(outputs), outputs), profile, 0, x.new_ones(x.shape[1]))]
 
     def _on_output(self, n: Node, result: Any) -> list[Term]:
-        if not isinstance(result, Tensor):
-            raise TypeError(f"model: got {type(result).__name__} from it, want one tensor")
+        if not isinstance(result, Tensor) or not result.is_floating_point():
+            got = result.dtype if isinstance(result, Tensor) else type(result).__name__
+            raise TypeError(f"model: got {got} from it, want one tensor of a floating-point dtype")
         terms = self._input_terms(n)
         channels = terms[0].profile.shape[2]
         window = torch.arange(result[0].numel() // channels, device=result.device).unsqueeze(1)
@@ -104,6 +137,8 @@ class Walk(fx.Interpreter):
 
     def _on_conv(self, n: Node, result: Tensor) -> list[Term]:
         z, module = self._input(n), self._module(n)
+        if z.dim() != module.weight.dim():
+            self._refuse(n, f"it takes the dimensions {tuple(z.shape)} for one sample's")
         width = module.weight.shape[2:].numel()
         # The window is found by convolving the positions' numbers, from 1 on, with kernels that have a single weight of 1.
         numbers = torch.arange(1, z.shape[2:].numel() + 1, dtype=torch.float64, device=z.device)
@@ -117,7 +152,8 @@ class Walk(fx.Interpreter):
         weight = module.effective_weight() if isinstance(module, LinearForm) else module.weight
         biases = [] if module.bias is None else [module.bias]
         terms = self._input_terms(n)
-        self.layers.append(Layer(str(n.target), terms, weight.reshape(-1, *shape), window, groups, biases))
+        self._made[n] = Layer(str(n.target), terms, weight.reshape(-1, *shape), window, groups, biases)
+        self.layers.append(self._made[n])
         positions = torch.arange(window.shape[1], device=window.device)
         return [self._ones(PositionMap(positions, positions))]
 
@@ -140,8 +176,8 @@ class Walk(fx.Interpreter):
         scale = scale if module.weight is None else scale * module.weight
         shift = -module.running_mean * scale
         shift = shift if module.bias is None else shift + module.bias
-        before = self.layers[terms[0].layer]
-        if before.name == first(n).target and len(first(n).users) == 1:  # fold the norm into the layer before it
+        before = self._made.get(first(n))
+        if before is not None and len(first(n).users) == 1:  # fold the norm into the layer before it
             before.weight = before.weight * scale[:, None, None]
             before.biases = [*(bias * scale for bias in before.biases), shift]
             return terms
@@ -176,20 +212,28 @@ class Walk(fx.Interpreter):
 
     def _resampled_by(self, n: Node, result: Tensor) -> list[Term]:
         """Follow an operation on positions that is linear and the same for all channels and samples."""
+        known = n in self._resampled
         position_map, weights = self._resampling(n, lambda z: self._applied(n, z))
+        if not known:
+            z = self._input(n)[:1].flatten(2).double()
+            want = z.new_zeros(*z.shape[:2], result.shape[2:].numel())
+            want.index_add_(2, position_map.outputs, z[:, :, position_map.inputs] * weights)
+            self._expect(n, result, want)
         weights = weights.to(self._dtype)[:, None, None]
         return [self._through(t, position_map, weights) for t in self._input_terms(n)]
 
     _on_avg_pool = _on_adaptive_avg_pool = _on_global_avg_pool = _on_pad = _on_upsample = _resampled_by
 
     def _on_mean(self, n: Node, result: Tensor) -> list[Term]:
-        dims = n.args[1] if len(n.args) > 1 else n.kwargs.get("dim")
+        dims = n.args[1] if len(n.args) > 1 else n.kwargs.get("dim", n.kwargs.get("axis"))
         dims = [dims] if isinstance(dims, int) else dims or [0]
         if any(d % self._input(n).dim() < 2 for d in dims):
             self._refuse(n, "it is not a mean over positions alone")
         return self._resampled_by(n, result)
 
     def _on_max_pool(self, n: Node, result: Tensor) -> list[Term]:
+        if not isinstance(result, Tensor):
+            self._refuse(n, "it returns indices too")
         if n.op == "call_module":
             pool = copy.copy(self.fetch_attr(str(n.target)))
             pool.return_indices = True
@@ -197,23 +241,29 @@ class Walk(fx.Interpreter):
         else:
             args, kwargs = self.fetch_args_kwargs_from_env(n)
             _, index = getattr(F, n.target.__name__)(*args, **{**kwargs, "return_indices": True})
-        return self._chosen(n, index, lambda z: self._applied(n, z))
+        return self._chosen(n, result, index, lambda z: self._applied(n, z))
 
     def _on_route(self, n: Node, result: Tensor) -> list[Term]:
         place = int(n.args[1].target[len(GATE) :])
         pool = self._pools[place - len(self._gates)]  # the pools' choices are the last entries of the gates
-        return self._chosen(n, self.env[n.args[1]], pool)
+        return self._chosen(n, result, self.env[n.args[1]], pool)
 
-    def _chosen(self, n: Node, index: Tensor, pool: Pool) -> list[Term]:
+    def _chosen(self, n: Node, result: Tensor, index: Tensor, pool: Pool) -> list[Term]:
         """Treat the choice of a position as a gate of each position that could have been chosen."""
+        known = n in self._resampled
         position_map, _ = self._resampling(n, pool)
+        if not known:
+            z, chosen = self._input(n)[:1].flatten(2), index[:1].flatten(2)
+            self._expect(n, result, z.gather(2, chosen) if int(chosen.max()) < z.shape[2] else z[:, :, :0])
         chosen = _by_position(index, index.shape[1])[position_map.outputs] == position_map.inputs[:, None, None]
         return [self._through(t, position_map, chosen) for t in self._input_terms(n)]
 
     def _on_scale(self, n: Node, result: Tensor) -> list[Term]:
         (scaled,) = (node for node in n.all_input_nodes if node in self._terms)
         if len(n.all_input_nodes) > 1:
-            self._refuse(n, "it multiplies by a tensor, want a number")
+            return self._other(n, result, [scaled])
+        if result.is_complex():
+            self._refuse(n, "it multiplies by a complex number")
         factor = float(self._applied(n, torch.ones((), dtype=torch.float64)))
         return [replace(t, profile=t.profile * factor) for t in self._terms[scaled]]
 
@@ -233,8 +283,8 @@ class Walk(fx.Interpreter):
         return terms
 
     def _on_cat(self, n: Node, result: Tensor) -> list[Term]:
-        parts = n.args[0]
-        dim = n.args[1] if len(n.args) > 1 else n.kwargs.get("dim", 0)
+        parts = n.args[0] if n.args else n.kwargs["tensors"]
+        dim = n.args[1] if len(n.args) > 1 else n.kwargs.get("dim", n.kwargs.get("axis", 0))
         if dim % result.dim() != 1 or any(part not in self._terms for part in parts):
             self._refuse(n, "want values that depend on the input, side by side as channels (dim=1)")
         widths = [self._channels(part) for part in parts]
@@ -254,11 +304,19 @@ class Walk(fx.Interpreter):
         """Return the position map of an operation on positions and its weights (T,), from its result for each position alone."""
         if n not in self._resampled:
             z = self._input(n)
+            if z.dim() < 3:
+                self._refuse(n, f"got the dimensions {tuple(z.shape)}, want (n, channels, ...) with positions")
             positions = z.shape[2:].numel()
             each = torch.eye(positions, dtype=torch.float64, device=z.device).view(positions, 1, *z.shape[2:])
-            if bool(operation(torch.zeros_like(each[:1])).any()):
+            try:
+                constant, matrix = operation(torch.zeros_like(each[:1])), operation(each)
+            except RuntimeError as error:  # more dimensions than the positions have
+                self._refuse(n, f"it is not an operation on positions alone: {error}")
+            if bool(constant.any()):
                 self._refuse(n, "it adds a constant")
-            matrix = operation(each).reshape(positions, -1)
+            if matrix.shape[:2] != (positions, 1):
+                self._refuse(n, "it is not an operation on positions alone")
+            matrix = matrix.reshape(positions, -1)
             inputs, outputs = matrix.nonzero().unbind(1)
             self._resampled[n] = PositionMap(inputs, outputs), matrix[inputs, outputs]
         return self._resampled[n]
@@ -268,6 +326,15 @@ class Walk(fx.Interpreter):
         before, then = (term.position_map.outputs.unsqueeze(1) == position_map.inputs).nonzero().unbind(1)
         both = PositionMap(term.position_map.inputs[before], position_map.outputs[then])
         return replace(term, position_map=both, profile=term.profile[before] * factor[then])
+
+    def _expect(self, n: Node, result: Tensor, want: Tensor) -> None:
+        """Refuse an operation whose result is not that of its position map, (1, channels, positions) for the first sample."""
+        got = result[:1].reshape(*result[:1].shape[:2], -1)
+        tolerance = torch.finfo(result.dtype).eps ** 0.5
+        if got.shape != want.shape or not torch.allclose(
+            got.double(), want.double(), rtol=tolerance, atol=tolerance * float(want.abs().amax()), equal_nan=True
+        ):
+            self._refuse(n, "it is not an operation on positions alone, the same for all channels")
 
     # About the current node
 
