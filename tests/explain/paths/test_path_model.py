@@ -252,7 +252,10 @@ def test_terms_of_different_magnitude():
     model, x = Shortcut(60).to(FP64).eval(), torch.rand(3, 6, dtype=FP64)
     for layer in model.layers:  # the first three units are on, the others off
         layer.weight.data.abs_()[3:].neg_()
-    deep = npk_from_gates(record(model, x), x)
+    gates = record(model, x)
+    with pytest.raises(ValueError, match="'output' is not an affine function of layer"):
+        npk_from_gates(gates, x)
+    deep = npk_from_gates([gates.gates(site) for site in gates.sites], x)
     assert 0 < float(deep.abs().amax()) < 2**-40
     want = deep + (2 * x @ x.T + 6) / 6
     torch.testing.assert_close(npk(model, x), want, rtol=1e-12, atol=0)
