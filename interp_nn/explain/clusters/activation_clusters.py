@@ -12,7 +12,6 @@ from copy import copy
 from functools import cached_property
 from typing import Any, Literal, get_args
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -27,7 +26,7 @@ from interp_nn.explain.clusters.merging import (
 )
 from interp_nn.explain.clusters.piecewise_affine import PiecewiseAffine, Unseen, apply_maps
 from interp_nn.explain.clusters.tree import ClusterTree, cluster_tree
-from interp_nn.explain.estimator import Estimator, NotFittedError
+from interp_nn.explain.estimator import Estimator, check_network, in_parameters_dtype, not_fitted, to_tensor
 from interp_nn.explain.following.gate_record import record, supported_ops
 from interp_nn.explain.linear.affine_map import AffineMap, linearize
 from interp_nn.explain.linear.regions import Region, region
@@ -64,6 +63,8 @@ class ActivationClusters(PiecewiseAffine, Estimator):
         first_: Index of each cluster's first sample, (clusters,) int64.
         margin_: Smallest |preactivation| of each sample over all units, (n,).
         sites_: The gates that make the pattern, in call order.
+        n_features_in_: Number of entries of a sample.
+        feature_names_in_: Names of the columns, where `fit` got a data frame. Other frames must have the same ones in this order.
 
     Example:
         >>> network = nn.Sequential(nn.Linear(1, 1), nn.ReLU())
@@ -79,6 +80,7 @@ class ActivationClusters(PiecewiseAffine, Estimator):
     first_: Tensor
     margin_: Tensor
     sites_: tuple[GateSite, ...]
+    _kind, _fitted = "clusterer", "labels_"
 
     def __init__(self, model: nn.Module, *, min_size: int = 1, chunk_size: int = 1024) -> None:
         self.model, self.min_size, self.chunk_size = model, min_size, chunk_size
@@ -87,8 +89,8 @@ class ActivationClusters(PiecewiseAffine, Estimator):
         """Find the clusters of samples.
 
         Args:
-            x: Samples (n, *input), a tensor or anything that numpy converts to an array. They are converted to the dtype and
-                device of the model's parameters.
+            x: Samples (n, *input): a tensor, a data frame of numbers, or anything that numpy converts to an array. They are
+                converted to the dtype and device of the model's parameters.
             y: Observed response (n,), with which `table` compares the maps. Integers are classes for a model of several
                 outputs.
 
@@ -98,11 +100,12 @@ class ActivationClusters(PiecewiseAffine, Estimator):
         Raises:
             ValueError: No samples, values that are not finite, a model without gates, a y of another length, or a `min_size`
                 that leaves no cluster.
-            TypeError: A model that does not return one tensor.
+            TypeError: A model that is no `nn.Module` or does not return one tensor, or sparse samples or samples that are no numbers.
         """
+        check_network(self.model, "model")
         if self.min_size < 1:
             raise ValueError(f"min_size: got {self.min_size}, want at least 1")
-        x = self._samples(x)
+        x = self._samples(x, reset=True)
         patterns, outputs, margin, sites = self._record(x)
         self._warn_of_secants(x[:1])
         response = None if y is None else self._response(y, x)
@@ -122,6 +125,10 @@ class ActivationClusters(PiecewiseAffine, Estimator):
         for lazy in ("affine_", "rank_"):
             vars(self).pop(lazy, None)
         return self
+
+    def fit_predict(self, x: object, y: object = None) -> Tensor:
+        """Find the clusters as `fit` does, and return the cluster of each sample, (n,) int64, or -1."""
+        return self.fit(x, y).labels_
 
     @cached_property
     def affine_(self) -> AffineMap:
@@ -192,7 +199,7 @@ class ActivationClusters(PiecewiseAffine, Estimator):
     def __getattr__(self, name: str) -> Any:
         # Python calls this only for attributes that it did not find.
         if name.endswith("_") and not name.startswith("_") and "labels_" not in vars(self):
-            raise NotFittedError(f"{type(self).__name__}: {name} is known only after fit; call fit(x) first")
+            raise not_fitted(f"{type(self).__name__}: {name} is known only after fit; call fit(x) first")
         raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
 
     def __repr__(self) -> str:
@@ -201,19 +208,9 @@ class ActivationClusters(PiecewiseAffine, Estimator):
         )
         return f"{type(self).__name__}({fitted})"
 
-    def _samples(self, values: object) -> Tensor:
+    def _samples(self, values: object, *, reset: bool) -> Tensor:
         """Return samples in the dtype and on the device of the model's parameters."""
-        like = next((p for p in self.model.parameters() if p.is_floating_point()), None)
-        x = _tensor(values)
-        x = x.to(torch.get_default_dtype()) if like is None else x.to(like.device, like.dtype)
-        if x.dim() < 2 or not len(x):
-            raise ValueError(f"x: got shape {tuple(x.shape)}, want (n, ...) with n > 0")
-        finite = x.isfinite().flatten(1).all(1)
-        if not bool(finite.all()):
-            raise ValueError(
-                f"x: {int((~finite).sum())} of its samples have values that are not finite, want finite samples"
-            )
-        return x
+        return in_parameters_dtype(self._validated(values, reset=reset), self.model)
 
     def _warn_of_secants(self, x: Tensor) -> None:
         report = supported_ops(self.model, x)
@@ -249,7 +246,7 @@ class ActivationClusters(PiecewiseAffine, Estimator):
         return ActivationPatterns(torch.cat(packed), width), torch.cat(outputs), torch.cat(margins), sites
 
     def _response(self, y: object, x: Tensor) -> Tensor:
-        response = _tensor(y)
+        response = to_tensor(y, "y")
         if response.shape != x.shape[:1]:
             raise ValueError(f"y: got shape {tuple(response.shape)}, want ({len(x)},)")
         return response.to(x.device)
@@ -257,7 +254,7 @@ class ActivationClusters(PiecewiseAffine, Estimator):
     def _assign(self, x: object, unseen: Unseen) -> tuple[Tensor, Tensor, Tensor]:
         if unseen not in ("flag", "nearest"):
             raise ValueError(f"unseen: got {unseen!r}, want flag or nearest")
-        known, x = self.patterns_, self._samples(x)
+        known, x = self.patterns_, self._samples(x, reset=False)
         if x.shape[1:] != self.inputs_.shape[1:]:
             raise ValueError(f"x: got shape {tuple(x.shape)}, want (n, {', '.join(map(str, self.inputs_.shape[1:]))})")
         patterns, outputs, _, _ = self._record(x)
@@ -302,10 +299,6 @@ class ActivationClusters(PiecewiseAffine, Estimator):
             shape = tuple(self.counts_.shape)
             raise ValueError(f"by: got {groups.dtype} of shape {tuple(groups.shape)}, want integers of shape {shape}")
         return groups.to(self.counts_.device)
-
-
-def _tensor(values: object) -> Tensor:
-    return values.detach() if isinstance(values, Tensor) else torch.from_numpy(np.array(values))
 
 
 class MergedClusters(PiecewiseAffine):

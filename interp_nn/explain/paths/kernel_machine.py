@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import sys
+import warnings
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from interp_nn.explain.estimator import Estimator, NotFittedError
+from interp_nn.explain.estimator import Estimator, check_network, in_parameters_dtype, to_array, to_tensor
 from interp_nn.explain.paths.path_kernel import npk
 
 
@@ -16,8 +18,10 @@ class NPKMachine(Estimator):
     """Kernel ridge regression with the neural path kernel of a network, as a scikit-learn estimator.
 
     f(x) = sum_i a_i H(x, x_i) + the mean of the targets. The machine shows how well the network could learn with its gates fixed.
-    The dtype of the targets selects the task. Floating-point targets (n,) or (n, k) mean regression. Other targets (n,) are
-    classes; each class is regressed against the rest. The linear system is solved in float64.
+    The dtype of the targets selects the task. Floating-point targets (n,) or (n, k) mean regression. Other targets (n,), integers
+    or strings, are classes; each class is regressed against the rest. The linear system is solved in float64.
+
+    scikit-learn sees a classifier until a fit to floating-point targets has made it a regressor.
 
     Args:
         network: The network whose gates make the kernel, as `npk` takes it. None: the methods take kernels of any kind instead of
@@ -31,6 +35,8 @@ class NPKMachine(Estimator):
         dual_coef_: The coefficients a, (n,) or (n, targets), float64.
         intercept_: The means of the targets, () or (targets,), float64.
         x_fit_: The training samples; None without a network.
+        n_features_in_: Number of entries of a sample, or of training samples where the machine has no network.
+        feature_names_in_: Names of the columns, where `fit` got a data frame. Other frames must have the same ones in this order.
 
     Example:
         >>> x, labels = torch.tensor([[-2.0], [-1.0], [1.0], [2.0]]), ["no", "no", "yes", "yes"]
@@ -46,6 +52,7 @@ class NPKMachine(Estimator):
     dual_coef_: Tensor
     intercept_: Tensor
     x_fit_: Tensor | None
+    _fitted = "dual_coef_"
 
     def __init__(
         self,
@@ -61,21 +68,25 @@ class NPKMachine(Estimator):
         """Solve (K + ridge mean(diag K) I) a = y - mean(y) for the coefficients a.
 
         Args:
-            x: Samples (n, ...), or the kernel K (n, n) where the machine has no network.
-            y: Targets (n,) or (n, k).
+            x: Samples (n, ...), or the kernel K (n, n) where the machine has no network. Tensors, arrays and data frames.
+            y: Targets (n,) or (n, k); (n, 1) for classes is read as (n,).
 
         Returns:
             The machine itself.
 
         Raises:
-            ValueError: A negative ridge, a kernel that is not square or not finite, another number of targets, targets that are
+            TypeError: A network that is no `nn.Module`, or sparse samples or samples that are no numbers.
+            ValueError: No y, a negative ridge, a kernel that is not square or not finite, another number of targets, targets that are
                 not finite, a single class, or a system that is not positive definite.
         """
         if not self.ridge >= 0:
             raise ValueError(f"ridge: got {self.ridge}, want at least 0")
-        kernel = self.kernel(x).double()
+        if y is None:
+            raise ValueError("y: got None; NPKMachine requires y to be passed, but the target y is None")
+        samples = self._samples(x, reset=True)
+        kernel = self._kernel(samples, None).double()
         n = len(kernel)
-        if kernel.shape != (n, n) or not n:
+        if kernel.shape != (n, n):
             raise ValueError(f"x: got a kernel of shape {tuple(kernel.shape)}, want (n, n) with n > 0")
         classes, targets = _targets(y, n)
         targets = targets.to(kernel.device)
@@ -89,7 +100,7 @@ class NPKMachine(Estimator):
             )
         self.classes_, self.intercept_ = classes, intercept
         self.dual_coef_ = torch.cholesky_solve((targets - intercept).reshape(n, -1), factor).reshape(targets.shape)
-        self.x_fit_ = None if self.network is None else self._samples(x)
+        self.x_fit_ = None if self.network is None else samples
         return self
 
     def kernel(self, x: object, other_x: object = None) -> Tensor:
@@ -105,13 +116,14 @@ class NPKMachine(Estimator):
         Raises:
             ValueError: The kernel has another shape or is not finite.
         """
-        if self.network is None:
-            kernel = _tensor(x)
-            if kernel.dim() != 2:
-                raise ValueError(f"x: got shape {tuple(kernel.shape)}, want a kernel (n, m), as there is no network")
-        else:
-            right = None if other_x is None else self._samples(other_x)
-            kernel = npk(self.network, self._samples(x), right, chunk_size=self.chunk_size, dtype=self.dtype)
+        return self._kernel(self._plain(x), None if other_x is None else self._plain(other_x))
+
+    def _kernel(self, x: Tensor, other_x: Tensor | None) -> Tensor:
+        kernel = x
+        if self.network is not None:
+            kernel = npk(self.network, x, other_x, chunk_size=self.chunk_size, dtype=self.dtype)
+        elif x.dim() != 2:
+            raise ValueError(f"x: got shape {tuple(x.shape)}, want a kernel (n, m), as there is no network")
         if not bool(kernel.isfinite().all()):
             raise ValueError(f"x: its kernel has {int((~kernel.isfinite()).sum())} entries that are not finite")
         return kernel
@@ -129,9 +141,8 @@ class NPKMachine(Estimator):
             NotFittedError: `fit` was not called.
             ValueError: A kernel of another shape, or one that is not finite.
         """
-        if "dual_coef_" not in vars(self):
-            raise NotFittedError("NPKMachine: not fitted yet; call fit(x, y) first")
-        kernel = self.kernel(x, self.x_fit_).double()
+        self._want_fitted()
+        kernel = self._kernel(self._samples(x, reset=False), self.x_fit_).double()
         if kernel.shape[1] != len(self.dual_coef_):
             raise ValueError(
                 f"x: got a kernel of shape {tuple(kernel.shape)}, want (n, {len(self.dual_coef_)}), to the training samples"
@@ -170,30 +181,43 @@ class NPKMachine(Estimator):
             ValueError: Targets of another shape.
         """
         predicted = self.predict(x)
-        truth = _array(y)
+        truth = to_array(y, "y")
+        if truth.ndim == 2 and truth.shape[1] == 1 and predicted.ndim == 1:
+            truth = truth[:, 0]
         if truth.shape != predicted.shape:
             raise ValueError(f"y: got shape {truth.shape}, want {predicted.shape}")
         if self.classes_ is not None:
             return float((predicted == truth).mean())
+        truth = truth.astype(np.float64)
         residual, spread = ((truth - predicted) ** 2).sum(0), ((truth - truth.mean(0)) ** 2).sum(0)
-        return float(np.mean(1 - residual / spread))
+        constant = np.where(residual > 0, 0.0, 1.0)  # as scikit-learn has it where the targets do not vary
+        return float(np.mean(np.where(spread > 0, 1 - residual / np.where(spread > 0, spread, 1), constant)))
+
+    @property
+    def _kind(self) -> Any:  # type: ignore[override]
+        return "regressor" if vars(self).get("classes_", self) is None else "classifier"
 
     def __sklearn_tags__(self) -> Any:
-        """Return the tags that scikit-learn 1.6 and later reads; as a classifier, the machine gets stratified folds."""
-        from sklearn.utils import ClassifierTags, InputTags, Tags, TargetTags
+        """Return the tags that scikit-learn 1.6 and later reads."""
+        tags = super().__sklearn_tags__()
+        tags.target_tags.multi_output = self._kind == "regressor"
+        tags.input_tags.pairwise = self.network is None
+        return tags
 
-        return Tags(
-            estimator_type="classifier",
-            target_tags=TargetTags(required=True, multi_output=True),
-            classifier_tags=ClassifierTags(),
-            input_tags=InputTags(pairwise=self.network is None),
-        )
+    def _samples(self, x: object, *, reset: bool) -> Tensor:
+        """Return samples on the device and in the dtype of the network, or a kernel where it is none."""
+        if self.network is not None:
+            return self._plain(self._validated(x, reset=reset))
+        kernel = self._plain(x)
+        if reset:
+            self.n_features_in_ = kernel.shape[-1] if kernel.dim() else 0
+        return kernel
 
-    def _samples(self, x: object) -> Tensor:
-        """Return samples on the device and in the dtype of the network."""
-        like = None if self.network is None else next(self.network.parameters(), None)
-        samples = _tensor(x)
-        return samples.to(torch.get_default_dtype()) if like is None else samples.to(like.device, like.dtype)
+    def _plain(self, x: object) -> Tensor:
+        if self.network is not None:
+            return in_parameters_dtype(to_tensor(x, "x"), check_network(self.network, "network"))
+        kernel = to_tensor(x, "x")
+        return kernel if kernel.is_floating_point() else kernel.to(torch.get_default_dtype())
 
 
 def kernel_alignment(kernel: Tensor, target: Tensor, *, centered: bool = True) -> float:
@@ -244,28 +268,27 @@ def kernel_alignment(kernel: Tensor, target: Tensor, *, centered: bool = True) -
 
 def _targets(y: object, n: int) -> tuple[np.ndarray | None, Tensor]:
     """Return the classes (None for regression) and the targets (n,) or (n, targets) in float64."""
-    values = _array(y)
-    if len(values) != n or values.ndim not in (1, 2):
+    values = to_array(y, "y")
+    if values.ndim not in (1, 2) or len(values) != n:
         raise ValueError(f"y: got shape {values.shape}, want ({n},) or ({n}, k)")
     if values.dtype.kind == "f":
         if not np.isfinite(values).all():
-            raise ValueError("y: has values that are not finite")
+            raise ValueError("y: has values that are not finite (NaN or inf)")
         return None, torch.from_numpy(values.astype(np.float64))
+    if values.ndim == 2 and values.shape[1] == 1:
+        peer = sys.modules.get("sklearn.exceptions")
+        warnings.warn(
+            f"A column-vector y was passed when a 1d array was expected: y has shape {values.shape}, want ({n},)",
+            UserWarning if peer is None else peer.DataConversionWarning,
+            stacklevel=3,
+        )
+        values = values[:, 0]
     if values.ndim != 1:
         raise ValueError(f"y: got {values.dtype} of shape {values.shape}, want classes of shape ({n},)")
-    classes, which = np.unique(values, return_inverse=True)
+    try:
+        classes, which = np.unique(values, return_inverse=True)
+    except TypeError as error:
+        raise TypeError(f"y: its labels cannot be sorted: {error}; want labels of one type") from error
     if len(classes) < 2:
-        raise ValueError(f"y: got only the class {classes[0]!r}, want at least two")
+        raise ValueError(f"y: got only 1 class, {classes[0]!r}, want at least two")
     return classes, torch.nn.functional.one_hot(torch.from_numpy(which), len(classes)).double()
-
-
-def _array(y: object) -> np.ndarray:
-    """Return y as a numpy array; floating-point tensors as float64, since numpy has no bfloat16."""
-    if isinstance(y, Tensor):
-        y = y.detach().cpu()
-        y = y.double() if y.is_floating_point() else y
-    return np.asarray(y)
-
-
-def _tensor(values: Any) -> Tensor:
-    return values.detach() if isinstance(values, Tensor) else torch.from_numpy(np.array(values))

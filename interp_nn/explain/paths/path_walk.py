@@ -212,6 +212,8 @@ class Walk(fx.Interpreter):
 
     def _resampled_by(self, n: Node, result: Tensor) -> list[Term]:
         """Follow an operation on positions that is linear and the same for all channels and samples."""
+        if self._input(n).dim() < 3:
+            return self._other(n, result, [first(n)])
         known = n in self._resampled
         position_map, weights = self._resampling(n, lambda z: self._applied(n, z))
         if not known:
@@ -234,6 +236,8 @@ class Walk(fx.Interpreter):
     def _on_max_pool(self, n: Node, result: Tensor) -> list[Term]:
         if not isinstance(result, Tensor):
             self._refuse(n, "it returns indices too")
+        if self._input(n).dim() < 3:
+            return self._other(n, result, [first(n)])
         if n.op == "call_module":
             pool = copy.copy(self.fetch_attr(str(n.target)))
             pool.return_indices = True
@@ -304,8 +308,6 @@ class Walk(fx.Interpreter):
         """Return the position map of an operation on positions and its weights (T,), from its result for each position alone."""
         if n not in self._resampled:
             z = self._input(n)
-            if z.dim() < 3:
-                self._refuse(n, f"got the dimensions {tuple(z.shape)}, want (n, channels, ...) with positions")
             positions = z.shape[2:].numel()
             each = torch.eye(positions, dtype=torch.float64, device=z.device).view(positions, 1, *z.shape[2:])
             try:

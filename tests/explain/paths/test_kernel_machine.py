@@ -107,7 +107,7 @@ def test_bad_input():
         NPKMachine().fit(torch.ones(6), y)
     with pytest.raises(ValueError, match=r"y: got shape \(5,\), want \(6,\)"):
         NPKMachine().fit(kernel, y[:5])
-    with pytest.raises(ValueError, match="y: got only the class"):
+    with pytest.raises(ValueError, match="y: got only 1 class"):
         NPKMachine().fit(kernel, [1] * 6)
     with pytest.raises(ValueError, match="y: has values that are not finite"):
         NPKMachine().fit(kernel, [torch.nan] * 6)
