@@ -107,8 +107,8 @@ class Estimator:
             raise ValueError(f"x: got shape {tuple(samples.shape)}, want (n, ...) with n > 0")
         if not features:
             raise ValueError(f"x: 0 feature(s) (shape={tuple(samples.shape)}) while a minimum of 1 is required.")
-        finite = samples.isfinite().flatten(1).all(1)
-        if not bool(finite.all()):
+        if not all_finite(samples):
+            finite = samples.isfinite().flatten(1).all(1)
             raise ValueError(
                 f"x: {int((~finite).sum())} of its samples have values that are not finite (NaN or inf), want finite samples"
             )
@@ -124,7 +124,9 @@ class Estimator:
     def _match(self, shape: torch.Size, names: np.ndarray | None) -> None:
         name, known = type(self).__name__, vars(self).get("feature_names_in_")
         if known is not None and names is None:
-            warnings.warn(f"X does not have valid feature names, but {name} was fitted with feature names", stacklevel=4)
+            warnings.warn(
+                f"X does not have valid feature names, but {name} was fitted with feature names", stacklevel=4
+            )
         elif known is None and names is not None:
             warnings.warn(f"X has feature names, but {name} was fitted without feature names", stacklevel=4)
         elif known is not None and names is not None and not np.array_equal(known, names):
@@ -137,9 +139,25 @@ class Estimator:
             )
         if shape[1:].numel() != self.n_features_in_:
             raise ValueError(
-                f"x: got shape {tuple(shape)}, want (n, {self.n_features_in_}): X has {shape[1:].numel()} features, but {name} is "
-                f"expecting {self.n_features_in_} features as input"
+                f"x: got shape {tuple(shape)}, want (n, {self.n_features_in_}): X has {shape[1:].numel()} features, but "
+                f"{name} is expecting {self.n_features_in_} features as input"
             )
+
+
+class Transformer(Estimator):
+    """An estimator with `transform`, which returns a tensor for a tensor, and a numpy array for data of any other kind."""
+
+    _kind = "transformer"
+
+    def fit_transform(self, x: Any, y: object = None) -> Any:
+        """Fit to samples, and return their transform."""
+        return self.fit(x, y).transform(x)  # type: ignore[attr-defined]
+
+
+def as_given(result: Tensor, x: object) -> Tensor | np.ndarray:
+    """Return the result as a tensor where x is one, or holds tensors, else as a numpy array."""
+    given = x[0] if isinstance(x, (list, tuple)) and x else x
+    return result if isinstance(given, Tensor) else result.cpu().numpy()
 
 
 def _listed(names: list[str]) -> str:
@@ -155,6 +173,11 @@ def feature_names(x: object) -> np.ndarray | None:
     return np.array(names, dtype=object) if names and all(isinstance(name, str) for name in names) else None
 
 
+def all_finite(x: Tensor) -> bool:
+    """Return True if all entries are finite. A sum that is finite proves it in one pass; one that is not may have overflowed."""
+    return bool(x.sum().isfinite()) or bool(x.isfinite().all())
+
+
 def to_tensor(values: object, name: str) -> Tensor:
     """Return numbers as a tensor without a gradient, of a real dtype that is floating-point unless the numbers are whole.
 
@@ -164,7 +187,9 @@ def to_tensor(values: object, name: str) -> Tensor:
         values = torch.stack(list(values))
     if isinstance(values, Tensor):
         if values.layout != torch.strided:
-            raise TypeError(f"{name}: got a sparse tensor; sparse data is not supported; want a dense one, as .to_dense() makes")
+            raise TypeError(
+                f"{name}: got a sparse tensor; sparse data is not supported; want a dense one, as .to_dense() makes"
+            )
         if values.is_complex():
             raise ValueError(f"{name}: Complex data not supported: got {values.dtype}, want real numbers")
         return values.detach()
@@ -207,7 +232,9 @@ def to_array(values: object, name: str) -> np.ndarray:
 
 
 def _missing(value: Any) -> bool:
-    return value is None or type(value).__name__ in ("NAType", "NaTType") or (isinstance(value, float) and value != value)
+    return (
+        value is None or type(value).__name__ in ("NAType", "NaTType") or (isinstance(value, float) and value != value)
+    )
 
 
 def _from_frame(frame: Any, name: str) -> np.ndarray:

@@ -68,13 +68,14 @@ def brockett_min(A: Tensor, B: Tensor) -> BrockettExtreme:
     return BrockettExtreme(a.vectors @ b.vectors.flip(1).mT, float(a.values @ b.values.flip(0)))
 
 
-def smoothness(P: Tensor, x: Tensor, operator: OperatorLike) -> Tensor:
-    """Compute |D P x|², which is small if the rows of P x change little from each to the next.
+def smoothness(P: Tensor, x: Tensor, operator: OperatorLike, *, features_first: bool = False) -> Tensor:
+    """Compute |D P xᵀ|², which is small if the rows of P xᵀ change little from each to the next.
 
     Args:
         P: Matrix of shape (n, n).
-        x: Features of shape (n, samples), in P's dtype.
+        x: Samples (samples, n) of n features, in P's dtype.
         operator: D, as in `Descrambler`.
+        features_first: x is (n, samples).
 
     Returns:
         A scalar tensor, differentiable in P and x.
@@ -84,13 +85,13 @@ def smoothness(P: Tensor, x: Tensor, operator: OperatorLike) -> Tensor:
         ValueError: An operator that is not known, or for another number of features.
 
     Example:
-        >>> x = torch.tensor([[0.0, 0.0], [1.0, 2.0], [3.0, 2.0]])
+        >>> x = torch.tensor([[0.0, 1.0, 3.0], [0.0, 2.0, 2.0]])
         >>> smoothness(torch.eye(3), x, "diff1")  # 1 + 4 + 4 + 0
         tensor(9.)
 
     Source: Sule, Spencer & Czaja, arXiv 2301.07820.
     """
-    h = P @ x
+    h = P @ (x if features_first else x.mT)
     return operator_on(operator, len(h)).apply(h).square().sum()
 
 

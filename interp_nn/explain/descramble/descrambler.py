@@ -5,7 +5,7 @@ descent, so that P H varies slowly from each row to the next, and then look at P
 that |D P H|² is Brockett's function, whose minimum is known. The principal components of H become the modes of D. The component
 with the most energy becomes the mode with the lowest cost.
 
-Such a P exists for any data and any network, and P H always looks smooth. So compare with `nulls_` before you interpret P W.
+Such a P exists for any data and any network, and P H always looks smooth. So read `nulls_` before you interpret P W.
 """
 
 from __future__ import annotations
@@ -23,7 +23,16 @@ from interp_nn.explain.descramble.brockett import OperatorLike, operator_on
 from interp_nn.explain.descramble.derivatives import DerivativeOperator
 from interp_nn.explain.descramble.diagonal import DiagonalCriterion, asymmetry, in_units_of_norm, most_diagonal
 from interp_nn.explain.descramble.moments import Samples, shuffled
-from interp_nn.explain.descramble.optimum import Ambiguity, Group, Optimum, Spectrum, chance, loss, smoothest
+from interp_nn.explain.descramble.optimum import (
+    Ambiguity,
+    Group,
+    Optimum,
+    Spectrum,
+    chance,
+    loss,
+    smallest_loss,
+    smoothest,
+)
 from interp_nn.explain.descramble.rewiring import (
     DescrambledWeights,
     rewire_,
@@ -32,8 +41,7 @@ from interp_nn.explain.descramble.rewiring import (
     scaled_columns,
     weight_of,
 )
-from interp_nn.explain.descramble.seriation import check_data
-from interp_nn.explain.estimator import Estimator, NotFittedError
+from interp_nn.explain.estimator import Transformer, as_given, not_fitted, to_tensor
 from interp_nn.explain.following.layer_values import (
     Tap,
     Wiring,
@@ -44,44 +52,57 @@ from interp_nn.explain.following.layer_values import (
     wiring,
 )
 from interp_nn.explain.following.replay import check_model
-from interp_nn.linalg import GramAccumulator
+from interp_nn.linalg import GramAccumulator, check_real
 
 Criterion = Literal["smooth", "diag_sum", "diag_normsq"]
+_ROUNDING = 1e-9  # relative difference of losses that counts as none
 _PROBE = 64  # samples that show which layer comes next, and later if the model's outputs have changed
 
 
 class Nulls(NamedTuple):
     """The loss on the data and on data with less structure, divided by the mean loss over random P, so that 1 is chance.
 
-    If `fitted` is below `shuffled`, the data have structure. If `held_out` is as low as `fitted`, other samples have it too. If
-    `random_net` is as low, the structure comes from the inputs or the architecture, not from training. A value is NaN where it
-    does not apply. For the diagonal criteria, more is better: the values are minus the loss, divided by the largest value that a
-    matrix with the same norm can reach.
+    The null hypothesis: the features are independent of each other. Shuffling each feature by itself over the samples then
+    changes nothing, so that the data are as likely as any shuffle of them to have the smallest loss. `p` is the share of the data
+    and its shuffles whose loss is at most that of the data: p = (1 + number of shuffles with a loss <= fitted) / (shuffles + 1).
+    It is uniform under the null, and small where the features are related.
+
+    If `held_out` is as low as `fitted`, other samples have the same structure. If `random_net` is as low, the structure comes
+    from the inputs or the architecture, not from training. A value is NaN where it does not apply. For the diagonal criteria,
+    more is better: the values are minus the loss, divided by the largest value that a matrix with the same norm can reach. `p`
+    then counts the shuffles that reach as much.
 
     Attributes:
         fitted: Of the data.
-        shuffled: Of the data with each feature shuffled by itself, with the P that is optimal for the shuffled data.
+        shuffled: Mean over the shuffles, each with the P that is optimal for it.
         held_out: Of every other sample, with the P that is optimal for the rest.
         random_net: Of the same layer with weights as before training, with the P that is optimal there; after `fit_layer` only.
+        shuffled_std: Standard deviation over the shuffles.
+        p: The p-value of the null hypothesis.
+        shuffles: Number of shuffles.
 
     Example:
-        >>> x = torch.arange(8.0).unsqueeze(1) * torch.linspace(1, 2, 50) + torch.eye(8, 50)
+        >>> x = torch.arange(8.0) * torch.linspace(1, 2, 50).unsqueeze(1) + torch.eye(50, 8)
         >>> nulls = Descrambler(operator="diff1").fit(x).nulls_
-        >>> nulls.fitted < nulls.shuffled < 1
-        True
+        >>> nulls.fitted < nulls.shuffled < 1, nulls.p  # no one of 19 shuffles is as smooth
+        (True, 0.05)
     """
 
     fitted: float
     shuffled: float
     held_out: float
     random_net: float
+    shuffled_std: float = nan
+    p: float = nan
+    shuffles: int = 0
 
 
-class Descrambler(Estimator):
-    """Finds the orthogonal P (n, n) for which the rows of P x change least from each to the next, for features x (n, samples).
+class Descrambler(Transformer):
+    """Finds the orthogonal P (n, n) for which the rows of P H change least from each to the next, for n features.
 
-    Symbols, as in the papers: H the features x; D the operator; P the descrambler; W a weight; T and tau the operator's modes and
-    their costs; U and lambda the data's principal components and their energies. The optimum is P = T Uᵀ.
+    Symbols, as in the papers: H (n, samples) the features, which is xᵀ for samples x; D the operator; P the descrambler; W a
+    weight; T and tau the operator's modes and their costs; U and lambda the data's principal components and their energies. The
+    optimum is P = T Uᵀ.
 
     P depends on the operator as much as on the data. With "fourier2", the last feature is next to the first. Most operators give
     constants a cost of 0, so that the largest component, often the mean, becomes the constant mode; see `center`.
@@ -95,6 +116,7 @@ class Descrambler(Estimator):
             `seriate` finds exactly for few features).
         center: Subtract the mean of each feature first.
         canonical: Make the largest entry of each principal component positive, so that P does not depend on the solver's signs.
+        features_first: `fit`, `partial_fit` and `transform` take and return H (n, samples) instead of x (samples, n).
 
     Attributes:
         P_: The descrambler P, (n, n) float64.
@@ -103,13 +125,15 @@ class Descrambler(Estimator):
             for permutations is the one for orthogonal P.
         spectrum_: `Spectrum`, the costs of the modes and the energies of the components.
         ambiguity_: `Ambiguity`, the directions in which P is arbitrary.
-        nulls_: `Nulls`, the loss compared with data of less structure.
+        nulls_: `Nulls`, the loss compared with that of 19 shuffles, computed when it is read. `nulls` draws more.
         mean_: The means of the features, (n,) float64.
         layer_: After `fit_layer`, the name of the layer.
         following_: After `fit_layer`, the name of the next layer, or None.
+        n_features_in_: Number of features n.
+        feature_names_in_: Names of the columns, where `fit` got a data frame. Other frames must have the same ones in this order.
 
     Example:
-        >>> x = torch.tensor([[0.0, 0.0, 1.0], [0.0, 5.0, 0.0], [2.0, 0.0, 0.0]])
+        >>> x = torch.tensor([[0.0, 0.0, 2.0], [0.0, 5.0, 0.0], [1.0, 0.0, 0.0]])
         >>> found = Descrambler(operator="diff1").fit(x)
         >>> found.spectrum_.energies.round(decimals=6), round(found.loss_, 6)  # 0 * 25 + 1 * 4 + 3 * 1
         (tensor([25.,  4.,  1.], dtype=torch.float64), 7.0)
@@ -122,12 +146,12 @@ class Descrambler(Estimator):
     layer_: str
     following_: str | None
     _derivative: DerivativeOperator
-    _samples: Samples | None
-    _matrix: Tensor | None
-    _random_net: GramAccumulator | None
-    _wires: Wiring | None
-    _layers: tuple[nn.Module, nn.Module | None] | None
-    _probe: Tensor | None
+    _samples: Samples | None = None
+    _matrix: Tensor | None = None
+    _random_net: GramAccumulator | None = None
+    _wires: Wiring | None = None
+    _layers: tuple[nn.Module, nn.Module | None] | None = None
+    _probe: Tensor | None = None
 
     def __init__(
         self,
@@ -136,42 +160,45 @@ class Descrambler(Estimator):
         group: Group = "orthogonal",
         center: bool = False,
         canonical: bool = True,
+        *,
+        features_first: bool = False,
     ) -> None:
         self.criterion, self.operator, self.group = criterion, operator, group
-        self.center, self.canonical = center, canonical
-        self._reset()
+        self.center, self.canonical, self.features_first = center, canonical, features_first
 
-    def fit(self, x: Tensor, y: object = None) -> Descrambler:
+    def fit(self, x: object, y: object = None) -> Descrambler:
         """Find P, with one pass over the features and O(n³) operations. Warns if the rank is below n, so that P is not unique.
 
         Args:
-            x: Features of shape (n, samples), real floating-point, finite; for the diagonal criteria, a square matrix W (n, n).
+            x: Samples (samples, n) of n features, real, finite: a tensor, an array or a data frame of numbers. For the diagonal
+                criteria, a square matrix W (n, n), which `features_first` does not turn.
             y: Ignored; scikit-learn passes it.
 
         Returns:
             The descrambler itself.
 
         Raises:
-            TypeError: Complex or integer data, or an operator of another kind.
-            ValueError: Another shape, values that are not finite, or a parameter of the constructor that is not known.
+            TypeError: Sparse data, data that are no numbers, or an operator of another kind.
+            ValueError: Complex data, another shape, values that are not finite, or a parameter of the constructor that is not
+                known.
         """
         self._reset()
         if self._of_matrix():
-            check_data(x)
-            if x.shape[0] != x.shape[1]:
+            matrix = self._validated(x, reset=True)
+            if matrix.dim() != 2 or matrix.shape[0] != matrix.shape[1]:
                 raise ValueError(
-                    f"x: got shape {tuple(x.shape)}, want a square matrix for criterion={self.criterion!r}"
+                    f"x: got shape {tuple(matrix.shape)}, want a square matrix for criterion={self.criterion!r}"
                 )
-            self._matrix = x.detach().double().clone()
+            self._matrix = matrix.double().clone()
         else:
             self.partial_fit(x)
         return self._settled()
 
-    def partial_fit(self, x: Tensor, y: object = None) -> Descrambler:
+    def partial_fit(self, x: object, y: object = None) -> Descrambler:
         """Add samples to the ones seen so far. P is computed when a fitted attribute is read, in O(n² + n samples) memory.
 
         Args:
-            x: Features of shape (n, samples), real floating-point, finite.
+            x: Samples as in `fit`.
             y: Ignored; scikit-learn passes it.
 
         Returns:
@@ -182,13 +209,11 @@ class Descrambler(Estimator):
             ValueError: As in `fit`, another number of features than before, or a diagonal criterion.
         """
         self._want_samples("fit(W)")
-        check_data(x)
+        features = self._features(x, reset=self._samples is None)
         if self._samples is None:
-            self._derivative = operator_on(self.operator, len(x))
-            self._samples = Samples(len(x), x.device)
-        if len(x) != self._samples.features:
-            raise ValueError(f"x: got {len(x)} features, want {self._samples.features}, as before")
-        self._samples.update(x.unsqueeze(2))
+            self._derivative = operator_on(self.operator, len(features))
+            self._samples = Samples(len(features), features.device)
+        self._samples.update(features.unsqueeze(2))
         self._random_net = None  # the random network has not seen these samples
         self._forget()
         return self
@@ -235,7 +260,9 @@ class Descrambler(Estimator):
         samples, null = Samples(wires.features, first.device), GramAccumulator(wires.features, first.device)
         for x in chain([first], inputs):
             values = layer_values(model, wires, tap, x)
-            check_data(values.flatten(1))
+            check_real(f"data: the values of layer {layer!r}", values)
+            if not values.numel() or not bool(values.isfinite().all()):
+                raise ValueError(f"data: layer {layer!r} has no values, or some that are not finite; want finite ones")
             samples.update(values)
             null.update(layer_values(fresh, wires, tap, x).flatten(1))
         if joint:
@@ -246,7 +273,7 @@ class Descrambler(Estimator):
         self._wires, self._probe = wires, first[:_PROBE]
         following = None if wires.following is None else find_layer(model, wires.following)[1]
         self._layers = (find_layer(model, layer)[1], following)
-        self.layer_, self.following_ = wires.layer, wires.following
+        self.layer_, self.following_, self.n_features_in_ = wires.layer, wires.following, wires.features
         return self._settled()
 
     @property
@@ -281,39 +308,72 @@ class Descrambler(Estimator):
 
     @cached_property
     def nulls_(self) -> Nulls:
-        """The loss compared with data of less structure, computed at the first access."""
-        if self._matrix is not None:
-            criterion, W = cast(DiagonalCriterion, self.criterion), self._matrix
-            null = most_diagonal(shuffled(W), criterion, self.group).loss
-            fitted, least = (in_units_of_norm(value, W, criterion) for value in (self.loss_, null))
-            return Nulls(fitted, least, nan, nan)
-        samples = self._seen()
-        rest, held_out = (half.gram(self.center) for half in samples.halves)
-        return Nulls(
-            self._in_units_of_chance(samples.all.gram(self.center), self.P_),
-            self._in_units_of_chance(samples.shuffled.gram(self.center)),
-            self._in_units_of_chance(held_out, self._smoothest(rest).P),
-            nan if self._random_net is None else self._in_units_of_chance(self._random_net.gram(self.center)),
-        )
+        """The loss compared with data of less structure and 19 shuffles, computed at the first access."""
+        return self.nulls()
 
-    def transform(self, x: Tensor) -> Tensor:
-        """Compute P x, or P (x - mean) with `center`.
+    def nulls(self, shuffles: int = 19, seed: int = 0) -> Nulls:
+        """Compare the loss with that of shuffled data, of held-out samples and of a random network.
+
+        The shuffles take the samples that fit in 2^21 entries, or 4 for each feature where that is more. Where there are more
+        samples, `p` compares those with their shuffles.
 
         Args:
-            x: Features of shape (n, samples), real floating-point, finite.
+            shuffles: Number of shuffles R, at least 1. The smallest p is 1 / (R + 1).
+            seed: Seed of the shuffles. PyTorch's generators stay as they are.
 
         Returns:
-            Tensor of shape (n, samples), in the dtype of x.
+            `Nulls`.
 
         Raises:
             NotFittedError: No fit came before.
-            TypeError: Complex or integer data.
-            ValueError: Another shape, or values that are not finite.
+            ValueError: Fewer than one shuffle.
         """
-        check_data(x)
-        if len(x) != len(self.P_):
-            raise ValueError(f"x: got {len(x)} features, want {len(self.P_)}, as in fit")
-        return self.P_.to(x) @ (x - self.mean_.to(x).unsqueeze(1) if self.center else x)
+        if shuffles < 1:
+            raise ValueError(f"shuffles: got {shuffles}, want at least 1")
+        if self._matrix is not None:
+            criterion, W = cast(DiagonalCriterion, self.criterion), self._matrix
+            generator = torch.Generator(W.device).manual_seed(seed)
+            losses = [self.loss_]
+            losses += [most_diagonal(shuffled(W, generator), criterion, self.group).loss for _ in range(shuffles)]
+            fitted, *reached = (in_units_of_norm(value, W, criterion) for value in losses)
+            return Nulls(fitted, *_mean_and_rest(losses, reached))
+        samples = self._seen()
+        least = [
+            self._over_chance(smallest_loss(gram, self._derivative, self.group), gram)
+            for gram in samples.kept_and_shuffled(shuffles, seed, self.center)
+        ]
+        rest, held_out = (half.gram(self.center) for half in samples.halves)
+        gram = samples.all.gram(self.center)
+        random_net = None if self._random_net is None else self._random_net.gram(self.center)
+        return Nulls(
+            self._over_chance(loss(self.P_, gram, self._derivative), gram),
+            *_mean_and_rest(
+                least,
+                least[1:],
+                self._over_chance(loss(self._smoothest(rest).P, held_out, self._derivative), held_out),
+                nan if random_net is None else self._over_chance(self._smoothest(random_net).loss, random_net),
+            ),
+        )
+
+    def transform(self, x: Any) -> Any:
+        """Compute x Pᵀ, or (x - mean) Pᵀ with `center`; with `features_first`, P x.
+
+        Args:
+            x: Samples as in `fit`.
+
+        Returns:
+            The samples (samples, n) with mixed features, in the dtype of x; with `features_first`, (n, samples). A tensor for a
+            tensor, else a numpy array.
+
+        Raises:
+            NotFittedError: No fit came before.
+            TypeError: Sparse data, or data that are no numbers.
+            ValueError: Complex data, another shape, or values that are not finite.
+        """
+        P = self.P_
+        features = self._features(x, reset=False)
+        mixed = P.to(features) @ (features - self.mean_.to(features).unsqueeze(1) if self.center else features)
+        return as_given(mixed if self.features_first else mixed.mT, x)
 
     def weights(
         self, layer: nn.Module | Tensor | None = None, following: nn.Module | Tensor | None = None
@@ -383,7 +443,7 @@ class Descrambler(Estimator):
 
     def __repr__(self) -> str:
         given = f"Descrambler(criterion={self.criterion!r}, group={self.group!r}"
-        if self._samples is None and self._matrix is None:
+        if not self.__sklearn_is_fitted__():
             return f"{given}, not fitted)"
         known = self.ambiguity_
         return f"{given}, loss {self.loss_:.4g} of at least {self.lower_bound_:.4g}, rank {known.rank} of {known.features})"
@@ -418,15 +478,34 @@ class Descrambler(Estimator):
     def _smoothest(self, gram: Tensor, precision: float = 0.0) -> Optimum:
         return smoothest(gram, self._derivative, self.group, self.canonical, precision)
 
-    def _in_units_of_chance(self, gram: Tensor, P: Tensor | None = None) -> float:
-        """Return the loss of P (default: the smallest loss) divided by its mean over random P; NaN if the mean is zero."""
-        reached = self._smoothest(gram).loss if P is None else loss(P, gram, self._derivative)
+    def __sklearn_is_fitted__(self) -> bool:
+        return self._samples is not None or self._matrix is not None
+
+    def __sklearn_tags__(self) -> Any:
+        """Return the tags that scikit-learn 1.6 and later reads."""
+        tags = super().__sklearn_tags__()
+        tags.transformer_tags.preserves_dtype = ["float64", "float32"]
+        tags.input_tags.three_d_array = False
+        return tags
+
+    def _features(self, x: object, *, reset: bool) -> Tensor:
+        """Return samples as features (n, samples) of a floating-point dtype, checked as the base class has it."""
+        values = to_tensor(x, "x")
+        turn = self.features_first and values.dim() == 2
+        samples = self._validated(values.mT if turn else x, reset=reset)
+        if samples.dim() != 2:
+            want = "(features, samples)" if self.features_first else "(samples, features)"
+            raise ValueError(f"x: got shape {tuple(samples.shape)}, want {want} with at least one of each")
+        return (samples if samples.is_floating_point() else samples.double()).mT
+
+    def _over_chance(self, reached: float, gram: Tensor) -> float:
+        """Return a loss divided by its mean over random P; NaN if the mean is zero."""
         mean = chance(gram, self._derivative, self.group)
         return reached / mean if mean else nan
 
     def _seen(self) -> Samples:
         if self._samples is None:
-            raise NotFittedError("Descrambler: not fitted to samples yet; call fit(x) first")
+            raise not_fitted("Descrambler: not fitted to samples yet; call fit(x) first")
         return self._samples
 
     def _of_matrix(self) -> bool:
@@ -443,3 +522,15 @@ class Descrambler(Estimator):
     def _want_samples(self, instead: str) -> None:
         if self._of_matrix():
             raise ValueError(f"criterion: got {self.criterion!r}, which takes one square matrix; want {instead}")
+
+
+def _mean_and_rest(
+    losses: list[float], shuffled: list[float], held_out: float = nan, random_net: float = nan
+) -> tuple[float, float, float, float, float, int]:
+    """Return all of `Nulls` but its first entry, from losses (data first) and the shuffles' values in the units of `Nulls`."""
+    fitted, *null = losses
+    reached = sum(value <= fitted + _ROUNDING * abs(fitted) for value in null)
+    values = torch.tensor(shuffled, dtype=torch.float64)
+    spread = float(values.std()) if len(values) > 1 else nan
+    p = (1 + reached) / (len(null) + 1) if fitted == fitted else nan
+    return float(values.mean()), held_out, random_net, spread, p, len(null)

@@ -95,6 +95,13 @@ def smoothest(
     return Optimum(P, loss(P, gram, operator), float(costs @ energies), spectrum, ambiguity)
 
 
+def smallest_loss(gram: Tensor, operator: DerivativeOperator, group: Group) -> float:
+    """Compute the loss that `smoothest` reaches, without P where that is possible."""
+    if group == "permutation":
+        return seriate_gram(gram, operator).loss
+    return float(operator.eigenvalues.to(gram.device) @ torch.linalg.eigvalsh(gram).flip(0).clamp_min(0))
+
+
 def loss(P: Tensor, gram: Tensor, operator: DerivativeOperator) -> float:
     """Compute |D P H|² = tr(D P H Hᵀ Pᵀ Dᵀ), with a chunk of the columns of D P at a time."""
     turned, total = P @ gram, 0.0

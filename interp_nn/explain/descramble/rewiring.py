@@ -22,7 +22,7 @@ class DescrambledWeights(NamedTuple):
 
     Example:
         >>> from interp_nn.explain import Descrambler
-        >>> order = Descrambler(operator="diff1", group="permutation").fit(torch.tensor([[1.0], [9.0], [2.0]]))
+        >>> order = Descrambler(operator="diff1", group="permutation").fit(torch.tensor([[1.0, 9.0, 2.0]]))
         >>> order.weights(torch.tensor([[1.0], [9.0], [2.0]])).weight.flatten()
         tensor([1., 2., 9.], dtype=torch.float64)
     """

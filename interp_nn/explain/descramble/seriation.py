@@ -16,6 +16,7 @@ from torch import Tensor
 from interp_nn import linalg
 from interp_nn.explain.descramble.brockett import OperatorLike, operator_on
 from interp_nn.explain.descramble.derivatives import DerivativeOperator
+from interp_nn.explain.estimator import all_finite, to_tensor
 
 _MAX_BY_PATHS, _MAX_BY_TRIAL = 15, 9  # the largest numbers of features that are solved exactly
 _CHUNK_ORDERS = 1 << 16  # orders that are tried at a time
@@ -29,13 +30,13 @@ class Seriation(NamedTuple):
     """An order of features, the result of `seriate`.
 
     Attributes:
-        order: The feature at each place, (n,) int64, so that x[order] is smooth.
-        loss: |D x[order]|².
+        order: The feature at each place, (n,) int64, so that x[:, order] is smooth.
+        loss: |D x[:, order]ᵀ|².
         lower_bound: A bound that no order is below, from orthogonal matrices in place of permutations.
         exact: True if no order has a lower loss.
 
     Example:
-        >>> found = seriate(torch.tensor([[0.0], [5.0], [1.0]]))
+        >>> found = seriate(torch.tensor([[0.0, 5.0, 1.0]]))
         >>> found.order.tolist(), found.loss, found.exact
         ([0, 2, 1], 17.0, True)
     """
@@ -46,32 +47,34 @@ class Seriation(NamedTuple):
     exact: bool
 
 
-def seriate(x: Tensor, operator: OperatorLike = "diff1") -> Seriation:
-    """Find the order of features that minimises |D x[order]|², in float64.
+def seriate(x: object, operator: OperatorLike = "diff1", *, features_first: bool = False) -> Seriation:
+    """Find the order of features that minimises |D x[:, order]ᵀ|², in float64.
 
     With "diff1" and "diff1_periodic" the result is exact for up to 15 features, in O(2ⁿ n²) (Held & Karp 1962). With other
     operators it is exact for up to 9 features, by trying all n! orders. Beyond, it is a local minimum, in O(n²) memory.
 
     Args:
-        x: Features of shape (n, samples), real floating-point, finite.
+        x: Samples (samples, n) of n features, real, finite: a tensor, an array or a data frame of numbers.
         operator: D, as in `Descrambler`.
+        features_first: x is (n, samples).
 
     Returns:
         `Seriation` with the order on x's device.
 
     Raises:
-        TypeError: Complex or integer data, or an operator of another kind.
-        ValueError: Another shape, values that are not finite, or an operator that is not known.
+        TypeError: Sparse data, data that are no numbers, or an operator of another kind.
+        ValueError: Complex data, another shape, values that are not finite, or an operator that is not known.
 
     Example:
-        >>> seriate(torch.tensor([[3.0, 3.0], [1.0, 1.0], [4.0, 4.0], [2.0, 2.0]])).order
+        >>> seriate(torch.tensor([[3.0, 1.0, 4.0, 2.0]])).order
         tensor([1, 3, 0, 2])
 
     Source: Held & Karp (1962); Atkins, Boman & Hendrickson (1998); Croes (1958); Taillard (1991).
     """
-    samples = linalg.GramAccumulator(len(check_data(x)), x.device)
-    samples.update(x)
-    return seriate_gram(samples.gram(), operator_on(operator, len(x)))
+    features = as_features(x, features_first)
+    samples = linalg.GramAccumulator(len(features), features.device)
+    samples.update(features)
+    return seriate_gram(samples.gram(), operator_on(operator, len(features)))
 
 
 def seriate_gram(gram: Tensor, operator: DerivativeOperator) -> Seriation:
@@ -102,14 +105,16 @@ def fiedler(distance: Tensor) -> Tensor:
     return linalg.eigh(laplacian).vectors[:, min(1, len(distance) - 1)].argsort(stable=True)
 
 
-def check_data(x: Tensor) -> Tensor:
-    """Return x if it is (features, samples) with at least one of each, real and finite; else raise TypeError or ValueError."""
-    linalg.check_real("x", x)
-    if x.dim() != 2 or not x.numel():
-        raise ValueError(f"x: got shape {tuple(x.shape)}, want (features, samples) with at least one of each")
-    if not bool(x.isfinite().all()):
+def as_features(x: object, features_first: bool) -> Tensor:
+    """Return samples (samples, features) as features (features, samples), floating-point; raise TypeError or ValueError."""
+    values = to_tensor(x, "x")
+    if values.dim() != 2 or not values.numel():
+        want = "(features, samples)" if features_first else "(samples, features)"
+        raise ValueError(f"x: got shape {tuple(values.shape)}, want {want} with at least one of each")
+    if not all_finite(values):
         raise ValueError("x: has entries that are not finite, want finite ones")
-    return x
+    values = values if values.is_floating_point() else values.double()
+    return values if features_first else values.mT
 
 
 def _lower_bound(gram: Tensor, operator: DerivativeOperator) -> float:

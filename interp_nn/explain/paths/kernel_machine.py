@@ -76,8 +76,8 @@ class NPKMachine(Estimator):
 
         Raises:
             TypeError: A network that is no `nn.Module`, or sparse samples or samples that are no numbers.
-            ValueError: No y, a negative ridge, a kernel that is not square or not finite, another number of targets, targets that are
-                not finite, a single class, or a system that is not positive definite.
+            ValueError: No y, a negative ridge, a kernel that is not square or not finite, another number of targets, targets that
+                are not finite, a single class, or a system that is not positive definite.
         """
         if not self.ridge >= 0:
             raise ValueError(f"ridge: got {self.ridge}, want at least 0")

@@ -3,6 +3,7 @@
 import copy
 import math
 import warnings
+from functools import partial
 
 import pytest
 import torch
@@ -16,6 +17,9 @@ from interp_nn.explain.following.layer_values import reinitialised
 from interp_nn.nn import SummaryConv2d, SummaryHead, SummaryLinear
 
 close = torch.testing.assert_close
+# The papers' orientation, features x samples
+descrambler = partial(Descrambler, features_first=True)
+ordered = partial(seriate, features_first=True)
 
 
 class MLP(nn.Module):
@@ -62,7 +66,7 @@ class Residual(nn.Module):
 
 
 def diff1(**parameters):
-    return Descrambler(operator="diff1", **parameters)
+    return descrambler(operator="diff1", **parameters)
 
 
 def points(*shape, n=50):
@@ -87,7 +91,7 @@ def test_values_before_and_after_the_activation():
     close(pre.loss_, diff1().fit(z.detach().mT).loss_)
     close(post.loss_, diff1().fit(z.detach().tanh().mT).loss_)
     assert (pre.layer_, pre.following_) == ("fc1", "fc2")
-    last = Descrambler().fit_layer(model, "fc3", x)
+    last = descrambler().fit_layer(model, "fc3", x)
     assert (last.layer_, last.following_) == ("fc3", None)
 
 
@@ -170,7 +174,7 @@ def test_the_model_is_left_as_it_is():
     model, x = CNN(), points(1, 8, 8)
     before, generator = state(model), torch.get_rng_state()
     hooks = [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()]
-    d = Descrambler().fit_layer(model, "conv2", x, tap="post", joint=True)
+    d = descrambler().fit_layer(model, "conv2", x, tap="post", joint=True)
     assert d.nulls_ and same(model, before) and torch.equal(torch.get_rng_state(), generator)
     assert hooks == [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()]
     assert all(p.grad is None and p.requires_grad for p in model.parameters())
@@ -198,7 +202,7 @@ def test_compiled_and_shared_modules():
     close(d.P_, plain.P_)
     shared = nn.Sequential(nn.Linear(4, 4), nn.ReLU()).double()
     model = nn.Sequential(shared, shared)
-    assert Descrambler().fit_layer(model, "1.0", points(4)).layer_ == "0.0"
+    assert descrambler().fit_layer(model, "1.0", points(4)).layer_ == "0.0"
 
 
 def test_summary_layers():
@@ -326,7 +330,7 @@ def test_an_order_of_channels_takes_batch_norms_and_flattened_maps_with_it(name,
 def test_the_order_is_seriation_of_the_layers_values():
     model, x = MLP(), points(12)
     d = diff1(group="permutation").fit_layer(model, "fc1", x)
-    best = seriate(model.fc1(x).detach().mT)
+    best = ordered(model.fc1(x).detach().mT)
     assert d.P_.argmax(1).tolist() == best.order.tolist()
     close((d.loss_, d.lower_bound_), (best.loss, best.lower_bound))
     assert d.lower_bound_ <= d.loss_ and d.check() == pytest.approx(best.loss / best.lower_bound - 1)
@@ -498,7 +502,11 @@ def test_arguments_of_apply_and_weights():
         (lambda d, m, x: d.fit_layer(m, "fc1", ["a"]), TypeError, "data: got a batch of str, want tensors"),
         (lambda d, m, x: d.fit_layer(m, "fc1", [{"x": x}]), TypeError, "data: got a batch of dict"),
         (lambda d, m, x: d.fit_layer(m, "fc1", 3), TypeError, "data: got int, want a tensor or an iterable"),
-        (lambda d, m, x: d.fit_layer(m, "fc1", x / 0), ValueError, "x: has entries that are not finite"),
+        (
+            lambda d, m, x: d.fit_layer(m, "fc1", x / 0),
+            ValueError,
+            "data: layer 'fc1' has no values, or some that are not finite",
+        ),
         (lambda d, m, x: d.fit_layer(lambda x: x, "fc1", x), TypeError, "model: got function, want an nn.Module"),
         (lambda d, m, x: d.set_params(operator="no").fit_layer(m, "fc1", x), ValueError, "kind: got 'no'"),
         (
@@ -518,7 +526,7 @@ def test_bad_input_is_named(call, error, message):
 def test_training_mode_is_refused_where_it_matters():
     model = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5), nn.Linear(4, 2)).double()
     with pytest.raises(ValueError, match=r"model: layer '1' \(Dropout\) is in training mode"):
-        Descrambler().fit_layer(model, "0", points(4))
+        descrambler().fit_layer(model, "0", points(4))
 
 
 def test_a_failed_fit_keeps_what_was_fitted():
@@ -526,7 +534,7 @@ def test_a_failed_fit_keeps_what_was_fitted():
     P = d.P_
     with pytest.raises(ValueError, match="layer: got"):
         d.fit_layer(MLP(), "nothing", points(12))
-    with pytest.raises(ValueError, match="x: has entries that are not finite"):
+    with pytest.raises(ValueError, match="data: layer 'fc1' has no values, or some that are not finite"):
         d.fit_layer(MLP(), "fc1", points(12) / 0)
     assert d.P_ is P
     assert copy.deepcopy(d).loss_ == d.loss_

@@ -94,7 +94,7 @@ def test_a_fit_is_drawn_as_it_is():
     torch.manual_seed(0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the rank
-        fitted = Descrambler().fit(torch.randn(8, 3).double() @ torch.randn(3, 50).double())
+        fitted = Descrambler().fit(torch.randn(50, 3).double() @ torch.randn(3, 8).double())
     draw(plots.spectrum_curves(fitted.spectrum_).figure)
     strips = plots.ambiguity_strips(fitted.ambiguity_)
     assert np.asarray(strips.images[0].get_array())[1].tolist() == [0] * 3 + [3] * 5
