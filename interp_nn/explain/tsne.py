@@ -17,17 +17,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from interp_nn.explain.estimator import Transformer, as_given, check_network, in_parameters_dtype
 from interp_nn.explain.linear.affine_map import AffineMap, linearize
 
-_BISECTIONS = 44  # of a bracket of e^80 for the precision: to a relative 5e-12
+_BRACKET = 40.0  # of the logarithm of the precision
+_STEPS, _SETTLED = 80, 1e-10
 _VIEWS = ("View", "ReshapeAlias", "UnsafeView", "Squeeze", "Unsqueeze", "Transpose", "Permute", "Alias")
 
 
 def conditional_probabilities(x: Tensor, perplexity: float) -> Tensor:
     """Compute p(j | i), the probability that point i picks point j as its neighbour, with a given perplexity.
 
-    Each point has a Gaussian, whose width is found by bisection such that exp of the row's entropy is the perplexity. If more
-    points than that are equally near, the row is uniform over them.
+    Each point has a Gaussian, whose width is found by Newton's method such that exp of the row's entropy is the perplexity. If
+    more points than that are equally near, the row is uniform over them.
 
     Args:
         x: Points (n, ...), which are flattened.
@@ -39,31 +41,53 @@ def conditional_probabilities(x: Tensor, perplexity: float) -> Tensor:
     Raises:
         ValueError: A perplexity outside (1, n - 1).
     """
+    return _conditional(x, perplexity, None)[0]
+
+
+def _conditional(x: Tensor, perplexity: float, start: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return p(j | i) and the logarithms of the precisions (n, 1) in units of each row's mean, from which a search may start."""
     n = len(x)
     if not 1 < perplexity < n - 1:
         raise ValueError(f"perplexity: got {perplexity:g} for {n} points, want more than 1 and less than {n - 1}")
-    squared = _squared_distances(x.flatten(1).double())
-    nearest = squared.fill_diagonal_(torch.inf).amin(1, keepdim=True)
-    excess = (squared - nearest).fill_diagonal_(
-        0
-    )  # this shift cancels in the ratio, and gives the nearest point weight 1
+    excess = _squared_distances(x.flatten(1).double())
+    excess -= excess.fill_diagonal_(torch.inf).amin(1, keepdim=True)
+    excess.fill_diagonal_(0)  # the shift cancels in the ratio, and gives the nearest point weight 1
     excess /= (excess.sum(1, keepdim=True) / (n - 1)).clamp_min(torch.finfo(excess.dtype).tiny)
-    low, high = excess.new_full((n, 1), -40), excess.new_full((n, 1), 40)
-    weights = total = excess
-    for _ in range(_BISECTIONS):
-        middle = (low + high) / 2
-        precision = middle.exp()
-        weights = (-precision * excess).exp().fill_diagonal_(0)
+    others = 1 - torch.eye(n, dtype=excess.dtype, device=excess.device)
+    goal, position = math.log(perplexity), start
+    if position is None:  # the distance of the last of the neighbours that are asked for is about the width
+        width = excess.kthvalue(min(n, 2 + int(perplexity)), 1, keepdim=True).values
+        position = (1 / width.clamp_min(math.exp(-_BRACKET))).log()
+    low, high = excess.new_full((n, 1), -_BRACKET), excess.new_full((n, 1), _BRACKET)
+    nearest = ((excess == 0) & (others > 0)).sum(1, keepdim=True)
+    position = torch.where(
+        nearest > perplexity, high, position
+    )  # no precision is too large for a row of equal distances
+    for _ in range(_STEPS):
+        # Newton's method for the entropy as a function of the logarithm of the precision. It bisects where it leaves the bracket.
+        precision = position.exp()
+        weights = torch.exp(-precision * excess).mul_(others)
         total = weights.sum(1, keepdim=True)
-        entropy = total.log() + precision * (weights * excess).sum(1, keepdim=True) / total
-        wide = entropy > math.log(perplexity)
-        low, high = torch.where(wide, middle, low), torch.where(wide, high, middle)
-    return weights / total
+        weighted = weights * excess
+        mean = weighted.sum(1, keepdim=True) / total
+        error = total.log() + precision * mean - goal
+        low, high = torch.where(error > 0, position, low), torch.where(error > 0, high, position)
+        settled = (error.abs() < _SETTLED) | (high - low < _SETTLED) | (nearest > perplexity)
+        if bool(settled.all()):
+            break
+        slope = precision.square() * ((weighted * excess).sum(1, keepdim=True) / total - mean.square())
+        step = position + (error / slope.clamp_min(torch.finfo(slope.dtype).tiny)).clamp(-2, 2)
+        step = torch.where((step > low) & (step < high), step, (low + high) / 2)
+        position = torch.where(settled, position, step)
+    return weights / total, position
 
 
 def joint_probabilities(x: Tensor, perplexity: float) -> Tensor:
     """Compute P = (p(j | i) + p(i | j)) / 2n, (n, n) fp64, for points x (n, ...); P sums to 1."""
-    conditional = conditional_probabilities(x, perplexity)
+    return _symmetric(conditional_probabilities(x, perplexity))
+
+
+def _symmetric(conditional: Tensor) -> Tensor:
     return (conditional + conditional.mT) / (2 * len(conditional))
 
 
@@ -88,16 +112,17 @@ def tsne_loss(embedding: Tensor, joint: Tensor, exaggeration: float = 1.0) -> Te
     return torch.xlogy(joint, joint).sum() - exaggeration * (joint * log_similarity).sum() + log_total
 
 
-class ParametricTSNE:
+class ParametricTSNE(Transformer):
     """Train a network that embeds points of any shape, on the t-SNE divergence, by Adam on mini-batches.
 
     Each epoch splits the points at random into batches of nearly equal size, so that no batch is too small for the
     perplexity. `fit` does not change PyTorch's own random state, and equal seeds give equal networks.
 
     Args:
-        encoder: Network from (n, ...) to (n, d) with a linear last layer. `fit` trains a copy of it. None is the paper's
-            network: flattened points, layers of 500, 500 and 2000 ReLU units and a linear layer to the plane. It starts from
-            random weights; the paper pre-trains it with restricted Boltzmann machines.
+        encoder: Network from (n, ...) to (n, d) with a linear last layer. `fit` trains a copy of it; parameters that require no
+            gradient stay. None is the paper's network: flattened points, layers of 500, 500 and 2000 ReLU units and a linear
+            layer to the plane, in the points' dtype. It starts from random weights; the paper pre-trains it with restricted
+            Boltzmann machines.
         perplexity: Effective number of neighbours of each point within a mini-batch.
         batch_size: Largest number of points in a mini-batch.
         epochs: Number of passes over the points.
@@ -108,11 +133,10 @@ class ParametricTSNE:
         progress: Show a progress bar (needs tqdm).
 
     Attributes:
+        encoder_: The trained copy of the encoder, in evaluation mode.
         kl_: Mean divergence of the batches in each epoch.
-
-    Raises:
-        TypeError: An encoder that is not an nn.Module.
-        ValueError: A number out of range.
+        n_features_in_: Number of entries of a point.
+        feature_names_in_: Names of the columns, where `fit` got a data frame. Other frames must have the same ones in this order.
 
     Example:
         >>> x = torch.cat([torch.zeros(8, 3), torch.ones(8, 3)]) + 0.01 * torch.arange(16).unsqueeze(1)
@@ -122,6 +146,10 @@ class ParametricTSNE:
 
     Source: van der Maaten, "Learning a parametric embedding by preserving local structure" (AISTATS 2009).
     """
+
+    encoder_: nn.Module
+    kl_: list[float]
+    _fitted = "encoder_"
 
     def __init__(
         self,
@@ -136,119 +164,114 @@ class ParametricTSNE:
         seed: int = 0,
         progress: bool = False,
     ) -> None:
-        if encoder is not None and not isinstance(encoder, nn.Module):
-            raise TypeError(f"encoder: got {type(encoder).__name__}, want an nn.Module or None")
-        for name, value, least in (
-            ("batch_size", batch_size, 4),
-            ("epochs", epochs, 1),
-            ("early_exaggeration", early_exaggeration, 1),
-            ("exaggeration_epochs", exaggeration_epochs, 0),
-        ):
-            if not value >= least:
-                raise ValueError(f"{name}: got {value}, want at least {least}")
-        if not learning_rate > 0:
-            raise ValueError(f"learning_rate: got {learning_rate}, want more than 0")
-        self._template = encoder
-        self._encoder: nn.Module | None = None
-        self.perplexity, self.batch_size, self.epochs = perplexity, batch_size, epochs
+        self.encoder, self.perplexity, self.batch_size, self.epochs = encoder, perplexity, batch_size, epochs
         self.learning_rate, self.seed, self.progress = learning_rate, seed, progress
         self.early_exaggeration, self.exaggeration_epochs = early_exaggeration, exaggeration_epochs
-        self.kl_: list[float] = []
 
-    @property
-    def encoder(self) -> nn.Module:
-        """The trained copy in evaluation mode. Raises RuntimeError before `fit`."""
-        if self._encoder is None:
-            raise RuntimeError("ParametricTSNE: not fitted yet; call fit(x) first")
-        return self._encoder
-
-    def fit(self, x: Tensor) -> ParametricTSNE:
-        """Train a copy of the encoder on points, in its own dtype and on its own device.
+    def fit(self, x: object, y: object = None) -> ParametricTSNE:
+        """Train a copy of the encoder on points, in its own dtype and on its own device, also under `torch.no_grad`.
 
         Args:
-            x: Points (n, ...) of a floating-point dtype.
+            x: Points (n, ...): a tensor, an array or a data frame of numbers.
+            y: Ignored; scikit-learn passes it.
 
         Returns:
             self.
 
         Raises:
-            TypeError: Points of another type.
-            ValueError: Points that are not finite or too few for the perplexity, or an encoder without parameters, with an
-                output other than (n, d), or with a final ReLU (which limits the embedding to one quadrant).
+            TypeError: An encoder that is not an nn.Module, sparse points, or points that are no numbers.
+            ValueError: A number of the constructor out of range. Points that are not finite or too few for the perplexity. An
+                encoder without parameters to train, with an output other than (n, d), or with a final ReLU (which limits the
+                embedding to one quadrant).
             FloatingPointError: The divergence is no longer finite.
         """
-        _check_points(x)
-        x = x.detach()
-        batches = -(-len(x) // self.batch_size)
-        smallest = len(x) // batches
-        if not 1 < self.perplexity < smallest - 1:
-            raise ValueError(
-                f"perplexity: got {self.perplexity:g} for batches of {smallest} points (x has {len(x)}, batch_size is "
-                f"{self.batch_size}), want more than 1 and less than {smallest - 1}"
-            )
-        device = x.device if self._template is None else _parameter(self._template).device
-        with _own_random_numbers(self.seed, device):
-            encoder = _default_encoder(x) if self._template is None else copy.deepcopy(self._template)
-            _check_encoder(encoder, x)
-            self.kl_ = self._train(encoder, x, batches)
-        self._encoder = encoder.eval()
+        self._check_parameters()
+        with torch.inference_mode(False), torch.enable_grad():
+            points = self._validated(x, reset=True)
+            points = points.clone() if points.is_inference() else points
+            template = self.encoder
+            if template is None:
+                points = points if points.is_floating_point() else points.to(torch.get_default_dtype())
+            batches = -(-len(points) // self.batch_size)
+            smallest = len(points) // batches
+            if not 1 < self.perplexity < smallest - 1:
+                raise ValueError(
+                    f"perplexity: got {self.perplexity:g} for batches of {smallest} points (x has n_samples={len(points)}, "
+                    f"batch_size is {self.batch_size}), want more than 1 and less than {smallest - 1}"
+                )
+            device = points.device if template is None else _trained(template)[0].device
+            with _own_random_numbers(self.seed, device):
+                encoder = _default_encoder(points) if template is None else copy.deepcopy(template)
+                _check_encoder(encoder, points)
+                self.kl_ = self._train(encoder, points, batches)
+        self.encoder_ = encoder.eval()
         return self
 
     @torch.no_grad()
-    def transform(self, x: Tensor) -> Tensor:
+    def transform(self, x: Any) -> Any:
         """Embed points, new or not.
 
         Args:
-            x: Points (n, ...) of a floating-point dtype.
+            x: Points (n, ...): a tensor, an array or a data frame of numbers.
 
         Returns:
-            Tensor (n, d), in the encoder's dtype and on its device.
+            Embedding (n, d) in the encoder's dtype: a tensor on its device for a tensor, else a numpy array.
 
         Raises:
-            RuntimeError: Before `fit`.
-            TypeError: Points of another type.
-            ValueError: Points that are not finite.
+            NotFittedError: Before `fit`.
+            TypeError: Sparse points, or points that are no numbers.
+            ValueError: Points that are not finite, or of another number of features.
         """
-        encoder = self.encoder
-        _check_points(x)
-        return torch.cat([encoder(_to(part, encoder)) for part in x.split(self.batch_size)])
+        self._want_fitted()
+        parts = self._validated(x, reset=False).split(self.batch_size)
+        return as_given(torch.cat([self.encoder_(in_parameters_dtype(part, self.encoder_)) for part in parts]), x)
 
-    def fit_transform(self, x: Tensor) -> Tensor:
-        """Fit, and return the embedding (n, d) of the same points x (n, ...)."""
-        return self.fit(x).transform(x)
-
-    def linearize(self, x: Tensor) -> AffineMap:
+    def linearize(self, x: object) -> AffineMap:
         """Compute the encoder's affine map around each point: transform(x) = W x + b.
 
         For each point, W holds d images: they say how each entry of x moves the point along each axis. Two points in one
         region of a piecewise affine encoder differ by exactly W (x - x').
 
         Args:
-            x: Points (n, ...) of a floating-point dtype.
+            x: Points (n, ...): a tensor, an array or a data frame of numbers.
 
         Returns:
             W (n, d, ...) and b (n, d).
 
         Raises:
-            RuntimeError: Before `fit`.
-            TypeError: Points of another type.
-            ValueError: Points that are not finite.
+            NotFittedError: Before `fit`.
+            TypeError: Sparse points, or points that are no numbers.
+            ValueError: Points that are not finite, or of another number of features.
         """
-        encoder = self.encoder
-        _check_points(x)
-        return linearize(encoder, _to(x, encoder))
+        self._want_fitted()
+        return linearize(self.encoder_, in_parameters_dtype(self._validated(x, reset=False), self.encoder_))
+
+    def _check_parameters(self) -> None:
+        if self.encoder is not None:
+            check_network(self.encoder, "encoder")
+        for name, least in (("batch_size", 4), ("epochs", 1), ("early_exaggeration", 1), ("exaggeration_epochs", 0)):
+            if not getattr(self, name) >= least:
+                raise ValueError(f"{name}: got {getattr(self, name)}, want at least {least}")
+        if not self.learning_rate > 0:
+            raise ValueError(f"learning_rate: got {self.learning_rate}, want more than 0")
 
     def _train(self, encoder: nn.Module, x: Tensor, batches: int) -> list[float]:
-        optimizer = torch.optim.Adam(encoder.parameters(), lr=self.learning_rate)
+        optimizer = torch.optim.Adam(_trained(encoder), lr=self.learning_rate)
         encoder.train()
-        divergences = []
+        divergences, precisions = [], None  # the last epoch's precision of each point, from which the search starts
         for epoch in self._epochs():
             exaggeration = self.early_exaggeration if epoch < self.exaggeration_epochs else 1.0
-            total = 0.0
+            total, fresh = 0.0, torch.zeros(len(x), 1, dtype=torch.float64, device=_trained(encoder)[0].device)
             for index in torch.randperm(len(x)).tensor_split(batches):
-                points = _to(x[index.to(x.device)], encoder)
+                points = in_parameters_dtype(x[index.to(x.device)], encoder)
                 embedding = encoder(points)
-                joint = joint_probabilities(points, self.perplexity)
+                index = index.to(points.device)
+                with torch.no_grad():
+                    conditional, found = _conditional(
+                        points, self.perplexity, None if precisions is None else precisions[index]
+                    )
+                    joint = _symmetric(conditional)
+                fresh[index] = found
                 optimizer.zero_grad()
                 loss = tsne_loss(embedding, joint, exaggeration)
                 loss.backward()
@@ -259,6 +282,7 @@ class ParametricTSNE:
             if not math.isfinite(total):
                 raise FloatingPointError(f"epoch {epoch}: the divergence is {total}; try a smaller learning_rate")
             divergences.append(total / batches)
+            precisions = fresh
         return divergences
 
     def _epochs(self) -> Iterator[int]:
@@ -284,34 +308,18 @@ def _default_encoder(x: Tensor) -> nn.Module:
     return nn.Sequential(*layers[:-1])
 
 
-def _parameter(encoder: nn.Module) -> nn.Parameter:
-    """Return the encoder's first parameter, which has its dtype and device."""
-    parameter = next(encoder.parameters(), None)
-    if parameter is None:
-        raise ValueError("encoder: has no parameters, want a network to train")
-    return parameter
-
-
-def _to(points: Tensor, encoder: nn.Module) -> Tensor:
-    parameter = _parameter(encoder)
-    return points.to(parameter.device, parameter.dtype)
-
-
-def _check_points(x: Any) -> None:
-    if not isinstance(x, Tensor):
-        raise TypeError(f"x: got {type(x).__name__}, want a torch.Tensor (arrays: torch.from_numpy)")
-    if not x.is_floating_point():
-        raise TypeError(f"x: got {x.dtype}, want a floating-point dtype")
-    if x.dim() < 2:
-        raise ValueError(f"x: got shape {tuple(x.shape)}, want (n, ...) with at least two dimensions")
-    if not len(x):
-        raise ValueError("x: got no points, want at least one")
-    if not bool(x.isfinite().all()):
-        raise ValueError("x: has entries that are not finite, want finite points")
+def _trained(encoder: nn.Module) -> list[nn.Parameter]:
+    """Return the parameters to train. Raises ValueError if there are none."""
+    parameters = list(encoder.parameters())
+    trained = [p for p in parameters if p.requires_grad]
+    if not trained:
+        problem = "requires no gradient in any of its parameters" if parameters else "has no parameters"
+        raise ValueError(f"encoder: {problem}, want a network to train")
+    return trained
 
 
 def _check_encoder(encoder: nn.Module, x: Tensor) -> None:
-    points = _to(x[:2], encoder)
+    points = in_parameters_dtype(x[:2], encoder)
     out = encoder.eval()(points)
     if not isinstance(out, Tensor) or out.dim() != 2 or len(out) != len(points):
         got = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__

@@ -5,7 +5,14 @@ import pytest
 import torch
 from torch import nn
 
-from interp_nn.explain.tsne import ParametricTSNE, conditional_probabilities, joint_probabilities, tsne_loss
+from interp_nn.explain.estimator import NotFittedError
+from interp_nn.explain.tsne import (
+    ParametricTSNE,
+    _conditional,
+    conditional_probabilities,
+    joint_probabilities,
+    tsne_loss,
+)
 
 F64 = torch.float64
 
@@ -118,8 +125,8 @@ def test_separate_clusters_stay_separate_and_new_points_fall_into_theirs():
 def test_the_default_encoder_is_the_papers():
     x, labels = gaussians(120, d=12)
     tsne = ParametricTSNE(perplexity=10, epochs=8, exaggeration_epochs=2).fit(x.view(120, 3, 4).double())
-    widths = [(m.in_features, m.out_features) for m in tsne.encoder if isinstance(m, nn.Linear)]
-    assert widths == [(12, 500), (500, 500), (500, 2000), (2000, 2)] and isinstance(tsne.encoder[-1], nn.Linear)
+    widths = [(m.in_features, m.out_features) for m in tsne.encoder_ if isinstance(m, nn.Linear)]
+    assert widths == [(12, 500), (500, 500), (500, 2000), (2000, 2)] and isinstance(tsne.encoder_[-1], nn.Linear)
     placed = tsne.transform(x.view(120, 3, 4))
     assert placed.dtype == F64 and neighbours_accuracy(placed, labels, placed, labels) >= 0.95
 
@@ -156,7 +163,7 @@ def test_exaggeration_ends_and_the_encoder_trains():
 
     def divergences(**arguments):
         tsne = ParametricTSNE(encoder, perplexity=8, epochs=4, **arguments).fit(x)
-        assert tsne.encoder[1].num_batches_tracked == 4  # batch norm was in training mode
+        assert tsne.encoder_[1].num_batches_tracked == 4  # batch norm was in training mode
         return tsne.kl_
 
     plain = divergences(early_exaggeration=1)
@@ -184,7 +191,7 @@ def test_batches_are_of_nearly_one_size():
 def test_the_encoder_decides_dtype_and_keeps_evaluation_mode():
     x, _ = gaussians(60)
     tsne = ParametricTSNE(small_encoder(dtype=F64), perplexity=8, epochs=1).fit(x)
-    assert tsne.transform(x).dtype == F64 and not tsne.encoder.training
+    assert tsne.transform(x).dtype == F64 and not tsne.encoder_.training
     assert not tsne.transform(x).requires_grad
 
 
@@ -254,12 +261,12 @@ def test_encoders_that_cannot_embed_are_refused(make, text):
 @pytest.mark.parametrize(
     ("x", "error", "text"),
     [
-        ([[0.0]], TypeError, "x: got list, want a torch.Tensor"),
-        (torch.ones(40, 10).long(), TypeError, "x: got torch.int64, want a floating-point dtype"),
+        ([["a"]], TypeError, "x: got <U1, want numbers"),
+        (torch.ones(40, 10).to_sparse(), TypeError, "x: got a sparse tensor"),
         (torch.ones(40), ValueError, r"x: got shape \(40,\)"),
         (torch.full((40, 10), torch.nan), ValueError, "not finite"),
         (torch.ones(6, 10), ValueError, "perplexity: got 5 for batches of 6 points .* less than 5"),
-        (torch.ones(0, 10), ValueError, "x: got no points"),
+        (torch.ones(0, 10), ValueError, r"x: got shape \(0, 10\), want \(n, ...\) with n > 0"),
     ],
 )
 def test_points_that_cannot_be_embedded_are_refused(x, error, text):
@@ -280,7 +287,7 @@ def test_points_that_cannot_be_embedded_are_refused(x, error, text):
 )
 def test_bad_arguments_are_named(arguments, error, text):
     with pytest.raises(error, match=text):
-        ParametricTSNE(**arguments)
+        ParametricTSNE(**arguments).fit(gaussians(40)[0])
 
 
 @pytest.mark.parametrize("perplexity", [1.0, 9.0, 40.0, float("nan")])
@@ -290,8 +297,35 @@ def test_perplexities_that_cannot_be_reached(perplexity):
 
 
 def test_nothing_is_placed_before_the_fit():
-    with pytest.raises(RuntimeError, match="not fitted yet"):
+    with pytest.raises(NotFittedError, match="not fitted yet"):
         ParametricTSNE().transform(torch.ones(3, 2))
+
+
+@pytest.mark.parametrize("off", [torch.no_grad, torch.inference_mode])
+def test_it_trains_where_gradients_are_switched_off(off):
+    x, _ = gaussians(60)
+    on = ParametricTSNE(small_encoder(), perplexity=8, epochs=2)
+    with off():
+        points = x.clone()
+        placed = on.fit(points).transform(points)
+    assert torch.equal(placed, on.fit(x).transform(x)) and on.kl_[1] < on.kl_[0]
+
+
+def test_frozen_parameters_stay_and_an_encoder_of_them_is_refused():
+    x, encoder = gaussians(60)[0], small_encoder()
+    encoder[0].requires_grad_(False)
+    tsne = ParametricTSNE(encoder, perplexity=8, epochs=2).fit(x)
+    assert torch.equal(tsne.encoder_[0].weight, encoder[0].weight)
+    assert not torch.equal(tsne.encoder_[2].weight, encoder[2].weight)
+    with pytest.raises(ValueError, match="encoder: requires no gradient in any of its parameters"):
+        ParametricTSNE(encoder.requires_grad_(False), perplexity=8).fit(x)
+
+
+def test_the_search_may_start_anywhere():
+    x = torch.randn(80, 3, dtype=F64) * torch.logspace(-3, 1, 80, dtype=F64).unsqueeze(1)
+    p, position = _conditional(x, 20, None)
+    for start in (position + torch.randn(80, 1, dtype=F64), torch.full((80, 1), -40.0), torch.full((80, 1), 40.0)):
+        torch.testing.assert_close(_conditional(x, 20, start.double())[0], p, rtol=0, atol=1e-9)
 
 
 def test_divergence_is_reported():
@@ -304,6 +338,6 @@ def test_points_that_require_a_gradient_get_none():
     fitted = ParametricTSNE(nn.Linear(5, 2), perplexity=5, epochs=2, batch_size=30).fit(x)
     assert torch.equal(
         fitted.transform(x),
-        ParametricTSNE(fitted._template, perplexity=5, epochs=2, batch_size=30).fit_transform(x.detach()),
+        ParametricTSNE(fitted.encoder, perplexity=5, epochs=2, batch_size=30).fit_transform(x.detach()),
     )
     assert x.grad is None
