@@ -21,6 +21,7 @@ from interp_nn.explain.estimator import Transformer, as_given, check_network, in
 from interp_nn.explain.linear.affine_map import AffineMap, linearize
 
 _BRACKET = 40.0  # of the logarithm of the precision
+_TABLE_POINTS = 4096  # so many points have their distances computed once for all epochs: 128 MiB
 _STEPS, _SETTLED = 80, 1e-10
 _VIEWS = ("View", "ReshapeAlias", "UnsafeView", "Squeeze", "Unsqueeze", "Transpose", "Permute", "Alias")
 
@@ -41,15 +42,19 @@ def conditional_probabilities(x: Tensor, perplexity: float) -> Tensor:
     Raises:
         ValueError: A perplexity outside (1, n - 1).
     """
-    return _conditional(x, perplexity, None)[0]
+    if not 1 < perplexity < len(x) - 1:
+        raise ValueError(
+            f"perplexity: got {perplexity:g} for {len(x)} points, want more than 1 and less than {len(x) - 1}"
+        )
+    return _conditional(_squared_distances(x.flatten(1).double()), perplexity, None)[0]
 
 
-def _conditional(x: Tensor, perplexity: float, start: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Return p(j | i) and the logarithms of the precisions (n, 1) in units of each row's mean, from which a search may start."""
-    n = len(x)
-    if not 1 < perplexity < n - 1:
-        raise ValueError(f"perplexity: got {perplexity:g} for {n} points, want more than 1 and less than {n - 1}")
-    excess = _squared_distances(x.flatten(1).double())
+def _conditional(squared: Tensor, perplexity: float, start: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return p(j | i), and the logarithms of the precisions (n, 1) in units of each row's mean, where another search may start.
+
+    squared: the squared distances (n, n), which are overwritten.
+    """
+    n, excess = len(squared), squared
     excess -= excess.fill_diagonal_(torch.inf).amin(1, keepdim=True)
     excess.fill_diagonal_(0)  # the shift cancels in the ratio, and gives the nearest point weight 1
     excess /= (excess.sum(1, keepdim=True) / (n - 1)).clamp_min(torch.finfo(excess.dtype).tiny)
@@ -103,13 +108,19 @@ def tsne_loss(embedding: Tensor, joint: Tensor, exaggeration: float = 1.0) -> Te
     Returns:
         Scalar in the embedding's dtype, or in fp32 for 16-bit dtypes.
     """
+    entropy, attraction, repulsion = _parts(embedding, joint)
+    return entropy - exaggeration * attraction + repulsion
+
+
+def _parts(embedding: Tensor, joint: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the parts of the divergence: sum P log P, sum P log of the unnormalised similarity, and the log of its total."""
     embedding = embedding.to(torch.promote_types(embedding.dtype, torch.float32))
     joint = joint.to(embedding.dtype)
     freedom = max(embedding.shape[1] - 1, 1)
     log_similarity = -(freedom + 1) / 2 * torch.log1p(_squared_distances(embedding) / freedom)
     itself = torch.eye(len(embedding), dtype=torch.bool, device=embedding.device)
     log_total = log_similarity.masked_fill(itself, -torch.inf).flatten().logsumexp(0)
-    return torch.xlogy(joint, joint).sum() - exaggeration * (joint * log_similarity).sum() + log_total
+    return torch.xlogy(joint, joint).sum(), (joint * log_similarity).sum(), log_total
 
 
 class ParametricTSNE(Transformer):
@@ -256,29 +267,34 @@ class ParametricTSNE(Transformer):
             raise ValueError(f"learning_rate: got {self.learning_rate}, want more than 0")
 
     def _train(self, encoder: nn.Module, x: Tensor, batches: int) -> list[float]:
-        optimizer = torch.optim.Adam(_trained(encoder), lr=self.learning_rate)
+        trained = _trained(encoder)
+        optimizer = torch.optim.Adam(trained, lr=self.learning_rate, fused=trained[0].device.type == "cpu")
         encoder.train()
+        device = trained[0].device
+        table = None  # of all squared distances
+        if len(x) <= _TABLE_POINTS:
+            table = _squared_distances(in_parameters_dtype(x, encoder).flatten(1).double())
         divergences, precisions = [], None  # the last epoch's precision of each point, from which the search starts
         for epoch in self._epochs():
             exaggeration = self.early_exaggeration if epoch < self.exaggeration_epochs else 1.0
-            total, fresh = 0.0, torch.zeros(len(x), 1, dtype=torch.float64, device=_trained(encoder)[0].device)
+            total, fresh = 0.0, torch.zeros(len(x), 1, dtype=torch.float64, device=device)
             for index in torch.randperm(len(x)).tensor_split(batches):
                 points = in_parameters_dtype(x[index.to(x.device)], encoder)
                 embedding = encoder(points)
                 index = index.to(points.device)
                 with torch.no_grad():
-                    conditional, found = _conditional(
-                        points, self.perplexity, None if precisions is None else precisions[index]
+                    squared = (
+                        _squared_distances(points.flatten(1).double())
+                        if table is None
+                        else table[index.unsqueeze(1), index]
                     )
-                    joint = _symmetric(conditional)
-                fresh[index] = found
+                    start = None if precisions is None else precisions[index]
+                    conditional, fresh[index] = _conditional(squared, self.perplexity, start)
                 optimizer.zero_grad()
-                loss = tsne_loss(embedding, joint, exaggeration)
-                loss.backward()
+                entropy, attraction, repulsion = _parts(embedding, _symmetric(conditional))
+                (repulsion - exaggeration * attraction).backward()  # the entropy is constant
                 optimizer.step()
-                with torch.no_grad():
-                    divergence = loss if exaggeration == 1 else tsne_loss(embedding, joint)
-                total += divergence.item()
+                total += (entropy - attraction + repulsion).item()
             if not math.isfinite(total):
                 raise FloatingPointError(f"epoch {epoch}: the divergence is {total}; try a smaller learning_rate")
             divergences.append(total / batches)
