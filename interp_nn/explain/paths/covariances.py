@@ -6,29 +6,35 @@ that leads to the next layer multiplies S by the profiles of both samples. The n
 channels, which is a matrix product. The variance of the output is the neural path kernel (Lakshminarayanan & Singh, 2020,
 arXiv 2006.10529). One pass through the graph computes it.
 
-Pairs of positions that no output needs are skipped. Without pooling, the pairs with q = q' suffice.
+Pairs of positions that no output needs are skipped. Without pooling, the pairs with q = q' suffice. Where all pairs are needed,
+`dense_covariances` computes them.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from interp_nn.explain.paths import dense_covariances as dense
 from interp_nn.explain.paths.path_terms import Layer, PositionMap
 from interp_nn.explain.paths.tiling import largest_entry
 
 _TILE_BYTES = 1 << 28
+_BLOCK_BYTES = 1 << 23  # of the covariances of all pairs, which then stay in a processor's cache
 _GATHER_BYTES = 1 << 25
 _LARGEST_TILE = 1024
 _SCALED_BEYOND = 32  # covariances are rescaled where their exponent of 2 is larger
 
 
-_Covariances = tuple[list[Tensor], int]  # one tensor a group, each to be multiplied by 2 ** power
+_Covariances = tuple[
+    list[Tensor], int
+]  # one tensor a group, each to be multiplied by 2 ** power; dense where the step is
 _ONE: _Covariances = ([], 0)  # of a layer without terms
 
 
@@ -58,7 +64,8 @@ class _Step(NamedTuple):
 
     pairs: the number of pairs of positions of z. products: for each term; their sum gives the covariances of z.
     table: the pairs of z that each pair of output positions sums over the window, (pairs of positions, K).
-    None gives each pair its own one. runs: for each group. done: the layers whose covariances no later step needs.
+    None gives each pair its own one. runs: for each group. done: the layers whose covariances no later step needs. dense: the
+    computation of all pairs, without products and table.
     """
 
     pairs: int
@@ -66,6 +73,7 @@ class _Step(NamedTuple):
     table: Tensor | None
     runs: list[list[_Run]]
     done: list[int]
+    dense: dense.DenseStep | None = None
 
 
 class Propagation:
@@ -83,13 +91,25 @@ class Propagation:
         self._steps: dict[int, _Step] = {}
         self._rows = [0] * len(layers)
         coded: dict[int, Tensor] = {}
+        whole: set[int] = set()  # layers of which all pairs are needed
+        places: list[int] = []
         later: set[int] = set()
+        self._bytes = sum(term.profile[:, 0].numel() for layer in layers for term in layer.terms)
         for place in reversed(range(len(layers))):
             layer = layers[place]
-            if not layer.terms or not needed[place]:
+            if not layer.terms or not (needed[place] or place in whole):
                 continue
-            coded[place] = torch.cat(needed[place]).unique()
+            done = {term.layer for term in layer.terms} - later
+            later |= done
+            runs = [_runs(layers, layer, group) for group in range(layer.groups)]
+            every = torch.arange(layer.positions**2 if place in whole else 0, device=layer.window.device)
+            coded[place] = every if place in whole else torch.cat(needed[place]).unique()
             self._rows[place] = len(coded[place])
+            if len(coded[place]) == layer.positions**2 and dense.suits(layer):
+                whole |= {term.layer for term in layer.terms}
+                places.append(place)
+                self._steps[place] = _Step(0, [], None, runs, sorted(done))
+                continue
             seen = [
                 layer.window[:, index] for index in (coded[place] // layer.positions, coded[place] % layer.positions)
             ]
@@ -101,11 +121,18 @@ class Propagation:
             for term, product in zip(layer.terms, products, strict=True):
                 inputs = term.position_map.inputs
                 needed[term.layer].append(inputs[product.left] * layers[term.layer].positions + inputs[product.right])
-            done = {term.layer for term in layer.terms} - later
-            later |= done
-            runs = [_runs(layers, layer, group) for group in range(layer.groups)]
             self._steps[place] = _Step(len(pairs), products, _unless_identity(table), runs, sorted(done))
+        self._grids = dense.grids(layers, places)
+        for place in places:
+            plan = dense.dense_step(layers, place, self._grids[place], self._grids)
+            self._steps[place] = self._steps[place]._replace(dense=plan)
+        self._size = max(
+            (max(step.dense.value.size, step.dense.output.size) for step in self._steps.values() if step.dense),
+            default=0,
+        )
         for place, step in self._steps.items():
+            if step.dense:
+                continue
             for i, term in enumerate(layers[place].terms):
                 own = step.products[i]
                 if term.layer in coded:
@@ -118,6 +145,8 @@ class Propagation:
 
     def chunk_size(self, dtype: torch.dtype) -> int:
         """Return the number of rows and columns of a tile of the kernel that takes at most 256 MiB."""
+        if self._size:  # its blocks are smaller, so that the profiles are what takes memory
+            return min(max(1, _TILE_BYTES // (2 * self._bytes * dtype.itemsize)), 64)
         held, most = 0, 1
         for place, step in sorted(self._steps.items()):
             held += self._rows[place] * self._groups[place]
@@ -127,32 +156,83 @@ class Propagation:
         return min(max(1, math.isqrt(_TILE_BYTES // (most * dtype.itemsize))), _LARGEST_TILE)
 
     def tile(self, left: list[Layer], right: list[Layer]) -> Tensor:
-        """Return the kernel (a, b) in float64, from the layers at a samples and at b samples."""
+        """Return the kernel (a, b) in float64, from the layers at a samples and at b samples.
+
+        If both are the same object, the lower half may be zero.
+        """
+        if not self._size:
+            return self._block(left, right)
+        n, m = (layers[-1].terms[0].profile.shape[1] for layers in (left, right))
+        size = max(1, math.isqrt(_BLOCK_BYTES // (self._size**2 * left[-1].terms[0].profile.element_size())))
+        kernel = torch.zeros(n, m, dtype=torch.float64, device=left[-1].window.device)
+        for top in range(0, n, size):
+            rows = _samples(left, slice(top, top + size))
+            for start in range(top if left is right else 0, m, size):
+                columns = slice(start, start + size)
+                kernel[top : top + size, columns] = self._block(rows, _samples(right, columns))
+        return kernel
+
+    def _block(self, left: list[Layer], right: list[Layer]) -> Tensor:
         covariances: dict[int, _Covariances] = {}
         for place, step in sorted(self._steps.items()):
             a, b = left[place], right[place]
             power = max([covariances.get(term.layer, _ONE)[1] for term in a.terms] + [0] * bool(a.biases))
+            fan_in = max(1, a.weight.shape[1:].numel())
+            # The network's outputs are not weights. For several outputs, the kernel is their mean.
+            scale = 1 / fan_in if self._normalize or place == len(left) - 1 else 1.0
             groups = []
             for runs in step.runs:
+                if step.dense:
+                    parts = []
+                    for term, channels, group in runs:
+                        mine, others = (layer.terms[term].profile[:, :, channels] for layer in (a, b))
+                        source, own = self._dense_source(a.terms[term].layer, group, covariances)
+                        parts.append((term, mine, others, source, scale * 2.0 ** (own - power)))
+                    groups.append(dense.covariances(step.dense, parts, len(a.biases) * 2.0**-power))
+                    continue
                 shape = len(a.terms[0].profile[0]), len(b.terms[0].profile[0])
                 like = a.terms[0].profile
                 sums = like.new_zeros(step.pairs + 1, *shape)  # the last row stands for positions beyond the edge
                 for term, channels, group in runs:
-                    source, own = covariances.get(a.terms[term].layer, _ONE)
+                    source, own = self._paired_source(a.terms[term].layer, group, covariances)
                     mine, others = (layer.terms[term].profile[:, :, channels] for layer in (a, b))
-                    _add(
-                        sums, mine, others, step.products[term], source[group] if source else None, 2.0 ** (own - power)
-                    )
+                    _add(sums, mine, others, step.products[term], source, 2.0 ** (own - power))
                 sums = sums[:-1] if step.table is None else _summed(sums, step.table)
-                # The network's outputs are not weights. For several outputs, the kernel is their mean.
-                if self._normalize or place == len(left) - 1:
-                    sums = sums.div_(max(1, a.weight.shape[1:].numel()))
+                if scale != 1:
+                    sums = sums.div_(fan_in)
                 groups.append(sums.add_(len(a.biases) * 2.0**-power) if a.biases else sums)
             covariances[place] = _scaled(groups, power)
             for done in step.done:
                 covariances.pop(done, None)
-        groups, power = covariances[len(left) - 1]
-        return groups[0][0].double() * 2.0 ** min(power, 1023)
+        last, power = self._paired_source(len(left) - 1, 0, covariances)
+        assert last is not None
+        return last[0].double() * 2.0 ** min(power, 1023)
+
+    def _paired_source(self, place: int, group: int, covariances: dict[int, _Covariances]) -> tuple[Tensor | None, int]:
+        """Return a layer's covariances of pairs (rows, n, m), or None for 1, and their power."""
+        groups, power = covariances.get(place, _ONE)
+        if not groups:
+            return None, power
+        grid = self._grids.get(place)
+        return groups[group] if grid is None else dense.to_pairs(groups[group], grid), power
+
+    def _dense_source(self, place: int, group: int, covariances: dict[int, _Covariances]) -> tuple[Tensor | None, int]:
+        """Return a layer's covariances of all pairs (n, places, m, places), or None for 1, and their power."""
+        groups, power = covariances.get(place, _ONE)
+        if not groups:
+            return None, power
+        if place in self._grids:
+            return groups[group], power
+        positions = math.isqrt(len(groups[group]))
+        index = torch.arange(positions, device=groups[group].device)
+        return dense.from_pairs(groups[group], dense.Grid((positions,), index)), power
+
+
+def _samples(layers: list[Layer], rows: slice) -> list[Layer]:
+    """Return the layers at some of their samples."""
+    return [
+        replace(layer, terms=[replace(term, profile=term.profile[:, rows]) for term in layer.terms]) for layer in layers
+    ]
 
 
 def _products(position_map: PositionMap, left: Tensor, right: Tensor) -> _Products:

@@ -57,7 +57,8 @@ class Layer:
     z is the sum of the layer's terms. With several groups, c runs over the inputs of the group of o.
 
     weight: (outputs, inputs / groups, K). window: (K, positions) int64, -1 beyond the edge. biases: any number of (outputs,).
-    The network's input and the shift of a batch norm are layers without terms and with one position.
+    The network's input and the shift of a batch norm are layers without terms and with one position. shape: the sizes of the
+    output's dimensions, of a convolution. shifts: the steps along each dimension that the window takes, where its stride is 1.
     """
 
     name: str
@@ -66,6 +67,8 @@ class Layer:
     window: Tensor
     groups: int
     biases: list[Tensor]
+    shape: tuple[int, ...] = ()
+    shifts: tuple[tuple[int, ...], ...] = ()
 
     @property
     def positions(self) -> int:

@@ -146,7 +146,16 @@ class Walk(fx.Interpreter):
         finder = _CONVOLUTIONS[z.dim() - 3](1, width, *sizes, bias=False, padding_mode=module.padding_mode).to(numbers)
         finder.weight.copy_(torch.eye(width).view_as(finder.weight))
         window = finder(numbers.view(1, 1, *z.shape[2:])).view(width, -1).round().long() - 1
-        return self._weighted(n, module, window, module.groups, (module.weight.shape[1], width))
+        terms = self._weighted(n, module, window, module.groups, (module.weight.shape[1], width))
+        self._made[n].shape = tuple(result.shape[2:])
+        if result.shape[2:] == z.shape[2:] and max(module.stride) == 1:
+            spans = [d * (k - 1) for d, k in zip(module.dilation, module.kernel_size, strict=True)]
+            before = [span // 2 for span in spans] if isinstance(module.padding, str) else module.padding
+            self._made[n].shifts = tuple(
+                tuple(range(-start, span - start + 1, step))
+                for start, span, step in zip(before, spans, module.dilation, strict=True)
+            )
+        return terms
 
     def _weighted(self, n: Node, module: Any, window: Tensor, groups: int, shape: tuple[int, int]) -> list[Term]:
         weight = module.effective_weight() if isinstance(module, LinearForm) else module.weight

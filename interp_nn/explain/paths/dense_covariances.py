@@ -1,0 +1,239 @@
+"""Covariances of all pairs of positions at once, for networks that pool: matrix products and shifts instead of lists of pairs.
+
+The covariances S(q, q') of a layer are one tensor (n, P, m, P). A convolution of stride 1 adds S at the same shift of q and of q'.
+On a grid whose rows end in zeros, that shift is one offset in memory, so that each dimension of the kernel takes a few additions
+of whole tensors. The profiles are zero at the added positions, which makes the covariances there zero where they are read.
+"""
+
+from __future__ import annotations
+
+from itertools import product
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from interp_nn.explain.paths.path_terms import Layer, PositionMap
+
+_LEAST_SHARE = 0.05  # of the pairs that must be needed for all of them to be computed
+
+
+class Grid(NamedTuple):
+    """The places of positions in memory. sizes: of each dimension. index: the place of each position, (P,) int64."""
+
+    sizes: tuple[int, ...]
+    index: Tensor
+
+    @property
+    def size(self) -> int:
+        """The number of places."""
+        return torch.Size(self.sizes).numel()
+
+
+class _Source(NamedTuple):
+    """The way from a layer's positions to a value's.
+
+    how: "same" for one entry a position, with the place of the value. "total" for a sum over all positions of the layer. Else
+    "entries", sorted by output. order: of the term's entries. places: the places in the grid of each of them. width: the number
+    of entries for each position of the value; 0 if it differs. outputs: the position of each entry.
+    """
+
+    how: Literal["same", "total", "entries"]
+    order: Tensor
+    places: Tensor
+    width: int
+    outputs: Tensor
+
+
+class DenseStep(NamedTuple):
+    """The computation of all covariances of one layer.
+
+    value, output: the grids of the layer's input and output. sources: for each term. offsets: for each dimension of a convolution
+    of stride 1, the offsets of its shifts in the grid; None if `window` holds the place of each position that is summed, (K, P).
+    """
+
+    value: Grid
+    output: Grid
+    sources: list[_Source]
+    offsets: list[list[int]] | None
+    window: Tensor
+
+
+def suits(layer: Layer) -> bool:
+    """Return True if a layer whose covariances are all needed needs enough pairs of its input's positions."""
+    width, positions = layer.window.shape
+    inputs = int(layer.window.max()) + 1
+    several = inputs > 1 or any(len(term.position_map.outputs) > 1 for term in layer.terms)
+    return several and (positions > 1 or width == 1) and width * positions**2 >= _LEAST_SHARE * inputs**2
+
+
+def grids(layers: list[Layer], places: list[int]) -> dict[int, Grid]:
+    """Return the grid of the output of each of these layers. Convolutions of one shape share one, with zeros for all shifts."""
+    radius: dict[tuple[int, ...], list[int]] = {}
+    for place in places:
+        layer = layers[place]
+        if shifts(layer):
+            own = [max(map(abs, steps)) for steps in layer.shifts]
+            radius[layer.shape] = [max(pair) for pair in zip(own, radius.get(layer.shape, own), strict=True)]
+    found = {}
+    for place in places:
+        layer = layers[place]
+        padding = radius.get(layer.shape, [0] * len(layer.shape))
+        shape = layer.shape or (layer.positions,)
+        sizes = tuple(size + more for size, more in zip(shape, padding or [0], strict=True))
+        numbers = torch.arange(torch.Size(sizes).numel(), device=layer.window.device).view(sizes)
+        found[place] = Grid(sizes, numbers[tuple(slice(size) for size in shape)].flatten())
+    return found
+
+
+def shifts(layer: Layer) -> bool:
+    """Return True if a layer is a convolution of stride 1 with zeros at the edges, from its window."""
+    if not layer.shifts or not layer.shape or layer.positions != torch.Size(layer.shape).numel():
+        return False
+    numbers = torch.arange(layer.positions, device=layer.window.device).view(layer.shape)
+    rows = []
+    for step in product(*layer.shifts):
+        row = torch.full_like(numbers, -1)
+        here = tuple(slice(max(0, -s), max(0, n - max(0, s))) for s, n in zip(step, layer.shape, strict=True))
+        there = tuple(slice(max(0, s), max(0, n - max(0, -s))) for s, n in zip(step, layer.shape, strict=True))
+        row[here] = numbers[there]
+        rows.append(row.flatten())
+    return torch.equal(torch.stack(rows), layer.window)
+
+
+def dense_step(layers: list[Layer], place: int, output: Grid, found: dict[int, Grid]) -> DenseStep:
+    """Plan the covariances of a layer; `found` holds the grids of the layers whose covariances are dense."""
+    layer = layers[place]
+    offsets, window, value = None, layer.window, output
+    if shifts(layer):
+        inner = [torch.Size(output.sizes[d + 1 :]).numel() for d in range(len(output.sizes))]
+        offsets = [[step * stride for step in steps] for steps, stride in zip(layer.shifts, inner, strict=True)]
+    else:  # where positions lie beyond the edge, one more place, of a zero, stands for them
+        inputs = 1 + max(int(t.max()) for t in (layer.window, *(term.position_map.outputs for term in layer.terms)))
+        beyond = layer.window < 0
+        value = Grid((inputs + int(beyond.any()),), torch.arange(inputs, device=layer.window.device))
+        window = torch.where(beyond, inputs, layer.window)
+    sources = []
+    for term in layer.terms:
+        own = layers[term.layer]
+        grid = found.get(term.layer)
+        if grid is None:
+            grid = Grid((own.positions,), torch.arange(own.positions, device=window.device))
+        sources.append(_source(term.position_map, grid, value, bool(own.terms)))
+    return DenseStep(value, output, sources, offsets, window)
+
+
+def _source(position_map: PositionMap, grid: Grid, value: Grid, followed: bool) -> _Source:
+    outputs, order = position_map.outputs.sort(stable=True)
+    inputs, positions = position_map.inputs[order], len(value.index)
+    each = torch.arange(positions, device=outputs.device)
+    counts = torch.bincount(outputs, minlength=positions)
+    width = int(counts[0]) if bool((counts == counts[0]).all()) else 0
+    if torch.equal(outputs, each) and (
+        not followed or (grid.size == value.size and torch.equal(grid.index[inputs], value.index))
+    ):
+        return _Source("same", order, value.index, 1, outputs)
+    places = grid.index[inputs] if followed else inputs
+    if followed and positions == 1 and torch.equal(places.sort().values, grid.index):
+        return _Source("total", order, places, width, outputs)
+    return _Source("entries", order, places, width, outputs)
+
+
+def covariances(step: DenseStep, terms: list[tuple[int, Tensor, Tensor, Tensor | None, float]], bias: float) -> Tensor:
+    """Return the covariances (n, places, m, places) of one group of a layer's outputs.
+
+    terms: for each run of channels the term's number, its profiles (T, n, channels) and (T, m, channels), the dense covariances of
+    its layer (None: 1), and the factor of the products. bias: added to all covariances.
+    """
+    z: Tensor | None = None
+    for number, a, b, source, factor in terms:
+        part = _value(step, step.sources[number], a * factor, b, source)
+        z = part if z is None else z.add_(part)
+    assert z is not None
+    n, m = z.shape[0], z.shape[2]
+    if step.offsets is None:
+        total = None
+        for row in step.window:
+            picked = z.index_select(1, row).index_select(3, row)
+            total = picked if total is None else total.add_(picked)
+        assert total is not None
+        z = _placed(total, step.output)
+    else:
+        flat = z.reshape(-1)
+        for offsets in step.offsets:
+            flat = _shifted(flat, [offset * (m * step.value.size + 1) for offset in offsets])
+        z = flat.view(n, step.output.size, m, step.output.size)
+    return z.add_(bias) if bias else z
+
+
+def _value(step: DenseStep, source: _Source, a: Tensor, b: Tensor, covariances: Tensor | None) -> Tensor:
+    """Return what a term adds to the covariances of the layer's input, (n, places, m, places)."""
+    a, b = a[source.order], b[source.order]
+    if source.how == "same":
+        product = _products(_padding(a, source.places, step.value.size), _padding(b, source.places, step.value.size))
+        return product if covariances is None else product.mul_(covariances)
+    if source.how == "total" and covariances is not None:
+        size = covariances.shape[1]
+        a, b = _padding(a, source.places, size).transpose(0, 1), _padding(b, source.places, size).transpose(0, 1)
+        columns = [((covariances[:, :, j] @ b[j]) * a).sum((1, 2)) for j in range(len(b))]
+        return _placed(torch.stack(columns, 1)[:, None, :, None], step.value)
+    product = _products(a, b)
+    if covariances is not None:
+        product *= covariances.index_select(1, source.places).index_select(3, source.places)
+    n, entries, m, _ = product.shape
+    positions = len(step.value.index)
+    if source.width:
+        width = source.width
+        product = product.view(n, positions, width, m, positions, width).sum((2, 5)) if width > 1 else product
+    else:
+        rows = product.new_zeros(n, positions, m, entries).index_add_(1, source.outputs, product)
+        product = product.new_zeros(n, positions, m, positions).index_add_(3, source.outputs, rows)
+    return _placed(product, step.value)
+
+
+def _products(a: Tensor, b: Tensor) -> Tensor:
+    """Return the sums over channels (n, T, m, U) of products of (T, n, channels) and (U, m, channels)."""
+    a, b = a.transpose(0, 1), b.transpose(0, 1)
+    flat = a.reshape(-1, a.shape[2]) @ b.reshape(-1, b.shape[2]).T
+    return flat.view(a.shape[0], a.shape[1], b.shape[0], b.shape[1])
+
+
+def _padding(profile: Tensor, places: Tensor, size: int) -> Tensor:
+    if len(places) == size:
+        return profile if size == 1 else torch.empty_like(profile).index_copy_(0, places, profile)
+    return profile.new_zeros(size, *profile.shape[1:]).index_copy_(0, places, profile)
+
+
+def _placed(z: Tensor, grid: Grid) -> Tensor:
+    """Return covariances of positions (n, P, m, P) at the places of a grid, with zeros elsewhere."""
+    if z.shape[1] == grid.size:
+        return z
+    rows = z.new_zeros(z.shape[0], grid.size, *z.shape[2:]).index_copy_(1, grid.index, z)
+    return z.new_zeros(*rows.shape[:3], grid.size).index_copy_(3, grid.index, rows)
+
+
+def _shifted(z: Tensor, offsets: list[int]) -> Tensor:
+    """Return the sum over the offsets o of z[i + o], with zeros beyond its ends."""
+    if offsets == [0]:
+        return z
+    total, length = torch.zeros_like(z), len(z)
+    if 0 in offsets:
+        total.copy_(z)
+    for offset in offsets:
+        if 0 < offset < length:
+            total[: length - offset] += z[offset:]
+        elif -length < offset < 0:
+            total[-offset:] += z[: length + offset]
+    return total
+
+
+def from_pairs(rows: Tensor, grid: Grid) -> Tensor:
+    """Return dense covariances on a grid from those of all pairs in a row, (P P, n, m)."""
+    positions = len(grid.index)
+    return _placed(rows.view(positions, positions, *rows.shape[1:]).permute(2, 0, 3, 1), grid)
+
+
+def to_pairs(z: Tensor, grid: Grid) -> Tensor:
+    """Return the covariances of all pairs of positions in a row, (P P, n, m), from dense ones."""
+    picked = z if len(grid.index) == grid.size else z.index_select(1, grid.index).index_select(3, grid.index)
+    return picked.permute(1, 3, 0, 2).reshape(-1, z.shape[0], z.shape[2])
