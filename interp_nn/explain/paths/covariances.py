@@ -161,18 +161,19 @@ class Propagation:
         If both are the same object, the lower half may be zero.
         """
         if not self._size:
-            return self._block(left, right)
+            return self._block(left, right, dense.Buffers())
         n, m = (layers[-1].terms[0].profile.shape[1] for layers in (left, right))
         size = max(1, math.isqrt(_BLOCK_BYTES // (self._size**2 * left[-1].terms[0].profile.element_size())))
+        buffers = dense.Buffers()
         kernel = torch.zeros(n, m, dtype=torch.float64, device=left[-1].window.device)
         for top in range(0, n, size):
             rows = _samples(left, slice(top, top + size))
             for start in range(top if left is right else 0, m, size):
                 columns = slice(start, start + size)
-                kernel[top : top + size, columns] = self._block(rows, _samples(right, columns))
+                kernel[top : top + size, columns] = self._block(rows, _samples(right, columns), buffers)
         return kernel
 
-    def _block(self, left: list[Layer], right: list[Layer]) -> Tensor:
+    def _block(self, left: list[Layer], right: list[Layer], buffers: dense.Buffers) -> Tensor:
         covariances: dict[int, _Covariances] = {}
         for place, step in sorted(self._steps.items()):
             a, b = left[place], right[place]
@@ -188,7 +189,7 @@ class Propagation:
                         mine, others = (layer.terms[term].profile[:, :, channels] for layer in (a, b))
                         source, own = self._dense_source(a.terms[term].layer, group, covariances)
                         parts.append((term, mine, others, source, scale * 2.0 ** (own - power)))
-                    groups.append(dense.covariances(step.dense, parts, len(a.biases) * 2.0**-power))
+                    groups.append(dense.covariances(step.dense, parts, len(a.biases) * 2.0**-power, buffers))
                     continue
                 shape = len(a.terms[0].profile[0]), len(b.terms[0].profile[0])
                 like = a.terms[0].profile
@@ -203,7 +204,8 @@ class Propagation:
                 groups.append(sums.add_(len(a.biases) * 2.0**-power) if a.biases else sums)
             covariances[place] = _scaled(groups, power)
             for done in step.done:
-                covariances.pop(done, None)
+                for group in covariances.pop(done, _ONE)[0]:
+                    buffers.give(group)
         last, power = self._paired_source(len(left) - 1, 0, covariances)
         assert last is not None
         return last[0].double() * 2.0 ** min(power, 1023)

@@ -1,6 +1,6 @@
 """Covariances of all pairs of positions at once, for networks that pool: matrix products and shifts instead of lists of pairs.
 
-The covariances S(q, q') of a layer are one tensor (n, P, m, P). A convolution of stride 1 adds S at the same shift of q and of q'.
+The covariances S(q, q') of a layer are one tensor (n, P, m, P). A convolution of stride 1 adds S at the same shift of q and q'.
 On a grid whose rows end in zeros, that shift is one offset in memory, so that each dimension of the kernel takes a few additions
 of whole tensors. The profiles are zero at the added positions, which makes the covariances there zero where they are read.
 """
@@ -30,16 +30,33 @@ class Grid(NamedTuple):
         return torch.Size(self.sizes).numel()
 
 
+class Buffers:
+    """Memory that one step after another uses, since new memory costs more than the additions."""
+
+    def __init__(self) -> None:
+        self._free: dict[int, list[Tensor]] = {}
+
+    def take(self, size: int, like: Tensor) -> Tensor:
+        """Return a vector whose entries may be anything."""
+        free = self._free.get(size)
+        return free.pop() if free else like.new_empty(size)
+
+    def give(self, z: Tensor) -> None:
+        """Take back the memory of a contiguous tensor that nobody reads any more."""
+        if z.is_contiguous():
+            self._free.setdefault(z.numel(), []).append(z.view(-1))
+
+
 class _Source(NamedTuple):
     """The way from a layer's positions to a value's.
 
     how: "same" for one entry a position, with the place of the value. "total" for a sum over all positions of the layer. Else
-    "entries", sorted by output. order: of the term's entries. places: the places in the grid of each of them. width: the number
-    of entries for each position of the value; 0 if it differs. outputs: the position of each entry.
+    "entries", sorted by output. order: of the term's entries, None if they have it. places: the places in the grid of each of
+    them. width: the number of entries for each position of the value; 0 if it differs. outputs: the position of each entry.
     """
 
     how: Literal["same", "total", "entries"]
-    order: Tensor
+    order: Tensor | None
     places: Tensor
     width: int
     outputs: Tensor
@@ -126,29 +143,36 @@ def dense_step(layers: list[Layer], place: int, output: Grid, found: dict[int, G
 def _source(position_map: PositionMap, grid: Grid, value: Grid, followed: bool) -> _Source:
     outputs, order = position_map.outputs.sort(stable=True)
     inputs, positions = position_map.inputs[order], len(value.index)
+    sorted_by = None if torch.equal(order, torch.arange(len(order), device=order.device)) else order
     each = torch.arange(positions, device=outputs.device)
     counts = torch.bincount(outputs, minlength=positions)
     width = int(counts[0]) if bool((counts == counts[0]).all()) else 0
     if torch.equal(outputs, each) and (
         not followed or (grid.size == value.size and torch.equal(grid.index[inputs], value.index))
     ):
-        return _Source("same", order, value.index, 1, outputs)
+        return _Source("same", sorted_by, value.index, 1, outputs)
     places = grid.index[inputs] if followed else inputs
     if followed and positions == 1 and torch.equal(places.sort().values, grid.index):
-        return _Source("total", order, places, width, outputs)
-    return _Source("entries", order, places, width, outputs)
+        return _Source("total", sorted_by, places, width, outputs)
+    return _Source("entries", sorted_by, places, width, outputs)
 
 
-def covariances(step: DenseStep, terms: list[tuple[int, Tensor, Tensor, Tensor | None, float]], bias: float) -> Tensor:
+def covariances(
+    step: DenseStep, terms: list[tuple[int, Tensor, Tensor, Tensor | None, float]], bias: float, buffers: Buffers
+) -> Tensor:
     """Return the covariances (n, places, m, places) of one group of a layer's outputs.
 
-    terms: for each run of channels the term's number, its profiles (T, n, channels) and (T, m, channels), the dense covariances of
-    its layer (None: 1), and the factor of the products. bias: added to all covariances.
+    terms: for each run of channels the term's number, its profiles (T, n, channels) and (T, m, channels), the dense covariances
+    of its layer (None: 1), and the factor of the products. bias: added to all covariances.
     """
     z: Tensor | None = None
     for number, a, b, source, factor in terms:
-        part = _value(step, step.sources[number], a * factor, b, source)
-        z = part if z is None else z.add_(part)
+        part = _value(step, step.sources[number], a * factor, b, source, buffers)
+        if z is None:
+            z = part
+        else:
+            z += part
+            buffers.give(part)
     assert z is not None
     n, m = z.shape[0], z.shape[2]
     if step.offsets is None:
@@ -161,23 +185,27 @@ def covariances(step: DenseStep, terms: list[tuple[int, Tensor, Tensor, Tensor |
     else:
         flat = z.reshape(-1)
         for offsets in step.offsets:
-            flat = _shifted(flat, [offset * (m * step.value.size + 1) for offset in offsets])
+            flat = _shifted(flat, [offset * (m * step.value.size + 1) for offset in offsets], buffers)
         z = flat.view(n, step.output.size, m, step.output.size)
     return z.add_(bias) if bias else z
 
 
-def _value(step: DenseStep, source: _Source, a: Tensor, b: Tensor, covariances: Tensor | None) -> Tensor:
+def _value(
+    step: DenseStep, source: _Source, a: Tensor, b: Tensor, covariances: Tensor | None, buffers: Buffers
+) -> Tensor:
     """Return what a term adds to the covariances of the layer's input, (n, places, m, places)."""
-    a, b = a[source.order], b[source.order]
+    if source.order is not None:
+        a, b = a[source.order], b[source.order]
     if source.how == "same":
-        product = _products(_padding(a, source.places, step.value.size), _padding(b, source.places, step.value.size))
+        a, b = (_padding(profile, source.places, step.value.size) for profile in (a, b))
+        product = _products(a, b, buffers)
         return product if covariances is None else product.mul_(covariances)
     if source.how == "total" and covariances is not None:
         size = covariances.shape[1]
         a, b = _padding(a, source.places, size).transpose(0, 1), _padding(b, source.places, size).transpose(0, 1)
         columns = [((covariances[:, :, j] @ b[j]) * a).sum((1, 2)) for j in range(len(b))]
         return _placed(torch.stack(columns, 1)[:, None, :, None], step.value)
-    product = _products(a, b)
+    product = _products(a, b, buffers)
     if covariances is not None:
         product *= covariances.index_select(1, source.places).index_select(3, source.places)
     n, entries, m, _ = product.shape
@@ -191,11 +219,12 @@ def _value(step: DenseStep, source: _Source, a: Tensor, b: Tensor, covariances: 
     return _placed(product, step.value)
 
 
-def _products(a: Tensor, b: Tensor) -> Tensor:
+def _products(a: Tensor, b: Tensor, buffers: Buffers) -> Tensor:
     """Return the sums over channels (n, T, m, U) of products of (T, n, channels) and (U, m, channels)."""
     a, b = a.transpose(0, 1), b.transpose(0, 1)
-    flat = a.reshape(-1, a.shape[2]) @ b.reshape(-1, b.shape[2]).T
-    return flat.view(a.shape[0], a.shape[1], b.shape[0], b.shape[1])
+    left, right = a.reshape(-1, a.shape[2]), b.reshape(-1, b.shape[2])
+    flat = buffers.take(len(left) * len(right), a).view(len(left), len(right))
+    return torch.mm(left, right.T, out=flat).view(a.shape[0], a.shape[1], b.shape[0], b.shape[1])
 
 
 def _padding(profile: Tensor, places: Tensor, size: int) -> Tensor:
@@ -212,18 +241,26 @@ def _placed(z: Tensor, grid: Grid) -> Tensor:
     return z.new_zeros(*rows.shape[:3], grid.size).index_copy_(3, grid.index, rows)
 
 
-def _shifted(z: Tensor, offsets: list[int]) -> Tensor:
-    """Return the sum over the offsets o of z[i + o], with zeros beyond its ends."""
+def _shifted(z: Tensor, offsets: list[int], buffers: Buffers) -> Tensor:
+    """Return the sum over the offsets o of z[i + o], with zeros beyond its ends. z is given to the buffers."""
     if offsets == [0]:
         return z
-    total, length = torch.zeros_like(z), len(z)
-    if 0 in offsets:
+    total, rest = buffers.take(len(z), z), [offset for offset in offsets if offset]
+    later = [offset for offset in rest if 0 < offset < len(z)]
+    if 0 in offsets and later:  # the first sum writes to all entries
+        rest.remove(first := later[0])
+        torch.add(z[:-first], z[first:], out=total[:-first])
+        total[-first:] = z[-first:]
+    elif 0 in offsets:
         total.copy_(z)
-    for offset in offsets:
-        if 0 < offset < length:
-            total[: length - offset] += z[offset:]
-        elif -length < offset < 0:
-            total[-offset:] += z[: length + offset]
+    else:
+        total.zero_()
+    for offset in rest:
+        if 0 < offset < len(z):
+            total[:-offset] += z[offset:]
+        elif -len(z) < offset < 0:
+            total[-offset:] += z[:offset]
+    buffers.give(z)
     return total
 
 

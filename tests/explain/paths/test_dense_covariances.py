@@ -1,0 +1,127 @@
+"""Covariances of all pairs of positions by shifts, compared with those of the pairs one by one."""
+
+import pytest
+import torch
+from torch import nn
+
+from interp_nn.explain.paths import dense_covariances
+from interp_nn.explain.paths.covariances import Propagation
+from interp_nn.explain.paths.path_kernel import npk
+from interp_nn.explain.paths.path_network import PathNetwork
+
+FP64 = torch.float64
+
+
+class Skips(nn.Module):
+    """Sums and concatenations of the input, of convolutions and of a batch norm between pools of several kinds."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(2, 4, 3, padding=1), nn.Conv2d(4, 4, (1, 5), padding=(0, 2), groups=2)
+        self.norm, self.down = nn.BatchNorm2d(6), nn.Conv2d(6, 3, 3, stride=2, padding=1)
+        self.c, self.pool, self.out = nn.Conv2d(3, 3, 3, padding=1), nn.MaxPool2d(3, 1, 1), nn.Linear(3, 2)
+
+    def forward(self, x):
+        z = self.a(x).relu()
+        z = z + self.b(z).relu()
+        z = self.pool(self.norm(torch.cat([z, x], 1)))
+        z = self.down(z).relu()
+        return self.out((z + self.c(z).relu()).mean((2, 3)))
+
+
+def pooled(*layers, channels, dims=2):
+    pool = (nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d)[dims - 1](1)
+    return nn.Sequential(*layers, pool, nn.Flatten(), nn.Linear(channels, 2))
+
+
+NETWORKS = {
+    "same": (
+        lambda: pooled(nn.Conv2d(2, 3, 3, padding=1), nn.ReLU(), nn.Conv2d(3, 4, 5, padding=2), nn.ReLU(), channels=4),
+        (2, 5, 6),
+    ),
+    "dilated": (
+        lambda: pooled(
+            nn.Conv2d(2, 3, 3, padding=2, dilation=2),
+            nn.ReLU(),
+            nn.Conv2d(3, 3, (3, 1), padding="same"),
+            nn.ReLU(),
+            channels=3,
+        ),
+        (2, 5, 4),
+    ),
+    "even kernels": (
+        lambda: pooled(nn.Conv2d(2, 3, 2, padding="same"), nn.ReLU(), nn.Conv2d(3, 3, 4, padding="same"), channels=3),
+        (2, 5, 4),
+    ),
+    "larger than the image": (
+        lambda: pooled(nn.Conv2d(2, 3, 7, padding=3), nn.ReLU(), nn.Conv2d(3, 2, 3, padding=1), channels=2),
+        (2, 2, 3),
+    ),
+    "circular": (
+        lambda: pooled(
+            nn.Conv2d(2, 3, 3, padding=1, padding_mode="circular"), nn.ReLU(), nn.Conv2d(3, 3, 3, padding=1), channels=3
+        ),
+        (2, 4, 4),
+    ),
+    "no padding": (lambda: pooled(nn.Conv2d(2, 3, 3), nn.ReLU(), nn.Conv2d(3, 3, 2), nn.ReLU(), channels=3), (2, 6, 5)),
+    "pools between": (
+        lambda: pooled(
+            nn.Conv2d(2, 3, 3, padding=1),
+            nn.ReLU(),
+            nn.AvgPool2d(2, ceil_mode=True),
+            nn.Conv2d(3, 3, 3, padding=1),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+            channels=3,
+        ),
+        (2, 7, 6),
+    ),
+    "one dimension": (
+        lambda: pooled(nn.Conv1d(2, 3, 3, padding=1), nn.ReLU(), nn.Conv1d(3, 3, 1), nn.ReLU(), channels=3, dims=1),
+        (2, 7),
+    ),
+    "three dimensions": (
+        lambda: pooled(
+            nn.Conv3d(1, 2, 3, padding=1), nn.ReLU(), nn.Conv3d(2, 2, 3, padding=1), nn.ReLU(), channels=2, dims=3
+        ),
+        (1, 3, 2, 4),
+    ),
+    "flattened": (
+        lambda: nn.Sequential(
+            nn.Conv2d(2, 3, 3, padding=1), nn.ReLU(), nn.AvgPool2d(2), nn.Flatten(), nn.Linear(12, 2)
+        ),
+        (2, 4, 4),
+    ),
+    "skips": (Skips, (2, 6, 6)),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Using padding=.same. with even kernel")
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_all_pairs_at_once_are_the_pairs_one_by_one(name, normalize, monkeypatch):
+    make, shape = NETWORKS[name]
+    model, x = make().to(FP64).eval(), torch.randn(5, *shape, dtype=FP64)
+    steps = Propagation(PathNetwork(model, FP64).layers(x[:1]), normalize)._steps.values()
+    assert any(step.dense for step in steps) or name == "flattened"
+    got = npk(model, x, normalize=normalize), npk(model, x[:2], x[2:], normalize=normalize)
+    monkeypatch.setattr("interp_nn.explain.paths.covariances._BLOCK_BYTES", 1)  # each pair of samples by itself
+    alone = npk(model, x, normalize=normalize)
+    monkeypatch.setattr(dense_covariances, "suits", lambda layer: False)
+    want = npk(model, x, normalize=normalize)
+    torch.testing.assert_close(got[0], want, rtol=1e-12, atol=0)
+    torch.testing.assert_close(got[1], want[:2, 2:], rtol=1e-12, atol=0)
+    torch.testing.assert_close(alone, want, rtol=1e-12, atol=0)
+
+
+def test_shifts_are_found_in_the_window():
+    x = torch.randn(1, 2, 4, 5)
+    for layer, found in (
+        (nn.Conv2d(2, 1, 3, padding=1), True),
+        (nn.Conv2d(2, 1, 1), True),
+        (nn.Conv2d(2, 1, 3, padding=1, padding_mode="reflect"), False),
+        (nn.Conv2d(2, 1, 3, padding=1, stride=2), False),
+        (nn.Conv2d(2, 1, 3), False),
+    ):
+        layers = PathNetwork(layer, torch.float32).layers(x)
+        assert dense_covariances.shifts(layers[1]) == found
