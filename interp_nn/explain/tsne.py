@@ -274,7 +274,8 @@ class ParametricTSNE(Transformer):
         table = None  # of all squared distances
         if len(x) <= _TABLE_POINTS:
             table = _squared_distances(in_parameters_dtype(x, encoder).flatten(1).double())
-        divergences, precisions = [], None  # the last epoch's precision of each point, from which the search starts
+        divergences: list[float] = []
+        precisions: Tensor | None = None  # the last epoch's precision of each point, from which the search starts
         for epoch in self._epochs():
             exaggeration = self.early_exaggeration if epoch < self.exaggeration_epochs else 1.0
             total, fresh = 0.0, torch.zeros(len(x), 1, dtype=torch.float64, device=device)

@@ -91,22 +91,22 @@ class Propagation:
         self._steps: dict[int, _Step] = {}
         self._rows = [0] * len(layers)
         coded: dict[int, Tensor] = {}
-        whole: set[int] = set()  # layers of which all pairs are needed
+        complete: set[int] = set()  # layers of which all pairs are needed
         places: list[int] = []
         later: set[int] = set()
         self._bytes = sum(term.profile[:, 0].numel() for layer in layers for term in layer.terms)
         for place in reversed(range(len(layers))):
             layer = layers[place]
-            if not layer.terms or not (needed[place] or place in whole):
+            if not layer.terms or not (needed[place] or place in complete):
                 continue
             done = {term.layer for term in layer.terms} - later
             later |= done
             runs = [_runs(layers, layer, group) for group in range(layer.groups)]
-            every = torch.arange(layer.positions**2 if place in whole else 0, device=layer.window.device)
-            coded[place] = every if place in whole else torch.cat(needed[place]).unique()
+            every = torch.arange(layer.positions**2 if place in complete else 0, device=layer.window.device)
+            coded[place] = every if place in complete else torch.cat(needed[place]).unique()
             self._rows[place] = len(coded[place])
             if len(coded[place]) == layer.positions**2 and dense.suits(layer):
-                whole |= {term.layer for term in layer.terms}
+                complete |= {term.layer for term in layer.terms}
                 places.append(place)
                 self._steps[place] = _Step(0, [], None, runs, sorted(done))
                 continue
@@ -204,8 +204,8 @@ class Propagation:
                 groups.append(sums.add_(len(a.biases) * 2.0**-power) if a.biases else sums)
             covariances[place] = _scaled(groups, power)
             for done in step.done:
-                for group in covariances.pop(done, _ONE)[0]:
-                    buffers.give(group)
+                for unused in covariances.pop(done, _ONE)[0]:
+                    buffers.give(unused)
         last, power = self._paired_source(len(left) - 1, 0, covariances)
         assert last is not None
         return last[0].double() * 2.0 ** min(power, 1023)

@@ -19,10 +19,10 @@ _LEAST_SHARE = 0.05  # of the pairs that must be needed for all of them to be co
 
 
 class Grid(NamedTuple):
-    """The places of positions in memory. sizes: of each dimension. index: the place of each position, (P,) int64."""
+    """The places of positions in memory. sizes: of each dimension. places: of each position, (P,) int64."""
 
     sizes: tuple[int, ...]
-    index: Tensor
+    places: Tensor
 
     @property
     def size(self) -> int:
@@ -142,17 +142,17 @@ def dense_step(layers: list[Layer], place: int, output: Grid, found: dict[int, G
 
 def _source(position_map: PositionMap, grid: Grid, value: Grid, followed: bool) -> _Source:
     outputs, order = position_map.outputs.sort(stable=True)
-    inputs, positions = position_map.inputs[order], len(value.index)
+    inputs, positions = position_map.inputs[order], len(value.places)
     sorted_by = None if torch.equal(order, torch.arange(len(order), device=order.device)) else order
     each = torch.arange(positions, device=outputs.device)
     counts = torch.bincount(outputs, minlength=positions)
     width = int(counts[0]) if bool((counts == counts[0]).all()) else 0
     if torch.equal(outputs, each) and (
-        not followed or (grid.size == value.size and torch.equal(grid.index[inputs], value.index))
+        not followed or (grid.size == value.size and torch.equal(grid.places[inputs], value.places))
     ):
-        return _Source("same", sorted_by, value.index, 1, outputs)
-    places = grid.index[inputs] if followed else inputs
-    if followed and positions == 1 and torch.equal(places.sort().values, grid.index):
+        return _Source("same", sorted_by, value.places, 1, outputs)
+    places = grid.places[inputs] if followed else inputs
+    if followed and positions == 1 and torch.equal(places.sort().values, grid.places):
         return _Source("total", sorted_by, places, width, outputs)
     return _Source("entries", sorted_by, places, width, outputs)
 
@@ -209,7 +209,7 @@ def _value(
     if covariances is not None:
         product *= covariances.index_select(1, source.places).index_select(3, source.places)
     n, entries, m, _ = product.shape
-    positions = len(step.value.index)
+    positions = len(step.value.places)
     if source.width:
         width = source.width
         product = product.view(n, positions, width, m, positions, width).sum((2, 5)) if width > 1 else product
@@ -237,8 +237,8 @@ def _placed(z: Tensor, grid: Grid) -> Tensor:
     """Return covariances of positions (n, P, m, P) at the places of a grid, with zeros elsewhere."""
     if z.shape[1] == grid.size:
         return z
-    rows = z.new_zeros(z.shape[0], grid.size, *z.shape[2:]).index_copy_(1, grid.index, z)
-    return z.new_zeros(*rows.shape[:3], grid.size).index_copy_(3, grid.index, rows)
+    rows = z.new_zeros(z.shape[0], grid.size, *z.shape[2:]).index_copy_(1, grid.places, z)
+    return z.new_zeros(*rows.shape[:3], grid.size).index_copy_(3, grid.places, rows)
 
 
 def _shifted(z: Tensor, offsets: list[int], buffers: Buffers) -> Tensor:
@@ -266,11 +266,11 @@ def _shifted(z: Tensor, offsets: list[int], buffers: Buffers) -> Tensor:
 
 def from_pairs(rows: Tensor, grid: Grid) -> Tensor:
     """Return dense covariances on a grid from those of all pairs in a row, (P P, n, m)."""
-    positions = len(grid.index)
+    positions = len(grid.places)
     return _placed(rows.view(positions, positions, *rows.shape[1:]).permute(2, 0, 3, 1), grid)
 
 
 def to_pairs(z: Tensor, grid: Grid) -> Tensor:
     """Return the covariances of all pairs of positions in a row, (P P, n, m), from dense ones."""
-    picked = z if len(grid.index) == grid.size else z.index_select(1, grid.index).index_select(3, grid.index)
+    picked = z if len(grid.places) == grid.size else z.index_select(1, grid.places).index_select(3, grid.places)
     return picked.permute(1, 3, 0, 2).reshape(-1, z.shape[0], z.shape[2])
