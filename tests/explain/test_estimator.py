@@ -175,8 +175,16 @@ def test_searches_for_regression(scoring):
     assert search.score(x, y) > (0.5 if scoring in (None, "r2") else -0.5)
 
 
-@pytest.mark.parametrize("scoring", [None, "accuracy", "f1_macro", "balanced_accuracy", "roc_auc"])
-@pytest.mark.parametrize("labels", [np.array([0, 1, 2]), np.array(["none", "one", "two"])])
+@pytest.mark.parametrize(
+    ("scoring", "labels"),
+    [
+        (None, np.array([0, 1, 2])),
+        ("balanced_accuracy", np.array([0, 1, 2])),
+        ("accuracy", np.array(["none", "one", "two"])),
+        ("f1_macro", np.array(["none", "one", "two"])),
+        ("roc_auc", np.array(["none", "one", "two"])),
+    ],
+)
 def test_searches_for_classification(scoring, labels):
     x, y = data(90)
     y = labels[np.minimum(y, 1)] if scoring == "roc_auc" else labels[y]
