@@ -102,14 +102,18 @@ class Propagation:
             done = {term.layer for term in layer.terms} - later
             later |= done
             runs = [_runs(layers, layer, group) for group in range(layer.groups)]
-            every = torch.arange(layer.positions**2 if place in complete else 0, device=layer.window.device)
-            coded[place] = every if place in complete else torch.cat(needed[place]).unique()
-            self._rows[place] = len(coded[place])
-            if len(coded[place]) == layer.positions**2 and dense.suits(layer):
+            if place not in complete:
+                coded[place] = torch.cat(needed[place]).unique()
+                complete |= {place} if len(coded[place]) == layer.positions**2 else set()
+            if place in complete and dense.suits(layer):
+                self._rows[place] = layer.positions**2
                 complete |= {term.layer for term in layer.terms}
                 places.append(place)
                 self._steps[place] = _Step(0, [], None, runs, sorted(done))
                 continue
+            if place in complete:
+                coded[place] = torch.arange(layer.positions**2, device=layer.window.device)
+            self._rows[place] = len(coded[place])
             seen = [
                 layer.window[:, index] for index in (coded[place] // layer.positions, coded[place] % layer.positions)
             ]
@@ -135,11 +139,12 @@ class Propagation:
                 continue
             for i, term in enumerate(layers[place].terms):
                 own = step.products[i]
-                if term.layer in coded:
+                if layers[term.layer].terms:
                     inputs = term.position_map.inputs
-                    codes = inputs[own.left] * layers[term.layer].positions + inputs[own.right]
-                    rows = torch.searchsorted(coded[term.layer], codes)
-                    whole = len(rows) == len(coded[term.layer])
+                    rows = inputs[own.left] * layers[term.layer].positions + inputs[own.right]
+                    if term.layer not in complete:
+                        rows = torch.searchsorted(coded[term.layer], rows)
+                    whole = len(rows) == self._rows[term.layer]
                     step.products[i] = own._replace(source=_unless_identity(rows) if whole else rows)
         self._groups = [layer.groups for layer in layers]
 

@@ -334,7 +334,11 @@ class Walk(fx.Interpreter):
 
     def _through(self, term: Term, position_map: PositionMap, factor: Tensor) -> Term:
         """Compose a term with a position map whose entries multiply by a factor (T or T, n, channels)."""
-        before, then = (term.position_map.outputs.unsqueeze(1) == position_map.inputs).nonzero().unbind(1)
+        outputs = term.position_map.outputs
+        if torch.equal(outputs, torch.arange(len(outputs), device=outputs.device)):
+            before, then = position_map.inputs.sort(stable=True)  # the order that the search below finds
+        else:
+            before, then = (outputs.unsqueeze(1) == position_map.inputs).nonzero().unbind(1)
         both = PositionMap(term.position_map.inputs[before], position_map.outputs[then])
         return replace(term, position_map=both, profile=term.profile[before] * factor[then])
 
