@@ -1,14 +1,15 @@
-"""What users call on tensors, in the manner of torch.nn.functional.
+"""Summaries, their losses and their matrices as functions of tensors, as in torch.nn.functional.
 
-With projection P = X b and Gram matrix G = bᵀb the summary is Y = P G: a linear layer with effective weight W = b G.
+With projection P = X b and Gram matrix G = bᵀb the summary is Y = P G. It is a linear layer with effective weight W = b G.
 
-x is (..., d) and b is (d, k), with any strides (a layer's (out, in) weight passes as `weight.t()` without a copy), of one
-dtype out of float64, float32, bfloat16, float16 and on one device. Under autocast they are cast (but for `orthogonalize`),
-and gradients come back in the parameter's dtype. Empty tensors, k > d and rank-deficient b work. Results are the same bits
-on every call with the same shapes and values that asks for the same gradients: which product is formed first depends on
-these, so that a call under torch.no_grad may differ by rounding. Nothing is modified. Every function raises TypeError or
-ValueError that names the argument, what it got and what would do. All are differentiable to every order, and work under
-torch.func and torch.compile.
+x is (..., d) and b is (d, k), with any strides: a layer's (out, in) weight passes as `weight.t()` without a copy. Both have
+one dtype out of float64, float32, bfloat16, float16 and one device. Under autocast they are cast (except by `orthogonalize`),
+and gradients come back in the parameter's dtype. Empty tensors, k > d and rank-deficient b work. No argument is modified.
+
+Calls with the same shapes, values and requested gradients return the same bits. Under torch.no_grad another order of the
+products may be chosen, so the last bits can differ. All functions are differentiable to every order, and work under
+torch.func and torch.compile. All raise TypeError or ValueError for bad arguments; the message names the argument, what it got
+and what it wants.
 """
 
 from __future__ import annotations
@@ -52,17 +53,47 @@ _REDUCTIONS = ("mean", "sum", "none")
 
 
 class SummaryPair(NamedTuple):
-    """projection P = X b and summary Y = P (bᵀb), both (..., k)."""
+    """The two outputs of `summary_pair` and of the layers that return a pair.
+
+    Attributes:
+        projection: P = X b, (..., k).
+        summary: Y = P (bᵀb), (..., k).
+
+    Example:
+        >>> pair = summary_pair(torch.ones(1, 2), 2 * torch.eye(2))
+        >>> pair.projection, pair.summary
+        (tensor([[2., 2.]]), tensor([[8., 8.]]))
+    """
 
     projection: Tensor
     summary: Tensor
 
 
 def summary(x: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Y = X b (bᵀb) + bias.
+    """Compute the summary Y = X b (bᵀb) + bias.
 
-    x (..., d), b (d, k), bias (k,) or None; returns (..., k). Which product is formed first is `interp_nn.plan`'s choice;
-    each product accumulates in fp32 (fp64 for float64) and is rounded to the dtype. Source: Banh, Interpretable-Neural-Net.
+    `interp_nn.plan` tells which product is formed first. Each product accumulates in float32 (float64 for float64) and is
+    rounded to the dtype.
+
+    Args:
+        x: Input of shape (..., d).
+        b: Weight of shape (d, k), any strides.
+        bias: Vector of shape (k,), or None.
+
+    Returns:
+        Tensor of shape (..., k) in x's dtype (autocast's under autocast).
+
+    Raises:
+        TypeError: A dtype that is not supported or differs between the arguments.
+        ValueError: Shapes or devices that do not fit.
+
+    Example:
+        >>> summary(torch.ones(2, 3), torch.eye(3)[:, :2])
+        tensor([[1., 1.],
+                [1., 1.]])
+
+    Source:
+        Banh, Interpretable-Neural-Net.
     """
     x, b, bias, plan = _planned(x, b, bias, False)
     if type(b) not in _PLAIN and is_dtensor(b):
@@ -80,7 +111,27 @@ def summary_and_gram(x: Tensor, b: Tensor, bias: Tensor | None = None) -> tuple[
 
 
 def summary_pair(x: Tensor, b: Tensor) -> SummaryPair:
-    """(P, Y) = (X b, X b (bᵀb)), each (..., k), for x (..., d) and b (d, k)."""
+    """Compute the pair (P, Y) = (X b, X b (bᵀb)) in one launch where an engine has one.
+
+    Args:
+        x: Input of shape (..., d).
+        b: Weight of shape (d, k), any strides.
+
+    Returns:
+        `SummaryPair` of two tensors of shape (..., k).
+
+    Raises:
+        TypeError: A dtype that is not supported or differs between the arguments.
+        ValueError: Shapes or devices that do not fit.
+
+    Example:
+        >>> projection, y = summary_pair(torch.ones(1, 2), 2 * torch.eye(2))
+        >>> projection, y
+        (tensor([[2., 2.]]), tensor([[8., 8.]]))
+
+    Source:
+        Banh, Interpretable-Neural-Net.
+    """
     x, b, _, plan = _planned(x, b, None, True)
     return SummaryPair(*_summary.summary_pair(x, b, plan))
 
@@ -94,13 +145,35 @@ def summary_cross_entropy(
     ignore_index: int = -100,
     reduction: str = "mean",
 ) -> Tensor:
-    """w1 CE(P, t) + w2 CE(Y, t) + w3 MSE(P, Y), the loss for classes predicted directly by the k columns.
+    """Compute the loss w1 CE(P, t) + w2 CE(Y, t) + w3 MSE(P, Y), with the k columns as classes.
 
-    x (..., d), b (d, k), target (...) int64 with class indices in [0, k). A row's MSE is its mean over k. Rows whose target
-    is `ignore_index` are left out of all three terms; "mean" divides by the kept rows (NaN without any, as in PyTorch),
-    "sum" adds them, "none" returns one loss a row, of target's shape. The loss is fp32 for 16-bit inputs. Its gradients are
-    computed in the forward; a row whose logits overflow makes them NaN though it is ignored, as in PyTorch.
-    Source: Banh, Representing information as linear combinations of signals, section 2.1.
+    A row's MSE is its mean over k. On a GPU engine the forward pass computes the gradients too, except for float16 and for
+    reduction "none". On a CPU PyTorch's autograd computes them in the backward pass. A row whose logits overflow makes
+    gradients NaN even if it is ignored, as in PyTorch.
+
+    Args:
+        x: Input of shape (..., d).
+        b: Weight of shape (d, k), any strides.
+        target: Class indices in [0, k), int64 of shape (...).
+        weights: The factors (w1, w2, w3).
+        ignore_index: Rows with this target are left out of all three terms.
+        reduction: "mean" divides by the number of kept rows (NaN without any, as in PyTorch), "sum" adds the rows, "none"
+            returns one loss for each row.
+
+    Returns:
+        Scalar, or a tensor of target's shape for "none"; float32 for 16-bit inputs, else x's dtype.
+
+    Raises:
+        TypeError: A dtype that is not supported, or a target that is not int64.
+        ValueError: Shapes or devices that do not fit, or a class index out of range (on a GPU: a failed assertion on the device).
+
+    Example:
+        >>> x, b = torch.eye(2), 2 * torch.eye(2)
+        >>> summary_cross_entropy(x, b, torch.tensor([0, 1]), weights=(1.0, 0.0, 0.0))
+        tensor(0.1269)
+
+    Source:
+        Banh, "Representing information as linear combinations of signals", section 2.1.
     """
     x, b = _matrices(x, b)
     options = _loss_options(x, target, b.shape[1], weights, ignore_index, reduction)
@@ -118,10 +191,35 @@ def summary_head_cross_entropy(
     ignore_index: int = -100,
     reduction: str = "mean",
 ) -> Tensor:
-    """w1 CE(O1, t) + w2 CE(O2, t) + w3 MSE(O1, O2) with O1 = P Aᵀ + c and O2 = Y Aᵀ + c, the reference network's loss.
+    """Compute the reference network's loss w1 CE(O1, t) + w2 CE(O2, t) + w3 MSE(O1, O2).
 
-    x (..., d), b (d, k), output_weight A (m, k), output_bias c (m,) or None, target (...) int64 in [0, m); the rest as in
-    `summary_cross_entropy`. Where m is small against k the logits are formed without any n x k intermediate.
+    The logits are O1 = P Aᵀ + c and O2 = Y Aᵀ + c. Where m is small against k they are formed without any n x k intermediate.
+    Gradients are computed as by `summary_cross_entropy`.
+
+    Args:
+        x: Input of shape (..., d).
+        b: Weight of shape (d, k), any strides.
+        output_weight: A of shape (m, k).
+        output_bias: c of shape (m,), or None.
+        target: Class indices in [0, m), int64 of shape (...).
+        weights: The factors (w1, w2, w3).
+        ignore_index: Rows with this target are left out of all three terms.
+        reduction: "mean", "sum" or "none", as in `summary_cross_entropy`.
+
+    Returns:
+        Scalar, or a tensor of target's shape for "none"; float32 for 16-bit inputs, else x's dtype.
+
+    Raises:
+        TypeError: A dtype that is not supported, or a target that is not int64.
+        ValueError: Shapes or devices that do not fit, or a class index out of range (on a GPU: a failed assertion on the device).
+
+    Example:
+        >>> x, b, a = torch.eye(2), torch.eye(2), torch.eye(2)
+        >>> summary_head_cross_entropy(x, b, a, None, torch.tensor([0, 1]))
+        tensor(0.6265)
+
+    Source:
+        AskExplain, Interpretable-Neural-Net.
     """
     x, b = _matrices(x, b)
     _, a, c = _operands(b, "b", output_weight=output_weight, output_bias=output_bias)
@@ -136,22 +234,72 @@ def summary_head_cross_entropy(
 
 
 def gram(b: Tensor) -> Tensor:
-    """Gram matrix G = bᵀb (k, k) of b (d, k)."""
+    """Compute the Gram matrix G = bᵀb.
+
+    Args:
+        b: Matrix of shape (d, k).
+
+    Returns:
+        Tensor of shape (k, k).
+
+    Raises:
+        TypeError: A dtype that is not supported.
+        ValueError: b is not a matrix.
+
+    Example:
+        >>> gram(torch.tensor([[1.0, 2.0]]))
+        tensor([[1., 2.],
+                [2., 4.]])
+    """
     return linalg.gram(_matrix(b, sharded=True))
 
 
 def effective_weight(b: Tensor) -> Tensor:
-    """W = b (bᵀb) (d, k): `summary(x, b)` is `x @ W`. Its singular values are the cubes of those of b."""
+    """Compute the effective weight W = b (bᵀb), with which `summary(x, b)` is `x @ W`.
+
+    The singular values of W are the cubes of those of b.
+
+    Args:
+        b: Matrix of shape (d, k).
+
+    Returns:
+        Tensor of shape (d, k).
+
+    Raises:
+        TypeError: A dtype that is not supported.
+        ValueError: b is not a matrix.
+
+    Example:
+        >>> effective_weight(2 * torch.eye(2))
+        tensor([[8., 0.],
+                [0., 8.]])
+    """
     return linalg.effective_weight(_matrix(b, sharded=True))
 
 
 def orthogonalize(b: Tensor, tolerance: float | None = None, max_iterations: int = 100) -> Orthogonalized:
-    """The polar factor of b (d, k), its nearest matrix with orthonormal columns (rows for k > d), by Newton-Schulz.
+    """Compute the polar factor of b, its nearest matrix with orthonormal columns (rows for k > d), by Newton-Schulz.
 
-    Iterates b <- b (3 I - bᵀb) / 2 in fp32 (fp64 for float64), autocast or not, until the Frobenius norm of bᵀb - I is at
-    most `tolerance` (default: rounding), or for `max_iterations`. Returns (factor, defect, iterations), the defect being
-    max |s - 1| over the singular values. Exactly zero singular values stay zero, and the defect is then 1; where b is
-    rank-deficient but for rounding, its missing directions come out orthonormal and arbitrary (see `SummaryLinear.spectrum`).
+    Iterates b <- b (3 I - bᵀb) / 2 in float32 (float64 for float64), also under autocast. Singular values that are exactly
+    zero stay zero, and the defect is then 1. Where b is rank-deficient except for rounding, its missing directions come out
+    orthonormal and arbitrary (see `SummaryLinear.spectrum`).
+
+    Args:
+        b: Matrix of shape (d, k).
+        tolerance: Stop when the Frobenius norm of bᵀb - I is at most this. None stops at rounding.
+        max_iterations: Stop after so many iterations.
+
+    Returns:
+        `Orthogonalized` (factor, defect, iterations). The defect is max |s - 1| over the singular values s of the factor.
+
+    Raises:
+        TypeError: A dtype that is not supported, or arguments of other types.
+        ValueError: b is not a matrix.
+
+    Example:
+        >>> orthogonalize(torch.diag(torch.tensor([3.0, 0.5]))).factor.abs().round(decimals=4)
+        tensor([[1., 0.],
+                [0., 1.]])
     """
     if tolerance is not None and not isinstance(tolerance, Real):
         raise TypeError(f"tolerance: got {tolerance!r}, want a number or None (rounding)")
@@ -163,17 +311,33 @@ def orthogonalize(b: Tensor, tolerance: float | None = None, max_iterations: int
 
 
 def inverse_summary(x: Tensor, b: Tensor) -> Tensor:
-    """Z = X b (bᵀb)⁻¹ (..., k), the least-squares code that the summary replaces; a baseline.
+    """Compute the least-squares code Z = X b (bᵀb)⁻¹ that the summary replaces; a baseline.
 
-    Raises torch.linalg.LinAlgError where k > d, and where the solver meets a singular bᵀb; one that is singular but for
-    rounding goes unseen, and Z is then large and arbitrary. 16-bit inputs are solved in fp32.
+    16-bit inputs are solved in float32. A bᵀb that is singular except for rounding is not noticed, and Z is then large and
+    arbitrary.
+
+    Args:
+        x: Input of shape (..., d).
+        b: Weight of shape (d, k), k <= d.
+
+    Returns:
+        Tensor of shape (..., k).
+
+    Raises:
+        TypeError: A dtype that is not supported or differs between the arguments.
+        ValueError: Shapes or devices that do not fit.
+        torch.linalg.LinAlgError: k > d, or the solver meets a singular bᵀb.
+
+    Example:
+        >>> inverse_summary(torch.ones(1, 2), 2 * torch.eye(2))
+        tensor([[0.5000, 0.5000]])
     """
     x, b = _matrices(x, b)
     return linalg.inverse_summary(x, b)
 
 
 def _matrices(x: Tensor, b: Tensor, sharded: bool = False) -> tuple[Tensor, Tensor]:
-    """x (..., d) and b (d, k), checked; cast under autocast. sharded: they may be DTensors."""
+    """Check x (..., d) and b (d, k), and cast them under autocast. sharded: they may be DTensors."""
     x, b = _operands(x, "x", sharded, b=b)
     if b is None:
         raise TypeError("b: got NoneType, want a torch.Tensor")
@@ -187,7 +351,7 @@ def _matrices(x: Tensor, b: Tensor, sharded: bool = False) -> tuple[Tensor, Tens
 
 
 def _planned(x: Tensor, b: Tensor, bias: Tensor | None, pair: bool) -> tuple[Tensor, Tensor, Tensor | None, Plan]:
-    """Checked x, b and bias, and the plan. Remembered by all that they depend on: a call costs one look-up."""
+    """Return checked x, b and bias, and the plan. The plan is remembered by everything that it depends on."""
     key = None
     plain = type(x) in _PLAIN and type(b) in _PLAIN and (bias is None or type(bias) in _PLAIN)
     if plain and not is_dynamo_compiling() and not any_autocast_enabled():
@@ -216,7 +380,7 @@ def _autocast_enabled(t: Tensor) -> bool:
 
 
 def _operands(first: Tensor, name: str, sharded: bool = False, **others: Tensor | None) -> tuple[Any, ...]:
-    """The tensors (None stays None), checked to be of one supported dtype and one device; cast first under autocast.
+    """Return the tensors (None stays None), of one supported dtype and one device; cast first under autocast.
 
     sharded: they may be DTensors, all of them and on one mesh.
     """
@@ -254,7 +418,7 @@ def _check_tensor(name: str, t: Tensor, sharded: bool = False) -> None:
 
 
 def _check_mesh(name: str, first: Tensor, other: str, t: Tensor) -> None:
-    """Of two tensors that are not both plain: DTensors on one mesh, or none."""
+    """Raise unless both tensors are DTensors on one mesh, or neither is one."""
     if is_dtensor(first) != is_dtensor(t):
         local, distributed = (name, other) if is_dtensor(t) else (other, name)
         raise TypeError(
@@ -298,7 +462,7 @@ def _loss_options(
 
 
 def loss_weights(weights: Sequence[float]) -> tuple[float, float, float]:
-    """The weights of a loss's three terms, checked."""
+    """Return the weights of a loss's three terms, checked."""
     wanted = "want three finite numbers (of CE, CE and MSE)"
     try:
         values = tuple(float(w) for w in weights)

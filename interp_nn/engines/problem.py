@@ -87,7 +87,7 @@ class Config(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """How a problem is computed, forward and backward, and why.
+    """The way a problem is computed, forward and backward, with its reason.
 
     Attributes:
         engine: "eager", "triton" or "cuda".
@@ -102,6 +102,7 @@ class Plan(NamedTuple):
         seconds: Predicted seconds on a GPU; None elsewhere.
 
     Example:
+        >>> import interp_nn
         >>> plan = interp_nn.plan(4096, 512, 64)
         >>> plan.engine, plan.order
         ('eager', 'X(bG)')

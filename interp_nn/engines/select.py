@@ -45,6 +45,7 @@ class use_engine:  # noqa: N801 - used like a function, as torch.no_grad is
             raises RuntimeError as well.
 
     Example:
+        >>> import interp_nn
         >>> with interp_nn.use_engine("eager"):
         ...     y = interp_nn.functional.summary(torch.ones(2, 3), torch.eye(3))
     """
@@ -236,6 +237,7 @@ def plan(
         RuntimeError: The engine given to `use_engine` cannot compute the problem.
 
     Example:
+        >>> import interp_nn
         >>> interp_nn.plan(65536, 512, 64, dtype=torch.bfloat16, device="sm_90").engine
         'triton'
     """

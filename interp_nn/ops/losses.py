@@ -66,7 +66,7 @@ def _loss_backward(
 
 
 def _shaped(grads: list[Tensor], x: Tensor, needs: Sequence[bool], transposed: bool) -> list[Tensor]:
-    """The gradients, dX in the shape of x and db in the memory order that was asked for."""
+    """Return the gradients, dX in the shape of x and db in the memory order that `transposed` asks for."""
     if needs[0]:
         grads[0] = grads[0].view(x.shape)
     if needs[1]:
@@ -146,7 +146,7 @@ def _batched_loss_backward(
     needs: Sequence[bool],
     transposed: bool,
 ) -> list[Tensor]:
-    """The same under autograd.grad(is_grads_batched=True), whose vmap sees operators and not Functions."""
+    """Compute the backward under autograd.grad(is_grads_batched=True), whose vmap sees operators and not Functions."""
     options = LossOptions((weights[0], weights[1], weights[2]), ignore_index, reduction)
     tensors = (x, b, a, c)
 
@@ -164,7 +164,7 @@ implement("summary_cross_entropy_backward", _batched_loss_backward, "Batched")
 
 
 class CrossEntropyFunction(Function):
-    """(loss, *gradients for an upstream of 1 where `needs` asks): the Function over `interp_nn::summary_cross_entropy`."""
+    """The autograd Function over `interp_nn::summary_cross_entropy`: (loss, *needed gradients for an upstream of 1)."""
 
     @staticmethod
     def forward(
@@ -211,7 +211,7 @@ class CrossEntropyFunction(Function):
 
 
 class CrossEntropyBackwardFunction(Function):
-    """The needed gradients times the upstream, or computed with it; its own backward is that of the composed expression."""
+    """The needed gradients times the upstream, or computed with it. Its own backward differentiates `expression`."""
 
     @staticmethod
     def forward(
@@ -269,7 +269,7 @@ def _unpack(options: LossOptions) -> tuple[list[float], int, str]:
 def cross_entropy(
     x: Tensor, b: Tensor, a: Tensor | None, c: Tensor | None, target: Tensor, options: LossOptions
 ) -> Tensor:
-    """The three-term loss for checked arguments; a and c None for a pair's own loss."""
+    """Return the three-term loss for checked arguments; a and c are None for a pair's own loss."""
     enabled = torch.is_grad_enabled()
     needs = tuple(enabled and t is not None and t.requires_grad for t in (x, b, a, c))
     head, classes = a is not None, (b if a is None else a.mT).shape[1]

@@ -61,7 +61,7 @@ def _spec(device: torch.device) -> DeviceSpec:
 
 
 def _precision(dtype: torch.dtype) -> str:
-    """How products of fp32 operands round them; fp32 sums of 16-bit products may always go through tf32."""
+    """Return the rounding of fp32 operands in products. fp32 sums of 16-bit products may always go through tf32."""
     exact = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision != "tf32"
     return "tf32x3" if exact else "tf32"
 
@@ -273,7 +273,7 @@ def _pair_backward_launch(
 
 
 def _width(k: int) -> int:
-    """The row length of a workspace with k columns: whole 16-byte words of 16-bit numbers."""
+    """Return the row length of a workspace with k columns: whole 16-byte words of 16-bit numbers."""
     return (k + 7) // 8 * 8
 
 
