@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 from interp_nn.explain.following.replay import check_model
 from interp_nn.explain.paths.path_terms import Layer
 from interp_nn.explain.paths.path_walk import GATE, Pool, Walk
-from interp_nn.gates.graph import gated, trace
+from interp_nn.gates.graph import apply_gates, trace
 from interp_nn.nn.gated.networks import GatedNetwork, ValueNetwork
 
 
@@ -58,7 +58,7 @@ class _ValueNetwork(nn.Module):
             return self.value(z, self.gates)
         *hidden, last = self.value.layers  # itself a leaf of the graph
         for layer, gate in zip(hidden, self.gates, strict=True):
-            z = gated(layer(z), gate)
+            z = apply_gates(layer(z), gate)
         return last(z)
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from interp_nn.gates.graph import argument, first, gated, kind, layer_of, name_of, routed, trace, where
+from interp_nn.gates.graph import apply_gates, argument, first, kind, layer_of, name_of, routed, trace, where
 from interp_nn.gates.jvp import pushed
 from interp_nn.nn.gated.networks import GatedNetwork, GateWeights
 
@@ -199,7 +199,7 @@ def _site_names(network: fx.GraphModule) -> list[str]:
     calls, names = Counter[str](), []
     for node in _calls(network, "relu"):
         module = node.op == "call_module"
-        stem = layer_of(node) if module else f"{layer_of(node)}:{name_of(network, node)}"
+        stem = layer_of(node) if module else f"{layer_of(node)}:{node.meta.get('spelling', name_of(network, node))}"
         names.append(stem if module and not calls[stem] else f"{stem}#{calls[stem]}")
         calls[stem] += 1
     return names
@@ -234,7 +234,7 @@ def _gates_in(network: fx.GraphModule, layers: Sequence[str]) -> None:
         if kind(network, node) == "relu":
             place, name = next(names)
             gate = _call(network, node, operator.getitem, gates, place)
-            other = _call(network, node, gated, first(node), gate, name)
+            other = _call(network, node, apply_gates, first(node), gate, name)
         else:
             index = _call(network, node, operator.getitem, gates, next(places))
             other = _call(network, node, routed, first(node), index)

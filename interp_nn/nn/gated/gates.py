@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from interp_nn.gates.graph import gated
+from interp_nn.gates.graph import apply_gates
 
 
 class SoftGate(nn.Module):
@@ -81,7 +81,7 @@ class GatedLinear(nn.Linear):
         self.gate = SoftGate() if gate is None else gate
 
     def forward(self, z: Tensor, q: Tensor) -> Tensor:  # type: ignore[override]
-        return gated(super().forward(z), self.gate(q))
+        return apply_gates(super().forward(z), self.gate(q))
 
 
 class GatedConv2d(nn.Conv2d):
@@ -122,4 +122,4 @@ class GatedConv2d(nn.Conv2d):
         self.gate = SoftGate() if gate is None else gate
 
     def forward(self, z: Tensor, q: Tensor) -> Tensor:  # type: ignore[override]
-        return gated(super().forward(z), self.gate(q))
+        return apply_gates(super().forward(z), self.gate(q))

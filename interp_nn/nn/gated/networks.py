@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from interp_nn.gates.graph import gated
+from interp_nn.gates.graph import apply_gates
 from interp_nn.gates.record import GateRecord, GateSite
 from interp_nn.nn.gated.gates import SoftGate
 from interp_nn.nn.gated.strongest_paths import Paths, strongest_paths
@@ -157,7 +157,7 @@ class ValueNetwork(nn.Module):
         if len(gates) != len(hidden):
             raise ValueError(f"gates: got those of {len(gates)} layers, want {len(hidden)}")
         for i, (layer, gate) in enumerate(zip(hidden, gates, strict=True)):
-            z = gated(layer(z), gate, f"value.layers.{i}")
+            z = apply_gates(layer(z), gate, f"value.layers.{i}")
         return last(z)
 
 
