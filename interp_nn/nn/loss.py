@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from interp_nn.functional import loss_weights
-from interp_nn.linalg import accumulation_dtype
+from interp_nn.functional import loss_weights, three_term_loss
 
 
 class SummaryLoss(nn.Module):
@@ -41,23 +38,8 @@ class SummaryLoss(nn.Module):
         """logits: the pair (o1, o2); latents: the pair (projection, summary), for consistency="latent" only."""
         if self.consistency == "latent" and latents is None:
             raise ValueError("latents: got None, want the pair (projection, summary) for consistency='latent'")
-        work = accumulation_dtype(logits[0].dtype)
-        logits = [o.to(work) for o in logits]
-        first, second = logits if self.consistency == "logits" or latents is None else (p.to(work) for p in latents)
-        w1, w2, w3 = self.weights
-        classes = target.flatten()
-        entropies = [
-            F.cross_entropy(
-                o.reshape(classes.shape[0], o.shape[-1]), classes, reduction="none", ignore_index=self.ignore_index
-            )
-            for o in logits
-        ]
-        kept = classes != self.ignore_index
-        squares = F.mse_loss(first, second, reduction="none").mean(-1).flatten()
-        rows = w1 * entropies[0] + w2 * entropies[1] + w3 * torch.where(kept, squares, 0.0)
-        if self.reduction == "none":
-            return rows.view(target.shape)
-        return rows.sum() / kept.sum() if self.reduction == "mean" else rows.sum()
+        codes = latents if self.consistency == "latent" and latents is not None else ()
+        return three_term_loss(logits, target, self.weights, self.ignore_index, self.reduction, codes)
 
     def extra_repr(self) -> str:
         return f"weights={self.weights}, consistency={self.consistency!r}, reduction={self.reduction!r}"
