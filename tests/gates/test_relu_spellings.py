@@ -34,7 +34,7 @@ SPELLINGS = {
     "where, tensor": lambda z: torch.where(z > 0, z, ZERO),
     "where, zeros_like": lambda z: torch.where(z.gt(0), z, torch.zeros_like(z)),
     "where, >=": lambda z: torch.where(z >= 0, z, 0.0),
-    "where, reflected": lambda z: torch.where(0 < z, z, 0),
+    "where, reflected": lambda z: torch.where(torch.zeros(()) < z, z, 0),
     "where, method": lambda z: z.where(torch.ge(z, torch.zeros_like(z)), 0),
     "where, off": lambda z: torch.where(z < 0, 0, z),
     "where, off, <=": lambda z: torch.where(z.le(0), torch.zeros_like(z), z),

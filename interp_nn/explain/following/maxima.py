@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from interp_nn.explain.following.calls import Call
-from interp_nn.gates.record import least
+from interp_nn.gates.record import smallest_positive
 
 
 class Contested:
@@ -62,7 +62,7 @@ class Contest:
 
 def on_ties(lead: Tensor) -> Tensor:
     """A difference that is positive where it was zero, and has its sign and, but for that, its value elsewhere."""
-    return lead + least(lead.dtype)
+    return lead + smallest_positive(lead.dtype)
 
 
 def whole(values: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from interp_nn.gates.graph import apply_gates, argument, first, kind, layer_of, name_of, routed, trace, where
-from interp_nn.gates.jvp import pushed
+from interp_nn.gates.jvp import jvp
 from interp_nn.nn.gated.networks import GatedNetwork, GateWeights
 
 _REFUSED = ("other", "gate", "route")
@@ -53,7 +53,7 @@ class DualNetwork(GatedNetwork):
         zero = like.new_zeros(1, *input_shape)
 
         def moved(v: Tensor) -> tuple[Tensor, ...]:
-            return pushed(lambda x: tuple(self.gating(x)), (zero,), (v.unsqueeze(0),))[1]
+            return jvp(lambda x: tuple(self.gating(x)), (zero,), (v.unsqueeze(0),))[1]
 
         units = torch.eye(zero.numel(), dtype=like.dtype, device=like.device).unflatten(1, zero.shape[1:])
         with torch.no_grad():
