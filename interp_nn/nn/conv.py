@@ -59,8 +59,8 @@ class SummaryConv2d(Freezable, _ConvNd):  # type: ignore[misc]
         weight = self.frozen_weight()
         if weight is None:
             b = self.matrix()
-            square = linalg.smaller_square(b)
-            weight = linalg.by_square(b, square).mT.reshape(self.weight.shape)
+            square = linalg.gram_small(b)
+            weight = linalg.mul_gram(b, square).mT.reshape(self.weight.shape)
             if self.constraint == "penalty":
                 self._keep_square(square)
         padding = self.padding

@@ -80,7 +80,7 @@ def retract_(model: nn.Module) -> None:
         weight = layer.weight
         with linalg.autocast_off(weight.device):
             b = layer.matrix().to(linalg.accumulation_dtype(weight.dtype))
-            weight.copy_(linalg.newton_schulz(b, linalg.smaller_square(b)).mT.reshape(weight.shape))
+            weight.copy_(linalg.newton_schulz(b, linalg.gram_small(b)).mT.reshape(weight.shape))
 
 
 class _Square(Function):
@@ -100,14 +100,14 @@ class _Square(Function):
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:
         (b,) = ctx.saved_tensors
         both = upstream + upstream.mT
-        return linalg.by_square(b, both), None
+        return linalg.mul_gram(b, both), None
 
 
 def _penalty(layer: LinearForm) -> Tensor:
     b, known = layer.whole_matrix(), layer.known_square()
     with linalg.autocast_off(b.device):
         b = b.to(linalg.accumulation_dtype(b.dtype))
-        square = linalg.smaller_square(b) if known is None else _Square.apply(b, known)
+        square = linalg.gram_small(b) if known is None else _Square.apply(b, known)
         return (square - torch.eye(square.shape[-1], dtype=square.dtype, device=square.device)).square().sum()
 
 
