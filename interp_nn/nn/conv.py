@@ -10,7 +10,8 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.utils import _pair
 
 from interp_nn import linalg
-from interp_nn.nn.base import Freezable, copy_parameters, folded, meta_arguments, root
+from interp_nn.nn.base import Freezable
+from interp_nn.nn.weights import copy_parameters, cube_root_weight, folded_weight, meta_arguments
 
 
 class SummaryConv2d(Freezable, _ConvNd):  # type: ignore[misc]
@@ -59,10 +60,10 @@ class SummaryConv2d(Freezable, _ConvNd):  # type: ignore[misc]
         weight = self.frozen_weight()
         if weight is None:
             b = self.matrix()
-            square = linalg.gram_small(b)
-            weight = linalg.mul_gram(b, square).mT.reshape(self.weight.shape)
+            g = linalg.gram_small(b)
+            weight = linalg.mul_gram(b, g).mT.reshape(self.weight.shape)
             if self.constraint == "penalty":
-                self._keep_square(square)
+                self._cache_gram(g)
         padding = self.padding
         if self.padding_mode != "zeros":
             x = nn.functional.pad(x, self._reversed_padding_repeated_twice, mode=self.padding_mode)
@@ -72,7 +73,7 @@ class SummaryConv2d(Freezable, _ConvNd):  # type: ignore[misc]
     def fold(self) -> nn.Conv2d:
         """A plain nn.Conv2d that computes the same function, its kernels formed in fp64."""
         out = nn.Conv2d(**_conv_arguments(self)).to_empty(device=self.weight.device)
-        copy_parameters(self, out, folded(self))
+        copy_parameters(self, out, folded_weight(self))
         return out
 
     def extra_repr(self) -> str:
@@ -83,7 +84,7 @@ class SummaryConv2d(Freezable, _ConvNd):  # type: ignore[misc]
         """The summary layer of an nn.Conv2d; `preserve` as in SummaryLinear.from_linear."""
         if not isinstance(conv, nn.Conv2d):
             raise TypeError(f"conv: got {type(conv).__name__}, want nn.Conv2d")
-        weight = root("conv", conv.weight, preserve, conv.groups)
+        weight = cube_root_weight("conv", conv.weight, preserve, conv.groups)
         out = cls(**_conv_arguments(conv)).to_empty(device=weight.device)
         copy_parameters(conv, out, weight)
         return out

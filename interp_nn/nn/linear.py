@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from interp_nn import functional
-from interp_nn.nn.base import Freezable, copy_parameters, folded, meta_arguments, root
+from interp_nn.nn.base import Freezable
+from interp_nn.nn.weights import copy_parameters, cube_root_weight, folded_weight, meta_arguments
 
 
 class SummaryLinear(Freezable):
@@ -44,14 +45,14 @@ class SummaryLinear(Freezable):
             return nn.functional.linear(x, frozen, self.bias)
         if self.constraint == "penalty":
             y, square = functional.summary_and_square(x, self.weight.t(), self.bias)
-            self._keep_square(square)
+            self._cache_gram(square)
             return y
         return functional.summary(x, self.weight.t(), self.bias)
 
     def fold(self) -> nn.Linear:
         """A plain nn.Linear that computes the same function, its weight formed in fp64."""
         out = nn.Linear(**_linear_arguments(self)).to_empty(device=self.weight.device)
-        copy_parameters(self, out, folded(self))
+        copy_parameters(self, out, folded_weight(self))
         return out
 
     @classmethod
@@ -63,7 +64,7 @@ class SummaryLinear(Freezable):
         """
         if not isinstance(linear, nn.Linear):
             raise TypeError(f"linear: got {type(linear).__name__}, want nn.Linear")
-        weight = root("linear", linear.weight, preserve)
+        weight = cube_root_weight("linear", linear.weight, preserve)
         out = cls(**_linear_arguments(linear)).to_empty(device=weight.device)
         copy_parameters(linear, out, weight)
         return out

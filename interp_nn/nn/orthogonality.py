@@ -10,7 +10,8 @@ from torch.autograd import Function
 from torch.nn.utils import parametrizations, parametrize
 
 from interp_nn import linalg
-from interp_nn.nn.base import LinearForm, ties
+from interp_nn.nn.base import LinearForm
+from interp_nn.nn.weights import tied_parameters
 from interp_nn.ops.library import is_dtensor
 
 CONSTRAINTS = ("penalty", "retract", "parametrization")
@@ -42,7 +43,7 @@ def constrain(model: nn.Module, constraint: str | None) -> nn.Module:
             layer.constraint = None
         if constraint in ("retract", "parametrization"):
             layer.orthogonalize_()
-        layer._drop_square()
+        layer._drop_gram()
         if constraint == "parametrization":
             _parametrize(layer)
         layer.constraint = constraint
@@ -104,7 +105,7 @@ class _Square(Function):
 
 
 def _penalty(layer: LinearForm) -> Tensor:
-    b, known = layer.whole_matrix(), layer.known_square()
+    b, known = layer.whole_matrix(), layer.cached_gram()
     with linalg.autocast_off(b.device):
         b = b.to(linalg.accumulation_dtype(b.dtype))
         square = linalg.gram_small(b) if known is None else _Square.apply(b, known)
@@ -128,7 +129,7 @@ def _check_parametrizable(model: nn.Module, layers: dict[str, LinearForm]) -> No
             )
         if is_dtensor(layer.weight):
             raise TypeError(f"{path or 'model'}: its weight is a DTensor; parametrize it before it is shared out")
-        if others := ties(model, layer, "weight"):
+        if others := tied_parameters(model, layer, "weight"):
             raise ValueError(
                 f"{path or 'model'}: its weight is tied to {', '.join(others)}, and cannot be parametrized"
             )

@@ -15,9 +15,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_module, distribute_tensor
 
 from interp_nn.functional import SummaryPair
-from interp_nn.nn.base import ties
 from interp_nn.nn.heads import SummaryLayer
 from interp_nn.nn.linear import SummaryLinear
+from interp_nn.nn.weights import tied_parameters
 
 # Where weight (out, in), bias (out,) and a local input lie, by what is shared out.
 _PLACES: dict[str, tuple[Placement, Placement, Placement]] = {
@@ -60,7 +60,7 @@ def parallelize(model: nn.Module, mesh: DeviceMesh, plan: Mapping[str, str]) -> 
         if first != path:
             raise ValueError(f"{path}: is the same module as {first!r}; name it once")
         for name in ("weight", "bias"):
-            if others := ties(model, modules[path], name):
+            if others := tied_parameters(model, modules[path], name):
                 raise ValueError(f"{path}: its {name} is tied to {', '.join(others)}, and would not be afterwards")
     for path, over in plan.items():
         layer = modules[path]
