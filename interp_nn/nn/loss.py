@@ -1,4 +1,4 @@
-"""The reference network's three-term loss on given logits."""
+"""SummaryLoss: the reference network's three-term loss of given logits."""
 
 from __future__ import annotations
 
@@ -10,13 +10,26 @@ from interp_nn.functional import loss_weights, three_term_loss
 
 
 class SummaryLoss(nn.Module):
-    """w1 CE(o1, t) + w2 CE(o2, t) + w3 MSE for a pair of logits (..., classes) and targets (...).
+    """Compute w1 CE(o1, t) + w2 CE(o2, t) + w3 MSE of a pair of logits.
 
-    consistency="logits" takes the MSE between the two logits, as the reference's code does; "latent" takes it between
-    the two codes, as its paper does, and then the call needs them. A row's MSE is its mean over the last dimension. Rows
-    whose target is `ignore_index` are left out of all three terms; "mean" divides by the kept rows, "sum" adds them,
-    "none" returns one loss a row. The loss is fp32 for 16-bit inputs. A head's own `loss` computes the same from the
-    features, in fewer passes.
+    A row's MSE is its mean over the last dimension. `SummaryHead.loss` computes the same from the features, in fewer passes.
+
+    Args:
+        weights: The weights (w1, w2, w3) of the three terms.
+        consistency: "logits" takes the MSE between the two logits, as the reference's code does. "latent" takes it between
+            the two codes, as its paper does, and then the call needs them.
+        ignore_index: Rows with this target are left out of all three terms.
+        reduction: "mean" over the rows that are left (NaN without any, as in PyTorch), "sum", or "none": one loss a row.
+
+    Raises:
+        TypeError: `weights` are not three numbers.
+        ValueError: An option is something else.
+
+    Example:
+        >>> import torch
+        >>> logits, target = torch.zeros(4, 3), torch.tensor([0, 1, 2, 0])
+        >>> SummaryLoss()((logits, logits), target).round(decimals=4)  # 2 log 3
+        tensor(2.1972)
     """
 
     def __init__(
@@ -35,11 +48,24 @@ class SummaryLoss(nn.Module):
         self.consistency, self.ignore_index, self.reduction = consistency, ignore_index, reduction
 
     def forward(self, logits: Sequence[Tensor], target: Tensor, latents: Sequence[Tensor] | None = None) -> Tensor:
-        """logits: the pair (o1, o2); latents: the pair (projection, summary), for consistency="latent" only."""
+        """Compute the loss.
+
+        Args:
+            logits: The pair (o1, o2), each (..., classes).
+            target: Classes of shape (...), int64.
+            latents: The pair (projection, summary), each (..., k), for consistency "latent".
+
+        Returns:
+            A scalar, or (...) for reduction "none"; float32 for 16-bit logits, else in their dtype.
+
+        Raises:
+            ValueError: `latents` is None for consistency "latent".
+        """
         if self.consistency == "latent" and latents is None:
             raise ValueError("latents: got None, want the pair (projection, summary) for consistency='latent'")
         codes = latents if self.consistency == "latent" and latents is not None else ()
         return three_term_loss(logits, target, self.weights, self.ignore_index, self.reduction, codes)
 
     def extra_repr(self) -> str:
+        """Return the options for repr."""
         return f"weights={self.weights}, consistency={self.consistency!r}, reduction={self.reduction!r}"
