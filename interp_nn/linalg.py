@@ -270,7 +270,7 @@ def polar(a: Tensor, special: bool = False) -> Tensor:
 
     Args:
         a: Matrix of shape (d, k).
-        special: Allow only rotations (d = k, det Q = 1). Where det a < 0, tr(Qᵀa) is smaller by twice the smallest singular
+        special: Allow only rotations (d = k, det Q = 1). tr(Qᵀa) is then smaller, if det a < 0, by twice the smallest singular
             value.
 
     Returns:

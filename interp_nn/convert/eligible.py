@@ -25,7 +25,7 @@ class Convertible:
         model: The model.
         select: As in `summarize`.
         classes: Maps each class that can be converted to its new class.
-        values: Whether the conversion computes with the weights' values.
+        values: True if the conversion computes with the values of the weights.
 
     Attributes:
         layers: The chosen layers, in the order of `model.named_modules()`.

@@ -32,7 +32,7 @@ class Converted(NamedTuple):
         shape: Shape (d, k) of b, or of each group's b if groups > 1.
         groups: The number of groups of a convolution, else 1.
         parameters: Number of entries of weight and bias.
-        plan: How a SummaryLinear computes. None for convolutions, which form their effective weight once a call, for plain
+        plan: The plan of a SummaryLinear. None for convolutions, which form their effective weight once a call, for plain
             layers, and if the engine that was requested by name cannot compute the layer.
         error: ‖W - W'‖ / ‖W‖ (Frobenius, in float64) of the effective weights W before and W' after. None if the weights
             have no values (the meta device).

@@ -28,7 +28,7 @@ class SummaryConv2d(Freezable, _ConvNd):  # type: ignore[misc]
         padding: Entries added at each border, or 'valid' or 'same'.
         dilation: Steps between a kernel's entries.
         groups: Number of groups of channels.
-        bias: Whether the layer has a bias.
+        bias: If True, the layer has a bias.
         padding_mode: 'zeros', 'reflect', 'replicate' or 'circular'.
         device: Device of the parameters; None is PyTorch's default device.
         dtype: A floating dtype; None is PyTorch's default dtype.

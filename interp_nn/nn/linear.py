@@ -22,7 +22,7 @@ class SummaryLinear(Freezable):
     Args:
         in_features: Size of each input row, d.
         out_features: Size of each output row, k.
-        bias: Whether the layer has a bias.
+        bias: If True, the layer has a bias.
         device: Device of the parameters; None is PyTorch's default device.
         dtype: float64, float32, bfloat16 or float16; None is PyTorch's default dtype.
 

@@ -16,7 +16,7 @@ from interp_nn.nn import SummaryConv2d, SummaryHead, SummaryLinear
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-# Which layers
+# Selected layers
 
 
 NAMES = ["stem", "blocks.0.conv1", "blocks.0.conv2", "blocks.1.conv1", "blocks.1.conv2", "fc"]
@@ -184,7 +184,7 @@ def test_layers_tied_to_what_stays_are_refused():
     assert type(pair[1]) is nn.Linear
 
 
-# What is refused, by name
+# Refused layers, by name
 
 
 class Conv1D(nn.Module):

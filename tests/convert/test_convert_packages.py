@@ -36,7 +36,7 @@ def images():
 
 
 def is_kept(model, *inputs, skipped=(), output=lambda y: y, **named):
-    """Whether outputs are the same after both conversions; `skipped` are the reasons of layers that must stay."""
+    """Return True if both conversions keep the outputs; `skipped` are the reasons of layers that must stay."""
     model.eval()
     torch.manual_seed(1)
     with torch.no_grad():

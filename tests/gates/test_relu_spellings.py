@@ -148,7 +148,7 @@ def test_a_parameter_that_is_zero_is_no_zero():
 
 @others
 def test_what_is_no_relu_is_refused_by_name(activation, name):
-    with pytest.raises(ValueError, match=f"(?i){name} in layer ''.* is not linear"):
+    with pytest.raises(ValueError, match=f"(?i){name} in layer ''.* is neither linear"):
         to_dgn(Activated(activation))
     with pytest.raises(UnsupportedOperation, match=f"(?i){name} in layer ''"):
         npk_model(Activated(activation), inputs())

@@ -31,7 +31,7 @@ def truth(layer, x, plain):
 
 
 def is_current(layer, x, plain):
-    """Whether the layer's output is, to the bit, the plain layer's with the effective weight of the weight it has now."""
+    """Return True if the output equals, bit for bit, that of the plain layer with the current effective weight."""
     with torch.no_grad():
         return torch.equal(layer(x), plain(x, layer.effective_weight().contiguous(), layer.bias))
 

@@ -82,7 +82,7 @@ def _outputs(model: nn.Module, x: Tensor, draws: int, seed: int, normalize: bool
 def _held(model: nn.Module, x: Tensor) -> tuple[nn.Module, Callable[[], Tensor]]:
     """A copy whose weights may be changed, and its output with the gates of x held."""
     if isinstance(model, GatedNetwork):
-        gates = model.applied(model.gating(x))
+        gates = model.value_gates(model.gating(x))
         z = torch.ones_like(x) if model.value_input == "ones" else x
         value = copy.deepcopy(model.value)
         return value, lambda: value(z, gates)

@@ -36,7 +36,7 @@ class PathNetwork:
         """The layers at samples x (n, ...). Raises UnsupportedOperation for a layer without known paths."""
         gates: list[Tensor] = []
         if self._gated is not None:
-            gates = self._gated.applied(self._gated.gating(x))
+            gates = self._gated.value_gates(self._gated.gating(x))
             x = torch.ones_like(x) if self._gated.value_input == "ones" else x
         walk = Walk(self._graph, gates, self._pools, self._dtype, self._resampled)
         walk.run(x)
