@@ -36,7 +36,7 @@ def images():
 
 
 def is_kept(model, *inputs, skipped=(), output=lambda y: y, **named):
-    """Return True if both conversions keep the outputs; `skipped` are the reasons of layers that must stay."""
+    """Check that both conversions keep the outputs and skip for these reasons; return the number of converted layers."""
     model.eval()
     torch.manual_seed(1)
     with torch.no_grad():
