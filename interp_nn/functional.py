@@ -25,7 +25,7 @@ from torch.compiler import is_dynamo_compiling
 from torch.nn import Parameter
 
 from interp_nn import linalg
-from interp_nn.engines import select
+from interp_nn.engines import eager, select
 from interp_nn.engines.problem import LossOptions, Plan
 from interp_nn.linalg import Orthogonalized, autocast_available
 from interp_nn.ops import losses as _cross_entropy
@@ -334,6 +334,25 @@ def inverse_summary(x: Tensor, b: Tensor) -> Tensor:
     """
     x, b = _matrices(x, b)
     return linalg.inverse_summary(x, b)
+
+
+def three_term_loss(
+    logits: Sequence[Tensor],
+    target: Tensor,
+    weights: tuple[float, float, float],
+    ignore_index: int,
+    reduction: str,
+    codes: Sequence[Tensor] = (),
+) -> Tensor:
+    """Compute the loss of `summary_head_cross_entropy` from a pair of logits (..., m), with PyTorch's autograd.
+
+    With `codes`, a pair (..., k), the MSE is that of the codes. 16-bit tensors are cast to float32.
+    """
+    options = LossOptions(weights, ignore_index, reduction)
+    work, classes = linalg.accumulation_dtype(logits[0].dtype), target.flatten()
+    o1, o2, *pair = (t.to(work).reshape(len(classes), t.shape[-1]) for t in (*logits, *codes))
+    loss = eager.three_terms(o1, o2, classes, options, masked=True, codes=pair)
+    return loss.view(target.shape) if reduction == "none" else loss
 
 
 def _matrices(x: Tensor, b: Tensor, sharded: bool = False) -> tuple[Tensor, Tensor]:

@@ -244,17 +244,29 @@ def row_losses(o: Tensor, target: Tensor, options: LossOptions) -> tuple[Tensor,
     return torch.where(kept, rows, 0.0), log_p, kept
 
 
-def three_terms(o1: Tensor, o2: Tensor, target: Tensor, options: LossOptions, masked: bool) -> Tensor:
-    """Return the loss of logits (n, m) in PyTorch's own losses, under its autograd. masked: rows may be ignored."""
+def three_terms(
+    o1: Tensor, o2: Tensor, target: Tensor, options: LossOptions, masked: bool, codes: Sequence[Tensor] = ()
+) -> Tensor:
+    """Compute the loss of logits (n, m) with PyTorch's own losses, under its autograd.
+
+    Args:
+        o1: Logits of the projection, (n, m).
+        o2: Logits of the summary, (n, m).
+        target: Classes, (n,) int64.
+        options: Weights of the terms, ignored class and reduction.
+        masked: Rows may be ignored.
+        codes: Two tensors (n, k) to take the MSE between, in place of the logits.
+    """
     w1, w2, w3 = options.weights
+    p, y = codes or (o1, o2)
     first, second = (
         F.cross_entropy(o, target, ignore_index=options.ignore_index, reduction=options.reduction) for o in (o1, o2)
     )
     entropy = w1 * first + w2 * second
     if options.reduction == "mean" and not masked:
-        return entropy + w3 * F.mse_loss(o1, o2)
+        return entropy + w3 * F.mse_loss(p, y)
     kept = target != options.ignore_index
-    difference = torch.where(kept, (o1 - o2).square().mean(1), 0.0)
+    difference = torch.where(kept, (p - y).square().mean(1), 0.0)
     return entropy + w3 * reduce_rows(difference, kept, options.reduction)
 
 

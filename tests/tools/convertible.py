@@ -1,4 +1,4 @@
-"""Models to convert, and what is compared of them."""
+"""Models to convert, and functions that compare them."""
 
 from torch import nn
 from torch.nn import functional as F

@@ -1,4 +1,4 @@
-"""What the tests of the layers share: a relative error, and summaries written out plainly."""
+"""A relative error, and summaries written out plainly, for the tests of layers."""
 
 import torch
 from torch import Tensor, nn
