@@ -93,7 +93,7 @@ def _reason(error: Exception) -> str:
         return str(error.__cause__ or error)
     lines = str(error).splitlines()
     mattering = [line.strip() for line in lines[1:] if "error" in line.lower() or "cannot" in line]
-    return ": ".join([lines[0].partition(":")[0], *mattering[:2]]) if mattering else str(error)
+    return ": ".join([lines[0].split(":")[0], *mattering[:2]]) if mattering else str(error)
 
 
 def _compile() -> Path:
