@@ -5,7 +5,7 @@
 // postpone.
 #pragma once
 
-#include "strips.h"
+#include "feature_tiles.h"
 
 namespace interp_nn {
 
@@ -80,10 +80,10 @@ DEVICE void loss_terms(const LossTerms& terms, float (&o1)[TILES][4], float (&o2
         sums.count += kept ? .25f : 0.f;
 
         const float inverse1 = 1.f / total1, inverse2 = 1.f / total2;
-        const float scale1 = terms.w1 * weight, scale2 = terms.w2 * weight, pull = 2.f * terms.w3 * each * weight;
+        const float scale1 = terms.w1 * weight, scale2 = terms.w2 * weight, mse_grad = 2.f * terms.w3 * each * weight;
         const int inside = kept ? columns : 0;
         each_of_row(o1, o2, [&](int c, float& v1, float& v2) {
-            const float towards = (v1 - v2) * pull, one = c == target ? 1.f : 0.f;
+            const float towards = (v1 - v2) * mse_grad, one = c == target ? 1.f : 0.f;
             const float e1 = (exponential(v1 - most1) * inverse1 - one) * scale1 + towards;
             const float e2 = (exponential(v2 - most2) * inverse2 - one) * scale2 - towards;
             v1 = c < inside ? e1 : 0.f, v2 = c < inside ? e2 : 0.f;

@@ -37,7 +37,7 @@ struct Device {
         TORCH_ERROR_CODE_CHECK(current_stream()(x.get_device_index(), &stream));
     }
     torch::stable::accelerator::DeviceGuard guard;
-    Chip chip;
+    DeviceSpec chip;
     void* stream = nullptr;
 };
 
@@ -50,7 +50,7 @@ inline int32_t device_type() { return aoti_torch_device_type_cpu(); }
 
 struct Device {
     explicit Device(const Tensor&) {}
-    Chip chip{3, 163 << 10, 80, nullptr};
+    DeviceSpec chip{3, 163 << 10, 80, nullptr};
     void* stream = nullptr;
 };
 

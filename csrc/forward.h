@@ -52,7 +52,7 @@ template <class P, int BK> DEVICE void forward_rows(const P& products, const For
             }
         }
         const int64_t own_row = row + 16 * warp();
-        const int rows = left(n, own_row);
+        const int rows = remaining(n, own_row);
         put_sums(mode, own, 16 * warp(), 0, p);
         warp_barrier();
         if (out_p != nullptr) store_rows(out_p + own_row * k, k, rows, k, own, 16 * warp());
@@ -67,11 +67,11 @@ template <class P, int BK> DEVICE void forward_rows(const P& products, const For
 }
 
 template <class P, int BK> KERNEL forward_kernel(Forward arguments, Mode mode, int stages) {
-    if constexpr (P::HERE) forward_rows<P, BK>(P{mode}, arguments, stages);
+    if constexpr (P::available) forward_rows<P, BK>(P{mode}, arguments, stages);
 }
 
 template <class P, int BK> struct ForwardInstance {
-    static const char* call(const Forward& arguments, const Chip& chip, Stream stream) {
+    static const char* call(const Forward& arguments, const DeviceSpec& device, Stream stream) {
         using Tiles = ForwardTiles<P, BK>;
         const int stages = stages_for(chip, 2, 4, Tiles::shared);
         if (stages == 0) return TOO_LITTLE_SHARED;

@@ -14,7 +14,7 @@ namespace interp_nn {
 
 // What is known of the operands only when a kernel runs.
 struct Mode {
-    bool brain;  // 16-bit numbers are bfloat16, not IEEE halves
+    bool is_bf16;  // 16-bit numbers are bfloat16, not IEEE halves
     bool exact;  // fp32 numbers are multiplied as such, and not as tf32
 };
 inline Mode mode_of(Kind kind) { return {kind == Kind::BF16, kind == Kind::F32}; }
@@ -43,7 +43,7 @@ template <bool EXACT> struct FragmentsTF32 {
     Mode mode;
 
     template <class T> DEVICE void split(A& a, int i, T element) const {
-        const float v = widen(element, mode.brain);
+        const float v = widen(element, mode.is_bf16);
         a.r[i] = bits_of(lift_tf32(v));
         if constexpr (EXACT) a.rest[i] = bits_of(lift_tf32(v - as_float(a.r[i] & TF32_BITS)));
     }
@@ -86,8 +86,8 @@ template <bool EXACT> struct FragmentsTF32 {
 };
 
 // 16-bit operands on the matrix units.
-template <bool BRAIN> struct Fragments16 {
-    using Element = Sixteen;
+template <bool IS_BF16> struct Fragments16 {
+    using Element = Half;
     static constexpr int DEPTH = 16;
     static constexpr int AHEAD = 2;
     struct A {
@@ -114,8 +114,8 @@ template <bool BRAIN> struct Fragments16 {
     }
 
     DEVICE void multiply(float (&left)[4], float (&right)[4], const A& a, const B& b) const {
-        multiply_16<BRAIN>(left, a.r, b.r);
-        multiply_16<BRAIN>(right, a.r, b.r + 2);
+        multiply_16<IS_BF16>(left, a.r, b.r);
+        multiply_16<IS_BF16>(right, a.r, b.r + 2);
     }
 };
 
@@ -169,34 +169,34 @@ struct FragmentsF32 {
     }
 };
 
-// The three families that kernels are compiled for. with(use) calls use(fragments) with those that the mode asks for: the
+// The three families that kernels are compiled for. visit(visitor) calls use(fragments) with those that the mode asks for: the
 // choice is made once a loop, not once a product.
 struct ProductsTF32 {
     using Element = float;
     using ForSums = ProductsTF32;
-    static constexpr bool HERE = HAS_MATRIX_UNITS;
+    static constexpr bool available = HAS_MATRIX_UNITS;
     Mode mode;
 
-    template <class Use> DEVICE void with(Use use) const {
+    template <class Visitor> DEVICE void visit(Visitor visitor) const {
         if (mode.exact) {
-            use(FragmentsTF32<true>{mode});
+            visitor(FragmentsTF32<true>{mode});
         } else {
-            use(FragmentsTF32<false>{mode});
+            visitor(FragmentsTF32<false>{mode});
         }
     }
     DEVICE ForSums for_sums() const { return *this; }
 };
 struct Products16 {
-    using Element = Sixteen;
+    using Element = Half;
     using ForSums = ProductsTF32;
-    static constexpr bool HERE = HAS_MATRIX_UNITS;
+    static constexpr bool available = HAS_MATRIX_UNITS;
     Mode mode;
 
-    template <class Use> DEVICE void with(Use use) const {
-        if (mode.brain) {
-            use(Fragments16<true>{});
+    template <class Visitor> DEVICE void visit(Visitor visitor) const {
+        if (mode.is_bf16) {
+            visitor(Fragments16<true>{});
         } else {
-            use(Fragments16<false>{});
+            visitor(Fragments16<false>{});
         }
     }
     DEVICE ForSums for_sums() const { return {mode}; }
@@ -204,10 +204,10 @@ struct Products16 {
 struct ProductsF32 {
     using Element = float;
     using ForSums = ProductsF32;
-    static constexpr bool HERE = LACKS_MATRIX_UNITS;
+    static constexpr bool available = LACKS_MATRIX_UNITS;
     Mode mode;
 
-    template <class Use> DEVICE void with(Use use) const { use(FragmentsF32{}); }
+    template <class Visitor> DEVICE void visit(Visitor visitor) const { visitor(FragmentsF32{}); }
     DEVICE ForSums for_sums() const { return *this; }
 };
 
@@ -225,7 +225,7 @@ template <int TILES> DEVICE void scale_sums(float (&sums)[TILES][4], float scale
     }
 }
 
-// How many steps of a loop over depth are unrolled, so that products hide the next step's loads. Sixteen tiles have
+// How many steps of a loop over depth are unrolled, so that products hide the next step's loads. Half tiles have
 // enough products in one step, and no registers left.
 template <class Fragments, int TILES> constexpr int UNROLLED = TILES < 16 ? Fragments::AHEAD : 1;
 
@@ -247,7 +247,7 @@ DEVICE void multiply_tiles(const P& products, float (&sums)[TILES][4], const Til
             }
         }
     };
-    products.with(loop);
+    products.visit(loop);
 }
 
 // Visit the pairs of neighbours in a warp's sums: visit(row, column, first, second), relative to the sums' corner.
@@ -265,7 +265,7 @@ DEVICE void put_sums(const Mode& mode, const Tile& tile, int row, int column, fl
     each_pair(sums, [&](int r, int c, float first, float second) {
         auto* const to = tile.at(row + r, column + c);
         if constexpr (sizeof(typename Tile::Element) == 2) {
-            *reinterpret_cast<uint32_t*>(to) = pack(first, second, mode.brain);
+            *reinterpret_cast<uint32_t*>(to) = pack(first, second, mode.is_bf16);
         } else {
             *reinterpret_cast<Two*>(to) = {{first, second}};
         }
@@ -278,7 +278,7 @@ DEVICE void take_sums(const Mode& mode, const Tile& tile, int row, int column, f
     const int g = lane() / 4, t = lane() % 4;
     UNROLL for (int i = 0; i < TILES; ++i) {
         UNROLL for (int j = 0; j < 4; ++j) {
-            sums[i][j] = widen(*tile.at(row + g + j / 2 * 8, column + 8 * i + 2 * t + j % 2), mode.brain);
+            sums[i][j] = widen(*tile.at(row + g + j / 2 * 8, column + 8 * i + 2 * t + j % 2), mode.is_bf16);
         }
     }
 }

@@ -29,15 +29,15 @@ template <int BK> DEVICE float add_splits(const float* parts, int splits, int fe
 
 // For what follows a grid's sums: a square of fp32 in shared memory, and strips of sixteen rows that are multiplied with
 // it, exactly, since there are few of them.
-constexpr int STRIP = 16;
-template <int BK> struct StripTiles {
+constexpr int SLICE = 16;
+template <int BK> struct SliceTiles {
     using Square = Tile<float, BK, BK>;
-    using Strip = Tile<float, STRIP, BK>;
+    using Strip = Tile<float, SLICE, BK>;
     static constexpr size_t SHARED = Square::BYTES + Strip::BYTES;
     Square square;
     Strip strip;
 
-    DEVICE explicit StripTiles(unsigned char* memory) : square{memory}, strip{memory + Square::BYTES} {}
+    DEVICE explicit SliceTiles(unsigned char* memory) : square{memory}, strip{memory + Square::BYTES} {}
 };
 
 // tile = value(row, column) everywhere.
@@ -49,32 +49,32 @@ template <class Tile, class Value> DEVICE void fill(const Tile& tile, Value valu
 }
 
 // The square T + Tᵀ of a (BK, BK) workspace.
-template <int BK> DEVICE void fill_twice_symmetric(const StripTiles<BK>& tiles, const float* t) {
+template <int BK> DEVICE void fill_twice_symmetric(const SliceTiles<BK>& tiles, const float* t) {
     fill(tiles.square, [&](int row, int column) { return t[row * BK + column] + t[column * BK + row]; });
 }
 
 // visit(row, column, value) for strip times square, where strip = value(row, column). The square is there for all to see.
-template <int BK, class Value, class Visit> DEVICE void multiply_strip(const StripTiles<BK>& tiles, Value value, Visit visit) {
+template <int BK, class Value, class Visit> DEVICE void multiply_slice(const SliceTiles<BK>& tiles, Value value, Visit visit) {
     static_assert(BK <= 16 * WARPS, "sixteen columns a warp");
     const bool mine = 16 * warp() < BK;
     float sums[2][4];
     block_barrier();  // the strip before is done with
-    fill(tiles.strip, value);
+    fill(tiles.slice, value);
     block_barrier();
     clear(sums);
-    if (mine) multiply_tiles<false, false>(ProductsF32{}, sums, tiles.strip, 0, tiles.square, 16 * warp(), 0, BK);
+    if (mine) multiply_tiles<false, false>(ProductsF32{}, sums, tiles.slice, 0, tiles.square, 16 * warp(), 0, BK);
     block_barrier();
-    if (mine) put_sums(Mode{}, tiles.strip, 0, 16 * warp(), sums);
+    if (mine) put_sums(Mode{}, tiles.slice, 0, 16 * warp(), sums);
     block_barrier();
-    NO_UNROLL for (int i = thread(); i < STRIP * BK; i += THREADS) {
-        visit(i / BK, i % BK, *tiles.strip.at(i / BK, i % BK));
+    NO_UNROLL for (int i = thread(); i < SLICE * BK; i += THREADS) {
+        visit(i / BK, i % BK, *tiles.slice.at(i / BK, i % BK));
     }
 }
 
 // The sum of a column of a tile over every GROUPS-th of its rows: threads share a column where there are more of them.
 template <int GROUPS, class Tile> DEVICE float add_rows(const Mode& mode, const Tile& tile, int group, int column) {
     float sum = 0.f;
-    NO_UNROLL for (int r = group; r < Tile::ROWS; r += GROUPS) sum += widen(*tile.at(r, column), mode.brain);
+    NO_UNROLL for (int r = group; r < Tile::ROWS; r += GROUPS) sum += widen(*tile.at(r, column), mode.is_bf16);
     return sum;
 }
 
@@ -84,25 +84,25 @@ DEVICE void store_columns(const Mode& mode, T* to, int columns, const float* par
     if (thread() >= columns) return;
     float sum = 0.f;
     NO_UNROLL for (int q = 0; q < count; ++q) sum += parts[q * BK + thread()];
-    to[thread()] = round_to<T>(sum * scale, mode.brain);
+    to[thread()] = round_to<T>(sum * scale, mode.is_bf16);
 }
 
 // db[:, :] = scale (sums + b square), where sums adds up parts of (splits, d, BK); the grid shares the features.
 // db is (d, k) in memory or, where `transposed`, (k, d).
 template <int BK, class T>
-DEVICE void store_parameters(const Mode& mode, T* db, bool transposed, const StripTiles<BK>& tiles, const Matrix<T>& b,
+DEVICE void store_parameters(const Mode& mode, T* db, bool transposed, const SliceTiles<BK>& tiles, const Matrix<T>& b,
                              const float* parts, int splits, float scale) {
     const int d = b.columns, k = static_cast<int>(b.rows);
-    NO_UNROLL for (int feature = program() * STRIP; feature < d; feature += programs() * STRIP) {
+    NO_UNROLL for (int feature = program() * SLICE; feature < d; feature += programs() * SLICE) {
         const auto of_b = [&](int row, int column) {
             const int64_t f = feature + row;
-            return f < d && column < k ? widen(b.data[column * b.pitch + f * b.step], mode.brain) : 0.f;
+            return f < d && column < k ? widen(b.data[column * b.pitch + f * b.step], mode.is_bf16) : 0.f;
         };
-        multiply_strip(tiles, of_b, [&](int row, int column, float product) {
+        multiply_slice(tiles, of_b, [&](int row, int column, float product) {
             const int64_t f = feature + row;
             if (f >= d || column >= k) return;
             const float sum = add_splits<BK>(parts, splits, feature + row, column, d);
-            db[transposed ? column * int64_t{d} + f : f * k + column] = round_to<T>((sum + product) * scale, mode.brain);
+            db[transposed ? column * int64_t{d} + f : f * k + column] = round_to<T>((sum + product) * scale, mode.is_bf16);
         });
     }
 }

@@ -32,8 +32,8 @@ template <class P, int BK, int BM> struct HeadTiles : ProjectionTiles<P, BK, hea
         if (most < Base::G::BYTES) most = Base::G::BYTES;
         most += FIXED;
         if (most < Correlation::shared(2, stages)) most = Correlation::shared(2, stages);
-        if (most < gradient_strips_shared<P, BK>(stages)) most = gradient_strips_shared<P, BK>(stages);
-        const size_t last = StripTiles<BK>::SHARED + Chunk::BYTES;
+        if (most < backprop_shared<P, BK>(stages)) most = backprop_shared<P, BK>(stages);
+        const size_t last = SliceTiles<BK>::SHARED + Chunk::BYTES;
         return most < last ? last : most;
     }
 };
@@ -77,7 +77,7 @@ template <class Tiles, class P, int TILES> DEVICE void share_products(const P& p
     using Product = typename Tiles::Product;
     const typename Tiles::G gram{memory};
     share_gram(products.mode, gram, g);
-    if (Product::mine()) {
+    if (Product::warp_active()) {
         float sums[Product::TILES][4];
         clear(sums);
         multiply_tiles<false, true>(products, sums, a, Product::row(), gram, Product::column(), 0, 8 * TILES);
@@ -107,7 +107,7 @@ DEVICE void head_rows(const P& products, const HeadLoss& arguments, const HeadNe
     LossSums sums;
     NO_UNROLL for (int64_t row = first_row; row < n || row == first_row; row += step) {
         const int64_t own_row = row + 16 * warp();
-        const int rows = left(n, own_row);
+        const int rows = remaining(n, own_row);
         {
             float p[BK / 8][4], g[BK / 8][4];
             project<Tiles>(products, p, g, row == first_row, x, b, row, memory, stages);
@@ -166,7 +166,7 @@ DEVICE void head_correlations(const P& products, int64_t n, const HeadWork<T, BK
                                                column_sum += add_rows<Tiles::GROUPS>(products.mode, tile, group, column);
                                            });
     work.columns[program() * THREADS + thread()] = column_sum;
-    if (!Piece::mine()) return;
+    if (!Piece::warp_active()) return;
     UNROLL for (int i = 0; i < 2; ++i) {
         float* const part = work.u_parts + (program() * int64_t{2} + i) * BM * BK;
         store_sums(part + Piece::row() * BK + Piece::column(), BK, 16, u[i]);
@@ -175,25 +175,25 @@ DEVICE void head_correlations(const P& products, int64_t n, const HeadWork<T, BK
 
 // tiles.square = T + Tᵀ with T = U2ᵀ A, sixteen classes at a time.
 template <int BK, int BM, class P>
-DEVICE void fill_head_square(const P& products, const StripTiles<BK>& tiles, const HeadLoss& arguments, const float* u2) {
+DEVICE void fill_head_square(const P& products, const SliceTiles<BK>& tiles, const HeadLoss& arguments, const float* u2) {
     using Piece = Pieces<BK, BK>;
-    const typename HeadTiles<P, BK, BM>::Chunk chunk{shared_memory() + StripTiles<BK>::SHARED};
+    const typename HeadTiles<P, BK, BM>::Chunk chunk{shared_memory() + SliceTiles<BK>::SHARED};
     const auto* const a = static_cast<const typename P::Element*>(arguments.a);
     const int k = arguments.k, m = arguments.m;
     float t[Piece::TILES][4];
     clear(t);
     NO_UNROLL for (int from = 0; from < m; from += 16) {
         block_barrier();
-        fill(tiles.strip, [&](int row, int column) { return u2[(from + row) * BK + column]; });
+        fill(tiles.slice, [&](int row, int column) { return u2[(from + row) * BK + column]; });
         fill(chunk, [&](int row, int column) {
-            return from + row < m && column < k ? widen(a[(from + row) * k + column], products.mode.brain) : 0.f;
+            return from + row < m && column < k ? widen(a[(from + row) * k + column], products.mode.is_bf16) : 0.f;
         });
         block_barrier();
-        if (Piece::mine()) {
-            multiply_tiles<true, false>(products.for_sums(), t, tiles.strip, Piece::row(), chunk, Piece::column(), 0, 16);
+        if (Piece::warp_active()) {
+            multiply_tiles<true, false>(products.for_sums(), t, tiles.slice, Piece::row(), chunk, Piece::column(), 0, 16);
         }
     }
-    if (Piece::mine()) put_sums(products.mode, tiles.square, Piece::row(), Piece::column(), t);
+    if (Piece::warp_active()) put_sums(products.mode, tiles.square, Piece::row(), Piece::column(), t);
     block_barrier();
     NO_UNROLL for (int i = thread(); i < BK * BK; i += THREADS) {
         const int row = i / BK, column = i % BK;
@@ -207,7 +207,7 @@ DEVICE void fill_head_square(const P& products, const StripTiles<BK>& tiles, con
 
 // dA = scale (U1 + U2 G), sixteen classes a program, from the programs that have the least else to do.
 template <int BK, int BM, class T>
-DEVICE void store_output_weight(const Mode& mode, const StripTiles<BK>& tiles, const HeadLoss& arguments,
+DEVICE void store_output_weight(const Mode& mode, const SliceTiles<BK>& tiles, const HeadLoss& arguments,
                                 const HeadWork<T, BK, BM>& work, float scale) {
     const int k = arguments.k, m = arguments.m, first = 16 * (programs() - 1 - program());
     if (first >= m) return;
@@ -215,11 +215,11 @@ DEVICE void store_output_weight(const Mode& mode, const StripTiles<BK>& tiles, c
     fill(tiles.square, [&](int row, int column) { return work.g[row * BK + column]; });
     NO_UNROLL for (int from = first; from < m; from += 16 * programs()) {
         const float *const u1 = work.u + from * BK, *const u2 = u1 + BM * BK;
-        multiply_strip(tiles, [&](int row, int column) { return u2[row * BK + column]; },
+        multiply_slice(tiles, [&](int row, int column) { return u2[row * BK + column]; },
                        [&](int row, int column, float product) {
                            if (from + row >= m || column >= k) return;
                            static_cast<T*>(arguments.da)[(from + row) * k + column] =
-                               round_to<T>((u1[row * BK + column] + product) * scale, mode.brain);
+                               round_to<T>((u1[row * BK + column] + product) * scale, mode.is_bf16);
                        });
     }
 }
@@ -243,13 +243,13 @@ template <int BK, int BM, class P> DEVICE void head_phases(const P& products, co
         }
     }
     if (needs.through) {
-        gradient_strips<BK>(products, x, b, matrix<T>(work.d, arguments.n, work.width), static_cast<T*>(arguments.dx),
+        backprop_projection<BK>(products, x, b, matrix<T>(work.d, arguments.n, work.width), static_cast<T*>(arguments.dx),
                             arguments.db != nullptr ? work.s : nullptr, splits, scale, stages);
     }
     if (arguments.db == nullptr && arguments.da == nullptr) return;
     add_parts(work.u_parts, work.u, programs(), 2 * BM * BK);
     grid_barrier(arguments.counter);  // before db and dA
-    const StripTiles<BK> tiles(shared_memory());
+    const SliceTiles<BK> tiles(shared_memory());
     if (arguments.db != nullptr) {
         fill_head_square<BK, BM>(products, tiles, arguments, work.u + BM * BK);
         store_parameters(products.mode, static_cast<T*>(arguments.db), arguments.db_transposed, tiles, b, work.s, splits, scale);
@@ -258,24 +258,24 @@ template <int BK, int BM, class P> DEVICE void head_phases(const P& products, co
 }
 
 template <class P, int BK, int BM> KERNEL head_loss_kernel(HeadLoss arguments, Mode mode, int splits, int stages) {
-    if constexpr (P::HERE) head_phases<BK, BM>(P{mode}, arguments, splits, stages);
+    if constexpr (P::available) head_phases<BK, BM>(P{mode}, arguments, splits, stages);
 }
 
 template <class P, int BK, int BM> struct HeadLossInstance {
     using Tiles = HeadTiles<P, BK, BM>;
-    static constexpr int BD = StripShape<P, BK>::BD;
-    static Plan plan(const HeadLoss& arguments, const Chip& chip) {
+    static constexpr int BD = JobShape<P, BK>::BD;
+    static Plan plan(const HeadLoss& arguments, const DeviceSpec& device) {
         const bool need_b = arguments.db != nullptr, through = need_b || arguments.dx != nullptr;
         return plan_grid(chip, arguments.n, arguments.d, BD, divide_up(arguments.n, Tiles::BN), through, need_b);
     }
-    static Workspace call(const HeadLoss& arguments, const Chip& chip) {
+    static Workspace call(const HeadLoss& arguments, const DeviceSpec& device) {
         const auto [splits, programs] = plan(arguments, chip);
         const int width = width_of(arguments.k), classes = width_of(arguments.m);
         return {int64_t{splits} * arguments.d * BK + (programs + int64_t{1}) * 2 * BM * BK + BK * BK +
                     int64_t{programs} * (THREADS + 2),
                 arguments.n * 2 * (width + classes)};
     }
-    static const char* call(const HeadLoss& arguments, const Chip& chip, Stream stream) {
+    static const char* call(const HeadLoss& arguments, const DeviceSpec& device, Stream stream) {
         const int stages = stages_for(chip, 2, 4, Tiles::shared);
         if (stages == 0) return TOO_LITTLE_SHARED;
         const auto [splits, programs] = plan(arguments, chip);
@@ -286,7 +286,7 @@ template <class P, int BK, int BM> struct HeadLossInstance {
 
 // The instances of few classes, and of many.
 template <class P, int BK> struct HeadLossOfColumns {
-    template <class... Rest> static auto call(const HeadLoss& arguments, const Chip& chip, Rest... rest) {
+    template <class... Rest> static auto call(const HeadLoss& arguments, const DeviceSpec& device, Rest... rest) {
         return arguments.m <= 16 ? HeadLossInstance<P, BK, 16>::call(arguments, chip, rest...)
                                  : HeadLossInstance<P, BK, 128>::call(arguments, chip, rest...);
     }

@@ -25,7 +25,7 @@ constexpr int MOST_COLUMNS = 128;
 
 // The device as the launchers see it: what they decide is a function of it and of the sizes, so results never depend
 // on load.
-struct Chip {
+struct DeviceSpec {
     int multiprocessors;  // how many, each taking one program
     int shared;           // most bytes of shared memory a program may ask for
     int capability;       // 10 major + minor
@@ -33,7 +33,7 @@ struct Chip {
 };
 
 // Makes a device the current one of this library.
-Chip use_device(int device);
+DeviceSpec use_device(int device);
 
 // As 1000 major + 10 minor: the CUDA that the library has linked in, and the newest one that the driver serves, or 0.
 struct Versions {
@@ -75,7 +75,7 @@ struct Forward : Operands {
     void* y;           // (n, k)
     void* g;           // (k, k), optional
 };
-const char* forward(const Forward& arguments, const Chip& chip, Stream stream);
+const char* forward(const Forward& arguments, const DeviceSpec& device, Stream stream);
 
 // dX = D bᵀ and db = Xᵀ D + b (T + Tᵀ) with D = dP + dY G and T = Pᵀ dY.
 struct PairBackward : Gradients {
@@ -84,8 +84,8 @@ struct PairBackward : Gradients {
     const void* dp;  // (n, k), optional, but not without dy
     const void* dy;  // (n, k), optional: D is then dP itself, and p and g are not read
 };
-Workspace pair_backward_workspace(const PairBackward& arguments, const Chip& chip);
-const char* pair_backward(const PairBackward& arguments, const Chip& chip, Stream stream);
+Workspace pair_backward_workspace(const PairBackward& arguments, const DeviceSpec& device);
+const char* pair_backward(const PairBackward& arguments, const DeviceSpec& device, Stream stream);
 
 // dX = dY Wᵀ with W = b G, db = S G + b (T + Tᵀ) with S = Xᵀ dY and T = bᵀ S, dbias = the column sums of dY.
 struct SummaryBackward : Gradients {
@@ -93,8 +93,8 @@ struct SummaryBackward : Gradients {
     const void* dy;  // (n, k)
     void* dbias;     // (k), optional
 };
-Workspace summary_backward_workspace(const SummaryBackward& arguments, const Chip& chip);
-const char* summary_backward(const SummaryBackward& arguments, const Chip& chip, Stream stream);
+Workspace summary_backward_workspace(const SummaryBackward& arguments, const DeviceSpec& device);
+const char* summary_backward(const SummaryBackward& arguments, const DeviceSpec& device, Stream stream);
 
 // w1 CE(o1, t) + w2 CE(o2, t) + w3 MSE(o1, o2) of two logits a class. Rows whose target is ignore_index do not count.
 enum class Reduction { NONE, MEAN, SUM };
@@ -111,8 +111,8 @@ struct LossTerms {
 struct PairLoss : Gradients {
     LossTerms terms;
 };
-Workspace pair_loss_workspace(const PairLoss& arguments, const Chip& chip);
-const char* pair_loss(const PairLoss& arguments, const Chip& chip, Stream stream);
+Workspace pair_loss_workspace(const PairLoss& arguments, const DeviceSpec& device);
+const char* pair_loss(const PairLoss& arguments, const DeviceSpec& device, Stream stream);
 
 // The loss of (P Aᵀ + c, Y Aᵀ + c) behind an output layer, likewise.
 struct HeadLoss : Gradients {
@@ -123,8 +123,8 @@ struct HeadLoss : Gradients {
     void* dc;  // (m), optional
     int m;     // classes, up to 128
 };
-Workspace head_loss_workspace(const HeadLoss& arguments, const Chip& chip);
-const char* head_loss(const HeadLoss& arguments, const Chip& chip, Stream stream);
+Workspace head_loss_workspace(const HeadLoss& arguments, const DeviceSpec& device);
+const char* head_loss(const HeadLoss& arguments, const DeviceSpec& device, Stream stream);
 
 // gradients *= upstream, in place; for an upstream of 1 nothing is touched. Sizes are in elements, and may be zero.
 struct Scale {
@@ -133,6 +133,6 @@ struct Scale {
     int64_t sizes[4];
     Kind kind;
 };
-const char* scale(const Scale& arguments, const Chip& chip, Stream stream);
+const char* scale(const Scale& arguments, const DeviceSpec& device, Stream stream);
 
 }  // namespace interp_nn

@@ -3,7 +3,7 @@
 // Phases: rows, with D and parts of T; strips, and T; db. Without dY there is no first one, without db no last one.
 #pragma once
 
-#include "strips.h"
+#include "feature_tiles.h"
 
 namespace interp_nn {
 
@@ -16,7 +16,7 @@ template <class P, int BK> struct PairTiles {
     using Square = Pieces<BK, BK>;
     static constexpr size_t shared(int stages) {
         const size_t first = G::BYTES + Part::BYTES + static_cast<size_t>(stages) * 2 * Part::BYTES;
-        const size_t second = gradient_strips_shared<P, BK>(stages), last = StripTiles<BK>::SHARED;
+        const size_t second = backprop_shared<P, BK>(stages), last = SliceTiles<BK>::SHARED;
         const size_t most = first > second ? first : second;
         return most > last ? most : last;
     }
@@ -56,7 +56,7 @@ DEVICE void pair_rows(const P& products, const PairBackward& arguments, float* t
             load_tile(leaving, dp, row_of(step), 0);
             commit_copies();
         }
-        if (t_part != nullptr && Square::mine()) {
+        if (t_part != nullptr && Square::warp_active()) {
             multiply_tiles<true, false>(products, t, tile_p(stage), Square::row(), tile_dy(stage), Square::column(), 0,
                                         Tiles::ROWS);
         }
@@ -65,18 +65,18 @@ DEVICE void pair_rows(const P& products, const PairBackward& arguments, float* t
         if (dp.data != nullptr) {
             wait_copies(0);
             block_barrier();
-            if (Gradient::mine()) take_sums(products.mode, leaving, Gradient::row(), Gradient::column(), gradient);
+            if (Gradient::warp_active()) take_sums(products.mode, leaving, Gradient::row(), Gradient::column(), gradient);
         }
-        if (Gradient::mine()) {
+        if (Gradient::warp_active()) {
             multiply_tiles<false, true>(products, gradient, tile_dy(stage), Gradient::row(), gram, Gradient::column(),
                                         0, BK);
             const int64_t row = row_of(step) + Gradient::row();
             put_sums(products.mode, leaving, Gradient::row(), Gradient::column(), gradient);
-            store_piece<Gradient::WIDE>(gradients + row * width + Gradient::column(), width, left(n, row),
+            store_piece<Gradient::WIDE>(gradients + row * width + Gradient::column(), width, remaining(n, row),
                                         width - Gradient::column(), leaving, Gradient::row(), Gradient::column());
         }
     });
-    if (t_part != nullptr && Square::mine()) store_sums(t_part + Square::row() * BK + Square::column(), BK, 16, t);
+    if (t_part != nullptr && Square::warp_active()) store_sums(t_part + Square::row() * BK + Square::column(), BK, 16, t);
 }
 
 // `work` has (splits, d, BK) parts of Xᵀ D, (programs, BK, BK) parts of T, T.
@@ -94,12 +94,12 @@ DEVICE void pair_phases(const P& products, const PairBackward& arguments, int sp
         grid_barrier(arguments.counter);
     }
     const Matrix<T> gradients = through ? matrix<T>(arguments.rows, n, width_of(k)) : matrix<T>(arguments.dp, n, k);
-    gradient_strips<BK>(products, x, b, gradients, static_cast<T*>(arguments.dx), need_b ? arguments.work : nullptr,
+    backprop_projection<BK>(products, x, b, gradients, static_cast<T*>(arguments.dx), need_b ? arguments.work : nullptr,
                         splits, 1.f, stages);
     if (!need_b) return;
     if (through) add_parts(t_parts, t, programs(), BK * BK);
     grid_barrier(arguments.counter);  // before db
-    const StripTiles<BK> tiles(shared_memory());
+    const SliceTiles<BK> tiles(shared_memory());
     if (through) {
         fill_twice_symmetric(tiles, t);
     } else {
@@ -110,22 +110,22 @@ DEVICE void pair_phases(const P& products, const PairBackward& arguments, int sp
 }
 
 template <class P, int BK> KERNEL pair_backward_kernel(PairBackward arguments, Mode mode, int splits, int stages) {
-    if constexpr (P::HERE) pair_phases<BK>(P{mode}, arguments, splits, stages);
+    if constexpr (P::available) pair_phases<BK>(P{mode}, arguments, splits, stages);
 }
 
 template <class P, int BK> struct PairBackwardInstance {
     using Tiles = PairTiles<P, BK>;
-    static constexpr int BD = StripShape<P, BK>::BD;
-    static Plan plan(const PairBackward& arguments, const Chip& chip) {
+    static constexpr int BD = JobShape<P, BK>::BD;
+    static Plan plan(const PairBackward& arguments, const DeviceSpec& device) {
         const int64_t row_jobs = arguments.dy != nullptr ? divide_up(arguments.n, Tiles::ROWS) : 0;
         return plan_grid(chip, arguments.n, arguments.d, BD, row_jobs, true, arguments.db != nullptr);
     }
-    static Workspace call(const PairBackward& arguments, const Chip& chip) {
+    static Workspace call(const PairBackward& arguments, const DeviceSpec& device) {
         const auto [splits, programs] = plan(arguments, chip);
         return {int64_t{splits} * arguments.d * BK + (programs + int64_t{1}) * BK * BK,
                 arguments.dy != nullptr ? arguments.n * width_of(arguments.k) : 0};
     }
-    static const char* call(const PairBackward& arguments, const Chip& chip, Stream stream) {
+    static const char* call(const PairBackward& arguments, const DeviceSpec& device, Stream stream) {
         const int stages = stages_for(chip, 2, 4, Tiles::shared);
         if (stages == 0) return TOO_LITTLE_SHARED;
         const auto [splits, programs] = plan(arguments, chip);

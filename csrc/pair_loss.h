@@ -14,7 +14,7 @@ template <class P, int BK> struct PairLossTiles : ForwardTiles<P, BK> {
     using Correlation = CorrelationTiles<P, BK, BK>;
     static constexpr size_t shared(int stages) {
         const size_t rows = Base::shared(stages), again = Correlation::shared(1, stages);
-        const size_t strips = gradient_strips_shared<P, BK>(stages), last = StripTiles<BK>::SHARED;
+        const size_t strips = backprop_shared<P, BK>(stages), last = SliceTiles<BK>::SHARED;
         const size_t first = rows > again ? rows : again, second = strips > last ? strips : last;
         return first > second ? first : second;
     }
@@ -59,7 +59,7 @@ template <int BK, class P, class T> DEVICE void pair_loss_rows(const P& products
         project<Tiles>(products, o1, o2, row == first_row, x, b, row, memory, stages);
         if (row == first_row) share_gram(mode, gram, o2);
         const int64_t own_row = row + mine;
-        const int rows = left(n, own_row);
+        const int rows = remaining(n, own_row);
         put_sums(mode, own, mine, 0, o1);
         warp_barrier();
         if (need_b) store_rows(work.p + own_row * width, width, rows, width, own, mine);
@@ -87,7 +87,7 @@ template <int BK, class P, class T> DEVICE void pair_loss_rows(const P& products
         correlate_rows<Correlation, Tiles::BN>(products, t, lefts, matrix<T>(work.e, n, width), shared_memory(), stages,
                                                [](int, const auto&) {});
         float* const part = work.t_parts + int64_t{program()} * BK * BK;
-        if (Square::mine()) store_sums(part + Square::row() * BK + Square::column(), BK, 16, t[0]);
+        if (Square::warp_active()) store_sums(part + Square::row() * BK + Square::column(), BK, 16, t[0]);
     }
 }
 
@@ -102,35 +102,35 @@ template <int BK, class P> DEVICE void pair_loss_phases(const P& products, const
     if (program() == programs() - 1) store_value(arguments.terms, work.losses, work.counts);
     if (!through) return;
     const float scale = gradient_scale(arguments.terms, work.counts);
-    gradient_strips<BK>(products, x, b, matrix<T>(work.d, arguments.n, work.width), static_cast<T*>(arguments.dx),
+    backprop_projection<BK>(products, x, b, matrix<T>(work.d, arguments.n, work.width), static_cast<T*>(arguments.dx),
                         need_b ? work.s : nullptr, splits, scale, stages);
     if (!need_b) return;
     add_parts(work.t_parts, work.t, programs(), BK * BK);
     grid_barrier(arguments.counter);  // before db
-    const StripTiles<BK> tiles(shared_memory());
+    const SliceTiles<BK> tiles(shared_memory());
     fill_twice_symmetric(tiles, work.t);
     store_parameters(products.mode, static_cast<T*>(arguments.db), arguments.db_transposed, tiles, b, work.s, splits, scale);
 }
 
 template <class P, int BK> KERNEL pair_loss_kernel(PairLoss arguments, Mode mode, int splits, int stages) {
-    if constexpr (P::HERE) pair_loss_phases<BK>(P{mode}, arguments, splits, stages);
+    if constexpr (P::available) pair_loss_phases<BK>(P{mode}, arguments, splits, stages);
 }
 
 template <class P, int BK> struct PairLossInstance {
     using Tiles = PairLossTiles<P, BK>;
-    static constexpr int BD = StripShape<P, BK>::BD;
-    static Plan plan(const PairLoss& arguments, const Chip& chip) {
+    static constexpr int BD = JobShape<P, BK>::BD;
+    static Plan plan(const PairLoss& arguments, const DeviceSpec& device) {
         const bool need_b = arguments.db != nullptr, through = need_b || arguments.dx != nullptr;
         return plan_grid(chip, arguments.n, arguments.d, BD, divide_up(arguments.n, Tiles::BN), through, need_b);
     }
-    static Workspace call(const PairLoss& arguments, const Chip& chip) {
+    static Workspace call(const PairLoss& arguments, const DeviceSpec& device) {
         const auto [splits, programs] = plan(arguments, chip);
         const bool need_b = arguments.db != nullptr, through = need_b || arguments.dx != nullptr;
         const int64_t matrices = need_b ? 3 : through ? 1 : 0;
         return {int64_t{splits} * arguments.d * BK + (programs + int64_t{1}) * BK * BK + 2 * programs,
                 matrices * arguments.n * width_of(arguments.k)};
     }
-    static const char* call(const PairLoss& arguments, const Chip& chip, Stream stream) {
+    static const char* call(const PairLoss& arguments, const DeviceSpec& device, Stream stream) {
         const int stages = stages_for(chip, 2, 4, Tiles::shared);
         if (stages == 0) return TOO_LITTLE_SHARED;
         const auto [splits, programs] = plan(arguments, chip);

@@ -19,7 +19,7 @@
 
 #define DEVICE __device__ __forceinline__
 #define NOINLINE inline __device__ __noinline__
-#define ANYWHERE inline __host__ __device__
+#define HOST_DEVICE inline __host__ __device__
 #define KERNEL __global__ void __launch_bounds__(interp_nn::THREADS, 1)
 #define UNROLL _Pragma("unroll")
 #define NO_UNROLL _Pragma("unroll 1")
@@ -30,7 +30,7 @@
 
 #define DEVICE inline
 #define NOINLINE inline
-#define ANYWHERE inline
+#define HOST_DEVICE inline
 #define KERNEL void
 #define UNROLL
 #define NO_UNROLL
@@ -44,8 +44,8 @@ constexpr int THREADS = 32 * WARPS;
 
 constexpr uint32_t TF32_BITS = 0xFFFFE000;  // sign, exponent and ten bits after the point
 
-// A 16-bit number in memory: whether it is a bfloat16 ("brain") or an IEEE half is known when a kernel runs.
-struct Sixteen {
+// A 16-bit number in memory: whether it is a bfloat16 ("is_bf16") or an IEEE half is known when a kernel runs.
+struct Half {
     uint16_t bits;
 };
 
@@ -60,16 +60,16 @@ DEVICE unsigned char* shared_memory() {
     return memory;
 }
 
-DEVICE float widen(Sixteen v, bool brain) {
-    return brain ? __uint_as_float(uint32_t{v.bits} << 16) : __half2float(__ushort_as_half(v.bits));
+DEVICE float widen(Half v, bool is_bf16) {
+    return is_bf16 ? __uint_as_float(uint32_t{v.bits} << 16) : __half2float(__ushort_as_half(v.bits));
 }
-DEVICE Sixteen narrow(float v, bool brain) {
-    return {brain ? __bfloat16_as_ushort(__float2bfloat16_rn(v)) : __half_as_ushort(__float2half_rn(v))};
+DEVICE Half narrow(float v, bool is_bf16) {
+    return {is_bf16 ? __bfloat16_as_ushort(__float2bfloat16_rn(v)) : __half_as_ushort(__float2half_rn(v))};
 }
 
 // Two 16-bit numbers in one register, the first in its lower half.
-DEVICE uint32_t pack(float low, float high, bool brain) {
-    if (brain) {
+DEVICE uint32_t pack(float low, float high, bool is_bf16) {
+    if (is_bf16) {
         const __nv_bfloat162 both = __floats2bfloat162_rn(low, high);
         return *reinterpret_cast<const uint32_t*>(&both);
     }
@@ -149,8 +149,8 @@ template <bool TRANSPOSED> DEVICE void load_matrices(uint32_t (&r)[4], const voi
 #else
 #define INTERP_NN_MULTIPLY(SHAPE_AND_TYPES) __trap()
 #endif
-template <bool BRAIN> DEVICE void multiply_16(float (&c)[4], const uint32_t* a, const uint32_t* b) {
-    if constexpr (BRAIN) {
+template <bool IS_BF16> DEVICE void multiply_16(float (&c)[4], const uint32_t* a, const uint32_t* b) {
+    if constexpr (IS_BF16) {
         INTERP_NN_MULTIPLY("m16n8k16.row.col.f32.bf16.bf16.f32");
     } else {
         INTERP_NN_MULTIPLY("m16n8k16.row.col.f32.f16.f16.f32");
@@ -232,25 +232,25 @@ inline float as_float(uint32_t bits) {
     return v;
 }
 
-inline float widen(Sixteen v, bool brain) {
-    if (brain) return as_float(uint32_t{v.bits} << 16);
+inline float widen(Half v, bool is_bf16) {
+    if (is_bf16) return as_float(uint32_t{v.bits} << 16);
     _Float16 half;
     std::memcpy(&half, &v.bits, 2);
     return static_cast<float>(half);
 }
-inline Sixteen narrow(float v, bool brain) {
-    if (brain) {
+inline Half narrow(float v, bool is_bf16) {
+    if (is_bf16) {
         if (std::isnan(v)) return {0x7FC0};
         const uint32_t bits = bits_of(v);
         return {static_cast<uint16_t>((bits + 0x7FFF + (bits >> 16 & 1)) >> 16)};
     }
     const auto half = static_cast<_Float16>(v);
-    Sixteen result;
+    Half result;
     std::memcpy(&result.bits, &half, 2);
     return result;
 }
-inline uint32_t pack(float low, float high, bool brain) {
-    return uint32_t{narrow(high, brain).bits} << 16 | narrow(low, brain).bits;
+inline uint32_t pack(float low, float high, bool is_bf16) {
+    return uint32_t{narrow(high, is_bf16).bits} << 16 | narrow(low, is_bf16).bits;
 }
 
 template <int BYTES> void copy_async(void* shared, const void* global, bool valid) {
@@ -263,9 +263,9 @@ template <bool TRANSPOSED> void load_matrices(uint32_t (&r)[4], const void* row)
     emulator::load_matrices(r, row, TRANSPOSED);
 }
 
-template <bool BRAIN> void multiply_16(float (&c)[4], const uint32_t* a, const uint32_t* b) {
+template <bool IS_BF16> void multiply_16(float (&c)[4], const uint32_t* a, const uint32_t* b) {
     emulator::multiply<16>("multiply_16", c, a, b, [](uint32_t word, int place) {
-        return widen({static_cast<uint16_t>(word >> 16 * place)}, BRAIN);
+        return widen({static_cast<uint16_t>(word >> 16 * place)}, IS_BF16);
     });
 }
 inline void multiply_tf32(float (&c)[4], const uint32_t* a, const uint32_t* b) {
@@ -303,9 +303,9 @@ template <class... Parameters> const char* start(void (*kernel)(Parameters...), 
 #endif
 
 DEVICE float widen(float v, bool) { return v; }
-template <class T> DEVICE T round_to(float v, bool brain) {
+template <class T> DEVICE T round_to(float v, bool is_bf16) {
     if constexpr (sizeof(T) == 2) {
-        return narrow(v, brain);
+        return narrow(v, is_bf16);
     } else {
         return v;
     }

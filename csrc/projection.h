@@ -11,7 +11,7 @@ template <class T, class Arguments> DEVICE Matrix<T> matrix_b(const Arguments& a
     return strided_matrix<T>(arguments.b, arguments.k, arguments.d, arguments.b_column, arguments.b_feature);
 }
 
-// Sixteen rows a warp, BD features a step.
+// Half rows a warp, BD features a step.
 template <class P, int BK, int BD_> struct ProjectionTiles {
     using T = typename P::Element;
     static constexpr int BN = 16 * WARPS;
@@ -39,7 +39,7 @@ DEVICE void project(const P& products, float (&p)[TILES][4], float (&g)[TILES][4
     clear(p);
     clear(g);
     pipeline(steps, stages, load, [&](int, int stage) {
-        products.with([&](const auto& fragments) {
+        products.visit([&](const auto& fragments) {
         const auto loop = [&](auto with_gram) {
                 using Fragments = std::decay_t<decltype(fragments)>;
     UNROLL_BY((UNROLLED<Fragments, TILES>)) for (int depth = 0; depth < Tiles::BD; depth += Fragments::DEPTH) {
@@ -82,7 +82,7 @@ template <int TILES, class G> DEVICE void share_gram(const Mode& mode, const G& 
 // anyone reads.
 template <class T> DEVICE void load_row(const Mode& mode, float* row, int length, const void* data, int size) {
     for (int i = thread(); i < length; i += THREADS) {
-        row[i] = data != nullptr && i < size ? widen(static_cast<const T*>(data)[i], mode.brain) : 0.f;
+        row[i] = data != nullptr && i < size ? widen(static_cast<const T*>(data)[i], mode.is_bf16) : 0.f;
     }
 }
 

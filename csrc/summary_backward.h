@@ -4,19 +4,19 @@
 // Phases: strips, with parts of S, T and dbias; T and dbias; db.
 #pragma once
 
-#include "strips.h"
+#include "feature_tiles.h"
 
 namespace interp_nn {
 
 template <class P, int BK> struct SummaryTiles {
     using T = typename P::Element;
-    using Shape = StripShape<P, BK>;
+    using Shape = JobShape<P, BK>;
     using B = typename Shape::B;
     using W = Tile<T, Shape::BD, BK>;
     using G = Tile<T, BK, BK>;
     using S = Tile<float, Shape::BD, BK>;
     using Square = Pieces<BK, BK>;
-    using Last = StripTiles<BK>;
+    using Last = SliceTiles<BK>;
     static constexpr int GROUPS = THREADS / BK;  // of threads, each adding up its rows of every column of dY
 
     // W stays for a whole job; beside it lie first b and G, then the stages, then S, with b in W's place.
@@ -54,10 +54,10 @@ template <int BK, class P, class T> DEVICE void add_square(const P& products, co
     const typename Tiles::S tile_s{shared_memory() + Tiles::W::BYTES};
     load_tile(tile_b, b, 0, job.feature);
     commit_copies();
-    if (Sum::mine()) put_sums(products.mode, tile_s, Sum::row(), Sum::column(), sum);
+    if (Sum::warp_active()) put_sums(products.mode, tile_s, Sum::row(), Sum::column(), sum);
     wait_copies(0);
     block_barrier();
-    if (Square::mine()) {
+    if (Square::warp_active()) {
         constexpr int AT_ONCE = Square::WIDE < 32 ? Square::WIDE : 32;
     NO_UNROLL for (int column = Square::column(); column < Square::column() + Square::WIDE; column += AT_ONCE) {
             float t[AT_ONCE / 8][4];
@@ -84,7 +84,7 @@ DEVICE void effective_weight(const P& products, const Matrix<T>& b, const Matrix
     commit_copies();
     wait_copies(0);
     block_barrier();
-    if (Piece::mine()) {
+    if (Piece::warp_active()) {
         float w[Piece::TILES][4];
         clear(w);
         multiply_tiles<true, true>(products, w, tile_b, Piece::row(), gram, Piece::column(), 0, BK);
@@ -95,7 +95,7 @@ DEVICE void effective_weight(const P& products, const Matrix<T>& b, const Matrix
 
 // The first phase.
 template <int BK, class P, class T>
-DEVICE void summary_strips(const P& products, const SummaryBackward& arguments, const Matrix<T>& b, const SummaryWork<BK>& work,
+DEVICE void summary_jobs(const P& products, const SummaryBackward& arguments, const Matrix<T>& b, const SummaryWork<BK>& work,
                            int splits, int stages) {
     using Tiles = SummaryTiles<P, BK>;
     using Shape = typename Tiles::Shape;
@@ -131,14 +131,14 @@ template <int BK, class P, class T>
 DEVICE void summary_parameters(const P& products, const SummaryBackward& arguments, const Matrix<T>& b,
                                const SummaryWork<BK>& work, int splits) {
     const int d = arguments.d, k = arguments.k;
-    const StripTiles<BK> tiles(shared_memory());
+    const SliceTiles<BK> tiles(shared_memory());
     const auto* const g = static_cast<const T*>(arguments.g);
     fill(tiles.square, [&](int row, int column) {
-        return row < k && column < k ? widen(g[row * k + column], products.mode.brain) : 0.f;
+        return row < k && column < k ? widen(g[row * k + column], products.mode.is_bf16) : 0.f;
     });
-    NO_UNROLL for (int feature = program() * STRIP; feature < d; feature += programs() * STRIP) {
+    NO_UNROLL for (int feature = program() * SLICE; feature < d; feature += programs() * SLICE) {
         const auto of_s = [&](int row, int column) { return add_splits<BK>(work.s, splits, feature + row, column, d); };
-        multiply_strip(tiles, of_s, [&](int row, int column, float product) {
+        multiply_slice(tiles, of_s, [&](int row, int column, float product) {
             if (feature + row < d) work.s[int64_t{feature + row} * BK + column] = product;
         });
     }
@@ -155,7 +155,7 @@ DEVICE void summary_phases(const P& products, const SummaryBackward& arguments, 
     const Matrix<T> b = matrix_b<T>(arguments);
     const int jobs = (arguments.d + Tiles::Shape::BD - 1) / Tiles::Shape::BD * splits;
     const SummaryWork<BK> work(arguments.work, splits, arguments.d, jobs);
-    summary_strips<BK>(products, arguments, b, work, splits, stages);
+    summary_jobs<BK>(products, arguments, b, work, splits, stages);
     if (!need_b && !need_bias) return;
     grid_barrier(arguments.counter);
     if (need_b) add_parts(work.t_parts, work.t, work.parts, BK * BK);
@@ -168,20 +168,20 @@ DEVICE void summary_phases(const P& products, const SummaryBackward& arguments, 
 }
 
 template <class P, int BK> KERNEL summary_backward_kernel(SummaryBackward arguments, Mode mode, int splits, int stages) {
-    if constexpr (P::HERE) summary_phases<BK>(P{mode}, arguments, splits, stages);
+    if constexpr (P::available) summary_phases<BK>(P{mode}, arguments, splits, stages);
 }
 
 template <class P, int BK> struct SummaryBackwardInstance {
     using Tiles = SummaryTiles<P, BK>;
-    static Plan plan(const SummaryBackward& arguments, const Chip& chip) {
+    static Plan plan(const SummaryBackward& arguments, const DeviceSpec& device) {
         return plan_grid(chip, arguments.n, arguments.d, Tiles::Shape::BD, 0, true, arguments.db != nullptr);
     }
-    static Workspace call(const SummaryBackward& arguments, const Chip& chip) {
+    static Workspace call(const SummaryBackward& arguments, const DeviceSpec& device) {
         const auto [splits, programs] = plan(arguments, chip);
         const int64_t jobs = divide_up(arguments.d, Tiles::Shape::BD) * splits, parts = jobs < programs ? jobs : programs;
         return {int64_t{splits} * arguments.d * BK + (parts + 1) * BK * BK + int64_t{splits} * THREADS, 0};
     }
-    static const char* call(const SummaryBackward& arguments, const Chip& chip, Stream stream) {
+    static const char* call(const SummaryBackward& arguments, const DeviceSpec& device, Stream stream) {
         const int stages = stages_for(chip, 2, 4, Tiles::shared);
         if (stages == 0) return TOO_LITTLE_SHARED;
         const auto [splits, programs] = plan(arguments, chip);

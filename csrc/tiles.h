@@ -66,7 +66,7 @@ struct alignas(8) Two {
 };
 
 // How many of `size` things are left from `first` on, at most a tile's worth; never negative.
-DEVICE int left(int64_t size, int64_t first) {
+DEVICE int remaining(int64_t size, int64_t first) {
     const int64_t rest = size - first;
     return rest < 0 ? 0 : rest > 65536 ? 65536 : static_cast<int>(rest);
 }
@@ -76,7 +76,7 @@ DEVICE int left(int64_t size, int64_t first) {
 template <class T> NOINLINE void copy_tile(unsigned char* base, int log_height, int log_chunks, const Matrix<T> m,
                                            int64_t row, int64_t column) {
     constexpr int PER_CHUNK = 16 / sizeof(T);
-    const int rows = left(m.rows, row), columns = left(m.columns, column);
+    const int rows = remaining(m.rows, row), columns = remaining(m.columns, column);
     const T* const from = m.data + row * m.pitch + column * m.step;
     NO_UNROLL for (int i = thread(); i < 1 << (log_height + log_chunks); i += THREADS) {
         // Neighbouring threads read neighbouring memory.
@@ -152,7 +152,7 @@ DEVICE void store_piece(T* to, int64_t pitch, int rows, int columns, const Tile&
     warp_barrier();
 }
 
-// Sixteen whole rows likewise.
+// Half whole rows likewise.
 template <class T, class Tile> DEVICE void store_rows(T* to, int64_t pitch, int rows, int columns, const Tile& tile, int row) {
     store_piece<Tile::COLUMNS>(to, pitch, rows, columns, tile, row, 0);
 }

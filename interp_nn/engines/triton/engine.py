@@ -312,7 +312,7 @@ def _plan_loss(
         constants["WIDTH"] = _width(k)
         if m is not None:  # A, H and their transposes, each in two parts where products are exact
             operands = 4 * bk * bm * dtype.itemsize * (2 if precision == "tf32x3" else 1)
-            constants["ANEW"] = operands > chip.shared and not (config.parked and parameters)
+            constants["RELOAD_OPERANDS"] = operands > chip.shared and not (config.parked and parameters)
         work = splits * d * bk
         work += (programs + 1) * bk * bk if m is None else (programs + 1) * 2 * bm * bk + bk * bk
     work += programs * (2 if m is None else 2 + bm)

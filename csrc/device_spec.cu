@@ -7,10 +7,10 @@
 
 namespace interp_nn {
 
-static Chip failed(cudaError_t error) { return {0, 0, 0, cudaGetErrorString(error)}; }
+static DeviceSpec failed(cudaError_t error) { return {0, 0, 0, cudaGetErrorString(error)}; }
 
-static Chip read_chip(int device) {
-    Chip chip{};
+static DeviceSpec read_chip(int device) {
+    DeviceSpec chip{};
     int major = 0, minor = 0;
     const std::pair<int*, cudaDeviceAttr> wanted[] = {
         {&chip.multiprocessors, cudaDevAttrMultiProcessorCount},
@@ -25,15 +25,15 @@ static Chip read_chip(int device) {
     return chip;
 }
 
-Chip use_device(int device) {
+DeviceSpec use_device(int device) {
     static std::mutex mutex;
-    static std::map<int, Chip> chips;  // those that could be read
+    static std::map<int, DeviceSpec> chips;  // those that could be read
     // This library has a CUDA runtime of its own, which keeps a current device of its own. The error may be an earlier
     // launch's, which is why its text is kept.
     if (const cudaError_t error = cudaSetDevice(device)) return failed(error);
     const std::lock_guard<std::mutex> alone(mutex);
     if (const auto known = chips.find(device); known != chips.end()) return known->second;
-    const Chip chip = read_chip(device);
+    const DeviceSpec chip = read_chip(device);
     if (chip.error == nullptr) chips[device] = chip;
     return chip;
 }

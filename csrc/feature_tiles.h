@@ -16,14 +16,14 @@ template <int ROWS, int COLUMNS> struct Pieces {
     static constexpr int WIDE = COLUMNS / ACROSS;
     static constexpr int TILES = WIDE / 8;
 
-    DEVICE static bool mine() { return warp() < DOWN * ACROSS; }
+    DEVICE static bool warp_active() { return warp() < DOWN * ACROSS; }
     DEVICE static int row() { return warp() / ACROSS * 16; }
     DEVICE static int column() { return warp() % ACROSS * WIDE; }
 };
 
 // Tiles of a strip: BN rows of X and of an (n, k) matrix D a step, BD features. What leaves goes through a tile of 16
 // rows and OUT columns a warp.
-template <class P, int BK> struct StripShape {
+template <class P, int BK> struct JobShape {
     using T = typename P::Element;
     static constexpr bool WIDE = IS_WIDE<P>;
     static constexpr int BN = WIDE || BK == 128 ? 32 : 64;
@@ -71,11 +71,11 @@ DEVICE void walk_rows(const P& products, const Job& job, float (&sum)[Shape::Sum
         load_tile(tile_d(stage), d_matrix, row, 0);
     };
     pipeline(job.to - job.from, stages, load, [&](int step, int stage) {
-        if (need_sum && Sum::mine()) {
+        if (need_sum && Sum::warp_active()) {
             multiply_tiles<true, false>(products, sum, tile_x(stage), Sum::row(), tile_d(stage), Sum::column(), 0,
                                         Shape::BN);
         }
-        if (dx != nullptr && Out::mine()) {
+        if (dx != nullptr && Out::warp_active()) {
             constexpr int AT_ONCE = Out::WIDE < Shape::OUT ? Out::WIDE : Shape::OUT;
             const int64_t row = static_cast<int64_t>(job.from + step) * Shape::BN + Out::row();
     NO_UNROLL for (int column = Out::column(); column < Out::column() + Out::WIDE; column += AT_ONCE) {
@@ -84,7 +84,7 @@ DEVICE void walk_rows(const P& products, const Job& job, float (&sum)[Shape::Sum
                 multiply_tiles<false, !RIGHT_T>(products, out, tile_d(stage), Out::row(), right, column, 0, Shape::D::COLUMNS);
                 scale_sums(out, scale);
                 put_sums(products.mode, leaving, 16 * warp(), 0, out);
-                store_piece<AT_ONCE>(dx + row * d + job.feature + column, d, left(x.rows, row), d - job.feature - column, leaving,
+                store_piece<AT_ONCE>(dx + row * d + job.feature + column, d, remaining(x.rows, row), d - job.feature - column, leaving,
                                      16 * warp(), 0);
             }
         }
@@ -94,16 +94,16 @@ DEVICE void walk_rows(const P& products, const Job& job, float (&sum)[Shape::Sum
 
 // parts[split, feature :] = the sum of a job, for parts of (splits, d, BK).
 template <class Shape, int BK> DEVICE void store_sum(float* parts, const Job& job, float (&sum)[Shape::Sum::TILES][4], int d) {
-    if (!Shape::Sum::mine()) return;
+    if (!Shape::Sum::warp_active()) return;
     const int feature = job.feature + Shape::Sum::row();
     store_sums(parts + (int64_t{job.split} * d + feature) * BK + Shape::Sum::column(), BK, d - feature, sum);
 }
 
 // For D = gradients (n, k): parts of Xᵀ D where `parts` is not null, and dX = scale D bᵀ where dx is not.
 template <int BK, class P, class T>
-DEVICE void gradient_strips(const P& products, const Matrix<T>& x, const Matrix<T>& b, const Matrix<T>& gradients, T* dx,
+DEVICE void backprop_projection(const P& products, const Matrix<T>& x, const Matrix<T>& b, const Matrix<T>& gradients, T* dx,
                             float* parts, int splits, float scale, int stages) {
-    using Shape = StripShape<P, BK>;
+    using Shape = JobShape<P, BK>;
     const typename Shape::B tile_b{shared_memory()};
     const int d = x.columns, jobs = (d + Shape::BD - 1) / Shape::BD * splits;
     NO_UNROLL for (int i = program(); i < jobs; i += programs()) {
@@ -117,8 +117,8 @@ DEVICE void gradient_strips(const P& products, const Matrix<T>& x, const Matrix<
         if (parts != nullptr) store_sum<Shape, BK>(parts, job, sum, d);
     }
 }
-template <class P, int BK> constexpr size_t gradient_strips_shared(int stages) {
-    return StripShape<P, BK>::B::BYTES + StripShape<P, BK>::shared(stages);
+template <class P, int BK> constexpr size_t backprop_shared(int stages) {
+    return JobShape<P, BK>::B::BYTES + JobShape<P, BK>::shared(stages);
 }
 
 // sums[i] += lefts[i]ᵀ right over the rows of this program's row tiles, OWNED rows each; also(i, tile) sees each tile of
@@ -151,7 +151,7 @@ DEVICE void correlate_rows(const P& products, float (&sums)[LEFTS][Tiles::Piece:
     UNROLL for (int i = 0; i < LEFTS; ++i) clear(sums[i]);
     pipeline(steps, stages, load, [&](int, int stage) {
         UNROLL for (int i = 0; i < LEFTS; ++i) {
-            if (Piece::mine()) {
+            if (Piece::warp_active()) {
                 multiply_tiles<true, false>(products, sums[i], tile_left(i, stage), Piece::row(),
                                             typename Tiles::Right{memory + stage * STAGE}, Piece::column(), 0, Tiles::ROWS);
             }
@@ -165,17 +165,17 @@ DEVICE void correlate_rows(const P& products, float (&sums)[LEFTS][Tiles::Piece:
 struct Plan {
     int splits, programs;
 };
-inline Plan plan_grid(const Chip& chip, int64_t n, int64_t d, int depth, int64_t row_jobs, bool walks, bool need_b) {
+inline Plan plan_grid(const DeviceSpec& device, int64_t n, int64_t d, int depth, int64_t row_jobs, bool walks, bool need_b) {
     const int64_t strips = divide_up(d, depth), room = chip.multiprocessors / strips, rows = divide_up(n, 256);
     int64_t splits = room < rows ? room : rows;
     if (splits < 1) splits = 1;
     int64_t jobs = row_jobs;
     if (walks && jobs < strips * splits) jobs = strips * splits;
-    if (need_b && jobs < divide_up(d, STRIP)) jobs = divide_up(d, STRIP);
+    if (need_b && jobs < divide_up(d, SLICE)) jobs = divide_up(d, SLICE);
     return {static_cast<int>(splits), programs_for(chip, jobs)};
 }
 
 // The row length of a workspace with k columns: whole 16-byte words of 16-bit numbers.
-ANYWHERE int width_of(int k) { return (k + 7) / 8 * 8; }
+HOST_DEVICE int width_of(int k) { return (k + 7) / 8 * 8; }
 
 }  // namespace interp_nn
