@@ -1,4 +1,4 @@
-// What the launchers know of a device, and of the CUDA that they stand on.
+// The properties of devices, and the versions of CUDA.
 #include <map>
 #include <mutex>
 #include <utility>
@@ -9,33 +9,33 @@ namespace interp_nn {
 
 static DeviceSpec failed(cudaError_t error) { return {0, 0, 0, cudaGetErrorString(error)}; }
 
-static DeviceSpec read_chip(int device) {
-    DeviceSpec chip{};
+static DeviceSpec read_spec(int device) {
+    DeviceSpec spec{};
     int major = 0, minor = 0;
     const std::pair<int*, cudaDeviceAttr> wanted[] = {
-        {&chip.multiprocessors, cudaDevAttrMultiProcessorCount},
-        {&chip.shared, cudaDevAttrMaxSharedMemoryPerBlockOptin},
+        {&spec.multiprocessors, cudaDevAttrMultiProcessorCount},
+        {&spec.shared, cudaDevAttrMaxSharedMemoryPerBlockOptin},
         {&major, cudaDevAttrComputeCapabilityMajor},
         {&minor, cudaDevAttrComputeCapabilityMinor},
     };
     for (const auto& [value, attribute] : wanted) {
         if (const cudaError_t error = cudaDeviceGetAttribute(value, attribute, device)) return failed(error);
     }
-    chip.capability = 10 * major + minor;
-    return chip;
+    spec.capability = 10 * major + minor;
+    return spec;
 }
 
 DeviceSpec use_device(int device) {
     static std::mutex mutex;
-    static std::map<int, DeviceSpec> chips;  // those that could be read
-    // This library has a CUDA runtime of its own, which keeps a current device of its own. The error may be an earlier
-    // launch's, which is why its text is kept.
+    static std::map<int, DeviceSpec> specs;  // of devices that could be read
+    // This library contains its own CUDA runtime, with its own current device. The error may come from an earlier launch, so
+    // its text is returned.
     if (const cudaError_t error = cudaSetDevice(device)) return failed(error);
-    const std::lock_guard<std::mutex> alone(mutex);
-    if (const auto known = chips.find(device); known != chips.end()) return known->second;
-    const DeviceSpec chip = read_chip(device);
-    if (chip.error == nullptr) chips[device] = chip;
-    return chip;
+    const std::lock_guard<std::mutex> lock(mutex);
+    if (const auto known = specs.find(device); known != specs.end()) return known->second;
+    const DeviceSpec spec = read_spec(device);
+    if (spec.error == nullptr) specs[device] = spec;
+    return spec;
 }
 
 Versions cuda_versions() {

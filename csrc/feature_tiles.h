@@ -1,14 +1,12 @@
-// How a block's warps share a product, and the walk that every backward ends in: a job is a tile of features and a
-// split of the rows, which are walked over once, adding up a part of a d x k gradient in registers and streaming a
-// strip of dX out.
+// Products shared by a block's warps, and the jobs that every backward ends in: a job is a tile of features and a split
+// of the rows. It reads its rows once, adds up its part of a (d, k) gradient in registers, and stores its columns of dX.
 #pragma once
 
-#include "dispatch.h"
-#include "grid.h"
+#include "phased_launch.h"
 
 namespace interp_nn {
 
-// A product of ROWS by COLUMNS cut into one piece a warp: 16 rows each, and then columns. Warps may be left over.
+// A product of ROWS by COLUMNS cut into one piece a warp: 16 rows each, and then columns. Some warps may stay inactive.
 template <int ROWS, int COLUMNS> struct Pieces {
     static constexpr int DOWN = ROWS / 16;
     static_assert(DOWN >= 1 && DOWN <= WARPS, "at most sixteen rows a warp");
@@ -21,8 +19,8 @@ template <int ROWS, int COLUMNS> struct Pieces {
     DEVICE static int column() { return warp() % ACROSS * WIDE; }
 };
 
-// Tiles of a strip: BN rows of X and of an (n, k) matrix D a step, BD features. What leaves goes through a tile of 16
-// rows and OUT columns a warp.
+// Tiles of a job: a step has BN rows of X and of an (n, k) matrix D, and BD features. Results go to global memory through a
+// tile of 16 rows and OUT columns a warp.
 template <class P, int BK> struct JobShape {
     using T = typename P::Element;
     static constexpr bool WIDE = IS_WIDE<P>;
@@ -39,16 +37,16 @@ template <class P, int BK> struct JobShape {
     static constexpr size_t shared(int stages) { return Leaving::BYTES + static_cast<size_t>(stages) * STAGE; }
 };
 
-// Which features and rows a job has.
+// The features of a job from `feature` on, and its tiles of rows.
 struct Job {
-    int split, feature, from, to;  // tiles of rows
+    int split, feature, from, to;
 };
 DEVICE Job job_of(int job, int d, int64_t n, int splits, int depth, int rows) {
-    const int strips = (d + depth - 1) / depth;
+    const int feature_tiles = (d + depth - 1) / depth;
     const int64_t tiles = (n + rows - 1) / rows, share = (tiles + splits - 1) / splits;
-    const int split = job / strips;
+    const int split = job / feature_tiles;
     const int64_t from = split * share, to = from + share;
-    return {split, job % strips * depth, static_cast<int>(from < tiles ? from : tiles),
+    return {split, job % feature_tiles * depth, static_cast<int>(from < tiles ? from : tiles),
             static_cast<int>(to < tiles ? to : tiles)};
 }
 
@@ -122,7 +120,7 @@ template <class P, int BK> constexpr size_t backprop_shared(int stages) {
 }
 
 // sums[i] += lefts[i]ᵀ right over the rows of this program's row tiles, OWNED rows each; also(i, tile) sees each tile of
-// lefts[i]. A left matrix is a part of LEFT columns, the right one of RIGHT.
+// lefts[i]. Left matrices have LEFT columns, the right one has RIGHT.
 template <class P, int LEFT, int RIGHT> struct CorrelationTiles {
     using T = typename P::Element;
     static constexpr int ROWS = LEFT + RIGHT < 256 ? 64 : IS_WIDE<P> ? 16 : 32;
@@ -159,23 +157,5 @@ DEVICE void correlate_rows(const P& products, float (&sums)[LEFTS][Tiles::Piece:
         }
     });
 }
-
-// How a grid shares the work: each strip of features has its rows split into so many parts, enough to occupy the chip and
-// each with some rows to do; and the programs, as many as the phase with the most jobs can use.
-struct Plan {
-    int splits, programs;
-};
-inline Plan plan_grid(const DeviceSpec& device, int64_t n, int64_t d, int depth, int64_t row_jobs, bool walks, bool need_b) {
-    const int64_t strips = divide_up(d, depth), room = chip.multiprocessors / strips, rows = divide_up(n, 256);
-    int64_t splits = room < rows ? room : rows;
-    if (splits < 1) splits = 1;
-    int64_t jobs = row_jobs;
-    if (walks && jobs < strips * splits) jobs = strips * splits;
-    if (need_b && jobs < divide_up(d, SLICE)) jobs = divide_up(d, SLICE);
-    return {static_cast<int>(splits), programs_for(chip, jobs)};
-}
-
-// The row length of a workspace with k columns: whole 16-byte words of 16-bit numbers.
-HOST_DEVICE int width_of(int k) { return (k + 7) / 8 * 8; }
 
 }  // namespace interp_nn

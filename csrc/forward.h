@@ -1,4 +1,4 @@
-// The streaming forward: Y = (X b) G + bias, and P and G where asked, for up to 128 columns.
+// The forward for up to 128 columns: Y = (X b) G + bias, and optionally P and G.
 #pragma once
 
 #include <type_traits>
@@ -22,8 +22,8 @@ template <class P, int BK> struct ForwardTiles : ProjectionTiles<P, BK, forward_
     }
 };
 
-// Each program walks over its row tiles. The first also gives it G, from the tiles of b that X is multiplied with:
-// recomputing G in every program costs about what a barrier would, and needs none.
+// Each program takes row tiles in turn. At its first it also forms G from the same tiles of b: recomputing G in every
+// program costs about as much as a grid barrier.
 template <class P, int BK> DEVICE void forward_rows(const P& products, const Forward& arguments, int stages) {
     using Tiles = ForwardTiles<P, BK>;
     using T = typename P::Element;
@@ -73,9 +73,9 @@ template <class P, int BK> KERNEL forward_kernel(Forward arguments, Mode mode, i
 template <class P, int BK> struct ForwardInstance {
     static const char* call(const Forward& arguments, const DeviceSpec& device, Stream stream) {
         using Tiles = ForwardTiles<P, BK>;
-        const int stages = stages_for(chip, 2, 4, Tiles::shared);
-        if (stages == 0) return TOO_LITTLE_SHARED;
-        const int blocks = programs_for(chip, divide_up(arguments.n, Tiles::BN));
+        const int stages = stages_for(device, Tiles::shared);
+        if (stages == 0) return NO_KERNEL;
+        const int blocks = programs_for(device, divide_up(arguments.n, Tiles::BN));
         return start(forward_kernel<P, BK>, blocks, Tiles::shared(stages), false, stream, arguments, mode_of(arguments.kind),
                      stages);
     }

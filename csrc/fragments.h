@@ -1,9 +1,8 @@
 // Products of tiles, one warp at a time: A (16 rows) times B (16 columns), over DEPTH at a time, spread over the lanes.
 //
 // A sum of 16 x 8 is four registers a lane. With g = lane / 4 and t = lane % 4, register i is row g + 8 (i / 2),
-// column 2 t + i % 2. Every kind of product keeps sums in this form, so that whoever stores or reuses them needs to
-// know only it. In shared memory an operand may lie either way: A as [row][depth], or [depth][row] where TRANSPOSED;
-// B as [depth][column], or [column][depth] where TRANSPOSED.
+// column 2 t + i % 2. Every kind of product keeps its sums in this layout. In shared memory an operand may lie either way:
+// A as [row][depth], or [depth][row] where TRANSPOSED; B as [depth][column], or [column][depth] where TRANSPOSED.
 #pragma once
 
 #include <type_traits>
@@ -12,26 +11,26 @@
 
 namespace interp_nn {
 
-// What is known of the operands only when a kernel runs.
+// Properties of the operands that are known only when a kernel runs.
 struct Mode {
     bool is_bf16;  // 16-bit numbers are bfloat16, not IEEE halves
-    bool exact;  // fp32 numbers are multiplied as such, and not as tf32
+    bool exact;    // fp32 numbers are multiplied exactly, not as tf32
 };
 inline Mode mode_of(Kind kind) { return {kind == Kind::BF16, kind == Kind::F32}; }
 
 #if !defined(__CUDA_ARCH__)
-constexpr bool HAS_MATRIX_UNITS = true, LACKS_MATRIX_UNITS = true;  // whoever calls knows
+constexpr bool HAS_MATRIX_UNITS = true, LACKS_MATRIX_UNITS = true;  // the host decides at run time
 #else
 constexpr bool HAS_MATRIX_UNITS = __CUDA_ARCH__ >= 800, LACKS_MATRIX_UNITS = !HAS_MATRIX_UNITS;
 #endif
 
-// What the matrix units will cut off to a tf32 near v. They drop half a unit in the last place on average, and this
-// puts on a third to two thirds: next to as good as the nearest, of which it leaves tf32 numbers, infinities and NaNs
-// as they are, in one instruction instead of three or four (cvt.rna looks for infinities).
+// Round v to tf32, nearly to nearest: the matrix units then cut the result off to a tf32 near v. Cutting off loses half a unit
+// in the last place on average, and this adds a third to two thirds. It leaves tf32 numbers, infinities and NaNs as they are,
+// and takes one instruction instead of the three or four of cvt.rna, which checks for infinities.
 DEVICE float lift_tf32(float v) { return v * (1.f + 2.f / 3.f / 2048.f); }
 
-// fp32 on the matrix units: as tf32, or EXACT, as the sum of two such parts, which leaves out only the product of the
-// smaller ones. Tiles may also hold 16-bit numbers, which are exact in tf32.
+// fp32 on the matrix units: as tf32, or EXACT, as the sum of two tf32 parts, without the product of the two smaller parts.
+// Tiles may also hold 16-bit numbers, which are exact in tf32.
 template <bool EXACT> struct FragmentsTF32 {
     using Element = float;
     static constexpr int DEPTH = 8;
@@ -66,7 +65,7 @@ template <bool EXACT> struct FragmentsTF32 {
 
     DEVICE void multiply(float (&left)[4], float (&right)[4], const A& a, const B& b) const {
         if constexpr (EXACT) {
-            // The matrix units cut their sums off instead of rounding them, which adds up: they add one step alone.
+            // The matrix units cut off their sums instead of rounding, and the errors add up: so they add up one step only.
             float step[2][4] = {};
             multiply_tf32(step[0], a.rest, b.r);
             multiply_tf32(step[1], a.rest, b.r + 2);
@@ -169,8 +168,8 @@ struct FragmentsF32 {
     }
 };
 
-// The three families that kernels are compiled for. visit(visitor) calls use(fragments) with those that the mode asks for: the
-// choice is made once a loop, not once a product.
+// The three families that kernels are compiled for, `available` where the GPU has their instructions. visit(visitor) calls
+// visitor(fragments) with the fragments of the mode, so that the choice is made once a loop, not once a product.
 struct ProductsTF32 {
     using Element = float;
     using ForSums = ProductsTF32;
@@ -225,12 +224,11 @@ template <int TILES> DEVICE void scale_sums(float (&sums)[TILES][4], float scale
     }
 }
 
-// How many steps of a loop over depth are unrolled, so that products hide the next step's loads. Half tiles have
-// enough products in one step, and no registers left.
+// Steps of a loop over depth that are unrolled, so that products hide the next step's loads. Sixteen tiles have enough
+// products in one step, and no registers to spare.
 template <class Fragments, int TILES> constexpr int UNROLLED = TILES < 16 ? Fragments::AHEAD : 1;
 
-// sums += A[row : row + 16, from : to] B[from : to, column :], where the depths `from` and `to` are those of both
-// tiles.
+// sums += A[row : row + 16, from : to] B[from : to, column :]; `from` and `to` are depths in both tiles.
 template <bool A_TRANSPOSED, bool B_TRANSPOSED, class P, int TILES, class TileA, class TileB>
 DEVICE void multiply_tiles(const P& products, float (&sums)[TILES][4], const TileA& a_tile, int row, const TileB& b_tile,
                            int column, int from, int to) {
@@ -258,8 +256,8 @@ template <int TILES, class Visit> DEVICE void each_pair(float (&sums)[TILES][4],
     }
 }
 
-// The sums of a warp into a tile from (row, column) on, rounded to what it holds: so they meet further products, in
-// which a lane needs others than it has, and global memory, which is written in whole rows.
+// Store the sums of a warp into a tile from (row, column) on, rounded to its type. Further products and stores of whole
+// rows read them there.
 template <int TILES, class Tile>
 DEVICE void put_sums(const Mode& mode, const Tile& tile, int row, int column, float (&sums)[TILES][4]) {
     each_pair(sums, [&](int r, int c, float first, float second) {
@@ -272,7 +270,7 @@ DEVICE void put_sums(const Mode& mode, const Tile& tile, int row, int column, fl
     });
 }
 
-// sums = what put_sums put there.
+// Load what put_sums has stored.
 template <int TILES, class Tile>
 DEVICE void take_sums(const Mode& mode, const Tile& tile, int row, int column, float (&sums)[TILES][4]) {
     const int g = lane() / 4, t = lane() % 4;
@@ -283,14 +281,14 @@ DEVICE void take_sums(const Mode& mode, const Tile& tile, int row, int column, f
     }
 }
 
-// The sums of a warp into a row-major matrix of fp32 in global memory, of which `rows` rows are left.
+// Store the sums of a warp into a row-major matrix of fp32 in global memory, `rows` rows at most.
 template <int TILES> DEVICE void store_sums(float* to, int64_t pitch, int rows, float (&sums)[TILES][4]) {
     each_pair(sums, [&](int r, int c, float first, float second) {
         if (r < rows) *reinterpret_cast<Two*>(to + r * pitch + c) = {{first, second}};
     });
 }
 
-// sums += what store_sums put there.
+// Add what store_sums has stored.
 template <int TILES> DEVICE void add_sums(const float* from, int64_t pitch, float (&sums)[TILES][4]) {
     const int g = lane() / 4, t = lane() % 4;
     UNROLL for (int i = 0; i < TILES; ++i) {

@@ -1,4 +1,4 @@
-// Gradients of a loss times an upstream that only the device knows.
+// Gradients of a loss times an upstream gradient that is read on the device.
 #include "dispatch.h"
 
 namespace interp_nn {
@@ -16,10 +16,10 @@ template <class T> KERNEL scale_kernel(Scale arguments, Mode mode) {
 }
 
 const char* scale(const Scale& arguments, const DeviceSpec& device, Stream stream) {
-    if (chip.error != nullptr) return chip.error;
+    if (device.error != nullptr) return device.error;
     int64_t most = 0;
     for (int i = 0; i < 4; ++i) most = arguments.sizes[i] > most ? arguments.sizes[i] : most;
-    const int64_t jobs = divide_up(most, 8 * THREADS), room = 4 * int64_t{chip.multiprocessors};
+    const int64_t jobs = divide_up(most, 8 * THREADS), room = 4 * int64_t{device.multiprocessors};
     const int blocks = static_cast<int>(jobs < 1 ? 1 : jobs < room ? jobs : room);
     const bool wide = arguments.kind == Kind::F32 || arguments.kind == Kind::TF32;
     const auto kernel = wide ? scale_kernel<float> : scale_kernel<Half>;

@@ -115,9 +115,9 @@ class Problem:
             }.items()
         }
 
-    def sizes(self, mirror):
+    def sizes(self, emulated):
         case = self.case
-        return mirror.Sizes(case.n, case.d, case.k, *self.strides, getattr(mirror.Kind, case.kind))
+        return emulated.Sizes(case.n, case.d, case.k, *self.strides, getattr(emulated.Kind, case.kind))
 
     def empty(self, *shape):
         return Guarded(shape, self.dtype)

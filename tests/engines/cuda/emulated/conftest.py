@@ -9,7 +9,7 @@ if os.environ.get("INTERP_NN_EMULATOR_TESTS") != "1":
 
 
 @pytest.fixture(scope="session")
-def mirror():
+def emulated():
     import emulator_build
 
     return emulator_build.load()
