@@ -1,6 +1,6 @@
-// The kernels as private operators of PyTorch, through its stable ABI: a library compiled once serves every PyTorch from 2.10
-// on. interp_nn/engines/cuda/engine.py has their schemas and fake kernels, and is their only caller. It has checked the
-// arguments; the checks here only keep a call from reading what is not there.
+// The kernels as private operators of PyTorch, through its stable ABI: a library compiled once serves every PyTorch
+// from 2.10 on. interp_nn/engines/cuda/engine.py has their schemas and fake kernels, and is their only caller. It has
+// checked the arguments; the checks here only keep a call from reading what is not there.
 #include <torch/csrc/stable/library.h>
 
 #include <optional>

@@ -1,7 +1,7 @@
 // The three-term loss of two logits a class, w1 CE(o1, t) + w2 CE(o2, t) + w3 MSE(o1, o2), for both of its kernels.
 //
-// Gradients are kept without the factor upstream / kept rows, which would make 16-bit ones underflow. They are multiplied
-// with it in fp32 when they are stored. Reduction::NONE has one upstream a row, which is applied at once.
+// Gradients are kept without the factor upstream / kept rows, which would make 16-bit ones underflow. They are
+// multiplied with it in fp32 when they are stored. Reduction::NONE has one upstream a row, which is applied at once.
 #pragma once
 
 #include "feature_tiles.h"
@@ -42,8 +42,8 @@ struct LossSums {
     float loss = 0.f, count = 0.f;
 };
 
-// Add a warp's rows to the sums, store their losses for Reduction::NONE, and replace the logits by their gradients, zero
-// where a row does not count. Logits beyond the columns are zero.
+// Add a warp's rows to the sums, store their losses for Reduction::NONE, and replace the logits by their gradients,
+// zero where a row does not count. Logits beyond the columns are zero.
 template <int TILES>
 DEVICE void loss_terms(const LossTerms& terms, float (&o1)[TILES][4], float (&o2)[TILES][4], int64_t first_row, int64_t n,
                        int columns, LossSums& sums) {

@@ -28,8 +28,8 @@ static DeviceSpec read_spec(int device) {
 DeviceSpec use_device(int device) {
     static std::mutex mutex;
     static std::map<int, DeviceSpec> specs;  // of devices that could be read
-    // This library contains its own CUDA runtime, with its own current device. The error may come from an earlier launch, so
-    // its text is returned.
+    // This library contains its own CUDA runtime, with its own current device. The error may come from an earlier
+    // launch, so its text is returned.
     if (const cudaError_t error = cudaSetDevice(device)) return failed(error);
     const std::lock_guard<std::mutex> lock(mutex);
     if (const auto known = specs.find(device); known != specs.end()) return known->second;

@@ -1,7 +1,7 @@
 // From the sizes of a call to the instance of a kernel, its grid and its shared memory.
 //
-// interp_nn/engines decides which problems this library gets, and says why not. The checks here only keep a call that it
-// should have refused from reading or writing what is not there.
+// interp_nn/engines decides which problems this library gets, and says why not. The checks here only keep a call that
+// it should have refused from reading or writing what is not there.
 #pragma once
 
 #include "fragments.h"
@@ -14,7 +14,8 @@ constexpr const char* NO_KERNEL = "no CUDA kernel for these sizes and this type 
 inline const char* invalid_operands(const Operands& arguments, const DeviceSpec& device) {
     if (arguments.n < 0 || arguments.d < 1 || arguments.k < 1) return "sizes must be n >= 0, d >= 1, k >= 1";
     if (device.error != nullptr) return device.error;
-    if (arguments.kind != Kind::F32 && device.capability < 80) return NO_KERNEL;  // it would read 16-bit numbers as fp32
+    // The kernels for such a device would read 16-bit numbers as fp32.
+    if (arguments.kind != Kind::F32 && device.capability < 80) return NO_KERNEL;
     return nullptr;
 }
 // Kernels with other arguments to check overload this.
@@ -22,8 +23,8 @@ template <class Arguments> const char* invalid(const Arguments& arguments, const
     return invalid_operands(arguments, device);
 }
 
-// Call Instance<P, BK>::call(arguments, device, rest...) for the products of the kind and the smallest BK that holds the
-// columns. Return `none` where there is no such instance.
+// Call Instance<P, BK>::call(arguments, device, rest...) for the products of the kind and the smallest BK that holds
+// the columns. Return `none` where there is no such instance.
 template <template <class, int> class Instance, class P, int BK, int... MORE, class Result, class Arguments,
           class... Rest>
 Result dispatch_columns(Result none, const Arguments& arguments, const DeviceSpec& device, Rest... rest) {

@@ -1,5 +1,6 @@
 // Products shared by a block's warps, and the jobs that every backward ends in: a job is a tile of features and a split
-// of the rows. It reads its rows once, adds up its part of a (d, k) gradient in registers, and stores its columns of dX.
+// of the rows. It reads its rows once, adds up its part of a (d, k) gradient in registers, and stores its columns of
+// dX.
 #pragma once
 
 #include "phased_launch.h"
@@ -19,8 +20,8 @@ template <int ROWS, int COLUMNS> struct Pieces {
     DEVICE static int column() { return warp() % ACROSS * WIDE; }
 };
 
-// Tiles of a job: a step has BN rows of X and of an (n, k) matrix D, and BD features. Results go to global memory through a
-// tile of 16 rows and OUT columns a warp.
+// Tiles of a job: a step has BN rows of X and of an (n, k) matrix D, and BD features. Results go to global memory
+// through a tile of 16 rows and OUT columns a warp.
 template <class P, int BK> struct JobShape {
     using T = typename P::Element;
     static constexpr bool WIDE = IS_WIDE<P>;
@@ -82,8 +83,8 @@ DEVICE void walk_rows(const P& products, const Job& job, float (&sum)[Shape::Sum
                 multiply_tiles<false, !RIGHT_T>(products, out, tile_d(stage), Out::row(), right, column, 0, Shape::D::COLUMNS);
                 scale_sums(out, scale);
                 put_sums(products.mode, leaving, 16 * warp(), 0, out);
-                store_piece<AT_ONCE>(dx + row * d + job.feature + column, d, remaining(x.rows, row), d - job.feature - column, leaving,
-                                     16 * warp(), 0);
+                store_piece<AT_ONCE>(dx + row * d + job.feature + column, d, remaining(x.rows, row),
+                                     d - job.feature - column, leaving, 16 * warp(), 0);
             }
         }
         also(tile_d(stage));
@@ -99,8 +100,8 @@ template <class Shape, int BK> DEVICE void store_sum(float* parts, const Job& jo
 
 // For D = gradients (n, k): parts of Xᵀ D where `parts` is not null, and dX = scale D bᵀ where dx is not.
 template <int BK, class P, class T>
-DEVICE void backprop_projection(const P& products, const Matrix<T>& x, const Matrix<T>& b, const Matrix<T>& gradients, T* dx,
-                            float* parts, int splits, float scale, int stages) {
+DEVICE void backprop_projection(const P& products, const Matrix<T>& x, const Matrix<T>& b, const Matrix<T>& gradients,
+                                T* dx, float* parts, int splits, float scale, int stages) {
     using Shape = JobShape<P, BK>;
     const typename Shape::B tile_b{shared_memory()};
     const int d = x.columns, jobs = (d + Shape::BD - 1) / Shape::BD * splits;
@@ -119,8 +120,8 @@ template <class P, int BK> constexpr size_t backprop_shared(int stages) {
     return JobShape<P, BK>::B::BYTES + JobShape<P, BK>::shared(stages);
 }
 
-// sums[i] += lefts[i]ᵀ right over the rows of this program's row tiles, OWNED rows each; also(i, tile) sees each tile of
-// lefts[i]. Left matrices have LEFT columns, the right one has RIGHT.
+// sums[i] += lefts[i]ᵀ right over the rows of this program's row tiles, OWNED rows each; also(i, tile) sees each tile
+// of lefts[i]. Left matrices have LEFT columns, the right one has RIGHT.
 template <class P, int LEFT, int RIGHT> struct CorrelationTiles {
     using T = typename P::Element;
     static constexpr int ROWS = LEFT + RIGHT < 256 ? 64 : IS_WIDE<P> ? 16 : 32;
@@ -151,7 +152,8 @@ DEVICE void correlate_rows(const P& products, float (&sums)[LEFTS][Tiles::Piece:
         UNROLL for (int i = 0; i < LEFTS; ++i) {
             if (Piece::warp_active()) {
                 multiply_tiles<true, false>(products, sums[i], tile_left(i, stage), Piece::row(),
-                                            typename Tiles::Right{memory + stage * STAGE}, Piece::column(), 0, Tiles::ROWS);
+                                            typename Tiles::Right{memory + stage * STAGE}, Piece::column(), 0,
+                                            Tiles::ROWS);
             }
             also(i, tile_left(i, stage));
         }

@@ -76,8 +76,8 @@ template <class P, int BK> struct ForwardInstance {
         const int stages = stages_for(device, Tiles::shared);
         if (stages == 0) return NO_KERNEL;
         const int blocks = programs_for(device, divide_up(arguments.n, Tiles::BN));
-        return start(forward_kernel<P, BK>, blocks, Tiles::shared(stages), false, stream, arguments, mode_of(arguments.kind),
-                     stages);
+        return start(forward_kernel<P, BK>, blocks, Tiles::shared(stages), false, stream, arguments,
+                     mode_of(arguments.kind), stages);
     }
 };
 

@@ -1,8 +1,8 @@
 // Products of tiles, one warp at a time: A (16 rows) times B (16 columns), over DEPTH at a time, spread over the lanes.
 //
-// A sum of 16 x 8 is four registers a lane. With g = lane / 4 and t = lane % 4, register i is row g + 8 (i / 2),
-// column 2 t + i % 2. Every kind of product keeps its sums in this layout. In shared memory an operand may lie either way:
-// A as [row][depth], or [depth][row] where TRANSPOSED; B as [depth][column], or [column][depth] where TRANSPOSED.
+// A sum of 16 x 8 is four registers a lane. With g = lane / 4 and t = lane % 4, register i is row g + 8 (i / 2), column
+// 2 t + i % 2. Every kind of product keeps its sums in this layout. In shared memory an operand may lie either way: A
+// as [row][depth], or [depth][row] where TRANSPOSED; B as [depth][column], or [column][depth] where TRANSPOSED.
 #pragma once
 
 #include <type_traits>
@@ -24,13 +24,13 @@ constexpr bool HAS_MATRIX_UNITS = true, LACKS_MATRIX_UNITS = true;  // the host 
 constexpr bool HAS_MATRIX_UNITS = __CUDA_ARCH__ >= 800, LACKS_MATRIX_UNITS = !HAS_MATRIX_UNITS;
 #endif
 
-// Round v to tf32, nearly to nearest: the matrix units then cut the result off to a tf32 near v. Cutting off loses half a unit
-// in the last place on average, and this adds a third to two thirds. It leaves tf32 numbers, infinities and NaNs as they are,
-// and takes one instruction instead of the three or four of cvt.rna, which checks for infinities.
+// Round v to tf32, nearly to nearest: the matrix units then cut the result off to a tf32 near v. Cutting off loses half
+// a unit in the last place on average, and this adds a third to two thirds. It leaves tf32 numbers, infinities and NaNs
+// as they are, and takes one instruction instead of the three or four of cvt.rna, which checks for infinities.
 DEVICE float lift_tf32(float v) { return v * (1.f + 2.f / 3.f / 2048.f); }
 
-// fp32 on the matrix units: as tf32, or EXACT, as the sum of two tf32 parts, without the product of the two smaller parts.
-// Tiles may also hold 16-bit numbers, which are exact in tf32.
+// fp32 on the matrix units: as tf32, or EXACT, as the sum of two tf32 parts, without the product of the two smaller
+// parts. Tiles may also hold 16-bit numbers, which are exact in tf32.
 template <bool EXACT> struct FragmentsTF32 {
     using Element = float;
     static constexpr int DEPTH = 8;
@@ -65,7 +65,8 @@ template <bool EXACT> struct FragmentsTF32 {
 
     DEVICE void multiply(float (&left)[4], float (&right)[4], const A& a, const B& b) const {
         if constexpr (EXACT) {
-            // The matrix units cut off their sums instead of rounding, and the errors add up: so they add up one step only.
+            // The matrix units cut off their sums instead of rounding, and the errors add up: so they add up one step
+            // only.
             float step[2][4] = {};
             multiply_tf32(step[0], a.rest, b.r);
             multiply_tf32(step[1], a.rest, b.r + 2);
@@ -168,8 +169,8 @@ struct FragmentsF32 {
     }
 };
 
-// The three families that kernels are compiled for, `available` where the GPU has their instructions. visit(visitor) calls
-// visitor(fragments) with the fragments of the mode, so that the choice is made once a loop, not once a product.
+// The three families that kernels are compiled for, `available` where the GPU has their instructions. visit(visitor)
+// calls visitor(fragments) with the fragments of the mode, so that the choice is made once a loop, not once a product.
 struct ProductsTF32 {
     using Element = float;
     using ForSums = ProductsTF32;

@@ -27,8 +27,8 @@ template <int BK> DEVICE float add_splits(const float* parts, int splits, int fe
     return sum;
 }
 
-// For the last phase: a square matrix of fp32 in shared memory, and a slice of sixteen rows at a time that is multiplied
-// with it. The products are exact, since there are few of them.
+// For the last phase: a square matrix of fp32 in shared memory, and a slice of sixteen rows at a time that is
+// multiplied with it. The products are exact, since there are few of them.
 constexpr int SLICE = 16;
 template <int BK> struct SliceTiles {
     using Square = Tile<float, BK, BK>;
@@ -53,9 +53,10 @@ template <int BK> DEVICE void fill_symmetrized(const SliceTiles<BK>& tiles, cons
     fill(tiles.square, [&](int row, int column) { return t[row * BK + column] + t[column * BK + row]; });
 }
 
-// Call visit(row, column, element) for slice times square, where slice = value(row, column). The barrier it begins with is
-// also the one that a freshly filled square needs.
-template <int BK, class Value, class Visit> DEVICE void multiply_slice(const SliceTiles<BK>& tiles, Value value, Visit visit) {
+// Call visit(row, column, element) for slice times square, where slice = value(row, column). The barrier it begins with
+// is also the one that a freshly filled square needs.
+template <int BK, class Value, class Visit>
+DEVICE void multiply_slice(const SliceTiles<BK>& tiles, Value value, Visit visit) {
     static_assert(BK <= 16 * WARPS, "sixteen columns a warp");
     const bool warp_active = 16 * warp() < BK;
     float sums[2][4];
@@ -63,7 +64,9 @@ template <int BK, class Value, class Visit> DEVICE void multiply_slice(const Sli
     fill(tiles.slice, value);
     block_barrier();
     clear(sums);
-    if (warp_active) multiply_tiles<false, false>(ProductsF32{}, sums, tiles.slice, 0, tiles.square, 16 * warp(), 0, BK);
+    if (warp_active) {
+        multiply_tiles<false, false>(ProductsF32{}, sums, tiles.slice, 0, tiles.square, 16 * warp(), 0, BK);
+    }
     block_barrier();
     if (warp_active) put_sums(Mode{}, tiles.slice, 0, 16 * warp(), sums);
     block_barrier();

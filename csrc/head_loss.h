@@ -1,12 +1,12 @@
-// The three-term loss behind an output layer, O1 = P Aᵀ + c and O2 = Y Aᵀ + c, with its gradients. The layer is linear, so
-// Y, dY and Pᵀ dY are never formed. With H = A G, logit gradients E1 and E2, and Ui = Eiᵀ P of (m, k):
+// The three-term loss behind an output layer, O1 = P Aᵀ + c and O2 = Y Aᵀ + c, with its gradients. The layer is linear,
+// so Y, dY and Pᵀ dY are never formed. With H = A G, logit gradients E1 and E2, and Ui = Eiᵀ P of (m, k):
 //
 //     O2 = P Hᵀ + c,   D = E1 A + E2 H,   T = U2ᵀ A,   dX = D bᵀ,   db = Xᵀ D + b (T + Tᵀ),   dA = U1 + U2 G.
 //
-// Phase  computes
-// 1      D, parts of U, of dc and of the loss
-// 2      dX, parts of Xᵀ D, U, dc, the loss
-// 3      db and dA
+//     Phase  computes
+//     1      D, parts of U, of dc and of the loss
+//     2      dX, parts of Xᵀ D, U, dc, the loss
+//     3      db and dA
 #pragma once
 
 #include "cross_entropy.h"
@@ -42,14 +42,14 @@ template <class P, int BK, int BM> struct HeadTiles : ProjectionTiles<P, BK, hea
 };
 
 // The workspaces.
-//   floats: s (splits, d, BK)                   parts of Xᵀ D
-//           u_parts (programs, 2, BM, BK)
-//           u (2, BM, BK)                       U1 and U2
-//           g (BK, BK)                          G
-//           columns (programs, GROUPS, BM)      parts of dc
-//           losses (programs), counts (programs)
-//   rows:   d, p (n, width), X's type           D and P
-//           e[0], e[1] (n, classes), X's type   E1 and E2
+//     floats: s (splits, d, BK)                   parts of Xᵀ D
+//             u_parts (programs, 2, BM, BK)
+//             u (2, BM, BK)                       U1 and U2
+//             g (BK, BK)                          G
+//             columns (programs, GROUPS, BM)      parts of dc
+//             losses (programs), counts (programs)
+//     rows:   d, p (n, width), X's type           D and P
+//             e[0], e[1] (n, classes), X's type   E1 and E2
 template <class T, int BK, int BM> struct HeadWork {
     bool need_d, need_u;  // D; U and dc
     int width, classes;
@@ -58,21 +58,21 @@ template <class T, int BK, int BM> struct HeadWork {
     float *s, *u_parts, *u, *g, *columns, *losses, *counts;
     T *d, *p, *e[2];
 
-    HOST_DEVICE HeadWork(const HeadLoss& arguments, const Plan& plan)
+    HOST_DEVICE HeadWork(const HeadLoss& arguments, int splits, int programs)
         : need_d(interp_nn::need_d(arguments)),
           need_u(arguments.db != nullptr || arguments.da != nullptr || arguments.dc != nullptr),
           width(width_of(arguments.k)), classes(width_of(arguments.m)), floats(arguments.work), rows(arguments.rows) {
-        s = floats.take(int64_t{plan.splits} * arguments.d * BK);
-        u_parts = floats.take(int64_t{plan.programs} * 2 * BM * BK);
+        s = floats.take(int64_t{splits} * arguments.d * BK);
+        u_parts = floats.take(int64_t{programs} * 2 * BM * BK);
         u = floats.take(2 * BM * BK);
         g = floats.take(BK * BK);
-        columns = floats.take(int64_t{plan.programs} * THREADS);
-        losses = floats.take(plan.programs);
-        counts = floats.take(plan.programs);
-        d = rows.take(need_d ? arguments.n * width : 0);
-        p = rows.take(need_u ? arguments.n * width : 0);
-        e[0] = rows.take(need_u ? arguments.n * classes : 0);
-        e[1] = rows.take(need_u ? arguments.n * classes : 0);
+        columns = floats.take(int64_t{programs} * THREADS);
+        losses = floats.take(programs);
+        counts = floats.take(programs);
+        d = rows.take(arguments.n * width);
+        p = rows.take(arguments.n * width);
+        e[0] = rows.take(arguments.n * classes);
+        e[1] = rows.take(arguments.n * classes);
     }
 };
 
@@ -181,7 +181,8 @@ DEVICE void head_correlations(const P& products, int64_t n, const HeadWork<T, BK
 
 // tiles.square = T + Tᵀ with T = U2ᵀ A, sixteen classes at a time.
 template <int BK, int BM, class P>
-DEVICE void fill_head_square(const P& products, const SliceTiles<BK>& tiles, const HeadLoss& arguments, const float* u2) {
+DEVICE void fill_head_square(const P& products, const SliceTiles<BK>& tiles, const HeadLoss& arguments,
+                             const float* u2) {
     using Piece = Pieces<BK, BK>;
     const typename HeadTiles<P, BK, BM>::Chunk chunk{shared_memory() + SliceTiles<BK>::SHARED};
     const auto* const a = static_cast<const typename P::Element*>(arguments.a);
@@ -196,7 +197,8 @@ DEVICE void fill_head_square(const P& products, const SliceTiles<BK>& tiles, con
         });
         block_barrier();
         if (Piece::warp_active()) {
-            multiply_tiles<true, false>(products.for_sums(), t, tiles.slice, Piece::row(), chunk, Piece::column(), 0, 16);
+            multiply_tiles<true, false>(products.for_sums(), t, tiles.slice, Piece::row(), chunk, Piece::column(), 0,
+                                        16);
         }
     }
     if (Piece::warp_active()) put_sums(products.mode, tiles.square, Piece::row(), Piece::column(), t);
@@ -231,11 +233,11 @@ DEVICE void store_output_weight(const Mode& mode, const SliceTiles<BK>& tiles, c
 }
 
 template <int BK, int BM, class P>
-DEVICE void head_phases(const P& products, const HeadLoss& arguments, const Plan& plan, int stages) {
+DEVICE void head_phases(const P& products, const HeadLoss& arguments, int splits, int stages) {
     using Tiles = HeadTiles<P, BK, BM>;
     using T = typename P::Element;
     const Matrix<T> x = matrix<T>(arguments.x, arguments.n, arguments.d), b = matrix_b<T>(arguments);
-    const HeadWork<T, BK, BM> work(arguments, plan);
+    const HeadWork<T, BK, BM> work(arguments, splits, programs());
     head_rows<BK, BM>(products, arguments, x, b, work, stages);
     if (work.need_u) head_correlations<BK, BM>(products, arguments.n, work, stages);
     if (!work.need_d && !work.need_u && arguments.terms.reduction == Reduction::NONE) return;
@@ -249,8 +251,8 @@ DEVICE void head_phases(const P& products, const HeadLoss& arguments, const Plan
         }
     }
     if (work.need_d) {
-        backprop_projection<BK>(products, x, b, matrix<T>(work.d, arguments.n, work.width), static_cast<T*>(arguments.dx),
-                                arguments.db != nullptr ? work.s : nullptr, plan.splits, scale, stages);
+        backprop_projection<BK>(products, x, b, matrix<T>(work.d, arguments.n, work.width),
+                                static_cast<T*>(arguments.dx), arguments.db != nullptr ? work.s : nullptr, splits, scale, stages);
     }
     if (arguments.db == nullptr && arguments.da == nullptr) return;
     add_parts(work.u_parts, work.u, programs(), 2 * BM * BK);
@@ -258,13 +260,13 @@ DEVICE void head_phases(const P& products, const HeadLoss& arguments, const Plan
     const SliceTiles<BK> tiles(shared_memory());
     if (arguments.db != nullptr) {
         fill_head_square<BK, BM>(products, tiles, arguments, work.u + BM * BK);
-        store_db(products.mode, arguments, tiles, b, work.s, plan.splits, scale);
+        store_db(products.mode, arguments, tiles, b, work.s, splits, scale);
     }
     if (arguments.da != nullptr) store_output_weight(products.mode, tiles, arguments, work, scale);
 }
 
-template <class P, int BK, int BM> KERNEL head_loss_kernel(HeadLoss arguments, Mode mode, Plan plan, int stages) {
-    if constexpr (P::available) head_phases<BK, BM>(P{mode}, arguments, plan, stages);
+template <class P, int BK, int BM> KERNEL head_loss_kernel(HeadLoss arguments, Mode mode, int splits, int stages) {
+    if constexpr (P::available) head_phases<BK, BM>(P{mode}, arguments, splits, stages);
 }
 
 template <class P, int BK, int BM> struct HeadLossInstance : PhasedLaunch<HeadLossInstance<P, BK, BM>, HeadLoss> {

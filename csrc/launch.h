@@ -1,21 +1,22 @@
 // The kernels as functions of plain pointers and sizes. A binding needs only this header.
 //
 // X is (n, d) and b (d, k), whose element (f, c) is at b[f * b_feature + c * b_column]: fastest where b_feature is 1,
-// as for a layer's weight. All other matrices are row-major. n may be 0, d and k may not. Optional pointers may be null; the
-// kernel then leaves out what they stand for. Row offsets are 64-bit.
+// as for a layer's weight. All other matrices are row-major. n may be 0, d and k may not. Optional pointers may be
+// null; the kernel then leaves out what they stand for. Row offsets are 64-bit.
 //
-// symbol          shape    meaning
-// X               (n, d)   input
-// b               (d, k)   weight
-// P, G, Y         P = X b (n, k), G = bᵀb (k, k), Y = P G (n, k)
-// dX, ...         a d before a name: the gradient of the loss with respect to it
-// D               (n, k)   gradient of the projection through both outputs, dP + dY G
-// S, T            S = Xᵀ dY (d, k), T = Pᵀ dY (k, k)
-// BN, BD, BK      rows, features and padded columns of a tile
+//     symbol      shape            meaning
+//     X           (n, d)           input
+//     b           (d, k)           weight
+//     P, G, Y                      X b (n, k), bᵀb (k, k), P G (n, k)
+//     dX, ...     the symbol's     a d before a symbol: the gradient of the loss with respect to it
+//     D           (n, k)           gradient of the projection through both outputs, dP + dY G
+//     S, T        (d, k), (k, k)   Xᵀ dY, Pᵀ dY
+//     BN, BD, BK                   rows, features and padded columns of a tile
 //
 // 16-bit operands are multiplied as they are, fp32 operands as tf32 or as two tf32 parts. Every sum is fp32.
 //
-// Functions return nullptr, or the text of an error. They launch one kernel on the current device and do not wait for it.
+// Functions return nullptr, or the text of an error. They launch one kernel on the current device and do not wait for
+// it.
 #pragma once
 
 #include <cstddef>
@@ -42,7 +43,8 @@ struct DeviceSpec {
 // Make a device the current one of this library.
 DeviceSpec use_device(int device);
 
-// As 1000 major + 10 minor: the CUDA runtime that the library contains, and the newest one that the driver serves, or 0.
+// As 1000 major + 10 minor: the CUDA runtime that the library contains, and the newest one that the driver serves, or
+// 0.
 struct Versions {
     int runtime, driver;
 };
@@ -71,7 +73,7 @@ struct Gradients : Operands {
     bool db_transposed;
     void* rows;  // workspaces
     float* work;
-    uint32_t* counter;  // zero at first, and then as the last launch left it; concurrent launches need counters of their own
+    uint32_t* counter;  // zero at first, then as the last launch left it; concurrent launches need one each
 };
 
 // Y = X b G + bias, and optionally P and G, rounded to X's type. One program a multiprocessor, no barrier.

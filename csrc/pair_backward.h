@@ -1,9 +1,9 @@
 // Backward of the pair: dX = D bᵀ and db = Xᵀ D + b (T + Tᵀ) with D = dP + dY G and T = Pᵀ dY, for up to 128 columns.
 //
-// Phase  computes                                left out
-// 1      D, parts of T                           without dY: D is dP
-// 2      dX, parts of Xᵀ D, T
-// 3      db                                      without db
+//     Phase  computes                                left out
+//     1      D, parts of T                           without dY: D is dP
+//     2      dX, parts of Xᵀ D, T
+//     3      db                                      without db
 #pragma once
 
 #include "feature_tiles.h"
@@ -26,10 +26,10 @@ template <class P, int BK> struct PairTiles {
 };
 
 // The workspaces.
-//   floats: s (splits, d, BK)        parts of Xᵀ D
-//           t_parts (programs, BK, BK)
-//           t (BK, BK)
-//   rows:   d (n, width), X's type   D
+//     floats: s (splits, d, BK)        parts of Xᵀ D
+//             t_parts (programs, BK, BK)
+//             t (BK, BK)
+//     rows:   d (n, width), X's type   D
 template <class T, int BK> struct PairWork {
     int width;
     Area<float> floats;
@@ -37,10 +37,10 @@ template <class T, int BK> struct PairWork {
     float *s, *t_parts, *t;
     T* d;
 
-    HOST_DEVICE PairWork(const PairBackward& arguments, const Plan& plan)
+    HOST_DEVICE PairWork(const PairBackward& arguments, int splits, int programs)
         : width(width_of(arguments.k)), floats(arguments.work), rows(arguments.rows) {
-        s = floats.take(int64_t{plan.splits} * arguments.d * BK);
-        t_parts = floats.take(int64_t{plan.programs} * BK * BK);
+        s = floats.take(int64_t{splits} * arguments.d * BK);
+        t_parts = floats.take(int64_t{programs} * BK * BK);
         t = floats.take(BK * BK);
         d = rows.take(arguments.dy != nullptr ? arguments.n * width : 0);
     }
@@ -88,7 +88,9 @@ DEVICE void pair_rows(const P& products, const PairBackward& arguments, const Pa
         if (dp.data != nullptr) {
             wait_copies(0);
             block_barrier();
-            if (Gradient::warp_active()) take_sums(products.mode, leaving, Gradient::row(), Gradient::column(), gradient);
+            if (Gradient::warp_active()) {
+                take_sums(products.mode, leaving, Gradient::row(), Gradient::column(), gradient);
+            }
         }
         if (Gradient::warp_active()) {
             multiply_tiles<false, true>(products, gradient, tile_dy(stage), Gradient::row(), gram, Gradient::column(),
@@ -99,23 +101,26 @@ DEVICE void pair_rows(const P& products, const PairBackward& arguments, const Pa
                                         width - Gradient::column(), leaving, Gradient::row(), Gradient::column());
         }
     });
-    if (t_part != nullptr && Square::warp_active()) store_sums(t_part + Square::row() * BK + Square::column(), BK, 16, t);
+    if (t_part != nullptr && Square::warp_active()) {
+        store_sums(t_part + Square::row() * BK + Square::column(), BK, 16, t);
+    }
 }
 
 template <int BK, class P>
-DEVICE void pair_phases(const P& products, const PairBackward& arguments, const Plan& plan, int stages) {
+DEVICE void pair_phases(const P& products, const PairBackward& arguments, int splits, int stages) {
     using T = typename P::Element;
     const bool need_b = arguments.db != nullptr, through_y = arguments.dy != nullptr;
     const int64_t n = arguments.n;
     const Matrix<T> x = matrix<T>(arguments.x, n, arguments.d), b = matrix_b<T>(arguments);
-    const PairWork<T, BK> work(arguments, plan);
+    const PairWork<T, BK> work(arguments, splits, programs());
     if (through_y) {
-        pair_rows<BK>(products, arguments, work, need_b ? work.t_parts + int64_t{program()} * BK * BK : nullptr, stages);
+        float* const t_part = need_b ? work.t_parts + int64_t{program()} * BK * BK : nullptr;
+        pair_rows<BK>(products, arguments, work, t_part, stages);
         grid_barrier(arguments.counter);
     }
     const Matrix<T> gradients = through_y ? matrix<T>(work.d, n, work.width) : matrix<T>(arguments.dp, n, arguments.k);
     backprop_projection<BK>(products, x, b, gradients, static_cast<T*>(arguments.dx), need_b ? work.s : nullptr,
-                            plan.splits, 1.f, stages);
+                            splits, 1.f, stages);
     if (!need_b) return;
     if (through_y) add_parts(work.t_parts, work.t, programs(), BK * BK);
     grid_barrier(arguments.counter);  // before db
@@ -125,11 +130,11 @@ DEVICE void pair_phases(const P& products, const PairBackward& arguments, const 
     } else {
         fill(tiles.square, [](int, int) { return 0.f; });
     }
-    store_db(products.mode, arguments, tiles, b, work.s, plan.splits, 1.f);
+    store_db(products.mode, arguments, tiles, b, work.s, splits, 1.f);
 }
 
-template <class P, int BK> KERNEL pair_backward_kernel(PairBackward arguments, Mode mode, Plan plan, int stages) {
-    if constexpr (P::available) pair_phases<BK>(P{mode}, arguments, plan, stages);
+template <class P, int BK> KERNEL pair_backward_kernel(PairBackward arguments, Mode mode, int splits, int stages) {
+    if constexpr (P::available) pair_phases<BK>(P{mode}, arguments, splits, stages);
 }
 
 inline const char* invalid(const PairBackward& arguments, const DeviceSpec& device) {
@@ -142,7 +147,8 @@ template <class P, int BK> struct PairBackwardInstance : PhasedLaunch<PairBackwa
     using Work = PairWork<typename P::Element, BK>;
     static Plan plan(const PairBackward& arguments, const DeviceSpec& device) {
         const int64_t row_jobs = arguments.dy != nullptr ? divide_up(arguments.n, Tiles::ROWS) : 0;
-        return plan_grid(device, arguments.n, arguments.d, JobShape<P, BK>::BD, row_jobs, true, arguments.db != nullptr);
+        return plan_grid(device, arguments.n, arguments.d, JobShape<P, BK>::BD, row_jobs, true,
+                         arguments.db != nullptr);
     }
     static auto kernel() { return pair_backward_kernel<P, BK>; }
 };

@@ -1,10 +1,10 @@
-// The three-term loss of (P, Y) with its gradients: D = E1 + E2 G, dX = D bᵀ, db = Xᵀ D + b (T + Tᵀ), T = Pᵀ E2, where E1
-// and E2 are the gradients of the logits. The logits stay in registers.
+// The three-term loss of (P, Y) with its gradients: D = E1 + E2 G, dX = D bᵀ, db = Xᵀ D + b (T + Tᵀ), T = Pᵀ E2, where
+// E1 and E2 are the gradients of the logits. The logits stay in registers.
 //
-// Phase  computes
-// 1      D, parts of T and of the loss
-// 2      dX, parts of Xᵀ D, T, the loss
-// 3      db
+//     Phase  computes
+//     1      D, parts of T and of the loss
+//     2      dX, parts of Xᵀ D, T, the loss
+//     3      db
 #pragma once
 
 #include "cross_entropy.h"
@@ -24,11 +24,11 @@ template <class P, int BK> struct PairLossTiles : ForwardTiles<P, BK> {
 };
 
 // The workspaces.
-//   floats: s (splits, d, BK)               parts of Xᵀ D
-//           t_parts (programs, BK, BK)
-//           t (BK, BK)
-//           losses (programs), counts (programs)
-//   rows:   d, p, e (n, width), X's type    D, P and E2
+//     floats: s (splits, d, BK)               parts of Xᵀ D
+//             t_parts (programs, BK, BK)
+//             t (BK, BK)
+//             losses (programs), counts (programs)
+//     rows:   d, p, e (n, width), X's type    D, P and E2
 template <class T, int BK> struct PairLossWork {
     bool need_b, need_d;
     int width;
@@ -37,14 +37,14 @@ template <class T, int BK> struct PairLossWork {
     float *s, *t_parts, *t, *losses, *counts;
     T *d, *p, *e;
 
-    HOST_DEVICE PairLossWork(const PairLoss& arguments, const Plan& plan)
+    HOST_DEVICE PairLossWork(const PairLoss& arguments, int splits, int programs)
         : need_b(arguments.db != nullptr), need_d(interp_nn::need_d(arguments)), width(width_of(arguments.k)),
           floats(arguments.work), rows(arguments.rows) {
-        s = floats.take(int64_t{plan.splits} * arguments.d * BK);
-        t_parts = floats.take(int64_t{plan.programs} * BK * BK);
+        s = floats.take(int64_t{splits} * arguments.d * BK);
+        t_parts = floats.take(int64_t{programs} * BK * BK);
         t = floats.take(BK * BK);
-        losses = floats.take(plan.programs);
-        counts = floats.take(plan.programs);
+        losses = floats.take(programs);
+        counts = floats.take(programs);
         d = rows.take(need_d ? arguments.n * width : 0);
         p = rows.take(need_b ? arguments.n * width : 0);
         e = rows.take(need_b ? arguments.n * width : 0);
@@ -104,10 +104,10 @@ template <int BK, class P, class T> DEVICE void pair_loss_rows(const P& products
 }
 
 template <int BK, class P>
-DEVICE void pair_loss_phases(const P& products, const PairLoss& arguments, const Plan& plan, int stages) {
+DEVICE void pair_loss_phases(const P& products, const PairLoss& arguments, int splits, int stages) {
     using T = typename P::Element;
     const Matrix<T> x = matrix<T>(arguments.x, arguments.n, arguments.d), b = matrix_b<T>(arguments);
-    const PairLossWork<T, BK> work(arguments, plan);
+    const PairLossWork<T, BK> work(arguments, splits, programs());
     pair_loss_rows<BK>(products, arguments, x, b, work, stages);
     if (!work.need_d && arguments.terms.reduction == Reduction::NONE) return;
     grid_barrier(arguments.counter);
@@ -115,17 +115,17 @@ DEVICE void pair_loss_phases(const P& products, const PairLoss& arguments, const
     if (!work.need_d) return;
     const float scale = gradient_scale(arguments.terms, work.counts);
     backprop_projection<BK>(products, x, b, matrix<T>(work.d, arguments.n, work.width), static_cast<T*>(arguments.dx),
-                            work.need_b ? work.s : nullptr, plan.splits, scale, stages);
+                            work.need_b ? work.s : nullptr, splits, scale, stages);
     if (!work.need_b) return;
     add_parts(work.t_parts, work.t, programs(), BK * BK);
     grid_barrier(arguments.counter);  // before db
     const SliceTiles<BK> tiles(shared_memory());
     fill_symmetrized(tiles, work.t);
-    store_db(products.mode, arguments, tiles, b, work.s, plan.splits, scale);
+    store_db(products.mode, arguments, tiles, b, work.s, splits, scale);
 }
 
-template <class P, int BK> KERNEL pair_loss_kernel(PairLoss arguments, Mode mode, Plan plan, int stages) {
-    if constexpr (P::available) pair_loss_phases<BK>(P{mode}, arguments, plan, stages);
+template <class P, int BK> KERNEL pair_loss_kernel(PairLoss arguments, Mode mode, int splits, int stages) {
+    if constexpr (P::available) pair_loss_phases<BK>(P{mode}, arguments, splits, stages);
 }
 
 template <class P, int BK> struct PairLossInstance : PhasedLaunch<PairLossInstance<P, BK>, PairLoss> {

@@ -29,24 +29,26 @@ HOST_DEVICE int width_of(int k) { return (k + 7) / 8 * 8; }
 // D, the gradient of the projection, is needed for dX and for db.
 HOST_DEVICE bool need_d(const Gradients& arguments) { return arguments.dx != nullptr || arguments.db != nullptr; }
 
-// A workspace that is handed out array by array. Without memory it only adds up the sizes, for the caller who allocates it.
+// A workspace that is handed out array by array. The host, which has no memory yet, uses only the size that they add up
+// to.
 template <class T> struct Area {
     T* memory;
     int64_t size = 0;
 
     HOST_DEVICE explicit Area(void* memory) : memory(static_cast<T*>(memory)) {}
     HOST_DEVICE T* take(int64_t count) {
-        T* const array = memory == nullptr ? nullptr : memory + size;
+        T* const array = memory + size;
         size += count;
         return array;
     }
 };
 
-// The calls of an instance of a kernel, which has: Work(arguments, plan) with areas `floats` and `rows`, Tiles::shared,
-// plan(arguments, device) and kernel().
+// The calls of an instance of a kernel, which has: Work(arguments, splits, programs) with areas `floats` and `rows`,
+// Tiles::shared, plan(arguments, device) and kernel().
 template <class Instance, class Arguments> struct PhasedLaunch {
     static Workspace call(const Arguments& arguments, const DeviceSpec& device) {
-        const typename Instance::Work work(arguments, Instance::plan(arguments, device));
+        const Plan plan = Instance::plan(arguments, device);
+        const typename Instance::Work work(arguments, plan.splits, plan.programs);
         return {work.floats.size, work.rows.size};
     }
     static const char* call(const Arguments& arguments, const DeviceSpec& device, Stream stream) {
@@ -55,7 +57,7 @@ template <class Instance, class Arguments> struct PhasedLaunch {
         if (stages == 0) return NO_KERNEL;
         const Plan plan = Instance::plan(arguments, device);
         return start(Instance::kernel(), plan.programs, Tiles::shared(stages), true, stream, arguments,
-                     mode_of(arguments.kind), plan, stages);
+                     mode_of(arguments.kind), plan.splits, stages);
     }
 };
 

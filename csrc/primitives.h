@@ -169,7 +169,8 @@ DEVICE float exponential(float v) {
 DEVICE void block_barrier() { __syncthreads(); }
 DEVICE void warp_barrier() { __syncwarp(); }
 
-// Keep later loads after this point: the compiler would otherwise load a whole loop's operands first and spill registers.
+// Keep later loads after this point: the compiler would otherwise load a whole loop's operands first and spill
+// registers.
 DEVICE void in_order() { asm volatile("" ::: "memory"); }
 
 DEVICE float shuffle(float value, int lane) { return __shfl_sync(0xFFFFFFFFu, value, lane); }

@@ -5,8 +5,8 @@
 
 namespace interp_nn {
 
-// bᵀ: k rows of d features, for b (d, k) with any strides. Contiguous rows, as a layer's weight has, are copied in words;
-// others are gathered.
+// bᵀ: k rows of d features, for b (d, k) with any strides. Contiguous rows, as a layer's weight has, are copied in
+// words; others are gathered.
 template <class T, class Arguments> DEVICE Matrix<T> matrix_b(const Arguments& arguments) {
     return strided_matrix<T>(arguments.b, arguments.k, arguments.d, arguments.b_column, arguments.b_feature);
 }
@@ -23,8 +23,8 @@ template <class P, int BK, int BD_> struct ProjectionTiles {
     static constexpr int STAGE = X::BYTES + B::BYTES;
 };
 
-// p = X[row :] b for the 16 rows of each warp, and where `gram` also g = bᵀb from the same tiles of b, 16 of its rows in
-// each of the first warps. Copies run stages - 1 tiles ahead.
+// p = X[row :] b for the 16 rows of each warp, and where `gram` also g = bᵀb from the same tiles of b, 16 of its rows
+// in each of the first warps. Copies run stages - 1 tiles ahead.
 template <class Tiles, class P, int TILES, class T>
 DEVICE void project(const P& products, float (&p)[TILES][4], float (&g)[TILES][4], bool gram, const Matrix<T>& x,
                     const Matrix<T>& b, int64_t row, unsigned char* memory, int stages) {
@@ -78,8 +78,8 @@ template <int TILES, class G> DEVICE void share_gram(const Mode& mode, const G& 
     block_barrier();  // G is whole
 }
 
-// Load a vector of `size` elements as fp32 into shared memory, with zeros after it and in place of a null one. Readers need
-// a barrier first.
+// Load a vector of `size` elements as fp32 into shared memory, with zeros after it and in place of a null one. Readers
+// need a barrier first.
 template <class T> DEVICE void load_row(const Mode& mode, float* row, int length, const void* data, int size) {
     for (int i = thread(); i < length; i += THREADS) {
         row[i] = data != nullptr && i < size ? widen(static_cast<const T*>(data)[i], mode.is_bf16) : 0.f;

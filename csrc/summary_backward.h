@@ -1,10 +1,10 @@
 // Backward of the summary alone: dX = dY Wᵀ with W = b G, db = S G + b (T + Tᵀ) with S = Xᵀ dY and T = bᵀ S, and
 // dbias, the column sums of dY, for up to 128 columns. The only (n, k) matrix is dY.
 //
-// Phase  computes
-// 1      dX, parts of S, T and dbias
-// 2      T and dbias
-// 3      db
+//     Phase  computes
+//     1      dX, parts of S, T and dbias
+//     2      T and dbias
+//     3      db
 #pragma once
 
 #include "feature_tiles.h"
@@ -32,25 +32,25 @@ template <class P, int BK> struct SummaryTiles {
 };
 
 // The workspace.
-//   floats: s (splits, d, BK)              parts of S; then S G in the place of the first
-//           t_parts (parts, BK, BK)        parts of T, for as many programs as have jobs
-//           t (BK, BK)
-//           columns (splits, GROUPS, BK)   parts of dbias
+//     floats: s (splits, d, BK)              parts of S; then S G in the place of the first
+//             t_parts (parts, BK, BK)        parts of T, for as many programs as have jobs
+//             t (BK, BK)
+//             columns (splits, GROUPS, BK)   parts of dbias
 template <class P, int BK> struct SummaryWork {
     int parts;
     Area<float> floats;
     Area<float> rows;  // none
     float *s, *t_parts, *t, *columns;
 
-    HOST_DEVICE SummaryWork(const SummaryBackward& arguments, const Plan& plan)
+    HOST_DEVICE SummaryWork(const SummaryBackward& arguments, int splits, int programs)
         : floats(arguments.work), rows(nullptr) {
         constexpr int BD = JobShape<P, BK>::BD;
-        const int jobs = (arguments.d + BD - 1) / BD * plan.splits;
-        parts = jobs < plan.programs ? jobs : plan.programs;
-        s = floats.take(int64_t{plan.splits} * arguments.d * BK);
+        const int jobs = (arguments.d + BD - 1) / BD * splits;
+        parts = jobs < programs ? jobs : programs;
+        s = floats.take(int64_t{splits} * arguments.d * BK);
         t_parts = floats.take(int64_t{parts} * BK * BK);
         t = floats.take(BK * BK);
-        columns = floats.take(int64_t{plan.splits} * THREADS);
+        columns = floats.take(int64_t{splits} * THREADS);
     }
 };
 
@@ -159,27 +159,28 @@ DEVICE void summary_db(const P& products, const SummaryBackward& arguments, cons
 }
 
 template <int BK, class P>
-DEVICE void summary_phases(const P& products, const SummaryBackward& arguments, const Plan& plan, int stages) {
+DEVICE void summary_phases(const P& products, const SummaryBackward& arguments, int splits, int stages) {
     using Tiles = SummaryTiles<P, BK>;
     using T = typename P::Element;
     const bool need_b = arguments.db != nullptr, need_bias = arguments.dbias != nullptr;
     const Matrix<T> b = matrix_b<T>(arguments);
-    const SummaryWork<P, BK> work(arguments, plan);
-    summary_jobs<BK>(products, arguments, b, work, plan.splits, stages);
+    const SummaryWork<P, BK> work(arguments, splits, programs());
+    summary_jobs<BK>(products, arguments, b, work, splits, stages);
     if (!need_b && !need_bias) return;
     grid_barrier(arguments.counter);
     if (need_b) add_parts(work.t_parts, work.t, work.parts, BK * BK);
     if (need_bias && program() == programs() - 1) {
         store_columns<BK>(products.mode, static_cast<T*>(arguments.dbias), arguments.k, work.columns,
-                          plan.splits * Tiles::GROUPS, 1.f);
+                          splits * Tiles::GROUPS, 1.f);
     }
     if (!need_b) return;
     grid_barrier(arguments.counter);  // before db
-    summary_db<BK>(products, arguments, b, work, plan.splits);
+    summary_db<BK>(products, arguments, b, work, splits);
 }
 
-template <class P, int BK> KERNEL summary_backward_kernel(SummaryBackward arguments, Mode mode, Plan plan, int stages) {
-    if constexpr (P::available) summary_phases<BK>(P{mode}, arguments, plan, stages);
+template <class P, int BK>
+KERNEL summary_backward_kernel(SummaryBackward arguments, Mode mode, int splits, int stages) {
+    if constexpr (P::available) summary_phases<BK>(P{mode}, arguments, splits, stages);
 }
 
 template <class P, int BK>

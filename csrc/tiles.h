@@ -24,8 +24,8 @@ template <class T> DEVICE Matrix<T> matrix(const void* data, int64_t rows, int c
     return strided_matrix<T>(data, rows, columns, columns, 1);
 }
 
-// The offset of a chunk in a tile with so many chunks a row. Eight chunks are exchanged among themselves, so that all other
-// places are these plus a constant.
+// The offset of a chunk in a tile with so many chunks a row. Eight chunks are exchanged among themselves, so that all
+// other places are these plus a constant.
 DEVICE int chunk_offset(int row, int chunk, int chunks) {
     const int exchange = chunks >= 8   ? (row & 3) << 1 | (row >> 2 & 1)
                          : chunks == 4 ? (row >> 1 & 1) << 1 | (row >> 2 & 1)  // two rows in the width of all banks
@@ -71,8 +71,8 @@ DEVICE int remaining(int64_t size, int64_t first) {
     return rest < 0 ? 0 : rest > 65536 ? 65536 : static_cast<int>(rest);
 }
 
-// The copies of load_tile, for a tile of 2^log_height rows of 2^log_chunks chunks at `base`. Not inlined, because it would
-// be most of every kernel's code.
+// The copies of load_tile, for a tile of 2^log_height rows of 2^log_chunks chunks at `base`. Not inlined, because it
+// would be most of every kernel's code.
 template <class T> NOINLINE void copy_tile(unsigned char* base, int log_height, int log_chunks, const Matrix<T> m,
                                            int64_t row, int64_t column) {
     constexpr int PER_CHUNK = 16 / sizeof(T);
@@ -106,8 +106,9 @@ template <class T, class Tile> DEVICE void load_tile(const Tile& tile, const Mat
     copy_tile<T>(tile.base, LOG<Tile::ROWS>, LOG<Tile::CHUNKS>, m, row, column);
 }
 
-// Run `steps` steps whose tiles are copied stages - 1 steps ahead: load(step, stage) starts the copies of a step into one of
-// the stages, compute(step, stage) reads them. Afterwards all copies of the block are done, and the stages are free.
+// Run `steps` steps whose tiles are copied stages - 1 steps ahead: load(step, stage) starts the copies of a step into
+// one of the stages, compute(step, stage) reads them. Afterwards all copies of the block are done, and the stages are
+// free.
 template <class Load, class Compute> DEVICE void pipeline(int steps, int stages, Load load, Compute compute) {
     int stage = 0, ahead = 0;
     NO_UNROLL for (int step = 1 - stages; step < steps; ++step) {
@@ -127,8 +128,8 @@ template <class Load, class Compute> DEVICE void pipeline(int steps, int stages,
     block_barrier();
 }
 
-// Copy a warp's piece of a tile, 16 rows from `row` and WIDE columns from `column` on, to a matrix of `rows` by `columns` in
-// global memory. The warp's own lanes have written the piece.
+// Copy a warp's piece of a tile, 16 rows from `row` and WIDE columns from `column` on, to a matrix of `rows` by
+// `columns` in global memory. The warp's own lanes have written the piece.
 template <int WIDE, class T, class Tile>
 DEVICE void store_piece(T* to, int64_t pitch, int rows, int columns, const Tile& tile, int row, int column) {
     constexpr int PER_CHUNK = Tile::PER_CHUNK;

@@ -1,8 +1,8 @@
 // A CUDA grid on the CPU, for csrc/primitives.h. The tests compile the kernels against it.
 //
-// Every CUDA thread is a fiber, and all blocks are alive at once, so that grid barriers really wait. A seed decides which
-// fiber runs next: even seeds pick uniformly among those that can run, odd seeds prefer the current one. The rules are as
-// strict as the hardware's or stricter, so that code that works by luck on a GPU fails here:
+// Every CUDA thread is a fiber, and all blocks are alive at once, so that grid barriers really wait. A seed decides
+// which fiber runs next: even seeds pick uniformly among those that can run, odd seeds prefer the current one. The
+// rules are as strict as the hardware's or stricter, so that code that works by luck on a GPU fails here:
 //   - shared memory starts as NaN; copy_async fills its destination with NaN, and wait_copies delivers the data;
 //   - operations of a warp need all 32 lanes in the same operation, and follow the fragment layouts of the PTX manual;
 //   - load_matrices counts bank conflicts; misaligned addresses are errors;
@@ -90,8 +90,8 @@ inline Fiber* current = nullptr;
 inline ucontext_t scheduler;
 inline std::jmp_buf scheduler_place;
 
-// Switching contexts saves the signal mask by a system call, which is slow. Jumps between existing contexts are fast, but
-// AddressSanitizer does not understand them.
+// Switching contexts saves the signal mask by a system call, which is slow. Jumps between existing contexts are fast,
+// but AddressSanitizer does not understand them.
 inline void to_scheduler() {
 #if defined(__SANITIZE_ADDRESS__)
     swapcontext(&current->context, &scheduler);
@@ -318,9 +318,9 @@ inline float towards_zero(double v) {
     return std::isfinite(nearest) && std::abs(nearest) > std::abs(v) ? std::nextafter(nearest, 0.f) : nearest;
 }
 
-// sum + row[0] column[0] + ... as the matrix units of an A100 add it up (Khattak & Mikaitis 2025, arXiv:2512.07004; H100 and
-// B200 are slightly better). All terms are cut off towards zero at one place, one bit below the last bit of the term with
-// the largest exponent. So is the result, to fp32. A long sum thus loses much more than a rounded one.
+// sum + row[0] column[0] + ... as the matrix units of an A100 add it up (Khattak & Mikaitis 2025, arXiv:2512.07004;
+// H100 and B200 are slightly better). All terms are cut off towards zero at one place, one bit below the last bit of
+// the term with the largest exponent. So is the result, to fp32. A long sum thus loses much more than a rounded one.
 inline float add_products(const Operand& sum, const Operand* row, const Operand* column, int count) {
     int most = sum.exponent;
     bool finite = sum.exponent < NOT_FINITE;

@@ -1,4 +1,4 @@
-"""Builds of csrc under the emulator: all launchers as a Python module, and single kernels as libraries that may be patched.
+"""Builds of csrc under the emulator: all launchers as a Python module, and libraries of single kernels that may be patched.
 
 The module contains csrc's binding. When imported, it registers the private operators for tensors on the CPU.
 """

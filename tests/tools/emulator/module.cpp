@@ -1,4 +1,5 @@
-// The launchers of csrc under the emulator, for Python. A matrix is a numpy array, of integers for 16-bit types, or None.
+// The launchers of csrc under the emulator, for Python. A matrix is a numpy array, of integers for 16-bit types, or
+// None.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -80,8 +81,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         raise(forward(a, device, of_seed(seed)));
     });
     m.def("pair_backward", [](py::object x, py::object b, py::object p, py::object g, py::object dp, py::object dy,
-                              py::object dx, py::object db, bool db_transposed, const Sizes& sizes, const DeviceSpec& device,
-                              unsigned seed) {
+                              py::object dx, py::object db, bool db_transposed, const Sizes& sizes,
+                              const DeviceSpec& device, unsigned seed) {
         PairBackward a{};
         a.x = at(x), a.b = at(b), a.p = at(p), a.g = at(g), a.dp = at(dp), a.dy = at(dy), a.dx = at(dx), a.db = at(db);
         a.db_transposed = db_transposed;
@@ -130,7 +131,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         set(a, sizes);
         with_workspace(a, head_loss_workspace(a, device), [&] { return head_loss(a, device, of_seed(seed)); });
     });
-    m.def("scale", [](py::object upstream, const std::vector<py::object>& gradients, Kind kind, const DeviceSpec& device) {
+    m.def("scale", [](py::object upstream, const std::vector<py::object>& gradients, Kind kind,
+                      const DeviceSpec& device) {
         Scale a{};
         a.upstream = at<const float>(upstream), a.kind = kind;
         for (size_t i = 0; i < gradients.size(); ++i) {
