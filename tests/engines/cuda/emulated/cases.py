@@ -1,4 +1,4 @@
-"""Inputs, guard zones, and what the kernels are compared with."""
+"""Inputs, guard zones, and the expected results of the kernels."""
 
 import os
 from typing import NamedTuple
@@ -131,7 +131,7 @@ class Problem:
         return result.tensor.T if self.case.b_transposed else result.tensor
 
     def product(self, exact):
-        """How a @ b is computed: in fp64, or in the kind's precision as PyTorch would."""
+        """The function for a @ b: in fp64, or in the kind's precision as PyTorch computes it."""
         if exact:
             return torch.matmul
         if self.case.kind == "TF32":

@@ -1,4 +1,4 @@
-"""Tests of the CUDA C++ kernels on the CPU; asked for by INTERP_NN_EMULATOR_TESTS=1, since they compile for a minute."""
+"""Tests of the CUDA C++ kernels on the CPU. INTERP_NN_EMULATOR_TESTS=1 asks for them; they compile for a minute."""
 
 import os
 

@@ -104,7 +104,7 @@ class Limits:
 
     def verdicts(self):
         """(kernels, refused by interp_nn, refused by the library) of every kernel."""
-        t = torch.zeros(1).numpy()  # nobody looks at it
+        t = torch.zeros(1).numpy()  # never read
         terms = self.emulated.LossTerms(t, None, t, -100, 1.0, 1.0, 1.0, self.emulated.Reduction.mean)
         if self.m is not None:
             found = self.refused_by_the_library("head_loss", t, t, t, None, terms, t, t, t, None, self.m, True)

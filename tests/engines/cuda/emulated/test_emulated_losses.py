@@ -45,7 +45,7 @@ class Loss:
             self.a, self.c = a, c
 
     def expected(self, dtype, needs):
-        """(value, gradients) of the reference engine in a dtype."""
+        """(value, gradients) of the eager engine in a dtype."""
         problem = self.problem
         x, b, a, c = (None if t is None else t.to(dtype) for t in (problem.x, problem.b, self.a, self.c))
         form = "A+" if a is None else "latent"
@@ -165,7 +165,7 @@ def test_no_row_that_counts(emulated, classes):
     assert all(not bool(g.any()) for g in grads)
 
 
-def test_a_single_class_pulls_nothing(emulated):
+def test_a_single_class_has_no_gradient_of_its_bias(emulated):
     """Its probability is 1, so the gradients of both logits are opposite and that of their bias is zero, to the bit."""
     loss = Loss(Case("TF32", 591, 48, 12, True), 1, "mean")
     _, (dx, _, _, dc) = loss.run(emulated)

@@ -1,4 +1,4 @@
-"""Kernels run on Triton's interpreter here; a process that compiles kernels cannot, and leaves this folder out."""
+"""Tests of the kernels on Triton's interpreter; a process that compiles kernels cannot run them and leaves them out."""
 
 import os
 
