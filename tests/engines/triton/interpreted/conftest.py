@@ -4,6 +4,7 @@ import os
 
 import pytest
 
+pytest.register_assert_rewrite("engine_contract")
 if os.environ.get("TRITON_INTERPRET") != "1":
     collect_ignore_glob = ["*"]
 
