@@ -92,7 +92,7 @@ MUTANTS = {
     "no_wait_at_all": ("tiles.h", "wait_copies(stages - 2);", "", "both", "wrong numbers"),
     "sync_of_a_step_removed": (
         "tiles.h",
-        "block_barrier();  // everyone's copies of this step are here, and everyone is done with the stage loaded next",
+        "block_barrier();  // all copies of this step are done, and no thread reads the stage that is loaded next",
         "",
         "both",
         "wrong numbers",

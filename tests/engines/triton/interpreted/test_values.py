@@ -111,7 +111,7 @@ def test_one_output_of_a_pair_with_many_columns(place, monkeypatch):
 
 
 def loss_kernels(name, n, dtype, reduction):
-    """Value and gradients in one launch, or where the upstream has to be known, one each; scaling is one more."""
+    """One launch for value and gradients, or one each where the upstream must be known first; scaling is one more."""
     if not n:
         return []
     late = dtype == torch.float16 or reduction == "none"
@@ -146,7 +146,7 @@ def test_head_loss(form, shape, dtype, monkeypatch):
     options = {"weights": WEIGHTS, "reduction": reduction}
     target = targets(n, m)
     monkeypatch.setattr(orders, "head_form", lambda *_: form)
-    monkeypatch.setattr(select, "_flat_fits", lambda *_: True)  # shared memory is no matter here
+    monkeypatch.setattr(select, "_flat_fits", lambda *_: True)  # the interpreter has no shared memory
     law(
         harness.head_loss(target, **options),
         harness.head_loss_reference(target, **options),

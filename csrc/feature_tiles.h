@@ -1,14 +1,13 @@
-// How a block's warps share a product, and the walk that every backward ends in: a job is a tile of features and a
-// split of the rows, which are walked over once, adding up a part of a d x k gradient in registers and streaming a
-// strip of dX out.
+// Products shared by a block's warps, and the jobs that every backward ends in: a job is a tile of features and a split
+// of the rows. It reads its rows once, adds up its part of a (d, k) gradient in registers, and stores its columns of
+// dX.
 #pragma once
 
-#include "dispatch.h"
-#include "grid.h"
+#include "phased_launch.h"
 
 namespace interp_nn {
 
-// A product of ROWS by COLUMNS cut into one piece a warp: 16 rows each, and then columns. Warps may be left over.
+// A product of ROWS by COLUMNS cut into one piece a warp: 16 rows each, and then columns. Some warps may stay inactive.
 template <int ROWS, int COLUMNS> struct Pieces {
     static constexpr int DOWN = ROWS / 16;
     static_assert(DOWN >= 1 && DOWN <= WARPS, "at most sixteen rows a warp");
@@ -16,14 +15,14 @@ template <int ROWS, int COLUMNS> struct Pieces {
     static constexpr int WIDE = COLUMNS / ACROSS;
     static constexpr int TILES = WIDE / 8;
 
-    DEVICE static bool mine() { return warp() < DOWN * ACROSS; }
+    DEVICE static bool warp_active() { return warp() < DOWN * ACROSS; }
     DEVICE static int row() { return warp() / ACROSS * 16; }
     DEVICE static int column() { return warp() % ACROSS * WIDE; }
 };
 
-// Tiles of a strip: BN rows of X and of an (n, k) matrix D a step, BD features. What leaves goes through a tile of 16
-// rows and OUT columns a warp.
-template <class P, int BK> struct StripShape {
+// Tiles of a job: a step has BN rows of X and of an (n, k) matrix D, and BD features. Results go to global memory
+// through a tile of 16 rows and OUT columns a warp.
+template <class P, int BK> struct JobShape {
     using T = typename P::Element;
     static constexpr bool WIDE = IS_WIDE<P>;
     static constexpr int BN = WIDE || BK == 128 ? 32 : 64;
@@ -39,16 +38,16 @@ template <class P, int BK> struct StripShape {
     static constexpr size_t shared(int stages) { return Leaving::BYTES + static_cast<size_t>(stages) * STAGE; }
 };
 
-// Which features and rows a job has.
+// The features of a job from `feature` on, and its tiles of rows.
 struct Job {
-    int split, feature, from, to;  // tiles of rows
+    int split, feature, from, to;
 };
 DEVICE Job job_of(int job, int d, int64_t n, int splits, int depth, int rows) {
-    const int strips = (d + depth - 1) / depth;
+    const int feature_tiles = (d + depth - 1) / depth;
     const int64_t tiles = (n + rows - 1) / rows, share = (tiles + splits - 1) / splits;
-    const int split = job / strips;
+    const int split = job / feature_tiles;
     const int64_t from = split * share, to = from + share;
-    return {split, job % strips * depth, static_cast<int>(from < tiles ? from : tiles),
+    return {split, job % feature_tiles * depth, static_cast<int>(from < tiles ? from : tiles),
             static_cast<int>(to < tiles ? to : tiles)};
 }
 
@@ -71,11 +70,11 @@ DEVICE void walk_rows(const P& products, const Job& job, float (&sum)[Shape::Sum
         load_tile(tile_d(stage), d_matrix, row, 0);
     };
     pipeline(job.to - job.from, stages, load, [&](int step, int stage) {
-        if (need_sum && Sum::mine()) {
+        if (need_sum && Sum::warp_active()) {
             multiply_tiles<true, false>(products, sum, tile_x(stage), Sum::row(), tile_d(stage), Sum::column(), 0,
                                         Shape::BN);
         }
-        if (dx != nullptr && Out::mine()) {
+        if (dx != nullptr && Out::warp_active()) {
             constexpr int AT_ONCE = Out::WIDE < Shape::OUT ? Out::WIDE : Shape::OUT;
             const int64_t row = static_cast<int64_t>(job.from + step) * Shape::BN + Out::row();
     NO_UNROLL for (int column = Out::column(); column < Out::column() + Out::WIDE; column += AT_ONCE) {
@@ -84,8 +83,8 @@ DEVICE void walk_rows(const P& products, const Job& job, float (&sum)[Shape::Sum
                 multiply_tiles<false, !RIGHT_T>(products, out, tile_d(stage), Out::row(), right, column, 0, Shape::D::COLUMNS);
                 scale_sums(out, scale);
                 put_sums(products.mode, leaving, 16 * warp(), 0, out);
-                store_piece<AT_ONCE>(dx + row * d + job.feature + column, d, left(x.rows, row), d - job.feature - column, leaving,
-                                     16 * warp(), 0);
+                store_piece<AT_ONCE>(dx + row * d + job.feature + column, d, remaining(x.rows, row),
+                                     d - job.feature - column, leaving, 16 * warp(), 0);
             }
         }
         also(tile_d(stage));
@@ -94,16 +93,16 @@ DEVICE void walk_rows(const P& products, const Job& job, float (&sum)[Shape::Sum
 
 // parts[split, feature :] = the sum of a job, for parts of (splits, d, BK).
 template <class Shape, int BK> DEVICE void store_sum(float* parts, const Job& job, float (&sum)[Shape::Sum::TILES][4], int d) {
-    if (!Shape::Sum::mine()) return;
+    if (!Shape::Sum::warp_active()) return;
     const int feature = job.feature + Shape::Sum::row();
     store_sums(parts + (int64_t{job.split} * d + feature) * BK + Shape::Sum::column(), BK, d - feature, sum);
 }
 
 // For D = gradients (n, k): parts of Xᵀ D where `parts` is not null, and dX = scale D bᵀ where dx is not.
 template <int BK, class P, class T>
-DEVICE void gradient_strips(const P& products, const Matrix<T>& x, const Matrix<T>& b, const Matrix<T>& gradients, T* dx,
-                            float* parts, int splits, float scale, int stages) {
-    using Shape = StripShape<P, BK>;
+DEVICE void backprop_projection(const P& products, const Matrix<T>& x, const Matrix<T>& b, const Matrix<T>& gradients,
+                                T* dx, float* parts, int splits, float scale, int stages) {
+    using Shape = JobShape<P, BK>;
     const typename Shape::B tile_b{shared_memory()};
     const int d = x.columns, jobs = (d + Shape::BD - 1) / Shape::BD * splits;
     NO_UNROLL for (int i = program(); i < jobs; i += programs()) {
@@ -117,12 +116,12 @@ DEVICE void gradient_strips(const P& products, const Matrix<T>& x, const Matrix<
         if (parts != nullptr) store_sum<Shape, BK>(parts, job, sum, d);
     }
 }
-template <class P, int BK> constexpr size_t gradient_strips_shared(int stages) {
-    return StripShape<P, BK>::B::BYTES + StripShape<P, BK>::shared(stages);
+template <class P, int BK> constexpr size_t backprop_shared(int stages) {
+    return JobShape<P, BK>::B::BYTES + JobShape<P, BK>::shared(stages);
 }
 
-// sums[i] += lefts[i]ᵀ right over the rows of this program's row tiles, OWNED rows each; also(i, tile) sees each tile of
-// lefts[i]. A left matrix is a part of LEFT columns, the right one of RIGHT.
+// sums[i] += lefts[i]ᵀ right over the rows of this program's row tiles, OWNED rows each; also(i, tile) sees each tile
+// of lefts[i]. Left matrices have LEFT columns, the right one has RIGHT.
 template <class P, int LEFT, int RIGHT> struct CorrelationTiles {
     using T = typename P::Element;
     static constexpr int ROWS = LEFT + RIGHT < 256 ? 64 : IS_WIDE<P> ? 16 : 32;
@@ -151,31 +150,14 @@ DEVICE void correlate_rows(const P& products, float (&sums)[LEFTS][Tiles::Piece:
     UNROLL for (int i = 0; i < LEFTS; ++i) clear(sums[i]);
     pipeline(steps, stages, load, [&](int, int stage) {
         UNROLL for (int i = 0; i < LEFTS; ++i) {
-            if (Piece::mine()) {
+            if (Piece::warp_active()) {
                 multiply_tiles<true, false>(products, sums[i], tile_left(i, stage), Piece::row(),
-                                            typename Tiles::Right{memory + stage * STAGE}, Piece::column(), 0, Tiles::ROWS);
+                                            typename Tiles::Right{memory + stage * STAGE}, Piece::column(), 0,
+                                            Tiles::ROWS);
             }
             also(i, tile_left(i, stage));
         }
     });
 }
-
-// How a grid shares the work: each strip of features has its rows split into so many parts, enough to occupy the chip and
-// each with some rows to do; and the programs, as many as the phase with the most jobs can use.
-struct Plan {
-    int splits, programs;
-};
-inline Plan plan_grid(const Chip& chip, int64_t n, int64_t d, int depth, int64_t row_jobs, bool walks, bool need_b) {
-    const int64_t strips = divide_up(d, depth), room = chip.multiprocessors / strips, rows = divide_up(n, 256);
-    int64_t splits = room < rows ? room : rows;
-    if (splits < 1) splits = 1;
-    int64_t jobs = row_jobs;
-    if (walks && jobs < strips * splits) jobs = strips * splits;
-    if (need_b && jobs < divide_up(d, STRIP)) jobs = divide_up(d, STRIP);
-    return {static_cast<int>(splits), programs_for(chip, jobs)};
-}
-
-// The row length of a workspace with k columns: whole 16-byte words of 16-bit numbers.
-ANYWHERE int width_of(int k) { return (k + 7) / 8 * 8; }
 
 }  // namespace interp_nn
