@@ -15,6 +15,7 @@ from torch.library import opcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from interp_nn import functional
+from interp_nn.engines.problem import Plan, plan_to_text
 from interp_nn.nn import SummaryClassifier, SummaryHead, SummaryLinear
 
 OPS = torch.ops.interp_nn
@@ -341,40 +342,41 @@ def test_compiled_without_a_break(engine):
     check_compiled(engine, (40, 48, 20))
 
 
-def check_operators(engine, form, transposed, k):
+def check_operators(engine, plan, transposed, k):
     """Fake kernels promise the shapes and strides that the engine returns too."""
-    token, dy = f"{engine.name}:{form}", torch.randn(20, k)
+    text, dy = plan_to_text(plan._replace(engine=engine.name)), torch.randn(20, k)
     x, b = torch.randn(20, 10), torch.randn(k, 10).t() if transposed else torch.randn(10, k)
     with engine.forced():
-        opcheck(OPS.summary.default, (x, b, torch.randn(k), token))
-        if form == "A+":
-            p, _, kept = OPS.summary_pair(x, b, token)
-            opcheck(OPS.summary_pair.default, (x, b, token))
-            arguments = (dy, dy, x, b, [p, *kept], token, [True, True, False], transposed)
+        opcheck(OPS.summary.default, (x, b, torch.randn(k), text))
+        if plan.saves:
+            p, _, saved = OPS.summary_pair(x, b, text)
+            opcheck(OPS.summary_pair.default, (x, b, text))
+            arguments = (dy, dy, x, b, [p, *saved], text, [True, True, False], transposed)
         else:
-            _, kept = OPS.summary(x, b, None, token)
-            arguments = (None, dy, x, b, kept, token, [True] * 3, transposed)
+            _, saved = OPS.summary(x, b, None, text)
+            arguments = (None, dy, x, b, saved, text, [True] * 3, transposed)
         opcheck(OPS.summary_backward.default, arguments)
 
 
 @pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize("form", ["A", "A+"])
-def test_opcheck(form, transposed, engine):
-    check_operators(engine, form, transposed, 12)
+@pytest.mark.parametrize("saves", [False, True])
+def test_opcheck(saves, transposed, engine):
+    check_operators(engine, Plan("eager", "(Xb)G", saves), transposed, 12)
 
 
-def check_loss_operators(engine, form, transposed):
-    head = form != "A+"
+def check_loss_operators(engine, plan, transposed):
+    head = not plan.saves
     x, b, a, c = inputs(20, 10, 6, 4)
     b = b if transposed else b.contiguous()
     a, c, needs = (a, c, [True] * 4) if head else (None, None, [True, True, False, False])
-    arguments = (x, b, a, c, targets(20, 4), [1.0] * 3, -100, "mean", f"{engine.name}:{form}", needs, transposed)
+    text = plan_to_text(plan._replace(engine=engine.name))
+    arguments = (x, b, a, c, targets(20, 4), [1.0] * 3, -100, "mean", text, needs, transposed)
     with engine.forced():
         opcheck(OPS.summary_cross_entropy.default, arguments)
         opcheck(OPS.summary_cross_entropy_backward.default, (torch.tensor(2.0), *arguments))
 
 
 @pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize("form", ["A+", "latent"])
-def test_opcheck_of_a_loss(form, transposed, engine):
-    check_loss_operators(engine, form, transposed)
+@pytest.mark.parametrize("plan", [Plan("eager", "(Xb)G", saves=True), Plan("eager", "logits_from_latent")])
+def test_opcheck_of_a_loss(plan, transposed, engine):
+    check_loss_operators(engine, plan, transposed)

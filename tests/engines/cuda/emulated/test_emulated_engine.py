@@ -11,20 +11,22 @@ from engine_contract import inputs
 from torch.library import opcheck
 
 import interp_nn
-from interp_nn import engines, functional
-from interp_nn.engines import select
+from interp_nn import functional
+from interp_nn.engines import limits, select
 from interp_nn.engines.cuda import engine as cuda_engine
-from interp_nn.engines.devices import KNOWN, Chip
+from interp_nn.engines.devices import KNOWN, DeviceSpec
+from interp_nn.engines.limits import unsupported_reason
+from interp_nn.engines.problem import Problem
 
-DEVICE = Chip((8, 0), 3, 163 * 1024, 1.0, 1.0)  # what csrc/device.h says
+DEVICE = DeviceSpec((8, 0), 3, 163 * 1024, 1.0, 1.0)  # what csrc/device.h says
 
 
 @pytest.fixture
 def engine(emulated, monkeypatch):
     """use_engine("cuda") on the CPU."""
-    monkeypatch.setitem(engines._reasons, "cuda", None)
+    monkeypatch.setitem(limits._machine_reasons, "cuda", None)
     monkeypatch.setattr(select, "interpreting", lambda: True)
-    monkeypatch.setattr(select, "chip_of", lambda device: DEVICE)
+    monkeypatch.setattr(select, "spec_of", lambda device: DEVICE)
 
     @contextlib.contextmanager
     def forced():
@@ -100,7 +102,8 @@ def verdicts(emulated, device, dtype, k, m):
     tail = sizes, emulated.DeviceSpec(1, device.shared, 10 * major + minor), 1
 
     def ours(classes, head):
-        return engines.refusal("cuda", device, device.name, dtype, 1, 16, k, classes, head) is not None
+        problem = Problem(1, 16, k, classes=classes, head=head, dtype=dtype, spec=device, device=device.name)
+        return unsupported_reason("cuda", problem) is not None
 
     if m is not None:
         call = emulated.head_loss, t, t, t, None, terms, t, t, t, None, m, True
@@ -126,7 +129,7 @@ def test_the_limits_are_those_of_the_library(emulated, capability, dtype):
     emulated.skip_kernels(True)
     try:
         for shared, k, m in itertools.product({*existing, *range(existing[0], 240, 4)}, COLUMNS, CLASSES):
-            device = Chip(capability, 1, shared << 10, 1.0, 1.0)
+            device = DeviceSpec(capability, 1, shared << 10, 1.0, 1.0)
             for kernels, ours, library in verdicts(emulated, device, dtype, k, m):
                 assert ours == library or (ours and shared not in existing), (kernels, shared, k, m)
     finally:

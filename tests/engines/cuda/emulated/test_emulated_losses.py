@@ -7,7 +7,7 @@ from support import assert_close_law
 from test_emulated_forward import AMPERE, PRECISION, TURING, ULPS
 
 from interp_nn.engines import eager
-from interp_nn.engines.eager import LossOptions
+from interp_nn.engines.problem import LossOptions, Plan
 
 WEIGHTS = (0.7, 1.3, 0.9)
 KINDS = ("F16", "BF16", "TF32", "F32")
@@ -48,9 +48,9 @@ class Loss:
         """(value, gradients) of the eager engine in a dtype."""
         problem = self.problem
         x, b, a, c = (None if t is None else t.to(dtype) for t in (problem.x, problem.b, self.a, self.c))
-        form = "A+" if a is None else "latent"
+        plan = Plan("eager", "(Xb)G", saves=True) if a is None else Plan("eager", "logits_from_latent")
         upstream = None if self.upstream is None else self.upstream.to(dtype)
-        return eager.loss(x, b, a, c, self.target, self.options, form, upstream, needs)
+        return eager.loss(x, b, a, c, self.target, self.options, plan, upstream, needs)
 
     def run(self, emulated, device=AMPERE, seed=None, needs=(True, True, True, True)):
         problem, case, m = self.problem, self.problem.case, self.classes

@@ -9,11 +9,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import interp_nn
 from interp_nn import functional
-from interp_nn.engines.devices import Chip, known
+from interp_nn.engines.devices import DeviceSpec, spec_for
+from interp_nn.engines.problem import Config
 from interp_nn.engines.triton import configs, engine
-from interp_nn.engines.triton.configs import Config
 
-PLANS = [value for name, value in vars(engine).items() if name.startswith("_plan")]
 # Small tiles, so that small problems have several tiles and splits.
 TINY = {
     "stream": Config((16, 16)),
@@ -39,15 +38,15 @@ def forced():
 @contextlib.contextmanager
 def device(monkeypatch, programs, tiny=False, scratch=False, rows=None):
     """Use a device with so many multiprocessors; tiny tiles, losses with scratch rows, so many rows in a split."""
-    found = Chip((9, 0), programs, known((9, 0)).shared, 1.0, 1.0)
+    found = DeviceSpec((9, 0), programs, spec_for((9, 0)).shared, 1.0, 1.0)
     original = configs.choose
 
-    def choose(chip, bucket):
-        config = TINY[bucket.kernel] if tiny else original(chip, bucket)
-        return config._replace(parked=scratch) if tiny else config
+    def choose(spec, bucket):
+        config = TINY[bucket.kernel] if tiny else original(spec, bucket)
+        return config._replace(scratch=scratch) if tiny else config
 
     with monkeypatch.context() as patch:
-        patch.setattr(engine, "_chip", lambda device: found)
+        patch.setattr(engine, "_spec", lambda device: found)
         patch.setattr(configs, "choose", choose)
         if rows is not None:
             patch.setattr(engine, "_ROWS_A_SPLIT", rows)
@@ -57,8 +56,7 @@ def device(monkeypatch, programs, tiny=False, scratch=False, rows=None):
 
 
 def forget():
-    for plan in PLANS:
-        plan.cache_clear()
+    configs._forget()
 
 
 class Launches:

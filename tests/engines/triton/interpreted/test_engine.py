@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 import interp_nn
 from interp_nn import functional
 from interp_nn.engines import eager, select
+from interp_nn.engines.problem import HEAD_ORDERS, LossOptions, Plan
 from interp_nn.engines.triton import engine as triton_engine
 
 ROOT = Path(interp_nn.__file__).parents[1]
@@ -30,10 +31,10 @@ def engine():
 def launched(monkeypatch):
     names, launch = [], triton_engine.launch
 
-    def note(plan, *rest):
-        names.append(plan.kernel.__name__)
+    def note(made, *rest):
+        names.append(made.kernel.__name__)
         with _disable_current_modes():  # the interpreter works with tensors of its own
-            launch(plan, *rest)
+            launch(made, *rest)
 
     monkeypatch.setattr(triton_engine, "launch", note)
     monkeypatch.setattr(eager, "check_target", lambda *_: None)  # on the CPU only; a kernel checks for itself
@@ -41,14 +42,14 @@ def launched(monkeypatch):
 
 
 @pytest.mark.parametrize("needs", [(0,), (1,), (2,), (3,), (0, 2), (1, 3)], ids=str)
-@pytest.mark.parametrize("form", ["latent", "flat"])
-def test_some_gradients_of_a_head(form, needs):
+@pytest.mark.parametrize("order", HEAD_ORDERS)
+def test_some_gradients_of_a_head(order, needs):
     x, b, a, c = (t.float() for t in inputs(40, 30, 12, 5))
     target = targets(40, 5)
-    options = eager.LossOptions((1.0, 2.0, 3.0), -100, "mean")
+    options, plan = LossOptions((1.0, 2.0, 3.0), -100, "mean"), Plan("triton", order)
     wanted = [i in needs for i in range(4)]
-    exact = eager.loss(*(t.double() for t in (x, b, a, c)), target, options, form, None, wanted)
-    found = triton_engine.loss(x, b, a, c, target, options, form, None, wanted)
+    exact = eager.loss(*(t.double() for t in (x, b, a, c)), target, options, plan, None, wanted)
+    found = triton_engine.loss(x, b, a, c, target, options, plan, None, wanted)
     torch.testing.assert_close(found[0].double(), exact[0], rtol=1e-5, atol=0)
     assert len(found[1]) == len(needs)
     for f, e in zip(found[1], exact[1], strict=True):
@@ -74,19 +75,19 @@ def test_what_it_cannot_compute_is_refused_with_the_reason():
 
 def test_automatic_choice_does_not_interpret():
     x = inputs(8, 6, 4)[0].float()
-    assert select.engine(select.problem_of(x, 8, 6, 4, False, (True, True)))[0] == "reference"
-    assert interp_nn.plan(8, 6, 4).engine == "reference"
+    assert select.choose_engine(select.problem_of(x, 8, 6, 4, False, (True, True)))[0] == "eager"
+    assert interp_nn.plan(8, 6, 4).engine == "eager"
 
 
 @pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize("form", ["B", "A+"])
-def test_opcheck_of_many_columns(form, transposed, engine):
-    engine_contract.check_operators(engine, form, transposed, 140)
+@pytest.mark.parametrize("plan", [Plan("triton", "X(bG)"), Plan("triton", "(Xb)G", saves=True)])
+def test_opcheck_of_many_columns(plan, transposed, engine):
+    engine_contract.check_operators(engine, plan, transposed, 140)
 
 
 @pytest.mark.parametrize("transposed", [False, True])
 def test_opcheck_of_the_flat_loss(transposed, engine):
-    engine_contract.check_loss_operators(engine, "flat", transposed)
+    engine_contract.check_loss_operators(engine, Plan("triton", "logits_from_x"), transposed)
 
 
 @pytest.mark.filterwarnings("ignore:.*autograd.function.Function.* should not be instantiated")
@@ -104,7 +105,7 @@ square = lambda layer, x, t: layer(x).square().mean()
 head = SummaryHead(40, latent=30, num_classes=7)
 for layer, call in ((SummaryLinear(40, 20), square), (SummaryLinear(40, 150), square), (head, SummaryHead.loss)):
     x, t, grads = torch.randn(70, 40), torch.randint(7, (70,)), []
-    for name in ("triton", "reference"):
+    for name in ("triton", "eager"):
         with interp_nn.use_engine(name):
             layer.zero_grad()
             call(layer, x, t).backward()

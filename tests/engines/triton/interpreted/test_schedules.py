@@ -51,7 +51,7 @@ def run(monkeypatch):
     """run(name, seed) -> outputs and gradients, on a device with room for several programs."""
 
     def run(name, seed, scratch=False, phases=False, programs=PROGRAMS, rows=32):
-        monkeypatch.setattr(orders, "head_form", lambda *_: name.split()[0])
+        monkeypatch.setattr(orders, "head_order", lambda *_: f"logits_from_{name.split()[0]}".replace("flat", "x"))
         with monkeypatch.context() as patch, harness.device(patch, programs, True, scratch, rows), forced():
             launches = Launches(patch, phases)
             with schedule(seed):
