@@ -58,9 +58,9 @@ def _twice_symmetric(t: Tensor) -> Tensor:
 def forward(
     x: Tensor, b: Tensor, bias: Tensor | None, plan: Plan, pair: bool
 ) -> tuple[Tensor | None, Tensor, list[Tensor]]:
-    """Compute `Engine.forward`. A bias needs 2-D inputs.
+    """Compute `Engine.forward`: (P or None, Y, saved tensors) of x (..., n, d) and b (..., d, k).
 
-    It is differentiable: plans with `autograd` are this function under PyTorch's autograd, and save nothing themselves.
+    With a bias, x and b must be matrices. For a plan with `autograd`, PyTorch's autograd differentiates this function.
     """
     order, b = plan.order, _columns(x, b)
     if order == "(Xb)G":

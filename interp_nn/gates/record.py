@@ -121,7 +121,8 @@ class GateRecord:
     def margin(self) -> Tensor:
         """Return the smallest |preactivation| of each sample, (n,). Patterns are unstable where it is tiny.
 
-        Without gates it is infinite. Ties of zeros in a max-pooling are left out: a ReLU before it made them.
+        Without gates it is infinite. A max-pooling counts the difference of its two largest values, unless both are 0, as
+        after a ReLU.
         """
         smallest = []
         for z, zero in zip(self._preactivations, self._zeros, strict=True):

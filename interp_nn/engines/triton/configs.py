@@ -21,7 +21,8 @@ from interp_nn.engines.problem import Config, Order
 
 Result = TypeVar("Result")
 
-# The tiles of each kernel: BN_A rows and BD_A features in its first phase, BN and BD in its feature tiles, BC features in its last.
+# The tiles of each kernel: BN_A rows and BD_A features in its first phase, BN and BD in its feature tiles, BC features in its
+# last.
 TILES = {
     "stream": ("BN", "BD"),
     "pair_backward": ("BN_A", "BN", "BD", "BC"),

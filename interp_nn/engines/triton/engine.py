@@ -48,7 +48,7 @@ class Launch(NamedTuple):
 
 
 def launch(made: Launch, device: torch.device, *arguments: Any) -> None:
-    """Run a kernel on its device: every launch of this engine passes here."""
+    """Launch a kernel on a device, and return at once. All launches of this engine go through this function."""
     other = device.type == "cuda" and device.index != torch.cuda.current_device()
     with torch.cuda.device(device) if other else nullcontext():
         made.kernel[(made.programs,)](*arguments, **made.constants)
