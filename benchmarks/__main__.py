@@ -10,11 +10,13 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import ceilings, compare, data, experiments, papers, record, report, roofline, rows, run
+from benchmarks import experiments
+from benchmarks.experiments import datasets, papers
 from benchmarks.experiments.common import at_least
 from benchmarks.gpu import job
-from benchmarks.problems import DTYPES, OPS, products
-from benchmarks.suites import ops
+from benchmarks.records import environment, report, rows
+from benchmarks.timing import ceilings, compare, operator_suite, roofline, run
+from benchmarks.timing.problems import DTYPES, OPS, products
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -29,7 +31,7 @@ def main(arguments: list[str] | None = None) -> int:
     demo.add_argument(
         "--data",
         type=Path,
-        default=data.usual_folder(),
+        default=datasets.usual_folder(),
         metavar="DIR",
         help="folder with MNIST or CIFAR-10 (default: $INTERP_NN_DATA)",
     )
@@ -91,7 +93,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _env(_: argparse.Namespace) -> int:
-    print(json.dumps(record.environment("cuda" if torch.cuda.is_available() else "cpu"), indent=1))
+    print(json.dumps(environment.facts("cuda" if torch.cuda.is_available() else "cpu"), indent=1))
     return 0
 
 
@@ -106,7 +108,7 @@ def _table(given: argparse.Namespace) -> int:
             print(report.markdown(rows.read(given.file)))
         else:
             for file in given.file:
-                report.fill(given.page, file, record.ROOT)
+                report.fill(given.page, file, environment.ROOT)
     except (OSError, ValueError) as error:
         print(f"benchmarks table: {error}", file=sys.stderr)
         return 2
@@ -127,26 +129,28 @@ def _papers(given: argparse.Namespace) -> int:
 
 
 def _plot(given: argparse.Namespace) -> int:
-    from benchmarks import plots
+    from benchmarks.records import figures
 
     try:
         found = rows.read(given.file)
     except (OSError, ValueError) as error:
         print(f"benchmarks plot: {error}", file=sys.stderr)
         return 2
-    for path in plots.draw(found, given.output or given.file[0].parent):
+    for path in figures.draw(found, given.output or given.file[0].parent):
         print(path)
     return 0
 
 
 def _roofline(given: argparse.Namespace) -> int:
     device = torch.device(given.device)
-    problems = list(ops.problems(ops.Wanted(given.op or OPS, None, given.shape, given.dtype or ("fp32",))))
+    problems = list(
+        operator_suite.problems(operator_suite.Wanted(given.op or OPS, None, given.shape, given.dtype or ("fp32",)))
+    )
     rates = {}
     for dtype in dict.fromkeys(problem.dtype for problem in problems):
         with products(dtype):
             rates[dtype] = ceilings.measure(device, dtype)
-    print(f"{record.device_name(given.device)}, torch {torch.__version__}\n\n{roofline.table(rates, problems)}")
+    print(f"{environment.device_name(given.device)}, torch {torch.__version__}\n\n{roofline.table(rates, problems)}")
     return 0
 
 
@@ -163,7 +167,7 @@ def _experiments(given: argparse.Namespace) -> int:
 
 
 def _host(given: argparse.Namespace) -> int:
-    from benchmarks import host
+    from benchmarks.timing import host
 
     print(host.table(host.run(given.output)))
     return 0

@@ -14,11 +14,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 import interp_nn
-from benchmarks import data, record
-from benchmarks.measure import TIMERS, Asked, measure
-from benchmarks.networks import NETWORKS, Network, SummaryNetwork
-from benchmarks.problems import Problem
-from benchmarks.rows import Writer
+from benchmarks.experiments import datasets
+from benchmarks.records import environment
+from benchmarks.records.rows import Writer
+from benchmarks.timing.measure import TIMERS, Asked, measure
+from benchmarks.timing.problems import Problem
+from benchmarks.timing.reference_networks import NETWORKS, Network, SummaryNetwork
 
 BATCH = 64
 LEARNING_RATE = 1e-3
@@ -36,7 +37,7 @@ def run(
     """Train, check, time, print, and save a figure and a record; exit status 1 when the gradient check fails."""
     start = time.perf_counter()
     try:
-        images = data.load(dataset, directory)
+        images = datasets.load(dataset, directory)
     except (FileNotFoundError, ValueError) as error:
         print(error, file=sys.stderr)
         return 2
@@ -48,7 +49,7 @@ def run(
     channels, size = images.x_train.shape[1:3]
     print(
         f"{images.name}: {len(images.y_train):,} training and {len(images.y_test):,} test images, {channels} x {size} x {size}; "
-        f"{epochs} epochs of Adam {LEARNING_RATE:g} at batch {BATCH}, {seeds} seeds, on {record.device_name(device)}"
+        f"{epochs} epochs of Adam {LEARNING_RATE:g} at batch {BATCH}, {seeds} seeds, on {environment.device_name(device)}"
     )
 
     runs: list[dict[str, Any]] = []
@@ -68,7 +69,7 @@ def run(
     timings = [_timings(*shape, device) for shape in ((BATCH, features, trained.head.out_features), (4096, 512, 64))]
     whole = {
         "experiment": f"demo-{images.name}",
-        **record.environment(device),
+        **environment.facts(device),
         "seeds": list(range(seeds)),
         "epochs": epochs,
         "seconds": round(time.perf_counter() - start, 1),
@@ -77,7 +78,7 @@ def run(
     }
     spectrum = trained.head.spectrum().cpu().numpy()
     figure, json_file = output / f"demo-{images.name}.png", output / f"demo-{images.name}.json"
-    record.write(json_file, whole)
+    environment.write(json_file, whole)
     _draw(whole, spectrum, figure)
     _print(whole)
     print(f"\nwrote {json_file} and {figure}; {whole['seconds']:.0f} s in all")
@@ -85,7 +86,7 @@ def run(
 
 
 def _train(
-    name: str, seed: int, images: data.Images, epochs: int, device: str, progress: tqdm[Any]
+    name: str, seed: int, images: datasets.Images, epochs: int, device: str, progress: tqdm[Any]
 ) -> tuple[dict[str, Any], Network]:
     torch.manual_seed(seed)
     channels, size = images.x_train.shape[1:3]
@@ -127,7 +128,7 @@ def _train(
 
 
 @torch.no_grad()
-def _accuracy(network: Network, images: data.Images) -> float:
+def _accuracy(network: Network, images: datasets.Images) -> float:
     """Share of the test images that are classified right, in evaluation mode."""
     network.eval()
     right = sum(
@@ -138,7 +139,7 @@ def _accuracy(network: Network, images: data.Images) -> float:
 
 
 @torch.no_grad()
-def _summary_measures(network: SummaryNetwork, images: data.Images) -> dict[str, float]:
+def _summary_measures(network: SummaryNetwork, images: datasets.Images) -> dict[str, float]:
     """Orthogonality defect of b, and how far the two logits agree on the test images."""
     network.train()  # both logits
     agree, difference, norm = 0, 0.0, 0.0
@@ -154,7 +155,7 @@ def _summary_measures(network: SummaryNetwork, images: data.Images) -> dict[str,
     }
 
 
-def _check_gradients(network: SummaryNetwork, images: data.Images) -> dict[str, Any]:
+def _check_gradients(network: SummaryNetwork, images: datasets.Images) -> dict[str, Any]:
     """The head's loss and gradients on a training batch: ours, and autograd's of the plain expression, against fp64."""
     with torch.no_grad():
         features = network.body(images.x_train[:BATCH])

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from benchmarks import record, training
+from benchmarks.experiments import training
+from benchmarks.records import environment
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -182,7 +183,7 @@ class Run:
         self.device: str = getattr(given, "device", "cpu")
         self.figures: list[str] = []
         if given.output is None:
-            device = record.ROOT / "benchmarks" / "results" / record.device_slug(self.device)
+            device = environment.ROOT / "benchmarks" / "results" / environment.device_slug(self.device)
             given.output = Path("results") if given.quick else device / "experiments"
 
     def figure(self, figure: Figure, suffix: str) -> None:
@@ -203,11 +204,11 @@ class Run:
         file = self.given.output / f"{self.name}.json"
         seed = {"seed": self.given.seed} if "seed" in self.given else {}
         first = seed.get("seed", 0)
-        record.write(
+        environment.write(
             file,
             {
                 "experiment": self.name,
-                **record.environment(self.device),
+                **environment.facts(self.device),
                 **seed,
                 "seeds": list(range(first, first + getattr(self.given, "seeds", 1))),
                 "epochs": epochs,

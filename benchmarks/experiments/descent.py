@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from benchmarks import signals
-from benchmarks.descent import descend
-from benchmarks.experiments import common
+from benchmarks.experiments import common, signals
+from benchmarks.experiments.cayley_descent import descend
 from interp_nn.explain.descramble.brockett import brockett_min
 from interp_nn.explain.descramble.derivatives import derivative_operator
 from interp_nn.explain.descramble.descrambler import Descrambler

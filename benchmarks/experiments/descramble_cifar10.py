@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.experiments import common, heads, images
+from benchmarks.experiments import common, head_comparison, images
 from benchmarks.experiments.summary_vgg import BASE, STUDY
 from interp_nn.explain import plots
 from interp_nn.explain.descramble.descrambler import Descrambler, Nulls
@@ -42,7 +42,7 @@ def main(arguments: list[str] | None = None) -> int:
     trainer = common.Trainer(STUDY.name, given, given.seeds, images.settings(chosen))
     networks = []
     for seed in range(given.seeds):
-        network = heads.train(STUDY, trainer, BASE, seed, chosen, recipe)
+        network = head_comparison.train(STUDY, trainer, BASE, seed, chosen, recipe)
         fits = {layer: _fit(network, name, chosen.x_test) for layer, name in LAYERS.items()}
         networks.append(
             {

@@ -13,8 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks import data, training
-from benchmarks.experiments import common
+from benchmarks.experiments import common, datasets, training
 from interp_nn.explain import plots
 from interp_nn.explain.descramble.derivatives import derivative_operator
 from interp_nn.explain.descramble.descrambler import Descrambler, Nulls
@@ -54,7 +53,7 @@ def main(arguments: list[str] | None = None) -> int:
     given = common.parser(NAME, __doc__).parse_args(arguments)
     run = common.Run(NAME, given)
     torch.manual_seed(given.seed)
-    images = data.digits()
+    images = datasets.digits()
     epochs = 2 if given.quick else 30
     network = DigitsSummary().eval()
     untrained = copy.deepcopy(network).double()

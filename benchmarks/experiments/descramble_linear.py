@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks import signals
-from benchmarks.experiments import common
+from benchmarks.experiments import common, signals
 from interp_nn.explain import plots
 from interp_nn.explain.descramble.derivatives import derivative_operator
 from interp_nn.explain.descramble.descrambler import Descrambler, Nulls

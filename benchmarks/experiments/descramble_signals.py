@@ -11,8 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from benchmarks import signals, training
-from benchmarks.experiments import common
+from benchmarks.experiments import common, signals, training
 from interp_nn.explain import plots
 from interp_nn.explain.descramble.derivatives import derivative_operator
 from interp_nn.explain.descramble.descrambler import Descrambler, Nulls
@@ -141,10 +140,7 @@ def _print(results: dict[str, Any]) -> None:
 
 
 def _draw(
-    run: common.Run,
-    fits: dict[str, Descrambler],
-    weights: dict[str, tuple[Tensor, Tensor]],
-    results: dict[str, Any],
+    run: common.Run, fits: dict[str, Descrambler], weights: dict[str, tuple[Tensor, Tensor]], results: dict[str, Any]
 ) -> None:
     from matplotlib import pyplot as plt
 

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from benchmarks import data
-from benchmarks.experiments import common, exactness
+from benchmarks.experiments import common, datasets, exactness
 from interp_nn.explain import plots
 from interp_nn.explain.linear.affine_map import linearize
 
@@ -47,7 +46,7 @@ def main(arguments: list[str] | None = None) -> int:
     given = common.parser(NAME, __doc__).parse_args(arguments)
     run = common.Run(NAME, given)
     torch.manual_seed(given.seed)
-    images = data.digits()
+    images = datasets.digits()
     # Ink is 0 to 1, so that empty paper contributes nothing.
     x_train, x = (images.x_train + 1) / 2, (images.x_test + 1) / 2
     y = images.y_test
@@ -57,10 +56,7 @@ def main(arguments: list[str] | None = None) -> int:
     steps = 40 if given.quick else 600
     _train(network, x_train, images.y_train, steps)
 
-    exact = {
-        "float32": exactness.errors(network, x),
-        "float64": exactness.errors(network.double(), x.double()),
-    }
+    exact = {"float32": exactness.errors(network, x), "float64": exactness.errors(network.double(), x.double())}
     x = x.double()
     linear = linearize(network, x)
     with torch.no_grad():

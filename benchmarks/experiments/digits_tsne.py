@@ -5,8 +5,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from benchmarks import data
-from benchmarks.experiments import common, embedding
+from benchmarks.experiments import common, datasets, embedding
 from interp_nn.explain.tsne import ParametricTSNE
 
 NAME = "digits_tsne"
@@ -16,7 +15,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the command line; the exit status."""
     given = common.parser(NAME, __doc__).parse_args(arguments)
     run = common.Run(NAME, given)
-    images = data.digits()
+    images = datasets.digits()
     x_train, x = (images.x_train.double() + 1) / 2, (images.x_test.double() + 1) / 2  # ink is 0 to 1
     if given.quick:
         x_train, x = x_train[:200], x[:60]

@@ -13,10 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks import data, regimes
-from benchmarks.experiments import common
-from benchmarks.networks import relu_mlp
-from benchmarks.training import Recipe, accuracy
+from benchmarks.experiments import common, datasets, gating_regimes
+from benchmarks.experiments.training import Recipe, accuracy
+from benchmarks.timing.reference_networks import relu_mlp
 from interp_nn.explain import plots
 from interp_nn.explain.following.gate_record import record
 from interp_nn.explain.paths.kernel_machine import NPKMachine, kernel_alignment
@@ -29,7 +28,7 @@ NAME = "gated_digits"
 WIDTHS = (64, 64, 64, 64, 64, 10)
 RECIPE = Recipe(epochs=40, batch=32, learning_rate=1e-3)
 MEANINGS = {
-    **regimes.MEANINGS,
+    **gating_regimes.MEANINGS,
     "DLGN(1), permuted": "as DLGN(1), but the gates' layers are permuted, by the seed",
     "DLGN-SF": "as DLGN(1), but each layer of gates sees the input itself",
 }
@@ -43,7 +42,7 @@ def main(arguments: list[str] | None = None) -> int:
     given.seeds = given.seeds or (1 if given.quick else 3)
     recipe = RECIPE._replace(epochs=given.epochs or (2 if given.quick else RECIPE.epochs))
     run = common.Run(NAME, given)
-    images = data.digits()
+    images = datasets.digits()
     # Ink is 0 to 1.
     x_train, x = ((part.flatten(1).to(given.device) + 1) / 2 for part in (images.x_train, images.x_test))
     y_train, y = images.y_train.to(given.device), images.y_test.to(given.device)
@@ -62,7 +61,7 @@ def main(arguments: list[str] | None = None) -> int:
             trained[regime] = trainer(regime, seed, build, x_train, y_train, recipe, measure, source=source)
         torch.manual_seed(seed)
         sources = {
-            "random gates": regimes.initialised(relu_mlp(*WIDTHS)).to(x),
+            "random gates": gating_regimes.initialised(relu_mlp(*WIDTHS)).to(x),
             **{f"gates of {name}": trained[name] for name in ("ReLU", "DLGN(1)")},
         }
         for name, network in sources.items():
@@ -95,10 +94,10 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _network(regime: str, trained: nn.Module | None, seed: int) -> nn.Module:
     if regime == "DLGN-SF":
-        return regimes.initialised(DLGN(WIDTHS, gating="shallow", gate=SoftGate(4.0)))
+        return gating_regimes.initialised(DLGN(WIDTHS, gating="shallow", gate=SoftGate(4.0)))
     if regime == "DLGN(1), permuted":
-        return permute_gates(regimes.initialised(DLGN(WIDTHS, gate=SoftGate(4.0))), seed)
-    return regimes.build(regime, partial(relu_mlp, *WIDTHS), trained)
+        return permute_gates(gating_regimes.initialised(DLGN(WIDTHS, gate=SoftGate(4.0))), seed)
+    return gating_regimes.build(regime, partial(relu_mlp, *WIDTHS), trained)
 
 
 def _kernel(network: nn.Module, x: Tensor) -> Tensor:

@@ -15,10 +15,9 @@ from typing import Any
 
 from torch import nn
 
-from benchmarks import regimes
-from benchmarks.experiments import common, images
+from benchmarks.experiments import common, gating_regimes, images
 from benchmarks.experiments.images import Budget
-from benchmarks.networks import CLASSES, gconv, relu_mlp
+from benchmarks.timing.reference_networks import CLASSES, gconv, relu_mlp
 
 NAME = "gated_images"
 REGIMES = ("ReLU", "FRNPF (II)", "FRNPF (DI)", "DLNPF", "FLNPF", "DLGN(x)", "DLGN(1)")
@@ -67,7 +66,7 @@ def main(arguments: list[str] | None = None) -> int:
     for seed in range(given.seeds):
         trained: dict[str, nn.Module] = {}
         for regime in REGIMES:
-            build = partial(regimes.build, regime, backbone, trained.get("ReLU"))
+            build = partial(gating_regimes.build, regime, backbone, trained.get("ReLU"))
             source = "ReLU" if regime == "FLNPF" else None
             x, y = chosen.x_train, chosen.y_train
             trained[regime] = trainer(regime, seed, build, x, y, recipe, measure, source=source)
@@ -99,7 +98,7 @@ def _results(trainer: common.Trainer, published: dict[str, float]) -> dict[str, 
     order = [max(mean["FRNPF (II)"], mean["FRNPF (DI)"]), mean["DLNPF"], mean["FLNPF"], mean["ReLU"]]
     return {
         "regimes": {
-            name: {"meaning": regimes.MEANINGS[name], **row, "published_best_accuracy": published.get(name)}
+            name: {"meaning": gating_regimes.MEANINGS[name], **row, "published_best_accuracy": published.get(name)}
             for name, row in table.items()
         },
         "compared_after_epoch": epoch,

@@ -11,9 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from benchmarks import data
-from benchmarks.experiments import common
-from benchmarks.training import Recipe, accuracy
+from benchmarks.experiments import common, datasets
+from benchmarks.experiments.training import Recipe, accuracy
 from interp_nn.explain import plots
 
 
@@ -33,7 +32,7 @@ def parser(name: str, description: str | None) -> argparse.ArgumentParser:
     options.add_argument(
         "--data",
         type=Path,
-        default=data.usual_folder(),
+        default=datasets.usual_folder(),
         metavar="DIR",
         help="folder of the images (default: $INTERP_NN_DATA)",
     )
@@ -48,18 +47,18 @@ def parser(name: str, description: str | None) -> argparse.ArgumentParser:
     return options
 
 
-def load(given: argparse.Namespace, dataset: str | None) -> data.Images | None:
+def load(given: argparse.Namespace, dataset: str | None) -> datasets.Images | None:
     """The images that the command line asks for; None after having printed why they are not to be had."""
     try:
-        return data.load(dataset, given.data)
+        return datasets.load(dataset, given.data)
     except (FileNotFoundError, ValueError) as error:
         print(error, file=sys.stderr)
         return None
 
 
 def within(
-    images: data.Images, given: argparse.Namespace, cpu: Budget, gpu: Budget, quick: Budget, learning_rate: float
-) -> tuple[data.Images, Recipe]:
+    images: datasets.Images, given: argparse.Namespace, cpu: Budget, gpu: Budget, quick: Budget, learning_rate: float
+) -> tuple[datasets.Images, Recipe]:
     """The images of the budget, on the device, and the recipe: the device's budget wherever the command line says nothing.
 
     Puts the seeds into `given`, and prints what is to be done.
@@ -75,10 +74,10 @@ def within(
         f"{images.name}: {len(y_train):,} training and {len(y):,} test images, {recipe.epochs} epochs of Adam "
         f"{recipe.learning_rate:g} at batch {recipe.batch}, {given.seeds} seeds"
     )
-    return data.Images(images.name, x_train, y_train, x, y), recipe
+    return datasets.Images(images.name, x_train, y_train, x, y), recipe
 
 
-def budget(images: data.Images, recipe: Recipe, given: argparse.Namespace) -> dict[str, Any]:
+def budget(images: datasets.Images, recipe: Recipe, given: argparse.Namespace) -> dict[str, Any]:
     """What a record says of the trainings."""
     return {
         **recipe._asdict(),
@@ -89,12 +88,12 @@ def budget(images: data.Images, recipe: Recipe, given: argparse.Namespace) -> di
     }
 
 
-def accuracy_on(images: data.Images) -> Callable[[nn.Module], dict[str, float]]:
+def accuracy_on(images: datasets.Images) -> Callable[[nn.Module], dict[str, float]]:
     """The measure of a training."""
     return lambda network: {"accuracy": accuracy(network, images.x_test, images.y_test, batch=250)}
 
 
-def settings(images: data.Images) -> dict[str, Any]:
+def settings(images: datasets.Images) -> dict[str, Any]:
     """What `accuracy_on` depends on, for a checkpoint."""
     return {"test_images": len(images.y_test)}
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.experiments import attributions, common, exactness, heads, images
+from benchmarks.experiments import attributions, common, exactness, head_comparison, images
 from benchmarks.experiments.summary_vgg import BASE, STUDY
 from interp_nn.explain import plots
 from interp_nn.explain.linear.affine_map import linearize
@@ -41,7 +41,7 @@ def main(arguments: list[str] | None = None) -> int:
     trainer = common.Trainer(STUDY.name, given, given.seeds, images.settings(chosen))
     networks = []
     for seed in range(given.seeds):
-        network = heads.train(STUDY, trainer, BASE, seed, chosen, recipe)
+        network = head_comparison.train(STUDY, trainer, BASE, seed, chosen, recipe)
         torch.manual_seed(seed)
         networks.append(_explain(run, network, x, y, checked, seed))
     results = {"networks": networks, "trainings": trainer.record()}

@@ -15,10 +15,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from benchmarks import oblique
-from benchmarks.experiments import common
-from benchmarks.networks import relu_mlp
-from benchmarks.training import Recipe, accuracy
+from benchmarks.experiments import common, oblique
+from benchmarks.experiments.training import Recipe, accuracy
+from benchmarks.timing.reference_networks import relu_mlp
 from interp_nn.explain import plots
 from interp_nn.nn.gated.gates import HardGate, SoftGate
 from interp_nn.nn.gated.networks import DLGN

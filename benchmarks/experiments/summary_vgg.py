@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import sys
 
-from benchmarks.experiments import heads
-from benchmarks.experiments.heads import Published, Study, Variant
+from benchmarks.experiments import head_comparison
+from benchmarks.experiments.head_comparison import Published, Study, Variant
 from benchmarks.experiments.images import Budget
 
 NAME = "summary_vgg"
@@ -37,7 +37,7 @@ STUDY = Study(
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; the exit status, 2 where the data are not to be had."""
-    return heads.main(STUDY, __doc__, arguments)
+    return head_comparison.main(STUDY, __doc__, arguments)
 
 
 if __name__ == "__main__":

@@ -17,8 +17,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from benchmarks import data, tables
-from benchmarks.experiments import common
+from benchmarks.experiments import common, datasets, tabular
 from interp_nn.explain import plots
 from interp_nn.explain.clusters.activation_clusters import ActivationClusters
 from interp_nn.explain.clusters.piecewise_affine import PiecewiseAffine
@@ -49,7 +48,7 @@ def main(arguments: list[str] | None = None) -> int:
     options.add_argument(
         "--data",
         type=Path,
-        default=data.usual_folder(),
+        default=datasets.usual_folder(),
         metavar="DIR",
         help="folder with titanic.csv (default: $INTERP_NN_DATA; without, the 32 counts alone)",
     )
@@ -91,7 +90,7 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def read_passengers(folder: Path) -> tables.Table:
+def read_passengers(folder: Path) -> tabular.Table:
     """The passengers (n, 10) fp64 with survival (n,): age, log fare and counts of relatives, the rest 0 or 1.
 
     An unknown age is NaN, with a column that says so; an unknown port is Southampton, the commonest. Raises FileNotFoundError
@@ -111,7 +110,7 @@ def read_passengers(folder: Path) -> tables.Table:
     y, x = values[:, 0], values[:, 1:]
     if bool(x[:, FEATURES.index("age")].isnan().all()):
         raise ValueError(f"{file}: has no passenger of known age")
-    return tables.Table(x, y, FEATURES)
+    return tabular.Table(x, y, FEATURES)
 
 
 def _passenger(row: dict[str | Any, str | Any], place: str) -> list[float]:
@@ -157,11 +156,11 @@ def _number(row: dict[str, str], name: str, place: str) -> float:
 
 def _fit(
     network: nn.Sequential,
-    table: tables.Table,
+    table: tabular.Table,
     steps: int,
     progress: Callable[[Iterable[int]], Iterable[int]] = lambda steps: tqdm(steps, desc="training"),
 ) -> None:
-    tables.train(network, table, loss=LOSS, steps=steps, learning_rate=LEARNING_RATE, progress=progress)
+    tabular.train(network, table, loss=LOSS, steps=steps, learning_rate=LEARNING_RATE, progress=progress)
     network.eval()
 
 
@@ -175,8 +174,8 @@ def _of_logits(logits: Tensor, y: Tensor) -> dict[str, float]:
 
 
 def _counts(run: common.Run, steps: int) -> dict[str, Any]:
-    table = tables.titanic()
-    network = tables.mlp(6, 8, 4, 1, seed=run.given.seed)
+    table = tabular.titanic()
+    network = tabular.mlp(6, 8, 4, 1, seed=run.given.seed)
     _fit(network, table, steps)
     clusters = ActivationClusters(network).fit(table.x, table.y)
     coefficients = clusters.importance(kind="coef")
@@ -211,7 +210,7 @@ def _counts(run: common.Run, steps: int) -> dict[str, Any]:
     return results
 
 
-def _passengers(run: common.Run, table: tables.Table, steps: int) -> dict[str, Any]:
+def _passengers(run: common.Run, table: tabular.Table, steps: int) -> dict[str, Any]:
     seed = run.given.seed
     splits = _splits(table, steps, range(seed, seed + run.given.seeds))
     part, rest = _prepared(*_split(table, seed))
@@ -247,15 +246,15 @@ def _passengers(run: common.Run, table: tables.Table, steps: int) -> dict[str, A
     return results
 
 
-def _split(table: tables.Table, seed: int) -> tuple[tables.Table, tables.Table]:
+def _split(table: tabular.Table, seed: int) -> tuple[tabular.Table, tabular.Table]:
     """Four fifths of the rows, drawn by the seed, and the others."""
     order = torch.randperm(len(table.y), generator=torch.Generator().manual_seed(seed))
     held_out, fitted = order[: len(order) // 5], order[len(order) // 5 :]
-    part, rest = (tables.Table(table.x[rows], table.y[rows], table.features) for rows in (fitted, held_out))
+    part, rest = (tabular.Table(table.x[rows], table.y[rows], table.features) for rows in (fitted, held_out))
     return part, rest
 
 
-def _prepared(fitted: tables.Table, *others: tables.Table) -> list[tables.Table]:
+def _prepared(fitted: tabular.Table, *others: tabular.Table) -> list[tabular.Table]:
     """Unknown ages filled in by the median of the fitted, and what is measured standardised, by the fitted too."""
     age, measured = FEATURES.index("age"), [FEATURES.index(name) for name in MEASURED]
     median = fitted.x[:, age].nanmedian()
@@ -269,7 +268,7 @@ def _prepared(fitted: tables.Table, *others: tables.Table) -> list[tables.Table]
     return [table._replace(x=x) for table, x in zip((fitted, *others), filled, strict=True)]
 
 
-def _chosen_steps(part: tables.Table, most: int, seed: int) -> int:
+def _chosen_steps(part: tabular.Table, most: int, seed: int) -> int:
     """After how many steps on four fifths of what is fitted the loss of the other fifth is least."""
     inner, validation = _prepared(*_split(part, seed))
     network = _new(inner, seed)
@@ -285,17 +284,17 @@ def _chosen_steps(part: tables.Table, most: int, seed: int) -> int:
     return 1 + losses.index(min(losses))
 
 
-def _new(part: tables.Table, seed: int) -> nn.Sequential:
-    return tables.mlp(len(part.features), 16, 1, seed=seed)
+def _new(part: tabular.Table, seed: int) -> nn.Sequential:
+    return tabular.mlp(len(part.features), 16, 1, seed=seed)
 
 
-def _network(part: tables.Table, steps: int, seed: int) -> nn.Sequential:
+def _network(part: tabular.Table, steps: int, seed: int) -> nn.Sequential:
     network = _new(part, seed)
     _fit(network, part, steps)
     return network
 
 
-def _splits(table: tables.Table, steps: int, seeds: range) -> dict[str, Any]:
+def _splits(table: tabular.Table, steps: int, seeds: range) -> dict[str, Any]:
     """Held-out accuracy and AUC of the network and of logistic regression on the same splits; steps, and coefficients."""
     from sklearn.linear_model import LogisticRegression
 
@@ -320,7 +319,7 @@ def _splits(table: tables.Table, steps: int, seeds: range) -> dict[str, Any]:
 
 
 def _draw(
-    run: common.Run, shown: PiecewiseAffine, clusters: ActivationClusters, table: tables.Table, suffix: str, title: str
+    run: common.Run, shown: PiecewiseAffine, clusters: ActivationClusters, table: tabular.Table, suffix: str, title: str
 ) -> None:
     """The coefficients of some clusters, and the coverage of the exact ones."""
     from matplotlib import pyplot as plt

@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from benchmarks import tables
-from benchmarks.experiments import common
+from benchmarks.experiments import common, tabular
 from interp_nn.explain import plots
 from interp_nn.explain.clusters.activation_clusters import ActivationClusters
 
@@ -25,10 +24,10 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the command line; the exit status."""
     given = common.parser(NAME, __doc__).parse_args(arguments)
     run = common.Run(NAME, given)
-    table = tables.two_regimes(500 if given.quick else 5000, seed=given.seed)
-    network = tables.mlp(*WIDTHS, seed=given.seed)
+    table = tabular.two_regimes(500 if given.quick else 5000, seed=given.seed)
+    network = tabular.mlp(*WIDTHS, seed=given.seed)
     steps = 100 if given.quick else 4000
-    mse = tables.train(
+    mse = tabular.train(
         network, table, steps=steps, learning_rate=LEARNING_RATE, progress=lambda r: tqdm(r, desc="training")
     )
 
@@ -72,7 +71,7 @@ def _print(results: dict[str, Any]) -> None:
         print(f"{count:>22} samples" + "".join(f"{v:8.3f}" for v in values))
 
 
-def _draw(run: common.Run, network: torch.nn.Module, clusters: ActivationClusters, table: tables.Table) -> None:
+def _draw(run: common.Run, network: torch.nn.Module, clusters: ActivationClusters, table: tabular.Table) -> None:
     from matplotlib import pyplot as plt
 
     figure, (regions, output) = plt.subplots(1, 2, figsize=(11, 4.6), layout="constrained", width_ratios=(1, 1.2))

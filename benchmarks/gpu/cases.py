@@ -21,11 +21,7 @@ LAYOUTS = ("rows", "transposed", "apart", "strided")
 _COMMON = {"mode": MODES, "d": FEATURES, "k": COLUMNS, "rows": (FEW_ROWS, MANY_ROWS), "layout": LAYOUTS}
 _SUMMARY = {"wanted": ("x b", "x", "b", "x b bias", "bias")}
 _PAIR = {"wanted": ("projection summary", "projection", "summary")}
-_LOSS = {
-    "reduction": ("mean", "sum", "none"),
-    "ignored": ("none", "some", "all"),
-    "wanted": ("x b a c", "x", "b a c"),
-}
+_LOSS = {"reduction": ("mean", "sum", "none"), "ignored": ("none", "some", "all"), "wanted": ("x b a c", "x", "b a c")}
 _HEAD = {**_LOSS, "m": CLASSES, "bias": (False, True)}
 FACTORS: dict[str, Mapping[str, Sequence[Any]]] = {
     "summary": {**_COMMON, **_SUMMARY},

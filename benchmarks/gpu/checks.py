@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 import interp_nn
-from benchmarks import law
 from benchmarks.gpu import kernels
 from benchmarks.gpu.cases import Case
 from benchmarks.gpu.log import Log
-from benchmarks.problems import products
+from benchmarks.timing import tolerances
+from benchmarks.timing.problems import products
 from interp_nn import functional
 from interp_nn.engines import orders
 
@@ -112,14 +112,14 @@ def problem(case: Case, n: int, device: torch.device) -> Problem:
         if "bias" in wanted:
             inputs["bias"] = randn(k)
         return Problem(
-            inputs, lambda *t: [functional.summary(*t)], lambda *t: [law.naive(*t)], [randn(n, k)], ["y"], wanted
+            inputs, lambda *t: [functional.summary(*t)], lambda *t: [tolerances.naive(*t)], [randn(n, k)], ["y"], wanted
         )
     if case.what.endswith("pair"):
         places = [("projection", "summary").index(name) for name in wanted]
         return Problem(
             inputs,
             lambda x, b: [functional.summary_pair(x, b)[i] for i in places],
-            lambda x, b: [law.naive_pair(x, b)[i] for i in places],
+            lambda x, b: [tolerances.naive_pair(x, b)[i] for i in places],
             [randn(n, k) for _ in places],
             wanted,
             ["x", "b"],
@@ -142,7 +142,7 @@ def _loss_problem(
         return Problem(
             inputs,
             lambda x, b: [functional.summary_cross_entropy(x, b, target, **given)],
-            lambda x, b: [law.naive_cross_entropy(x, b, target, **given)],
+            lambda x, b: [tolerances.naive_cross_entropy(x, b, target, **given)],
             [upstream],
             ["loss"],
             [name for name in wanted if name in inputs],
@@ -154,7 +154,7 @@ def _loss_problem(
     return Problem(
         inputs,
         lambda x, b, a, c=None: [functional.summary_head_cross_entropy(x, b, a, c, target, **given)],
-        lambda x, b, a, c=None: [law.naive_head_cross_entropy(x, b, a, c, target, **given)],
+        lambda x, b, a, c=None: [tolerances.naive_head_cross_entropy(x, b, a, c, target, **given)],
         [upstream],
         ["loss"],
         [name for name in wanted if name in inputs],
@@ -224,9 +224,9 @@ def _check_engine(
     whys = []
     floor = _floor(case)
     for name, g, s, e in zip(names, got, same, exact, strict=True):
-        ours, theirs = law.errors(g, e), law.errors(s, e)
+        ours, theirs = tolerances.errors(g, e), tolerances.errors(s, e)
         found[name] = [*ours, *theirs]
-        why = _nothing_kept(name, g) if case.empty_mean else law.breach(ours, theirs, floor)
+        why = _nothing_kept(name, g) if case.empty_mean else tolerances.breach(ours, theirs, floor)
         if why is None and g.dtype != s.dtype:
             why = f"dtype {g.dtype}, PyTorch's {s.dtype}"
         whys += [] if why is None else [f"{name}: {why}"]
@@ -253,8 +253,8 @@ def _dense(t: Tensor) -> bool:
 def _floor(case: Case) -> float:
     """As the tests have it; tf32 operands have the digits of fp16, whichever products PyTorch's library takes."""
     if case.mode == "tf32":
-        return law.FLOOR_ULPS[torch.float16] * law.TF32_EPS
-    return law.floor(DTYPES[case.mode], law.SPLIT_ULPS if case.mode == "fp32" else None)
+        return tolerances.FLOOR_ULPS[torch.float16] * tolerances.TF32_EPS
+    return tolerances.floor(DTYPES[case.mode], tolerances.SPLIT_ULPS if case.mode == "fp32" else None)
 
 
 def _nothing_kept(name: str, got: Tensor) -> str | None:
@@ -289,11 +289,19 @@ def check_far_rows(
     target = torch.randint(k, (n,), device=device, generator=draw)
 
     def value(x: Tensor, b: Tensor, rows: slice) -> Tensor:
-        return law.naive_cross_entropy(x, b, target[rows], reduction="sum") / n
+        return tolerances.naive_cross_entropy(x, b, target[rows], reduction="sum") / n
 
     with log.guarded(f"{name}, summary"):
         _check_far(
-            f"{name}, summary", engines, functional.summary, lambda x, b, rows: law.naive(x, b), x, b, dy, None, log
+            f"{name}, summary",
+            engines,
+            functional.summary,
+            lambda x, b, rows: tolerances.naive(x, b),
+            x,
+            b,
+            dy,
+            None,
+            log,
         )
     with log.guarded(f"{name}, pair loss"):
         loss = functional.summary_cross_entropy
@@ -319,7 +327,7 @@ def _check_far(
 ) -> None:  # fmt: skip
     (n, d), k = x.shape, b.shape[1]
     expected = _expected_far(plain, x, b, dy)
-    floor = law.floor(x.dtype, law.SPLIT_ULPS if x.dtype == torch.float32 else None)
+    floor = tolerances.floor(x.dtype, tolerances.SPLIT_ULPS if x.dtype == torch.float32 else None)
     for engine in engines:
         facts = {"engine": engine, "n": n, "d": d, "k": k, "dtype": str(x.dtype)}
         why = kernels.refusal(engine, x.device, x.dtype, n, d, k, classes)
@@ -334,9 +342,9 @@ def _check_far(
             got, whys, found = {"y": out.detach(), "dx": dx, "db": db}, [], {}
             for want in expected:
                 result = got[want.of][want.rows]
-                errors = law.errors(result, want.exact), law.errors(want.same, want.exact)
+                errors = tolerances.errors(result, want.exact), tolerances.errors(want.same, want.exact)
                 found[want.name] = [*errors[0], *errors[1]]
-                breach = law.breach(*errors, floor)
+                breach = tolerances.breach(*errors, floor)
                 whys += [] if breach is None else [f"{want.name}: {breach}"]
             log.check(f"{name}, {engine}", "; ".join(whys) or None, errors=found, **facts)
 

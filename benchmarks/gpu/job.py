@@ -24,10 +24,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from benchmarks.gpu.job_table import table
 from benchmarks.gpu.kernels import WITH_KERNELS
 from benchmarks.gpu.log import BAD, Log, read
-from benchmarks.gpu.summary import table
-from benchmarks.record import ROOT
+from benchmarks.records.environment import ROOT
 
 # The parts, each with its share of the time. What one does not need is shared by those after it.
 SHARES = {

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import record
+from benchmarks.records import environment
 from interp_nn import engines
 from interp_nn.engines.cuda import compiled_library
 from interp_nn.engines.devices import interpreting
@@ -87,23 +87,23 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 def common(device: torch.device, revision: str | None) -> dict[str, Any]:
     """What every line of this process shares: device, versions, commit. revision: the commit where there is no git."""
-    environment = record.environment(device.type, revision)
-    versions = environment.pop("versions") | {"triton": _version("triton"), "numpy": _version("numpy")}
+    here = environment.facts(device.type, revision)
+    versions = here.pop("versions") | {"triton": _version("triton"), "numpy": _version("numpy")}
     if device.type == "cuda":
         # The CUDA that the compiled library was built with, where it is there.
         versions["cuda_library"] = (
             None if engines.unavailable("cuda") else compiled_library.dotted(compiled_library.versions()[0])
         )
         found = torch.cuda.get_device_properties(device)
-        environment |= {
+        here |= {
             "capability": [found.major, found.minor],
             "multiprocessors": found.multi_processor_count,
             "memory": found.total_memory,
             "l2": found.L2_cache_size,
         }
     elif interpreting():
-        environment["device"] += ", interpreted"
-    return environment | {"versions": versions, "table": os.environ.get("INTERP_NN_TABLE")}
+        here["device"] += ", interpreted"
+    return here | {"versions": versions, "table": os.environ.get("INTERP_NN_TABLE")}
 
 
 def _version(package: str) -> str | None:

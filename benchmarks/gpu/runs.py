@@ -21,8 +21,8 @@ from torch import Tensor
 import interp_nn
 from benchmarks.gpu import kernels
 from benchmarks.gpu.log import Log, read
-from benchmarks.graphs import captured
-from benchmarks.record import ROOT
+from benchmarks.records.environment import ROOT
+from benchmarks.timing.cuda_graphs import captured
 from interp_nn import functional
 from interp_nn.engines import orders
 

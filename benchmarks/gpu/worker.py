@@ -126,28 +126,31 @@ def _tune(settings: Settings) -> list[Step]:
 
 
 def _time(settings: Settings) -> list[Step]:
-    from benchmarks.gpu import times
+    from benchmarks.gpu import timings
 
-    engines, device, problems = settings.engines, settings.device, times.problems()
+    engines, device, problems = settings.engines, settings.device, timings.problems()
     if settings.tiny:
         return [
-            Step(problem.name, partial(times.check_problem, problem, engines, device))
-            for problem in times.tiny_problems()
+            Step(problem.name, partial(timings.check_problem, problem, engines, device))
+            for problem in timings.tiny_problems()
         ]
 
-    def timed(problem: times.Problem, place: int) -> Step:
+    def timed(problem: timings.Problem, place: int) -> Step:
         def run(log: Log) -> None:
             # What is left is shared by what is left; compiling and warming up have half of it.
-            times.time_problem(problem, engines, device, max(0.2, 0.5 * log.left() / (len(problems) - place)), log)
+            timings.time_problem(problem, engines, device, max(0.2, 0.5 * log.left() / (len(problems) - place)), log)
 
         return Step(problem.name, run)
 
     return [
-        Step("rates", partial(times.rates, device, "start")),
-        *([Step("barrier", partial(times.barrier, device))] if "triton" in engines else []),
-        *(Step(problem.name, partial(times.time_host, problem, engines, device)) for problem in times.host_problems()),
+        Step("rates", partial(timings.rates, device, "start")),
+        *([Step("barrier", partial(timings.barrier, device))] if "triton" in engines else []),
+        *(
+            Step(problem.name, partial(timings.time_host, problem, engines, device))
+            for problem in timings.host_problems()
+        ),
         *(timed(problem, place) for place, problem in enumerate(problems)),
-        Step("rates at the end", partial(times.rates, device, "end")),
+        Step("rates at the end", partial(timings.rates, device, "end")),
     ]
 
 
@@ -175,15 +178,15 @@ def _compile_runs(settings: Settings) -> list[Step]:
 
 
 def _compile_times(settings: Settings) -> list[Step]:
-    from benchmarks.gpu import times
+    from benchmarks.gpu import timings
 
     if "triton" not in settings.engines:
         return []
 
-    def step(problem: times.Problem) -> Step:
-        return Step(problem.name, partial(times.compile_kernels, problem, settings.device))
+    def step(problem: timings.Problem) -> Step:
+        return Step(problem.name, partial(timings.compile_kernels, problem, settings.device))
 
-    return [step(problem) for problem in times.problems() if problem.what in ("loss", "head", "both")]
+    return [step(problem) for problem in timings.problems() if problem.what in ("loss", "head", "both")]
 
 
 PARTS: dict[str, Callable[[Settings], list[Step]]] = {

@@ -6,8 +6,9 @@ import pkgutil
 import pytest
 import torch
 
-from benchmarks import experiments, networks
+from benchmarks import experiments
 from benchmarks.__main__ import main
+from benchmarks.timing import reference_networks
 
 
 def test_demo_writes_its_record_and_figure(tmp_path, capsys):
@@ -58,7 +59,7 @@ def test_experiments_are_listed_and_run_by_name(tmp_path, capsys):
 @pytest.mark.parametrize(("channels", "size", "features"), [(1, 8, 256), (1, 28, 1024), (3, 32, 1600)])
 def test_networks_fit_their_images(channels, size, features):
     x, t = torch.randn(4, channels, size, size), torch.tensor([0, 1, 2, 3])
-    for build in networks.NETWORKS.values():
+    for build in reference_networks.NETWORKS.values():
         network = build(channels, size)
         network.loss(x, t).backward()
         assert network.eval()(x).shape == (4, 10)
@@ -66,7 +67,7 @@ def test_networks_fit_their_images(channels, size, features):
 
 
 def test_vgg11_has_the_references_shape():
-    base, ours = (build(3, 32, "vgg11") for build in networks.NETWORKS.values())
+    base, ours = (build(3, 32, "vgg11") for build in reference_networks.NETWORKS.values())
     assert [type(layer).__name__ for layer in base.head] == ["Dropout", "Linear", "ReLU"] * 2 + ["Linear"]
     assert ours.head.weight.shape == (100, 512)
     assert sum(isinstance(layer, torch.nn.Conv2d) for layer in base.body) == 8

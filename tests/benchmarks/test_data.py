@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks import data
+from benchmarks.experiments import datasets
 
 
 def _pixels(n, *shape):
@@ -21,7 +21,7 @@ def _expected(x):
 
 
 def test_digits_are_split_without_overlap():
-    images = data.load(None, None)
+    images = datasets.load(None, None)
     assert images.name == "digits"
     assert images.x_train.shape == (1347, 1, 8, 8)
     assert images.x_test.shape == (450, 1, 8, 8)
@@ -39,7 +39,7 @@ def test_cifar10_official_batches(tmp_path, subfolder):
         part = slice(2 * i, 2 * i + 2)
         batch = {b"data": x[part].transpose(0, 3, 1, 2).reshape(2, -1), b"labels": y[part].tolist()}
         (folder / name).write_bytes(pickle.dumps(batch))
-    images = data.load("cifar10", tmp_path)
+    images = datasets.load("cifar10", tmp_path)
     assert torch.equal(images.x_train, _expected(x[:10]))
     assert torch.equal(images.x_test, _expected(x[10:]))
     assert images.y_train.tolist() == y[:10].tolist()
@@ -54,7 +54,7 @@ def test_cifar100_official_files(tmp_path):
         (folder / name).write_bytes(
             pickle.dumps({b"data": raw, b"fine_labels": y[part], b"coarse_labels": [0] * len(raw)})
         )
-    images = data.load(None, tmp_path)
+    images = datasets.load(None, tmp_path)
     assert images.name == "cifar100" and images.classes == 100
     assert torch.equal(images.x_train, _expected(x[:3])) and torch.equal(images.x_test, _expected(x[3:]))
     assert images.y_train.tolist() == [0, 99, 50] and images.y_test.tolist() == [7]
@@ -62,7 +62,7 @@ def test_cifar100_official_files(tmp_path):
     with pytest.raises(
         ValueError, match=r"cifar100: the files in .* are damaged: 0 images with 1 labels, want as many, 0 to 99"
     ):
-        data.load("cifar100", tmp_path)
+        datasets.load("cifar100", tmp_path)
 
 
 def test_cifar10_sheets(tmp_path):
@@ -71,7 +71,7 @@ def test_cifar10_sheets(tmp_path):
     for split in ("train", "test"):
         Image.fromarray(sheet).save(tmp_path / f"{split}_00.webp", lossless=True, exact=True)
         np.save(tmp_path / f"{split}_labels.npy", y)
-    images = data.load(None, tmp_path)
+    images = datasets.load(None, tmp_path)
     assert images.name == "cifar10"
     assert torch.equal(images.x_train, _expected(x))
     assert images.y_test.tolist() == y.tolist()
@@ -82,13 +82,10 @@ def test_mnist(tmp_path, packed, idx):
     x, y = _pixels(7, 28, 28), np.arange(7, dtype=np.uint8)
     (tmp_path / "mnist").mkdir()
     for split in ("train", "t10k"):
-        for kind, payload in (
-            ("images-idx3-ubyte", idx(x)),
-            ("labels-idx1-ubyte", idx(y)),
-        ):
+        for kind, payload in (("images-idx3-ubyte", idx(x)), ("labels-idx1-ubyte", idx(y))):
             path = tmp_path / "mnist" / f"{split}-{kind}{'.gz' if packed else ''}"
             path.write_bytes(gzip.compress(payload) if packed else payload)
-    images = data.load("mnist", tmp_path)
+    images = datasets.load("mnist", tmp_path)
     assert torch.equal(images.x_train, _expected(x[..., None]))
     assert images.y_test.tolist() == y.tolist()
 
@@ -131,7 +128,7 @@ def test_damaged_files_are_named(tmp_path, change, message, idx):
         file = tmp_path / "t10k-images-idx3-ubyte"
         file.write_bytes(change(file.read_bytes()))
     with pytest.raises(ValueError, match=f"mnist: the files in .* are damaged: {message}"):
-        data.load(None, tmp_path)
+        datasets.load(None, tmp_path)
 
 
 @pytest.mark.parametrize("damage", [b"", b"no gzip", gzip.compress(bytes(99))[:-9]])
@@ -141,14 +138,14 @@ def test_damaged_archives_are_named(tmp_path, damage, idx):
     with pytest.raises(
         ValueError, match=r"mnist: the files in .* are damaged: ValueError: train-labels-idx1-ubyte.gz: "
     ):
-        data.load("mnist", tmp_path)
+        datasets.load("mnist", tmp_path)
 
 
 def test_damaged_batches_are_named(tmp_path):
     for name in [f"data_batch_{j}" for j in range(1, 6)] + ["test_batch"]:
         (tmp_path / name).write_bytes(b"no pickle")
     with pytest.raises(ValueError, match=r"cifar10: the files in .* are damaged: UnpicklingError"):
-        data.load("cifar10", tmp_path)
+        datasets.load("cifar10", tmp_path)
 
 
 @pytest.mark.parametrize(("value", "folder"), [(None, None), ("", None), ("there", Path("there"))])
@@ -156,16 +153,16 @@ def test_the_usual_folder(monkeypatch, value, folder):
     monkeypatch.delenv("INTERP_NN_DATA", raising=False)
     if value is not None:
         monkeypatch.setenv("INTERP_NN_DATA", value)
-    assert data.usual_folder() == folder
+    assert datasets.usual_folder() == folder
 
 
 def test_what_is_missing_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"cifar10: no folder given; pass --data DIR or set INTERP_NN_DATA"):
-        data.load("cifar10", None)
+        datasets.load("cifar10", None)
     with pytest.raises(FileNotFoundError, match="mnist: not found in"):
-        data.load("mnist", tmp_path)
+        datasets.load("mnist", tmp_path)
     with pytest.raises(
         FileNotFoundError,
         match=r"cifar10 or mnist or cifar100: not found in .*; looked for data_batch_1..5.*; train, test and meta",
     ):
-        data.load(None, tmp_path)
+        datasets.load(None, tmp_path)

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from benchmarks import descent, signals
-from benchmarks.descent import descend
+from benchmarks.experiments import cayley_descent, signals
+from benchmarks.experiments.cayley_descent import descend
 from interp_nn.explain.descramble.brockett import brockett_min
 from interp_nn.explain.descramble.derivatives import derivative_operator
 
@@ -28,16 +28,16 @@ def test_small_problems_are_solved(n, operator):
 def test_the_gradient_is_that_of_the_objective():
     """The loss falls from the first iteration on, at the rate that automatic differentiation gives."""
     torch.manual_seed(0)
-    seen, minimise = [], descent.minimize
+    seen, minimise = [], cayley_descent.minimize
 
     def spy(evaluate, start, **rest):
         seen.append(evaluate)
         return minimise(evaluate, start, **rest)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(descent, "minimize", spy)
+        patch.setattr(cayley_descent, "minimize", spy)
         a, c = pair(6)
-        descent._one_chart(a, c, 1, lambda intermediate_result: None)
+        cayley_descent._one_chart(a, c, 1, lambda intermediate_result: None)
     values = torch.randn(15, dtype=torch.float64, requires_grad=True)
     q = torch.zeros(6, 6, dtype=torch.float64)
     q[torch.triu_indices(6, 6, 1).unbind()] = values

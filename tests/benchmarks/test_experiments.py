@@ -7,17 +7,19 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import networks, regimes, tables
 from benchmarks.experiments import (
     digits_attribution,
     digits_tsne,
     gated_digits,
     gated_images,
+    gating_regimes,
     oblique_trees,
+    tabular,
     titanic,
     two_regimes,
 )
-from benchmarks.record import ROOT
+from benchmarks.records.environment import ROOT
+from benchmarks.timing import reference_networks
 from interp_nn.nn.gated.gates import HardGate
 
 HEADER = "survived,pclass,name,sex,age,sibsp,parch,ticket,fare,cabin,embarked"
@@ -93,7 +95,7 @@ def test_the_titanic_from_its_counts(tmp_path, capsys):
 
 
 def test_the_titanic_from_its_passengers(tmp_path, capsys):
-    people = tables.titanic()
+    people = tabular.titanic()
     lines = [HEADER]
     for i, (row, y) in enumerate(zip(people.x[::4].tolist(), people.y[::4].tolist(), strict=True)):
         which = 1 + min(row.index(1.0), 2)
@@ -135,7 +137,7 @@ def made_passengers(n=60):
     torch.manual_seed(0)
     x = torch.rand(n, len(titanic.FEATURES), dtype=torch.float64)
     x[::7, titanic.FEATURES.index("age")] = torch.nan
-    return tables.Table(x, (x[:, 2] + 0.5 * torch.rand(n) > 0.7).double(), titanic.FEATURES)
+    return tabular.Table(x, (x[:, 2] + 0.5 * torch.rand(n) > 0.7).double(), titanic.FEATURES)
 
 
 def test_what_is_held_out_is_prepared_by_what_is_fitted():
@@ -311,15 +313,15 @@ def test_missing_or_damaged_images_are_named(tmp_path, mnist, capsys):
 
 def test_regimes_are_what_the_papers_mean():
     def backbone():
-        return networks.relu_mlp(6, 5, 5, 3)
+        return reference_networks.relu_mlp(6, 5, 5, 3)
 
     def weights(net):
         return [module.weight for module in net.modules() if isinstance(module, torch.nn.Linear)]
 
-    relu = regimes.build("ReLU", backbone)
+    relu = gating_regimes.build("ReLU", backbone)
     x = torch.randn(40, 6)
     dependent, independent, learned = (
-        regimes.build(name, backbone, relu) for name in ("FRNPF (DI)", "FRNPF (II)", "FLNPF")
+        gating_regimes.build(name, backbone, relu) for name in ("FRNPF (DI)", "FRNPF (II)", "FLNPF")
     )
     for net in (dependent, independent, learned):
         assert isinstance(net.gate, HardGate)
@@ -337,7 +339,7 @@ def test_regimes_are_what_the_papers_mean():
     # Dependent initialisation: before training it is the network that its gates come from.
     torch.testing.assert_close(dependent(x), torch.nn.Sequential(*_with(backbone(), value))(x))
     for name in ("DLNPF", "DGN(x)", "DGN(1)", "DLGN(x)", "DLGN(1)"):
-        net = regimes.build(name, backbone)
+        net = gating_regimes.build(name, backbone)
         assert all(p.requires_grad for p in net.parameters())
         assert (net.value_input == "ones") == name.endswith("(1)")
         net(x).sum().backward()
@@ -346,7 +348,7 @@ def test_regimes_are_what_the_papers_mean():
             for forth, back in zip(net.gating(x), net.gating(-x), strict=True):
                 torch.testing.assert_close(forth, -back)
     with pytest.raises(ValueError, match="FLNPF"):
-        regimes.build("FLNPF", backbone)
+        gating_regimes.build("FLNPF", backbone)
 
 
 def _with(net, weights):

@@ -12,9 +12,9 @@ import torch
 from gpu_stand_ins import BOTH, CPU, H100, admitting
 
 import interp_nn
-from benchmarks import law
-from benchmarks.gpu import cases, checks, kernels, runs, summary
-from benchmarks.record import ROOT
+from benchmarks.gpu import cases, checks, job_table, kernels, runs
+from benchmarks.records.environment import ROOT
+from benchmarks.timing import tolerances
 from interp_nn import engines, functional
 from interp_nn.engines import barrier
 
@@ -66,15 +66,15 @@ def test_a_case_is_a_problem_whose_plain_expression_runs(case):
 
 def test_the_law():
     exact = torch.tensor([3.0, 4.0], dtype=torch.float64)
-    assert law.errors(torch.tensor([3.0, 4.5]), exact) == (0.1, 0.125)
-    assert law.errors(torch.tensor([3.0, torch.nan]), exact) == (torch.inf, torch.inf)
-    assert law.errors(torch.zeros(2), torch.zeros(2).double()) == (0.0, 0.0)
-    assert law.errors(torch.ones(2), torch.zeros(2).double()) == (torch.inf, torch.inf)
-    assert law.breach((0.1, 0.1), (0.05, 0.05), 0.0) is None
-    assert "maximum error 0.2" in law.breach((0.1, 0.2), (0.05, 0.05), 0.05)
-    assert "Frobenius" in law.breach((torch.nan, 0.0), (0.05, 0.05), 0.0)
-    assert "proves nothing" in law.breach((0.0, 0.0), (torch.inf, 0.0), 0.0)
-    assert law.floor(torch.bfloat16) == 3 * 2**-7
+    assert tolerances.errors(torch.tensor([3.0, 4.5]), exact) == (0.1, 0.125)
+    assert tolerances.errors(torch.tensor([3.0, torch.nan]), exact) == (torch.inf, torch.inf)
+    assert tolerances.errors(torch.zeros(2), torch.zeros(2).double()) == (0.0, 0.0)
+    assert tolerances.errors(torch.ones(2), torch.zeros(2).double()) == (torch.inf, torch.inf)
+    assert tolerances.breach((0.1, 0.1), (0.05, 0.05), 0.0) is None
+    assert "maximum error 0.2" in tolerances.breach((0.1, 0.2), (0.05, 0.05), 0.05)
+    assert "Frobenius" in tolerances.breach((torch.nan, 0.0), (0.05, 0.05), 0.0)
+    assert "proves nothing" in tolerances.breach((0.0, 0.0), (torch.inf, 0.0), 0.0)
+    assert tolerances.floor(torch.bfloat16) == 3 * 2**-7
 
 
 @pytest.mark.parametrize("layout", cases.LAYOUTS)
@@ -132,7 +132,7 @@ def test_what_an_engine_refuses_is_counted(log, lines, monkeypatch):
     refused = [line for line in found if line["engine"] == "cuda"]
     assert len(refused) == 3 + 5 + 2
     assert {(line["status"], line["why"]) for line in refused} == {("skipped", "cuda: not this one")}
-    assert f"skipped: part: {len(refused)} (cuda: not this one)" in summary.table(found)
+    assert f"skipped: part: {len(refused)} (cuda: not this one)" in job_table.table(found)
 
 
 def test_refusals(monkeypatch):

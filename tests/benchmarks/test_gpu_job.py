@@ -13,9 +13,9 @@ import pytest
 import torch
 from gpu_stand_ins import BOTH, CPU
 
-from benchmarks.gpu import job, summary, worker
+from benchmarks.gpu import job, job_table, worker
 from benchmarks.gpu.log import Log, read
-from benchmarks.record import ROOT
+from benchmarks.records.environment import ROOT
 
 pytestmark = pytest.mark.usefixtures("one_thread")  # problems this small lose more to waking threads
 
@@ -118,11 +118,11 @@ def test_without_triton_every_part_has_steps(tmp_path):
         sys.modules["triton"] = None
         from pathlib import Path
         import torch
-        from benchmarks.gpu import times, worker
+        from benchmarks.gpu import timings, worker
         for name, part in worker.PARTS.items():
             part(worker.Settings(torch.device("cpu"), Path(), False, ("cuda",)))
-        problem = times.tiny_problems()[0]
-        assert "cuda kernel" in times.candidates(problem, ("cuda",), times.datasets(problem, torch.device("cpu"), 0))
+        problem = timings.tiny_problems()[0]
+        assert "cuda kernel" in timings.candidates(problem, ("cuda",), timings.datasets(problem, torch.device("cpu"), 0))
     """
     subprocess.run([sys.executable, "-c", textwrap.dedent(code)], cwd=ROOT, check=True)
 
@@ -323,19 +323,19 @@ def test_the_summary_shows_ratios_and_what_is_bad():
         | {"fastest": "cuda", "clear": False},
     ]
     versions = {"versions": {"torch": "2"}, "device": "a GPU", "git_sha": "abc", "git_dirty": True}
-    printed = summary.table([line | versions for line in whole])
+    printed = job_table.table([line | versions for line in whole])
     rows = [line.split()[5:] for line in printed.splitlines() if line.startswith("loss (32, 8, 4) bfloat16")]
     assert rows == [
         ["triton", "20", "2.5", "2", "2", "10", "3", "2.5", "1.25", "reference,", "cuda"],
         ["cuda", "10", "5", "4", "1", "5", "6", "5", "0.625", "reference,", "cuda"],
     ]
     assert "host both: triton_us 70.5, cuda_us 60.25; cuda is faster, but hardly" in printed
-    assert max(map(len, printed.splitlines())) <= summary._WIDTH
+    assert max(map(len, printed.splitlines())) <= job_table._WIDTH
     assert "wrong: correctness: a case: dx: far off" in printed
     assert "skipped: sanitizer: 1 (tool not found)" in printed
     assert "barrier: barrier_us 1.25" in printed
     assert "a GPU; torch 2; commit abc and changes" in printed
-    assert summary.table([]).splitlines()[-1] == "0 bad of 0"
+    assert job_table.table([]).splitlines()[-1] == "0 bad of 0"
 
 
 # All of it on the interpreter

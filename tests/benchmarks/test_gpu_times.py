@@ -12,8 +12,8 @@ import torch
 from gpu_stand_ins import BOTH, CPU, H100, admitting
 
 import interp_nn
-from benchmarks import providers
-from benchmarks.gpu import kernels, runs, summary, times
+from benchmarks.gpu import job_table, kernels, runs, timings
+from benchmarks.timing import providers
 from interp_nn.engines.triton import configs
 
 pytestmark = pytest.mark.usefixtures("one_thread")  # problems this small lose more to waking threads
@@ -51,9 +51,9 @@ def played(monkeypatch):
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: None)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: types.SimpleNamespace(L2_cache_size=2000))
-    monkeypatch.setattr(times, "on_events", lambda work, calls: lambda: work() or 0.01)
-    monkeypatch.setattr(times, "spare_words", lambda device: None)
-    for module in (runs, times):
+    monkeypatch.setattr(timings, "on_events", lambda work, calls: lambda: work() or 0.01)
+    monkeypatch.setattr(timings, "spare_words", lambda device: None)
+    for module in (runs, timings):
         monkeypatch.setattr(module, "captured", captured)
 
 
@@ -160,9 +160,9 @@ def test_ranges_that_a_program_marks_are_not_launches(monkeypatch):
     assert kernels.profiled(lambda: 7, torch.device("cuda")) == (7, ["a kernel"])
 
 
-@pytest.mark.parametrize("problem", times.tiny_problems(), ids=lambda problem: problem.what)
+@pytest.mark.parametrize("problem", timings.tiny_problems(), ids=lambda problem: problem.what)
 def test_every_provider_is_timed_by_both_clocks(problem, played, log, lines):
-    times.time_problem(problem, BOTH, CPU, 0.01, log)
+    timings.time_problem(problem, BOTH, CPU, 0.01, log)
     found = {line["provider"]: line for line in lines() if "provider" in line}
     failed = [line["name"] for line in lines() if line["status"] not in ("ok", "info")]
     assert failed == [f"{problem.name}, {engine} kernel" for engine in BOTH]  # which only the engines themselves have
@@ -174,100 +174,102 @@ def test_every_provider_is_timed_by_both_clocks(problem, played, log, lines):
         assert line["rotated_bytes"] >= 2000
     (verdict,) = (line for line in lines() if line["status"] == "info")
     assert verdict["fastest"] == "triton" and not verdict["clear"] and verdict["entry"] is None
-    printed = summary.table([{**line, "part": "time"} for line in lines()])
+    printed = job_table.table([{**line, "part": "time"} for line in lines()])
     assert all(f"{problem.name:34} {engine}" in printed for engine in BOTH)
 
 
 def test_an_engine_that_refuses_a_problem_is_not_timed(played, log, lines, monkeypatch):
     monkeypatch.setattr(kernels, "refusal", lambda engine, *_: "cuda: no" if engine == "cuda" else None)
-    problem = times.tiny_problems()[-1]
-    times.time_problem(problem, BOTH, CPU, 0.01, log)
+    problem = timings.tiny_problems()[-1]
+    timings.time_problem(problem, BOTH, CPU, 0.01, log)
     skipped = [(line["name"], line["why"]) for line in lines() if line["status"] == "skipped"]
     assert skipped == [(f"{problem.name}, cuda", "cuda: no")]
     assert not {"cuda", "cuda kernel"} & {line.get("provider") for line in lines()}
 
 
 def clocks(**microseconds):
-    return {name: times.Clock([value / 1e3] * 5, 1) for name, value in microseconds.items()}
+    return {name: timings.Clock([value / 1e3] * 5, 1) for name, value in microseconds.items()}
 
 
 def test_which_engine_is_faster_is_an_entry_of_a_table(monkeypatch, tmp_path):
-    monkeypatch.setattr(times, "chip_of", lambda device: H100)
-    loss = times.Problem("loss", 32, 512, 100, None, torch.bfloat16)
-    entry = times._entry(loss, CPU, clocks(triton=70, cuda=60, reference=90))
+    monkeypatch.setattr(timings, "chip_of", lambda device: H100)
+    loss = timings.Problem("loss", 32, 512, 100, None, torch.bfloat16)
+    entry = timings._entry(loss, CPU, clocks(triton=70, cuda=60, reference=90))
     assert entry["engine"] == "cuda" and entry["microseconds"] == {"triton": 70.0, "cuda": 60.0, "reference": 90.0}
     monkeypatch.setenv("INTERP_NN_TABLE", str(tmp_path / "table.json"))
     (tmp_path / "table.json").write_text(json.dumps({"kernels": [], "engines": [entry]}))
     assert configs.measured_engine(H100, configs.Bucket("pair_loss", 2, 128, 128, 4096)) == "cuda"
     assert configs.measured_engine(H100, configs.Bucket("pair_loss", 2, 128, 128, 31)) is None
-    assert times._entry(loss, CPU, clocks(triton=60, cuda=60)) is None
-    assert times._entry(loss._replace(what="forward"), CPU, clocks(triton=70, cuda=60)) is None
-    kinds = {p.what: times._entry(p, CPU, clocks(cuda=1, triton=2)) for p in times.problems()}
+    assert timings._entry(loss, CPU, clocks(triton=60, cuda=60)) is None
+    assert timings._entry(loss._replace(what="forward"), CPU, clocks(triton=70, cuda=60)) is None
+    kinds = {p.what: timings._entry(p, CPU, clocks(cuda=1, triton=2)) for p in timings.problems()}
     named = {what: entry["problem"] for what, entry in kinds.items() if entry}
     assert named == {"loss": "pair_loss", "head": "head_loss", "both": "summary"}
 
 
 def test_the_fastest():
-    assert times.fastest({}) == {"fastest": None, "clear": False}
-    assert times.fastest(clocks(triton=3, cuda=2)) == {"fastest": "cuda", "clear": True}
-    shaky = {"triton": times.Clock([1.0, 2.0, 3.0], 1), "cuda": times.Clock([1.0, 2.1, 3.0], 1)}
-    assert times.fastest(shaky) == {"fastest": "triton", "clear": False}
+    assert timings.fastest({}) == {"fastest": None, "clear": False}
+    assert timings.fastest(clocks(triton=3, cuda=2)) == {"fastest": "cuda", "clear": True}
+    shaky = {"triton": timings.Clock([1.0, 2.0, 3.0], 1), "cuda": timings.Clock([1.0, 2.1, 3.0], 1)}
+    assert timings.fastest(shaky) == {"fastest": "triton", "clear": False}
 
 
-@pytest.mark.parametrize("problem", times.host_problems(), ids=lambda problem: problem.what)
+@pytest.mark.parametrize("problem", timings.host_problems(), ids=lambda problem: problem.what)
 def test_the_host_cost_of_both_engines(problem, played, log, lines, monkeypatch):
-    monkeypatch.setattr(times, "rounds", lambda samplers, *_, **__: {name: [s(), s()] for name, s in samplers.items()})
-    monkeypatch.setattr(times, "_HOST_CALLS", 2)
+    monkeypatch.setattr(
+        timings, "rounds", lambda samplers, *_, **__: {name: [s(), s()] for name, s in samplers.items()}
+    )
+    monkeypatch.setattr(timings, "_HOST_CALLS", 2)
     assert (problem.n, problem.d, problem.k) == (32, 512, 100)
-    times.time_host(problem, BOTH, CPU, log)
+    timings.time_host(problem, BOTH, CPU, log)
     line = lines()[-1]
     assert line["name"] == problem.name and line["status"] == "info"
     assert all(line[f"{name}_us"] > 0 for name in (*BOTH, "reference", "auto", "linear"))
     assert line["fastest"] in (*BOTH, "reference")
-    assert f"{problem.name}: triton_us" in summary.table([{**line, "part": "time"}])
+    assert f"{problem.name}: triton_us" in job_table.table([{**line, "part": "time"}])
 
 
 def test_a_provider_that_computes_something_else_is_not_timed(played, log, lines, monkeypatch):
     monkeypatch.setitem(providers.ASSOCIATIONS, "assoc-b", lambda x, b: 2 * (x @ b))
-    times.time_problem(times.tiny_problems()[0], BOTH, CPU, 0.01, log)
+    timings.time_problem(timings.tiny_problems()[0], BOTH, CPU, 0.01, log)
     assert [line["name"] for line in lines() if line["status"] == "wrong"] == ["forward (9, 20, 6) float32, assoc-b"]
 
 
 def test_the_problems_timed():
-    problems = times.problems()
+    problems = timings.problems()
     assert len({problem.name for problem in problems}) == len(problems)
     assert {problem.what for problem in problems} == {"forward", "backward", "both", "loss", "head"}
     assert all(problem.dtype == torch.bfloat16 for problem in problems[: len(problems) // 2])
 
 
 def test_a_rival_is_asked_only_for_the_dtypes_that_it_has():
-    for problem in times.problems():
+    for problem in timings.problems():
         if problem.what == "forward":
-            assert ("inverse-inv" in times._summaries(problem)) is (problem.dtype == torch.float32)
+            assert ("inverse-inv" in timings._summaries(problem)) is (problem.dtype == torch.float32)
 
 
 def test_an_empty_launch_allocates_nothing(played, log, lines, monkeypatch):
     launched, fill = [], torch.zeros
     engine = types.SimpleNamespace(Launch=lambda *_: None, launch=lambda _, device, *given: launched.append(given[0]))
-    monkeypatch.setattr(times.engines, "get", lambda name: engine)
-    monkeypatch.setattr(times.barrier_words, "counter", lambda device: None)
-    monkeypatch.setattr(times, "chip_of", lambda device: H100)
+    monkeypatch.setattr(timings.engines, "get", lambda name: engine)
+    monkeypatch.setattr(timings.barrier_words, "counter", lambda device: None)
+    monkeypatch.setattr(timings, "chip_of", lambda device: H100)
     monkeypatch.setitem(sys.modules, "interp_nn.engines.triton.phased", types.SimpleNamespace(phased_forward=None))
-    monkeypatch.setattr(times, "rounds", lambda samplers, *_: {name: [sample()] for name, sample in samplers.items()})
+    monkeypatch.setattr(timings, "rounds", lambda samplers, *_: {name: [sample()] for name, sample in samplers.items()})
     made = []
     monkeypatch.setattr(torch, "zeros", lambda *given, **more: made.append(fill(*given, **more)) or made[-1])
-    times.barrier(CPU, log)
+    timings.barrier(CPU, log)
     (line,) = lines()
     assert line["status"] == "info" and line["empty_launch_us"] > 0
     assert len(made) == 1 and len(launched) > 200 and {id(some) for some in launched} == {id(made[0])}
 
 
 def test_sets_of_inputs_fill_the_cache():
-    problem = times.tiny_problems()[0]
-    assert len(times.datasets(problem, CPU, 0)) == 2
-    sets = times.datasets(problem, CPU, 100_000)
+    problem = timings.tiny_problems()[0]
+    assert len(timings.datasets(problem, CPU, 0)) == 2
+    sets = timings.datasets(problem, CPU, 100_000)
     assert len(sets) * 2 * 4 * (9 * 20 + 6 * 20 + 9 * 6) >= 200_000
-    assert len(times.datasets(problem, CPU, 10**9)) == 256
+    assert len(timings.datasets(problem, CPU, 10**9)) == 256
 
 
 def test_the_sanitizer_is_looked_for(tmp_path, monkeypatch, log, lines):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from benchmarks import host
+from benchmarks.timing import host
 
 
 def test_layers_beside_their_products(monkeypatch):

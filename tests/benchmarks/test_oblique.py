@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from benchmarks import oblique
+from benchmarks.experiments import oblique
 
 
 def test_points_are_on_the_sphere_and_split_without_overlap():

@@ -9,19 +9,20 @@ import torch
 from captum.attr import InputXGradient, IntegratedGradients
 from torch import nn
 
-from benchmarks import networks, papers
 from benchmarks.experiments import (
     attributions,
     common,
     descramble_cifar10,
     embedding,
     gated_images,
-    heads,
+    head_comparison,
     linearize_cifar10,
     mnist_tsne,
+    papers,
     summary_cnn,
     summary_vgg,
 )
+from benchmarks.timing import reference_networks
 from interp_nn.convert import head_from_reference
 from interp_nn.nn import SummaryHead
 
@@ -36,8 +37,8 @@ def _without_data(monkeypatch):
 @pytest.fixture
 def thin(monkeypatch):
     """A vgg11 of few channels."""
-    pools = [width if isinstance(width, str) else max(8, width // 32) for width in networks._VGG11]
-    monkeypatch.setattr(networks, "_VGG11", tuple(pools))
+    pools = [width if isinstance(width, str) else max(8, width // 32) for width in reference_networks._VGG11]
+    monkeypatch.setattr(reference_networks, "_VGG11", tuple(pools))
 
 
 @pytest.fixture(scope="module")
@@ -141,13 +142,13 @@ def test_an_accuracy_with_dropout_is_another():
     torch.manual_seed(0)
     network = nn.Sequential(nn.Flatten(), nn.Dropout(0.9), nn.Linear(48, 3)).eval()
     x = torch.randn(200, 3, 4, 4)
-    chosen = heads.data.Images("made", x, x, x, network(x).argmax(1))
-    found = heads.measures(chosen, network)
+    chosen = head_comparison.data.Images("made", x, x, x, network(x).argmax(1))
+    found = head_comparison.measures(chosen, network)
     assert found["accuracy"] == 1 > 0.8 > found["accuracy_as_scored"] and not network.training
 
 
 def test_the_body_without_relu():
-    network = heads.build(summary_cnn.STUDY, "no ReLU: summary, orthogonal")
+    network = head_comparison.build(summary_cnn.STUDY, "no ReLU: summary, orthogonal")
     kinds = [type(layer).__name__ for layer in network.body]
     assert kinds == ["Conv2d", "MaxPool2d"] * 2 + ["Flatten"]
     x = torch.randn(2, 3, 32, 32)
@@ -157,7 +158,7 @@ def test_the_body_without_relu():
 def test_the_references_b_is_drawn_and_trained_as_the_reference_does():
     torch.manual_seed(0)
     head = SummaryHead(512, 100, 10)
-    heads.as_reference_(head)
+    head_comparison.as_reference_(head)
     W, c = head.parametrizations.weight.original, head.parametrizations.weight[0].c
     for drawn in (W, c):
         assert drawn.abs().max() <= 512**-0.5 and drawn.std().item() == pytest.approx((3 * 512) ** -0.5, rel=0.15)
@@ -173,7 +174,7 @@ def test_the_references_b_is_drawn_and_trained_as_the_reference_does():
 
 def test_vgg11_begins_as_the_references():
     torch.manual_seed(0)
-    layer = networks.vgg11_body(3, 32)[3]
+    layer = reference_networks.vgg11_body(3, 32)[3]
     assert layer.weight.std().item() == pytest.approx((2 / (9 * 128)) ** 0.5, rel=0.02)
     assert not layer.bias.any()
 
@@ -312,14 +313,18 @@ def test_missing_or_damaged_images_are_named(experiment, tmp_path, capsys):
 
 def test_a_gpu_gets_the_full_budget(capsys):
     x, y = torch.zeros(8, 1, 2, 2), torch.zeros(8, dtype=torch.long)
-    chosen = heads.data.Images("made", x, y, x, y)
-    small, full, quick = heads.Budget(4, 2, 1), heads.Budget(None, None, 15, seeds=2, batch=3), heads.Budget(1, 1, 1)
-    parser = heads.images.parser("made", None)
+    chosen = head_comparison.data.Images("made", x, y, x, y)
+    small, full, quick = (
+        head_comparison.Budget(4, 2, 1),
+        head_comparison.Budget(None, None, 15, seeds=2, batch=3),
+        head_comparison.Budget(1, 1, 1),
+    )
+    parser = head_comparison.images.parser("made", None)
     sizes = {}
     for device in ("cpu", "cuda"):
         given = parser.parse_args([])
         given.device = device if device == "cpu" else _Cuda("cpu")
-        found, recipe = heads.images.within(chosen, given, small, full, quick, 1e-3)
+        found, recipe = head_comparison.images.within(chosen, given, small, full, quick, 1e-3)
         sizes[device] = len(found.y_train), len(found.y_test), recipe.epochs, recipe.batch, given.seeds
     assert sizes == {"cpu": (4, 2, 1, 32, 1), "cuda": (8, 8, 15, 3, 2)}
     capsys.readouterr()

@@ -4,9 +4,9 @@ import copy
 
 import pytest
 
-from benchmarks import papers, record
 from benchmarks.__main__ import main
-from benchmarks.experiments import gated_images, summary_vgg
+from benchmarks.experiments import gated_images, papers, summary_vgg
+from benchmarks.records import environment
 
 
 def value(mean, std=0.0):
@@ -158,7 +158,7 @@ def test_what_has_not_had_its_full_budget_is_said(vgg):
 
 @pytest.mark.parametrize(("page", "arguments"), [("README.md", ["--brief"]), ("docs/papers.md", [])])
 def test_pages_say_what_the_records_say(page, arguments, tmp_path, capsys):
-    text = (record.ROOT / page).read_text(encoding="utf-8")
+    text = (environment.ROOT / page).read_text(encoding="utf-8")
     assert papers.markdown(papers.read(), brief=bool(arguments)) in text
     copied = tmp_path / "page.md"
     copied.write_text(text, encoding="utf-8")

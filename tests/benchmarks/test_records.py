@@ -6,8 +6,9 @@ import math
 import pytest
 import torch
 
-from benchmarks import compare, plots, record, report, rows
 from benchmarks.__main__ import main
+from benchmarks.records import environment, report, rows
+from benchmarks.timing import compare
 
 CPU = torch.device("cpu")
 
@@ -87,7 +88,9 @@ def test_the_table_has_geometric_means_worst_cases_and_what_is_left_out(tmp_path
 def test_a_table_is_written_between_its_marks(tmp_path):
     path = written(tmp_path, (16, {"ours": 2.0, "linear": 1.0}))
     readme = tmp_path / "README.md"
-    readme.write_text("before\n<!-- begin: python -m benchmarks table record.jsonl -->\nold\n<!-- end -->\nafter\n")
+    readme.write_text(
+        "before\n<!-- begin: python -m benchmarks table environment.jsonl -->\nold\n<!-- end -->\nafter\n"
+    )
     report.fill(readme, path, tmp_path)
     text = readme.read_text()
     assert text.startswith("before\n") and text.endswith("<!-- end -->\nafter\n") and "old" not in text
@@ -95,7 +98,9 @@ def test_a_table_is_written_between_its_marks(tmp_path):
     report.fill(readme, path, tmp_path)
     assert readme.read_text() == text
     readme.write_text("nothing")
-    with pytest.raises(ValueError, match=r"has no lines '<!-- begin: python -m benchmarks table record.jsonl -->'"):
+    with pytest.raises(
+        ValueError, match=r"has no lines '<!-- begin: python -m benchmarks table environment.jsonl -->'"
+    ):
         report.fill(readme, path, tmp_path)
 
 
@@ -108,7 +113,7 @@ def test_figures_are_drawn_of_what_there_is(tmp_path):
     figures = ("latency", "to-linear", "to-unfused", "speed-of-light", "memory")
     assert names == {f"{name}.{kind}" for name in figures for kind in ("png", "svg")}
     assert (tmp_path / "figures" / "latency.png").read_bytes().startswith(b"\x89PNG")
-    assert plots.draw([], tmp_path / "none") == []
+    assert figures.draw([], tmp_path / "none") == []
 
 
 def test_two_records_are_compared_by_their_ratios(tmp_path, capsys):
@@ -144,7 +149,7 @@ def test_a_record_that_is_broken_off_is_readable(tmp_path):
 
 def test_a_record_has_null_for_what_json_has_no_number_for(tmp_path):
     file = tmp_path / "record.json"
-    record.write(file, {"a": [1.5, math.nan, (math.inf, "NaN")], "b": {"c": -math.inf, 3: None, "d": True}})
+    environment.write(file, {"a": [1.5, math.nan, (math.inf, "NaN")], "b": {"c": -math.inf, 3: None, "d": True}})
     assert json.loads(file.read_text(), parse_constant=pytest.fail) == {
         "a": [1.5, None, [None, "NaN"]],
         "b": {"c": None, "3": None, "d": True},
@@ -152,7 +157,7 @@ def test_a_record_has_null_for_what_json_has_no_number_for(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "file", sorted((record.ROOT / "benchmarks" / "results").rglob("*.json")), ids=lambda file: file.stem
+    "file", sorted((environment.ROOT / "benchmarks" / "results").rglob("*.json")), ids=lambda file: file.stem
 )
 def test_records_are_json(file):
     json.loads(file.read_text(encoding="utf-8"), parse_constant=pytest.fail)

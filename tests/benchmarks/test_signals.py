@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from benchmarks import signals
+from benchmarks.experiments import signals
 
 
 def test_scrambled_signals_are_smooth_ones_in_another_basis():

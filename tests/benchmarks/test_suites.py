@@ -9,12 +9,22 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import compare, footprint, measure, problems, providers, record, report, rows, timing
 from benchmarks.__main__ import main
-from benchmarks.measure import Asked
-from benchmarks.problems import Problem
-from benchmarks.suites import explain, ops, train
-from benchmarks.timing import Limit
+from benchmarks.records import environment, report, rows
+from benchmarks.timing import (
+    clocks,
+    compare,
+    explain_suite,
+    footprint,
+    measure,
+    operator_suite,
+    problems,
+    providers,
+    training_suite,
+)
+from benchmarks.timing.clocks import Limit
+from benchmarks.timing.measure import Asked
+from benchmarks.timing.problems import Problem
 from interp_nn import functional
 
 CPU = torch.device("cpu")
@@ -139,10 +149,12 @@ def test_what_is_far_slower_is_timed_once(monkeypatch):
 
 
 def test_problems_over_the_budget_are_rows(monkeypatch):
-    monkeypatch.setattr(ops.ceilings, "measure", lambda *_: ops.ceilings.Ceiling(1e10, 1e11))
+    monkeypatch.setattr(operator_suite.ceilings, "measure", lambda *_: operator_suite.ceilings.Ceiling(1e10, 1e11))
     out = writer()
-    wanted = ops.Wanted(("summary",), ("infer",), [(8192, 4096, 1024), (8, 4, 2)], ("fp32",), ("ours",), ops.CPU_BUDGET)
-    ops.run(wanted, ASKED, out)
+    wanted = operator_suite.Wanted(
+        ("summary",), ("infer",), [(8192, 4096, 1024), (8, 4, 2)], ("fp32",), ("ours",), operator_suite.CPU_BUDGET
+    )
+    operator_suite.run(wanted, ASKED, out)
     assert [row["status"] for row in out.rows] == ["ok", "skipped", "ok", "ok"]
     assert "over the FLOP budget" in out.rows[1]["note"] and "of 150 GFLOP" in out.rows[1]["note"]
     assert [row["mode"] for row in out.rows if row["op"] == "ceiling"] == ["start", "end"]
@@ -150,8 +162,8 @@ def test_problems_over_the_budget_are_rows(monkeypatch):
 
 
 def test_nothing_is_begun_when_the_time_is_over(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(ops.ceilings, "measure", lambda *_: ops.ceilings.Ceiling(1e10, 1e11))
-    monkeypatch.setattr(explain, "_SAMPLES", 100)
+    monkeypatch.setattr(operator_suite.ceilings, "measure", lambda *_: operator_suite.ceilings.Ceiling(1e10, 1e11))
+    monkeypatch.setattr(explain_suite, "_SAMPLES", 100)
     file = tmp_path / "record.jsonl"
     assert (
         main(["run", "--device", "cpu", "--minutes", "0", "--dtype", "fp32", "--shape", "8,4,2", "--out", str(file)])
@@ -161,7 +173,7 @@ def test_nothing_is_begun_when_the_time_is_over(tmp_path, monkeypatch, capsys):
     timed = [row for row in found if row["op"] != "ceiling"]
     assert {(row["status"], row["note"]) for row in timed} == {("skipped", "out of time: 0 minutes")}
     assert {row["op"] for row in timed} == {
-        *("summary", "cross_entropy", "train_cnn", "train_vgg11", "linearize_cnn", "linearize_vgg11", "group_patterns"),
+        *("summary", "cross_entropy", "train_cnn", "train_vgg11", "linearize_cnn", "linearize_vgg11", "group_patterns")
     }
     assert all(row["d"] for row in timed)
     assert [row["mode"] for row in found if row["op"] == "ceiling"] == ["start", "end"]
@@ -177,68 +189,74 @@ def test_the_time_may_end_between_two_modes(monkeypatch):
 
 
 def test_dtypes_take_turns():
-    found = list(ops.problems(ops.Wanted(dtypes=("bf16", "fp32"))))
+    found = list(operator_suite.problems(operator_suite.Wanted(dtypes=("bf16", "fp32"))))
     assert [problem.dtype for problem in found] == ["bf16", "fp32"] * (len(found) // 2)
     assert all(one._replace(dtype="fp32") == other for one, other in zip(found[::2], found[1::2], strict=True))
 
 
 def test_the_three_largest_shapes_are_over_a_cpus_budget():
-    over = [p for p in ops.problems(ops.Wanted(("summary",))) if ops.over(p, ops.CPU_BUDGET)]
+    over = [
+        p
+        for p in operator_suite.problems(operator_suite.Wanted(("summary",)))
+        if operator_suite.over(p, operator_suite.CPU_BUDGET)
+    ]
     assert [p[1:4] for p in over] == [(8192, 4096, 1024), (8192, 4096, 4096), (1024, 25088, 4096)]
 
 
 def test_training_steps(monkeypatch):
     out = writer()
-    train.run(("ours", "linear", "unfused", "ours-cuda"), ASKED, out, ("cnn",))
+    training_suite.run(("ours", "linear", "unfused", "ours-cuda"), ASKED, out, ("cnn",))
     status = {row["provider"]: row["status"] for row in out.rows}
     assert status == {"ours": "ok", "linear": "ok", "unfused": "ok", "ours-cuda": "unsupported"}
     assert {(row["op"], row["n"], row["d"], row["k"], row["m"]) for row in out.rows} >= {
         ("train_cnn", 32, 1600, 120, 10)
     }
-    monkeypatch.setattr(train, "_own", lambda network, images, target: 1.001 * network.loss(images, target))
+    monkeypatch.setattr(training_suite, "_own", lambda network, images, target: 1.001 * network.loss(images, target))
     out = writer()
-    train.run(("ours",), ASKED, out, ("cnn",))
+    training_suite.run(("ours",), ASKED, out, ("cnn",))
     assert out.rows[0]["status"] == "wrong"
 
 
 def test_convolutions_of_the_suites_are_exact(monkeypatch):
     """As cudnn's would not be without asking, on a device that has tf32."""
-    seen, linearize, step = [], explain.linearize, train._own
+    seen, linearize, step = [], explain_suite.linearize, training_suite._own
 
     def noted(call):
         return lambda *given: seen.append(torch.backends.cudnn.conv.fp32_precision) or call(*given)
 
-    monkeypatch.setattr(explain, "linearize", noted(linearize))
-    monkeypatch.setattr(train, "_own", noted(step))
-    monkeypatch.setattr(explain, "ARCHITECTURES", ("cnn",))
-    monkeypatch.setattr(explain, "_SAMPLES", 100)
+    monkeypatch.setattr(explain_suite, "linearize", noted(linearize))
+    monkeypatch.setattr(training_suite, "_own", noted(step))
+    monkeypatch.setattr(explain_suite, "ARCHITECTURES", ("cnn",))
+    monkeypatch.setattr(explain_suite, "_SAMPLES", 100)
     out = writer()
-    explain.run(ASKED, out)
-    train.run(("ours",), ASKED, out, ("cnn",))
+    explain_suite.run(ASKED, out)
+    training_suite.run(("ours",), ASKED, out, ("cnn",))
     assert set(seen) == {"ieee"} and {row["status"] for row in out.rows} == {"ok"}
 
 
 def test_explanations_are_timed_by_events_on_a_gpu(monkeypatch):
-    monkeypatch.setattr(explain, "on_events", lambda call, calls: lambda: call() is None or 0.25)
-    monkeypatch.setattr(explain.footprint, "peak_bytes", lambda call, device: (0, call()))
-    monkeypatch.setattr(explain, "launches", lambda call, device: 1)
+    monkeypatch.setattr(explain_suite, "on_events", lambda call, calls: lambda: call() is None or 0.25)
+    monkeypatch.setattr(explain_suite.footprint, "peak_bytes", lambda call, device: (0, call()))
+    monkeypatch.setattr(explain_suite, "launches", lambda call, device: 1)
     out, sizes = writer(), {"n": 1, "d": 1, "k": 1}
     for timer in measure.TIMERS["cuda"]:
         asked = ASKED._replace(device=torch.device("cuda"), timer=timer)
-        explain._measure("group_patterns", sizes, {"ours": lambda: torch.ones(1)}, lambda got: 0.0, 0.0, asked, out)
+        explain_suite._measure(
+            "group_patterns", sizes, {"ours": lambda: torch.ones(1)}, lambda got: 0.0, 0.0, asked, out
+        )
     assert [(row["timer"], row["ms_p50"]) for row in out.rows] == [("events", 0.25)] * 2
 
 
 def test_a_commit_can_be_named_where_there_is_no_git(tmp_path, monkeypatch):
-    monkeypatch.setattr(explain, "_SAMPLES", 10_000)
+    monkeypatch.setattr(explain_suite, "_SAMPLES", 10_000)
     arguments = ["run", "--suite", "explain", "--quick", "--seconds", "0.01", "--device", "cpu", "--revision", "f00d"]
     for git, sha, dirty in ((None, "f00d", None), ("abc", "abc", True)):
-        monkeypatch.setattr(record, "_git", lambda *_, git=git: git)
+        monkeypatch.setattr(environment, "_git", lambda *_, git=git: git)
         out = tmp_path / f"{sha}.jsonl"
         assert main([*arguments, "--out", str(out)]) == 0
         assert {(row["git_sha"], row["dirty"]) for row in rows.read([out])} == {(sha, dirty)}
-    monkeypatch.setattr(record, "_git", lambda *_: None)
-    assert record.now("f00dfeed").endswith("-f00dfee") and record.now().endswith("-unknown")
+    monkeypatch.setattr(environment, "_git", lambda *_: None)
+    assert environment.now("f00dfeed").endswith("-f00dfee") and environment.now().endswith("-unknown")
 
 
 def test_run_from_the_command_line(tmp_path, capsys):
@@ -277,9 +295,9 @@ def test_list_and_roofline(capsys):
 
 
 def test_records_have_folders_of_devices(monkeypatch):
-    assert record.device_slug("cpu") == "cpu"
+    assert environment.device_slug("cpu") == "cpu"
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA H200")
-    assert record.device_slug("cuda") == "nvidia-h200"
+    assert environment.device_slug("cuda") == "nvidia-h200"
 
 
 class Graph:
@@ -368,7 +386,7 @@ def test_cold_inputs_are_taken_in_turn(monkeypatch):
 
 
 def test_interleaved_timing_orders_what_it_times():
-    timed = timing.interleave({"short": lambda: time.sleep(0.0005), "long": lambda: time.sleep(0.005)}, seconds=0.05)
+    timed = clocks.interleave({"short": lambda: time.sleep(0.0005), "long": lambda: time.sleep(0.005)}, seconds=0.05)
     assert timed["short"].p50 < timed["long"].p50
     assert timed["short"].samples == timed["long"].samples >= 7
 
@@ -376,10 +394,10 @@ def test_interleaved_timing_orders_what_it_times():
 def test_rounds_take_every_one_as_often():
     order = []
     samplers = {name: lambda name=name: order.append(name) or float(len(order)) for name in "abc"}
-    taken = timing.rounds(samplers, 0.0, least=4, most=60)
+    taken = clocks.rounds(samplers, 0.0, least=4, most=60)
     assert {len(samples) for samples in taken.values()} == {4}
     assert [sorted(order[i : i + 3]) for i in range(0, 12, 3)] == [["a", "b", "c"]] * 4
-    assert order != sorted(order, key=order.index) and len(timing.rounds(samplers, 60.0, 1, 6)["a"]) == 6
+    assert order != sorted(order, key=order.index) and len(clocks.rounds(samplers, 60.0, 1, 6)["a"]) == 6
 
 
 def test_geometric_mean():
@@ -398,14 +416,14 @@ def test_a_run_of_nothing_says_so(tmp_path, capsys):
 @pytest.fixture
 def repository(tmp_path):
     """A repository with this checkout's library, and a second commit that is slower."""
-    if not (record.ROOT / ".git").exists():
+    if not (environment.ROOT / ".git").exists():
         pytest.skip("not a git checkout")
 
     def git(*arguments):
         identity = ["-c", "user.name=test", "-c", "user.email=test@example.org"]
         subprocess.run(["git", *identity, *arguments], cwd=tmp_path / "clone", check=True, capture_output=True)
 
-    subprocess.run(["git", "clone", "--quiet", "--shared", str(record.ROOT), str(tmp_path / "clone")], check=True)
+    subprocess.run(["git", "clone", "--quiet", "--shared", str(environment.ROOT), str(tmp_path / "clone")], check=True)
     git("tag", "base")
     functional_file = tmp_path / "clone" / "interp_nn" / "functional.py"
     planted = "\n_exact = summary\n\n\ndef summary(*given):\n    import time\n\n    time.sleep(0.02)\n    return _exact(*given)\n"
@@ -429,9 +447,9 @@ def test_a_planted_slow_revision_is_caught(repository, monkeypatch, capsys):
 
 
 def test_readme_is_what_its_record_says():
-    readme = record.ROOT / "README.md"
+    readme = environment.ROOT / "README.md"
     text = readme.read_text(encoding="utf-8")
     names = [line.split()[-2] for line in text.splitlines() if line.startswith(f"{report.BEGIN} table")]
     assert names
     for name in names:
-        assert report.markdown(rows.read([record.ROOT / Path(name)]), brief=True) in text
+        assert report.markdown(rows.read([environment.ROOT / Path(name)]), brief=True) in text

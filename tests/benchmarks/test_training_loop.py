@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import record, training
-from benchmarks.training import Recipe
+from benchmarks.experiments import training
+from benchmarks.experiments.training import Recipe
+from benchmarks.records import environment
 
 X, Y = torch.randn(45, 6, generator=torch.Generator().manual_seed(1)), torch.arange(45) % 3
 
@@ -101,10 +102,10 @@ def test_it_is_known_where_epochs_were_made(tmp_path, monkeypatch):
     def trained(epochs, commit=None, **named):
         if commit is not None:
             here = {"git_sha": commit, "device": "a device", "versions": {"torch": "2"}}
-            monkeypatch.setattr(record, "environment", lambda device: {"utc": "now", **here})
+            monkeypatch.setattr(environment, "environment", lambda device: {"utc": "now", **here})
         return training.train(network(), X, Y, Recipe(epochs, 10, 1e-2), label="mlp", **named).made
 
-    real = record.environment("cpu")
+    real = environment.facts("cpu")
     assert trained(2) == [{"epochs": 2, **{key: value for key, value in real.items() if key != "utc"}}]
     file = tmp_path / "run.pt"
     rest = {"device": "a device", "versions": {"torch": "2"}}

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks import law
-from benchmarks.problems import DTYPES, Data, Problem
-from benchmarks.providers import Provider
+from benchmarks.timing import tolerances
+from benchmarks.timing.problems import DTYPES, Data, Problem
+from benchmarks.timing.providers import Provider
 
 # A relative error beyond which a result is wrong, whoever computes it. Ours has the law of `benchmarks.law` to keep besides.
 _LIMIT = {torch.float64: 1e-10, torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
@@ -29,7 +29,7 @@ class Truth:
 
     def errors(self, provider: Provider, mode: str, got: Sequence[Tensor]) -> list[tuple[float, float]]:
         """Of a mode's results: (relative Frobenius, relative maximum) of each."""
-        return [law.errors(g, e) for g, e in zip(got, of_mode(mode, self._results(provider, mode)), strict=True)]
+        return [tolerances.errors(g, e) for g, e in zip(got, of_mode(mode, self._results(provider, mode)), strict=True)]
 
     def plain_errors(self, provider: Provider, mode: str) -> list[tuple[float, float]]:
         """Of PyTorch's own results at the same precision."""
@@ -38,21 +38,23 @@ class Truth:
             got = _evaluated(
                 functools.partial(provider.plain, self._data), provider.leaves(0), self._data.dy, mode in VALUE_ONLY
             )
-            self._plain[key] = [law.errors(g, e) for g, e in zip(got, self._results(provider, mode), strict=True)]
+            self._plain[key] = [
+                tolerances.errors(g, e) for g, e in zip(got, self._results(provider, mode), strict=True)
+            ]
         return of_mode(mode, self._plain[key])
 
     def breach(self, provider: Provider, mode: str, errors: Sequence[tuple[float, float]]) -> str | None:
         """Why results with these errors are wrong, None if they are right."""
         dtype = DTYPES[self._problem.dtype]
         floor = {
-            "tf32": law.FLOOR_ULPS[torch.float16] * law.TF32_EPS,
-            "fp32": law.floor(dtype, law.SPLIT_ULPS if self._data.x.is_cuda else None),
-        }.get(self._problem.dtype, law.floor(dtype))
+            "tf32": tolerances.FLOOR_ULPS[torch.float16] * tolerances.TF32_EPS,
+            "fp32": tolerances.floor(dtype, tolerances.SPLIT_ULPS if self._data.x.is_cuda else None),
+        }.get(self._problem.dtype, tolerances.floor(dtype))
         plain, limit = self.plain_errors(provider, mode), _LIMIT[dtype] if self._problem.dtype != "tf32" else 1e-2
         for name, ours, theirs in zip(of_mode(mode, _results(len(provider.leaves(0)))), errors, plain, strict=True):
             if not ours[0] <= limit:
                 return f"{name}: relative error {ours[0]:.2g} against fp64"
-            if provider.engine is not None and (why := law.breach(ours, theirs, floor)):
+            if provider.engine is not None and (why := tolerances.breach(ours, theirs, floor)):
                 return f"{name}: {why}"
         return None
 

@@ -26,11 +26,11 @@ import numpy as np
 from tqdm import tqdm
 
 from benchmarks.experiments.common import at_least
-from benchmarks.problems import MODES, OPS, QUICK, Problem
-from benchmarks.record import ROOT
-from benchmarks.report import COLUMNS, ratio
-from benchmarks.rows import geomean, grouped, read
-from benchmarks.run import ALL_MODES, shape
+from benchmarks.records.environment import ROOT
+from benchmarks.records.report import COLUMNS, ratio
+from benchmarks.records.rows import geomean, grouped, read
+from benchmarks.timing.problems import MODES, OPS, QUICK, Problem
+from benchmarks.timing.run import ALL_MODES, shape
 
 _NAMES = ("ours", "linear")
 
@@ -151,7 +151,7 @@ class _Side:
 def _side(folder: Path, device: str) -> Iterator[_Side]:
     path = os.pathsep.join(filter(None, [str(folder), str(ROOT), os.environ.get("PYTHONPATH")]))
     process = subprocess.Popen(
-        [sys.executable, "-m", "benchmarks.side", device], cwd=folder, env={**os.environ, "PYTHONPATH": path},
+        [sys.executable, "-m", "benchmarks.timing.compare_worker", device], cwd=folder, env={**os.environ, "PYTHONPATH": path},
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
     with contextlib.closing(_Side(process)) as side:

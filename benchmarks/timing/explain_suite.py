@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from benchmarks import footprint, law
-from benchmarks.measure import Asked, launches, left_out, said
-from benchmarks.networks import ARCHITECTURES, CLASSES, MLPNetwork
-from benchmarks.problems import products
-from benchmarks.rows import Writer
-from benchmarks.timing import on_events, on_wall, rounds, summary
+from benchmarks.records.rows import Writer
+from benchmarks.timing import footprint, tolerances
+from benchmarks.timing.clocks import on_events, on_wall, rounds, summary
+from benchmarks.timing.measure import Asked, launches, left_out, said
+from benchmarks.timing.problems import products
+from benchmarks.timing.reference_networks import ARCHITECTURES, CLASSES, MLPNetwork
 from interp_nn.explain import ActivationPatterns, linearize
 
 PROVIDERS = ("ours", "backwards", "jacrev", "unique")
@@ -53,7 +53,9 @@ def _linearize(architecture: str, asked: Asked, writer: Writer) -> None:
         MLPNetwork(_CHANNELS, _SIZE, architecture).to(asked.device).eval().double(), images.double(), network
     )
     sizes = {"n": len(images), "d": images[0].numel(), "k": CLASSES}
-    _measure(f"linearize_{architecture}", sizes, calls, lambda got: law.errors(got, exact)[0], 1e-4, asked, writer)
+    _measure(
+        f"linearize_{architecture}", sizes, calls, lambda got: tolerances.errors(got, exact)[0], 1e-4, asked, writer
+    )
 
 
 def _backwards(network: nn.Module, images: Tensor, state: nn.Module | None = None) -> Tensor:

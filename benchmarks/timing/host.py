@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 
 import interp_nn
-from benchmarks import record
-from benchmarks.timing import interleave
+from benchmarks.records import environment
+from benchmarks.timing.clocks import interleave
 from interp_nn import functional
 from interp_nn.engines.eager import LossOptions
 from interp_nn.nn import SummaryLinear
@@ -41,9 +41,9 @@ def run(output: Path | None) -> dict[str, Any]:
         # On a GPU the kernel checks the targets.
         with mock.patch.object(engine, "launch", _nothing), mock.patch.object(eager, "check_target", _nothing):
             medians = _medians(_calls(engine))
-    result = {**record.environment(), "unit": "us", "rounds": _ROUNDS, "median": medians, "layer": _layers()}
+    result = {**environment.facts(), "unit": "us", "rounds": _ROUNDS, "median": medians, "layer": _layers()}
     if output is not None:
-        record.write(output, result)
+        environment.write(output, result)
     return result
 
 

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks.providers import INVERSES
-from benchmarks.rows import Row, geomean, grouped, read
-from benchmarks.suites import explain
+from benchmarks.records.rows import Row, geomean, grouped, read
+from benchmarks.timing import explain_suite
+from benchmarks.timing.providers import INVERSES
 
 BEGIN, END = "<!-- begin: python -m benchmarks", "<!-- end -->"
 _MODE = {
@@ -48,7 +48,7 @@ COLUMNS = (
     Column("jacrev / ours", "jacrev", "ours"),
     Column("unique / ours", "unique", "ours"),
 )
-_EXPLAIN = frozenset(explain.PROVIDERS) - {"ours"}
+_EXPLAIN = frozenset(explain_suite.PROVIDERS) - {"ours"}
 
 
 def ratio(found: dict[str, Row], column: Column) -> float | None:

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import interp_nn
-from benchmarks.problems import DTYPES, Data, Problem
+from benchmarks.timing.problems import DTYPES, Data, Problem
 from interp_nn import functional
 
 Function = Callable[[Data], Tensor]

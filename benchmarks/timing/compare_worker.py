@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
-from benchmarks import providers
-from benchmarks.measure import calling
-from benchmarks.problems import Problem, datasets
-from benchmarks.timing import on_events, on_wall
+from benchmarks.timing import providers
+from benchmarks.timing.clocks import on_events, on_wall
+from benchmarks.timing.measure import calling
+from benchmarks.timing.problems import Problem, datasets
 
 _SAMPLE_MS = 0.5  # at least
 

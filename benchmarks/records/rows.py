@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import record
+from benchmarks.records import environment
 
 SCHEMA = 1
 # "wrong": not what fp64 says, within the law of `benchmarks.law`. "skipped": over a limit that the note names.
@@ -101,7 +101,7 @@ def common(device: torch.device, revision: str | None = None) -> Row:
 
     revision: the commit where there is no git.
     """
-    told = record.environment(device.type, revision)
+    told = environment.facts(device.type, revision)
     versions = told["versions"]
     return {
         "schema": SCHEMA,

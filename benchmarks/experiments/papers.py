@@ -11,10 +11,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks import record
 from benchmarks.experiments import common, gated_images, mnist_tsne, summary_cnn, summary_vgg
-from benchmarks.experiments.heads import Study
+from benchmarks.experiments.head_comparison import Study
 from benchmarks.experiments.images import Budget
+from benchmarks.records import environment
 
 Record = dict[str, Any]
 
@@ -67,7 +67,7 @@ FULL = {
 TEST_IMAGES = 10_000  # of each of these datasets
 
 
-def read(root: Path = record.ROOT / "benchmarks" / "results") -> list[Record]:
+def read(root: Path = environment.ROOT / "benchmarks" / "results") -> list[Record]:
     """The records of the experiments that have a place in the table, in its order, a device after the other."""
     folders = sorted(root.glob("*/experiments"))
     files = [folder / f"{name}.json" for name in _READERS for folder in folders]

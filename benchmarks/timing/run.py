@@ -9,13 +9,13 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import record, report
-from benchmarks.measure import TIMERS, Asked
-from benchmarks.problems import CLASSES, DTYPES, HEADS, MODES, OPS, QUICK, SHAPES
-from benchmarks.providers import ABOUT, NAMES
-from benchmarks.rows import Writer
-from benchmarks.suites import explain, ops, train
-from benchmarks.timing import Limit
+from benchmarks.records import environment, report
+from benchmarks.records.rows import Writer
+from benchmarks.timing import explain_suite, operator_suite, training_suite
+from benchmarks.timing.clocks import Limit
+from benchmarks.timing.measure import TIMERS, Asked
+from benchmarks.timing.problems import CLASSES, DTYPES, HEADS, MODES, OPS, QUICK, SHAPES
+from benchmarks.timing.providers import ABOUT, NAMES
 from interp_nn.engines import ENGINES
 
 SUITES = {
@@ -52,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seconds", type=float, help="of each problem and mode (default: 1.5)")
     parser.add_argument(
         "--budget", type=float, metavar="GFLOP",
-        help=f"leave out problems whose forward and backward take more (default: {ops.CPU_BUDGET:.0f} on a CPU, none on a GPU)",
+        help=f"leave out problems whose forward and backward take more (default: {operator_suite.CPU_BUDGET:.0f} on a CPU, none on a GPU)",
     )  # fmt: skip
     parser.add_argument(
         "--minutes",
@@ -102,23 +102,23 @@ def run(given: argparse.Namespace) -> int:
         given.seconds or (0.3 if given.quick else 1.5), given.samples or (3 if given.quick else 7),
         limit=Limit(given.minutes),
     )  # fmt: skip
-    results = record.ROOT / "benchmarks" / "results" / record.device_slug(device.type)
-    out = given.out or results / f"{record.now(given.revision)}.jsonl"
+    results = environment.ROOT / "benchmarks" / "results" / environment.device_slug(device.type)
+    out = given.out or results / f"{environment.now(given.revision)}.jsonl"
     writer = Writer(out, device, timer, "cold" if cold else "hot", given.revision)
     names = given.provider or NAMES
     suites = given.suite or (["ops"] if given.quick else list(SUITES))
     if "ops" in suites:
-        budget = given.budget or (ops.CPU_BUDGET if device.type == "cpu" else None)
+        budget = given.budget or (operator_suite.CPU_BUDGET if device.type == "cpu" else None)
         dtypes = given.dtype or (("fp32",) if device.type == "cpu" else ("bf16", "fp32"))
-        ops.run(
-            ops.Wanted(given.op or OPS, given.mode, given.shape, dtypes, names, budget, given.quick),
+        operator_suite.run(
+            operator_suite.Wanted(given.op or OPS, given.mode, given.shape, dtypes, names, budget, given.quick),
             asked,
             writer,
         )
     if "train" in suites:
-        train.run(names, asked, writer)
+        training_suite.run(names, asked, writer)
     if "explain" in suites:
-        explain.run(asked, writer, given.quick)
+        explain_suite.run(asked, writer, given.quick)
     if all(row["op"] == "ceiling" for row in writer.rows):
         print(
             "benchmarks run: nothing asked for can be run: no suite has it all, op, mode, shape and provider",

@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.report import COLUMNS, Column, ratio
-from benchmarks.rows import Row, grouped
+from benchmarks.records.report import COLUMNS, Column, ratio
+from benchmarks.records.rows import Row, grouped
 
 _COLOURS = {
     "ours": "#0b5fa5",

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from benchmarks import data, timing
-from benchmarks.experiments import common
-from benchmarks.networks import cnn_body
-from benchmarks.training import Recipe, accuracy, cross_entropy
+from benchmarks.experiments import common, datasets
+from benchmarks.experiments.training import Recipe, accuracy, cross_entropy
+from benchmarks.timing import clocks
+from benchmarks.timing.reference_networks import cnn_body
 from interp_nn.nn import SummaryLinear
 from interp_nn.nn.base import LinearForm
 from interp_nn.nn.orthogonality import constrain, orthogonality_penalty, retract_
@@ -41,7 +41,7 @@ def main(arguments: list[str] | None = None) -> int:
     given.seeds = given.seeds or (1 if given.quick else 3)
     recipe = RECIPE._replace(epochs=given.epochs or (2 if given.quick else RECIPE.epochs))
     run = common.Run(NAME, given)
-    images = data.digits()
+    images = datasets.digits()
     images = images._replace(**{name: getattr(images, name).to(given.device) for name in images._fields[1:]})
 
     def measure(network: nn.Module) -> dict[str, float]:
@@ -78,7 +78,7 @@ def _train(
     way: str,
     seed: int,
     network: nn.Module,
-    images: data.Images,
+    images: datasets.Images,
     recipe: Recipe,
     measure: Callable[[nn.Module], dict[str, float]],
 ) -> None:
@@ -109,7 +109,7 @@ def _defect(network: nn.Module) -> dict[str, float]:
     return {"defect": max(found)} if found else {}
 
 
-def _times(x: Tensor, y: Tensor, seconds: float) -> dict[str, timing.Timing]:
+def _times(x: Tensor, y: Tensor, seconds: float) -> dict[str, clocks.Timing]:
     """Milliseconds of a training step with each network, one thread of the CPU, in rounds of all."""
 
     def stepper(way: str) -> Callable[[], object]:
@@ -129,7 +129,7 @@ def _times(x: Tensor, y: Tensor, seconds: float) -> dict[str, timing.Timing]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        return timing.interleave({way: stepper(way) for way in MEANINGS}, seconds)
+        return clocks.interleave({way: stepper(way) for way in MEANINGS}, seconds)
     finally:
         torch.set_num_threads(threads)
 
@@ -141,7 +141,7 @@ def _print(ways: dict[str, dict[str, Any]]) -> None:
         print(f"{name:16} {common.percent(row['last_accuracy']):>17} {defect:>9} {row['step']['ms_p50']:>10.2f}")
 
 
-def _draw(run: common.Run, trainer: common.Trainer, times: dict[str, timing.Timing]) -> None:
+def _draw(run: common.Run, trainer: common.Trainer, times: dict[str, clocks.Timing]) -> None:
     from matplotlib import pyplot as plt
 
     figure, (defects, bars) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained", width_ratios=(5, 4))

@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 import torch
 
-from benchmarks.problems import DTYPES, Problem, least_bytes, useful_flops
-from benchmarks.timing import on_events, on_wall, rounds, summary
+from benchmarks.timing.clocks import on_events, on_wall, rounds, summary
+from benchmarks.timing.problems import DTYPES, Problem, least_bytes, useful_flops
 
 _WARM = 3  # samples left out
 

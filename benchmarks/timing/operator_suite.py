@@ -7,11 +7,11 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-from benchmarks import ceilings
-from benchmarks.measure import Asked, measure
-from benchmarks.problems import CLASSES, HEADS, MODES, OPS, QUICK, SHAPES, Problem, products, useful_flops
-from benchmarks.providers import NAMES
-from benchmarks.rows import Writer
+from benchmarks.records.rows import Writer
+from benchmarks.timing import ceilings
+from benchmarks.timing.measure import Asked, measure
+from benchmarks.timing.problems import CLASSES, HEADS, MODES, OPS, QUICK, SHAPES, Problem, products, useful_flops
+from benchmarks.timing.providers import NAMES
 
 CPU_BUDGET = 150.0  # GFLOP of a forward and backward
 

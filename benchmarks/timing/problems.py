@@ -24,11 +24,7 @@ DTYPES = {
 OPS = ("summary", "cross_entropy", "head")
 # Of the summary: "fwd" records what a backward needs, "bwd" walks a graph that is kept, "fwdbwd" does both, and "infer"
 # records nothing. Of a loss: the loss with all its gradients.
-MODES = {
-    "summary": ("fwd", "bwd", "fwdbwd", "infer"),
-    "cross_entropy": ("loss",),
-    "head": ("loss",),
-}
+MODES = {"summary": ("fwd", "bwd", "fwdbwd", "infer"), "cross_entropy": ("loss",), "head": ("loss",)}
 SHAPES = (
     (32, 512, 100),
     (256, 512, 100),

@@ -15,13 +15,13 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import interp_nn
-from benchmarks import footprint, law
-from benchmarks.measure import Asked, launches, left_out, said
-from benchmarks.networks import ARCHITECTURES, CLASSES, MLPNetwork, Network, SummaryNetwork
-from benchmarks.problems import Problem, products
-from benchmarks.providers import OURS, UnsupportedError, planned
-from benchmarks.rows import Writer
-from benchmarks.timing import on_events, on_wall, rounds, summary
+from benchmarks.records.rows import Writer
+from benchmarks.timing import footprint, tolerances
+from benchmarks.timing.clocks import on_events, on_wall, rounds, summary
+from benchmarks.timing.measure import Asked, launches, left_out, said
+from benchmarks.timing.problems import Problem, products
+from benchmarks.timing.providers import OURS, UnsupportedError, planned
+from benchmarks.timing.reference_networks import ARCHITECTURES, CLASSES, MLPNetwork, Network, SummaryNetwork
 
 PROVIDERS = (*OURS, "linear", "unfused")
 BATCH, CHANNELS, SIZE = 32, 3, 32
@@ -93,9 +93,9 @@ class _Step:
         plain = _unfused if isinstance(self._network, SummaryNetwork) else _own
         exact = self._gradients(copy.deepcopy(self._network).double(), plain, images.double())
         with interp_nn.use_engine(self._engine):
-            ours = law.errors(self._gradients(self._network, self._loss, images), exact)
-        theirs = law.errors(self._gradients(self._network, plain, images), exact)
-        why = law.breach(ours, theirs, law.floor(torch.float32, law.SPLIT_ULPS))
+            ours = tolerances.errors(self._gradients(self._network, self._loss, images), exact)
+        theirs = tolerances.errors(self._gradients(self._network, plain, images), exact)
+        why = tolerances.breach(ours, theirs, tolerances.floor(torch.float32, tolerances.SPLIT_ULPS))
         return {
             "plan": self._plan,
             "err_fro": ours[0],
@@ -126,7 +126,7 @@ def _own(network: Network, images: Tensor, target: Tensor) -> Tensor:
 def _unfused(network: Network, images: Tensor, target: Tensor) -> Tensor:
     assert isinstance(network, SummaryNetwork)
     head, output = network.head, network.head.output
-    return law.naive_head_cross_entropy(network.body(images), head.weight.mT, output.weight, output.bias, target)
+    return tolerances.naive_head_cross_entropy(network.body(images), head.weight.mT, output.weight, output.bias, target)
 
 
 def _width(network: Network) -> int:

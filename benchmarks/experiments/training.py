@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from benchmarks import record
+from benchmarks.records import environment
 
 
 class Recipe(NamedTuple):
@@ -72,7 +72,7 @@ def train(
     shuffle = torch.Generator().manual_seed(seed)
     history: History = {"loss": [], "seconds": []}
     made: list[dict[str, Any]] = []
-    here = {name: value for name, value in record.environment(str(x.device)).items() if name != "utc"}
+    here = {name: value for name, value in environment.facts(str(x.device)).items() if name != "utc"}
     settings = {
         "label": label, "seed": seed, "samples": len(y), "batch": recipe.batch, "learning_rate": recipe.learning_rate,
         **(settings or {}),

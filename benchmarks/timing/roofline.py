@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from benchmarks.ceilings import Ceiling
-from benchmarks.problems import MODES, Problem, least_bytes, useful_flops
+from benchmarks.timing.ceilings import Ceiling
+from benchmarks.timing.problems import MODES, Problem, least_bytes, useful_flops
 
 
 def table(rates: dict[str, Ceiling], problems: Sequence[Problem]) -> str:
@@ -14,11 +14,7 @@ def table(rates: dict[str, Ceiling], problems: Sequence[Problem]) -> str:
     for dtype, rate in rates.items():
         balance = rate.flops / rate.bandwidth
         lines.append(f"| {dtype} | {rate.bandwidth / 1e9:.4g} | {rate.flops / 1e12:.4g} | {balance:.3g} |")
-    lines += [
-        "",
-        "| problem | mode | GFLOP | MB | FLOP/byte | least, ms | bound by |",
-        "|---|---|--:|--:|--:|--:|---|",
-    ]
+    lines += ["", "| problem | mode | GFLOP | MB | FLOP/byte | least, ms | bound by |", "|---|---|--:|--:|--:|--:|---|"]
     for problem in problems:
         rate = rates[problem.dtype]
         for mode in MODES[problem.op]:

@@ -14,10 +14,10 @@ import torch
 
 import interp_nn
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
-def environment(device: str = "cpu", revision: str | None = None) -> dict[str, Any]:
+def facts(device: str = "cpu", revision: str | None = None) -> dict[str, Any]:
     """Device, versions, commit and time, for the head of every record. revision: the commit where there is no git."""
     sha = _git("rev-parse", "HEAD")
     return {

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from benchmarks import data, timing
-from benchmarks.experiments import common, images
+from benchmarks.experiments import common, datasets, images
 from benchmarks.experiments.images import Budget
-from benchmarks.networks import NETWORKS, MLPNetwork, Network, SummaryNetwork
-from benchmarks.training import Recipe, accuracy
+from benchmarks.experiments.training import Recipe, accuracy
+from benchmarks.timing import clocks
+from benchmarks.timing.reference_networks import NETWORKS, MLPNetwork, Network, SummaryNetwork
 from interp_nn.nn import SummaryHead
 
 PUBLISHED_BUDGET = (
@@ -66,7 +66,7 @@ class Study(NamedTuple):
     gpu: Budget
     quick: Budget
 
-    def images(self, given: argparse.Namespace) -> tuple[data.Images, Recipe] | None:
+    def images(self, given: argparse.Namespace) -> tuple[datasets.Images, Recipe] | None:
         """CIFAR-10 and the recipe within the budget; None after having printed why the images are not to be had."""
         found = images.load(given, "cifar10")
         return found and images.within(found, given, self.cpu, self.gpu, self.quick, self.learning_rate)
@@ -103,7 +103,9 @@ def as_reference_(head: SummaryHead) -> None:
     parametrize.register_parametrization(head, "weight", Shift(linear.bias.detach().clone()))
 
 
-def train(study: Study, trainer: common.Trainer, name: str, seed: int, chosen: data.Images, recipe: Recipe) -> Network:
+def train(
+    study: Study, trainer: common.Trainer, name: str, seed: int, chosen: datasets.Images, recipe: Recipe
+) -> Network:
     """A variant, trained."""
     start, measure = partial(build, study, name), partial(measures, chosen)
     return trainer(name, seed, start, chosen.x_train, chosen.y_train, recipe, measure, loss)
@@ -115,7 +117,7 @@ def loss(network: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     return network.loss(x, y)
 
 
-def measures(chosen: data.Images, network: nn.Module) -> dict[str, float]:
+def measures(chosen: datasets.Images, network: nn.Module) -> dict[str, float]:
     """Test accuracies in evaluation mode and as the reference scores, and a summary head's orthogonality defect."""
     found = images.accuracy_on(chosen)(network)
     found["accuracy_as_scored"] = found["accuracy"]
@@ -155,7 +157,7 @@ def main(study: Study, description: str | None, arguments: list[str] | None) -> 
     return 0
 
 
-def step_times(study: Study, chosen: data.Images, recipe: Recipe, quick: bool) -> dict[str, timing.Timing]:
+def step_times(study: Study, chosen: datasets.Images, recipe: Recipe, quick: bool) -> dict[str, clocks.Timing]:
     """Milliseconds of a training step with each variant on the same batch, in rounds of all."""
     x, y = chosen.x_train[: recipe.batch], chosen.y_train[: recipe.batch]
 
@@ -171,12 +173,12 @@ def step_times(study: Study, chosen: data.Images, recipe: Recipe, quick: bool) -
 
         return step
 
-    clock = timing.on_events if x.is_cuda else timing.on_wall
+    clock = clocks.on_events if x.is_cuda else clocks.on_wall
     steppers = {name: stepper(name) for name in study.variants}
-    return timing.interleave(steppers, 0 if quick else TIMED, least=1 if quick else 7, clock=clock)
+    return clocks.interleave(steppers, 0 if quick else TIMED, least=1 if quick else 7, clock=clock)
 
 
-def _results(study: Study, trainer: common.Trainer, times: dict[str, timing.Timing]) -> dict[str, Any]:
+def _results(study: Study, trainer: common.Trainer, times: dict[str, clocks.Timing]) -> dict[str, Any]:
     table = trainer.table()
     base = next(iter(study.variants))
     networks = {}

@@ -20,12 +20,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import interp_nn
-from benchmarks import providers
 from benchmarks.gpu import kernels
 from benchmarks.gpu.log import Log
-from benchmarks.graphs import captured, spare_words
-from benchmarks.problems import Data, drawn, filling
-from benchmarks.timing import on_events, on_host, rounds
+from benchmarks.timing import providers
+from benchmarks.timing.clocks import on_events, on_host, rounds
+from benchmarks.timing.cuda_graphs import captured, spare_words
+from benchmarks.timing.problems import Data, drawn, filling
 from interp_nn import engines, functional
 from interp_nn.engines import barrier as barrier_words
 from interp_nn.engines.devices import chip_of, family

@@ -14,14 +14,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks import footprint, providers
-from benchmarks.ceilings import Ceiling
-from benchmarks.graphs import capture
-from benchmarks.problems import Data, Problem, datasets, least_bytes, rotation, useful_flops
-from benchmarks.providers import Provider, UnsupportedError
-from benchmarks.rows import Writer
-from benchmarks.timing import Limit, Sampler, Timing, on_events, on_wall, rounds, summary
-from benchmarks.truth import Truth, value_and_gradients
+from benchmarks.records.rows import Writer
+from benchmarks.timing import footprint, providers
+from benchmarks.timing.ceilings import Ceiling
+from benchmarks.timing.clocks import Limit, Sampler, Timing, on_events, on_wall, rounds, summary
+from benchmarks.timing.cuda_graphs import capture
+from benchmarks.timing.fp64_reference import Truth, value_and_gradients
+from benchmarks.timing.problems import Data, Problem, datasets, least_bytes, rotation, useful_flops
+from benchmarks.timing.providers import Provider, UnsupportedError
 
 TIMERS = {"cpu": ("wall",), "cuda": ("events", "graph")}
 _SAMPLE_MS = 1.0  # of a sample on a GPU at least, as events of less time the host
