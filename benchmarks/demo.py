@@ -1,7 +1,8 @@
-"""The main job: a small CNN on real images, once with an MLP head and once with a summary head, compared in full."""
+"""`demo`: a small CNN on real images, once with an MLP head and once with a summary head, compared in full."""
 
 from __future__ import annotations
 
+import argparse
 import sys
 import time
 from collections.abc import Callable
@@ -15,36 +16,47 @@ from tqdm import tqdm
 
 import interp_nn
 from benchmarks.experiments import datasets
+from benchmarks.experiments.training import accuracy
 from benchmarks.records import environment
-from benchmarks.records.rows import Writer
+from benchmarks.records.rows import Writer, common, write_json
+from benchmarks.timing import tolerances
 from benchmarks.timing.measure import TIMERS, Asked, measure
 from benchmarks.timing.problems import Problem
 from benchmarks.timing.reference_networks import NETWORKS, Network, SummaryNetwork
+from benchmarks.timing.run import at_least
 
 BATCH = 64
 LEARNING_RATE = 1e-3
 
 
-def run(
-    dataset: str | None,
-    directory: Path | None,
-    epochs: int | None,
-    seeds: int | None,
-    train_size: int | None,
-    device: str,
-    output: Path,
-) -> int:
-    """Train, check, time, print, and save a figure and a record; exit status 1 when the gradient check fails."""
-    start = time.perf_counter()
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `python -m benchmarks demo`."""
+    names = ("digits", "mnist", "cifar10", "cifar100")
+    parser.add_argument("--dataset", choices=names, help="default: the dataset in --data, else digits")
+    parser.add_argument(
+        "--data", type=Path, default=datasets.usual_folder(), metavar="DIR",
+        help="folder with MNIST or CIFAR-10 (default: $INTERP_NN_DATA)",
+    )  # fmt: skip
+    number = at_least(1)
+    parser.add_argument("--epochs", type=number, help="default: 20 for digits, 1 for the others")
+    parser.add_argument("--seeds", type=number, help="networks of each kind (default: 3 for digits, 1 for the others)")
+    parser.add_argument("--train-size", type=number, help="train on the first images only (default: all)")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--output", type=Path, default=Path("results"), metavar="DIR", help="for the PNG and the JSON")
+
+
+def run(given: argparse.Namespace) -> int:
+    """Train, check, time, print, and save a figure and a record; the exit status is 1 when the gradient check fails."""
+    start, device, output = time.perf_counter(), given.device, given.output
     try:
-        images = datasets.load(dataset, directory)
+        images = datasets.load(given.dataset, given.data)
     except (FileNotFoundError, ValueError) as error:
         print(error, file=sys.stderr)
         return 2
-    epochs = epochs or (20 if images.name == "digits" else 1)
-    seeds = seeds or (3 if images.name == "digits" else 1)
-    if train_size:
-        images = images._replace(x_train=images.x_train[:train_size], y_train=images.y_train[:train_size])
+    epochs = given.epochs or (20 if images.name == "digits" else 1)
+    seeds = given.seeds or (3 if images.name == "digits" else 1)
+    if size := given.train_size:
+        images = images._replace(x_train=images.x_train[:size], y_train=images.y_train[:size])
     images = images._replace(**{name: getattr(images, name).to(device) for name in images._fields[1:]})
     channels, size = images.x_train.shape[1:3]
     print(
@@ -78,7 +90,7 @@ def run(
     }
     spectrum = trained.head.spectrum().cpu().numpy()
     figure, json_file = output / f"demo-{images.name}.png", output / f"demo-{images.name}.json"
-    environment.write(json_file, whole)
+    write_json(json_file, whole)
     _draw(whole, spectrum, figure)
     _print(whole)
     print(f"\nwrote {json_file} and {figure}; {whole['seconds']:.0f} s in all")
@@ -129,18 +141,14 @@ def _train(
 
 @torch.no_grad()
 def _accuracy(network: Network, images: datasets.Images) -> float:
-    """Share of the test images that are classified right, in evaluation mode."""
+    """Return the share of test images that are classified right, in evaluation mode."""
     network.eval()
-    right = sum(
-        int((network(x).argmax(1) == y).sum())
-        for x, y in zip(images.x_test.split(1000), images.y_test.split(1000), strict=True)
-    )
-    return right / len(images.y_test)
+    return accuracy(network, images.x_test, images.y_test)
 
 
 @torch.no_grad()
 def _summary_measures(network: SummaryNetwork, images: datasets.Images) -> dict[str, float]:
-    """Orthogonality defect of b, and how far the two logits agree on the test images."""
+    """Return the orthogonality defect of b, and how far the two logits agree on the test images."""
     network.train()  # both logits
     agree, difference, norm = 0, 0.0, 0.0
     for x in images.x_test.split(1000):
@@ -156,7 +164,7 @@ def _summary_measures(network: SummaryNetwork, images: datasets.Images) -> dict[
 
 
 def _check_gradients(network: SummaryNetwork, images: datasets.Images) -> dict[str, Any]:
-    """The head's loss and gradients on a training batch: ours, and autograd's of the plain expression, against fp64."""
+    """Compare the gradients of the head's loss on a training batch with fp64: ours, and autograd's of the expression."""
     with torch.no_grad():
         features = network.body(images.x_train[:BATCH])
     target = images.y_train[:BATCH]
@@ -167,34 +175,26 @@ def _check_gradients(network: SummaryNetwork, images: datasets.Images) -> dict[s
         inputs = [t.detach().to(dtype).requires_grad_() for t in tensors]
         return list(torch.autograd.grad(loss(*inputs, target), inputs))
 
-    def plain(x: Tensor, b: Tensor, a: Tensor, c: Tensor, target: Tensor) -> Tensor:
-        p = x @ b
-        o1, o2 = p @ a.T + c, p @ (b.T @ b) @ a.T + c
-        entropy = torch.nn.functional.cross_entropy
-        return entropy(o1, target) + entropy(o2, target) + torch.nn.functional.mse_loss(o1, o2)
-
-    exact = gradients(plain, torch.float64)
+    plain = tolerances.naive_head_cross_entropy
     rows = {}
-    for name, ours, autograd, truth in zip(
+    for name, ours, autograd, exact in zip(
         ("features", "b", "output weight", "output bias"),
         gradients(interp_nn.functional.summary_head_cross_entropy, torch.float32),
         gradients(plain, torch.float32),
-        exact,
+        gradients(plain, torch.float64),
         strict=True,
     ):
-        scale = float(truth.norm())
-        errors = [float((g - truth).norm()) / scale for g in (ours, autograd)]
-        rows[name] = {"interp_nn": errors[0], "autograd": errors[1]}
+        rows[name] = {"interp_nn": tolerances.errors(ours, exact)[0], "autograd": tolerances.errors(autograd, exact)[0]}
     floor = 16 * torch.finfo(torch.float32).eps
     passed = all(row["interp_nn"] <= 2 * row["autograd"] + floor for row in rows.values())
     return {"relative_error_to_fp64": rows, "passed": passed}
 
 
 def _timings(n: int, d: int, k: int, device: str) -> dict[str, Any]:
-    """Forward + backward of the summary, the unfused expression, the inverse-based baseline and nn.Linear, in fp32."""
+    """Time forward + backward of the summary, the unfused expression, an inverse-based baseline and nn.Linear, in fp32."""
     at = torch.device(device)
     names = ("ours", "unfused", "inverse-inv", "linear")
-    writer = Writer(None, at, TIMERS[at.type][0], "hot")
+    writer = Writer(None, common(device))
     measure(Problem("summary", n, d, k), ("fwdbwd",), names, Asked(at, TIMERS[at.type][0]), None, writer)
     found = {row["provider"]: row for row in writer.rows}
     medians = {name: found[name]["ms_p50"] for name in names}

@@ -1,4 +1,4 @@
-"""What the experiments share: their command lines, the networks they train, their figures and their record."""
+"""The shared parts of the experiments: command lines, trained networks, figures and records."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.experiments import training
-from benchmarks.records import environment
+from benchmarks.records import environment, rows
+from benchmarks.timing.run import at_least
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -22,16 +23,16 @@ Network = TypeVar("Network", bound=nn.Module)
 
 
 def parser(name: str, description: str | None) -> argparse.ArgumentParser:
-    """The options that every experiment of one seed has."""
+    """Return a parser with the options of an experiment with one seed."""
     options = _parser(name, description)
     options.add_argument("--seed", type=int, default=0)
     return options
 
 
 def training_parser(name: str, description: str | None) -> argparse.ArgumentParser:
-    """The options of an experiment that trains networks from several seeds, within a budget."""
+    """Return a parser with the options of an experiment that trains networks from several seeds, within a budget."""
     options = _parser(name, description)
-    options.add_argument("--seeds", type=at_least(1), metavar="N", help="from how many seeds each network is trained")
+    options.add_argument("--seeds", type=at_least(1), metavar="N", help="seeds that each network is trained from")
     options.add_argument(
         "--epochs", type=at_least(1), metavar="N", help="of each network, instead of the experiment's own number"
     )
@@ -48,19 +49,8 @@ def training_parser(name: str, description: str | None) -> argparse.ArgumentPars
     return options
 
 
-def at_least(low: int) -> Callable[[str], int]:
-    """What an option of whole numbers from `low` on is read by."""
-
-    def number(text: str) -> int:
-        if int(text) < low:
-            raise argparse.ArgumentTypeError(f"got {text}, want at least {low}")
-        return int(text)
-
-    return number
-
-
 def _parser(name: str, description: str | None) -> argparse.ArgumentParser:
-    options = argparse.ArgumentParser(prog=f"python -m benchmarks.experiments.{name}", description=description)
+    options = argparse.ArgumentParser(prog=f"python -m benchmarks experiments {name}", description=description)
     options.add_argument(
         "--output",
         type=Path,
@@ -72,13 +62,17 @@ def _parser(name: str, description: str | None) -> argparse.ArgumentParser:
 
 
 class Trainer:
-    """Trains the networks of an experiment from each seed within the budget of its command line, and keeps what came of each.
+    """Trains the networks of an experiment within the budget of its command line, and keeps a row for each training.
 
-    rows: by training, the network's name, its seed, the epochs reached, training seconds, accuracy after the last epoch and
-    the best after any (optimistic, as tests chose it), the measures before training, the history, and where the epochs were
-    made, which may be elsewhere than the record where they come from a checkpoint.
+    A row has the network's name, its seed, the epochs reached, training seconds, the accuracy after the last epoch and the best
+    after any (optimistic, because test images chose it), the measures before training, the history, and the environments that
+    made the epochs: with a checkpoint there may be several.
 
-    settings: what losses and measures depend on beside the batches, as `training.train` takes them.
+    Args:
+        experiment: The experiment's name.
+        given: Its command line.
+        trainings: How many trainings share the time.
+        settings: As `training.train` takes them.
     """
 
     def __init__(
@@ -100,10 +94,18 @@ class Trainer:
         loss: Callable[[nn.Module, Tensor, Tensor], Tensor] = training.cross_entropy,
         source: str | None = None,
     ) -> Network:
-        """The network that `build` makes from the seed, trained; one of the measures has to be "accuracy".
+        """Build a network from the seed and train it.
 
-        source: the network, trained before, that `build` takes something of. One that has had more epochs since a checkpoint
-        was written begins the training anew.
+        Args:
+            name: The network's name.
+            seed: The seed of the weights and of the batches.
+            build: Builds the network.
+            x: The inputs.
+            y: The targets.
+            recipe: The recipe.
+            measure: Returns measures, one of them "accuracy".
+            loss: The loss of a batch.
+            source: An earlier network that `build` uses. If it has more epochs than at a checkpoint, training begins again.
         """
         torch.manual_seed(seed)
         network = build().to(x.device).eval()
@@ -139,41 +141,38 @@ class Trainer:
         return network
 
     def record(self) -> list[dict[str, Any]]:
-        """The rows, the numbers of their histories to five digits."""
-        return [
-            row | {"history": {name: [float(f"{v:.5g}") for v in values] for name, values in row["history"].items()}}
-            for row in self.rows
-        ]
+        """Return the rows, with histories rounded to five digits."""
+        return [row | {"history": rows.plain(row["history"])} for row in self.rows]
 
     def of(self, name: str, key: str) -> list[Any]:
-        """A column of the rows of one network, by seed."""
+        """Return a column of the rows of one network, by seed."""
         return [row[key] for row in self.rows if row["network"] == name]
 
     def table(self) -> dict[str, Any]:
-        """By network: mean and spread over seeds of the accuracies, epochs and seconds."""
+        """Return mean and spread over seeds of accuracies, epochs and seconds, by network."""
         names = dict.fromkeys(row["network"] for row in self.rows)
         keys = ("last_accuracy", "best_accuracy", "epochs", "seconds")
         return {name: {key: spread(self.of(name, key)) for key in keys} for name in names}
 
     def compared(self) -> tuple[int, dict[str, dict[str, float]]]:
-        """The last epoch that every training reached, and each network's accuracy after it: mean and spread over seeds."""
+        """Return the last epoch that every training reached, and mean and spread of each network's accuracy after it."""
         epoch = min(row["epochs"] for row in self.rows)
         names = dict.fromkeys(row["network"] for row in self.rows)
         return epoch, {name: spread([h["accuracy"][epoch - 1] for h in self.of(name, "history")]) for name in names}
 
 
 def spread(values: list[float]) -> dict[str, float]:
-    """Mean and standard deviation, 0 of a single value."""
+    """Return mean and standard deviation, 0 for a single value."""
     return {"mean": statistics.fmean(values), "std": statistics.stdev(values) if len(values) > 1 else 0.0}
 
 
 def percent(values: dict[str, float]) -> str:
-    """A `spread` of shares, as text."""
+    """Return a `spread` of shares as text."""
     return f"{100 * values['mean']:.2f} ± {100 * values['std']:.2f}"
 
 
 class Run:
-    """One run of an experiment: its clock, its figures and its record."""
+    """A run of an experiment: its clock, its figures and its record."""
 
     def __init__(self, name: str, given: argparse.Namespace) -> None:
         from matplotlib import pyplot as plt
@@ -199,17 +198,16 @@ class Run:
     def finish(
         self, budget: dict[str, Any], results: dict[str, Any], epochs: int | dict[str, int] | None = None
     ) -> None:
-        """Write the record, and say where everything is. epochs: how many were asked for; None where there are none."""
+        """Write the record and print its place; `epochs` is the number that was asked for, if any."""
         seconds = round(time.perf_counter() - self.start, 1)
         file = self.given.output / f"{self.name}.json"
-        seed = {"seed": self.given.seed} if "seed" in self.given else {}
-        first = seed.get("seed", 0)
-        environment.write(
+        first = getattr(self.given, "seed", 0)
+        rows.write_json(
             file,
             {
                 "experiment": self.name,
                 **environment.facts(self.device),
-                **seed,
+                **({"seed": first} if "seed" in self.given else {}),
                 "seeds": list(range(first, first + getattr(self.given, "seeds", 1))),
                 "epochs": epochs,
                 "quick": self.given.quick,
@@ -223,5 +221,5 @@ class Run:
 
 
 def relative_error(found: Tensor, wanted: Tensor) -> float:
-    """max |found - wanted| / max |wanted|."""
+    """Return max |found - wanted| / max |wanted|."""
     return float((found - wanted).abs().max() / wanted.abs().max())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import statistics
-import sys
 import time
 from typing import Any, NamedTuple
 
@@ -35,8 +34,8 @@ FULL = (Size(32, 2, 20, 1.5), Size(80, 2, 20, 3.0), Size(256, 1, 20, 8.0), Size(
 QUICK = (Size(8, 1, 4, 0.5), Size(32, 1, 2, 0.5))
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run the command line; the exit status, 1 where a descent passed the closed form."""
+def main(arguments: list[str]) -> int:
+    """Run the command line and return the exit status, 1 where a descent passed the closed form."""
     given = common.parser(NAME, __doc__).parse_args(arguments)
     run = common.Run(NAME, given)
     sizes = QUICK if given.quick else FULL
@@ -217,7 +216,3 @@ def _draw(run: common.Run, trials: list[dict[str, Any]], rows: list[dict[str, An
     )
     axes.legend(fontsize=8)
     run.figure(figure, "time")
-
-
-if __name__ == "__main__":
-    sys.exit(main())

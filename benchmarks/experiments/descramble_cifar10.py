@@ -8,7 +8,6 @@ made for, and of the network before training.
 from __future__ import annotations
 
 import copy
-import sys
 import warnings
 from typing import Any
 
@@ -16,11 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.experiments import common, head_comparison, images
-from benchmarks.experiments.summary_vgg import BASE, STUDY
 from interp_nn.explain import plots
 from interp_nn.explain.descramble.descrambler import Descrambler, Nulls
 
 NAME = "descramble_cifar10"
+TRAINED = "summary_vgg"  # whose checkpoints are used
+STUDY = head_comparison.STUDIES[TRAINED]
 LAYERS = {
     "first convolution": "body.0",
     "classifier, layer 1": "head.1",
@@ -31,18 +31,18 @@ ORDERED = ("first convolution", "classifier, layer 1")
 AT_ONCE = 100  # images
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run the command line; the exit status, 2 where the data are not to be had."""
+def main(arguments: list[str]) -> int:
+    """Run the command line and return the exit status, 2 without the data."""
     given = images.parser(NAME, __doc__).parse_args(arguments)
-    found = STUDY.images(given)
+    found = images.load(given, "cifar10")
     if found is None:
         return 2
-    chosen, recipe = found
+    chosen, recipe = images.within(found, given, STUDY.cpu, STUDY.gpu, STUDY.quick, STUDY.learning_rate)
     run = common.Run(NAME, given)
-    trainer = common.Trainer(STUDY.name, given, given.seeds, images.settings(chosen))
+    trainer = common.Trainer(TRAINED, given, given.seeds, images.settings(chosen))
     networks = []
     for seed in range(given.seeds):
-        network = head_comparison.train(STUDY, trainer, BASE, seed, chosen, recipe)
+        network = head_comparison.train(STUDY, trainer, head_comparison.BASE, seed, chosen, recipe)
         fits = {layer: _fit(network, name, chosen.x_test) for layer, name in LAYERS.items()}
         networks.append(
             {
@@ -117,7 +117,3 @@ def _draw(run: common.Run, network: nn.Module, fits: dict[str, Descrambler]) -> 
     figure = plots.descrambled_weights(before, after, rows="channel", columns="input")
     figure.suptitle(f"First convolution: {len(before)} channels of {before.shape[1]} inputs")
     run.figure(figure, "filters")
-
-
-if __name__ == "__main__":
-    sys.exit(main())

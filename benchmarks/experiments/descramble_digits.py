@@ -7,7 +7,6 @@ written into the network; across a ReLU only an order can.
 from __future__ import annotations
 
 import copy
-import sys
 from typing import Any
 
 import torch
@@ -48,8 +47,8 @@ class DigitsSummary(nn.Module):
 LAYERS = {"convolution": "features.3", "hidden layer": "features.7"}
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run the command line; the exit status."""
+def main(arguments: list[str]) -> int:
+    """Run the command line and return the exit status."""
     given = common.parser(NAME, __doc__).parse_args(arguments)
     run = common.Run(NAME, given)
     torch.manual_seed(given.seed)
@@ -213,7 +212,3 @@ def _draw(
     plots.spectrum_curves(fits["latent"].spectrum_, others=others, axes=upper).set_title("Latent")
     plots.ambiguity_strips(fits["latent"].ambiguity_, axes=lower)
     run.figure(figure, "spectrum")
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import warnings
 from typing import Any
 
@@ -20,8 +19,8 @@ DEPTH, HIDDEN = 3, 16  # of the tree, and units of the network that learns it
 LENGTH = 33  # of the signals that are convolved: an odd one, where every frequency but 0 is a pair
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run the command line; the exit status."""
+def main(arguments: list[str]) -> int:
+    """Run the command line and return the exit status."""
     given = common.parser(NAME, __doc__).parse_args(arguments)
     run = common.Run(NAME, given)
     samples = [500, 5000] if given.quick else [1000, 10_000, 100_000]
@@ -212,7 +211,3 @@ def _all_nulls(results: dict[str, Any]) -> dict[str, dict[str, float]]:
         | {f"tree, {name}": nulls for name, nulls in results["tree"]["nulls"].items()}
         | {f"convolution, {name}": one["nulls"] for name, one in results["convolution"].items()}
     )
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -5,7 +5,6 @@ The task, and the reading of descrambled weights as signal processing, are those
 
 from __future__ import annotations
 
-import sys
 from typing import Any, NamedTuple
 
 import torch
@@ -41,8 +40,8 @@ LAYERS = {
 }
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run the command line; the exit status."""
+def main(arguments: list[str]) -> int:
+    """Run the command line and return the exit status."""
     given = common.parser(NAME, __doc__).parse_args(arguments)
     run = common.Run(NAME, given)
     torch.manual_seed(given.seed)
@@ -164,7 +163,3 @@ def _draw(
     for axes, (name, fit) in zip(panels[0], fits.items(), strict=True):
         plots.spectrum_curves(fit.spectrum_, axes=axes).set_title(name.capitalize())
     run.figure(figure, "spectra")
-
-
-if __name__ == "__main__":
-    sys.exit(main())

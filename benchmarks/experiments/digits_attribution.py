@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 import torch
@@ -41,8 +40,8 @@ class DigitsCNN(nn.Module):
         return self.head(torch.relu(h + self.block(h)))
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run the command line; the exit status."""
+def main(arguments: list[str]) -> int:
+    """Run the command line and return the exit status."""
     given = common.parser(NAME, __doc__).parse_args(arguments)
     run = common.Run(NAME, given)
     torch.manual_seed(given.seed)
@@ -168,7 +167,3 @@ def _draw(
     axes.set(xlabel="pixels with ink deleted", ylabel="test accuracy, %", title="Deleting pixels by contribution")
     axes.legend()
     run.figure(figure, "deletion")
-
-
-if __name__ == "__main__":
-    sys.exit(main())

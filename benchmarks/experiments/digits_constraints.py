@@ -5,7 +5,6 @@ A small CNN with two hidden summary layers, free and under each constraint, and 
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
@@ -35,8 +34,8 @@ MEANINGS = {
 }
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run the command line; the exit status."""
+def main(arguments: list[str]) -> int:
+    """Run the command line and return the exit status."""
     given = common.training_parser(NAME, __doc__).parse_args(arguments)
     given.seeds = given.seeds or (1 if given.quick else 3)
     recipe = RECIPE._replace(epochs=given.epochs or (2 if given.quick else RECIPE.epochs))
@@ -163,7 +162,3 @@ def _draw(run: common.Run, trainer: common.Trainer, times: dict[str, clocks.Timi
     bars.set(xlabel="milliseconds a training step", title="Time, and test accuracy")
     figure.suptitle("Two hidden summary layers of a digits CNN under each constraint")
     run.figure(figure, "constraints")
-
-
-if __name__ == "__main__":
-    sys.exit(main())

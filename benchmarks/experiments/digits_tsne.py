@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 from benchmarks.experiments import common, datasets, embedding
@@ -11,8 +10,8 @@ from interp_nn.explain.tsne import ParametricTSNE
 NAME = "digits_tsne"
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run the command line; the exit status."""
+def main(arguments: list[str]) -> int:
+    """Run the command line and return the exit status."""
     given = common.parser(NAME, __doc__).parse_args(arguments)
     run = common.Run(NAME, given)
     images = datasets.digits()
@@ -39,7 +38,3 @@ def main(arguments: list[str] | None = None) -> int:
     embedding.draw_movement(run, x, y, linear.weight)
     run.finish({"epochs": epochs, "batch": tsne.batch_size, "learning_rate": tsne.learning_rate}, results, epochs)
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -6,7 +6,6 @@ aligned with the classes as training goes on. Logistic regression is the floor: 
 
 from __future__ import annotations
 
-import sys
 from functools import partial
 from typing import Any
 
@@ -14,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.experiments import common, datasets, gating_regimes
+from benchmarks.experiments.gating_regimes import relu_mlp
 from benchmarks.experiments.training import Recipe, accuracy
-from benchmarks.timing.reference_networks import relu_mlp
 from interp_nn.explain import plots
 from interp_nn.explain.following.gate_record import record
 from interp_nn.explain.paths.kernel_machine import NPKMachine, kernel_alignment
@@ -36,8 +35,8 @@ ALIGNED = ("ReLU", "DLNPF", "DLGN(1)", "FRNPF (II)")
 ALIGNED_ON, DRAWN = 300, 100  # test images
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run the command line; the exit status."""
+def main(arguments: list[str]) -> int:
+    """Run the command line and return the exit status."""
     given = common.training_parser(NAME, __doc__).parse_args(arguments)
     given.seeds = given.seeds or (1 if given.quick else 3)
     recipe = RECIPE._replace(epochs=given.epochs or (2 if given.quick else RECIPE.epochs))
@@ -175,7 +174,3 @@ def _draw(run: common.Run, trainer: common.Trainer) -> None:
     plots.alignment_curves({name: _alignments(trainer, name) for name in ALIGNED}, axes=curves)
     curves.set_title("Path kernel and classes")
     run.figure(figure, "regimes")
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -9,15 +9,15 @@ of what networks reach on CIFAR-10 and CIFAR-100.
 
 from __future__ import annotations
 
-import sys
 from functools import partial
 from typing import Any
 
 from torch import nn
 
 from benchmarks.experiments import common, gating_regimes, images
+from benchmarks.experiments.gating_regimes import gconv, relu_mlp
 from benchmarks.experiments.images import Budget
-from benchmarks.timing.reference_networks import CLASSES, gconv, relu_mlp
+from benchmarks.timing.run import at_least
 
 NAME = "gated_images"
 REGIMES = ("ReLU", "FRNPF (II)", "FRNPF (DI)", "DLNPF", "FLNPF", "DLGN(x)", "DLGN(1)")
@@ -39,13 +39,13 @@ PUBLISHED = {
 RECOVERED = {"cifar10": 0.835, "cifar100": 0.835}  # of the accuracy of ReLU networks by DLGN, at least, as published
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run the command line; the exit status, 2 where the data are not to be had."""
+def main(arguments: list[str]) -> int:
+    """Run the command line and return the exit status, 2 without the data."""
     options = images.parser(NAME, __doc__)
     options.add_argument("--dataset", choices=list(BUDGETS), help="default: what the folder holds; without one, digits")
     options.add_argument(
         "--stride",
-        type=common.at_least(1),
+        type=at_least(1),
         metavar="N",
         help="of GCONV's second and fourth convolutions (default: 1, as published, on a GPU; 2 on a CPU)",
     )
@@ -87,7 +87,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _fully_connected(inputs: int) -> nn.Sequential:
     """The papers' network for MNIST, of depth 6 and width 128."""
-    return nn.Sequential(nn.Flatten(), *relu_mlp(inputs, *[128] * 5, CLASSES))
+    return nn.Sequential(nn.Flatten(), *relu_mlp(inputs, *[128] * 5, 10))
 
 
 def _results(trainer: common.Trainer, published: dict[str, float]) -> dict[str, Any]:
@@ -122,7 +122,3 @@ def _print(results: dict[str, Any]) -> None:
         )
     ratios = ", ".join(f"{name} {ratio:.3f}" for name, ratio in results["dlgn_over_relu"].items())
     print(f"\nover ReLU after epoch {results['compared_after_epoch']}: {ratios}")
-
-
-if __name__ == "__main__":
-    sys.exit(main())

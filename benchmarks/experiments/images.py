@@ -1,4 +1,4 @@
-"""What experiments on images share: options, data, budgets by device, accuracy as a measure, and the figure of trainings."""
+"""The shared parts of experiments on images: options, data, budgets by device, accuracy, and the figure of trainings."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ from torch import nn
 
 from benchmarks.experiments import common, datasets
 from benchmarks.experiments.training import Recipe, accuracy
+from benchmarks.timing.run import at_least
 from interp_nn.explain import plots
 
 
 class Budget(NamedTuple):
-    """So many training and test images, the first of them (None is all), epochs of each training, seeds, images in a batch."""
+    """The number of first training and test images (None is all), epochs of each training, seeds, and images in a batch."""
 
     train_size: int | None
     test_size: int | None
@@ -27,7 +28,7 @@ class Budget(NamedTuple):
 
 
 def parser(name: str, description: str | None) -> argparse.ArgumentParser:
-    """The options of trainings, and those that say on which images."""
+    """Return a parser with the options of trainings and of their images."""
     options = common.training_parser(name, description)
     options.add_argument(
         "--data",
@@ -39,16 +40,16 @@ def parser(name: str, description: str | None) -> argparse.ArgumentParser:
     for split in ("train", "test"):
         options.add_argument(
             f"--{split}-size",
-            type=common.at_least(0),
+            type=at_least(0),
             metavar="N",
             help=f"how many {split} images, the first; 0 is all",
         )
-    options.add_argument("--batch", type=common.at_least(1), metavar="N", help="images in a batch of training")
+    options.add_argument("--batch", type=at_least(1), metavar="N", help="images in a batch of training")
     return options
 
 
 def load(given: argparse.Namespace, dataset: str | None) -> datasets.Images | None:
-    """The images that the command line asks for; None after having printed why they are not to be had."""
+    """Load the images of the command line; print the reason and return None if that fails."""
     try:
         return datasets.load(dataset, given.data)
     except (FileNotFoundError, ValueError) as error:
@@ -59,9 +60,9 @@ def load(given: argparse.Namespace, dataset: str | None) -> datasets.Images | No
 def within(
     images: datasets.Images, given: argparse.Namespace, cpu: Budget, gpu: Budget, quick: Budget, learning_rate: float
 ) -> tuple[datasets.Images, Recipe]:
-    """The images of the budget, on the device, and the recipe: the device's budget wherever the command line says nothing.
+    """Return the images of the budget, on the device, and the recipe; options of the command line replace the budget's.
 
-    Puts the seeds into `given`, and prints what is to be done.
+    Puts the seeds into `given`, and prints the plan.
     """
     usual = quick if given.quick else gpu if given.device.startswith("cuda") else cpu
     given.seeds = given.seeds or usual.seeds
@@ -78,7 +79,7 @@ def within(
 
 
 def budget(images: datasets.Images, recipe: Recipe, given: argparse.Namespace) -> dict[str, Any]:
-    """What a record says of the trainings."""
+    """Return the budget of the trainings for the record."""
     return {
         **recipe._asdict(),
         "minutes": given.minutes,
@@ -89,17 +90,17 @@ def budget(images: datasets.Images, recipe: Recipe, given: argparse.Namespace) -
 
 
 def accuracy_on(images: datasets.Images) -> Callable[[nn.Module], dict[str, float]]:
-    """The measure of a training."""
+    """Return the measure of a training: accuracy on the test images."""
     return lambda network: {"accuracy": accuracy(network, images.x_test, images.y_test, batch=250)}
 
 
 def settings(images: datasets.Images) -> dict[str, Any]:
-    """What `accuracy_on` depends on, for a checkpoint."""
+    """Return the settings that `accuracy_on` depends on, for a checkpoint."""
     return {"test_images": len(images.y_test)}
 
 
 def draw(run: common.Run, trainer: common.Trainer, published: dict[str, float], suffix: str, title: str) -> None:
-    """Accuracies after the last epoch as bars, with those published, and after each epoch as curves."""
+    """Draw accuracies after the last epoch as bars, with published ones, and after each epoch as curves."""
     from matplotlib import pyplot as plt
     from matplotlib.ticker import MaxNLocator
 

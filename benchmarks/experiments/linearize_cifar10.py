@@ -6,18 +6,18 @@ network is piecewise affine the exact attribution is gradient x input; what that
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from benchmarks.experiments import attributions, common, exactness, head_comparison, images
-from benchmarks.experiments.summary_vgg import BASE, STUDY
 from interp_nn.explain import plots
 from interp_nn.explain.linear.affine_map import linearize
 
 NAME = "linearize_cifar10"
+TRAINED = "summary_vgg"  # whose checkpoints are used
+STUDY = head_comparison.STUDIES[TRAINED]
 EXPLAINED, CHECKED = 100, 20  # test images
 SHARES = [i / 16 for i in range(17)]
 CLASSES = ("plane", "car", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
@@ -28,20 +28,20 @@ METHODS = {
 }
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run the command line; the exit status, 2 where the data are not to be had."""
+def main(arguments: list[str]) -> int:
+    """Run the command line and return the exit status, 2 without the data."""
     given = images.parser(NAME, __doc__).parse_args(arguments)
-    found = STUDY.images(given)
+    found = images.load(given, "cifar10")
     if found is None:
         return 2
-    chosen, recipe = found
+    chosen, recipe = images.within(found, given, STUDY.cpu, STUDY.gpu, STUDY.quick, STUDY.learning_rate)
     run = common.Run(NAME, given)
     explained, checked = (3, 2) if given.quick else (EXPLAINED, CHECKED)
     x, y = chosen.x_test[:explained], chosen.y_test[:explained]
-    trainer = common.Trainer(STUDY.name, given, given.seeds, images.settings(chosen))
+    trainer = common.Trainer(TRAINED, given, given.seeds, images.settings(chosen))
     networks = []
     for seed in range(given.seeds):
-        network = head_comparison.train(STUDY, trainer, BASE, seed, chosen, recipe)
+        network = head_comparison.train(STUDY, trainer, head_comparison.BASE, seed, chosen, recipe)
         torch.manual_seed(seed)
         networks.append(_explain(run, network, x, y, checked, seed))
     results = {"networks": networks, "trainings": trainer.record()}
@@ -154,7 +154,3 @@ def _draw_maps(run: common.Run, network: nn.Module, x: Tensor, y: Tensor, predic
     )
     figure.suptitle("What each pixel adds to each logit")
     run.figure(figure, "maps")
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -7,7 +7,6 @@ them has the same budget and is not tuned.
 from __future__ import annotations
 
 import copy
-import sys
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -16,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.experiments import common, oblique
+from benchmarks.experiments.gating_regimes import relu_mlp
 from benchmarks.experiments.training import Recipe, accuracy
-from benchmarks.timing.reference_networks import relu_mlp
 from interp_nn.explain import plots
 from interp_nn.nn.gated.gates import HardGate, SoftGate
 from interp_nn.nn.gated.networks import DLGN
@@ -45,8 +44,8 @@ PUBLISHED = {
 }
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run the command line; the exit status."""
+def main(arguments: list[str]) -> int:
+    """Run the command line and return the exit status."""
     options = common.training_parser(NAME, __doc__)
     options.add_argument("--datasets", nargs="+", choices=list(oblique.SIZES), default=list(oblique.SIZES))
     given = options.parse_args(arguments)
@@ -183,7 +182,3 @@ def _draw_accuracy(run: common.Run, trainer: common.Trainer) -> None:
         plots.regime_bars(accuracies, published=published, axes=axes)
         axes.set(title=name, xlabel="test accuracy, %")
     run.figure(figure, "accuracy")
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,7 +1,7 @@
-"""`papers`: what the papers published beside what the records of the experiments say, as Markdown.
+"""`papers`: the published results beside the experiments' records, as Markdown.
 
-Every cell is read from a record; what has none has no line. Shares are in per cent, those published to the digits published.
-What several seeds gave is their mean and standard deviation, and of errors the largest.
+Every cell comes from a record; an experiment without a record has no line. Shares are in per cent, published ones to the
+published digits. Results of several seeds are their mean and standard deviation; of errors, the largest.
 """
 
 from __future__ import annotations
@@ -11,19 +11,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks.experiments import common, gated_images, mnist_tsne, summary_cnn, summary_vgg
-from benchmarks.experiments.head_comparison import Study
-from benchmarks.experiments.images import Budget
+from benchmarks.experiments import common
 from benchmarks.records import environment
 
 Record = dict[str, Any]
 
 
 class Line(NamedTuple):
-    """A line of the table, to which the experiment's name, its budget and its device are added.
-
-    published: "" where nothing is. brief: whether the line is in the brief table too.
-    """
+    """A line of the table, without the experiment's name, its budget and its device; brief: it is in the brief table too."""
 
     what: str
     published: str
@@ -33,81 +28,62 @@ class Line(NamedTuple):
 
 
 class Full(NamedTuple):
-    """The budget of an experiment on a GPU: on how many images, and of which networks; what its record has to have reached.
+    """The full budget of an experiment on a GPU, the usual batch, and the difference to the published budget in words."""
 
-    batch: the usual one, which is the published one where anything is. more: how the budget differs from what was published.
-    """
-
-    budget: Budget
+    epochs: int
     images: int
-    networks: tuple[str, ...]
     batch: int = 32
     more: str = ""
 
 
-def _gated(images: int, epochs: int) -> Full:
-    more = f" at batch {gated_images.GPU.batch}, where {epochs} at batch 32 are published"
-    return Full(gated_images.GPU, images, gated_images.REGIMES, more=more)
-
-
-def _heads_of(study: Study, *networks: str) -> Full:
-    return Full(study.gpu, 50_000, networks or tuple(study.variants))
-
-
+_BATCH = " at batch 128, where {} at batch 32 are published"
 FULL = {
-    "summary_vgg": _heads_of(summary_vgg.STUDY),
-    "summary_cnn": _heads_of(summary_cnn.STUDY),
-    "gated_images-mnist": _gated(60_000, 300),
-    "gated_images-cifar10": _gated(50_000, 200),
-    "gated_images-cifar100": _gated(50_000, 200),
-    "linearize_cifar10": _heads_of(summary_vgg.STUDY, summary_vgg.BASE),
-    "descramble_cifar10": _heads_of(summary_vgg.STUDY, summary_vgg.BASE),
-    "mnist_tsne": Full(mnist_tsne.GPU, 60_000, (mnist_tsne.EXAGGERATION, mnist_tsne.TSNE), batch=500),
+    "summary_vgg": Full(15, 50_000),
+    "summary_cnn": Full(15, 50_000),
+    "gated_images-mnist": Full(30, 60_000, more=_BATCH.format(300)),
+    "gated_images-cifar10": Full(30, 50_000, more=_BATCH.format(200)),
+    "gated_images-cifar100": Full(30, 50_000, more=_BATCH.format(200)),
+    "linearize_cifar10": Full(15, 50_000),
+    "descramble_cifar10": Full(15, 50_000),
+    "mnist_tsne": Full(100, 60_000, batch=500),
 }
-TEST_IMAGES = 10_000  # of each of these datasets
 
 
 def read(root: Path = environment.ROOT / "benchmarks" / "results") -> list[Record]:
-    """The records of the experiments that have a place in the table, in its order, a device after the other."""
+    """Read the records that have lines in the table, in its order, each device in turn."""
     folders = sorted(root.glob("*/experiments"))
     files = [folder / f"{name}.json" for name in _READERS for folder in folders]
     return [json.loads(file.read_text(encoding="utf-8")) for file in files if file.exists()]
 
 
 def markdown(records: list[Record], brief: bool = False) -> str:
-    """The table, and which experiments have not had the budget of a GPU."""
+    """Return the table, and the experiments without a record of the full budget."""
     rows = ["| experiment | what | published | ours | budget | device |", "|---|---|--:|--:|---|---|"]
     for one in records:
         for line in _READERS[one["experiment"]](one):
             if line.brief or not brief:
                 cells = (line.what, line.published or "-", line.ours, _budget(one, line.epochs), one["device"])
                 rows.append(f"| `{one['experiment']}` | {' | '.join(cells)} |")
-    missing = [f"`{name}` ({_words(full)})" for name, full in FULL.items() if not any(_whole(r, name) for r in records)]
+    done = {one["experiment"] for one in records if _whole(one)}
+    missing = [f"`{n}` ({f.epochs} epochs of {f.images:,} images{f.more})" for n, f in FULL.items() if n not in done]
     return "\n".join(rows) + (f"\n\nBudget of a GPU not yet run: {', '.join(missing)}." if missing else "")
 
 
-def _words(full: Full) -> str:
-    return f"{full.budget.epochs} epochs of {full.images:,} images{full.more}"
-
-
-def _whole(one: Record, name: str) -> bool:
-    """Whether a record is of an experiment's budget on a GPU: all images, epochs, networks and seeds, the published network."""
-    full, budget = FULL[name], one["budget"]
-    if one["experiment"] != name:
-        return False
-    trained = {(row["network"], row["seed"]) for row in one["results"]["trainings"]}
+def _whole(one: Record) -> bool:
+    """Return whether a record has the full budget: all images, epochs and seeds, and GCONV's published strides."""
+    full, budget = FULL.get(one["experiment"]), one["budget"]
     return (
-        not one["quick"]
-        and trained >= {(network, seed) for network in full.networks for seed in one["seeds"]}
+        full is not None
+        and not one["quick"]
         and budget["train_images"] >= full.images
-        and budget["test_images"] >= TEST_IMAGES
-        and _reached(one) >= full.budget.epochs
+        and budget["test_images"] >= 10_000
+        and _reached(one) >= full.epochs
         and "stride=(2, 2)" not in budget.get("network", "")
     )
 
 
 def _reached(one: Record) -> int:
-    """Epochs of the training that had least, with all its phases."""
+    """Return the epochs of the training with the fewest; phases of one training are added up."""
     epochs: dict[tuple[str, int], int] = {}
     phases = one["budget"].get("phases", ())
     for row in one["results"]["trainings"]:
@@ -126,9 +102,9 @@ def _budget(one: Record, epochs: float | None) -> str:
     return ", ".join([*parts, f"{seeds} seed{'s' * (seeds > 1)}"])
 
 
-def _published(share: float) -> str:
-    """A share as published, to a hundredth of a per cent at most, which .1f would round by what a float makes of a half."""
-    return f"{100 * share:.4g}"
+def _published(share: float | None) -> str:
+    """Return a share to a hundredth of a per cent at most: .1f would round it by the float's own error."""
+    return "" if share is None else f"{100 * share:.4g}"
 
 
 def _percent(values: dict[str, float]) -> str:
@@ -136,16 +112,19 @@ def _percent(values: dict[str, float]) -> str:
 
 
 def _number(values: dict[str, float], form: str) -> str:
-    """A mean over seeds with its spread, if any."""
     return f"{values['mean']:{form}}" + (f" ± {values['std']:{form}}" if values["std"] else "")
 
 
 def _over_seeds(rows: list[dict[str, Any]], *path: str) -> dict[str, float]:
-    """What lies at a path in the row of each seed."""
+    """Return mean and spread of the values at a path in the row of each seed."""
     values: list[Any] = rows
     for name in path:
         values = [value[name] for value in values]
     return common.spread(values)
+
+
+def _epochs(one: Record) -> float:
+    return _over_seeds(one["results"]["trainings"], "epochs")["mean"]
 
 
 def _heads(one: Record) -> Iterator[Line]:
@@ -165,23 +144,19 @@ def _heads(one: Record) -> Iterator[Line]:
 
 def _regimes(one: Record) -> Iterator[Line]:
     for name, row in one["results"]["regimes"].items():
-        known = row["published_best_accuracy"]
-        published = "" if known is None else _published(known)
+        published = _published(row["published_best_accuracy"])
         yield Line(f"{name}, best epoch, %", published, _percent(row["best_accuracy"]), row["epochs"]["mean"])
-    more = one["results"].get("published_dlgn_over_relu_more_than")
+    more = _published(one["results"].get("published_dlgn_over_relu_more_than"))
     for name, ratio in one["results"]["dlgn_over_relu"].items():
-        published = "" if more is None else f"> {_published(more)}"
         epochs = one["results"]["compared_after_epoch"]
-        yield Line(f"{name} of ReLU, last epoch, %", published, f"{100 * ratio:.1f}", epochs)
+        yield Line(f"{name} of ReLU, last epoch, %", more and f"> {more}", f"{100 * ratio:.1f}", epochs)
 
 
 def _trees(one: Record) -> Iterator[Line]:
     for tree in ("SDI", "SDII", "SDIII"):
         for name, row in one["results"].get(tree, {}).items():
-            known = row.get("published_accuracy")
-            published = "" if known is None else _published(known)
-            ours = _percent(row["last_accuracy"])
-            yield Line(f"{tree}, {name}, %", published, ours, row["epochs"]["mean"], known is not None)
+            known = _published(row.get("published_accuracy"))
+            yield Line(f"{tree}, {name}, %", known, _percent(row["last_accuracy"]), row["epochs"]["mean"], bool(known))
 
 
 def _passengers(one: Record) -> Iterator[Line]:
@@ -197,7 +172,7 @@ def _passengers(one: Record) -> Iterator[Line]:
 
 
 def _attributions(one: Record) -> Iterator[Line]:
-    networks, epochs = one["results"]["networks"], _over_seeds(one["results"]["trainings"], "epochs")["mean"]
+    networks, epochs = one["results"]["networks"], _epochs(one)
     errors = {name: max(max(net["exactness"][name].values()) for net in networks) for name in networks[0]["exactness"]}
     ours = ", ".join(f"{error:.1e} in {name}" for name, error in errors.items())
     yield Line("\\|F - (W x + b)\\| / \\|F\\|", "", ours, epochs)
@@ -210,12 +185,12 @@ def _attributions(one: Record) -> Iterator[Line]:
 
 
 def _layers(one: Record) -> Iterator[Line]:
-    networks, epochs = one["results"]["networks"], _over_seeds(one["results"]["trainings"], "epochs")["mean"]
+    networks = one["results"]["networks"]
     for name, row in networks[0]["layers"].items():
         path = ("layers", name, "loss_over_that_of_a_random_P")
         losses = {kind: _over_seeds(networks, *path, kind) for kind in row[path[-1]]}
         ours = ", ".join(f"{kind.replace('_', ' ')} {_number(value, '.3g')}" for kind, value in losses.items())
-        yield Line(f"{name}, loss over a random P's", "", ours, epochs, False)
+        yield Line(f"{name}, loss over a random P's", "", ours, _epochs(one), False)
 
 
 def _plane(one: Record) -> Iterator[Line]:

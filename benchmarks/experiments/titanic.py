@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from benchmarks.experiments import common, datasets, tabular
+from benchmarks.timing.run import at_least
 from interp_nn.explain import plots
 from interp_nn.explain.clusters.activation_clusters import ActivationClusters
 from interp_nn.explain.clusters.piecewise_affine import PiecewiseAffine
@@ -42,8 +43,8 @@ FEATURES = (
 MEASURED = ("age", "siblings, spouse", "parents, children", "fare")  # the others are 0 or 1
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run the command line; the exit status."""
+def main(arguments: list[str]) -> int:
+    """Run the command line and return the exit status."""
     options = common.parser(NAME, __doc__)
     options.add_argument(
         "--data",
@@ -54,13 +55,13 @@ def main(arguments: list[str] | None = None) -> int:
     )
     options.add_argument(
         "--seeds",
-        type=common.at_least(1),
+        type=at_least(1),
         metavar="N",
         help="from how many, --seed and on, the passengers are split and a network is trained (default: 10)",
     )
     options.add_argument(
         "--epochs",
-        type=common.at_least(1),
+        type=at_least(1),
         metavar="N",
         help=f"the most steps of the passengers' networks, of which validation chooses (default: {PASSENGER_STEPS})",
     )
@@ -337,7 +338,3 @@ def _draw(
     right.set_title("Coverage by exact clusters")
     figure.suptitle(title)
     run.figure(figure, suffix)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,4 +1,4 @@
-"""One training loop for all experiments: Adam on shuffled batches, resumable after every epoch, within a limit of time."""
+"""The training loop of the experiments: Adam on shuffled batches, resumable after every epoch, within a limit of time."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ from benchmarks.records import environment
 
 
 class Recipe(NamedTuple):
-    """How a network is trained: Adam with a constant learning rate."""
+    """The recipe of a training: Adam with a constant learning rate."""
 
     epochs: int
     batch: int
     learning_rate: float
 
 
-History = dict[str, list[float]]  # a value an epoch: of "loss", of the "seconds" of training, and of each measure
+History = dict[str, list[float]]  # a value for each epoch of "loss", of training "seconds", and of each measure
 
 
 class Trained(NamedTuple):
-    """What came of a training, and where it was made: how many "epochs" in turn with which commit, device and versions."""
+    """A history, and the environments that made its epochs in turn: each with its number of "epochs"."""
 
     history: History
     made: list[dict[str, Any]]
 
 
 def cross_entropy(network: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-    """Of the logits (n, k), the mean."""
+    """Return the mean cross entropy of the logits (n, k)."""
     return nn.functional.cross_entropy(network(x), y)
 
 
@@ -53,17 +53,29 @@ def train(
     checkpoint: Path | None = None,
     settings: Mapping[str, Any] | None = None,
 ) -> Trained:
-    """Train the parameters that require gradients, and leave the network in evaluation mode; a value an epoch of everything.
+    """Train the parameters that require gradients, and leave the network in evaluation mode.
 
-    loss(network, x, y) of a batch is minimised; measure(network) is called after each epoch. seed orders the batches.
-    seconds: no epoch is begun that would end later, by the slowest so far; the first is always. How many were reached is the
-    length of the history. checkpoint: a file written after each epoch; where it exists, training goes on from it exactly: with
-    the network, Adam's state, the order of batches, PyTorch's generators and the history (bit by bit on the CPU). settings: what
-    loss and measure depend on beside the batch and the network, numbers by name; kept there and compared with what is there, as
-    label, seed, samples, batch and learning rate are. What an older checkpoint lacks is not compared.
+    Args:
+        network: The network.
+        x: The inputs.
+        y: The targets.
+        recipe: The recipe.
+        label: The name of the training.
+        seed: The seed of the order of batches.
+        loss: Returns the loss of (network, x, y) of a batch.
+        measure: Returns measures of the network, called after each epoch.
+        seconds: A limit of time. After the first epoch none begins that would end later, by the slowest so far.
+        checkpoint: A file that is written after each epoch. If it exists, training continues from it exactly, with the network,
+            Adam's state, the order of batches, PyTorch's generators and the history (bit by bit on the CPU).
+        settings: Numbers that loss and measure depend on. A checkpoint keeps them with label, seed, samples, batch and learning
+            rate; where it has them, they must be equal.
 
-    Raises ValueError for a checkpoint of another training or of more epochs than the recipe's, and for a batch below 1;
-    FloatingPointError for a loss that is not finite.
+    Returns:
+        A history with one value for each epoch that was reached, and the environments that made them.
+
+    Raises:
+        ValueError: The batch is below 1, or the checkpoint is of another training or of more epochs than the recipe's.
+        FloatingPointError: The loss is not finite.
     """
     if recipe.batch < 1:
         raise ValueError(f"batch: got {recipe.batch}, want at least 1")
@@ -79,7 +91,7 @@ def train(
     }  # fmt: skip
     if checkpoint is not None and checkpoint.exists():
         history, made = _resume(checkpoint, settings, recipe.epochs, network, adam, shuffle)
-        made = made or [{"epochs": len(history["loss"]), **dict.fromkeys(here)}]  # of a checkpoint that does not say
+        made = made or [{"epochs": len(history["loss"]), **dict.fromkeys(here)}]  # an old checkpoint
     done = len(history["loss"])
     slowest, steps = 0.0, math.ceil(len(y) / recipe.batch)
     with tqdm(total=recipe.epochs * steps, initial=done * steps, desc=label, unit="step", leave=False) as progress:
@@ -96,7 +108,7 @@ def train(
                 adam.step()
                 total += len(index) * value.detach()
                 progress.update()
-            mean = float(total) / len(y)  # waits for the device, so that the time is whole
+            mean = float(total) / len(y)  # waits for the device, whose time counts
             taken = time.perf_counter() - begun
             if not math.isfinite(mean):
                 raise FloatingPointError(
@@ -119,23 +131,23 @@ def train(
 
 @torch.no_grad()
 def accuracy(network: nn.Module, x: Tensor, y: Tensor, batch: int = 1000) -> float:
-    """Share of samples that are classified right: by the largest of k outputs (n, k), or by the sign of one (n, 1)."""
+    """Return the share of samples that are right by the largest of k outputs (n, k), or by the sign of one (n, 1)."""
     right = 0
-    for inputs, truth in zip(x.split(batch), y.split(batch), strict=True):
+    for inputs, target in zip(x.split(batch), y.split(batch), strict=True):
         output = network(inputs)
-        right += int(((output[:, 0] > 0 if output.shape[1] == 1 else output.argmax(1)) == truth).sum())
+        right += int(((output[:, 0] > 0 if output.shape[1] == 1 else output.argmax(1)) == target).sum())
     return right / len(y)
 
 
 class Allowance:
-    """Minutes for some trainings, shared evenly by those that are left; None is no limit."""
+    """Minutes for some trainings, shared evenly by the remaining ones; None is no limit."""
 
     def __init__(self, minutes: float | None, trainings: int) -> None:
         self._end = None if minutes is None else time.perf_counter() + 60 * minutes
         self._left = trainings
 
     def seconds(self) -> float | None:
-        """What the next training may take, called once for each."""
+        """Return the seconds of the next training; called once for each."""
         self._left -= 1
         return None if self._end is None else max(0.0, self._end - time.perf_counter()) / (self._left + 1)
 
@@ -148,7 +160,7 @@ def _save(
     shuffle: torch.Generator,
     trained: Trained,
 ) -> None:
-    """Replace the file at once, so that one cut short never is."""
+    """Replace the file at once, so that it is always whole."""
     file.parent.mkdir(parents=True, exist_ok=True)
     part = file.with_suffix(".part")
     torch.save(
@@ -178,7 +190,7 @@ def _resume(
         kept = torch.load(file, map_location="cpu", weights_only=True)
     except OSError:
         raise
-    except Exception as error:  # damage can look like anything to the unpickler
+    except Exception as error:  # the unpickler fails in many ways on damaged files
         raise ValueError(f"{file}: not a whole checkpoint; remove it to begin again") from error
     other = {name: value for name, value in kept["settings"].items() if value != settings.get(name)}
     if other:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 import torch
@@ -20,8 +19,8 @@ CLEAR = 0.2  # from the border between the regimes
 TRUTH = {"x1 > 0.2": (0.0, 2.0, 0.0), "x1 < -0.2": (0.0, 0.0, -1.0)}
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run the command line; the exit status."""
+def main(arguments: list[str]) -> int:
+    """Run the command line and return the exit status."""
     given = common.parser(NAME, __doc__).parse_args(arguments)
     run = common.Run(NAME, given)
     table = tabular.two_regimes(500 if given.quick else 5000, seed=given.seed)
@@ -90,7 +89,3 @@ def _draw(run: common.Run, network: torch.nn.Module, clusters: ActivationCluster
     )
     plots.coverage_curve(clusters.coverage(), axes=right)
     run.figure(figure, "clusters")
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,4 +1,4 @@
-"""`plot`: records as figures, PNG and SVG."""
+"""`plot`: records as figures, in PNG."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.records.report import COLUMNS, Column, ratio
+from benchmarks.records.report import COLUMNS, Column, Problems, ratio
 from benchmarks.records.rows import Row, grouped
 
 _COLOURS = {
@@ -23,9 +23,9 @@ _COLOURS = {
 
 
 def draw(rows: Sequence[Row], folder: Path) -> list[Path]:
-    """Latency over n, the ratios to nn.Linear and to the unfused expression, the share of the speed of light, and memory.
+    """Draw latency over n, the ratios to nn.Linear and to the unfused expression, the share of the speed of light, and memory.
 
-    One file of each kind a figure; a figure that the rows have nothing for is left out. Returns the files.
+    A figure without data is left out. Returns the files.
     """
     import matplotlib
 
@@ -51,15 +51,14 @@ def draw(rows: Sequence[Row], folder: Path) -> list[Path]:
             axis.spines[["top", "right"]].set_visible(False)
             figure.legend(loc="outside right upper", fontsize=8, frameon=False)
             figure.suptitle(device, fontsize=9)
-            for kind in ("png", "svg"):
-                written.append(folder / f"{name}.{kind}")
-                figure.savefig(written[-1], dpi=110, metadata={"Date": None} if kind == "svg" else {})
+            written.append(folder / f"{name}.png")
+            figure.savefig(written[-1], dpi=110)
         plt.close(figure)
     return written
 
 
-def _of(problems: dict[tuple[Any, ...], dict[str, Row]], mode: str) -> dict[tuple[Any, ...], dict[str, Row]]:
-    """The summary's problems in a mode that were timed."""
+def _of(problems: Problems, mode: str) -> Problems:
+    """Return the summary's problems that were timed in a mode."""
     return {
         key: found
         for key, found in problems.items()
@@ -72,8 +71,8 @@ def _label(key: tuple[Any, ...], dtypes: int) -> str:
     return f"{sizes}\n{key[2]}" if dtypes > 1 else sizes
 
 
-def _latency(axis: Any, problems: dict[tuple[Any, ...], dict[str, Row]]) -> bool:
-    """Milliseconds of forward and backward over n; lines join the points of one d and k."""
+def _latency(axis: Any, problems: Problems) -> bool:
+    """Draw milliseconds of forward and backward over n; lines join the points of one d and k."""
     timed = _of(problems, "fwdbwd")
     widths = list(dict.fromkeys((key[2], *key[4:6]) for key in timed))
     for name, colour in _COLOURS.items():
@@ -104,8 +103,8 @@ def _latency(axis: Any, problems: dict[tuple[Any, ...], dict[str, Row]]) -> bool
     return bool(timed)
 
 
-def _ratios(axis: Any, problems: dict[tuple[Any, ...], dict[str, Row]], column: Column) -> bool:
-    """A ratio for every problem, a group of bars for each mode."""
+def _ratios(axis: Any, problems: Problems, column: Column) -> bool:
+    """Draw a ratio for every problem, a group of bars for each mode."""
     modes = [mode for mode in ("infer", "fwd", "bwd", "fwdbwd") if _of(problems, mode)]
     keys = list(dict.fromkeys(key[2:] for mode in modes for key in _of(problems, mode)))
     dtypes = len({key[0] for key in keys})
@@ -119,8 +118,8 @@ def _ratios(axis: Any, problems: dict[tuple[Any, ...], dict[str, Row]], column: 
     return bool(keys)
 
 
-def _bars(axis: Any, problems: dict[tuple[Any, ...], dict[str, Row]], field: str, title: str) -> bool:
-    """A field of every provider's rows of forward and backward."""
+def _bars(axis: Any, problems: Problems, field: str, title: str) -> bool:
+    """Draw a field of every provider's rows of forward and backward."""
     timed = _of(problems, "fwdbwd")
     names = [name for name in _COLOURS if any(name in found and found[name][field] for found in timed.values())]
     dtypes = len({key[2] for key in timed})

@@ -8,8 +8,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks.records.rows import Row, geomean, grouped, read
-from benchmarks.timing import explain_suite
-from benchmarks.timing.providers import INVERSES
 
 BEGIN, END = "<!-- begin: python -m benchmarks", "<!-- end -->"
 _MODE = {
@@ -17,19 +15,16 @@ _MODE = {
     "step": "training step",
 }  # fmt: skip
 _OP = {
-    "summary": "summary",
-    "cross_entropy": "cross entropy of the pair",
-    "head": "head",
-    "train_cnn": "small CNN",
-    "train_vgg11": "vgg11",
-    "linearize_cnn": "linearize the small CNN",
-    "linearize_vgg11": "linearize vgg11",
+    "cross_entropy": "cross entropy of the pair", "train_cnn": "small CNN", "train_vgg11": "vgg11",
+    "linearize_cnn": "linearize the small CNN", "linearize_vgg11": "linearize vgg11",
     "group_patterns": "group activation patterns",
-}
+}  # fmt: skip
+
+Problems = dict[tuple[Any, ...], dict[str, Row]]  # as `grouped` returns them
 
 
 class Column(NamedTuple):
-    """A ratio of medians: what over what; below_one: whether less is in favour of ours."""
+    """A ratio of medians, `over` to `under`; below_one: a ratio below 1 is in favour of interp_nn."""
 
     title: str
     over: str
@@ -48,38 +43,35 @@ COLUMNS = (
     Column("jacrev / ours", "jacrev", "ours"),
     Column("unique / ours", "unique", "ours"),
 )
-_EXPLAIN = frozenset(explain_suite.PROVIDERS) - {"ours"}
 
 
 def ratio(found: dict[str, Row], column: Column) -> float | None:
-    """A column's ratio for one problem and mode; None where one of the two has no right result."""
+    """Return a column's ratio for one problem and mode, None where one of the two has no correct result."""
     over, under = (_median(found, name) for name in (column.over, column.under))
     return None if over is None or under is None else over / under
 
 
 def _median(found: dict[str, Row], provider: str) -> float | None:
-    """Of a provider; "inverse" is the fastest of its forms that is right."""
-    names = INVERSES if provider == "inverse" else (provider,)
-    rows = [found[name] for name in names if name in found]
-    return min((row["ms_p50"] for row in rows if row["status"] == "ok"), default=None)
+    """Return the median of a provider; "inverse" is the fastest of the inverse-based forms."""
+    names = [name for name in found if name == provider or (provider == "inverse" and name.startswith("inverse-"))]
+    return min((found[name]["ms_p50"] for name in names if found[name]["status"] == "ok"), default=None)
 
 
 def markdown(rows: Sequence[Row], brief: bool = False) -> str:
-    """All tables: the geometric means and worst cases, then each op and mode, then what was not timed.
+    """Return all tables: geometric means with worst cases, each op and mode, and what was not timed.
 
-    brief: of the ops and modes only those that do both forward and backward.
+    Args:
+        rows: Timings, as `rows.read` returns them.
+        brief: Only the ops and modes that do both forward and backward.
     """
     problems = grouped(rows)
     kinds = list(dict.fromkeys((key[0], key[1]) for key in problems))
-    explaining = [
-        kind for kind in kinds if any(_EXPLAIN & found.keys() for key, found in problems.items() if key[:2] == kind)
-    ]
-    parts = [_overview(problems, some) for some in ([k for k in kinds if k not in explaining], explaining) if some]
+    halves = [[kind for kind in kinds if (kind[1] == "explain") is explaining] for explaining in (False, True)]
+    parts = [_overview(problems, some) for some in halves if some]
     for op, mode in kinds:
-        if brief and mode not in ("fwdbwd", "loss"):
-            continue
-        of = {key: found for key, found in problems.items() if key[:2] == (op, mode)}
-        parts.append(f"**{_title(op, mode)}**\n\n{_details(of)}")
+        if not brief or mode in ("fwdbwd", "loss"):
+            of = {key: found for key, found in problems.items() if key[:2] == (op, mode)}
+            parts.append(f"**{_title(op, mode)}**\n\n{_details(of)}")
     parts += [text for text in (_wrong(rows), _skipped(rows), _where(rows)) if text]
     return "\n\n".join(parts)
 
@@ -89,7 +81,7 @@ def _title(op: str, mode: str) -> str:
     return name if mode == "explain" else f"{name}, {_MODE.get(mode, mode)}"
 
 
-def _overview(problems: dict[tuple[Any, ...], dict[str, Row]], kinds: Sequence[tuple[str, str]]) -> str:
+def _overview(problems: Problems, kinds: Sequence[tuple[str, str]]) -> str:
     columns = _present([found for key, found in problems.items() if key[:2] in kinds])
     lines = [
         f"| geometric mean (worst) | {' | '.join(column.title for column in columns)} |",
@@ -107,12 +99,12 @@ def _overview(problems: dict[tuple[Any, ...], dict[str, Row]], kinds: Sequence[t
 
 
 def _present(problems: Sequence[dict[str, Row]]) -> list[Column]:
-    """The columns for which any of the problems has a ratio."""
+    """Return the columns that have a ratio for any of the problems."""
     return [column for column in COLUMNS if any(ratio(found, column) is not None for found in problems)]
 
 
-def _details(problems: dict[tuple[Any, ...], dict[str, Row]]) -> str:
-    """A line for each problem that was timed: ours in milliseconds, and the ratios."""
+def _details(problems: Problems) -> str:
+    """Return a line for each problem that was timed: the milliseconds of ours, and the ratios."""
     columns = _present(list(problems.values()))
     several = len({key[2] for key in problems}) > 1
     lines = [
@@ -141,15 +133,17 @@ def _wrong(rows: Sequence[Row]) -> str:
 
 
 def _skipped(rows: Sequence[Row]) -> str:
-    """Left out over a limit: shapes with every provider, or single providers."""
+    """Return what was left out over a limit: shapes with every provider, or single providers."""
     notes = Counter(((row["n"], row["d"], row["k"]), row["note"]) for row in rows if row["status"] == "skipped")
     lines = [f"- ({', '.join(map(str, shape))}): {note} ({count} rows)" for (shape, note), count in notes.items()]
     return "\n".join(["Skipped:", "", *lines]) if lines else ""
 
 
 def _where(rows: Sequence[Row]) -> str:
-    """The device and its measured rates, the versions, the commit, and the clock."""
-    heads = {name: list(dict.fromkeys(str(row[name]) for row in rows)) for name in ("device", "torch", "timer", "l2")}
+    """Return the device and its measured rates, the versions, the commit, and the clock."""
+    heads = {
+        name: " and ".join(dict.fromkeys(str(row[name]) for row in rows)) for name in ("device", "torch", "timer", "l2")
+    }
     commits = dict.fromkeys(
         f"{(row['git_sha'] or 'unknown')[:7]}{' with changes' if row['dirty'] else ''}" for row in rows
     )
@@ -158,25 +152,27 @@ def _where(rows: Sequence[Row]) -> str:
         for row in rows
         if row["op"] == "ceiling"
     ]
-    told = (
-        f"{' and '.join(heads['device'])}; torch {' and '.join(heads['torch'])}; commit {' and '.join(commits)}; "
-        f"{' and '.join(heads['timer'])} clock, {' and '.join(heads['l2'])} cache; medians of interleaved rounds."
+    where = (
+        f"{heads['device']}; torch {heads['torch']}; commit {' and '.join(commits)}; "
+        f"{heads['timer']} clock, {heads['l2']} cache; medians of interleaved rounds."
     )
-    return told + (f" Measured rates: {'; '.join(rates)}." if rates else "")
+    return where + (f" Measured rates: {'; '.join(rates)}." if rates else "")
 
 
 def fill(page: Path, record: Path, root: Path) -> None:
     """Write a record's brief tables into a page, between the marks that name the record.
 
-    Raises ValueError where the page has no such marks.
+    Raises:
+        ValueError: The page has no such marks.
     """
     between(page, f"table {record.resolve().relative_to(root).as_posix()}", markdown(read([record]), brief=True))
 
 
 def between(page: Path, command: str, text: str) -> None:
-    """Write a text into a page, between the mark that names the command it comes from and the end mark.
+    """Write a text into a page, between the mark that names its command and the end mark.
 
-    Raises ValueError where the page has no such marks.
+    Raises:
+        ValueError: The page has no such marks.
     """
     whole = page.read_text(encoding="utf-8")
     begin = f"{BEGIN} {command} -->"

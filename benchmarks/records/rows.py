@@ -1,128 +1,101 @@
-"""The rows of a benchmark's record: JSON lines, one a measurement, each with all that is needed to believe it."""
+"""JSON lines, one for each measurement or check, written as they come and read back."""
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import math
-import subprocess
 import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from benchmarks.records import environment
 
 SCHEMA = 1
-# "wrong": not what fp64 says, within the law of `benchmarks.law`. "skipped": over a limit that the note names.
+# "wrong": not equal to the fp64 reference within `benchmarks.timing.tolerances`. "skipped": over a limit that the note names.
 STATUSES = ("ok", "wrong", "unsupported", "oom", "skipped", "failed")
 
 Row = dict[str, Any]
 
 _TEXT, _WHOLE, _NUMBER = (str,), (int,), (int, float)
 _NONE = (type(None),)
-# Every row has every field. ms: milliseconds of a call. launches: of kernels, on a GPU. peak_delta_mb: the most that a call
-# holds besides its inputs; saved_mb: what it keeps for a backward (both 10^6 bytes). err_fro: the largest relative Frobenius
-# error of its results against fp64; err_ratio: the largest ratio to that of the same expression in PyTorch at the same
-# precision. gflop, least_mb: operations of the cheapest order, bytes moved at least; sol_frac: the time that they need at the
-# rates measured on the device, as a share of the median. gbps, tflops: the rates of a "ceiling" row.
+# A timing has every field. ms: milliseconds of a call. launches: of kernels, on a GPU. peak_delta_mb: the most memory that a
+# call holds besides its inputs; saved_mb: the memory that it keeps for a backward (both 10^6 bytes). err_fro: the largest
+# relative Frobenius error of its results against fp64; err_ratio: the largest ratio to the error of the same expression in
+# PyTorch at the same precision. gflop, least_mb: operations of the cheapest order, fewest bytes moved; sol_frac: the time that
+# they need at the rates measured on the device, as a share of the median. gbps, tflops: the rates of a "ceiling" row.
 FIELDS: dict[str, tuple[type, ...]] = {
-    "schema": _WHOLE,
-    "run_id": _TEXT,
-    "utc": _TEXT,
-    "git_sha": _TEXT + _NONE,
+    **dict.fromkeys(("schema", "samples", "n", "d", "k"), _WHOLE),
+    **dict.fromkeys(("run_id", "utc", "device", "torch", "python", "interp_nn", "op", "provider", "mode"), _TEXT),
+    **dict.fromkeys(("dtype", "timer", "l2", "status"), _TEXT),
+    **dict.fromkeys(("git_sha", "driver", "cuda", "triton", "plan", "note"), _TEXT + _NONE),
     "dirty": (bool, *_NONE),
-    "device": _TEXT,
-    "driver": _TEXT + _NONE,
-    "cuda": _TEXT + _NONE,
-    "torch": _TEXT,
-    "triton": _TEXT + _NONE,
-    "python": _TEXT,
-    "interp_nn": _TEXT,
-    "op": _TEXT,
-    "provider": _TEXT,
-    "plan": _TEXT + _NONE,
-    "mode": _TEXT,
-    "dtype": _TEXT,
-    "n": _WHOLE,
-    "d": _WHOLE,
-    "k": _WHOLE,
-    "m": _WHOLE + _NONE,
-    "timer": _TEXT,
-    "l2": _TEXT,
-    "samples": _WHOLE,
-    "ms_p50": _NUMBER + _NONE,
-    "ms_p20": _NUMBER + _NONE,
-    "ms_p80": _NUMBER + _NONE,
-    "launches": _WHOLE + _NONE,
-    "peak_delta_mb": _NUMBER + _NONE,
-    "saved_mb": _NUMBER + _NONE,
-    "err_fro": _NUMBER + _NONE,
-    "err_ratio": _NUMBER + _NONE,
-    "gflop": _NUMBER + _NONE,
-    "least_mb": _NUMBER + _NONE,
-    "sol_frac": _NUMBER + _NONE,
-    "gbps": _NUMBER + _NONE,
-    "tflops": _NUMBER + _NONE,
-    "status": _TEXT,
-    "note": _TEXT + _NONE,
-}
+    **dict.fromkeys(("m", "launches"), _WHOLE + _NONE),
+    **dict.fromkeys(("ms_p50", "ms_p20", "ms_p80", "peak_delta_mb", "saved_mb", "err_fro", "err_ratio"), _NUMBER + _NONE),
+    **dict.fromkeys(("gflop", "least_mb", "sol_frac", "gbps", "tflops"), _NUMBER + _NONE),
+}  # fmt: skip
+_OF_THE_JOB = frozenset(("part", "name", "at_s", "share", "table", "cuda_library"))  # what a GPU job adds to a timing
+
+
+def common(device: str = "cpu", revision: str | None = None) -> Row:
+    """Return the fields that all rows of a run share: its identity and `environment.facts`."""
+    return {"schema": SCHEMA, "run_id": uuid.uuid4().hex[:12], **environment.facts(device, revision)}
 
 
 class Writer:
-    """Appends rows to a file as they come, so that a run that is broken off leaves what it has; keeps them too."""
+    """Append rows to a file as they come, so that an interrupted run keeps its rows; keep them in memory too.
 
-    def __init__(
-        self, path: Path | None, device: torch.device, timer: str, l2: str, revision: str | None = None
-    ) -> None:
-        self.path, self.rows = path, list[Row]()
-        self._common = {**common(device, revision), "timer": timer, "l2": l2}
+    Args:
+        path: The file of JSON lines, or None for memory alone.
+        shared: The fields of every row, from `common`.
+    """
+
+    def __init__(self, path: Path | None, shared: Mapping[str, Any]) -> None:
+        self.path, self.rows, self._shared = path, list[Row](), dict(shared)
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
+            if path.exists() and not (text := path.read_text(encoding="utf-8")).endswith("\n"):
+                path.write_text(text[: text.rfind("\n") + 1], encoding="utf-8")  # drops an interrupted line
 
     def write(self, **fields: Any) -> None:
-        """A row of these fields and of what all rows of a run share; fields that are missing are null, samples 0."""
-        if unknown := fields.keys() - FIELDS.keys():
-            raise ValueError(f"row: unknown fields {sorted(unknown)}")
-        row = {name: fields.get(name, self._common.get(name)) for name in FIELDS}
-        row["samples"] = row["samples"] or 0
-        row |= {name: _digits(value) for name, value in row.items()}
-        validate(row)
+        """Write a row. One with an `op` is a timing: missing fields are null, and `validate` checks it."""
+        row = {**self._shared, **fields}
+        if "op" in row:
+            row = {**dict.fromkeys(FIELDS), "samples": 0, **row}
+        row = plain(row)
+        if "op" in row:
+            validate(row)
         self.rows.append(row)
         if self.path is not None:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row, allow_nan=False) + "\n")
 
 
-def common(device: torch.device, revision: str | None = None) -> Row:
-    """What all rows of a run share: when, of which commit, on which device, with which versions.
+def write_json(path: Path, record: Mapping[str, Any]) -> None:
+    """Write a record as one JSON file and make its folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(plain(record, digits=17), indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
-    revision: the commit where there is no git.
-    """
-    told = environment.facts(device.type, revision)
-    versions = told["versions"]
-    return {
-        "schema": SCHEMA,
-        "run_id": uuid.uuid4().hex[:12],
-        "utc": told["utc"],
-        "git_sha": told["git_sha"],
-        "dirty": told["git_dirty"],
-        "device": told["device"],
-        "driver": _driver() if device.type == "cuda" else None,
-        "cuda": versions["cuda"],
-        "torch": versions["torch"],
-        "triton": _version("triton"),
-        "python": versions["python"],
-        "interp_nn": versions["interp_nn"],
-    }
+
+def plain(value: Any, digits: int = 5) -> Any:
+    """Return the value in the types of JSON: null for NaN and infinity, text for other types, numbers rounded to `digits`."""
+    if isinstance(value, float):
+        return float(f"{value:.{digits}g}") if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): plain(item, digits) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item, digits) for item in value]
+    return value if isinstance(value, (str, int, type(None))) else str(value)
 
 
 def validate(row: Row) -> None:
-    """Raises ValueError where a row is not of the schema: names and types of its fields, and what its status promises."""
-    if row.keys() != FIELDS.keys():
-        missing, unknown = sorted(FIELDS.keys() - row.keys()), sorted(row.keys() - FIELDS.keys())
+    """Check a timing: the names and types of its fields, and the fields that its status requires.
+
+    Raises:
+        ValueError: A field is missing, unknown or of another type. The message names it.
+    """
+    missing, unknown = sorted(FIELDS.keys() - row.keys()), sorted(row.keys() - FIELDS.keys() - _OF_THE_JOB)
+    if missing or unknown:
         raise ValueError(f"row: missing fields {missing}, unknown fields {unknown}")
     for name, types in FIELDS.items():
         value = row[name]
@@ -137,68 +110,54 @@ def validate(row: Row) -> None:
     if row["status"] == "ok" and row["op"] != "ceiling" and (row["ms_p50"] is None or row["samples"] < 1):
         raise ValueError("row: status is 'ok' without a time")
     if row["status"] != "ok" and not row["note"]:
-        raise ValueError(f"row: status is {row['status']!r} without a note that says why")
+        raise ValueError(f"row: status is {row['status']!r} without a note with the reason")
+
+
+def lines(path: Path) -> list[Row]:
+    """Read all rows of a file, without a last one that an interrupted process left unfinished.
+
+    Raises:
+        ValueError: Another line is not JSON. The message names file and line.
+    """
+    found = []
+    for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(keepends=True), 1):
+        try:
+            found.append(json.loads(text))
+        except ValueError as error:
+            if text.endswith("\n"):
+                raise ValueError(f"{path}, line {number}: {error}") from error
+    return found
 
 
 def read(paths: Iterable[Path]) -> list[Row]:
-    """The rows of files. Raises ValueError that names file and line where one is not of the schema."""
-    rows = []
+    """Read the timings of files; the provider that older records call ours-reference is ours-eager.
+
+    Raises:
+        ValueError: A line is not of the schema. The message names file and line.
+    """
+    found = []
     for path in paths:
-        for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        for number, row in enumerate(lines(path), 1):
+            if "op" not in row and "part" in row:
+                continue  # a check of a GPU job
             try:
-                row = json.loads(text)
                 validate(row)
             except ValueError as error:
                 raise ValueError(f"{path}, line {number}: {error}") from error
-            rows.append(row)
-    return rows
-
-
-def key(row: Row) -> tuple[Any, ...]:
-    """What a row measures, but for the provider."""
-    return tuple(row[name] for name in ("op", "mode", "dtype", "n", "d", "k", "m", "timer", "l2"))
+            found.append(row | {"provider": row["provider"].replace("ours-reference", "ours-eager")})
+    return found
 
 
 def grouped(rows: Sequence[Row]) -> dict[tuple[Any, ...], dict[str, Row]]:
-    """Rows by what they measure, then by provider, without the ceilings; of rows that measure the same the last."""
+    """Group timings by what they measure, then by provider, without ceilings; the last of equal ones stays."""
     out: dict[tuple[Any, ...], dict[str, Row]] = {}
     for row in rows:
         if row["op"] != "ceiling":
-            out.setdefault(key(row), {})[row["provider"]] = row
+            key = tuple(row[name] for name in ("op", "mode", "dtype", "n", "d", "k", "m", "timer", "l2"))
+            out.setdefault(key, {})[row["provider"]] = row
     return out
 
 
-def ratio(found: dict[str, Row], over: str, under: str) -> float | None:
-    """The median of one provider over that of another; None where either has no right result."""
-    one, other = found.get(over), found.get(under)
-    if one is None or other is None or one["status"] != "ok" or other["status"] != "ok":
-        return None
-    return float(one["ms_p50"] / other["ms_p50"])
-
-
 def geomean(values: Sequence[float]) -> float:
-    """The geometric mean."""
+    """Return the geometric mean."""
     return math.exp(sum(map(math.log, values)) / len(values))
-
-
-def _digits(value: Any) -> Any:
-    """Numbers to the five digits that a measurement may claim."""
-    if isinstance(value, float):
-        return float(f"{value:.5g}")
-    return value
-
-
-def _driver() -> str | None:
-    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    try:
-        done = subprocess.run(query, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return done.stdout.splitlines()[0].strip() if done.stdout else None
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None

@@ -1,5 +1,6 @@
-"""Clocks, and interleaved timing: a sample of every candidate a round, in an order drawn anew, so that whatever the machine
-does meanwhile it does to all of them, and none always finds the caches as the same other one left them.
+"""Clocks, and interleaved timing: each round takes a sample of every candidate, in a new random order.
+
+So noise of the machine reaches all candidates alike, and none always finds the caches as the same other one left them.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import numpy as np
 import torch
 
 Sampler = Callable[[], float]  # milliseconds a call
-_ENOUGH = 3  # rounds, of calls that take long
+_ENOUGH = 3  # rounds of slow calls
 
 
 class Timing(NamedTuple):
@@ -28,23 +29,23 @@ class Timing(NamedTuple):
     samples: int
 
     def fields(self) -> dict[str, float]:
-        """As a record names them."""
+        """Return the values under their names in a record."""
         return {"ms_p50": self.p50, "ms_p20": self.p20, "ms_p80": self.p80, "samples": self.samples}
 
 
 class Limit:
-    """So many minutes from now on, which whoever begins something asks for."""
+    """A limit of time, from now on."""
 
     def __init__(self, minutes: float = math.inf) -> None:
         self._minutes, self._end = minutes, time.monotonic() + 60 * minutes
 
     def over(self) -> str | None:
-        """Why nothing more is begun; None while there is time."""
+        """Return the reason to begin nothing more, None while there is time."""
         return None if time.monotonic() < self._end else f"out of time: {self._minutes:g} minutes"
 
 
 def summary(taken: Sequence[float]) -> Timing:
-    """What a list of samples comes to."""
+    """Return the quantiles of samples."""
     p50, p20, p80 = np.quantile(taken, (0.5, 0.2, 0.8)).tolist()
     return Timing(p50, p20, p80, len(taken))
 
@@ -52,9 +53,14 @@ def summary(taken: Sequence[float]) -> Timing:
 def rounds(
     samplers: Mapping[str, Sampler], seconds: float, least: int, most: int, patience: float = math.inf
 ) -> dict[str, list[float]]:
-    """A sample of every one, in a random order, round after round for so many seconds, but at least and at most so often.
+    """Take samples in rounds, each of every sampler in a random order; milliseconds by name.
 
-    Three rounds are enough when they have taken `patience` seconds.
+    Args:
+        samplers: Each call takes a sample.
+        seconds: How long to go on, within the limits below.
+        least: The fewest rounds.
+        most: The most rounds.
+        patience: Seconds after which three rounds are enough.
     """
     draw, names = random.Random(0), list(samplers)
     taken: dict[str, list[float]] = {name: [] for name in names}
@@ -76,14 +82,14 @@ def interleave(
     most: int = 1000,
     clock: Callable[[Callable[[], object], int], Sampler] | None = None,
 ) -> dict[str, Timing]:
-    """Time calls in rounds, after two warm-up rounds; by the wall clock, which is the CPU's, unless another is given."""
+    """Time calls in rounds, after two warm-up rounds, by the wall clock unless another one is given."""
     samplers = {name: (clock or on_wall)(call, 1) for name, call in candidates.items()}
     rounds(samplers, 0.0, least=2, most=2)
     return {name: summary(taken) for name, taken in rounds(samplers, seconds, least, most).items()}
 
 
 def on_wall(work: Callable[[], object], calls: int) -> Sampler:
-    """The wall clock around `work`, which makes so many calls on the CPU."""
+    """Time `work`, which makes `calls` calls on the CPU, by the wall clock."""
 
     def sample() -> float:
         start = time.perf_counter()
@@ -94,7 +100,7 @@ def on_wall(work: Callable[[], object], calls: int) -> Sampler:
 
 
 def on_events(work: Callable[[], object], calls: int) -> Sampler:
-    """The time between two events on an idle CUDA device, around `work`, which makes so many calls."""
+    """Time `work`, which makes `calls` calls on an idle CUDA device, by two events."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
 
     def sample() -> float:
@@ -109,7 +115,7 @@ def on_events(work: Callable[[], object], calls: int) -> Sampler:
 
 
 def on_host(work: Callable[[], object], calls: int) -> Sampler:
-    """What the host needs to ask an idle CUDA device for the calls of `work`, which makes so many."""
+    """Time the host's share of `work`: how long it takes to launch its `calls` calls on an idle CUDA device."""
 
     def sample() -> float:
         torch.cuda.synchronize()

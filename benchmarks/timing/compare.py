@@ -1,8 +1,8 @@
 """`compare`: two revisions of the library side by side, or two records.
 
-Of two revisions each gets a process of its own, which imports its interp_nn and otherwise this checkout's benchmarks; both hold
-the same problem and take their samples in turn, in an order drawn anew each round. nn.Linear is timed with them, as what cannot
-have changed: how far its ratio is from 1 is what the machine's noise makes of nothing.
+Each revision gets a process, which imports its interp_nn and this checkout's benchmarks. Both hold the same problem and take
+samples in turn, in a new random order each round. nn.Linear, which cannot have changed, is timed with them: the distance of its
+ratio from 1 is the machine's noise.
 """
 
 from __future__ import annotations
@@ -25,18 +25,17 @@ from typing import Any, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from benchmarks.experiments.common import at_least
 from benchmarks.records.environment import ROOT
 from benchmarks.records.report import COLUMNS, ratio
 from benchmarks.records.rows import geomean, grouped, read
 from benchmarks.timing.problems import MODES, OPS, QUICK, Problem
-from benchmarks.timing.run import ALL_MODES, shape
+from benchmarks.timing.run import ALL_MODES, at_least, shape
 
 _NAMES = ("ours", "linear")
 
 
 class Verdict(NamedTuple):
-    """A problem in a mode: the ratios of HEAD's median to BASE's, ours and nn.Linear's, and whether ours is slower."""
+    """A problem in a mode: the ratios of HEAD's medians to BASE's, for ours and nn.Linear; slower: whether ours is slower."""
 
     name: str
     ours: float
@@ -45,10 +44,12 @@ class Verdict(NamedTuple):
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `python -m benchmarks compare`."""
+    """Add the options of `python -m benchmarks compare`."""
     parser.add_argument("base", metavar="BASE", help="a git revision, or a record")
     parser.add_argument("head", metavar="HEAD", nargs="?", help="the same (default: the files of this checkout)")
-    parser.add_argument("--threshold", type=float, default=5.0, metavar="PERCENT", help="more is slower (default: 5)")
+    parser.add_argument(
+        "--threshold", type=float, default=5.0, metavar="PERCENT", help="a larger increase is slower (default: 5)"
+    )
     parser.add_argument("--op", choices=OPS, action="append", help="repeatable (default: summary and cross_entropy)")
     parser.add_argument(
         "--mode", choices=ALL_MODES, action="append", help="repeatable (default: fwdbwd, infer and loss)"
@@ -59,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(given: argparse.Namespace) -> int:
-    """Compare and print; exit status 1 where HEAD is slower beyond the threshold, 2 where there is nothing to compare."""
+    """Compare and print; the exit status is 1 where HEAD is slower, 2 where there is nothing to compare."""
     files = [Path(name) for name in (given.base, given.head) if name is not None]
     if all(file.is_file() for file in files) and len(files) == 2:
         return _records(*files)
@@ -91,19 +92,23 @@ def revisions(
     base: str, head: str | None, problems: Sequence[tuple[Problem, str]], device: str, rounds: int, threshold: float,
     root: Path = ROOT,
 ) -> list[Verdict]:  # fmt: skip
-    """Time both revisions of the repository at `root`. Raises ValueError for a revision that git does not know."""
+    """Time both revisions of the repository at `root`.
+
+    Raises:
+        ValueError: Git does not know a revision.
+    """
     with contextlib.ExitStack() as stack:
         folders = [stack.enter_context(_checkout(revision, root)) for revision in (base, head)]
-        sides = [stack.enter_context(_side(folder, device)) for folder in folders]
+        workers = [stack.enter_context(_worker(folder, device)) for folder in folders]
         return [
-            _compared(problem, mode, sides, rounds, threshold)
+            _compared(problem, mode, workers, rounds, threshold)
             for problem, mode in tqdm(problems, desc="compare", unit="problem")
         ]
 
 
 @contextlib.contextmanager
 def _checkout(revision: str | None, root: Path) -> Iterator[Path]:
-    """A folder with a revision's interp_nn; with this checkout's for None."""
+    """Yield a folder with a revision's interp_nn, or this checkout's for None."""
     with tempfile.TemporaryDirectory() as folder:
         if revision is None:
             (Path(folder) / "interp_nn").symlink_to(root / "interp_nn")
@@ -120,8 +125,8 @@ def _checkout(revision: str | None, root: Path) -> Iterator[Path]:
         yield Path(folder)
 
 
-class _Side:
-    """A process with one revision. It stands still while it is not asked: threads that wait for work would disturb the other."""
+class _Worker:
+    """A process with one revision. It is stopped between questions: threads that wait for work would disturb the other one."""
 
     def __init__(self, process: subprocess.Popen[str]) -> None:
         self._process = process
@@ -148,32 +153,32 @@ class _Side:
 
 
 @contextlib.contextmanager
-def _side(folder: Path, device: str) -> Iterator[_Side]:
+def _worker(folder: Path, device: str) -> Iterator[_Worker]:
     path = os.pathsep.join(filter(None, [str(folder), str(ROOT), os.environ.get("PYTHONPATH")]))
     process = subprocess.Popen(
         [sys.executable, "-m", "benchmarks.timing.compare_worker", device], cwd=folder, env={**os.environ, "PYTHONPATH": path},
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
-    with contextlib.closing(_Side(process)) as side:
-        yield side
+    with contextlib.closing(_Worker(process)) as worker:
+        yield worker
 
 
-def _compared(problem: Problem, mode: str, sides: Sequence[_Side], rounds: int, threshold: float) -> Verdict:
-    for side in sides:
-        side.ask(problem=problem._asdict(), mode=mode, names=_NAMES)
+def _compared(problem: Problem, mode: str, workers: Sequence[_Worker], rounds: int, threshold: float) -> Verdict:
+    for worker in workers:
+        worker.ask(problem=problem._asdict(), mode=mode, names=_NAMES)
     draw, order = random.Random(0), [(i, name) for i in range(2) for name in _NAMES]
     taken: dict[tuple[int, str], list[float]] = {which: [] for which in order}
     for _ in range(rounds):
         for i, name in draw.sample(order, len(order)):
-            taken[i, name].append(sides[i].ask(sample=name))
+            taken[i, name].append(workers[i].ask(sample=name))
     ours, linear = (float(np.median(taken[1, name]) / np.median(taken[0, name])) for name in _NAMES)
-    # Slower by the medians, by most of the samples, and more so than what cannot be slower.
+    # Slower by the medians, by most of the samples, and by more than nn.Linear, which cannot have changed.
     clear = bool(np.quantile(taken[1, "ours"], 0.2) > np.median(taken[0, "ours"]))
     return Verdict(f"{problem.name} {mode}", ours, linear, clear and ours > (1 + threshold) * max(1.0, linear))
 
 
 def _records(base: Path, head: Path) -> int:
-    """How far the ratios of two records, of the same device, are from each other: their spread where nothing has changed."""
+    """Print how far the ratios of two records of one device are apart: the spread where nothing has changed."""
     one, other = grouped(read([base])), grouped(read([head]))
     changes: dict[str, list[float]] = {}
     for key in one.keys() & other.keys():
@@ -182,7 +187,7 @@ def _records(base: Path, head: Path) -> int:
             if before is not None and after is not None:
                 changes.setdefault(column.title, []).append(after / before)
     if not changes:
-        print("benchmarks compare: the records have no problem in common that both have timed", file=sys.stderr)
+        print("benchmarks compare: got two records without a common problem that both have timed", file=sys.stderr)
         return 2
     print(
         f"{'HEAD / BASE of the ratio':28}{'geomean':>9}{'median off':>12}{'80 % off':>10}{'most off':>10}{'count':>7}"

@@ -1,4 +1,4 @@
-"""One side of a comparison: answers, over its standard input and output, with samples of what it was last asked to hold."""
+"""The process of one revision in a comparison: it reads questions from its input and answers with samples."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _SAMPLE_MS = 0.5  # at least
 
 
 def main(device: torch.device) -> None:
-    """Answer until the input ends. {"problem", "mode", "names"} prepares, {"sample": name} is answered in milliseconds."""
+    """Answer until the input ends: {"problem", "mode", "names"} prepares providers, {"sample": name} returns milliseconds."""
     held: dict[str, Callable[[], float]] = {}
     for line in sys.stdin:
         asked = json.loads(line)
@@ -36,7 +36,7 @@ def main(device: torch.device) -> None:
 
 
 def _sampler(call: Callable[[int], object], device: torch.device) -> Callable[[], float]:
-    """Samples of enough calls to be told from the clock's own steps."""
+    """Return a sampler of enough calls for the clock's resolution."""
     clock = on_events if device.type == "cuda" else on_wall
     once = clock(lambda: call(0), 1)
     once()

@@ -12,9 +12,9 @@ from interp_nn.engines import barrier
 
 
 def captured(call: Callable[[], Any], stream: torch.cuda.Stream) -> tuple[torch.cuda.CUDAGraph, Any]:
-    """A graph of the call, which has run on the stream before, and the tensors that every replay writes."""
+    """Return a graph of a call that has run on the stream before, and the tensors that every replay writes."""
     graph = torch.cuda.CUDAGraph()
-    gc.disable()  # a graph that dies while another one is captured ends the capture
+    gc.disable()  # freeing a graph during another one's capture ends that capture
     try:
         with torch.cuda.graph(graph, stream=stream):
             out = call()
@@ -24,7 +24,7 @@ def captured(call: Callable[[], Any], stream: torch.cuda.Stream) -> tuple[torch.
 
 
 def capture(call: Callable[[], Any], device: torch.device) -> tuple[torch.cuda.CUDAGraph, Any]:
-    """The same on a stream of its own, after the call has run there once."""
+    """Do the same on a new stream, after one call there."""
     stream = torch.cuda.Stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(stream):
@@ -36,5 +36,5 @@ def capture(call: Callable[[], Any], device: torch.device) -> tuple[torch.cuda.C
 
 
 def spare_words(device: torch.device) -> None:
-    """Words for barriers of the launches that the next graph captures: made in it, they would be zeroed by its replays."""
+    """Allocate barrier counters for the next captured graph: counters made inside it would be zeroed by its replays."""
     barrier.spare_words(device, 2048)

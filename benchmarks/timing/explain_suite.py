@@ -1,13 +1,12 @@
-"""Explanations against what a user would write: the affine map of a network, and the grouping of activation patterns.
+"""Suite `explain`: the affine map of a network, and the grouping of activation patterns, against PyTorch's own functions.
 
-"ours" linearizes all ten rows of W for a batch; "backwards" is ten plain backward passes, the floor; "jacrev" torch.func's
+"ours" linearizes all ten rows of W for a batch; "backwards" takes ten backward passes, the floor; "jacrev" is torch.func's
 Jacobian under vmap. "ours" groups patterns by their packed bits; "unique" is torch.unique over rows of booleans.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +15,7 @@ from tqdm import tqdm
 from benchmarks.records.rows import Writer
 from benchmarks.timing import footprint, tolerances
 from benchmarks.timing.clocks import on_events, on_wall, rounds, summary
-from benchmarks.timing.measure import Asked, launches, left_out, said
+from benchmarks.timing.measure import Asked, left_out, said
 from benchmarks.timing.problems import products
 from benchmarks.timing.reference_networks import ARCHITECTURES, CLASSES, MLPNetwork
 from interp_nn.explain import ActivationPatterns, linearize
@@ -59,7 +58,7 @@ def _linearize(architecture: str, asked: Asked, writer: Writer) -> None:
 
 
 def _backwards(network: nn.Module, images: Tensor, state: nn.Module | None = None) -> Tensor:
-    """W by a backward pass a row, (n, 10, channels, height, width); of another network's parameters if it is given."""
+    """Return W (n, 10, channels, height, width) by a backward pass a row, with the parameters of `state` if it is given."""
     if state is not None:
         network.load_state_dict(state.state_dict())
     x = images.detach().requires_grad_()
@@ -86,7 +85,7 @@ def _patterns(asked: Asked, writer: Writer, samples: int) -> None:
     expected = calls["unique"]()
 
     def differing(labels: Tensor) -> float:
-        """The share of samples whose label is not that of the group that the other labels say."""
+        """Return 0.0 where both labellings have the same groups, else 1.0."""
         pairs = torch.stack((labels, expected), 1).unique(dim=0)
         same = len(pairs) == len(labels.unique()) == len(expected.unique())
         return 0.0 if same else 1.0
@@ -99,8 +98,8 @@ def _measure(
     op: str, sizes: dict[str, int], calls: dict[str, _Call], error: Callable[[Tensor], float], limit: float,
     asked: Asked, writer: Writer,
 ) -> None:  # fmt: skip
-    """Check every call, time all in turn, check again, and write their rows; `limit` is of the error."""
-    # On a GPU by events whatever is asked for: these calls wait for the device on their way.
+    """Check every call, time all in turn, check again, and write their rows; a larger error than `limit` is wrong."""
+    # On a GPU always by events: these calls wait for the device.
     timer, clock = ("events", on_events) if asked.device.type == "cuda" else ("wall", on_wall)
     ready: dict[str, _Call] = {}
     found = left_out(calls, asked)
@@ -112,7 +111,7 @@ def _measure(
                 del ready[name]
                 found[name] = {"status": "wrong", "note": f"relative error {off:.2g}", "err_fro": off}
         except Exception as failure:
-            found[name] = dict(zip(("status", "note"), said(failure), strict=True))
+            found[name] = said(failure)
     samplers = {name: clock(call, 1) for name, call in ready.items()}
     for name, taken in rounds(samplers, asked.seconds, asked.samples, 500).items():
         off = error(ready[name]())
@@ -120,13 +119,10 @@ def _measure(
             **summary(taken).fields(),
             "err_fro": off,
             "peak_delta_mb": footprint.peak_bytes(ready[name], asked.device)[0] / 1e6,
-            "launches": launches(ready[name], asked.device),
+            "launches": footprint.launches(ready[name], asked.device),
             "status": "ok" if off <= limit else "wrong",
             "note": None if off <= limit else f"after timing: relative error {off:.2g}",
         }
-    for name in _in_order(found):
-        writer.write(op=op, mode="explain", provider=name, dtype="fp32", m=None, timer=timer, **sizes, **found[name])
-
-
-def _in_order(found: dict[str, dict[str, Any]]) -> Sequence[str]:
-    return [name for name in PROVIDERS if name in found]
+    fields = {"op": op, "mode": "explain", "dtype": "fp32", **sizes, **asked.fields(), "timer": timer}
+    for name in [name for name in PROVIDERS if name in found]:
+        writer.write(**fields, provider=name, **found[name])

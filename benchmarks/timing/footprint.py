@@ -1,9 +1,9 @@
-"""What a call holds in memory besides its inputs: at most, and for its backward."""
+"""Footprint of a call: its peak memory besides the inputs, the memory kept for a backward, and its kernel launches."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -12,9 +12,9 @@ _Result = TypeVar("_Result")
 
 
 def peak_bytes(call: Callable[[], _Result], device: torch.device) -> tuple[int, _Result]:
-    """(the most that a call holds beyond what was held before it, counted in the allocator's own events; what it returns).
+    """Return (the peak memory of a call beyond what was held before, its result), counted by the allocator's events.
 
-    What libraries of the CPU allocate for themselves is not in it.
+    Memory that CPU libraries allocate for themselves is not counted.
     """
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -36,7 +36,7 @@ def peak_bytes(call: Callable[[], _Result], device: torch.device) -> tuple[int, 
 
 
 def saved_bytes(call: Callable[[], Tensor], leaves: Iterable[Tensor]) -> int:
-    """What the graph of a call's result holds for its backward, storages that are the leaves' own not counted."""
+    """Return the bytes that the graph of a call's result holds for its backward, without the leaves' own storages."""
     own = {leaf.untyped_storage().data_ptr() for leaf in leaves}
     sizes: dict[int, int] = {}
 
@@ -49,5 +49,27 @@ def saved_bytes(call: Callable[[], Tensor], leaves: Iterable[Tensor]) -> int:
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         result = call()
     total = sum(sizes.values())
-    del result  # until here it kept the storages, so that none took another's place
+    del result  # kept until here, so that no storage reused another's address
     return total
+
+
+def launches(call: Callable[[], object], device: torch.device) -> int | None:
+    """Return how many kernels a call launches on a GPU, None elsewhere."""
+    _, names = profiled(call, device)
+    return None if names is None else sum(not name.startswith("Mem") for name in names)
+
+
+def profiled(call: Callable[[], _Result], device: torch.device) -> tuple[_Result, list[str] | None]:
+    """Return (the result of a call, the names of what ran on the GPU meanwhile; None on a CPU).
+
+    Ranges that a program marks, such as an optimizer's step, are copied among the GPU's events. They are left out.
+    """
+    if device.type != "cuda":
+        return call(), None
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=activities) as profile:
+        out = call()
+        torch.cuda.synchronize()
+    events: Any = profile.events() or []
+    return out, [e.name for e in events if e.device_type.name == "CUDA" and not e.is_user_annotation]

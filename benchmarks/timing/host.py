@@ -1,8 +1,8 @@
-"""What calls cost on the host: `SummaryLinear` above its own products, and the triton engine but for the launch itself.
+"""`host`: the Python overhead of `SummaryLinear` above its products, and of the triton engine's calls without their launch.
 
-For few rows this is the time of a layer. The engine is measured on a CPU, where Triton interprets, with launches replaced by
-nothing (what Triton's own launch costs comes on top); the layer on the CPU that computes it, beside `nn.Linear` and beside
-the same products written out by hand in a module.
+With few rows this overhead is the time of a layer. The engine runs on a CPU in Triton's interpreter, with launches replaced by
+an empty function, so that Triton's own launch is not counted. The layer runs on the CPU beside `nn.Linear` and beside a module
+with the same products written by hand.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 import interp_nn
-from benchmarks.records import environment
+from benchmarks.records import environment, rows
 from benchmarks.timing.clocks import interleave
 from interp_nn import functional
 from interp_nn.engines.eager import LossOptions
@@ -28,11 +28,11 @@ from interp_nn.nn import SummaryLinear
 
 _ROUNDS = 2000
 _SECONDS = 30.0
-_SHAPE = 32, 512, 100  # where a layer takes the least time of the shapes in the tables
+_SHAPE = 32, 512, 100  # the fastest of the shapes in the tables
 
 
 def run(output: Path | None) -> dict[str, Any]:
-    """Median microseconds of the engine's calls and of whole calls of `functional`, then of layers, in interleaved runs."""
+    """Measure median microseconds of the engine's calls, of calls of `functional`, and of layers, in interleaved runs."""
     os.environ["TRITON_INTERPRET"] = "1"  # before Triton is first imported: CPU tensors are accepted then
     with interp_nn.use_engine("triton"):
         from interp_nn.engines import eager
@@ -43,12 +43,12 @@ def run(output: Path | None) -> dict[str, Any]:
             medians = _medians(_calls(engine))
     result = {**environment.facts(), "unit": "us", "rounds": _ROUNDS, "median": medians, "layer": _layers()}
     if output is not None:
-        environment.write(output, result)
+        rows.write_json(output, result)
     return result
 
 
 def table(result: dict[str, Any]) -> str:
-    """The record as lines of text."""
+    """Return the record as lines of text."""
     lines = [f"{name:32s} {median:6.1f} us" for name, median in result["median"].items()]
     layer = result["layer"]
     lines.append(f"n, d, k = {', '.join(map(str, layer['shape']))}, one thread:")
@@ -58,7 +58,7 @@ def table(result: dict[str, Any]) -> str:
 
 
 class _ByHand(SummaryLinear):
-    """The products that `SummaryLinear` takes at this shape, and nothing else."""
+    """The products of `SummaryLinear` at this shape, without its overhead."""
 
     def forward(self, x: Tensor) -> Tensor:
         assert self.bias is not None
@@ -66,7 +66,7 @@ class _ByHand(SummaryLinear):
 
 
 def _layers() -> dict[str, Any]:
-    """Layers on one thread: what is above the products by hand is plans, checks and the freezing of weights."""
+    """Time layers on one thread. The difference to the products by hand is plans, checks and the freezing of weights."""
     n, d, k = _SHAPE
     assert interp_nn.plan(n, d, k).association == interp_nn.plan(n, d, k, grad=()).association == "C"
     x, leaf, dy = torch.randn(n, d), torch.randn(n, d, requires_grad=True), torch.randn(n, k)
@@ -92,7 +92,7 @@ def _layers() -> dict[str, Any]:
     return {"shape": list(_SHAPE), "threads": 1, "median": medians, "above by hand": above}
 
 
-def _nothing(*_: Any) -> None:  # a mock would cost more than what is measured
+def _nothing(*_: Any) -> None:  # a mock would cost more than the calls
     return None
 
 

@@ -1,4 +1,4 @@
-"""The operator and its losses against everything a user could write or take instead."""
+"""Suite `ops`: the operator and its losses against the baselines."""
 
 from __future__ import annotations
 
@@ -8,19 +8,17 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 from benchmarks.records.rows import Writer
-from benchmarks.timing import ceilings
 from benchmarks.timing.measure import Asked, measure
 from benchmarks.timing.problems import CLASSES, HEADS, MODES, OPS, QUICK, SHAPES, Problem, products, useful_flops
 from benchmarks.timing.providers import NAMES
+from benchmarks.timing.roofline import Ceiling
+from benchmarks.timing.roofline import measure as measure_rates
 
 CPU_BUDGET = 150.0  # GFLOP of a forward and backward
 
 
 class Wanted(NamedTuple):
-    """Which problems, modes and providers.
-
-    budget: GFLOP of a forward and backward beyond which a problem is left out.
-    """
+    """The problems, modes and providers to time; problems of more GFLOP than `budget` are left out."""
 
     ops: Sequence[str] = OPS
     modes: Sequence[str] | None = None
@@ -32,7 +30,7 @@ class Wanted(NamedTuple):
 
 
 def problems(wanted: Wanted) -> Iterator[Problem]:
-    """The problems, the small ones first, in each dtype. A shape with a fourth number is a head's, with so many classes."""
+    """Yield the problems in each dtype, the small ones first. The fourth number of a head's shape is its classes."""
     shapes = wanted.shapes or (QUICK if wanted.quick else SHAPES)
     heads = wanted.shapes or tuple((*shape, CLASSES) for shape in HEADS)
     for op in wanted.ops:
@@ -43,10 +41,10 @@ def problems(wanted: Wanted) -> Iterator[Problem]:
 
 
 def run(wanted: Wanted, asked: Asked, writer: Writer) -> None:
-    """Time all problems, between two measurements of what the device can do."""
+    """Time all problems, between two measurements of the device's rates."""
     found = list(problems(wanted))
     dtypes = list(dict.fromkeys(problem.dtype for problem in found))
-    rates = {dtype: _ceiling(dtype, "start", asked, writer) for dtype in dtypes}
+    rates = {dtype: ceiling(dtype, "start", asked, writer) for dtype in dtypes}
     with tqdm(found, unit="problem") as progress:
         for problem in progress:
             progress.set_description(problem.name)
@@ -54,27 +52,29 @@ def run(wanted: Wanted, asked: Asked, writer: Writer) -> None:
             if why := over(problem, wanted.budget) or asked.limit.over():
                 for mode in modes:
                     for name in wanted.providers:
-                        writer.write(**problem._asdict(), mode=mode, provider=name, status="skipped", note=why)
+                        fields = {**problem._asdict(), **asked.fields(), "mode": mode, "provider": name}
+                        writer.write(**fields, status="skipped", note=why)
                 continue
             with products(problem.dtype):
                 measure(problem, modes, wanted.providers, asked, rates[problem.dtype], writer)
     for dtype in dtypes:
-        _ceiling(dtype, "end", asked, writer)
+        ceiling(dtype, "end", asked, writer)
 
 
 def over(problem: Problem, budget: float | None) -> str | None:
-    """Why a problem is left out: what it takes, against a budget in GFLOP."""
+    """Return why a problem is over a budget in GFLOP, None if it is not."""
     gflop = useful_flops(problem, "fwdbwd") / 1e9
     if budget is None or gflop <= budget:
         return None
     return f"over the FLOP budget: {gflop:.0f} of {budget:.0f} GFLOP"
 
 
-def _ceiling(dtype: str, when: str, asked: Asked, writer: Writer) -> ceilings.Ceiling:
+def ceiling(dtype: str, when: str, asked: Asked, writer: Writer) -> Ceiling:
+    """Measure the device's rates, and write their row."""
     with products(dtype):
-        found = ceilings.measure(asked.device, dtype)
+        found = measure_rates(asked.device, dtype)
     writer.write(
-        op="ceiling", provider="device", mode=when, dtype=dtype, n=0, d=0, k=0,
+        op="ceiling", provider="device", mode=when, dtype=dtype, n=0, d=0, k=0, **asked.fields(),
         gbps=found.bandwidth / 1e9, tflops=found.flops / 1e12, status="ok",
     )  # fmt: skip
     return found

@@ -1,4 +1,4 @@
-"""What is timed: an operator at a size in a dtype, and the inputs it is timed on."""
+"""Problems: an operator at a size in a dtype, its inputs, its operations and its bytes."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ DTYPES = {
     "fp16": torch.float16,
     "fp64": torch.float64,
 }
-# "summary": Y = X b (bᵀb). "cross_entropy": the three-term loss of (P, Y), whose columns are the classes. "head": the same
-# behind an output layer with m classes.
+# "summary": Y = X b (bᵀb). "cross_entropy": the three-term loss of (P, Y), with k classes. "head": the same loss behind an
+# output layer with m classes.
 OPS = ("summary", "cross_entropy", "head")
-# Of the summary: "fwd" records what a backward needs, "bwd" walks a graph that is kept, "fwdbwd" does both, and "infer"
-# records nothing. Of a loss: the loss with all its gradients.
+# The summary: "fwd" records a graph, "bwd" walks a graph that is kept, "fwdbwd" does both, and "infer" records nothing. A loss
+# is computed with all its gradients.
 MODES = {"summary": ("fwd", "bwd", "fwdbwd", "infer"), "cross_entropy": ("loss",), "head": ("loss",)}
 SHAPES = (
     (32, 512, 100),
@@ -36,7 +36,7 @@ SHAPES = (
     (8192, 4096, 4096),
     (1024, 25088, 4096),
 )
-# The reference networks' heads at their batch of 32: a small CNN's and a vgg11's, with 10 classes.
+# The heads of the reference networks at their batch of 32: the small CNN's and the vgg11's, with 10 classes.
 HEADS = ((32, 1600, 120), (32, 512, 100))
 QUICK = ((32, 512, 100), (4096, 512, 64))
 CLASSES = 10
@@ -54,7 +54,7 @@ class Problem(NamedTuple):
 
     @classmethod
     def of(cls, op: str, shape: Sequence[int], dtype: str = "fp32") -> Problem:
-        """With a shape of three numbers, or of four for a head."""
+        """Make a problem from a shape of three numbers, or of four for a head."""
         n, d, k, *rest = shape
         return cls(op, n, d, k, rest[0] if rest else None, dtype)
 
@@ -69,7 +69,7 @@ class Problem(NamedTuple):
 
 
 class Data(NamedTuple):
-    """One set of inputs: rows, a layer's weight bᵀ (k, d), an output layer, the upstream of the summary, targets."""
+    """One set of inputs: x, a layer's weight bᵀ (k, d), an output layer, the summary's upstream gradient, targets."""
 
     x: Tensor
     w: Tensor
@@ -79,19 +79,15 @@ class Data(NamedTuple):
     target: Tensor
 
     def double(self) -> Data:
-        """The same in fp64, with leaves of its own."""
+        """Return the same in fp64, with leaves of its own."""
         exact = [t.detach().double().requires_grad_(t.requires_grad) if t.is_floating_point() else t for t in self]
         return Data(*exact)
 
 
 def datasets(problem: Problem, device: torch.device, count: int) -> list[Data]:
-    """So many sets of a problem's inputs."""
-    _, n, d, k, m, dtype = problem
-    return drawn(n, d, k, m or k, DTYPES[dtype], device, count)
-
-
-def drawn(n: int, d: int, k: int, classes: int, dtype: torch.dtype, device: torch.device, count: int) -> list[Data]:
-    """Sets of normal inputs, of weights whose products neither grow nor vanish; the same at every call."""
+    """Draw `count` sets of a problem's inputs, the same at every call; products of the weights neither grow nor vanish."""
+    _, n, d, k, m, name = problem
+    classes, dtype = m or k, DTYPES[name]
     draw = torch.Generator(device).manual_seed(0)
 
     def randn(*shape: int, scale: float = 1.0) -> Tensor:
@@ -110,20 +106,15 @@ def drawn(n: int, d: int, k: int, classes: int, dtype: torch.dtype, device: torc
     ]
 
 
-def filling(n: int, d: int, k: int, itemsize: int, cache: int) -> int:
-    """How many sets are, with their gradients, twice what a cache of so many bytes holds; from 2 to 256."""
-    one = 2 * (n * d + k * d + n * k) * itemsize
-    return max(2, min(256, -(-2 * cache // one)))
-
-
 def rotation(problem: Problem, device: torch.device, cold: bool) -> int:
-    """How many sets of inputs are taken in turn: those that the last cache cannot hold, or one."""
+    """Return how many sets of inputs to use in turn: 1, or from 2 to 256 that fill the last cache twice, with gradients."""
     _, n, d, k, _, dtype = problem
-    return filling(n, d, k, DTYPES[dtype].itemsize, cache_bytes(device)) if cold else 1
+    one = 2 * (n * d + k * d + n * k) * DTYPES[dtype].itemsize
+    return max(2, min(256, -(-2 * cache_bytes(device) // one))) if cold else 1
 
 
 def cache_bytes(device: torch.device) -> int:
-    """Of the device's last cache; 32 MiB where a CPU does not tell."""
+    """Return the size of the device's last cache; 32 MiB where a CPU does not report it."""
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).L2_cache_size)
     told = Path("/sys/devices/system/cpu/cpu0/cache/index3/size")
@@ -136,7 +127,7 @@ def cache_bytes(device: torch.device) -> int:
 
 
 def useful_flops(problem: Problem, mode: str) -> float:
-    """Operations of the cheapest order of products, the same for every provider, so that none gains by doing more work."""
+    """Return the operations of the cheapest order of products: the same for every provider, so that more work earns nothing."""
     _, n, d, k, m, _ = problem
     if m is not None:
         return min(orders.head_products(form, n, d, k, m)[0] for form in ("flat", "latent"))
@@ -151,7 +142,7 @@ def useful_flops(problem: Problem, mode: str) -> float:
 
 
 def least_bytes(problem: Problem, mode: str) -> float:
-    """What has to be read and written at least once: inputs, outputs, and gradients of both; a loss is next to nothing."""
+    """Return the bytes that are read and written at least once: inputs, outputs, and gradients of both, but not a loss."""
     _, n, d, k, m, name = problem
     inputs = n * d + d * k + (0 if m is None else m * k)
     output = 0 if problem.loss else n * k
@@ -162,7 +153,7 @@ def least_bytes(problem: Problem, mode: str) -> float:
 
 @contextlib.contextmanager
 def products(mode: str) -> Iterator[None]:
-    """Products of fp32 matrices, and convolutions, are tf32 products in the mode of that name, else exact."""
+    """Let fp32 matrix products and convolutions use tf32 in the mode of that name, and be exact in the others."""
     cudnn: Any = torch.backends.cudnn  # whose stub lacks `conv`
     switches = torch.backends.cuda.matmul, cudnn.conv
     before = [switch.fp32_precision for switch in switches]

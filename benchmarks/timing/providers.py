@@ -1,7 +1,7 @@
-"""Every way to compute a problem that is timed: ours by each engine, and what a user could write or take instead.
+"""Providers: every way to compute a problem, by interp_nn's engines and by the baselines that a user could take instead.
 
-All read the same weight, (k, d) in memory as nn.Linear keeps it. A provider that cannot compute a problem says why: that is
-a row of the record, not a gap.
+All read the same weight, (k, d) in memory as nn.Linear keeps it. A provider that cannot compute a problem raises
+`UnsupportedError`, and its reason becomes a row of the record.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import contextlib
 import copy
 import functools
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,12 +18,15 @@ from torch import Tensor
 
 import interp_nn
 from benchmarks.timing.problems import DTYPES, Data, Problem
-from interp_nn import functional
+from interp_nn import engines, functional
+from interp_nn.engines.eager import LossOptions
 
 Function = Callable[[Data], Tensor]
 
-# Engines whose name a provider carries; "ours" is what `auto`, or the engine asked for, makes of a problem.
-OURS = {"ours": None, "ours-reference": "reference", "ours-triton": "triton", "ours-cuda": "cuda"}
+# Providers by their engines; "ours" uses `auto` or the engine that is asked for.
+OURS = {"ours": None, "ours-eager": engines.ENGINES[0], "ours-triton": "triton", "ours-cuda": "cuda"}
+# Their kernels called directly, without the operator and autograd around them.
+KERNELS = {"kernel-triton": "triton", "kernel-cuda": "cuda"}
 
 # y of x (n, d) and b (d, k), by the order in which the products are formed.
 ASSOCIATIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
@@ -33,7 +36,7 @@ ASSOCIATIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "assoc-d": lambda x, b: (x @ (b @ b.mT)) @ b,
     "assoc-e": lambda x, b: x @ ((b @ b.mT) @ b),
 }
-# The same with p = x b at hand, as a loss of the pair has it.
+# The same from p = x b, which a loss of the pair computes anyway.
 _WITH_P: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "assoc-a": lambda p, x, b: p @ (b.mT @ b),
     "assoc-c": lambda p, x, b: (p @ b.mT) @ b,
@@ -53,13 +56,16 @@ INVERSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 
 NAMES = (
-    *OURS, "linear", "unfused", *ASSOCIATIONS, "best-eager", "compile", "graphed", "multi-dot", *INVERSES, "orthogonal", "cached",
+    *OURS, *KERNELS, "linear",
+    "unfused", *ASSOCIATIONS, "best-eager", "compile", "graphed", "multi-dot", *INVERSES, "orthogonal", "cached",
 )  # fmt: skip
 ABOUT = {
     "ours": "interp_nn, by the engine that it chooses itself or that --engine names",
-    "ours-reference": "interp_nn's PyTorch products",
+    "ours-eager": "interp_nn's PyTorch products",
     "ours-triton": "interp_nn's Triton kernels",
     "ours-cuda": "interp_nn's compiled CUDA kernels",
+    "kernel-triton": "the triton engine called directly, without operator and autograd",
+    "kernel-cuda": "the cuda engine called directly",
     "linear": "nn.Linear of the same size, the floor; behind cross entropy where a loss is timed",
     "unfused": "x @ b @ (b.T @ b) under autograd; the same calls as assoc-a, so that their difference is noise",
     "assoc-a": "(x b)(bᵀb)",
@@ -79,19 +85,26 @@ ABOUT = {
 }
 
 
-# Its backward is a loop over columns, each of which updates a matrix: on a CPU over a minute at d = 4096, k = 256.
+# The backward of "orthogonal" updates a matrix for each column: over a minute at d = 4096, k = 256 on a CPU.
 _MOST_ORTHOGONAL = 2**26
 
 
 class UnsupportedError(Exception):
-    """Why a provider does not compute a problem."""
+    """A provider does not compute a problem; the message is the reason."""
 
 
 class Provider(NamedTuple):
-    """A provider of one problem: its output (y, or the loss) of each set of inputs, and what it differentiates by.
+    """A provider of one problem.
 
-    plain: the same function in PyTorch at the same precision, whose error allows as much again. exact: the function in fp64,
-    of a set's double and the leaves that belong to it. engine: asked for meanwhile, if it is ours.
+    Attributes:
+        output: The output (y, or the loss) for the i-th set of inputs.
+        leaves: The tensors of the i-th set that gradients are taken of.
+        family: Providers of a family compute the same function.
+        plain: The same function in PyTorch at the same precision, whose error sets the tolerance.
+        exact: Returns the function in fp64 and its leaves.
+        engine: The engine of interp_nn that is in use meanwhile, None for a baseline.
+        plan: The plan as text.
+        direct: Computes all results of the i-th set without autograd, instead of `output` and its gradients.
     """
 
     output: Callable[[int], Tensor]
@@ -101,19 +114,32 @@ class Provider(NamedTuple):
     exact: Callable[[], tuple[Callable[[], Tensor], tuple[Tensor, ...]]]
     engine: str | None = None
     plan: str | None = None
+    direct: Callable[[int], list[Tensor]] | None = None
 
     def using(self) -> contextlib.AbstractContextManager[object]:
-        """In which its calls are made."""
+        """Return the context in which its calls are made."""
         return contextlib.nullcontext() if self.engine is None else interp_nn.use_engine(self.engine)
 
 
 def build(name: str, problem: Problem, mode: str, sets: Sequence[Data], engine: str, best: str | None) -> Provider:
-    """The named provider. engine: what "ours" is asked of. best: the association that "compile" and "graphed" take.
+    """Build the named provider.
 
-    Raises UnsupportedError with the reason.
+    Args:
+        name: One of NAMES.
+        problem: The problem.
+        mode: The mode.
+        sets: The sets of inputs.
+        engine: The engine of "ours".
+        best: The association of "compile" and "graphed".
+
+    Raises:
+        UnsupportedError: The provider does not compute the problem.
     """
     if name in OURS:
         return _ours(OURS[name] or engine, problem, mode, sets)
+    if name in KERNELS:
+        provider = _ours(KERNELS[name], problem, mode, sets)
+        return provider._replace(direct=_kernel_calls(KERNELS[name], problem, mode, sets))
     if name == "orthogonal":
         return _orthogonal(problem, mode, sets)
     if name == "cached":
@@ -136,7 +162,7 @@ def build(name: str, problem: Problem, mode: str, sets: Sequence[Data], engine: 
 
 
 def _of(family: str, function: Function, problem: Problem, sets: Sequence[Data]) -> Provider:
-    """A function of a set of inputs as a provider; its truth is that of its family."""
+    """Make a provider of a function of a set of inputs."""
     plain = {"summary": _expression(problem, "unfused"), "linear": _linear(problem)}.get(family) or (
         lambda t: INVERSES["inverse-inv"](t.x, t.w.mT)
     )
@@ -149,12 +175,12 @@ def _of(family: str, function: Function, problem: Problem, sets: Sequence[Data])
 
 
 def leaves_of(problem: Problem, t: Data) -> tuple[Tensor, ...]:
-    """What a problem's gradients are of."""
+    """Return the tensors that a problem's gradients are taken of."""
     return (t.x, t.w, t.a, t.c) if problem.m is not None else (t.x, t.w)
 
 
 def _expression(problem: Problem, name: str) -> Function:
-    """The summary, or its loss, as PyTorch's operations, in the order that is named."""
+    """Write the summary, or its loss, as PyTorch's operations in the named order."""
     of = _multi_dot if name == "multi-dot" else ASSOCIATIONS["assoc-a" if name == "unfused" else name]
     if not problem.loss:
         return lambda t: of(t.x, t.w.mT)
@@ -194,9 +220,13 @@ def _ours(engine: str, problem: Problem, mode: str, sets: Sequence[Data]) -> Pro
 
 
 def planned(engine: str, problem: Problem, mode: str, device: torch.device) -> str:
-    """Which engine computes a problem when this one is asked for, and in which form. Raises UnsupportedError where it cannot."""
-    if engine == "reference" and device.type == "cpu":
-        raise UnsupportedError("is what `ours` is on a CPU")
+    """Return the engine and the form that compute a problem when this engine is asked for.
+
+    Raises:
+        UnsupportedError: The engine cannot compute it.
+    """
+    if engine == engines.ENGINES[0] and device.type == "cpu":
+        raise UnsupportedError("on a CPU `ours` is this engine")
     try:
         with interp_nn.use_engine(engine):
             plan = interp_nn.plan(
@@ -209,15 +239,46 @@ def planned(engine: str, problem: Problem, mode: str, device: torch.device) -> s
     return f"{plan.engine} {plan.form}"
 
 
+def _kernel_calls(name: str, problem: Problem, mode: str, sets: Sequence[Data]) -> Callable[[int], list[Tensor]]:
+    """Return an engine's own calls of a mode on the i-th set of inputs."""
+    engine: Any = engines.get(name)
+    kept: dict[int, list[Tensor]] = {}
+    options = LossOptions((1.0, 1.0, 1.0), -100, "mean")
+    n, d, k, m = problem[1:5]
+    form = "A+"
+    if m is not None:
+        with interp_nn.use_engine(name):
+            form = interp_nn.plan(n, d, k, classes=m, dtype=DTYPES[problem.dtype], device=sets[0].x.device).form
+
+    def call(i: int) -> list[Tensor]:
+        t = Data(*(value.detach() for value in sets[i]))
+        b, head = t.w.t(), m is not None
+        if problem.loss:
+            a, c = (t.a, t.c) if head else (None, None)
+            value, grads = engine.loss(t.x, b, a, c, t.target, options, form, None, (True, True, head, head))
+            dx, db, *rest = grads
+            return [value, dx, db.t(), *(grad for grad in rest if grad is not None)]
+        y: list[Tensor] = []
+        if mode != "bwd" or i not in kept:
+            _, out, kept[i] = engine.forward(t.x, b, None, "A", False)
+            y = [out] if mode != "bwd" else []
+        if mode in ("fwd", "infer"):
+            return y
+        dx, db = engine.backward(None, t.dy, t.x, b, kept[i], "A", True, True)[:2]
+        return [*y, dx, db.t()]
+
+    return call
+
+
 def _compiled(problem: Problem, sets: Sequence[Data], association: str) -> Provider:
-    if problem not in _compilations:  # what is compiled for another one is in the way of PyTorch's limits
+    if problem not in _compilations:  # compilations for another one count towards PyTorch's limits
         torch._dynamo.reset()
         _compilations.clear()
         _compilations[problem] = {}
     made = _compilations[problem]
     if association not in made:
         function = _expression(problem, association)
-        # Of a graph that is walked again and again, no buffers may be given away.
+        # "bwd" walks a graph again and again: its buffers must not be donated.
         torch._functorch.config.donated_buffer = False
         made[association] = torch.compile(lambda *inputs: function(Data(*inputs)), fullgraph=True, dynamic=False)
     return _of("summary", lambda t: made[association](*t), problem, sets)
@@ -249,7 +310,7 @@ def _orthogonal(problem: Problem, mode: str, sets: Sequence[Data]) -> Provider:
         module, x = copy.deepcopy(layers[0]).double(), sets[0].double().x
         return lambda: module(x), leaves(module, x)
 
-    # Its parameters are coordinates about a random completion of the weight, so that no two of them share a gradient.
+    # The parameters are coordinates about a random completion of the weight: no two layers share a gradient.
     family = f"orthogonal, {mode}"
     return Provider(
         lambda i: layers[i](sets[i].x), lambda i: leaves(layers[i], sets[i].x), family, lambda t: layers[0](t.x), exact

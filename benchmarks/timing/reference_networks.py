@@ -1,9 +1,8 @@
-"""Networks of the papers: a small CNN and a vgg11, each with its base head and with a summary head; and those made gated."""
+"""The reference networks: a small CNN and a vgg11, each with its base head and with a summary head."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -16,7 +15,7 @@ _VGG11 = (64, "pool", 128, "pool", 256, 256, "pool", 512, 512, "pool", 512, 512,
 
 
 def cnn_body(channels: int, size: int) -> nn.Sequential:
-    """Two convolutions with ReLU and pooling: 5 x 5 as in the reference, padded 3 x 3 for images under 16 pixels."""
+    """Build two convolutions with ReLU and pooling: 5 x 5 as in the reference, padded 3 x 3 for images under 16 pixels."""
     kernel, padding = (3, 1) if size < 16 else (5, 0)
     return nn.Sequential(
         nn.Conv2d(channels, 32, kernel, padding=padding),
@@ -30,7 +29,7 @@ def cnn_body(channels: int, size: int) -> nn.Sequential:
 
 
 class HeConv2d(nn.Conv2d):
-    """A convolution that begins as those of the reference's vgg11: He et al. (2015) by fan-out, without biases."""
+    """A convolution initialised as in the reference's vgg11: He et al. (2015) by fan-out, zero biases."""
 
     def reset_parameters(self) -> None:
         nn.init.kaiming_normal_(self.weight, mode="fan_out")
@@ -39,7 +38,7 @@ class HeConv2d(nn.Conv2d):
 
 
 def vgg11_body(channels: int, size: int) -> nn.Sequential:
-    """The convolutions of vgg11 without batch norm, which halve the image five times (size: 32 pixels or more)."""
+    """Build the convolutions of vgg11 without batch norm, which halve images of 32 pixels or more five times."""
     layers: list[nn.Module] = []
     for width in _VGG11:
         if isinstance(width, str):
@@ -80,11 +79,11 @@ class MLPNetwork(nn.Module):
         self.head = nn.Sequential(*layers, nn.Linear(width, classes))
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits."""
+        """Return the logits."""
         return self.head(self.body(images))
 
     def loss(self, images: Tensor, target: Tensor) -> Tensor:
-        """Cross entropy of the logits."""
+        """Return the cross entropy of the logits."""
         return nn.functional.cross_entropy(self(images), target)
 
 
@@ -98,35 +97,16 @@ class SummaryNetwork(nn.Module):
         self.head = SummaryHead(_features(self.body, channels, size), found.latent, classes)
 
     def forward(self, images: Tensor) -> Tensor:
-        """The pair of logits in training mode, the projection's in evaluation mode."""
+        """Return the pair of logits in training mode, the projection's logits in evaluation mode."""
         return self.head(self.body(images))
 
     def loss(self, images: Tensor, target: Tensor) -> Tensor:
-        """CE(o1) + CE(o2) + MSE(o1, o2), from the features."""
+        """Return CE(o1) + CE(o2) + MSE(o1, o2) from the features."""
         return self.head.loss(self.body(images), target)
 
 
 Network = MLPNetwork | SummaryNetwork
 NETWORKS: dict[str, type[MLPNetwork] | type[SummaryNetwork]] = {"mlp": MLPNetwork, "summary": SummaryNetwork}
-
-
-def relu_mlp(*widths: int) -> nn.Sequential:
-    """Linear layers of these widths without biases, with ReLU between."""
-    layers: list[nn.Module] = []
-    for fan_in, fan_out in pairwise(widths):
-        layers += [nn.Linear(fan_in, fan_out, bias=False), nn.ReLU()]
-    return nn.Sequential(*layers[:-1])
-
-
-def gconv(channels: int, classes: int = CLASSES, stride: int = 1) -> nn.Sequential:
-    """GCONV of arXiv 2006.10529, without biases: four convolutions 3 x 3, the mean of all positions, two hidden layers.
-
-    stride: of the second and the fourth convolution, as published 1; 2 makes it 7 times cheaper.
-    """
-    layers: list[nn.Module] = []
-    for (fan_in, fan_out), step in zip(pairwise((channels, 64, 64, 128, 128)), (1, stride) * 2, strict=True):
-        layers += [nn.Conv2d(fan_in, fan_out, 3, step, padding=1, bias=False), nn.ReLU()]
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), *relu_mlp(128, 256, 256, classes))
 
 
 def _features(module: nn.Module, channels: int, size: int) -> int:

@@ -1,16 +1,17 @@
-"""`run`: time suites on a device, and leave a record."""
+"""`run`: time suites on a device, and write a record."""
 
 from __future__ import annotations
 
 import argparse
 import math
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 from benchmarks.records import environment, report
-from benchmarks.records.rows import Writer
+from benchmarks.records.rows import Writer, common
 from benchmarks.timing import explain_suite, operator_suite, training_suite
 from benchmarks.timing.clocks import Limit
 from benchmarks.timing.measure import TIMERS, Asked
@@ -27,7 +28,7 @@ ALL_MODES = tuple(dict.fromkeys(mode for modes in MODES.values() for mode in mod
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `python -m benchmarks run`."""
+    """Add the options of `python -m benchmarks run`."""
     parser.add_argument("--suite", choices=SUITES, action="append", help="repeatable (default: all)")
     parser.add_argument("--op", choices=OPS, action="append", help="repeatable (default: all)")
     parser.add_argument("--mode", choices=ALL_MODES, action="append", help="repeatable (default: all of an op)")
@@ -40,29 +41,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--provider", choices=NAMES, action="append", help="of ops and train; repeatable (default: all)"
     )
-    parser.add_argument("--engine", choices=("auto", *ENGINES), default="auto", help="what `ours` is asked for")
+    parser.add_argument("--engine", choices=("auto", *ENGINES), default="auto", help="the engine of `ours`")
     parser.add_argument("--device", choices=TIMERS, help="default: cuda where there is one")
     parser.add_argument("--timer", choices=[timer for timers in TIMERS.values() for timer in timers], help=_TIMER_HELP)
     parser.add_argument(
         "--l2",
         choices=("cold", "hot"),
-        help="cold: inputs in turn that the last cache does not hold (default on a GPU)",
+        help="cold: sets of inputs in turn that the last cache does not hold (default on a GPU)",
     )
-    parser.add_argument("--samples", type=int, help="of each provider, fewer where calls are long (default: 7)")
+    parser.add_argument("--samples", type=int, help="of each provider, fewer for slow calls (default: 7)")
     parser.add_argument("--seconds", type=float, help="of each problem and mode (default: 1.5)")
     parser.add_argument(
         "--budget", type=float, metavar="GFLOP",
-        help=f"leave out problems whose forward and backward take more (default: {operator_suite.CPU_BUDGET:.0f} on a CPU, none on a GPU)",
+        help=f"leave out larger forwards and backwards (default: {operator_suite.CPU_BUDGET:.0f} on a CPU, none on a GPU)",
     )  # fmt: skip
     parser.add_argument(
         "--minutes",
         type=float,
         default=math.inf,
-        help="begin no problem and mode after so many: the rest is skipped, and the record says so (default: no limit)",
+        help="skip the problems and modes that are left after this time, with rows that say so (default: no limit)",
     )
-    parser.add_argument(
-        "--quick", action="store_true", help="a minute's look: two shapes, few samples, no other suites"
-    )
+    parser.add_argument("--quick", action="store_true", help="one minute: two shapes, few samples, the suite ops alone")
     parser.add_argument(
         "--out",
         type=Path,
@@ -73,13 +72,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 _TIMER_HELP = (
-    "wall on a CPU; on a GPU events (of calls as a program makes them; default) or graph (replayed, without the host; "
-    "the suite explain is timed by events, train is not)"
+    "wall on a CPU; on a GPU events (calls as a program makes them; default), graph (replayed, without the host) "
+    "or host (its share alone); there explain always uses events, and train has no other timer"
 )
 
 
 def shape(text: str) -> tuple[int, ...]:
-    """N,D,K or N,D,K,M of positive numbers."""
+    """Read N,D,K or N,D,K,M of positive numbers."""
     try:
         found = tuple(int(part) for part in text.split(","))
     except ValueError:
@@ -89,8 +88,19 @@ def shape(text: str) -> tuple[int, ...]:
     return found
 
 
+def at_least(low: int) -> Callable[[str], int]:
+    """Return a reader of whole numbers from `low` on."""
+
+    def number(text: str) -> int:
+        if int(text) < low:
+            raise argparse.ArgumentTypeError(f"got {text}, want at least {low}")
+        return int(text)
+
+    return number
+
+
 def run(given: argparse.Namespace) -> int:
-    """Run the suites that were asked for, print their table; exit status 1 if ours is wrong, 2 for what cannot be asked."""
+    """Run the suites and print their table; the exit status is 1 if ours is wrong, 2 for options that do not fit."""
     device = torch.device(given.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     timer = given.timer or TIMERS[device.type][0]
     if timer not in TIMERS[device.type]:
@@ -104,7 +114,7 @@ def run(given: argparse.Namespace) -> int:
     )  # fmt: skip
     results = environment.ROOT / "benchmarks" / "results" / environment.device_slug(device.type)
     out = given.out or results / f"{environment.now(given.revision)}.jsonl"
-    writer = Writer(out, device, timer, "cold" if cold else "hot", given.revision)
+    writer = Writer(out, common(device.type, given.revision))
     names = given.provider or NAMES
     suites = given.suite or (["ops"] if given.quick else list(SUITES))
     if "ops" in suites:
@@ -121,7 +131,7 @@ def run(given: argparse.Namespace) -> int:
         explain_suite.run(asked, writer, given.quick)
     if all(row["op"] == "ceiling" for row in writer.rows):
         print(
-            "benchmarks run: nothing asked for can be run: no suite has it all, op, mode, shape and provider",
+            "benchmarks run: no suite has a problem with this op, mode, shape and provider together",
             file=sys.stderr,
         )
         return 2
@@ -131,7 +141,7 @@ def run(given: argparse.Namespace) -> int:
 
 
 def listing() -> str:
-    """Suites, ops, modes, providers and shapes."""
+    """Return suites, ops, modes, providers and shapes as text."""
     lines = ["suites"]
     lines += [f"  {name:18}{about}" for name, about in SUITES.items()]
     lines += ["", "ops and their modes", *(f"  {op:18}{', '.join(modes)}" for op, modes in MODES.items())]

@@ -1,6 +1,6 @@
-"""How close is close enough: at most twice as far from fp64 as PyTorch's own expression at the same precision, plus ulps.
+"""Tolerances: a result may be twice as far from fp64 as PyTorch's expression at the same precision, plus some ulps.
 
-Tests and the GPU job judge by this; here are the formulas in plain PyTorch too, which are what is compared against.
+The tests, the suites and the GPU job use them. The formulas in plain PyTorch, with which results are compared, are here too.
 """
 
 from __future__ import annotations
@@ -11,22 +11,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Beyond twice PyTorch's own error: as many ulps as a chain of roundings leaves when PyTorch's happen to cancel. In fp64
-# the reference is itself the same-precision expression, whose error reads as zero.
+# Added to twice PyTorch's error: the ulps that a chain of roundings leaves where PyTorch's roundings happen to cancel. In fp64
+# the reference is itself the expression of the same precision, and its error reads as zero.
 FLOOR_ULPS = {torch.float64: 32, torch.float32: 3, torch.bfloat16: 3, torch.float16: 3}
-# An fp32 product of two tf32 parts each drops what both low parts give, 2^-22 of it, where PyTorch's may happen to be exact.
+# An fp32 product of operands in two tf32 parts drops the product of the low parts, 2^-22 of it; PyTorch's may be exact there.
 SPLIT_ULPS = 8
 TF32_EPS = 2.0**-10
 
 
 def naive(x: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
-    """The summary as a user would write it: (X b)(bᵀb) + bias."""
+    """Compute the summary as a user would write it: (X b)(bᵀb) + bias."""
     y = x @ b @ (b.mT @ b)
     return y if bias is None else y + bias
 
 
 def naive_pair(x: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """(projection, summary)."""
+    """Compute (projection, summary)."""
     return x @ b, naive(x, b)
 
 
@@ -38,7 +38,7 @@ def naive_loss(
     ignore_index: int = -100,
     reduction: str = "mean",
 ) -> Tensor:
-    """w1 CE(o1) + w2 CE(o2) + w3 MSE(o1, o2) over the rows that are not ignored; 16-bit logits are read in fp32."""
+    """Compute w1 CE(o1) + w2 CE(o2) + w3 MSE(o1, o2) over the rows that are not ignored; 16-bit logits are read in fp32."""
     wide = torch.float64 if o1.dtype == torch.float64 else torch.float32
     m, kept = o1.shape[-1], (target != ignore_index).flatten()
     o1, o2 = o1.to(wide).reshape(-1, m), o2.to(wide).reshape(-1, m)
@@ -60,7 +60,7 @@ def naive_cross_entropy(
     ignore_index: int = -100,
     reduction: str = "mean",
 ) -> Tensor:
-    """The three-term loss of a pair."""
+    """Compute the three-term loss of a pair."""
     return naive_loss(*naive_pair(x, b), target, weights, ignore_index, reduction)
 
 
@@ -74,13 +74,13 @@ def naive_head_cross_entropy(
     ignore_index: int = -100,
     reduction: str = "mean",
 ) -> Tensor:
-    """The three-term loss behind an output layer."""
+    """Compute the three-term loss behind an output layer."""
     p, y = naive_pair(x, b)
     return naive_loss(F.linear(p, a, c), F.linear(y, a, c), target, weights, ignore_index, reduction)
 
 
 def errors(got: Tensor, exact: Tensor) -> tuple[float, float]:
-    """(relative Frobenius, relative maximum) error against an fp64 reference; a NaN or Inf counts as infinite."""
+    """Return the (relative Frobenius, relative maximum) error against an fp64 reference; infinite for a NaN or Inf."""
     got, exact = got.detach().double(), exact.detach()
     assert exact.dtype == torch.float64
     assert got.shape == exact.shape
@@ -94,12 +94,12 @@ def errors(got: Tensor, exact: Tensor) -> tuple[float, float]:
 
 
 def floor(dtype: torch.dtype, ulps: int | None = None) -> float:
-    """The error that is always allowed to results whose products are rounded to `dtype`."""
+    """Return the error that is always allowed to results whose products are rounded to `dtype`."""
     return (ulps or FLOOR_ULPS[dtype]) * torch.finfo(dtype).eps
 
 
-def breach(ours: tuple[float, float], theirs: tuple[float, float], floor: float) -> str | None:
-    """What breaks the law: `errors` of ours against those of PyTorch's own expression. None where nothing does."""
+def exceeds(ours: tuple[float, float], theirs: tuple[float, float], floor: float) -> str | None:
+    """Return which of our `errors` exceeds its tolerance, from the errors of PyTorch's expression; None where none does."""
     for kind, our, their in zip(("Frobenius", "maximum"), ours, theirs, strict=True):
         if not math.isfinite(their):
             return "PyTorch's own expression is not finite, which proves nothing"

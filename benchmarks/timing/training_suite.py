@@ -1,6 +1,6 @@
-"""Whole training steps of the reference networks on random images: forward, backward and Adam, at their batch of 32.
+"""Suite `train`: training steps of the reference networks on random images, with forward, backward and Adam at batch 32.
 
-"linear" is the network with its base head of plain layers, "ours" the one with a summary head, "unfused" the same written in
+"linear" is the network with its base head of plain layers, "ours" the one with a summary head, "unfused" the same head in
 PyTorch's operations.
 """
 
@@ -18,14 +18,14 @@ import interp_nn
 from benchmarks.records.rows import Writer
 from benchmarks.timing import footprint, tolerances
 from benchmarks.timing.clocks import on_events, on_wall, rounds, summary
-from benchmarks.timing.measure import Asked, launches, left_out, said
+from benchmarks.timing.measure import Asked, left_out, said
 from benchmarks.timing.problems import Problem, products
 from benchmarks.timing.providers import OURS, UnsupportedError, planned
 from benchmarks.timing.reference_networks import ARCHITECTURES, CLASSES, MLPNetwork, Network, SummaryNetwork
 
 PROVIDERS = (*OURS, "linear", "unfused")
 BATCH, CHANNELS, SIZE = 32, 3, 32
-_RATE = 1e-5  # so that hundreds of steps on the same images change next to nothing
+_RATE = 1e-5  # hundreds of steps on the same images then change almost nothing
 _Loss = Callable[[Network, Tensor, Tensor], Tensor]
 
 
@@ -48,7 +48,7 @@ def _measure(architecture: str, names: Sequence[str], asked: Asked, writer: Writ
         try:
             ready[name] = _Step(name, architecture, images, target, asked)
         except Exception as error:
-            found[name] = dict(zip(("status", "note"), said(error), strict=True))
+            found[name] = said(error)
     clock = on_events if asked.timer == "events" else on_wall
     samplers = {name: clock(step, 1) for name, step in ready.items()}
     rounds(samplers, 0.0, least=2, most=2)
@@ -58,16 +58,16 @@ def _measure(architecture: str, names: Sequence[str], asked: Asked, writer: Writ
     for name in names:
         writer.write(
             op=f"train_{architecture}", mode="step", provider=name, dtype="fp32", n=BATCH, d=features,
-            k=ARCHITECTURES[architecture].latent, m=CLASSES, **found[name],
+            k=ARCHITECTURES[architecture].latent, m=CLASSES, **asked.fields(), **found[name],
         )  # fmt: skip
 
 
 class _Step:
-    """A training step of one provider, which a call takes; right when its gradients are."""
+    """A training step of one provider. A call takes it; it is right when its gradients are."""
 
     def __init__(self, name: str, architecture: str, images: Tensor, target: Tensor, asked: Asked) -> None:
-        if asked.timer == "graph":
-            raise UnsupportedError("a step with its optimizer is not captured in a graph")
+        if asked.timer not in ("wall", "events"):
+            raise UnsupportedError("a step with its optimizer is timed by events")
         torch.manual_seed(0)
         self._engine = (OURS[name] or asked.engine) if name in OURS else "auto"
         kind = MLPNetwork if name == "linear" else SummaryNetwork
@@ -88,30 +88,30 @@ class _Step:
             self._optimizer.step()
 
     def facts(self) -> dict[str, Any]:
-        """What a row says besides the time: its gradients against fp64, and what a step holds and launches."""
+        """Return a row without its time: the error of the gradients, and the memory and launches of a step."""
         images, _ = self._inputs
         plain = _unfused if isinstance(self._network, SummaryNetwork) else _own
         exact = self._gradients(copy.deepcopy(self._network).double(), plain, images.double())
         with interp_nn.use_engine(self._engine):
             ours = tolerances.errors(self._gradients(self._network, self._loss, images), exact)
         theirs = tolerances.errors(self._gradients(self._network, plain, images), exact)
-        why = tolerances.breach(ours, theirs, tolerances.floor(torch.float32, tolerances.SPLIT_ULPS))
+        why = tolerances.exceeds(ours, theirs, tolerances.floor(torch.float32, tolerances.SPLIT_ULPS))
         return {
             "plan": self._plan,
             "err_fro": ours[0],
             "err_ratio": ours[0] / theirs[0] if theirs[0] else None,
             "peak_delta_mb": self._peak() / 1e6,
-            "launches": launches(self, self._asked.device),
+            "launches": footprint.launches(self, self._asked.device),
             "status": "ok" if why is None else "wrong",
             "note": why,
         }
 
     def _peak(self) -> int:
-        self._optimizer.zero_grad()  # so that a step only adds to what is held
+        self._optimizer.zero_grad()  # so that a step only adds to the memory in use
         return footprint.peak_bytes(self, self._asked.device)[0]
 
     def _gradients(self, network: Network, loss: _Loss, images: Tensor) -> Tensor:
-        """All of them in one vector, without dropout, whose masks no two precisions share."""
+        """Return all gradients in one vector, without dropout: its masks differ between precisions."""
         network.eval()
         value = loss(network, images, self._inputs[1])
         found = torch.autograd.grad(value, list(network.parameters()))
