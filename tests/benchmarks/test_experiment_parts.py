@@ -1,0 +1,212 @@
+"""The parts of experiments: measures, attributions, networks of the papers, and passengers as they are read."""
+
+import math
+
+import pytest
+import torch
+from captum.attr import InputXGradient, IntegratedGradients
+from torch import nn
+
+from benchmarks.experiments import (
+    attributions,
+    descramble_digits,
+    descramble_signals,
+    digits_constraints,
+    gating_regimes,
+    head_comparison,
+    tabular,
+    titanic,
+)
+from benchmarks.timing import reference_networks
+from interp_nn.convert import head_from_reference
+from interp_nn.explain.descramble.derivatives import derivative_operator
+from interp_nn.nn import SummaryHead
+from interp_nn.nn.gated.gates import HardGate
+
+HEADER = "survived,pclass,name,sex,age,sibsp,parch,ticket,fare,cabin,embarked"
+GOOD = "\n1,3,A,male,1,0,0,T,1,,S"
+
+
+def test_attributions_are_captums():
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(36, 5)).double()
+    x, target = torch.randn(6, 3, 8, 8, dtype=torch.float64), torch.arange(6) % 5
+    expected = InputXGradient(network).attribute(x.clone().requires_grad_(), target=target)
+    for method in (attributions.exact, attributions.gradient_times_input):
+        torch.testing.assert_close(method(network, x, target), expected.detach())
+    path = IntegratedGradients(network).attribute(x, target=target, n_steps=32, method="riemann_middle")
+    torch.testing.assert_close(attributions.integrated_gradients(network, x, target), path)
+
+
+def test_curves_know_a_good_order():
+    """A network of which one pixel decides."""
+
+    class Corner(nn.Module):
+        def forward(self, x):
+            return torch.stack((10 * x[:, 0, 0, 0], torch.zeros(len(x))), 1)
+
+    x, target = torch.ones(3, 1, 2, 2), torch.zeros(3, dtype=torch.long)
+    scores = torch.tensor([[4.0, 3], [2, 1]]).expand(3, 2, 2)
+    good, bad = (attributions.curves(Corner(), x, target, s, [0, 0.25, 0.5, 0.75, 1]) for s in (scores, -scores))
+    sure = torch.tensor(10.0).sigmoid().item()
+    assert good["deletion"].probability == pytest.approx([sure, 0.5, 0.5, 0.5, 0.5])
+    assert good["insertion"].probability == pytest.approx([0.5, sure, sure, sure, sure])
+    assert bad["deletion"].probability == pytest.approx([sure, sure, sure, sure, 0.5])
+    assert good["deletion"].area == pytest.approx(0.5 + (sure - 0.5) / 8) and good["deletion"].standard_error == 0
+
+
+def test_waves_of_a_weight_are_found():
+    """Mode m of the rows times m turns of a cosine: in order, and each in one frequency."""
+    places = torch.arange(64, dtype=torch.float64)
+    filters = torch.cos(2 * math.pi * torch.outer(torch.arange(1, 10).double(), places) / 64)
+    waves = descramble_signals._waves(derivative_operator(9, "fourier2").inverse(filters))
+    assert waves["frequencies"] == pytest.approx(range(1, 10))
+    assert waves["concentration"] == pytest.approx(1) and waves["order"] == pytest.approx(1)
+
+
+def test_class_share_is_one_where_only_the_class_counts():
+    y = torch.arange(10).repeat(20)
+    only, none = descramble_digits._class_share(torch.stack((y.double(), torch.randn(200).double()), 1), y)
+    assert only == pytest.approx(1) and none < 0.2
+
+
+def test_the_penalty_is_in_the_loss():
+    network = digits_constraints._network("penalty")
+    with torch.no_grad():
+        for p in network.parameters():
+            p.mul_(1.1)
+    x, y = torch.randn(4, 1, 8, 8), torch.arange(4)
+    plain, penalized = (digits_constraints._losses(way)(network, x, y) for way in ("free", "penalty"))
+    # Two layers of orthonormal columns or rows, all singular values 1.1: their squares are off by 0.21.
+    assert (penalized - plain).item() == pytest.approx(digits_constraints.PENALTY * (120 + 84) * 0.21**2, rel=1e-3)
+
+
+# Networks
+
+
+@pytest.mark.parametrize(("channels", "size", "features"), [(1, 8, 256), (1, 28, 1024), (3, 32, 1600)])
+def test_networks_fit_their_images(channels, size, features):
+    x, t = torch.randn(4, channels, size, size), torch.tensor([0, 1, 2, 3])
+    for build in reference_networks.NETWORKS.values():
+        network = build(channels, size)
+        network.loss(x, t).backward()
+        assert network.eval()(x).shape == (4, 10)
+    assert network.head.in_features == features
+
+
+def test_the_references_networks():
+    base, ours = (build(3, 32, "vgg11") for build in reference_networks.NETWORKS.values())
+    assert [type(layer).__name__ for layer in base.head] == ["Dropout", "Linear", "ReLU"] * 2 + ["Linear"]
+    assert ours.head.weight.shape == (100, 512) and sum(isinstance(layer, nn.Conv2d) for layer in base.body) == 8
+    assert base.body[3].weight.std().item() == pytest.approx((2 / (9 * 128)) ** 0.5, rel=0.02)
+    plain = head_comparison.build(head_comparison.STUDIES["summary_cnn"], "no ReLU: summary, orthogonal")
+    assert [type(layer).__name__ for layer in plain.body] == ["Conv2d", "MaxPool2d"] * 2 + ["Flatten"]
+
+
+def test_the_references_b_is_drawn_and_trained_as_the_reference_does():
+    head = SummaryHead(512, 100, 10)
+    head_comparison.as_reference_(head)
+    W, c = head.parametrizations.weight.original, head.parametrizations.weight[0].c
+    names = ("layer.beta_func1.weight", "layer.beta_func1.bias", "output.weight", "output.bias")
+    loaded = head_from_reference(dict(zip(names, (W, c, head.output.weight, head.output.bias), strict=True)))
+    assert torch.equal(loaded.weight, head.weight) and head.spectrum()[0] > 5 > 1 > head.spectrum()[1]
+    head.loss(torch.randn(4, 512), torch.arange(4)).backward()
+    torch.testing.assert_close(c.grad, W.grad.sum(1))
+
+
+def test_an_accuracy_with_dropout_is_another():
+    network = nn.Sequential(nn.Flatten(), nn.Dropout(0.9), nn.Linear(48, 3)).eval()
+    x = torch.randn(200, 3, 4, 4)
+    found = head_comparison.measures(head_comparison.datasets.Images("made", x, x, x, network(x).argmax(1)), network)
+    assert found["accuracy"] == 1 > 0.8 > found["accuracy_as_scored"] and not network.training
+
+
+def test_regimes_are_what_the_papers_mean():
+    def backbone():
+        return gating_regimes.relu_mlp(6, 5, 5, 3)
+
+    def weights(net):
+        return [module.weight for module in net.modules() if isinstance(module, nn.Linear)]
+
+    def same(net):
+        return [torch.equal(a, b) for a, b in zip(weights(net.gating), weights(net.value), strict=False)]
+
+    relu, x = gating_regimes.build("ReLU", backbone), torch.randn(40, 6)
+    names = ("FRNPF (DI)", "FRNPF (II)", "FLNPF")
+    dependent, independent, learned = (gating_regimes.build(name, backbone, relu) for name in names)
+    for net in (dependent, independent, learned):
+        assert isinstance(net.gate, HardGate) and all(p.requires_grad for p in net.value.parameters())
+        assert not any(p.requires_grad for p in net.gating.parameters())
+    assert all(same(dependent)) and not any(same(independent))
+    for gates, units in zip(learned.gate_values(x), (relu[1](relu[0](x)), relu[:4](x)), strict=True):
+        assert torch.equal(gates, (units > 0).float())
+    for name in ("DLNPF", "DGN(x)", "DGN(1)", "DLGN(x)", "DLGN(1)"):
+        net = gating_regimes.build(name, backbone)
+        assert (net.value_input == "ones") == name.endswith("(1)")
+        net(x).sum().backward()
+        assert all(p.grad is not None for p in net.parameters())
+        if name.startswith("DLGN"):
+            for forth, back in zip(net.gating(x), net.gating(-x), strict=True):
+                torch.testing.assert_close(forth, -back)
+    with pytest.raises(ValueError, match="FLNPF"):
+        gating_regimes.build("FLNPF", backbone)
+
+
+# Passengers of the Titanic
+
+
+def test_passengers_are_read_as_they_are(tmp_path):
+    rows = ["1,1,A,female,30,1,2,T,7.25,,C", "0,3,B,male,,0,0,T,0,,S", "0,2,C,male,50,0,1,T,20,,"]
+    (tmp_path / "titanic.csv").write_text("\n".join([HEADER, *rows]))
+    x, y, features = titanic.read_passengers(tmp_path)
+    column = dict(zip(features, x.T.tolist(), strict=True))
+    assert y.tolist() == [1, 0, 0] and column["siblings, spouse"] == [1, 0, 0] and column["from C"] == [1, 0, 0]
+    assert column["1st class"] == [1, 0, 0] and column["3rd class"] == [0, 1, 0] and column["female"] == [1, 0, 0]
+    assert column["age unknown"] == [0, 1, 0] and column["age"][::2] == [30, 50] and math.isnan(column["age"][1])
+    assert column["fare"] == pytest.approx([math.log(8.25), 0, math.log(21)])
+
+
+def made_passengers(n=60):
+    x = torch.rand(n, len(titanic.FEATURES), dtype=torch.float64)
+    x[::7, titanic.FEATURES.index("age")] = torch.nan
+    return tabular.Table(x, (x[:, 2] + 0.5 * torch.rand(n) > 0.7).double(), titanic.FEATURES)
+
+
+def test_held_out_passengers_are_prepared_by_the_fitted_ones():
+    part, rest = titanic._split(made_passengers(), 3)
+    fitted, held_out = titanic._prepared(part, rest)
+    columns = fitted.x[:, [titanic.FEATURES.index(name) for name in titanic.MEASURED]]
+    assert columns.mean(0).abs().max() < 1e-12 and columns.std(0).tolist() == pytest.approx([1] * columns.shape[1])
+    again, other = titanic._prepared(part, rest._replace(x=2 * rest.x))
+    assert torch.equal(again.x, fitted.x) and fitted.x.isfinite().all() and held_out.x.isfinite().all()
+    assert torch.equal(other.x[:, 2], 2 * held_out.x[:, 2])  # 0 or 1 is left as it is
+
+
+def test_steps_are_chosen_by_a_fifth_of_the_fitted():
+    part, _ = titanic._split(made_passengers(), 3)
+    inner, validation = titanic._prepared(*titanic._split(part, 5))
+    losses = []
+    for steps in range(1, 26):
+        logits = titanic._network(inner, steps, 5)(validation.x).squeeze(1)
+        losses.append(nn.functional.binary_cross_entropy_with_logits(logits, validation.y).item())
+    assert titanic._chosen_steps(part, 25, 5) == 1 + losses.index(min(losses))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "titanic: not found in"),
+        ("survived,sex\n1,male", "has no column pclass, age, sibsp, parch, fare, embarked"),
+        (HEADER, "has no passenger of known age"),
+        (HEADER + GOOD.replace(",3,", ",4,"), "line 2: survived, pclass and sex are '1', '4', 'male'"),
+        (HEADER + GOOD + "\n1,3,A,male,30", "line 3: got 5 columns, want 11"),
+        (HEADER + GOOD + ",1", "line 2: got 12 columns, want 11"),
+        (HEADER + GOOD.replace("T,1,", "T,nan,"), "line 2: fare is 'nan', want a number"),
+        (HEADER + GOOD.replace("male,1,", "male,NA,"), "line 2: age is 'NA', want a number"),
+        (HEADER + GOOD.replace(",,S", ",,Z"), "line 2: embarked is 'Z', want S, C, Q or nothing"),
+    ],
+)
+def test_missing_or_broken_passengers_are_named(tmp_path, capsys, text, message):
+    if text is not None:
+        (tmp_path / "titanic.csv").write_text(text)
+    assert titanic.main(["--data", str(tmp_path), "--output", str(tmp_path)]) == 2
+    assert message in capsys.readouterr().err

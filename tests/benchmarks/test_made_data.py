@@ -1,0 +1,132 @@
+"""Made data have the structure that they are made to have, and the descent that is compared with the closed form descends."""
+
+import math
+
+import pytest
+import torch
+from torch.nn import functional
+
+from benchmarks.experiments import oblique, signals, tabular
+from benchmarks.experiments.cayley_descent import descend
+from interp_nn.explain.descramble.brockett import brockett_min
+from interp_nn.explain.descramble.derivatives import derivative_operator
+
+
+def test_scrambled_signals_are_smooth_ones_in_another_basis():
+    made = signals.scrambled(32, 2000, seed=1)
+    torch.testing.assert_close(made.mixed.mT @ made.mixed, made.smooth.mT @ made.smooth, rtol=0, atol=1e-10)
+    rough = [h.diff(dim=0).square().sum() / h.square().sum() for h in (made.smooth, made.mixed)]
+    assert rough[0] < 0.2 * rough[1]
+
+
+def test_random_orthogonal_matrices_are_of_either_determinant():
+    generator = torch.Generator().manual_seed(0)
+    assert {round(float(torch.linalg.det(signals.orthogonal(3, generator)))) for _ in range(20)} == {-1, 1}
+
+
+@pytest.mark.parametrize("n", [1, 2, 7, 12])
+def test_all_shifts_have_a_circulant_gram_matrix(n):
+    shifted = signals.all_shifts(signals.stationary(n, 3, seed=2))
+    assert shifted.shape == (3 * n, n)
+    gram = shifted.mT @ shifted
+    torch.testing.assert_close(gram, gram.roll((1, 1), (0, 1)), rtol=0, atol=1e-12)
+
+
+def test_a_tree_has_haar_wavelets_for_modes():
+    tree = signals.tree(3)
+    assert tree.shape == (15, 8) and tree.sum(1).tolist() == [8, 4, 4, *[2] * 4, *[1] * 8]
+    halves = torch.tensor([1.0] * 4 + [-1.0] * 4).double()
+    torch.testing.assert_close(tree.mT @ (tree @ halves), 7 * halves)
+
+
+def test_the_dipolar_kernel_is_the_powder_average():
+    t, r = torch.tensor([-0.3, 0.0, 0.01, 0.5, 2.0]).double(), torch.tensor([1.5, 2.5, 6.0]).double()
+    x = (torch.arange(40_000).double() + 0.5) / 40_000
+    phase = (1 - 3 * x.square()) * signals.DIPOLAR * t.view(-1, 1, 1) / r.view(-1, 1).pow(3)
+    torch.testing.assert_close(signals.dipolar_kernel(t, r), phase.cos().mean(2), rtol=0, atol=1e-6)
+
+
+def test_dipolar_traces_follow_from_their_distributions():
+    made = signals.dipolar(5, points=64, noise=0.0, background=False, seed=4)
+    p = made.distributions.double()
+    modulation = (p / p.sum(1, keepdim=True)) @ signals.dipolar_kernel(made.times, made.distances).mT
+    # V = 1 - λ + λ M: two times give λ.
+    depth = (1 - made.traces[:, 30].double()) / (1 - modulation[:, 30])
+    assert ((depth > 0.2) & (depth < 0.6)).all()
+    expected = 1 - depth.unsqueeze(1) * (1 - modulation)
+    torch.testing.assert_close(made.traces.double(), expected, rtol=0, atol=1e-5)
+
+
+def test_the_people_of_the_titanic():
+    """Totals as published: 2,201 on board, 711 saved; 470 female; 109 children; 325, 285, 706 and 885 by class."""
+    table = tabular.titanic()
+    assert table.x.shape == (2201, 6) and table.y.sum() == 711 and len(table.x.unique(dim=0)) == 14
+    assert table.x.sum(0).tolist() == [325, 285, 706, 885, 470, 109]
+
+
+def test_a_seeded_network_is_trained():
+    table, state = tabular.two_regimes(500, seed=3, dtype=torch.float32), torch.get_rng_state()
+    assert table.y[:50].tolist() == [2 * x2 if x1 > 0 else -x3 for x1, x2, x3 in table.x[:50].tolist()]
+    first, again = (tabular.mlp(3, 16, 1, seed=5, dtype=torch.float32) for _ in range(2))
+    assert torch.equal(torch.get_rng_state(), state)
+    untrained = functional.mse_loss(first(table.x).squeeze(1), table.y)
+    losses = [tabular.train(network, table, steps=100, learning_rate=2e-2) for network in (first, again)]
+    assert losses[0] == losses[1] < untrained / 4
+
+
+def test_labels_are_those_of_a_walk_through_the_tree():
+    data = oblique.load("SDI", points=400)
+    assert data.x_train.shape == (200, 20) and data.x_test.shape == (100, 20) and data.normals.shape == (15, 20)
+    for x, y in zip(data.x_train.double(), data.y_train, strict=True):
+        node = 0
+        for _ in range(oblique.DEPTH):
+            right = bool(x @ data.normals[node] > 0)
+            node = 2 * node + 1 + right
+        assert y == 1 - right
+    assert not torch.equal(data.normals, oblique.load("SDI", points=8, seed=1).normals)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(("SDIV", None), "name: got 'SDIV', want one of SDI"), (("SDI", 3), "points: got 3, want at least 4")],
+)
+def test_bad_input_is_named(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        oblique.load(arguments[0], points=arguments[1])
+
+
+# The descent
+
+
+def pair(n, operator="diff1", seed=0):
+    """A = DᵀD and B = HHᵀ of scrambled signals."""
+    d, h = derivative_operator(n, operator).matrix(), signals.scrambled(n, 4 * n, seed=seed).mixed
+    return d.mT @ d, h @ h.mT
+
+
+@pytest.mark.parametrize(("n", "operator"), [(2, "diff1"), (7, "diff1"), (7, "fourier2")])
+def test_descents_solve_small_problems(n, operator):
+    A, B = pair(n, operator)
+    found, best = descend(A, B), brockett_min(A, B)
+    assert (
+        found.converged and found.loss == pytest.approx(best.value, rel=1e-6) and found.loss >= best.value * (1 - 1e-10)
+    )
+
+
+def test_no_start_passes_the_closed_form():
+    A, B = pair(12, seed=3)
+    generator = torch.Generator().manual_seed(0)
+    found = [descend(A, B, signals.orthogonal(12, generator), iterations=150) for _ in range(5)]
+    assert max(float((one.P @ one.P.mT - torch.eye(12)).abs().max()) for one in found) <= 1e-12
+    losses, best = [one.loss for one in found], brockett_min(A, B).value
+    assert best <= min(losses) + 1e-10 * best and max(losses) <= 1.05 * best  # and they do descend
+
+
+def test_limits_end_a_descent_and_say_so():
+    A, B = pair(24)
+    few = descend(A, B, iterations=5)
+    losses = [loss for _, loss in few.history]
+    assert len(losses) == 6 and not few.converged and few.evaluations >= 5
+    assert losses == sorted(losses, reverse=True) and losses[-1] == pytest.approx(few.loss, rel=1e-10)
+    none = descend(A, B, seconds=0.0)
+    assert len(none.history) == 1 and not none.converged and not math.isnan(none.loss)
