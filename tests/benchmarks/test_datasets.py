@@ -131,38 +131,42 @@ def test_damaged_files_are_named(tmp_path, change, message, idx):
         datasets.load(None, tmp_path)
 
 
-@pytest.mark.parametrize("damage", [b"", b"no gzip", gzip.compress(bytes(99))[:-9]])
-def test_damaged_archives_are_named(tmp_path, damage, idx):
+@pytest.mark.parametrize(
+    ("dataset", "files", "content", "message"),
+    [
+        ("mnist", ["train-labels-idx1-ubyte.gz"], b"no gzip", "ValueError: train-labels-idx1-ubyte.gz: "),
+        (
+            "mnist",
+            ["train-labels-idx1-ubyte.gz"],
+            gzip.compress(bytes(99))[:-9],
+            "ValueError: train-labels-idx1-ubyte.gz: ",
+        ),
+        ("cifar10", [*(f"data_batch_{j}" for j in range(1, 6)), "test_batch"], b"no pickle", "UnpicklingError"),
+    ],
+)
+def test_damaged_archives_are_named(dataset, files, content, message, tmp_path, idx):
     _mnist(tmp_path, idx)
-    (tmp_path / "train-labels-idx1-ubyte.gz").write_bytes(damage)
-    with pytest.raises(
-        ValueError, match=r"mnist: the files in .* are damaged: ValueError: train-labels-idx1-ubyte.gz: "
-    ):
-        datasets.load("mnist", tmp_path)
+    for name in files:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=rf"{dataset}: the files in .* are damaged: {message}"):
+        datasets.load(dataset, tmp_path)
 
 
-def test_damaged_batches_are_named(tmp_path):
-    for name in [f"data_batch_{j}" for j in range(1, 6)] + ["test_batch"]:
-        (tmp_path / name).write_bytes(b"no pickle")
-    with pytest.raises(ValueError, match=r"cifar10: the files in .* are damaged: UnpicklingError"):
-        datasets.load("cifar10", tmp_path)
-
-
-@pytest.mark.parametrize(("value", "folder"), [(None, None), ("", None), ("there", Path("there"))])
-def test_the_usual_folder(monkeypatch, value, folder):
-    monkeypatch.delenv("INTERP_NN_DATA", raising=False)
-    if value is not None:
+@pytest.mark.parametrize(
+    ("dataset", "here", "message"),
+    [
+        ("cifar10", False, r"cifar10: no folder given; pass --data DIR or set INTERP_NN_DATA"),
+        ("mnist", True, "mnist: not found in"),
+        (
+            None,
+            True,
+            "cifar10 or mnist or cifar100: not found in .*; looked for data_batch_1..5.*; train, test and meta",
+        ),
+    ],
+)
+def test_missing_images_are_named(dataset, here, message, tmp_path, monkeypatch):
+    with pytest.raises(FileNotFoundError, match=message):
+        datasets.load(dataset, tmp_path if here else None)
+    for value, folder in (("", None), ("there", Path("there"))):
         monkeypatch.setenv("INTERP_NN_DATA", value)
-    assert datasets.usual_folder() == folder
-
-
-def test_what_is_missing_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"cifar10: no folder given; pass --data DIR or set INTERP_NN_DATA"):
-        datasets.load("cifar10", None)
-    with pytest.raises(FileNotFoundError, match="mnist: not found in"):
-        datasets.load("mnist", tmp_path)
-    with pytest.raises(
-        FileNotFoundError,
-        match=r"cifar10 or mnist or cifar100: not found in .*; looked for data_batch_1..5.*; train, test and meta",
-    ):
-        datasets.load(None, tmp_path)
+        assert datasets.usual_folder() == folder
