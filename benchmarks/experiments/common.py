@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
+from matplotlib import pyplot as plt
 from torch import Tensor, nn
 
 from benchmarks.experiments import training
@@ -166,6 +167,22 @@ def spread(values: list[float]) -> dict[str, float]:
     return {"mean": statistics.fmean(values), "std": statistics.stdev(values) if len(values) > 1 else 0.0}
 
 
+def as_text(results: dict[str, Any], indent: str = "  ") -> Iterator[str]:
+    """Yield lines that show the results of a record, without its trainings and its longer lists."""
+    for name, value in results.items():
+        if name == "trainings":
+            continue
+        if isinstance(value, list) and value and isinstance(value[0], dict):
+            value = {str(i): one for i, one in enumerate(value)}
+        if isinstance(value, dict) and set(value) == {"mean", "std"}:
+            value = f"{value['mean']:.4g} ± {value['std']:.2g}"
+        if isinstance(value, dict):
+            yield f"{indent}{name}"
+            yield from as_text(value, indent + "  ")
+        elif not isinstance(value, (list, tuple)) or len(value) <= 8:
+            yield f"{indent}{name}: {rows.plain(value, digits=4)}"
+
+
 def percent(values: dict[str, float]) -> str:
     """Return a `spread` of shares as text."""
     return f"{100 * values['mean']:.2f} ± {100 * values['std']:.2f}"
@@ -175,8 +192,6 @@ class Run:
     """A run of an experiment: its clock, its figures and its record."""
 
     def __init__(self, name: str, given: argparse.Namespace) -> None:
-        from matplotlib import pyplot as plt
-
         plt.switch_backend("Agg")
         self.name, self.given, self.start = name, given, time.perf_counter()
         self.device: str = getattr(given, "device", "cpu")
@@ -187,8 +202,6 @@ class Run:
 
     def figure(self, figure: Figure, suffix: str) -> None:
         """Save a figure as a PNG beside the record, and close it."""
-        from matplotlib import pyplot as plt
-
         file = f"{self.name}-{suffix}.png"
         self.given.output.mkdir(parents=True, exist_ok=True)
         figure.savefig(self.given.output / file, dpi=100)
@@ -217,6 +230,7 @@ class Run:
                 "results": results,
             },
         )
+        print("\n".join(["", *as_text(results)]))
         print(f"\nwrote {file} and {len(self.figures)} figures; {seconds:.0f} s in all")
 
 

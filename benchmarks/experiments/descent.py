@@ -7,6 +7,7 @@ import time
 from typing import Any, NamedTuple
 
 import torch
+from matplotlib import pyplot as plt
 from torch import Tensor
 from tqdm import tqdm
 
@@ -53,8 +54,6 @@ def main(arguments: list[str]) -> int:
         torch.set_num_threads(threads)
     rows = [_row(n, operator, trials) for n in dict.fromkeys(s.n for s in sizes) for operator in OPERATORS]
     passed = all(trial["closed"]["loss"] <= trial["best_of_descents"] * (1 + 1e-10) for trial in trials)
-    _print(rows)
-    print(f"\nclosed form <= the best descent in {'every trial' if passed else 'NOT every trial'}")
     _draw(run, trials, rows)
     for trial in trials:
         for one in trial["descents"]:
@@ -151,37 +150,7 @@ def _row(n: int, operator: str, trials: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _print(rows: list[dict[str, Any]]) -> None:
-    print(
-        "\nrelative gap of the descents to the minimum; seconds are medians, of descents until they converged or were stopped"
-    )
-    columns = (
-        "descents",
-        "converged",
-        "least",
-        "median",
-        "most",
-        "iterations",
-        "seconds",
-        "to 1 %",
-        "closed",
-        "fit",
-        "ratio >=",
-    )
-    print(f"{'n':>5} {'operator':>9}" + "".join(f"{name:>11}" for name in columns))
-    for row in rows:
-        near = row["within"]["0.01"]["seconds"]
-        gaps = "".join(f"{gap:11.1e}" for gap in row["gap"].values())
-        times = "".join(f"{'-' if time is None else f'{time:.3g}':>11}" for time in (row["seconds"], near))
-        print(
-            f"{row['n']:5} {row['operator']:>9}{row['descents']:11}{row['converged']:11}{gaps}{row['iterations']:11.0f}{times}"
-            f"{row['closed_seconds']:11.2g}{row['fit_seconds']:11.2g}{row['descent_over_closed_at_least']:11.0f}"
-        )
-
-
 def _draw(run: common.Run, trials: list[dict[str, Any]], rows: list[dict[str, Any]]) -> None:
-    from matplotlib import pyplot as plt
-
     sizes = list(dict.fromkeys(trial["n"] for trial in trials))
     colours = dict(zip(OPERATORS, ("tab:blue", "tab:orange"), strict=True))
     figure, panels = plt.subplots(

@@ -12,11 +12,12 @@ import warnings
 from typing import Any
 
 import torch
+from matplotlib import pyplot as plt
 from torch import Tensor, nn
 
 from benchmarks.experiments import common, head_comparison, images
 from interp_nn.explain import plots
-from interp_nn.explain.descramble.descrambler import Descrambler, Nulls
+from interp_nn.explain.descramble.descrambler import Descrambler
 
 NAME = "descramble_cifar10"
 TRAINED = "summary_vgg"  # whose checkpoints are used
@@ -51,7 +52,6 @@ def main(arguments: list[str]) -> int:
                 "order": {layer: _ordered(network, LAYERS[layer], chosen.x_test) for layer in ORDERED},
             }
         )
-        _print(networks[-1])
         if seed == 0:
             _draw(run, network, fits)
     results = {"networks": networks, "trainings": trainer.record()}
@@ -91,23 +91,7 @@ def _ordered(network: nn.Module, name: str, x: Tensor) -> dict[str, float]:
     }
 
 
-def _print(one: dict[str, Any]) -> None:
-    print(f"\ntest accuracy {one['test_accuracy']:.3f}")
-    print(f"{'loss over that of a random P':>30}" + "".join(f"{name:>11}" for name in Nulls._fields) + f"{'rank':>12}")
-    for name, found in one["layers"].items():
-        values = found["loss_over_that_of_a_random_P"].values()
-        rank = f"{found['rank']} of {found['features']}"
-        print(f"{name:>30}" + "".join(f"{value:11.3g}" for value in values) + f"{rank:>12}")
-    for name, found in one["order"].items():
-        print(
-            f"{name}, in order: logits move by {found['error_of_logits']:.1e}, loss {found['loss_over_its_lower_bound']:.2f} "
-            "times the bound of all P"
-        )
-
-
 def _draw(run: common.Run, network: nn.Module, fits: dict[str, Descrambler]) -> None:
-    from matplotlib import pyplot as plt
-
     figure, axes = plt.subplots(figsize=(8, 4), layout="constrained")
     plots.null_bars({name: fit.nulls_ for name, fit in fits.items()}, axes=axes)
     run.figure(figure, "nulls")

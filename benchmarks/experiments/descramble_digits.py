@@ -10,6 +10,7 @@ import copy
 from typing import Any
 
 import torch
+from matplotlib import pyplot as plt
 from torch import Tensor, nn
 
 from benchmarks.experiments import common, datasets, training
@@ -89,7 +90,6 @@ def main(arguments: list[str]) -> int:
             "untrained": _class_share(_components(of_fresh, fresh), y),
         },
     }
-    _print(results)
     others = {
         "shuffled data": Descrambler().fit(shuffled(latent.mT)).spectrum_.lam,
         "untrained network": of_fresh.spectrum_.lam,
@@ -168,21 +168,6 @@ def _class_share(values: Tensor, y: Tensor) -> list[float]:
     return (means[y].square().sum(0) / centred.square().sum(0)).tolist()
 
 
-def _print(results: dict[str, Any]) -> None:
-    print(f"\ntest accuracy {results['test_accuracy']:.3f}")
-    print(f"\n{'loss over that of a random P':>30}" + "".join(f"{name:>11}" for name in Nulls._fields))
-    for name, nulls in results["nulls"].items():
-        print(f"{name:>30}" + "".join(f"{value:11.3g}" for value in nulls.values()))
-    print("\nwritten into the network:")
-    for name, found in results["function"].items():
-        for key, value in found.items():
-            print(f"{name:>26}, {key.replace('_', ' ')}: {value if isinstance(value, str) else f'{value:.3g}'}")
-    print("\nshare of a latent feature's variance between classes: largest, mean, least")
-    by_mode = {f"{name}, by mode": shares for name, shares in results["class_share_of_components"].items()}
-    for name, shares in (results["class_share"] | by_mode).items():
-        print(f"{name:>26}{max(shares):8.3f}{sum(shares) / len(shares):8.3f}{min(shares):8.3f}")
-
-
 def _draw(
     run: common.Run,
     network: DigitsSummary,
@@ -191,8 +176,6 @@ def _draw(
     others: dict[str, Tensor],
     results: dict[str, Any],
 ) -> None:
-    from matplotlib import pyplot as plt
-
     before = network.head.weight.detach()
     figure = plots.descrambled_weights(before, fits["latent"].P_ @ before, rows="latent feature", columns="hidden unit")
     figure.suptitle(f"bᵀ of the summary head, test accuracy {results['test_accuracy']:.1%}")

@@ -6,12 +6,13 @@ import warnings
 from typing import Any
 
 import torch
+from matplotlib import pyplot as plt
 from torch import Tensor, nn
 
 from benchmarks.experiments import common, signals
 from interp_nn.explain import plots
 from interp_nn.explain.descramble.derivatives import derivative_operator
-from interp_nn.explain.descramble.descrambler import Descrambler, Nulls
+from interp_nn.explain.descramble.descrambler import Descrambler
 
 NAME = "descramble_linear"
 OUT, IN = 32, 64  # of the weight that isotropic data go through
@@ -31,7 +32,6 @@ def main(arguments: list[str]) -> int:
         "tree": _tree(run, steps, given.seed),
         "convolution": _convolution(run, signals_of_convolution, given.seed),
     }
-    _print(results)
     budget = {"isotropic_samples": samples, "tree_steps": steps, "convolved_signals": signals_of_convolution}
     run.finish(budget, results)
     return 0
@@ -39,8 +39,6 @@ def main(arguments: list[str]) -> int:
 
 def _isotropic(run: common.Run, samples: list[int], seed: int) -> dict[str, Any]:
     """H = W X with X isotropic: P W should be T S Vᵀ, the right singular vectors on the modes of D, the largest first."""
-    from matplotlib import pyplot as plt
-
     generator = torch.Generator().manual_seed(seed)
     u, v = signals.orthogonal(OUT, generator), signals.orthogonal(IN, generator)[:OUT]
     s = 0.9 ** torch.arange(OUT, dtype=torch.float64)
@@ -66,8 +64,6 @@ def _isotropic(run: common.Run, samples: list[int], seed: int) -> dict[str, Any]
 
 def _tree(run: common.Run, steps: int, seed: int) -> dict[str, Any]:
     """A two-layer linear network from small weights: P W₁ should be T sqrt(S) Vᵀ, a level of the tree after another."""
-    from matplotlib import pyplot as plt
-
     tree = signals.tree(DEPTH)
     items, properties = tree.shape[1], len(tree)
     torch.manual_seed(seed)
@@ -125,8 +121,6 @@ def _convolution(run: common.Run, count: int, seed: int) -> dict[str, Any]:
     "all shifts": every signal in each of its shifts, where H Hᵀ is circulant exactly, after a ReLU too. "as many drawn": as many
     signals, each once. "places mixed": these, their places in another order, so that nothing is stationary.
     """
-    from matplotlib import pyplot as plt
-
     generator = torch.Generator().manual_seed(seed)
     kernels = torch.randn(2, 5, generator=generator, dtype=torch.float64)
     drawn = signals.stationary(LENGTH, count * LENGTH, seed=seed)
@@ -176,38 +170,3 @@ def _by_power(values: Tensor) -> list[int]:
     """The frequencies of signals (N, n) by their power, each as often as it has components."""
     power = torch.fft.rfft(values).abs().square().mean(0)
     return [f for f in power.argsort(descending=True).tolist() for _ in range(1 if f == 0 else 2)]
-
-
-def _print(results: dict[str, Any]) -> None:
-    isotropic, tree = results["isotropic"], results["tree"]
-    print("\nisotropic data: |P W - T S Vᵀ| / |W|, and the least |cos| of a mode's row to its singular vector")
-    for count, error, cosine in zip(
-        *(isotropic[k] for k in ("samples", "error_of_weights", "least_cosine")), strict=True
-    ):
-        print(f"{count:12,} samples {error:8.3f} {cosine:8.3f}")
-    print("\ntree: share of the energy of P W₁ in the Haar wavelets of its own level")
-    for name, shares in tree["share_in_its_level"].items():
-        print(f"{name:>12}" + "".join(f"{share:8.3f}" for share in shares))
-    print(f"singular values of W₁: {_listed(tree['singular_values'][: len(tree['singular_values_of_theory'])])}")
-    print(f"sqrt of the tree's:    {_listed(tree['singular_values_of_theory'])}")
-    print("\nconvolution: the largest share of one frequency in a mode of D, least and mean over modes")
-    for name, one in results["convolution"].items():
-        shares, same = one["largest_share"], one["frequencies"] == one["frequencies_by_power"]
-        order = f"{'' if same else 'not '}in order of power"
-        print(f"{name:>23} {shares['least']:8.3f} {shares['mean']:8.3f}  {order}")
-    print(f"\n{'loss over that of a random P':>32}" + "".join(f"{name:>11}" for name in Nulls._fields))
-    for name, nulls in _all_nulls(results).items():
-        print(f"{name:>32}" + "".join(f"{value:11.3g}" for value in nulls.values()))
-
-
-def _listed(values: list[float]) -> str:
-    return " ".join(f"{value:.2f}" for value in values)
-
-
-def _all_nulls(results: dict[str, Any]) -> dict[str, dict[str, float]]:
-    """Of every fit, by its name."""
-    return (
-        {f"isotropic, {int(count):,} samples": nulls for count, nulls in results["isotropic"]["nulls"].items()}
-        | {f"tree, {name}": nulls for name, nulls in results["tree"]["nulls"].items()}
-        | {f"convolution, {name}": one["nulls"] for name, one in results["convolution"].items()}
-    )

@@ -8,12 +8,13 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
+from matplotlib import pyplot as plt
 from torch import Tensor, nn
 
 from benchmarks.experiments import common, signals, training
 from interp_nn.explain import plots
 from interp_nn.explain.descramble.derivatives import derivative_operator
-from interp_nn.explain.descramble.descrambler import Descrambler, Nulls
+from interp_nn.explain.descramble.descrambler import Descrambler
 from interp_nn.explain.descramble.moments import shuffled
 from interp_nn.explain.following.layer_values import Tap, reinitialised
 
@@ -68,7 +69,6 @@ def main(arguments: list[str]) -> int:
         "spectra": {name: {k: v.tolist() for k, v in fit.spectrum_._asdict().items()} for name, fit in fits.items()},
         "waves": waves,
     }
-    _print(results)
     _draw(run, fits, weights, results)
     run.finish({"samples": samples, "epochs": epochs, "batch": BATCH, "learning_rate": LEARNING_RATE}, results)
     return 0
@@ -124,25 +124,9 @@ def _waves(weight: Tensor) -> dict[str, Any]:
     }
 
 
-def _print(results: dict[str, Any]) -> None:
-    print(f"\nR² of the distributions of {TEST} traces not trained on: {results['test_r2']:.3f}")
-    print(f"\n{'loss over that of a random P':>30}" + "".join(f"{name:>11}" for name in Nulls._fields))
-    for name, nulls in results["nulls"].items():
-        print(f"{name:>30}" + "".join(f"{value:11.3g}" for value in nulls.values()))
-    print("\nwaves along time or distance: the share of three frequencies in a mode, and order of modes by frequency")
-    for layer, found in results["waves"].items():
-        for name, one in found.items():
-            shown = [
-                one[key] if isinstance(one[key], float) else one[key]["mean"] for key in ("concentration", "order")
-            ]
-            print(f"{layer:>12}, {name:24}" + "".join(f"{value:9.3f}" for value in shown))
-
-
 def _draw(
     run: common.Run, fits: dict[str, Descrambler], weights: dict[str, tuple[Tensor, Tensor]], results: dict[str, Any]
 ) -> None:
-    from matplotlib import pyplot as plt
-
     for name, (before, after) in weights.items():
         figure = plots.descrambled_weights(before, after, columns=f"{LAYERS[name].axis} point")
         figure.suptitle(f"{name.capitalize()}, R² {results['test_r2']:.2f}")

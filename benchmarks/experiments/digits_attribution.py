@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from matplotlib import pyplot as plt
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -79,7 +80,6 @@ def main(arguments: list[str]) -> int:
         },
         "deletion": _deletion(network, x, y, contributions[rows, predicted], given.seed),
     }
-    _print(results)
     _draw(run, x, y, contributions, layers, predicted, results)
     run.finish({"steps": steps, "batch": BATCH, "learning_rate": LEARNING_RATE}, results)
     return 0
@@ -115,25 +115,6 @@ def _deletion(network: nn.Module, x: Tensor, y: Tensor, contributions: Tensor, s
     return {"pixels": list(DELETED), **accuracy}
 
 
-def _print(results: dict[str, Any]) -> None:
-    print(f"\ntest accuracy {results['test_accuracy']:.3f} on {results['test_images']} images\n")
-    print(f"{'|F - (Wx + b)| / |F|':34} {'float32':>9} {'float64':>9}")
-    for key in next(iter(results["exactness"].values())):
-        print(f"{key.replace('_', ' '):34} " + " ".join(f"{e[key]:9.1e}" for e in results["exactness"].values()))
-    for name, errors in results["error_over_change_by_step"].items():
-        print(f"step from {name}: error over change " + ", ".join(f"{e:.1e} at {size}" for size, e in errors.items()))
-    bias = results["bias"]
-    print(
-        f"\npredicted logit, mean: {bias['mean_predicted_logit']:.2f}, of which the constant {bias['mean_of_its_constant']:.2f}; "
-        f"|b| / |F| = {bias['norm_of_b_over_norm_of_logits']:.3f}"
-    )
-    for name, value in bias["mean_of_its_constant_by_layer"].items():
-        print(f"  {name:12} {value:+.3f}")
-    print("\naccuracy after deleting pixels" + "".join(f"{count:7}" for count in DELETED))
-    for name in list(results["deletion"])[1:]:
-        print(f"  {name:28}" + "".join(f"{value:7.3f}" for value in results["deletion"][name]))
-
-
 def _draw(
     run: common.Run,
     x: Tensor,
@@ -143,8 +124,6 @@ def _draw(
     predicted: Tensor,
     results: dict[str, Any],
 ) -> None:
-    from matplotlib import pyplot as plt
-
     shown = [int((y == digit).nonzero()[0]) for digit in (0, 2, 3, 5, 8, 9)]
     figure = plots.attribution_maps(
         contributions[shown],

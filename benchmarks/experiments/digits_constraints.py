@@ -10,6 +10,7 @@ from itertools import pairwise
 from typing import Any
 
 import torch
+from matplotlib import pyplot as plt
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
@@ -65,7 +66,6 @@ def main(arguments: list[str]) -> int:
         },
         "trainings": trainer.rows,
     }  # fmt: skip
-    _print(results["ways"])
     _draw(run, trainer, times)
     budget = {**recipe._asdict(), "minutes": given.minutes, "train_images": len(images.y_train), "hidden": HIDDEN}
     run.finish({**budget, "penalty": PENALTY}, results, recipe.epochs)
@@ -133,16 +133,7 @@ def _times(x: Tensor, y: Tensor, seconds: float) -> dict[str, clocks.Timing]:
         torch.set_num_threads(threads)
 
 
-def _print(ways: dict[str, dict[str, Any]]) -> None:
-    print(f"\n{'':16} {'test accuracy, %':>17} {'defect':>9} {'ms a step':>10}")
-    for name, row in ways.items():
-        defect = "" if row["defect"] is None else f"{row['defect']['mean']:.1e}"
-        print(f"{name:16} {common.percent(row['last_accuracy']):>17} {defect:>9} {row['step']['ms_p50']:>10.2f}")
-
-
 def _draw(run: common.Run, trainer: common.Trainer, times: dict[str, clocks.Timing]) -> None:
-    from matplotlib import pyplot as plt
-
     figure, (defects, bars) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained", width_ratios=(5, 4))
     for way in MEANINGS:
         runs = zip(trainer.of(way, "before"), trainer.of(way, "history"), strict=True)

@@ -31,8 +31,6 @@ def main(arguments: list[str]) -> int:
         **embedding.quality(placed_train, placed, x_train, y_train, x, y),
         "exactness_float64": embedding.errors(tsne.encoder, linear, x, given.seed),
     }
-    print(f"\ndivergence {tsne.kl_[0]:.3f} in the first epoch, {tsne.kl_[-1]:.3f} in the last of {len(tsne.kl_)}")
-    embedding.show(results)
     title = "Parametric t-SNE of digits: fitted points, and new ones with a rim"
     embedding.draw_plane(run, title, (placed_train, y_train), (placed, y), tsne.kl_)
     embedding.draw_movement(run, x, y, linear.weight)

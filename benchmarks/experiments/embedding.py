@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from matplotlib import pyplot as plt
 from torch import Tensor, nn
 
 from benchmarks.experiments import common, exactness
@@ -63,23 +64,10 @@ def errors(encoder: nn.Module, linear: AffineMap, x: Tensor, seed: int) -> dict[
     }
 
 
-def show(results: dict[str, Any]) -> None:
-    """Print what an experiment found."""
-    print(f"accuracy of {NEIGHBOURS} nearest neighbours")
-    for name, value in results["neighbour_accuracy"].items():
-        print(f"  {name:24} {value:.3f}")
-    print(f"trustworthiness of new points {results['trustworthiness_of_new_points']:.3f}")
-    print("W x + b against the encoder, in fp64")
-    for name, value in results["exactness_float64"].items():
-        print(f"  {name.replace('_', ' '):28} {value:.1e}")
-
-
 def draw_plane(
     run: common.Run, title: str, fitted: tuple[Tensor, Tensor], new: tuple[Tensor, Tensor], divergence: list[float]
 ) -> None:
     """Where points (n, 2) with their classes lie, and the divergence in each epoch."""
-    from matplotlib import pyplot as plt
-
     figure, (plane, curve) = plt.subplots(1, 2, figsize=(11.5, 6), layout="constrained", width_ratios=(5, 2))
     for digit in range(10):
         colour = f"C{digit}"

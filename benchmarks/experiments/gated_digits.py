@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from matplotlib import pyplot as plt
 from torch import Tensor, nn
 
 from benchmarks.experiments import common, datasets, gating_regimes
@@ -78,7 +79,6 @@ def main(arguments: list[str]) -> int:
         "required": _required({name: row["mean"] for name, row in trainer.compared()[1].items()}),
         "trainings": trainer.record(),
     }
-    _print(results)
     _draw(run, trainer)
     budget = {
         **recipe._asdict(),
@@ -139,24 +139,7 @@ def _required(accuracy: dict[str, float]) -> dict[str, dict[str, Any]]:
     }
 
 
-def _print(results: dict[str, Any]) -> None:
-    print(f"\n{'test accuracy, %':20} {'last epoch':>14} {'best':>14} {'alignment before, after':>24}")
-    for name, row in results["regimes"].items():
-        aligned = [f"{one['mean']:.3f}" for one in results["alignment"][name].values()]
-        print(
-            f"{name:20} {common.percent(row['last_accuracy']):>14} {common.percent(row['best_accuracy']):>14} "
-            f"{', '.join(aligned):>24}"
-        )
-    for name, row in results["kernel_machines"].items():
-        print(f"{f'NPK, {name}':20} {common.percent(row):>14}")
-    print(f"{'logistic regression':20} {100 * results['logistic_regression']:>7.2f}\n")
-    for name, check in results["required"].items():
-        print(f"{name}: {check['value']:.4f}, {'holds' if check['holds'] else 'DOES NOT HOLD'}")
-
-
 def _draw_kernels(run: common.Run, kernels: dict[str, Tensor], labels: Tensor) -> None:
-    from matplotlib import pyplot as plt
-
     figure, panels = plt.subplots(1, len(kernels), figsize=(4.6 * len(kernels), 3.9), layout="constrained")
     for axes, (name, kernel) in zip(panels, kernels.items(), strict=True):
         plots.kernel_matrix(kernel, labels, axes=axes)
@@ -166,8 +149,6 @@ def _draw_kernels(run: common.Run, kernels: dict[str, Tensor], labels: Tensor) -
 
 
 def _draw(run: common.Run, trainer: common.Trainer) -> None:
-    from matplotlib import pyplot as plt
-
     figure, (bars, curves) = plt.subplots(1, 2, figsize=(12, 4.6), layout="constrained", width_ratios=(5, 4))
     plots.regime_bars({name: trainer.of(name, "last_accuracy") for name in MEANINGS}, axes=bars)
     bars.set(xlabel="test accuracy, %", title="Regimes")

@@ -73,7 +73,6 @@ def main(arguments: list[str]) -> int:
     published = PUBLISHED.get(chosen.name, {})
     results = _results(trainer, published)
     results["published_dlgn_over_relu_more_than"] = RECOVERED.get(chosen.name)
-    _print(results)
     images.draw(run, trainer, published, "regimes", f"{chosen.name}: last epoch; published: best epoch")
     budget = {
         **images.budget(chosen, recipe, given),
@@ -107,18 +106,3 @@ def _results(trainer: common.Trainer, published: dict[str, float]) -> dict[str, 
         "ordered_frnpf_dlnpf_flnpf_relu": order == sorted(order),
         "trainings": trainer.record(),
     }
-
-
-def _print(results: dict[str, Any]) -> None:
-    print(
-        f"\n{'test accuracy, %':16} {'last epoch':>14} {'best':>14} {'published best':>15} {'epochs':>7} {'seconds':>8}"
-    )
-    for name, row in results["regimes"].items():
-        last, best = (common.percent(row[key]) for key in ("last_accuracy", "best_accuracy"))
-        known = row["published_best_accuracy"]
-        print(
-            f"{name:16} {last:>14} {best:>14} {f'{100 * known:.2f}' if known else '-':>15} "
-            f"{row['epochs']['mean']:>7.3g} {row['seconds']['mean']:>8.0f}"
-        )
-    ratios = ", ".join(f"{name} {ratio:.3f}" for name, ratio in results["dlgn_over_relu"].items())
-    print(f"\nover ReLU after epoch {results['compared_after_epoch']}: {ratios}")

@@ -179,7 +179,6 @@ def main(arguments: list[str]) -> int:
             train(study, trainer, variant, seed, chosen, recipe)
     times = step_times(study, chosen, recipe, given.quick)
     results = _results(study, trainer, times)
-    _print(results)
     published = {variant: one.published.last for variant, one in study.variants.items() if one.published}
     images.draw(run, trainer, published, "heads", "CIFAR-10, last epoch; published: after 15 epochs, with dropout")
     bodies = "He normal by fan-out" if study.architecture == "vgg11" else "PyTorch's own"
@@ -250,17 +249,3 @@ def _results(study: Study, trainer: common.Trainer, times: dict[str, clocks.Timi
         },
         "trainings": trainer.record(),
     }
-
-
-def _print(results: dict[str, Any]) -> None:
-    columns = ("last epoch", "best", "as scored", "published", "ms a step", "over base")
-    print(f"\n{'test accuracy, %':34}" + "".join(f"{name:>15}" for name in columns))
-    for name, row in results["networks"].items():
-        keys = ("last_accuracy", "best_accuracy", "last_accuracy_as_scored")
-        known = f"{100 * row['published']['last']:.2f}" if row["published"] else "-"
-        cells = [*(common.percent(row[key]) for key in keys), known, f"{row['step']['ms_p50']:.3g}"]
-        print(f"{name:34}" + "".join(f"{cell:>15}" for cell in (*cells, f"{row['step_over_base']:.3f}")))
-    print(f"\nafter epoch {results['compared_after_epoch']}")
-    for name, aim in results["aims"].items():
-        value = next(iter(aim.values()))
-        print(f"{name}: {value:.4f}, {'holds' if aim['holds'] else 'DOES NOT HOLD'} at this budget")

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from matplotlib import pyplot as plt
+from matplotlib.ticker import MaxNLocator
 from torch import nn
 
 from benchmarks.experiments import common, datasets
@@ -39,10 +41,7 @@ def parser(name: str, description: str | None) -> argparse.ArgumentParser:
     )
     for split in ("train", "test"):
         options.add_argument(
-            f"--{split}-size",
-            type=at_least(0),
-            metavar="N",
-            help=f"how many {split} images, the first; 0 is all",
+            f"--{split}-size", type=at_least(0), metavar="N", help=f"how many {split} images, the first; 0 is all"
         )
     options.add_argument("--batch", type=at_least(1), metavar="N", help="images in a batch of training")
     return options
@@ -101,9 +100,6 @@ def settings(images: datasets.Images) -> dict[str, Any]:
 
 def draw(run: common.Run, trainer: common.Trainer, published: dict[str, float], suffix: str, title: str) -> None:
     """Draw accuracies after the last epoch as bars, with published ones, and after each epoch as curves."""
-    from matplotlib import pyplot as plt
-    from matplotlib.ticker import MaxNLocator
-
     names = list(dict.fromkeys(row["network"] for row in trainer.rows))
     figure, (bars, curves) = plt.subplots(1, 2, figsize=(12, 4.2), layout="constrained")
     plots.regime_bars({name: trainer.of(name, "last_accuracy") for name in names}, published=published, axes=bars)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from matplotlib import pyplot as plt
 from torch import Tensor, nn
 
 from benchmarks.experiments import attributions, common, exactness, head_comparison, images
@@ -45,8 +46,6 @@ def main(arguments: list[str]) -> int:
         torch.manual_seed(seed)
         networks.append(_explain(run, network, x, y, checked, seed))
     results = {"networks": networks, "trainings": trainer.record()}
-    for one in networks:
-        _print(one)
     _draw(run, networks[0])
     budget = {
         **images.budget(chosen, recipe, given),
@@ -113,26 +112,7 @@ def _bias(network: nn.Module, x: Tensor, predicted: Tensor) -> dict[str, Any]:
     }
 
 
-def _print(one: dict[str, Any]) -> None:
-    print(f"\ntest accuracy {one['test_accuracy']:.3f}")
-    print(f"{'|F - (Wx + b)| / |F|':34} {'float32':>9} {'float64':>9}")
-    for key in next(iter(one["exactness"].values())):
-        print(f"{key.replace('_', ' '):34} " + " ".join(f"{e[key]:9.1e}" for e in one["exactness"].values()))
-    print(f"exact less gradient x input {one['exact_minus_gradient_times_input']:.1e}")
-    bias = one["bias"]
-    print(
-        f"predicted logit, mean: {bias['mean_predicted_logit']:.2f}, of which the constant {bias['mean_of_its_constant']:.2f} "
-        f"(median share {bias['median_share_of_its_constant']:.2f}); |b| / |F| = {bias['norm_of_b_over_norm_of_logits']:.3f}"
-    )
-    print(f"\n{'area under the curve':24} {'deletion':>16} {'insertion':>16}")
-    for name, curves in one["curves"].items():
-        cells = (f"{curve['area']:.3f} ± {curve['standard_error']:.3f}" for curve in curves.values())
-        print(f"{name:24} " + " ".join(f"{cell:>16}" for cell in cells))
-
-
 def _draw(run: common.Run, one: dict[str, Any]) -> None:
-    from matplotlib import pyplot as plt
-
     figure, panels = plt.subplots(1, 2, figsize=(10.5, 4), sharey=True, layout="constrained")
     for axes, kind, what in zip(panels, ("deletion", "insertion"), ("set to 0", "given back"), strict=True):
         for name, curves in one["curves"].items():

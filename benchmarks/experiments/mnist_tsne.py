@@ -75,10 +75,6 @@ def main(arguments: list[str]) -> int:
                 "exactness_float64": embedding.errors(network, linear, x[:EXPLAINED].double(), seed),
             }
         )
-        print(
-            f"\ndivergence {divergence[0]:.3f} in the first epoch of attraction as it is, {divergence[-1]:.3f} in the last"
-        )
-        embedding.show(planes[-1])
         if seed == 0:
             title = "Parametric t-SNE of MNIST: fitted images, and new ones with a rim"
             fitted, new = ((points.cpu(), labels.cpu()) for points, labels in zip(placed, (y_train, y), strict=True))

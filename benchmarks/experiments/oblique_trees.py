@@ -12,6 +12,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
+from matplotlib import pyplot as plt
 from torch import Tensor, nn
 
 from benchmarks.experiments import common, oblique
@@ -56,7 +57,6 @@ def main(arguments: list[str]) -> int:
     for name in given.datasets:
         _train(name, epochs[name], trainer, run)
     results = {name: _summary(name, trainer) for name in given.datasets}
-    _print(results)
     _draw_accuracy(run, trainer)
     budget = {
         "minutes": given.minutes,
@@ -149,19 +149,7 @@ def _summary(name: str, trainer: common.Trainer) -> dict[str, Any]:
     return results
 
 
-def _print(results: dict[str, Any]) -> None:
-    print(f"\n{'test accuracy, %':20} {'last epoch':>14} {'best':>14} {'published':>10}  hyperplanes found, of 15")
-    for name, networks in results.items():
-        for network, row in networks.items():
-            last, best = (common.percent(row[key]) for key in ("last_accuracy", "best_accuracy"))
-            published = f"{100 * row['published_accuracy']:.2f}" if "published_accuracy" in row else "-"
-            found = ", ".join(map(str, row.get("hyperplanes_found", "-")))
-            print(f"{f'{name}: {network}':20} {last:>14} {best:>14} {published:>10}  {found}")
-
-
 def _draw_hyperplanes(run: common.Run, name: str, normals: dict[str, Tensor], truth: Tensor) -> None:
-    from matplotlib import pyplot as plt
-
     figure, panels = plt.subplots(1, len(normals), figsize=(13, 4.4), layout="constrained")
     for axes, (network, found) in zip(panels, normals.items(), strict=True):
         plots.gate_hyperplanes(found, truth, level=LEVEL, axes=axes)
@@ -171,8 +159,6 @@ def _draw_hyperplanes(run: common.Run, name: str, normals: dict[str, Tensor], tr
 
 
 def _draw_accuracy(run: common.Run, trainer: common.Trainer) -> None:
-    from matplotlib import pyplot as plt
-
     figure, panels = plt.subplots(
         1, len(run.given.datasets), figsize=(4.6 * len(run.given.datasets), 2.6), layout="constrained", squeeze=False
     )

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from matplotlib import pyplot as plt
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -194,11 +195,6 @@ def _counts(run: common.Run, steps: int) -> dict[str, Any]:
         "ranks": clusters.rank_.tolist(),
         "check": clusters.check(),
     }
-    print(
-        f"\n2,201 people, {len(rows)} distinct rows: accuracy {results['accuracy']:.4f} (the best of any rule is "
-        f"{results['best_accuracy_of_any_rule']:.4f}); female counts for survival in "
-        f"{results['clusters_where_female_counts_for']} of {results['clusters']} clusters\n"
-    )
     print(clusters.summary(feature_names=table.features, rows=14))
     _draw(
         run,
@@ -231,16 +227,7 @@ def _passengers(run: common.Run, table: tabular.Table, steps: int) -> dict[str, 
         "merged_into_four": merged.fidelity(rest.x)._asdict(),
         "check": clusters.check(),
     }
-    print(
-        f"\n{len(part.y)} passengers: accuracy {results['fitted']['accuracy']:.3f}; {len(rest.y)} held out: accuracy "
-        f"{results['held_out']['accuracy']:.3f}, AUC {results['held_out']['auc']:.3f}"
-    )
-    print(f"{f'held out, {run.given.seeds} splits':24} {'accuracy, %':>16} {'AUC, %':>16}")
-    for name, found in results["splits"].items():
-        print(f"{name:24} {common.percent(found['accuracy']):>16} {common.percent(found['auc']):>16}")
-    print(f"steps chosen by validation: {', '.join(map(str, splits['network']['steps']))}\n")
     print(clusters.summary(feature_names=table.features, rows=8))
-    print(f"\nmerged into four clusters, held out: {merged.fidelity(rest.x)}")
     _draw(
         run, merged, clusters, part, "passengers", f"Log-odds of survival of {len(part.y)} passengers, clusters merged"
     )
@@ -323,8 +310,6 @@ def _draw(
     run: common.Run, shown: PiecewiseAffine, clusters: ActivationClusters, table: tabular.Table, suffix: str, title: str
 ) -> None:
     """The coefficients of some clusters, and the coverage of the exact ones."""
-    from matplotlib import pyplot as plt
-
     wide = len(table.features) > 6
     figure, (left, right) = plt.subplots(
         1, 2, figsize=(14 if wide else 12, 4.8), layout="constrained", width_ratios=(2 if wide else 3, 1 if wide else 2)

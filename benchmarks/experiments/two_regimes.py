@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from matplotlib import pyplot as plt
 from tqdm import tqdm
 
 from benchmarks.experiments import common, tabular
@@ -51,28 +52,13 @@ def main(arguments: list[str]) -> int:
             **merged.fidelity()._asdict(),
         },
     }
-    _print(results)
     print(f"\n{clusters.summary(feature_names=table.features, rows=5)}")
     _draw(run, network, clusters, table)
     run.finish({"widths": WIDTHS, "steps": steps, "learning_rate": LEARNING_RATE}, results)
     return 0
 
 
-def _print(results: dict[str, Any]) -> None:
-    print(f"\nmse {results['mse']:.4f} of a variance of {results['variance']:.3f}; {results['clusters']} clusters")
-    print(f"{'':26}{'x1':>8}{'x2':>8}{'x3':>8}")
-    for name, medians in results["median_coefficients"].items():
-        for what, values in (("median coefficients", medians), ("truth", results["truth"][name])):
-            print(f"{name:>10} {what:>19}" + "".join(f"{v:8.3f}" for v in values))
-    merged = results["merged"]
-    print(f"merged by coefficients, R² to the network {merged['r2']:.5f}")
-    for count, values in zip(merged["samples"], merged["coefficients"], strict=True):
-        print(f"{count:>22} samples" + "".join(f"{v:8.3f}" for v in values))
-
-
 def _draw(run: common.Run, network: torch.nn.Module, clusters: ActivationClusters, table: tabular.Table) -> None:
-    from matplotlib import pyplot as plt
-
     figure, (regions, output) = plt.subplots(1, 2, figsize=(11, 4.6), layout="constrained", width_ratios=(1, 1.2))
     u, v, w = torch.eye(3, dtype=table.x.dtype)
     resolution = 60 if run.given.quick else 300

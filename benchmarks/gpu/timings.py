@@ -69,9 +69,7 @@ def time_problem(
         with products(problem.dtype):
             measure(problem, (mode,), names_of(on), asked, None, log)
     timed = [row for row in log.rows[first:] if row["timer"] == timers[0] and row["status"] == "ok"]
-    found = fastest(
-        {row["provider"].removeprefix("ours-"): row for row in timed if row["provider"].startswith("ours-")}
-    )
+    found = fastest({engine: row for row in timed if (engine := providers.OURS.get(row["provider"]))})
     log.write(f"{problem.name} {mode}, {timers[0]}", "info", **found, entry=table_entry(problem, mode, device, found))
 
 
@@ -80,7 +78,7 @@ def fastest(found: dict[str, Row]) -> Row:
     best = min(found, key=lambda name: found[name]["ms_p50"], default=None)
     others = [row["ms_p20"] for name, row in found.items() if name != best]
     clear = best is not None and all(found[best]["ms_p80"] < other for other in others)
-    return {"fastest": best, "clear": clear, "engine_us": {n: round(1e3 * r["ms_p50"], 2) for n, r in found.items()}}
+    return {"fastest": best, "clear": clear, "microseconds": {n: round(1e3 * r["ms_p50"], 2) for n, r in found.items()}}
 
 
 def table_entry(problem: Problem, mode: str, device: torch.device, found: Row) -> Row | None:
@@ -96,7 +94,7 @@ def table_entry(problem: Problem, mode: str, device: torch.device, found: Row) -
         "classes": padded(problem.m or (problem.k if problem.loss else 1)),
         "rows": problem.n,
         "engine": found["fastest"],
-        "microseconds": found["engine_us"],
+        "microseconds": found["microseconds"],
     }
 
 

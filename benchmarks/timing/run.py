@@ -130,10 +130,7 @@ def run(given: argparse.Namespace) -> int:
     if "explain" in suites:
         explain_suite.run(asked, writer, given.quick)
     if all(row["op"] == "ceiling" for row in writer.rows):
-        print(
-            "benchmarks run: no suite has a problem with this op, mode, shape and provider together",
-            file=sys.stderr,
-        )
+        print("benchmarks run: no suite has a problem with this op, mode, shape and provider together", file=sys.stderr)
         return 2
     print("\n" + report.markdown(writer.rows))
     print(f"\nrecord: {out}")
