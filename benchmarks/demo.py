@@ -11,12 +11,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
-from tqdm import tqdm
+from torch import Tensor, nn
 
 import interp_nn
 from benchmarks.experiments import datasets
-from benchmarks.experiments.training import accuracy
+from benchmarks.experiments.training import Recipe, accuracy, train
 from benchmarks.records import environment
 from benchmarks.records.rows import Writer, common, write_json
 from benchmarks.timing import tolerances
@@ -33,10 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `python -m benchmarks demo`."""
     names = ("digits", "mnist", "cifar10", "cifar100")
     parser.add_argument("--dataset", choices=names, help="default: the dataset in --data, else digits")
-    parser.add_argument(
-        "--data", type=Path, default=datasets.usual_folder(), metavar="DIR",
-        help="folder with MNIST or CIFAR-10 (default: $INTERP_NN_DATA)",
-    )  # fmt: skip
+    datasets.add_folder(parser, "folder with MNIST or CIFAR-10 (default: $INTERP_NN_DATA)")
     number = at_least(1)
     parser.add_argument("--epochs", type=number, help="default: 20 for digits, 1 for the others")
     parser.add_argument("--seeds", type=number, help="networks of each kind (default: 3 for digits, 1 for the others)")
@@ -66,13 +62,10 @@ def run(given: argparse.Namespace) -> int:
 
     runs: list[dict[str, Any]] = []
     last: dict[str, Network] = {}
-    steps = epochs * seeds * len(NETWORKS) * -(-len(images.y_train) // BATCH)
-    with tqdm(total=steps, unit="step", desc="training") as progress:
-        for seed in range(seeds):
-            for name in NETWORKS:
-                progress.set_postfix_str(f"{name} head, seed {seed}")
-                result, last[name] = _train(name, seed, images, epochs, device, progress)
-                runs.append(result)
+    for seed in range(seeds):
+        for name in NETWORKS:
+            result, last[name] = _train(name, seed, images, epochs, device)
+            runs.append(result)
 
     trained = last["summary"]
     assert isinstance(trained, SummaryNetwork)
@@ -97,53 +90,33 @@ def run(given: argparse.Namespace) -> int:
     return 0 if gradients["passed"] else 1
 
 
-def _train(
-    name: str, seed: int, images: datasets.Images, epochs: int, device: str, progress: tqdm[Any]
-) -> tuple[dict[str, Any], Network]:
+def _train(name: str, seed: int, images: datasets.Images, epochs: int, device: str) -> tuple[dict[str, Any], Network]:
     torch.manual_seed(seed)
     channels, size = images.x_train.shape[1:3]
     network = NETWORKS[name](channels, size, classes=images.classes).to(device)
-    optimizer = torch.optim.Adam(network.parameters(), lr=LEARNING_RATE)
-    shuffle = torch.Generator().manual_seed(seed)
-    losses: list[float] = []
-    accuracies: list[float] = []
-    seconds: list[float] = []
-    first_loss = float("nan")
-    for epoch in range(epochs):
-        network.train()
-        start = time.perf_counter()
-        total = torch.zeros((), device=device)
-        batches = torch.randperm(len(images.y_train), generator=shuffle).to(device).split(BATCH)
-        for step, index in enumerate(batches):
-            optimizer.zero_grad()
-            loss = network.loss(images.x_train[index], images.y_train[index])
-            loss.backward()
-            optimizer.step()
-            if epoch == step == 0:
-                first_loss = loss.item()
-            total += loss.detach()
-            progress.update()
-        losses.append(float(total) / len(batches))  # waits for the device, so the epoch's time is whole
-        seconds.append(time.perf_counter() - start)
-        accuracies.append(_accuracy(network, images))
+    first: list[float] = []
+
+    def loss(_: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        value = network.loss(x, y)
+        if not first:
+            first.append(value.item())
+        return value
+
+    history, _ = train(
+        network, images.x_train, images.y_train, Recipe(epochs, BATCH, LEARNING_RATE), label=f"{name} head, seed {seed}",
+        seed=seed, loss=loss, measure=lambda _: {"accuracy": accuracy(network, images.x_test, images.y_test)},
+    )  # fmt: skip
     result = {
         "head": name,
         "seed": seed,
-        "first_loss": first_loss,
-        "loss": losses,
-        "test_accuracy": accuracies,
-        "epoch_seconds": seconds,
+        "first_loss": first[0],
+        "loss": history["loss"],
+        "test_accuracy": history["accuracy"],
+        "epoch_seconds": history["seconds"],
     }
     if isinstance(network, SummaryNetwork):
         result |= _summary_measures(network, images)
     return result, network
-
-
-@torch.no_grad()
-def _accuracy(network: Network, images: datasets.Images) -> float:
-    """Return the share of test images that are classified right, in evaluation mode."""
-    network.eval()
-    return accuracy(network, images.x_test, images.y_test)
 
 
 @torch.no_grad()
@@ -209,10 +182,10 @@ def _print(whole: dict[str, Any]) -> None:
     results = whole["results"]
     print(f"\n{'head':8} {'test accuracy':>18} {'epoch':>9} {'first loss':>11} {'defect':>8} {'o1/o2 agree':>12}")
     for head in NETWORKS:
-        accuracy = 100 * _of(whole, head, "test_accuracy")[:, -1]
-        spread = f" ± {accuracy.std(ddof=1):.2f}" if len(accuracy) > 1 else ""
+        last = 100 * _of(whole, head, "test_accuracy")[:, -1]
+        spread = f" ± {last.std(ddof=1):.2f}" if len(last) > 1 else ""
         seconds = np.median(_of(whole, head, "epoch_seconds"))
-        line = f"{head:8} {f'{accuracy.mean():.2f}{spread} %':>18} {seconds:7.2f} s {_of(whole, head, 'first_loss').mean():11.2f}"
+        line = f"{head:8} {f'{last.mean():.2f}{spread} %':>18} {seconds:7.2f} s {_of(whole, head, 'first_loss').mean():11.2f}"
         if head == "summary":
             defect, agreement = (_of(whole, head, key).mean() for key in ("orthogonality_defect", "agreement"))
             line += f" {defect:8.3f} {100 * agreement:10.2f} %"
@@ -235,17 +208,17 @@ def _draw(whole: dict[str, Any], spectrum: np.ndarray[Any, Any], path: Path) -> 
 
     colours = {"mlp": "tab:gray", "summary": "tab:blue"}
     figure, axes = plt.subplots(2, 2, figsize=(10, 7), layout="constrained")
-    (loss, accuracy), (values, bars) = axes
+    (losses, rates), (values, bars) = axes
     for head, colour in colours.items():
-        for axis, key, scale in ((loss, "loss", 1), (accuracy, "test_accuracy", 100)):
+        for axis, key, scale in ((losses, "loss", 1), (rates, "test_accuracy", 100)):
             curves = scale * _of(whole, head, key)
             epochs = np.arange(1, curves.shape[1] + 1)
             axis.plot(epochs, curves.T, color=colour, alpha=0.3, linewidth=1)
             axis.plot(epochs, curves.mean(0), color=colour, marker="." if len(epochs) < 3 else "", label=f"{head} head")
-    loss.set(yscale="log", xlabel="epoch", ylabel="training loss", title="Training loss (summary: three terms)")
-    accuracy.set(xlabel="epoch", ylabel="test accuracy, %", title="Test accuracy")
-    accuracy.legend()
-    for axis in (loss, accuracy):
+    losses.set(yscale="log", xlabel="epoch", ylabel="training loss", title="Training loss (summary: three terms)")
+    rates.set(xlabel="epoch", ylabel="test accuracy, %", title="Test accuracy")
+    rates.legend()
+    for axis in (losses, rates):
         axis.xaxis.get_major_locator().set_params(integer=True)
 
     index = np.arange(1, len(spectrum) + 1)

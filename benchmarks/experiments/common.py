@@ -34,30 +34,17 @@ def training_parser(name: str, description: str | None) -> argparse.ArgumentPars
     """Return a parser with the options of an experiment that trains networks from several seeds, within a budget."""
     options = _parser(name, description)
     options.add_argument("--seeds", type=at_least(1), metavar="N", help="seeds that each network is trained from")
-    options.add_argument(
-        "--epochs", type=at_least(1), metavar="N", help="of each network, instead of the experiment's own number"
-    )
-    options.add_argument(
-        "--minutes", type=float, metavar="M", help="for all trainings, shared evenly; the record has the epochs reached"
-    )
-    options.add_argument(
-        "--checkpoints",
-        type=Path,
-        metavar="DIR",
-        help="write one after each epoch, and go on from those that are there",
-    )
+    options.add_argument("--epochs", type=at_least(1), metavar="N", help="of each network (default: the experiment's)")
+    options.add_argument("--minutes", type=float, metavar="M", help="for all trainings, which share them evenly")
+    options.add_argument("--checkpoints", type=Path, metavar="DIR", help="written after each epoch, and continued")
     options.add_argument("--device", default="cpu")
     return options
 
 
 def _parser(name: str, description: str | None) -> argparse.ArgumentParser:
     options = argparse.ArgumentParser(prog=f"python -m benchmarks experiments {name}", description=description)
-    options.add_argument(
-        "--output",
-        type=Path,
-        metavar="DIR",
-        help="for figures and the record (default: benchmarks/results/DEVICE/experiments; with --quick, results)",
-    )
+    folders = "for figures and the record (default: benchmarks/results/DEVICE/experiments; with --quick, results)"
+    options.add_argument("--output", type=Path, metavar="DIR", help=folders)
     options.add_argument("--quick", action="store_true", help="seconds instead of minutes, to see that it runs")
     return options
 
@@ -68,12 +55,6 @@ class Trainer:
     A row has the network's name, its seed, the epochs reached, training seconds, the accuracy after the last epoch and the best
     after any (optimistic, because test images chose it), the measures before training, the history, and the environments that
     made the epochs: with a checkpoint there may be several.
-
-    Args:
-        experiment: The experiment's name.
-        given: Its command line.
-        trainings: How many trainings share the time.
-        settings: As `training.train` takes them.
     """
 
     def __init__(
@@ -95,18 +76,9 @@ class Trainer:
         loss: Callable[[nn.Module, Tensor, Tensor], Tensor] = training.cross_entropy,
         source: str | None = None,
     ) -> Network:
-        """Build a network from the seed and train it.
+        """Build a network from the seed and train it; one of the measures has to be "accuracy".
 
-        Args:
-            name: The network's name.
-            seed: The seed of the weights and of the batches.
-            build: Builds the network.
-            x: The inputs.
-            y: The targets.
-            recipe: The recipe.
-            measure: Returns measures, one of them "accuracy".
-            loss: The loss of a batch.
-            source: An earlier network that `build` uses. If it has more epochs than at a checkpoint, training begins again.
+        `source` is an earlier network that `build` uses. If it has more epochs than at a checkpoint, training begins again.
         """
         torch.manual_seed(seed)
         network = build().to(x.device).eval()
@@ -114,18 +86,10 @@ class Trainer:
         origin = "" if source is None else f" from {source} {self.of(source, 'epochs')[-1]}"
         file = "".join(c if c.isalnum() else "-" for c in f"{self._experiment} {name}{origin} {seed}") + ".pt"
         history, made = training.train(
-            network,
-            x,
-            y,
-            recipe,
-            label=f"{name}, seed {seed}",
-            seed=seed,
-            loss=loss,
-            measure=measure,
+            network, x, y, recipe, label=f"{name}, seed {seed}", seed=seed, loss=loss, measure=measure, settings=self._settings,
             seconds=self._allowance.seconds(),
             checkpoint=None if self._given.checkpoints is None else self._given.checkpoints / file,
-            settings=self._settings,
-        )
+        )  # fmt: skip
         self.rows.append(
             {
                 "network": name,

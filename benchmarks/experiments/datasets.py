@@ -1,7 +1,8 @@
-"""Images to train on: scikit-learn's digits, and MNIST, CIFAR-10 or CIFAR-100 from a folder of the user's."""
+"""Images: scikit-learn's digits, and MNIST, CIFAR-10 or CIFAR-100 from a folder of the user's."""
 
 from __future__ import annotations
 
+import argparse
 import gzip
 import math
 import os
@@ -34,19 +35,27 @@ class Images(NamedTuple):
         return _CLASSES.get(self.name, 10)
 
 
+def add_folder(parser: argparse.ArgumentParser, about: str) -> None:
+    """Add the option --data, a folder with data."""
+    parser.add_argument("--data", type=Path, default=usual_folder(), metavar="DIR", help=about)
+
+
 def usual_folder() -> Path | None:
-    """$INTERP_NN_DATA, None where it is not set or empty."""
+    """Return $INTERP_NN_DATA, None where it is not set or empty."""
     folder = os.environ.get("INTERP_NN_DATA")
     return Path(folder) if folder else None
 
 
 def load(dataset: str | None, directory: Path | None) -> Images:
-    """The named dataset ("digits", "mnist", "cifar10" or "cifar100"); None means what `directory` holds, digits without one.
+    """Load "digits", "mnist", "cifar10" or "cifar100"; without a name what the folder holds, digits without a folder.
 
-    directory: for CIFAR-10 the official python batches or lossless WebP sheets of 1,000 images (25 rows of 40) with
-    `*_labels.npy`; for CIFAR-100 the official python files, of which the fine labels are taken; for MNIST the four idx files,
-    gzipped or not; or a folder with `cifar10`, `cifar100` or `mnist` inside. Raises FileNotFoundError that says what was looked
-    for, and where; ValueError for files that do not hold it.
+    The folder, or `cifar10`, `cifar100` or `mnist` inside, has: for CIFAR-10 the official python batches, or lossless WebP
+    sheets of 1,000 images (25 rows of 40) with `*_labels.npy`; for CIFAR-100 the official python files, of which the fine
+    labels are used; for MNIST the four idx files, gzipped or not.
+
+    Raises:
+        FileNotFoundError: There are no such files. The message says what was looked for, and where.
+        ValueError: The files are damaged.
     """
     if dataset == "digits" or (dataset is None and directory is None):
         return digits()
@@ -65,7 +74,7 @@ def load(dataset: str | None, directory: Path | None) -> Images:
 
 
 def digits() -> Images:
-    """scikit-learn's 1,797 handwritten digits (8 x 8), three quarters to train on, split by a fixed shuffle."""
+    """Load scikit-learn's 1,797 handwritten digits (8 x 8), three quarters for training, split by a fixed shuffle."""
     from sklearn.datasets import load_digits
 
     bunch = load_digits()
@@ -80,13 +89,13 @@ _Split = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 def _whole(name: str, folder: Path, read: Callable[[Path], _Split | None]) -> _Split | None:
-    """What `read` finds, with a label for each image; None where there is nothing."""
+    """Return what `read` finds, if each image has a label; None where there is nothing."""
     last = _CLASSES.get(name, 10) - 1
     try:
         found = read(folder)
     except (ImportError, FileNotFoundError):
         raise
-    except Exception as error:  # each format has its own ways to be damaged
+    except Exception as error:  # formats differ in their errors on damaged files
         raise ValueError(f"{name}: the files in {folder} are damaged: {type(error).__name__}: {error}") from error
     for images, labels in () if found is None else (found[:2], found[2:]):
         if len(images) != len(labels) or not len(labels) or int(labels.min()) < 0 or int(labels.max()) > last:
@@ -98,7 +107,7 @@ def _whole(name: str, folder: Path, read: Callable[[Path], _Split | None]) -> _S
 
 
 def _tensors(x: _Pixels, y: NDArray[np.integer]) -> tuple[Tensor, Tensor]:
-    """Pixels (n, height, width, channels) and labels as the tensors of `Images`."""
+    """Convert pixels (n, height, width, channels) and labels to the tensors of `Images`."""
     return torch.from_numpy(x).permute(0, 3, 1, 2).float() / 127.5 - 1.0, torch.from_numpy(y.astype(np.int64))
 
 
@@ -111,7 +120,7 @@ def _cifar100(folder: Path) -> _Split | None:
 
 
 def _pickled(folder: Path, train: list[str], test: list[str], labels: bytes) -> _Split | None:
-    """The official python-version batches of CIFAR."""
+    """Read the official python-version batches of CIFAR."""
     if not all((folder / name).is_file() for name in train + test):
         return None
     halves: list[Tensor] = []
@@ -123,7 +132,7 @@ def _pickled(folder: Path, train: list[str], test: list[str], labels: bytes) -> 
 
 
 def _cifar10_sheets(folder: Path) -> _Split | None:
-    """Lossless WebP sheets of 25 x 40 tiles, row by row."""
+    """Read lossless WebP sheets of 25 x 40 tiles, row by row."""
     sheets = {split: sorted(folder.glob(f"{split}_[0-9][0-9].webp")) for split in ("train", "test")}
     if not all(sheets.values()):
         return None
@@ -140,7 +149,7 @@ def _cifar10_sheets(folder: Path) -> _Split | None:
 
 
 def _mnist(folder: Path) -> _Split | None:
-    """The four idx files."""
+    """Read the four idx files."""
     halves: list[Tensor] = []
     for split in ("train", "t10k"):
         parts: list[_Pixels] = []
@@ -155,14 +164,14 @@ def _mnist(folder: Path) -> _Split | None:
 
 
 def _idx(file: Path, size: tuple[int, ...]) -> _Pixels:
-    """Items of this size from an idx file of bytes, whose header has to say so, and how many."""
+    """Read items of this size from an idx file of bytes, after a check of its header."""
     raw = file.read_bytes()
     if file.suffix == ".gz":
         try:
             raw = gzip.decompress(raw)
         except (EOFError, OSError, zlib.error) as error:
             raise ValueError(f"{file.name}: {error}") from error
-    start = bytes((0, 0, 8, 1 + len(size)))  # bytes, on so many axes
+    start = bytes((0, 0, 8, 1 + len(size)))  # the mark of bytes with so many axes
     header = len(start) + 4 * start[3]
     if not raw.startswith(start) or len(raw) < header:
         raise ValueError(

@@ -65,19 +65,12 @@ def main(arguments: list[str]) -> int:
     contributions = linear.weight * x.unsqueeze(1)
     rows = torch.arange(len(x))
     layers = {name: part.detach() for name, part in linear.bias_by_layer().items()}
-    chosen = {name: part[rows, predicted].mean().item() for name, part in layers.items()}
     results: dict[str, Any] = {
         "test_images": len(x),
         "test_accuracy": (predicted == y).double().mean().item(),
         "exactness": exact,
         "error_over_change_by_step": exactness.neighbourhood(network, x),
-        "bias": {
-            "norm_of_b_over_norm_of_logits": (linear.bias.norm() / logits.norm()).item(),
-            "mean_predicted_logit": logits[rows, predicted].mean().item(),
-            "mean_of_its_constant": linear.bias[rows, predicted].mean().item(),
-            "mean_of_its_constant_by_layer": chosen,
-            "sum_of_layers_error": common.relative_error(torch.stack(list(layers.values())).sum(0), linear.bias),
-        },
+        "bias": exactness.constants(network, x, predicted, len(x)),
         "deletion": _deletion(network, x, y, contributions[rows, predicted], given.seed),
     }
     _draw(run, x, y, contributions, layers, predicted, results)

@@ -43,12 +43,8 @@ def main(arguments: list[str]) -> int:
     """Run the command line and return the exit status, 2 without the data."""
     options = images.parser(NAME, __doc__)
     options.add_argument("--dataset", choices=list(BUDGETS), help="default: what the folder holds; without one, digits")
-    options.add_argument(
-        "--stride",
-        type=at_least(1),
-        metavar="N",
-        help="of GCONV's second and fourth convolutions (default: 1, as published, on a GPU; 2 on a CPU)",
-    )
+    about = "of GCONV's second and fourth convolutions (default: 1, as published, on a GPU; 2 on a CPU)"
+    options.add_argument("--stride", type=at_least(1), metavar="N", help=about)
     given = options.parse_args(arguments)
     found = images.load(given, given.dataset)
     if found is None:

@@ -44,17 +44,7 @@ Network = TypeVar("Network", bound=nn.Module)
 
 
 def build(regime: str, backbone: Callable[[], nn.Module], trained: nn.Module | None = None) -> nn.Module:
-    """Build the backbone, a ReLU network, in a regime of `MEANINGS`, with new weights.
-
-    Args:
-        regime: The regime.
-        backbone: Builds the ReLU network.
-        trained: The trained network that FLNPF takes its gates from.
-
-    Raises:
-        ValueError: `trained` is missing.
-        KeyError: There is no such regime.
-    """
+    """Build the backbone, a ReLU network, in a regime of `MEANINGS` with new weights; FLNPF has the gates of `trained`."""
     network = initialised(backbone())
     if regime == "ReLU":
         return network

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -32,17 +31,9 @@ class Budget(NamedTuple):
 def parser(name: str, description: str | None) -> argparse.ArgumentParser:
     """Return a parser with the options of trainings and of their images."""
     options = common.training_parser(name, description)
-    options.add_argument(
-        "--data",
-        type=Path,
-        default=datasets.usual_folder(),
-        metavar="DIR",
-        help="folder of the images (default: $INTERP_NN_DATA)",
-    )
+    datasets.add_folder(options, "folder of the images (default: $INTERP_NN_DATA)")
     for split in ("train", "test"):
-        options.add_argument(
-            f"--{split}-size", type=at_least(0), metavar="N", help=f"how many {split} images, the first; 0 is all"
-        )
+        options.add_argument(f"--{split}-size", type=at_least(0), metavar="N", help=f"first {split} images; 0 is all")
     options.add_argument("--batch", type=at_least(1), metavar="N", help="images in a batch of training")
     return options
 

@@ -80,35 +80,8 @@ def _explain(run: common.Run, network: nn.Module, x: Tensor, y: Tensor, checked:
         "exactness": {"float32": in_32_bits, "float64": exactness.errors(network, x[:checked])},
         "error_over_change_by_step": exactness.neighbourhood(network, x[:checked]),
         "exact_minus_gradient_times_input": common.relative_error(found["exact"], found["gradient x input"]),
-        "bias": _bias(network, x, predicted),
+        "bias": exactness.constants(network, x, predicted, CHECKED),
         "curves": curves,
-    }
-
-
-def _bias(network: nn.Module, x: Tensor, predicted: Tensor) -> dict[str, Any]:
-    """What the constant is of the logits, and of the predicted one, by layer too."""
-    biases, logits, layers = [], [], []
-    for part in x.split(CHECKED):
-        linear = linearize(network, part)
-        with torch.no_grad():
-            logits.append(network(part))
-        biases.append(linear.bias.detach())
-        layers.append({name: one.detach() for name, one in linear.bias_by_layer().items()})
-    b, outputs = torch.cat(biases), torch.cat(logits)
-    by_layer = {name: torch.cat([one[name] for one in layers]) for name in layers[0]}
-    rows = torch.arange(len(x), device=x.device)
-    constant, logit = b[rows, predicted], outputs[rows, predicted]
-    return {
-        "norm_of_b_over_norm_of_logits": (b.norm() / outputs.norm()).item(),
-        "mean_predicted_logit": logit.mean().item(),
-        "mean_of_its_constant": constant.mean().item(),
-        "median_share_of_its_constant": (constant / logit).median().item(),
-        "images_whose_constant_outweighs_the_pixels": (constant.abs() > (logit - constant).abs())
-        .double()
-        .mean()
-        .item(),
-        "mean_of_its_constant_by_layer": {name: one[rows, predicted].mean().item() for name, one in by_layer.items()},
-        "sum_of_layers_error": common.relative_error(torch.stack(list(by_layer.values())).sum(0), b),
     }
 
 

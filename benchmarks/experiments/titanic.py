@@ -47,25 +47,11 @@ MEASURED = ("age", "siblings, spouse", "parents, children", "fare")  # the other
 def main(arguments: list[str]) -> int:
     """Run the command line and return the exit status."""
     options = common.parser(NAME, __doc__)
-    options.add_argument(
-        "--data",
-        type=Path,
-        default=datasets.usual_folder(),
-        metavar="DIR",
-        help="folder with titanic.csv (default: $INTERP_NN_DATA; without, the 32 counts alone)",
-    )
-    options.add_argument(
-        "--seeds",
-        type=at_least(1),
-        metavar="N",
-        help="from how many, --seed and on, the passengers are split and a network is trained (default: 10)",
-    )
-    options.add_argument(
-        "--epochs",
-        type=at_least(1),
-        metavar="N",
-        help=f"the most steps of the passengers' networks, of which validation chooses (default: {PASSENGER_STEPS})",
-    )
+    datasets.add_folder(options, "folder with titanic.csv (default: $INTERP_NN_DATA; without, the 32 counts alone)")
+    about = "seeds from --seed on, by which passengers are split and networks trained (default: 10)"
+    options.add_argument("--seeds", type=at_least(1), metavar="N", help=about)
+    about = f"the most steps of the passengers' networks, of which validation chooses (default: {PASSENGER_STEPS})"
+    options.add_argument("--epochs", type=at_least(1), metavar="N", help=about)
     given = options.parse_args(arguments)
     given.seeds = given.seeds or (2 if given.quick else 10)
     try:
@@ -196,14 +182,8 @@ def _counts(run: common.Run, steps: int) -> dict[str, Any]:
         "check": clusters.check(),
     }
     print(clusters.summary(feature_names=table.features, rows=14))
-    _draw(
-        run,
-        clusters,
-        clusters,
-        table,
-        "counts",
-        f"Log-odds of survival of {len(table.y):,} on board, {len(rows)} distinct rows",
-    )
+    title = f"Log-odds of survival of {len(table.y):,} on board, {len(rows)} distinct rows"
+    _draw(run, clusters, clusters, table, "counts", title)
     return results
 
 
@@ -228,9 +208,8 @@ def _passengers(run: common.Run, table: tabular.Table, steps: int) -> dict[str, 
         "check": clusters.check(),
     }
     print(clusters.summary(feature_names=table.features, rows=8))
-    _draw(
-        run, merged, clusters, part, "passengers", f"Log-odds of survival of {len(part.y)} passengers, clusters merged"
-    )
+    title = f"Log-odds of survival of {len(part.y)} passengers, clusters merged"
+    _draw(run, merged, clusters, part, "passengers", title)
     return results
 
 

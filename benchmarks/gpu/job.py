@@ -65,22 +65,17 @@ class Settings(NamedTuple):
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `python -m benchmarks gpu`."""
-    parser.add_argument(
-        "--parts", type=_parts, default=PARTS, metavar="A,B", help=f"of {','.join(PARTS)} (default: all)"
-    )
-    parser.add_argument(
-        "--engines", type=_engines, default=WITH_KERNELS, metavar="A,B",
-        help=f"of {','.join(WITH_KERNELS)} (default: all); those that are off are left out",
-    )  # fmt: skip
-    parser.add_argument(
-        "--output", type=Path, default=Path("results") / "gpu", metavar="DIR",
-        help="for the records; a table.json there, written by `tune`, is used",
-    )  # fmt: skip
-    parser.add_argument("--minutes", type=float, default=10.0, help="for the whole job (default: 10)")
-    parser.add_argument("--workers", type=int, default=_workers(), help="processes that check at the same time")
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: with TRITON_INTERPRET=1 only")
-    parser.add_argument("--tiny", action="store_true", help="tiny problems, to test this command")
-    parser.add_argument("--revision", metavar="SHA", help="the commit to record where there is no git")
+    parts, engines = f"of {','.join(PARTS)} (default: all)", f"of {','.join(WITH_KERNELS)} (default: those that are on)"
+    records = "for the records; a table.json there, written by `tune`, is used"
+    add = parser.add_argument
+    add("--parts", type=_parts, default=PARTS, metavar="A,B", help=parts)
+    add("--engines", type=_engines, default=WITH_KERNELS, metavar="A,B", help=engines)
+    add("--output", type=Path, default=Path("results") / "gpu", metavar="DIR", help=records)
+    add("--minutes", type=float, default=10.0, help="for the whole job (default: 10)")
+    add("--workers", type=int, default=_workers(), help="processes that check at the same time")
+    add("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: with TRITON_INTERPRET=1 only")
+    add("--tiny", action="store_true", help="tiny problems, to test this command")
+    add("--revision", metavar="SHA", help="the commit to record where there is no git")
 
 
 def _parts(text: str) -> tuple[str, ...]:

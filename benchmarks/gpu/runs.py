@@ -206,8 +206,11 @@ def repeat(engine: str, shape: Shape, times: int, device: torch.device, log: Log
                     done += 1
                     if done % 50 == 0:
                         _synchronize(device)
-                why = f"{int(wrong)} of {done} differ" if int(wrong) else None
-                log.check(label, why, engine=engine, shape=shape.name, repeats=done)
+                _judge(label, int(wrong), done, log, engine=engine, shape=shape.name)
+
+
+def _judge(label: str, wrong: int, done: int, log: Log, **facts: Any) -> None:
+    log.check(label, f"{wrong} of {done} differ" if wrong else None, repeats=done, **facts)
 
 
 def alternate(engine: str, shapes: Sequence[Shape], times: int, device: torch.device, log: Log) -> None:
@@ -222,8 +225,7 @@ def alternate(engine: str, shapes: Sequence[Shape], times: int, device: torch.de
         for i in range(times):
             place = i * 7 % len(calls)
             wrong += differing(calls[place](), firsts[place])
-        why = f"{int(wrong)} of {times} differ" if int(wrong) else None
-    log.check(label, why, engine=engine, shapes=[shape.name for shape in shapes], repeats=times)
+    _judge(label, int(wrong), times, log, engine=engine, shapes=[shape.name for shape in shapes])
 
 
 def _synchronize(device: torch.device) -> None:
@@ -258,8 +260,14 @@ def on_streams(engine: str, shape: Shape, rounds: int, device: torch.device, log
                     wrong[name][place] += differing(calls[name](), firsts[name])
             done += 1
         torch.cuda.synchronize()
-    bad = {name: count for name, counts in wrong.items() if (count := sum(int(one) for one in counts))}
-    log.check(label, f"results differ: {bad}" if bad else None, engine=engine, shape=shape.name, rounds=done)
+    _judge(
+        label,
+        sum(int(one) for counts in wrong.values() for one in counts),
+        4 * done,
+        log,
+        engine=engine,
+        shape=shape.name,
+    )
 
 
 # Graphs
@@ -290,8 +298,14 @@ def in_graphs(engine: str, shape: Shape, replays: int, device: torch.device, log
             t.fill_(math.nan)
         graph.replay()
         wrong += differing(out, first)
-    why = f"{int(wrong)} of {replays} replays differ" if int(wrong) else None
-    log.check(f"{replays} replays of a graph {shape.name}, {engine}", why, engine=engine, shape=shape.name)
+    _judge(
+        f"{replays} replays of a graph {shape.name}, {engine}",
+        int(wrong),
+        replays,
+        log,
+        engine=engine,
+        shape=shape.name,
+    )
     torch.cuda.synchronize()
     others = [torch.cuda.Stream(device) for _ in graphs]
     counts = [torch.zeros((), dtype=torch.int64, device=device) for _ in graphs]
@@ -304,9 +318,8 @@ def in_graphs(engine: str, shape: Shape, replays: int, device: torch.device, log
                 graph.replay()
                 count += differing(out, first)
     torch.cuda.synchronize()
-    bad = [int(count) for count in counts]
-    why = f"{bad} of {replays} replays differ" if any(bad) else None
-    log.check(f"two graphs of one stream on two streams {shape.name}, {engine}", why, engine=engine, shape=shape.name)
+    label = f"two graphs of one stream on two streams {shape.name}, {engine}"
+    _judge(label, sum(map(int, counts)), 2 * replays, log, engine=engine, shape=shape.name)
 
 
 # Sanitizer

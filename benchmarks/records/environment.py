@@ -17,12 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def facts(device: str = "cpu", revision: str | None = None) -> dict[str, Any]:
-    """Return the device, the versions, the commit and the time, for the head of every record.
-
-    Args:
-        device: The device of the measurement, as PyTorch names it.
-        revision: The commit to record where there is no git.
-    """
+    """Return device, versions, commit and time, for the head of every record; `revision` is the commit without git."""
     sha = _run("git", "rev-parse", "HEAD")
     query = "nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"
     return {

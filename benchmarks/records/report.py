@@ -58,12 +58,7 @@ def _median(found: dict[str, Row], provider: str) -> float | None:
 
 
 def markdown(rows: Sequence[Row], brief: bool = False) -> str:
-    """Return all tables: geometric means with worst cases, each op and mode, and what was not timed.
-
-    Args:
-        rows: Timings, as `rows.read` returns them.
-        brief: Only the ops and modes that do both forward and backward.
-    """
+    """Return all tables: means with worst cases, each op and mode (`brief`: with a backward), and what was not timed."""
     problems = grouped(rows)
     kinds = list(dict.fromkeys((key[0], key[1]) for key in problems))
     halves = [[kind for kind in kinds if (kind[1] == "explain") is explaining] for explaining in (False, True)]

@@ -53,14 +53,9 @@ def summary(taken: Sequence[float]) -> Timing:
 def rounds(
     samplers: Mapping[str, Sampler], seconds: float, least: int, most: int, patience: float = math.inf
 ) -> dict[str, list[float]]:
-    """Take samples in rounds, each of every sampler in a random order; milliseconds by name.
+    """Take milliseconds by name, in rounds of all samplers in a random order: for some seconds, within `least` and `most`.
 
-    Args:
-        samplers: Each call takes a sample.
-        seconds: How long to go on, within the limits below.
-        least: The fewest rounds.
-        most: The most rounds.
-        patience: Seconds after which three rounds are enough.
+    After `patience` seconds three rounds are enough.
     """
     draw, names = random.Random(0), list(samplers)
     taken: dict[str, list[float]] = {name: [] for name in names}

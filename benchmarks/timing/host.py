@@ -8,8 +8,6 @@ with the same products written by hand.
 from __future__ import annotations
 
 import os
-import statistics
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -40,7 +38,8 @@ def run(output: Path | None) -> dict[str, Any]:
 
         # On a GPU the kernel checks the targets.
         with mock.patch.object(engine, "launch", _nothing), mock.patch.object(eager, "check_target", _nothing):
-            medians = _medians(_calls(engine))
+            timed = interleave(_calls(engine), seconds=0.0, least=_ROUNDS, most=_ROUNDS)
+    medians = {name: round(1e3 * timing.p50, 2) for name, timing in timed.items()}
     result = {**environment.facts(), "unit": "us", "rounds": _ROUNDS, "median": medians, "layer": _layers()}
     if output is not None:
         rows.write_json(output, result)
@@ -122,13 +121,3 @@ def _calls(engine: Any) -> dict[str, Callable[[], Any]]:
         "summary, forward and backward": forward_and_backward,
         "cross entropy and backward": loss_and_backward,
     }
-
-
-def _medians(calls: dict[str, Callable[[], Any]]) -> dict[str, float]:
-    samples: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(_ROUNDS):
-        for name, call in calls.items():
-            start = time.perf_counter()
-            call()
-            samples[name].append(time.perf_counter() - start)
-    return {name: round(statistics.median(taken) * 1e6, 2) for name, taken in samples.items()}

@@ -82,16 +82,7 @@ class _SkippedError(Exception):
 def measure(
     problem: Problem, modes: Sequence[str], names: Sequence[str], asked: Asked, ceiling: Ceiling | None, writer: Writer
 ) -> None:
-    """Time the providers of a problem in each mode, and write a row for each provider and mode.
-
-    Args:
-        problem: The problem.
-        modes: Its modes.
-        names: The providers. The row of "best-eager" is that of the fastest association.
-        asked: How to measure.
-        ceiling: The rates of the device, for the rows' sol_frac.
-        writer: Where the rows go.
-    """
+    """Time the providers of a problem in each mode, and write a row for each; best-eager has that of the fastest association."""
     fixed = {**problem._asdict(), **asked.fields()}
     try:
         sets = datasets(problem, asked.device, rotation(problem, asked.device, asked.cold))
@@ -156,11 +147,7 @@ def _measure(
 def _enter(
     name: str, problem: Problem, mode: str, asked: Asked, sets: Sequence[Data], reference: Fp64Reference, best: str | None
 ) -> _Entrant:  # fmt: skip
-    """Try a provider on every set, compare its results with the reference, and make its clock.
-
-    Raises:
-        UnsupportedError, _WrongError, _SkippedError: The provider is not timed; the message is the reason.
-    """
+    """Try a provider on every set, compare its results with the reference, and make its clock; raises why it is not timed."""
     if name == "graphed" and asked.timer in ("wall", "graph"):
         why = "there are no CUDA graphs" if asked.timer == "wall" else "this timer replays every provider as a graph"
         raise UnsupportedError(why)

@@ -122,19 +122,7 @@ class Provider(NamedTuple):
 
 
 def build(name: str, problem: Problem, mode: str, sets: Sequence[Data], engine: str, best: str | None) -> Provider:
-    """Build the named provider.
-
-    Args:
-        name: One of NAMES.
-        problem: The problem.
-        mode: The mode.
-        sets: The sets of inputs.
-        engine: The engine of "ours".
-        best: The association of "compile" and "graphed".
-
-    Raises:
-        UnsupportedError: The provider does not compute the problem.
-    """
+    """Build one of NAMES, "ours" by an engine, "compile" and "graphed" of the association `best`; raises UnsupportedError."""
     if name in OURS:
         return _ours(OURS[name] or engine, problem, mode, sets)
     if name in KERNELS:
@@ -220,11 +208,7 @@ def _ours(engine: str, problem: Problem, mode: str, sets: Sequence[Data]) -> Pro
 
 
 def planned(engine: str, problem: Problem, mode: str, device: torch.device) -> str:
-    """Return the engine and the form that compute a problem when this engine is asked for.
-
-    Raises:
-        UnsupportedError: The engine cannot compute it.
-    """
+    """Return the engine and the form that compute a problem when this engine is asked for; raises UnsupportedError."""
     if engine == engines.ENGINES[0] and device.type == "cpu":
         raise UnsupportedError("on a CPU `ours` is this engine")
     try:

@@ -29,46 +29,36 @@ ALL_MODES = tuple(dict.fromkeys(mode for modes in MODES.values() for mode in mod
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `python -m benchmarks run`."""
-    parser.add_argument("--suite", choices=SUITES, action="append", help="repeatable (default: all)")
-    parser.add_argument("--op", choices=OPS, action="append", help="repeatable (default: all)")
-    parser.add_argument("--mode", choices=ALL_MODES, action="append", help="repeatable (default: all of an op)")
-    parser.add_argument(
+    names = [timer for timers in TIMERS.values() for timer in timers]
+    add = parser.add_argument
+    add("--suite", choices=SUITES, action="append", help="repeatable (default: all)")
+    add("--op", choices=OPS, action="append", help="repeatable (default: all)")
+    add("--mode", choices=ALL_MODES, action="append", help="repeatable (default: all of an op)")
+    add(
         "--shape", type=shape, action="append", metavar="N,D,K[,M]", help="repeatable; with M classes for the op 'head'"
     )
-    parser.add_argument(
-        "--dtype", choices=DTYPES, action="append", help="repeatable (default: fp32; on a GPU bf16 too)"
-    )
-    parser.add_argument(
-        "--provider", choices=NAMES, action="append", help="of ops and train; repeatable (default: all)"
-    )
-    parser.add_argument("--engine", choices=("auto", *ENGINES), default="auto", help="the engine of `ours`")
-    parser.add_argument("--device", choices=TIMERS, help="default: cuda where there is one")
-    parser.add_argument("--timer", choices=[timer for timers in TIMERS.values() for timer in timers], help=_TIMER_HELP)
-    parser.add_argument(
+    add("--dtype", choices=DTYPES, action="append", help="repeatable (default: fp32; on a GPU bf16 too)")
+    add("--provider", choices=NAMES, action="append", help="of ops and train; repeatable (default: all)")
+    add("--engine", choices=("auto", *ENGINES), default="auto", help="the engine of `ours`")
+    add("--device", choices=TIMERS, help="default: cuda where there is one")
+    add("--timer", choices=names, help=_TIMER_HELP)
+    add(
         "--l2",
         choices=("cold", "hot"),
         help="cold: sets of inputs in turn that the last cache does not hold (default on a GPU)",
     )
-    parser.add_argument("--samples", type=int, help="of each provider, fewer for slow calls (default: 7)")
-    parser.add_argument("--seconds", type=float, help="of each problem and mode (default: 1.5)")
-    parser.add_argument(
-        "--budget", type=float, metavar="GFLOP",
-        help=f"leave out larger forwards and backwards (default: {operator_suite.CPU_BUDGET:.0f} on a CPU, none on a GPU)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--minutes",
-        type=float,
-        default=math.inf,
-        help="skip the problems and modes that are left after this time, with rows that say so (default: no limit)",
+    add("--samples", type=int, help="of each provider, fewer for slow calls (default: 7)")
+    add("--seconds", type=float, help="of each problem and mode (default: 1.5)")
+    largest = (
+        f"leave out larger forwards and backwards (default: {operator_suite.CPU_BUDGET:.0f} on a CPU, none on a GPU)"
     )
-    parser.add_argument("--quick", action="store_true", help="one minute: two shapes, few samples, the suite ops alone")
-    parser.add_argument(
-        "--out",
-        type=Path,
-        metavar="FILE",
-        help="JSON lines, appended to (default: benchmarks/results/DEVICE/TIME.jsonl)",
-    )
-    parser.add_argument("--revision", metavar="SHA", help="the commit to record where there is no git")
+    add("--budget", type=float, metavar="GFLOP", help=largest)
+    late = "skip the problems and modes that are left after this time, with rows that say so (default: no limit)"
+    add("--minutes", type=float, default=math.inf, help=late)
+    add("--quick", action="store_true", help="one minute: two shapes, few samples, the suite ops alone")
+    file = "JSON lines, appended to (default: benchmarks/results/DEVICE/TIME.jsonl)"
+    add("--out", type=Path, metavar="FILE", help=file)
+    add("--revision", metavar="SHA", help="the commit to record where there is no git")
 
 
 _TIMER_HELP = (
