@@ -1,4 +1,4 @@
-"""Attributions of one output a sample to the pixels, side by side, and how an output goes as pixels are taken or given by them.
+"""Attributions of one output per sample to the pixels, and deletion and insertion curves of pixels in their order.
 
 Deletion and insertion are those of Petsiuk, Das & Saenko (BMVC 2018): the probability of the class that was predicted, as pixels
 go to 0 from the one that supports it most on, or come back from an image of zeros; a good order has a small area under the first
@@ -19,7 +19,7 @@ AT_ONCE = 50  # images
 
 
 class Curves(NamedTuple):
-    """Mean probability of the predicted class at each share of the pixels, and the area under it: mean and standard error."""
+    """The mean probability of the predicted class at each share of the pixels, and the area under it: mean and standard error."""
 
     probability: list[float]
     area: float
@@ -27,21 +27,21 @@ class Curves(NamedTuple):
 
 
 def exact(network: nn.Module, x: Tensor, target: Tensor) -> Tensor:
-    """W[k] * x of the affine map of each x, for output k of it."""
+    """Return W[k] * x of the affine map of each x, for output k."""
     found = InstanceLinearization(network).attribute(x, target=target, internal_batch_size=AT_ONCE)
     assert isinstance(found, Tensor)
     return found.detach()
 
 
 def gradient_times_input(network: nn.Module, x: Tensor, target: Tensor) -> Tensor:
-    """By autograd (Shrikumar et al. 2016)."""
+    """Compute gradient x input by autograd (Shrikumar et al. 2016)."""
     return torch.cat(
         [part * _gradient(network, part, k) for part, k in zip(x.split(AT_ONCE), target.split(AT_ONCE), strict=True)]
     )
 
 
 def integrated_gradients(network: nn.Module, x: Tensor, target: Tensor) -> Tensor:
-    """From a baseline of 0 (Sundararajan et al. 2017), by the midpoint rule."""
+    """Integrate gradients from a baseline of 0 (Sundararajan et al. 2017), by the midpoint rule."""
     total = torch.zeros_like(x)
     for step in range(PATH):
         total += gradient_times_input(_Scaled(network, (step + 0.5) / PATH), x, target)
@@ -49,7 +49,7 @@ def integrated_gradients(network: nn.Module, x: Tensor, target: Tensor) -> Tenso
 
 
 def curves(network: nn.Module, x: Tensor, target: Tensor, scores: Tensor, shares: list[float]) -> dict[str, Curves]:
-    """Deletion and insertion by scores (n, height, width), at shares of the pixels from 0 to 1."""
+    """Compute deletion and insertion by scores (n, height, width), at shares of the pixels from 0 to 1."""
     order = scores.flatten(1).argsort(1, descending=True)
     found: dict[str, list[Tensor]] = {"deletion": [], "insertion": []}
     for share in shares:
@@ -68,7 +68,7 @@ def curves(network: nn.Module, x: Tensor, target: Tensor, scores: Tensor, shares
 
 
 class _Scaled(nn.Module):
-    """A network at scale * x. Its gradient in x is scale times that at the point, which the division takes back."""
+    """A network at scale * x, divided by scale, so that its gradient in x is the gradient at the point."""
 
     def __init__(self, network: nn.Module, scale: float) -> None:
         super().__init__()

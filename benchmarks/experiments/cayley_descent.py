@@ -1,4 +1,4 @@
-"""Descrambling by descent, as it was first done: the baseline that the closed form is measured against.
+"""Descrambling by descent, the published method: the baseline of the closed form.
 
 Amey et al., PNAS 118(5), 2021, minimise eta(P) = tr(A P B Pᵀ) over P = (I + Q)⁻¹ (I - Q) with Q antisymmetric, from Q = 0, for
 A = DᵀD and B = HHᵀ scaled to a spectral norm of n. The optimiser here is SciPy's L-BFGS. Far from Q = 0 the transform is badly
@@ -24,7 +24,7 @@ _Vector = NDArray[np.float64]
 
 
 class Descent(NamedTuple):
-    """Where a descent ended.
+    """The result of a descent.
 
     P: (n, n) fp64 orthogonal. loss: tr(A P B Pᵀ). evaluations: of the objective with its gradient. converged: False where
     iterations or seconds ran out. history: seconds since the call, and the loss, at the start and after each iteration.
@@ -78,12 +78,12 @@ def descend(
 
 
 def _one_chart(a: Tensor, c: Tensor, iterations: int, watch: Callable[[Any], None]) -> tuple[Tensor, Any]:
-    """L-BFGS from Q = 0 on f(Q) = tr(a S c Sᵀ), S = (I + Q)⁻¹ (I - Q), over Q's upper triangle: S, and what SciPy says."""
+    """Run L-BFGS from Q = 0 on f(Q) = tr(a S c Sᵀ), S = (I + Q)⁻¹ (I - Q); return S and SciPy's result."""
     eye = torch.eye(len(a), dtype=torch.float64)
     upper = torch.triu_indices(len(a), len(a), 1).unbind()
 
     def transform(values: _Vector) -> tuple[Tensor, Tensor]:
-        """S and (I + Q)⁻¹."""
+        """Return S and (I + Q)⁻¹."""
         q = torch.zeros_like(eye)
         q[upper] = torch.from_numpy(values)
         inverse = torch.linalg.inv(eye + q - q.mT)

@@ -32,6 +32,7 @@ class Images(NamedTuple):
 
     @property
     def classes(self) -> int:
+        """Return the number of classes."""
         return _CLASSES.get(self.name, 10)
 
 

@@ -23,7 +23,7 @@ NEAR = (1e-1, 1e-2, 1e-3)  # relative gaps whose time is recorded
 
 
 class Size(NamedTuple):
-    """What is tried with n features: as many trials for each operator, descents in each, and seconds for each descent."""
+    """The trials with n features for each operator, the descents in each, and the seconds of each descent."""
 
     n: int
     trials: int
@@ -64,7 +64,7 @@ def main(arguments: list[str]) -> int:
 
 
 def _trial(size: Size, operator: str, seed: int, progress: tqdm[Any]) -> dict[str, Any]:
-    """The closed form and descents on one problem, timed in turn: the closed form again after each descent."""
+    """Time the closed form and descents on one problem in turn: the closed form again after each descent."""
     n = size.n
     H, smooth = signals.scrambled(n, 4 * n, seed=seed)
     D = derivative_operator(n, operator).matrix()
@@ -122,7 +122,7 @@ def _defect(P: Tensor) -> float:
 
 
 def _row(n: int, operator: str, trials: list[dict[str, Any]]) -> dict[str, Any]:
-    """All trials of one n and operator: medians and extremes over their descents.
+    """Return medians and extremes over the descents of one n and operator.
 
     Descents that had not converged were stopped, so that the ratio of times is what it is at least.
     """

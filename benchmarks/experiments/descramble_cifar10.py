@@ -67,7 +67,7 @@ def _fit(network: nn.Module, name: str, x: Tensor, **parameters: Any) -> Descram
 
 
 def _layer(fit: Descrambler) -> dict[str, Any]:
-    """The loss of a fit in units of chance, with its nulls, and what is arbitrary in its P."""
+    """Return the loss of a fit over that of chance, with its nulls, and its rank."""
     known = fit.ambiguity_
     return {
         "features": known.features,
@@ -79,7 +79,7 @@ def _layer(fit: Descrambler) -> dict[str, Any]:
 
 @torch.no_grad()
 def _ordered(network: nn.Module, name: str, x: Tensor) -> dict[str, float]:
-    """The units in the order in which neighbours are most alike, written into a copy of the network, which computes the same."""
+    """Order the units so that neighbours are most alike, write the order into a copy of the network, and compare the logits."""
     ordered = copy.deepcopy(network)
     fit = _fit(ordered, name, x, operator="diff1", group="permutation")
     fit.apply_(ordered)

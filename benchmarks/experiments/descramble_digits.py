@@ -37,11 +37,11 @@ class DigitsSummary(nn.Module):
         self.head = SummaryHead(HIDDEN, LATENT, 10)
 
     def forward(self, x: Tensor) -> Any:
-        """Logits (n, 10) in evaluation mode, the head's pair of them in training mode."""
+        """Return logits (n, 10) in evaluation mode, the head's pair of logits in training mode."""
         return self.head(self.features(x))
 
     def latent(self, x: Tensor) -> Tensor:
-        """The head's projection (n, LATENT)."""
+        """Return the head's projection (n, LATENT)."""
         return self.head.projection(self.features(x))
 
 
@@ -106,7 +106,7 @@ def _loss(network: nn.Module, x: Tensor, y: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _turned_latent(network: DigitsSummary, P: Tensor, x: Tensor) -> dict[str, float]:
-    """P written into the head: how far the logits of both codes move, relative to the largest."""
+    """Write P into the head and return how far the logits of both codes move, relative to the largest."""
     turned = copy.deepcopy(network)
     turned.head.weight.copy_(P @ network.head.weight)
     turned.head.output.weight.copy_(network.head.output.weight @ P.mT)
@@ -120,7 +120,7 @@ def _turned_latent(network: DigitsSummary, P: Tensor, x: Tensor) -> dict[str, fl
 
 @torch.no_grad()
 def _turned_hidden(network: DigitsSummary, fit: Descrambler, x: Tensor, y: Tensor) -> dict[str, Any]:
-    """Whether an orthogonal P is refused before a ReLU, and what it would have done to the logits and the accuracy."""
+    """Return whether an orthogonal P is refused before a ReLU, and its effect on the logits and the accuracy."""
     turned = copy.deepcopy(network)
     try:
         fit.apply_(turned)
@@ -142,7 +142,7 @@ def _turned_hidden(network: DigitsSummary, fit: Descrambler, x: Tensor, y: Tenso
 
 @torch.no_grad()
 def _ordered_hidden(network: DigitsSummary, x: Tensor) -> dict[str, float]:
-    """The hidden layer's units in the order in which neighbours are most alike, written into the network."""
+    """Order the hidden layer's units so that neighbours are most alike, and compare the logits."""
     ordered = copy.deepcopy(network)
     fit = Descrambler(operator="diff1", group="permutation").fit_layer(ordered, LAYERS["hidden layer"], x)
     fit.apply_(ordered)
@@ -157,12 +157,12 @@ def _ordered_hidden(network: DigitsSummary, x: Tensor) -> dict[str, float]:
 
 
 def _components(fit: Descrambler, values: Tensor) -> Tensor:
-    """The principal components (n, k) that the fit sent to the modes of D, from their values (n, k) of the features."""
+    """Return the principal components (n, k) that the fit maps to the modes of D, from features (n, k)."""
     return derivative_operator(values.shape[1], "fourier2").transform(fit.P_ @ values.mT).mT
 
 
 def _class_share(values: Tensor, y: Tensor) -> list[float]:
-    """The share of the variance of each feature of values (n, k) that lies between the classes' means."""
+    """Return the share of each feature's variance, of values (n, k), that lies between the classes' means."""
     centred = values - values.mean(0)
     means = torch.stack([centred[y == digit].mean(0) for digit in range(10)])
     return (means[y].square().sum(0) / centred.square().sum(0)).tolist()

@@ -38,7 +38,7 @@ def main(arguments: list[str]) -> int:
 
 
 def _isotropic(run: common.Run, samples: list[int], seed: int) -> dict[str, Any]:
-    """H = W X with X isotropic: P W should be T S Vᵀ, the right singular vectors on the modes of D, the largest first."""
+    """Descramble H = W X with X isotropic: P W should be T S Vᵀ, the right singular vectors on the modes of D, the largest first."""
     generator = torch.Generator().manual_seed(seed)
     u, v = signals.orthogonal(OUT, generator), signals.orthogonal(IN, generator)[:OUT]
     s = 0.9 ** torch.arange(OUT, dtype=torch.float64)
@@ -63,7 +63,7 @@ def _isotropic(run: common.Run, samples: list[int], seed: int) -> dict[str, Any]
 
 
 def _tree(run: common.Run, steps: int, seed: int) -> dict[str, Any]:
-    """A two-layer linear network from small weights: P W₁ should be T sqrt(S) Vᵀ, a level of the tree after another."""
+    """Descramble a two-layer linear network from small weights: P W₁ should be T sqrt(S) Vᵀ, one level of the tree after another."""
     tree = signals.tree(DEPTH)
     items, properties = tree.shape[1], len(tree)
     torch.manual_seed(seed)
@@ -116,7 +116,7 @@ def _tree(run: common.Run, steps: int, seed: int) -> dict[str, Any]:
 
 
 def _convolution(run: common.Run, count: int, seed: int) -> dict[str, Any]:
-    """Circular convolutions, with a ReLU between, of stationary signals: P should permute frequencies, T Pi Tᵀ.
+    """Descramble circular convolutions, with a ReLU between, of stationary signals: P should permute frequencies, T Pi Tᵀ.
 
     "all shifts": every signal in each of its shifts, where H Hᵀ is circulant exactly, after a ReLU too. "as many drawn": as many
     signals, each once. "places mixed": these, their places in another order, so that nothing is stationary.
@@ -152,14 +152,14 @@ def _convolution(run: common.Run, count: int, seed: int) -> dict[str, Any]:
 
 
 def _convolved(values: Tensor, kernel: Tensor) -> Tensor:
-    """Of signals (N, n), each around its circle."""
+    """Convolve signals (N, n), each around its circle."""
     side = len(kernel) // 2
     padded = nn.functional.pad(values.unsqueeze(1), (side, side), mode="circular")
     return nn.functional.conv1d(padded, kernel.view(1, 1, -1)).squeeze(1)
 
 
 def _by_frequency(P: Tensor) -> Tensor:
-    """The share of each frequency (cosine and sine together) in what each mode of D takes from the features: (n, n // 2 + 1)."""
+    """Return the share of each frequency, cosine and sine together, in each mode of D: (n, n // 2 + 1)."""
     modes = derivative_operator(len(P), "fourier2").transform(P)
     shares = torch.fft.rfft(modes, norm="ortho").abs().square()
     shares[:, 1:] *= 2  # n is odd
@@ -167,6 +167,6 @@ def _by_frequency(P: Tensor) -> Tensor:
 
 
 def _by_power(values: Tensor) -> list[int]:
-    """The frequencies of signals (N, n) by their power, each as often as it has components."""
+    """Return the frequencies of signals (N, n) by power, each as often as it has components."""
     power = torch.fft.rfft(values).abs().square().mean(0)
     return [f for f in power.argsort(descending=True).tolist() for _ in range(1 if f == 0 else 2)]

@@ -1,4 +1,4 @@
-"""A network that turns dipolar traces into distance distributions, descrambled: which frequencies do its layers work with?
+"""A network from dipolar traces to distance distributions, descrambled: the frequencies of its layers.
 
 The task, and the reading of descrambled weights as signal processing, are those of Amey et al., PNAS 118(5), 2021.
 """
@@ -26,7 +26,7 @@ ROTATIONS = 20
 
 
 class Layer(NamedTuple):
-    """Where P is put: the layer's name, before or after its activation, the modules up to there, and the weight that is shown."""
+    """The place of P: the layer's name, before or after its activation, the modules up to there, and the weight that is shown."""
 
     name: str
     tap: Tap
@@ -81,7 +81,7 @@ def _loss(network: nn.Module, x: Tensor, y: Tensor) -> Tensor:
 def _descrambled(
     network: nn.Sequential, layer: Layer, x: Tensor, seed: int
 ) -> tuple[Descrambler, tuple[Tensor, Tensor], dict[str, Any]]:
-    """The fit; the weight (n, d) before and after; and what waves P W has, beside what it has where there is less to find."""
+    """Return the fit, the weight (n, d) before and after, and the waves of P W beside those of nulls."""
     fit = Descrambler().fit_layer(network, layer.name, x, tap=layer.tap)
     untrained = reinitialised(network)
     fit_of_untrained = Descrambler().fit_layer(untrained, layer.name, x, tap=layer.tap)
@@ -102,7 +102,7 @@ def _descrambled(
 
 
 def _waves(weight: Tensor) -> dict[str, Any]:
-    """The waves along the d columns of a weight (n, d), for each mode of D along its rows.
+    """Return the waves along the d columns of a weight (n, d), for each mode of D along its rows.
 
     frequencies: each mode's mean number of turns, by energy. energies: its share of the weight's. concentration: the share of a
     mode's energy in three neighbouring frequencies, the best for each mode, averaged by energy. order: Spearman's rank

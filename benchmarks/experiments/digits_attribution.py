@@ -37,6 +37,7 @@ class DigitsCNN(nn.Module):
         self.head = nn.Sequential(nn.Flatten(), nn.Linear(16 * width, 64), nn.ReLU(), nn.Linear(64, 10))
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the logits."""
         h = self.stem(x)
         return self.head(torch.relu(h + self.block(h)))
 
@@ -79,7 +80,7 @@ def main(arguments: list[str]) -> int:
 
 
 def _train(network: nn.Module, x: Tensor, y: Tensor, steps: int) -> None:
-    """Adam on cross entropy by shuffled batches; leaves evaluation mode."""
+    """Train by Adam on cross entropy and shuffled batches; leave evaluation mode."""
     optimizer = torch.optim.Adam(network.parameters(), lr=LEARNING_RATE)
     network.train()
     order: list[Tensor] = []
@@ -94,7 +95,7 @@ def _train(network: nn.Module, x: Tensor, y: Tensor, steps: int) -> None:
 
 @torch.no_grad()
 def _deletion(network: nn.Module, x: Tensor, y: Tensor, contributions: Tensor, seed: int) -> dict[str, list[float]]:
-    """Test accuracy after setting to 0 some pixels with ink: those that add most to the predicted logit, or least, or any."""
+    """Return test accuracy after setting to 0 the pixels with ink that add most to the predicted logit, or least, or any."""
     ink = x.flatten(1) > 0
     scores = contributions.flatten(1)
     noise = torch.rand(scores.shape, generator=torch.Generator().manual_seed(seed)).to(scores)

@@ -1,4 +1,4 @@
-"""Handwritten digits: what the ways to keep b orthonormal make of its orthogonality, of accuracy, and of a step's time.
+"""Handwritten digits: ways to keep b orthonormal, with its orthogonality, the accuracy, and the time of a step.
 
 A small CNN with two hidden summary layers, free and under each constraint, and with nn.Linear in their place.
 """
@@ -81,7 +81,7 @@ def _train(
     recipe: Recipe,
     measure: Callable[[nn.Module], dict[str, float]],
 ) -> None:
-    """Train a network; retraction follows each step of whatever optimizer, and does nothing to the other networks."""
+    """Train a network; retraction follows each step of any optimizer, and does nothing to the other networks."""
     hook = register_optimizer_step_post_hook(lambda *_: retract_(network))
     trainer(way, seed, lambda: network, images.x_train, images.y_train, recipe, measure, _losses(way))
     hook.remove()
@@ -103,13 +103,13 @@ def _losses(way: str) -> Callable[[nn.Module, Tensor, Tensor], Tensor]:
 
 
 def _defect(network: nn.Module) -> dict[str, float]:
-    """max |s - 1| over the singular values of every b; nothing where there is no b."""
+    """Return max |s - 1| over the singular values of every b, nothing without a b."""
     found = [m.orthogonality_defect() for m in network.modules() if isinstance(m, LinearForm)]
     return {"defect": max(found)} if found else {}
 
 
 def _times(x: Tensor, y: Tensor, seconds: float) -> dict[str, clocks.Timing]:
-    """Milliseconds of a training step with each network, one thread of the CPU, in rounds of all."""
+    """Time a training step with each network on one thread of the CPU, in rounds."""
 
     def stepper(way: str) -> Callable[[], object]:
         torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""Handwritten digits on a plane: a parametric t-SNE, and for each digit the two images that say how its pixels move it."""
+"""Handwritten digits on a plane: a parametric t-SNE, and for each digit the two images that show how its pixels move it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Handwritten digits: how much of a ReLU network's accuracy is in its gates, and what learns them.
+"""Handwritten digits: the share of a ReLU network's accuracy that is in its gates, in each regime of gating.
 
 Every regime of the papers on gated networks at one size, a kernel machine on gates alone, and how well the path kernel is
 aligned with the classes as training goes on. Logistic regression is the floor: digits alone are not evidence.
@@ -100,7 +100,7 @@ def _network(regime: str, trained: nn.Module | None, seed: int) -> nn.Module:
 
 
 def _kernel(network: nn.Module, x: Tensor) -> Tensor:
-    """The path kernel of the samples; where the weights' input is all ones, of gates alone."""
+    """Return the path kernel of the samples; of gates alone where the weights' input is all ones."""
     if not isinstance(network, GatedNetwork):
         return npk(record(network, x), x=x)
     with torch.no_grad():
@@ -109,7 +109,7 @@ def _kernel(network: nn.Module, x: Tensor) -> Tensor:
 
 
 def _alignments(trainer: common.Trainer, regime: str) -> Tensor:
-    """Alignment before training and after each epoch that all seeds reached, (seeds, epochs + 1)."""
+    """Return alignment before training and after each epoch that all seeds reached, (seeds, epochs + 1)."""
     reached = min(trainer.of(regime, "epochs"))
     pairs = zip(trainer.of(regime, "before"), trainer.of(regime, "history"), strict=True)
     return torch.tensor([[before["alignment"], *history["alignment"][:reached]] for before, history in pairs])
@@ -127,7 +127,7 @@ def _logistic_regression(x_train: Tensor, y_train: Tensor, x: Tensor, y: Tensor)
 
 
 def _required(accuracy: dict[str, float]) -> dict[str, dict[str, Any]]:
-    """What the papers' claims come to here, and whether it holds."""
+    """Return the value of each of the papers' claims, and whether it holds."""
     relu = accuracy["ReLU"]
     ratio = accuracy["DLGN(1)"] / relu
     below = relu - max(accuracy["FRNPF (II)"], accuracy["FRNPF (DI)"])

@@ -1,4 +1,4 @@
-"""Images: the regimes of gated networks on the papers' networks, with the published accuracies beside.
+"""Images: the regimes of gated networks on the papers' networks, beside the published accuracies.
 
 --data DIR has MNIST (fully connected, 5 x 128), CIFAR-10 or CIFAR-100 (GCONV: four convolutions, global average pooling,
 2 x 256; on a CPU two of the convolutions have stride 2); without it, scikit-learn's digits go through GCONV. The published
@@ -81,12 +81,12 @@ def main(arguments: list[str]) -> int:
 
 
 def _fully_connected(inputs: int) -> nn.Sequential:
-    """The papers' network for MNIST, of depth 6 and width 128."""
+    """Build the papers' network for MNIST, of depth 6 and width 128."""
     return nn.Sequential(nn.Flatten(), *relu_mlp(inputs, *[128] * 5, 10))
 
 
 def _results(trainer: common.Trainer, published: dict[str, float]) -> dict[str, Any]:
-    """By regime: accuracies, what was published, and the comparison after the last epoch that all trainings reached."""
+    """Return accuracies and published ones by regime, and the comparison after the last epoch that all trainings reached."""
     table = trainer.table()
     epoch, compared = trainer.compared()
     mean = {name: row["mean"] for name, row in compared.items()}

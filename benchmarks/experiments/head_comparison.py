@@ -113,6 +113,7 @@ class Shift(nn.Module):
         self.c = nn.Parameter(c)
 
     def forward(self, weight: Tensor) -> Tensor:
+        """Return bᵀ."""
         return weight + self.c.unsqueeze(1)
 
 

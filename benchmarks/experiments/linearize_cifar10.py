@@ -1,4 +1,4 @@
-"""CIFAR-10: the logits of a trained vgg11 as exact sums over pixels and a constant, against what other attributions make of them.
+"""CIFAR-10: the logits of a trained vgg11 as exact sums over pixels and a constant, against other attributions.
 
 The network is the base head's of summary_vgg, by the same recipe: with the same --checkpoints it is not trained again. Where a
 network is piecewise affine the exact attribution is gradient x input; what that leaves out is the constant.
@@ -59,7 +59,7 @@ def main(arguments: list[str]) -> int:
 
 
 def _explain(run: common.Run, network: nn.Module, x: Tensor, y: Tensor, checked: int, seed: int) -> dict[str, Any]:
-    """Attributions and their curves in fp32, the constant in fp64, and exactness in both; leaves the network in fp64."""
+    """Compute attributions and curves in fp32, the constant in fp64, and exactness in both; leave the network in fp64."""
     with torch.no_grad():
         predicted = torch.cat([network(part) for part in x.split(250)]).argmax(1)
     found = {name: method(network, x, predicted) for name, method in METHODS.items()}

@@ -1,4 +1,4 @@
-"""MNIST on a plane: a parametric t-SNE, and for each image the two that say how its pixels move it.
+"""MNIST on a plane: a parametric t-SNE, and for each image the two that show how its pixels move it.
 
 The network of van der Maaten (AISTATS 2009), 500-500-2000-2, trained on the divergence by Adam from a random start: a fifth of
 the epochs with attraction counted four times, then, with Adam begun anew, the rest.

@@ -25,7 +25,7 @@ class Oblique(NamedTuple):
 
 
 def load(name: str, *, points: int | None = None, seed: int = SEED) -> Oblique:
-    """SDI, SDII or SDIII; half to train on, the last quarter to test (the third is for validation, and not used).
+    """Draw SDI, SDII or SDIII: half for training, the last quarter for testing (the third is for validation, and not used).
 
     points: how many in all, for less than the published number. seed: of tree and points; 365 draws the published ones.
     Raises ValueError for another name or fewer than 4 points.
@@ -45,7 +45,7 @@ def load(name: str, *, points: int | None = None, seed: int = SEED) -> Oblique:
 
 
 def labels(x: Tensor, normals: Tensor) -> Tensor:
-    """The label of each point (n,) int64 from a complete tree of unit normals (2^depth - 1, d), level by level.
+    """Return the label of each point (n,) int64 from a complete tree of unit normals (2^depth - 1, d), level by level.
 
     A node sends the points with u·x > 0 to its second child; a leaf that is a first child has label 1, a second child 0.
     """

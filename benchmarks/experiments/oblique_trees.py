@@ -1,4 +1,4 @@
-"""Labels of an oblique decision tree: do the gates of a DLGN become the tree's hyperplanes?
+"""Labels of an oblique decision tree: the gates of a DLGN against the tree's hyperplanes.
 
 Data, networks and learning rates are those of Banerjee et al. (ICLR 2025), who train for 1,500 epochs; the ReLU network beside
 them has the same budget and is not tuned.
@@ -72,7 +72,7 @@ def main(arguments: list[str]) -> int:
 
 
 def _train(name: str, epochs: int, trainer: common.Trainer, run: common.Run) -> None:
-    """Networks on the published data and, from further seeds, on other trees of its kind; their gates against the trees."""
+    """Train networks on the published data and, from further seeds, on other such trees; compare their gates with the trees."""
     for seed in range(run.given.seeds):
         data = oblique.load(name, points=4000 if run.given.quick else None, seed=oblique.SEED + seed)
         data = data._replace(**{part: getattr(data, part).to(run.given.device) for part in data._fields[1:]})
@@ -92,7 +92,7 @@ def _train(name: str, epochs: int, trainer: common.Trainer, run: common.Run) -> 
 
 
 def _networks(name: str) -> list[tuple[str, Callable[[], nn.Module], float]]:
-    """Names, builders and learning rates."""
+    """Return names, builders and learning rates."""
     dim = oblique.SIZES[name][0]
 
     def gated(kind: str, known: Gated) -> nn.Module:
@@ -113,7 +113,7 @@ def _measure(data: oblique.Oblique, network: nn.Module) -> dict[str, float]:
 
 
 def _gates(network: DLGN, found: Tensor, data: oblique.Oblique) -> dict[str, Any]:
-    """How near the gates' hyperplanes are to the tree's, how near chance would be, and how hard the gates are or could be."""
+    """Compare the gates' hyperplanes with the tree's and with chance; return their sharpness and the accuracy with hard gates."""
     chance = torch.randn(found.shape, generator=torch.Generator().manual_seed(0), dtype=found.dtype).to(found.device)
     best = _best_cosines(found, data.normals)
     hard = copy.deepcopy(network)
@@ -128,12 +128,12 @@ def _gates(network: DLGN, found: Tensor, data: oblique.Oblique) -> dict[str, Any
 
 
 def _best_cosines(found: Tensor, truth: Tensor) -> Tensor:
-    """For each true hyperplane the largest |cos| with any that was found."""
+    """Return for each true hyperplane the largest |cos| with any gate."""
     return (nn.functional.normalize(truth) @ nn.functional.normalize(found).T).abs().amax(1)
 
 
 def _summary(name: str, trainer: common.Trainer) -> dict[str, Any]:
-    """By network: accuracies over seeds, what was published, and how many of the 15 hyperplanes each seed's gates found."""
+    """Return by network accuracies over seeds, published ones, and how many of the 15 hyperplanes each seed's gates found."""
     table = trainer.table()
     results = {}
     for network, _, _ in _networks(name):

@@ -19,7 +19,7 @@ class Scrambled(NamedTuple):
 
 
 def scrambled(n: int, samples: int, *, decay: float = 1.0, seed: int = 0) -> Scrambled:
-    """Gaussian signals along n features whose k-th cosine mode has a standard deviation (1 + k)^-decay, then mixed at random."""
+    """Draw Gaussian signals whose k-th cosine mode has a standard deviation (1 + k)^-decay, and mix them at random."""
     generator = torch.Generator().manual_seed(seed)
     k = torch.arange(n, dtype=torch.float64)
     cosines = torch.cos(torch.outer(k + 0.5, k) * math.pi / n)
@@ -30,28 +30,29 @@ def scrambled(n: int, samples: int, *, decay: float = 1.0, seed: int = 0) -> Scr
 
 
 def orthogonal(n: int, generator: torch.Generator) -> Tensor:
-    """An orthogonal matrix (n, n) fp64, uniformly drawn: Q of a Gaussian matrix, with the signs of R's diagonal."""
+    """Draw an orthogonal matrix (n, n) fp64 uniformly: Q of a Gaussian matrix, with the signs of R's diagonal."""
     q, r = torch.linalg.qr(torch.randn(n, n, generator=generator, dtype=torch.float64))
     return q * r.diagonal().sign()
 
 
 def stationary(n: int, samples: int, *, decay: float = 1.0, seed: int = 0) -> Tensor:
-    """Periodic signals (samples, n) fp64 of a stationary Gaussian process: wavenumber k has an amplitude ~ (1 + k)^-decay."""
+    """Draw periodic signals (samples, n) fp64, stationary and Gaussian: wavenumber k has an amplitude ~ (1 + k)^-decay."""
     generator = torch.Generator().manual_seed(seed)
     drawn = torch.fft.rfft(torch.randn(samples, n, generator=generator, dtype=torch.float64))
     return torch.fft.irfft(drawn * (1 + torch.arange(n // 2 + 1, dtype=torch.float64)).pow(-decay), n)
 
 
 def all_shifts(signals: Tensor) -> Tensor:
-    """Every signal (N, n) in each of its n circular shifts: (N n, n). Their Gram matrix is circulant exactly."""
+    """Return every signal (N, n) in each of its n circular shifts: (N n, n). Their Gram matrix is circulant exactly."""
     n = signals.shape[1]
     index = (torch.arange(n).unsqueeze(1) + torch.arange(n)) % n
     return signals[:, index].flatten(0, 1)
 
 
 def tree(depth: int) -> Tensor:
-    """Items (columns) by their properties (rows), in {0, 1}, fp64: a balanced binary tree with 2^depth items as leaves, and a
-    property for each node, had by the items below it; the nodes of a level after another.
+    """Return items (columns) by properties (rows), in {0, 1}, fp64, of a balanced binary tree with 2^depth leaves.
+
+    The items are the leaves. Each node is a property of the items below it; the rows are the levels in turn.
 
     The right singular vectors are Haar wavelets: all items, then one half against the other, and so on, with equal singular
     values at a level (Saxe, McClelland & Ganguli, PNAS 116, 2019).
@@ -61,7 +62,7 @@ def tree(depth: int) -> Tensor:
 
 
 def dipolar_kernel(t: Tensor, r: Tensor) -> Tensor:
-    """K(t, r) (times, distances) fp64: the powder average of a dipolar modulation, for t in µs and r in nm.
+    """Compute K(t, r) (times, distances) fp64, the powder average of a dipolar modulation, for t in µs and r in nm.
 
     K = ∫₀¹ cos((1 - 3 x²) ω t) dx with ω = DIPOLAR / r³, by Fresnel integrals: sqrt(π / 6 ω t) (cos(ω t) C(z) + sin(ω t) S(z)),
     z = sqrt(6 ω t / π); 1 at t = 0.
@@ -76,7 +77,7 @@ def dipolar_kernel(t: Tensor, r: Tensor) -> Tensor:
 
 
 class Dipolar(NamedTuple):
-    """traces (N, times), distributions (N, distances) each with a maximum of 1, times in µs and distances in nm, all fp32."""
+    """Traces (N, times), distributions (N, distances) with a maximum of 1, times in µs and distances in nm, all fp32."""
 
     traces: Tensor
     distributions: Tensor
@@ -94,7 +95,7 @@ def dipolar(
     noise: float = 0.02,
     seed: int = 0,
 ) -> Dipolar:
-    """Traces V(t) = ((1 - λ) + λ ∫ P(r) K(t, r) dr) exp(-κ t) + noise, as double electron-electron resonance measures them.
+    """Draw traces V(t) = ((1 - λ) + λ ∫ P(r) K(t, r) dr) exp(-κ t) + noise of double electron-electron resonance.
 
     P is a sum of one to three Gaussians at random distances, 0.05 to 0.4 nm wide; the modulation depth λ is uniform in
     (0.2, 0.6); the background's rate κ is uniform in (0, 0.5) per µs, or 0 without `background`; `noise` is a standard

@@ -1,4 +1,4 @@
-"""Small tables with a known answer: two made regimes, and who survived the Titanic, from its 32 published counts."""
+"""Small tables with a known answer: two made regimes, and survival on the Titanic, from its 32 published counts."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ class Table(NamedTuple):
 
 
 def two_regimes(n: int = 5000, *, seed: int = 0, dtype: torch.dtype = torch.float64) -> Table:
-    """y = 2 x2 where x1 > 0 and -x3 elsewhere, without noise; x uniform in [-1, 1]³."""
+    """Draw y = 2 x2 where x1 > 0 and -x3 elsewhere, without noise; x uniform in [-1, 1]³."""
     x = 2 * torch.rand(n, 3, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) - 1
     y = torch.where(x[:, 0] > 0, 2 * x[:, 1], -x[:, 2])
     return Table(x.to(dtype), y.to(dtype), ("x1", "x2", "x3"))
 
 
 def titanic(dtype: torch.dtype = torch.float64) -> Table:
-    """The 2,201 people on board: four columns for the class, one for female, one for child; y is 1 for the 711 who lived.
+    """Return the 2,201 people on board: four columns for the class, one for female, one for child; y is 1 for the 711 survivors.
 
     Only 14 of the rows are distinct: there were no children among the crew.
     """
@@ -58,7 +58,7 @@ def titanic(dtype: torch.dtype = torch.float64) -> Table:
 
 
 def mlp(*widths: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> nn.Sequential:
-    """Linear layers of these widths with ReLU between; PyTorch's initial weights, and the global generator left as it was."""
+    """Build linear layers of these widths with ReLU between and PyTorch's initial weights; keep the global generator's state."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         layers: list[nn.Module] = []
@@ -76,7 +76,7 @@ def train(
     learning_rate: float,
     progress: Callable[[Iterable[int]], Iterable[int]] = iter,
 ) -> float:
-    """Full-batch Adam on loss(network(x)[:, 0], y); returns the loss after the last step.
+    """Run full-batch Adam on loss(network(x)[:, 0], y), and return the loss after the last step.
 
     progress wraps the range of steps, as tqdm.tqdm does.
     """

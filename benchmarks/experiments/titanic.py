@@ -1,4 +1,4 @@
-"""Who survived the Titanic: a network's clusters and what counts in each, from the 32 published counts of the 2,201 on board.
+"""Survival on the Titanic: a network's clusters and their coefficients, from the 32 published counts of the 2,201 on board.
 
 With --data DIR also from the 891 passengers of titanic.csv (Kaggle's, as in seaborn-data), in DIR or in DIR/titanic; there the
 network is held against logistic regression on several splits.
@@ -79,7 +79,7 @@ def main(arguments: list[str]) -> int:
 
 
 def read_passengers(folder: Path) -> tabular.Table:
-    """The passengers (n, 10) fp64 with survival (n,): age, log fare and counts of relatives, the rest 0 or 1.
+    """Read the passengers (n, 10) fp64 with survival (n,): age, log fare and counts of relatives, the rest 0 or 1.
 
     An unknown age is NaN, with a column that says so; an unknown port is Southampton, the commonest. Raises FileNotFoundError
     that says where it looked; ValueError for a file without the columns or a known age, and for a row that is no passenger.
@@ -102,7 +102,7 @@ def read_passengers(folder: Path) -> tabular.Table:
 
 
 def _passenger(row: dict[str | Any, str | Any], place: str) -> list[float]:
-    """Survival and the features of one row; an unknown age is NaN."""
+    """Return survival and the features of one row; an unknown age is NaN."""
     more, fields = row.pop(None, []), len(row)  # DictReader's names for what is too much, and for what is missing
     if more or None in row.values():
         got = fields + len(more) - list(row.values()).count(None)
@@ -214,7 +214,7 @@ def _passengers(run: common.Run, table: tabular.Table, steps: int) -> dict[str, 
 
 
 def _split(table: tabular.Table, seed: int) -> tuple[tabular.Table, tabular.Table]:
-    """Four fifths of the rows, drawn by the seed, and the others."""
+    """Return four fifths of the rows, drawn by the seed, and the others."""
     order = torch.randperm(len(table.y), generator=torch.Generator().manual_seed(seed))
     held_out, fitted = order[: len(order) // 5], order[len(order) // 5 :]
     part, rest = (tabular.Table(table.x[rows], table.y[rows], table.features) for rows in (fitted, held_out))
@@ -222,7 +222,7 @@ def _split(table: tabular.Table, seed: int) -> tuple[tabular.Table, tabular.Tabl
 
 
 def _prepared(fitted: tabular.Table, *others: tabular.Table) -> list[tabular.Table]:
-    """Unknown ages filled in by the median of the fitted, and what is measured standardised, by the fitted too."""
+    """Fill unknown ages with the median of the fitted passengers, and standardise measured features by the fitted ones."""
     age, measured = FEATURES.index("age"), [FEATURES.index(name) for name in MEASURED]
     median = fitted.x[:, age].nanmedian()
     filled = [table.x.clone() for table in (fitted, *others)]
@@ -236,7 +236,7 @@ def _prepared(fitted: tabular.Table, *others: tabular.Table) -> list[tabular.Tab
 
 
 def _chosen_steps(part: tabular.Table, most: int, seed: int) -> int:
-    """After how many steps on four fifths of what is fitted the loss of the other fifth is least."""
+    """Return the number of steps on four fifths of the fitted passengers after which the loss of the other fifth is least."""
     inner, validation = _prepared(*_split(part, seed))
     network = _new(inner, seed)
     losses: list[float] = []
@@ -262,7 +262,7 @@ def _network(part: tabular.Table, steps: int, seed: int) -> nn.Sequential:
 
 
 def _splits(table: tabular.Table, steps: int, seeds: range) -> dict[str, Any]:
-    """Held-out accuracy and AUC of the network and of logistic regression on the same splits; steps, and coefficients."""
+    """Return held-out accuracy and AUC of the network and of logistic regression on the same splits; steps, and coefficients."""
     from sklearn.linear_model import LogisticRegression
 
     found: dict[str, list[dict[str, float]]] = {"network": [], "logistic regression": []}
@@ -288,7 +288,7 @@ def _splits(table: tabular.Table, steps: int, seeds: range) -> dict[str, Any]:
 def _draw(
     run: common.Run, shown: PiecewiseAffine, clusters: ActivationClusters, table: tabular.Table, suffix: str, title: str
 ) -> None:
-    """The coefficients of some clusters, and the coverage of the exact ones."""
+    """Draw the coefficients of some clusters, and the coverage of the exact ones."""
     wide = len(table.features) > 6
     figure, (left, right) = plt.subplots(
         1, 2, figsize=(14 if wide else 12, 4.8), layout="constrained", width_ratios=(2 if wide else 3, 1 if wide else 2)

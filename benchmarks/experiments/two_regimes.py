@@ -1,4 +1,4 @@
-"""Two made regimes, y = 2 x2 where x1 > 0 and -x3 elsewhere: do a network's clusters find them and their coefficients?"""
+"""Two made regimes, y = 2 x2 where x1 > 0 and -x3 elsewhere: a network's clusters against them."""
 
 from __future__ import annotations
 

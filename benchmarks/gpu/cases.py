@@ -56,6 +56,7 @@ class Case(NamedTuple):
 
     @property
     def name(self) -> str:
+        """Return the case as text."""
         sizes = f"n {self.rows[0]}{'...' if len(self.rows) > 1 else ''}, d {self.d}, k {self.k}"
         extra = f", m {self.m}" if self.m else ""
         loss = f", {self.reduction}, {self.ignored} ignored" if self.loss else ""
@@ -64,6 +65,7 @@ class Case(NamedTuple):
 
     @property
     def loss(self) -> bool:
+        """Return whether the case is a loss."""
         return self.what in ("pair_loss", "flat", "latent")
 
     @property

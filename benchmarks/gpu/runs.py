@@ -41,6 +41,7 @@ class Shape(NamedTuple):
 
     @property
     def name(self) -> str:
+        """Return the shape as text."""
         return f"({self.n}, {self.d}, {self.k}, {self.m}) {str(self.dtype).removeprefix('torch.')}"
 
 

@@ -60,11 +60,13 @@ class Problem(NamedTuple):
 
     @property
     def name(self) -> str:
+        """Return the problem as text."""
         sizes = ", ".join(str(size) for size in (self.n, self.d, self.k, self.m) if size is not None)
         return f"{self.op} ({sizes}) {self.dtype}"
 
     @property
     def loss(self) -> bool:
+        """Return whether the problem is a loss."""
         return self.op != "summary"
 
 

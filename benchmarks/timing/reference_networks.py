@@ -32,6 +32,7 @@ class HeConv2d(nn.Conv2d):
     """A convolution initialised as in the reference's vgg11: He et al. (2015) by fan-out, zero biases."""
 
     def reset_parameters(self) -> None:
+        """Draw the weights, and set the biases to zero."""
         nn.init.kaiming_normal_(self.weight, mode="fan_out")
         if self.bias is not None:
             nn.init.zeros_(self.bias)
