@@ -38,7 +38,7 @@ def main(arguments: list[str]) -> int:
 
 
 def _isotropic(run: common.Run, samples: list[int], seed: int) -> dict[str, Any]:
-    """Descramble H = W X with X isotropic: P W should be T S Vᵀ, the right singular vectors on the modes of D, the largest first."""
+    """Descramble H = W X with X isotropic: P W should be T S Vᵀ, singular vectors on the modes of D, the largest first."""
     generator = torch.Generator().manual_seed(seed)
     u, v = signals.orthogonal(OUT, generator), signals.orthogonal(IN, generator)[:OUT]
     s = 0.9 ** torch.arange(OUT, dtype=torch.float64)
@@ -63,7 +63,7 @@ def _isotropic(run: common.Run, samples: list[int], seed: int) -> dict[str, Any]
 
 
 def _tree(run: common.Run, steps: int, seed: int) -> dict[str, Any]:
-    """Descramble a two-layer linear network from small weights: P W₁ should be T sqrt(S) Vᵀ, one level of the tree after another."""
+    """Descramble a two-layer linear network from small weights: P W₁ should be T sqrt(S) Vᵀ, a level of the tree in turn."""
     tree = signals.tree(DEPTH)
     items, properties = tree.shape[1], len(tree)
     torch.manual_seed(seed)

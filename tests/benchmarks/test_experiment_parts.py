@@ -9,9 +9,6 @@ from torch import nn
 
 from benchmarks.experiments import (
     attributions,
-    descramble_digits,
-    descramble_signals,
-    digits_constraints,
     gating_regimes,
     head_comparison,
     tabular,
@@ -19,7 +16,6 @@ from benchmarks.experiments import (
 )
 from benchmarks.timing import reference_networks
 from interp_nn.convert import head_from_reference
-from interp_nn.explain.descramble.derivatives import derivative_operator
 from interp_nn.nn import SummaryHead
 from interp_nn.nn.gated.gates import HardGate
 
@@ -54,43 +50,7 @@ def test_curves_know_a_good_order():
     assert good["deletion"].area == pytest.approx(0.5 + (sure - 0.5) / 8) and good["deletion"].standard_error == 0
 
 
-def test_waves_of_a_weight_are_found():
-    """Mode m of the rows times m turns of a cosine: in order, and each in one frequency."""
-    places = torch.arange(64, dtype=torch.float64)
-    filters = torch.cos(2 * math.pi * torch.outer(torch.arange(1, 10).double(), places) / 64)
-    waves = descramble_signals._waves(derivative_operator(9, "fourier2").inverse(filters))
-    assert waves["frequencies"] == pytest.approx(range(1, 10))
-    assert waves["concentration"] == pytest.approx(1) and waves["order"] == pytest.approx(1)
-
-
-def test_class_share_is_one_where_only_the_class_counts():
-    y = torch.arange(10).repeat(20)
-    only, none = descramble_digits._class_share(torch.stack((y.double(), torch.randn(200).double()), 1), y)
-    assert only == pytest.approx(1) and none < 0.2
-
-
-def test_the_penalty_is_in_the_loss():
-    network = digits_constraints._network("penalty")
-    with torch.no_grad():
-        for p in network.parameters():
-            p.mul_(1.1)
-    x, y = torch.randn(4, 1, 8, 8), torch.arange(4)
-    plain, penalized = (digits_constraints._losses(way)(network, x, y) for way in ("free", "penalty"))
-    # Two layers of orthonormal columns or rows, all singular values 1.1: their squares are off by 0.21.
-    assert (penalized - plain).item() == pytest.approx(digits_constraints.PENALTY * (120 + 84) * 0.21**2, rel=1e-3)
-
-
 # Networks
-
-
-@pytest.mark.parametrize(("channels", "size", "features"), [(1, 8, 256), (1, 28, 1024), (3, 32, 1600)])
-def test_networks_fit_their_images(channels, size, features):
-    x, t = torch.randn(4, channels, size, size), torch.tensor([0, 1, 2, 3])
-    for build in reference_networks.NETWORKS.values():
-        network = build(channels, size)
-        network.loss(x, t).backward()
-        assert network.eval()(x).shape == (4, 10)
-    assert network.head.in_features == features
 
 
 def test_the_references_networks():
@@ -111,13 +71,6 @@ def test_the_references_b_is_drawn_and_trained_as_the_reference_does():
     assert torch.equal(loaded.weight, head.weight) and head.spectrum()[0] > 5 > 1 > head.spectrum()[1]
     head.loss(torch.randn(4, 512), torch.arange(4)).backward()
     torch.testing.assert_close(c.grad, W.grad.sum(1))
-
-
-def test_an_accuracy_with_dropout_is_another():
-    network = nn.Sequential(nn.Flatten(), nn.Dropout(0.9), nn.Linear(48, 3)).eval()
-    x = torch.randn(200, 3, 4, 4)
-    found = head_comparison.measures(head_comparison.datasets.Images("made", x, x, x, network(x).argmax(1)), network)
-    assert found["accuracy"] == 1 > 0.8 > found["accuracy_as_scored"] and not network.training
 
 
 def test_regimes_are_what_the_papers_mean():

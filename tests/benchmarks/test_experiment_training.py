@@ -128,17 +128,6 @@ def test_minutes_are_shared_by_the_trainings_that_are_left(monkeypatch):
     assert allowance.seconds() == 0 and training.Allowance(None, 2).seconds() is None
 
 
-def test_another_loss_and_one_output():
-    model, labels = nn.Linear(6, 1), (X[:, 0] > 0).float()
-    history = training.train(
-        model, X, labels, Recipe(60, 15, 0.1), label="sign",
-        loss=lambda net, x, y: nn.functional.binary_cross_entropy_with_logits(net(x)[:, 0], y),
-        measure=lambda net: {"accuracy": training.accuracy(net, X, labels, batch=7)},
-    ).history  # fmt: skip
-    assert history["loss"][-1] < 0.2 * history["loss"][0] and history["accuracy"][-1] > 0.95
-    assert training.accuracy(nn.Identity(), torch.eye(3)[[0, 1, 2, 2]], torch.tensor([0, 1, 2, 0]), batch=3) == 0.75
-
-
 def test_errors_name_the_training():
     with pytest.raises(ValueError, match="batch: got 0, want at least 1"):
         fit(network(), batch=0)

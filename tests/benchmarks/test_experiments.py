@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from matplotlib.figure import Figure
 
 from benchmarks import experiments
@@ -311,13 +310,6 @@ def test_missing_or_damaged_images_are_named(name, tmp_path, capsys):
     assert main(more) == 2 and f"{wanted}: the files in {tmp_path} are damaged" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("option", ["--seeds", "--epochs", "--batch", "--train-size"])
-def test_numbers_that_mean_nothing_are_refused(option, capsys):
-    with pytest.raises(SystemExit):
-        gated_images.main([option, "-1"])
-    assert f"argument {option}: got -1, want at least" in capsys.readouterr().err
-
-
 # The table of the papers
 
 
@@ -351,32 +343,7 @@ def test_a_smaller_budget_is_not_the_full_one(less):
     assert told in papers.markdown([record(less)]) and told not in papers.markdown([record({})])
 
 
-def test_several_seeds_are_their_mean_and_spread():
-    spread = {"last_accuracy": {"mean": 0.7, "std": 0.01}, "last_accuracy_as_scored": {"mean": 0.6, "std": 0.0}}
-    row = {**spread, "published": {"last": 0.7677, "first": 0.4926}, "epochs": {"mean": 15}, "step_over_base": 1.0}
-    results = {"networks": {"base head": row}, "trainings": [{"network": "base head", "seed": 0, "epochs": 15}]}
-    budget = {"train_images": 7, "test_images": 7, "batch": 16}
-    rest = {"device": "a device", "seeds": [0, 1], "quick": False, "budget": budget, "results": results}
-    assert papers.markdown([{"experiment": "summary_cnn", **rest}]).splitlines()[2] == (
-        "| `summary_cnn` | base head, % | 76.77 (49.26 after 1 epoch) | 60.0, without dropout 70.0 ± 1.0 "
-        "| 15 epochs, 7 images, batch 16, 2 seeds | a device |"
-    )
-
-
 def test_every_command_is_listed(capsys):
     assert [line.split()[0] for line in experiments.listing().splitlines()] == list(experiments.COMMANDS)
     with pytest.raises(ValueError, match="summary-vg: no such experiment; did you mean summary_vgg"):
         experiments.find("summary-vg")
-
-
-def test_images_are_of_the_budget():
-    """A GPU gets the full one."""
-    from benchmarks.experiments import images
-
-    x, y = torch.zeros(8, 1, 2, 2), torch.zeros(8, dtype=torch.long)
-    chosen = images.datasets.Images("made", x, y, x, y)
-    given = images.parser("made", None).parse_args(["--test-size", "5"])
-    found, recipe = images.within(
-        chosen, given, images.Budget(4, 2, 1), images.Budget(None, None, 15), images.Budget(1, 1, 1), 1e-3
-    )
-    assert (len(found.y_train), len(found.y_test), recipe.epochs, recipe.batch, given.seeds) == (4, 5, 1, 32, 1)

@@ -5,7 +5,6 @@ import itertools
 import os
 import subprocess
 import sys
-import types
 
 import pytest
 import torch
@@ -47,14 +46,6 @@ def test_every_process_finds_the_same_cases_of_every_kind(all_cases):
         [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, check=True
     )
     assert other.stdout.strip() == str([cases.covering(factors, tries=2) for factors in cases.FACTORS.values()])
-
-
-def test_a_case_has_numbers_whose_plain_expression_runs(all_cases):
-    for case in [case for case in all_cases if case.d < 100][::9]:
-        asked, again = (checks.setup(case, 17, CPU) for _ in range(2))
-        results = checks.evaluate(asked.plain, asked.inputs, asked.upstreams, asked.wanted)
-        assert len(results) == len(asked.outputs) + len(asked.wanted)
-        assert all(torch.equal(t, again.inputs[name]) for name, t in asked.inputs.items())
 
 
 def test_tolerances():
@@ -135,20 +126,6 @@ def test_which_engines_are_on_and_for_which_problems(monkeypatch):
     assert kernels.reasons("cuda") == {"triton": None, "cuda": "no library"}
 
 
-def test_the_names_of_launches(monkeypatch):
-    """By the hook of each engine; nothing is run."""
-    cuda, triton = engines.get("cuda"), engines.get("triton")
-    for engine, module, what, name in (
-        ("cuda", cuda, cuda._forward, "cuda_forward"),
-        ("triton", triton, types.SimpleNamespace(kernel=types.SimpleNamespace(__name__="stream")), "stream"),
-    ):
-        monkeypatch.setattr(module, "launch", lambda what, *args: args)
-        with kernels.launches(engine) as names:
-            assert module.launch(what, 1, 2) == (1, 2)
-        module.launch(what)
-        assert names == [name]
-
-
 @pytest.mark.parametrize(
     ("case", "name"),
     [
@@ -191,17 +168,6 @@ def test_memory_is_poisoned_and_missing_poison_is_noticed(log, lines, any_engine
     monkeypatch.setattr(torch, "empty_strided", lambda size, stride, **made: torch.zeros(size, **made))
     checks.check_poison((), CPU, log)
     assert lines()[-1]["status"] == "wrong"
-
-
-@pytest.mark.parametrize("allowed", [True, False])
-def test_products_sets_the_switches_and_puts_them_back(allowed, monkeypatch):
-    switches = torch.backends.cuda.matmul, torch.backends.cudnn.conv
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", allowed)  # as older programs say it
-    before = [switch.fp32_precision for switch in switches]
-    for mode in cases.MODES:
-        with checks.products(mode):
-            assert {switch.fp32_precision for switch in switches} == {"tf32" if mode == "tf32" else "ieee"}
-    assert [switch.fp32_precision for switch in switches] == before and torch.backends.cudnn.allow_tf32 is allowed
 
 
 @pytest.mark.parametrize("right", [True, False])

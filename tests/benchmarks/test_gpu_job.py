@@ -182,12 +182,6 @@ def test_a_process_that_dies_costs_one_step(stub, tmp_path, capsys):
     assert failed == dict.fromkeys(names, "its process ended with status 3")
 
 
-def test_a_process_that_cannot_start_is_not_started_again(stub, tmp_path):
-    stub("sys.exit(1)")
-    status, found = run(tmp_path, "--parts", "launches", "--tiny")
-    assert status == 1 and [line["name"] for line in found] == ["launches 0/1, its start"]
-
-
 def test_a_part_that_does_not_end_is_ended_and_the_next_one_runs(stub, tmp_path):
     stub('at(0); write("begun", "ok"); time.sleep(0 if part == "graphs" else 60)')
     start = time.monotonic()
@@ -216,15 +210,6 @@ def test_another_process_finds_out_which_engines_are_on(tmp_path, monkeypatch, c
     assert run(tmp_path)[0] == 2 and not list(tmp_path.iterdir())
     told = capsys.readouterr().err
     assert "the triton engine is off: " in told and "the cuda engine is off: " in told
-
-
-def test_workers_use_the_table_that_was_tuned(tmp_path, monkeypatch):
-    monkeypatch.delenv("INTERP_NN_TABLE", raising=False)
-    assert "INTERP_NN_TABLE" not in job.environment(tmp_path, "time")
-    (tmp_path / "table.json").write_text("{}")
-    assert job.environment(tmp_path, "time")["INTERP_NN_TABLE"] == str(tmp_path / "table.json")
-    assert "INTERP_NN_TABLE" not in job.environment(tmp_path, "tune")
-    assert job.environment(tmp_path, "time")["PYTHONPATH"].startswith(str(ROOT))
 
 
 def test_the_table_shows_times_and_failures(shared, tmp_path):

@@ -12,7 +12,7 @@ from gpu_stand_ins import BOTH, CPU, H100, admitting
 
 import interp_nn
 from benchmarks.gpu import job_table, kernels, runs, timings
-from benchmarks.timing import clocks, footprint, providers
+from benchmarks.timing import clocks, providers
 from benchmarks.timing.problems import Problem
 from interp_nn import engines
 from interp_nn.engines.triton import configs
@@ -88,13 +88,6 @@ def test_a_bit_that_changes_is_noticed(name, steady, played, log, lines, monkeyp
     assert {line["status"] for line in lines()[before:]} == {"skipped"}
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_equal_bits(dtype):
-    t = torch.tensor([0.0, 1.0, torch.nan], dtype=dtype)
-    assert not runs.differing([t], [t.clone()])
-    assert runs.differing([t], [torch.tensor([-0.0, 1.0, torch.nan], dtype=dtype)])
-
-
 def test_launches_are_counted(log, lines, monkeypatch):
     admitting(monkeypatch)
     monkeypatch.setattr(interp_nn, "use_engine", lambda name: contextlib.nullcontext())
@@ -104,19 +97,6 @@ def test_launches_are_counted(log, lines, monkeypatch):
     assert [line["status"] for line in lines()] == ["ok"] * 8 + ["wrong"] * 16
     runs._count("a loss", "cuda", ["cuda_loss"], ["loss_kernel", "Memset"], runs.TINY, log)
     assert lines()[-1]["why"] == "2 on the device, 1 of the engine's, want 1"
-
-
-def test_ranges_that_a_program_marks_are_not_launches(monkeypatch):
-    def event(name, device, marked=False):
-        return types.SimpleNamespace(
-            name=name, device_type=types.SimpleNamespace(name=device), is_user_annotation=marked
-        )
-
-    events = [event("Adam.step", "CPU", True), event("Adam.step", "CUDA", True), event("a kernel", "CUDA")]
-    profile = types.SimpleNamespace(events=lambda: events)
-    monkeypatch.setattr(torch.profiler, "profile", lambda **_: contextlib.nullcontext(profile))
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    assert footprint.profiled(lambda: 7, torch.device("cuda")) == (7, ["a kernel"])
 
 
 @pytest.mark.parametrize(("problem", "mode"), timings.TINY, ids=str)
@@ -170,12 +150,6 @@ def test_the_fastest_engine_is_an_entry_of_a_table(monkeypatch, tmp_path):
     }
     assert kinds == {"pair_loss", "head_loss", "summary"}
     assert all(entry(p, mode, cuda=1, triton=2) is None for p, mode in timings.problems() if mode in ("infer", "bwd"))
-
-
-def test_the_problems_timed():
-    problems = timings.problems()
-    assert len(set(problems)) == len(problems) and {mode for _, mode in problems} == {"infer", "bwd", "fwdbwd", "loss"}
-    assert all(problem.dtype == "bf16" for problem, _ in problems[: len(problems) // 2])
 
 
 def test_an_empty_launch_allocates_nothing(played, log, lines, monkeypatch):

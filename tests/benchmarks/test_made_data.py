@@ -12,26 +12,6 @@ from interp_nn.explain.descramble.brockett import brockett_min
 from interp_nn.explain.descramble.derivatives import derivative_operator
 
 
-def test_scrambled_signals_are_smooth_ones_in_another_basis():
-    made = signals.scrambled(32, 2000, seed=1)
-    torch.testing.assert_close(made.mixed.mT @ made.mixed, made.smooth.mT @ made.smooth, rtol=0, atol=1e-10)
-    rough = [h.diff(dim=0).square().sum() / h.square().sum() for h in (made.smooth, made.mixed)]
-    assert rough[0] < 0.2 * rough[1]
-
-
-def test_random_orthogonal_matrices_are_of_either_determinant():
-    generator = torch.Generator().manual_seed(0)
-    assert {round(float(torch.linalg.det(signals.orthogonal(3, generator)))) for _ in range(20)} == {-1, 1}
-
-
-@pytest.mark.parametrize("n", [1, 2, 7, 12])
-def test_all_shifts_have_a_circulant_gram_matrix(n):
-    shifted = signals.all_shifts(signals.stationary(n, 3, seed=2))
-    assert shifted.shape == (3 * n, n)
-    gram = shifted.mT @ shifted
-    torch.testing.assert_close(gram, gram.roll((1, 1), (0, 1)), rtol=0, atol=1e-12)
-
-
 def test_a_tree_has_haar_wavelets_for_modes():
     tree = signals.tree(3)
     assert tree.shape == (15, 8) and tree.sum(1).tolist() == [8, 4, 4, *[2] * 4, *[1] * 8]
@@ -44,17 +24,6 @@ def test_the_dipolar_kernel_is_the_powder_average():
     x = (torch.arange(40_000).double() + 0.5) / 40_000
     phase = (1 - 3 * x.square()) * signals.DIPOLAR * t.view(-1, 1, 1) / r.view(-1, 1).pow(3)
     torch.testing.assert_close(signals.dipolar_kernel(t, r), phase.cos().mean(2), rtol=0, atol=1e-6)
-
-
-def test_dipolar_traces_follow_from_their_distributions():
-    made = signals.dipolar(5, points=64, noise=0.0, background=False, seed=4)
-    p = made.distributions.double()
-    modulation = (p / p.sum(1, keepdim=True)) @ signals.dipolar_kernel(made.times, made.distances).mT
-    # V = 1 - λ + λ M: two times give λ.
-    depth = (1 - made.traces[:, 30].double()) / (1 - modulation[:, 30])
-    assert ((depth > 0.2) & (depth < 0.6)).all()
-    expected = 1 - depth.unsqueeze(1) * (1 - modulation)
-    torch.testing.assert_close(made.traces.double(), expected, rtol=0, atol=1e-5)
 
 
 def test_the_people_of_the_titanic():
@@ -86,15 +55,6 @@ def test_labels_are_those_of_a_walk_through_the_tree():
     assert not torch.equal(data.normals, oblique.load("SDI", points=8, seed=1).normals)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [(("SDIV", None), "name: got 'SDIV', want one of SDI"), (("SDI", 3), "points: got 3, want at least 4")],
-)
-def test_bad_input_is_named(arguments, message):
-    with pytest.raises(ValueError, match=message):
-        oblique.load(arguments[0], points=arguments[1])
-
-
 # The descent
 
 
@@ -111,15 +71,6 @@ def test_descents_solve_small_problems(n, operator):
     assert (
         found.converged and found.loss == pytest.approx(best.value, rel=1e-6) and found.loss >= best.value * (1 - 1e-10)
     )
-
-
-def test_no_start_passes_the_closed_form():
-    A, B = pair(12, seed=3)
-    generator = torch.Generator().manual_seed(0)
-    found = [descend(A, B, signals.orthogonal(12, generator), iterations=150) for _ in range(5)]
-    assert max(float((one.P @ one.P.mT - torch.eye(12)).abs().max()) for one in found) <= 1e-12
-    losses, best = [one.loss for one in found], brockett_min(A, B).value
-    assert best <= min(losses) + 1e-10 * best and max(losses) <= 1.05 * best  # and they do descend
 
 
 def test_limits_end_a_descent_and_say_so():
