@@ -107,13 +107,9 @@ def _train(name: str, seed: int, images: datasets.Images, epochs: int, device: s
         seed=seed, loss=loss, measure=lambda _: {"accuracy": accuracy(network, images.x_test, images.y_test)},
     )  # fmt: skip
     result = {
-        "head": name,
-        "seed": seed,
-        "first_loss": first[0],
-        "loss": history["loss"],
-        "test_accuracy": history["accuracy"],
-        "epoch_seconds": history["seconds"],
-    }
+        "head": name, "seed": seed, "first_loss": first[0], "loss": history["loss"],
+        "test_accuracy": history["accuracy"], "epoch_seconds": history["seconds"],
+    }  # fmt: skip
     if isinstance(network, SummaryNetwork):
         result |= _summary_measures(network, images)
     return result, network

@@ -65,17 +65,10 @@ class Trainer:
         self.rows: list[dict[str, Any]] = []
 
     def __call__(
-        self,
-        name: str,
-        seed: int,
-        build: Callable[[], Network],
-        x: Tensor,
-        y: Tensor,
-        recipe: training.Recipe,
+        self, name: str, seed: int, build: Callable[[], Network], x: Tensor, y: Tensor, recipe: training.Recipe,
         measure: Callable[[nn.Module], dict[str, float]],
-        loss: Callable[[nn.Module, Tensor, Tensor], Tensor] = training.cross_entropy,
-        source: str | None = None,
-    ) -> Network:
+        loss: Callable[[nn.Module, Tensor, Tensor], Tensor] = training.cross_entropy, source: str | None = None,
+    ) -> Network:  # fmt: skip
         """Build a network from the seed and train it; one of the measures has to be "accuracy".
 
         `source` is an earlier network that `build` uses. If it has more epochs than at a checkpoint, training begins again.

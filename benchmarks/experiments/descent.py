@@ -135,19 +135,14 @@ def _row(n: int, operator: str, trials: list[dict[str, Any]]) -> dict[str, Any]:
         near[name] = {"reached": len(reached), "seconds": statistics.median(reached) if reached else None}
     closed = statistics.median(trial["closed"]["seconds"] for trial in here)
     return {
-        "n": n,
-        "operator": operator,
-        "trials": len(here),
-        "descents": len(descents),
+        "n": n, "operator": operator, "trials": len(here), "descents": len(descents),
         "converged": sum(one["converged"] for one in descents),
         "gap": {"least": min(gaps), "median": statistics.median(gaps), "most": max(gaps)},
-        "iterations": statistics.median(one["iterations"] for one in descents),
-        "seconds": statistics.median(seconds),
-        "within": near,
-        "closed_seconds": closed,
+        "iterations": statistics.median(one["iterations"] for one in descents), "seconds": statistics.median(seconds),
+        "within": near, "closed_seconds": closed,
         "fit_seconds": statistics.median(trial["closed"]["seconds_of_fit"] for trial in here),
         "descent_over_closed_at_least": statistics.median(seconds) / closed,
-    }
+    }  # fmt: skip
 
 
 def _draw(run: common.Run, trials: list[dict[str, Any]], rows: list[dict[str, Any]]) -> None:

@@ -169,13 +169,9 @@ def _class_share(values: Tensor, y: Tensor) -> list[float]:
 
 
 def _draw(
-    run: common.Run,
-    network: DigitsSummary,
-    fits: dict[str, Descrambler],
-    nulls: dict[str, Nulls],
-    others: dict[str, Tensor],
-    results: dict[str, Any],
-) -> None:
+    run: common.Run, network: DigitsSummary, fits: dict[str, Descrambler], nulls: dict[str, Nulls],
+    others: dict[str, Tensor], results: dict[str, Any],
+) -> None:  # fmt: skip
     before = network.head.weight.detach()
     figure = plots.descrambled_weights(before, fits["latent"].P_ @ before, rows="latent feature", columns="hidden unit")
     figure.suptitle(f"bᵀ of the summary head, test accuracy {results['test_accuracy']:.1%}")

@@ -110,14 +110,9 @@ def _deletion(network: nn.Module, x: Tensor, y: Tensor, contributions: Tensor, s
 
 
 def _draw(
-    run: common.Run,
-    x: Tensor,
-    y: Tensor,
-    contributions: Tensor,
-    layers: dict[str, Tensor],
-    predicted: Tensor,
+    run: common.Run, x: Tensor, y: Tensor, contributions: Tensor, layers: dict[str, Tensor], predicted: Tensor,
     results: dict[str, Any],
-) -> None:
+) -> None:  # fmt: skip
     shown = [int((y == digit).nonzero()[0]) for digit in (0, 2, 3, 5, 8, 9)]
     figure = plots.attribution_maps(
         contributions[shown],

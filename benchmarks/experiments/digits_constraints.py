@@ -73,14 +73,9 @@ def main(arguments: list[str]) -> int:
 
 
 def _train(
-    trainer: common.Trainer,
-    way: str,
-    seed: int,
-    network: nn.Module,
-    images: datasets.Images,
-    recipe: Recipe,
+    trainer: common.Trainer, way: str, seed: int, network: nn.Module, images: datasets.Images, recipe: Recipe,
     measure: Callable[[nn.Module], dict[str, float]],
-) -> None:
+) -> None:  # fmt: skip
     """Train a network; retraction follows each step of any optimizer, and does nothing to the other networks."""
     hook = register_optimizer_step_post_hook(lambda *_: retract_(network))
     trainer(way, seed, lambda: network, images.x_train, images.y_train, recipe, measure, _losses(way))

@@ -31,15 +31,10 @@ MEANINGS = {
 
 _HARD, _SOFT = HardGate(), SoftGate(4.0)
 _DUALS = {
-    "FRNPF (II)": ("relu", "x", _HARD),
-    "FRNPF (DI)": ("relu", "x", _HARD),
-    "DLNPF": ("relu", "x", SoftGate(4.0, 0.1)),
-    "FLNPF": ("relu", "x", _HARD),
-    "DGN(x)": ("relu", "x", _SOFT),
-    "DGN(1)": ("relu", "ones", _SOFT),
-    "DLGN(x)": ("linear", "x", _SOFT),
-    "DLGN(1)": ("linear", "ones", _SOFT),
-}
+    "FRNPF (II)": ("relu", "x", _HARD), "FRNPF (DI)": ("relu", "x", _HARD), "DLNPF": ("relu", "x", SoftGate(4.0, 0.1)),
+    "FLNPF": ("relu", "x", _HARD), "DGN(x)": ("relu", "x", _SOFT), "DGN(1)": ("relu", "ones", _SOFT),
+    "DLGN(x)": ("linear", "x", _SOFT), "DLGN(1)": ("linear", "ones", _SOFT),
+}  # fmt: skip
 Network = TypeVar("Network", bound=nn.Module)
 
 

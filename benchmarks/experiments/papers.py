@@ -205,14 +205,7 @@ def _plane(one: Record) -> Iterator[Line]:
 
 
 _READERS: dict[str, Callable[[Record], Iterator[Line]]] = {
-    "summary_vgg": _heads,
-    "summary_cnn": _heads,
-    "gated_images-cifar10": _regimes,
-    "gated_images-cifar100": _regimes,
-    "gated_images-mnist": _regimes,
-    "oblique_trees": _trees,
-    "titanic": _passengers,
-    "linearize_cifar10": _attributions,
-    "descramble_cifar10": _layers,
-    "mnist_tsne": _plane,
-}
+    "summary_vgg": _heads, "summary_cnn": _heads, "gated_images-cifar10": _regimes, "gated_images-cifar100": _regimes,
+    "gated_images-mnist": _regimes, "oblique_trees": _trees, "titanic": _passengers, "linearize_cifar10": _attributions,
+    "descramble_cifar10": _layers, "mnist_tsne": _plane,
+}  # fmt: skip

@@ -30,17 +30,9 @@ LEARNING_RATE, LOSS = 1e-2, nn.functional.binary_cross_entropy_with_logits
 PASSENGER_STEPS = 400  # at most; validation chooses
 COLUMNS = ("survived", "pclass", "sex", "age", "sibsp", "parch", "fare", "embarked")
 FEATURES = (
-    "1st class",
-    "3rd class",
-    "female",
-    "age",
-    "age unknown",
-    "siblings, spouse",
-    "parents, children",
-    "fare",
-    "from C",
+    "1st class", "3rd class", "female", "age", "age unknown", "siblings, spouse", "parents, children", "fare", "from C",
     "from Q",
-)
+)  # fmt: skip
 MEASURED = ("age", "siblings, spouse", "parents, children", "fare")  # the others are 0 or 1
 
 
@@ -118,18 +110,11 @@ def _passenger(row: dict[str | Any, str | Any], place: str) -> list[float]:
     if row["embarked"] not in ("S", "C", "Q", ""):
         raise ValueError(f"{place}: embarked is {row['embarked']!r}, want S, C, Q or nothing")
     return [
-        float(row["survived"]),
-        row["pclass"] == "1",
-        row["pclass"] == "3",
-        row["sex"] == "female",
-        _number(row, "age", place) if row["age"] else math.nan,
-        not row["age"],
-        _number(row, "sibsp", place),
-        _number(row, "parch", place),
-        math.log1p(_number(row, "fare", place)),
-        row["embarked"] == "C",
+        float(row["survived"]), row["pclass"] == "1", row["pclass"] == "3", row["sex"] == "female",
+        _number(row, "age", place) if row["age"] else math.nan, not row["age"], _number(row, "sibsp", place),
+        _number(row, "parch", place), math.log1p(_number(row, "fare", place)), row["embarked"] == "C",
         row["embarked"] == "Q",
-    ]
+    ]  # fmt: skip
 
 
 def _number(row: dict[str, str], name: str, place: str) -> float:
@@ -171,16 +156,12 @@ def _counts(run: common.Run, steps: int) -> dict[str, Any]:
     rows, which, counts = table.x.unique(dim=0, return_inverse=True, return_counts=True)
     lived = torch.zeros(len(rows), dtype=table.y.dtype).index_add_(0, which, table.y)
     results: dict[str, Any] = {
-        "people": len(table.y),
-        "distinct_rows": len(rows),
-        **_scores(network, table.x, table.y),
+        "people": len(table.y), "distinct_rows": len(rows), **_scores(network, table.x, table.y),
         "best_accuracy_of_any_rule": (torch.maximum(lived, counts - lived).sum() / counts.sum()).item(),
-        "clusters": len(clusters.counts_),
-        "clusters_where_female_counts_for": int((female > 0).sum()),
-        "female_coefficients": [female.min().item(), female.max().item()],
-        "ranks": clusters.rank_.tolist(),
+        "clusters": len(clusters.counts_), "clusters_where_female_counts_for": int((female > 0).sum()),
+        "female_coefficients": [female.min().item(), female.max().item()], "ranks": clusters.rank_.tolist(),
         "check": clusters.check(),
-    }
+    }  # fmt: skip
     print(clusters.summary(feature_names=table.features, rows=14))
     title = f"Log-odds of survival of {len(table.y):,} on board, {len(rows)} distinct rows"
     _draw(run, clusters, clusters, table, "counts", title)
@@ -196,17 +177,13 @@ def _passengers(run: common.Run, table: tabular.Table, steps: int) -> dict[str, 
     importance = clusters.global_importance()
     merged = clusters.merge(min(4, len(clusters.counts_)), by="coef")
     results: dict[str, Any] = {
-        "passengers": {"fitted": len(part.y), "held_out": len(rest.y)},
-        "fitted": _scores(network, part.x, part.y),
-        "held_out": _scores(network, rest.x, rest.y),
-        "splits": splits,
-        "clusters": len(clusters.counts_),
+        "passengers": {"fitted": len(part.y), "held_out": len(rest.y)}, "fitted": _scores(network, part.x, part.y),
+        "held_out": _scores(network, rest.x, rest.y), "splits": splits, "clusters": len(clusters.counts_),
         "held_out_in_a_known_cluster": (clusters.predict(rest.x) >= 0).double().mean().item(),
         "importance": dict(zip(table.features, importance.mean.tolist(), strict=True)),
         "dispersion": dict(zip(table.features, importance.dispersion.tolist(), strict=True)),
-        "merged_into_four": merged.fidelity(rest.x)._asdict(),
-        "check": clusters.check(),
-    }
+        "merged_into_four": merged.fidelity(rest.x)._asdict(), "check": clusters.check(),
+    }  # fmt: skip
     print(clusters.summary(feature_names=table.features, rows=8))
     title = f"Log-odds of survival of {len(part.y)} passengers, clusters merged"
     _draw(run, merged, clusters, part, "passengers", title)

@@ -153,13 +153,9 @@ class Allowance:
 
 
 def _save(
-    file: Path,
-    settings: Mapping[str, Any],
-    network: nn.Module,
-    adam: torch.optim.Adam,
-    shuffle: torch.Generator,
+    file: Path, settings: Mapping[str, Any], network: nn.Module, adam: torch.optim.Adam, shuffle: torch.Generator,
     trained: Trained,
-) -> None:
+) -> None:  # fmt: skip
     """Replace the file at once, so that it is always whole."""
     file.parent.mkdir(parents=True, exist_ok=True)
     part = file.with_suffix(".part")
@@ -179,13 +175,9 @@ def _save(
 
 
 def _resume(
-    file: Path,
-    settings: Mapping[str, Any],
-    epochs: int,
-    network: nn.Module,
-    adam: torch.optim.Adam,
+    file: Path, settings: Mapping[str, Any], epochs: int, network: nn.Module, adam: torch.optim.Adam,
     shuffle: torch.Generator,
-) -> Trained:
+) -> Trained:  # fmt: skip
     try:
         kept = torch.load(file, map_location="cpu", weights_only=True)
     except OSError:

@@ -24,14 +24,10 @@ _PAIR = {"wanted": ("projection summary", "projection", "summary")}
 _LOSS = {"reduction": ("mean", "sum", "none"), "ignored": ("none", "some", "all"), "wanted": ("x b a c", "x", "b a c")}
 _HEAD = {**_LOSS, "m": CLASSES, "bias": (False, True)}
 FACTORS: dict[str, Mapping[str, Sequence[Any]]] = {
-    "summary": {**_COMMON, **_SUMMARY},
-    "pair": {**_COMMON, **_PAIR},
-    "pair_loss": {**_COMMON, **_LOSS},
-    "flat": {**_COMMON, **_HEAD},
-    "latent": {**_COMMON, **_HEAD},
-    "wide summary": {**_COMMON, **_SUMMARY, "k": WIDE_COLUMNS},
-    "wide pair": {**_COMMON, **_PAIR, "k": WIDE_COLUMNS},
-}
+    "summary": {**_COMMON, **_SUMMARY}, "pair": {**_COMMON, **_PAIR}, "pair_loss": {**_COMMON, **_LOSS},
+    "flat": {**_COMMON, **_HEAD}, "latent": {**_COMMON, **_HEAD},
+    "wide summary": {**_COMMON, **_SUMMARY, "k": WIDE_COLUMNS}, "wide pair": {**_COMMON, **_PAIR, "k": WIDE_COLUMNS},
+}  # fmt: skip
 
 
 class Case(NamedTuple):

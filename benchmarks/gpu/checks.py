@@ -292,16 +292,9 @@ def check_far_rows(
 
     with log.guarded(f"{name}, summary"):
         _check_far(
-            f"{name}, summary",
-            engines,
-            functional.summary,
-            lambda x, b, rows: tolerances.naive(x, b),
-            x,
-            b,
-            dy,
-            None,
+            f"{name}, summary", engines, functional.summary, lambda x, b, rows: tolerances.naive(x, b), x, b, dy, None,
             log,
-        )
+        )  # fmt: skip
     with log.guarded(f"{name}, pair loss"):
         loss = functional.summary_cross_entropy
         _check_far(f"{name}, pair loss", engines, lambda x, b: loss(x, b, target), value, x, b, None, k, log)

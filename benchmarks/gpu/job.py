@@ -31,17 +31,9 @@ from benchmarks.records.environment import ROOT
 
 # The parts with their shares of the time. The later parts share what a part leaves.
 SHARES = {
-    "correctness": 35,
-    "compile runs": 8,
-    "launches": 4,
-    "repeats": 8,
-    "streams": 4,
-    "graphs": 4,
-    "sanitizer": 12,
-    "tune": 18,
-    "compile times": 6,
-    "time": 25,
-}
+    "correctness": 35, "compile runs": 8, "launches": 4, "repeats": 8, "streams": 4, "graphs": 4, "sanitizer": 12,
+    "tune": 18, "compile times": 6, "time": 25,
+}  # fmt: skip
 # Compilations by several processes, before the parts that run in one.
 _COMPILED = {"compile runs": ("launches", "repeats", "streams", "graphs", "sanitizer"), "compile times": ("time",)}
 PARTS = tuple(name for name in SHARES if name not in _COMPILED)

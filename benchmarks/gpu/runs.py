@@ -262,13 +262,9 @@ def on_streams(engine: str, shape: Shape, rounds: int, device: torch.device, log
             done += 1
         torch.cuda.synchronize()
     _judge(
-        label,
-        sum(int(one) for counts in wrong.values() for one in counts),
-        4 * done,
-        log,
-        engine=engine,
+        label, sum(int(one) for counts in wrong.values() for one in counts), 4 * done, log, engine=engine,
         shape=shape.name,
-    )
+    )  # fmt: skip
 
 
 # Graphs
@@ -300,13 +296,9 @@ def in_graphs(engine: str, shape: Shape, replays: int, device: torch.device, log
         graph.replay()
         wrong += differing(out, first)
     _judge(
-        f"{replays} replays of a graph {shape.name}, {engine}",
-        int(wrong),
-        replays,
-        log,
-        engine=engine,
+        f"{replays} replays of a graph {shape.name}, {engine}", int(wrong), replays, log, engine=engine,
         shape=shape.name,
-    )
+    )  # fmt: skip
     torch.cuda.synchronize()
     others = [torch.cuda.Stream(device) for _ in graphs]
     counts = [torch.zeros((), dtype=torch.int64, device=device) for _ in graphs]

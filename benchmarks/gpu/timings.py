@@ -87,15 +87,11 @@ def table_entry(problem: Problem, mode: str, device: torch.device, found: Row) -
     if kind is None or chip is None or not found["clear"]:
         return None
     return {
-        "problem": kind,
-        "capabilities": [list(family(chip.capability) or chip.capability)],
-        "itemsize": DTYPES[problem.dtype].itemsize,
-        "columns": padded(problem.k),
-        "classes": padded(problem.m or (problem.k if problem.loss else 1)),
-        "rows": problem.n,
-        "engine": found["fastest"],
-        "microseconds": found["microseconds"],
-    }
+        "problem": kind, "capabilities": [list(family(chip.capability) or chip.capability)],
+        "itemsize": DTYPES[problem.dtype].itemsize, "columns": padded(problem.k),
+        "classes": padded(problem.m or (problem.k if problem.loss else 1)), "rows": problem.n,
+        "engine": found["fastest"], "microseconds": found["microseconds"],
+    }  # fmt: skip
 
 
 def compile_kernels(problem: Problem, mode: str, device: torch.device, log: Log) -> None:

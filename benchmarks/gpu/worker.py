@@ -188,18 +188,10 @@ def _compile_times(settings: Settings) -> list[Step]:
 
 
 PARTS: dict[str, Callable[[Settings], list[Step]]] = {
-    "correctness": _correctness,
-    "launches": _launches,
-    "repeats": _repeats,
-    "streams": _streams,
-    "graphs": _graphs,
-    "sanitizer": _sanitizer,
-    "small": _small,
-    "tune": _tune,
-    "time": _time,
-    "compile runs": _compile_runs,
+    "correctness": _correctness, "launches": _launches, "repeats": _repeats, "streams": _streams, "graphs": _graphs,
+    "sanitizer": _sanitizer, "small": _small, "tune": _tune, "time": _time, "compile runs": _compile_runs,
     "compile times": _compile_times,
-}
+}  # fmt: skip
 
 
 def work(steps: list[Step], log: Log, device: torch.device, first: int, position: Path | None) -> int:

@@ -33,16 +33,12 @@ class Column(NamedTuple):
 
 
 COLUMNS = (
-    Column("ours / linear", "ours", "linear", True),
-    Column("unfused / ours", "unfused", "ours"),
-    Column("best-eager / ours", "best-eager", "ours"),
-    Column("compile / ours", "compile", "ours"),
-    Column("inverse / ours", "inverse", "ours"),
-    Column("orthogonal / ours", "orthogonal", "ours"),
-    Column("ours / backwards", "ours", "backwards", True),
-    Column("jacrev / ours", "jacrev", "ours"),
+    Column("ours / linear", "ours", "linear", True), Column("unfused / ours", "unfused", "ours"),
+    Column("best-eager / ours", "best-eager", "ours"), Column("compile / ours", "compile", "ours"),
+    Column("inverse / ours", "inverse", "ours"), Column("orthogonal / ours", "orthogonal", "ours"),
+    Column("ours / backwards", "ours", "backwards", True), Column("jacrev / ours", "jacrev", "ours"),
     Column("unique / ours", "unique", "ours"),
-)
+)  # fmt: skip
 
 
 def ratio(found: dict[str, Row], column: Column) -> float | None:

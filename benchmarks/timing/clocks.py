@@ -71,12 +71,9 @@ def rounds(
 
 
 def interleave(
-    candidates: Mapping[str, Callable[[], object]],
-    seconds: float = 1.5,
-    least: int = 7,
-    most: int = 1000,
+    candidates: Mapping[str, Callable[[], object]], seconds: float = 1.5, least: int = 7, most: int = 1000,
     clock: Callable[[Callable[[], object], int], Sampler] | None = None,
-) -> dict[str, Timing]:
+) -> dict[str, Timing]:  # fmt: skip
     """Time calls in rounds, after two warm-up rounds, by the wall clock unless another one is given."""
     samplers = {name: (clock or on_wall)(call, 1) for name, call in candidates.items()}
     rounds(samplers, 0.0, least=2, most=2)

@@ -270,16 +270,10 @@ def _row(entrant: _Entrant, mode: str, timing: Timing, reference: Fp64Reference,
             saved = footprint.saved_bytes(lambda: provider.output(0), provider.leaves(0)) / 1e6
     ratios = [o[0] / p[0] for o, p in zip(errors, reference.plain_errors(provider, mode), strict=True) if p[0] > 0]
     return {
-        "plan": provider.plan,
-        **timing.fields(),
-        "peak_delta_mb": peak / 1e6,
-        "saved_mb": saved,
-        "launches": launched,
-        "err_fro": max(error[0] for error in errors),
-        "err_ratio": max(ratios, default=None),
-        "status": "ok" if why is None else "wrong",
-        "note": None if why is None else f"after timing: {why}",
-    }
+        "plan": provider.plan, **timing.fields(), "peak_delta_mb": peak / 1e6, "saved_mb": saved, "launches": launched,
+        "err_fro": max(error[0] for error in errors), "err_ratio": max(ratios, default=None),
+        "status": "ok" if why is None else "wrong", "note": None if why is None else f"after timing: {why}",
+    }  # fmt: skip
 
 
 def _synchronize(device: torch.device) -> None:

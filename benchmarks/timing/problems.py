@@ -26,16 +26,9 @@ OPS = ("summary", "cross_entropy", "head")
 # is computed with all its gradients.
 MODES = {"summary": ("fwd", "bwd", "fwdbwd", "infer"), "cross_entropy": ("loss",), "head": ("loss",)}
 SHAPES = (
-    (32, 512, 100),
-    (256, 512, 100),
-    (4096, 512, 100),
-    (65536, 512, 64),
-    (65536, 1024, 128),
-    (16384, 4096, 256),
-    (8192, 4096, 1024),
-    (8192, 4096, 4096),
-    (1024, 25088, 4096),
-)
+    (32, 512, 100), (256, 512, 100), (4096, 512, 100), (65536, 512, 64), (65536, 1024, 128), (16384, 4096, 256),
+    (8192, 4096, 1024), (8192, 4096, 4096), (1024, 25088, 4096),
+)  # fmt: skip
 # The heads of the reference networks at their batch of 32: the small CNN's and the vgg11's, with 10 classes.
 HEADS = ((32, 1600, 120), (32, 512, 100))
 QUICK = ((32, 512, 100), (4096, 512, 64))

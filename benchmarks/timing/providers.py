@@ -61,28 +61,22 @@ NAMES = (
 )  # fmt: skip
 ABOUT = {
     "ours": "interp_nn, by the engine that it chooses itself or that --engine names",
-    "ours-eager": "interp_nn's PyTorch products",
-    "ours-triton": "interp_nn's Triton kernels",
+    "ours-eager": "interp_nn's PyTorch products", "ours-triton": "interp_nn's Triton kernels",
     "ours-cuda": "interp_nn's compiled CUDA kernels",
     "kernel-triton": "the triton engine called directly, without operator and autograd",
     "kernel-cuda": "the cuda engine called directly",
     "linear": "nn.Linear of the same size, the floor; behind cross entropy where a loss is timed",
     "unfused": "x @ b @ (b.T @ b) under autograd; the same calls as assoc-a, so that their difference is noise",
-    "assoc-a": "(x b)(bᵀb)",
-    "assoc-b": "x (b (bᵀb))",
-    "assoc-c": "((x b) bᵀ) b",
-    "assoc-d": "(x (b bᵀ)) b, only for k > d",
-    "assoc-e": "x ((b bᵀ) b), only for k > d",
+    "assoc-a": "(x b)(bᵀb)", "assoc-b": "x (b (bᵀb))", "assoc-c": "((x b) bᵀ) b",
+    "assoc-d": "(x (b bᵀ)) b, only for k > d", "assoc-e": "x ((b bᵀ) b), only for k > d",
     "best-eager": "the fastest of these by its median",
     "compile": "torch.compile of the fastest of these in a first trial",
     "graphed": "a CUDA graph of the fastest of these in a first trial",
-    "multi-dot": "torch.linalg.multi_dot([x, b, b.T, b])",
-    "inverse-inv": "x b (bᵀb)⁻¹ by torch.linalg.inv",
-    "inverse-cholesky": "the same by Cholesky",
-    "inverse-lstsq": "the same by least squares",
+    "multi-dot": "torch.linalg.multi_dot([x, b, b.T, b])", "inverse-inv": "x b (bᵀb)⁻¹ by torch.linalg.inv",
+    "inverse-cholesky": "the same by Cholesky", "inverse-lstsq": "the same by least squares",
     "orthogonal": "nn.Linear with torch's orthogonal parametrization",
     "cached": "nn.Linear with the effective weight b (bᵀb), kept: inference only",
-}
+}  # fmt: skip
 
 
 # The backward of "orthogonal" updates a matrix for each column: over a minute at d = 4096, k = 256 on a CPU.

@@ -18,14 +18,9 @@ def cnn_body(channels: int, size: int) -> nn.Sequential:
     """Build two convolutions with ReLU and pooling: 5 x 5 as in the reference, padded 3 x 3 for images under 16 pixels."""
     kernel, padding = (3, 1) if size < 16 else (5, 0)
     return nn.Sequential(
-        nn.Conv2d(channels, 32, kernel, padding=padding),
-        nn.ReLU(),
-        nn.MaxPool2d(2),
-        nn.Conv2d(32, 64, kernel, padding=padding),
-        nn.ReLU(),
-        nn.MaxPool2d(2),
-        nn.Flatten(),
-    )
+        nn.Conv2d(channels, 32, kernel, padding=padding), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Conv2d(32, 64, kernel, padding=padding), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(),
+    )  # fmt: skip
 
 
 class HeConv2d(nn.Conv2d):

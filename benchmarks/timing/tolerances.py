@@ -31,13 +31,9 @@ def naive_pair(x: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def naive_loss(
-    o1: Tensor,
-    o2: Tensor,
-    target: Tensor,
-    weights: tuple[float, float, float] = (1.0, 1.0, 1.0),
-    ignore_index: int = -100,
-    reduction: str = "mean",
-) -> Tensor:
+    o1: Tensor, o2: Tensor, target: Tensor, weights: tuple[float, float, float] = (1.0, 1.0, 1.0),
+    ignore_index: int = -100, reduction: str = "mean",
+) -> Tensor:  # fmt: skip
     """Compute w1 CE(o1) + w2 CE(o2) + w3 MSE(o1, o2) over the rows that are not ignored; 16-bit logits are read in fp32."""
     wide = torch.float64 if o1.dtype == torch.float64 else torch.float32
     m, kept = o1.shape[-1], (target != ignore_index).flatten()
@@ -53,27 +49,17 @@ def naive_loss(
 
 
 def naive_cross_entropy(
-    x: Tensor,
-    b: Tensor,
-    target: Tensor,
-    weights: tuple[float, float, float] = (1.0, 1.0, 1.0),
-    ignore_index: int = -100,
-    reduction: str = "mean",
-) -> Tensor:
+    x: Tensor, b: Tensor, target: Tensor, weights: tuple[float, float, float] = (1.0, 1.0, 1.0),
+    ignore_index: int = -100, reduction: str = "mean",
+) -> Tensor:  # fmt: skip
     """Compute the three-term loss of a pair."""
     return naive_loss(*naive_pair(x, b), target, weights, ignore_index, reduction)
 
 
 def naive_head_cross_entropy(
-    x: Tensor,
-    b: Tensor,
-    a: Tensor,
-    c: Tensor | None,
-    target: Tensor,
-    weights: tuple[float, float, float] = (1.0, 1.0, 1.0),
-    ignore_index: int = -100,
-    reduction: str = "mean",
-) -> Tensor:
+    x: Tensor, b: Tensor, a: Tensor, c: Tensor | None, target: Tensor,
+    weights: tuple[float, float, float] = (1.0, 1.0, 1.0), ignore_index: int = -100, reduction: str = "mean",
+) -> Tensor:  # fmt: skip
     """Compute the three-term loss behind an output layer."""
     p, y = naive_pair(x, b)
     return naive_loss(F.linear(p, a, c), F.linear(y, a, c), target, weights, ignore_index, reduction)

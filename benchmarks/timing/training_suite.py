@@ -97,14 +97,10 @@ class _Step:
         theirs = tolerances.errors(self._gradients(self._network, plain, images), exact)
         why = tolerances.exceeds(ours, theirs, tolerances.floor(torch.float32, tolerances.SPLIT_ULPS))
         return {
-            "plan": self._plan,
-            "err_fro": ours[0],
-            "err_ratio": ours[0] / theirs[0] if theirs[0] else None,
-            "peak_delta_mb": self._peak() / 1e6,
-            "launches": footprint.launches(self, self._asked.device),
-            "status": "ok" if why is None else "wrong",
-            "note": why,
-        }
+            "plan": self._plan, "err_fro": ours[0], "err_ratio": ours[0] / theirs[0] if theirs[0] else None,
+            "peak_delta_mb": self._peak() / 1e6, "launches": footprint.launches(self, self._asked.device),
+            "status": "ok" if why is None else "wrong", "note": why,
+        }  # fmt: skip
 
     def _peak(self) -> int:
         self._optimizer.zero_grad()  # so that a step only adds to the memory in use

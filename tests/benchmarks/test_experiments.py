@@ -14,18 +14,8 @@ from benchmarks.records.environment import ROOT
 from benchmarks.timing import reference_networks
 
 KEYS = {
-    "experiment",
-    "git_sha",
-    "device",
-    "torch",
-    "seeds",
-    "epochs",
-    "quick",
-    "seconds",
-    "budget",
-    "figures",
-    "results",
-}
+    "experiment", "git_sha", "device", "torch", "seeds", "epochs", "quick", "seconds", "budget", "figures", "results",
+}  # fmt: skip
 SMALL = ("--train-size", "40", "--test-size", "20", "--batch", "10")
 PASSENGERS = "survived,pclass,name,sex,age,sibsp,parch,ticket,fare,cabin,embarked"
 
@@ -282,17 +272,9 @@ def test_gated_images_stop_in_time_and_go_on_as_if_they_had_not(run, folder, tmp
 
 def test_gated_images_of_100_classes(run, folder):
     record = run(
-        "dlgn-cifar100",
-        "--data",
-        folder,
-        "--train-size",
-        "4",
-        "--test-size",
-        "4",
-        "--batch",
-        "4",
+        "dlgn-cifar100", "--data", folder, "--train-size", "4", "--test-size", "4", "--batch", "4",
         record="gated_images-cifar100",
-    )
+    )  # fmt: skip
     assert record["results"]["published_dlgn_over_relu_more_than"] == 0.835
     assert "out_features=100" in record["budget"]["network"] and record["budget"]["network"].count("(2, 2)") == 2
 

@@ -218,16 +218,8 @@ def test_the_table_shows_times_and_failures(shared, tmp_path):
     log.write("a case", "wrong", why="dx: far off")
     log.write("memcheck", "skipped", why="tool not found")
     problem = {
-        "op": "head",
-        "mode": "loss",
-        "dtype": "bf16",
-        "n": 32,
-        "d": 8,
-        "k": 4,
-        "m": 2,
-        "timer": "graph",
-        "l2": "cold",
-    }
+        "op": "head", "mode": "loss", "dtype": "bf16", "n": 32, "d": 8, "k": 4, "m": 2, "timer": "graph", "l2": "cold",
+    }  # fmt: skip
     for name, ms in (("ours", 0.02), ("ours-cuda", 0.01), ("unfused", 0.05), ("linear", 0.01)):
         log.write(**problem, provider=name, ms_p50=ms, samples=5, plan="cuda latent" if name == "ours" else None)
     log.write(**problem, provider="assoc-b", status="wrong", note="value: off")
