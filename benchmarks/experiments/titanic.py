@@ -73,8 +73,11 @@ def main(arguments: list[str]) -> int:
 def read_passengers(folder: Path) -> tabular.Table:
     """Read the passengers (n, 10) fp64 with survival (n,): age, log fare and counts of relatives, the rest 0 or 1.
 
-    An unknown age is NaN, with a column that says so; an unknown port is Southampton, the commonest. Raises FileNotFoundError
-    that says where it looked; ValueError for a file without the columns or a known age, and for a row that is no passenger.
+    An unknown age is NaN, with a column that marks it; an unknown port is Southampton, the most frequent.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: The file lacks columns or known ages, or a row is not a passenger. The message names the line.
     """
     places = (folder / "titanic.csv", folder / "titanic" / "titanic.csv")
     file = next((place for place in places if place.is_file()), None)
@@ -99,16 +102,15 @@ def _passenger(row: dict[str | Any, str | Any], place: str) -> list[float]:
     if more or None in row.values():
         got = fields + len(more) - list(row.values()).count(None)
         raise ValueError(f"{place}: got {got} columns, want {fields}")
-    if (
-        row["survived"] not in ("0", "1")
-        or row["pclass"] not in ("1", "2", "3")
-        or row["sex"] not in ("male", "female")
-    ):
-        raise ValueError(
-            f"{place}: survived, pclass and sex are {row['survived']!r}, {row['pclass']!r}, {row['sex']!r}"
-        )
-    if row["embarked"] not in ("S", "C", "Q", ""):
-        raise ValueError(f"{place}: embarked is {row['embarked']!r}, want S, C, Q or nothing")
+    known = {
+        "survived": ("0", "1"),
+        "pclass": ("1", "2", "3"),
+        "sex": ("male", "female"),
+        "embarked": ("S", "C", "Q", ""),
+    }
+    for name, values in known.items():
+        if row[name] not in values:
+            raise ValueError(f"{place}: {name} is {row[name]!r}, want one of {values}")
     return [
         float(row["survived"]), row["pclass"] == "1", row["pclass"] == "3", row["sex"] == "female",
         _number(row, "age", place) if row["age"] else math.nan, not row["age"], _number(row, "sibsp", place),

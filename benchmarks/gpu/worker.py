@@ -59,40 +59,38 @@ def _correctness(settings: Settings) -> list[Step]:
     ]
 
 
+def _each(part: str, check: Callable[..., None], settings: Settings, *shapes: runs.Shape, times: int) -> list[Step]:
+    """Return a step for each shape and engine."""
+    return [
+        Step(f"{part} {shape.name}, {name}", partial(check, name, shape, times, settings.device), 300)
+        for shape in shapes
+        for name in settings.engines
+    ]
+
+
 def _launches(settings: Settings) -> list[Step]:
     return [Step(f"launches {name}", partial(runs.count_launches, name, settings.device)) for name in settings.engines]
 
 
 def _repeats(settings: Settings) -> list[Step]:
-    engines, device = settings.engines, settings.device
     if settings.tiny:
-        return [Step(f"repeats {name}", partial(runs.repeat, name, runs.TINY, 2, device)) for name in engines]
+        return _each("repeats", runs.repeat, settings, runs.TINY, times=2)
     shapes = [runs.MIDDLE, runs.LARGE, runs.EXACT, runs.SMALL]
-    repeated = [
-        Step(f"repeats {shape.name}, {name}", partial(runs.repeat, name, shape, 1000, device), 300)
-        for shape in shapes[:3]
-        for name in engines
+    return [
+        *_each("repeats", runs.repeat, settings, *shapes[:3], times=1000),
+        *(
+            Step(f"alternating shapes, {name}", partial(runs.alternate, name, shapes, 200, settings.device))
+            for name in settings.engines
+        ),
     ]
-    alternating = [
-        Step(f"alternating shapes, {name}", partial(runs.alternate, name, shapes, 200, device)) for name in engines
-    ]
-    return [*repeated, *alternating]
 
 
 def _streams(settings: Settings) -> list[Step]:
-    return [
-        Step(f"streams {shape.name}, {name}", partial(runs.on_streams, name, shape, 100, settings.device))
-        for shape in (runs.SMALL, runs.MIDDLE, runs.LARGE)
-        for name in settings.engines
-    ]
+    return _each("streams", runs.on_streams, settings, runs.SMALL, runs.MIDDLE, runs.LARGE, times=100)
 
 
 def _graphs(settings: Settings) -> list[Step]:
-    return [
-        Step(f"graphs {shape.name}, {name}", partial(runs.in_graphs, name, shape, 100, settings.device))
-        for shape in (runs.MIDDLE, runs.SMALL)
-        for name in settings.engines
-    ]
+    return _each("graphs", runs.in_graphs, settings, runs.MIDDLE, runs.SMALL, times=100)
 
 
 def _sanitizer(settings: Settings) -> list[Step]:

@@ -7,6 +7,7 @@ Jacobian under vmap. "ours" groups patterns by their packed bits; "unique" is to
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,8 +15,8 @@ from tqdm import tqdm
 
 from benchmarks.records.rows import Writer
 from benchmarks.timing import footprint, tolerances
-from benchmarks.timing.clocks import on_events, on_wall, rounds, summary
-from benchmarks.timing.measure import Asked, left_out, said
+from benchmarks.timing.clocks import on_events, on_wall
+from benchmarks.timing.measure import Asked, WrongError, time_calls
 from benchmarks.timing.problems import products
 from benchmarks.timing.reference_networks import ARCHITECTURES, CLASSES, MLPNetwork
 from interp_nn.explain import ActivationPatterns, linearize
@@ -101,28 +102,25 @@ def _measure(
     """Check every call, time all in turn, check again, and write their rows; a larger error than `limit` is wrong."""
     # On a GPU always by events: these calls wait for the device.
     timer, clock = ("events", on_events) if asked.device.type == "cuda" else ("wall", on_wall)
-    ready: dict[str, _Call] = {}
-    found = left_out(calls, asked)
-    for name, call in calls.items() if not found else ():
-        try:
+
+    def enter(name: str) -> tuple[_Call, Callable[[], dict[str, Any]]]:
+        call = calls[name]
+        if (off := error(call())) > limit:
+            raise WrongError(f"relative error {off:.2g}")
+
+        def facts() -> dict[str, Any]:
             off = error(call())
-            ready[name] = call
-            if off > limit:
-                del ready[name]
-                found[name] = {"status": "wrong", "note": f"relative error {off:.2g}", "err_fro": off}
-        except Exception as failure:
-            found[name] = said(failure)
-    samplers = {name: clock(call, 1) for name, call in ready.items()}
-    for name, taken in rounds(samplers, asked.seconds, asked.samples, 500).items():
-        off = error(ready[name]())
-        found[name] = {
-            **summary(taken).fields(),
-            "err_fro": off,
-            "peak_delta_mb": footprint.peak_bytes(ready[name], asked.device)[0] / 1e6,
-            "launches": footprint.launches(ready[name], asked.device),
-            "status": "ok" if off <= limit else "wrong",
-            "note": None if off <= limit else f"after timing: relative error {off:.2g}",
-        }
+            return {
+                "err_fro": off,
+                "peak_delta_mb": footprint.peak_bytes(call, asked.device)[0] / 1e6,
+                "launches": footprint.launches(call, asked.device),
+                "status": "ok" if off <= limit else "wrong",
+                "note": None if off <= limit else f"after timing: relative error {off:.2g}",
+            }
+
+        return call, facts
+
+    found = time_calls(calls, enter, clock, asked)
     fields = {"op": op, "mode": "explain", "dtype": "fp32", **sizes, **asked.fields(), "timer": timer}
     for name in [name for name in PROVIDERS if name in found]:
         writer.write(**fields, provider=name, **found[name])

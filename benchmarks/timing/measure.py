@@ -71,7 +71,7 @@ class _Entrant(NamedTuple):
     sampler: Sampler
 
 
-class _WrongError(Exception):
+class WrongError(Exception):
     """The results of a provider are wrong."""
 
 
@@ -105,6 +105,25 @@ def left_out(names: Iterable[str], asked: Asked) -> dict[str, dict[str, Any]]:
     """Return a row for each provider when the time is over, nothing before."""
     why = asked.limit.over()
     return {} if why is None else {name: {"status": "skipped", "note": why} for name in names}
+
+
+def time_calls(
+    names: Iterable[str], enter: Callable[[str], tuple[Callable[[], object], Callable[[], dict[str, Any]]]],
+    clock: Callable[[Callable[[], object], int], Sampler], asked: Asked,
+) -> dict[str, dict[str, Any]]:  # fmt: skip
+    """Time one call of each provider in turn; `enter` checks it and returns it with the rest of its row, computed afterwards."""
+    names = list(names)
+    found, ready = left_out(names, asked), {}
+    for name in names if not found else ():
+        try:
+            ready[name] = enter(name)
+        except Exception as error:
+            found[name] = said(error)
+    samplers = {name: clock(call, 1) for name, (call, _) in ready.items()}
+    rounds(samplers, 0.0, least=2, most=2)
+    for name, taken in rounds(samplers, asked.seconds, asked.samples, _MOST).items():
+        found[name] = {**clocks.summary(taken).fields(), **ready[name][1]()}
+    return found
 
 
 def _measure(
@@ -163,7 +182,7 @@ def _enter(
         _synchronize(asked.device)
         seconds = time.perf_counter() - start
         if wrong := reference.exceeds(provider, mode, reference.errors(provider, mode, got)):
-            raise _WrongError(wrong)
+            raise WrongError(wrong)
         del got
         for i in range(1, len(sets)):
             call(i)
@@ -183,7 +202,7 @@ def said(error: Exception) -> dict[str, Any]:
     text = f"{error}".strip().splitlines()[0][:300] if f"{error}".strip() else type(error).__name__
     if isinstance(error, torch.OutOfMemoryError) or "not enough memory" in text:
         return {"status": "oom", "note": text}
-    known = {UnsupportedError: "unsupported", _WrongError: "wrong", _SkippedError: "skipped"}.get(type(error))
+    known = {UnsupportedError: "unsupported", WrongError: "wrong", _SkippedError: "skipped"}.get(type(error))
     return {"status": known or "failed", "note": text if known else f"{type(error).__name__}: {text}"}
 
 

@@ -17,8 +17,8 @@ from tqdm import tqdm
 import interp_nn
 from benchmarks.records.rows import Writer
 from benchmarks.timing import footprint, tolerances
-from benchmarks.timing.clocks import on_events, on_wall, rounds, summary
-from benchmarks.timing.measure import Asked, left_out, said
+from benchmarks.timing.clocks import on_events, on_wall
+from benchmarks.timing.measure import Asked, time_calls
 from benchmarks.timing.problems import Problem, products
 from benchmarks.timing.providers import OURS, UnsupportedError, planned
 from benchmarks.timing.reference_networks import ARCHITECTURES, CLASSES, MLPNetwork, Network, SummaryNetwork
@@ -42,18 +42,12 @@ def _measure(architecture: str, names: Sequence[str], asked: Asked, writer: Writ
     draw = torch.Generator().manual_seed(0)
     images = torch.randn(BATCH, CHANNELS, SIZE, SIZE, generator=draw).to(asked.device)
     target = torch.randint(CLASSES, (BATCH,), generator=draw).to(asked.device)
-    ready: dict[str, _Step] = {}
-    found = left_out(names, asked)
-    for name in [name for name in names if name not in found]:
-        try:
-            ready[name] = _Step(name, architecture, images, target, asked)
-        except Exception as error:
-            found[name] = said(error)
-    clock = on_events if asked.timer == "events" else on_wall
-    samplers = {name: clock(step, 1) for name, step in ready.items()}
-    rounds(samplers, 0.0, least=2, most=2)
-    for name, taken in rounds(samplers, asked.seconds, asked.samples, 500).items():
-        found[name] = {**summary(taken).fields(), **ready[name].facts()}
+
+    def enter(name: str) -> tuple[_Step, Callable[[], dict[str, Any]]]:
+        step = _Step(name, architecture, images, target, asked)
+        return step, step.facts
+
+    found = time_calls(names, enter, on_events if asked.timer == "events" else on_wall, asked)
     features = _width(SummaryNetwork(CHANNELS, SIZE, architecture))
     for name in names:
         writer.write(

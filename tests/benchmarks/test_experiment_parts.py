@@ -150,12 +150,12 @@ def test_steps_are_chosen_by_a_fifth_of_the_fitted():
         (None, "titanic: not found in"),
         ("survived,sex\n1,male", "has no column pclass, age, sibsp, parch, fare, embarked"),
         (HEADER, "has no passenger of known age"),
-        (HEADER + GOOD.replace(",3,", ",4,"), "line 2: survived, pclass and sex are '1', '4', 'male'"),
+        (HEADER + GOOD.replace(",3,", ",4,"), "line 2: pclass is '4', want one of"),
         (HEADER + GOOD + "\n1,3,A,male,30", "line 3: got 5 columns, want 11"),
         (HEADER + GOOD + ",1", "line 2: got 12 columns, want 11"),
         (HEADER + GOOD.replace("T,1,", "T,nan,"), "line 2: fare is 'nan', want a number"),
         (HEADER + GOOD.replace("male,1,", "male,NA,"), "line 2: age is 'NA', want a number"),
-        (HEADER + GOOD.replace(",,S", ",,Z"), "line 2: embarked is 'Z', want S, C, Q or nothing"),
+        (HEADER + GOOD.replace(",,S", ",,Z"), "line 2: embarked is 'Z', want one of"),
     ],
 )
 def test_missing_or_broken_passengers_are_named(tmp_path, capsys, text, message):
