@@ -73,14 +73,11 @@ def run(given: argparse.Namespace) -> int:
     features = trained.head.in_features
     timings = [_timings(*shape, device) for shape in ((BATCH, features, trained.head.out_features), (4096, 512, 64))]
     whole = {
-        "experiment": f"demo-{images.name}",
-        **environment.facts(device),
-        "seeds": list(range(seeds)),
-        "epochs": epochs,
+        "experiment": f"demo-{images.name}", **environment.facts(device), "seeds": list(range(seeds)), "epochs": epochs,
         "seconds": round(time.perf_counter() - start, 1),
         "budget": {"batch": BATCH, "learning_rate": LEARNING_RATE, "train_images": len(images.y_train)},
         "results": {"runs": runs, "gradients": gradients, "timings": timings},
-    }
+    }  # fmt: skip
     spectrum = trained.head.spectrum().cpu().numpy()
     figure, json_file = output / f"demo-{images.name}.png", output / f"demo-{images.name}.json"
     write_json(json_file, whole)

@@ -23,11 +23,9 @@ NAME = "descramble_cifar10"
 TRAINED = "summary_vgg"  # whose checkpoints are used
 STUDY = head_comparison.STUDIES[TRAINED]
 LAYERS = {
-    "first convolution": "body.0",
-    "classifier, layer 1": "head.1",
-    "classifier, layer 2": "head.4",
+    "first convolution": "body.0", "classifier, layer 1": "head.1", "classifier, layer 2": "head.4",
     "classifier, logits": "head.6",
-}
+}  # fmt: skip
 ORDERED = ("first convolution", "classifier, layer 1")
 AT_ONCE = 100  # images
 
@@ -70,11 +68,9 @@ def _layer(fit: Descrambler) -> dict[str, Any]:
     """Return the loss of a fit over that of chance, with its nulls, and its rank."""
     known = fit.ambiguity_
     return {
-        "features": known.features,
-        "rank": known.rank,
-        "error_against_the_bound": fit.check(),
+        "features": known.features, "rank": known.rank, "error_against_the_bound": fit.check(),
         "loss_over_that_of_a_random_P": fit.nulls_._asdict(),
-    }
+    }  # fmt: skip
 
 
 @torch.no_grad()

@@ -149,11 +149,9 @@ def _ordered_hidden(network: DigitsSummary, x: Tensor) -> dict[str, float]:
     return {
         "error_of_logits": common.relative_error(ordered(x), network(x)),
         "loss_over_its_lower_bound": fit.loss_ / fit.lower_bound_,
-        "loss_over_that_of_a_random_order": fit.nulls_.fitted,
-        "held_out": fit.nulls_.held_out,
-        "shuffled": fit.nulls_.shuffled,
-        "untrained": fit.nulls_.random_net,
-    }
+        "loss_over_that_of_a_random_order": fit.nulls_.fitted, "held_out": fit.nulls_.held_out,
+        "shuffled": fit.nulls_.shuffled, "untrained": fit.nulls_.random_net,
+    }  # fmt: skip
 
 
 def _components(fit: Descrambler, values: Tensor) -> Tensor:

@@ -138,11 +138,9 @@ def _convolution(run: common.Run, count: int, seed: int) -> dict[str, Any]:
             shares = _by_frequency(fitted.P_)
             found[f"{name}, layer {layer + 1}"] = {
                 "largest_share": {"least": shares.amax(1).min().item(), "mean": shares.amax(1).mean().item()},
-                "frequencies": shares.argmax(1).tolist(),
-                "frequencies_by_power": _by_power(values),
-                "equal_components": len(fitted.ambiguity_.data_blocks),
-                "nulls": fitted.nulls_._asdict(),
-            }
+                "frequencies": shares.argmax(1).tolist(), "frequencies_by_power": _by_power(values),
+                "equal_components": len(fitted.ambiguity_.data_blocks), "nulls": fitted.nulls_._asdict(),
+            }  # fmt: skip
             axes = panels[layer, column]
             axes.imshow(shares.numpy(), cmap="Greys", vmin=0, vmax=1, aspect="auto", interpolation="nearest")
             axes.set(title=f"{name}, layer {layer + 1}", xlabel="frequency along H", ylabel="mode of D")

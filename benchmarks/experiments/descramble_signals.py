@@ -117,11 +117,9 @@ def _waves(weight: Tensor) -> dict[str, Any]:
     ranks = frequency.argsort().argsort().double()
     order = torch.corrcoef(torch.stack((ranks, torch.arange(len(ranks), dtype=torch.float64))))[0, 1]
     return {
-        "concentration": (best.sum() / energy.sum()).item(),
-        "order": order.item(),
-        "frequencies": frequency.tolist(),
+        "concentration": (best.sum() / energy.sum()).item(), "order": order.item(), "frequencies": frequency.tolist(),
         "energies": (energy / energy.sum()).tolist(),
-    }
+    }  # fmt: skip
 
 
 def _draw(

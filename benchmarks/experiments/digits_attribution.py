@@ -28,12 +28,9 @@ class DigitsCNN(nn.Module):
             nn.Conv2d(1, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU(inplace=True), nn.MaxPool2d(2)
         )
         self.block = nn.Sequential(
-            nn.Conv2d(width, width, 3, padding=1),
-            nn.BatchNorm2d(width),
-            nn.ReLU(inplace=True),
-            nn.Conv2d(width, width, 3, padding=1),
-            nn.BatchNorm2d(width),
-        )
+            nn.Conv2d(width, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU(inplace=True),
+            nn.Conv2d(width, width, 3, padding=1), nn.BatchNorm2d(width),
+        )  # fmt: skip
         self.head = nn.Sequential(nn.Flatten(), nn.Linear(16 * width, 64), nn.ReLU(), nn.Linear(64, 10))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -67,13 +64,11 @@ def main(arguments: list[str]) -> int:
     rows = torch.arange(len(x))
     layers = {name: part.detach() for name, part in linear.bias_by_layer().items()}
     results: dict[str, Any] = {
-        "test_images": len(x),
-        "test_accuracy": (predicted == y).double().mean().item(),
-        "exactness": exact,
+        "test_images": len(x), "test_accuracy": (predicted == y).double().mean().item(), "exactness": exact,
         "error_over_change_by_step": exactness.neighbourhood(network, x),
         "bias": exactness.constants(network, x, predicted, len(x)),
         "deletion": _deletion(network, x, y, contributions[rows, predicted], given.seed),
-    }
+    }  # fmt: skip
     _draw(run, x, y, contributions, layers, predicted, results)
     run.finish({"steps": steps, "batch": BATCH, "learning_rate": LEARNING_RATE}, results)
     return 0
@@ -115,11 +110,9 @@ def _draw(
 ) -> None:  # fmt: skip
     shown = [int((y == digit).nonzero()[0]) for digit in (0, 2, 3, 5, 8, 9)]
     figure = plots.attribution_maps(
-        contributions[shown],
-        x[shown],
-        rows=[f"a {int(y[i])}, called {int(predicted[i])}" for i in shown],
+        contributions[shown], x[shown], rows=[f"a {int(y[i])}, called {int(predicted[i])}" for i in shown],
         columns=[f"logit {k}" for k in range(10)],
-    )
+    )  # fmt: skip
     figure.suptitle("What each pixel adds to each logit")
     run.figure(figure, "maps")
 

@@ -88,11 +88,8 @@ def draw_movement(run: common.Run, x: Tensor, y: Tensor, weight: Tensor) -> None
     """Draw the two images of W (n, 2, 1, h, w) of some points x (n, 1, h, w)."""
     shown = [int((y == digit).nonzero()[0]) for digit in (0, 1, 4, 7, 9) if bool((y == digit).any())]
     figure = plots.attribution_maps(
-        weight[shown].cpu(),
-        x[shown].cpu(),
-        rows=[f"a {int(y[i])}" for i in shown],
-        columns=["first axis", "second axis"],
-        label="movement per unit of ink",
-    )
+        weight[shown].cpu(), x[shown].cpu(), rows=[f"a {int(y[i])}" for i in shown],
+        columns=["first axis", "second axis"], label="movement per unit of ink",
+    )  # fmt: skip
     figure.suptitle("How each pixel moves a digit")
     run.figure(figure, "movement")

@@ -81,12 +81,9 @@ def main(arguments: list[str]) -> int:
     }
     _draw(run, trainer)
     budget = {
-        **recipe._asdict(),
-        "initialisation": "He normal",
-        "minutes": given.minutes,
-        "train_images": len(y_train),
+        **recipe._asdict(), "initialisation": "He normal", "minutes": given.minutes, "train_images": len(y_train),
         "widths": WIDTHS,
-    }
+    }  # fmt: skip
     run.finish(budget, results, recipe.epochs)
     return 0
 

@@ -24,11 +24,9 @@ REGIMES = ("ReLU", "FRNPF (II)", "FRNPF (DI)", "DLNPF", "FLNPF", "DLGN(x)", "DLG
 LEARNING_RATE = 3e-4  # as published, at batches of 32
 # What takes two CPU cores up to 20 minutes.
 BUDGETS = {
-    "digits": Budget(None, None, 10),
-    "mnist": Budget(None, None, 6, seeds=3),
-    "cifar10": Budget(16_000, 2000, 2),
+    "digits": Budget(None, None, 10), "mnist": Budget(None, None, 6, seeds=3), "cifar10": Budget(16_000, 2000, 2),
     "cifar100": Budget(16_000, 2000, 2),
-}
+}  # fmt: skip
 GPU = Budget(None, None, 30, batch=128)
 QUICK = Budget(96, 50, 1)
 # By Adam; GCONV's on CIFAR-10 and the fully connected network's on MNIST.
@@ -71,11 +69,9 @@ def main(arguments: list[str]) -> int:
     results["published_dlgn_over_relu_more_than"] = RECOVERED.get(chosen.name)
     images.draw(run, trainer, published, "regimes", f"{chosen.name}: last epoch; published: best epoch")
     budget = {
-        **images.budget(chosen, recipe, given),
-        "initialisation": "He normal",
-        "network": str(backbone()),
+        **images.budget(chosen, recipe, given), "initialisation": "He normal", "network": str(backbone()),
         "published": "the best of 200 epochs (MNIST 300) on all training images, means of 5 runs",
-    }
+    }  # fmt: skip
     run.finish(budget, results, recipe.epochs)
     return 0
 

@@ -48,19 +48,10 @@ class Variant(NamedTuple):
 
 
 class Study(NamedTuple):
-    """Heads on one body; the first is the base.
+    """Heads on one of `reference_networks.ARCHITECTURES`; the first is the base.
 
-    Attributes:
-        architecture: One of `reference_networks.ARCHITECTURES`.
-        learning_rate: Of Adam.
-        variants: The heads by name.
-        ours: The variant that has to hold the aims below at the full budget.
-        off_base: How far its accuracy may be from the base's, only below it unless `either_way`.
-        either_way: See `off_base`.
-        step_over_base: How long its training step may be, in steps of the base.
-        cpu: The budget on a CPU.
-        gpu: The budget on a GPU.
-        quick: The budget of --quick.
+    `ours` has to hold two aims at the full budget: its accuracy is at most `off_base` from the base's, or below it unless
+    `either_way`, and its training step takes at most `step_over_base` steps of the base.
     """
 
     architecture: str
@@ -221,15 +212,13 @@ def _results(study: Study, trainer: common.Trainer, times: dict[str, clocks.Timi
         scored = [history["accuracy_as_scored"] for history in trainer.of(name, "history")]
         defects = [history["defect"][-1] for history in trainer.of(name, "history") if "defect" in history]
         networks[name] = {
-            **table[name],
-            "last_accuracy_as_scored": common.spread([one[-1] for one in scored]),
+            **table[name], "last_accuracy_as_scored": common.spread([one[-1] for one in scored]),
             "best_accuracy_as_scored": common.spread([max(one) for one in scored]),
             "first_accuracy_as_scored": common.spread([one[0] for one in scored]),
             "defect": common.spread(defects) if defects else None,
-            "published": variant.published and variant.published._asdict(),
-            "step": times[name].fields(),
+            "published": variant.published and variant.published._asdict(), "step": times[name].fields(),
             "step_over_base": times[name].p50 / times[base].p50,
-        }
+        }  # fmt: skip
     epoch, compared = trainer.compared()
     off = compared[study.ours]["mean"] - compared[base]["mean"]
     step = networks[study.ours]["step_over_base"]

@@ -71,12 +71,10 @@ def within(
 def budget(images: datasets.Images, recipe: Recipe, given: argparse.Namespace) -> dict[str, Any]:
     """Return the budget of the trainings for the record."""
     return {
-        **recipe._asdict(),
-        "minutes": given.minutes,
-        "train_images": len(images.y_train),
+        **recipe._asdict(), "minutes": given.minutes, "train_images": len(images.y_train),
         "test_images": len(images.y_test),
         "tf32_in_convolutions": images.x_test.is_cuda and torch.backends.cudnn.allow_tf32,
-    }
+    }  # fmt: skip
 
 
 def accuracy_on(images: datasets.Images) -> Callable[[nn.Module], dict[str, float]]:

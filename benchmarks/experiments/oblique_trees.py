@@ -11,11 +11,12 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from matplotlib import pyplot as plt
 from torch import Tensor, nn
 
-from benchmarks.experiments import common, oblique
+from benchmarks.experiments import common
 from benchmarks.experiments.gating_regimes import relu_mlp
 from benchmarks.experiments.training import Recipe, accuracy
 from interp_nn.explain import plots
@@ -45,10 +46,63 @@ PUBLISHED = {
 }
 
 
+DEPTH = 4
+SIZES = {"SDI": (20, 40_000), "SDII": (100, 60_000), "SDIII": (500, 100_000)}
+SEED = 365  # of the published data
+
+
+class Oblique(NamedTuple):
+    """Points (n, d) with labels 0 or 1 (n,), fp32, for training and testing, and the tree's unit normals (15, d) fp64."""
+
+    name: str
+    x_train: Tensor
+    y_train: Tensor
+    x_test: Tensor
+    y_test: Tensor
+    normals: Tensor
+
+
+def load(name: str, *, points: int | None = None, seed: int = SEED) -> Oblique:
+    """Draw SDI, SDII or SDIII: half for training, the last quarter for testing (the third is for validation, and not used).
+
+    points: how many in all, for less than the published number. seed: of tree and points; 365 draws the published ones.
+    Raises ValueError for another name or fewer than 4 points.
+    """
+    if name not in SIZES:
+        raise ValueError(f"name: got {name!r}, want one of {', '.join(SIZES)}")
+    dim, published = SIZES[name]
+    n = published if points is None else points
+    if n < 4:
+        raise ValueError(f"points: got {n}, want at least 4")
+    random = np.random.RandomState(seed)
+    normals = torch.from_numpy(_on_sphere(random, 2**DEPTH - 1, dim))
+    x = torch.from_numpy(_on_sphere(random, n, dim))
+    y = labels(x, normals)
+    x, y = x.float(), y.float()
+    return Oblique(name, x[: n // 2], y[: n // 2], x[n - n // 4 :], y[n - n // 4 :], normals)
+
+
+def labels(x: Tensor, normals: Tensor) -> Tensor:
+    """Return the label of each point (n,) int64 from a complete tree of unit normals (2^depth - 1, d), level by level.
+
+    A node sends the points with u·x > 0 to its second child; a leaf that is a first child has label 1, a second child 0.
+    """
+    right = (x @ normals.T > 0).long()
+    node = x.new_zeros(len(x), dtype=torch.int64)
+    while bool((node < len(normals)).any()):
+        node = 2 * node + 1 + right.gather(1, node.unsqueeze(1)).squeeze(1)
+    return node % 2
+
+
+def _on_sphere(random: np.random.RandomState, n: int, dim: int) -> np.ndarray[tuple[int, int], np.dtype[np.float64]]:
+    points = random.standard_normal((n, dim))
+    return points / np.linalg.norm(points, axis=1, keepdims=True)
+
+
 def main(arguments: list[str]) -> int:
     """Run the command line and return the exit status."""
     options = common.training_parser(NAME, __doc__)
-    options.add_argument("--datasets", nargs="+", choices=list(oblique.SIZES), default=list(oblique.SIZES))
+    options.add_argument("--datasets", nargs="+", choices=list(SIZES), default=list(SIZES))
     given = options.parse_args(arguments)
     given.seeds = given.seeds or (1 if given.quick else 3)
     run = common.Run(NAME, given)
@@ -59,12 +113,10 @@ def main(arguments: list[str]) -> int:
     results = {name: _summary(name, trainer) for name in given.datasets}
     _draw_accuracy(run, trainer)
     budget = {
-        "minutes": given.minutes,
-        "batches_an_epoch": BATCHES,
-        "published_epochs": 1500,
+        "minutes": given.minutes, "batches_an_epoch": BATCHES, "published_epochs": 1500,
         "published": {name: {net: known._asdict() for net, known in PUBLISHED[name].items()} for name in results},
         "hidden_of_the_relu_network": HIDDEN,
-    }
+    }  # fmt: skip
     # Hundreds of epochs each: their histories would be most of the record.
     trainings = [{key: value for key, value in row.items() if key != "history"} for row in trainer.rows]
     run.finish(budget, {**results, "trainings": trainings}, epochs)
@@ -74,7 +126,7 @@ def main(arguments: list[str]) -> int:
 def _train(name: str, epochs: int, trainer: common.Trainer, run: common.Run) -> None:
     """Train networks on the published data and, from further seeds, on other such trees; compare their gates with the trees."""
     for seed in range(run.given.seeds):
-        data = oblique.load(name, points=4000 if run.given.quick else None, seed=oblique.SEED + seed)
+        data = load(name, points=4000 if run.given.quick else None, seed=SEED + seed)
         data = data._replace(**{part: getattr(data, part).to(run.given.device) for part in data._fields[1:]})
         normals: dict[str, Tensor] = {}
         for network, build, rate in _networks(name):
@@ -93,7 +145,7 @@ def _train(name: str, epochs: int, trainer: common.Trainer, run: common.Run) -> 
 
 def _networks(name: str) -> list[tuple[str, Callable[[], nn.Module], float]]:
     """Return names, builders and learning rates."""
-    dim = oblique.SIZES[name][0]
+    dim = SIZES[name][0]
 
     def gated(kind: str, known: Gated) -> nn.Module:
         gating = "shallow" if kind == "DLGN-SF" else "linear"
@@ -108,23 +160,21 @@ def _loss(network: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     return nn.functional.binary_cross_entropy_with_logits(network(x).squeeze(1), y)
 
 
-def _measure(data: oblique.Oblique, network: nn.Module) -> dict[str, float]:
+def _measure(data: Oblique, network: nn.Module) -> dict[str, float]:
     return {"accuracy": accuracy(network, data.x_test, data.y_test, batch=10_000)}
 
 
-def _gates(network: DLGN, found: Tensor, data: oblique.Oblique) -> dict[str, Any]:
+def _gates(network: DLGN, found: Tensor, data: Oblique) -> dict[str, Any]:
     """Compare the gates' hyperplanes with the tree's and with chance; return their sharpness and the accuracy with hard gates."""
     chance = torch.randn(found.shape, generator=torch.Generator().manual_seed(0), dtype=found.dtype).to(found.device)
     best = _best_cosines(found, data.normals)
     hard = copy.deepcopy(network)
     hard.gate = HardGate()
     return {
-        "found": int((best >= LEVEL).sum()),
-        "best_cosines": best.tolist(),
+        "found": int((best >= LEVEL).sum()), "best_cosines": best.tolist(),
         "mean_best_cosine_of_random_gates": _best_cosines(chance, data.normals).mean().item(),
-        "sharpness": network.gate_sharpness(data.x_test),
-        "accuracy_with_hard_gates": _measure(data, hard)["accuracy"],
-    }
+        "sharpness": network.gate_sharpness(data.x_test), "accuracy_with_hard_gates": _measure(data, hard)["accuracy"],
+    }  # fmt: skip
 
 
 def _best_cosines(found: Tensor, truth: Tensor) -> Tensor:

@@ -38,15 +38,12 @@ class Full(NamedTuple):
 
 _BATCH = " at batch 128, where {} at batch 32 are published"
 FULL = {
-    "summary_vgg": Full(15, 50_000),
-    "summary_cnn": Full(15, 50_000),
+    "summary_vgg": Full(15, 50_000), "summary_cnn": Full(15, 50_000),
     "gated_images-mnist": Full(30, 60_000, more=_BATCH.format(300)),
     "gated_images-cifar10": Full(30, 50_000, more=_BATCH.format(200)),
-    "gated_images-cifar100": Full(30, 50_000, more=_BATCH.format(200)),
-    "linearize_cifar10": Full(15, 50_000),
-    "descramble_cifar10": Full(15, 50_000),
-    "mnist_tsne": Full(100, 60_000, batch=500),
-}
+    "gated_images-cifar100": Full(30, 50_000, more=_BATCH.format(200)), "linearize_cifar10": Full(15, 50_000),
+    "descramble_cifar10": Full(15, 50_000), "mnist_tsne": Full(100, 60_000, batch=500),
+}  # fmt: skip
 
 
 def read(root: Path = environment.ROOT / "benchmarks" / "results") -> list[Record]:

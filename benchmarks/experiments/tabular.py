@@ -14,17 +14,13 @@ from torch.nn import functional
 # sex and age, in the order of _CLASSES.
 _CLASSES = ("1st", "2nd", "3rd", "crew")
 _DIED = {
-    ("male", "child"): (0, 0, 35, 0),
-    ("female", "child"): (0, 0, 17, 0),
-    ("male", "adult"): (118, 154, 387, 670),
+    ("male", "child"): (0, 0, 35, 0), ("female", "child"): (0, 0, 17, 0), ("male", "adult"): (118, 154, 387, 670),
     ("female", "adult"): (4, 13, 89, 3),
-}
+}  # fmt: skip
 _SURVIVED = {
-    ("male", "child"): (5, 11, 13, 0),
-    ("female", "child"): (1, 13, 14, 0),
-    ("male", "adult"): (57, 14, 75, 192),
+    ("male", "child"): (5, 11, 13, 0), ("female", "child"): (1, 13, 14, 0), ("male", "adult"): (57, 14, 75, 192),
     ("female", "adult"): (140, 80, 76, 20),
-}
+}  # fmt: skip
 
 
 class Table(NamedTuple):

@@ -103,11 +103,8 @@ def _passenger(row: dict[str | Any, str | Any], place: str) -> list[float]:
         got = fields + len(more) - list(row.values()).count(None)
         raise ValueError(f"{place}: got {got} columns, want {fields}")
     known = {
-        "survived": ("0", "1"),
-        "pclass": ("1", "2", "3"),
-        "sex": ("male", "female"),
-        "embarked": ("S", "C", "Q", ""),
-    }
+        "survived": ("0", "1"), "pclass": ("1", "2", "3"), "sex": ("male", "female"), "embarked": ("S", "C", "Q", ""),
+    }  # fmt: skip
     for name, values in known.items():
         if row[name] not in values:
             raise ValueError(f"{place}: {name} is {row[name]!r}, want one of {values}")
@@ -130,11 +127,9 @@ def _number(row: dict[str, str], name: str, place: str) -> float:
 
 
 def _fit(
-    network: nn.Sequential,
-    table: tabular.Table,
-    steps: int,
+    network: nn.Sequential, table: tabular.Table, steps: int,
     progress: Callable[[Iterable[int]], Iterable[int]] = lambda steps: tqdm(steps, desc="training"),
-) -> None:
+) -> None:  # fmt: skip
     tabular.train(network, table, loss=LOSS, steps=steps, learning_rate=LEARNING_RATE, progress=progress)
     network.eval()
 

@@ -33,9 +33,7 @@ FACTORS: dict[str, Mapping[str, Sequence[Any]]] = {
 class Case(NamedTuple):
     """One computation (a key of FACTORS) in one mode and layout of b, for each number of rows in turn.
 
-    Attributes:
-        wanted: The inputs whose gradients are computed (with "bias" the summary has one), or the outputs of a pair.
-        m: The classes of a head.
+    wanted: the inputs whose gradients are computed (with "bias" the summary has one), or the outputs of a pair. m: classes.
     """
 
     what: str

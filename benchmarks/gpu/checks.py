@@ -116,13 +116,10 @@ def setup(case: Case, n: int, device: torch.device) -> Setup:
     if case.what.endswith("pair"):
         places = [("projection", "summary").index(name) for name in wanted]
         return Setup(
-            inputs,
-            lambda x, b: [functional.summary_pair(x, b)[i] for i in places],
-            lambda x, b: [tolerances.naive_pair(x, b)[i] for i in places],
-            [randn(n, k) for _ in places],
-            wanted,
+            inputs, lambda x, b: [functional.summary_pair(x, b)[i] for i in places],
+            lambda x, b: [tolerances.naive_pair(x, b)[i] for i in places], [randn(n, k) for _ in places], wanted,
             ["x", "b"],
-        )
+        )  # fmt: skip
     return _loss_setup(case, inputs, wanted, randn, draw)
 
 
@@ -139,25 +136,19 @@ def _loss_setup(
     upstream = (randn(n) if case.reduction == "none" else randn()).abs() + 0.5
     if case.what == "pair_loss":
         return Setup(
-            inputs,
-            lambda x, b: [functional.summary_cross_entropy(x, b, target, **given)],
-            lambda x, b: [tolerances.naive_cross_entropy(x, b, target, **given)],
-            [upstream],
-            ["loss"],
+            inputs, lambda x, b: [functional.summary_cross_entropy(x, b, target, **given)],
+            lambda x, b: [tolerances.naive_cross_entropy(x, b, target, **given)], [upstream], ["loss"],
             [name for name in wanted if name in inputs],
-        )
+        )  # fmt: skip
     assert case.m is not None
     inputs["a"] = randn(case.m, k) / k**0.5
     if case.bias:
         inputs["c"] = randn(case.m)
     return Setup(
-        inputs,
-        lambda x, b, a, c=None: [functional.summary_head_cross_entropy(x, b, a, c, target, **given)],
-        lambda x, b, a, c=None: [tolerances.naive_head_cross_entropy(x, b, a, c, target, **given)],
-        [upstream],
-        ["loss"],
-        [name for name in wanted if name in inputs],
-    )
+        inputs, lambda x, b, a, c=None: [functional.summary_head_cross_entropy(x, b, a, c, target, **given)],
+        lambda x, b, a, c=None: [tolerances.naive_head_cross_entropy(x, b, a, c, target, **given)], [upstream],
+        ["loss"], [name for name in wanted if name in inputs],
+    )  # fmt: skip
 
 
 def evaluate(

@@ -21,14 +21,7 @@ BAD = ("wrong", "failed")  # the statuses that make the job fail; the others are
 
 
 class Log(rows.Writer):
-    """The lines of one part, written as they come.
-
-    Args:
-        path: The file of JSON lines.
-        part: The name of the part.
-        seconds: How long the part may take.
-        shared: Further fields of every line.
-    """
+    """The lines of one part, written as they come, within `seconds`; all have the `shared` fields."""
 
     def __init__(self, path: Path, part: str, seconds: float, shared: Mapping[str, Any]) -> None:
         super().__init__(path, {"part": part, **shared})

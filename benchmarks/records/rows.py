@@ -43,12 +43,7 @@ def common(device: str = "cpu", revision: str | None = None) -> Row:
 
 
 class Writer:
-    """Append rows to a file as they come, so that an interrupted run keeps its rows; keep them in memory too.
-
-    Args:
-        path: The file of JSON lines, or None for memory alone.
-        shared: The fields of every row, from `common`.
-    """
+    """Append rows with `shared` fields to a file as they come, so that an interrupted run keeps them; keep them in memory too."""
 
     def __init__(self, path: Path | None, shared: Mapping[str, Any]) -> None:
         self.path, self.rows, self._shared = path, list[Row](), dict(shared)

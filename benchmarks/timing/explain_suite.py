@@ -111,12 +111,10 @@ def _measure(
         def facts() -> dict[str, Any]:
             off = error(call())
             return {
-                "err_fro": off,
-                "peak_delta_mb": footprint.peak_bytes(call, asked.device)[0] / 1e6,
-                "launches": footprint.launches(call, asked.device),
-                "status": "ok" if off <= limit else "wrong",
+                "err_fro": off, "peak_delta_mb": footprint.peak_bytes(call, asked.device)[0] / 1e6,
+                "launches": footprint.launches(call, asked.device), "status": "ok" if off <= limit else "wrong",
                 "note": None if off <= limit else f"after timing: relative error {off:.2g}",
-            }
+            }  # fmt: skip
 
         return call, facts
 

@@ -33,18 +33,10 @@ _PATIENCE = 6  # times the seconds of a run, after which three rounds are enough
 
 
 class Asked(NamedTuple):
-    """How to measure.
+    """How to measure: with one of the device's TIMERS, and with `cold` on sets of inputs that the last cache does not hold.
 
-    Attributes:
-        device: The device.
-        timer: One of the device's TIMERS.
-        cold: Use sets of inputs in turn that the last cache does not hold.
-        engine: The engine of the provider "ours".
-        seconds: The length of one run, longer where `samples` rounds take longer.
-        samples: The fewest rounds, fewer for slow calls.
-        call_limit: Seconds of a call beyond which a provider is left out.
-        limit: After it, problems and modes are skipped.
-        profile: Count launches on a GPU, which takes a profile of each provider.
+    One run has `seconds`, more where `samples` rounds take longer, and fewer rounds of slow calls. A provider whose call takes
+    more than `call_limit` seconds is left out. After `limit` problems and modes are skipped. `profile` counts launches on a GPU.
     """
 
     device: torch.device

@@ -30,12 +30,10 @@ KERNELS = {"kernel-triton": "triton", "kernel-cuda": "cuda"}
 
 # y of x (n, d) and b (d, k), by the order in which the products are formed.
 ASSOCIATIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "assoc-a": lambda x, b: (x @ b) @ (b.mT @ b),
-    "assoc-b": lambda x, b: x @ (b @ (b.mT @ b)),
-    "assoc-c": lambda x, b: ((x @ b) @ b.mT) @ b,
-    "assoc-d": lambda x, b: (x @ (b @ b.mT)) @ b,
+    "assoc-a": lambda x, b: (x @ b) @ (b.mT @ b), "assoc-b": lambda x, b: x @ (b @ (b.mT @ b)),
+    "assoc-c": lambda x, b: ((x @ b) @ b.mT) @ b, "assoc-d": lambda x, b: (x @ (b @ b.mT)) @ b,
     "assoc-e": lambda x, b: x @ ((b @ b.mT) @ b),
-}
+}  # fmt: skip
 # The same from p = x b, which a loss of the pair computes anyway.
 _WITH_P: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "assoc-a": lambda p, x, b: p @ (b.mT @ b),
@@ -55,10 +53,6 @@ INVERSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "inverse-lstsq": lambda x, b: torch.linalg.lstsq(b, x.mT).solution.mT,
 }
 
-NAMES = (
-    *OURS, *KERNELS, "linear",
-    "unfused", *ASSOCIATIONS, "best-eager", "compile", "graphed", "multi-dot", *INVERSES, "orthogonal", "cached",
-)  # fmt: skip
 ABOUT = {
     "ours": "interp_nn, by the engine that it chooses itself or that --engine names",
     "ours-eager": "interp_nn's PyTorch products", "ours-triton": "interp_nn's Triton kernels",
@@ -77,6 +71,7 @@ ABOUT = {
     "orthogonal": "nn.Linear with torch's orthogonal parametrization",
     "cached": "nn.Linear with the effective weight b (bᵀb), kept: inference only",
 }  # fmt: skip
+NAMES = tuple(ABOUT)
 
 
 # The backward of "orthogonal" updates a matrix for each column: over a minute at d = 4096, k = 256 on a CPU.
@@ -88,17 +83,11 @@ class UnsupportedError(Exception):
 
 
 class Provider(NamedTuple):
-    """A provider of one problem.
+    """A provider of one problem: its output (y, or the loss) for the i-th set of inputs, and the leaves of its gradients.
 
-    Attributes:
-        output: The output (y, or the loss) for the i-th set of inputs.
-        leaves: The tensors of the i-th set that gradients are taken of.
-        family: Providers of a family compute the same function.
-        plain: The same function in PyTorch at the same precision, whose error sets the tolerance.
-        exact: Returns the function in fp64 and its leaves.
-        engine: The engine of interp_nn that is in use meanwhile, None for a baseline.
-        plan: The plan as text.
-        direct: Computes all results of the i-th set without autograd, instead of `output` and its gradients.
+    Providers of a `family` compute the same function. `plain` is that function in PyTorch at the same precision, whose error
+    sets the tolerance; `exact` returns it in fp64, with its leaves. `engine` is in use meanwhile, None for a baseline. `direct`
+    computes all results of a set without autograd.
     """
 
     output: Callable[[int], Tensor]

@@ -1,4 +1,4 @@
-"""The parts of experiments: measures, attributions, networks of the papers, and passengers as they are read."""
+"""The parts of experiments: measures, networks of the papers, and passengers as they are read."""
 
 import math
 
@@ -8,9 +8,9 @@ from captum.attr import InputXGradient, IntegratedGradients
 from torch import nn
 
 from benchmarks.experiments import (
-    attributions,
     gating_regimes,
     head_comparison,
+    linearize_cifar10,
     tabular,
     titanic,
 )
@@ -27,10 +27,10 @@ def test_attributions_are_captums():
     network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(36, 5)).double()
     x, target = torch.randn(6, 3, 8, 8, dtype=torch.float64), torch.arange(6) % 5
     expected = InputXGradient(network).attribute(x.clone().requires_grad_(), target=target)
-    for method in (attributions.exact, attributions.gradient_times_input):
+    for method in (linearize_cifar10.exact, linearize_cifar10.gradient_times_input):
         torch.testing.assert_close(method(network, x, target), expected.detach())
     path = IntegratedGradients(network).attribute(x, target=target, n_steps=32, method="riemann_middle")
-    torch.testing.assert_close(attributions.integrated_gradients(network, x, target), path)
+    torch.testing.assert_close(linearize_cifar10.integrated_gradients(network, x, target), path)
 
 
 def test_curves_know_a_good_order():
@@ -42,7 +42,7 @@ def test_curves_know_a_good_order():
 
     x, target = torch.ones(3, 1, 2, 2), torch.zeros(3, dtype=torch.long)
     scores = torch.tensor([[4.0, 3], [2, 1]]).expand(3, 2, 2)
-    good, bad = (attributions.curves(Corner(), x, target, s, [0, 0.25, 0.5, 0.75, 1]) for s in (scores, -scores))
+    good, bad = (linearize_cifar10.curves(Corner(), x, target, s, [0, 0.25, 0.5, 0.75, 1]) for s in (scores, -scores))
     sure = torch.tensor(10.0).sigmoid().item()
     assert good["deletion"].probability == pytest.approx([sure, 0.5, 0.5, 0.5, 0.5])
     assert good["insertion"].probability == pytest.approx([0.5, sure, sure, sure, sure])

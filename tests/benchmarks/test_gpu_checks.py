@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from gpu_stand_ins import BOTH, CPU, H100, admitting
+from gpu_stand_ins import BOTH, CPU, admitting
 
 import interp_nn
 from benchmarks.gpu import cases, checks, job_table, kernels, runs
@@ -29,12 +29,8 @@ def test_every_two_levels_meet_in_some_case_of_every_process():
             assert met == set(itertools.product(factors[one], factors[other])), (one, other)
     code = "from benchmarks.gpu import cases; print(cases.covering(cases.FACTORS['flat'], tries=2))"
     run = {
-        "cwd": ROOT,
-        "env": {**os.environ, "PYTHONHASHSEED": "17"},
-        "capture_output": True,
-        "text": True,
-        "check": True,
-    }
+        "cwd": ROOT, "env": {**os.environ, "PYTHONHASHSEED": "17"}, "capture_output": True, "text": True, "check": True,
+    }  # fmt: skip
     other = subprocess.run([sys.executable, "-c", code], **run)
     assert other.stdout.strip() == str(cases.covering(cases.FACTORS["flat"], tries=2))
 
@@ -100,21 +96,6 @@ def test_unsupported_problems_are_counted(log, lines, any_engine, monkeypatch):
         ("skipped", why["cuda"])
     }
     assert f"skipped: part: {len(skipped)} (cuda: not this one)" in job_table.table(lines())
-
-
-def test_which_engines_are_on_and_for_which_problems(monkeypatch):
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    assert kernels.at_hand("cpu") == ()
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    for engine in BOTH:
-        monkeypatch.setitem(engines._reasons, engine, None)
-    assert kernels.at_hand("cpu") == ("triton",) and kernels.at_hand("cuda") == BOTH
-    monkeypatch.setattr(kernels, "chip_of", lambda device: H100)
-    problem = torch.device("cuda"), torch.bfloat16, 9, 6
-    assert all(kernels.unsupported_reason(engine, *problem, 3) is None for engine in BOTH)
-    assert kernels.unsupported_reason("cuda", *problem, 200).startswith("cuda: its kernels have at most 128 columns")
-    monkeypatch.setitem(engines._reasons, "cuda", "no library")
-    assert kernels.reasons("cuda") == {"triton": None, "cuda": "no library"}
 
 
 @pytest.mark.parametrize(

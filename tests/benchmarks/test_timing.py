@@ -15,7 +15,6 @@ from benchmarks.timing import (
     compare,
     explain_suite,
     footprint,
-    host,
     measure,
     operator_suite,
     problems,
@@ -283,18 +282,6 @@ def test_memory_is_counted():
     assert peak == 80_000 and torch.equal(result, (x @ w) @ w)
     assert footprint.saved_bytes(lambda: (x @ w) @ w, (x, w)) == 40_000
     assert footprint.saved_bytes(lambda: x @ w, (x, w)) == 0
-
-
-def test_host_times_layers_beside_their_products(monkeypatch):
-    monkeypatch.setattr(host, "_SECONDS", 0.0)
-    layer = host._layers()
-    for mode, above in layer["above by hand"].items():
-        ours, by_hand = (layer["median"][f"{name}, {mode}"] for name in ("SummaryLinear", "by hand"))
-        assert above == pytest.approx(ours - by_hand, abs=0.011)
-    assert "forward and backward, above by hand" in host.table({"median": {"engine: forward": 1.25}, "layer": layer})
-    by_hand, plain, x = host._ByHand(7, 3), host.SummaryLinear(7, 3), torch.randn(5, 7)
-    plain.load_state_dict(by_hand.state_dict())
-    torch.testing.assert_close(by_hand(x), plain(x))
 
 
 # Commands
