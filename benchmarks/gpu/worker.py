@@ -229,17 +229,18 @@ def _lost(device: torch.device, log: Log, name: str) -> bool:
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line and return the exit status."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.worker", description=__doc__)
-    parser.add_argument("part", choices=PARTS)
-    parser.add_argument("--log", type=Path, required=True)
-    parser.add_argument("--seconds", type=float, required=True)
-    parser.add_argument("--output", type=Path, default=Path("."))
-    parser.add_argument("--device", default="cuda")
-    parser.add_argument("--engines", help="separated by commas (default: the engines with kernels that are on)")
-    parser.add_argument("--share", default="0/1", help="i/n: every n-th step, from the i-th on")
-    parser.add_argument("--first", type=int, default=0, help="the first step of the share to run")
-    parser.add_argument("--position", type=Path)
-    parser.add_argument("--revision")
-    parser.add_argument("--tiny", action="store_true")
+    add = parser.add_argument
+    add("part", choices=PARTS)
+    for name, kind in (("--log", Path), ("--seconds", float)):
+        add(name, type=kind, required=True)
+    add("--output", type=Path, default=Path("."))
+    add("--device", default="cuda")
+    add("--engines", help="separated by commas (default: the engines with kernels that are on)")
+    add("--share", default="0/1", help="i/n: every n-th step, from the i-th on")
+    add("--first", type=int, default=0, help="the first step of the share to run")
+    add("--position", type=Path)
+    add("--revision")
+    add("--tiny", action="store_true")
     given = parser.parse_args(arguments)
     warnings.simplefilter("ignore")
     if given.device == "cpu" and devices.interpreting():

@@ -9,17 +9,11 @@ from typing import Any
 from benchmarks.records.report import COLUMNS, Column, Problems, ratio
 from benchmarks.records.rows import Row, grouped
 
+_MODES = ("infer", "fwd", "bwd", "fwdbwd")
 _COLOURS = {
-    "ours": "#0b5fa5",
-    "ours-triton": "#4c9be8",
-    "ours-cuda": "#7fc6a4",
-    "linear": "#222222",
-    "unfused": "#d1495b",
-    "best-eager": "#edae49",
-    "compile": "#8d6a9f",
-    "inverse-cholesky": "#a0a0a0",
-    "orthogonal": "#c8b6a6",
-}
+    "ours": "#0b5fa5", "ours-triton": "#4c9be8", "ours-cuda": "#7fc6a4", "linear": "#222222", "unfused": "#d1495b",
+    "best-eager": "#edae49", "compile": "#8d6a9f", "inverse-cholesky": "#a0a0a0", "orthogonal": "#c8b6a6",
+}  # fmt: skip
 
 
 def draw(rows: Sequence[Row], folder: Path) -> list[Path]:
@@ -37,8 +31,8 @@ def draw(rows: Sequence[Row], folder: Path) -> list[Path]:
         "latency": lambda axis: _latency(axis, problems),
         "to-linear": lambda axis: _ratios(axis, problems, COLUMNS[0]),
         "to-unfused": lambda axis: _ratios(axis, problems, COLUMNS[1]),
-        "speed-of-light": lambda axis: _bars(axis, problems, "sol_frac", "share of the measured speed of light"),
-        "memory": lambda axis: _bars(axis, problems, "peak_delta_mb", "MB held besides the inputs, at most"),
+        "speed-of-light": lambda axis: _fields(axis, problems, "sol_frac", "share of the measured speed of light"),
+        "memory": lambda axis: _fields(axis, problems, "peak_delta_mb", "MB held besides the inputs, at most"),
     }
     folder.mkdir(parents=True, exist_ok=True)
     written = []
@@ -64,11 +58,6 @@ def _of(problems: Problems, mode: str) -> Problems:
         for key, found in problems.items()
         if key[:2] == ("summary", mode) and any(row["ms_p50"] for row in found.values())
     }
-
-
-def _label(key: tuple[Any, ...], dtypes: int) -> str:
-    sizes = ", ".join(str(size) for size in key[3:7] if size is not None)
-    return f"{sizes}\n{key[2]}" if dtypes > 1 else sizes
 
 
 def _latency(axis: Any, problems: Problems) -> bool:
@@ -103,32 +92,34 @@ def _latency(axis: Any, problems: Problems) -> bool:
     return bool(timed)
 
 
+def _bars(axis: Any, keys: Sequence[tuple[Any, ...]], heights: dict[str, list[float]]) -> None:
+    """Draw a group of bars for each problem, (dtype, n, d, k, m, ...), a bar for each name."""
+    for i, (name, values) in enumerate(heights.items()):
+        at = [j + 0.84 * (i + 0.5) / len(heights) - 0.42 for j in range(len(keys))]
+        axis.bar(at, values, 0.84 / len(heights), label=name, color=_COLOURS.get(name, f"C{i}"))
+    sizes = [", ".join(str(size) for size in key[1:5] if size is not None) for key in keys]
+    several = len({key[0] for key in keys}) > 1
+    labels = [f"{size}{chr(10)}{key[0]}" if several else size for size, key in zip(sizes, keys, strict=True)]
+    axis.set_xticks(range(len(keys)), labels, fontsize=8)
+
+
 def _ratios(axis: Any, problems: Problems, column: Column) -> bool:
-    """Draw a ratio for every problem, a group of bars for each mode."""
-    modes = [mode for mode in ("infer", "fwd", "bwd", "fwdbwd") if _of(problems, mode)]
-    keys = list(dict.fromkeys(key[2:] for mode in modes for key in _of(problems, mode)))
-    dtypes = len({key[0] for key in keys})
-    for i, mode in enumerate(modes):
-        found = {key[2:]: ratio(rows, column) for key, rows in _of(problems, mode).items()}
-        at = [j + 0.8 * (i + 0.5) / len(modes) - 0.4 for j in range(len(keys))]
-        axis.bar(at, [found.get(key) or 0 for key in keys], 0.8 / len(modes), label=mode, color=f"C{i}")
+    """Draw a ratio for every problem, a bar for each mode."""
+    by_mode = {mode: {key[2:]: ratio(f, column) for key, f in _of(problems, mode).items()} for mode in _MODES}
+    keys = list(dict.fromkeys(key for found in by_mode.values() for key in found))
+    _bars(axis, keys, {mode: [found.get(key) or 0 for key in keys] for mode, found in by_mode.items() if found})
     axis.axhline(1, color="black", linewidth=0.8)
-    axis.set_xticks(range(len(keys)), [_label((None, None, *key), dtypes) for key in keys], fontsize=8)
     axis.set(ylabel=column.title, title=f"Summary: {column.title} ({'less' if column.below_one else 'more'} is better)")
     return bool(keys)
 
 
-def _bars(axis: Any, problems: Problems, field: str, title: str) -> bool:
+def _fields(axis: Any, problems: Problems, field: str, title: str) -> bool:
     """Draw a field of every provider's rows of forward and backward."""
     timed = _of(problems, "fwdbwd")
-    names = [name for name in _COLOURS if any(name in found and found[name][field] for found in timed.values())]
-    dtypes = len({key[2] for key in timed})
-    for i, name in enumerate(names):
-        at = [j + 0.84 * (i + 0.5) / len(names) - 0.42 for j in range(len(timed))]
-        heights = [(found[name][field] or 0) if name in found else 0 for found in timed.values()]
-        axis.bar(at, heights, 0.84 / len(names), label=name, color=_COLOURS[name])
-    axis.set_xticks(range(len(timed)), [_label(key, dtypes) for key in timed], fontsize=8)
+    heights = {name: [found.get(name, {}).get(field) or 0 for found in timed.values()] for name in _COLOURS}
+    heights = {name: values for name, values in heights.items() if any(values)}
+    _bars(axis, [key[2:] for key in timed], heights)
     axis.set(ylabel=title, title="Summary, forward + backward")
     if field == "peak_delta_mb":
         axis.set_yscale("log")
-    return bool(names)
+    return bool(heights)

@@ -1,4 +1,4 @@
-"""The parts of experiments: measures, networks of the papers, and passengers as they are read."""
+"""The parts of experiments: measures, networks of the papers, passengers as they are read, and made data."""
 
 import math
 
@@ -11,11 +11,16 @@ from benchmarks.experiments import (
     gating_regimes,
     head_comparison,
     linearize_cifar10,
+    oblique_trees,
+    signals,
     tabular,
     titanic,
 )
+from benchmarks.experiments.descent import descend
 from benchmarks.timing import reference_networks
 from interp_nn.convert import head_from_reference
+from interp_nn.explain.descramble.brockett import brockett_min
+from interp_nn.explain.descramble.derivatives import derivative_operator
 from interp_nn.nn import SummaryHead
 from interp_nn.nn.gated.gates import HardGate
 
@@ -31,23 +36,6 @@ def test_attributions_are_captums():
         torch.testing.assert_close(method(network, x, target), expected.detach())
     path = IntegratedGradients(network).attribute(x, target=target, n_steps=32, method="riemann_middle")
     torch.testing.assert_close(linearize_cifar10.integrated_gradients(network, x, target), path)
-
-
-def test_curves_know_a_good_order():
-    """A network of which one pixel decides."""
-
-    class Corner(nn.Module):
-        def forward(self, x):
-            return torch.stack((10 * x[:, 0, 0, 0], torch.zeros(len(x))), 1)
-
-    x, target = torch.ones(3, 1, 2, 2), torch.zeros(3, dtype=torch.long)
-    scores = torch.tensor([[4.0, 3], [2, 1]]).expand(3, 2, 2)
-    good, bad = (linearize_cifar10.curves(Corner(), x, target, s, [0, 0.25, 0.5, 0.75, 1]) for s in (scores, -scores))
-    sure = torch.tensor(10.0).sigmoid().item()
-    assert good["deletion"].probability == pytest.approx([sure, 0.5, 0.5, 0.5, 0.5])
-    assert good["insertion"].probability == pytest.approx([0.5, sure, sure, sure, sure])
-    assert bad["deletion"].probability == pytest.approx([sure, sure, sure, sure, 0.5])
-    assert good["deletion"].area == pytest.approx(0.5 + (sure - 0.5) / 8) and good["deletion"].standard_error == 0
 
 
 # Networks
@@ -163,3 +151,47 @@ def test_missing_or_broken_passengers_are_named(tmp_path, capsys, text, message)
         (tmp_path / "titanic.csv").write_text(text)
     assert titanic.main(["--data", str(tmp_path), "--output", str(tmp_path)]) == 2
     assert message in capsys.readouterr().err
+
+
+# Made data
+
+
+def test_a_tree_has_haar_wavelets_for_modes():
+    tree = signals.tree(3)
+    assert tree.shape == (15, 8) and tree.sum(1).tolist() == [8, 4, 4, *[2] * 4, *[1] * 8]
+    halves = torch.tensor([1.0] * 4 + [-1.0] * 4).double()
+    torch.testing.assert_close(tree.mT @ (tree @ halves), 7 * halves)
+
+
+def test_the_dipolar_kernel_is_the_powder_average():
+    t, r = torch.tensor([-0.3, 0.0, 0.01, 0.5, 2.0]).double(), torch.tensor([1.5, 2.5, 6.0]).double()
+    x = (torch.arange(40_000).double() + 0.5) / 40_000
+    phase = (1 - 3 * x.square()) * signals.DIPOLAR * t.view(-1, 1, 1) / r.view(-1, 1).pow(3)
+    torch.testing.assert_close(signals.dipolar_kernel(t, r), phase.cos().mean(2), rtol=0, atol=1e-6)
+
+
+def test_labels_are_those_of_a_walk_through_the_tree():
+    data = oblique_trees.load("SDI", points=400)
+    assert data.x_train.shape == (200, 20) and data.x_test.shape == (100, 20) and data.normals.shape == (15, 20)
+    for x, y in zip(data.x_train.double(), data.y_train, strict=True):
+        node = 0
+        for _ in range(oblique_trees.DEPTH):
+            right = bool(x @ data.normals[node] > 0)
+            node = 2 * node + 1 + right
+        assert y == 1 - right
+    assert not torch.equal(data.normals, oblique_trees.load("SDI", points=8, seed=1).normals)
+
+
+def pair(n, operator="diff1", seed=0):
+    """A = DᵀD and B = HHᵀ of scrambled signals."""
+    d, h = derivative_operator(n, operator).matrix(), signals.scrambled(n, 4 * n, seed=seed).mixed
+    return d.mT @ d, h @ h.mT
+
+
+@pytest.mark.parametrize(("n", "operator"), [(2, "diff1"), (7, "diff1"), (7, "fourier2")])
+def test_descents_solve_small_problems(n, operator):
+    A, B = pair(n, operator)
+    found, best = descend(A, B), brockett_min(A, B)
+    assert (
+        found.converged and found.loss == pytest.approx(best.value, rel=1e-6) and found.loss >= best.value * (1 - 1e-10)
+    )

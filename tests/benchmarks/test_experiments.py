@@ -279,19 +279,6 @@ def test_gated_images_of_100_classes(run, folder):
     assert "out_features=100" in record["budget"]["network"] and record["budget"]["network"].count("(2, 2)") == 2
 
 
-@pytest.mark.parametrize("name", ["summary_vgg", "linearize_cifar10", "mnist_tsne", "gated_images"])
-def test_missing_or_damaged_images_are_named(name, tmp_path, capsys):
-    main, wanted = experiments.find(name), "mnist" if name == "mnist_tsne" else "cifar10"
-    more = ["--dataset", "cifar10"] if name == "gated_images" else []
-    assert main(more) == 2 and f"{wanted}: no folder given; pass --data DIR" in capsys.readouterr().err
-    more += ["--data", str(tmp_path)]
-    assert main(more) == 2 and f"{wanted}: not found in {tmp_path}; looked for" in capsys.readouterr().err
-    kinds = ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1")
-    for file in [*(f"{kind}-ubyte" for kind in kinds), *(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]:
-        (tmp_path / file).write_bytes(b"damaged")
-    assert main(more) == 2 and f"{wanted}: the files in {tmp_path} are damaged" in capsys.readouterr().err
-
-
 # The table of the papers
 
 

@@ -8,7 +8,7 @@ import types
 
 import pytest
 import torch
-from gpu_stand_ins import BOTH, CPU, H100, admitting
+from gpu_stand_ins import BOTH, CPU, H100, Graph, admitting
 
 import interp_nn
 from benchmarks.gpu import job_table, kernels, runs, timings
@@ -23,17 +23,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")  # problems this small lose m
 class Stream:
     def __init__(self, device=None):
         self.device = CPU
-
-
-class Graph:
-    """Runs its call again, into the same tensors."""
-
-    def __init__(self, call):
-        self.call, self.out = call, call()
-
-    def replay(self):
-        for old, new in zip(self.out or (), self.call() or (), strict=True):
-            old.copy_(new)
 
 
 @pytest.fixture

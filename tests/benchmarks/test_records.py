@@ -78,11 +78,6 @@ def test_a_record_has_null_for_what_json_has_no_number_for(tmp_path):
     assert json.loads(file.read_text(), parse_constant=pytest.fail) == found
 
 
-def test_committed_records_are_json():
-    for file in (environment.ROOT / "benchmarks" / "results").rglob("*.json"):
-        json.loads(file.read_text(encoding="utf-8"), parse_constant=pytest.fail)
-
-
 def test_the_table_has_geometric_means_worst_cases_and_what_is_left_out(tmp_path):
     path = written(
         tmp_path,

@@ -7,6 +7,7 @@ import time
 
 import pytest
 import torch
+from gpu_stand_ins import CPU, Graph
 
 from benchmarks.__main__ import main
 from benchmarks.records import environment, report, rows
@@ -27,7 +28,6 @@ from benchmarks.timing.problems import Problem
 from benchmarks.timing.roofline import Ceiling
 from interp_nn import functional
 
-CPU = torch.device("cpu")
 SMALL = ("ours", "linear", "unfused", "assoc-a", "assoc-b", "assoc-c", "best-eager", "multi-dot", *providers.INVERSES)
 ASKED = Asked(CPU, "wall", seconds=0.0, samples=3)
 TINY = Problem("summary", 20, 16, 6)
@@ -216,17 +216,6 @@ def test_explanations(out, monkeypatch):
 
 
 # Clocks, memory, operations
-
-
-class Graph:
-    """What a CUDA graph does, on the CPU: the call again, into the same tensors."""
-
-    def __init__(self, call):
-        self.call, self.out = call, call()
-
-    def replay(self):
-        for old, new in zip(self.out or (), self.call() or (), strict=True):
-            old.copy_(new)
 
 
 @pytest.mark.parametrize("timer", ["events", "graph", "host"])
