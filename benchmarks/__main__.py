@@ -21,9 +21,10 @@ from benchmarks.timing.problems import DTYPES, OPS, products
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line and return the exit status."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    cuda = "cuda" if torch.cuda.is_available() else "cpu"
     commands = parser.add_subparsers(dest="command", required=True)
 
-    def command(name: str, function: Callable[[argparse.Namespace], int], about: str) -> argparse.ArgumentParser:
+    def command(name: str, function: Callable[[argparse.Namespace], int | None], about: str) -> argparse.ArgumentParser:
         added = commands.add_parser(name, help=about)
         added.set_defaults(function=function)
         return added
@@ -43,7 +44,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
 
     run.add_arguments(command("run", run.run, "time the operator, its losses and training steps against baselines"))
-    command("list", _list, "list the suites, the providers and the shapes")
+    command("list", lambda _: print(run.listing()), "list the suites, the providers and the shapes")
     compare.add_arguments(
         command("compare", compare.run, "time two git revisions side by side, or compare the ratios of two records")
     )
@@ -60,22 +61,34 @@ def main(arguments: list[str] | None = None) -> int:
     plot.add_argument("--output", type=Path, metavar="DIR", help="for the PNGs (default: beside the first record)")
 
     light = command("roofline", _roofline, "measure the device's rates, and print the least time of each problem")
-    light.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    light.add_argument("--device", choices=("cpu", "cuda"), default=cuda)
     light.add_argument("--dtype", choices=DTYPES, action="append", help="repeatable (default: fp32)")
     light.add_argument("--op", choices=OPS, action="append", help="repeatable (default: all)")
     light.add_argument("--shape", type=run.shape, action="append", metavar="N,D,K[,M]", help="repeatable")
 
-    overhead = command("host", _host, "time the Python overhead of a layer and of the triton engine")
+    overhead = command(
+        "host",
+        lambda given: print(host.table(host.run(given.output))),
+        "time the Python overhead of a layer and of the triton engine",
+    )
     overhead.add_argument("--output", type=Path, metavar="FILE", help="write the record here")
 
     job.add_arguments(
-        command("gpu", _gpu, "check correctness, launches, tuning and timings on a GPU, which no other command can")
+        command(
+            "gpu",
+            lambda given: job.run(job.settings(given)),
+            "check correctness, launches, tuning and timings on a GPU, which no other command can",
+        )
     )
-    command("env", _env, "print the environment of a record made on this machine")
+    command(
+        "env",
+        lambda _: print(json.dumps(environment.facts(cuda), indent=1)),
+        "print the environment of a record made on this machine",
+    )
 
     given = parser.parse_args(arguments)
     try:
-        return int(given.function(given))
+        return given.function(given) or 0
     except (OSError, ValueError) as error:
         if given.command not in ("table", "papers", "plot"):
             raise
@@ -83,40 +96,27 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
 
 
-def _env(_: argparse.Namespace) -> int:
-    print(json.dumps(environment.facts("cuda" if torch.cuda.is_available() else "cpu"), indent=1))
-    return 0
-
-
-def _list(_: argparse.Namespace) -> int:
-    print(run.listing())
-    return 0
-
-
-def _table(given: argparse.Namespace) -> int:
+def _table(given: argparse.Namespace) -> None:
     if given.page is None:
         print(report.markdown(rows.read(given.file)))
     for file in given.file if given.page is not None else ():
         report.fill(given.page, file, environment.ROOT)
-    return 0
 
 
-def _papers(given: argparse.Namespace) -> int:
+def _papers(given: argparse.Namespace) -> None:
     text = papers.markdown(papers.read(), given.brief)
     if given.page is None:
         print(text)
     else:
         report.between(given.page, "papers --brief" if given.brief else "papers", text)
-    return 0
 
 
-def _plot(given: argparse.Namespace) -> int:
+def _plot(given: argparse.Namespace) -> None:
     for path in figures.draw(rows.read(given.file), given.output or given.file[0].parent):
         print(path)
-    return 0
 
 
-def _roofline(given: argparse.Namespace) -> int:
+def _roofline(given: argparse.Namespace) -> None:
     wanted = operator_suite.Wanted(given.op or OPS, None, given.shape, given.dtype or ("fp32",))
     problems = list(operator_suite.problems(wanted))
     rates = {}
@@ -124,7 +124,6 @@ def _roofline(given: argparse.Namespace) -> int:
         with products(dtype):
             rates[dtype] = roofline.measure(torch.device(given.device), dtype)
     print(f"{environment.device_name(given.device)}, torch {torch.__version__}\n\n{roofline.table(rates, problems)}")
-    return 0
 
 
 def _experiments(given: argparse.Namespace) -> int:
@@ -137,15 +136,6 @@ def _experiments(given: argparse.Namespace) -> int:
         print(f"benchmarks experiments: {error}", file=sys.stderr)
         return 2
     return run_experiment(given.options)
-
-
-def _host(given: argparse.Namespace) -> int:
-    print(host.table(host.run(given.output)))
-    return 0
-
-
-def _gpu(given: argparse.Namespace) -> int:
-    return job.run(job.settings(given))
 
 
 if __name__ == "__main__":

@@ -53,7 +53,7 @@ def run(given: argparse.Namespace) -> int:
     seeds = given.seeds or (3 if images.name == "digits" else 1)
     if size := given.train_size:
         images = images._replace(x_train=images.x_train[:size], y_train=images.y_train[:size])
-    images = images._replace(**{name: getattr(images, name).to(device) for name in images._fields[1:]})
+    images = images.to(device)
     channels, size = images.x_train.shape[1:3]
     print(
         f"{images.name}: {len(images.y_train):,} training and {len(images.y_test):,} test images, {channels} x {size} x {size}; "

@@ -140,11 +140,6 @@ def as_text(results: dict[str, Any], indent: str = "  ") -> Iterator[str]:
             yield f"{indent}{name}: {rows.plain(value, digits=4)}"
 
 
-def percent(values: dict[str, float]) -> str:
-    """Return a `spread` of shares as text."""
-    return f"{100 * values['mean']:.2f} ± {100 * values['std']:.2f}"
-
-
 class Run:
     """A run of an experiment: its clock, its figures and its record."""
 

@@ -35,6 +35,10 @@ class Images(NamedTuple):
         """Return the number of classes."""
         return _CLASSES.get(self.name, 10)
 
+    def to(self, device: str) -> Images:
+        """Return the images on a device."""
+        return Images(self.name, *(part.to(device) for part in self[1:]))
+
 
 def add_folder(parser: argparse.ArgumentParser, about: str) -> None:
     """Add the option --data, a folder with data."""

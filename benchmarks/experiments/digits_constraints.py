@@ -41,8 +41,7 @@ def main(arguments: list[str]) -> int:
     given.seeds = given.seeds or (1 if given.quick else 3)
     recipe = RECIPE._replace(epochs=given.epochs or (2 if given.quick else RECIPE.epochs))
     run = common.Run(NAME, given)
-    images = datasets.digits()
-    images = images._replace(**{name: getattr(images, name).to(given.device) for name in images._fields[1:]})
+    images = datasets.digits().to(given.device)
 
     def measure(network: nn.Module) -> dict[str, float]:
         return {"accuracy": accuracy(network, images.x_test, images.y_test), **_defect(network)}
@@ -143,7 +142,8 @@ def _draw(run: common.Run, trainer: common.Trainer, times: dict[str, clocks.Timi
     names = list(MEANINGS)
     bars.barh(names, [times[way].p50 for way in names], color="#7a9cc6")
     for i, way in enumerate(names):
-        bars.text(0, i, f" {common.percent(common.spread(trainer.of(way, 'last_accuracy')))} % right", va="center")
+        accuracy = common.spread([100 * share for share in trainer.of(way, "last_accuracy")])
+        bars.text(0, i, f" {accuracy['mean']:.2f} ± {accuracy['std']:.2f} % right", va="center")
     bars.invert_yaxis()
     bars.set(xlabel="milliseconds a training step", title="Time, and test accuracy")
     figure.suptitle("Two hidden summary layers of a digits CNN under each constraint")

@@ -21,6 +21,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -60,22 +61,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parts, engines = f"of {','.join(PARTS)} (default: all)", f"of {','.join(WITH_KERNELS)} (default: those that are on)"
     records = "for the records; a table.json there, written by `tune`, is used"
     add = parser.add_argument
-    add("--parts", type=_parts, default=PARTS, metavar="A,B", help=parts)
-    add("--engines", type=_engines, default=WITH_KERNELS, metavar="A,B", help=engines)
+    add("--parts", type=partial(_among, PARTS, "part"), default=PARTS, metavar="A,B", help=parts)
+    add("--engines", type=partial(_among, WITH_KERNELS, "engine"), default=WITH_KERNELS, metavar="A,B", help=engines)
     add("--output", type=Path, default=Path("results") / "gpu", metavar="DIR", help=records)
     add("--minutes", type=float, default=10.0, help="for the whole job (default: 10)")
     add("--workers", type=int, default=_workers(), help="processes that check at the same time")
     add("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: with TRITON_INTERPRET=1 only")
     add("--tiny", action="store_true", help="tiny problems, to test this command")
     add("--revision", metavar="SHA", help="the commit to record where there is no git")
-
-
-def _parts(text: str) -> tuple[str, ...]:
-    return _among(PARTS, "part", text)
-
-
-def _engines(text: str) -> tuple[str, ...]:
-    return _among(WITH_KERNELS, "engine", text)
 
 
 def _among(known: Sequence[str], what: str, text: str) -> tuple[str, ...]:

@@ -23,7 +23,7 @@ from benchmarks.gpu import kernels
 from benchmarks.gpu.log import Log, read
 from benchmarks.records.environment import ROOT
 from benchmarks.timing import footprint
-from benchmarks.timing.cuda_graphs import captured
+from benchmarks.timing.cuda_graphs import captured, synchronize
 from interp_nn import functional
 from interp_nn.engines import orders
 
@@ -206,7 +206,7 @@ def repeat(engine: str, shape: Shape, times: int, device: torch.device, log: Log
                     wrong += differing(call(), first)
                     done += 1
                     if done % 50 == 0:
-                        _synchronize(device)
+                        synchronize(device)
                 _judge(label, int(wrong), done, log, engine=engine, shape=shape.name)
 
 
@@ -227,11 +227,6 @@ def alternate(engine: str, shapes: Sequence[Shape], times: int, device: torch.de
             place = i * 7 % len(calls)
             wrong += differing(calls[place](), firsts[place])
     _judge(label, int(wrong), times, log, engine=engine, shapes=[shape.name for shape in shapes])
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
 
 
 # Streams

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import geometric_mean
 from typing import Any, NamedTuple
 
-from benchmarks.records.rows import Row, geomean, grouped, read
+from benchmarks.records.rows import Row, grouped, read
 
 BEGIN, END = "<!-- begin: python -m benchmarks", "<!-- end -->"
 _MODE = {
@@ -84,7 +85,7 @@ def _overview(problems: Problems, kinds: Sequence[tuple[str, str]]) -> str:
         for column in columns:
             found = [value for value in (ratio(one, column) for one in of) if value is not None]
             worst = (max if column.below_one else min)(found, default=None)
-            cells.append(f"{geomean(found):.2f} ({worst:.2f})" if worst is not None else "-")
+            cells.append(f"{geometric_mean(found):.2f} ({worst:.2f})" if worst is not None else "-")
         lines.append(f"| {_title(op, mode)} | {' | '.join(cells)} |")
     return "\n".join(lines)
 

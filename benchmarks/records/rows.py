@@ -151,8 +151,3 @@ def grouped(rows: Sequence[Row]) -> dict[tuple[Any, ...], dict[str, Row]]:
             key = tuple(row[name] for name in ("op", "mode", "dtype", "n", "d", "k", "m", "timer", "l2"))
             out.setdefault(key, {})[row["provider"]] = row
     return out
-
-
-def geomean(values: Sequence[float]) -> float:
-    """Return the geometric mean."""
-    return math.exp(sum(map(math.log, values)) / len(values))

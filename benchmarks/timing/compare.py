@@ -20,6 +20,7 @@ import tarfile
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from statistics import geometric_mean
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -27,7 +28,7 @@ from tqdm import tqdm
 
 from benchmarks.records.environment import ROOT
 from benchmarks.records.report import COLUMNS, ratio
-from benchmarks.records.rows import geomean, grouped, read
+from benchmarks.records.rows import grouped, read
 from benchmarks.timing.problems import MODES, OPS, QUICK, Problem
 from benchmarks.timing.run import ALL_MODES, at_least, shape
 
@@ -195,5 +196,5 @@ def _records(base: Path, head: Path) -> int:
     for title, values in {**changes, "all": [v for found in changes.values() for v in found]}.items():
         off = np.exp(np.abs(np.log(values))) - 1
         median, most = np.quantile(off, (0.5, 0.8)).tolist()
-        print(f"{title:28}{geomean(values):9.3f}{median:12.1%}{most:10.1%}{off.max():10.1%}{len(values):7}")
+        print(f"{title:28}{geometric_mean(values):9.3f}{median:12.1%}{most:10.1%}{off.max():10.1%}{len(values):7}")
     return 0

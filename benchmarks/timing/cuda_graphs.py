@@ -1,4 +1,4 @@
-"""CUDA graphs of calls."""
+"""CUDA graphs of calls, and waiting for a GPU."""
 
 from __future__ import annotations
 
@@ -38,3 +38,9 @@ def capture(call: Callable[[], Any], device: torch.device) -> tuple[torch.cuda.C
 def spare_words(device: torch.device) -> None:
     """Allocate barrier counters for the next captured graph: counters made inside it would be zeroed by its replays."""
     barrier.spare_words(device, 2048)
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for a GPU; do nothing on a CPU."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

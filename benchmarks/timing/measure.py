@@ -17,7 +17,7 @@ from torch import Tensor
 from benchmarks.records.rows import Writer
 from benchmarks.timing import clocks, footprint, providers
 from benchmarks.timing.clocks import Limit, Sampler, Timing, rounds
-from benchmarks.timing.cuda_graphs import capture
+from benchmarks.timing.cuda_graphs import capture, synchronize
 from benchmarks.timing.fp64_reference import Fp64Reference, value_and_gradients
 from benchmarks.timing.problems import Data, Problem, datasets, least_bytes, rotation, useful_flops
 from benchmarks.timing.providers import Provider, UnsupportedError
@@ -171,7 +171,7 @@ def _enter(
     with provider.using():
         start = time.perf_counter()
         got = call(0)
-        _synchronize(asked.device)
+        synchronize(asked.device)
         seconds = time.perf_counter() - start
         if wrong := reference.exceeds(provider, mode, reference.errors(provider, mode, got)):
             raise WrongError(wrong)
@@ -179,10 +179,10 @@ def _enter(
         for i in range(1, len(sets)):
             call(i)
         if seconds < asked.seconds or name == "compile":  # otherwise the first call was long enough to warm up
-            _synchronize(asked.device)
+            synchronize(asked.device)
             start = time.perf_counter()
             call(0)
-            _synchronize(asked.device)
+            synchronize(asked.device)
             seconds = time.perf_counter() - start
     if seconds > asked.call_limit:
         raise _SkippedError(f"a call takes {seconds:.0f} s, over the limit of {asked.call_limit:.0f} s")
@@ -285,8 +285,3 @@ def _row(entrant: _Entrant, mode: str, timing: Timing, reference: Fp64Reference,
         "err_fro": max(error[0] for error in errors), "err_ratio": max(ratios, default=None),
         "status": "ok" if why is None else "wrong", "note": None if why is None else f"after timing: {why}",
     }  # fmt: skip
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

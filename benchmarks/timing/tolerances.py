@@ -6,6 +6,7 @@ The tests, the suites and the GPU job use them. The formulas in plain PyTorch, w
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -48,21 +49,17 @@ def naive_loss(
     return rows.sum() / kept.sum() if reduction == "mean" else rows.sum()
 
 
-def naive_cross_entropy(
-    x: Tensor, b: Tensor, target: Tensor, weights: tuple[float, float, float] = (1.0, 1.0, 1.0),
-    ignore_index: int = -100, reduction: str = "mean",
-) -> Tensor:  # fmt: skip
-    """Compute the three-term loss of a pair."""
-    return naive_loss(*naive_pair(x, b), target, weights, ignore_index, reduction)
+def naive_cross_entropy(x: Tensor, b: Tensor, target: Tensor, *given: Any, **named: Any) -> Tensor:
+    """Compute the three-term loss of a pair, with the further arguments of `naive_loss`."""
+    return naive_loss(*naive_pair(x, b), target, *given, **named)
 
 
 def naive_head_cross_entropy(
-    x: Tensor, b: Tensor, a: Tensor, c: Tensor | None, target: Tensor,
-    weights: tuple[float, float, float] = (1.0, 1.0, 1.0), ignore_index: int = -100, reduction: str = "mean",
-) -> Tensor:  # fmt: skip
-    """Compute the three-term loss behind an output layer."""
+    x: Tensor, b: Tensor, a: Tensor, c: Tensor | None, target: Tensor, *given: Any, **named: Any
+) -> Tensor:
+    """Compute the three-term loss behind an output layer, with the further arguments of `naive_loss`."""
     p, y = naive_pair(x, b)
-    return naive_loss(F.linear(p, a, c), F.linear(y, a, c), target, weights, ignore_index, reduction)
+    return naive_loss(F.linear(p, a, c), F.linear(y, a, c), target, *given, **named)
 
 
 def errors(got: Tensor, exact: Tensor) -> tuple[float, float]:

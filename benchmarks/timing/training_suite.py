@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 import interp_nn
@@ -43,12 +43,13 @@ def _measure(architecture: str, names: Sequence[str], asked: Asked, writer: Writ
     images = torch.randn(BATCH, CHANNELS, SIZE, SIZE, generator=draw).to(asked.device)
     target = torch.randint(CLASSES, (BATCH,), generator=draw).to(asked.device)
 
+    features = SummaryNetwork(CHANNELS, SIZE, architecture).head.in_features
+
     def enter(name: str) -> tuple[_Step, Callable[[], dict[str, Any]]]:
-        step = _Step(name, architecture, images, target, asked)
+        step = _Step(name, architecture, features, images, target, asked)
         return step, step.facts
 
     found = time_calls(names, enter, on_events if asked.timer == "events" else on_wall, asked)
-    features = _width(SummaryNetwork(CHANNELS, SIZE, architecture))
     for name in names:
         writer.write(
             op=f"train_{architecture}", mode="step", provider=name, dtype="fp32", n=BATCH, d=features,
@@ -59,7 +60,9 @@ def _measure(architecture: str, names: Sequence[str], asked: Asked, writer: Writ
 class _Step:
     """A training step of one provider. A call takes it; it is right when its gradients are."""
 
-    def __init__(self, name: str, architecture: str, images: Tensor, target: Tensor, asked: Asked) -> None:
+    def __init__(
+        self, name: str, architecture: str, features: int, images: Tensor, target: Tensor, asked: Asked
+    ) -> None:
         if asked.timer not in ("wall", "events"):
             raise UnsupportedError("a step with its optimizer is timed by events")
         torch.manual_seed(0)
@@ -71,7 +74,7 @@ class _Step:
         self._optimizer = torch.optim.Adam(self._network.parameters(), lr=_RATE)
         self._plan = None
         if name in OURS:
-            problem = Problem("head", BATCH, _width(self._network), ARCHITECTURES[architecture].latent, CLASSES)
+            problem = Problem("head", BATCH, features, ARCHITECTURES[architecture].latent, CLASSES)
             self._plan = planned(self._engine, problem, "loss", asked.device)
         self()
 
@@ -117,10 +120,3 @@ def _unfused(network: Network, images: Tensor, target: Tensor) -> Tensor:
     assert isinstance(network, SummaryNetwork)
     head, output = network.head, network.head.output
     return tolerances.naive_head_cross_entropy(network.body(images), head.weight.mT, output.weight, output.bias, target)
-
-
-def _width(network: Network) -> int:
-    head = network.head
-    if isinstance(head, nn.Sequential):
-        return next(layer.in_features for layer in head if isinstance(layer, nn.Linear))
-    return head.in_features

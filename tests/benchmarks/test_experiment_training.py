@@ -117,17 +117,6 @@ def test_a_limit_of_time_stops_between_epochs(monkeypatch):
     assert len(fit(network(), epochs=4, seconds=1e9)["loss"]) == 4
 
 
-def test_minutes_are_shared_by_the_trainings_that_are_left(monkeypatch):
-    now = [100.0]
-    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
-    allowance = training.Allowance(1.0, 3)
-    assert allowance.seconds() == pytest.approx(20)
-    now[0] += 10  # less than its share, so the others have more
-    assert allowance.seconds() == pytest.approx(25)
-    now[0] += 60
-    assert allowance.seconds() == 0 and training.Allowance(None, 2).seconds() is None
-
-
 def test_errors_name_the_training():
     with pytest.raises(ValueError, match="batch: got 0, want at least 1"):
         fit(network(), batch=0)

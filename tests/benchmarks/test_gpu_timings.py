@@ -3,8 +3,6 @@
 import contextlib
 import itertools
 import json
-import sys
-import types
 
 import pytest
 import torch
@@ -139,22 +137,6 @@ def test_the_fastest_engine_is_an_entry_of_a_table(monkeypatch, tmp_path):
     }
     assert kinds == {"pair_loss", "head_loss", "summary"}
     assert all(entry(p, mode, cuda=1, triton=2) is None for p, mode in timings.problems() if mode in ("infer", "bwd"))
-
-
-def test_an_empty_launch_allocates_nothing(played, log, lines, monkeypatch):
-    launched, fill = [], torch.zeros
-    engine = types.SimpleNamespace(Launch=lambda *_: None, launch=lambda _, device, *given: launched.append(given[0]))
-    monkeypatch.setattr(timings.engines, "get", lambda name: engine)
-    monkeypatch.setattr(timings.barrier_words, "counter", lambda device: None)
-    monkeypatch.setattr(timings, "chip_of", lambda device: H100)
-    monkeypatch.setitem(sys.modules, "interp_nn.engines.triton.phased", types.SimpleNamespace(phased_forward=None))
-    monkeypatch.setattr(clocks, "rounds", lambda samplers, *_: {name: [sample()] for name, sample in samplers.items()})
-    made = []
-    monkeypatch.setattr(torch, "zeros", lambda *given, **more: made.append(fill(*given, **more)) or made[-1])
-    timings.barrier(CPU, log)
-    (line,) = lines()
-    assert line["status"] == "info" and line["empty_launch_us"] > 0
-    assert len(made) == 1 and len(launched) > 200 and {id(some) for some in launched} == {id(made[0])}
 
 
 # The sanitizer

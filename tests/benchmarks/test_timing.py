@@ -206,13 +206,6 @@ def test_explanations(out, monkeypatch):
     monkeypatch.setattr(explain_suite, "_SAMPLES", 100)
     explain_suite.run(ASKED, out)
     assert set(seen) == {"ieee"} and {row["status"] for row in out.rows} == {"ok"}
-    # On a GPU by events, whatever is asked for.
-    monkeypatch.setattr(explain_suite, "on_events", lambda call, calls: lambda: call() is None or 0.25)
-    monkeypatch.setattr(footprint, "peak_bytes", lambda call, device: (0, call()))
-    monkeypatch.setattr(footprint, "launches", lambda call, device: 1)
-    asked, sizes = ASKED._replace(device=torch.device("cuda"), timer="graph"), {"n": 1, "d": 1, "k": 1}
-    explain_suite._measure("group_patterns", sizes, {"ours": lambda: torch.ones(1)}, lambda got: 0.0, 0.0, asked, out)
-    assert (out.rows[-1]["timer"], out.rows[-1]["ms_p50"]) == ("events", 0.25)
 
 
 # Clocks, memory, operations
