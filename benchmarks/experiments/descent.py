@@ -11,6 +11,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
+from timeit import timeit
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -168,8 +169,8 @@ def _trial(size: Size, operator: str, seed: int, progress: tqdm[Any]) -> dict[st
     descents: list[dict[str, Any]] = []
     for index in range(size.starts):
         progress.set_postfix_str(f"n {n}, {operator}")
-        solves.append(_seconds(lambda: brockett_min(A, B)))
-        fits.append(_seconds(lambda: Descrambler(operator=operator).fit(H)))
+        solves.append(timeit(lambda: brockett_min(A, B), number=1))
+        fits.append(timeit(lambda: Descrambler(operator=operator).fit(H), number=1))
         # The first from Q = 0, as published; an orthogonal start has either determinant.
         start = None if index == 0 else signals.orthogonal(n, generator)
         found = descend(A, B, start, seconds=size.seconds)
@@ -202,12 +203,6 @@ def _trial(size: Size, operator: str, seed: int, progress: tqdm[Any]) -> dict[st
         "best_of_descents": min(one["loss"] for one in descents),
         "descents": descents,
     }
-
-
-def _seconds(call: Any) -> float:
-    begin = time.perf_counter()
-    call()
-    return time.perf_counter() - begin
 
 
 def _defect(P: Tensor) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import importlib.metadata
+import importlib.util
 import platform
 import subprocess
 from pathlib import Path
@@ -28,7 +29,7 @@ def facts(device: str = "cpu", revision: str | None = None) -> dict[str, Any]:
         "driver": (_run(*query) or "").partition("\n")[0] or None if device.startswith("cuda") else None,
         "cuda": torch.version.cuda,
         "torch": str(torch.__version__),  # torch.__version__ is not a plain str
-        "triton": version("triton"),
+        "triton": importlib.metadata.version("triton") if importlib.util.find_spec("triton") else None,
         "python": platform.python_version(),
         "interp_nn": interp_nn.__version__,
     }
@@ -54,14 +55,6 @@ def now(revision: str | None = None) -> str:
     """Return the time in UTC and the commit, for the name of a file; `revision` where there is no git."""
     time = datetime.datetime.now(datetime.timezone.utc).strftime("%Y%m%dT%H%M%SZ")
     return f"{time}-{(_run('git', 'rev-parse', 'HEAD') or revision or 'unknown')[:7]}"
-
-
-def version(package: str) -> str | None:
-    """Return the version of an installed package, None where it is missing."""
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def _run(*command: str) -> str | None:

@@ -201,9 +201,6 @@ def test_descrambling_digits(run):
     assert function["order, hidden layer"]["error_of_logits"] <= 1e-12
 
 
-# Those on the papers' data
-
-
 def test_heads_of_vgg11_and_the_network_of_their_checkpoint(run, folder, tmp_path):
     arguments = ["--data", folder, *SMALL, "--checkpoints", tmp_path / "checkpoints"]
     record = run("summary-vgg", *arguments, record="summary_vgg")
@@ -279,9 +276,6 @@ def test_gated_images_of_100_classes(run, folder):
     assert "out_features=100" in record["budget"]["network"] and record["budget"]["network"].count("(2, 2)") == 2
 
 
-# The table of the papers
-
-
 @pytest.mark.parametrize(("page", "arguments"), [("README.md", ["--brief"]), ("docs/papers.md", [])])
 def test_pages_say_what_the_records_say(page, arguments, tmp_path, capsys):
     from benchmarks.__main__ import main
@@ -310,9 +304,3 @@ def test_a_smaller_budget_is_not_the_full_one(less):
 
     told = "`gated_images-cifar10` (30 epochs of 50,000 images at batch 128, where 200 at batch 32 are published)"
     assert told in papers.markdown([record(less)]) and told not in papers.markdown([record({})])
-
-
-def test_every_command_is_listed(capsys):
-    assert [line.split()[0] for line in experiments.listing().splitlines()] == list(experiments.COMMANDS)
-    with pytest.raises(ValueError, match="summary-vg: no such experiment; did you mean summary_vgg"):
-        experiments.find("summary-vg")

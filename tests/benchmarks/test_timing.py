@@ -9,6 +9,7 @@ import pytest
 import torch
 from gpu_stand_ins import CPU, Graph
 
+from benchmarks import experiments
 from benchmarks.__main__ import main
 from benchmarks.records import environment, report, rows
 from benchmarks.timing import (
@@ -289,6 +290,8 @@ def test_commands(rated, tmp_path, capsys):
     assert main(["list"]) == 0
     printed = capsys.readouterr().out
     assert all(f"  {name} " in printed for name in providers.NAMES)
+    assert main(["experiments"]) == 0
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == list(experiments.COMMANDS)
     assert main(["env"]) == 0 and json.loads(capsys.readouterr().out).keys() == environment.facts().keys()
     assert main(["experiments", "summary-vg"]) == 2 and "did you mean summary_vgg" in capsys.readouterr().err
 
