@@ -1,4 +1,4 @@
-"""The engines with kernels of their own: which are at hand, what each refuses, and what it launches."""
+"""The engines with kernels: which are on, why each does not compute a problem, and the names of its launches."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ import torch
 from interp_nn import engines
 from interp_nn.engines.devices import chip_of, interpreting
 
-WITH_KERNELS = ("triton", "cuda")
-# The name of what passes through an engine's `launch`.
+EAGER, *_KERNELS = engines.ENGINES
+WITH_KERNELS = tuple(_KERNELS)
+# How to name an argument of an engine's `launch`.
 _NAMES: dict[str, Callable[[Any], str]] = {
     "triton": lambda plan: plan.kernel.__name__,
     "cuda": lambda operator: operator.overloadpacket.__name__,
@@ -21,7 +22,7 @@ _NAMES: dict[str, Callable[[Any], str]] = {
 
 
 def reasons(device: str) -> dict[str, str | None]:
-    """Why each engine with kernels cannot compute anything on a device "cuda" or "cpu"; None if it can."""
+    """Return why each engine with kernels is off on a device "cuda" or "cpu"; None if it is on."""
     return {engine: _off(engine, device) for engine in WITH_KERNELS}
 
 
@@ -34,21 +35,21 @@ def _off(engine: str, device: str) -> str | None:
 
 
 def at_hand(device: str) -> tuple[str, ...]:
-    """The engines with kernels that compute on such a device here."""
+    """Return the engines with kernels that are on for a device."""
     return tuple(engine for engine, why in reasons(device).items() if why is None)
 
 
-def refusal(
+def unsupported_reason(
     engine: str, device: torch.device, dtype: torch.dtype, n: int, d: int, k: int, classes: int | None = None, head: bool = False
 ) -> str | None:  # fmt: skip
-    """Why an engine does not compute this problem, with the engine's name; None if it does."""
+    """Return why an engine does not compute a problem, with its name; None if it does."""
     why = engines.refusal(engine, chip_of(device), device.type, dtype, n, d, k, classes, head)
     return None if why is None else f"{engine}: {why}"
 
 
 @contextlib.contextmanager
 def launches(engine: str) -> Iterator[list[str]]:
-    """A list that gets the names of what the engine launches inside; the reference launches nothing of its own."""
+    """Yield a list that gets the names of the engine's launches; the eager engine has none."""
     names: list[str] = []
     if engine not in WITH_KERNELS:
         yield names
@@ -62,19 +63,3 @@ def launches(engine: str) -> Iterator[list[str]]:
 
     with mock.patch.object(module, "launch", launch):
         yield names
-
-
-def profiled(call: Callable[[], Any], device: torch.device) -> tuple[Any, list[str] | None]:
-    """(what the call returns, the names of what ran on the device meanwhile; None without a device).
-
-    Ranges that a program marks, such as an optimizer's step, have copies among the device's events: they are left out.
-    """
-    if device.type != "cuda":
-        return call(), None
-    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
-    torch.cuda.synchronize()
-    with torch.profiler.profile(activities=activities) as profile:
-        out = call()
-        torch.cuda.synchronize()
-    events = profile.events() or []
-    return out, [e.name for e in events if e.device_type.name == "CUDA" and not e.is_user_annotation]

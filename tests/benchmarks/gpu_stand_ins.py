@@ -11,5 +11,16 @@ H100 = Chip((9, 0), 132, 232448, 1.0, 1.0)
 
 
 def admitting(patch):
-    """No engine refuses anything."""
-    patch.setattr(kernels, "refusal", lambda *args: None)
+    """Every engine supports everything."""
+    patch.setattr(kernels, "unsupported_reason", lambda *args: None)
+
+
+class Graph:
+    """Runs its call again, into the same tensors."""
+
+    def __init__(self, call):
+        self.call, self.out = call, call()
+
+    def replay(self):
+        for old, new in zip(self.out or (), self.call() or (), strict=True):
+            old.copy_(new)

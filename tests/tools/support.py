@@ -2,7 +2,7 @@
 
 import torch
 
-from benchmarks.law import (  # noqa: F401 - tests take the formulas from here
+from benchmarks.timing.tolerances import (  # noqa: F401 - tests take the formulas from here
     breach,
     errors,
     naive,
@@ -11,7 +11,7 @@ from benchmarks.law import (  # noqa: F401 - tests take the formulas from here
     naive_loss,
     naive_pair,
 )
-from benchmarks.law import floor as law_floor
+from benchmarks.timing.tolerances import floor as law_floor
 from interp_nn.engines import orders
 from interp_nn.engines.problem import SUMMARY_ORDERS, Plan
 from interp_nn.ops import summary as ops_summary

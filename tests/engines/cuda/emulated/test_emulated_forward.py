@@ -3,7 +3,7 @@ import torch
 from cases import COVER, EDGES, Case, Guarded, Problem, array, name
 from support import assert_close_law
 
-from benchmarks.law import SPLIT_ULPS
+from benchmarks.timing.tolerances import SPLIT_ULPS
 
 AMPERE, TURING = (3, 163 * 1024, 80), (2, 64 * 1024, 75)  # programs, shared memory, capability
 # tf32 has ten bits, like fp16; so have the operands of its reference, but ties are broken the other way now and then.

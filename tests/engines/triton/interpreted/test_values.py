@@ -8,7 +8,7 @@ import torch
 from harness import Launches, forced, inputs, targets
 from support import check_law, naive, naive_pair
 
-from benchmarks.law import SPLIT_ULPS
+from benchmarks.timing.tolerances import SPLIT_ULPS
 from interp_nn.engines import orders, select
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
