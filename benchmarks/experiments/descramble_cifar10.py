@@ -60,7 +60,7 @@ def main(arguments: list[str]) -> int:
 
 def _fit(network: nn.Module, name: str, x: Tensor, **parameters: Any) -> Descrambler:
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="H: rank")  # which the record has
+        warnings.filterwarnings("ignore", message="x: rank")  # which the record has
         return Descrambler(**parameters).fit_layer(network, name, x.split(AT_ONCE))
 
 

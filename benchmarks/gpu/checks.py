@@ -194,13 +194,13 @@ def _check_engine(
 ) -> None:  # fmt: skip
     held = {name: guarded(t, case.layout if name == "b" else "rows") for name, t in rounded.items()}
     given = {name: h.tensor for name, h in held.items()}
-    form = case.what if case.what in ("flat", "latent") else None
+    order = {"flat": "logits_from_x", "latent": "logits_from_latent"}.get(case.what)
     with contextlib.ExitStack() as stack:
         stack.enter_context(interp_nn.use_engine(engine))
         stack.enter_context(poisoned())
         launched = stack.enter_context(kernels.launches(engine))
-        if form is not None:
-            stack.enter_context(mock.patch.object(orders, "head_form", return_value=form))
+        if order is not None:
+            stack.enter_context(mock.patch.object(orders, "head_order", return_value=order))
         plan = interp_nn.plan(
             n, case.d, case.k,
             pair=case.what.endswith("pair") or case.what == "pair_loss",
@@ -230,7 +230,7 @@ def _check_engine(
     log.check(
         f"{case.name}, n {n}, {engine}",
         "; ".join(whys) or None,
-        engine=engine, form=plan.form, config={kernel: str(config) for kernel, config in plan.config},
+        engine=engine, order=plan.order, config={kernel: str(config) for kernel, config in plan.tiles},
         kernels=launched, n=n, floor=floor, errors=found, errors_of="ours, PyTorch's: Frobenius, maximum", **_facts(case),
     )  # fmt: skip
 

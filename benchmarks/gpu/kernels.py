@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, cast
 from unittest import mock
 
 import torch
 
 from interp_nn import engines
-from interp_nn.engines.devices import chip_of, interpreting
+from interp_nn.engines import limits
+from interp_nn.engines.devices import interpreting, spec_of
+from interp_nn.engines.problem import ENGINES, EngineName, Problem
 
-EAGER, *_KERNELS = engines.ENGINES
+EAGER, *_KERNELS = ENGINES
 WITH_KERNELS = tuple(_KERNELS)
 # How to name an argument of an engine's `launch`.
 _NAMES: dict[str, Callable[[Any], str]] = {
@@ -26,12 +28,12 @@ def reasons(device: str) -> dict[str, str | None]:
     return {engine: _off(engine, device) for engine in WITH_KERNELS}
 
 
-def _off(engine: str, device: str) -> str | None:
+def _off(engine: EngineName, device: str) -> str | None:
     if device == "cpu" and engine == "cuda":
         return "its kernels run on CUDA devices only"
     if device == "cpu" and not interpreting():
         return "its kernels run on a CPU with TRITON_INTERPRET=1 only"
-    return engines.unavailable(engine)
+    return limits.unsupported_reason(engine)
 
 
 def at_hand(device: str) -> tuple[str, ...]:
@@ -40,10 +42,13 @@ def at_hand(device: str) -> tuple[str, ...]:
 
 
 def unsupported_reason(
-    engine: str, device: torch.device, dtype: torch.dtype, n: int, d: int, k: int, classes: int | None = None, head: bool = False
+    engine: str, device: torch.device, dtype: torch.dtype, n: int, d: int, k: int, classes: int | None = None,
+    head: bool = False,
 ) -> str | None:  # fmt: skip
     """Return why an engine does not compute a problem, with its name; None if it does."""
-    why = engines.refusal(engine, chip_of(device), device.type, dtype, n, d, k, classes, head)
+    pair = classes is not None and not head
+    problem = Problem(n, d, k, pair, True, True, classes, head, dtype, spec_of(device), device.type)
+    why = limits.unsupported_reason(cast(EngineName, engine), problem)
     return None if why is None else f"{engine}: {why}"
 
 

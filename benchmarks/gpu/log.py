@@ -13,9 +13,9 @@ from typing import Any
 import torch
 
 from benchmarks.records import rows
-from interp_nn import engines
 from interp_nn.engines.cuda import compiled_library
 from interp_nn.engines.devices import interpreting
+from interp_nn.engines.limits import unsupported_reason
 
 BAD = ("wrong", "failed")  # the statuses that make the job fail; the others are "ok", "skipped" and "info"
 
@@ -60,7 +60,7 @@ def common(device: torch.device, revision: str | None) -> rows.Row:
     """Return the fields that all lines of this process share; `revision` is the commit where there is no git."""
     shared = {**rows.common(device.type, revision), "table": os.environ.get("INTERP_NN_TABLE")}
     if device.type == "cuda":  # and the CUDA version that the compiled library was built with
-        built = None if engines.unavailable("cuda") else compiled_library.dotted(compiled_library.versions()[0])
+        built = None if unsupported_reason("cuda") else compiled_library.dotted(compiled_library.versions()[0])
         shared["cuda_library"] = built
     elif interpreting():
         shared["device"] += ", interpreted"

@@ -80,15 +80,15 @@ def workload(shape: Shape, device: torch.device, wide: bool = False) -> dict[str
 
         return call
 
-    def head(form: str) -> Call:
+    def head(order: str) -> Call:
         loss = functional.summary_head_cross_entropy
         call = calling(lambda x, w, a, c: [loss(x, w.t(), a, c, tm)], [upstream], x, w, a, c)
 
-        def in_form() -> Sequence[Tensor]:
-            with mock.patch.object(orders, "head_form", return_value=form):
+        def in_order() -> Sequence[Tensor]:
+            with mock.patch.object(orders, "head_order", return_value=order):
                 return call()
 
-        return in_form
+        return in_order
 
     calls = {
         "summary": calling(lambda x, w, bias: [functional.summary(x, w.t(), bias)], [dy], x, w, bias),
@@ -96,7 +96,7 @@ def workload(shape: Shape, device: torch.device, wide: bool = False) -> dict[str
     }
     if not wide:
         calls["pair loss"] = calling(lambda x, w: [functional.summary_cross_entropy(x, w.t(), t)], [upstream], x, w)
-        calls |= {"latent head loss": head("latent"), "flat head loss": head("flat")}
+        calls |= {"latent head loss": head("logits_from_latent"), "flat head loss": head("logits_from_x")}
     return calls
 
 
@@ -109,7 +109,7 @@ def admitted(engine: str, shape: Shape, device: torch.device, log: Log, wide: bo
     for name, call in workload(shape, device, wide).items():
         why = kernels.unsupported_reason(engine, device, dtype, n, d, k, classes.get(name), "head" in name)
         if engine == "cuda" and name == "flat head loss":
-            why = why or "cuda: it has the latent form only"
+            why = why or "cuda: it forms logits from the latent code only"
         if why is None:
             calls[name] = call
         else:

@@ -22,9 +22,9 @@ from benchmarks.timing.measure import Asked, calling, measure
 from benchmarks.timing.operator_suite import ceiling
 from benchmarks.timing.problems import DTYPES, Problem, datasets, products
 from interp_nn import engines
-from interp_nn.engines import barrier as barrier_words
-from interp_nn.engines.devices import chip_of, family
-from interp_nn.engines.triton.configs import padded
+from interp_nn.engines import barrier as barrier_counters
+from interp_nn.engines.devices import spec_of, table_capability
+from interp_nn.engines.limits import padded
 
 NAMES = (
     "ours", "ours-eager", "ours-triton", "ours-cuda", "kernel-triton", "kernel-cuda", "linear", "unfused", "assoc-a", "assoc-b",
@@ -83,11 +83,11 @@ def fastest(found: dict[str, Row]) -> Row:
 
 def table_entry(problem: Problem, mode: str, device: torch.device, found: Row) -> Row | None:
     """Return what a tuned table would say of this problem and of more rows; None where no engine is clearly faster."""
-    kind, chip = _TABLE.get(mode) or _TABLE.get(problem.op), chip_of(device)
-    if kind is None or chip is None or not found["clear"]:
+    kind, spec = _TABLE.get(mode) or _TABLE.get(problem.op), spec_of(device)
+    if kind is None or spec is None or not found["clear"]:
         return None
     return {
-        "problem": kind, "capabilities": [list(family(chip.capability) or chip.capability)],
+        "problem": kind, "capabilities": [list(table_capability(spec.capability) or spec.capability)],
         "itemsize": DTYPES[problem.dtype].itemsize, "columns": padded(problem.k),
         "classes": padded(problem.m or (problem.k if problem.loss else 1)), "rows": problem.n,
         "engine": found["fastest"], "microseconds": found["microseconds"],
@@ -120,12 +120,14 @@ def empty_launch(some: Tensor, phases: int) -> None:
 
     engine: Any = engines.get("triton")
     device = some.device
-    chip = chip_of(device)
-    assert chip is not None
+    spec = spec_of(device)
+    assert spec is not None
     constants = {"FORM": "B", "PRECISION": "tf32", "PHASES": phases, "BN": 64, "BK": 64, "BD": 32}
     options = {"num_warps": 8, "num_stages": 2, "enable_fp_fusion": True, "launch_cooperative_grid": True}
-    plan = engine.Launch(phased.phased_forward, chip.multiprocessors, 1, constants | options)
-    engine.launch(plan, device, some, some, None, None, some, some, some, barrier_words.counter(device), 0, 0, 0, 16, 1)
+    made = engine.Launch(phased.phased_forward, spec.multiprocessors, 1, constants | options)
+    engine.launch(
+        made, device, some, some, None, None, some, some, some, barrier_counters.counter(device), 0, 0, 0, 16, 1
+    )
 
 
 def barrier(device: torch.device, log: Log) -> None:

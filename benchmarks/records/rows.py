@@ -125,7 +125,7 @@ def lines(path: Path) -> list[Row]:
 
 
 def read(paths: Iterable[Path]) -> list[Row]:
-    """Read the timings of files; the provider that older records call ours-reference is ours-eager.
+    """Read the timings of files, with today's names for the engines and orders of older records.
 
     Raises:
         ValueError: A line is not of the schema. The message names file and line.
@@ -139,8 +139,26 @@ def read(paths: Iterable[Path]) -> list[Row]:
                 validate(row)
             except ValueError as error:
                 raise ValueError(f"{path}, line {number}: {error}") from error
-            found.append(row | {"provider": row["provider"].replace("ours-reference", "ours-eager")})
+            found.append(_renamed(row))
     return found
+
+
+# The orders of records that were made before 0.2.0, by the label that they had.
+_ORDERS = {
+    "A": "(Xb)G", "B": "X(bG)", "C": "((Xb)bᵀ)b", "D": "(X(bbᵀ))b", "E": "X((bbᵀ)b)", "flat": "logits_from_x",
+    "latent": "logits_from_latent",
+}  # fmt: skip
+
+
+def _renamed(row: Row) -> Row:
+    """Return a row in today's words: the engine `reference` is `eager`, orders are products, "*" is autograd."""
+    row = row | {"provider": row["provider"].replace("ours-reference", "ours-eager")}
+    engine, _, label = (row["plan"] or "").partition(" ")
+    order = _ORDERS.get(label.rstrip("+*"))
+    if order is None:
+        return row
+    autograd = " by autograd" if label.endswith("*") else ""
+    return row | {"plan": f"{engine.replace('reference', 'eager')} {order}{autograd}"}
 
 
 def grouped(rows: Sequence[Row]) -> dict[tuple[Any, ...], dict[str, Row]]:

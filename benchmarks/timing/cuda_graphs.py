@@ -29,15 +29,15 @@ def capture(call: Callable[[], Any], device: torch.device) -> tuple[torch.cuda.C
     stream.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(stream):
         call()
-        spare_words(device)
+        spare_counters(device)
         found = captured(call, stream)
     torch.cuda.current_stream(device).wait_stream(stream)
     return found
 
 
-def spare_words(device: torch.device) -> None:
+def spare_counters(device: torch.device) -> None:
     """Allocate barrier counters for the next captured graph: counters made inside it would be zeroed by its replays."""
-    barrier.spare_words(device, 2048)
+    barrier.spare_counters(device, 2048)
 
 
 def synchronize(device: torch.device) -> None:

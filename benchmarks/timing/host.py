@@ -21,7 +21,7 @@ import interp_nn
 from benchmarks.records import environment, rows
 from benchmarks.timing.clocks import interleave
 from interp_nn import functional
-from interp_nn.engines.eager import LossOptions
+from interp_nn.engines.problem import LossOptions
 from interp_nn.nn import SummaryLinear
 
 _ROUNDS = 2000
@@ -67,7 +67,7 @@ class _ByHand(SummaryLinear):
 def _layers() -> dict[str, Any]:
     """Time layers on one thread. The difference to the products by hand is plans, checks and the freezing of weights."""
     n, d, k = _SHAPE
-    assert interp_nn.plan(n, d, k).association == interp_nn.plan(n, d, k, grad=()).association == "C"
+    assert interp_nn.plan(n, d, k).order == interp_nn.plan(n, d, k, grad=()).order == "((Xb)bᵀ)b"
     x, leaf, dy = torch.randn(n, d), torch.randn(n, d, requires_grad=True), torch.randn(n, k)
     layers = {"nn.Linear": nn.Linear(d, k), "by hand": _ByHand(d, k), "SummaryLinear": SummaryLinear(d, k)}
 

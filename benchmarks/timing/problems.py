@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from interp_nn.engines import orders
+from interp_nn.engines.problem import HEAD_ORDERS, Plan
+from interp_nn.engines.problem import Problem as PlannedProblem
 
 DTYPES = {
     "fp32": torch.float32,
@@ -124,12 +126,15 @@ def cache_bytes(device: torch.device) -> int:
 def useful_flops(problem: Problem, mode: str) -> float:
     """Return the operations of the cheapest order of products: the same for every provider, so that more work earns nothing."""
     _, n, d, k, m, _ = problem
-    if m is not None:
-        return min(orders.head_products(form, n, d, k, m)[0] for form in ("flat", "latent"))
 
     def cheapest(gradients: bool) -> float:
-        forms = (orders.counted(form, problem.loss, gradients, gradients) for form in orders.KEEPS)
-        return min(form.flops(n, d, k) for form in forms)
+        needed = gradients or m is not None
+        planned = PlannedProblem(n, d, k, problem.loss and m is None, needed, needed, m, m is not None)
+        plans = orders.OPERATOR_PLANS if m is None else [Plan("eager", order) for order in HEAD_ORDERS]
+        return min(orders.flops_and_products(plan, planned)[0] for plan in plans)
+
+    if m is not None:
+        return cheapest(True)
 
     if mode == "bwd":
         return cheapest(True) - cheapest(False)

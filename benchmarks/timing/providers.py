@@ -10,7 +10,7 @@ import contextlib
 import copy
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,14 +19,14 @@ from torch import Tensor
 import interp_nn
 from benchmarks.timing.problems import DTYPES, Data, Problem
 from interp_nn import engines, functional
-from interp_nn.engines.eager import LossOptions
+from interp_nn.engines.problem import EngineName, LossOptions
 
 Function = Callable[[Data], Tensor]
 
 # Providers by their engines; "ours" uses `auto` or the engine that is asked for.
-OURS = {"ours": None, "ours-eager": engines.ENGINES[0], "ours-triton": "triton", "ours-cuda": "cuda"}
+OURS = {"ours": None, "ours-eager": "eager", "ours-triton": "triton", "ours-cuda": "cuda"}
 # Their kernels called directly, without the operator and autograd around them.
-KERNELS = {"kernel-triton": "triton", "kernel-cuda": "cuda"}
+KERNELS: dict[str, EngineName] = {"kernel-triton": "triton", "kernel-cuda": "cuda"}
 
 # y of x (n, d) and b (d, k), by the order in which the products are formed.
 ASSOCIATIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
@@ -191,8 +191,8 @@ def _ours(engine: str, problem: Problem, mode: str, sets: Sequence[Data]) -> Pro
 
 
 def planned(engine: str, problem: Problem, mode: str, device: torch.device) -> str:
-    """Return the engine and the form that compute a problem when this engine is asked for; raises UnsupportedError."""
-    if engine == engines.ENGINES[0] and device.type == "cpu":
+    """Return the engine and the order that compute a problem when this engine is asked for; raises UnsupportedError."""
+    if engine == "eager" and device.type == "cpu":
         raise UnsupportedError("on a CPU `ours` is this engine")
     try:
         with interp_nn.use_engine(engine):
@@ -203,35 +203,37 @@ def planned(engine: str, problem: Problem, mode: str, device: torch.device) -> s
             )  # fmt: skip
     except (RuntimeError, ValueError) as error:
         raise UnsupportedError(str(error)) from error
-    return f"{plan.engine} {plan.form}"
+    return f"{plan.engine} {plan.order}" + (" by autograd" if plan.autograd else "")
 
 
-def _kernel_calls(name: str, problem: Problem, mode: str, sets: Sequence[Data]) -> Callable[[int], list[Tensor]]:
+def _kernel_calls(name: EngineName, problem: Problem, mode: str, sets: Sequence[Data]) -> Callable[[int], list[Tensor]]:
     """Return an engine's own calls of a mode on the i-th set of inputs."""
-    engine: Any = engines.get(name)
+    engine = engines.get(name)
     kept: dict[int, list[Tensor]] = {}
     options = LossOptions((1.0, 1.0, 1.0), -100, "mean")
     n, d, k, m = problem[1:5]
-    form = "A+"
-    if m is not None:
-        with interp_nn.use_engine(name):
-            form = interp_nn.plan(n, d, k, classes=m, dtype=DTYPES[problem.dtype], device=sets[0].x.device).form
+    with interp_nn.use_engine(name):
+        plan = interp_nn.plan(
+            n, d, k, pair=problem.loss and m is None, classes=(m or k) if problem.loss else None,
+            dtype=DTYPES[problem.dtype], device=sets[0].x.device,
+        )  # fmt: skip
 
     def call(i: int) -> list[Tensor]:
         t = Data(*(value.detach() for value in sets[i]))
         b, head = t.w.t(), m is not None
         if problem.loss:
             a, c = (t.a, t.c) if head else (None, None)
-            value, grads = engine.loss(t.x, b, a, c, t.target, options, form, None, (True, True, head, head))
+            value, grads = engine.loss(t.x, b, a, c, t.target, options, plan, None, (True, True, head, head))
             dx, db, *rest = grads
             return [value, dx, db.t(), *(grad for grad in rest if grad is not None)]
         y: list[Tensor] = []
         if mode != "bwd" or i not in kept:
-            _, out, kept[i] = engine.forward(t.x, b, None, "A", False)
+            _, out, kept[i] = engine.forward(t.x, b, None, plan, False)
             y = [out] if mode != "bwd" else []
         if mode in ("fwd", "infer"):
             return y
-        dx, db = engine.backward(None, t.dy, t.x, b, kept[i], "A", True, True)[:2]
+        gradients = engine.backward(None, t.dy, t.x, b, kept[i], plan, True, True)[:2]
+        dx, db = (t for t in gradients if t is not None)
         return [*y, dx, db.t()]
 
     return call

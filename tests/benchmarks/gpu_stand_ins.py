@@ -3,11 +3,11 @@
 import torch
 
 from benchmarks.gpu import kernels
-from interp_nn.engines.devices import Chip
+from interp_nn.engines.devices import DeviceSpec
 
 CPU = torch.device("cpu")
 BOTH = kernels.WITH_KERNELS
-H100 = Chip((9, 0), 132, 232448, 1.0, 1.0)
+H100 = DeviceSpec((9, 0), 132, 232448, 1.0, 1.0)
 
 
 def admitting(patch):

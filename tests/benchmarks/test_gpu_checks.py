@@ -81,7 +81,7 @@ def test_every_engine_is_judged_at_each_number_of_rows(layout, log, lines, any_e
     ]
     for line in lines():
         assert set(line["errors"]) == {"y", "dx", "db", "dbias"}
-        assert {"device", "form", "config", "kernels", "floor", "dtype", "d", "k", "mode", "layout"} <= set(line)
+        assert {"device", "order", "config", "kernels", "floor", "dtype", "d", "k", "mode", "layout"} <= set(line)
 
 
 def test_unsupported_problems_are_counted(log, lines, any_engine, monkeypatch):

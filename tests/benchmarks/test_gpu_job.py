@@ -221,11 +221,13 @@ def test_the_table_shows_times_and_failures(shared, tmp_path):
         "op": "head", "mode": "loss", "dtype": "bf16", "n": 32, "d": 8, "k": 4, "m": 2, "timer": "graph", "l2": "cold",
     }  # fmt: skip
     for name, ms in (("ours", 0.02), ("ours-cuda", 0.01), ("unfused", 0.05), ("linear", 0.01)):
-        log.write(**problem, provider=name, ms_p50=ms, samples=5, plan="cuda latent" if name == "ours" else None)
+        log.write(
+            **problem, provider=name, ms_p50=ms, samples=5, plan="cuda logits_from_latent" if name == "ours" else None
+        )
     log.write(**problem, provider="assoc-b", status="wrong", note="value: off")
     printed = job_table.table(log.rows)
     (row,) = (line for line in printed.splitlines() if line.startswith("head loss (32, 8, 4, 2) bf16 graph"))
-    assert row.split()[8:] == ["20", "-", "10", "-", "-", "10", "2.5", "-", "-", "0.5", "cuda", "latent"]
+    assert row.split()[8:] == ["20", "-", "10", "-", "-", "10", "2.5", "-", "-", "0.5", "cuda", "logits_from_latent"]
     for told in (
         "barrier: barrier_us 1.25", "wrong: time: a case: dx: far off", "wrong: time: head loss assoc-b: value: off",
         "skipped: time: 1 (tool not found)", "commit abc and changes", "2 bad of 8",

@@ -123,7 +123,7 @@ def test_the_fastest_engine_is_an_entry_of_a_table(monkeypatch, tmp_path):
     def entry(problem, mode, **microseconds):
         return timings.table_entry(problem, mode, CPU, timings.fastest(medians(**microseconds)))
 
-    monkeypatch.setattr(timings, "chip_of", lambda device: H100)
+    monkeypatch.setattr(timings, "spec_of", lambda device: H100)
     loss = Problem("cross_entropy", 32, 512, 100, None, "bf16")
     found = entry(loss, "loss", triton=70, cuda=60, eager=90)
     assert found["engine"] == "cuda" and found["microseconds"] == {"triton": 70.0, "cuda": 60.0, "eager": 90.0}
