@@ -19,7 +19,6 @@ from torch import Tensor
 import interp_nn
 from benchmarks.timing.problems import DTYPES, Data, Problem
 from interp_nn import engines, functional
-from interp_nn.engines.eager import LossOptions
 
 Function = Callable[[Data], Tensor]
 
@@ -208,6 +207,8 @@ def planned(engine: str, problem: Problem, mode: str, device: torch.device) -> s
 
 def _kernel_calls(name: str, problem: Problem, mode: str, sets: Sequence[Data]) -> Callable[[int], list[Tensor]]:
     """Return an engine's own calls of a mode on the i-th set of inputs."""
+    from interp_nn.engines.eager import LossOptions  # here, so that `compare` can import older revisions
+
     engine: Any = engines.get(name)
     kept: dict[int, list[Tensor]] = {}
     options = LossOptions((1.0, 1.0, 1.0), -100, "mean")
