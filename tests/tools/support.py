@@ -3,8 +3,8 @@
 import torch
 
 from benchmarks.timing.tolerances import (  # noqa: F401 - tests take the formulas from here
-    breach,
     errors,
+    exceeds,
     naive,
     naive_cross_entropy,
     naive_head_cross_entropy,
@@ -46,7 +46,7 @@ def assert_close_law(got, same_precision_torch, exact_fp64, name="result", preci
     """
     assert got.dtype == same_precision_torch.dtype, name
     precision = precision or got.dtype
-    why = breach(errors(got, exact_fp64), errors(same_precision_torch, exact_fp64), law_floor(precision, ulps))
+    why = exceeds(errors(got, exact_fp64), errors(same_precision_torch, exact_fp64), law_floor(precision, ulps))
     assert why is None, f"{name}: {why}"
 
 
