@@ -140,13 +140,14 @@ def _heads(one: Record) -> Iterator[Line]:
 
 
 def _regimes(one: Record) -> Iterator[Line]:
+    brief = one["budget"]["train_images"] >= FULL[one["experiment"]].images  # a part of the images tests nothing
     for name, row in one["results"]["regimes"].items():
         published = _published(row["published_best_accuracy"])
-        yield Line(f"{name}, best epoch, %", published, _percent(row["best_accuracy"]), row["epochs"]["mean"])
+        yield Line(f"{name}, best epoch, %", published, _percent(row["best_accuracy"]), row["epochs"]["mean"], brief)
     more = _published(one["results"].get("published_dlgn_over_relu_more_than"))
     for name, ratio in one["results"]["dlgn_over_relu"].items():
         epochs = one["results"]["compared_after_epoch"]
-        yield Line(f"{name} of ReLU, last epoch, %", more and f"> {more}", f"{100 * ratio:.1f}", epochs)
+        yield Line(f"{name} of ReLU, last epoch, %", more and f"> {more}", f"{100 * ratio:.1f}", epochs, brief)
 
 
 def _trees(one: Record) -> Iterator[Line]:
