@@ -35,7 +35,8 @@ def test_archs_are_those_of_a_release():
 def test_only_libraries_of_every_machine_are_needed(name):
     listing = " (NEEDED)  Shared library: [{}]\n (NEEDED)  Shared library: [libstdc++.so.6]\n"
     assert not list(audit.wrong_needed(listing.format("libtorch_cpu.so")))
-    assert list(audit.wrong_needed(listing.format(name))) == [f"it needs {name}, which not every machine with PyTorch has"]
+    (sentence,) = audit.wrong_needed(listing.format(name))
+    assert sentence.startswith(f"it needs {name},")
 
 
 @pytest.mark.parametrize(
