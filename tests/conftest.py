@@ -1,4 +1,6 @@
-"""Every test starts from the same seed and from dispatch's own choice of engine."""
+"""Every test starts from the same seed, on one thread, and with the engine that the library itself chooses."""
+
+import os
 
 import hypothesis
 import pytest
@@ -6,8 +8,19 @@ import torch
 
 import interp_nn
 
+# Problems as small as the tests' lose more to waking threads than they gain; the variable is for the processes they start.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+torch.set_num_threads(1)
+
 hypothesis.settings.register_profile("interp_nn", derandomize=True, database=None, deadline=None, max_examples=40)
 hypothesis.settings.load_profile("interp_nn")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers():
+    """Processes for `-n auto`: one a core, at most 8; on a single core none beside this one."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cores, 8) if cores > 1 else 0
 
 
 @pytest.fixture(autouse=True)
