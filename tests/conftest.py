@@ -28,6 +28,11 @@ def pytest_xdist_auto_num_workers():
     return min(cores, 8) if cores > 1 else 0
 
 
+def pytest_collectstart():
+    """Seed the tensors that a module draws while it is imported, such as its parameters of tests."""
+    torch.default_generator.manual_seed(0)
+
+
 @pytest.fixture(autouse=True)
 def _reproducible():
     # torch.manual_seed takes a millisecond: for every kind of device that is not there it records the stack.
