@@ -1,6 +1,6 @@
-"""The launches that the Triton engine would make on a GPU that is not there, as `offline` compiles them.
+"""Record the launches that the Triton engine would make on a GPU that is not there, for `offline` to compile.
 
-The engine itself plans them, with tensors on the meta device; only its view of the device and its last step are exchanged.
+The engine plans them for tensors on the meta device; only its device and its last step are replaced.
 """
 
 import contextlib
@@ -17,9 +17,9 @@ from interp_nn.engines.triton import engine
 
 @contextlib.contextmanager
 def recording(capability: int, fp32_precision: str | None = None) -> Iterator[list[Launch]]:
-    """A list that gets what the engine launches inside, for tensors of any device, as on a known GPU of that capability.
+    """Return a list that collects the engine's launches inside, planned for a known GPU of that capability.
 
-    fp32_precision: what PyTorch's switch for products of fp32 matrices says inside, if it matters.
+    `fp32_precision` sets `torch.backends.cuda.matmul.fp32_precision` inside.
     """
     spec = spec_for(divmod(capability, 10))
     if spec is None:

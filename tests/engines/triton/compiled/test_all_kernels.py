@@ -111,7 +111,7 @@ def wanted():
     """(tag, capability, launch) of every compilation."""
     for capability in CAPABILITIES:
         for name in NAMES:
-            for dtype, n, k, m, precision, more in EVERYWHERE + (HERE if capability == 90 and not WARN else []):
+            for dtype, n, k, m, precision, more in EVERYWHERE[::2] if WARN else EVERYWHERE + HERE * (capability == 90):
                 if name.startswith("phased"):
                     if k not in (128, 64):
                         continue
