@@ -43,6 +43,7 @@ class Group(NamedTuple):
     classes: int = 16
 
     def bucket(self, rows: int) -> Bucket:
+        """Return the bucket of so many rows."""
         return Bucket(self.kernel, self.itemsize, self.columns, self.classes, rows)
 
     @property
@@ -198,12 +199,14 @@ class DeviceBench:
         self._compilers = Compilers(count, device) if cuda and count else None
 
     def prepare(self, group: Group, tried: Sequence[Config], seconds: float) -> dict[Config, str | None]:
+        """Compile each config; see `Bench.prepare`."""
         if self._compilers is None:
             return {config: attempt(group, config, self.device) for config in tried}
         found = self._compilers.run([(group, config) for config in tried], seconds)
         return dict(zip(tried, found, strict=True))
 
     def kernel_times(self, group: Group, n: int, tried: Sequence[Config]) -> dict[int, list[float]]:
+        """Time each config; see `Bench.kernel_times`."""
         calls = dict[int, Callable[[], object]]()
         for place, config in enumerate(tried):
             # A config that compiles for few rows may not launch for many: twice the programs, more memory.
@@ -223,6 +226,7 @@ class DeviceBench:
         return [name for name in ENGINES if unsupported_reason(name, problem) is None]
 
     def engine_times(self, kind: str, itemsize: int, columns: int, n: int) -> dict[str, list[float]]:
+        """Time each engine; see `Bench.engine_times`."""
         call = whole_call(kind, itemsize, columns, n, self.device)
 
         def on(engine: str) -> Callable[[], object]:

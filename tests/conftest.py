@@ -44,15 +44,6 @@ def _reproducible():
     interp_nn.use_engine("auto")
 
 
-@pytest.fixture(scope="module")
-def one_thread():
-    """Layers this small lose more to waking threads than they win from them."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def pytest_make_parametrize_id(config, val, argname):
     """A plan in the name of a test."""
     return plan_to_text(val) + "*" * val.autograd if isinstance(val, interp_nn.Plan) else None

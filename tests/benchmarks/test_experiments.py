@@ -19,8 +19,6 @@ KEYS = {
 SMALL = ("--train-size", "40", "--test-size", "20", "--batch", "10")
 PASSENGERS = "survived,pclass,name,sex,age,sibsp,parch,ticket,fare,cabin,embarked"
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch):

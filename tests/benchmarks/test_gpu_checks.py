@@ -17,7 +17,6 @@ from benchmarks.timing import footprint, tolerances
 from interp_nn import engines, functional
 from interp_nn.engines import barrier
 
-pytestmark = pytest.mark.usefixtures("one_thread")  # problems this small lose more to waking threads
 EAGER = kernels.EAGER
 
 

@@ -17,9 +17,6 @@ from benchmarks.gpu.log import Log, read
 from benchmarks.records import report, rows
 from benchmarks.records.environment import ROOT
 
-pytestmark = pytest.mark.usefixtures("one_thread")  # problems this small lose more to waking threads
-
-
 # A worker
 
 

@@ -15,8 +15,6 @@ from benchmarks.timing.problems import Problem
 from interp_nn import engines
 from interp_nn.engines.triton import configs
 
-pytestmark = pytest.mark.usefixtures("one_thread")  # problems this small lose more to waking threads
-
 
 class Stream:
     def __init__(self, device=None):

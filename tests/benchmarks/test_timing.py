@@ -33,8 +33,6 @@ SMALL = ("ours", "linear", "unfused", "assoc-a", "assoc-b", "assoc-c", "best-eag
 ASKED = Asked(CPU, "wall", seconds=0.0, samples=3)
 TINY = Problem("summary", 20, 16, 6)
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.fixture
 def out():

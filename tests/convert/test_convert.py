@@ -13,8 +13,6 @@ from interp_nn import linalg
 from interp_nn.convert import fold, summarize
 from interp_nn.nn import SummaryClassifier, SummaryConv2d, SummaryHead, SummaryLayer, SummaryLinear, weights
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 FLOATS = [(torch.float64, 1e-11), (torch.float32, 1e-5), (torch.bfloat16, 5e-2), (torch.float16, 1e-2)]
 
 

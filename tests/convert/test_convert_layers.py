@@ -13,9 +13,6 @@ from torch.nn.utils import parametrizations, prune
 from interp_nn.convert import fold, summarize
 from interp_nn.nn import SummaryConv2d, SummaryHead, SummaryLinear
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
 # Selected layers
 
 
