@@ -301,10 +301,14 @@ def orthogonalize(b: Tensor, tolerance: float | None = None, max_iterations: int
         tensor([[1., 0.],
                 [0., 1.]])
     """
-    if tolerance is not None and not isinstance(tolerance, Real):
+    if tolerance is not None and (not isinstance(tolerance, Real) or isinstance(tolerance, bool)):
         raise TypeError(f"tolerance: got {tolerance!r}, want a number or None (rounding)")
-    if not isinstance(max_iterations, int):
+    if tolerance is not None and not tolerance >= 0:
+        raise ValueError(f"tolerance: got {tolerance!r}, want a number >= 0 or None (rounding)")
+    if not isinstance(max_iterations, int) or isinstance(max_iterations, bool):
         raise TypeError(f"max_iterations: got {max_iterations!r}, want an int")
+    if max_iterations < 0:
+        raise ValueError(f"max_iterations: got {max_iterations}, want an int >= 0")
     _check_tensor("b", b)
     with linalg.autocast_off(b.device):
         return linalg.orthogonalize(_matrix(b), tolerance, max_iterations)
@@ -461,6 +465,8 @@ def _loss_options(
 ) -> LossOptions:
     if not isinstance(target, Tensor):
         raise TypeError(f"target: got {type(target).__name__}, want a torch.Tensor of class indices")
+    if target.layout is not torch.strided:
+        raise TypeError(f"target: got layout {target.layout}, want a dense tensor (call .to_dense())")
     if target.dtype != torch.int64:
         raise TypeError(f"target: got dtype {target.dtype}, want int64 class indices")
     if target.shape != x.shape[:-1]:
@@ -473,7 +479,7 @@ def _loss_options(
         raise ValueError("target: got zero classes to choose from, want at least one")
     if reduction not in _REDUCTIONS:
         raise ValueError(f"reduction: got {reduction!r}, want one of {_REDUCTIONS}")
-    if not isinstance(ignore_index, int):
+    if not isinstance(ignore_index, int) or isinstance(ignore_index, bool):
         raise TypeError(f"ignore_index: got {type(ignore_index).__name__}, want an int")
     if not -(2**63) <= ignore_index < 2**63:
         raise ValueError(f"ignore_index: got {ignore_index}, want an int of 64 bits")
@@ -482,11 +488,18 @@ def _loss_options(
 
 def loss_weights(weights: Sequence[float]) -> tuple[float, float, float]:
     """Return the weights of a loss's three terms, checked."""
-    wanted = "want three finite numbers (of CE, CE and MSE)"
+    wanted = "want three finite numbers (of CE, CE and MSE), which get no gradient"
+    if isinstance(weights, str | bytes) or (isinstance(weights, Tensor) and weights.requires_grad):
+        raise TypeError(f"weights: got {weights!r}, {wanted}")
     try:
-        values = tuple(float(w) for w in weights)
+        given = tuple(weights)
+        if any(isinstance(w, bool) or (isinstance(w, Tensor) and w.requires_grad) for w in given):
+            raise TypeError
+        values = tuple(map(float, given))
     except (TypeError, ValueError):
         raise TypeError(f"weights: got {weights!r}, {wanted}") from None
+    except OverflowError:
+        raise ValueError(f"weights: got a number beyond the range of floats, {wanted}") from None
     if len(values) != 3 or not all(abs(w) < math.inf for w in values):
         raise ValueError(f"weights: got {values}, {wanted}")
     return values[0], values[1], values[2]

@@ -472,6 +472,6 @@ def inverse_summary(x: Tensor, b: Tensor) -> Tensor:
         raise torch.linalg.LinAlgError(message)  # type: ignore[attr-defined] # which its stubs hide
     p = x @ b
     work = accumulation_dtype(b.dtype)
-    rows = torch.atleast_2d(p.to(work))
+    rows = p.to(work).reshape(-1, k)  # more than two dimensions would be batches of systems to vmap
     with autocast_off(b.device):
         return torch.linalg.solve(gram(b.to(work)), rows, left=False).to(p.dtype).reshape(p.shape)

@@ -101,7 +101,7 @@ class LinearForm(nn.Module):
         weight = self._parameters.get("weight")
         if self._gram_cache is None or type(weight) is not nn.Parameter or weight.grad is not None:
             return None
-        if torch.compiler.is_compiling() or transforming():
+        if torch.compiler.is_compiling() or transforming(weight):
             return None
         cached = self._gram_cache[0]
         return cached[0].value if cached and cached[0].identity == self._identity() else None
@@ -109,7 +109,7 @@ class LinearForm(nn.Module):
     def _cache_gram(self, g: Tensor | None) -> None:
         """Cache a Gram matrix; not of 16-bit weights, where bᵀb - I cancels, nor under a torch.func transform."""
         weight = self._parameters.get("weight")
-        if torch.compiler.is_compiling() or transforming() or not torch.is_grad_enabled():
+        if torch.compiler.is_compiling() or transforming(weight, g) or not torch.is_grad_enabled():
             return
         self._drop_gram()
         if g is None or type(weight) is not nn.Parameter or not weight.requires_grad or weight.grad is not None:
@@ -190,7 +190,7 @@ class Freezable(LinearForm):
         if torch.compiler.is_compiling() or self._frozen.identity == self._identity():
             return self._frozen.value
         now = self._freeze()
-        if not transforming():  # a transform may have replaced the layer's weight for as long as it lasts
+        if not transforming(self.weight):  # a transform may have replaced the layer's weight for as long as it lasts
             self._frozen = now
         return now.value
 

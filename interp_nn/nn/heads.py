@@ -84,6 +84,7 @@ class SummaryClassifier(SummaryLayer):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
+        _check_classes(num_classes)
         super().__init__(in_features, num_classes, device, dtype)
 
     def forward(self, x: Tensor) -> Any:
@@ -154,6 +155,7 @@ class SummaryHead(SummaryLayer):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(in_features, latent, device, dtype)
+        _check_classes(num_classes)
         self.output = nn.Linear(latent, num_classes, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Any:
@@ -207,3 +209,8 @@ class SummaryHead(SummaryLayer):
         criterion = SummaryLoss(weights, consistency, ignore_index, reduction)
         codes = functional.summary_pair(x, self.weight.t())
         return criterion(tuple(map(self.output, codes)), target, codes)
+
+
+def _check_classes(num_classes: int) -> None:
+    if num_classes < 1:
+        raise ValueError(f"num_classes: got {num_classes}, want at least 1")

@@ -46,6 +46,8 @@ def constrain(model: nn.Module, constraint: str | None) -> nn.Module:
           (0): SummaryLinear(in_features=4, out_features=3, bias=True, constraint='retract')
         )
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: got {type(model).__name__}, want an nn.Module")
     if constraint not in (None, *CONSTRAINTS):
         raise ValueError(f"constraint: got {constraint!r}, want None, 'penalty', 'retract' or 'parametrization'")
     layers = {name: m for name, m in model.named_modules() if isinstance(m, LinearForm)}

@@ -199,7 +199,12 @@ class CrossEntropyFunction(Function):
         if ctx.spent:
             grads = []  # of a retained graph: handed out by an earlier backward, and scaled in place by some engines
         needs = tuple(ctx.needs_input_grad[:4])
-        plain = not (torch.compiler.is_compiling() or torch.is_grad_enabled() or transforming() or is_batched(upstream))
+        plain = not (
+            torch.compiler.is_compiling()
+            or torch.is_grad_enabled()
+            or transforming(upstream, x, b, a, c)
+            or is_batched(upstream)
+        )
         if grads and plain:
             ctx.spent = True
             # By .data, which has a version of its own: what their owner does to them then is no harm to a retained graph.
@@ -275,7 +280,7 @@ def cross_entropy(
     head, classes = a is not None, (b if a is None else a.mT).shape[1]
     d, k = b.shape
     plan = select.choose(select.problem_of(x, row_count(x), d, k, not head, (needs[0], needs[1]), classes))
-    if not torch.compiler.is_compiling() and transforming():
+    if not torch.compiler.is_compiling() and transforming(x, b, a, c):
         return expression(x, b, a, c, target, options, plan)
     if plan.autograd:
         try:

@@ -428,7 +428,7 @@ def choose(x: Tensor, b: Tensor, pair: bool) -> Plan:
 
 def summary(x: Tensor, b: Tensor, bias: Tensor | None, plan: Plan) -> tuple[Tensor, list[Tensor]]:
     """Return (Y = X b (bᵀb) + bias, the saved tensors of the plan) for checked arguments."""
-    if plan.autograd or nested_forward_mode():
+    if plan.autograd or nested_forward_mode(x, b, bias):
         _, y, saved = eager.forward(as_rows(x), b, bias, plan, False)
         return y if x.dim() == 2 else y.view(*x.shape[:-1], b.shape[1]), saved
     y, *saved = apply(_summary_function(), x, b, bias, plan, False)
@@ -445,7 +445,7 @@ def small_gram(plan: Plan, saved: Sequence[Tensor], b: Tensor) -> Tensor | None:
 
 def summary_pair(x: Tensor, b: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
     """Return (X b, X b (bᵀb)) for checked arguments."""
-    if plan.autograd or nested_forward_mode():
+    if plan.autograd or nested_forward_mode(x, b):
         p, y, _ = eager.forward(as_rows(x), b, None, plan, True)
         assert p is not None
         if x.dim() == 2:

@@ -268,7 +268,7 @@ def test_an_engine_that_cannot_compute_a_layer_is_no_plan(monkeypatch):
     model, x = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)).double(), torch.randn(3, 4).double()
     before = model(x)
     with monkeypatch.context() as patch:
-        patch.setattr("interp_nn.engines.select._requested", "triton")  # which has no float64 kernels
+        patch.setattr("interp_nn.engines.select.requested", lambda: "triton")  # which has no float64 kernels
         report = summarize(model)
     assert [row.plan for row in report.converted] == [None, None] and error(model(x), before) <= 1e-12
 

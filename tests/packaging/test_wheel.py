@@ -25,7 +25,7 @@ with_library = pytest.mark.skipif(not LIBRARY.exists(), reason="installed withou
 @functools.cache
 def main():
     """Return the output of `python -m interp_nn` where the environment names an engine."""
-    environment = {**os.environ, "INTERP_NN_ENGINE": "reference"}
+    environment = {**os.environ, "INTERP_NN_ENGINE": "eager"}
     command = [sys.executable, "-m", "interp_nn"]
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
 
@@ -47,7 +47,7 @@ def test_main_prints_the_version_and_every_engine():
     assert f"interp_nn {interp_nn.__version__}\n" in printed
     for name in engines.availability():
         assert re.search(rf"^engine +{name}: \S", printed, re.MULTILINE)
-    assert "\nrequested reference (INTERP_NN_ENGINE" in printed
+    assert "\nrequested eager (INTERP_NN_ENGINE" in printed
 
 
 def test_sources_are_there_to_compile():

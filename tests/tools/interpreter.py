@@ -24,6 +24,8 @@ import triton
 import triton.language as tl
 from triton.runtime import interpreter as stock
 
+from interp_nn.engines import limits
+
 TF32 = stock._ir.INPUT_PRECISION.TF32
 TF32X3 = stock._ir.INPUT_PRECISION.TF32x3
 
@@ -319,6 +321,7 @@ def install() -> None:
     stock._patch_lang = functools.partial(patch_language, stock._patch_lang)
     stock.InterpretedFunction.__call__ = call_helper
     stock.ReduceScanOpInterface.check_tensor = checking_bf16(stock.ReduceScanOpInterface.check_tensor)
+    limits.interpreter_has_bfloat16 = True
     triton.knobs.compilation.front_end_debugging = True  # a kernel's exception is raised unchanged
 
 
