@@ -15,7 +15,7 @@ from torch.overrides import BaseTorchFunctionMode
 
 from interp_nn.explain.following.calls import UnsupportedOperation, map_tensors
 from interp_nn.explain.following.recorder import ConstantFinder, Layers, Recorder, Replayer, ScaledReplayer
-from interp_nn.gates.jvp import pushed
+from interp_nn.gates.jvp import jvp
 from interp_nn.gates.record import place_of
 
 Inputs = tuple[Tensor, ...]
@@ -182,7 +182,7 @@ class Replay(nn.Module):
             parts = {}
             if layers:
                 one_by_one = torch.eye(len(layers), dtype=none.dtype, device=none.device)
-                alone = torch.vmap(lambda d: pushed(scaled, (none,), (d,))[1], chunk_size=_LAYERS_AT_ONCE)
+                alone = torch.vmap(lambda d: jvp(scaled, (none,), (d,))[1], chunk_size=_LAYERS_AT_ONCE)
                 parts = dict(zip(layers, alone(one_by_one), strict=True))
             if wanted:  # the gate's own breakpoint
                 own, rest = self._steps[wanted[0]].layer, scaled(none)
@@ -261,7 +261,7 @@ class TangentReplay(nn.Module):
         if got != want:
             raise ValueError(f"v: got shapes {got}, want {want}")
         steps = tuple(t - x for t, x in zip(v, self._inputs, strict=True))
-        return torch.add(*pushed(self._function, self._inputs, steps))
+        return torch.add(*jvp(self._function, self._inputs, steps))
 
 
 def parameter_check(model: nn.Module) -> Callable[[], None]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from interp_nn.explain.following.replay import over_copies
-from interp_nn.gates.jvp import pushed
+from interp_nn.gates.jvp import jvp
 
 Vectors = tuple[Tensor, ...]  # one tensor (r, n, *input) for each input
 
@@ -179,4 +179,4 @@ class JacobianOperator(AffineOperator):
         return super().bias_by_layer() if self._parts is None else self._parts()
 
     def _push(self, *v: Tensor) -> Tensor:
-        return pushed(self._function, self.x, v)[1].detach()
+        return jvp(self._function, self.x, v)[1].detach()

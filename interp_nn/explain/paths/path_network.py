@@ -13,7 +13,7 @@ from interp_nn.explain.following.calls import UnsupportedOperation
 from interp_nn.explain.following.replay import check_model
 from interp_nn.explain.paths.path_terms import Layer
 from interp_nn.explain.paths.path_walk import GATE, Pool, Walk
-from interp_nn.gates.graph import gated, trace, where
+from interp_nn.gates.graph import apply_gates, trace, where
 from interp_nn.nn.gated.networks import GatedNetwork, ValueNetwork
 
 
@@ -46,7 +46,7 @@ class PathNetwork:
         """Return the layers at samples x (n, ...). Raises UnsupportedOperation for an operation whose paths are not known."""
         gates: list[Tensor] = []
         if self._gated is not None:
-            gates = self._gated.applied(self._gated.gating(x))
+            gates = self._gated.value_gates(self._gated.gating(x))
             x = torch.ones_like(x) if self._gated.value_input == "ones" else x
         walk = self._walk(x, gates)
         if walk.computed and not self._checked:
@@ -99,7 +99,7 @@ class _ValueNetwork(nn.Module):
             return self.value(z, self.gates)
         *hidden, last = self.value.layers  # a ValueNetwork is a leaf of the graph, so its layers are called here
         for layer, gate in zip(hidden, self.gates, strict=True):
-            z = gated(layer(z), gate)
+            z = apply_gates(layer(z), gate)
         return last(z)
 
 
