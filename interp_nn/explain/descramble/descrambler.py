@@ -65,7 +65,8 @@ class Nulls(NamedTuple):
     The null hypothesis: the features are independent of each other. Shuffling each feature by itself over the samples then
     changes nothing, so that the data are as likely as any shuffle of them to have the smallest loss. `p` is the share of the data
     and its shuffles whose loss is at most that of the data: p = (1 + number of shuffles with a loss <= fitted) / (shuffles + 1).
-    It is uniform under the null, and small where the features are related.
+    It is uniform under the null, and small where the features are related. The samples must be independent of each other. The
+    positions of an image or a text are not: there p is too small, and `held_out` is the better guide.
 
     If `held_out` is as low as `fitted`, other samples have the same structure. If `random_net` is as low, the structure comes
     from the inputs or the architecture, not from training. A value is NaN where it does not apply. For the diagonal criteria,
