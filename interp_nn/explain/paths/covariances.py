@@ -151,7 +151,7 @@ class Propagation:
     def chunk_size(self, dtype: torch.dtype) -> int:
         """Return the number of rows and columns of a tile of the kernel that takes at most 256 MiB."""
         if self._size:  # its blocks are smaller, so that the profiles are what takes memory
-            return min(max(1, _TILE_BYTES // (2 * self._bytes * dtype.itemsize)), 64)
+            return min(max(1, _TILE_BYTES // (2 * self._bytes * dtype.itemsize)), _LARGEST_TILE)
         held, most = 0, 1
         for place, step in sorted(self._steps.items()):
             held += self._rows[place] * self._groups[place]
