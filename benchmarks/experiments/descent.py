@@ -164,13 +164,13 @@ def _trial(size: Size, operator: str, seed: int, progress: tqdm[Any]) -> dict[st
     D = derivative_operator(n, operator).matrix()
     A, B = D.mT @ D, H @ H.mT
     generator = torch.Generator().manual_seed(seed)
-    exact = Descrambler(operator=operator).fit(H)
+    exact = Descrambler(operator=operator).fit(H.mT)
     solves, fits = [], []
     descents: list[dict[str, Any]] = []
     for index in range(size.starts):
         progress.set_postfix_str(f"n {n}, {operator}")
         solves.append(timeit(lambda: brockett_min(A, B), number=1))
-        fits.append(timeit(lambda: Descrambler(operator=operator).fit(H), number=1))
+        fits.append(timeit(lambda: Descrambler(operator=operator).fit(H.mT), number=1))
         # The first from Q = 0, as published; an orthogonal start has either determinant.
         start = None if index == 0 else signals.orthogonal(n, generator)
         found = descend(A, B, start, seconds=size.seconds)

@@ -67,8 +67,8 @@ def main(arguments: list[str]) -> int:
     nulls = {layer: fit.nulls_ for layer, fit in fits.items()}
     with torch.no_grad():
         latent, fresh = network.latent(x), untrained.latent(x)
-    fits["latent"] = Descrambler().fit(latent.mT)
-    of_fresh = Descrambler().fit(fresh.mT)
+    fits["latent"] = Descrambler().fit(latent)
+    of_fresh = Descrambler().fit(fresh)
     nulls["latent"] = fits["latent"].nulls_._replace(random_net=of_fresh.nulls_.fitted)
     results: dict[str, Any] = {
         "test_accuracy": accuracy,
@@ -80,9 +80,9 @@ def main(arguments: list[str]) -> int:
             "order, hidden layer": _ordered_hidden(network, x),
         },
         "class_share": {
-            "descrambled": _class_share(fits["latent"].transform(latent.mT).mT, y),
+            "descrambled": _class_share(fits["latent"].transform(latent), y),
             "as trained": _class_share(latent, y),
-            "untrained, descrambled": _class_share(of_fresh.transform(fresh.mT).mT, y),
+            "untrained, descrambled": _class_share(of_fresh.transform(fresh), y),
             "untrained": _class_share(fresh, y),
         },
         "class_share_of_components": {
@@ -91,7 +91,7 @@ def main(arguments: list[str]) -> int:
         },
     }
     others = {
-        "shuffled data": Descrambler().fit(shuffled(latent.mT)).spectrum_.energies,
+        "shuffled data": Descrambler().fit(shuffled(latent.mT).mT).spectrum_.energies,
         "untrained network": of_fresh.spectrum_.energies,
     }
     _draw(run, network, fits, nulls, others, results)

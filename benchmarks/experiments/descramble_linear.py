@@ -46,7 +46,7 @@ def _isotropic(run: common.Run, samples: list[int], seed: int) -> dict[str, Any]
     found: dict[str, Any] = {"samples": samples, "error_of_weights": [], "least_cosine": [], "nulls": {}}
     figure, axes = plt.subplots(figsize=(5.4, 3.8), layout="constrained")
     for count in samples:
-        fitted = Descrambler().fit(W @ torch.randn(IN, count, generator=generator, dtype=torch.float64))
+        fitted = Descrambler().fit((W @ torch.randn(IN, count, generator=generator, dtype=torch.float64)).mT)
         modes = T.mT @ fitted.weights(W).weight
         cosines = (modes * v).sum(1) / modes.norm(dim=1)
         signed = cosines.sign().unsqueeze(1) * s.unsqueeze(1) * v
@@ -89,7 +89,7 @@ def _tree(run: common.Run, steps: int, seed: int) -> dict[str, Any]:
     for name, weight in (("trained", learned), ("untrained", untrained)):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # of the rank, which is 8 and in the record
-            fits[name] = Descrambler().fit(weight @ x)
+            fits[name] = Descrambler().fit((weight @ x).mT)
         modes = derivative_operator(HIDDEN, "fourier2").eigenvectors().mT @ fits[name].weights(weight).weight
         energy = (modes[:items] @ haar.mT).square()
         found["share_in_its_level"][name] = [(energy[at, at].sum() / energy[at].sum()).item() for at in levels]
@@ -134,7 +134,7 @@ def _convolution(run: common.Run, count: int, seed: int) -> dict[str, Any]:
     for column, (name, values) in enumerate(inputs.items()):
         for layer, kernel in enumerate(kernels):
             values = _convolved(values, kernel)
-            fitted = Descrambler().fit(values.mT)
+            fitted = Descrambler().fit(values)
             shares = _by_frequency(fitted.P_)
             found[f"{name}, layer {layer + 1}"] = {
                 "largest_share": {"least": shares.amax(1).min().item(), "mean": shares.amax(1).mean().item()},

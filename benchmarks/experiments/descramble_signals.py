@@ -86,7 +86,7 @@ def _descrambled(
     untrained = reinitialised(network)
     fit_of_untrained = Descrambler().fit_layer(untrained, layer.name, x, tap=layer.tap)
     with torch.no_grad():
-        fit_of_shuffled = Descrambler().fit(shuffled(network[: layer.depth](x).mT))
+        fit_of_shuffled = Descrambler().fit(shuffled(network[: layer.depth](x).mT).mT)
     W, fresh = (net.get_parameter(f"{layer.weight}.weight").detach().double() for net in (network, untrained))
     if layer.tap == "post":
         W, fresh = W.mT, fresh.mT

@@ -23,13 +23,13 @@ def main(arguments: list[str]) -> int:
     epochs = 3 if given.quick else 100
     tsne = ParametricTSNE(epochs=epochs, exaggeration_epochs=epochs // 5, seed=given.seed, progress=True)
     placed_train, placed = tsne.fit_transform(x_train.float()), tsne.transform(x.float())
-    tsne.encoder.double()
+    tsne.encoder_.double()
     linear = tsne.linearize(x)
     results: dict[str, Any] = {
         "points": {"fitted": len(x_train), "new": len(x)},
         "divergence": tsne.kl_,
         **embedding.quality(placed_train, placed, x_train, y_train, x, y),
-        "exactness_float64": embedding.errors(tsne.encoder, linear, x, given.seed),
+        "exactness_float64": embedding.errors(tsne.encoder_, linear, x, given.seed),
     }
     title = "Parametric t-SNE of digits: fitted points, and new ones with a rim"
     embedding.draw_plane(run, title, (placed_train, y_train), (placed, y), tsne.kl_)
