@@ -136,6 +136,8 @@ def _host(given: argparse.Namespace) -> None:
 def _roofline(given: argparse.Namespace) -> None:
     wanted = operator_suite.Wanted(given.op or OPS, None, given.shape, given.dtype or ("fp32",))
     problems = list(operator_suite.problems(wanted))
+    if not problems:
+        raise command_line.UserInputError("no problem has this op and shape together")
     rates = {}
     for dtype in dict.fromkeys(problem.dtype for problem in problems):
         with products(dtype):

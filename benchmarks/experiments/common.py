@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -159,10 +160,13 @@ class Run:
     def figure(self, figure: Figure, suffix: str) -> None:
         """Save a figure as a PNG beside the record, and close it."""
         file = f"{self.name}-{suffix}.png"
-        with files.replacing(self.given.output / file) as part:
-            figure.savefig(part, dpi=100)
+        try:
+            with files.replacing(self.given.output / file) as part:
+                figure.savefig(part, dpi=100)
+            self.figures.append(file)
+        except OSError as error:  # the results still count
+            print(f"{self.given.output / file}: not written: {error}", file=sys.stderr)
         plt.close(figure)
-        self.figures.append(file)
 
     def finish(
         self, budget: dict[str, Any], results: dict[str, Any], epochs: int | dict[str, int] | None = None

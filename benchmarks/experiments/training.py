@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -167,8 +168,10 @@ def _save(
         "cuda_generators": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
         **trained._asdict(),
     }
+    whole = io.BytesIO()  # because PyTorch's own writer does not say that a disk is full
+    torch.save(kept, whole)
     with files.replacing(file) as part:
-        torch.save(kept, part)
+        part.write_bytes(whole.getbuffer())
 
 
 def _resume(

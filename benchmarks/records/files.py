@@ -35,6 +35,17 @@ def write_text(path: Path, text: str) -> None:
         part.write_text(text, encoding="utf-8")
 
 
+def append_line(path: Path, line: str) -> None:
+    """Append a line to a file in one step; it begins anew after a line that an interrupted process cut short."""
+    with path.open("ab+", buffering=0) as file:
+        if file.seek(0, os.SEEK_END):
+            file.seek(-1, os.SEEK_END)
+            line = line if file.read(1) == b"\n" else f"\n{line}"
+        data = f"{line}\n".encode()
+        while data:  # a full disk takes a part of it, and the next call raises
+            data = data[file.write(data) :]
+
+
 def check_writable(*paths: Path) -> None:
     """Check that files can be written, before the work that they are for; make their folders.
 

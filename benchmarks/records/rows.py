@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import sys
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
@@ -62,23 +61,17 @@ class Writer:
             validate(row)
         self.rows.append(row)
         if self.path is not None:
-            append(self.path, json.dumps(row, allow_nan=False))
-
-
-def append(path: Path, line: str) -> None:
-    """Append a line to a file in one step, after the end of a line that an interrupted process left unfinished."""
-    with path.open("ab+", buffering=0) as file:
-        if file.seek(0, os.SEEK_END):
-            file.seek(-1, os.SEEK_END)
-            line = line if file.read(1) == b"\n" else f"\n{line}"
-        data = f"{line}\n".encode()
-        while data:  # a full disk takes a part of it, and the next call raises
-            data = data[file.write(data) :]
+            files.append_line(self.path, json.dumps(row, allow_nan=False))
 
 
 def write_json(path: Path, record: Mapping[str, Any]) -> None:
-    """Write a record as one JSON file, in one step, and make its folder."""
-    files.write_text(path, json.dumps(plain(record, digits=17), indent=1, allow_nan=False) + "\n")
+    """Write a record as one JSON file, in one step, and make its folder; where that fails, print it, so that it is not lost."""
+    text = json.dumps(plain(record, digits=17), indent=1, allow_nan=False) + "\n"
+    try:
+        files.write_text(path, text)
+    except OSError:
+        print(text)
+        raise
 
 
 def plain(value: Any, digits: int = 5) -> Any:
