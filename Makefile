@@ -100,9 +100,11 @@ clean:
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
 
-# PyTorch goes first, so that no later line chooses it; without build isolation nothing is downloaded to build with.
+# PyTorch goes before what needs it, so that no later line chooses it, and in a command of its own, because TORCH may name
+# another index; without build isolation nothing is downloaded to build with.
 .venv/stamps/torch: | .venv/bin/python
-	$(PY) $(PIP) $(TORCH) numpy "setuptools>=77"
+	$(PY) $(PIP) numpy "setuptools>=77"
+	$(PY) $(PIP) $(TORCH)
 	$(PY) -c "import triton" 2>/dev/null || $(PY) $(PIP) $(TRITON)
 	@mkdir -p $(@D) && touch $@
 

@@ -10,17 +10,18 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import demo, experiments
+from benchmarks import command_line, demo, experiments
+from benchmarks.command_line import users_input
 from benchmarks.experiments import papers
 from benchmarks.gpu import job
-from benchmarks.records import environment, figures, report, rows
+from benchmarks.records import environment, figures, files, report, rows
 from benchmarks.timing import compare, host, operator_suite, roofline, run
 from benchmarks.timing.problems import DTYPES, OPS, products
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line and return the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser = command_line.Parser(prog="python -m benchmarks", description=__doc__)
     cuda = "cuda" if torch.cuda.is_available() else "cpu"
     commands = parser.add_subparsers(dest="command", required=True)
 
@@ -61,14 +62,14 @@ def main(arguments: list[str] | None = None) -> int:
     plot.add_argument("--output", type=Path, metavar="DIR", help="for the PNGs (default: beside the first record)")
 
     light = command("roofline", _roofline, "measure the device's rates, and print the least time of each problem")
-    light.add_argument("--device", choices=("cpu", "cuda"), default=cuda)
+    light.add_argument("--device", type=command_line.device, choices=("cpu", "cuda"), default=cuda)
     light.add_argument("--dtype", choices=DTYPES, action="append", help="repeatable (default: fp32)")
     light.add_argument("--op", choices=OPS, action="append", help="repeatable (default: all)")
     light.add_argument("--shape", type=run.shape, action="append", metavar="N,D,K[,M]", help="repeatable")
 
     overhead = command(
         "host",
-        lambda given: print(host.table(host.run(given.output))),
+        _host,
         "time the Python overhead of a layer and of the triton engine",
     )
     overhead.add_argument("--output", type=Path, metavar="FILE", help="write the record here")
@@ -87,38 +88,56 @@ def main(arguments: list[str] | None = None) -> int:
     )
 
     given = parser.parse_args(arguments)
-    try:
-        return given.function(given) or 0
-    except (OSError, ValueError) as error:
-        if given.command not in ("table", "papers", "plot"):
-            raise
-        print(f"benchmarks {given.command}: {error}", file=sys.stderr)
-        return 2
+    return command_line.status(f"benchmarks {given.command}", lambda: given.function(given))
 
 
 def _table(given: argparse.Namespace) -> None:
     if given.page is None:
-        print(report.markdown(rows.read(given.file)))
+        print(report.markdown(_read(given.file)))
     for file in given.file if given.page is not None else ():
-        report.fill(given.page, file, environment.ROOT)
+        with users_input():
+            report.fill(given.page, file, environment.ROOT)
 
 
 def _papers(given: argparse.Namespace) -> None:
-    text = papers.markdown(papers.read(), given.brief)
+    with users_input():
+        records = papers.read()
+    text = papers.markdown(records, given.brief)
     if given.page is None:
         print(text)
-    else:
+        return
+    with users_input():
         report.between(given.page, "papers --brief" if given.brief else "papers", text)
 
 
 def _plot(given: argparse.Namespace) -> None:
-    for path in figures.draw(rows.read(given.file), given.output or given.file[0].parent):
+    found, folder = _read(given.file), given.output or given.file[0].parent
+    with users_input():
+        files.check_folder(folder)
+    drawn = figures.draw(found, folder)
+    if not drawn:
+        raise command_line.UserInputError(f"{', '.join(map(str, given.file))}: no timing of the summary to draw")
+    for path in drawn:
         print(path)
+
+
+def _read(paths: list[Path]) -> list[rows.Row]:
+    with users_input():
+        return rows.read(paths)
+
+
+def _host(given: argparse.Namespace) -> None:
+    if given.output is not None:
+        with users_input():
+            files.check_writable(given.output)
+    print(host.table(host.run(given.output)))
 
 
 def _roofline(given: argparse.Namespace) -> None:
     wanted = operator_suite.Wanted(given.op or OPS, None, given.shape, given.dtype or ("fp32",))
     problems = list(operator_suite.problems(wanted))
+    if not problems:
+        raise command_line.UserInputError("no problem has this op and shape together")
     rates = {}
     for dtype in dict.fromkeys(problem.dtype for problem in problems):
         with products(dtype):
@@ -130,11 +149,8 @@ def _experiments(given: argparse.Namespace) -> int:
     if given.name is None:
         print(experiments.listing())
         return 0
-    try:
+    with users_input():
         run_experiment = experiments.find(given.name)
-    except ValueError as error:
-        print(f"benchmarks experiments: {error}", file=sys.stderr)
-        return 2
     return run_experiment(given.options)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,15 +13,15 @@ import torch
 from torch import Tensor, nn
 
 import interp_nn
+from benchmarks import command_line
 from benchmarks.experiments import datasets
 from benchmarks.experiments.training import Recipe, accuracy, train
-from benchmarks.records import environment
+from benchmarks.records import environment, files
 from benchmarks.records.rows import Writer, common, write_json
 from benchmarks.timing import tolerances
 from benchmarks.timing.measure import TIMERS, Asked, measure
 from benchmarks.timing.problems import Problem
 from benchmarks.timing.reference_networks import NETWORKS, Network, SummaryNetwork
-from benchmarks.timing.run import at_least
 
 BATCH = 64
 LEARNING_RATE = 1e-3
@@ -33,22 +32,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     names = ("digits", "mnist", "cifar10", "cifar100")
     parser.add_argument("--dataset", choices=names, help="default: the dataset in --data, else digits")
     datasets.add_folder(parser, "folder with MNIST or CIFAR-10 (default: $INTERP_NN_DATA)")
-    number = at_least(1)
+    number = command_line.at_least(1)
     parser.add_argument("--epochs", type=number, help="default: 20 for digits, 1 for the others")
     parser.add_argument("--seeds", type=number, help="networks of each kind (default: 3 for digits, 1 for the others)")
     parser.add_argument("--train-size", type=number, help="train on the first images only (default: all)")
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--device", type=command_line.device, default="cpu")
     parser.add_argument("--output", type=Path, default=Path("results"), metavar="DIR", help="for the PNG and the JSON")
 
 
 def run(given: argparse.Namespace) -> int:
     """Train, check, time, print, and save a figure and a record; the exit status is 1 when the gradient check fails."""
     start, device, output = time.perf_counter(), given.device, given.output
-    try:
+    with command_line.users_input():
         images = datasets.load(given.dataset, given.data)
-    except (FileNotFoundError, ValueError) as error:
-        print(error, file=sys.stderr)
-        return 2
+        figure, json_file = output / f"demo-{images.name}.png", output / f"demo-{images.name}.json"
+        files.check_writable(figure, json_file)
     epochs = given.epochs or (20 if images.name == "digits" else 1)
     seeds = given.seeds or (3 if images.name == "digits" else 1)
     if size := given.train_size:
@@ -79,10 +77,9 @@ def run(given: argparse.Namespace) -> int:
         "results": {"runs": runs, "gradients": gradients, "timings": timings},
     }  # fmt: skip
     spectrum = trained.head.spectrum().cpu().numpy()
-    figure, json_file = output / f"demo-{images.name}.png", output / f"demo-{images.name}.json"
+    _print(whole)
     write_json(json_file, whole)
     _draw(whole, spectrum, figure)
-    _print(whole)
     print(f"\nwrote {json_file} and {figure}; {whole['seconds']:.0f} s in all")
     return 0 if gradients["passed"] else 1
 
@@ -233,6 +230,6 @@ def _draw(whole: dict[str, Any], spectrum: np.ndarray[Any, Any], path: Path) -> 
     bars.set(ylabel="time / nn.Linear", title="Forward + backward")
     bars.legend()
     figure.suptitle(f"{whole['experiment']}, {whole['epochs']} epochs, {len(whole['seeds'])} seeds, {whole['device']}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    with files.replacing(path) as part:
+        figure.savefig(part, dpi=120)
     plt.close(figure)

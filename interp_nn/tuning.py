@@ -13,6 +13,7 @@ import argparse
 import json
 import math
 import os
+import secrets
 import statistics
 import sys
 import time
@@ -258,10 +259,36 @@ def write(path: Path, content: Mapping[str, Any]) -> None:
     for name in ("kernels", "engines"):
         entries = ",\n".join("  " + json.dumps(entry) for entry in content[name])
         lines.append(f' "{name}": [\n{entries}\n ]' if entries else f' "{name}": []')
+    _replace(path, "{\n" + ",\n".join(lines) + "\n}\n")
+
+
+def _replace(path: Path, text: str) -> None:
+    """Replace a file in one step, by a temporary file with a name of its own, which an error removes."""
+    path = Path(os.path.realpath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
-    half = path.with_name(path.name + ".part")
-    half.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
-    half.replace(path)
+    part = path.with_name(f".{os.getpid()}-{secrets.token_hex(8)}.part")
+    try:
+        with part.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _check_output(path: Path) -> None:
+    """Raise OSError where the table cannot be written; make its folder."""
+    if path.exists() and not path.is_file():  # a folder, or a device
+        raise OSError(f"{path}: not a file")
+    if path.exists() and not os.access(path, os.W_OK):
+        raise OSError(f"{path}: may not be written")
+    try:
+        trial = path.with_name(f".{os.getpid()}-{secrets.token_hex(8)}.part")
+        _replace(trial, "\n")
+        trial.unlink()
+    except OSError as error:
+        raise OSError(f"{path.parent}: no folder that can be written: {error.strerror}") from error
 
 
 def tune(
@@ -277,12 +304,14 @@ def tune(
 ) -> dict[str, Any]:
     """Measure, write the table to `output`, and return it.
 
-    Raises RuntimeError where the triton engine is off, or INTERP_NN_TABLE, whose choices are compared with, names that file.
+    Raises OSError where the file cannot be written, before anything is measured, and RuntimeError where the triton engine is
+    off, or INTERP_NN_TABLE, whose choices are compared with, names that file.
     seconds limit the time; `wanted` and `problems` what is looked at, `levels` the rows; a `bench` stands for the device.
     """
     used = os.environ.get("INTERP_NN_TABLE")
     if used and Path(used).resolve() == output.resolve():
         raise RuntimeError(f"INTERP_NN_TABLE names the file to be written, {output}")
+    _check_output(output)
     if bench is None:
         off = unsupported_reason("triton")
         if off is not None:
@@ -314,9 +343,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", default="cuda", help="which GPU (default: the current one)")
     given = parser.parse_args(arguments)
     try:
+        if not given.minutes >= 0:
+            raise ValueError(f"--minutes: got {given.minutes:g}, want a number from 0 on")
         content = tune(given.output, 60 * given.minutes, given.device)
-    except RuntimeError as error:
-        print(f"interp_nn tune: {error}", file=sys.stderr)
+    except (OSError, RuntimeError, ValueError) as error:
+        print(f"interp_nn tune: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     print(f"{given.output}: {len(content['kernels'])} kernels, {len(content['engines'])} engines")
     print(f"to use it: INTERP_NN_TABLE={given.output}")

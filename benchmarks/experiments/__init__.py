@@ -11,6 +11,8 @@ import inspect
 from collections.abc import Callable
 from types import ModuleType
 
+from benchmarks import command_line
+
 # Command names by module and first arguments, those on the papers' data first.
 COMMANDS: dict[str, tuple[str, ...]] = {
     "summary_vgg": ("head_comparison", "summary_vgg"),
@@ -38,7 +40,8 @@ def find(name: str) -> Callable[[list[str]], int]:
         near = difflib.get_close_matches(known, COMMANDS)
         raise ValueError(f"{name}: no such experiment" + (f"; did you mean {' or '.join(near)}?" if near else ""))
     module, *given = COMMANDS[known]
-    return lambda arguments: int(load(module).main([*given, *arguments]))
+    name = f"benchmarks experiments {known}"
+    return lambda arguments: command_line.status(name, lambda: load(module).main([*given, *arguments]))
 
 
 def listing() -> str:

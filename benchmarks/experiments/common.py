@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -13,9 +14,9 @@ import torch
 from matplotlib import pyplot as plt
 from torch import Tensor, nn
 
+from benchmarks.command_line import Parser, at_least, device, not_negative, seed, users_input
 from benchmarks.experiments import training
-from benchmarks.records import environment, rows
-from benchmarks.timing.run import at_least
+from benchmarks.records import environment, files, rows
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -26,7 +27,7 @@ Network = TypeVar("Network", bound=nn.Module)
 def parser(name: str, description: str | None) -> argparse.ArgumentParser:
     """Return a parser with the options of an experiment with one seed."""
     options = _parser(name, description)
-    options.add_argument("--seed", type=int, default=0)
+    options.add_argument("--seed", type=seed, default=0)
     return options
 
 
@@ -35,14 +36,14 @@ def training_parser(name: str, description: str | None) -> argparse.ArgumentPars
     options = _parser(name, description)
     options.add_argument("--seeds", type=at_least(1), metavar="N", help="seeds that each network is trained from")
     options.add_argument("--epochs", type=at_least(1), metavar="N", help="of each network (default: the experiment's)")
-    options.add_argument("--minutes", type=float, metavar="M", help="for all trainings, which share them evenly")
+    options.add_argument("--minutes", type=not_negative, metavar="M", help="for all trainings, which share them evenly")
     options.add_argument("--checkpoints", type=Path, metavar="DIR", help="written after each epoch, and continued")
-    options.add_argument("--device", default="cpu")
+    options.add_argument("--device", type=device, default="cpu")
     return options
 
 
 def _parser(name: str, description: str | None) -> argparse.ArgumentParser:
-    options = argparse.ArgumentParser(prog=f"python -m benchmarks experiments {name}", description=description)
+    options = Parser(prog=f"python -m benchmarks experiments {name}", description=description)
     folders = "for figures and the record (default: benchmarks/results/DEVICE/experiments; with --quick, results)"
     options.add_argument("--output", type=Path, metavar="DIR", help=folders)
     options.add_argument("--quick", action="store_true", help="seconds instead of minutes, to see that it runs")
@@ -151,20 +152,28 @@ class Run:
         if given.output is None:
             device = environment.ROOT / "benchmarks" / "results" / environment.device_slug(self.device)
             given.output = Path("results") if given.quick else device / "experiments"
+        with users_input():
+            files.check_writable(given.output / f"{name}.json")
+            if getattr(given, "checkpoints", None) is not None:
+                files.check_folder(given.checkpoints)
 
     def figure(self, figure: Figure, suffix: str) -> None:
         """Save a figure as a PNG beside the record, and close it."""
         file = f"{self.name}-{suffix}.png"
-        self.given.output.mkdir(parents=True, exist_ok=True)
-        figure.savefig(self.given.output / file, dpi=100)
+        try:
+            with files.replacing(self.given.output / file) as part:
+                figure.savefig(part, dpi=100)
+            self.figures.append(file)
+        except OSError as error:  # the results still count
+            print(f"{self.given.output / file}: not written: {error}", file=sys.stderr)
         plt.close(figure)
-        self.figures.append(file)
 
     def finish(
         self, budget: dict[str, Any], results: dict[str, Any], epochs: int | dict[str, int] | None = None
     ) -> None:
         """Write the record and print its place; `epochs` is the number that was asked for, if any."""
         seconds = round(time.perf_counter() - self.start, 1)
+        print("\n".join(["", *as_text(results)]))  # first: writing may fail
         file = self.given.output / f"{self.name}.json"
         first = getattr(self.given, "seed", 0)
         rows.write_json(
@@ -182,7 +191,6 @@ class Run:
                 "results": results,
             },
         )
-        print("\n".join(["", *as_text(results)]))
         print(f"\nwrote {file} and {len(self.figures)} figures; {seconds:.0f} s in all")
 
 

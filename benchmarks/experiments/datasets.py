@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import argparse
 import gzip
+import io
 import math
 import os
 import pickle
+import re
 import struct
 import zlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -60,7 +62,7 @@ def load(dataset: str | None, directory: Path | None) -> Images:
 
     Raises:
         FileNotFoundError: There are no such files. The message says what was looked for, and where.
-        ValueError: The files are damaged.
+        ValueError: The files are damaged, or hold what would run code.
     """
     if dataset == "digits" or (dataset is None and directory is None):
         return digits()
@@ -130,10 +132,88 @@ def _pickled(folder: Path, train: list[str], test: list[str], labels: bytes) -> 
         return None
     halves: list[Tensor] = []
     for part in (train, test):
-        batches = [pickle.loads((folder / name).read_bytes(), encoding="bytes") for name in part]
+        batches = [_unpickled(folder / name) for name in part]
         pixels = np.concatenate([batch[b"data"] for batch in batches]).reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
         halves += _tensors(pixels, np.concatenate([batch[labels] for batch in batches]))
     return halves[0], halves[1], halves[2], halves[3]
+
+
+def _unpickled(file: Path) -> dict[bytes, Any]:
+    """Read a pickled dictionary of arrays and lists. Another object is refused and nothing of the file is run."""
+    try:
+        found = _Unpickler(io.BytesIO(file.read_bytes()), encoding="bytes").load()
+    except Exception as error:  # a damaged pickle fails in many ways
+        raise ValueError(f"{file.name}: {type(error).__name__}: {error}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{file.name}: holds a {type(found).__name__}, want a dictionary")
+    return found
+
+
+class _Unpickler(pickle.Unpickler):
+    """Builds numbers, text, bytes, lists, dictionaries and arrays of numbers.
+
+    NumPy's own functions are not called: `numpy.ndarray` makes an array at any address that a pickle names.
+    """
+
+    def find_class(self, module: str, name: str) -> Any:
+        for package in ("numpy._core.", "numpy.core."):  # of NumPy 2, and of those before
+            module = module.replace(package, "numpy.", 1) if module.startswith(package) else module
+        allowed = {
+            ("numpy", "ndarray"): "ndarray",
+            ("numpy", "dtype"): self._dtype,
+            ("numpy.multiarray", "_reconstruct"): self._array,
+            ("numpy.numeric", "_frombuffer"): self._array_of,  # protocol 5
+            ("_codecs", "encode"): self._bytes,  # protocol 2 of Python 3
+        }
+        if (module, name) not in allowed:
+            raise pickle.UnpicklingError(
+                f"holds {module}.{name}, want arrays, text, numbers, lists and dictionaries alone"
+            )
+        return allowed[module, name]
+
+    def _dtype(self, code: Any, *_: Any) -> _Dtype:
+        return _Dtype(code)
+
+    def _array(self, *_: Any) -> _Array:
+        return _Array()
+
+    def _array_of(self, data: Any, dtype: _Dtype, shape: Any, order: Any, *_: Any) -> _Array:
+        array = _Array()
+        array.__setstate__((1, shape, dtype, order == "F", data))
+        return array
+
+    def _bytes(self, text: str, encoding: Any) -> bytes:
+        if encoding not in ("latin1", b"latin1"):
+            raise pickle.UnpicklingError(f"bytes as {encoding!r}, want latin1")
+        return text.encode("latin1")
+
+
+class _Dtype:
+    """The type of an array in a pickle: one of numbers."""
+
+    def __init__(self, code: Any) -> None:
+        self.code = code.decode("latin1") if isinstance(code, bytes) else code
+        if not isinstance(self.code, str) or not re.fullmatch("b1|[iu][1248]|f[248]", self.code):
+            raise pickle.UnpicklingError(f"an array of {code!r}, want numbers")
+
+    def __setstate__(self, state: Any) -> None:
+        order = state[1].decode("latin1") if isinstance(state[1], bytes) else state[1]
+        if order not in ("|", "<", ">", "="):
+            raise pickle.UnpicklingError(f"the byte order {order!r}, want one of | < > =")
+        self.code = order + self.code[-2:]
+
+
+class _Array:
+    """An array in a pickle, which `numpy.concatenate` takes."""
+
+    def __setstate__(self, state: Any) -> None:
+        _, shape, dtype, by_columns, data = state
+        if not isinstance(dtype, _Dtype) or not isinstance(data, (bytes, bytearray)):
+            raise pickle.UnpicklingError("an array without a type or without bytes")
+        self._array = np.frombuffer(data, dtype.code).reshape(shape, order="F" if by_columns else "C")
+
+    def __array__(self, dtype: Any = None, copy: Any = None) -> NDArray[Any]:
+        return np.array(self._array, dtype)
 
 
 def _cifar10_sheets(folder: Path) -> _Split | None:
@@ -149,7 +229,7 @@ def _cifar10_sheets(folder: Path) -> _Split | None:
         pixels = np.concatenate(
             [t.reshape(25, 32, 40, 32, 3).transpose(0, 2, 1, 3, 4).reshape(-1, 32, 32, 3) for t in tiles]
         )
-        halves += _tensors(pixels, np.load(folder / f"{split}_labels.npy"))
+        halves += _tensors(pixels, np.load(folder / f"{split}_labels.npy", allow_pickle=False))
     return halves[0], halves[1], halves[2], halves[3]
 
 

@@ -34,8 +34,6 @@ def main(arguments: list[str]) -> int:
     """Run the command line and return the exit status, 2 without the data."""
     given = images.parser(NAME, __doc__).parse_args(arguments)
     found = images.load(given, "cifar10")
-    if found is None:
-        return 2
     chosen, recipe = images.within(found, given, STUDY.cpu, STUDY.gpu, STUDY.quick, STUDY.learning_rate)
     run = common.Run(NAME, given)
     trainer = common.Trainer(TRAINED, given, given.seeds, images.settings(chosen))

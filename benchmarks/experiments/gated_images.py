@@ -14,10 +14,10 @@ from typing import Any
 
 from torch import nn
 
+from benchmarks.command_line import at_least
 from benchmarks.experiments import common, gating_regimes, images
 from benchmarks.experiments.gating_regimes import gconv, relu_mlp
 from benchmarks.experiments.images import Budget
-from benchmarks.timing.run import at_least
 
 NAME = "gated_images"
 REGIMES = ("ReLU", "FRNPF (II)", "FRNPF (DI)", "DLNPF", "FLNPF", "DLGN(x)", "DLGN(1)")
@@ -45,8 +45,6 @@ def main(arguments: list[str]) -> int:
     options.add_argument("--stride", type=at_least(1), metavar="N", help=about)
     given = options.parse_args(arguments)
     found = images.load(given, given.dataset)
-    if found is None:
-        return 2
     run = common.Run(f"{NAME}-{found.name}", given)
     chosen, recipe = images.within(found, given, BUDGETS[found.name], GPU, QUICK, LEARNING_RATE)
     channels, height, width = chosen.x_test.shape[1:]

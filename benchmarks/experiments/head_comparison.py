@@ -161,8 +161,6 @@ def main(arguments: list[str]) -> int:
     study = STUDIES[name]
     given = images.parser(name, __doc__).parse_args(rest)
     found = images.load(given, "cifar10")
-    if found is None:
-        return 2
     chosen, recipe = images.within(found, given, study.cpu, study.gpu, study.quick, study.learning_rate)
     run = common.Run(name, given)
     trainer = common.Trainer(name, given, given.seeds * len(study.variants), images.settings(chosen))

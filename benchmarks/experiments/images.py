@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -12,9 +11,9 @@ from matplotlib import pyplot as plt
 from matplotlib.ticker import MaxNLocator
 from torch import nn
 
+from benchmarks.command_line import at_least, users_input
 from benchmarks.experiments import common, datasets
 from benchmarks.experiments.training import Recipe, accuracy
-from benchmarks.timing.run import at_least
 from interp_nn.explain import plots
 
 
@@ -38,13 +37,10 @@ def parser(name: str, description: str | None) -> argparse.ArgumentParser:
     return options
 
 
-def load(given: argparse.Namespace, dataset: str | None) -> datasets.Images | None:
-    """Load the images of the command line; print the reason and return None if that fails."""
-    try:
+def load(given: argparse.Namespace, dataset: str | None) -> datasets.Images:
+    """Load the images of the command line."""
+    with users_input():
         return datasets.load(dataset, given.data)
-    except (FileNotFoundError, ValueError) as error:
-        print(error, file=sys.stderr)
-        return None
 
 
 def within(

@@ -36,8 +36,6 @@ def main(arguments: list[str]) -> int:
     options.add_argument("--perplexity", type=float, default=PERPLEXITY, help="below the images of a batch, less one")
     given = options.parse_args(arguments)
     found = images.load(given, "mnist")
-    if found is None:
-        return 2
     run = common.Run(NAME, given)
     chosen, recipe = images.within(found, given, CPU, GPU, QUICK, LEARNING_RATE)
     recipe = recipe._replace(batch=min(recipe.batch, len(chosen.y_train)))

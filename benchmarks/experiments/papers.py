@@ -50,7 +50,15 @@ def read(root: Path = environment.ROOT / "benchmarks" / "results") -> list[Recor
     """Read the records that have lines in the table, in its order, each device in turn."""
     folders = sorted(root.glob("*/experiments"))
     files = [folder / f"{name}.json" for name in _READERS for folder in folders]
-    return [json.loads(file.read_text(encoding="utf-8")) for file in files if file.exists()]
+    return [_record(file) for file in files if file.exists()]
+
+
+def _record(file: Path) -> Record:
+    try:
+        found: Record = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
+    return found
 
 
 def markdown(records: list[Record], brief: bool = False) -> str:

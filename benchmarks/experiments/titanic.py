@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import csv
 import math
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,8 +17,8 @@ from matplotlib import pyplot as plt
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from benchmarks.command_line import at_least, users_input
 from benchmarks.experiments import common, datasets, tabular
-from benchmarks.timing.run import at_least
 from interp_nn.explain import plots
 from interp_nn.explain.clusters.activation_clusters import ActivationClusters
 from interp_nn.explain.clusters.piecewise_affine import PiecewiseAffine
@@ -46,11 +45,8 @@ def main(arguments: list[str]) -> int:
     options.add_argument("--epochs", type=at_least(1), metavar="N", help=about)
     given = options.parse_args(arguments)
     given.seeds = given.seeds or (2 if given.quick else 10)
-    try:
+    with users_input():
         passengers = None if given.data is None else read_passengers(given.data)
-    except (FileNotFoundError, ValueError) as error:
-        print(error, file=sys.stderr)
-        return 2
     run = common.Run(NAME, given)
     steps = 60 if given.quick else 3000
     results: dict[str, Any] = {"counts": _counts(run, steps)}

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import io
 import math
-import os
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from benchmarks.records import environment
+from benchmarks.command_line import users_input
+from benchmarks.records import environment, files
 
 
 class Recipe(NamedTuple):
@@ -90,7 +91,8 @@ def train(
         **(settings or {}),
     }  # fmt: skip
     if checkpoint is not None and checkpoint.exists():
-        history, made = _resume(checkpoint, settings, recipe.epochs, network, adam, shuffle)
+        with users_input():
+            history, made = _resume(checkpoint, settings, recipe.epochs, network, adam, shuffle)
         made = made or [{"epochs": len(history["loss"]), **dict.fromkeys(here)}]  # an old checkpoint
     done = len(history["loss"])
     slowest, steps = 0.0, math.ceil(len(y) / recipe.batch)
@@ -157,21 +159,19 @@ def _save(
     trained: Trained,
 ) -> None:  # fmt: skip
     """Replace the file at once, so that it is always whole."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_suffix(".part")
-    torch.save(
-        {
-            "settings": dict(settings),
-            "network": network.state_dict(),
-            "adam": adam.state_dict(),
-            "shuffle": shuffle.get_state(),
-            "generator": torch.get_rng_state(),
-            "cuda_generators": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-            **trained._asdict(),
-        },
-        part,
-    )
-    os.replace(part, file)
+    kept = {
+        "settings": dict(settings),
+        "network": network.state_dict(),
+        "adam": adam.state_dict(),
+        "shuffle": shuffle.get_state(),
+        "generator": torch.get_rng_state(),
+        "cuda_generators": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        **trained._asdict(),
+    }
+    whole = io.BytesIO()  # because PyTorch's own writer does not say that a disk is full
+    torch.save(kept, whole)
+    with files.replacing(file) as part:
+        part.write_bytes(whole.getbuffer())
 
 
 def _resume(

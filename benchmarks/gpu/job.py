@@ -25,9 +25,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from benchmarks.command_line import at_least, not_negative, users_input
 from benchmarks.gpu.job_table import table
 from benchmarks.gpu.kernels import WITH_KERNELS
 from benchmarks.gpu.log import BAD, Log, read
+from benchmarks.records import files
 from benchmarks.records.environment import ROOT
 
 # The parts with their shares of the time. The later parts share what a part leaves.
@@ -64,8 +66,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--parts", type=partial(_among, PARTS, "part"), default=PARTS, metavar="A,B", help=parts)
     add("--engines", type=partial(_among, WITH_KERNELS, "engine"), default=WITH_KERNELS, metavar="A,B", help=engines)
     add("--output", type=Path, default=Path("results") / "gpu", metavar="DIR", help=records)
-    add("--minutes", type=float, default=10.0, help="for the whole job (default: 10)")
-    add("--workers", type=int, default=_workers(), help="processes that check at the same time")
+    add("--minutes", type=not_negative, default=10.0, help="for the whole job (default: 10)")
+    add("--workers", type=at_least(1), default=_workers(), help="processes that check at the same time")
     add("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: with TRITON_INTERPRET=1 only")
     add("--tiny", action="store_true", help="tiny problems, to test this command")
     add("--revision", metavar="SHA", help="the commit to record where there is no git")
@@ -106,6 +108,8 @@ def allotted(parts: Sequence[str], left: float) -> float:
 
 def run(asked: Settings) -> int:
     """Run the parts and print the table; the exit status is 0 if all is well, 1 if not, 2 if no engine is on."""
+    with users_input():
+        files.check_folder(asked.output)
     off = _off(asked.device)
     on = tuple(engine for engine in asked.engines if off[engine] is None)
     without = {engine: f"the {engine} engine is off: {off[engine]}" for engine in asked.engines if engine not in on}
@@ -114,7 +118,6 @@ def run(asked: Settings) -> int:
     if not on:
         return 2
     asked = asked._replace(engines=on)
-    asked.output.mkdir(parents=True, exist_ok=True)
     target = asked.output / "gpu.jsonl"
     target.unlink(missing_ok=True)
     for engine, why in without.items():

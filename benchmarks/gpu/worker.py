@@ -22,6 +22,7 @@ import torch
 import interp_nn
 from benchmarks.gpu import cases, checks, kernels, runs
 from benchmarks.gpu.log import Log, common
+from benchmarks.records import files
 from benchmarks.timing.problems import Problem
 from interp_nn.engines import devices
 
@@ -198,7 +199,7 @@ def work(steps: list[Step], log: Log, device: torch.device, first: int, position
         if place < first:
             continue
         if position is not None:
-            position.write_text(str(place), encoding="utf-8")
+            files.write_text(position, str(place))
         if log.left() < 0:
             log.write(step.name, "skipped", why="out of time")
             continue

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.records import files
 from benchmarks.records.report import COLUMNS, Column, Problems, ratio
 from benchmarks.records.rows import Row, grouped
 
@@ -46,7 +47,8 @@ def draw(rows: Sequence[Row], folder: Path) -> list[Path]:
             figure.legend(loc="outside right upper", fontsize=8, frameon=False)
             figure.suptitle(device, fontsize=9)
             written.append(folder / f"{name}.png")
-            figure.savefig(written[-1], dpi=110)
+            with files.replacing(written[-1]) as part:
+                figure.savefig(part, dpi=110)
         plt.close(figure)
     return written
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from statistics import geometric_mean
 from typing import Any, NamedTuple
 
+from benchmarks.records import files
 from benchmarks.records.rows import Row, grouped, read
 
 BEGIN, END = "<!-- begin: python -m benchmarks", "<!-- end -->"
@@ -172,4 +173,4 @@ def between(page: Path, command: str, text: str) -> None:
     _, ended, tail = rest.partition(END)
     if not found or not ended:
         raise ValueError(f"{page}: has no lines '{begin}' and '{END}' to write between")
-    page.write_text(f"{head}{begin}\n\n{text}\n\n{END}{tail}", encoding="utf-8")
+    files.write_text(page, f"{head}{begin}\n\n{text}\n\n{END}{tail}")

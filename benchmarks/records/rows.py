@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.records import environment
+from benchmarks.records import environment, files
 
 SCHEMA = 1
 # "wrong": not equal to the fp64 reference within `benchmarks.timing.tolerances`. "skipped": over a limit that the note names.
@@ -48,9 +49,7 @@ class Writer:
     def __init__(self, path: Path | None, shared: Mapping[str, Any]) -> None:
         self.path, self.rows, self._shared = path, list[Row](), dict(shared)
         if path is not None:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            if path.exists() and not (text := path.read_text(encoding="utf-8")).endswith("\n"):
-                path.write_text(text[: text.rfind("\n") + 1], encoding="utf-8")  # drops an interrupted line
+            files.check_writable(path)
 
     def write(self, **fields: Any) -> None:
         """Write a row. One with an `op` is a timing: missing fields are null, and `validate` checks it."""
@@ -62,14 +61,17 @@ class Writer:
             validate(row)
         self.rows.append(row)
         if self.path is not None:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row, allow_nan=False) + "\n")
+            files.append_line(self.path, json.dumps(row, allow_nan=False))
 
 
 def write_json(path: Path, record: Mapping[str, Any]) -> None:
-    """Write a record as one JSON file and make its folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(plain(record, digits=17), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    """Write a record as one JSON file, in one step, and make its folder; where that fails, print it, so that it is not lost."""
+    text = json.dumps(plain(record, digits=17), indent=1, allow_nan=False) + "\n"
+    try:
+        files.write_text(path, text)
+    except OSError:
+        print(text)
+        raise
 
 
 def plain(value: Any, digits: int = 5) -> Any:
@@ -109,18 +111,26 @@ def validate(row: Row) -> None:
 
 
 def lines(path: Path) -> list[Row]:
-    """Read all rows of a file, without a last one that an interrupted process left unfinished.
+    """Read all rows of a file; lines that an interrupted process cut short are left out, and named on stderr."""
+    return [row for _, row in _numbered(path)]
 
-    Raises:
-        ValueError: Another line is not JSON. The message names file and line.
-    """
-    found = []
-    for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(keepends=True), 1):
-        try:
-            found.append(json.loads(text))
-        except ValueError as error:
-            if text.endswith("\n"):
-                raise ValueError(f"{path}, line {number}: {error}") from error
+
+def _numbered(path: Path) -> list[tuple[int, Row]]:
+    """Return the rows of a file with the numbers of their lines."""
+    found, cut = [], []
+    for number, text in enumerate(path.read_bytes().split(b"\n"), 1):
+        if text.strip():
+            try:
+                row = json.loads(text)
+            except (ValueError, RecursionError):
+                row = None
+            if isinstance(row, dict):
+                found.append((number, row))
+            else:
+                cut.append(str(number))
+    if cut:
+        more = f" and {len(cut) - 5} others" if len(cut) > 5 else ""
+        print(f"{path}, line {', '.join(cut[:5])}{more}: skipped, not a whole row in JSON", file=sys.stderr)
     return found
 
 
@@ -128,11 +138,12 @@ def read(paths: Iterable[Path]) -> list[Row]:
     """Read the timings of files, with today's names for the engines and orders of older records.
 
     Raises:
-        ValueError: A line is not of the schema. The message names file and line.
+        ValueError: A line is not of the schema, or a file has no timing. The message names file and line.
     """
-    found = []
+    found: list[Row] = []
     for path in paths:
-        for number, row in enumerate(lines(path), 1):
+        before = len(found)
+        for number, row in _numbered(path):
             if "op" not in row and "part" in row:
                 continue  # a check of a GPU job
             try:
@@ -140,6 +151,8 @@ def read(paths: Iterable[Path]) -> list[Row]:
             except ValueError as error:
                 raise ValueError(f"{path}, line {number}: {error}") from error
             found.append(_renamed(row))
+        if len(found) == before:
+            raise ValueError(f"{path}: has no timings")
     return found
 
 

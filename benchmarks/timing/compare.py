@@ -26,11 +26,13 @@ from typing import Any, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
+from benchmarks.command_line import UserInputError, at_least, not_negative, users_input
+from benchmarks.command_line import device as present
 from benchmarks.records.environment import ROOT
 from benchmarks.records.report import COLUMNS, ratio
 from benchmarks.records.rows import grouped, read
 from benchmarks.timing.problems import MODES, OPS, QUICK, Problem
-from benchmarks.timing.run import ALL_MODES, at_least, shape
+from benchmarks.timing.run import ALL_MODES, shape
 
 _NAMES = ("ours", "linear")
 
@@ -49,14 +51,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("base", metavar="BASE", help="a git revision, or a record")
     parser.add_argument("head", metavar="HEAD", nargs="?", help="the same (default: the files of this checkout)")
     parser.add_argument(
-        "--threshold", type=float, default=5.0, metavar="PERCENT", help="a larger increase is slower (default: 5)"
+        "--threshold",
+        type=not_negative,
+        default=5.0,
+        metavar="PERCENT",
+        help="a larger increase is slower (default: 5)",
     )
     parser.add_argument("--op", choices=OPS, action="append", help="repeatable (default: summary and cross_entropy)")
     parser.add_argument(
         "--mode", choices=ALL_MODES, action="append", help="repeatable (default: fwdbwd, infer and loss)"
     )
     parser.add_argument("--shape", type=shape, action="append", metavar="N,D,K[,M]", help="repeatable")
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--device", type=present, default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--rounds", type=at_least(1), default=60, help="samples of each (default: 60)")
 
 
@@ -74,15 +80,11 @@ def run(given: argparse.Namespace) -> int:
         for mode in MODES[op]
         if mode in modes and (len(size) == 4) == (op == "head")
     ]
-    try:
-        if not problems:
-            raise ValueError(
-                "no problem has the ops, modes and shapes asked for; a head's shape is N,D,K,M, the others' N,D,K"
-            )
-        verdicts = revisions(given.base, given.head, problems, given.device, given.rounds, given.threshold / 100)
-    except ValueError as error:
-        print(f"benchmarks compare: {error}", file=sys.stderr)
-        return 2
+    if not problems:
+        raise UserInputError(
+            "no problem has the ops, modes and shapes asked for; a head's shape is N,D,K,M, the others' N,D,K"
+        )
+    verdicts = revisions(given.base, given.head, problems, given.device, given.rounds, given.threshold / 100)
     print(f"\n{'HEAD / BASE':46}{'ours':>8}{'linear':>8}")
     for verdict in verdicts:
         print(f"{verdict.name:46}{verdict.ours:8.3f}{verdict.linear:8.3f}{'  SLOWER' * verdict.slower}")
@@ -96,7 +98,7 @@ def revisions(
     """Time both revisions of the repository at `root`.
 
     Raises:
-        ValueError: Git does not know a revision.
+        UserInputError: Git does not know a revision.
     """
     with contextlib.ExitStack() as stack:
         folders = [stack.enter_context(_checkout(revision, root)) for revision in (base, head)]
@@ -118,7 +120,7 @@ def _checkout(revision: str | None, root: Path) -> Iterator[Path]:
             command = ["git", "archive", "--format=tar", f"{revision}^{{commit}}", "interp_nn"]
             done = subprocess.run(command, cwd=root, capture_output=True, check=False)
             if done.returncode:
-                raise ValueError(f"{revision}: {done.stderr.decode().strip()}")
+                raise UserInputError(f"{revision}: {done.stderr.decode().strip()}")
             with tarfile.open(fileobj=io.BytesIO(done.stdout)) as archive:
                 if hasattr(tarfile, "data_filter"):  # Python 3.10 has it from 3.10.12 on
                     archive.extraction_filter = tarfile.data_filter
@@ -180,7 +182,8 @@ def _compared(problem: Problem, mode: str, workers: Sequence[_Worker], rounds: i
 
 def _records(base: Path, head: Path) -> int:
     """Print how far the ratios of two records of one device are apart: the spread where nothing has changed."""
-    one, other = grouped(read([base])), grouped(read([head]))
+    with users_input():
+        one, other = grouped(read([base])), grouped(read([head]))
     changes: dict[str, list[float]] = {}
     for key in one.keys() & other.keys():
         for column in COLUMNS:
@@ -188,8 +191,7 @@ def _records(base: Path, head: Path) -> int:
             if before is not None and after is not None:
                 changes.setdefault(column.title, []).append(after / before)
     if not changes:
-        print("benchmarks compare: got two records without a common problem that both have timed", file=sys.stderr)
-        return 2
+        raise UserInputError("got two records without a common problem that both have timed")
     print(
         f"{'HEAD / BASE of the ratio':28}{'geomean':>9}{'median off':>12}{'80 % off':>10}{'most off':>10}{'count':>7}"
     )

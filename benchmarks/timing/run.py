@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import argparse
 import math
-import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
+from benchmarks.command_line import UserInputError, at_least, not_negative, positive, users_input
+from benchmarks.command_line import device as present
 from benchmarks.records import environment, report
 from benchmarks.records.rows import Writer, common
 from benchmarks.timing import explain_suite, operator_suite, training_suite
@@ -40,21 +40,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--dtype", choices=DTYPES, action="append", help="repeatable (default: fp32; on a GPU bf16 too)")
     add("--provider", choices=NAMES, action="append", help="of ops and train; repeatable (default: all)")
     add("--engine", choices=("auto", *ENGINES), default="auto", help="the engine of `ours`")
-    add("--device", choices=TIMERS, help="default: cuda where there is one")
+    add("--device", type=present, choices=TIMERS, help="default: cuda where there is one")
     add("--timer", choices=names, help=_TIMER_HELP)
     add(
         "--l2",
         choices=("cold", "hot"),
         help="cold: sets of inputs in turn that the last cache does not hold (default on a GPU)",
     )
-    add("--samples", type=int, help="of each provider, fewer for slow calls (default: 7)")
-    add("--seconds", type=float, help="of each problem and mode (default: 1.5)")
+    add("--samples", type=at_least(1), help="of each provider, fewer for slow calls (default: 7)")
+    add("--seconds", type=positive, help="of each problem and mode (default: 1.5)")
     largest = (
         f"leave out larger forwards and backwards (default: {operator_suite.CPU_BUDGET:.0f} on a CPU, none on a GPU)"
     )
-    add("--budget", type=float, metavar="GFLOP", help=largest)
+    add("--budget", type=positive, metavar="GFLOP", help=largest)
     late = "skip the problems and modes that are left after this time, with rows that say so (default: no limit)"
-    add("--minutes", type=float, default=math.inf, help=late)
+    add("--minutes", type=not_negative, default=math.inf, help=late)
     add("--quick", action="store_true", help="one minute: two shapes, few samples, the suite ops alone")
     file = "JSON lines, appended to (default: benchmarks/results/DEVICE/TIME.jsonl)"
     add("--out", type=Path, metavar="FILE", help=file)
@@ -78,24 +78,12 @@ def shape(text: str) -> tuple[int, ...]:
     return found
 
 
-def at_least(low: int) -> Callable[[str], int]:
-    """Return a reader of whole numbers from `low` on."""
-
-    def number(text: str) -> int:
-        if int(text) < low:
-            raise argparse.ArgumentTypeError(f"got {text}, want at least {low}")
-        return int(text)
-
-    return number
-
-
 def run(given: argparse.Namespace) -> int:
     """Run the suites and print their table; the exit status is 1 if ours is wrong, 2 for options that do not fit."""
     device = torch.device(given.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     timer = given.timer or TIMERS[device.type][0]
     if timer not in TIMERS[device.type]:
-        print(f"--timer: got {timer}, want {' or '.join(TIMERS[device.type])} on {device.type}", file=sys.stderr)
-        return 2
+        raise UserInputError(f"--timer: got {timer}, want {' or '.join(TIMERS[device.type])} on {device.type}")
     cold = (given.l2 or ("cold" if device.type == "cuda" else "hot")) == "cold"
     asked = Asked(
         device, timer, cold, given.engine,
@@ -104,7 +92,8 @@ def run(given: argparse.Namespace) -> int:
     )  # fmt: skip
     results = environment.ROOT / "benchmarks" / "results" / environment.device_slug(device.type)
     out = given.out or results / f"{environment.now(given.revision)}.jsonl"
-    writer = Writer(out, common(device.type, given.revision))
+    with users_input():
+        writer = Writer(out, common(device.type, given.revision))
     names = given.provider or NAMES
     suites = given.suite or (["ops"] if given.quick else list(SUITES))
     if "ops" in suites:
@@ -120,8 +109,7 @@ def run(given: argparse.Namespace) -> int:
     if "explain" in suites:
         explain_suite.run(asked, writer, given.quick)
     if all(row["op"] == "ceiling" for row in writer.rows):
-        print("benchmarks run: no suite has a problem with this op, mode, shape and provider together", file=sys.stderr)
-        return 2
+        raise UserInputError("no suite has a problem with this op, mode, shape and provider together")
     print("\n" + report.markdown(writer.rows))
     print(f"\nrecord: {out}")
     return int(any(row["status"] in ("wrong", "failed") and row["provider"].startswith("ours") for row in writer.rows))

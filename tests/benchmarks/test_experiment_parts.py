@@ -7,6 +7,7 @@ import torch
 from captum.attr import InputXGradient, IntegratedGradients
 from torch import nn
 
+from benchmarks import experiments
 from benchmarks.experiments import (
     gating_regimes,
     head_comparison,
@@ -135,7 +136,7 @@ def test_steps_are_chosen_by_a_fifth_of_the_fitted():
 def test_missing_or_broken_passengers_are_named(tmp_path, capsys, text, message):
     if text is not None:
         (tmp_path / "titanic.csv").write_text(text)
-    assert titanic.main(["--data", str(tmp_path), "--output", str(tmp_path)]) == 2
+    assert experiments.find("titanic")(["--data", str(tmp_path), "--output", str(tmp_path)]) == 2
     assert message in capsys.readouterr().err
 
 

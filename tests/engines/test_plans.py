@@ -4,6 +4,7 @@ import importlib.metadata
 import importlib.util
 import itertools
 import json
+import math
 import os
 import subprocess
 import sys
@@ -235,6 +236,59 @@ def test_a_measured_engine_overrules_the_model(table):
 def test_a_bad_table_is_refused_by_name(content, table):
     table(**content)
     with pytest.raises(ValueError, match=r"INTERP_NN_TABLE: .*table0\.json"):
+        configs.choose(HOPPER, Bucket("stream", 2, 64, 16, 4096))
+
+
+STREAM = entry(kernel="stream", tiles=[64, 32], warps=4, stages=2)
+ENGINE = entry(problem="summary", engine="eager")
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "field"),
+    [
+        *(
+            ("kernels", {"tiles": tiles}, "tiles")
+            for tiles in ([-7, 3], [64, 48], [64, 2**40], [64.0, 32], ["64", 32], 3, "ab")
+        ),
+        *(("kernels", {"stages": stages}, "stages") for stages in (-1, 0, 2.0, True, "2", None, math.nan)),
+        *(("kernels", {"warps": warps}, "warps") for warps in (0, 3, 64, "4", [4])),
+        *(("kernels", {"kernel": kernel}, "kernel") for kernel in (["stream"], {}, 1, "warp")),
+        *(("kernels", {"scratch": scratch}, "scratch") for scratch in (1, "yes", None)),
+        *(("kernels", {"blocks_per_sm": blocks}, "blocks_per_sm") for blocks in (0, 1.5, "1")),
+        *(("kernels", {"capabilities": found}, "capabilities") for found in ([], [9, 0], [[9]], [["9", "0"]], "90", 9)),
+        *(
+            (name, {"rows": rows}, "rows")
+            for name in ("kernels", "engines")
+            for rows in (math.nan, math.inf, -1, "0", None)
+        ),
+        *((name, {"itemsize": size}, "itemsize") for name in ("kernels", "engines") for size in (3, "2", 2.0)),
+        *((name, {"columns": columns}, "columns") for name in ("kernels", "engines") for columns in (0, {}, False)),
+        *(("engines", {"engine": engine}, "engine") for engine in ("reference", 1, ["eager"])),
+        *(("engines", {"problem": problem}, "problem") for problem in ("sum", 1, None)),
+    ],
+    ids=str,
+)
+def test_a_value_of_another_kind_is_refused_by_name(name, change, field, table):
+    good = STREAM if name == "kernels" else ENGINE
+    table(**{"kernels": [], name: [good, {**good, **change}]})
+    where = rf"INTERP_NN_TABLE: a bad entry of .*table0\.json: {name}\[1\]: {field} is .*, want "
+    with pytest.raises(ValueError, match=where):
+        configs.choose(HOPPER, Bucket("stream", 2, 64, 16, 4096))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[" * 100_000, '{"kernels": ' + "[" * 100_000, "[]", "3", '"kernels"', '{"kernels": "stream"}', '{"kernels": {"a": 1}}',
+        '{"kernels": [3]}', '{"kernels": ["stream"]}', '{"kernels": [null]}', '{"kernels": [], "engines": "eager"}',
+        '{"kernels": [], "engines": [[]]}', "\0", "",
+    ],
+    ids=lambda text: text[:40],
+)  # fmt: skip
+def test_nonsense_is_refused_by_name(text, tmp_path, monkeypatch):
+    (tmp_path / "table.json").write_text(text)
+    monkeypatch.setenv("INTERP_NN_TABLE", str(tmp_path / "table.json"))
+    with pytest.raises(ValueError, match=r"INTERP_NN_TABLE: .*table\.json"):
         configs.choose(HOPPER, Bucket("stream", 2, 64, 16, 4096))
 
 

@@ -106,3 +106,12 @@ def test_contributing_maps_the_tree():
     assert not missing
     folders = {str(path.parent.relative_to(ROOT)) for path in [*FILES, *(ROOT / "benchmarks").rglob("*.py")]}
     assert {folder for folder in folders if folder not in mapped} <= {"interp_nn"}
+
+
+@pytest.mark.skipif(not (ROOT / ".github").exists(), reason="a source archive has no workflows")
+def test_workflows_pin_actions_by_hash_and_use_one_index():
+    for file in sorted((ROOT / ".github" / "workflows").glob("*.yml")):
+        text = file.read_text(encoding="utf-8")
+        for action in re.findall(r"uses: *(.*)", text):
+            assert re.fullmatch(r"[\w/-]+@[0-9a-f]{40} # v\d+\.\d+\.\d+", action), f"{file.name}: {action}"
+        assert "--extra-index-url" not in text, file.name

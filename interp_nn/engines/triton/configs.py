@@ -10,14 +10,16 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import math
 import os
+import reprlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from interp_nn.engines.devices import DeviceSpec, table_capability
 from interp_nn.engines.limits import tiles_fit
-from interp_nn.engines.problem import Config, Order
+from interp_nn.engines.problem import ENGINES, Config, Order
 
 Result = TypeVar("Result")
 
@@ -135,7 +137,45 @@ class Table(NamedTuple):
     engines: tuple[dict[str, Any], ...] = ()
 
 
-_BUCKET = {"capabilities", "itemsize", "columns", "classes", "rows"}
+def _whole(low: int, high: float = math.inf) -> tuple[Callable[[Any], bool], str]:
+    """Return the test of a whole number, which True and 1.0 are not, and its words."""
+    wish = f"a whole number from {low} on" if high == math.inf else f"a whole number, {low} to {high}"
+    return lambda value: type(value) is int and low <= value <= high, wish
+
+
+def _one_of(*known: Any) -> tuple[Callable[[Any], bool], str]:
+    names = ", ".join(map(str, known))
+    return lambda value: any(type(value) is type(one) and value == one for one in known), f"one of {names}"
+
+
+def _list_of(is_right: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, list) and len(value) > 0 and all(map(is_right, value))
+
+
+# The fields of an entry, each with a test of its value and the words for what passes.
+_SIZE = _one_of(*(2**power for power in range(4, 11)))
+_CAPABILITY = _list_of(_whole(0)[0])
+_BUCKET: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "capabilities": (_list_of(lambda value: _CAPABILITY(value) and len(value) == 2), "a list of [major, minor]"),
+    "itemsize": _one_of(2, 4),
+    "columns": _whole(1),
+    "classes": _whole(1),
+    "rows": _whole(0),
+}
+_KERNEL_FIELDS = {
+    "kernel": _one_of(*TILES),
+    **_BUCKET,
+    "tiles": (_list_of(_SIZE[0]), f"a list of sizes, each {_SIZE[1]}"),
+    "warps": _one_of(1, 2, 4, 8, 16, 32),
+    "stages": _whole(1, 16),
+    "scratch": _one_of(False, True),
+    "blocks_per_sm": _whole(1, 32),
+}
+_ENGINE_FIELDS = {
+    "problem": _one_of("summary", "pair", "pair_loss", "head_loss"),
+    **_BUCKET,
+    "engine": _one_of(*ENGINES),
+}
 
 
 _caches: list[Any] = []
@@ -179,20 +219,27 @@ def _user_table(path: str | None) -> Table:
 
 
 def _read(path: Path) -> Table:
-    """Read a table. ValueError names the file, and the entry that is wrong."""
+    """Read a table. ValueError names the file, the entry that is wrong, and its field."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        kernels, found = tuple(content["kernels"]), tuple(content.get("engines", ()))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        kernels, found = content["kernels"], content.get("engines", [])
+        if not isinstance(kernels, list) or not isinstance(found, list):
+            raise TypeError("kernels and engines have to be lists")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"INTERP_NN_TABLE: {path} is not a table of kernel configurations: {error!r}") from error
-    for entry in kernels:
-        entry.setdefault("scratch", False)
-        entry.setdefault("blocks_per_sm", 1)
-        missing = _BUCKET | {"kernel", "tiles", "warps", "stages"}
-        tiles = TILES.get(entry.get("kernel"), ())
-        if not missing <= set(entry) or len(entry["tiles"]) != len(tiles):
-            raise ValueError(f"INTERP_NN_TABLE: a bad entry of {path}: {entry}")
-    for entry in found:
-        if not _BUCKET | {"problem", "engine"} <= set(entry):
-            raise ValueError(f"INTERP_NN_TABLE: a bad entry of {path}: {entry}")
-    return Table(kernels, found)
+    for name, entries, wanted in (("kernels", kernels, _KERNEL_FIELDS), ("engines", found, _ENGINE_FIELDS)):
+        for place, entry in enumerate(entries):
+            where = f"INTERP_NN_TABLE: a bad entry of {path}: {name}[{place}]"
+            if not isinstance(entry, dict):
+                raise ValueError(f"{where}: got {reprlib.repr(entry)}, want an object")
+            if name == "kernels":
+                entry.setdefault("scratch", False)
+                entry.setdefault("blocks_per_sm", 1)
+            for field, (is_right, wish) in wanted.items():
+                if field not in entry:
+                    raise ValueError(f"{where}: has no {field}")
+                if not is_right(entry[field]):
+                    raise ValueError(f"{where}: {field} is {reprlib.repr(entry[field])}, want {wish}")
+            if name == "kernels" and len(entry["tiles"]) != len(TILES[entry["kernel"]]):
+                raise ValueError(f"{where}: {len(entry['tiles'])} tiles, want {', '.join(TILES[entry['kernel']])}")
+    return Table(tuple(kernels), tuple(found))
