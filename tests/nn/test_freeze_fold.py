@@ -89,11 +89,6 @@ def _replace(layer):
     layer.weight = nn.Parameter(torch.randn_like(layer.weight))
 
 
-def _replace_often(layer):
-    for _ in range(3):  # the allocator may give the third weight the memory that the first had
-        _replace(layer)
-
-
 def _initialize(layer):
     nn.init.normal_(layer.weight)
 
@@ -106,7 +101,7 @@ def _swap(layer):
     torch.utils.swap_tensors(layer.weight, nn.Parameter(torch.randn_like(layer.weight)))
 
 
-CHANGES = [_optimizer_step, _write, _write_part, _replace, _replace_often, _initialize, _orthogonalize, _swap]
+CHANGES = [_optimizer_step, _write, _write_part, _replace, _initialize, _orthogonalize, _swap]
 
 
 @by_kind
@@ -204,17 +199,6 @@ def test_freezing_ends(kind, drop):
     assert layer.frozen_weight() is None
     assert not is_frozen(layer, x)
     assert "frozen" not in repr(layer)
-
-
-@by_kind
-def test_loaded_weights_are_used_by_a_frozen_model(kind):
-    layer, x, plain = make(kind)
-    other = make(kind)[0]
-    model = nn.Sequential(layer.freeze())
-    before = model(x)
-    model.load_state_dict({f"0.{name}": value for name, value in other.state_dict().items()})
-    assert error(model(x), before) > 1e-2 and torch.equal(model(x), other(x))
-    assert is_current(layer.freeze(), x, plain)
 
 
 @by_kind

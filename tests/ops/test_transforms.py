@@ -4,7 +4,7 @@ import pytest
 import torch
 from support import CASES, OPERATOR_PLANS, naive, naive_cross_entropy, naive_head_cross_entropy, naive_pair, operator
 from torch.autograd import forward_ad
-from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
+from torch.func import grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 
 from interp_nn import functional
 from interp_nn.engines import orders, select
@@ -210,16 +210,6 @@ def test_hessians_of_each_sample(f):
 
 
 @summaries
-def test_hessian_vector_product(f):
-    x, b, v = randn(5, 4), randn(4, 2), randn(4, 2)
-
-    def product(g):
-        return jvp(grad(lambda b: g(x, b).pow(2).sum()), (b,), (v,))[1]
-
-    close(product(f), product(naive))
-
-
-@summaries
 def test_vjp_and_linear_maps_of_empty_dimensions(f):
     for n, d, k in ((0, 3, 2), (3, 0, 2), (3, 2, 0)):
         inputs = randn(n, d), randn(d, k), randn(k)
@@ -279,15 +269,6 @@ def test_is_grads_batched_of_a_pair(f):
     upstream = randn(5, 2, 3, 2), randn(5, 2, 3, 2)
     got, expected = (torch.autograd.grad(g(*inputs), inputs, upstream, is_grads_batched=True) for g in (f, naive_pair))
     close(got, expected)
-
-
-@summaries
-def test_vectorized_jacobian_and_hessian_of_autograd(f):
-    inputs = randn(3, 4), randn(4, 2)
-    got = torch.autograd.functional.jacobian(f, inputs, vectorize=True)
-    close(got, torch.autograd.functional.jacobian(naive, inputs))
-    got = torch.autograd.functional.hessian(lambda *t: f(*t).pow(2).sum(), inputs, vectorize=True)
-    close(got, torch.autograd.functional.hessian(lambda *t: naive(*t).pow(2).sum(), inputs))
 
 
 # Losses
@@ -369,17 +350,3 @@ def test_is_grads_batched_of_a_loss(kind):
             for f in (ours, theirs)
         )
         close(got, expected)
-
-
-def test_functional_call_of_a_module():
-    class Layer(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.weight = torch.nn.Parameter(randn(2, 4))
-
-        def forward(self, x):
-            return functional.summary(x, self.weight.t())
-
-    layer, x, weights = Layer(), randn(3, 4), randn(5, 2, 4)
-    got = vmap(lambda w: functional_call(layer, {"weight": w}, (x,)))(weights)
-    close(got, torch.stack([naive(x, w.t()) for w in weights]))

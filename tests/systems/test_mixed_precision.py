@@ -1,4 +1,4 @@
-"""Training in 16 bits: scaled losses, masters in fp32; and optimizers that take many parameters at once."""
+"""Training in 16 bits: scaled losses, and masters in fp32."""
 
 import copy
 
@@ -86,30 +86,3 @@ def test_bf16_parameters_with_masters_in_fp32(build):
     exact, ours, naive = train(model, False), train(model, True), train(plain(model), True)
     assert ours[-1] < 0.8 * ours[0]
     assert distance([ours], [exact]) <= 2 * distance([naive], [exact]) + 1e-3
-
-
-FUSED = {
-    "Adam": (torch.optim.Adam, {"lr": 0.02}),
-    "AdamW": (torch.optim.AdamW, {"lr": 0.02, "weight_decay": 0.1}),
-    "SGD": (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9}),
-}
-
-
-@pytest.mark.parametrize("name", FUSED)
-@networks
-def test_fused_and_foreach_optimizers_take_the_same_steps(build, name):
-    make, options = FUSED[name]
-    model, (x, target) = build(), batch(32)
-
-    def train(how):
-        twin = copy.deepcopy(model)
-        optimizer = make(twin.parameters(), **options, **how)
-        for _ in range(10):
-            gradients(twin, x, target)
-            optimizer.step()
-        return list(twin.parameters())
-
-    wanted = train({"foreach": False, "fused": False})
-    assert distance(wanted, model.parameters()) > 0.01
-    for how in ("foreach", "fused"):
-        assert distance(train({how: True}), wanted) < 1e-5
