@@ -226,32 +226,6 @@ def test_projection_and_summary_agree_at_orthonormal_b():
     assert (p - y).abs().max() > 0.1
 
 
-def relation(x, z, b):
-    """Largest error in b = Xᵀ Z, X b = X Xᵀ Z, and X b bᵀ b = X Xᵀ Z Zᵀ X Xᵀ Z."""
-    p, y = functional.summary_pair(x, b)
-    errors = (b - x.mT @ z, p - x @ x.mT @ z, y - x @ x.mT @ z @ z.mT @ x @ x.mT @ z)
-    return [float(e.abs().max()) for e in errors]
-
-
-def test_linear_and_non_linear_forms_agree_under_their_premises():
-    """With X = Z bᵀ and both Z and b orthonormal, the learned filters are a function of the data and its code alone."""
-    z, b = orthonormal(20, 5), orthonormal(12, 5)
-    x = z @ b.mT
-    assert max(relation(x, z, b)) <= 1e-12
-    s = linalg.singular_values(x)
-    close(s[:5], torch.ones(5, dtype=s.dtype))
-    assert s[5:].max() <= 1e-12
-
-
-def test_the_relation_needs_its_premises():
-    """It forces every non-zero singular value of X to be 1, so it holds for no generic X."""
-    z, b = orthonormal(20, 5), orthonormal(12, 5)
-    stretched = z * torch.linspace(0.5, 2.0, 5, dtype=z.dtype) @ b.mT
-    assert min(relation(stretched, z, b)) > 0.05
-    generic = randn(20, 12)
-    assert min(relation(generic, functional.summary_pair(generic, b).projection, b)) > 0.05
-
-
 # Canonical eigh and svd, the polar factor by svd, and the streaming Gram matrix
 
 

@@ -182,13 +182,6 @@ def test_a_level_that_does_not_fit_into_memory_keeps_its_choice(tmp_path):
     assert any("not timed: CUDA out of memory" in line for line in said)
 
 
-def test_faster():
-    assert tuning.faster(0.9, [1.0, 1.0])
-    assert not tuning.faster(0.99, [1.0, 1.0])
-    assert not tuning.faster(0.9, [1.0, 1.2])
-    assert tuning.faster(0.7, [1.0, 1.2])
-
-
 # The table
 
 

@@ -280,18 +280,6 @@ def test_homogeneity_is_exact(engine):
         assert torch.equal(functional.summary(x, 2 * b), 8 * y)
 
 
-def test_euler_identities(engine):
-    """<X, dX> = <dP, P> + <dY, Y> and <b, db> = <dP, P> + 3 <dY, Y>, Y being linear in X and cubic in b."""
-    x, b = differentiable(inputs(40, 30, 12))
-    dp, dy = torch.randn(40, 12), torch.randn(40, 12)
-    with engine.forced():
-        p, y = functional.summary_pair(x, b)
-        gx, gb = torch.autograd.grad((p, y), (x, b), (dp, dy))
-    along_p, along_y = (dp * p).sum(), (dy * y).sum()
-    torch.testing.assert_close((x * gx).sum(), along_p + along_y, rtol=1e-5, atol=1e-4)
-    torch.testing.assert_close((b * gb).sum(), along_p + 3 * along_y, rtol=1e-5, atol=1e-4)
-
-
 @pytest.mark.parametrize("name", ["linear", "classifier", "head"])
 def test_training_follows_the_eager_engine(name, engine):
     """Twelve steps of SGD in fp32: the loss curve of the eager engine, to 1e-5 of it."""
