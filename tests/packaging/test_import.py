@@ -1,13 +1,11 @@
 import importlib
 import inspect
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from processes import python
 
 import interp_nn
 
@@ -33,9 +31,7 @@ def import_once():
         "seconds = time.process_time() - start\n"
         "print(json.dumps([seconds, sorted(set(sys.modules) - before)]))"
     )
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), environment.get("PYTHONPATH")]))
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    done = python("-c", code, PYTHONDONTWRITEBYTECODE="")  # an empty one counts as unset
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
