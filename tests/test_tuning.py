@@ -52,12 +52,7 @@ class Bench:
         self.tables.append(os.environ.get("INTERP_NN_TABLE"))
         triton, eager = self.engines(kind, n) if callable(self.engines) else self.engines
         noisy = 1 + self.noise
-        return {
-            "triton": [triton],
-            "eager": [eager],
-            "triton again": [triton * noisy],
-            "eager again": [eager * noisy],
-        }
+        return {"triton": [triton], "eager": [eager], "triton again": [triton * noisy], "eager again": [eager * noisy]}
 
 
 def tune(tmp_path, bench, wanted=(STREAM,), problems=(), said=None, **options):

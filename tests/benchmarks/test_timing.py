@@ -271,18 +271,8 @@ def test_memory_is_counted():
 def test_commands(rated, tmp_path, capsys):
     file = tmp_path / "record.jsonl"
     arguments = ["run", "--suite", "ops", "--op", "summary", "--shape", "16,8,4", "--mode", "fwdbwd", "--samples", "3"]
-    arguments += [
-        "--seconds",
-        "0.01",
-        "--provider",
-        "ours",
-        "--provider",
-        "linear",
-        "--device",
-        "cpu",
-        "--out",
-        str(file),
-    ]
+    arguments += ["--seconds", "0.01", "--provider", "ours", "--provider", "linear"]
+    arguments += ["--device", "cpu", "--out", str(file)]
     assert main(arguments) == 0 and "| 16, 8, 4 |" in capsys.readouterr().out
     assert [row["provider"] for row in rows.read([file])] == ["device", "ours", "linear", "device"]
     assert main(["list"]) == 0

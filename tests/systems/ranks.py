@@ -229,10 +229,7 @@ def fsdp_with_a_constraint():
 
 def sharded_weights_are_constrained():
     start = network()
-    for share in (
-        shard_whole,
-        lambda m: parallelize(m, mesh(), {"4": "outputs", "6": "inputs", "8": "rows"}),
-    ):
+    for share in (shard_whole, lambda m: parallelize(m, mesh(), {"4": "outputs", "6": "inputs", "8": "rows"})):
         model, alone = copy.deepcopy(start), copy.deepcopy(start)
         share(model)
         for twin in (model, alone):
