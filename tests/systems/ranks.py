@@ -11,6 +11,7 @@ from datetime import timedelta
 import pytest
 import torch
 import torch.distributed as dist
+from relative_error import randomize
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -37,20 +38,12 @@ def network():
         nn.Unflatten(1, (1, 4, 6)), SummaryConv2d(1, 3, 3), nn.Tanh(), nn.Flatten(), SummaryLinear(24, 10), nn.Tanh(),
         SummaryLinear(10, 6), nn.Tanh(), SummaryLinear(6, 4),
     )  # fmt: skip
-    return randomize(model)
+    return randomize(model.double(), 0.4)
 
 
 def head():
     torch.manual_seed(1)
-    return randomize(Loss(SummaryHead(24, 7, 4)))
-
-
-def randomize(model):
-    model.double()
-    with torch.no_grad():
-        for p in model.parameters():
-            p.copy_(0.4 * torch.randn_like(p))
-    return model
+    return randomize(Loss(SummaryHead(24, 7, 4)).double(), 0.4)
 
 
 def data(steps=4, n=12):
@@ -106,11 +99,15 @@ def same(got, wanted, tolerance=TOLERANCE):
     assert distance <= tolerance, f"relative error {distance:.3g}"
 
 
-def same_parameters(model, alone, tolerance=TOLERANCE):
-    pairs = list(zip(model.parameters(), alone.parameters(), strict=True))
+def all_same(found, wanted, tolerance=1e-10):
+    pairs = list(zip(found, wanted, strict=True))
     assert pairs
-    for got, wanted in pairs:
-        same(got, wanted, tolerance)
+    for got, exact in pairs:
+        same(got, exact, tolerance)
+
+
+def same_parameters(model, alone, tolerance=TOLERANCE):
+    all_same(model.parameters(), alone.parameters(), tolerance)
 
 
 def averaged(t):
@@ -181,8 +178,7 @@ def ddp_without_synchronisation():
         classify(model, x[mine][:3], target[mine][:3]).backward()
     classify(model, x[mine][3:], target[mine][3:]).backward()
     (2 * classify(alone, x, target)).backward()
-    for got, wanted in zip(model.parameters(), alone.parameters(), strict=True):
-        same(got.grad, wanted.grad)
+    all_same(*([p.grad for p in m.parameters()] for m in (model, alone)), TOLERANCE)
 
 
 def fsdp():
@@ -310,11 +306,10 @@ def dtensors():
         wanted = derivatives(functional.summary, *tensors)
         for name, over in placements().items():
             found = derivatives(functional.summary, *place(tensors, over))
-            for i, (g, w) in enumerate(zip(found, wanted, strict=True)):
-                try:
-                    same(g, w, 1e-10)
-                except AssertionError as e:
-                    raise AssertionError(f"{shape}, {name}, value {i}: {e}") from e
+            try:
+                all_same(found, wanted)
+            except AssertionError as e:
+                raise AssertionError(f"{shape}, {name}: {e}") from e
 
 
 def dtensors_of_rows_take_the_operator():
@@ -350,8 +345,7 @@ def dtensors_of_more_dimensions():
         except RuntimeError:  # PyTorch 2.10 flattens no sharded dimension but the first, and second derivatives need it
             continue
         found = derivatives(functional.summary, *place((x, b, bias, dy), over))
-        for g, w in zip(found, wanted, strict=True):
-            same(g, w, 1e-10)
+        all_same(found, wanted)
 
 
 def dtensor_pairs_and_matrices():
@@ -363,8 +357,7 @@ def dtensor_pairs_and_matrices():
 
     wanted = derivatives(pair, x, b, bias, dy)
     for over in placements().values():
-        for g, w in zip(derivatives(pair, *place((x, b, bias, dy), over)), wanted, strict=True):
-            same(g, w, 1e-10)
+        all_same(derivatives(pair, *place((x, b, bias, dy), over)), wanted)
         (shared,) = place((b,), over[1:2])
         same(functional.gram(shared), functional.gram(b), 1e-10)
         same(functional.effective_weight(shared), functional.effective_weight(b), 1e-10)
@@ -440,7 +433,7 @@ def tensor_parallel_over_rows():
 
 
 def tensor_parallel_of_a_pair():
-    layer = randomize(SummaryLayer(24, 6))
+    layer = randomize(SummaryLayer(24, 6).double(), 0.4)
     dist.broadcast(layer.weight.data, 0)
     x = data(1)[0][0]
     wanted = layer(x)
