@@ -137,27 +137,23 @@ def test_losses(function, case):
     refuse(error, message, function, **options)
 
 
-def summary(bias):
-    return f.summary(t(*X), t(*B), bias)
-
-
 def plan(n=3, d=4, k=2, **options):
     return interp_nn.plan(n, d, k, **options)
 
 
-def orthogonalize(**options):
-    return f.orthogonalize(t(*B), **options)
+def biased(bias):
+    return {"x": t(*X), "b": t(*B), "bias": bias}
 
 
 # Function, its arguments, and what is said of them.
 OTHERS = [
-    (summary, {"bias": t(3)}, ValueError, f"bias: got shape (3,), want (2,) {FOR_B}"),
-    (summary, {"bias": t(1, 2)}, ValueError, f"bias: got shape (1, 2), want (2,) {FOR_B}"),
-    (summary, {"bias": t()}, ValueError, f"bias: got shape (), want (2,) {FOR_B}"),
-    (summary, {"bias": t(2).double()}, TypeError, "bias: got dtype torch.float64, want torch.float32, the dtype of b"),
-    (summary, {"bias": t(2, device="meta")}, ValueError, "bias: got device meta, want cpu, the device of b"),
-    (summary, {"bias": True}, TypeError, "bias: got bool, want a torch.Tensor"),
-    (summary, {"bias": t(2).long()}, TypeError, f"bias: got dtype torch.int64, {REAL}"),
+    (f.summary, biased(t(3)), ValueError, f"bias: got shape (3,), want (2,) {FOR_B}"),
+    (f.summary, biased(t(1, 2)), ValueError, f"bias: got shape (1, 2), want (2,) {FOR_B}"),
+    (f.summary, biased(t()), ValueError, f"bias: got shape (), want (2,) {FOR_B}"),
+    (f.summary, biased(t(2).double()), TypeError, "bias: got dtype torch.float64, want torch.float32, the dtype of b"),
+    (f.summary, biased(t(2, device="meta")), ValueError, "bias: got device meta, want cpu, the device of b"),
+    (f.summary, biased(True), TypeError, "bias: got bool, want a torch.Tensor"),
+    (f.summary, biased(t(2).long()), TypeError, f"bias: got dtype torch.int64, {REAL}"),
     (head, {"a": t(5, 3)}, ValueError, f"output_weight: got shape (5, 3), want (classes, 2) {FOR_B}"),
     (head, {"a": t(5)}, ValueError, f"output_weight: got shape (5,), want (classes, 2) {FOR_B}"),
     (head, {"a": t(*A).half()}, TypeError, "output_weight: got dtype torch.float16, want torch.float32"),
@@ -165,10 +161,15 @@ OTHERS = [
     (head, {"c": t(1, 5)}, ValueError, "output_bias: got shape (1, 5), want (5,) for output_weight (5, 2)"),
     (head, {"c": t(5, device="meta")}, ValueError, "output_bias: got device meta, want cpu"),
     (head, {"c": 0.5}, TypeError, "output_bias: got float, want a torch.Tensor"),
-    (orthogonalize, {"tolerance": "x"}, TypeError, "tolerance: got 'x', want a number or None"),
-    (orthogonalize, {"tolerance": torch.ones(2)}, TypeError, "tolerance: got tensor([1., 1.]), want a number or None"),
-    (orthogonalize, {"max_iterations": "many"}, TypeError, "max_iterations: got 'many', want an int"),
-    (orthogonalize, {"max_iterations": None}, TypeError, "max_iterations: got None, want an int"),
+    (f.orthogonalize, {"b": t(*B), "tolerance": "x"}, TypeError, "tolerance: got 'x', want a number or None"),
+    (
+        f.orthogonalize,
+        {"b": t(*B), "tolerance": torch.ones(2)},
+        TypeError,
+        "tolerance: got tensor([1., 1.]), want a number or None",
+    ),
+    (f.orthogonalize, {"b": t(*B), "max_iterations": "many"}, TypeError, "max_iterations: got 'many', want an int"),
+    (f.orthogonalize, {"b": t(*B), "max_iterations": None}, TypeError, "max_iterations: got None, want an int"),
     (plan, {"n": -1}, ValueError, "plan: n must be an integer >= 0, got -1"),
     (plan, {"d": 4.0}, ValueError, "plan: d must be an integer >= 0, got 4.0"),
     (plan, {"k": "2"}, ValueError, "plan: k must be an integer >= 0, got '2'"),

@@ -19,10 +19,9 @@ def blobs():
     return x[:800], y[:800], x[800:], y[800:]
 
 
-def fit(model, loss, x, y, steps, optimizer=None):
+def fit(model, loss, x, y, steps):
     """Losses of `steps` steps on batches of 64."""
-    optimizer = optimizer or torch.optim.Adam(model.parameters(), lr=5e-3)
-    losses = []
+    optimizer, losses = torch.optim.Adam(model.parameters(), lr=5e-3), []
     for step in range(steps):
         at = (torch.arange(64) + 64 * step) % len(x)
         optimizer.zero_grad()
@@ -53,8 +52,8 @@ def test_training_on_the_three_term_loss(blobs, build, options):
     assert (model.eval()(x_test).argmax(1) == y_test).float().mean() >= 0.97
 
 
-def mlp(summary=SummaryLinear):
-    return nn.Sequential(summary(40, 32), nn.ReLU(), summary(32, 10))
+def mlp():
+    return nn.Sequential(SummaryLinear(40, 32), nn.ReLU(), SummaryLinear(32, 10))
 
 
 @pytest.mark.parametrize("autocast", [False, True])
