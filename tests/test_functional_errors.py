@@ -1,10 +1,7 @@
 """Every wrong argument is named, with what was got and what would do, and nothing is modified."""
 
-import os
+import math
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -108,62 +105,13 @@ def test_b_alone(function, case):
     refuse(error, message, function, make()[1])
 
 
-BAD_BIAS = {
-    "length": (lambda: t(3), ValueError, "bias: got shape (3,), want (2,) for b of shape (4, 2)"),
-    "rank": (lambda: t(1, 2), ValueError, "bias: got shape (1, 2), want (2,) for b of shape (4, 2)"),
-    "scalar": (lambda: t(), ValueError, "bias: got shape (), want (2,) for b of shape (4, 2)"),
-    "dtype": (lambda: t(2).double(), TypeError, "bias: got dtype torch.float64, want torch.float32, the dtype of b"),
-    "device": (lambda: t(2, device="meta"), ValueError, "bias: got device meta, want cpu, the device of b"),
-    "type": (lambda: True, TypeError, "bias: got bool, want a torch.Tensor"),
-    "integer": (lambda: t(2).long(), TypeError, f"bias: got dtype torch.int64, {REAL}"),
-}
-
-
-@pytest.mark.parametrize("case", BAD_BIAS)
-def test_bias(case):
-    make, error, message = BAD_BIAS[case]
-    refuse(error, message, f.summary, t(*X), t(*B), make())
-
-
-BAD_HEAD = {
-    "weight's columns": (
-        {"a": t(5, 3)},
-        ValueError,
-        "output_weight: got shape (5, 3), want (classes, 2) for b of shape",
-    ),
-    "weight's rank": (
-        {"a": t(5)},
-        ValueError,
-        "output_weight: got shape (5,), want (classes, 2) for b of shape (4, 2)",
-    ),
-    "weight's dtype": ({"a": t(*A).half()}, TypeError, "output_weight: got dtype torch.float16, want torch.float32"),
-    "bias's length": ({"c": t(4)}, ValueError, "output_bias: got shape (4,), want (5,) for output_weight (5, 2)"),
-    "bias's rank": ({"c": t(1, 5)}, ValueError, "output_bias: got shape (1, 5), want (5,) for output_weight (5, 2)"),
-    "bias's device": ({"c": t(5, device="meta")}, ValueError, "output_bias: got device meta, want cpu"),
-    "bias's type": ({"c": 0.5}, TypeError, "output_bias: got float, want a torch.Tensor"),
-}
-
-
-@pytest.mark.parametrize("case", BAD_HEAD)
-def test_output_layer(case):
-    options, error, message = BAD_HEAD[case]
-    refuse(error, message, head, **options)
-
-
-def test_output_weight_is_not_optional():
-    refuse(ValueError, "output_weight: got shape None", f.summary_head_cross_entropy, t(*X), t(*B), None, None, TARGET)
-
-
+FOR_B, ROWS, NUMBERS = "for b of shape (4, 2)", "want (3,), x's without its last", "want three finite numbers"
 BAD_LOSS = {
     "target's type": ({"target": [0, 1, 1]}, TypeError, "target: got list, want a torch.Tensor of class indices"),
     "target's dtype": ({"target": TARGET.int()}, TypeError, "target: got dtype torch.int32, want int64 class indices"),
     "probabilities": ({"target": t(3, 2)}, TypeError, "target: got dtype torch.float32, want int64 class indices"),
-    "target's length": ({"target": TARGET[:2]}, ValueError, "target: got shape (2,), want (3,), x's without its last"),
-    "target's rank": (
-        {"target": TARGET[None]},
-        ValueError,
-        "target: got shape (1, 3), want (3,), x's without its last",
-    ),
+    "target's length": ({"target": TARGET[:2]}, ValueError, f"target: got shape (2,), {ROWS}"),
+    "target's rank": ({"target": TARGET[None]}, ValueError, f"target: got shape (1, 3), {ROWS}"),
     "target's device": (
         {"target": TARGET.to("meta")},
         ValueError,
@@ -171,16 +119,12 @@ BAD_LOSS = {
     ),
     "reduction": ({"reduction": "avg"}, ValueError, "reduction: got 'avg', want one of ('mean', 'sum', 'none')"),
     "no reduction": ({"reduction": None}, ValueError, "reduction: got None, want one of ('mean', 'sum', 'none')"),
-    "two weights": ({"weights": (1, 2)}, ValueError, "weights: got (1.0, 2.0), want three finite numbers"),
-    "infinite weight": (
-        {"weights": (1, 2, float("inf"))},
-        ValueError,
-        "weights: got (1.0, 2.0, inf), want three finite",
-    ),
-    "NaN weight": ({"weights": (1, float("nan"), 2)}, ValueError, "weights: got (1.0, nan, 2.0), want three finite"),
-    "one weight": ({"weights": 1.0}, TypeError, "weights: got 1.0, want three finite numbers (of CE, CE and MSE)"),
-    "no weights": ({"weights": None}, TypeError, "weights: got None, want three finite numbers"),
-    "weights in words": ({"weights": "abc"}, TypeError, "weights: got 'abc', want three finite numbers"),
+    "two weights": ({"weights": (1, 2)}, ValueError, f"weights: got (1.0, 2.0), {NUMBERS}"),
+    "infinite weight": ({"weights": (1, 2, math.inf)}, ValueError, f"weights: got (1.0, 2.0, inf), {NUMBERS}"),
+    "NaN weight": ({"weights": (1, math.nan, 2)}, ValueError, f"weights: got (1.0, nan, 2.0), {NUMBERS}"),
+    "one weight": ({"weights": 1.0}, TypeError, f"weights: got 1.0, {NUMBERS} (of CE, CE and MSE)"),
+    "no weights": ({"weights": None}, TypeError, f"weights: got None, {NUMBERS}"),
+    "weights in words": ({"weights": "abc"}, TypeError, f"weights: got 'abc', {NUMBERS}"),
     "ignore_index": ({"ignore_index": 1.5}, TypeError, "ignore_index: got float, want an int"),
     "large ignore_index": ({"ignore_index": 2**70}, ValueError, f"ignore_index: got {2**70}, want an int of 64 bits"),
 }
@@ -193,17 +137,54 @@ def test_losses(function, case):
     refuse(error, message, function, **options)
 
 
-@pytest.mark.parametrize(
-    ("options", "error", "message"),
-    [
-        ({"tolerance": "x"}, TypeError, "tolerance: got 'x', want a number or None"),
-        ({"tolerance": torch.ones(2)}, TypeError, "tolerance: got tensor([1., 1.]), want a number or None"),
-        ({"max_iterations": "many"}, TypeError, "max_iterations: got 'many', want an int"),
-        ({"max_iterations": None}, TypeError, "max_iterations: got None, want an int"),
-    ],
-)
-def test_the_limits_of_orthogonalize(options, error, message):
-    refuse(error, message, f.orthogonalize, t(*B), **options)
+def plan(n=3, d=4, k=2, **options):
+    return interp_nn.plan(n, d, k, **options)
+
+
+def biased(bias):
+    return {"x": t(*X), "b": t(*B), "bias": bias}
+
+
+# Function, its arguments, and what is said of them.
+OTHERS = [
+    (f.summary, biased(t(3)), ValueError, f"bias: got shape (3,), want (2,) {FOR_B}"),
+    (f.summary, biased(t(1, 2)), ValueError, f"bias: got shape (1, 2), want (2,) {FOR_B}"),
+    (f.summary, biased(t()), ValueError, f"bias: got shape (), want (2,) {FOR_B}"),
+    (f.summary, biased(t(2).double()), TypeError, "bias: got dtype torch.float64, want torch.float32, the dtype of b"),
+    (f.summary, biased(t(2, device="meta")), ValueError, "bias: got device meta, want cpu, the device of b"),
+    (f.summary, biased(True), TypeError, "bias: got bool, want a torch.Tensor"),
+    (f.summary, biased(t(2).long()), TypeError, f"bias: got dtype torch.int64, {REAL}"),
+    (head, {"a": t(5, 3)}, ValueError, f"output_weight: got shape (5, 3), want (classes, 2) {FOR_B}"),
+    (head, {"a": t(5)}, ValueError, f"output_weight: got shape (5,), want (classes, 2) {FOR_B}"),
+    (head, {"a": t(*A).half()}, TypeError, "output_weight: got dtype torch.float16, want torch.float32"),
+    (head, {"c": t(4)}, ValueError, "output_bias: got shape (4,), want (5,) for output_weight (5, 2)"),
+    (head, {"c": t(1, 5)}, ValueError, "output_bias: got shape (1, 5), want (5,) for output_weight (5, 2)"),
+    (head, {"c": t(5, device="meta")}, ValueError, "output_bias: got device meta, want cpu"),
+    (head, {"c": 0.5}, TypeError, "output_bias: got float, want a torch.Tensor"),
+    (f.orthogonalize, {"b": t(*B), "tolerance": "x"}, TypeError, "tolerance: got 'x', want a number or None"),
+    (
+        f.orthogonalize,
+        {"b": t(*B), "tolerance": torch.ones(2)},
+        TypeError,
+        "tolerance: got tensor([1., 1.]), want a number or None",
+    ),
+    (f.orthogonalize, {"b": t(*B), "max_iterations": "many"}, TypeError, "max_iterations: got 'many', want an int"),
+    (f.orthogonalize, {"b": t(*B), "max_iterations": None}, TypeError, "max_iterations: got None, want an int"),
+    (plan, {"n": -1}, ValueError, "plan: n must be an integer >= 0, got -1"),
+    (plan, {"d": 4.0}, ValueError, "plan: d must be an integer >= 0, got 4.0"),
+    (plan, {"k": "2"}, ValueError, "plan: k must be an integer >= 0, got '2'"),
+    (plan, {"n": True}, ValueError, "plan: n must be an integer >= 0, got True"),
+    (plan, {"grad": ("x", "bias")}, ValueError, "plan: grad may hold 'x' and 'b', got ['bias', 'x']"),
+]
+
+
+@pytest.mark.parametrize(("function", "options", "error", "message"), OTHERS)
+def test_other_arguments(function, options, error, message):
+    refuse(error, message, function, **options)
+
+
+def test_output_weight_is_not_optional():
+    refuse(ValueError, "output_weight: got shape None", f.summary_head_cross_entropy, t(*X), t(*B), None, None, TARGET)
 
 
 def test_no_classes():
@@ -254,40 +235,6 @@ def test_remembered_problems_are_bounded(monkeypatch):
     assert len(f._plans) == 3
 
 
-# Engines
-
-
-def test_an_unknown_engine():
-    with pytest.raises(ValueError, match=r"^use_engine: unknown engine 'warp'; this build has eager.*'auto'"):
-        interp_nn.use_engine("warp")
-    assert f.summary(t(*X), t(*B)).shape == (3, 2)
-
-
-def test_an_unknown_engine_in_the_environment_fails_at_use_not_at_import():
-    code = (
-        "import torch, interp_nn; print('imported'); interp_nn.functional.summary(torch.ones(3, 4), torch.ones(4, 2))"
-    )
-    path = os.pathsep.join([str(Path(interp_nn.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "PYTHONPATH": path, "INTERP_NN_ENGINE": "warp"}
-    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
-    assert result.returncode == 1 and result.stdout == "imported\n"
-    assert re.search(r"ValueError: INTERP_NN_ENGINE: unknown engine 'warp'; this build has eager", result.stderr)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "options", "message"),
-    [
-        ((-1, 4, 2), {}, "plan: n must be an integer >= 0, got -1"),
-        ((3, 4.0, 2), {}, "plan: d must be an integer >= 0, got 4.0"),
-        ((3, 4, "2"), {}, "plan: k must be an integer >= 0, got '2'"),
-        ((True, 4, 2), {}, "plan: n must be an integer >= 0, got True"),
-        ((3, 4, 2), {"grad": ("x", "bias")}, "plan: grad may hold 'x' and 'b', got ['bias', 'x']"),
-    ],
-)
-def test_plan(arguments, options, message):
-    refuse(ValueError, message, interp_nn.plan, *arguments, **options)
-
-
 # Tensors that are not plain
 
 
@@ -297,27 +244,3 @@ class Tagged(torch.Tensor):
 
 def test_a_plain_subclass_is_welcome():
     assert f.summary(t(*X).as_subclass(Tagged), t(*B)).shape == (3, 2)
-
-
-@pytest.mark.skipif(not torch.distributed.is_available(), reason="needs torch.distributed")
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch.distributed's own imports
-def test_a_dtensor_is_refused_where_there_is_no_rule_for_it():
-    import torch.distributed as dist
-
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        from torch.distributed.tensor import DTensor, init_device_mesh
-
-        mesh = init_device_mesh("cpu", (1,))
-        x, b = (DTensor.from_local(v, mesh) for v in (t(*X), t(*B)))
-        for name, function in TWO.items():
-            if name in ("summary", "summary_pair"):
-                with pytest.raises(TypeError, match=r"^x: got a local tensor, want a DTensor on the mesh of b"):
-                    function(t(*X), b)
-                continue
-            with pytest.raises(TypeError, match=r"^x: got a DTensor, which has no sharding rule here; want a local"):
-                function(x, b)
-            with pytest.raises(TypeError, match=r"^b: got a DTensor"):
-                function(t(*X), b)
-    finally:
-        dist.destroy_process_group()

@@ -2,14 +2,12 @@
 
 import json
 import os
-import subprocess
-import sys
 import textwrap
 import time
-from pathlib import Path
 
 import pytest
 import torch
+from processes import python
 
 from interp_nn import trials, tuning
 from interp_nn.engines import limits
@@ -20,7 +18,6 @@ from interp_nn.engines.triton.configs import TILES, Bucket, fits
 from interp_nn.trials import Group
 from interp_nn.tuning import LEVELS
 
-ROOT = Path(tuning.__file__).parents[1]
 HOPPER = spec_for((9, 0))
 STREAM = Group("stream", 2, 128)
 ROWS = [rows for rows, _ in LEVELS]
@@ -55,12 +52,7 @@ class Bench:
         self.tables.append(os.environ.get("INTERP_NN_TABLE"))
         triton, eager = self.engines(kind, n) if callable(self.engines) else self.engines
         noisy = 1 + self.noise
-        return {
-            "triton": [triton],
-            "eager": [eager],
-            "triton again": [triton * noisy],
-            "eager again": [eager * noisy],
-        }
+        return {"triton": [triton], "eager": [eager], "triton again": [triton * noisy], "eager again": [eager * noisy]}
 
 
 def tune(tmp_path, bench, wanted=(STREAM,), problems=(), said=None, **options):
@@ -180,13 +172,6 @@ def test_a_level_that_does_not_fit_into_memory_keeps_its_choice(tmp_path):
     of = {e["rows"]: e["tiles"][0] for e in content["kernels"] if e["columns"] == 128}
     assert of == {16384: 128, 1024: 32, 0: 128}
     assert any("not timed: CUDA out of memory" in line for line in said)
-
-
-def test_faster():
-    assert tuning.faster(0.9, [1.0, 1.0])
-    assert not tuning.faster(0.99, [1.0, 1.0])
-    assert not tuning.faster(0.9, [1.0, 1.2])
-    assert tuning.faster(0.7, [1.0, 1.2])
 
 
 # The table
@@ -384,11 +369,7 @@ def test_kernels_are_tuned_on_the_interpreter(tmp_path):
         tuning.tune(Path(sys.argv[1]), 1e6, "cpu", wanted=wanted, problems=problems, levels=((0, 9),))
     """
     file = tmp_path / "table.json"
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code), str(file)],
-        cwd=ROOT, env=environment, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    done = python("-c", textwrap.dedent(code), str(file), TRITON_INTERPRET="1")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "failed, as" not in done.stdout and "not timed" not in done.stdout
     found = configs._read(file)

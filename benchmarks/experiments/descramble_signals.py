@@ -47,7 +47,7 @@ def main(arguments: list[str]) -> int:
     run = common.Run(NAME, given)
     torch.manual_seed(given.seed)
     samples, epochs = (1000, 2) if given.quick else (20_000, 40)
-    made = signals.dipolar(samples + TEST, points=POINTS, seed=given.seed)
+    made = signals.dipolar(samples + TEST, POINTS, given.seed)
     x, x_test = made.traces.split((samples, TEST))
     y, y_test = made.distributions.split((samples, TEST))
     network = nn.Sequential(

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 DIPOLAR = 2 * math.pi * 52.04  # rad/µs nm³: the coupling of two free electrons at a distance of 1 nm
+LONGEST, DISTANCES, NOISE = 2.0, (1.5, 6.0), 0.02  # of dipolar traces: µs, nm, and the standard deviation of the noise
 
 
 class Scrambled(NamedTuple):
@@ -85,32 +86,22 @@ class Dipolar(NamedTuple):
     distances: Tensor
 
 
-def dipolar(
-    samples: int,
-    *,
-    points: int = 256,
-    longest: float = 2.0,
-    distances: tuple[float, float] = (1.5, 6.0),
-    background: bool = True,
-    noise: float = 0.02,
-    seed: int = 0,
-) -> Dipolar:
+def dipolar(samples: int, points: int, seed: int) -> Dipolar:
     """Draw traces V(t) = ((1 - λ) + λ ∫ P(r) K(t, r) dr) exp(-κ t) + noise of double electron-electron resonance.
 
     P is a sum of one to three Gaussians at random distances, 0.05 to 0.4 nm wide; the modulation depth λ is uniform in
-    (0.2, 0.6); the background's rate κ is uniform in (0, 0.5) per µs, or 0 without `background`; `noise` is a standard
-    deviation. Traces last `longest` µs. The formula is the one that Worswick et al. (Science Advances 4 eaat5218, 2018) train
-    on; these ranges are simpler than theirs.
+    (0.2, 0.6); the background's rate κ is uniform in (0, 0.5) per µs. The formula is the one that Worswick et al. (Science
+    Advances 4 eaat5218, 2018) train on; these ranges are simpler than theirs.
     """
     generator = torch.Generator().manual_seed(seed)
 
     def uniform(low: float, high: float, *shape: int) -> Tensor:
         return low + (high - low) * torch.rand(*shape, generator=generator, dtype=torch.float64)
 
-    times = torch.linspace(0, longest, points, dtype=torch.float64)
-    r = torch.linspace(*distances, points, dtype=torch.float64)
-    span = distances[1] - distances[0]
-    centres = uniform(distances[0] + 0.1 * span, distances[1] - 0.1 * span, samples, 3, 1)
+    times = torch.linspace(0, LONGEST, points, dtype=torch.float64)
+    r = torch.linspace(*DISTANCES, points, dtype=torch.float64)
+    margin = 0.1 * (DISTANCES[1] - DISTANCES[0])
+    centres = uniform(DISTANCES[0] + margin, DISTANCES[1] - margin, samples, 3, 1)
     widths, heights = uniform(0.05, 0.4, samples, 3, 1), uniform(0.2, 1.0, samples, 3, 1)
     present = torch.arange(3).view(1, 3, 1) < torch.randint(1, 4, (samples, 1, 1), generator=generator)
     p = torch.zeros(samples, points, dtype=torch.float64)
@@ -118,7 +109,7 @@ def dipolar(
         p += (present * heights)[:, peak] * torch.exp(-0.5 * ((r - centres[:, peak]) / widths[:, peak]).square())
     modulation = (p / p.sum(1, keepdim=True)) @ dipolar_kernel(times, r).T
     depth = uniform(0.2, 0.6, samples, 1)
-    decay = torch.exp(-uniform(0.0, 0.5, samples, 1) * times) if background else 1.0
+    decay = torch.exp(-uniform(0.0, 0.5, samples, 1) * times)
     traces = (1 - depth + depth * modulation) * decay
-    traces += noise * torch.randn(samples, points, generator=generator, dtype=torch.float64)
+    traces += NOISE * torch.randn(samples, points, generator=generator, dtype=torch.float64)
     return Dipolar(traces.float(), (p / p.amax(1, keepdim=True)).float(), times.float(), r.float())

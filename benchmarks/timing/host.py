@@ -21,7 +21,7 @@ import interp_nn
 from benchmarks.records import environment, rows
 from benchmarks.timing.clocks import interleave
 from interp_nn import functional
-from interp_nn.engines.problem import LossOptions
+from interp_nn.engines.problem import LossOptions, Plan
 from interp_nn.nn import SummaryLinear
 
 _ROUNDS = 2000
@@ -101,6 +101,7 @@ def _calls(engine: Any) -> dict[str, Callable[[], Any]]:
     g, a, c = torch.randn(k, k), torch.randn(m, k), torch.randn(m)
     b, target = weight.t(), torch.zeros(n, dtype=torch.int64)
     options = LossOptions((1.0, 1.0, 1.0), -100, "mean")
+    alone, pair, flat = Plan("triton", "(Xb)G"), Plan("triton", "(Xb)G", saves=True), Plan("triton", "logits_from_x")
     leaf, parameter = x.clone().requires_grad_(), weight.clone().requires_grad_()
 
     def forward_and_backward() -> None:
@@ -110,13 +111,13 @@ def _calls(engine: Any) -> dict[str, Callable[[], Any]]:
         torch.autograd.grad(functional.summary_cross_entropy(leaf, parameter.t(), target), (leaf, parameter))
 
     return {
-        "engine: forward": lambda: engine.forward(x, b, bias, "A", False),
-        "engine: backward": lambda: engine.backward(None, dy, x, b, [g], "A", True, True, True),
-        "engine: backward of a pair": lambda: engine.backward(dy, dy, x, b, [dy, g], "A+", True, True),
+        "engine: forward": lambda: engine.forward(x, b, bias, alone, False),
+        "engine: backward": lambda: engine.backward(None, dy, x, b, [g], alone, True, True, True),
+        "engine: backward of a pair": lambda: engine.backward(dy, dy, x, b, [dy, g], pair, True, True),
         "engine: loss of a pair": lambda: engine.loss(
-            x, b, None, None, target, options, "A+", None, (True, True, False, False)
+            x, b, None, None, target, options, pair, None, (True, True, False, False)
         ),
-        "engine: loss of a head": lambda: engine.loss(x, b, a, c, target, options, "flat", None, (True,) * 4),
+        "engine: loss of a head": lambda: engine.loss(x, b, a, c, target, options, flat, None, (True,) * 4),
         "summary, forward": lambda: functional.summary(x, b, bias),
         "summary, forward and backward": forward_and_backward,
         "cross entropy and backward": loss_and_backward,

@@ -2,17 +2,14 @@
 
 import contextlib
 import itertools
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
 from gpu_stand_ins import BOTH, CPU, admitting
+from processes import python
 
 import interp_nn
 from benchmarks.gpu import cases, checks, job_table, kernels, runs
-from benchmarks.records.environment import ROOT
 from benchmarks.timing import footprint, tolerances
 from interp_nn import engines, functional
 from interp_nn.engines import barrier
@@ -27,10 +24,7 @@ def test_every_two_levels_meet_in_some_case_of_every_process():
             met = {(row[one], row[other]) for row in rows}
             assert met == set(itertools.product(factors[one], factors[other])), (one, other)
     code = "from benchmarks.gpu import cases; print(cases.covering(cases.FACTORS['flat'], tries=2))"
-    run = {
-        "cwd": ROOT, "env": {**os.environ, "PYTHONHASHSEED": "17"}, "capture_output": True, "text": True, "check": True,
-    }  # fmt: skip
-    other = subprocess.run([sys.executable, "-c", code], **run)
+    other = python("-c", code, PYTHONHASHSEED="17")
     assert other.stdout.strip() == str(cases.covering(cases.FACTORS["flat"], tries=2))
 
 

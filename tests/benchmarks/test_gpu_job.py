@@ -1,9 +1,7 @@
 """The GPU job without a GPU: how it keeps its time, and that a failure is a record and not the end."""
 
 import argparse
-import os
 import stat
-import subprocess
 import sys
 import textwrap
 import time
@@ -11,11 +9,11 @@ import time
 import pytest
 import torch
 from gpu_stand_ins import BOTH, CPU
+from processes import python
 
 from benchmarks.gpu import cases, job, job_table, worker
 from benchmarks.gpu.log import Log, read
 from benchmarks.records import report, rows
-from benchmarks.records.environment import ROOT
 
 # A worker
 
@@ -81,7 +79,7 @@ def test_without_triton_every_part_has_steps_and_nothing_is_tuned(log, lines, tm
         for name, part in worker.PARTS.items():
             part(worker.Settings(torch.device("cpu"), Path(), False, ("cuda",)))
     """
-    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], cwd=ROOT, check=True)
+    assert python("-c", textwrap.dedent(code)).returncode == 0
     (step,) = worker.PARTS["tune"](worker.Settings(CPU, tmp_path, False, ("cuda",)))
     step.run(log)
     assert [line["status"] for line in lines()] == ["skipped"]
@@ -247,9 +245,7 @@ def test_every_part_on_the_interpreter(tmp_path):
     """A job from its start to its table."""
     parts = "correctness,launches,repeats,sanitizer,time"
     arguments = ["--device", "cpu", "--tiny", "--output", str(tmp_path), "--minutes", "4", "--parts", parts]
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-m", "benchmarks", "gpu", *arguments]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    done = python("-m", "benchmarks", "gpu", *arguments, TRITON_INTERPRET="1")
     assert done.returncode == 0, done.stdout + done.stderr + (tmp_path / "gpu.log").read_text()
     off, *found = read(tmp_path / "gpu.jsonl")
     assert (off["name"], off["status"]) == ("cuda", "skipped") and {line["part"] for line in found} == set(

@@ -8,6 +8,7 @@ import time
 import pytest
 import torch
 from gpu_stand_ins import CPU, Graph
+from processes import python
 
 from benchmarks import experiments
 from benchmarks.__main__ import main
@@ -265,24 +266,47 @@ def test_memory_is_counted():
     assert footprint.saved_bytes(lambda: x @ w, (x, w)) == 0
 
 
+def test_operations_and_bytes_are_those_written_out_by_hand():
+    """8 rows of 4 features, 2 columns, in fp32. A product of (m, k) and (k, n) is 2 m k n operations."""
+    summary = Problem("summary", 8, 4, 2)
+    forward = 2 * 2 * 4 * 2 + 2 * 4 * 2 * 2 + 2 * 8 * 4 * 2  # G = bᵀb, bG, X(bG)
+    assert problems.useful_flops(summary, "infer") == problems.useful_flops(summary, "fwd") == forward == 192
+    # dX = dY(bG)ᵀ, S = XᵀdY, T = bᵀS, db = SG + b(T + Tᵀ)
+    backward = 2 * 8 * 2 * 4 + 2 * 4 * 8 * 2 + 2 * 2 * 4 * 2 + 2 * 4 * 2 * 2 + 2 * 4 * 2 * 2
+    assert problems.useful_flops(summary, "bwd") == backward == 352
+    assert problems.useful_flops(summary, "fwdbwd") == forward + backward
+    inputs, output = 8 * 4 + 4 * 2, 8 * 2
+    assert problems.least_bytes(summary, "fwd") == 4 * (inputs + output) == 224
+    assert problems.least_bytes(summary, "fwdbwd") == 4 * (2 * inputs + 2 * output) == 448
+    assert problems.least_bytes(summary._replace(dtype="bf16"), "bwd") == 2 * (2 * inputs + output) == 192
+    assert problems.least_bytes(Problem("head", 8, 4, 2, 3), "loss") == 4 * 2 * (inputs + 3 * 2) == 368
+
+
+@pytest.mark.parametrize(("mode", "precision"), [("tf32", "tf32"), ("fp32", "ieee"), ("bf16", "ieee")])
+def test_products_set_and_restore_pytorchs_switches(mode, precision):
+    switches = torch.backends.cuda.matmul, torch.backends.cudnn.conv
+    before = [switch.fp32_precision for switch in switches]
+    with problems.products(mode):
+        assert [switch.fp32_precision for switch in switches] == [precision] * 2
+    assert [switch.fp32_precision for switch in switches] == before
+
+
 # Commands
+
+
+def test_the_overhead_of_a_layer():
+    """In another process, which Triton interprets in."""
+    code = "from benchmarks.timing import host; host._ROUNDS, host._SECONDS = 2, 0.0; print(host.table(host.run(None)))"
+    done = python("-c", code)
+    assert done.returncode == 0, done.stderr
+    assert "engine: loss of a head" in done.stdout and "forward and backward, above by hand" in done.stdout
 
 
 def test_commands(rated, tmp_path, capsys):
     file = tmp_path / "record.jsonl"
     arguments = ["run", "--suite", "ops", "--op", "summary", "--shape", "16,8,4", "--mode", "fwdbwd", "--samples", "3"]
-    arguments += [
-        "--seconds",
-        "0.01",
-        "--provider",
-        "ours",
-        "--provider",
-        "linear",
-        "--device",
-        "cpu",
-        "--out",
-        str(file),
-    ]
+    arguments += ["--seconds", "0.01", "--provider", "ours", "--provider", "linear"]
+    arguments += ["--device", "cpu", "--out", str(file)]
     assert main(arguments) == 0 and "| 16, 8, 4 |" in capsys.readouterr().out
     assert [row["provider"] for row in rows.read([file])] == ["device", "ours", "linear", "device"]
     assert main(["list"]) == 0

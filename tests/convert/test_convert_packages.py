@@ -63,28 +63,24 @@ SUBCLASS = "a subclass of Linear, which may compute something else"
 OTHER = "neither Linear nor Conv2d"
 
 
-def test_torchvision_resnet18(images):
+# The ResNet is narrow: one of the usual width takes seconds of singular values and shows the same.
+@pytest.mark.parametrize(
+    ("build", "skipped", "count"),
+    [
+        (lambda models: models.ResNet(models.resnet.BasicBlock, [1, 1, 1, 1], num_classes=10), [], 13),
+        (lambda models: models.mobilenet_v3_small(num_classes=10), [], 54),
+        (lambda models: models.VisionTransformer(64, 16, 2, 2, 64, 128, num_classes=10), [SUBCLASS], 6),
+        (
+            lambda models: models.SwinTransformer([4, 4], 24, [1, 1], [2, 2], [4, 4], num_classes=10),
+            ["ShiftedWindowAttention reads its weight itself"],
+            7,
+        ),
+    ],
+    ids=["resnet", "mobilenet", "vit", "swin"],
+)
+def test_torchvision(images, build, skipped, count):
     models = pytest.importorskip("torchvision.models")
-    # Narrow: a network of the usual width takes seconds of singular values and shows the same.
-    model = models.ResNet(models.resnet.BasicBlock, [1, 1, 1, 1], num_classes=10)
-    assert is_kept(model, images) == 13
-
-
-def test_torchvision_mobilenet(images):
-    models = pytest.importorskip("torchvision.models")
-    assert is_kept(models.mobilenet_v3_small(num_classes=10), images) == 54
-
-
-def test_torchvision_vit(images):
-    models = pytest.importorskip("torchvision.models")
-    model = models.VisionTransformer(64, 16, 2, 2, 64, 128, num_classes=10)
-    assert is_kept(model, images, skipped=[SUBCLASS]) == 6
-
-
-def test_torchvision_swin(images):
-    models = pytest.importorskip("torchvision.models")
-    model = models.SwinTransformer([4, 4], 24, [1, 1], [2, 2], [4, 4], num_classes=10)
-    assert is_kept(model, images, skipped=["ShiftedWindowAttention reads its weight itself"]) == 7
+    assert is_kept(build(models), images, skipped=skipped) == count
 
 
 @pytest.mark.parametrize(

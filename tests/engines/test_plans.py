@@ -5,15 +5,12 @@ import importlib.util
 import itertools
 import json
 import math
-import os
-import subprocess
-import sys
 import threading
 import types
-from pathlib import Path
 
 import pytest
 import torch
+from processes import python
 
 import interp_nn
 from interp_nn.engines import barrier, cost, devices, limits, select
@@ -369,14 +366,20 @@ def test_forcing_an_engine_that_is_off_raises_with_the_reason():
     assert reason in str(caught.value) and select.requested() == "auto"
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="the engine is on")
-def test_an_engine_forced_by_the_environment_is_checked_at_use():
-    code = "import torch, interp_nn; interp_nn.functional.summary(torch.ones(2, 2), torch.ones(2, 2))"
-    root = str(Path(interp_nn.__file__).parents[1])
-    environment = {**os.environ, "PYTHONPATH": root, "INTERP_NN_ENGINE": "triton"}
-    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
-    assert "RuntimeError: the triton engine was asked for, but " in result.stderr
-    assert unsupported_reason("triton") in result.stderr
+@pytest.mark.parametrize("name", ["triton", "warp"])
+def test_an_engine_of_the_environment_is_checked_at_use_not_at_import(name):
+    if name == "triton" and torch.cuda.is_available():
+        pytest.skip("the engine is on")
+    code = (
+        "import torch, interp_nn; print('imported'); interp_nn.functional.summary(torch.ones(2, 2), torch.ones(2, 2))"
+    )
+    result = python("-c", code, INTERP_NN_ENGINE=name)
+    assert result.returncode == 1 and result.stdout == "imported\n"
+    if name == "triton":
+        assert "RuntimeError: the triton engine was asked for, but " in result.stderr
+        assert unsupported_reason("triton") in result.stderr
+    else:
+        assert "ValueError: INTERP_NN_ENGINE: unknown engine 'warp'; this build has eager" in result.stderr
 
 
 # The counters of the barrier

@@ -1,9 +1,6 @@
 """Plans: the operations they count are those the engine executes, and the choice is the least of them."""
 
 import itertools
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -114,14 +111,6 @@ def test_every_order_is_the_cheapest_of_some_problem():
     assert found == {plan.order for plan in orders.OPERATOR_PLANS}
 
 
-def test_cost_charges_operations_products_and_the_operator():
-    problem = Problem(64, 32, 16)
-    for autograd, fixed in ((False, orders.OPERATOR_OVERHEAD), (True, 0)):
-        plan = Plan("eager", "X(bG)", autograd=autograd)
-        flops, products = orders.flops_and_products(plan, problem)
-        assert orders.cost(plan, problem) == flops + products * orders.PRODUCT_OVERHEAD + fixed
-
-
 @pytest.mark.parametrize(
     ("shape", "order"),
     [
@@ -204,7 +193,7 @@ def test_use_engine_as_a_context_and_as_a_setter():
     with pytest.raises(RuntimeError, match="inside"), interp_nn.use_engine("auto"):
         raise RuntimeError("inside")
     assert select.requested() == "eager"
-    with pytest.raises(ValueError, match="warp"):
+    with pytest.raises(ValueError, match=r"^use_engine: unknown engine 'warp'; this build has eager.*'auto'"):
         interp_nn.use_engine("warp")
     assert select.requested() == "eager"
 
@@ -215,30 +204,6 @@ def test_the_engine_asked_for_is_in_the_plan(monkeypatch):
         assert select.plan(8, 4, 2, device="sm_90").engine == "cuda"
         assert select.choose(Problem(8, 4, 2)).engine == "cuda"
         assert select.choose(Problem(8, 4, 2, pair=True, classes=2)).engine == "cuda"
-
-
-def python(*code):
-    root = str(Path(interp_nn.__file__).parents[1])
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])}
-    return subprocess.run([sys.executable, *code], env=environment, capture_output=True, text=True, timeout=120)
-
-
-def test_the_command_line_prints_versions_and_engines():
-    result = python("-m", "interp_nn")
-    assert result.returncode == 0 and not result.stderr
-    lines = dict(line.split(maxsplit=1) for line in result.stdout.splitlines())  # of engines, the last one
-    assert lines["interp_nn"] == interp_nn.__version__
-    assert torch.__version__ in lines["torch"]
-    assert "engine    eager: available (PyTorch operators, every device)" in result.stdout
-    assert lines["engine"].startswith("cuda: ")
-    assert lines["requested"].startswith("auto")
-    assert lines["devices"].startswith("cpu")
-
-
-def test_an_unknown_command_is_an_error():
-    result = python("-m", "interp_nn", "tnue")
-    assert result.returncode == 2 and not result.stdout
-    assert "invalid choice: 'tnue'" in result.stderr and "tune" in result.stderr
 
 
 def test_planning_asks_nothing_of_a_gpu(monkeypatch):

@@ -1,16 +1,14 @@
 import copy
 import inspect
-import io
 import math
-import pickle
 
 import pytest
 import torch
+from layers import make
 from relative_error import error, naive_kernel, naive_linear, randomize
 from torch import nn
 from torch.nn import functional as F
 
-from interp_nn import functional
 from interp_nn.functional import SummaryPair
 from interp_nn.nn import SummaryClassifier, SummaryConv2d, SummaryHead, SummaryLayer, SummaryLinear, SummaryLoss
 
@@ -40,24 +38,6 @@ def test_parameters_and_repr_are_pytorchs(ours, theirs, sizes, bias):
     ]
     assert list(mine.state_dict()) == list(other.state_dict())
     assert repr(mine) == repr(other).replace(theirs.__name__, ours.__name__)
-
-
-@by_twin
-@pytest.mark.parametrize("bias", [True, False])
-def test_state_dict_loads_from_and_into_pytorchs_layer(ours, theirs, sizes, bias):
-    mine, other = ours(*sizes, bias=bias), theirs(*sizes, bias=bias)
-    mine.load_state_dict(other.state_dict(), strict=True)
-    assert torch.equal(mine.weight, other.weight)
-    randomize(mine)
-    other.load_state_dict(mine.state_dict(), strict=True)
-    assert torch.equal(mine.weight, other.weight)
-    assert not bias or torch.equal(mine.bias, other.bias)
-
-
-@by_twin
-def test_state_dict_of_another_kind_is_refused(ours, theirs, sizes):
-    with pytest.raises(RuntimeError, match="bias"):
-        ours(*sizes, bias=False).load_state_dict(theirs(*sizes).state_dict())
 
 
 @pytest.mark.parametrize(("dtype", "bound"), PRECISIONS)
@@ -142,30 +122,18 @@ def test_linear_gradients_are_those_of_the_naive_expression(n, d, k, bias):
     assert all(error(g, w) <= 1e-12 for g, w in zip(got, wanted, strict=True))
 
 
-def test_linear_follows_its_parameters_dtype():
-    layer, x = randomize(SummaryLinear(64, 32)), torch.randn(9, 64)
-    truth = naive_linear(x.double(), layer.weight.double(), layer.bias.double())
-    for dtype, bound in ((torch.bfloat16, 2e-2), (torch.float16, 2e-3)):
-        low = copy.deepcopy(layer).to(dtype)
-        assert low(x.to(dtype)).dtype == dtype and error(low(x.to(dtype)), truth) < bound
-    assert error(layer.double()(x.double()), truth) <= 1e-12
+@pytest.mark.parametrize("kind", ["linear", "conv"])
+def test_a_layer_follows_its_parameters_dtype(kind):
+    layer, x = make(kind, torch.float64)
 
+    def output_and_gradients(layer, x):
+        y = layer(x)
+        return [y, *torch.autograd.grad(y.float().square().mean(), list(layer.parameters()))]
 
-@by_twin
-def test_copies_are_equal_and_independent(ours, theirs, sizes):
-    layer = randomize(ours(*sizes))
-    x = torch.randn(2, *((6,) if ours is SummaryLinear else (6, 5, 5)))
-    stream = io.BytesIO()
-    torch.save(layer.state_dict(), stream)
-    stream.seek(0)
-    loaded = ours(*sizes)
-    loaded.load_state_dict(torch.load(stream, weights_only=True))
-    before = layer(x)
-    for copied in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer)), loaded):
-        assert type(copied) is ours
-        assert torch.equal(copied(x), before)
-        randomize(copied)
-        assert torch.equal(layer(x), before)
+    exact = output_and_gradients(layer, x)
+    for dtype, bound in ((torch.float32, 1e-5), (torch.bfloat16, 3e-2), (torch.float16, 3e-3)):
+        low = output_and_gradients(copy.deepcopy(layer).to(dtype), x.to(dtype))
+        assert all(got.dtype == dtype and error(got, wanted) < bound for got, wanted in zip(low, exact, strict=True))
 
 
 # Gram matrix, spectrum and orthogonality of b
@@ -225,13 +193,6 @@ def test_orthogonalize_moves_the_weight_to_its_polar_factor_in_place(d, k, dtype
     assert error(layer.weight, u @ vh) < (1e-5 if dtype == torch.float32 else 1e-12)
 
 
-def test_orthogonalize_tells_of_a_rank_deficient_weight():
-    layer = SummaryLinear(6, 4)
-    with torch.no_grad():
-        layer.weight[1] = layer.weight[0]
-    assert layer.orthogonalize_() == pytest.approx(1.0, abs=1e-4)
-
-
 def test_orthogonalize_works_group_by_group():
     layer = randomize(SummaryConv2d(8, 12, 3, groups=4, dtype=torch.float64))
     assert layer.gram().shape == (4, 3, 3) and layer.spectrum().shape == (4, 3)
@@ -241,17 +202,6 @@ def test_orthogonalize_works_group_by_group():
     with torch.no_grad():
         layer.weight[3:6] = 0  # the second group's b
     assert layer.orthogonalize_() == layer.orthogonality_defect() == 1
-
-
-def test_projection_and_summary_agree_once_orthogonalized():
-    layer = randomize(SummaryLayer(30, 8, dtype=torch.float64))
-    x = torch.randn(50, 30, dtype=torch.float64)
-    projection, summary = layer(x)
-    assert error(summary, projection) > 1
-    layer.orthogonalize_()
-    projection, summary = layer(x)
-    assert (projection - summary).abs().max() <= 1e-12
-    assert projection.abs().max() > 1
 
 
 # SummaryConv2d
@@ -274,32 +224,6 @@ by_convolution = pytest.mark.parametrize(
     [{"in_channels": 4, "out_channels": 6, "kernel_size": 3} | o for o in CONVOLUTIONS.values()],
     ids=CONVOLUTIONS,
 )
-
-
-def _unfolded(layer, x):
-    """The summary of every patch, by functional.summary."""
-    if layer.padding == "same":
-        total = [d * (k - 1) for d, k in zip(layer.dilation, layer.kernel_size, strict=True)]
-        (top, bottom), (left, right) = ((t // 2, t - t // 2) for t in total)
-    else:
-        top = bottom = layer.padding[0]
-        left = right = layer.padding[1]
-    mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
-    padded = F.pad(x, (left, right, top, bottom), mode=mode)
-    patches = F.unfold(padded, layer.kernel_size, layer.dilation, 0, layer.stride).mT  # (n, positions, in * kh * kw)
-    parts = zip(patches.chunk(layer.groups, -1), layer.weight.chunk(layer.groups), strict=True)
-    y = torch.cat([functional.summary(p, w.flatten(1).t()) for p, w in parts], -1)
-    y = y if layer.bias is None else y + layer.bias
-    spans = [d * (k - 1) + 1 for d, k in zip(layer.dilation, layer.kernel_size, strict=True)]
-    sizes = [(s - span) // step + 1 for s, span, step in zip(padded.shape[2:], spans, layer.stride, strict=True)]
-    return y.mT.unflatten(-1, sizes)
-
-
-@by_convolution
-def test_conv_is_the_summary_of_every_patch(options):
-    layer = randomize(SummaryConv2d(**options, dtype=torch.float64))
-    x = torch.randn(2, layer.in_channels, 9, 8, dtype=torch.float64)
-    assert error(layer(x), _unfolded(layer, x)) <= 1e-12
 
 
 @by_convolution
@@ -378,22 +302,6 @@ def test_heads_state_dict_and_repr():
     assert "in_features=12, out_features=5" in repr(head) and "(output): Linear(in_features=5" in repr(head)
 
 
-def _naive_loss(pair, target, weights, consistent, ignore_index, reduction):
-    """w1 CE(o1, t) + w2 CE(o2, t) + w3 MSE of the pair `consistent`, a row at a time."""
-    o1, o2 = (o.flatten(0, -2) for o in pair)
-    c1, c2 = (c.flatten(0, -2) for c in consistent)
-    rows = []
-    for i, t in enumerate(target.flatten().tolist()):
-        if t == ignore_index:
-            rows.append(o1.new_zeros(()))
-            continue
-        ce1, ce2 = (o[i].logsumexp(0) - o[i, t] for o in (o1, o2))
-        rows.append(weights[0] * ce1 + weights[1] * ce2 + weights[2] * (c1[i] - c2[i]).square().sum() / c1.shape[1])
-    rows = torch.stack(rows)
-    kept = (target != ignore_index).sum()
-    return {"none": rows.view(target.shape), "sum": rows.sum(), "mean": rows.sum() / kept}[reduction]
-
-
 by_reduction = pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 by_consistency = pytest.mark.parametrize("consistency", ["logits", "latent"])
 by_ignored = pytest.mark.parametrize("ignore_index", [-100, 1])
@@ -410,48 +318,33 @@ def _batch(d, classes, ignore_index, dtype=torch.float64):
 @by_ignored
 @by_reduction
 @by_consistency
-@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-6), (torch.float64, 1e-12)])
-def test_heads_loss_is_summary_loss_of_its_pair(dtype, bound, consistency, reduction, ignore_index):
+@pytest.mark.parametrize(
+    ("dtype", "bound", "of_gradients"), [(torch.float32, 1e-6, 1e-5), (torch.float64, 1e-12, 1e-12)]
+)
+def test_heads_loss_is_summary_loss_of_the_naive_pair(dtype, bound, of_gradients, consistency, reduction, ignore_index):
     head = randomize(SummaryHead(40, 12, 5, dtype=dtype), 0.3)
     x, target = _batch(40, 5, ignore_index, dtype)
+    x.requires_grad_()
     options = {"weights": WEIGHTS, "consistency": consistency, "ignore_index": ignore_index, "reduction": reduction}
-    codes = functional.summary_pair(x, head.weight.t())
-    got, wanted = head.loss(x, target, **options), SummaryLoss(**options)(head(x), target, codes)
+    codes = x @ head.weight.t(), naive_linear(x, head.weight)
+    got = head.loss(x, target, **options)
+    wanted = SummaryLoss(**options)([head.output(code) for code in codes], target, codes)
     assert got.shape == (target.shape if reduction == "none" else ())
     assert error(got, wanted) <= bound
-    naive = _naive_loss(
-        head(x), target, WEIGHTS, head(x) if consistency == "logits" else codes, ignore_index, reduction
-    )
-    assert error(got, naive) <= bound
-
-
-@by_ignored
-@by_reduction
-@by_consistency
-def test_heads_gradients_are_those_of_the_naive_expression(consistency, reduction, ignore_index):
-    head = randomize(SummaryHead(40, 12, 5, dtype=torch.float64), 0.3)
-    x, target = _batch(40, 5, ignore_index)
-    x.requires_grad_()
-    codes = x @ head.weight.t(), naive_linear(x, head.weight)
-    logits = [code @ head.output.weight.t() + head.output.bias for code in codes]
-    consistent = logits if consistency == "logits" else codes
-    wanted = _naive_loss(logits, target, WEIGHTS, consistent, ignore_index, reduction)
-    got = head.loss(x, target, weights=WEIGHTS, consistency=consistency, ignore_index=ignore_index, reduction=reduction)
     leaves, upstream = [x, *head.parameters()], torch.randn_like(wanted)
     grads = [torch.autograd.grad(loss, leaves, upstream) for loss in (got, wanted)]
     assert len(leaves) == 4
-    assert all(error(a, b) <= 1e-12 for a, b in zip(*grads, strict=True))
+    assert all(error(a, b) <= of_gradients for a, b in zip(*grads, strict=True))
 
 
 @by_ignored
 @by_reduction
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-6), (torch.float64, 1e-12)])
-def test_classifiers_loss_is_the_papers(dtype, bound, reduction, ignore_index):
+def test_classifiers_loss_is_summary_loss_of_its_pair(dtype, bound, reduction, ignore_index):
     layer = randomize(SummaryClassifier(40, 5, dtype=dtype), 0.2)
     x, target = _batch(40, 5, ignore_index, dtype)
-    pair = layer(x)
-    got = layer.loss(x, target, weights=WEIGHTS, ignore_index=ignore_index, reduction=reduction)
-    assert error(got, _naive_loss(pair, target, WEIGHTS, pair, ignore_index, reduction)) <= bound
+    options = {"weights": WEIGHTS, "ignore_index": ignore_index, "reduction": reduction}
+    assert error(layer.loss(x, target, **options), SummaryLoss(**options)(layer(x), target)) <= bound
 
 
 def test_classifiers_default_loss_is_the_papers_on_the_kept_rows():

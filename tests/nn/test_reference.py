@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from interp_nn.convert import head_from_reference
-from interp_nn.nn import SummaryHead, SummaryLoss
+from interp_nn.nn import SummaryLoss
 
 
 class ReferenceLayer(nn.Module):
@@ -61,38 +61,27 @@ def batch(net, n=32):
 
 
 @by_net
-def test_converted_head_gives_the_references_logits_and_loss(build):
-    net = build()
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-6), (torch.float64, 1e-12)])
+def test_converted_head_gives_the_references_logits_loss_and_gradients(build, dtype, bound):
+    net = build().to(dtype)
+    linear = net.get_submodule(net.layer).beta_func1
     assert {"output.weight", f"{net.layer}.beta_func1.bias"} < set(net.state_dict())
     assert any(key.startswith(("features.0", "conv1")) for key in net.state_dict())
     head = head_from_reference(net.state_dict())
     x, target = batch(net)
+    x = x.to(dtype)
     for got, wanted in zip(head(x), net(x), strict=True):
-        assert error(got, wanted) <= 1e-6
-    assert error(head.loss(x, target), net.loss(x, target)) <= 1e-6
-    assert error(SummaryLoss()(head(x), target), net.loss(x, target)) <= 1e-6
-
-
-@by_net
-def test_converted_head_has_the_references_gradients(build):
-    net = build().double()
-    head = head_from_reference(net.state_dict())
-    x, target = batch(net)
-    head.loss(x.double(), target).backward()
-    net.loss(x.double(), target).backward()
-    linear = net.get_submodule(net.layer).beta_func1
-    assert error(head.weight.grad, linear.weight.grad) <= 1e-11
-    assert error(head.weight.grad.sum(1), linear.bias.grad) <= 1e-11
-    assert error(head.output.weight.grad, net.output.weight.grad) <= 1e-11
-    assert error(head.output.bias.grad, net.output.bias.grad) <= 1e-11
-
-
-@by_net
-def test_evaluation_predicts_with_the_references_first_logits(build):
-    net = build()
-    head = head_from_reference(net.state_dict()).eval()
-    x, _ = batch(net)
-    assert error(head(x), net(x)[0]) <= 1e-6
+        assert error(got, wanted) <= bound
+    loss, of_the_reference = head.loss(x, target), net.loss(x, target)
+    assert error(loss, of_the_reference) <= bound
+    assert error(SummaryLoss()(head(x), target), of_the_reference) <= bound
+    if dtype == torch.float64:
+        loss.backward()
+        of_the_reference.backward()
+        assert error(head.weight.grad, linear.weight.grad) <= 1e-11
+        assert error(head.weight.grad.sum(1), linear.bias.grad) <= 1e-11
+        assert error(head.output.weight.grad, net.output.weight.grad) <= 1e-11
+        assert error(head.output.bias.grad, net.output.bias.grad) <= 1e-11
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -139,27 +128,3 @@ def test_names_inside_a_larger_model_and_a_renamed_output():
     head = head_from_reference(checkpoint, output="module.output")
     x, _ = batch(net)
     assert error(head(x)[1], net(x)[1]) <= 1e-6
-
-
-@pytest.mark.parametrize("start", range(3))
-def test_references_initial_b_has_one_outlying_singular_value_and_ours_none(start):
-    torch.manual_seed(start)
-    theirs = torch.linalg.svdvals(ReferenceLayer(512, 100).beta().detach().double())
-    assert theirs[0] > 4 and theirs[1] < 1.2
-    ours = SummaryHead(512, 100, 10).spectrum()
-    assert (ours - 1).abs().max() < 1e-5
-
-
-def test_output_bias_cancels_between_the_logits():
-    head = randomize(SummaryHead(20, 6, 4, dtype=torch.float64))
-    x, target = torch.randn(9, 20, dtype=torch.float64), torch.randint(4, (9,))
-    losses = []
-    for scale in (0.0, 1.0, -3.0):
-        with torch.no_grad():
-            head.output.bias.copy_(scale * torch.arange(4.0))
-        losses.append(head.loss(x, target, weights=(0, 0, 1)))
-        (gradient,) = torch.autograd.grad(losses[-1], head.output.bias)
-        assert gradient.abs().max() <= 1e-12 * losses[-1].abs()
-    assert losses[0] > 0.1
-    assert error(losses[1], losses[0]) <= 1e-12 and error(losses[2], losses[0]) <= 1e-12
-    assert error(SummaryLoss((0, 0, 1))(head(x), target), losses[0]) <= 1e-12

@@ -151,26 +151,6 @@ def test_inductor(call, n):
     torch.testing.assert_close(run(torch.compile(call, fullgraph=True), given), run(call, given))
 
 
-class Layer(torch.nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.weight = torch.nn.Parameter(torch.randn(3, 5))
-        self.bias = torch.nn.Parameter(torch.randn(3))
-
-    def forward(self, x):
-        return functional.summary(x, self.weight.t(), self.bias).relu()
-
-
-def test_export():
-    """With a symbolic number of rows: the plan may not depend on it."""
-    layer, x = Layer(), torch.randn(4, 5)
-    program = torch.export.export(layer, (x,), dynamic_shapes=({0: torch.export.Dim("n")},))
-    assert "interp_nn.summary.default" in {str(node.target) for node in program.graph.nodes}
-    for n in (4, 1, 7):
-        x = torch.randn(n, 5)
-        torch.testing.assert_close(program.module()(x), layer(x))
-
-
 @pytest.mark.parametrize("of_a_head", [False, True])
 def test_export_of_a_loss(of_a_head):
     """Also with a symbolic number of rows."""
@@ -217,9 +197,3 @@ def test_selective_checkpointing_by_operator(policy, monkeypatch):
     got = run(checkpointed, given)
     assert len(calls) == (1 if policy == CheckpointPolicy.MUST_SAVE else 2)
     assert all(torch.equal(g, e) for g, e in zip(got, run(function, given), strict=True))
-
-
-def test_plain_checkpointing():
-    given = inputs(summary)
-    got = run(lambda *t: checkpoint(summary, *t, use_reentrant=False), given)
-    assert all(torch.equal(g, e) for g, e in zip(got, run(summary, given), strict=True))

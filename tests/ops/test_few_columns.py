@@ -4,14 +4,12 @@ import functools
 
 import pytest
 import torch
-from support import AUTOGRAD_PLANS, OPERATOR_PLANS, assert_close_law, naive
+from support import AUTOGRAD_PLANS, OPERATOR_PLANS, check_law, naive, summary_by
 
 from interp_nn import functional
 from interp_nn.engines import eager
 from interp_nn.engines.problem import Plan, plan_to_text
 from interp_nn.linalg import is_column_major
-from interp_nn.ops.library import apply
-from interp_nn.ops.summary import SummaryFunction, summary
 
 
 @pytest.fixture(autouse=True)
@@ -23,20 +21,8 @@ def _at_any_size(monkeypatch):
 @pytest.mark.parametrize("k", [1, 3, 15])
 @pytest.mark.parametrize("plan", [*OPERATOR_PLANS, *AUTOGRAD_PLANS])
 def test_values_and_gradients(plan, k):
-    x, b, dy = torch.randn(20, 9), torch.randn(9, k), torch.randn(20, k)
-
-    def run(f, dtype):
-        inputs = [t.to(dtype).requires_grad_() for t in (x, b)]
-        y = f(*inputs)
-        return [y, *torch.autograd.grad(y, inputs, dy.to(dtype))]
-
-    def ours(x, b):
-        if plan.autograd:
-            return summary(x, b, None, plan)[0]
-        return apply(SummaryFunction, x, b, None, plan, False)[0]
-
-    for got, same, exact in zip(run(ours, x.dtype), run(naive, x.dtype), run(naive, torch.float64), strict=True):
-        assert_close_law(got, same, exact)
+    x, b, dy = (torch.randn(*shape, dtype=torch.float64) for shape in ((20, 9), (9, k), (20, k)))
+    check_law(lambda x, b: summary_by(plan, x, b), naive, [x, b], [dy], torch.float32)
 
 
 @pytest.mark.parametrize("plan", OPERATOR_PLANS)

@@ -351,24 +351,6 @@ def test_a_loss_computed_late_stays_on_its_engine(probe):
     assert probe.calls == ["loss", "loss"]
 
 
-def test_many_threads_at_once():
-    x, b = randn(256, 64), randn(64, 48)
-
-    def work(results):
-        own = b.clone().requires_grad_()
-        operator(x, own, None, Plan("eager", "X(bG)")).sum().backward()
-        results.append(own.grad)
-
-    work(alone := [])
-    found = []
-    threads = [threading.Thread(target=work, args=(found,)) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(found) == 4 and all(torch.equal(g, alone[0]) for g in found)
-
-
 def test_gradients_off_skips_the_graph():
     x, b = randn(6, 5), randn(5, 4).requires_grad_()
     with torch.no_grad():

@@ -1,10 +1,14 @@
 """torch.func, forward mode and batched gradients, over the forms that dispatch takes and over every operator plan."""
 
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
 import pytest
 import torch
 from support import CASES, OPERATOR_PLANS, naive, naive_cross_entropy, naive_head_cross_entropy, naive_pair, operator
 from torch.autograd import forward_ad
-from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
+from torch.func import grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 
 from interp_nn import functional
 from interp_nn.engines import orders, select
@@ -24,11 +28,24 @@ def through(plan):
 # functional leaves these sizes to autograd; the operators' plans are forced.
 SUMMARIES = {"functional": functional.summary, **{plan_to_text(plan): through(plan) for plan in OPERATOR_PLANS}}
 PAIRS = {
-    "functional": functional.summary_pair,
+    "functional": lambda x, b: tuple(functional.summary_pair(x, b)),
     **{plan_to_text(plan): (lambda x, b, plan=plan: operator(x, b, None, plan, True)) for plan, pair in CASES if pair},
 }
 summaries = pytest.mark.parametrize("f", SUMMARIES.values(), ids=SUMMARIES)
 pairs = pytest.mark.parametrize("f", PAIRS.values(), ids=PAIRS)
+
+
+class Form(NamedTuple):
+    """A summary or a pair, its formula, and how many of x, b and bias it takes."""
+
+    call: Callable
+    plain: Callable
+    inputs: int
+
+
+FORMS = {f"summary {name}": Form(f, naive, 3) for name, f in SUMMARIES.items()}
+FORMS |= {f"pair {name}": Form(f, naive_pair, 2) for name, f in PAIRS.items()}
+forms = pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
 
 
 # vmap
@@ -52,23 +69,17 @@ def random_inputs(shapes):
     return tuple(randn(*shape) for shape in shapes)
 
 
-@pytest.mark.parametrize("case", VMAPS)
-@summaries
-def test_vmap(f, case):
-    in_dims, shapes = VMAPS[case]
-    inputs = random_inputs(shapes)
-    close(vmap(f, in_dims)(*inputs), vmap(naive, in_dims)(*inputs))
-    close(vmap(f, in_dims, out_dims=1)(*inputs), vmap(naive, in_dims, out_dims=1)(*inputs))
-
-
 @pytest.mark.parametrize(
-    "case", [case for case, (in_dims, _) in VMAPS.items() if any(i is not None for i in in_dims[:2])]
+    ("name", "case"),
+    [(name, case) for name in FORMS for case in VMAPS if case != "bias" or name.startswith("summary")],
 )
-@pairs
-def test_vmap_of_a_pair(f, case):
-    in_dims, shapes = VMAPS[case]
-    inputs = random_inputs(shapes[:2])
-    close(tuple(vmap(f, in_dims[:2])(*inputs)), vmap(naive_pair, in_dims[:2])(*inputs))
+def test_vmap(name, case):
+    form = FORMS[name]
+    in_dims, shapes = (part[: form.inputs] for part in VMAPS[case])
+    inputs = random_inputs(shapes)
+    for out_dims in (0, 1):
+        got, expected = (vmap(f, in_dims, out_dims)(*inputs) for f in (form.call, form.plain))
+        close(got, expected)
 
 
 @pytest.mark.parametrize("order", [("x", "b"), ("b", "x"), ("x", "x"), ("b", "b"), ("bias", "x")], ids=str)
@@ -117,20 +128,11 @@ def test_per_sample_gradients_equal_a_loop(f):
         close((per_sample[0][i], per_sample[1][i]), expected)
 
 
-@pytest.mark.parametrize("jacobian", [jacrev, jacfwd])
-@summaries
-def test_jacobians(f, jacobian):
-    inputs = randn(3, 4), randn(4, 2), randn(2)
-    close(jacobian(f, (0, 1, 2))(*inputs), jacrev(naive, (0, 1, 2))(*inputs))
-    if jacobian is jacrev:
-        close(jacrev(f, (0, 1, 2), chunk_size=2)(*inputs), jacrev(naive, (0, 1, 2))(*inputs))
-
-
-@pytest.mark.parametrize("jacobian", [jacrev, jacfwd])
-@pairs
-def test_jacobians_of_a_pair(f, jacobian):
-    inputs = randn(3, 4), randn(4, 2)
-    close(tuple(jacobian(f, (0, 1))(*inputs)), jacrev(naive_pair, (0, 1))(*inputs))
+@pytest.mark.parametrize("jacobian", [jacrev, jacfwd, partial(jacrev, chunk_size=2)], ids=["rev", "fwd", "in chunks"])
+@forms
+def test_jacobians(form, jacobian):
+    inputs, argnums = (randn(3, 4), randn(4, 2), randn(2))[: form.inputs], tuple(range(form.inputs))
+    close(jacobian(form.call, argnums)(*inputs), jacrev(form.plain, argnums)(*inputs))
 
 
 NESTINGS = {
@@ -145,34 +147,21 @@ def forward_over_forward(f, argnums):
 
 
 @pytest.mark.parametrize("nesting", NESTINGS)
-@summaries
-def test_hessians(f, nesting):
-    inputs = randn(3, 3), randn(3, 2), randn(2)
+@forms
+def test_hessians(form, nesting):
+    inputs = (randn(3, 3), randn(3, 2), randn(2))[: form.inputs]
 
-    def value(g):
-        return lambda *inputs: g(*inputs).pow(2).sum()
-
-    for argnums in ((0, 1, 2), 1):
-        close(
-            NESTINGS[nesting](value(f), argnums)(*inputs),
-            NESTINGS["reverse over reverse"](value(naive), argnums)(*inputs),
-        )
-
-
-@pytest.mark.parametrize("nesting", NESTINGS)
-@pairs
-def test_hessians_of_a_pair(f, nesting):
-    inputs = randn(3, 3), randn(3, 2)
-
-    def value(g):
+    def value(f):
         def inner(*inputs):
-            p, y = g(*inputs)
+            out = f(*inputs)
+            p, y = out if isinstance(out, tuple) else (out, out)
             return (p * y).sum() + p.pow(3).sum()
 
         return inner
 
-    expected = NESTINGS["reverse over reverse"](value(naive_pair), (0, 1))(*inputs)
-    close(NESTINGS[nesting](value(f), (0, 1))(*inputs), expected)
+    for argnums in (tuple(range(form.inputs)), 1):
+        got = NESTINGS[nesting](value(form.call), argnums)(*inputs)
+        close(got, NESTINGS["reverse over reverse"](value(form.plain), argnums)(*inputs))
 
 
 @pytest.fixture
@@ -207,16 +196,6 @@ def test_hessians_of_each_sample(f):
         return vmap(hessian(lambda b, row: g(row, b).pow(2).sum()), (None, 0))(b, x)
 
     close(per_sample(f), per_sample(naive))
-
-
-@summaries
-def test_hessian_vector_product(f):
-    x, b, v = randn(5, 4), randn(4, 2), randn(4, 2)
-
-    def product(g):
-        return jvp(grad(lambda b: g(x, b).pow(2).sum()), (b,), (v,))[1]
-
-    close(product(f), product(naive))
 
 
 @summaries
@@ -265,29 +244,13 @@ def test_dual_numbers_through_a_pair(f):
 
 
 @pytest.mark.parametrize("batch", [(3,), (2, 3)], ids=str)
-@summaries
-def test_is_grads_batched(f, batch):
-    inputs = [t.requires_grad_() for t in (randn(*batch, 4), randn(4, 2), randn(2))]
-    upstream = randn(5, *batch, 2)
-    got, expected = (torch.autograd.grad(g(*inputs), inputs, upstream, is_grads_batched=True) for g in (f, naive))
+@forms
+def test_is_grads_batched(form, batch):
+    inputs = [t.requires_grad_() for t in (randn(*batch, 4), randn(4, 2), randn(2))[: form.inputs]]
+    upstream = [randn(5, *batch, 2) for _ in range(4 - form.inputs)]
+    outputs = (f(*inputs) for f in (form.call, form.plain))
+    got, expected = (torch.autograd.grad(out, inputs, upstream, is_grads_batched=True) for out in outputs)
     close(got, expected)
-
-
-@pairs
-def test_is_grads_batched_of_a_pair(f):
-    inputs = [t.requires_grad_() for t in (randn(2, 3, 4), randn(4, 2))]
-    upstream = randn(5, 2, 3, 2), randn(5, 2, 3, 2)
-    got, expected = (torch.autograd.grad(g(*inputs), inputs, upstream, is_grads_batched=True) for g in (f, naive_pair))
-    close(got, expected)
-
-
-@summaries
-def test_vectorized_jacobian_and_hessian_of_autograd(f):
-    inputs = randn(3, 4), randn(4, 2)
-    got = torch.autograd.functional.jacobian(f, inputs, vectorize=True)
-    close(got, torch.autograd.functional.jacobian(naive, inputs))
-    got = torch.autograd.functional.hessian(lambda *t: f(*t).pow(2).sum(), inputs, vectorize=True)
-    close(got, torch.autograd.functional.hessian(lambda *t: naive(*t).pow(2).sum(), inputs))
 
 
 # Losses
@@ -369,17 +332,3 @@ def test_is_grads_batched_of_a_loss(kind):
             for f in (ours, theirs)
         )
         close(got, expected)
-
-
-def test_functional_call_of_a_module():
-    class Layer(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.weight = torch.nn.Parameter(randn(2, 4))
-
-        def forward(self, x):
-            return functional.summary(x, self.weight.t())
-
-    layer, x, weights = Layer(), randn(3, 4), randn(5, 2, 4)
-    got = vmap(lambda w: functional_call(layer, {"weight": w}, (x,)))(weights)
-    close(got, torch.stack([naive(x, w.t()) for w in weights]))

@@ -11,36 +11,39 @@ from datetime import timedelta
 import pytest
 import torch
 import torch.distributed as dist
+from relative_error import randomize
 from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import Partial, Replicate, Shard, distribute_tensor
 from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from interp_nn import functional
+from interp_nn.nn import SummaryConv2d, SummaryHead, SummaryLayer, SummaryLinear
+from interp_nn.nn.gated.from_relu import to_dgn
+from interp_nn.nn.gated.gates import HardGate
+from interp_nn.nn.gated.networks import DGN, DLGN, DLGNValueTensor
+from interp_nn.nn.gated.regimes import fix_gates, permute_gates
+from interp_nn.nn.orthogonality import constrain, orthogonality_penalty, retract_
+from interp_nn.nn.parallel import parallelize
 
 TOLERANCE = 1e-6
 
 
 def network():
-    from interp_nn.nn import SummaryConv2d, SummaryLinear
-
     torch.manual_seed(1)
     model = nn.Sequential(
         nn.Unflatten(1, (1, 4, 6)), SummaryConv2d(1, 3, 3), nn.Tanh(), nn.Flatten(), SummaryLinear(24, 10), nn.Tanh(),
         SummaryLinear(10, 6), nn.Tanh(), SummaryLinear(6, 4),
     )  # fmt: skip
-    return randomize(model)
+    return randomize(model.double(), 0.4)
 
 
 def head():
-    from interp_nn.nn import SummaryHead
-
     torch.manual_seed(1)
-    return randomize(SummaryHead(24, 7, 4))
-
-
-def randomize(model):
-    model.double()
-    with torch.no_grad():
-        for p in model.parameters():
-            p.copy_(0.4 * torch.randn_like(p))
-    return model
+    return randomize(Loss(SummaryHead(24, 7, 4)).double(), 0.4)
 
 
 def data(steps=4, n=12):
@@ -50,6 +53,10 @@ def data(steps=4, n=12):
 
 def classify(model, x, target):
     return F.cross_entropy(model(x), target)
+
+
+def itself(model, x, target):
+    return model(x, target)
 
 
 class Loss(nn.Module):
@@ -92,11 +99,15 @@ def same(got, wanted, tolerance=TOLERANCE):
     assert distance <= tolerance, f"relative error {distance:.3g}"
 
 
-def same_parameters(model, alone, tolerance=TOLERANCE):
-    pairs = list(zip(model.parameters(), alone.parameters(), strict=True))
+def all_same(found, wanted, tolerance=1e-10):
+    pairs = list(zip(found, wanted, strict=True))
     assert pairs
-    for got, wanted in pairs:
-        same(got, wanted, tolerance)
+    for got, exact in pairs:
+        same(got, exact, tolerance)
+
+
+def same_parameters(model, alone, tolerance=TOLERANCE):
+    all_same(model.parameters(), alone.parameters(), tolerance)
 
 
 def averaged(t):
@@ -111,67 +122,76 @@ def mesh():
 # Data-parallel training
 
 
+def check_training(start, share, loss=classify, clip=False):
+    """Train a shared copy on halves of the batches and a copy alone on all of them; both must end equal."""
+    model, alone = share(copy.deepcopy(start)), copy.deepcopy(start)
+    same(averaged(train(model, loss, half(), clip)), train(alone, loss, clip=clip))
+    same_parameters(model, alone)
+    return model, alone
+
+
+def shard_whole(model):
+    return fully_shard(model, mesh=mesh())
+
+
+def shard_layers(model):
+    for layer in model:
+        if list(layer.parameters()):
+            fully_shard(layer, mesh=mesh())
+    return shard_whole(model)
+
+
 def ddp():
     start = network()
-    model = nn.parallel.DistributedDataParallel(copy.deepcopy(start))
-    losses, alone = averaged(train(model, part=half())), copy.deepcopy(start)
-    same(losses, train(alone))
-    same_parameters(model, alone)
+    _, alone = check_training(start, DistributedDataParallel)
     assert (start[4].weight - alone[4].weight).abs().max() > 1e-2  # they did move
 
 
 def ddp_of_a_head():
-    start = head()
-    model = nn.parallel.DistributedDataParallel(Loss(copy.deepcopy(start)))
-    alone = Loss(copy.deepcopy(start))
-    losses = averaged(train(model, lambda m, x, t: m(x, t), half()))
-    same(losses, train(alone, lambda m, x, t: m(x, t)))
-    same_parameters(model, alone)
+    check_training(head(), DistributedDataParallel, itself)
+
+
+def ddp_of_gated_networks():
+    convolutions = nn.Sequential(
+        nn.Unflatten(1, (1, 4, 6)), nn.Conv2d(1, 3, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(6, 4)
+    ).double()
+    torch.manual_seed(1)
+    for start in (
+        DLGN((24, 5, 5, 4), dtype=torch.float64),
+        permute_gates(DGN((24, 5, 5, 4), bias=True, dtype=torch.float64), (1, 0)),
+        fix_gates(DGN((24, 5, 5, 4), gate=HardGate(), dtype=torch.float64)),
+        DLGNValueTensor((24, 5, 4, 4), dtype=torch.float64),
+        to_dgn(convolutions),
+        to_dgn(convolutions, gating="relu", value_input="x"),
+    ):
+        _, alone = check_training(start, DistributedDataParallel)
+        assert not any(map(torch.equal, start.value.parameters(), alone.value.parameters()))
 
 
 def ddp_without_synchronisation():
     """Gradients of two micro-batches, of which the first is not reduced."""
     start = network()
-    model, alone = nn.parallel.DistributedDataParallel(copy.deepcopy(start)), copy.deepcopy(start)
+    model, alone = DistributedDataParallel(copy.deepcopy(start)), copy.deepcopy(start)
     (x, target), _ = data(2)
     mine = half()
     with model.no_sync():
         classify(model, x[mine][:3], target[mine][:3]).backward()
     classify(model, x[mine][3:], target[mine][3:]).backward()
     (2 * classify(alone, x, target)).backward()
-    for got, wanted in zip(model.parameters(), alone.parameters(), strict=True):
-        same(got.grad, wanted.grad)
+    all_same(*([p.grad for p in m.parameters()] for m in (model, alone)), TOLERANCE)
 
 
 def fsdp():
-    from torch.distributed.fsdp import fully_shard
-
-    start = network()
-    model, alone = copy.deepcopy(start), copy.deepcopy(start)
-    for layer in model:
-        if list(layer.parameters()):
-            fully_shard(layer, mesh=mesh())
-    fully_shard(model, mesh=mesh())
+    model, _ = check_training(network(), shard_layers, clip=True)
     assert model[4].weight.to_local().shape == (5, 24)
-    same(averaged(train(model, part=half(), clip=True)), train(alone, clip=True))
-    same_parameters(model, alone)
 
 
 def fsdp_of_a_head():
-    from torch.distributed.fsdp import fully_shard
-
-    start = head()
-    model, alone = Loss(copy.deepcopy(start)), Loss(copy.deepcopy(start))
-    fully_shard(model, mesh=mesh())
-    losses = averaged(train(model, lambda m, x, t: m(x, t), half()))
-    same(losses, train(alone, lambda m, x, t: m(x, t)))
-    same_parameters(model, alone)
+    check_training(head(), shard_whole, itself)
 
 
 def fsdp_in_bfloat16():
     """bf16 parameters and activations on sharded fp32 masters: no farther from fp32 than twice a bf16 model on one device."""
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-
     start = network().float()
     model, exact, rounded = copy.deepcopy(start), copy.deepcopy(start), copy.deepcopy(start).bfloat16()
     seen = []
@@ -191,46 +211,21 @@ def fsdp_in_bfloat16():
 
 
 def penalised(model, x, target):
-    from interp_nn.nn.orthogonality import orthogonality_penalty
-
     return classify(model, x, target) + 0.1 * orthogonality_penalty(model)
 
 
 def fsdp_with_a_constraint():
-    from torch.distributed.fsdp import fully_shard
-
-    from interp_nn.nn.orthogonality import constrain, retract_
-
-    for constraint, loss, each in (
-        ("penalty", penalised, True),
-        ("penalty", penalised, False),
-        ("retract", classify, True),
-    ):
-        start = constrain(network(), constraint)
-        model, alone = copy.deepcopy(start), copy.deepcopy(start)
-        for layer in model:
-            if each and list(layer.parameters()):
-                fully_shard(layer, mesh=mesh())
-        fully_shard(model, mesh=mesh())
-        same(averaged(train(model, loss, half())), train(alone, loss))
-        same_parameters(model, alone)
-        if constraint == "retract":
-            for twin in (model, alone):
-                retract_(twin)
-            same_parameters(model, alone)
+    for share in (shard_layers, shard_whole):
+        check_training(constrain(network(), "penalty"), share, penalised)
+    retracted = check_training(constrain(network(), "retract"), shard_layers)
+    for twin in retracted:
+        retract_(twin)
+    same_parameters(*retracted)
 
 
 def sharded_weights_are_constrained():
-    from torch.distributed.fsdp import fully_shard
-
-    from interp_nn.nn.orthogonality import constrain, orthogonality_penalty
-    from interp_nn.nn.parallel import parallelize
-
     start = network()
-    for share in (
-        lambda m: fully_shard(m, mesh=mesh()),
-        lambda m: parallelize(m, mesh(), {"4": "outputs", "6": "inputs", "8": "rows"}),
-    ):
+    for share in (shard_whole, lambda m: parallelize(m, mesh(), {"4": "outputs", "6": "inputs", "8": "rows"})):
         model, alone = copy.deepcopy(start), copy.deepcopy(start)
         share(model)
         for twin in (model, alone):
@@ -250,9 +245,6 @@ def sharded_weights_are_constrained():
 
 
 def tensor_parallel_with_a_penalty():
-    from interp_nn.nn.orthogonality import constrain
-    from interp_nn.nn.parallel import parallelize
-
     start = constrain(network(), "penalty")
     model, alone = copy.deepcopy(start), copy.deepcopy(start)
     parallelize(model, mesh(), {"4": "outputs", "6": "inputs", "8": "outputs"})
@@ -261,12 +253,8 @@ def tensor_parallel_with_a_penalty():
 
 
 def fsdp_state_dict():
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-    from torch.distributed.fsdp import fully_shard
-
     start = network()
-    model = copy.deepcopy(start)
-    fully_shard(model, mesh=mesh())
+    model = shard_whole(copy.deepcopy(start))
     state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
     if dist.get_rank() == 0:
         fresh = network()
@@ -283,8 +271,6 @@ def operands(n=8, d=6, k=4):
 
 
 def place(tensors, over):
-    from torch.distributed.tensor import distribute_tensor
-
     on = mesh()
     return [distribute_tensor(t, on, [p]) for t, p in zip(tensors, over, strict=True)]
 
@@ -300,8 +286,6 @@ def derivatives(function, x, b, bias, dy):
 
 
 def placements():
-    from torch.distributed.tensor import Partial, Replicate, Shard
-
     R, S0, S1 = Replicate(), Shard(0), Shard(1)
     return {
         "rows": (S0, R, R, S0),
@@ -317,24 +301,18 @@ def placements():
 
 
 def dtensors():
-    from interp_nn import functional
-
     for shape in ((4, 2, 6), (7, 5, 3)):
         tensors = operands(*shape)
         wanted = derivatives(functional.summary, *tensors)
         for name, over in placements().items():
             found = derivatives(functional.summary, *place(tensors, over))
-            for i, (g, w) in enumerate(zip(found, wanted, strict=True)):
-                try:
-                    same(g, w, 1e-10)
-                except AssertionError as e:
-                    raise AssertionError(f"{shape}, {name}, value {i}: {e}") from e
+            try:
+                all_same(found, wanted)
+            except AssertionError as e:
+                raise AssertionError(f"{shape}, {name}: {e}") from e
 
 
 def dtensors_of_rows_take_the_operator():
-    from torch.utils._python_dispatch import TorchDispatchMode
-
-    from interp_nn import functional
 
     class Names(TorchDispatchMode):
         def __init__(self):
@@ -355,9 +333,6 @@ def dtensors_of_rows_take_the_operator():
 
 
 def dtensors_of_more_dimensions():
-    from torch.distributed.tensor import Replicate, Shard
-
-    from interp_nn import functional
 
     torch.manual_seed(4)
     x, dy = torch.randn(4, 6, 5, dtype=torch.float64), torch.randn(4, 6, 3, dtype=torch.float64)
@@ -370,13 +345,10 @@ def dtensors_of_more_dimensions():
         except RuntimeError:  # PyTorch 2.10 flattens no sharded dimension but the first, and second derivatives need it
             continue
         found = derivatives(functional.summary, *place((x, b, bias, dy), over))
-        for g, w in zip(found, wanted, strict=True):
-            same(g, w, 1e-10)
+        all_same(found, wanted)
 
 
 def dtensor_pairs_and_matrices():
-    from interp_nn import functional
-
     x, b, bias, dy = operands()
 
     def pair(x, b, bias):
@@ -385,16 +357,13 @@ def dtensor_pairs_and_matrices():
 
     wanted = derivatives(pair, x, b, bias, dy)
     for over in placements().values():
-        for g, w in zip(derivatives(pair, *place((x, b, bias, dy), over)), wanted, strict=True):
-            same(g, w, 1e-10)
+        all_same(derivatives(pair, *place((x, b, bias, dy), over)), wanted)
         (shared,) = place((b,), over[1:2])
         same(functional.gram(shared), functional.gram(b), 1e-10)
         same(functional.effective_weight(shared), functional.effective_weight(b), 1e-10)
 
 
 def dtensors_under_autocast_and_without_gradients():
-    from interp_nn import functional
-
     tensors = [t.float() for t in operands()]
     for over in ("rows", "outputs"):
         x, b, bias, _ = place(tensors, placements()[over])
@@ -413,9 +382,6 @@ def raises(error, message, function, *args):
 
 
 def dtensors_that_are_refused():
-    from torch.distributed.tensor import Replicate, distribute_tensor
-
-    from interp_nn import functional
 
     x, b, bias, _ = operands()
     over = placements()["rows"]
@@ -429,8 +395,14 @@ def dtensors_that_are_refused():
     raises(ValueError, "b: got a DTensor on DeviceMesh", functional.summary_pair, dx, far)
     target = torch.zeros(8, dtype=torch.int64)
     without = "x: got a DTensor, which has no sharding rule here"
-    raises(TypeError, without, functional.summary_cross_entropy, dx, db, target)
-    raises(TypeError, without, functional.inverse_summary, dx, db)
+    a, c = torch.zeros(3, 4, dtype=torch.float64), torch.zeros(3, dtype=torch.float64)
+    for function, rest in (
+        (functional.summary_cross_entropy, (target,)),
+        (functional.summary_head_cross_entropy, (a, c, target)),
+        (functional.inverse_summary, ()),
+    ):
+        raises(TypeError, without, function, dx, db, *rest)
+        raises(TypeError, "b: got a DTensor", function, x, db, *rest)
     raises(TypeError, "b: got a DTensor, which has no sharding rule here", functional.orthogonalize, db)
 
 
@@ -438,21 +410,17 @@ def dtensors_that_are_refused():
 
 
 def tensor_parallel():
-    from interp_nn.nn.parallel import parallelize
-
     start = network()
     for plan in ({"4": "outputs", "6": "inputs"}, {"4": "inputs", "6": "outputs", "8": "outputs"}):
         model, alone = parallelize(copy.deepcopy(start), mesh(), plan), copy.deepcopy(start)
-        same(train(model, clip=False), train(alone))
+        same(train(model), train(alone))
         same_parameters(model, alone)
         assert model[4].weight.to_local().shape == ((5, 24) if plan["4"] == "outputs" else (10, 12))
 
 
 def tensor_parallel_over_rows():
-    from interp_nn.nn.parallel import parallelize
-
-    start = network()
-    model, alone = copy.deepcopy(start)[4:], copy.deepcopy(start)[4:]
+    start = network()[4:]
+    model, alone = copy.deepcopy(start), copy.deepcopy(start)
     parallelize(model, mesh(), {name: "rows" for name in ("4", "6", "8")})
 
     def total(model, x, target):
@@ -465,10 +433,7 @@ def tensor_parallel_over_rows():
 
 
 def tensor_parallel_of_a_pair():
-    from interp_nn.nn import SummaryLayer
-    from interp_nn.nn.parallel import parallelize
-
-    layer = randomize(SummaryLayer(24, 6))
+    layer = randomize(SummaryLayer(24, 6).double(), 0.4)
     dist.broadcast(layer.weight.data, 0)
     x = data(1)[0][0]
     wanted = layer(x)
@@ -480,8 +445,6 @@ def tensor_parallel_of_a_pair():
 
 
 def tensor_parallel_that_is_refused():
-    from interp_nn.nn.parallel import parallelize
-
     model = nn.Sequential(nn.Sequential(network()[4], nn.Tanh()), nn.Linear(10, 4))
     raises(ValueError, "plan: no module '0.3' in the model; near it: 0.", parallelize, model, mesh(), {"0.3": "rows"})
     raises(ValueError, "0.0: got 'columns', want one of 'rows'", parallelize, model, mesh(), {"0.0": "columns"})
@@ -496,9 +459,6 @@ def tensor_parallel_that_is_refused():
 
 
 def tied_weights_and_shared_modules():
-    from interp_nn.nn import SummaryLinear
-    from interp_nn.nn.parallel import parallelize
-
     torch.manual_seed(5)
     model = nn.Sequential(SummaryLinear(6, 6), nn.Linear(6, 6), SummaryLinear(6, 6)).double()
     for other in (1, 2):
@@ -516,8 +476,9 @@ def tied_weights_and_shared_modules():
 
 
 CHECKS = {f.__name__: f for f in (
-    ddp, ddp_of_a_head, ddp_without_synchronisation, fsdp, fsdp_of_a_head, fsdp_in_bfloat16, fsdp_state_dict,
-    fsdp_with_a_constraint, sharded_weights_are_constrained, tensor_parallel_with_a_penalty, tied_weights_and_shared_modules,
+    ddp, ddp_of_a_head, ddp_of_gated_networks, ddp_without_synchronisation, fsdp, fsdp_of_a_head, fsdp_in_bfloat16,
+    fsdp_state_dict, fsdp_with_a_constraint, sharded_weights_are_constrained, tensor_parallel_with_a_penalty,
+    tied_weights_and_shared_modules,
     dtensors, dtensors_of_rows_take_the_operator, dtensors_of_more_dimensions, dtensor_pairs_and_matrices,
     dtensors_under_autocast_and_without_gradients, dtensors_that_are_refused,
     tensor_parallel, tensor_parallel_over_rows, tensor_parallel_of_a_pair, tensor_parallel_that_is_refused,

@@ -1,10 +1,11 @@
 """Layers inside networks, compiled and exported: whole graphs, any batch, the values of eager mode."""
 
 import copy
-import io
+import functools
 
 import pytest
 import torch
+from saving import reloaded
 from system_networks import batch, cnn, head, mlp
 from torch.nn import functional as F
 
@@ -39,24 +40,26 @@ def steps(model, loss, sizes):
     return torch.stack(losses)
 
 
-def loss_of(model):
+def loss_of(model, **options):
     if hasattr(model, "loss"):
-        return model.loss
+        return functools.partial(model.loss, **options)
     return lambda x, target: F.cross_entropy(model(x), target)
 
 
-def check_training(build, **options):
+def check_training(build, backend="inductor", **options):
     model = build()
     twin = copy.deepcopy(model)
-    compiled = torch.compile(loss_of(twin), fullgraph=True, dynamic=True, **options)
+    compiled = torch.compile(loss_of(twin, **options), fullgraph=True, dynamic=True, backend=backend)
     sizes = (16, 33, 7, 16)
-    close(steps(twin, compiled, sizes), steps(model, loss_of(model), sizes))
+    close(steps(twin, compiled, sizes), steps(model, loss_of(model, **options), sizes))
     close(list(twin.parameters()), list(model.parameters()))
 
 
-@pytest.mark.parametrize("build", [mlp, head])
-def test_training_on_batches_of_any_size_is_one_graph(build):
-    check_training(build, backend="aot_eager")
+@pytest.mark.parametrize(
+    ("build", "options"), [(mlp, {}), (cnn, {}), (head, {}), (head, {"consistency": "latent"})], ids=str
+)
+def test_training_on_batches_of_any_size_is_one_graph(build, options):
+    check_training(build, "aot_eager", **options)
 
 
 @networks
@@ -81,11 +84,9 @@ def test_export_for_any_batch(build, strict):
 
 @pytest.mark.filterwarnings("ignore:The given buffer is not writable")  # of PyTorch 2.10's own loading
 def test_export_is_saved_and_loaded():
-    model, file = mlp(), io.BytesIO()
-    torch.export.save(torch.export.export(model, (batch()[0],)), file)
-    file.seek(0)
-    x = batch()[0]
-    close(torch.export.load(file).module()(x), model(x))
+    model, x = mlp(), batch()[0]
+    loaded = reloaded(torch.export.export(model, (batch()[0],)), torch.export.save, torch.export.load)
+    close(loaded.module()(x), model(x))
 
 
 @pytest.mark.slow

@@ -4,12 +4,11 @@ The checks are in `ranks.py`. All run in one pair of processes, as starting one 
 """
 
 import pytest
-import ranks
 import torch
 
-pytestmark = pytest.mark.skipif(
-    not torch.distributed.is_available() or not torch.distributed.is_gloo_available(), reason="needs gloo"
-)
+if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
+    pytest.skip("needs gloo", allow_module_level=True)
+import ranks
 
 
 @pytest.fixture(scope="module")

@@ -20,19 +20,8 @@ from interp_nn.nn import SummaryClassifier, SummaryHead, SummaryLinear
 
 OPS = torch.ops.interp_nn
 ALLOCATIONS = {"empty", "empty_strided", "new_empty", "empty_like"}
-VIEWS = {
-    "view",
-    "_unsafe_view",
-    "t",
-    "transpose",
-    "detach",
-    "alias",
-    "expand",
-    "slice",
-    "as_strided",
-    "split",
-    "select",
-}
+VIEWS = {"view", "_unsafe_view", "t", "transpose", "detach", "alias", "expand"}
+PARTS = {"slice", "as_strided", "split", "select"}
 
 
 class Engine(NamedTuple):
@@ -54,7 +43,7 @@ class OnlyLaunches(TorchDispatchMode):
         name = operator.overloadpacket.__name__
         counter = name == "zeros" and list(args[0]) == [1]  # a GPU has it already
         ours = name == "ones_like" and args[0].dim() == 0  # autograd's gradient of the loss itself
-        if operator.namespace != "interp_nn" and name not in ALLOCATIONS | VIEWS and not counter and not ours:
+        if operator.namespace != "interp_nn" and name not in ALLOCATIONS | VIEWS | PARTS and not counter and not ours:
             raise AssertionError(f"{operator} between the launches")
         return operator(*args, **(kwargs or {}))
 
@@ -237,25 +226,19 @@ def test_empty_tensors_need_no_launch(shape, engine, launched):
     assert y.shape == (n, k) and not bool(y.any()) and not launched
 
 
+@pytest.mark.parametrize("rows", [0, 9])
 @pytest.mark.parametrize("head", [False, True])
-def test_a_loss_of_no_rows(head, engine):
-    x, b, a, c = differentiable(inputs(0, 8, 4, 3))
-    target = torch.zeros(0, dtype=torch.int64)
+def test_a_loss_of_no_kept_row(head, rows, engine):
+    x, b, a, c = differentiable(inputs(rows, 8, 4, 3))
+    target = torch.full((rows,), -100)
     given = (x, b, a, c) if head else (x, b)
     function = functional.summary_head_cross_entropy if head else functional.summary_cross_entropy
     with engine.forced():
         mean, total = (function(*given, target, reduction=reduction) for reduction in ("mean", "sum"))
-        grads = torch.autograd.grad(total, given)
+        grads = [torch.autograd.grad(value, given) for value in (mean, total)]
     assert torch.isnan(mean) and total == 0
-    assert all(g.shape == t.shape and not g.any() for g, t in zip(grads, given, strict=True))
-
-
-def test_no_kept_row(engine):
-    given = differentiable(inputs(9, 8, 4))
-    with engine.forced():
-        loss = functional.summary_cross_entropy(*given, torch.full((9,), -100))
-        grads = torch.autograd.grad(loss, given)
-    assert torch.isnan(loss) and not any(g.any() for g in grads)
+    for found in grads:
+        assert all(g.shape == t.shape and not g.any() for g, t in zip(found, given, strict=True))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -278,18 +261,6 @@ def test_homogeneity_is_exact(engine):
         y = functional.summary(x, b)
         assert torch.equal(functional.summary(2 * x, b), 2 * y)
         assert torch.equal(functional.summary(x, 2 * b), 8 * y)
-
-
-def test_euler_identities(engine):
-    """<X, dX> = <dP, P> + <dY, Y> and <b, db> = <dP, P> + 3 <dY, Y>, Y being linear in X and cubic in b."""
-    x, b = differentiable(inputs(40, 30, 12))
-    dp, dy = torch.randn(40, 12), torch.randn(40, 12)
-    with engine.forced():
-        p, y = functional.summary_pair(x, b)
-        gx, gb = torch.autograd.grad((p, y), (x, b), (dp, dy))
-    along_p, along_y = (dp * p).sum(), (dy * y).sum()
-    torch.testing.assert_close((x * gx).sum(), along_p + along_y, rtol=1e-5, atol=1e-4)
-    torch.testing.assert_close((b * gb).sum(), along_p + 3 * along_y, rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["linear", "classifier", "head"])

@@ -53,9 +53,8 @@ class ResNet(nn.Module):
         return self.fc(torch.flatten(self.avgpool(x), 1))
 
 
-def resnet(width=8, dtype=torch.float64, classes=10):
-    """Return a `ResNet` whose batch norms have random statistics, weights and shifts."""
-    model = ResNet(width, classes)
+def seasoned(model, dtype=torch.float64):
+    """Return the model in evaluation mode, with random statistics, weights and shifts in its batch norms."""
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             nn.init.normal_(module.running_mean)
@@ -63,6 +62,11 @@ def resnet(width=8, dtype=torch.float64, classes=10):
             nn.init.uniform_(module.weight, 0.5, 1.5)
             nn.init.normal_(module.bias)
     return model.to(dtype).eval()
+
+
+def resnet(width=8, dtype=torch.float64, classes=10):
+    """Return a `ResNet` that has seen something."""
+    return seasoned(ResNet(width, classes), dtype)
 
 
 class Functional(nn.Module):
@@ -110,9 +114,9 @@ def transformer(dtype=torch.float64):
     return model.to(dtype).eval()
 
 
-def mlp(*widths, dtype=torch.float64):
+def mlp(*widths, bias=True, dtype=torch.float64):
     """Return linear layers with ReLU between them."""
     layers = []
     for i, o in pairwise(widths):
-        layers += [nn.Linear(i, o), nn.ReLU()]
+        layers += [nn.Linear(i, o, bias), nn.ReLU()]
     return nn.Sequential(*layers[:-1]).to(dtype).eval()

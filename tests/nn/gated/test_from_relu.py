@@ -1,9 +1,9 @@
 import copy
-import io
 
 import pytest
 import torch
-from explained_networks import BasicBlock
+from explained_networks import BasicBlock, seasoned
+from saving import reloaded
 from torch import nn
 from torch.nn import functional as F
 
@@ -101,15 +101,7 @@ models = pytest.mark.parametrize("make", MODELS.values(), ids=MODELS.keys())
 
 
 def made(make, dtype=torch.float64):
-    """In evaluation mode, with batch norms that have seen something."""
-    model = make().to(dtype).eval()
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            nn.init.normal_(module.running_mean)
-            nn.init.uniform_(module.running_var, 0.5, 2)
-            nn.init.uniform_(module.weight, 0.5, 1.5)
-            nn.init.normal_(module.bias)
-    return model
+    return seasoned(make(), dtype)
 
 
 def images(n=3, dtype=torch.float64):
@@ -279,10 +271,7 @@ def test_state_dict_deepcopy_and_pickle_round_trip(make, gating):
     dual, other = to_dgn(model, gating=gating).eval(), to_dgn(model, gating=gating).eval()
     assert not torch.equal(other(x), dual(x))
     other.load_state_dict(dual.state_dict())
-    stream = io.BytesIO()
-    torch.save(dual, stream)
-    stream.seek(0)
-    for twin in (other, copy.deepcopy(dual), torch.load(stream, weights_only=False)):
+    for twin in (other, copy.deepcopy(dual), reloaded(dual, weights_only=False)):
         assert torch.equal(twin(x), dual(x))
 
 

@@ -1,9 +1,9 @@
 import copy
-import io
-from itertools import pairwise
 
 import pytest
 import torch
+from explained_networks import mlp
+from saving import reloaded
 from torch import nn
 
 from interp_nn.nn.gated.from_relu import to_dgn
@@ -15,10 +15,7 @@ WIDTHS = (5, 6, 6, 4, 6, 3)
 
 
 def relu_network(widths=WIDTHS, bias=False):
-    layers = []
-    for i, o in pairwise(widths):
-        layers += [nn.Linear(i, o, bias, dtype=torch.float64), nn.ReLU()]
-    return nn.Sequential(*layers[:-1])
+    return mlp(*widths, bias=bias)
 
 
 def conv_network():
@@ -218,10 +215,8 @@ def test_a_seed_permutes_layers_of_equal_shape_and_repeats_itself():
 
 def test_the_order_is_part_of_the_state():
     model = permute_gates(DGN(WIDTHS, dtype=torch.float64), (1, 3, 2, 0))
-    other, stream, x = DGN(WIDTHS, dtype=torch.float64), io.BytesIO(), rows()
-    torch.save(model.state_dict(), stream)
-    stream.seek(0)
-    other.load_state_dict(torch.load(stream, weights_only=True))
+    other, x = DGN(WIDTHS, dtype=torch.float64), rows()
+    other.load_state_dict(reloaded(model.state_dict(), weights_only=True))
     assert other.gate_order == (1, 3, 2, 0) and torch.equal(other(x), model(x))
 
 

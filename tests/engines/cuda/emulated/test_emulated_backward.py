@@ -30,49 +30,6 @@ def check_pair(problem, results, kept, **terms):
         assert_close_law(got, theirs, truth, what, PRECISION[kind], ULPS[kind])
 
 
-@pytest.mark.parametrize("case", COVER, ids=name)
-def test_pair_law(emulated, case):
-    problem = Problem(case)
-    emulated.reset_counts()
-    check_pair(problem, *run_pair(emulated, problem))
-    assert emulated.counts()[1] == 0
-
-
-@pytest.mark.parametrize("case", [c for c in COVER if c.kind == "F32" and c.k in (20, 64)], ids=name)
-def test_law_on_gpus_without_matrix_units(emulated, case):
-    problem = Problem(case)
-    check_pair(problem, *run_pair(emulated, problem, TURING))
-    check_summary(problem, *run_summary(emulated, problem, TURING))
-
-
-@pytest.mark.parametrize("terms", [{"with_p": False}, {"with_y": False}], ids=["dy", "dp"])
-@pytest.mark.parametrize("case", SOME, ids=name)
-def test_pair_of_one_gradient(emulated, case, terms):
-    problem = Problem(case)
-    check_pair(problem, *run_pair(emulated, problem, **terms), **terms)
-
-
-@pytest.mark.parametrize("kind", ["F16", "TF32"])
-def test_pair_in_parts(emulated, kind):
-    problem = Problem(Case(kind, 130, 72, 40))
-    (dx, db), _ = run_pair(emulated, problem)
-    (only_dx, untouched), _ = run_pair(emulated, problem, need_b=False)
-    assert torch.equal(only_dx, dx) and bool(untouched.isnan().all())
-    (untouched, only_db), _ = run_pair(emulated, problem, need_x=False)
-    assert torch.equal(only_db, db) and bool(untouched.isnan().all())
-
-
-@pytest.mark.parametrize("device", [AMPERE, (8, 99 * 1024, 86), (4, 227 * 1024, 90)], ids=["80", "86", "90"])
-@pytest.mark.parametrize("kind", ["BF16", "F32"])
-def test_pair_same_bits_in_every_schedule(emulated, kind, device):
-    problem = Problem(Case(kind, 700, 100, 100 if kind == "BF16" else 60))
-    (dx, db), kept = run_pair(emulated, problem, device, seed=0)
-    check_pair(problem, (dx, db), kept)
-    for seed in range(1, 5):
-        (dx_again, db_again), _ = run_pair(emulated, problem, device, seed=seed)
-        assert torch.equal(dx_again, dx) and torch.equal(db_again, db)
-
-
 def run_summary(emulated, problem, device=AMPERE, seed=None, need_x=True, need_b=True, need_bias=True):
     case, given = problem.case, problem.inputs
     g = problem.forward(True)[2].to(problem.dtype)
@@ -94,31 +51,59 @@ def check_summary(problem, results, g):
         assert_close_law(got, theirs, truth, what, PRECISION[kind], ULPS[kind])
 
 
+RUNS = {"pair": (run_pair, check_pair), "summary": (run_summary, check_summary)}
+kernels = pytest.mark.parametrize(("run", "check"), RUNS.values(), ids=RUNS)
+
+
+@kernels
 @pytest.mark.parametrize("case", COVER, ids=name)
-def test_summary_law(emulated, case):
+def test_law(emulated, case, run, check):
     problem = Problem(case)
     emulated.reset_counts()
-    check_summary(problem, *run_summary(emulated, problem))
+    check(problem, *run(emulated, problem))
     assert emulated.counts()[1] == 0
 
 
+@kernels
+@pytest.mark.parametrize("case", [c for c in COVER if c.kind == "F32" and c.k in (20, 64)], ids=name)
+def test_law_on_gpus_without_matrix_units(emulated, case, run, check):
+    problem = Problem(case)
+    check(problem, *run(emulated, problem, TURING))
+
+
+@pytest.mark.parametrize("terms", [{"with_p": False}, {"with_y": False}], ids=["dy", "dp"])
+@pytest.mark.parametrize("case", SOME, ids=name)
+def test_pair_of_one_gradient(emulated, case, terms):
+    problem = Problem(case)
+    check_pair(problem, *run_pair(emulated, problem, **terms), **terms)
+
+
+@pytest.mark.parametrize(
+    ("run", "case", "names"),
+    [
+        (run_pair, (130, 72, 40), ("need_x", "need_b")),
+        (run_summary, (130, 200, 40, True), ("need_x", "need_b", "need_bias")),
+    ],
+    ids=RUNS,
+)
 @pytest.mark.parametrize("kind", ["F16", "TF32"])
-def test_summary_in_parts(emulated, kind):
-    problem = Problem(Case(kind, 130, 200, 40, True))
-    whole, _ = run_summary(emulated, problem)
-    for i, wanted in enumerate(("need_x", "need_b", "need_bias")):
-        needs = dict.fromkeys(("need_x", "need_b", "need_bias"), False) | {wanted: True}
-        parts, _ = run_summary(emulated, problem, **needs)
+def test_in_parts(emulated, kind, run, case, names):
+    problem = Problem(Case(kind, *case))
+    whole, _ = run(emulated, problem)
+    for i, wanted in enumerate(names):
+        parts, _ = run(emulated, problem, **{name: name == wanted for name in names})
         for j, part in enumerate(parts):
             assert torch.equal(part, whole[j]) if i == j else bool(part.isnan().all())
 
 
 @pytest.mark.parametrize("device", [AMPERE, (8, 99 * 1024, 86), (4, 227 * 1024, 90)], ids=["80", "86", "90"])
 @pytest.mark.parametrize("kind", ["BF16", "F32"])
-def test_summary_same_bits_in_every_schedule(emulated, kind, device):
-    problem = Problem(Case(kind, 700, 200, 100 if kind == "BF16" else 60, True))
-    first, g = run_summary(emulated, problem, device, seed=0)
-    check_summary(problem, first, g)
+@kernels
+def test_same_bits_in_every_schedule(emulated, kind, device, run, check):
+    d, transposed = (100, False) if run is run_pair else (200, True)
+    problem = Problem(Case(kind, 700, d, 100 if kind == "BF16" else 60, transposed))
+    first, kept = run(emulated, problem, device, seed=0)
+    check(problem, first, kept)
     for seed in range(1, 5):
-        again, _ = run_summary(emulated, problem, device, seed=seed)
+        again, _ = run(emulated, problem, device, seed=seed)
         assert all(torch.equal(a, b) for a, b in zip(again, first, strict=True))

@@ -1,15 +1,11 @@
 """The engine as layers use it: the tests of every engine, and what this one has besides."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import engine_contract
 import pytest
 import torch
 from engine_contract import *  # noqa: F403 - the tests of every engine
 from harness import forced, inputs, targets
+from processes import python
 from torch.utils._python_dispatch import _disable_current_modes
 
 import interp_nn
@@ -17,8 +13,6 @@ from interp_nn import functional
 from interp_nn.engines import eager, select
 from interp_nn.engines.problem import HEAD_ORDERS, LossOptions, Plan
 from interp_nn.engines.triton import engine as triton_engine
-
-ROOT = Path(interp_nn.__file__).parents[1]
 
 
 @pytest.fixture
@@ -114,6 +108,5 @@ for layer, call in ((SummaryLinear(40, 20), square), (SummaryLinear(40, 150), sq
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 print("done")
 """
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "TRITON_INTERPRET": "1"}
-    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300)
+    result = python("-c", code, TRITON_INTERPRET="1")
     assert result.returncode == 0 and result.stdout.endswith("done\n"), result.stderr
