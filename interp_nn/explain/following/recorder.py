@@ -12,9 +12,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from interp_nn.explain.following import operations
-from interp_nn.explain.following.argmax_gates import LazyArgmax
+from interp_nn.explain.following.argmax_gates import LazyGates
+from interp_nn.explain.following.arguments import respelled
 from interp_nn.explain.following.calls import (
     RANDOM,
     Call,
@@ -24,6 +26,7 @@ from interp_nn.explain.following.calls import (
     RuleResult,
     UnsupportedCallError,
     UnsupportedOperation,
+    continuous,
     map_tensors,
     piecewise_constant,
     tensors,
@@ -73,26 +76,44 @@ class DivergedError(RuntimeError):
 class DependencyMap:
     """The dependence of each tensor on the input.
 
-    A view shares the entry of its base, so that a write through one view is seen in all. The map keeps the tensors alive,
-    because it finds them by their id.
+    Tensors that share memory are known to each other, so that a write through one is seen in all. The map keeps the tensors
+    alive, because it finds them by their id.
     """
 
     def __init__(self) -> None:
         self._entries: dict[int, tuple[Tensor, Dependence]] = {}
+        self._sharing: dict[int, list[int]] = {}  # ids of tensors by their storage
 
     def get(self, t: Tensor) -> Dependence | None:
         """Return how a tensor depends on the input, or None if it does not."""
-        entry = self._entries.get(id(t)) or (self._entries.get(id(t._base)) if t._base is not None else None)
-        return None if entry is None else entry[1]
+        entry = self._entries.get(id(t))
+        if entry is not None:
+            return entry[1]
+        found = None  # a view that no call returned here, or an earlier view of memory that was written to
+        for other, dependence in self.sharing(t):
+            if overlap(t, other):
+                found = dependence if found is None else _both(found, dependence)
+        return found
 
-    def set(self, value: Any, dependence: Dependence | None) -> None:
-        """Set the dependence of all tensors in a nested value and of their bases; None removes it."""
+    def set(self, value: Any, dependence: Dependence) -> None:
+        """Set the dependence of all tensors in a nested value."""
         for t in tensors(value):
-            for alias in (t,) if t._base is None else (t, t._base):
-                if dependence is None:
-                    self._entries.pop(id(alias), None)
-                else:
-                    self._entries[id(alias)] = (alias, dependence)
+            if id(t) not in self._entries and (storage := _storage(t)) is not None:
+                self._sharing.setdefault(storage, []).append(id(t))
+            self._entries[id(t)] = (t, dependence)
+
+    def write(self, t: Tensor, dependence: Dependence) -> None:
+        """Set the dependence of a tensor that was written to, and add it to those of the tensors that share its memory."""
+        for other, old in self.sharing(t):
+            if other is not t and old != (new := _both(old, dependence)) and overlap(t, other):
+                self._entries[id(other)] = (other, new)
+        self.set(t, dependence)
+
+    def sharing(self, t: Tensor) -> list[tuple[Tensor, Dependence]]:
+        """Return the tensors in the map that share a tensor's storage, with their dependences."""
+        if not self._sharing or (storage := _storage(t)) is None:
+            return []
+        return [self._entries[i] for i in self._sharing.get(storage, ())]
 
     def of_arguments(self, args: Any, kwargs: Any) -> dict[int, Dependence]:
         """Return by id the dependences of those arguments that depend on the input."""
@@ -104,7 +125,54 @@ class DependencyMap:
         return found
 
 
+def _both(one: Dependence, other: Dependence) -> Dependence:
+    """Return the dependence of memory of which either may hold."""
+    non_affine = one.non_affine or other.non_affine
+    return Dependence(
+        non_affine, one.factor and other.factor, one.piecewise_constant and other.piecewise_constant, one.unseen or other.unseen
+    )
+
+
+def _unwrapped(t: Tensor) -> Tensor:
+    """Return the tensor in the memory of a tensor of torch.func's transforms."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(t):
+        t = torch._C._functorch.get_unwrapped(t)
+    return t
+
+
+def _storage(t: Tensor) -> int | None:
+    try:
+        storage = _unwrapped(t).untyped_storage()
+    except (NotImplementedError, RuntimeError):  # a sparse tensor
+        return None
+    return storage._cdata if storage.nbytes() else None
+
+
+def overlap(a: Tensor, b: Tensor) -> bool:
+    """Return True if two tensors of one storage share an element."""
+    a, b = _unwrapped(a), _unwrapped(b)
+    if a.numel() == 0 or b.numel() == 0:
+        return False
+    (start, end), (other_start, other_end) = _extent(a), _extent(b)
+    if end <= other_start or other_end <= start:
+        return False
+    if a.dtype.itemsize != b.dtype.itemsize or a.is_contiguous() or b.is_contiguous():
+        return True
+    place = torch.zeros(a.untyped_storage().nbytes() // a.dtype.itemsize, dtype=torch.bool)
+    place.as_strided(a.size(), a.stride(), a.storage_offset()).fill_(True)
+    return bool(place.as_strided(b.size(), b.stride(), b.storage_offset()).any())
+
+
+def _extent(t: Tensor) -> tuple[int, int]:
+    """Return the first byte of a tensor in its storage, and the byte behind the last."""
+    last = sum((size - 1) * stride for size, stride in zip(t.size(), t.stride(), strict=True))
+    start = t.storage_offset() * t.dtype.itemsize
+    return start, start + (last + 1) * t.dtype.itemsize
+
+
 _AFFINE = Dependence()
+_UNSEEN = Dependence(NonAffineCall("", "", ""), unseen=True)
+_NOT_AFFINE = Dependence(NonAffineCall("", "", ""))
 
 
 class Recorder(TorchFunctionMode):
@@ -144,6 +212,8 @@ class Recorder(TorchFunctionMode):
         self._dependences = DependencyMap()
         self._name_counts: dict[str, int] = {}
         self._constants: dict[int, Tensor] = {}  # computed from parameters alone
+        self._lazy_gates: list[tuple[Tensor, LazyGates]] = []
+        self._watching, self._copied_out = True, None  # whether an operator is outside of recorded calls; one without tensors
 
     def mark_inputs(self, inputs: Sequence[Tensor]) -> None:
         """Mark tensors as the network's inputs."""
@@ -161,9 +231,19 @@ class Recorder(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types_: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        kwargs = kwargs or {}
+        was_watching, self._watching = self._watching, False
+        try:
+            with _outside_inference_mode():
+                return self._handle(func, args, kwargs or {})
+        finally:
+            self._watching = was_watching
+
+    def _handle(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         name = operations.operation_name(func)
-        dependences = operations.relevant(self._dependences.of_arguments(args, kwargs), name, args)
+        args, kwargs = respelled(func, name, args, kwargs)
+        dependences = self._dependences.of_arguments(args, kwargs)
+        is_input = bool(dependences)
+        dependences = operations.relevant(dependences, name, args)
         inplace = operations.writes_to_input(func, args, kwargs)
         call = Call(func, name, args, kwargs, inplace, self.layers.path, dependences)
         if (reason := self.unrecorded_reason((args, kwargs))) is not None:
@@ -174,18 +254,29 @@ class Recorder(TorchFunctionMode):
                 self.generators = [(generator, generator.get_state()) for generator in seen]
             return self._note_unsupported(call, RANDOM)
         if not dependences:
+            self._watching = not is_input
             return self._constant(func(*args, **kwargs))
+        if operations.differentiates(func):
+            return self._note_unsupported(call, "it differentiates inside the model")
+        if not self.observe_only:
+            left_out, result = operations.without_gradients(call)
+            if left_out:
+                return result
+            if any(torch._C._functorch.is_functorch_wrapped_tensor(t) for t in call.tensors()):
+                return self._note_unsupported(call, "it runs inside a transform of torch.func")
         if name in operations.TO_PYTHON:
             return self._note_unsupported(call, "it copies values that depend on the input out of PyTorch")
         if kwargs.get("out") is not None:
             return self._note_unsupported(call, "it writes to out=")
+        if inplace:
+            self._build_gates_of(args[0])
         if all(dependence.non_affine is not None for dependence in dependences.values()):
             result = call.run()
             dependence = Dependence(
                 next(iter(dependences.values())).non_affine,
                 piecewise_constant=all(d.piecewise_constant for d in dependences.values()),
             )
-            self._dependences.set((result, args[0]) if inplace else result, dependence)
+            self._set(call, result, dependence)
             return result
         rule = operations.TABLE.get(name)
         if rule is None:
@@ -198,19 +289,48 @@ class Recorder(TorchFunctionMode):
         with torch.set_grad_enabled(torch.is_grad_enabled() if self.observe_only else self.differentiable):
             return self._record(call, treated)
 
+    def _set(self, call: Call, result: Any, dependence: Dependence) -> None:
+        """Set the dependence of a call's result, and of the memory that it wrote to."""
+        if call.inplace:
+            self._dependences.write(call.args[0], dependence)
+        self._dependences.set(result, dependence)
+
+    def _build_gates_of(self, written: Tensor) -> None:
+        """Build the lazy gates of calls whose input a call is about to overwrite."""
+        for t, gates in self._lazy_gates:
+            if _storage(t) == _storage(written):
+                _ = gates.gates
+
     def unrecorded_reason(self, value: Any) -> str | None:
         """Return why the gradient of a value is not that of the recorded calls, or None."""
-        for t in tensors(value) if self.differentiable else ():
-            node = t.grad_fn
+        if self._copied_out is not None:
+            return f"{self._copied_out} was called where calls cannot be recorded, in TorchScript or an extension"
+        for t in tensors(value):
+            node, dependence = t.grad_fn if self.differentiable else None, self._dependences.get(t)
             if isinstance(node, torch.autograd.function.BackwardCFunction):
                 function = node._forward_cls
                 if not function.__module__.startswith("interp_nn."):
                     return (
                         f"the autograd.Function {function.__qualname__} has a gradient of its own; want torch functions"
                     )
-            elif node is not None and self._dependences.get(t) is None and id(t) not in self._constants:
-                return "an argument was computed by calls that cannot be recorded, in TorchScript or an extension"
+            elif dependence is not None and dependence.unseen:
+                return _UNRECORDED
+            elif node is not None and dependence is None and id(t) not in self._constants:
+                return _UNRECORDED
         return None
+
+    def see(self, function: Any, args: Any, kwargs: Any, result: Any) -> None:
+        """Note an aten operator that ran outside of the recorded calls, if it read values that depend on the input."""
+        if not self._watching:
+            return
+        given = (args, kwargs)
+        if any(self._dependences.get(t) is not None for t in tensors(given)):
+            if next(tensors(result), None) is None:
+                self._copied_out = str(function)
+            for t in tensors((given, result) if function._schema.is_mutable else result):
+                if function._schema.is_mutable:
+                    self._dependences.write(t, _UNSEEN)
+                self._dependences.set(t, _UNSEEN)
 
     def _constant(self, result: Any) -> Any:
         for t in tensors(result):
@@ -234,7 +354,7 @@ class Recorder(TorchFunctionMode):
         self.unsupported.append((len(self.gate_calls), non_affine))
         self.rows.append((call.name, call.layer, "not treated"))
         value = result[0] if result else _detached(call)
-        self._dependences.set((value, call.args[0]) if call.inplace else value, Dependence(non_affine))
+        self._set(call, value, Dependence(non_affine))
         return value
 
     def note_unsupported_model(self, reason: str) -> None:
@@ -251,17 +371,23 @@ class Recorder(TorchFunctionMode):
             if self.keep_preactivations:
                 z = treated.preactivations(call)
                 z = z.clone() if z is call.input else z  # a later call may overwrite the input
-                if isinstance(treated.preactivations, LazyArgmax):
+                if isinstance(treated.preactivations, LazyGates):
                     zero = treated.preactivations.gates.zero
+            elif isinstance(treated.preactivations, LazyGates):
+                self._lazy_gates.append((call.input, treated.preactivations))
             self.gate_calls.append(GateCall(self._gate_name(call), call.name, len(self.steps), z, zero))
         non_affine, replay = treated.non_affine, treated.replay
         if self.differentiable:
             with torch.set_grad_enabled(replay is not None):
-                result = replay(call) if replay is not None else call.run()
+                try:
+                    result = replay(call) if replay is not None else call.run()
+                except RuntimeError as error:
+                    if not call.inplace:
+                        raise
+                    return self._note_unsupported(call, f"autograd cannot follow the write in place: {error}")
         else:
             result = call.run()
-        floating = all(t.dtype.is_floating_point for t in tensors(result))
-        if non_affine is None and not floating and not isinstance(result, (tuple, list)):
+        if non_affine is None and not isinstance(result, (tuple, list)) and not all(map(continuous, tensors(result))):
             treated = piecewise_constant(call)
             non_affine = treated.non_affine
         if non_affine is not None or replay is None:
@@ -269,9 +395,9 @@ class Recorder(TorchFunctionMode):
         self.steps.append(Step(call.name, call.layer, replay, non_affine is None, treated.preactivations))
         self.rows.append((call.name, call.layer, treated.treatment))
         if call.inplace:
-            self._dependences.set(call.args[0], Dependence(non_affine, treated.factor, treated.piecewise_constant))
+            self._dependences.write(call.args[0], Dependence(non_affine, treated.factor, treated.piecewise_constant))
         for t in tensors(result):
-            is_index = non_affine is None and not t.dtype.is_floating_point
+            is_index = non_affine is None and not continuous(t)
             origin = call.as_non_affine("it is an index") if is_index else non_affine
             self._dependences.set(t, Dependence(origin, treated.factor, treated.piecewise_constant or is_index))
         return result
@@ -283,6 +409,33 @@ class Recorder(TorchFunctionMode):
         count = self._name_counts.get(stem, 0)
         self._name_counts[stem] = count + 1
         return stem if own and count == 0 else f"{stem}#{count}"
+
+
+_UNRECORDED = "an argument was computed by calls that cannot be recorded, in TorchScript or an extension"
+
+
+@contextmanager
+def _outside_inference_mode() -> Iterator[None]:
+    """Leave inference mode, in which autograd records nothing."""
+    if not torch.is_inference_mode_enabled():
+        yield
+        return
+    with torch.inference_mode(False), torch.no_grad():
+        yield
+
+
+class UnseenCalls(TorchDispatchMode):
+    """Shows a recorder the aten operators that run outside of its calls, for example in TorchScript."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        super().__init__()
+        self._recorder = recorder
+
+    def __torch_dispatch__(self, func: Any, types_: Any, args: Any = (), kwargs: Any = None) -> Any:
+        with torch._C.DisableTorchFunction():  # the recorder is a mode of torch functions too
+            result = func(*args, **(kwargs or {}))
+        self._recorder.see(func, args, kwargs or {}, result)
+        return result
 
 
 def _detached(call: Call) -> Any:
@@ -337,13 +490,25 @@ class Replayer(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types_: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        kwargs = kwargs or {}
-        dependences = self._dependences.of_arguments(args, kwargs)
-        name = operations.operation_name(func) if dependences else ""
-        dependences = operations.relevant(dependences, name, args)
+        with _outside_inference_mode():
+            return self._handle(func, args, kwargs or {})
+
+    def _handle(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        name = operations.operation_name(func)
+        args, kwargs = respelled(func, name, args, kwargs)
+        dependences = operations.relevant(self._dependences.of_arguments(args, kwargs), name, args)
         if not dependences:
             return func(*args, **kwargs)
-        call = Call(func, name, args, kwargs, operations.writes_to_input(func, args, kwargs), "", dependences)
+        inplace = operations.writes_to_input(func, args, kwargs)
+        affine = {key: dependence for key, dependence in dependences.items() if dependence.non_affine is None}
+        call = Call(func, name, args, kwargs, inplace, "", affine)
+        left_out, result = operations.without_gradients(call)
+        if left_out:
+            return result
+        if not affine:
+            result = call.run()
+            self._set(call, result, _NOT_AFFINE)
+            return result
         if name not in operations.TABLE:
             if isinstance(func, types.FunctionType) and func.__module__.startswith("torch"):
                 with self:
@@ -359,12 +524,17 @@ class Replayer(TorchFunctionMode):
                 z = step.preactivations(call) if step.preactivations is not None else call.input
                 self.preactivations[index] = z.clone()
             result = self._run_step(index, step, call)
-        dependence = _AFFINE if step.affine else None
-        if call.inplace:
-            self._dependences.set(args[0], dependence)
+        dependence = _AFFINE if step.affine else _NOT_AFFINE
+        if inplace:
+            self._dependences.write(args[0], dependence)
         for t in tensors(result):
-            self._dependences.set(t, dependence if t.dtype.is_floating_point else None)
+            self._dependences.set(t, dependence if continuous(t) else _NOT_AFFINE)
         return result
+
+    def _set(self, call: Call, result: Any, dependence: Dependence) -> None:
+        if call.inplace:
+            self._dependences.write(call.args[0], dependence)
+        self._dependences.set(result, dependence)
 
     def _run_step(self, index: int, step: Step, call: Call) -> Any:
         return step.replay(call)
@@ -403,7 +573,7 @@ class ConstantFinder(Replayer):
             args, kwargs = map_tensors(call.args, zeros), map_tensors(call.kwargs, zeros)
             result = step.replay(Call(call.function, call.name, args, kwargs, call.inplace, call.layer, dependences))
             constants = list(tensors(args[0] if call.inplace else result))
-            if any(bool(c.any()) for c in constants if c.dtype.is_floating_point):
+            if any(bool(c.any()) for c in constants if continuous(c)):
                 self.constants[index] = [c.clone() for c in constants]
         return step.replay(call)
 
@@ -429,7 +599,7 @@ class ScaledReplayer(Replayer):
         if call.inplace:
             call.args[0].add_(change * next(constants))
             return result
-        return map_tensors(result, lambda t: t + change * c if (c := next(constants)).dtype.is_floating_point else t)
+        return map_tensors(result, lambda t: t + change * c if continuous(c := next(constants)) else t)
 
 
 class Layers:

@@ -14,7 +14,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import BaseTorchFunctionMode
 
 from interp_nn.explain.following.calls import UnsupportedOperation, map_tensors
-from interp_nn.explain.following.recorder import ConstantFinder, Layers, Recorder, Replayer, ScaledReplayer
+from interp_nn.explain.following.recorder import (
+    ConstantFinder,
+    Layers,
+    Recorder,
+    Replayer,
+    ScaledReplayer,
+    UnseenCalls,
+)
 from interp_nn.gates.jvp import pushed
 from interp_nn.gates.record import place_of
 
@@ -82,6 +89,7 @@ def run_recorded(
         _state_restored(model, recorder),
         layers.tracked(),
         _eager(),
+        UnseenCalls(recorder),
         recorder,
     ):
         output = select(model(*given))
