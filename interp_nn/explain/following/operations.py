@@ -16,6 +16,7 @@ from __future__ import annotations
 import types
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -65,6 +66,22 @@ def view(call: Call) -> RuleResult:
     if given and given[0] != call.input.dtype:
         raise UnsupportedCallError(f"it reads the memory as {given[0]}")
     return rearrangement(call)
+
+
+def parts(call: Call) -> RuleResult:
+    """Rule of chunk, split and unbind. Each part is a view by itself, as autograd refuses writes to views made together."""
+    treated = rearrangement(call)
+    if treated.non_affine is not None:
+        return treated
+    dim, sizes = call.argument("dim"), [] if call.name == "unbind" else [t.shape[call.argument("dim")] for t in call.run()]
+
+    def replay(now: Call) -> Any:
+        if not sizes:
+            return tuple(now.input.select(dim, i) for i in range(now.input.shape[dim]))
+        starts = [sum(sizes[:i]) for i in range(len(sizes))]
+        return tuple(now.input.narrow(dim, start, size) for start, size in zip(starts, sizes, strict=True))
+
+    return replace(treated, replay=replay)
 
 
 def addition(call: Call) -> RuleResult:
@@ -159,7 +176,7 @@ def lerp(call: Call) -> RuleResult:
     """Rule of lerp: its weight must not depend on the input."""
     if call.dependence(call.argument("weight")) is not None:
         return recorded_value(call, call.as_non_affine(_PRODUCT_OF_TWO))
-    return addition(call)
+    return _sum_of(call, list(call.dependences.values()))
 
 
 def division(call: Call) -> RuleResult:
@@ -230,7 +247,7 @@ TABLE: dict[str, Rule] = {
     **_names(
         "reshape flatten unflatten ravel squeeze unsqueeze permute transpose t T mT H mH adjoint swapaxes"
         " swapdims movedim moveaxis expand broadcast_to contiguous clone float double half bfloat16 type cpu cuda"
-        " chunk split split_with_sizes tensor_split unsafe_chunk unsafe_split unbind narrow select slice __getitem__"
+        " unsafe_chunk unsafe_split narrow select slice __getitem__"
         " index_select gather take_along_dim masked_select roll flip fliplr flipud rot90 repeat tile repeat_interleave diagonal"
         " diag_embed tril triu unfold fold pixel_shuffle pixel_unshuffle channel_shuffle alias positive"
         " cat concat concatenate stack hstack vstack dstack column_stack where masked_fill masked_scatter scatter scatter_add"
@@ -242,6 +259,7 @@ TABLE: dict[str, Rule] = {
         rearrangement,
     ),
     "view": view,
+    **_names("chunk split split_with_sizes tensor_split unbind", parts),
     **_names("add sub subtract rsub __rsub__ neg negative", addition),
     # Products.
     **_names("mul multiply matmul mm bmm mv dot inner outer ger kron tensordot __rmatmul__ __matmul__", _PRODUCT),
@@ -339,6 +357,8 @@ _SAME_AS = {
     "__matmul__": "matmul",
     "__sub__": "sub",
     "__truediv__": "div",
+    "__eq__": "eq",
+    "__ne__": "ne",
     "concat": "cat",
 }
 
@@ -419,6 +439,13 @@ def without_gradients(call: Call) -> tuple[bool, Any]:
     if call.name.startswith("register"):
         return True, RemovableHandle(OrderedDict())
     return True, call.input if call.name == "requires_grad" else None
+
+
+def run_constant(call: Call) -> Any:
+    """Run a call on constants; autograd follows a later write through the memory that detach shares."""
+    if call.name in ("detach", "data") and not call.inplace and call.args and not call.args[0].requires_grad:
+        return call.args[0].view_as(call.args[0])
+    return call.run()
 
 
 def differentiates(function: Callable[..., Any]) -> bool:

@@ -260,7 +260,8 @@ def selection(call: Call) -> RuleResult:
 
     def replay(now: Call) -> Any:
         kept = indices.dim() == now.input.dim()
-        values = now.input.gather(dim, indices if kept else indices.unsqueeze(dim))
+        # A copy, because gather keeps its input for autograd, and a later call may overwrite it.
+        values = now.input.clone().gather(dim, indices if kept else indices.unsqueeze(dim))
         return type(result)((values if kept else values.squeeze(dim), indices))
 
     chosen = (indices if indices.dim() == call.input.dim() else indices.unsqueeze(dim)).movedim(dim, -1)

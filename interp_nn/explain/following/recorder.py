@@ -255,7 +255,8 @@ class Recorder(TorchFunctionMode):
             return self._note_unsupported(call, RANDOM)
         if not dependences:
             self._watching = not is_input
-            return self._constant(func(*args, **kwargs))
+            with torch.set_grad_enabled(torch.is_grad_enabled() if self.observe_only else self.differentiable):
+                return self._constant(func(*args, **kwargs) if self.observe_only else operations.run_constant(call))
         if operations.differentiates(func):
             return self._note_unsupported(call, "it differentiates inside the model")
         if not self.observe_only:
@@ -306,7 +307,11 @@ class Recorder(TorchFunctionMode):
         if self._copied_out is not None:
             return f"{self._copied_out} was called where calls cannot be recorded, in TorchScript or an extension"
         for t in tensors(value):
-            node, dependence = t.grad_fn if self.differentiable else None, self._dependences.get(t)
+            with torch._C.DisableTorchFunction():
+                try:
+                    node, dependence = t.grad_fn if self.differentiable else None, self._dependences.get(t)
+                except RuntimeError as error:
+                    return f"autograd cannot follow it: {error}"
             if isinstance(node, torch.autograd.function.BackwardCFunction):
                 function = node._forward_cls
                 if not function.__module__.startswith("interp_nn."):
@@ -382,9 +387,8 @@ class Recorder(TorchFunctionMode):
                 try:
                     result = replay(call) if replay is not None else call.run()
                 except RuntimeError as error:
-                    if not call.inplace:
-                        raise
-                    return self._note_unsupported(call, f"autograd cannot follow the write in place: {error}")
+                    value = _detached(call)  # raises the error of a call that fails in the model itself
+                    return self._note_unsupported(call, f"autograd cannot follow it: {str(error).splitlines()[0]}", value)
         else:
             result = call.run()
         if non_affine is None and not isinstance(result, (tuple, list)) and not all(map(continuous, tensors(result))):
@@ -498,7 +502,8 @@ class Replayer(TorchFunctionMode):
         args, kwargs = respelled(func, name, args, kwargs)
         dependences = operations.relevant(self._dependences.of_arguments(args, kwargs), name, args)
         if not dependences:
-            return func(*args, **kwargs)
+            with torch.set_grad_enabled(self._grad):
+                return operations.run_constant(Call(func, name, args, kwargs))
         inplace = operations.writes_to_input(func, args, kwargs)
         affine = {key: dependence for key, dependence in dependences.items() if dependence.non_affine is None}
         call = Call(func, name, args, kwargs, inplace, "", affine)

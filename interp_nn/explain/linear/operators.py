@@ -8,9 +8,11 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from interp_nn.explain.following.calls import UnsupportedOperation
 from interp_nn.explain.following.replay import over_copies
 from interp_nn.gates.jvp import pushed
 
+_OF_AUTOGRAD = ("inplace operation", "in-place", "invalid gradient", "not implemented")  # in its errors
 Vectors = tuple[Tensor, ...]  # one tensor (r, n, *input) for each input
 
 
@@ -158,9 +160,18 @@ class JacobianOperator(AffineOperator):
         def pull(u: Tensor) -> Vectors:
             if not out.requires_grad:  # the output does not depend on the input
                 return tuple(t.new_zeros(len(u), *t.shape) for t in x)
-            if len(u) > 1:
-                return torch.autograd.grad(out, x, u, retain_graph=True, is_grads_batched=True, materialize_grads=True)
-            rows = torch.autograd.grad(out, x, u[0], retain_graph=True, materialize_grads=True)
+            try:
+                if len(u) > 1:
+                    return torch.autograd.grad(
+                        out, x, u, retain_graph=True, is_grads_batched=True, materialize_grads=True
+                    )
+                rows = torch.autograd.grad(out, x, u[0], retain_graph=True, materialize_grads=True)
+            except RuntimeError as error:
+                if not any(word in str(error) for word in _OF_AUTOGRAD):
+                    raise
+                raise UnsupportedOperation(
+                    f"model: autograd cannot follow its calls back, want others: {str(error).splitlines()[0]}"
+                ) from error
             return tuple(row.unsqueeze(0) for row in rows)
 
         return pull
