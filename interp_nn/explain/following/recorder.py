@@ -415,6 +415,27 @@ class Recorder(TorchFunctionMode):
         return stem if own and count == 0 else f"{stem}#{count}"
 
 
+class DerivativesKept(TorchFunctionMode):
+    """Runs a model's calls outside of inference mode and without detaching, so that forward mode sees them.
+
+    Any mode also turns off the fast paths of transformers, which have no derivative.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._grad = torch.is_grad_enabled()
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types_: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        with _outside_inference_mode(), torch.set_grad_enabled(self._grad):
+            call = Call(func, operations.operation_name(func), args, kwargs or {})
+            if call.name in ("detach", "data") and args:
+                return args[0] if operations.writes_to_input(func, args, call.kwargs) else args[0].view_as(args[0])
+            left_out, result = operations.without_gradients(call)
+            return result if left_out else call.run()
+
+
 _UNRECORDED = "an argument was computed by calls that cannot be recorded, in TorchScript or an extension"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -11,11 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.overrides import BaseTorchFunctionMode
 
+from interp_nn.explain.following import operations
 from interp_nn.explain.following.calls import UnsupportedOperation, map_tensors
 from interp_nn.explain.following.recorder import (
     ConstantFinder,
+    DerivativesKept,
     Layers,
     Recorder,
     Replayer,
@@ -29,6 +31,7 @@ Inputs = tuple[Tensor, ...]
 Select = Callable[[Any], Any]
 _LAYERS_AT_ONCE = 8
 _LOCK, _stance, _holders = threading.Lock(), ExitStack(), 0  # of `_forced_eager`
+_hooks_of: dict[int, tuple[Any, ...]] = {}  # by a module's id: threads that follow it, and its backward hooks
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,12 @@ class Recording:
                 f"{call}; want a model whose output is affine given its gates, or mode='tangent'"
             )
 
+    def check_stays_in_torch(self) -> None:
+        """Check that no value that depends on the input left PyTorch. Raises UnsupportedOperation otherwise."""
+        for _, call in self.recorder.unsupported:
+            if call.operation in operations.TO_PYTHON:
+                raise UnsupportedOperation(f"{call}; no derivative sees it")
+
     def gate_call(self, layer: str | int) -> int:
         """Return the index of a gate call that is given by name or index. Raises ValueError for another one."""
         return place_of([call.name for call in self.recorder.gate_calls], layer)
@@ -88,7 +97,8 @@ def run_recorded(
         torch.set_grad_enabled(differentiable),
         _state_restored(model, recorder),
         layers.tracked(),
-        _eager(),
+        _eager(model),
+        _dtypes_named(model, inputs),
         UnseenCalls(recorder),
         recorder,
     ):
@@ -204,7 +214,7 @@ class Replay(nn.Module):
         mode = mode or Replayer(self._steps, wanted_steps)
         given = [t.clone() for t in v]
         mode.mark_inputs(given)
-        with _eager(), mode:
+        with _eager(self._model[0]), mode:
             output = self._select(self._model[0](*given))
             mode.finish()
         return output, mode
@@ -230,13 +240,13 @@ class ModelFunction:
     def __call__(self, *v: Tensor) -> Any:
         """Compute the function at v."""
         given = tuple(t.clone() for t in v)
-        with _eager(), sdpa_kernel(SDPBackend.MATH):  # the backend that implements forward mode
+        with _eager(self._model), sdpa_kernel(SDPBackend.MATH):  # the backend that implements forward mode
             if self._gate_call is None:
-                with BaseTorchFunctionMode():  # turns off the fast paths of transformers, which have no derivative
+                with DerivativesKept():
                     return self._select(self._model(*given))
             recorder = Recorder(Layers(self._model), strict=False, keep_preactivations=True, observe_only=True)
             recorder.mark_inputs(given)
-            with recorder:
+            with DerivativesKept(), recorder:
                 self._model(*given)
             return recorder.gate_calls[self._gate_call].preactivations
 
@@ -311,6 +321,47 @@ def check_inputs(x: Tensor | Inputs) -> Inputs:
     return inputs
 
 
+def check_independence(function: Callable[..., Tensor], x: Inputs, output: Tensor) -> None:
+    """Check that the first and the last sample's output is the same without the other samples.
+
+    Raises ValueError otherwise. The sample is run alone, and, if its output then differs or there is none, in a batch that
+    consists of its copies.
+    """
+    n, rounding = len(x[0]), torch.finfo(output.dtype).eps ** 0.5
+    for i in (0, n - 1) if n > 1 else ():
+        differs = coupling(function, x, output, i, alone=True) > rounding
+        if differs and (error := coupling(function, x, output, i)) > rounding:
+            raise ValueError(
+                f"model: the output for sample {i} changes by {error:.2g} of its size if the other samples change: the model lets "
+                "samples depend on one another or reorders them; want one sample at a time"
+            )
+
+
+def coupling(function: Callable[..., Tensor], x: Inputs, output: Tensor, i: int, alone: bool = False) -> float:
+    """Return by how much sample i's output changes without the other samples, relative to the largest output.
+
+    Args:
+        function: The function.
+        x: Its inputs (n, ...).
+        output: Its output (n, ...) at x.
+        i: Index of the sample.
+        alone: Run the sample alone, instead of with copies of it in place of the others. If it fails, the result is infinite.
+    """
+    n = len(x[0])
+    with torch.no_grad():
+        try:
+            out = function(*(t[i : i + 1] if alone else t[i : i + 1].expand(t.shape).clone() for t in x))
+        except Exception:
+            if alone:
+                return torch.inf
+            raise
+        if not isinstance(out, Tensor) or out.shape != (1 if alone else n, *output.shape[1:]):
+            return torch.inf
+        scale = output.abs().max().double()
+        error = (out[0 if alone else i] - output[i]).abs().max().double() / torch.where(scale > 0, scale, 1)
+    return float(error)
+
+
 def check_model(model: nn.Module) -> None:
     """Check that a model can be followed.
 
@@ -335,13 +386,54 @@ def check_model(model: nn.Module) -> None:
 
 
 @contextmanager
-def _eager() -> Iterator[None]:
+def _eager(model: nn.Module) -> Iterator[None]:
     """Run compiled models as Python, so that their calls are recorded, and raise RuntimeError for activation checkpointing."""
     hooks = torch.autograd.graph.disable_saved_tensors_hooks(
         "a replay keeps what it saves; want no activation checkpointing"
     )
-    with _forced_eager(), hooks:
+    with _forced_eager(), _without_backward_hooks(model), hooks:
         yield
+
+
+@contextmanager
+def _without_backward_hooks(model: nn.Module) -> Iterator[None]:
+    """Take the backward hooks off a model's modules, which may change gradients; the last thread that leaves restores them."""
+    modules = list(model.modules())
+    with _LOCK:
+        for module in modules:
+            if module._backward_hooks or module._backward_pre_hooks:
+                _hooks_of[id(module)] = (0, module._backward_hooks, module._backward_pre_hooks)
+                module._backward_hooks, module._backward_pre_hooks = OrderedDict(), OrderedDict()
+        taken = [module for module in modules if id(module) in _hooks_of]
+        for module in taken:
+            count, *kept = _hooks_of[id(module)]
+            _hooks_of[id(module)] = (count + 1, *kept)
+    try:
+        yield
+    finally:
+        with _LOCK:
+            for module in taken:
+                count, *kept = _hooks_of[id(module)]
+                _hooks_of[id(module)] = (count - 1, *kept)
+                if count == 1:
+                    module._backward_hooks, module._backward_pre_hooks = kept
+                    del _hooks_of[id(module)]
+
+
+@contextmanager
+def _dtypes_named(model: nn.Module, inputs: Inputs) -> Iterator[None]:
+    """Raise TypeError that names the input if a model fails on inputs of another dtype or device than its parameters."""
+    try:
+        yield
+    except RuntimeError as error:
+        known = {(p.dtype, p.device) for p in model.parameters() if p.is_floating_point()}
+        got = next(((t.dtype, t.device) for t in inputs if (t.dtype, t.device) not in known), None)
+        if len(known) != 1 or got is None:
+            raise
+        (dtype, device), (wrong, place) = next(iter(known)), got
+        raise TypeError(
+            f"x: got {wrong} on {place}, but the model's parameters are {dtype} on {device}; want x.to({device.type!r}, {dtype})"
+        ) from error
 
 
 @contextmanager
