@@ -41,9 +41,9 @@ _PAIRS_PER_CHUNK = 1 << 22  # of patterns to compare
 class ActivationClusters(PiecewiseAffine, Estimator):
     """Find the clusters of samples in which a network's units are on and off alike, and its exact affine map in each.
 
-    The network's operations must be affine or piecewise linear. `fit` warns of secants (for example a GELU or a final
-    sigmoid): with them, the samples of a cluster may have several maps, and `check` is larger than rounding. The same holds
-    for sort, topk and median, whose order is not part of the pattern.
+    The network's operations must be affine or piecewise linear, with gates that the pattern holds. `fit` warns of secants
+    (for example a GELU or a final sigmoid) and of pieces that are not gates (for example a rounding): with them, the samples
+    of a cluster may have several maps, and `check` is larger than rounding.
 
     Use fp64 if the labels must be reproducible. A preactivation near 0 may change its sign with the chunk size or device; see
     `margin_`.
@@ -103,7 +103,7 @@ class ActivationClusters(PiecewiseAffine, Estimator):
         if self.min_size < 1:
             raise ValueError(f"min_size: got {self.min_size}, want at least 1")
         x = self._samples(x)
-        patterns, outputs, margin, sites = self._record(x)
+        patterns, outputs, margin, sites = self._record(x, check=True)
         self._warn_of_secants(x[:1])
         response = None if y is None else self._response(y, x)
         groups = patterns.groups()
@@ -217,20 +217,28 @@ class ActivationClusters(PiecewiseAffine, Estimator):
 
     def _warn_of_secants(self, x: Tensor) -> None:
         report = supported_ops(self.model, x)
-        if not report.exact:
-            found = [
-                f"{name} in layer {layer!r}" for name, layer, how, _ in report.rows if how not in ("affine", "gate")
-            ]
-            text = "is not piecewise linear; samples of one cluster may have several maps, see check()"
-            warnings.warn(f"model: {', '.join(found)} {text}", stacklevel=3)
+        found = [
+            f"{', '.join(names)} {text}"
+            for text, treatments in (
+                ("is not piecewise linear", ("secant", "frozen", "not treated")),
+                ("has pieces that are not gates", ("piece",)),
+            )
+            if (names := [f"{name} in layer {layer!r}" for name, layer, how, _ in report.rows if how in treatments])
+        ]
+        if found:
+            text = "samples of one cluster may have several maps, see check()"
+            warnings.warn(f"model: {'; '.join([*found, text])}", stacklevel=3)
 
-    def _record(self, x: Tensor) -> tuple[ActivationPatterns, Tensor, Tensor, tuple[GateSite, ...]]:
-        """Return the samples' patterns, outputs and margins, and the gates that make the patterns."""
+    def _record(self, x: Tensor, check: bool = False) -> tuple[ActivationPatterns, Tensor, Tensor, tuple[GateSite, ...]]:
+        """Return the samples' patterns, outputs and margins, and the gates that make the patterns.
+
+        With `check`, the first chunk is checked for samples that depend on one another.
+        """
         packed, outputs, margins = [], [], []
         sites: tuple[GateSite, ...] = ()
         width = 0
         for part in x.split(self.chunk_size):
-            gates = record(self.model, part)
+            gates = record(self.model, part, check=check and not packed)
             if sites and gates.sites != sites:
                 raise ValueError(
                     "model: samples go through different gates; want a forward that makes the same calls for all samples"

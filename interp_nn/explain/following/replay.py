@@ -133,6 +133,8 @@ class Replay(nn.Module):
         self._select, self._steps = select, tuple(recorder.steps)
         self._gate_calls = tuple((call.name, call.step) for call in recorder.gate_calls)
         self.shapes = tuple(t.shape for t in recording.inputs)
+        rows = ((name, layer) for name, layer, treatment in recorder.rows if treatment not in ("affine", "gate"))
+        self.inexact = tuple(dict.fromkeys(rows))  # (operation, layer) of secants, and of pieces that are no gates
         self._like = tuple(t.detach().new_zeros(()) for t in recording.inputs)
 
     @property

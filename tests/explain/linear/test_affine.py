@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from interp_nn.explain.following.gate_record import frozen
+from interp_nn.explain.linear import affine_map
 from interp_nn.explain.linear.affine_map import AffineMap, linearize
 from interp_nn.explain.linear.regions import region
 
@@ -254,13 +255,48 @@ def test_singular_triplets():
         affine.svd(5)
 
 
-def test_check_finds_samples_that_depend_on_one_another():
-    class Centred(nn.Module):
-        def forward(self, x):
-            return F.relu(x - x.mean(0))
+class Centred(nn.Module):
+    def forward(self, x):
+        return F.relu(x - x.mean(0))
 
+
+class Scaled(nn.Module):
+    """Samples depend on one another by a frozen factor."""
+
+    def forward(self, x):
+        return x / x.std(0)
+
+
+class FromTheFirst(nn.Module):
+    def forward(self, x):
+        return x - x[:1].relu()
+
+
+class Reordered(nn.Module):
+    def forward(self, x):
+        return x.flip(0).relu()
+
+
+@pytest.mark.parametrize("make", [Centred, Scaled, FromTheFirst, Reordered])
+@pytest.mark.parametrize("mode", ["secant", "tangent"])
+def test_s18_samples_that_depend_on_one_another(make, mode, monkeypatch):
     x = torch.randn(4, 6, dtype=DTYPE)
-    assert linearize(Centred(), x).check() > 0.01
+    with pytest.raises(ValueError, match=r"model: the output for sample \d changes by .* want one sample at a time"):
+        linearize(make(), x, mode=mode)
+    monkeypatch.setattr(affine_map, "check_independence", lambda *_: None)
+    assert linearize(make(), x, mode=mode).check() > 0.01
+
+
+class FixedBatch(nn.Module):
+    """Runs batches of four samples only; samples have weights of their own."""
+
+    def forward(self, x):
+        return x.view(4, 2, 3).relu().flatten(1) * torch.arange(1.0, 5).to(x).unsqueeze(1)
+
+
+def test_s18_a_model_of_a_fixed_batch_is_accepted():
+    x = torch.randn(4, 6, dtype=DTYPE)
+    assert linearize(FixedBatch(), x).check() <= 1e-14
 
 
 def test_memory_of_the_recording_is_let_go():
