@@ -95,6 +95,7 @@ def record(model: nn.Module, x: Tensor | Inputs, *, mode: str = "secant", check:
     """
     secant = check_mode(mode) == "secant"
     recording = run_recorded(model, x, strict=secant, keep_preactivations=True)
+    recording.check_complete()
     if secant:
         recording.check_affine()
     n, calls = len(recording.inputs[0]), recording.recorder.gate_calls

@@ -190,6 +190,7 @@ class Recorder(TorchFunctionMode):
         gate_calls: The calls with gates, in call order.
         rows: (operation, layer, treatment) of each call, for the report.
         unsupported: Each unsupported call, with the number of gate calls before it.
+        stopped: True if the model could not be run to its end.
         generators: The random generators and their states before the model first drew from them.
     """
 
@@ -209,6 +210,7 @@ class Recorder(TorchFunctionMode):
         self.rows: list[tuple[str, str, str]] = []
         self.unsupported: list[tuple[int, NonAffineCall]] = []
         self.generators: list[tuple[torch.Generator, Tensor]] = []
+        self.stopped = False
         self._dependences = DependencyMap()
         self._name_counts: dict[str, int] = {}
         self._constants: dict[int, Tensor] = {}  # computed from parameters alone
@@ -240,6 +242,8 @@ class Recorder(TorchFunctionMode):
 
     def _handle(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         name = operations.operation_name(func)
+        if name == "set:_backward_hooks":  # PyTorch does so where it makes an object of a tensor that an extension returns
+            return func(*args, **kwargs)
         args, kwargs = respelled(func, name, args, kwargs)
         dependences = self._dependences.of_arguments(args, kwargs)
         is_input = bool(dependences)
@@ -258,7 +262,7 @@ class Recorder(TorchFunctionMode):
             with torch.set_grad_enabled(torch.is_grad_enabled() if self.observe_only else self.differentiable):
                 return self._constant(func(*args, **kwargs) if self.observe_only else operations.run_constant(call))
         if operations.differentiates(func):
-            return self._note_unsupported(call, "it differentiates inside the model")
+            return self._differentiated(call)
         if not self.observe_only:
             left_out, result = operations.without_gradients(call)
             if left_out:
@@ -289,6 +293,18 @@ class Recorder(TorchFunctionMode):
             return self._note_unsupported(call, str(reason))
         with torch.set_grad_enabled(torch.is_grad_enabled() if self.observe_only else self.differentiable):
             return self._record(call, treated)
+
+    def _differentiated(self, call: Call) -> Any:
+        reason = "it differentiates inside the model"
+        if self.strict:
+            return self._note_unsupported(call, reason)
+        try:
+            with torch.enable_grad():
+                result = map_tensors(call.run(), Tensor.detach)
+        except RuntimeError as error:  # nothing was recorded that autograd can differentiate
+            self.note_unsupported_model(str(call.as_non_affine(reason)))
+            raise UnsupportedOperation(str(call.as_non_affine(reason))) from error
+        return self._note_unsupported(call, reason, result)
 
     def _set(self, call: Call, result: Any, dependence: Dependence) -> None:
         """Set the dependence of a call's result, and of the memory that it wrote to."""
@@ -326,16 +342,19 @@ class Recorder(TorchFunctionMode):
 
     def see(self, function: Any, args: Any, kwargs: Any, result: Any) -> None:
         """Note an aten operator that ran outside of the recorded calls, if it read values that depend on the input."""
-        if not self._watching:
-            return
         given = (args, kwargs)
-        if any(self._dependences.get(t) is not None for t in tensors(given)):
-            if next(tensors(result), None) is None:
-                self._copied_out = str(function)
-            for t in tensors((given, result) if function._schema.is_mutable else result):
-                if function._schema.is_mutable:
-                    self._dependences.write(t, _UNSEEN)
-                self._dependences.set(t, _UNSEEN)
+        if not self._watching or all(self._dependences.get(t) is None for t in tensors(given)):
+            return
+        written = list(tensors(given)) if function._schema.is_mutable else []
+        if next(tensors(result), None) is None and not written:
+            self._copied_out = str(function)
+        self._watching = False
+        try:
+            for t in written:
+                self._dependences.write(t, _UNSEEN)
+            self._dependences.set(result, _UNSEEN)
+        finally:
+            self._watching = True
 
     def _constant(self, result: Any) -> Any:
         for t in tensors(result):
@@ -459,7 +478,7 @@ class UnseenCalls(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types_: Any, args: Any = (), kwargs: Any = None) -> Any:
         with torch._C.DisableTorchFunction():  # the recorder is a mode of torch functions too
             result = func(*args, **(kwargs or {}))
-        self._recorder.see(func, args, kwargs or {}, result)
+            self._recorder.see(func, args, kwargs or {}, result)
         return result
 
 

@@ -62,8 +62,14 @@ class Recording:
                 f"{call}; want a model whose output is affine given its gates, or mode='tangent'"
             )
 
+    def check_complete(self) -> None:
+        """Check that the model was run to its end. Raises UnsupportedOperation otherwise."""
+        if self.recorder.stopped:
+            raise UnsupportedOperation(str(self.recorder.unsupported[-1][1]))
+
     def check_stays_in_torch(self) -> None:
         """Check that no value that depends on the input left PyTorch. Raises UnsupportedOperation otherwise."""
+        self.check_complete()
         for _, call in self.recorder.unsupported:
             if call.operation in operations.TO_PYTHON:
                 raise UnsupportedOperation(f"{call}; no derivative sees it")
@@ -92,13 +98,14 @@ def run_recorded(
             inputs = tuple(t.clone().requires_grad_() for t in inputs)
         given = tuple(t.clone() for t in inputs)
     recorder.mark_inputs(given)
+    output: Any = None
     with (
         torch.inference_mode(False),
         torch.set_grad_enabled(differentiable),
         _state_restored(model, recorder),
         layers.tracked(),
         _eager(model),
-        _dtypes_named(model, inputs),
+        _errors_named(model, inputs, recorder),
         UnseenCalls(recorder),
         recorder,
     ):
@@ -333,6 +340,13 @@ def check_independence(function: Callable[..., Tensor], x: Inputs, output: Tenso
     for i in (0, n - 1) if n > 1 else ():
         differs = coupling(function, x, output, i, alone=True) > rounding
         if differs and (error := coupling(function, x, output, i)) > rounding:
+            with torch.no_grad():
+                scale, own = output.abs().max(), function(*x)
+            if float((own - output).abs().max()) > rounding * float(scale):
+                raise RuntimeError(
+                    "model: the replay is not the model: their outputs differ at x. The model may be random; else this is a "
+                    "fault of interp_nn, which we want to know of"
+                )
             raise ValueError(
                 f"model: the output for sample {i} changes by {error:.2g} of its size if the other samples change: the model lets "
                 "samples depend on one another or reorders them; want one sample at a time"
@@ -423,10 +437,23 @@ def _without_backward_hooks(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _dtypes_named(model: nn.Module, inputs: Inputs) -> Iterator[None]:
-    """Raise TypeError that names the input if a model fails on inputs of another dtype or device than its parameters."""
+def _errors_named(model: nn.Module, inputs: Inputs, recorder: Recorder) -> Iterator[None]:
+    """Name the cause of two errors in a model.
+
+    Raises TypeError if it fails on inputs of another dtype or device than its parameters. A model with a call that takes a
+    tensor for a number, which depends on the input, is unsupported.
+    """
     try:
         yield
+    except UnsupportedOperation:
+        if recorder.strict:
+            raise
+        recorder.stopped = True
+    except TypeError as error:
+        if "must be Number, not Tensor" not in str(error):
+            raise
+        recorder.stopped = True
+        recorder.note_unsupported_model(f"a scale or another number of a call depends on the input: {error}")
     except RuntimeError as error:
         known = {(p.dtype, p.device) for p in model.parameters() if p.is_floating_point()}
         got = next(((t.dtype, t.device) for t in inputs if (t.dtype, t.device) not in known), None)
