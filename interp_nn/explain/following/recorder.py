@@ -605,22 +605,67 @@ class ConstantFinder(Replayer):
         self.constants: dict[int, list[Tensor]] = {}
 
     def _run_step(self, index: int, step: Step, call: Call) -> Any:
-        if step.affine:
-            dependences: dict[int, Dependence] = {}
+        if (constants := self._on_zeros(step, call)) is not None:
+            self.constants[index] = constants
+        return step.replay(call)
 
-            def zeros(t: Tensor) -> Tensor:
-                if not call.is_affine(t):
-                    return t
-                zero = torch.zeros_like(t)
-                dependences[id(zero)] = _AFFINE
-                return zero
+    def _on_zeros(self, step: Step, call: Call) -> list[Tensor] | None:
+        """Return an affine step's results on zeros, or None if they are zero."""
+        if not step.affine:
+            return None
+        dependences: dict[int, Dependence] = {}
 
+        def zeros(t: Tensor) -> Tensor:
+            if not call.is_affine(t):
+                return t
+            zero = torch.zeros_like(t)
+            dependences[id(zero)] = _AFFINE
+            return zero
+
+        with torch.no_grad():
             args, kwargs = map_tensors(call.args, zeros), map_tensors(call.kwargs, zeros)
             result = step.replay(Call(call.function, call.name, args, kwargs, call.inplace, call.layer, dependences))
             constants = list(tensors(args[0] if call.inplace else result))
-            if any(bool(c.any()) for c in constants if continuous(c)):
-                self.constants[index] = [c.clone() for c in constants]
-        return step.replay(call)
+            found = any(bool(c.any()) for c in constants if continuous(c))
+            return [c.clone() for c in constants] if found else None
+
+
+class SampleScaledReplayer(ConstantFinder):
+    """A replay that multiplies each layer's constants by a scale of 1 for each sample, which autograd follows.
+
+    Args:
+        steps: The recorded steps.
+        n: Number of samples.
+
+    Attributes:
+        scales: By layer, in call order, its scales (n,).
+        by_sample: False if there is a constant whose first dimension is not a multiple of n. It is not scaled.
+    """
+
+    def __init__(self, steps: Sequence[Step], n: int) -> None:
+        super().__init__(steps)
+        self._n, self.scales, self.by_sample = n, dict[str, Tensor](), True
+
+    def _run_step(self, index: int, step: Step, call: Call) -> Any:
+        constants = self._on_zeros(step, call)
+        result = step.replay(call)
+        if constants is None:
+            return result
+        if any(continuous(c) and (c.dim() == 0 or len(c) % self._n) for c in constants):
+            self.by_sample = False
+            return result
+        like = next(filter(continuous, constants)).real
+        if step.layer not in self.scales:
+            self.scales[step.layer] = like.new_ones(self._n).requires_grad_()
+        change, rest = self.scales[step.layer] - 1, iter(constants)
+
+        def more(c: Tensor) -> Tensor:
+            return change.repeat_interleave(len(c) // self._n).view(-1, *[1] * (c.dim() - 1)) * c
+
+        if call.inplace:
+            call.args[0].add_(more(next(rest)))
+            return result
+        return map_tensors(result, lambda t: t + more(c) if continuous(c := next(rest)) else t)
 
 
 class ScaledReplayer(Replayer):
@@ -641,6 +686,7 @@ class ScaledReplayer(Replayer):
         if index not in self._constants:
             return result
         constants, change = iter(self._constants[index]), self._scales[step.layer] - 1
+
         if call.inplace:
             call.args[0].add_(change * next(constants))
             return result

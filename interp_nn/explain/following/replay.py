@@ -21,6 +21,7 @@ from interp_nn.explain.following.recorder import (
     Layers,
     Recorder,
     Replayer,
+    SampleScaledReplayer,
     ScaledReplayer,
     UnseenCalls,
 )
@@ -29,7 +30,7 @@ from interp_nn.gates.record import place_of
 
 Inputs = tuple[Tensor, ...]
 Select = Callable[[Any], Any]
-_LAYERS_AT_ONCE = 8
+_LAYERS_AT_ONCE, _ROWS_AT_ONCE = 8, 16
 _LOCK, _stance, _holders = threading.Lock(), ExitStack(), 0  # of `_forced_eager`
 _hooks_of: dict[int, tuple[Any, ...]] = {}  # by a module's id: threads that follow it, and its backward hooks
 
@@ -190,6 +191,41 @@ class Replay(nn.Module):
         Constants are biases, shifts, paddings and the offsets of gates.
         """
         wanted = [] if gate_call is None else [self._gate_calls[gate_call][1]]
+        parts = None if wanted else self._parts_by_rows()
+        return self._parts_by_layers(wanted) if parts is None else parts
+
+    def _parts_by_rows(self) -> dict[str, Tensor] | None:
+        """Return each layer's part of the constants by reverse mode, for all samples at once.
+
+        Each sample has its own scale of a layer's constants. Returns None if there are more outputs than layers, or the
+        constants are not by sample: then the parts do not add up.
+        """
+        n = self.shapes[0][0]
+        with torch.inference_mode(False), torch.enable_grad():
+            zeros = [t.new_zeros(shape) for t, shape in zip(self._like, self.shapes, strict=True)]
+            mode = SampleScaledReplayer(self._steps, n)
+            output, _ = self._follow(zeros, mode=mode)
+        layers, rows = list(mode.scales), output.shape[1:].numel()
+        if not layers or not mode.by_sample or rows > len(layers):
+            return None
+        found = []
+        for start in range(0, rows, _ROWS_AT_ONCE):
+            count = min(_ROWS_AT_ONCE, rows - start)
+            u = output.new_zeros(count, n, rows)
+            u[torch.arange(count), :, torch.arange(start, start + count)] = 1
+            scales = [mode.scales[layer] for layer in layers]
+            grads = torch.autograd.grad(
+                output, scales, u.view(count, *output.shape), True, is_grads_batched=True, materialize_grads=True
+            )
+            found.append(torch.stack(grads))
+        parts = torch.cat(found, 1).transpose(1, 2).reshape(len(layers), *output.shape)  # (layers, n, *output)
+        size = max(float(output.detach().abs().max()), float(parts.abs().max()))
+        if float((parts.sum(0) - output.detach()).abs().max()) > torch.finfo(parts.dtype).eps ** (1 / 3) * size:
+            return None
+        return dict(zip(layers, parts, strict=True))
+
+    def _parts_by_layers(self, wanted: Sequence[int]) -> dict[str, Tensor]:
+        """Return each layer's part of the constants by forward mode, one layer after another."""
         with torch.no_grad():
             zeros = [t.new_zeros(shape) for t, shape in zip(self._like, self.shapes, strict=True)]
             finder = ConstantFinder(self._steps, wanted)
@@ -209,8 +245,8 @@ class Replay(nn.Module):
             parts = {}
             if layers:
                 one_by_one = torch.eye(len(layers), dtype=none.dtype, device=none.device)
-                alone = torch.vmap(lambda d: pushed(scaled, (none,), (d,))[1], chunk_size=_LAYERS_AT_ONCE)
-                parts = dict(zip(layers, alone(one_by_one), strict=True))
+                alone = _in_chunks(lambda d: pushed(scaled, (none,), (d,))[1], one_by_one)
+                parts = dict(zip(layers, alone, strict=True))
             if wanted:  # the gate's own breakpoint
                 own, rest = self._steps[wanted[0]].layer, scaled(none)
                 parts[own] = parts[own] + rest if own in parts else rest
@@ -227,6 +263,14 @@ class Replay(nn.Module):
             output = self._select(self._model[0](*given))
             mode.finish()
         return output, mode
+
+
+def _in_chunks(function: Callable[[Tensor], Tensor], rows: Tensor) -> list[Tensor]:
+    """Apply a function to each row: several at a time by vmap, or one by one if it has no rule for a call."""
+    try:
+        return list(torch.vmap(function, chunk_size=_LAYERS_AT_ONCE)(rows))
+    except RuntimeError:
+        return [function(row) for row in rows]
 
 
 def over_copies(function: Callable[..., Any], *stacked: Tensor) -> Any:
