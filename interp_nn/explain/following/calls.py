@@ -60,12 +60,14 @@ class Dependence:
         factor: True if its value may be frozen where it multiplies another value.
         piecewise_constant: True if freezing its value is exact.
         unseen: True if calls that cannot be recorded computed it.
+        mixed: True for memory that holds affine values beside others, so that no recorded value stands for it.
     """
 
     non_affine: NonAffineCall | None = None
     factor: bool = False
     piecewise_constant: bool = False
     unseen: bool = False
+    mixed: bool = False
 
 
 @dataclass

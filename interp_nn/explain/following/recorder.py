@@ -7,7 +7,7 @@ import types
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -91,7 +91,7 @@ class DependencyMap:
             return entry[1]
         found = None  # a view that no call returned here, or an earlier view of memory that was written to
         for other, dependence in self.sharing(t):
-            if overlap(t, other):
+            if overlap(other, t) != "none":
                 found = dependence if found is None else _both(found, dependence)
         return found
 
@@ -105,8 +105,9 @@ class DependencyMap:
     def write(self, t: Tensor, dependence: Dependence) -> None:
         """Set the dependence of a tensor that was written to, and add it to those of the tensors that share its memory."""
         for other, old in self.sharing(t):
-            if other is not t and old != (new := _both(old, dependence)) and overlap(t, other):
-                self._entries[id(other)] = (other, new)
+            if other is t or old == dependence or (covered := overlap(t, other)) == "none":
+                continue
+            self._entries[id(other)] = (other, dependence if covered == "all" else _both(old, dependence))
         self.set(t, dependence)
 
     def sharing(self, t: Tensor) -> list[tuple[Tensor, Dependence]]:
@@ -126,10 +127,13 @@ class DependencyMap:
 
 
 def _both(one: Dependence, other: Dependence) -> Dependence:
-    """Return the dependence of memory of which either may hold."""
-    non_affine = one.non_affine or other.non_affine
+    """Return the dependence of memory of which one part has one and another part the other."""
     return Dependence(
-        non_affine, one.factor and other.factor, one.piecewise_constant and other.piecewise_constant, one.unseen or other.unseen
+        one.non_affine or other.non_affine,
+        one.factor and other.factor,
+        one.piecewise_constant and other.piecewise_constant,
+        one.unseen or other.unseen,
+        one.mixed or other.mixed or (one.non_affine is None) != (other.non_affine is None),
     )
 
 
@@ -148,19 +152,22 @@ def _storage(t: Tensor) -> int | None:
     return storage._cdata if storage.nbytes() else None
 
 
-def overlap(a: Tensor, b: Tensor) -> bool:
-    """Return True if two tensors of one storage share an element."""
+def overlap(a: Tensor, b: Tensor) -> Literal["none", "some", "all"]:
+    """Return how many of b's elements are elements of a, for tensors of one storage."""
     a, b = _unwrapped(a), _unwrapped(b)
     if a.numel() == 0 or b.numel() == 0:
-        return False
+        return "none"
     (start, end), (other_start, other_end) = _extent(a), _extent(b)
     if end <= other_start or other_end <= start:
-        return False
-    if a.dtype.itemsize != b.dtype.itemsize or a.is_contiguous() or b.is_contiguous():
-        return True
+        return "none"
+    if a.is_contiguous() and start <= other_start and other_end <= end:
+        return "all"
+    if a.dtype.itemsize != b.dtype.itemsize:
+        return "some"
     place = torch.zeros(a.untyped_storage().nbytes() // a.dtype.itemsize, dtype=torch.bool)
     place.as_strided(a.size(), a.stride(), a.storage_offset()).fill_(True)
-    return bool(place.as_strided(b.size(), b.stride(), b.storage_offset()).any())
+    shared = place.as_strided(b.size(), b.stride(), b.storage_offset())
+    return "all" if bool(shared.all()) else "some" if bool(shared.any()) else "none"
 
 
 def _extent(t: Tensor) -> tuple[int, int]:
@@ -273,6 +280,8 @@ class Recorder(TorchFunctionMode):
             return self._note_unsupported(call, "it copies values that depend on the input out of PyTorch")
         if kwargs.get("out") is not None:
             return self._note_unsupported(call, "it writes to out=")
+        if any(dependence.mixed for dependence in dependences.values()):
+            return self._view_of_mixed(call)
         if inplace:
             self._build_gates_of(args[0])
         if all(dependence.non_affine is not None for dependence in dependences.values()):
@@ -311,6 +320,16 @@ class Recorder(TorchFunctionMode):
         if call.inplace:
             self._dependences.write(call.args[0], dependence)
         self._dependences.set(result, dependence)
+
+    def _view_of_mixed(self, call: Call) -> Any:
+        """Run a call on memory that holds affine values beside others: a view, or the call is not supported."""
+        with torch.set_grad_enabled(self.differentiable):
+            result = call.run() if not call.inplace else call.args[0]
+        given = [t for t in call.tensors() if (d := call.dependence(t)) is not None and d.mixed]
+        if call.inplace or any(all(_storage(t) != _storage(other) for other in given) for t in tensors(result)):
+            return self._note_unsupported(call, "it reads memory that holds values that are affine and others; want copies")
+        self._dependences.set(result, next(d for d in call.dependences.values() if d.mixed))
+        return result
 
     def _build_gates_of(self, written: Tensor) -> None:
         """Build the lazy gates of calls whose input a call is about to overwrite."""
@@ -414,7 +433,7 @@ class Recorder(TorchFunctionMode):
             treated = piecewise_constant(call)
             non_affine = treated.non_affine
         if non_affine is not None or replay is None:
-            replay = _recorded(map_tensors(result, lambda t: t.detach().clone()))
+            replay = _recorded(map_tensors(call.args[0] if call.inplace else result, lambda t: t.detach().clone()))
         self.steps.append(Step(call.name, call.layer, replay, non_affine is None, treated.preactivations))
         self.rows.append((call.name, call.layer, treated.treatment))
         if call.inplace:
@@ -549,6 +568,10 @@ class Replayer(TorchFunctionMode):
         call = Call(func, name, args, kwargs, inplace, "", affine)
         left_out, result = operations.without_gradients(call)
         if left_out:
+            return result
+        if any(dependence.mixed for dependence in dependences.values()):
+            result = call.run()
+            self._set(call, result, next(d for d in dependences.values() if d.mixed))
             return result
         if not affine:
             result = call.run()
