@@ -208,6 +208,8 @@ class AffineMap:
             ValueError: Shapes that do not fit.
         """
         weights = weight if isinstance(weight, tuple) else (weight,)
+        _check_tensors("weight", weights)
+        _check_tensors("bias", (bias,))
         for w in weights:
             if bias.dim() < 1 or w.shape[: bias.dim()] != bias.shape:
                 raise ValueError(f"weight: got shape {tuple(w.shape)}, want {tuple(bias.shape)} first, as bias has it")
@@ -240,6 +242,7 @@ class AffineMap:
     def rmatvec(self, u: Tensor) -> Any:
         """Return Wᵀ u (n, *input) for u (n, *output). Raises ValueError for other shapes."""
         wanted = (self._operator.n, *self._operator.output)
+        _check_tensors("u", (u,))
         if tuple(u.shape) != wanted:
             raise ValueError(f"u: got shape {tuple(u.shape)}, want {wanted}")
         return _single(tuple(t[0] for t in self._operator.pullback()(u.unsqueeze(0))))
@@ -441,6 +444,7 @@ class AffineMap:
 
     def _vectors(self, v: Tensor | tuple[Tensor, ...]) -> Vectors:
         vectors, operator = _several(v), self._operator
+        _check_tensors("x", vectors)
         wanted = [(operator.n, *shape) for shape in operator.inputs]
         if [tuple(t.shape) for t in vectors] != wanted:
             raise ValueError(f"x: got shapes {[tuple(t.shape) for t in vectors]}, want {wanted}")
@@ -542,6 +546,12 @@ def _power_of_two(t: Tensor) -> float:
     """Return a power of two of the size of a tensor's entries."""
     largest = float(t.abs().max()) if t.numel() else 0.0
     return 2.0 ** math.floor(math.log2(largest)) if largest > 0 else 1.0
+
+
+def _check_tensors(name: str, values: tuple[Any, ...]) -> None:
+    for value in values:
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name}: got {type(value).__name__}, want a torch.Tensor")
 
 
 def _single(values: tuple[Any, ...]) -> Any:

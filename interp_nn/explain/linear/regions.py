@@ -67,7 +67,7 @@ class Region:
 
     Raises:
         ValueError: Shapes that do not fit.
-        TypeError: `on` is not bool.
+        TypeError: `on` is not bool, or there is no tensor.
 
     Example:
         >>> half_line = Region(torch.tensor([[2.0]]), torch.tensor([-2.0]), torch.tensor([True]))  # 2 x - 2 > 0
@@ -76,6 +76,9 @@ class Region:
     """
 
     def __init__(self, normals: Tensor, offsets: Tensor, on: Tensor) -> None:
+        for name, value in (("normals", normals), ("offsets", offsets), ("on", on)):
+            if not isinstance(value, Tensor):
+                raise TypeError(f"{name}: got {type(value).__name__}, want a torch.Tensor")
         if normals.dim() != 2 or offsets.shape != normals.shape[:1] or on.shape != normals.shape[:1]:
             shapes = [tuple(t.shape) for t in (normals, offsets, on)]
             raise ValueError(f"normals, offsets, on: got shapes {shapes}, want (u, d), (u,) and (u,)")
