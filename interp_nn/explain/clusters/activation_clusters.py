@@ -35,7 +35,7 @@ from interp_nn.gates.patterns import ActivationPatterns
 from interp_nn.gates.record import GateSite
 
 By = Literal["affine", "coef", "hamming", "npk"]
-_PAIRS_PER_CHUNK = 1 << 22  # of patterns to compare
+_BITS_OF = np.array([i.bit_count() for i in range(256)], dtype=np.uint8)  # by byte
 
 
 class ActivationClusters(PiecewiseAffine, Estimator):
@@ -274,10 +274,7 @@ class ActivationClusters(PiecewiseAffine, Estimator):
             ActivationPatterns(torch.cat([known.packed, patterns.packed]), known.width).groups().labels[len(known) :]
         )
         new = (labels >= len(known)).nonzero().squeeze(1)
-        labels[new] = -1
-        if unseen == "nearest":
-            for part in new.split(max(1, _PAIRS_PER_CHUNK // len(known))):
-                labels[part] = patterns[part].hamming(known).argmin(1)
+        labels[new] = nearest(known, patterns[new]) if unseen == "nearest" else -1
         return x, outputs, labels
 
     def _grouped(self, by: By, n_clusters: int | None) -> Tensor:
@@ -310,6 +307,32 @@ class ActivationClusters(PiecewiseAffine, Estimator):
             shape = tuple(self.counts_.shape)
             raise ValueError(f"by: got {groups.dtype} of shape {tuple(groups.shape)}, want integers of shape {shape}")
         return groups.to(self.counts_.device)
+
+
+def nearest(known: ActivationPatterns, patterns: ActivationPatterns) -> Tensor:
+    """Find for each pattern the known one that differs in the fewest gates, the first of several: (n,) int64.
+
+    The packed patterns are compared word by word: an exclusive or, and the number of its bits.
+    """
+    counts = getattr(np, "bitwise_count", None)  # of NumPy 2
+    size, dtype = (8, np.uint64) if counts is not None else (1, np.uint8)
+
+    def words(packed: Tensor) -> np.ndarray:
+        bytes_ = packed.cpu().numpy()
+        padded = np.pad(bytes_, ((0, 0), (0, -bytes_.shape[1] % size)))
+        return np.ascontiguousarray(padded.view(dtype).T)
+
+    left, right = words(known.packed), words(patterns.packed)
+    bits, differing = np.empty(len(known), np.uint8), np.empty(len(known), left.dtype)
+    distance = np.empty(len(known), np.uint16 if known.width < 1 << 16 else np.uint32)
+    found = np.empty(len(patterns), np.int64)
+    for i in range(len(patterns)):
+        distance[:] = 0
+        for word, own in zip(left, right[:, i], strict=True):
+            np.bitwise_xor(word, own, out=differing)
+            distance += counts(differing, out=bits) if counts is not None else np.take(_BITS_OF, differing, out=bits)
+        found[i] = distance.argmin()
+    return torch.from_numpy(found).to(patterns.packed.device)
 
 
 def _tensor(values: object) -> Tensor:

@@ -1,5 +1,6 @@
 import math
 import pickle
+import time
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from torch import nn
 from torch.nn import functional
 
 from benchmarks.tables import mlp
+from interp_nn.explain.clusters import activation_clusters
 from interp_nn.explain.clusters.activation_clusters import ActivationClusters
 from interp_nn.explain.estimator import NotFittedError
 from interp_nn.explain.following.gate_record import supported_ops
@@ -561,3 +563,33 @@ def test_s10_pieces_that_are_not_gates_are_named(name, choose):
         ActivationClusters(model).fit(x)
     with pytest.warns(UserWarning, match=f"{name} in layer ''.* is a secant, or its pieces are not gates"):
         region(model, x[:1])
+
+
+@pytest.mark.parametrize("counts", [True, False])
+@pytest.mark.parametrize("width", [3, 64, 100, 130])
+def test_the_nearest_pattern_is_that_of_the_hamming_distance(width, counts, monkeypatch):
+    if not counts:
+        monkeypatch.delattr(np, "bitwise_count", raising=False)
+    known, new = (ActivationPatterns.from_gates(torch.rand(n, width) < 0.5) for n in (200, 30))
+    assert torch.equal(activation_clusters.nearest(known, new), new.hamming(known).argmin(1))
+    assert activation_clusters.nearest(known, new[:0]).shape == (0,)
+
+
+@pytest.mark.slow
+def test_nearest_clusters_cost_one_pass_over_the_packed_patterns():
+    known, new = (ActivationPatterns.from_gates(torch.rand(n, 128) < 0.5) for n in (200_000, 200))
+    words = np.ascontiguousarray(known.packed.numpy().view(np.uint64).T)
+
+    def one_pass():
+        for i in range(len(new)):
+            for word in words:
+                np.bitwise_count(word ^ word[i]).argmin()
+
+    def seconds(function):
+        start = time.perf_counter()
+        function()
+        return time.perf_counter() - start
+
+    one_pass()
+    ratios = [seconds(lambda: activation_clusters.nearest(known, new)) / seconds(one_pass) for _ in range(3)]
+    assert min(ratios) <= 3

@@ -511,27 +511,37 @@ def test_biases_of_layers_after_a_change_of_the_memory_format():
         assert relative(sum(gates.bias_by_layer().values()), gates.bias) <= 1e-12
 
 
-def test_biases_of_layers_by_rows_and_by_layers_agree():
-    for name in NETWORKS:
-        model, x = case(name)
-        replay = frozen(model, x)
-        wanted = replay._parts_by_layers([])
-        found = replay._parts_by_rows() if name != "transformer" else frozen(Flat(model), x)._parts_by_rows()
-        for layer, part in found.items():
-            expected = wanted[layer.removeprefix("model.")]
-            expected = expected if name != "transformer" else expected[:, 0, :1]
-            torch.testing.assert_close(part, expected, rtol=1e-11, atol=1e-12)
+@pytest.mark.parametrize("name", EXACT)
+def test_biases_of_layers_by_rows_and_by_layers_agree(name):
+    model, x = case(name)
+    replay = frozen(model, x)
+    wanted, found = replay._parts_by_layers([]), replay._parts_by_rows()
+    assert list(found) == list(wanted)
+    for layer, part in found.items():
+        torch.testing.assert_close(part, wanted[layer], rtol=1e-11, atol=1e-12)
 
 
-class Flat(nn.Module):
-    """One output of a transformer."""
+class TimeFirst(nn.Module):
+    """Steps before samples, as many as samples: the first dimension of the constants is not the samples'."""
 
-    def __init__(self, model):
+    def __init__(self):
         super().__init__()
-        self.model = model
+        self.first, self.second = nn.Linear(2, 5), nn.Linear(5, 2)
 
     def forward(self, x):
-        return self.model(x)[:, 0, :1]
+        steps = x.unflatten(1, (3, 2)).transpose(0, 1)
+        weight = torch.arange(1.0, 4).to(x).view(3, 1, 1)
+        return (self.second(self.first(steps).relu()) * weight).sum(0)
+
+
+def test_biases_of_layers_if_constants_are_not_by_sample():
+    model, x = TimeFirst().to(DTYPE), torch.randn(3, 6, dtype=DTYPE)
+    replay, affine = frozen(model, x), linearize(model, x)
+    assert replay._parts_by_rows() is None
+    parts = affine.bias_by_layer()
+    assert list(parts) == ["first", "second"] and relative(sum(parts.values()), affine.bias) <= 1e-12
+    model.first.requires_grad_(False).bias.zero_()
+    assert relative(linearize(model, x).bias_by_layer()["second"], parts["second"]) <= 1e-12
 
 
 def test_r9_regions_need_memory_in_proportion_to_units():
