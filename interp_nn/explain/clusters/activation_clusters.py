@@ -229,12 +229,15 @@ class ActivationClusters(PiecewiseAffine, Estimator):
             text = "samples of one cluster may have several maps, see check()"
             warnings.warn(f"model: {'; '.join([*found, text])}", stacklevel=3)
 
-    def _record(self, x: Tensor, check: bool = False) -> tuple[ActivationPatterns, Tensor, Tensor, tuple[GateSite, ...]]:
+    def _record(
+        self, x: Tensor, check: bool = False
+    ) -> tuple[ActivationPatterns, Tensor, Tensor, tuple[GateSite, ...]]:
         """Return the samples' patterns, outputs and margins, and the gates that make the patterns.
 
         With `check`, the first chunk is checked for samples that depend on one another.
         """
-        packed, outputs, margins = [], [], []
+        packed: list[Tensor] = []
+        outputs, margins = [], []
         sites: tuple[GateSite, ...] = ()
         width = 0
         for part in x.split(self.chunk_size):

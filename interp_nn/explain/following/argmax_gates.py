@@ -12,7 +12,6 @@ from torch import Tensor
 from interp_nn.explain.following.calls import Call
 from interp_nn.gates.record import least
 
-
 LONGEST_ORDER = 128  # entries whose pairs are gates of the pattern
 
 
@@ -24,9 +23,7 @@ class LazyGates:
         values: Returns the call's values in the layout that the gates expect.
     """
 
-    def __init__(
-        self, build: Callable[[], ArgmaxGates | OrderGates], values: Callable[[Call], Tensor]
-    ) -> None:
+    def __init__(self, build: Callable[[], ArgmaxGates | OrderGates], values: Callable[[Call], Tensor]) -> None:
         self._build, self._values = build, values
 
     def __call__(self, call: Call) -> Tensor:

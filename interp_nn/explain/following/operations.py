@@ -39,7 +39,6 @@ from interp_nn.explain.following.calls import (
     reads,
     recorded_value,
     rerun,
-    tensors,
 )
 
 _PRODUCT_OF_TWO = "it multiplies two values that both depend on the input"
@@ -54,9 +53,7 @@ def rearrangement(call: Call) -> RuleResult:
         raise UnsupportedCallError("it multiplies or compares the values that it scatters")
     if call.dependence(call.kwargs.get("alpha")) is not None:
         raise UnsupportedCallError(_SCALE)
-    values = [
-        dependence for t in call.tensors() if continuous(t) and (dependence := call.dependence(t)) is not None
-    ]
+    values = [dependence for t in call.tensors() if continuous(t) and (dependence := call.dependence(t)) is not None]
     return _sum_of(call, values)
 
 
@@ -73,7 +70,10 @@ def parts(call: Call) -> RuleResult:
     treated = rearrangement(call)
     if treated.non_affine is not None:
         return treated
-    dim, sizes = call.argument("dim"), [] if call.name == "unbind" else [t.shape[call.argument("dim")] for t in call.run()]
+    dim, sizes = (
+        call.argument("dim"),
+        [] if call.name == "unbind" else [t.shape[call.argument("dim")] for t in call.run()],
+    )
 
     def replay(now: Call) -> Any:
         if not sizes:
@@ -145,7 +145,13 @@ def _with_arguments(recorded: Call, values: Sequence[Tensor]) -> CallFunction:
             given[0] = call.args[0]
             given[0].copy_(args[0])
         now = Call(
-            call.function, call.name, tuple(given), {**call.kwargs, **kwargs}, call.inplace, call.layer, call.dependences
+            call.function,
+            call.name,
+            tuple(given),
+            {**call.kwargs, **kwargs},
+            call.inplace,
+            call.layer,
+            call.dependences,
         )
         return rerun(now)
 
@@ -278,9 +284,7 @@ TABLE: dict[str, Rule] = {
     **{
         name: reads(
             _ACTIVATIONS.get(name, ""),
-            of_first_argument(
-                piecewise_linear.activation(pieces, factor=name in ("relu6", "hardtanh", "hardsigmoid"))
-            ),
+            of_first_argument(piecewise_linear.activation(pieces, factor=name in ("relu6", "hardtanh", "hardsigmoid"))),
         )
         for name, pieces in piecewise_linear.PIECES.items()
     },

@@ -230,8 +230,8 @@ def max_pooling(dimensions: int) -> Rule:
         native = adaptive and not isinstance(call.function, types.FunctionType)  # torch's, not torch.nn.functional's
         both = native or call.name.endswith("_with_indices") or call.argument("return_indices", False)
         pool = getattr(F, f"{call.name.removesuffix('_with_indices')}_with_indices")
-        given = call.named.items()
-        _, indices = pool(**{name: value for name, value in given if name != "return_indices" and (name == "input" or value != [])})
+        given = {name: value for name, value in call.named.items() if name not in ("input", "return_indices")}
+        _, indices = pool(call.input, **{name: value for name, value in given.items() if value != []})
 
         def flat(now: Call) -> Tensor:
             return now.input.flatten(-dimensions)

@@ -172,8 +172,8 @@ def overlap(a: Tensor, b: Tensor) -> Literal["none", "some", "all"]:
 
 def _extent(t: Tensor) -> tuple[int, int]:
     """Return the first byte of a tensor in its storage, and the byte behind the last."""
-    last = sum((size - 1) * stride for size, stride in zip(t.size(), t.stride(), strict=True))
-    start = t.storage_offset() * t.dtype.itemsize
+    last = sum((int(size) - 1) * int(stride) for size, stride in zip(t.size(), t.stride(), strict=True))
+    start = int(t.storage_offset()) * t.dtype.itemsize
     return start, start + (last + 1) * t.dtype.itemsize
 
 
@@ -222,7 +222,8 @@ class Recorder(TorchFunctionMode):
         self._name_counts: dict[str, int] = {}
         self._constants: dict[int, Tensor] = {}  # computed from parameters alone
         self._lazy_gates: list[tuple[Tensor, LazyGates]] = []
-        self._watching, self._copied_out = True, None  # whether an operator is outside of recorded calls; one without tensors
+        self._watching = True  # an operator is outside of recorded calls
+        self._copied_out: str | None = None  # such an operator that returned no tensor
 
     def mark_inputs(self, inputs: Sequence[Tensor]) -> None:
         """Mark tensors as the network's inputs."""
@@ -249,7 +250,9 @@ class Recorder(TorchFunctionMode):
 
     def _handle(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         name = operations.operation_name(func)
-        if name == "set:_backward_hooks":  # PyTorch does so where it makes an object of a tensor that an extension returns
+        if (
+            name == "set:_backward_hooks"
+        ):  # PyTorch does so where it makes an object of a tensor that an extension returns
             return func(*args, **kwargs)
         args, kwargs = respelled(func, name, args, kwargs)
         dependences = self._dependences.of_arguments(args, kwargs)
@@ -327,7 +330,9 @@ class Recorder(TorchFunctionMode):
             result = call.run() if not call.inplace else call.args[0]
         given = [t for t in call.tensors() if (d := call.dependence(t)) is not None and d.mixed]
         if call.inplace or any(all(_storage(t) != _storage(other) for other in given) for t in tensors(result)):
-            return self._note_unsupported(call, "it reads memory that holds values that are affine and others; want copies")
+            return self._note_unsupported(
+                call, "it reads memory that holds values that are affine and others; want copies"
+            )
         self._dependences.set(result, next(d for d in call.dependences.values() if d.mixed))
         return result
 
@@ -353,9 +358,9 @@ class Recorder(TorchFunctionMode):
                     return (
                         f"the autograd.Function {function.__qualname__} has a gradient of its own; want torch functions"
                     )
-            elif dependence is not None and dependence.unseen:
-                return _UNRECORDED
-            elif node is not None and dependence is None and id(t) not in self._constants:
+            elif (dependence is not None and dependence.unseen) or (
+                node is not None and dependence is None and id(t) not in self._constants
+            ):
                 return _UNRECORDED
         return None
 
@@ -426,7 +431,9 @@ class Recorder(TorchFunctionMode):
                     result = replay(call) if replay is not None else call.run()
                 except RuntimeError as error:
                     value = _detached(call)  # raises the error of a call that fails in the model itself
-                    return self._note_unsupported(call, f"autograd cannot follow it: {str(error).splitlines()[0]}", value)
+                    return self._note_unsupported(
+                        call, f"autograd cannot follow it: {str(error).splitlines()[0]}", value
+                    )
         else:
             result = call.run()
         if non_affine is None and not isinstance(result, (tuple, list)) and not all(map(continuous, tensors(result))):

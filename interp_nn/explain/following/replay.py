@@ -388,12 +388,12 @@ def check_independence(function: Callable[..., Tensor], x: Inputs, output: Tenso
                 scale, own = output.abs().max(), function(*x)
             if float((own - output).abs().max()) > rounding * float(scale):
                 raise RuntimeError(
-                    "model: the replay is not the model: their outputs differ at x. The model may be random; else this is a "
-                    "fault of interp_nn, which we want to know of"
+                    "model: the replay is not the model: their outputs differ at x. A comparison or rounding in the model may be "
+                    "on a tie, or the model may be random; else this is a fault of interp_nn"
                 )
             raise ValueError(
-                f"model: the output for sample {i} changes by {error:.2g} of its size if the other samples change: the model lets "
-                "samples depend on one another or reorders them; want one sample at a time"
+                f"model: the output for sample {i} changes by {error:.2g} of its size if the other samples change: the model "
+                "lets samples depend on one another or reorders them; want one sample at a time"
             )
 
 

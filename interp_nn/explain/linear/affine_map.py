@@ -375,7 +375,7 @@ class AffineMap:
             raise ValueError("check: got a map without its model, want one as `linearize` returned it")
         with torch.no_grad():
             wanted = function(*operator.x)
-            errors = [_relative(self._applied(operator.x) + self.bias - wanted, wanted)]
+            errors: list[Tensor | float] = [_relative(self._applied(operator.x) + self.bias - wanted, wanted)]
             signs = [_signs((*operator.x, wanted), seed) for seed in range(2)]
             errors += self._errors_around(function, [v for *v, _ in signs])
             for *v, u in ([*operator.x, wanted], *signs):

@@ -538,7 +538,9 @@ def test_s10_choices_are_gates_of_the_pattern_and_of_regions(name):
         here, own = clusters.region(c), clusters.inputs_[clusters.first_[c]]
         assert torch.equal(here.contains(clusters.inputs_), clusters.labels_ == c)
         near = own + 0.999 * here.radius(own) * nn.functional.normalize(torch.randn(50, 3, dtype=torch.float64), dim=1)
-        torch.testing.assert_close(clusters.affine_[c].weight[0] @ near.T + clusters.affine_[c].bias.T, model(near).detach().T)
+        torch.testing.assert_close(
+            clusters.affine_[c].weight[0] @ near.T + clusters.affine_[c].bias.T, model(near).detach().T
+        )
 
 
 @pytest.mark.parametrize(
@@ -550,7 +552,7 @@ def test_s10_choices_are_gates_of_the_pattern_and_of_regions(name):
         ("trunc", lambda z: z[:, 0].trunc().long() % 2),
         ("long", lambda z: z[:, 0].long() % 2),
         ("to", lambda z: z[:, 0].to(torch.int64) % 2),
-        ("topk", lambda z: (z.topk(1, sorted=False).indices[:, 0])),
+        ("topk", lambda z: z.topk(1, sorted=False).indices[:, 0]),
         ("sort", lambda z: z.repeat(1, 80).sort(1).indices[:, 0] % 2),
     ],
 )

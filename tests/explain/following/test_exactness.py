@@ -6,7 +6,15 @@ from fuzzed_models import differences
 from torch import nn
 from torch.nn import functional as F
 
-from interp_nn.explain import InstanceLinearization, UnsupportedOperation, frozen, linearize, record, region, supported_ops
+from interp_nn.explain import (
+    InstanceLinearization,
+    UnsupportedOperation,
+    frozen,
+    linearize,
+    record,
+    region,
+    supported_ops,
+)
 from interp_nn.explain.following import secants
 from interp_nn.explain.following.calls import Call, UnsupportedCallError, reads
 from interp_nn.explain.following.recorder import overlap
@@ -97,9 +105,19 @@ ALIASES = {
     "mm": lambda x: torch.mm(mat2=MATRIX, input=x),
     "einsum of aten": lambda x: aten.einsum(equation="ni,ij->nj", tensors=[x, MATRIX]),
     "adaptive_max_pool1d of torch": lambda x: torch.adaptive_max_pool1d(x.unsqueeze(1), output_size=3)[0].flatten(1),
-    "max_pool1d with indices by position": lambda x: F.max_pool1d(x.unsqueeze(1), 2, 2, 0, 1, False, True)[0].flatten(1),
+    "max_pool1d with indices by position": lambda x: F.max_pool1d(x.unsqueeze(1), 2, 2, 0, 1, False, True)[0].flatten(
+        1
+    ),
     "batch_norm of torch": lambda x: torch.batch_norm(
-        x, VECTOR, None, running_mean=VECTOR, running_var=VECTOR + 2, training=False, momentum=0.1, eps=0.1, cudnn_enabled=False
+        x,
+        VECTOR,
+        None,
+        running_mean=VECTOR,
+        running_var=VECTOR + 2,
+        training=False,
+        momentum=0.1,
+        eps=0.1,
+        cudnn_enabled=False,
     ),
 }
 
@@ -356,18 +374,27 @@ def scripted_in_place(x):
 
 
 UNSEEN = {
-    "script": (lambda x: x + torch.jit.script(swish)(x), "add in layer '': an argument was computed by calls that cannot"),
+    "script": (
+        lambda x: x + torch.jit.script(swish)(x),
+        "add in layer '': an argument was computed by calls that cannot",
+    ),
     "script without gradients": (
         torch.no_grad()(lambda x: x + torch.jit.script(swish)(x)),
         "add in layer '': an argument was computed by calls that cannot",
     ),
-    "the script alone": (lambda x: torch.jit.script(swish)(x), "forward in layer '': an argument was computed by calls"),
+    "the script alone": (
+        lambda x: torch.jit.script(swish)(x),
+        "forward in layer '': an argument was computed by calls",
+    ),
     "script in place": (scripted_in_place, "an argument was computed by calls that cannot be recorded"),
     "script that returns a number": (
         lambda x: x * (2 if torch.jit.script(positive)(x) else 3),
         "_local_scalar_dense.default was called where calls cannot be recorded",
     ),
-    "torch.func": (lambda x: x + torch.vmap(torch.relu)(x), "relu in layer '': it runs inside a transform of torch.func"),
+    "torch.func": (
+        lambda x: x + torch.vmap(torch.relu)(x),
+        "relu in layer '': it runs inside a transform of torch.func",
+    ),
     "a derivative": (gradient, "grad in layer '': it differentiates inside the model"),
     "dlpack": (lambda x: x + torch.from_dlpack(x.detach()), "__dlpack__ in layer '': it copies values"),
     "memory": (lambda x: x * (x.data_ptr() > 0), "data_ptr in layer '': it copies values"),
@@ -390,7 +417,9 @@ def test_s6_calls_that_are_not_seen(name):
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_s6_gates_of_a_scripted_activation_are_not_lost():
     model = nn.Sequential(nn.Linear(6, 4), Of(torch.jit.script(F.relu6)), nn.Linear(4, 2)).to(DTYPE)
-    with pytest.raises(UnsupportedOperation, match="linear in layer '2': an argument was computed by calls that cannot"):
+    with pytest.raises(
+        UnsupportedOperation, match="linear in layer '2': an argument was computed by calls that cannot"
+    ):
         record(model, inputs())
     with pytest.raises(UnsupportedOperation, match=r"item in layer ''.* no derivative sees it"):
         linearize(Of(lambda x: x * x[0, 0].item()), inputs(), mode="tangent")
@@ -459,7 +488,9 @@ def test_s7_a_forward_in_inference_mode():
     assert torch.equal(attributions, InstanceLinearization(model.layers).attribute(x, target=1)) and attributions.any()
 
 
-@pytest.mark.parametrize("register", ["register_full_backward_hook", "register_full_backward_pre_hook", "register_backward_hook"])
+@pytest.mark.parametrize(
+    "register", ["register_full_backward_hook", "register_full_backward_pre_hook", "register_backward_hook"]
+)
 def test_s7_backward_hooks_do_not_change_the_map(register):
     layer = nn.Linear(6, 4).to(DTYPE)
     model, x = nn.Sequential(layer, nn.ReLU()), inputs()
@@ -568,7 +599,9 @@ PIECEWISE = {
     "alpha_dropout": lambda x: F.alpha_dropout(x),
     "sort": lambda x: aten.sort.stable(x, stable=True, dim=1, descending=True)[0],
     "max": lambda x: aten.max.dim(x.view(-1, 2, 3), 1)[0],
-    "max_pool2d_with_indices": lambda x: aten.max_pool2d_with_indices(x.view(-1, 1, 2, 3), [1, 2], [1, 1])[0].flatten(1),
+    "max_pool2d_with_indices": lambda x: aten.max_pool2d_with_indices(x.view(-1, 1, 2, 3), [1, 2], [1, 1])[0].flatten(
+        1
+    ),
     "clamp of a bound that is overwritten": lambda x: (lambda low: (x.clamp(min=low), low.add_(1))[0])(torch.zeros(6)),
 }
 

@@ -487,7 +487,9 @@ def test_arrays_of_numpy_are_refused_by_name_everywhere():
 def test_inputs_of_another_dtype_than_the_networks_are_named():
     model = mlp(6, 4, 2, dtype=torch.float32)
     for explain in (linearize, record, frozen, supported_ops):
-        with pytest.raises(TypeError, match=r"x: got torch.float64 on cpu, but the model's parameters are torch.float32 on cpu"):
+        with pytest.raises(
+            TypeError, match=r"x: got torch.float64 on cpu, but the model's parameters are torch.float32 on cpu"
+        ):
             explain(model, torch.ones(2, 6, dtype=DTYPE))
 
 
@@ -569,5 +571,5 @@ def test_a_region_takes_the_image_that_it_was_made_from():
         assert torch.equal(boundary.point.reshape(-1, 108), flat.point)
     with pytest.raises(ValueError, match=r"x: got shape \(1, 3, 6, 5\), want \(..., 108\)"):
         here.contains(image[..., :5])
-    with pytest.raises(TypeError, match="x: got tuple, want a torch.Tensor"):
+    with pytest.raises(TypeError, match=r"x: got tuple, want a torch\.Tensor"):
         region(model, (image,))
