@@ -12,7 +12,7 @@ from torch import Tensor
 from interp_nn.explain.following.calls import Call
 from interp_nn.gates.record import least
 
-LONGEST_ORDER = 128  # entries whose pairs are gates of the pattern
+LONGEST_ORDER = 64  # entries whose pairs are gates of the pattern
 
 
 class LazyGates:

@@ -23,7 +23,7 @@ class OperationReport:
 
     Attributes:
         rows: As given. The treatment is one of 'affine', 'gate' (piecewise linear), 'piece' (piecewise linear, but its pieces
-            are not gates of the pattern: a rounding, or a sort of more than 128 entries), 'secant', 'frozen' (a value that
+            are not gates of the pattern: a rounding, or a sort of more than 64 entries), 'secant', 'frozen' (a value that
             multiplies or masks, and keeps its recorded value) and 'not treated'.
 
     Example:
