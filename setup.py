@@ -1,11 +1,11 @@
-"""Build of interp_nn: everything static is in pyproject.toml, and here is the CUDA library, where it can be built.
+"""Build of interp_nn: pyproject.toml has the static metadata, this file builds the CUDA library where that is possible.
 
-    INTERP_NN_BUILD_CUDA  auto (default): built where it can be, else left out; 1: or an error says why not; 0: left out
-    INTERP_NN_CUDA_ARCHS  what to compile for, "90" or "80;90+PTX"; by default, what a release is compiled for
+    INTERP_NN_BUILD_CUDA  auto (default): build the library if possible; 1: build it or fail with the reason; 0: leave it out
+    INTERP_NN_CUDA_ARCHS  compute capabilities, "90" or "80;90+PTX"; default: those of a release
     INTERP_NN_PTXAS       1: ptxas reports the registers and spills of each kernel (tests/packaging/resources.py)
 
-The library stands on PyTorch's stable ABI and has CUDA's runtime linked in, so that one wheel serves every newer Python and
-PyTorch. PyTorch is no build requirement, or pip would download one to build with: build with --no-build-isolation.
+The library uses PyTorch's stable ABI and contains CUDA's runtime: one wheel serves every newer Python and PyTorch. PyTorch is
+not a build requirement, because pip would download a second one. Build with --no-build-isolation.
 """
 
 import os
@@ -21,43 +21,43 @@ from zlib import crc32
 from setuptools import find_packages, setup
 
 ARCHS = "75;80;86;89;90+PTX;100;120+PTX"
-OLDEST_NVCC = (12, 8)  # knows the archs above and --compress-mode
+OLDEST_NVCC = (12, 8)  # the first with the archs above and --compress-mode
 OLDEST_TORCH = (2, 10)
-STABLE_ABI = "0x020a000000000000"  # that of the oldest PyTorch
+STABLE_ABI = "0x020a000000000000"  # of the oldest PyTorch
 OLDEST_PYTHON = "cp310"
 
 
 def parse_archs(text: str) -> list[tuple[int, bool]]:
-    """Compute capabilities, 10 major + minor, and whether a GPU newer than it may compile its PTX."""
+    """Return pairs of a compute capability, 10 major + minor, and whether its PTX is included for newer GPUs."""
     archs = []
     for entry in filter(None, map(str.strip, text.split(";"))):
         if not re.fullmatch(r"\d{2,3}(\+PTX)?", entry):
-            sys.exit(f"interp_nn: INTERP_NN_CUDA_ARCHS has {entry!r}; it is a list like 80;90+PTX")
+            sys.exit(f"interp_nn: INTERP_NN_CUDA_ARCHS: got {entry!r}, want a list like 80;90+PTX")
         archs.append((int(entry.removesuffix("+PTX")), entry.endswith("+PTX")))
     if not archs:
-        sys.exit(f"interp_nn: INTERP_NN_CUDA_ARCHS names nothing; what a release has is {ARCHS}")
+        sys.exit(f"interp_nn: INTERP_NN_CUDA_ARCHS: got an empty list, want one like {ARCHS}")
     return archs
 
 
 def gencode(archs: list[tuple[int, bool]]) -> list[str]:
-    """The flags of nvcc."""
+    """Return nvcc's flags for the archs."""
     codes = [(arch, code) for arch, ptx in archs for code in (("sm", "compute") if ptx else ("sm",))]
     return [f"-gencode=arch=compute_{arch},code={code}_{arch}" for arch, code in codes]
 
 
 def find_toolkit() -> Path | None:
-    """The folder of the CUDA toolkit: CUDA_HOME, and where that is not set, that of nvcc on PATH or the usual one."""
+    """Return the folder of the CUDA toolkit: CUDA_HOME; if it is not set, nvcc's on PATH, or /usr/local/cuda."""
     homes = [Path("/usr/local/cuda")]
     if "CUDA_HOME" in os.environ:
         homes = [Path(os.environ["CUDA_HOME"])]
     elif on_path := shutil.which("nvcc"):
         homes.insert(0, Path(on_path).resolve().parents[1])
-    needed = ("bin/nvcc", "include/cuda_runtime.h")  # the second, as an nvcc on PATH may be a wrapper in another folder
+    needed = ("bin/nvcc", "include/cuda_runtime.h")  # an nvcc on PATH may be a wrapper outside the toolkit
     return next((home for home in homes if all((home / file).exists() for file in needed)), None)
 
 
-def obstacle(toolkit: Path | None, archs: list[tuple[int, bool]]) -> str | None:
-    """Why the CUDA library cannot be built here; None if it can."""
+def unsupported_reason(toolkit: Path | None, archs: list[tuple[int, bool]]) -> str | None:
+    """Return why the CUDA library cannot be built here, or None."""
     if sys.platform != "linux":
         return f"it is for Linux, and this is {sys.platform}"
     if toolkit is None:
@@ -71,10 +71,10 @@ def obstacle(toolkit: Path | None, archs: list[tuple[int, bool]]) -> str | None:
     nvcc = _version(_nvcc(toolkit, "--version").partition("release ")[2])
     if nvcc < OLDEST_NVCC:
         return f"the nvcc in {toolkit} is of CUDA {_text(nvcc)}, older than {_text(OLDEST_NVCC)}"
-    # The library would want a driver of nvcc's major version, and PyTorch refuses to build with another than its own.
+    # The library would need a driver of nvcc's major version. PyTorch refuses to build with another major version than its own.
     if torch.version.cuda is not None and nvcc[0] != _version(torch.version.cuda)[0]:
         return (
-            f"the nvcc in {toolkit} is of CUDA {_text(nvcc)} and PyTorch of CUDA {torch.version.cuda}, so that they want "
+            f"the nvcc in {toolkit} is of CUDA {_text(nvcc)} and PyTorch of CUDA {torch.version.cuda}, which need "
             f"drivers of different major versions (set CUDA_HOME to a toolkit of CUDA {_version(torch.version.cuda)[0]})"
         )
     known = _nvcc(toolkit, "--list-gpu-code").split()
@@ -97,13 +97,13 @@ def _text(version: tuple[int, ...]) -> str:
 
 
 def extension(toolkit: Path, archs: list[tuple[int, bool]]) -> dict[str, Any]:
-    """What setup() must know to build interp_nn/_C.abi3.so."""
+    """Return the arguments of setup() that build interp_nn/_C.abi3.so."""
     from torch.utils import cpp_extension
 
     cpp_extension.CUDA_HOME = str(toolkit)  # a PyTorch without CUDA does not look for it
     headers = sorted(glob("csrc/*.h"))
     flags = ["-O3", "-std=c++17", "-Xcompiler=-fvisibility=hidden", "--compress-mode=size", *gencode(archs)]
-    # Beside a PyTorch without CUDA, Ninja knows of no headers of what nvcc compiles; it does see that a command changes.
+    # With a PyTorch without CUDA, Ninja does not track the headers of .cu files, but it rebuilds when the command changes.
     flags.append(f"-DHEADERS={crc32(b''.join(Path(header).read_bytes() for header in headers))}")
     if os.environ.get("INTERP_NN_PTXAS") == "1":
         flags.append("-Xptxas=-v")
@@ -123,15 +123,15 @@ def extension(toolkit: Path, archs: list[tuple[int, bool]]) -> dict[str, Any]:
 
 
 def cuda_library() -> dict[str, Any]:
-    """The arguments of setup() that build the CUDA library; none where it is left out."""
+    """Return the arguments of setup() that build the CUDA library; none where it is left out."""
     wanted = os.environ.get("INTERP_NN_BUILD_CUDA", "auto")
     if wanted not in ("auto", "1", "0"):
-        sys.exit(f"interp_nn: INTERP_NN_BUILD_CUDA is {wanted!r}; it may be auto, 1 or 0")
+        sys.exit(f"interp_nn: INTERP_NN_BUILD_CUDA: got {wanted!r}, want auto, 1 or 0")
     if wanted == "0":
         return {}
     archs = parse_archs(os.environ.get("INTERP_NN_CUDA_ARCHS", ARCHS))
     toolkit = find_toolkit()
-    reason = obstacle(toolkit, archs)
+    reason = unsupported_reason(toolkit, archs)
     if reason is not None:
         if wanted == "1":
             sys.exit(f"interp_nn: the CUDA library cannot be built: {reason}")
@@ -142,7 +142,7 @@ def cuda_library() -> dict[str, Any]:
 
 if __name__ == "__main__":
     setup(
-        # The sources travel with the package, for INTERP_NN_JIT=1 (interp_nn/engines/cuda/compiled_library.py).
+        # The sources are installed for INTERP_NN_JIT=1 (interp_nn/engines/cuda/compiled_library.py).
         packages=[*find_packages(include=["interp_nn*"]), "interp_nn.csrc"],
         package_dir={"interp_nn.csrc": "csrc"},
         **cuda_library(),

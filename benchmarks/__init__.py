@@ -1,7 +1,5 @@
-"""Benchmarks, the papers' tables, and the main job of interp_nn: `python -m benchmarks`."""
+"""The demo, the timings and the experiments of interp_nn: `python -m benchmarks`."""
 
 import os
 
-os.environ.setdefault(
-    "KINETO_LOG_LEVEL", "99"
-)  # PyTorch's profiler, which counts memory, else prints when it starts and stops
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # PyTorch's profiler, which counts memory, otherwise prints

@@ -1,4 +1,4 @@
-"""`python -m benchmarks`: the main job, the timings, and their tables and figures."""
+"""`python -m benchmarks`: the demo, the timings, the experiments, and their tables and figures."""
 
 from __future__ import annotations
 
@@ -10,144 +10,120 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import ceilings, compare, data, experiments, papers, record, report, roofline, rows, run
-from benchmarks.experiments.common import at_least
+from benchmarks import demo, experiments
+from benchmarks.experiments import papers
 from benchmarks.gpu import job
-from benchmarks.problems import DTYPES, OPS, products
-from benchmarks.suites import ops
+from benchmarks.records import environment, figures, report, rows
+from benchmarks.timing import compare, host, operator_suite, roofline, run
+from benchmarks.timing.problems import DTYPES, OPS, products
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command line; the exit status."""
+    """Run the command line and return the exit status."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    cuda = "cuda" if torch.cuda.is_available() else "cpu"
     commands = parser.add_subparsers(dest="command", required=True)
 
-    demo = commands.add_parser("demo", help="train a small CNN with an MLP head and with a summary head, and compare")
-    demo.add_argument(
-        "--dataset", choices=("digits", "mnist", "cifar10", "cifar100"), help="default: what --data holds, else digits"
-    )
-    demo.add_argument(
-        "--data",
-        type=Path,
-        default=data.usual_folder(),
-        metavar="DIR",
-        help="folder with MNIST or CIFAR-10 (default: $INTERP_NN_DATA)",
-    )
-    number = at_least(1)
-    demo.add_argument("--epochs", type=number, help="default: 20 for digits, 1 for the others")
-    demo.add_argument("--seeds", type=number, help="networks of each kind (default: 3 for digits, 1 for the others)")
-    demo.add_argument("--train-size", type=number, help="train on the first so many images (default: all)")
-    demo.add_argument("--device", default="cpu")
-    demo.add_argument("--output", type=Path, default=Path("results"), metavar="DIR", help="for the PNG and the JSON")
+    def command(name: str, function: Callable[[argparse.Namespace], int | None], about: str) -> argparse.ArgumentParser:
+        added = commands.add_parser(name, help=about)
+        added.set_defaults(function=function)
+        return added
 
-    experiment = commands.add_parser(
-        "experiments", help="explanations of trained networks, and the papers' tables; lists them without a name"
+    demo.add_arguments(
+        command("demo", demo.run, "train a small CNN with an MLP head and with a summary head, and compare them")
+    )
+
+    experiment = command(
+        "experiments",
+        _experiments,
+        "explanations of trained networks, and the papers' tables; lists them without a name",
     )
     experiment.add_argument("name", nargs="?", metavar="NAME")
     experiment.add_argument(
-        "options", nargs=argparse.REMAINDER, metavar="...", help="its own: `experiments NAME --help` says which"
+        "options", nargs=argparse.REMAINDER, metavar="...", help="`experiments NAME --help` lists the options of NAME"
     )
 
-    run.add_arguments(
-        commands.add_parser("run", help="time the operator, its losses and training steps against rivals")
-    )
-    commands.add_parser("list", help="what can be run: suites, providers, shapes")
+    run.add_arguments(command("run", run.run, "time the operator, its losses and training steps against baselines"))
+    command("list", lambda _: print(run.listing()), "list the suites, the providers and the shapes")
     compare.add_arguments(
-        commands.add_parser("compare", help="two git revisions side by side, or the ratios of two records")
+        command("compare", compare.run, "time two git revisions side by side, or compare the ratios of two records")
     )
 
-    table = commands.add_parser("table", help="print records as Markdown")
+    table = command("table", _table, "print records as Markdown")
     table.add_argument("file", type=Path, nargs="+")
-    table.add_argument("--page", type=Path, metavar="FILE", help="write the table into this file, between its marks")
+    papers_table = command("papers", _papers, "print what the papers published beside the experiments' records")
+    papers_table.add_argument("--brief", action="store_true", help="only published results and their baselines")
+    for page in (table, papers_table):
+        page.add_argument("--page", type=Path, metavar="FILE", help="write the table into this file, between its marks")
 
-    papers_table = commands.add_parser("papers", help="print what the papers published beside the experiments' records")
-    papers_table.add_argument("--brief", action="store_true", help="only what has been published, and its rivals")
-    papers_table.add_argument(
-        "--page", type=Path, metavar="FILE", help="write the table into this file, between its marks"
-    )
-
-    plot = commands.add_parser("plot", help="draw records")
+    plot = command("plot", _plot, "draw records")
     plot.add_argument("file", type=Path, nargs="+")
-    plot.add_argument("--output", type=Path, metavar="DIR", help="for PNG and SVG (default: beside the first record)")
+    plot.add_argument("--output", type=Path, metavar="DIR", help="for the PNGs (default: beside the first record)")
 
-    light = commands.add_parser("roofline", help="measure the device's rates, and the least time that they leave")
-    light.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    light = command("roofline", _roofline, "measure the device's rates, and print the least time of each problem")
+    light.add_argument("--device", choices=("cpu", "cuda"), default=cuda)
     light.add_argument("--dtype", choices=DTYPES, action="append", help="repeatable (default: fp32)")
     light.add_argument("--op", choices=OPS, action="append", help="repeatable (default: all)")
     light.add_argument("--shape", type=run.shape, action="append", metavar="N,D,K[,M]", help="repeatable")
 
-    host = commands.add_parser(
+    overhead = command(
         "host",
-        help="time what a layer costs on the host above its products, and a call of the triton engine without its launch",
+        lambda given: print(host.table(host.run(given.output))),
+        "time the Python overhead of a layer and of the triton engine",
     )
-    host.add_argument("--output", type=Path, metavar="FILE", help="write the record here")
+    overhead.add_argument("--output", type=Path, metavar="FILE", help="write the record here")
 
-    gpu = commands.add_parser("gpu", help="everything that only a GPU can show: correctness, launches, tuning, timings")
-    job.add_arguments(gpu)
-    commands.add_parser("env", help="print what a record says of this machine")
+    job.add_arguments(
+        command(
+            "gpu",
+            lambda given: job.run(job.settings(given)),
+            "check correctness, launches, tuning and timings on a GPU, which no other command can",
+        )
+    )
+    command(
+        "env",
+        lambda _: print(json.dumps(environment.facts(cuda), indent=1)),
+        "print the environment of a record made on this machine",
+    )
 
     given = parser.parse_args(arguments)
-    return _COMMANDS[given.command](given)
-
-
-def _env(_: argparse.Namespace) -> int:
-    print(json.dumps(record.environment("cuda" if torch.cuda.is_available() else "cpu"), indent=1))
-    return 0
-
-
-def _list(_: argparse.Namespace) -> int:
-    print(run.listing())
-    return 0
-
-
-def _table(given: argparse.Namespace) -> int:
     try:
-        if given.page is None:
-            print(report.markdown(rows.read(given.file)))
-        else:
-            for file in given.file:
-                report.fill(given.page, file, record.ROOT)
+        return given.function(given) or 0
     except (OSError, ValueError) as error:
-        print(f"benchmarks table: {error}", file=sys.stderr)
+        if given.command not in ("table", "papers", "plot"):
+            raise
+        print(f"benchmarks {given.command}: {error}", file=sys.stderr)
         return 2
-    return 0
 
 
-def _papers(given: argparse.Namespace) -> int:
+def _table(given: argparse.Namespace) -> None:
+    if given.page is None:
+        print(report.markdown(rows.read(given.file)))
+    for file in given.file if given.page is not None else ():
+        report.fill(given.page, file, environment.ROOT)
+
+
+def _papers(given: argparse.Namespace) -> None:
     text = papers.markdown(papers.read(), given.brief)
     if given.page is None:
         print(text)
-        return 0
-    try:
+    else:
         report.between(given.page, "papers --brief" if given.brief else "papers", text)
-    except (OSError, ValueError) as error:
-        print(f"benchmarks papers: {error}", file=sys.stderr)
-        return 2
-    return 0
 
 
-def _plot(given: argparse.Namespace) -> int:
-    from benchmarks import plots
-
-    try:
-        found = rows.read(given.file)
-    except (OSError, ValueError) as error:
-        print(f"benchmarks plot: {error}", file=sys.stderr)
-        return 2
-    for path in plots.draw(found, given.output or given.file[0].parent):
+def _plot(given: argparse.Namespace) -> None:
+    for path in figures.draw(rows.read(given.file), given.output or given.file[0].parent):
         print(path)
-    return 0
 
 
-def _roofline(given: argparse.Namespace) -> int:
-    device = torch.device(given.device)
-    problems = list(ops.problems(ops.Wanted(given.op or OPS, None, given.shape, given.dtype or ("fp32",))))
+def _roofline(given: argparse.Namespace) -> None:
+    wanted = operator_suite.Wanted(given.op or OPS, None, given.shape, given.dtype or ("fp32",))
+    problems = list(operator_suite.problems(wanted))
     rates = {}
     for dtype in dict.fromkeys(problem.dtype for problem in problems):
         with products(dtype):
-            rates[dtype] = ceilings.measure(device, dtype)
-    print(f"{record.device_name(given.device)}, torch {torch.__version__}\n\n{roofline.table(rates, problems)}")
-    return 0
+            rates[dtype] = roofline.measure(torch.device(given.device), dtype)
+    print(f"{environment.device_name(given.device)}, torch {torch.__version__}\n\n{roofline.table(rates, problems)}")
 
 
 def _experiments(given: argparse.Namespace) -> int:
@@ -160,39 +136,6 @@ def _experiments(given: argparse.Namespace) -> int:
         print(f"benchmarks experiments: {error}", file=sys.stderr)
         return 2
     return run_experiment(given.options)
-
-
-def _host(given: argparse.Namespace) -> int:
-    from benchmarks import host
-
-    print(host.table(host.run(given.output)))
-    return 0
-
-
-def _demo(given: argparse.Namespace) -> int:
-    from benchmarks import demo
-
-    return demo.run(given.dataset, given.data, given.epochs, given.seeds, given.train_size, given.device, given.output)
-
-
-def _gpu(given: argparse.Namespace) -> int:
-    return job.run(job.settings(given))
-
-
-_COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
-    "compare": compare.run,
-    "demo": _demo,
-    "env": _env,
-    "experiments": _experiments,
-    "gpu": _gpu,
-    "host": _host,
-    "list": _list,
-    "papers": _papers,
-    "plot": _plot,
-    "roofline": _roofline,
-    "run": run.run,
-    "table": _table,
-}
 
 
 if __name__ == "__main__":

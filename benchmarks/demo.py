@@ -1,7 +1,8 @@
-"""The main job: a small CNN on real images, once with an MLP head and once with a summary head, compared in full."""
+"""`demo`: a small CNN on real images, once with an MLP head and once with a summary head, compared in full."""
 
 from __future__ import annotations
 
+import argparse
 import sys
 import time
 from collections.abc import Callable
@@ -10,56 +11,61 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
-from tqdm import tqdm
+from torch import Tensor, nn
 
 import interp_nn
-from benchmarks import data, record
-from benchmarks.measure import TIMERS, Asked, measure
-from benchmarks.networks import NETWORKS, Network, SummaryNetwork
-from benchmarks.problems import Problem
-from benchmarks.rows import Writer
+from benchmarks.experiments import datasets
+from benchmarks.experiments.training import Recipe, accuracy, train
+from benchmarks.records import environment
+from benchmarks.records.rows import Writer, common, write_json
+from benchmarks.timing import tolerances
+from benchmarks.timing.measure import TIMERS, Asked, measure
+from benchmarks.timing.problems import Problem
+from benchmarks.timing.reference_networks import NETWORKS, Network, SummaryNetwork
+from benchmarks.timing.run import at_least
 
 BATCH = 64
 LEARNING_RATE = 1e-3
 
 
-def run(
-    dataset: str | None,
-    directory: Path | None,
-    epochs: int | None,
-    seeds: int | None,
-    train_size: int | None,
-    device: str,
-    output: Path,
-) -> int:
-    """Train, check, time, print, and save a figure and a record; exit status 1 when the gradient check fails."""
-    start = time.perf_counter()
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `python -m benchmarks demo`."""
+    names = ("digits", "mnist", "cifar10", "cifar100")
+    parser.add_argument("--dataset", choices=names, help="default: the dataset in --data, else digits")
+    datasets.add_folder(parser, "folder with MNIST or CIFAR-10 (default: $INTERP_NN_DATA)")
+    number = at_least(1)
+    parser.add_argument("--epochs", type=number, help="default: 20 for digits, 1 for the others")
+    parser.add_argument("--seeds", type=number, help="networks of each kind (default: 3 for digits, 1 for the others)")
+    parser.add_argument("--train-size", type=number, help="train on the first images only (default: all)")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--output", type=Path, default=Path("results"), metavar="DIR", help="for the PNG and the JSON")
+
+
+def run(given: argparse.Namespace) -> int:
+    """Train, check, time, print, and save a figure and a record; the exit status is 1 when the gradient check fails."""
+    start, device, output = time.perf_counter(), given.device, given.output
     try:
-        images = data.load(dataset, directory)
+        images = datasets.load(given.dataset, given.data)
     except (FileNotFoundError, ValueError) as error:
         print(error, file=sys.stderr)
         return 2
-    epochs = epochs or (20 if images.name == "digits" else 1)
-    seeds = seeds or (3 if images.name == "digits" else 1)
-    if train_size:
-        images = images._replace(x_train=images.x_train[:train_size], y_train=images.y_train[:train_size])
-    images = images._replace(**{name: getattr(images, name).to(device) for name in images._fields[1:]})
+    epochs = given.epochs or (20 if images.name == "digits" else 1)
+    seeds = given.seeds or (3 if images.name == "digits" else 1)
+    if size := given.train_size:
+        images = images._replace(x_train=images.x_train[:size], y_train=images.y_train[:size])
+    images = images.to(device)
     channels, size = images.x_train.shape[1:3]
     print(
         f"{images.name}: {len(images.y_train):,} training and {len(images.y_test):,} test images, {channels} x {size} x {size}; "
-        f"{epochs} epochs of Adam {LEARNING_RATE:g} at batch {BATCH}, {seeds} seeds, on {record.device_name(device)}"
+        f"{epochs} epochs of Adam {LEARNING_RATE:g} at batch {BATCH}, {seeds} seeds, on {environment.device_name(device)}"
     )
 
     runs: list[dict[str, Any]] = []
     last: dict[str, Network] = {}
-    steps = epochs * seeds * len(NETWORKS) * -(-len(images.y_train) // BATCH)
-    with tqdm(total=steps, unit="step", desc="training") as progress:
-        for seed in range(seeds):
-            for name in NETWORKS:
-                progress.set_postfix_str(f"{name} head, seed {seed}")
-                result, last[name] = _train(name, seed, images, epochs, device, progress)
-                runs.append(result)
+    for seed in range(seeds):
+        for name in NETWORKS:
+            result, last[name] = _train(name, seed, images, epochs, device)
+            runs.append(result)
 
     trained = last["summary"]
     assert isinstance(trained, SummaryNetwork)
@@ -67,79 +73,48 @@ def run(
     features = trained.head.in_features
     timings = [_timings(*shape, device) for shape in ((BATCH, features, trained.head.out_features), (4096, 512, 64))]
     whole = {
-        "experiment": f"demo-{images.name}",
-        **record.environment(device),
-        "seeds": list(range(seeds)),
-        "epochs": epochs,
+        "experiment": f"demo-{images.name}", **environment.facts(device), "seeds": list(range(seeds)), "epochs": epochs,
         "seconds": round(time.perf_counter() - start, 1),
         "budget": {"batch": BATCH, "learning_rate": LEARNING_RATE, "train_images": len(images.y_train)},
         "results": {"runs": runs, "gradients": gradients, "timings": timings},
-    }
+    }  # fmt: skip
     spectrum = trained.head.spectrum().cpu().numpy()
     figure, json_file = output / f"demo-{images.name}.png", output / f"demo-{images.name}.json"
-    record.write(json_file, whole)
+    write_json(json_file, whole)
     _draw(whole, spectrum, figure)
     _print(whole)
     print(f"\nwrote {json_file} and {figure}; {whole['seconds']:.0f} s in all")
     return 0 if gradients["passed"] else 1
 
 
-def _train(
-    name: str, seed: int, images: data.Images, epochs: int, device: str, progress: tqdm[Any]
-) -> tuple[dict[str, Any], Network]:
+def _train(name: str, seed: int, images: datasets.Images, epochs: int, device: str) -> tuple[dict[str, Any], Network]:
     torch.manual_seed(seed)
     channels, size = images.x_train.shape[1:3]
     network = NETWORKS[name](channels, size, classes=images.classes).to(device)
-    optimizer = torch.optim.Adam(network.parameters(), lr=LEARNING_RATE)
-    shuffle = torch.Generator().manual_seed(seed)
-    losses: list[float] = []
-    accuracies: list[float] = []
-    seconds: list[float] = []
-    first_loss = float("nan")
-    for epoch in range(epochs):
-        network.train()
-        start = time.perf_counter()
-        total = torch.zeros((), device=device)
-        batches = torch.randperm(len(images.y_train), generator=shuffle).to(device).split(BATCH)
-        for step, index in enumerate(batches):
-            optimizer.zero_grad()
-            loss = network.loss(images.x_train[index], images.y_train[index])
-            loss.backward()
-            optimizer.step()
-            if epoch == step == 0:
-                first_loss = loss.item()
-            total += loss.detach()
-            progress.update()
-        losses.append(float(total) / len(batches))  # waits for the device, so the epoch's time is whole
-        seconds.append(time.perf_counter() - start)
-        accuracies.append(_accuracy(network, images))
+    first: list[float] = []
+
+    def loss(_: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        value = network.loss(x, y)
+        if not first:
+            first.append(value.item())
+        return value
+
+    history, _ = train(
+        network, images.x_train, images.y_train, Recipe(epochs, BATCH, LEARNING_RATE), label=f"{name} head, seed {seed}",
+        seed=seed, loss=loss, measure=lambda _: {"accuracy": accuracy(network, images.x_test, images.y_test)},
+    )  # fmt: skip
     result = {
-        "head": name,
-        "seed": seed,
-        "first_loss": first_loss,
-        "loss": losses,
-        "test_accuracy": accuracies,
-        "epoch_seconds": seconds,
-    }
+        "head": name, "seed": seed, "first_loss": first[0], "loss": history["loss"],
+        "test_accuracy": history["accuracy"], "epoch_seconds": history["seconds"],
+    }  # fmt: skip
     if isinstance(network, SummaryNetwork):
         result |= _summary_measures(network, images)
     return result, network
 
 
 @torch.no_grad()
-def _accuracy(network: Network, images: data.Images) -> float:
-    """Share of the test images that are classified right, in evaluation mode."""
-    network.eval()
-    right = sum(
-        int((network(x).argmax(1) == y).sum())
-        for x, y in zip(images.x_test.split(1000), images.y_test.split(1000), strict=True)
-    )
-    return right / len(images.y_test)
-
-
-@torch.no_grad()
-def _summary_measures(network: SummaryNetwork, images: data.Images) -> dict[str, float]:
-    """Orthogonality defect of b, and how far the two logits agree on the test images."""
+def _summary_measures(network: SummaryNetwork, images: datasets.Images) -> dict[str, float]:
+    """Return the orthogonality defect of b, and how far the two logits agree on the test images."""
     network.train()  # both logits
     agree, difference, norm = 0, 0.0, 0.0
     for x in images.x_test.split(1000):
@@ -154,8 +129,8 @@ def _summary_measures(network: SummaryNetwork, images: data.Images) -> dict[str,
     }
 
 
-def _check_gradients(network: SummaryNetwork, images: data.Images) -> dict[str, Any]:
-    """The head's loss and gradients on a training batch: ours, and autograd's of the plain expression, against fp64."""
+def _check_gradients(network: SummaryNetwork, images: datasets.Images) -> dict[str, Any]:
+    """Compare the gradients of the head's loss on a training batch with fp64: ours, and autograd's of the expression."""
     with torch.no_grad():
         features = network.body(images.x_train[:BATCH])
     target = images.y_train[:BATCH]
@@ -166,34 +141,26 @@ def _check_gradients(network: SummaryNetwork, images: data.Images) -> dict[str, 
         inputs = [t.detach().to(dtype).requires_grad_() for t in tensors]
         return list(torch.autograd.grad(loss(*inputs, target), inputs))
 
-    def plain(x: Tensor, b: Tensor, a: Tensor, c: Tensor, target: Tensor) -> Tensor:
-        p = x @ b
-        o1, o2 = p @ a.T + c, p @ (b.T @ b) @ a.T + c
-        entropy = torch.nn.functional.cross_entropy
-        return entropy(o1, target) + entropy(o2, target) + torch.nn.functional.mse_loss(o1, o2)
-
-    exact = gradients(plain, torch.float64)
+    plain = tolerances.naive_head_cross_entropy
     rows = {}
-    for name, ours, autograd, truth in zip(
+    for name, ours, autograd, exact in zip(
         ("features", "b", "output weight", "output bias"),
         gradients(interp_nn.functional.summary_head_cross_entropy, torch.float32),
         gradients(plain, torch.float32),
-        exact,
+        gradients(plain, torch.float64),
         strict=True,
     ):
-        scale = float(truth.norm())
-        errors = [float((g - truth).norm()) / scale for g in (ours, autograd)]
-        rows[name] = {"interp_nn": errors[0], "autograd": errors[1]}
+        rows[name] = {"interp_nn": tolerances.errors(ours, exact)[0], "autograd": tolerances.errors(autograd, exact)[0]}
     floor = 16 * torch.finfo(torch.float32).eps
     passed = all(row["interp_nn"] <= 2 * row["autograd"] + floor for row in rows.values())
     return {"relative_error_to_fp64": rows, "passed": passed}
 
 
 def _timings(n: int, d: int, k: int, device: str) -> dict[str, Any]:
-    """Forward + backward of the summary, the unfused expression, the inverse-based baseline and nn.Linear, in fp32."""
+    """Time forward + backward of the summary, the unfused expression, an inverse-based baseline and nn.Linear, in fp32."""
     at = torch.device(device)
     names = ("ours", "unfused", "inverse-inv", "linear")
-    writer = Writer(None, at, TIMERS[at.type][0], "hot")
+    writer = Writer(None, common(device))
     measure(Problem("summary", n, d, k), ("fwdbwd",), names, Asked(at, TIMERS[at.type][0]), None, writer)
     found = {row["provider"]: row for row in writer.rows}
     medians = {name: found[name]["ms_p50"] for name in names}
@@ -208,10 +175,10 @@ def _print(whole: dict[str, Any]) -> None:
     results = whole["results"]
     print(f"\n{'head':8} {'test accuracy':>18} {'epoch':>9} {'first loss':>11} {'defect':>8} {'o1/o2 agree':>12}")
     for head in NETWORKS:
-        accuracy = 100 * _of(whole, head, "test_accuracy")[:, -1]
-        spread = f" ± {accuracy.std(ddof=1):.2f}" if len(accuracy) > 1 else ""
+        last = 100 * _of(whole, head, "test_accuracy")[:, -1]
+        spread = f" ± {last.std(ddof=1):.2f}" if len(last) > 1 else ""
         seconds = np.median(_of(whole, head, "epoch_seconds"))
-        line = f"{head:8} {f'{accuracy.mean():.2f}{spread} %':>18} {seconds:7.2f} s {_of(whole, head, 'first_loss').mean():11.2f}"
+        line = f"{head:8} {f'{last.mean():.2f}{spread} %':>18} {seconds:7.2f} s {_of(whole, head, 'first_loss').mean():11.2f}"
         if head == "summary":
             defect, agreement = (_of(whole, head, key).mean() for key in ("orthogonality_defect", "agreement"))
             line += f" {defect:8.3f} {100 * agreement:10.2f} %"
@@ -234,17 +201,17 @@ def _draw(whole: dict[str, Any], spectrum: np.ndarray[Any, Any], path: Path) -> 
 
     colours = {"mlp": "tab:gray", "summary": "tab:blue"}
     figure, axes = plt.subplots(2, 2, figsize=(10, 7), layout="constrained")
-    (loss, accuracy), (values, bars) = axes
+    (losses, rates), (values, bars) = axes
     for head, colour in colours.items():
-        for axis, key, scale in ((loss, "loss", 1), (accuracy, "test_accuracy", 100)):
+        for axis, key, scale in ((losses, "loss", 1), (rates, "test_accuracy", 100)):
             curves = scale * _of(whole, head, key)
             epochs = np.arange(1, curves.shape[1] + 1)
             axis.plot(epochs, curves.T, color=colour, alpha=0.3, linewidth=1)
             axis.plot(epochs, curves.mean(0), color=colour, marker="." if len(epochs) < 3 else "", label=f"{head} head")
-    loss.set(yscale="log", xlabel="epoch", ylabel="training loss", title="Training loss (summary: three terms)")
-    accuracy.set(xlabel="epoch", ylabel="test accuracy, %", title="Test accuracy")
-    accuracy.legend()
-    for axis in (loss, accuracy):
+    losses.set(yscale="log", xlabel="epoch", ylabel="training loss", title="Training loss (summary: three terms)")
+    rates.set(xlabel="epoch", ylabel="test accuracy, %", title="Test accuracy")
+    rates.legend()
+    for axis in (losses, rates):
         axis.xaxis.get_major_locator().set_params(integer=True)
 
     index = np.arange(1, len(spectrum) + 1)

@@ -1,6 +1,6 @@
 // The kernels as private operators of PyTorch, through its stable ABI: a library compiled once serves every PyTorch
-// from 2.10 on. Schemas and fake kernels are in interp_nn/engines/cuda/engine.py, which alone calls them and has checked what
-// is checked here only so that no call can read what is not there.
+// from 2.10 on. interp_nn/engines/cuda/engine.py has their schemas and fake kernels, and is their only caller. It has
+// checked the arguments; the checks here only keep a call from reading what is not there.
 #include <torch/csrc/stable/library.h>
 
 #include <optional>
@@ -42,7 +42,7 @@ Tensor empty(const Tensor& like, int32_t dtype, const std::vector<int64_t>& size
     return made;
 }
 
-// What an operator returns: memory for what is needed, in order, and null pointers for the rest.
+// The results of an operator: memory for those that are needed, in order, and null pointers for the others.
 struct Results {
     const Tensor& like;
     int32_t dtype;
@@ -59,7 +59,12 @@ struct Results {
     void* vector(bool needed, int64_t size) { return needed ? add({size}, {1}) : nullptr; }
 };
 
-// The data of an optional matrix or vector that lies row by row, in the dtype of the operands.
+int to_int(int64_t size) {
+    STD_TORCH_CHECK(size == static_cast<int>(size), "d, k and the number of classes must fit in 32 bits");
+    return static_cast<int>(size);
+}
+
+// The data of an optional contiguous tensor with so many elements of a dtype.
 void* data(const MaybeTensor& t, int64_t elements, int32_t dtype) {
     if (!t) return nullptr;
     STD_TORCH_CHECK(t->is_contiguous() && t->numel() == elements && dtype_of(*t) == dtype,
@@ -67,7 +72,7 @@ void* data(const MaybeTensor& t, int64_t elements, int32_t dtype) {
     return t->data_ptr();
 }
 
-// The sizes, operands and kind that all calls have. Without units for tf32, fp32 products are exact.
+// Set the sizes, operands and kind of any call. Without units for tf32, fp32 products are exact.
 template <class Arguments>
 int32_t set(Arguments& a, const Device& device, const Tensor& x, const Tensor& b, bool tf32) {
     STD_TORCH_CHECK(x.dim() == 2 && b.dim() == 2 && x.size(1) == b.size(0), "x must be (n, d) and b (d, k)");
@@ -76,15 +81,15 @@ int32_t set(Arguments& a, const Device& device, const Tensor& x, const Tensor& b
     a.x = data(x, x.numel(), dtype);
     a.b = b.data_ptr();
     a.n = x.size(0);
-    a.d = static_cast<int>(x.size(1));
-    a.k = static_cast<int>(b.size(1));
+    a.d = to_int(x.size(1));
+    a.k = to_int(b.size(1));
     a.b_feature = b.stride(0);
     a.b_column = b.stride(1);
-    a.kind = kind_of(x, tf32 && device.chip.capability >= 80);
+    a.kind = kind_of(x, tf32 && device.spec.capability >= 80);
     return dtype;
 }
 
-// What passes from phase to phase, in one piece: first the numbers in fp32, then the rows.
+// The workspaces of a call in one allocation: first the fp32 numbers, then the rows.
 struct Memory {
     template <class Arguments>
     Memory(Arguments& a, const interp_nn::Workspace& sizes, const Tensor& x, const Tensor& counter) {
@@ -99,7 +104,7 @@ struct Memory {
     Tensor work;
 };
 
-// [Y, G], and P after them where it is asked for.
+// [Y, G], and then P for a pair.
 std::vector<Tensor> cuda_forward(const Tensor& x, const Tensor& b, const MaybeTensor& bias, bool pair, bool tf32) {
     const Device device(x);
     interp_nn::Forward a{};
@@ -109,7 +114,7 @@ std::vector<Tensor> cuda_forward(const Tensor& x, const Tensor& b, const MaybeTe
     a.y = results.matrix(true, a.n, a.k);
     a.g = results.matrix(true, a.k, a.k);
     a.p = results.matrix(pair, a.n, a.k);
-    check(interp_nn::forward(a, device.chip, device.stream));
+    check(interp_nn::forward(a, device.spec, device.stream));
     return results.tensors;
 }
 
@@ -128,8 +133,8 @@ std::vector<Tensor> pair_backward(const MaybeTensor& dp, const MaybeTensor& dy, 
     a.dx = results.matrix(need_x, a.n, a.d);
     a.db = results.matrix(need_b, a.d, a.k, transposed);
     a.db_transposed = transposed;
-    const Memory memory(a, interp_nn::pair_backward_workspace(a, device.chip), x, counter);
-    check(interp_nn::pair_backward(a, device.chip, device.stream));
+    const Memory memory(a, interp_nn::pair_backward_workspace(a, device.spec), x, counter);
+    check(interp_nn::pair_backward(a, device.spec, device.stream));
     return results.tensors;
 }
 
@@ -147,12 +152,12 @@ std::vector<Tensor> summary_backward(const MaybeTensor& dy, const Tensor& x, con
     a.db = results.matrix(need_b, a.d, a.k, transposed);
     a.dbias = results.vector(need_bias, a.k);
     a.db_transposed = transposed;
-    const Memory memory(a, interp_nn::summary_backward_workspace(a, device.chip), x, counter);
-    check(interp_nn::summary_backward(a, device.chip, device.stream));
+    const Memory memory(a, interp_nn::summary_backward_workspace(a, device.spec), x, counter);
+    check(interp_nn::summary_backward(a, device.spec, device.stream));
     return results.tensors;
 }
 
-// The needed ones of [dX, db, dbias], of a pair or of a summary.
+// The gradients among [dX, db, dbias] that are needed, of a pair or of a summary.
 std::vector<Tensor> cuda_backward(const MaybeTensor& dp, const MaybeTensor& dy, const Tensor& x, const Tensor& b,
                                   const MaybeTensor& p, const MaybeTensor& g, const Tensor& counter, bool pair,
                                   bool need_x, bool need_b, bool need_bias, bool transposed, bool tf32) {
@@ -160,7 +165,7 @@ std::vector<Tensor> cuda_backward(const MaybeTensor& dp, const MaybeTensor& dy, 
     return summary_backward(dy, x, b, g, counter, need_x, need_b, need_bias, transposed, tf32);
 }
 
-// The loss, and the needed ones of [dX, db, dA, dc]; without `weight` that of a pair.
+// The loss, and the gradients among [dX, db, dA, dc] that are needed. Without `weight` it is the loss of a pair.
 std::vector<Tensor> cuda_loss(const Tensor& x, const Tensor& b, const MaybeTensor& weight, const MaybeTensor& bias,
                               const Tensor& target, const MaybeTensor& upstream, const Tensor& counter, double w1,
                               double w2, double w3, int64_t ignore_index, int64_t reduction, bool need_x, bool need_b,
@@ -180,14 +185,14 @@ std::vector<Tensor> cuda_loss(const Tensor& x, const Tensor& b, const MaybeTenso
         a.db = gradients.matrix(need_b, a.d, a.k, transposed);
         a.db_transposed = transposed;
         if constexpr (std::is_same_v<decltype(a), interp_nn::HeadLoss>) {
-            a.m = static_cast<int>(weight->size(0));
+            a.m = to_int(weight->size(0));
             a.a = data(weight, int64_t{a.m} * a.k, dtype);
             a.c = data(bias, a.m, dtype);
             a.da = gradients.matrix(need_weight, a.m, a.k);
             a.dc = gradients.vector(need_bias, a.m);
         }
-        const Memory memory(a, workspace(a, device.chip), x, counter);
-        check(start(a, device.chip, device.stream));
+        const Memory memory(a, workspace(a, device.spec), x, counter);
+        check(start(a, device.spec, device.stream));
         value.tensors.insert(value.tensors.end(), gradients.tensors.begin(), gradients.tensors.end());
         return value.tensors;
     };
@@ -195,7 +200,7 @@ std::vector<Tensor> cuda_loss(const Tensor& x, const Tensor& b, const MaybeTenso
     return launch(interp_nn::PairLoss{}, interp_nn::pair_loss_workspace, interp_nn::pair_loss);
 }
 
-// gradients *= upstream, in place.
+// gradients *= upstream in place.
 void cuda_scale(const Tensor& upstream, const std::vector<Tensor>& gradients) {
     const Device device(upstream);
     STD_TORCH_CHECK(!gradients.empty() && gradients.size() <= 4, "one to four gradients");
@@ -204,10 +209,10 @@ void cuda_scale(const Tensor& upstream, const std::vector<Tensor>& gradients) {
     a.kind = kind_of(gradients[0], false);
     for (size_t i = 0; i < gradients.size(); ++i) {
         STD_TORCH_CHECK(dtype_of(gradients[i]) == dtype_of(gradients[0]), "gradients of one dtype");
-        a.gradients[i] = gradients[i].data_ptr();  // whole and without gaps, in whatever order
+        a.gradients[i] = gradients[i].data_ptr();  // dense, in any memory order
         a.sizes[i] = gradients[i].numel();
     }
-    check(interp_nn::scale(a, device.chip, device.stream));
+    check(interp_nn::scale(a, device.spec, device.stream));
 }
 
 }  // namespace

@@ -1,15 +1,14 @@
-// The three-term loss of two logits a class, w1 CE(o1, t) + w2 CE(o2, t) + w3 MSE(o1, o2): what its kernels share.
+// The three-term loss of two logits a class, w1 CE(o1, t) + w2 CE(o2, t) + w3 MSE(o1, o2), for both of its kernels.
 //
-// Gradients are carried without the factor upstream / kept rows, so that 16-bit ones neither underflow for many rows
-// nor under a small upstream; they meet it in fp32 on their way out. With one upstream a row there is nothing to
-// postpone.
+// Gradients are kept without the factor upstream / kept rows, which would make 16-bit ones underflow. They are
+// multiplied with it in fp32 when they are stored. Reduction::NONE has one upstream a row, which is applied at once.
 #pragma once
 
-#include "strips.h"
+#include "feature_tiles.h"
 
 namespace interp_nn {
 
-// A lane has columns of two rows, g and g + 8 of its warp's sixteen; the four lanes of a row share what follows.
+// A lane has columns of two rows, g and g + 8 of its warp's sixteen. These reduce over the four lanes of a row.
 DEVICE float row_sum(float value) {
     value += shuffle(value, lane() ^ 1);
     return value + shuffle(value, lane() ^ 2);
@@ -19,7 +18,7 @@ DEVICE float row_maximum(float value) {
     return fmaxf(value, shuffle(value, lane() ^ 2));
 }
 
-// Visit a lane's elements of the first of its two rows: visit(column, first, second).
+// Call visit(column, element, element) for a lane's elements of the first of its two rows, in two matrices.
 template <int TILES, class Visit>
 DEVICE void each_of_row(float (&first)[TILES][4], float (&second)[TILES][4], Visit visit) {
     UNROLL for (int i = 0; i < TILES; ++i) {
@@ -27,7 +26,7 @@ DEVICE void each_of_row(float (&first)[TILES][4], float (&second)[TILES][4], Vis
     }
 }
 
-// What a lane's second row was becomes its first: so one code serves both.
+// Exchange a lane's two rows, so that the same code serves both.
 template <int TILES> DEVICE void exchange_rows(float (&sums)[TILES][4]) {
     UNROLL for (int i = 0; i < TILES; ++i) {
         UNROLL for (int j = 0; j < 2; ++j) {
@@ -38,13 +37,13 @@ template <int TILES> DEVICE void exchange_rows(float (&sums)[TILES][4]) {
     }
 }
 
-// What a program adds up: each lane of a row has a quarter.
+// The sums of a program: each lane of a row has a quarter.
 struct LossSums {
     float loss = 0.f, count = 0.f;
 };
 
-// Adds a warp's rows to the sums, stores their losses where they are asked for one by one, and turns its logits into their
-// gradients, zero where a row does not count. Logits beyond the columns are zero.
+// Add a warp's rows to the sums, store their losses for Reduction::NONE, and replace the logits by their gradients,
+// zero where a row does not count. Logits beyond the columns are zero.
 template <int TILES>
 DEVICE void loss_terms(const LossTerms& terms, float (&o1)[TILES][4], float (&o2)[TILES][4], int64_t first_row, int64_t n,
                        int columns, LossSums& sums) {
@@ -80,10 +79,10 @@ DEVICE void loss_terms(const LossTerms& terms, float (&o1)[TILES][4], float (&o2
         sums.count += kept ? .25f : 0.f;
 
         const float inverse1 = 1.f / total1, inverse2 = 1.f / total2;
-        const float scale1 = terms.w1 * weight, scale2 = terms.w2 * weight, pull = 2.f * terms.w3 * each * weight;
+        const float scale1 = terms.w1 * weight, scale2 = terms.w2 * weight, mse_grad = 2.f * terms.w3 * each * weight;
         const int inside = kept ? columns : 0;
         each_of_row(o1, o2, [&](int c, float& v1, float& v2) {
-            const float towards = (v1 - v2) * pull, one = c == target ? 1.f : 0.f;
+            const float towards = (v1 - v2) * mse_grad, one = c == target ? 1.f : 0.f;
             const float e1 = (exponential(v1 - most1) * inverse1 - one) * scale1 + towards;
             const float e2 = (exponential(v2 - most2) * inverse2 - one) * scale2 - towards;
             v1 = c < inside ? e1 : 0.f, v2 = c < inside ? e2 : 0.f;
@@ -93,13 +92,13 @@ DEVICE void loss_terms(const LossTerms& terms, float (&o1)[TILES][4], float (&o2
     }
 }
 
-// The sum over a warp's lanes, in a fixed order, for all of them.
+// The sum over a warp's lanes in a fixed order, the same in all of them.
 DEVICE float warp_sum(float value) {
     UNROLL for (int step = 16; step > 0; step /= 2) value += shuffle(value, lane() ^ step);
     return value;
 }
 
-// A program's loss and count to their parts; `memory` is shared, and free.
+// Store a program's parts of loss and count; `memory` is free shared memory.
 DEVICE void store_loss_sums(const LossSums& sums, float* losses, float* counts, unsigned char* memory) {
     auto* const parts = reinterpret_cast<float*>(memory);
     const float loss = warp_sum(sums.loss), count = warp_sum(sums.count);
@@ -123,14 +122,14 @@ DEVICE float add_scalars(const float* parts, int count) {
     return warp_sum(sum);
 }
 
-// What the gradients are still to be multiplied with: upstream / kept rows for the mean, upstream for the sum.
+// The factor that the gradients lack: upstream / kept rows for the mean, upstream for the sum, 1 without a reduction.
 DEVICE float gradient_scale(const LossTerms& terms, const float* counts) {
     if (terms.reduction == Reduction::NONE) return 1.f;
     const float upstream = terms.upstream == nullptr ? 1.f : *terms.upstream;
     return terms.reduction == Reduction::SUM ? upstream : upstream / fmaxf(add_scalars(counts, programs()), 1.f);
 }
 
-// The mean over kept rows (NaN without any, as in PyTorch) or the sum, by one warp; rows themselves are stored already.
+// Store the mean over kept rows (NaN without any, as in PyTorch) or the sum, by one warp.
 DEVICE void store_value(const LossTerms& terms, const float* losses, const float* counts) {
     if (terms.reduction == Reduction::NONE || warp() != 0) return;
     const float total = add_scalars(losses, programs()), count = add_scalars(counts, programs());

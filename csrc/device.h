@@ -1,4 +1,4 @@
-// Where the binding's tensors are: on a CUDA device, with its current stream; under the emulator on the CPU.
+// The device of the binding's tensors: a CUDA device with its current stream, or the CPU under the emulator.
 #pragma once
 
 #include <dlfcn.h>
@@ -19,7 +19,7 @@ using torch::stable::Tensor;
 #define INTERP_NN_DISPATCH_KEY CUDA
 inline int32_t device_type() { return aoti_torch_device_type_cuda(); }
 
-// PyTorch's current stream on a device. Only builds with CUDA have the function, and other builds are to load this too.
+// PyTorch's current stream on a device. Builds without CUDA lack the function, and must be able to load this library.
 using CurrentStream = AOTITorchError (*)(int32_t, void**);
 inline CurrentStream current_stream() {
     static const CurrentStream found = [] {
@@ -30,14 +30,14 @@ inline CurrentStream current_stream() {
     return found;
 }
 
-// A device made current, here and in PyTorch, with its stream.
+// Makes a device the current one, here and in PyTorch, and knows its stream.
 struct Device {
-    explicit Device(const Tensor& x) : guard(x.get_device_index()), chip(use_device(x.get_device_index())) {
+    explicit Device(const Tensor& x) : guard(x.get_device_index()), spec(use_device(x.get_device_index())) {
         STD_TORCH_CHECK(current_stream() != nullptr, "this build of PyTorch has no CUDA");
         TORCH_ERROR_CODE_CHECK(current_stream()(x.get_device_index(), &stream));
     }
     torch::stable::accelerator::DeviceGuard guard;
-    Chip chip;
+    DeviceSpec spec;
     void* stream = nullptr;
 };
 
@@ -50,11 +50,11 @@ inline int32_t device_type() { return aoti_torch_device_type_cpu(); }
 
 struct Device {
     explicit Device(const Tensor&) {}
-    Chip chip{3, 163 << 10, 80, nullptr};
+    DeviceSpec spec{3, 163 << 10, 80, nullptr};
     void* stream = nullptr;
 };
 
-// What no kernel writes is a NaN.
+// Elements that no kernel writes are NaN.
 inline void just_allocated(const Tensor& t) { std::memset(t.data_ptr(), 0xFF, t.numel() * t.element_size()); }
 
 #endif

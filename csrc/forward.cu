@@ -1,11 +1,10 @@
-// The forward kernels, and where calls meet them.
+// The forward kernels, and the functions of launch.h for them.
 #include "forward.h"
 
 namespace interp_nn {
 
-const char* forward(const Forward& arguments, const Chip& chip, Stream stream) {
-    if (const char* wrong = problem(arguments, chip)) return wrong;
-    return dispatch<ForwardInstance, 16, 64, 128>(TOO_LITTLE_SHARED, arguments, chip, stream);
+const char* forward(const Forward& arguments, const DeviceSpec& device, Stream stream) {
+    return Kernels<ForwardInstance, 16, 64, 128>::launch(arguments, device, stream);
 }
 
 }  // namespace interp_nn

@@ -1,4 +1,4 @@
-// The streaming forward: Y = (X b) G + bias, and P and G where asked, for up to 128 columns.
+// The forward for up to 128 columns: Y = (X b) G + bias, and optionally P and G.
 #pragma once
 
 #include <type_traits>
@@ -22,8 +22,8 @@ template <class P, int BK> struct ForwardTiles : ProjectionTiles<P, BK, forward_
     }
 };
 
-// Each program walks over its row tiles. The first also gives it G, from the tiles of b that X is multiplied with:
-// recomputing G in every program costs about what a barrier would, and needs none.
+// Each program takes row tiles in turn. At its first it also forms G from the same tiles of b: recomputing G in every
+// program costs about as much as a grid barrier.
 template <class P, int BK> DEVICE void forward_rows(const P& products, const Forward& arguments, int stages) {
     using Tiles = ForwardTiles<P, BK>;
     using T = typename P::Element;
@@ -52,7 +52,7 @@ template <class P, int BK> DEVICE void forward_rows(const P& products, const For
             }
         }
         const int64_t own_row = row + 16 * warp();
-        const int rows = left(n, own_row);
+        const int rows = remaining(n, own_row);
         put_sums(mode, own, 16 * warp(), 0, p);
         warp_barrier();
         if (out_p != nullptr) store_rows(out_p + own_row * k, k, rows, k, own, 16 * warp());
@@ -67,17 +67,17 @@ template <class P, int BK> DEVICE void forward_rows(const P& products, const For
 }
 
 template <class P, int BK> KERNEL forward_kernel(Forward arguments, Mode mode, int stages) {
-    if constexpr (P::HERE) forward_rows<P, BK>(P{mode}, arguments, stages);
+    if constexpr (P::available) forward_rows<P, BK>(P{mode}, arguments, stages);
 }
 
 template <class P, int BK> struct ForwardInstance {
-    static const char* call(const Forward& arguments, const Chip& chip, Stream stream) {
+    static const char* call(const Forward& arguments, const DeviceSpec& device, Stream stream) {
         using Tiles = ForwardTiles<P, BK>;
-        const int stages = stages_for(chip, 2, 4, Tiles::shared);
-        if (stages == 0) return TOO_LITTLE_SHARED;
-        const int blocks = programs_for(chip, divide_up(arguments.n, Tiles::BN));
-        return start(forward_kernel<P, BK>, blocks, Tiles::shared(stages), false, stream, arguments, mode_of(arguments.kind),
-                     stages);
+        const int stages = stages_for(device, Tiles::shared);
+        if (stages == 0) return NO_KERNEL;
+        const int blocks = programs_for(device, divide_up(arguments.n, Tiles::BN));
+        return start(forward_kernel<P, BK>, blocks, Tiles::shared(stages), false, stream, arguments,
+                     mode_of(arguments.kind), stages);
     }
 };
 

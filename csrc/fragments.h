@@ -1,9 +1,8 @@
 // Products of tiles, one warp at a time: A (16 rows) times B (16 columns), over DEPTH at a time, spread over the lanes.
 //
-// A sum of 16 x 8 is four registers a lane. With g = lane / 4 and t = lane % 4, register i is row g + 8 (i / 2),
-// column 2 t + i % 2. Every kind of product keeps sums in this form, so that whoever stores or reuses them needs to
-// know only it. In shared memory an operand may lie either way: A as [row][depth], or [depth][row] where TRANSPOSED;
-// B as [depth][column], or [column][depth] where TRANSPOSED.
+// A sum of 16 x 8 is four registers a lane. With g = lane / 4 and t = lane % 4, register i is row g + 8 (i / 2), column
+// 2 t + i % 2. Every kind of product keeps its sums in this layout. In shared memory an operand may lie either way: A
+// as [row][depth], or [depth][row] where TRANSPOSED; B as [depth][column], or [column][depth] where TRANSPOSED.
 #pragma once
 
 #include <type_traits>
@@ -12,26 +11,26 @@
 
 namespace interp_nn {
 
-// What is known of the operands only when a kernel runs.
+// Properties of the operands that are known only when a kernel runs.
 struct Mode {
-    bool brain;  // 16-bit numbers are bfloat16, not IEEE halves
-    bool exact;  // fp32 numbers are multiplied as such, and not as tf32
+    bool is_bf16;  // 16-bit numbers are bfloat16, not IEEE halves
+    bool exact;    // fp32 numbers are multiplied exactly, not as tf32
 };
 inline Mode mode_of(Kind kind) { return {kind == Kind::BF16, kind == Kind::F32}; }
 
 #if !defined(__CUDA_ARCH__)
-constexpr bool HAS_MATRIX_UNITS = true, LACKS_MATRIX_UNITS = true;  // whoever calls knows
+constexpr bool HAS_MATRIX_UNITS = true, LACKS_MATRIX_UNITS = true;  // the host decides at run time
 #else
 constexpr bool HAS_MATRIX_UNITS = __CUDA_ARCH__ >= 800, LACKS_MATRIX_UNITS = !HAS_MATRIX_UNITS;
 #endif
 
-// What the matrix units will cut off to a tf32 near v. They drop half a unit in the last place on average, and this
-// puts on a third to two thirds: next to as good as the nearest, of which it leaves tf32 numbers, infinities and NaNs
-// as they are, in one instruction instead of three or four (cvt.rna looks for infinities).
+// Round v to tf32, nearly to nearest: the matrix units then cut the result off to a tf32 near v. Cutting off loses half
+// a unit in the last place on average, and this adds a third to two thirds. It leaves tf32 numbers, infinities and NaNs
+// as they are, and takes one instruction instead of the three or four of cvt.rna, which checks for infinities.
 DEVICE float lift_tf32(float v) { return v * (1.f + 2.f / 3.f / 2048.f); }
 
-// fp32 on the matrix units: as tf32, or EXACT, as the sum of two such parts, which leaves out only the product of the
-// smaller ones. Tiles may also hold 16-bit numbers, which are exact in tf32.
+// fp32 on the matrix units: as tf32, or EXACT, as the sum of two tf32 parts, without the product of the two smaller
+// parts. Tiles may also hold 16-bit numbers, which are exact in tf32.
 template <bool EXACT> struct FragmentsTF32 {
     using Element = float;
     static constexpr int DEPTH = 8;
@@ -43,7 +42,7 @@ template <bool EXACT> struct FragmentsTF32 {
     Mode mode;
 
     template <class T> DEVICE void split(A& a, int i, T element) const {
-        const float v = widen(element, mode.brain);
+        const float v = widen(element, mode.is_bf16);
         a.r[i] = bits_of(lift_tf32(v));
         if constexpr (EXACT) a.rest[i] = bits_of(lift_tf32(v - as_float(a.r[i] & TF32_BITS)));
     }
@@ -66,7 +65,8 @@ template <bool EXACT> struct FragmentsTF32 {
 
     DEVICE void multiply(float (&left)[4], float (&right)[4], const A& a, const B& b) const {
         if constexpr (EXACT) {
-            // The matrix units cut their sums off instead of rounding them, which adds up: they add one step alone.
+            // The matrix units cut off their sums instead of rounding, and the errors add up: so they add up one step
+            // only.
             float step[2][4] = {};
             multiply_tf32(step[0], a.rest, b.r);
             multiply_tf32(step[1], a.rest, b.r + 2);
@@ -86,8 +86,8 @@ template <bool EXACT> struct FragmentsTF32 {
 };
 
 // 16-bit operands on the matrix units.
-template <bool BRAIN> struct Fragments16 {
-    using Element = Sixteen;
+template <bool IS_BF16> struct Fragments16 {
+    using Element = Half;
     static constexpr int DEPTH = 16;
     static constexpr int AHEAD = 2;
     struct A {
@@ -114,8 +114,8 @@ template <bool BRAIN> struct Fragments16 {
     }
 
     DEVICE void multiply(float (&left)[4], float (&right)[4], const A& a, const B& b) const {
-        multiply_16<BRAIN>(left, a.r, b.r);
-        multiply_16<BRAIN>(right, a.r, b.r + 2);
+        multiply_16<IS_BF16>(left, a.r, b.r);
+        multiply_16<IS_BF16>(right, a.r, b.r + 2);
     }
 };
 
@@ -169,34 +169,34 @@ struct FragmentsF32 {
     }
 };
 
-// The three families that kernels are compiled for. with(use) calls use(fragments) with those that the mode asks for: the
-// choice is made once a loop, not once a product.
+// The three families that kernels are compiled for, `available` where the GPU has their instructions. visit(visitor)
+// calls visitor(fragments) with the fragments of the mode, so that the choice is made once a loop, not once a product.
 struct ProductsTF32 {
     using Element = float;
     using ForSums = ProductsTF32;
-    static constexpr bool HERE = HAS_MATRIX_UNITS;
+    static constexpr bool available = HAS_MATRIX_UNITS;
     Mode mode;
 
-    template <class Use> DEVICE void with(Use use) const {
+    template <class Visitor> DEVICE void visit(Visitor visitor) const {
         if (mode.exact) {
-            use(FragmentsTF32<true>{mode});
+            visitor(FragmentsTF32<true>{mode});
         } else {
-            use(FragmentsTF32<false>{mode});
+            visitor(FragmentsTF32<false>{mode});
         }
     }
     DEVICE ForSums for_sums() const { return *this; }
 };
 struct Products16 {
-    using Element = Sixteen;
+    using Element = Half;
     using ForSums = ProductsTF32;
-    static constexpr bool HERE = HAS_MATRIX_UNITS;
+    static constexpr bool available = HAS_MATRIX_UNITS;
     Mode mode;
 
-    template <class Use> DEVICE void with(Use use) const {
-        if (mode.brain) {
-            use(Fragments16<true>{});
+    template <class Visitor> DEVICE void visit(Visitor visitor) const {
+        if (mode.is_bf16) {
+            visitor(Fragments16<true>{});
         } else {
-            use(Fragments16<false>{});
+            visitor(Fragments16<false>{});
         }
     }
     DEVICE ForSums for_sums() const { return {mode}; }
@@ -204,10 +204,10 @@ struct Products16 {
 struct ProductsF32 {
     using Element = float;
     using ForSums = ProductsF32;
-    static constexpr bool HERE = LACKS_MATRIX_UNITS;
+    static constexpr bool available = LACKS_MATRIX_UNITS;
     Mode mode;
 
-    template <class Use> DEVICE void with(Use use) const { use(FragmentsF32{}); }
+    template <class Visitor> DEVICE void visit(Visitor visitor) const { visitor(FragmentsF32{}); }
     DEVICE ForSums for_sums() const { return *this; }
 };
 
@@ -225,12 +225,11 @@ template <int TILES> DEVICE void scale_sums(float (&sums)[TILES][4], float scale
     }
 }
 
-// How many steps of a loop over depth are unrolled, so that products hide the next step's loads. Sixteen tiles have
-// enough products in one step, and no registers left.
+// Steps of a loop over depth that are unrolled, so that products hide the next step's loads. Sixteen tiles have enough
+// products in one step, and no registers to spare.
 template <class Fragments, int TILES> constexpr int UNROLLED = TILES < 16 ? Fragments::AHEAD : 1;
 
-// sums += A[row : row + 16, from : to] B[from : to, column :], where the depths `from` and `to` are those of both
-// tiles.
+// sums += A[row : row + 16, from : to] B[from : to, column :]; `from` and `to` are depths in both tiles.
 template <bool A_TRANSPOSED, bool B_TRANSPOSED, class P, int TILES, class TileA, class TileB>
 DEVICE void multiply_tiles(const P& products, float (&sums)[TILES][4], const TileA& a_tile, int row, const TileB& b_tile,
                            int column, int from, int to) {
@@ -247,7 +246,7 @@ DEVICE void multiply_tiles(const P& products, float (&sums)[TILES][4], const Til
             }
         }
     };
-    products.with(loop);
+    products.visit(loop);
 }
 
 // Visit the pairs of neighbours in a warp's sums: visit(row, column, first, second), relative to the sums' corner.
@@ -258,39 +257,39 @@ template <int TILES, class Visit> DEVICE void each_pair(float (&sums)[TILES][4],
     }
 }
 
-// The sums of a warp into a tile from (row, column) on, rounded to what it holds: so they meet further products, in
-// which a lane needs others than it has, and global memory, which is written in whole rows.
+// Store the sums of a warp into a tile from (row, column) on, rounded to its type. Further products and stores of whole
+// rows read them there.
 template <int TILES, class Tile>
 DEVICE void put_sums(const Mode& mode, const Tile& tile, int row, int column, float (&sums)[TILES][4]) {
     each_pair(sums, [&](int r, int c, float first, float second) {
         auto* const to = tile.at(row + r, column + c);
         if constexpr (sizeof(typename Tile::Element) == 2) {
-            *reinterpret_cast<uint32_t*>(to) = pack(first, second, mode.brain);
+            *reinterpret_cast<uint32_t*>(to) = pack(first, second, mode.is_bf16);
         } else {
             *reinterpret_cast<Two*>(to) = {{first, second}};
         }
     });
 }
 
-// sums = what put_sums put there.
+// Load what put_sums has stored.
 template <int TILES, class Tile>
 DEVICE void take_sums(const Mode& mode, const Tile& tile, int row, int column, float (&sums)[TILES][4]) {
     const int g = lane() / 4, t = lane() % 4;
     UNROLL for (int i = 0; i < TILES; ++i) {
         UNROLL for (int j = 0; j < 4; ++j) {
-            sums[i][j] = widen(*tile.at(row + g + j / 2 * 8, column + 8 * i + 2 * t + j % 2), mode.brain);
+            sums[i][j] = widen(*tile.at(row + g + j / 2 * 8, column + 8 * i + 2 * t + j % 2), mode.is_bf16);
         }
     }
 }
 
-// The sums of a warp into a row-major matrix of fp32 in global memory, of which `rows` rows are left.
+// Store the sums of a warp into a row-major matrix of fp32 in global memory, `rows` rows at most.
 template <int TILES> DEVICE void store_sums(float* to, int64_t pitch, int rows, float (&sums)[TILES][4]) {
     each_pair(sums, [&](int r, int c, float first, float second) {
         if (r < rows) *reinterpret_cast<Two*>(to + r * pitch + c) = {{first, second}};
     });
 }
 
-// sums += what store_sums put there.
+// Add what store_sums has stored.
 template <int TILES> DEVICE void add_sums(const float* from, int64_t pitch, float (&sums)[TILES][4]) {
     const int g = lane() / 4, t = lane() % 4;
     UNROLL for (int i = 0; i < TILES; ++i) {

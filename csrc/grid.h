@@ -1,14 +1,14 @@
-// What the programs of one launch do together: each leaves its part of a sum in a workspace, all add the parts up.
+// Cooperation of the programs of one launch: each stores its part of a sum in a workspace, and all add the parts up.
 #pragma once
 
 #include "projection.h"
 
 namespace interp_nn {
 
-// out[i] = the sum of parts[q, i] over q < count, for i < size, in a fixed order; the grid shares the i.
+// out[i] = the sum of parts[q, i] over q < count in a fixed order, for i < size; the grid shares the i.
 NOINLINE void add_parts(const float* parts, float* out, int count, int size) {
     NO_UNROLL for (int i = program() * THREADS + thread(); i < size; i += programs() * THREADS) {
-        float sums[4] = {};  // four loads under way at a time: one would be all latency
+        float sums[4] = {};  // four loads at a time, because one would wait for memory each time
         NO_UNROLL for (int first = 0; first < count; first += 4) {
             UNROLL for (int q = 0; q < 4; ++q) {
                 if (first + q < count) sums[q] += parts[static_cast<int64_t>(first + q) * size + i];
@@ -18,7 +18,7 @@ NOINLINE void add_parts(const float* parts, float* out, int count, int size) {
     }
 }
 
-// The sum over splits of parts[split, feature, column] in a fixed order, for parts of (d, BK).
+// The sum of parts[split, feature, column] over the splits in a fixed order, for parts of (d, BK).
 template <int BK> DEVICE float add_splits(const float* parts, int splits, int feature, int column, int d) {
     float sum = 0.f;
     if (feature < d) {
@@ -27,17 +27,17 @@ template <int BK> DEVICE float add_splits(const float* parts, int splits, int fe
     return sum;
 }
 
-// For what follows a grid's sums: a square of fp32 in shared memory, and strips of sixteen rows that are multiplied with
-// it, exactly, since there are few of them.
-constexpr int STRIP = 16;
-template <int BK> struct StripTiles {
+// For the last phase: a square matrix of fp32 in shared memory, and a slice of sixteen rows at a time that is
+// multiplied with it. The products are exact, since there are few of them.
+constexpr int SLICE = 16;
+template <int BK> struct SliceTiles {
     using Square = Tile<float, BK, BK>;
-    using Strip = Tile<float, STRIP, BK>;
-    static constexpr size_t SHARED = Square::BYTES + Strip::BYTES;
+    using Slice = Tile<float, SLICE, BK>;
+    static constexpr size_t SHARED = Square::BYTES + Slice::BYTES;
     Square square;
-    Strip strip;
+    Slice slice;
 
-    DEVICE explicit StripTiles(unsigned char* memory) : square{memory}, strip{memory + Square::BYTES} {}
+    DEVICE explicit SliceTiles(unsigned char* memory) : square{memory}, slice{memory + Square::BYTES} {}
 };
 
 // tile = value(row, column) everywhere.
@@ -49,60 +49,65 @@ template <class Tile, class Value> DEVICE void fill(const Tile& tile, Value valu
 }
 
 // The square T + Tᵀ of a (BK, BK) workspace.
-template <int BK> DEVICE void fill_twice_symmetric(const StripTiles<BK>& tiles, const float* t) {
+template <int BK> DEVICE void fill_symmetrized(const SliceTiles<BK>& tiles, const float* t) {
     fill(tiles.square, [&](int row, int column) { return t[row * BK + column] + t[column * BK + row]; });
 }
 
-// visit(row, column, value) for strip times square, where strip = value(row, column). The square is there for all to see.
-template <int BK, class Value, class Visit> DEVICE void multiply_strip(const StripTiles<BK>& tiles, Value value, Visit visit) {
+// Call visit(row, column, element) for slice times square, where slice = value(row, column). The barrier it begins with
+// is also the one that a freshly filled square needs.
+template <int BK, class Value, class Visit>
+DEVICE void multiply_slice(const SliceTiles<BK>& tiles, Value value, Visit visit) {
     static_assert(BK <= 16 * WARPS, "sixteen columns a warp");
-    const bool mine = 16 * warp() < BK;
+    const bool warp_active = 16 * warp() < BK;
     float sums[2][4];
-    block_barrier();  // the strip before is done with
-    fill(tiles.strip, value);
+    block_barrier();  // the slice before is no longer read
+    fill(tiles.slice, value);
     block_barrier();
     clear(sums);
-    if (mine) multiply_tiles<false, false>(ProductsF32{}, sums, tiles.strip, 0, tiles.square, 16 * warp(), 0, BK);
+    if (warp_active) {
+        multiply_tiles<false, false>(ProductsF32{}, sums, tiles.slice, 0, tiles.square, 16 * warp(), 0, BK);
+    }
     block_barrier();
-    if (mine) put_sums(Mode{}, tiles.strip, 0, 16 * warp(), sums);
+    if (warp_active) put_sums(Mode{}, tiles.slice, 0, 16 * warp(), sums);
     block_barrier();
-    NO_UNROLL for (int i = thread(); i < STRIP * BK; i += THREADS) {
-        visit(i / BK, i % BK, *tiles.strip.at(i / BK, i % BK));
+    NO_UNROLL for (int i = thread(); i < SLICE * BK; i += THREADS) {
+        visit(i / BK, i % BK, *tiles.slice.at(i / BK, i % BK));
     }
 }
 
-// The sum of a column of a tile over every GROUPS-th of its rows: threads share a column where there are more of them.
+// The sum of a column of a tile over every GROUPS-th row: where there are more threads than columns, they share one.
 template <int GROUPS, class Tile> DEVICE float add_rows(const Mode& mode, const Tile& tile, int group, int column) {
     float sum = 0.f;
-    NO_UNROLL for (int r = group; r < Tile::ROWS; r += GROUPS) sum += widen(*tile.at(r, column), mode.brain);
+    NO_UNROLL for (int r = group; r < Tile::ROWS; r += GROUPS) sum += widen(*tile.at(r, column), mode.is_bf16);
     return sum;
 }
 
-// to[column] = scale times the sum over q < count of parts[q, column], for parts of (count, BK): by one program.
+// to[column] = scale times the sum of parts[q, column] over q < count, for parts of (count, BK). One program calls it.
 template <int BK, class T>
 DEVICE void store_columns(const Mode& mode, T* to, int columns, const float* parts, int count, float scale) {
     if (thread() >= columns) return;
     float sum = 0.f;
     NO_UNROLL for (int q = 0; q < count; ++q) sum += parts[q * BK + thread()];
-    to[thread()] = round_to<T>(sum * scale, mode.brain);
+    to[thread()] = round_to<T>(sum * scale, mode.is_bf16);
 }
 
-// db[:, :] = scale (sums + b square), where sums adds up parts of (splits, d, BK); the grid shares the features.
-// db is (d, k) in memory or, where `transposed`, (k, d).
+// Store db = scale (sums + b square), where sums adds up parts of (splits, d, BK); the grid shares the features.
 template <int BK, class T>
-DEVICE void store_parameters(const Mode& mode, T* db, bool transposed, const StripTiles<BK>& tiles, const Matrix<T>& b,
-                             const float* parts, int splits, float scale) {
-    const int d = b.columns, k = static_cast<int>(b.rows);
-    NO_UNROLL for (int feature = program() * STRIP; feature < d; feature += programs() * STRIP) {
+DEVICE void store_db(const Mode& mode, const Gradients& arguments, const SliceTiles<BK>& tiles, const Matrix<T>& b,
+                     const float* parts, int splits, float scale) {
+    auto* const db = static_cast<T*>(arguments.db);
+    const int d = arguments.d, k = arguments.k;
+    NO_UNROLL for (int feature = program() * SLICE; feature < d; feature += programs() * SLICE) {
         const auto of_b = [&](int row, int column) {
             const int64_t f = feature + row;
-            return f < d && column < k ? widen(b.data[column * b.pitch + f * b.step], mode.brain) : 0.f;
+            return f < d && column < k ? widen(b.data[column * b.pitch + f * b.step], mode.is_bf16) : 0.f;
         };
-        multiply_strip(tiles, of_b, [&](int row, int column, float product) {
+        multiply_slice(tiles, of_b, [&](int row, int column, float product) {
             const int64_t f = feature + row;
             if (f >= d || column >= k) return;
             const float sum = add_splits<BK>(parts, splits, feature + row, column, d);
-            db[transposed ? column * int64_t{d} + f : f * k + column] = round_to<T>((sum + product) * scale, mode.brain);
+            db[arguments.db_transposed ? column * int64_t{d} + f : f * k + column] =
+                round_to<T>((sum + product) * scale, mode.is_bf16);
         });
     }
 }

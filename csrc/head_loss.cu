@@ -1,21 +1,15 @@
-// The kernels of the head's loss, and where calls meet them.
+// The kernels of the head's loss, and the functions of launch.h for them.
 #include "head_loss.h"
 
 namespace interp_nn {
 
-static const char* wrong_with(const HeadLoss& arguments, const Chip& chip) {
-    if (arguments.m < 1 || arguments.m > MOST_COLUMNS) return "classes must be 1 to 128";
-    return problem(arguments, chip);
-}
+using HeadLossKernels = Kernels<HeadLossOfColumns, 128>;
 
-Workspace head_loss_workspace(const HeadLoss& arguments, const Chip& chip) {
-    if (wrong_with(arguments, chip) != nullptr) return {};
-    return dispatch<HeadLossOfColumns, 128>(Workspace{}, arguments, chip);
+Workspace head_loss_workspace(const HeadLoss& arguments, const DeviceSpec& device) {
+    return HeadLossKernels::workspace(arguments, device);
 }
-
-const char* head_loss(const HeadLoss& arguments, const Chip& chip, Stream stream) {
-    if (const char* wrong = wrong_with(arguments, chip)) return wrong;
-    return dispatch<HeadLossOfColumns, 128>(TOO_LITTLE_SHARED, arguments, chip, stream);
+const char* head_loss(const HeadLoss& arguments, const DeviceSpec& device, Stream stream) {
+    return HeadLossKernels::launch(arguments, device, stream);
 }
 
 }  // namespace interp_nn

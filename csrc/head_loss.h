@@ -1,9 +1,12 @@
-// The three-term loss behind an output layer, O1 = P Aᵀ + c and O2 = Y Aᵀ + c, with its gradients. The head is linear,
+// The three-term loss behind an output layer, O1 = P Aᵀ + c and O2 = Y Aᵀ + c, with its gradients. The layer is linear,
 // so Y, dY and Pᵀ dY are never formed. With H = A G, logit gradients E1 and E2, and Ui = Eiᵀ P of (m, k):
 //
 //     O2 = P Hᵀ + c,   D = E1 A + E2 H,   T = U2ᵀ A,   dX = D bᵀ,   db = Xᵀ D + b (T + Tᵀ),   dA = U1 + U2 G.
 //
-// Phases: rows, with D, parts of U, of dc and of the loss; strips, U, dc and the loss; db and dA.
+//     Phase  computes
+//     1      D, parts of U, of dc and of the loss
+//     2      dX, parts of Xᵀ D, U, dc, the loss
+//     3      db and dA
 #pragma once
 
 #include "cross_entropy.h"
@@ -19,7 +22,7 @@ template <class P, int BK, int BM> struct HeadTiles : ProjectionTiles<P, BK, hea
     using Product = Pieces<BM, BK>;  // H
     using Correlation = CorrelationTiles<P, BM, BK>;
     using Chunk = Tile<float, 16, BK>;           // of classes
-    static constexpr int GROUPS = THREADS / BM;  // of threads, each adding up its rows of every column
+    static constexpr int GROUPS = THREADS / BM;  // of threads; each adds up its rows of every column
     // Between two row tiles a warp has a place of its own in the stages', for sixteen rows of P and then of gradients.
     static constexpr int OWN = 16 * (BK > BM ? BK : BM) * sizeof(T);
     using OwnP = Tile<T, 16, BK>;
@@ -32,52 +35,58 @@ template <class P, int BK, int BM> struct HeadTiles : ProjectionTiles<P, BK, hea
         if (most < Base::G::BYTES) most = Base::G::BYTES;
         most += FIXED;
         if (most < Correlation::shared(2, stages)) most = Correlation::shared(2, stages);
-        if (most < gradient_strips_shared<P, BK>(stages)) most = gradient_strips_shared<P, BK>(stages);
-        const size_t last = StripTiles<BK>::SHARED + Chunk::BYTES;
+        if (most < backprop_shared<P, BK>(stages)) most = backprop_shared<P, BK>(stages);
+        const size_t last = SliceTiles<BK>::SHARED + Chunk::BYTES;
         return most < last ? last : most;
     }
 };
 
-// Where things lie in the workspaces: (splits, d, BK) parts of Xᵀ D, (programs, 2, BM, BK) parts of U, U, G, (programs,
-// GROUPS, BM) parts of dc, parts of loss and count; and in rows of whole 16-byte words, of X's type, D, P, E1 and E2.
+// The workspaces.
+//     floats: s (splits, d, BK)                   parts of Xᵀ D
+//             u_parts (programs, 2, BM, BK)
+//             u (2, BM, BK)                       U1 and U2
+//             g (BK, BK)                          G
+//             columns (programs, GROUPS, BM)      parts of dc
+//             losses (programs), counts (programs)
+//     rows:   d, p (n, width), X's type           D and P
+//             e[0], e[1] (n, classes), X's type   E1 and E2
 template <class T, int BK, int BM> struct HeadWork {
+    bool need_d, need_u;  // D; U and dc
+    int width, classes;
+    Area<float> floats;
+    Area<T> rows;
     float *s, *u_parts, *u, *g, *columns, *losses, *counts;
     T *d, *p, *e[2];
-    int width, classes;
 
-    DEVICE HeadWork(const HeadLoss& arguments, int splits)
-        : width(width_of(arguments.k)), classes(width_of(arguments.m)) {
-        s = arguments.work;
-        u_parts = s + int64_t{splits} * arguments.d * BK;
-        u = u_parts + int64_t{programs()} * 2 * BM * BK;
-        g = u + 2 * BM * BK;
-        columns = g + BK * BK;
-        losses = columns + programs() * THREADS;
-        counts = losses + programs();
-        d = static_cast<T*>(arguments.rows);
-        p = d + arguments.n * width;
-        e[0] = p + arguments.n * width;
-        e[1] = e[0] + arguments.n * classes;
+    HOST_DEVICE HeadWork(const HeadLoss& arguments, int splits, int programs)
+        : need_d(interp_nn::need_d(arguments)),
+          need_u(arguments.db != nullptr || arguments.da != nullptr || arguments.dc != nullptr),
+          width(width_of(arguments.k)),
+          classes(width_of(arguments.m)),
+          floats(arguments.work),
+          rows(arguments.rows) {
+        s = floats.take(int64_t{splits} * arguments.d * BK);
+        u_parts = floats.take(int64_t{programs} * 2 * BM * BK);
+        u = floats.take(2 * BM * BK);
+        g = floats.take(BK * BK);
+        columns = floats.take(int64_t{programs} * THREADS);
+        losses = floats.take(programs);
+        counts = floats.take(programs);
+        d = rows.take(arguments.n * width);
+        p = rows.take(arguments.n * width);
+        e[0] = rows.take(arguments.n * classes);
+        e[1] = rows.take(arguments.n * classes);
     }
 };
 
-// What of the gradients is asked for.
-struct HeadNeeds {
-    bool through, parameters;  // D; U and dc
-
-    DEVICE explicit HeadNeeds(const HeadLoss& arguments)
-        : through(arguments.dx != nullptr || arguments.db != nullptr),
-          parameters(arguments.db != nullptr || arguments.da != nullptr || arguments.dc != nullptr) {}
-};
-
-// H's tile from A's and the sums of G; before, G's own place is in `memory`, and afterwards free again.
+// Fill H's tile from A's and the sums of G. G's tile lies in `memory`, which is free before and after.
 template <class Tiles, class P, int TILES> DEVICE void share_products(const P& products, const typename Tiles::A& a,
                                                                       const typename Tiles::A& h, float (&g)[TILES][4],
                                                                       unsigned char* memory) {
     using Product = typename Tiles::Product;
     const typename Tiles::G gram{memory};
     share_gram(products.mode, gram, g);
-    if (Product::mine()) {
+    if (Product::warp_active()) {
         float sums[Product::TILES][4];
         clear(sums);
         multiply_tiles<false, true>(products, sums, a, Product::row(), gram, Product::column(), 0, 8 * TILES);
@@ -86,10 +95,10 @@ template <class Tiles, class P, int TILES> DEVICE void share_products(const P& p
     block_barrier();  // H is whole
 }
 
-// The first phase's walk over rows.
-template <int BK, int BM, class P, class T>
-DEVICE void head_rows(const P& products, const HeadLoss& arguments, const HeadNeeds& needs, const Matrix<T>& x,
-                      const Matrix<T>& b, const HeadWork<T, BK, BM>& work, int stages) {
+// The first phase's pass over the rows.
+template <int BK, int BM, class P, class T> DEVICE void head_rows(const P& products, const HeadLoss& arguments,
+                                                                  const Matrix<T>& x, const Matrix<T>& b,
+                                                                  const HeadWork<T, BK, BM>& work, int stages) {
     using Tiles = HeadTiles<P, BK, BM>;
     const Mode& mode = products.mode;
     const int64_t n = arguments.n;
@@ -107,7 +116,7 @@ DEVICE void head_rows(const P& products, const HeadLoss& arguments, const HeadNe
     LossSums sums;
     NO_UNROLL for (int64_t row = first_row; row < n || row == first_row; row += step) {
         const int64_t own_row = row + 16 * warp();
-        const int rows = left(n, own_row);
+        const int rows = remaining(n, own_row);
         {
             float p[BK / 8][4], g[BK / 8][4];
             project<Tiles>(products, p, g, row == first_row, x, b, row, memory, stages);
@@ -118,7 +127,7 @@ DEVICE void head_rows(const P& products, const HeadLoss& arguments, const HeadNe
             put_sums(mode, own_p, 0, 0, p);
         }
         warp_barrier();
-        if (needs.parameters) store_rows(work.p + own_row * width, width, rows, width, own_p, 0);
+        if (work.need_u) store_rows(work.p + own_row * width, width, rows, width, own_p, 0);
         float o1[BM / 8][4], o2[BM / 8][4];
         clear(o1);
         clear(o2);
@@ -130,19 +139,19 @@ DEVICE void head_rows(const P& products, const HeadLoss& arguments, const HeadNe
         loss_terms(arguments.terms, o1, o2, own_row, n, arguments.m, sums);
         float d[BK / 8][4];
         clear(d);
-        if (needs.through || needs.parameters) {
+        if (work.need_d || work.need_u) {
             put_sums(mode, own_e, 0, 0, o1);
             warp_barrier();
-            if (needs.parameters) store_rows(work.e[0] + own_row * classes, classes, rows, classes, own_e, 0);
-            if (needs.through) multiply_tiles<false, false>(products, d, own_e, 0, a, 0, 0, BM);
+            if (work.need_u) store_rows(work.e[0] + own_row * classes, classes, rows, classes, own_e, 0);
+            if (work.need_d) multiply_tiles<false, false>(products, d, own_e, 0, a, 0, 0, BM);
             warp_barrier();
             put_sums(mode, own_e, 0, 0, o2);
             warp_barrier();
-            if (needs.parameters) store_rows(work.e[1] + own_row * classes, classes, rows, classes, own_e, 0);
-            if (needs.through) multiply_tiles<false, false>(products, d, own_e, 0, h, 0, 0, BM);
+            if (work.need_u) store_rows(work.e[1] + own_row * classes, classes, rows, classes, own_e, 0);
+            if (work.need_d) multiply_tiles<false, false>(products, d, own_e, 0, h, 0, 0, BM);
             warp_barrier();
         }
-        if (needs.through) {
+        if (work.need_d) {
             put_sums(mode, own_p, 0, 0, d);
             store_rows(work.d + own_row * width, width, rows, width, own_p, 0);
         }
@@ -151,7 +160,7 @@ DEVICE void head_rows(const P& products, const HeadLoss& arguments, const HeadNe
     store_loss_sums(sums, work.losses, work.counts, shared_memory());
 }
 
-// Its second walk, with parts of U and of dc.
+// Its second pass, for the parts of U and of dc.
 template <int BK, int BM, class P, class T>
 DEVICE void head_correlations(const P& products, int64_t n, const HeadWork<T, BK, BM>& work, int stages) {
     using Tiles = HeadTiles<P, BK, BM>;
@@ -166,7 +175,7 @@ DEVICE void head_correlations(const P& products, int64_t n, const HeadWork<T, BK
                                                column_sum += add_rows<Tiles::GROUPS>(products.mode, tile, group, column);
                                            });
     work.columns[program() * THREADS + thread()] = column_sum;
-    if (!Piece::mine()) return;
+    if (!Piece::warp_active()) return;
     UNROLL for (int i = 0; i < 2; ++i) {
         float* const part = work.u_parts + (program() * int64_t{2} + i) * BM * BK;
         store_sums(part + Piece::row() * BK + Piece::column(), BK, 16, u[i]);
@@ -175,25 +184,27 @@ DEVICE void head_correlations(const P& products, int64_t n, const HeadWork<T, BK
 
 // tiles.square = T + Tᵀ with T = U2ᵀ A, sixteen classes at a time.
 template <int BK, int BM, class P>
-DEVICE void fill_head_square(const P& products, const StripTiles<BK>& tiles, const HeadLoss& arguments, const float* u2) {
+DEVICE void fill_head_square(const P& products, const SliceTiles<BK>& tiles, const HeadLoss& arguments,
+                             const float* u2) {
     using Piece = Pieces<BK, BK>;
-    const typename HeadTiles<P, BK, BM>::Chunk chunk{shared_memory() + StripTiles<BK>::SHARED};
+    const typename HeadTiles<P, BK, BM>::Chunk chunk{shared_memory() + SliceTiles<BK>::SHARED};
     const auto* const a = static_cast<const typename P::Element*>(arguments.a);
     const int k = arguments.k, m = arguments.m;
     float t[Piece::TILES][4];
     clear(t);
     NO_UNROLL for (int from = 0; from < m; from += 16) {
         block_barrier();
-        fill(tiles.strip, [&](int row, int column) { return u2[(from + row) * BK + column]; });
+        fill(tiles.slice, [&](int row, int column) { return u2[(from + row) * BK + column]; });
         fill(chunk, [&](int row, int column) {
-            return from + row < m && column < k ? widen(a[(from + row) * k + column], products.mode.brain) : 0.f;
+            return from + row < m && column < k ? widen(a[(from + row) * k + column], products.mode.is_bf16) : 0.f;
         });
         block_barrier();
-        if (Piece::mine()) {
-            multiply_tiles<true, false>(products.for_sums(), t, tiles.strip, Piece::row(), chunk, Piece::column(), 0, 16);
+        if (Piece::warp_active()) {
+            multiply_tiles<true, false>(products.for_sums(), t, tiles.slice, Piece::row(), chunk, Piece::column(), 0,
+                                        16);
         }
     }
-    if (Piece::mine()) put_sums(products.mode, tiles.square, Piece::row(), Piece::column(), t);
+    if (Piece::warp_active()) put_sums(products.mode, tiles.square, Piece::row(), Piece::column(), t);
     block_barrier();
     NO_UNROLL for (int i = thread(); i < BK * BK; i += THREADS) {
         const int row = i / BK, column = i % BK;
@@ -207,7 +218,7 @@ DEVICE void fill_head_square(const P& products, const StripTiles<BK>& tiles, con
 
 // dA = scale (U1 + U2 G), sixteen classes a program, from the programs that have the least else to do.
 template <int BK, int BM, class T>
-DEVICE void store_output_weight(const Mode& mode, const StripTiles<BK>& tiles, const HeadLoss& arguments,
+DEVICE void store_output_weight(const Mode& mode, const SliceTiles<BK>& tiles, const HeadLoss& arguments,
                                 const HeadWork<T, BK, BM>& work, float scale) {
     const int k = arguments.k, m = arguments.m, first = 16 * (programs() - 1 - program());
     if (first >= m) return;
@@ -215,24 +226,24 @@ DEVICE void store_output_weight(const Mode& mode, const StripTiles<BK>& tiles, c
     fill(tiles.square, [&](int row, int column) { return work.g[row * BK + column]; });
     NO_UNROLL for (int from = first; from < m; from += 16 * programs()) {
         const float *const u1 = work.u + from * BK, *const u2 = u1 + BM * BK;
-        multiply_strip(tiles, [&](int row, int column) { return u2[row * BK + column]; },
+        multiply_slice(tiles, [&](int row, int column) { return u2[row * BK + column]; },
                        [&](int row, int column, float product) {
                            if (from + row >= m || column >= k) return;
                            static_cast<T*>(arguments.da)[(from + row) * k + column] =
-                               round_to<T>((u1[row * BK + column] + product) * scale, mode.brain);
+                               round_to<T>((u1[row * BK + column] + product) * scale, mode.is_bf16);
                        });
     }
 }
 
-template <int BK, int BM, class P> DEVICE void head_phases(const P& products, const HeadLoss& arguments, int splits, int stages) {
+template <int BK, int BM, class P>
+DEVICE void head_phases(const P& products, const HeadLoss& arguments, int splits, int stages) {
     using Tiles = HeadTiles<P, BK, BM>;
     using T = typename P::Element;
-    const HeadNeeds needs(arguments);
     const Matrix<T> x = matrix<T>(arguments.x, arguments.n, arguments.d), b = matrix_b<T>(arguments);
-    const HeadWork<T, BK, BM> work(arguments, splits);
-    head_rows<BK, BM>(products, arguments, needs, x, b, work, stages);
-    if (needs.parameters) head_correlations<BK, BM>(products, arguments.n, work, stages);
-    if (!needs.through && !needs.parameters && arguments.terms.reduction == Reduction::NONE) return;
+    const HeadWork<T, BK, BM> work(arguments, splits, programs());
+    head_rows<BK, BM>(products, arguments, x, b, work, stages);
+    if (work.need_u) head_correlations<BK, BM>(products, arguments.n, work, stages);
+    if (!work.need_d && !work.need_u && arguments.terms.reduction == Reduction::NONE) return;
     grid_barrier(arguments.counter);
     const float scale = gradient_scale(arguments.terms, work.counts);
     if (program() == programs() - 1) {
@@ -242,54 +253,48 @@ template <int BK, int BM, class P> DEVICE void head_phases(const P& products, co
                               programs() * Tiles::GROUPS, scale);
         }
     }
-    if (needs.through) {
-        gradient_strips<BK>(products, x, b, matrix<T>(work.d, arguments.n, work.width), static_cast<T*>(arguments.dx),
-                            arguments.db != nullptr ? work.s : nullptr, splits, scale, stages);
+    if (work.need_d) {
+        backprop_projection<BK>(products, x, b, matrix<T>(work.d, arguments.n, work.width),
+                                static_cast<T*>(arguments.dx), arguments.db != nullptr ? work.s : nullptr, splits, scale, stages);
     }
     if (arguments.db == nullptr && arguments.da == nullptr) return;
     add_parts(work.u_parts, work.u, programs(), 2 * BM * BK);
     grid_barrier(arguments.counter);  // before db and dA
-    const StripTiles<BK> tiles(shared_memory());
+    const SliceTiles<BK> tiles(shared_memory());
     if (arguments.db != nullptr) {
         fill_head_square<BK, BM>(products, tiles, arguments, work.u + BM * BK);
-        store_parameters(products.mode, static_cast<T*>(arguments.db), arguments.db_transposed, tiles, b, work.s, splits, scale);
+        store_db(products.mode, arguments, tiles, b, work.s, splits, scale);
     }
     if (arguments.da != nullptr) store_output_weight(products.mode, tiles, arguments, work, scale);
 }
 
 template <class P, int BK, int BM> KERNEL head_loss_kernel(HeadLoss arguments, Mode mode, int splits, int stages) {
-    if constexpr (P::HERE) head_phases<BK, BM>(P{mode}, arguments, splits, stages);
+    if constexpr (P::available) head_phases<BK, BM>(P{mode}, arguments, splits, stages);
 }
 
-template <class P, int BK, int BM> struct HeadLossInstance {
+template <class P, int BK, int BM> struct HeadLossInstance : PhasedLaunch<HeadLossInstance<P, BK, BM>, HeadLoss> {
     using Tiles = HeadTiles<P, BK, BM>;
-    static constexpr int BD = StripShape<P, BK>::BD;
-    static Plan plan(const HeadLoss& arguments, const Chip& chip) {
-        const bool need_b = arguments.db != nullptr, through = need_b || arguments.dx != nullptr;
-        return plan_grid(chip, arguments.n, arguments.d, BD, divide_up(arguments.n, Tiles::BN), through, need_b);
+    using Work = HeadWork<typename P::Element, BK, BM>;
+    static Plan plan(const HeadLoss& arguments, const DeviceSpec& device) {
+        return plan_grid(device, arguments.n, arguments.d, JobShape<P, BK>::BD, divide_up(arguments.n, Tiles::BN),
+                         need_d(arguments), arguments.db != nullptr);
     }
-    static Workspace call(const HeadLoss& arguments, const Chip& chip) {
-        const auto [splits, programs] = plan(arguments, chip);
-        const int width = width_of(arguments.k), classes = width_of(arguments.m);
-        return {int64_t{splits} * arguments.d * BK + (programs + int64_t{1}) * 2 * BM * BK + BK * BK +
-                    int64_t{programs} * (THREADS + 2),
-                arguments.n * 2 * (width + classes)};
-    }
-    static const char* call(const HeadLoss& arguments, const Chip& chip, Stream stream) {
-        const int stages = stages_for(chip, 2, 4, Tiles::shared);
-        if (stages == 0) return TOO_LITTLE_SHARED;
-        const auto [splits, programs] = plan(arguments, chip);
-        return start(head_loss_kernel<P, BK, BM>, programs, Tiles::shared(stages), true, stream, arguments,
-                     mode_of(arguments.kind), splits, stages);
-    }
+    static auto kernel() { return head_loss_kernel<P, BK, BM>; }
 };
 
 // The instances of few classes, and of many.
+constexpr int FEW_CLASSES = 16, MOST_CLASSES = 128;
 template <class P, int BK> struct HeadLossOfColumns {
-    template <class... Rest> static auto call(const HeadLoss& arguments, const Chip& chip, Rest... rest) {
-        return arguments.m <= 16 ? HeadLossInstance<P, BK, 16>::call(arguments, chip, rest...)
-                                 : HeadLossInstance<P, BK, 128>::call(arguments, chip, rest...);
+    template <class... Rest> static auto call(const HeadLoss& arguments, const DeviceSpec& device, Rest... rest) {
+        return arguments.m <= FEW_CLASSES ? HeadLossInstance<P, BK, FEW_CLASSES>::call(arguments, device, rest...)
+                                          : HeadLossInstance<P, BK, MOST_CLASSES>::call(arguments, device, rest...);
     }
 };
+
+inline const char* invalid(const HeadLoss& arguments, const DeviceSpec& device) {
+    if (arguments.m < 1) return "a head must have one class or more";
+    if (arguments.m > MOST_CLASSES) return NO_KERNEL;
+    return invalid_operands(arguments, device);
+}
 
 }  // namespace interp_nn

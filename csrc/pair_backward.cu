@@ -1,17 +1,15 @@
-// The backward kernels of the pair, and where calls meet them.
+// The kernels of the pair's backward, and the functions of launch.h for them.
 #include "pair_backward.h"
 
 namespace interp_nn {
 
-Workspace pair_backward_workspace(const PairBackward& arguments, const Chip& chip) {
-    if (problem(arguments, chip) != nullptr) return {};
-    return dispatch<PairBackwardInstance, 16, 64, 128>(Workspace{}, arguments, chip);
-}
+using PairBackwardKernels = Kernels<PairBackwardInstance, 16, 64, 128>;
 
-const char* pair_backward(const PairBackward& arguments, const Chip& chip, Stream stream) {
-    if (const char* wrong = problem(arguments, chip)) return wrong;
-    if (arguments.dp == nullptr && arguments.dy == nullptr) return "neither dp nor dy";
-    return dispatch<PairBackwardInstance, 16, 64, 128>(TOO_LITTLE_SHARED, arguments, chip, stream);
+Workspace pair_backward_workspace(const PairBackward& arguments, const DeviceSpec& device) {
+    return PairBackwardKernels::workspace(arguments, device);
+}
+const char* pair_backward(const PairBackward& arguments, const DeviceSpec& device, Stream stream) {
+    return PairBackwardKernels::launch(arguments, device, stream);
 }
 
 }  // namespace interp_nn

@@ -1,9 +1,12 @@
 // Backward of the pair: dX = D bᵀ and db = Xᵀ D + b (T + Tᵀ) with D = dP + dY G and T = Pᵀ dY, for up to 128 columns.
 //
-// Phases: rows, with D and parts of T; strips, and T; db. Without dY there is no first one, without db no last one.
+//     Phase  computes                                left out
+//     1      D, parts of T                           without dY: D is dP
+//     2      dX, parts of Xᵀ D, T
+//     3      db                                      without db
 #pragma once
 
-#include "strips.h"
+#include "feature_tiles.h"
 
 namespace interp_nn {
 
@@ -16,24 +19,43 @@ template <class P, int BK> struct PairTiles {
     using Square = Pieces<BK, BK>;
     static constexpr size_t shared(int stages) {
         const size_t first = G::BYTES + Part::BYTES + static_cast<size_t>(stages) * 2 * Part::BYTES;
-        const size_t second = gradient_strips_shared<P, BK>(stages), last = StripTiles<BK>::SHARED;
+        const size_t second = backprop_shared<P, BK>(stages), last = SliceTiles<BK>::SHARED;
         const size_t most = first > second ? first : second;
         return most > last ? most : last;
     }
 };
 
+// The workspaces.
+//     floats: s (splits, d, BK)        parts of Xᵀ D
+//             t_parts (programs, BK, BK)
+//             t (BK, BK)
+//     rows:   d (n, width), X's type   D
+template <class T, int BK> struct PairWork {
+    int width;
+    Area<float> floats;
+    Area<T> rows;
+    float *s, *t_parts, *t;
+    T* d;
+
+    HOST_DEVICE PairWork(const PairBackward& arguments, int splits, int programs)
+        : width(width_of(arguments.k)), floats(arguments.work), rows(arguments.rows) {
+        s = floats.take(int64_t{splits} * arguments.d * BK);
+        t_parts = floats.take(int64_t{programs} * BK * BK);
+        t = floats.take(BK * BK);
+        d = rows.take(arguments.dy != nullptr ? arguments.n * width : 0);
+    }
+};
+
 // The first phase. T's part of this program goes to t_part, if not null.
-template <int BK, class P>
-DEVICE void pair_rows(const P& products, const PairBackward& arguments, float* t_part, int stages) {
+template <int BK, class P, class T> DEVICE void pair_rows(const P& products, const PairBackward& arguments,
+                                                          const PairWork<T, BK>& work, float* t_part, int stages) {
     using Tiles = PairTiles<P, BK>;
-    using T = typename P::Element;
     using Gradient = typename Tiles::Gradient;
     using Square = typename Tiles::Square;
     const int64_t n = arguments.n;
-    const int k = arguments.k, width = width_of(k);
+    const int k = arguments.k, width = work.width;
     const Matrix<T> p = matrix<T>(arguments.p, n, k), dy = matrix<T>(arguments.dy, n, k),
                     dp = matrix<T>(arguments.dp, n, k);
-    auto* const gradients = static_cast<T*>(arguments.rows);
     const typename Tiles::G gram{shared_memory()};
     const typename Tiles::Part leaving{shared_memory() + Tiles::G::BYTES};
     unsigned char* const memory = shared_memory() + Tiles::G::BYTES + Tiles::Part::BYTES;
@@ -56,7 +78,7 @@ DEVICE void pair_rows(const P& products, const PairBackward& arguments, float* t
             load_tile(leaving, dp, row_of(step), 0);
             commit_copies();
         }
-        if (t_part != nullptr && Square::mine()) {
+        if (t_part != nullptr && Square::warp_active()) {
             multiply_tiles<true, false>(products, t, tile_p(stage), Square::row(), tile_dy(stage), Square::column(), 0,
                                         Tiles::ROWS);
         }
@@ -65,73 +87,69 @@ DEVICE void pair_rows(const P& products, const PairBackward& arguments, float* t
         if (dp.data != nullptr) {
             wait_copies(0);
             block_barrier();
-            if (Gradient::mine()) take_sums(products.mode, leaving, Gradient::row(), Gradient::column(), gradient);
+            if (Gradient::warp_active()) {
+                take_sums(products.mode, leaving, Gradient::row(), Gradient::column(), gradient);
+            }
         }
-        if (Gradient::mine()) {
+        if (Gradient::warp_active()) {
             multiply_tiles<false, true>(products, gradient, tile_dy(stage), Gradient::row(), gram, Gradient::column(),
                                         0, BK);
             const int64_t row = row_of(step) + Gradient::row();
             put_sums(products.mode, leaving, Gradient::row(), Gradient::column(), gradient);
-            store_piece<Gradient::WIDE>(gradients + row * width + Gradient::column(), width, left(n, row),
+            store_piece<Gradient::WIDE>(work.d + row * width + Gradient::column(), width, remaining(n, row),
                                         width - Gradient::column(), leaving, Gradient::row(), Gradient::column());
         }
     });
-    if (t_part != nullptr && Square::mine()) store_sums(t_part + Square::row() * BK + Square::column(), BK, 16, t);
+    if (t_part != nullptr && Square::warp_active()) {
+        store_sums(t_part + Square::row() * BK + Square::column(), BK, 16, t);
+    }
 }
 
-// `work` has (splits, d, BK) parts of Xᵀ D, (programs, BK, BK) parts of T, T.
 template <int BK, class P>
 DEVICE void pair_phases(const P& products, const PairBackward& arguments, int splits, int stages) {
     using T = typename P::Element;
-    const bool need_b = arguments.db != nullptr, through = arguments.dy != nullptr;
+    const bool need_b = arguments.db != nullptr, through_y = arguments.dy != nullptr;
     const int64_t n = arguments.n;
-    const int d = arguments.d, k = arguments.k;
-    const Matrix<T> x = matrix<T>(arguments.x, n, d), b = matrix_b<T>(arguments);
-    float* const t_parts = arguments.work + int64_t{splits} * d * BK;
-    float* const t = t_parts + int64_t{programs()} * BK * BK;
-    if (through) {
-        pair_rows<BK>(products, arguments, need_b ? t_parts + int64_t{program()} * BK * BK : nullptr, stages);
+    const Matrix<T> x = matrix<T>(arguments.x, n, arguments.d), b = matrix_b<T>(arguments);
+    const PairWork<T, BK> work(arguments, splits, programs());
+    if (through_y) {
+        float* const t_part = need_b ? work.t_parts + int64_t{program()} * BK * BK : nullptr;
+        pair_rows<BK>(products, arguments, work, t_part, stages);
         grid_barrier(arguments.counter);
     }
-    const Matrix<T> gradients = through ? matrix<T>(arguments.rows, n, width_of(k)) : matrix<T>(arguments.dp, n, k);
-    gradient_strips<BK>(products, x, b, gradients, static_cast<T*>(arguments.dx), need_b ? arguments.work : nullptr,
-                        splits, 1.f, stages);
+    const Matrix<T> gradients = through_y ? matrix<T>(work.d, n, work.width) : matrix<T>(arguments.dp, n, arguments.k);
+    backprop_projection<BK>(products, x, b, gradients, static_cast<T*>(arguments.dx), need_b ? work.s : nullptr, splits,
+                            1.f, stages);
     if (!need_b) return;
-    if (through) add_parts(t_parts, t, programs(), BK * BK);
+    if (through_y) add_parts(work.t_parts, work.t, programs(), BK * BK);
     grid_barrier(arguments.counter);  // before db
-    const StripTiles<BK> tiles(shared_memory());
-    if (through) {
-        fill_twice_symmetric(tiles, t);
+    const SliceTiles<BK> tiles(shared_memory());
+    if (through_y) {
+        fill_symmetrized(tiles, work.t);
     } else {
         fill(tiles.square, [](int, int) { return 0.f; });
     }
-    store_parameters(products.mode, static_cast<T*>(arguments.db), arguments.db_transposed, tiles, b, arguments.work,
-                     splits, 1.f);
+    store_db(products.mode, arguments, tiles, b, work.s, splits, 1.f);
 }
 
 template <class P, int BK> KERNEL pair_backward_kernel(PairBackward arguments, Mode mode, int splits, int stages) {
-    if constexpr (P::HERE) pair_phases<BK>(P{mode}, arguments, splits, stages);
+    if constexpr (P::available) pair_phases<BK>(P{mode}, arguments, splits, stages);
 }
 
-template <class P, int BK> struct PairBackwardInstance {
+inline const char* invalid(const PairBackward& arguments, const DeviceSpec& device) {
+    if (arguments.dp == nullptr && arguments.dy == nullptr) return "neither dp nor dy";
+    return invalid_operands(arguments, device);
+}
+
+template <class P, int BK> struct PairBackwardInstance : PhasedLaunch<PairBackwardInstance<P, BK>, PairBackward> {
     using Tiles = PairTiles<P, BK>;
-    static constexpr int BD = StripShape<P, BK>::BD;
-    static Plan plan(const PairBackward& arguments, const Chip& chip) {
+    using Work = PairWork<typename P::Element, BK>;
+    static Plan plan(const PairBackward& arguments, const DeviceSpec& device) {
         const int64_t row_jobs = arguments.dy != nullptr ? divide_up(arguments.n, Tiles::ROWS) : 0;
-        return plan_grid(chip, arguments.n, arguments.d, BD, row_jobs, true, arguments.db != nullptr);
+        return plan_grid(device, arguments.n, arguments.d, JobShape<P, BK>::BD, row_jobs, true,
+                         arguments.db != nullptr);
     }
-    static Workspace call(const PairBackward& arguments, const Chip& chip) {
-        const auto [splits, programs] = plan(arguments, chip);
-        return {int64_t{splits} * arguments.d * BK + (programs + int64_t{1}) * BK * BK,
-                arguments.dy != nullptr ? arguments.n * width_of(arguments.k) : 0};
-    }
-    static const char* call(const PairBackward& arguments, const Chip& chip, Stream stream) {
-        const int stages = stages_for(chip, 2, 4, Tiles::shared);
-        if (stages == 0) return TOO_LITTLE_SHARED;
-        const auto [splits, programs] = plan(arguments, chip);
-        return start(pair_backward_kernel<P, BK>, programs, Tiles::shared(stages), true, stream, arguments,
-                     mode_of(arguments.kind), splits, stages);
-    }
+    static auto kernel() { return pair_backward_kernel<P, BK>; }
 };
 
 }  // namespace interp_nn

@@ -1,16 +1,15 @@
-// The kernels of the pair's loss, and where calls meet them.
+// The kernels of the pair's loss, and the functions of launch.h for them.
 #include "pair_loss.h"
 
 namespace interp_nn {
 
-Workspace pair_loss_workspace(const PairLoss& arguments, const Chip& chip) {
-    if (problem(arguments, chip) != nullptr) return {};
-    return dispatch<PairLossInstance, 16, 128>(Workspace{}, arguments, chip);
-}
+using PairLossKernels = Kernels<PairLossInstance, 16, 128>;
 
-const char* pair_loss(const PairLoss& arguments, const Chip& chip, Stream stream) {
-    if (const char* wrong = problem(arguments, chip)) return wrong;
-    return dispatch<PairLossInstance, 16, 128>(TOO_LITTLE_SHARED, arguments, chip, stream);
+Workspace pair_loss_workspace(const PairLoss& arguments, const DeviceSpec& device) {
+    return PairLossKernels::workspace(arguments, device);
+}
+const char* pair_loss(const PairLoss& arguments, const DeviceSpec& device, Stream stream) {
+    return PairLossKernels::launch(arguments, device, stream);
 }
 
 }  // namespace interp_nn

@@ -1,7 +1,10 @@
-// The three-term loss of (P, Y) with its gradients E1 and E2 pushed back: D = E1 + E2 G, dX = D bᵀ, db = Xᵀ D + b (T +
-// Tᵀ) with T = Pᵀ E2. The logits never leave the chip.
+// The three-term loss of (P, Y) with its gradients: D = E1 + E2 G, dX = D bᵀ, db = Xᵀ D + b (T + Tᵀ), T = Pᵀ E2, where
+// E1 and E2 are the gradients of the logits. The logits stay in registers.
 //
-// Phases: rows, with D, parts of T and of the loss; strips, T and the loss; db.
+//     Phase  computes
+//     1      D, parts of T and of the loss
+//     2      dX, parts of Xᵀ D, T, the loss
+//     3      db
 #pragma once
 
 #include "cross_entropy.h"
@@ -14,28 +17,40 @@ template <class P, int BK> struct PairLossTiles : ForwardTiles<P, BK> {
     using Correlation = CorrelationTiles<P, BK, BK>;
     static constexpr size_t shared(int stages) {
         const size_t rows = Base::shared(stages), again = Correlation::shared(1, stages);
-        const size_t strips = gradient_strips_shared<P, BK>(stages), last = StripTiles<BK>::SHARED;
-        const size_t first = rows > again ? rows : again, second = strips > last ? strips : last;
+        const size_t jobs = backprop_shared<P, BK>(stages), last = SliceTiles<BK>::SHARED;
+        const size_t first = rows > again ? rows : again, second = jobs > last ? jobs : last;
         return first > second ? first : second;
     }
 };
 
-// Where things lie in the workspaces: (splits, d, BK) parts of Xᵀ D, (programs, BK, BK) parts of T, T, parts of loss
-// and count; and in rows of width_of(k) numbers of X's type, D, P and E2.
+// The workspaces.
+//     floats: s (splits, d, BK)               parts of Xᵀ D
+//             t_parts (programs, BK, BK)
+//             t (BK, BK)
+//             losses (programs), counts (programs)
+//     rows:   d, p, e (n, width), X's type    D, P and E2
 template <class T, int BK> struct PairLossWork {
+    bool need_b, need_d;
+    int width;
+    Area<float> floats;
+    Area<T> rows;
     float *s, *t_parts, *t, *losses, *counts;
     T *d, *p, *e;
-    int width;
 
-    DEVICE PairLossWork(const PairLoss& arguments, int splits) : width(width_of(arguments.k)) {
-        s = arguments.work;
-        t_parts = s + int64_t{splits} * arguments.d * BK;
-        t = t_parts + int64_t{programs()} * BK * BK;
-        losses = t + BK * BK;
-        counts = losses + programs();
-        d = static_cast<T*>(arguments.rows);
-        p = d + arguments.n * width;
-        e = p + arguments.n * width;
+    HOST_DEVICE PairLossWork(const PairLoss& arguments, int splits, int programs)
+        : need_b(arguments.db != nullptr),
+          need_d(interp_nn::need_d(arguments)),
+          width(width_of(arguments.k)),
+          floats(arguments.work),
+          rows(arguments.rows) {
+        s = floats.take(int64_t{splits} * arguments.d * BK);
+        t_parts = floats.take(int64_t{programs} * BK * BK);
+        t = floats.take(BK * BK);
+        losses = floats.take(programs);
+        counts = floats.take(programs);
+        d = rows.take(need_d ? arguments.n * width : 0);
+        p = rows.take(need_b ? arguments.n * width : 0);
+        e = rows.take(need_b ? arguments.n * width : 0);
     }
 };
 
@@ -46,8 +61,8 @@ template <int BK, class P, class T> DEVICE void pair_loss_rows(const P& products
     using Tiles = PairLossTiles<P, BK>;
     const Mode& mode = products.mode;
     const int64_t n = arguments.n;
-    const bool need_b = arguments.db != nullptr, through = need_b || arguments.dx != nullptr;
-    const int width = work.width, mine = 16 * warp();
+    const bool need_b = work.need_b;
+    const int width = work.width, warp_row = 16 * warp();
     const typename Tiles::G gram{shared_memory()};
     unsigned char* const memory = shared_memory() + Tiles::G::BYTES;
     const typename Tiles::Own own{memory};  // in the stages' place, between two row tiles
@@ -58,23 +73,23 @@ template <int BK, class P, class T> DEVICE void pair_loss_rows(const P& products
         float o1[BK / 8][4], o2[BK / 8][4];
         project<Tiles>(products, o1, o2, row == first_row, x, b, row, memory, stages);
         if (row == first_row) share_gram(mode, gram, o2);
-        const int64_t own_row = row + mine;
-        const int rows = left(n, own_row);
-        put_sums(mode, own, mine, 0, o1);
+        const int64_t own_row = row + warp_row;
+        const int rows = remaining(n, own_row);
+        put_sums(mode, own, warp_row, 0, o1);
         warp_barrier();
-        if (need_b) store_rows(work.p + own_row * width, width, rows, width, own, mine);
+        if (need_b) store_rows(work.p + own_row * width, width, rows, width, own, warp_row);
         clear(o2);
-        multiply_tiles<false, true>(products, o2, own, mine, gram, 0, 0, BK);  // G is its own transpose
+        multiply_tiles<false, true>(products, o2, own, warp_row, gram, 0, 0, BK);  // G is its own transpose
         warp_barrier();
         loss_terms(arguments.terms, o1, o2, own_row, n, arguments.k, sums);
-        if (through) {
-            put_sums(mode, own, mine, 0, o2);
+        if (work.need_d) {
+            put_sums(mode, own, warp_row, 0, o2);
             warp_barrier();
-            if (need_b) store_rows(work.e + own_row * width, width, rows, width, own, mine);
-            multiply_tiles<false, true>(products, o1, own, mine, gram, 0, 0, BK);
+            if (need_b) store_rows(work.e + own_row * width, width, rows, width, own, warp_row);
+            multiply_tiles<false, true>(products, o1, own, warp_row, gram, 0, 0, BK);
             warp_barrier();
-            put_sums(mode, own, mine, 0, o1);
-            store_rows(work.d + own_row * width, width, rows, width, own, mine);
+            put_sums(mode, own, warp_row, 0, o1);
+            store_rows(work.d + own_row * width, width, rows, width, own, warp_row);
         }
         block_barrier();  // the stages are free again
     }
@@ -87,56 +102,43 @@ template <int BK, class P, class T> DEVICE void pair_loss_rows(const P& products
         correlate_rows<Correlation, Tiles::BN>(products, t, lefts, matrix<T>(work.e, n, width), shared_memory(), stages,
                                                [](int, const auto&) {});
         float* const part = work.t_parts + int64_t{program()} * BK * BK;
-        if (Square::mine()) store_sums(part + Square::row() * BK + Square::column(), BK, 16, t[0]);
+        if (Square::warp_active()) store_sums(part + Square::row() * BK + Square::column(), BK, 16, t[0]);
     }
 }
 
-template <int BK, class P> DEVICE void pair_loss_phases(const P& products, const PairLoss& arguments, int splits, int stages) {
+template <int BK, class P>
+DEVICE void pair_loss_phases(const P& products, const PairLoss& arguments, int splits, int stages) {
     using T = typename P::Element;
-    const bool need_b = arguments.db != nullptr, through = need_b || arguments.dx != nullptr;
     const Matrix<T> x = matrix<T>(arguments.x, arguments.n, arguments.d), b = matrix_b<T>(arguments);
-    const PairLossWork<T, BK> work(arguments, splits);
+    const PairLossWork<T, BK> work(arguments, splits, programs());
     pair_loss_rows<BK>(products, arguments, x, b, work, stages);
-    if (!through && arguments.terms.reduction == Reduction::NONE) return;
+    if (!work.need_d && arguments.terms.reduction == Reduction::NONE) return;
     grid_barrier(arguments.counter);
     if (program() == programs() - 1) store_value(arguments.terms, work.losses, work.counts);
-    if (!through) return;
+    if (!work.need_d) return;
     const float scale = gradient_scale(arguments.terms, work.counts);
-    gradient_strips<BK>(products, x, b, matrix<T>(work.d, arguments.n, work.width), static_cast<T*>(arguments.dx),
-                        need_b ? work.s : nullptr, splits, scale, stages);
-    if (!need_b) return;
+    backprop_projection<BK>(products, x, b, matrix<T>(work.d, arguments.n, work.width), static_cast<T*>(arguments.dx),
+                            work.need_b ? work.s : nullptr, splits, scale, stages);
+    if (!work.need_b) return;
     add_parts(work.t_parts, work.t, programs(), BK * BK);
     grid_barrier(arguments.counter);  // before db
-    const StripTiles<BK> tiles(shared_memory());
-    fill_twice_symmetric(tiles, work.t);
-    store_parameters(products.mode, static_cast<T*>(arguments.db), arguments.db_transposed, tiles, b, work.s, splits, scale);
+    const SliceTiles<BK> tiles(shared_memory());
+    fill_symmetrized(tiles, work.t);
+    store_db(products.mode, arguments, tiles, b, work.s, splits, scale);
 }
 
 template <class P, int BK> KERNEL pair_loss_kernel(PairLoss arguments, Mode mode, int splits, int stages) {
-    if constexpr (P::HERE) pair_loss_phases<BK>(P{mode}, arguments, splits, stages);
+    if constexpr (P::available) pair_loss_phases<BK>(P{mode}, arguments, splits, stages);
 }
 
-template <class P, int BK> struct PairLossInstance {
+template <class P, int BK> struct PairLossInstance : PhasedLaunch<PairLossInstance<P, BK>, PairLoss> {
     using Tiles = PairLossTiles<P, BK>;
-    static constexpr int BD = StripShape<P, BK>::BD;
-    static Plan plan(const PairLoss& arguments, const Chip& chip) {
-        const bool need_b = arguments.db != nullptr, through = need_b || arguments.dx != nullptr;
-        return plan_grid(chip, arguments.n, arguments.d, BD, divide_up(arguments.n, Tiles::BN), through, need_b);
+    using Work = PairLossWork<typename P::Element, BK>;
+    static Plan plan(const PairLoss& arguments, const DeviceSpec& device) {
+        return plan_grid(device, arguments.n, arguments.d, JobShape<P, BK>::BD, divide_up(arguments.n, Tiles::BN),
+                         need_d(arguments), arguments.db != nullptr);
     }
-    static Workspace call(const PairLoss& arguments, const Chip& chip) {
-        const auto [splits, programs] = plan(arguments, chip);
-        const bool need_b = arguments.db != nullptr, through = need_b || arguments.dx != nullptr;
-        const int64_t matrices = need_b ? 3 : through ? 1 : 0;
-        return {int64_t{splits} * arguments.d * BK + (programs + int64_t{1}) * BK * BK + 2 * programs,
-                matrices * arguments.n * width_of(arguments.k)};
-    }
-    static const char* call(const PairLoss& arguments, const Chip& chip, Stream stream) {
-        const int stages = stages_for(chip, 2, 4, Tiles::shared);
-        if (stages == 0) return TOO_LITTLE_SHARED;
-        const auto [splits, programs] = plan(arguments, chip);
-        return start(pair_loss_kernel<P, BK>, programs, Tiles::shared(stages), true, stream, arguments, mode_of(arguments.kind),
-                     splits, stages);
-    }
+    static auto kernel() { return pair_loss_kernel<P, BK>; }
 };
 
 }  // namespace interp_nn

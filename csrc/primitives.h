@@ -1,10 +1,9 @@
-// What a kernel is made of: the only file that means one thing on a GPU and another on the CPU.
+// The primitives that kernels are made of: PTX instructions on a GPU, calls of the tests' emulator on a CPU.
 //
-// On a GPU these are PTX instructions; elsewhere the same names call the emulator. Everything above this file is
-// plain C++.
+// Only this file differs between the two. The kernels themselves are plain C++.
 #pragma once
 
-#undef NDEBUG  // what a kernel demands must hold in every build
+#undef NDEBUG  // a kernel checks targets in every build
 #include <cassert>
 #include <cmath>
 #include <cstddef>
@@ -19,7 +18,7 @@
 
 #define DEVICE __device__ __forceinline__
 #define NOINLINE inline __device__ __noinline__
-#define ANYWHERE inline __host__ __device__
+#define HOST_DEVICE inline __host__ __device__
 #define KERNEL __global__ void __launch_bounds__(interp_nn::THREADS, 1)
 #define UNROLL _Pragma("unroll")
 #define NO_UNROLL _Pragma("unroll 1")
@@ -30,7 +29,7 @@
 
 #define DEVICE inline
 #define NOINLINE inline
-#define ANYWHERE inline
+#define HOST_DEVICE inline
 #define KERNEL void
 #define UNROLL
 #define NO_UNROLL
@@ -44,8 +43,8 @@ constexpr int THREADS = 32 * WARPS;
 
 constexpr uint32_t TF32_BITS = 0xFFFFE000;  // sign, exponent and ten bits after the point
 
-// A 16-bit number in memory: whether it is a bfloat16 ("brain") or an IEEE half is known when a kernel runs.
-struct Sixteen {
+// A 16-bit number in memory, bfloat16 or IEEE half; a kernel learns at run time which (Mode::is_bf16).
+struct Half {
     uint16_t bits;
 };
 
@@ -60,16 +59,16 @@ DEVICE unsigned char* shared_memory() {
     return memory;
 }
 
-DEVICE float widen(Sixteen v, bool brain) {
-    return brain ? __uint_as_float(uint32_t{v.bits} << 16) : __half2float(__ushort_as_half(v.bits));
+DEVICE float widen(Half v, bool is_bf16) {
+    return is_bf16 ? __uint_as_float(uint32_t{v.bits} << 16) : __half2float(__ushort_as_half(v.bits));
 }
-DEVICE Sixteen narrow(float v, bool brain) {
-    return {brain ? __bfloat16_as_ushort(__float2bfloat16_rn(v)) : __half_as_ushort(__float2half_rn(v))};
+DEVICE Half narrow(float v, bool is_bf16) {
+    return {is_bf16 ? __bfloat16_as_ushort(__float2bfloat16_rn(v)) : __half_as_ushort(__float2half_rn(v))};
 }
 
 // Two 16-bit numbers in one register, the first in its lower half.
-DEVICE uint32_t pack(float low, float high, bool brain) {
-    if (brain) {
+DEVICE uint32_t pack(float low, float high, bool is_bf16) {
+    if (is_bf16) {
         const __nv_bfloat162 both = __floats2bfloat162_rn(low, high);
         return *reinterpret_cast<const uint32_t*>(&both);
     }
@@ -82,8 +81,7 @@ DEVICE float as_float(uint32_t bits) { return __uint_as_float(bits); }
 
 DEVICE uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
 
-// Copy BYTES (4 or 16) from global to shared memory without waiting; zeros where not valid, and nothing is read
-// then.
+// Copy BYTES (4 or 16) from global to shared memory without waiting. Where not valid, write zeros and read nothing.
 template <int BYTES> DEVICE void copy_async(void* shared, const void* global, bool valid) {
 #if __CUDA_ARCH__ >= 800
     const uint32_t to = shared_address(shared);
@@ -140,7 +138,7 @@ template <bool TRANSPOSED> DEVICE void load_matrices(uint32_t (&r)[4], const voi
 }
 
 // c (16 x 8) += a (16 x 16 in 16 bits, 16 x 8 in tf32) b, each spread over the warp. Of a tf32 operand only the bits of
-// TF32_BITS count. Below 8.0 nobody calls it, but it must compile.
+// TF32_BITS count. Kernels below 8.0 compile it but never call it.
 #if __CUDA_ARCH__ >= 800
 #define INTERP_NN_MULTIPLY(SHAPE_AND_TYPES)                                                                   \
     asm volatile("mma.sync.aligned." SHAPE_AND_TYPES " {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};" \
@@ -149,8 +147,8 @@ template <bool TRANSPOSED> DEVICE void load_matrices(uint32_t (&r)[4], const voi
 #else
 #define INTERP_NN_MULTIPLY(SHAPE_AND_TYPES) __trap()
 #endif
-template <bool BRAIN> DEVICE void multiply_16(float (&c)[4], const uint32_t* a, const uint32_t* b) {
-    if constexpr (BRAIN) {
+template <bool IS_BF16> DEVICE void multiply_16(float (&c)[4], const uint32_t* a, const uint32_t* b) {
+    if constexpr (IS_BF16) {
         INTERP_NN_MULTIPLY("m16n8k16.row.col.f32.bf16.bf16.f32");
     } else {
         INTERP_NN_MULTIPLY("m16n8k16.row.col.f32.f16.f16.f32");
@@ -171,13 +169,13 @@ DEVICE float exponential(float v) {
 DEVICE void block_barrier() { __syncthreads(); }
 DEVICE void warp_barrier() { __syncwarp(); }
 
-// Loads after this stay after it: the compiler would otherwise load a whole loop's operands first, and run out of
+// Keep later loads after this point: the compiler would otherwise load a whole loop's operands first and spill
 // registers.
 DEVICE void in_order() { asm volatile("" ::: "memory"); }
 
 DEVICE float shuffle(float value, int lane) { return __shfl_sync(0xFFFFFFFFu, value, lane); }
 
-// Stop the launch, as PyTorch's own kernels do, where something is not as it must be.
+// Stop the launch where a condition does not hold, as PyTorch's own kernels do.
 DEVICE void demand(bool holds, const char*) { assert(holds); }
 
 DEVICE uint32_t add_and_order(uint32_t* word, uint32_t value) {
@@ -192,7 +190,7 @@ DEVICE uint32_t look_in_order(const uint32_t* word) {
     return now;
 }
 
-// Start a kernel; the text of an error, or nullptr. A cooperative grid that does not fit at once is an error.
+// Start a kernel. Return the text of an error, or nullptr. A cooperative grid that is not resident at once is an error.
 template <class... Parameters> const char* start(void (*kernel)(Parameters...), int blocks, size_t shared,
                                                  bool cooperative, Stream stream, Parameters... parameters) {
     if (shared > 48 << 10) {
@@ -232,25 +230,25 @@ inline float as_float(uint32_t bits) {
     return v;
 }
 
-inline float widen(Sixteen v, bool brain) {
-    if (brain) return as_float(uint32_t{v.bits} << 16);
+inline float widen(Half v, bool is_bf16) {
+    if (is_bf16) return as_float(uint32_t{v.bits} << 16);
     _Float16 half;
     std::memcpy(&half, &v.bits, 2);
     return static_cast<float>(half);
 }
-inline Sixteen narrow(float v, bool brain) {
-    if (brain) {
+inline Half narrow(float v, bool is_bf16) {
+    if (is_bf16) {
         if (std::isnan(v)) return {0x7FC0};
         const uint32_t bits = bits_of(v);
         return {static_cast<uint16_t>((bits + 0x7FFF + (bits >> 16 & 1)) >> 16)};
     }
     const auto half = static_cast<_Float16>(v);
-    Sixteen result;
+    Half result;
     std::memcpy(&result.bits, &half, 2);
     return result;
 }
-inline uint32_t pack(float low, float high, bool brain) {
-    return uint32_t{narrow(high, brain).bits} << 16 | narrow(low, brain).bits;
+inline uint32_t pack(float low, float high, bool is_bf16) {
+    return uint32_t{narrow(high, is_bf16).bits} << 16 | narrow(low, is_bf16).bits;
 }
 
 template <int BYTES> void copy_async(void* shared, const void* global, bool valid) {
@@ -263,9 +261,9 @@ template <bool TRANSPOSED> void load_matrices(uint32_t (&r)[4], const void* row)
     emulator::load_matrices(r, row, TRANSPOSED);
 }
 
-template <bool BRAIN> void multiply_16(float (&c)[4], const uint32_t* a, const uint32_t* b) {
+template <bool IS_BF16> void multiply_16(float (&c)[4], const uint32_t* a, const uint32_t* b) {
     emulator::multiply<16>("multiply_16", c, a, b, [](uint32_t word, int place) {
-        return widen({static_cast<uint16_t>(word >> 16 * place)}, BRAIN);
+        return widen({static_cast<uint16_t>(word >> 16 * place)}, IS_BF16);
     });
 }
 inline void multiply_tf32(float (&c)[4], const uint32_t* a, const uint32_t* b) {
@@ -303,9 +301,9 @@ template <class... Parameters> const char* start(void (*kernel)(Parameters...), 
 #endif
 
 DEVICE float widen(float v, bool) { return v; }
-template <class T> DEVICE T round_to(float v, bool brain) {
+template <class T> DEVICE T round_to(float v, bool is_bf16) {
     if constexpr (sizeof(T) == 2) {
-        return narrow(v, brain);
+        return narrow(v, is_bf16);
     } else {
         return v;
     }
@@ -314,9 +312,9 @@ template <class T> DEVICE T round_to(float v, bool brain) {
 DEVICE int lane() { return thread() % 32; }
 DEVICE int warp() { return thread() / 32; }
 
-// Wait until every program of the grid has come here; all of them must be resident at once. The first adds 2^31 -
-// (programs - 1) and each other one 1, so the sign bit flips when all have arrived, and the counter is ready for the
-// next barrier without being reset: of this launch, of the next one, of a replayed graph.
+// Wait until every program of the grid has arrived; all of them must be resident at once. The first program adds 2^31 -
+// (programs - 1) and each other program adds 1. The sign bit flips when all have arrived, and the counter needs no
+// reset: it is ready for the next barrier, the next launch, or a replayed graph.
 NOINLINE void grid_barrier(uint32_t* counter) {
     block_barrier();  // the program's own stores come before its arrival
     if (thread() == 0) {

@@ -1,12 +1,12 @@
-// P = X b and G = bᵀb for the rows of a block: how every kernel that forms them does it.
+// P = X b and G = bᵀb for a tile of rows, for every kernel that forms them.
 #pragma once
 
 #include "fragments.h"
 
 namespace interp_nn {
 
-// b, (d, k) with any strides, as its transpose: k rows of d features. The rows of that which are vectors, as those of a
-// layer's weight, are copied; others are gathered.
+// bᵀ: k rows of d features, for b (d, k) with any strides. Contiguous rows, as a layer's weight has, are copied in
+// words; others are gathered.
 template <class T, class Arguments> DEVICE Matrix<T> matrix_b(const Arguments& arguments) {
     return strided_matrix<T>(arguments.b, arguments.k, arguments.d, arguments.b_column, arguments.b_feature);
 }
@@ -23,8 +23,8 @@ template <class P, int BK, int BD_> struct ProjectionTiles {
     static constexpr int STAGE = X::BYTES + B::BYTES;
 };
 
-// p = X[row :] b for the 16 rows of each warp, and where `gram` also g = bᵀb, 16 of its rows in each warp that has
-// some, from the same tiles of b. Copies run stages - 1 tiles ahead.
+// p = X[row :] b for the 16 rows of each warp, and where `gram` also g = bᵀb from the same tiles of b, 16 of its rows
+// in each of the first warps. Copies run stages - 1 tiles ahead.
 template <class Tiles, class P, int TILES, class T>
 DEVICE void project(const P& products, float (&p)[TILES][4], float (&g)[TILES][4], bool gram, const Matrix<T>& x,
                     const Matrix<T>& b, int64_t row, unsigned char* memory, int stages) {
@@ -39,7 +39,7 @@ DEVICE void project(const P& products, float (&p)[TILES][4], float (&g)[TILES][4
     clear(p);
     clear(g);
     pipeline(steps, stages, load, [&](int, int stage) {
-        products.with([&](const auto& fragments) {
+        products.visit([&](const auto& fragments) {
         const auto loop = [&](auto with_gram) {
                 using Fragments = std::decay_t<decltype(fragments)>;
     UNROLL_BY((UNROLLED<Fragments, TILES>)) for (int depth = 0; depth < Tiles::BD; depth += Fragments::DEPTH) {
@@ -72,17 +72,17 @@ template <int TILES> DEVICE void add_row(float (&sums)[TILES][4], const float* r
     }
 }
 
-// G's tile from the sums of each warp, for all to see.
+// Store G's tile from the sums of each warp, and wait until it is whole.
 template <int TILES, class G> DEVICE void share_gram(const Mode& mode, const G& gram, float (&g)[TILES][4]) {
     if (16 * warp() < 8 * TILES) put_sums(mode, gram, 16 * warp(), 0, g);
     block_barrier();  // G is whole
 }
 
-// A vector of `size` elements as fp32 in shared memory, zeros after it and where there is none; a barrier comes before
-// anyone reads.
+// Load a vector of `size` elements as fp32 into shared memory, with zeros after it and in place of a null one. Readers
+// need a barrier first.
 template <class T> DEVICE void load_row(const Mode& mode, float* row, int length, const void* data, int size) {
     for (int i = thread(); i < length; i += THREADS) {
-        row[i] = data != nullptr && i < size ? widen(static_cast<const T*>(data)[i], mode.brain) : 0.f;
+        row[i] = data != nullptr && i < size ? widen(static_cast<const T*>(data)[i], mode.is_bf16) : 0.f;
     }
 }
 

@@ -1,4 +1,4 @@
-// Gradients of a loss times an upstream that only the device knows.
+// Gradients of a loss times an upstream gradient that is read on the device.
 #include "dispatch.h"
 
 namespace interp_nn {
@@ -10,19 +10,19 @@ template <class T> KERNEL scale_kernel(Scale arguments, Mode mode) {
         auto* const gradient = static_cast<T*>(arguments.gradients[i]);
         const int64_t step = static_cast<int64_t>(programs()) * THREADS;
         NO_UNROLL for (int64_t j = static_cast<int64_t>(program()) * THREADS + thread(); j < arguments.sizes[i]; j += step) {
-            gradient[j] = round_to<T>(widen(gradient[j], mode.brain) * upstream, mode.brain);
+            gradient[j] = round_to<T>(widen(gradient[j], mode.is_bf16) * upstream, mode.is_bf16);
         }
     }
 }
 
-const char* scale(const Scale& arguments, const Chip& chip, Stream stream) {
-    if (chip.error != nullptr) return chip.error;
+const char* scale(const Scale& arguments, const DeviceSpec& device, Stream stream) {
+    if (device.error != nullptr) return device.error;
     int64_t most = 0;
     for (int i = 0; i < 4; ++i) most = arguments.sizes[i] > most ? arguments.sizes[i] : most;
-    const int64_t jobs = divide_up(most, 8 * THREADS), room = 4 * int64_t{chip.multiprocessors};
+    const int64_t jobs = divide_up(most, 8 * THREADS), room = 4 * int64_t{device.multiprocessors};
     const int blocks = static_cast<int>(jobs < 1 ? 1 : jobs < room ? jobs : room);
     const bool wide = arguments.kind == Kind::F32 || arguments.kind == Kind::TF32;
-    const auto kernel = wide ? scale_kernel<float> : scale_kernel<Sixteen>;
+    const auto kernel = wide ? scale_kernel<float> : scale_kernel<Half>;
     return start(kernel, blocks, 0, false, stream, arguments, mode_of(arguments.kind));
 }
 

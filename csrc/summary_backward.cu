@@ -1,16 +1,15 @@
-// The backward kernels of the summary, and where calls meet them.
+// The kernels of the summary's backward, and the functions of launch.h for them.
 #include "summary_backward.h"
 
 namespace interp_nn {
 
-Workspace summary_backward_workspace(const SummaryBackward& arguments, const Chip& chip) {
-    if (problem(arguments, chip) != nullptr) return {};
-    return dispatch<SummaryBackwardInstance, 16, 64, 128>(Workspace{}, arguments, chip);
-}
+using SummaryBackwardKernels = Kernels<SummaryBackwardInstance, 16, 64, 128>;
 
-const char* summary_backward(const SummaryBackward& arguments, const Chip& chip, Stream stream) {
-    if (const char* wrong = problem(arguments, chip)) return wrong;
-    return dispatch<SummaryBackwardInstance, 16, 64, 128>(TOO_LITTLE_SHARED, arguments, chip, stream);
+Workspace summary_backward_workspace(const SummaryBackward& arguments, const DeviceSpec& device) {
+    return SummaryBackwardKernels::workspace(arguments, device);
+}
+const char* summary_backward(const SummaryBackward& arguments, const DeviceSpec& device, Stream stream) {
+    return SummaryBackwardKernels::launch(arguments, device, stream);
 }
 
 }  // namespace interp_nn

@@ -1,49 +1,60 @@
 // Backward of the summary alone: dX = dY Wᵀ with W = b G, db = S G + b (T + Tᵀ) with S = Xᵀ dY and T = bᵀ S, and
-// dbias, the column sums of dY, for up to 128 columns. No (n, k) matrix but dY.
+// dbias, the column sums of dY, for up to 128 columns. The only (n, k) matrix is dY.
 //
-// Phases: strips, with parts of S, T and dbias; T and dbias; db.
+//     Phase  computes
+//     1      dX, parts of S, T and dbias
+//     2      T and dbias
+//     3      db
 #pragma once
 
-#include "strips.h"
+#include "feature_tiles.h"
 
 namespace interp_nn {
 
 template <class P, int BK> struct SummaryTiles {
     using T = typename P::Element;
-    using Shape = StripShape<P, BK>;
+    using Shape = JobShape<P, BK>;
     using B = typename Shape::B;
     using W = Tile<T, Shape::BD, BK>;
     using G = Tile<T, BK, BK>;
     using S = Tile<float, Shape::BD, BK>;
     using Square = Pieces<BK, BK>;
-    using Last = StripTiles<BK>;
-    static constexpr int GROUPS = THREADS / BK;  // of threads, each adding up its rows of every column of dY
+    using Last = SliceTiles<BK>;
+    static constexpr int GROUPS = THREADS / BK;  // of threads; each adds up its rows of every column of dY
 
-    // W stays for a whole job; beside it lie first b and G, then the stages, then S, with b in W's place.
+    // W stays for a whole job. Beside it come first b and G, then the stages, then S, with b in W's place.
     static constexpr size_t shared(int stages) {
         const size_t first = B::BYTES + G::BYTES, second = Shape::shared(stages);
         const size_t most = first > second ? first : second;
-        const size_t strips = W::BYTES + (most > S::BYTES ? most : S::BYTES);
-        return strips > Last::SHARED ? strips : Last::SHARED;
+        const size_t jobs = W::BYTES + (most > S::BYTES ? most : S::BYTES);
+        return jobs > Last::SHARED ? jobs : Last::SHARED;
     }
 };
 
-// Where a program's parts lie in the workspace: (splits, d, BK) of S, (parts, BK, BK) of T, T, (splits, GROUPS, BK)
-// of dbias.
-template <int BK> struct SummaryWork {
-    float *s, *t_parts, *t, *columns;
+// The workspace.
+//     floats: s (splits, d, BK)              parts of S; then S G in the place of the first
+//             t_parts (parts, BK, BK)        parts of T, for as many programs as have jobs
+//             t (BK, BK)
+//             columns (splits, GROUPS, BK)   parts of dbias
+template <class P, int BK> struct SummaryWork {
     int parts;
+    Area<float> floats;
+    Area<float> rows;  // none
+    float *s, *t_parts, *t, *columns;
 
-    DEVICE SummaryWork(float* work, int splits, int d, int jobs) {
-        parts = jobs < programs() ? jobs : programs();
-        s = work;
-        t_parts = s + int64_t{splits} * d * BK;
-        t = t_parts + int64_t{parts} * BK * BK;
-        columns = t + BK * BK;
+    HOST_DEVICE SummaryWork(const SummaryBackward& arguments, int splits, int programs)
+        : floats(arguments.work), rows(nullptr) {
+        constexpr int BD = JobShape<P, BK>::BD;
+        const int jobs = (arguments.d + BD - 1) / BD * splits;
+        parts = jobs < programs ? jobs : programs;
+        s = floats.take(int64_t{splits} * arguments.d * BK);
+        t_parts = floats.take(int64_t{parts} * BK * BK);
+        t = floats.take(BK * BK);
+        columns = floats.take(int64_t{splits} * THREADS);
     }
 };
 
-// t_part = or += bᵀ S for the strip of a job, whose sums are in registers.
+// t_part = or += bᵀ S for the features of a job, whose sums are in registers.
 template <int BK, class P, class T> DEVICE void add_square(const P& products, const Matrix<T>& b, const Job& job,
                                                            float* t_part, bool first_job,
                                                            float (&sum)[SummaryTiles<P, BK>::Shape::Sum::TILES][4]) {
@@ -54,10 +65,10 @@ template <int BK, class P, class T> DEVICE void add_square(const P& products, co
     const typename Tiles::S tile_s{shared_memory() + Tiles::W::BYTES};
     load_tile(tile_b, b, 0, job.feature);
     commit_copies();
-    if (Sum::mine()) put_sums(products.mode, tile_s, Sum::row(), Sum::column(), sum);
+    if (Sum::warp_active()) put_sums(products.mode, tile_s, Sum::row(), Sum::column(), sum);
     wait_copies(0);
     block_barrier();
-    if (Square::mine()) {
+    if (Square::warp_active()) {
         constexpr int AT_ONCE = Square::WIDE < 32 ? Square::WIDE : 32;
     NO_UNROLL for (int column = Square::column(); column < Square::column() + Square::WIDE; column += AT_ONCE) {
             float t[AT_ONCE / 8][4];
@@ -84,7 +95,7 @@ DEVICE void effective_weight(const P& products, const Matrix<T>& b, const Matrix
     commit_copies();
     wait_copies(0);
     block_barrier();
-    if (Piece::mine()) {
+    if (Piece::warp_active()) {
         float w[Piece::TILES][4];
         clear(w);
         multiply_tiles<true, true>(products, w, tile_b, Piece::row(), gram, Piece::column(), 0, BK);
@@ -95,8 +106,8 @@ DEVICE void effective_weight(const P& products, const Matrix<T>& b, const Matrix
 
 // The first phase.
 template <int BK, class P, class T>
-DEVICE void summary_strips(const P& products, const SummaryBackward& arguments, const Matrix<T>& b, const SummaryWork<BK>& work,
-                           int splits, int stages) {
+DEVICE void summary_jobs(const P& products, const SummaryBackward& arguments, const Matrix<T>& b,
+                         const SummaryWork<P, BK>& work, int splits, int stages) {
     using Tiles = SummaryTiles<P, BK>;
     using Shape = typename Tiles::Shape;
     const int64_t n = arguments.n;
@@ -104,8 +115,8 @@ DEVICE void summary_strips(const P& products, const SummaryBackward& arguments, 
     const bool need_b = arguments.db != nullptr;
     const Matrix<T> x = matrix<T>(arguments.x, n, d), dy = matrix<T>(arguments.dy, n, k);
     const typename Tiles::W tile_w{shared_memory()};
-    const int strips = (d + Shape::BD - 1) / Shape::BD;
-    NO_UNROLL for (int i = program(); i < strips * splits; i += programs()) {
+    const int feature_tiles = (d + Shape::BD - 1) / Shape::BD;
+    NO_UNROLL for (int i = program(); i < feature_tiles * splits; i += programs()) {
         const Job job = job_of(i, d, n, splits, Shape::BD, Shape::BN);
         if (arguments.dx != nullptr) effective_weight<BK>(products, b, matrix<T>(arguments.g, k, k), job.feature);
         const bool need_bias = arguments.dbias != nullptr && job.feature == 0;
@@ -128,23 +139,23 @@ DEVICE void summary_strips(const P& products, const SummaryBackward& arguments, 
 // The last phase: S G first, in the place of S's first part, then b (T + Tᵀ), so that one square at a time is in
 // shared memory.
 template <int BK, class P, class T>
-DEVICE void summary_parameters(const P& products, const SummaryBackward& arguments, const Matrix<T>& b,
-                               const SummaryWork<BK>& work, int splits) {
+DEVICE void summary_db(const P& products, const SummaryBackward& arguments, const Matrix<T>& b,
+                       const SummaryWork<P, BK>& work, int splits) {
     const int d = arguments.d, k = arguments.k;
-    const StripTiles<BK> tiles(shared_memory());
+    const SliceTiles<BK> tiles(shared_memory());
     const auto* const g = static_cast<const T*>(arguments.g);
     fill(tiles.square, [&](int row, int column) {
-        return row < k && column < k ? widen(g[row * k + column], products.mode.brain) : 0.f;
+        return row < k && column < k ? widen(g[row * k + column], products.mode.is_bf16) : 0.f;
     });
-    NO_UNROLL for (int feature = program() * STRIP; feature < d; feature += programs() * STRIP) {
+    NO_UNROLL for (int feature = program() * SLICE; feature < d; feature += programs() * SLICE) {
         const auto of_s = [&](int row, int column) { return add_splits<BK>(work.s, splits, feature + row, column, d); };
-        multiply_strip(tiles, of_s, [&](int row, int column, float product) {
+        multiply_slice(tiles, of_s, [&](int row, int column, float product) {
             if (feature + row < d) work.s[int64_t{feature + row} * BK + column] = product;
         });
     }
     block_barrier();
-    fill_twice_symmetric(tiles, work.t);
-    store_parameters(products.mode, static_cast<T*>(arguments.db), arguments.db_transposed, tiles, b, work.s, 1, 1.f);
+    fill_symmetrized(tiles, work.t);
+    store_db(products.mode, arguments, tiles, b, work.s, 1, 1.f);
 }
 
 template <int BK, class P>
@@ -153,41 +164,33 @@ DEVICE void summary_phases(const P& products, const SummaryBackward& arguments, 
     using T = typename P::Element;
     const bool need_b = arguments.db != nullptr, need_bias = arguments.dbias != nullptr;
     const Matrix<T> b = matrix_b<T>(arguments);
-    const int jobs = (arguments.d + Tiles::Shape::BD - 1) / Tiles::Shape::BD * splits;
-    const SummaryWork<BK> work(arguments.work, splits, arguments.d, jobs);
-    summary_strips<BK>(products, arguments, b, work, splits, stages);
+    const SummaryWork<P, BK> work(arguments, splits, programs());
+    summary_jobs<BK>(products, arguments, b, work, splits, stages);
     if (!need_b && !need_bias) return;
     grid_barrier(arguments.counter);
     if (need_b) add_parts(work.t_parts, work.t, work.parts, BK * BK);
     if (need_bias && program() == programs() - 1) {
-        store_columns<BK>(products.mode, static_cast<T*>(arguments.dbias), arguments.k, work.columns, splits * Tiles::GROUPS, 1.f);
+        store_columns<BK>(products.mode, static_cast<T*>(arguments.dbias), arguments.k, work.columns,
+                          splits * Tiles::GROUPS, 1.f);
     }
     if (!need_b) return;
     grid_barrier(arguments.counter);  // before db
-    summary_parameters<BK>(products, arguments, b, work, splits);
+    summary_db<BK>(products, arguments, b, work, splits);
 }
 
-template <class P, int BK> KERNEL summary_backward_kernel(SummaryBackward arguments, Mode mode, int splits, int stages) {
-    if constexpr (P::HERE) summary_phases<BK>(P{mode}, arguments, splits, stages);
+template <class P, int BK>
+KERNEL summary_backward_kernel(SummaryBackward arguments, Mode mode, int splits, int stages) {
+    if constexpr (P::available) summary_phases<BK>(P{mode}, arguments, splits, stages);
 }
 
-template <class P, int BK> struct SummaryBackwardInstance {
+template <class P, int BK>
+struct SummaryBackwardInstance : PhasedLaunch<SummaryBackwardInstance<P, BK>, SummaryBackward> {
     using Tiles = SummaryTiles<P, BK>;
-    static Plan plan(const SummaryBackward& arguments, const Chip& chip) {
-        return plan_grid(chip, arguments.n, arguments.d, Tiles::Shape::BD, 0, true, arguments.db != nullptr);
+    using Work = SummaryWork<P, BK>;
+    static Plan plan(const SummaryBackward& arguments, const DeviceSpec& device) {
+        return plan_grid(device, arguments.n, arguments.d, Tiles::Shape::BD, 0, true, arguments.db != nullptr);
     }
-    static Workspace call(const SummaryBackward& arguments, const Chip& chip) {
-        const auto [splits, programs] = plan(arguments, chip);
-        const int64_t jobs = divide_up(arguments.d, Tiles::Shape::BD) * splits, parts = jobs < programs ? jobs : programs;
-        return {int64_t{splits} * arguments.d * BK + (parts + 1) * BK * BK + int64_t{splits} * THREADS, 0};
-    }
-    static const char* call(const SummaryBackward& arguments, const Chip& chip, Stream stream) {
-        const int stages = stages_for(chip, 2, 4, Tiles::shared);
-        if (stages == 0) return TOO_LITTLE_SHARED;
-        const auto [splits, programs] = plan(arguments, chip);
-        return start(summary_backward_kernel<P, BK>, programs, Tiles::shared(stages), true, stream, arguments,
-                     mode_of(arguments.kind), splits, stages);
-    }
+    static auto kernel() { return summary_backward_kernel<P, BK>; }
 };
 
 }  // namespace interp_nn

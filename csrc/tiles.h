@@ -1,4 +1,4 @@
-// Matrices in global memory, tiles of them in shared memory, and the way from the one to the other.
+// Matrices in global memory, tiles of them in shared memory, and copies between the two.
 #pragma once
 
 #include "primitives.h"
@@ -10,7 +10,7 @@ template <class T> struct Matrix {
     const T* data;
     int64_t rows, pitch, step;
     int columns;
-    int unit;  // bytes at a time that rows can be copied in: 16, 4, or 0 where they must be gathered
+    int unit;  // bytes of the words in which rows can be copied: 16, 4, or 0 where elements must be gathered
 };
 
 template <class T>
@@ -24,8 +24,8 @@ template <class T> DEVICE Matrix<T> matrix(const void* data, int64_t rows, int c
     return strided_matrix<T>(data, rows, columns, columns, 1);
 }
 
-// Where a chunk of a tile with so many chunks a row lies. The exchange is among eight chunks: written so, the places of
-// all others are these plus a constant.
+// The offset of a chunk in a tile with so many chunks a row. Eight chunks are exchanged among themselves, so that all
+// other places are these plus a constant.
 DEVICE int chunk_offset(int row, int chunk, int chunks) {
     const int exchange = chunks >= 8   ? (row & 3) << 1 | (row >> 2 & 1)
                          : chunks == 4 ? (row >> 1 & 1) << 1 | (row >> 2 & 1)  // two rows in the width of all banks
@@ -65,18 +65,18 @@ struct alignas(8) Two {
     float v[2];
 };
 
-// How many of `size` things are left from `first` on, at most a tile's worth; never negative.
-DEVICE int left(int64_t size, int64_t first) {
+// max(size - first, 0), at most 65536.
+DEVICE int remaining(int64_t size, int64_t first) {
     const int64_t rest = size - first;
     return rest < 0 ? 0 : rest > 65536 ? 65536 : static_cast<int>(rest);
 }
 
-// The copies of load_tile, for a tile of `height` rows of `chunks` chunks at `base`. A function of its own, once for
-// all tiles of a library: inlined, it would be most of every kernel.
+// The copies of load_tile, for a tile of 2^log_height rows of 2^log_chunks chunks at `base`. Not inlined, because it
+// would be most of every kernel's code.
 template <class T> NOINLINE void copy_tile(unsigned char* base, int log_height, int log_chunks, const Matrix<T> m,
                                            int64_t row, int64_t column) {
     constexpr int PER_CHUNK = 16 / sizeof(T);
-    const int rows = left(m.rows, row), columns = left(m.columns, column);
+    const int rows = remaining(m.rows, row), columns = remaining(m.columns, column);
     const T* const from = m.data + row * m.pitch + column * m.step;
     NO_UNROLL for (int i = thread(); i < 1 << (log_height + log_chunks); i += THREADS) {
         // Neighbouring threads read neighbouring memory.
@@ -100,27 +100,27 @@ template <class T> NOINLINE void copy_tile(unsigned char* base, int log_height, 
     }
 }
 
-// tile = M[row :, column :], zeros outside of M. Asynchronous: commit, wait, and a barrier come before anyone reads.
+// tile = M[row :, column :], zeros outside of M. Asynchronous: commit, wait and a barrier must come before reads.
 template <class T, class Tile> DEVICE void load_tile(const Tile& tile, const Matrix<T>& m, int64_t row, int64_t column) {
     static_assert((Tile::ROWS & (Tile::ROWS - 1)) == 0, "rows are a power of two");
     copy_tile<T>(tile.base, LOG<Tile::ROWS>, LOG<Tile::CHUNKS>, m, row, column);
 }
 
-// Walk through `steps` steps whose tiles are copied stages - 1 steps ahead: load(step, stage) starts the copies of a
-// step into one of the stages, use(step, stage) reads them. Afterwards all copies of the block are done, and the
-// stages free.
-template <class Load, class Use> DEVICE void pipeline(int steps, int stages, Load load, Use use) {
+// Run `steps` steps whose tiles are copied stages - 1 steps ahead: load(step, stage) starts the copies of a step into
+// one of the stages, compute(step, stage) reads them. Afterwards all copies of the block are done, and the stages are
+// free.
+template <class Load, class Compute> DEVICE void pipeline(int steps, int stages, Load load, Compute compute) {
     int stage = 0, ahead = 0;
     NO_UNROLL for (int step = 1 - stages; step < steps; ++step) {
         if (step >= 0) {
             wait_copies(stages - 2);
-            block_barrier();  // everyone's copies of this step are here, and everyone is done with the stage loaded next
+            block_barrier();  // all copies of this step are done, and no thread reads the stage that is loaded next
         }
         if (step + stages - 1 < steps) load(step + stages - 1, ahead);
         commit_copies();
         ahead = ahead + 1 == stages ? 0 : ahead + 1;
         if (step >= 0) {
-            use(step, stage);
+            compute(step, stage);
             stage = stage + 1 == stages ? 0 : stage + 1;
         }
     }
@@ -128,8 +128,8 @@ template <class Load, class Use> DEVICE void pipeline(int steps, int stages, Loa
     block_barrier();
 }
 
-// A warp's piece of a tile, 16 rows from `row` and WIDE columns from `column` on, to global memory: `rows` of them,
-// `columns` wide. Only its own lanes need have written it.
+// Copy a warp's piece of a tile, 16 rows from `row` and WIDE columns from `column` on, to a matrix of `rows` by
+// `columns` in global memory. The warp's own lanes have written the piece.
 template <int WIDE, class T, class Tile>
 DEVICE void store_piece(T* to, int64_t pitch, int rows, int columns, const Tile& tile, int row, int column) {
     constexpr int PER_CHUNK = Tile::PER_CHUNK;
@@ -152,7 +152,7 @@ DEVICE void store_piece(T* to, int64_t pitch, int rows, int columns, const Tile&
     warp_barrier();
 }
 
-// Sixteen whole rows likewise.
+// The same for sixteen whole rows.
 template <class T, class Tile> DEVICE void store_rows(T* to, int64_t pitch, int rows, int columns, const Tile& tile, int row) {
     store_piece<Tile::COLUMNS>(to, pitch, rows, columns, tile, row, 0);
 }

@@ -1,4 +1,4 @@
-"""`python -m interp_nn`: versions, devices, the CUDA library, and every engine with the reason where it is off.
+"""Print versions, devices, the CUDA library, and each engine with the reason where it is off: `python -m interp_nn`.
 
 `python -m interp_nn tune` measures, on a GPU, a table of kernel configurations (see `interp_nn.tuning`).
 """
@@ -17,7 +17,7 @@ from interp_nn.engines.cuda import compiled_library, fatbin
 
 
 def main() -> None:
-    """Print it all, a line each."""
+    """Print versions, devices, engines and the library, a line each."""
     print(f"interp_nn {__version__}")
     print(f"python    {platform.python_version()} on {platform.system()} {platform.machine()}")
     print(f"torch     {torch.__version__} (CUDA {torch.version.cuda or 'none'}), {torch.get_num_threads()} CPU threads")

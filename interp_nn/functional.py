@@ -1,14 +1,15 @@
-"""What users call on tensors, in the manner of torch.nn.functional.
+"""Summaries, their losses and their matrices as functions of tensors, as in torch.nn.functional.
 
-With projection P = X b and Gram matrix G = bᵀb the summary is Y = P G: a linear layer with effective weight W = b G.
+With projection P = X b and Gram matrix G = bᵀb the summary is Y = P G. It is a linear layer with effective weight W = b G.
 
-x is (..., d) and b is (d, k), with any strides (a layer's (out, in) weight passes as `weight.t()` without a copy), of one
-dtype out of float64, float32, bfloat16, float16 and on one device. Under autocast they are cast (but for `orthogonalize`),
-and gradients come back in the parameter's dtype. Empty tensors, k > d and rank-deficient b work. Results are the same bits
-on every call with the same shapes and values that asks for the same gradients: which product is formed first depends on
-these, so that a call under torch.no_grad may differ by rounding. Nothing is modified. Every function raises TypeError or
-ValueError that names the argument, what it got and what would do. All are differentiable to every order, and work under
-torch.func and torch.compile.
+x is (..., d) and b is (d, k), with any strides: a layer's (out, in) weight passes as `weight.t()` without a copy. Both have
+one dtype out of float64, float32, bfloat16, float16 and one device. Under autocast they are cast (except by `orthogonalize`),
+and gradients come back in the parameter's dtype. Empty tensors, k > d and rank-deficient b work. No argument is modified.
+
+Calls with the same shapes, values and requested gradients return the same bits. Under torch.no_grad another order of the
+products may be chosen, so the last bits can differ. All functions are differentiable to every order, and work under
+torch.func and torch.compile. All raise TypeError or ValueError for bad arguments; the message names the argument, what it got
+and what it wants.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from torch.compiler import is_dynamo_compiling
 from torch.nn import Parameter
 
 from interp_nn import linalg
-from interp_nn.engines import select
+from interp_nn.engines import eager, select
 from interp_nn.engines.problem import LossOptions, Plan
 from interp_nn.linalg import Orthogonalized, autocast_available
 from interp_nn.ops import losses as _cross_entropy
@@ -52,17 +53,47 @@ _REDUCTIONS = ("mean", "sum", "none")
 
 
 class SummaryPair(NamedTuple):
-    """projection P = X b and summary Y = P (bᵀb), both (..., k)."""
+    """The two outputs of `summary_pair` and of the layers that return a pair.
+
+    Attributes:
+        projection: P = X b, (..., k).
+        summary: Y = P (bᵀb), (..., k).
+
+    Example:
+        >>> pair = summary_pair(torch.ones(1, 2), 2 * torch.eye(2))
+        >>> pair.projection, pair.summary
+        (tensor([[2., 2.]]), tensor([[8., 8.]]))
+    """
 
     projection: Tensor
     summary: Tensor
 
 
 def summary(x: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Y = X b (bᵀb) + bias.
+    """Compute the summary Y = X b (bᵀb) + bias.
 
-    x (..., d), b (d, k), bias (k,) or None; returns (..., k). Which product is formed first is `interp_nn.plan`'s choice;
-    each product accumulates in fp32 (fp64 for float64) and is rounded to the dtype. Source: Banh, Interpretable-Neural-Net.
+    `interp_nn.plan` tells which product is formed first. Each product accumulates in float32 (float64 for float64) and is
+    rounded to the dtype.
+
+    Args:
+        x: Input of shape (..., d).
+        b: Weight of shape (d, k), any strides.
+        bias: Vector of shape (k,), or None.
+
+    Returns:
+        Tensor of shape (..., k) in x's dtype (autocast's under autocast).
+
+    Raises:
+        TypeError: A dtype that is not supported or differs between the arguments.
+        ValueError: Shapes or devices that do not fit.
+
+    Example:
+        >>> summary(torch.ones(2, 3), torch.eye(3)[:, :2])
+        tensor([[1., 1.],
+                [1., 1.]])
+
+    Source:
+        Banh, Interpretable-Neural-Net.
     """
     x, b, bias, plan = _planned(x, b, bias, False)
     if type(b) not in _PLAIN and is_dtensor(b):
@@ -80,7 +111,27 @@ def summary_and_gram(x: Tensor, b: Tensor, bias: Tensor | None = None) -> tuple[
 
 
 def summary_pair(x: Tensor, b: Tensor) -> SummaryPair:
-    """(P, Y) = (X b, X b (bᵀb)), each (..., k), for x (..., d) and b (d, k)."""
+    """Compute the pair (P, Y) = (X b, X b (bᵀb)) in one launch where an engine has one.
+
+    Args:
+        x: Input of shape (..., d).
+        b: Weight of shape (d, k), any strides.
+
+    Returns:
+        `SummaryPair` of two tensors of shape (..., k).
+
+    Raises:
+        TypeError: A dtype that is not supported or differs between the arguments.
+        ValueError: Shapes or devices that do not fit.
+
+    Example:
+        >>> projection, y = summary_pair(torch.ones(1, 2), 2 * torch.eye(2))
+        >>> projection, y
+        (tensor([[2., 2.]]), tensor([[8., 8.]]))
+
+    Source:
+        Banh, Interpretable-Neural-Net.
+    """
     x, b, _, plan = _planned(x, b, None, True)
     return SummaryPair(*_summary.summary_pair(x, b, plan))
 
@@ -94,13 +145,35 @@ def summary_cross_entropy(
     ignore_index: int = -100,
     reduction: str = "mean",
 ) -> Tensor:
-    """w1 CE(P, t) + w2 CE(Y, t) + w3 MSE(P, Y), the loss for classes predicted directly by the k columns.
+    """Compute the loss w1 CE(P, t) + w2 CE(Y, t) + w3 MSE(P, Y), with the k columns as classes.
 
-    x (..., d), b (d, k), target (...) int64 with class indices in [0, k). A row's MSE is its mean over k. Rows whose target
-    is `ignore_index` are left out of all three terms; "mean" divides by the kept rows (NaN without any, as in PyTorch),
-    "sum" adds them, "none" returns one loss a row, of target's shape. The loss is fp32 for 16-bit inputs. Its gradients are
-    computed in the forward; a row whose logits overflow makes them NaN though it is ignored, as in PyTorch.
-    Source: Banh, Representing information as linear combinations of signals, section 2.1.
+    A row's MSE is its mean over k. On a GPU engine the forward pass computes the gradients too, except for float16 and for
+    reduction "none". On a CPU PyTorch's autograd computes them in the backward pass. A row whose logits overflow makes
+    gradients NaN even if it is ignored, as in PyTorch.
+
+    Args:
+        x: Input of shape (..., d).
+        b: Weight of shape (d, k), any strides.
+        target: Class indices in [0, k), int64 of shape (...).
+        weights: The factors (w1, w2, w3).
+        ignore_index: Rows with this target are left out of all three terms.
+        reduction: "mean" divides by the number of kept rows (NaN without any, as in PyTorch), "sum" adds the rows, "none"
+            returns one loss for each row.
+
+    Returns:
+        Scalar, or a tensor of target's shape for "none"; float32 for 16-bit inputs, else x's dtype.
+
+    Raises:
+        TypeError: A dtype that is not supported, or a target that is not int64.
+        ValueError: Shapes or devices that do not fit, or a class index out of range (on a GPU: a failed assertion on the device).
+
+    Example:
+        >>> x, b = torch.eye(2), 2 * torch.eye(2)
+        >>> summary_cross_entropy(x, b, torch.tensor([0, 1]), weights=(1.0, 0.0, 0.0))
+        tensor(0.1269)
+
+    Source:
+        Banh, "Representing information as linear combinations of signals", section 2.1.
     """
     x, b = _matrices(x, b)
     options = _loss_options(x, target, b.shape[1], weights, ignore_index, reduction)
@@ -118,10 +191,35 @@ def summary_head_cross_entropy(
     ignore_index: int = -100,
     reduction: str = "mean",
 ) -> Tensor:
-    """w1 CE(O1, t) + w2 CE(O2, t) + w3 MSE(O1, O2) with O1 = P Aᵀ + c and O2 = Y Aᵀ + c, the reference network's loss.
+    """Compute the reference network's loss w1 CE(O1, t) + w2 CE(O2, t) + w3 MSE(O1, O2).
 
-    x (..., d), b (d, k), output_weight A (m, k), output_bias c (m,) or None, target (...) int64 in [0, m); the rest as in
-    `summary_cross_entropy`. Where m is small against k the logits are formed without any n x k intermediate.
+    The logits are O1 = P Aᵀ + c and O2 = Y Aᵀ + c. Where m is small against k they are formed without any n x k intermediate.
+    Gradients are computed as by `summary_cross_entropy`.
+
+    Args:
+        x: Input of shape (..., d).
+        b: Weight of shape (d, k), any strides.
+        output_weight: A of shape (m, k).
+        output_bias: c of shape (m,), or None.
+        target: Class indices in [0, m), int64 of shape (...).
+        weights: The factors (w1, w2, w3).
+        ignore_index: Rows with this target are left out of all three terms.
+        reduction: "mean", "sum" or "none", as in `summary_cross_entropy`.
+
+    Returns:
+        Scalar, or a tensor of target's shape for "none"; float32 for 16-bit inputs, else x's dtype.
+
+    Raises:
+        TypeError: A dtype that is not supported, or a target that is not int64.
+        ValueError: Shapes or devices that do not fit, or a class index out of range (on a GPU: a failed assertion on the device).
+
+    Example:
+        >>> x, b, a = torch.eye(2), torch.eye(2), torch.eye(2)
+        >>> summary_head_cross_entropy(x, b, a, None, torch.tensor([0, 1]))
+        tensor(0.6265)
+
+    Source:
+        AskExplain, Interpretable-Neural-Net.
     """
     x, b = _matrices(x, b)
     _, a, c = _operands(b, "b", output_weight=output_weight, output_bias=output_bias)
@@ -136,44 +234,133 @@ def summary_head_cross_entropy(
 
 
 def gram(b: Tensor) -> Tensor:
-    """Gram matrix G = bᵀb (k, k) of b (d, k)."""
+    """Compute the Gram matrix G = bᵀb.
+
+    Args:
+        b: Matrix of shape (d, k).
+
+    Returns:
+        Tensor of shape (k, k).
+
+    Raises:
+        TypeError: A dtype that is not supported.
+        ValueError: b is not a matrix.
+
+    Example:
+        >>> gram(torch.tensor([[1.0, 2.0]]))
+        tensor([[1., 2.],
+                [2., 4.]])
+    """
     return linalg.gram(_matrix(b, sharded=True))
 
 
 def effective_weight(b: Tensor) -> Tensor:
-    """W = b (bᵀb) (d, k): `summary(x, b)` is `x @ W`. Its singular values are the cubes of those of b."""
+    """Compute the effective weight W = b (bᵀb), with which `summary(x, b)` is `x @ W`.
+
+    The singular values of W are the cubes of those of b.
+
+    Args:
+        b: Matrix of shape (d, k).
+
+    Returns:
+        Tensor of shape (d, k).
+
+    Raises:
+        TypeError: A dtype that is not supported.
+        ValueError: b is not a matrix.
+
+    Example:
+        >>> effective_weight(2 * torch.eye(2))
+        tensor([[8., 0.],
+                [0., 8.]])
+    """
     return linalg.effective_weight(_matrix(b, sharded=True))
 
 
 def orthogonalize(b: Tensor, tolerance: float | None = None, max_iterations: int = 100) -> Orthogonalized:
-    """The polar factor of b (d, k), its nearest matrix with orthonormal columns (rows for k > d), by Newton-Schulz.
+    """Compute the polar factor of b, its nearest matrix with orthonormal columns (rows for k > d), by Newton-Schulz.
 
-    Iterates b <- b (3 I - bᵀb) / 2 in fp32 (fp64 for float64), autocast or not, until the Frobenius norm of bᵀb - I is at
-    most `tolerance` (default: rounding), or for `max_iterations`. Returns (factor, defect, iterations), the defect being
-    max |s - 1| over the singular values. Exactly zero singular values stay zero, and the defect is then 1; where b is
-    rank-deficient but for rounding, its missing directions come out orthonormal and arbitrary (see `SummaryLinear.spectrum`).
+    Iterates b <- b (3 I - bᵀb) / 2 in float32 (float64 for float64), also under autocast. Singular values that are exactly
+    zero stay zero, and the defect is then 1. Where b is rank-deficient except for rounding, its missing directions come out
+    orthonormal and arbitrary (see `SummaryLinear.spectrum`).
+
+    Args:
+        b: Matrix of shape (d, k).
+        tolerance: Stop when the Frobenius norm of bᵀb - I is at most this. None stops at rounding.
+        max_iterations: Stop after so many iterations.
+
+    Returns:
+        `Orthogonalized` (factor, defect, iterations). The defect is max |s - 1| over the singular values s of the factor.
+
+    Raises:
+        TypeError: A dtype that is not supported, or arguments of other types.
+        ValueError: b is not a matrix.
+
+    Example:
+        >>> orthogonalize(torch.diag(torch.tensor([3.0, 0.5]))).factor.abs().round(decimals=4)
+        tensor([[1., 0.],
+                [0., 1.]])
     """
-    if tolerance is not None and not isinstance(tolerance, Real):
+    if tolerance is not None and (not isinstance(tolerance, Real) or isinstance(tolerance, bool)):
         raise TypeError(f"tolerance: got {tolerance!r}, want a number or None (rounding)")
-    if not isinstance(max_iterations, int):
+    if tolerance is not None and not tolerance >= 0:
+        raise ValueError(f"tolerance: got {tolerance!r}, want a number >= 0 or None (rounding)")
+    if not isinstance(max_iterations, int) or isinstance(max_iterations, bool):
         raise TypeError(f"max_iterations: got {max_iterations!r}, want an int")
+    if max_iterations < 0:
+        raise ValueError(f"max_iterations: got {max_iterations}, want an int >= 0")
     _check_tensor("b", b)
     with linalg.autocast_off(b.device):
         return linalg.orthogonalize(_matrix(b), tolerance, max_iterations)
 
 
 def inverse_summary(x: Tensor, b: Tensor) -> Tensor:
-    """Z = X b (bᵀb)⁻¹ (..., k), the least-squares code that the summary replaces; a baseline.
+    """Compute the least-squares code Z = X b (bᵀb)⁻¹ that the summary replaces; a baseline.
 
-    Raises torch.linalg.LinAlgError where k > d, and where the solver meets a singular bᵀb; one that is singular but for
-    rounding goes unseen, and Z is then large and arbitrary. 16-bit inputs are solved in fp32.
+    16-bit inputs are solved in float32. A bᵀb that is singular except for rounding is not noticed, and Z is then large and
+    arbitrary.
+
+    Args:
+        x: Input of shape (..., d).
+        b: Weight of shape (d, k), k <= d.
+
+    Returns:
+        Tensor of shape (..., k).
+
+    Raises:
+        TypeError: A dtype that is not supported or differs between the arguments.
+        ValueError: Shapes or devices that do not fit.
+        torch.linalg.LinAlgError: k > d, or the solver meets a singular bᵀb.
+
+    Example:
+        >>> inverse_summary(torch.ones(1, 2), 2 * torch.eye(2))
+        tensor([[0.5000, 0.5000]])
     """
     x, b = _matrices(x, b)
     return linalg.inverse_summary(x, b)
 
 
+def three_term_loss(
+    logits: Sequence[Tensor],
+    target: Tensor,
+    weights: tuple[float, float, float],
+    ignore_index: int,
+    reduction: str,
+    codes: Sequence[Tensor] = (),
+) -> Tensor:
+    """Compute the loss of `summary_head_cross_entropy` from a pair of logits (..., m), with PyTorch's autograd.
+
+    With `codes`, a pair (..., k), the MSE is that of the codes. 16-bit tensors are cast to float32.
+    """
+    options = LossOptions(weights, ignore_index, reduction)
+    work, classes = linalg.accumulation_dtype(logits[0].dtype), target.flatten()
+    o1, o2, *pair = (t.to(work).reshape(len(classes), t.shape[-1]) for t in (*logits, *codes))
+    loss = eager.three_terms(o1, o2, classes, options, masked=True, codes=pair)
+    return loss.view(target.shape) if reduction == "none" else loss
+
+
 def _matrices(x: Tensor, b: Tensor, sharded: bool = False) -> tuple[Tensor, Tensor]:
-    """x (..., d) and b (d, k), checked; cast under autocast. sharded: they may be DTensors."""
+    """Check x (..., d) and b (d, k), and cast them under autocast. sharded: they may be DTensors."""
     x, b = _operands(x, "x", sharded, b=b)
     if b is None:
         raise TypeError("b: got NoneType, want a torch.Tensor")
@@ -187,7 +374,7 @@ def _matrices(x: Tensor, b: Tensor, sharded: bool = False) -> tuple[Tensor, Tens
 
 
 def _planned(x: Tensor, b: Tensor, bias: Tensor | None, pair: bool) -> tuple[Tensor, Tensor, Tensor | None, Plan]:
-    """Checked x, b and bias, and the plan. Remembered by all that they depend on: a call costs one look-up."""
+    """Return checked x, b and bias, and the plan. The plan is remembered by everything that it depends on."""
     key = None
     plain = type(x) in _PLAIN and type(b) in _PLAIN and (bias is None or type(bias) in _PLAIN)
     if plain and not is_dynamo_compiling() and not any_autocast_enabled():
@@ -216,7 +403,7 @@ def _autocast_enabled(t: Tensor) -> bool:
 
 
 def _operands(first: Tensor, name: str, sharded: bool = False, **others: Tensor | None) -> tuple[Any, ...]:
-    """The tensors (None stays None), checked to be of one supported dtype and one device; cast first under autocast.
+    """Return the tensors (None stays None), of one supported dtype and one device; cast first under autocast.
 
     sharded: they may be DTensors, all of them and on one mesh.
     """
@@ -254,7 +441,7 @@ def _check_tensor(name: str, t: Tensor, sharded: bool = False) -> None:
 
 
 def _check_mesh(name: str, first: Tensor, other: str, t: Tensor) -> None:
-    """Of two tensors that are not both plain: DTensors on one mesh, or none."""
+    """Raise unless both tensors are DTensors on one mesh, or neither is one."""
     if is_dtensor(first) != is_dtensor(t):
         local, distributed = (name, other) if is_dtensor(t) else (other, name)
         raise TypeError(
@@ -278,6 +465,8 @@ def _loss_options(
 ) -> LossOptions:
     if not isinstance(target, Tensor):
         raise TypeError(f"target: got {type(target).__name__}, want a torch.Tensor of class indices")
+    if target.layout is not torch.strided:
+        raise TypeError(f"target: got layout {target.layout}, want a dense tensor (call .to_dense())")
     if target.dtype != torch.int64:
         raise TypeError(f"target: got dtype {target.dtype}, want int64 class indices")
     if target.shape != x.shape[:-1]:
@@ -290,7 +479,7 @@ def _loss_options(
         raise ValueError("target: got zero classes to choose from, want at least one")
     if reduction not in _REDUCTIONS:
         raise ValueError(f"reduction: got {reduction!r}, want one of {_REDUCTIONS}")
-    if not isinstance(ignore_index, int):
+    if not isinstance(ignore_index, int) or isinstance(ignore_index, bool):
         raise TypeError(f"ignore_index: got {type(ignore_index).__name__}, want an int")
     if not -(2**63) <= ignore_index < 2**63:
         raise ValueError(f"ignore_index: got {ignore_index}, want an int of 64 bits")
@@ -298,12 +487,19 @@ def _loss_options(
 
 
 def loss_weights(weights: Sequence[float]) -> tuple[float, float, float]:
-    """The weights of a loss's three terms, checked."""
-    wanted = "want three finite numbers (of CE, CE and MSE)"
+    """Return the weights of a loss's three terms, checked."""
+    wanted = "want three finite numbers (of CE, CE and MSE), which get no gradient"
+    if isinstance(weights, str | bytes) or (isinstance(weights, Tensor) and weights.requires_grad):
+        raise TypeError(f"weights: got {weights!r}, {wanted}")
     try:
-        values = tuple(float(w) for w in weights)
+        given = tuple(weights)
+        if any(isinstance(w, bool) or (isinstance(w, Tensor) and w.requires_grad) for w in given):
+            raise TypeError
+        values = tuple(map(float, given))
     except (TypeError, ValueError):
         raise TypeError(f"weights: got {weights!r}, {wanted}") from None
+    except OverflowError:
+        raise ValueError(f"weights: got a number beyond the range of floats, {wanted}") from None
     if len(values) != 3 or not all(abs(w) < math.inf for w in values):
         raise ValueError(f"weights: got {values}, {wanted}")
     return values[0], values[1], values[2]

@@ -1,4 +1,8 @@
-"""Small shared maths: a matrix b's Gram matrix, effective weight, polar factor and spectrum; canonical eigh and svd in fp64."""
+"""Linear algebra that several parts share.
+
+For a matrix b: Gram matrix, effective weight, cube root, polar factor and singular values. For any matrix: eigh and svd with
+canonical signs, in float64; and a Gram matrix of samples that arrive in batches.
+"""
 
 from __future__ import annotations
 
@@ -12,16 +16,40 @@ import torch
 from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 
+__all__ = [
+    "Eigensystem",
+    "GramAccumulator",
+    "Orthogonalized",
+    "SingularSystem",
+    "cube_root",
+    "effective_weight",
+    "eigh",
+    "gram",
+    "inverse_summary",
+    "newton_schulz",
+    "orthogonality_defect",
+    "orthogonalize",
+    "polar",
+    "singular_values",
+    "svd",
+]
+
 Blocks = tuple[tuple[int, int], ...]
-_ENTRIES_AT_ONCE = 1 << 22  # of a batch that is taken to fp64
+_ENTRIES_AT_ONCE = 1 << 22  # entries of a batch that are cast to fp64 at a time
 
 
 class Orthogonalized(NamedTuple):
-    """What `orthogonalize` reached.
+    """Hold the result of `orthogonalize`.
 
-    factor: (d, k), orthonormal columns (k <= d) or rows (k > d) up to `defect`.
-    defect: max |s - 1| over the min(d, k) singular values s of `factor`, measured in fp64.
-    iterations: Newton-Schulz steps taken.
+    Attributes:
+        factor: Matrix (d, k) with orthonormal columns (k <= d) or rows (k > d), up to `defect`.
+        defect: max |s - 1| over the min(d, k) singular values s of `factor`, measured in float64.
+        iterations: Number of Newton-Schulz steps taken.
+
+    Example:
+        >>> orthogonalize(torch.tensor([[3.0, 0.0], [0.0, 2.0]])).factor.round(decimals=3)
+        tensor([[1., 0.],
+                [0., 1.]])
     """
 
     factor: Tensor
@@ -30,7 +58,19 @@ class Orthogonalized(NamedTuple):
 
 
 def gram(b: Tensor) -> Tensor:
-    """Gram matrix bᵀb (..., k, k)."""
+    """Compute the Gram matrix G = bᵀb.
+
+    Args:
+        b: Matrix of shape (..., d, k).
+
+    Returns:
+        Tensor of shape (..., k, k), in b's dtype.
+
+    Example:
+        >>> gram(torch.tensor([[1.0, 2.0], [0.0, 1.0]]))
+        tensor([[1., 2.],
+                [2., 5.]])
+    """
     return b.mT @ b
 
 
@@ -39,79 +79,151 @@ def is_column_major(b: Tensor) -> bool:
     return not b.is_contiguous() and b.mT.is_contiguous()
 
 
-def smaller_square(b: Tensor) -> Tensor:
-    """The smaller of the two square products: bᵀb (..., k, k), or b bᵀ (..., d, d) where k > d."""
+def gram_small(b: Tensor) -> Tensor:
+    """Compute the smaller of the two Gram matrices: bᵀb (..., k, k), or b bᵀ (..., d, d) where k > d."""
     return gram(b) if b.shape[-1] <= b.shape[-2] else gram(b.mT)
 
 
-def by_square(b: Tensor, square: Tensor) -> Tensor:
-    """b times a matrix of the size of its smaller square product, from the side where it fits; in b's order of memory."""
+def mul_gram(b: Tensor, g: Tensor) -> Tensor:
+    """Multiply b by a matrix of the size of `gram_small(b)`, from the side where it fits; in b's order of memory."""
     left = b.shape[-1] > b.shape[-2]
     if is_column_major(b):
-        return (b.mT @ square.mT if left else square.mT @ b.mT).mT
-    return square @ b if left else b @ square
+        return (b.mT @ g.mT if left else g.mT @ b.mT).mT
+    return g @ b if left else b @ g
 
 
 def effective_weight(b: Tensor) -> Tensor:
-    """W = b (bᵀb) = (b bᵀ) b (..., d, k), formed through the smaller of the two square products."""
-    return by_square(b, smaller_square(b))
+    """Compute the effective weight W = b (bᵀb) = (b bᵀ) b through the smaller of the two Gram matrices.
+
+    Args:
+        b: Matrix of shape (..., d, k).
+
+    Returns:
+        Tensor of shape (..., d, k), in b's dtype.
+
+    Example:
+        >>> effective_weight(torch.tensor([[2.0], [1.0]]))
+        tensor([[10.],
+                [ 5.]])
+    """
+    return mul_gram(b, gram_small(b))
 
 
-def newton_schulz(b: Tensor, square: Tensor) -> Tensor:
-    """b (3 I - bᵀb) / 2 for b (..., d, k) and its smaller square product: a singular value s becomes s (3 - s²) / 2."""
-    return 1.5 * b - 0.5 * by_square(b, square)
+def newton_schulz(b: Tensor, g: Tensor) -> Tensor:
+    """Take one Newton-Schulz step b (3 I - bᵀb) / 2. A singular value s becomes s (3 - s²) / 2.
+
+    Args:
+        b: Matrix of shape (..., d, k).
+        g: The smaller of bᵀb and b bᵀ.
+
+    Returns:
+        Tensor of shape (..., d, k), in b's dtype.
+
+    Example:
+        >>> newton_schulz(torch.tensor([[0.5]]), torch.tensor([[0.25]]))
+        tensor([[0.6875]])
+    """
+    return 1.5 * b - 0.5 * mul_gram(b, g)
 
 
 def singular_values(b: Tensor) -> Tensor:
-    """The min(d, k) singular values of b in descending order, computed and returned in fp64."""
+    """Compute the singular values of b.
+
+    Args:
+        b: Matrix of shape (..., d, k).
+
+    Returns:
+        Tensor of shape (..., min(d, k)), float64, in descending order.
+
+    Example:
+        >>> singular_values(torch.tensor([[0.0, 3.0], [2.0, 0.0]])).round(decimals=6)
+        tensor([3., 2.], dtype=torch.float64)
+    """
     return torch.linalg.svdvals(b.detach().double())
 
 
 def orthogonality_defect(b: Tensor) -> float:
-    """max |s - 1| over the singular values s of b; 0 where there are none."""
+    """Compute max |s - 1| over the singular values s of b.
+
+    Args:
+        b: Matrix of shape (..., d, k).
+
+    Returns:
+        The defect, computed in float64; 0 if there are no singular values.
+
+    Example:
+        >>> orthogonality_defect(torch.diag(torch.tensor([1.0, 0.5])))
+        0.5
+    """
     s = singular_values(b)
     return float((s - 1).abs().max()) if s.numel() else 0.0
 
 
 def cube_root(w: Tensor) -> Tensor:
-    """The b with b (bᵀb) = w (..., d, k): same singular vectors, cube roots of the singular values (taken in fp64).
+    """Compute the b with b (bᵀb) = w: the same singular vectors, and the cube roots of the singular values.
 
-    For fp64 by an svd. Else as w (wᵀw)^(-1/3) by the eigenvalues of the smaller square product, several times faster: singular
-    values below 1e-7 of the largest one, which is rounding there, come out smaller than their cube roots.
+    For float64 by an SVD. For other dtypes as w (wᵀw)^(-1/3), by the float64 eigenvalues of the smaller Gram matrix, which is
+    several times faster. Singular values below 1e-7 of the largest one, which is rounding there, come out smaller than their
+    cube roots.
+
+    Args:
+        w: Matrix of shape (..., d, k).
+
+    Returns:
+        Tensor of shape (..., d, k), in w's dtype.
+
+    Example:
+        >>> cube_root(torch.tensor([[0.0, 8.0], [1.0, 0.0]]).double()).abs().round(decimals=6)
+        tensor([[0., 2.],
+                [1., 0.]], dtype=torch.float64)
     """
     exact = w.detach().double()
     if w.dtype == torch.float64:
         u, s, vh = torch.linalg.svd(exact, full_matrices=False)
         return u * s.pow(1 / 3).unsqueeze(-2) @ vh
-    values, vectors = torch.linalg.eigh(smaller_square(exact))
+    values, vectors = torch.linalg.eigh(gram_small(exact))
     info = torch.finfo(torch.float64)
     values = torch.maximum(values, values[..., -1:] * info.eps * values.shape[-1]).clamp_min(info.tiny)
-    return by_square(exact, vectors * values.pow(-1 / 3).unsqueeze(-2) @ vectors.mT).to(w.dtype)
+    return mul_gram(exact, vectors * values.pow(-1 / 3).unsqueeze(-2) @ vectors.mT).to(w.dtype)
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """fp32 for the 16-bit types, the type itself otherwise."""
+    """Return float32 for the 16-bit dtypes, and any other dtype unchanged."""
     return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
 
 
 def autocast_available(device_type: str) -> bool:
-    """Whether PyTorch has autocast on such devices: on others, asking whether it is on is an error."""
-    if is_dynamo_compiling():  # that of PyTorch 2.10 cannot trace what follows, and compiles for few devices
+    """Return whether PyTorch has autocast on such devices. On others, torch.is_autocast_enabled raises."""
+    if is_dynamo_compiling():  # PyTorch 2.10's cannot trace the call below, and compiles for few devices
         return device_type != "meta"
     return torch.amp.is_autocast_available(device_type)
 
 
 def autocast_off(device: torch.device) -> AbstractContextManager[Any]:
-    """A context in which nothing is cast, on devices with and without autocast."""
+    """Return a context without autocast, for devices with and without autocast."""
     return torch.autocast(device.type, enabled=False) if autocast_available(device.type) else nullcontext()
 
 
 def orthogonalize(b: Tensor, tolerance: float | None = None, max_iterations: int = 100) -> Orthogonalized:
-    """Polar factor of b by Newton-Schulz: b <- b (3 I - bᵀb) / 2 after scaling b by a bound on its spectral norm.
+    """Compute the polar factor of b by Newton-Schulz steps b <- b (3 I - bᵀb) / 2, after scaling b by a bound on its norm.
 
-    Every singular value s in (0, sqrt 3) moves to s (3 - s²) / 2, so to 1. Ones that are exactly zero stay zero, and the
-    defect says so; ones at the level of rounding grow to 1 as well, in directions that mean nothing. Stops when the
-    Frobenius norm of bᵀb - I is at most `tolerance`, or has met rounding. Differentiable.
+    Each step moves a singular value s in (0, √3) to s (3 - s²) / 2, closer to 1. Singular values that are exactly zero stay
+    zero, and `defect` is then 1. Singular values at the level of rounding also grow to 1, in arbitrary directions.
+    Differentiable.
+
+    Args:
+        b: Matrix of shape (d, k).
+        tolerance: The iteration stops when the Frobenius norm of bᵀb - I is at most this. None: when it is rounding.
+        max_iterations: Largest number of steps.
+
+    Returns:
+        The factor in b's dtype, its defect, and the number of steps. 16-bit matrices are computed in float32.
+
+    Example:
+        >>> result = orthogonalize(torch.diag(torch.tensor([2.0, 1.0])))
+        >>> result.factor.round(decimals=4), result.defect < 1e-6
+        (tensor([[1., 0.],
+                [0., 1.]]), True)
     """
     if min(b.shape) == 0:
         return Orthogonalized(b.clone(), 0.0, 0)
@@ -127,7 +239,7 @@ def _orthogonalize(b: Tensor, tolerance: float | None, max_iterations: int) -> O
     if tolerance is None:
         tolerance = torch.finfo(factor.dtype).eps * math.sqrt(k)
 
-    # Scaled first by the largest entry, so that neither the Gram matrix nor the bound over- or underflows.
+    # Scale by the largest entry first, so that neither the Gram matrix nor the bound over- or underflows.
     factor = factor / factor.detach().abs().max().clamp_min(torch.finfo(factor.dtype).tiny)
     g = gram(factor)
     with torch.no_grad():  # s_max² <= |G|_F and s_max² <= the largest absolute row sum of G
@@ -138,7 +250,7 @@ def _orthogonalize(b: Tensor, tolerance: float | None, max_iterations: int) -> O
     error, iterations = math.inf, 0
     while iterations < max_iterations:
         previous, error = error, float(torch.linalg.matrix_norm(g.detach() - eye))
-        # Convergence is quadratic once the error is below 1, so halving less than that means rounding is met.
+        # Convergence is quadratic once the error is below 1: an error that does not even halve is rounding.
         if error <= tolerance or (error < 0.1 and error > previous / 2) or math.isnan(error):
             break
         factor = newton_schulz(factor, g)
@@ -151,11 +263,25 @@ def _orthogonalize(b: Tensor, tolerance: float | None, max_iterations: int) -> O
 
 
 def polar(a: Tensor, special: bool = False) -> Tensor:
-    """The orthogonal polar factor U Vᵀ of a = U S Vᵀ (d, k), in fp64: of all orthonormal matrices Q the one with the largest
-    tr(Qᵀa), which is the sum of the singular values (Schönemann 1966).
+    """Compute the orthogonal polar factor U Vᵀ of a = U S Vᵀ by an SVD.
 
-    What `orthogonalize` approaches by products alone, here by an svd: exact at any rank, and arbitrary in the directions that a
-    lacks. special: only rotations (a square, det Q = 1), which lose twice the smallest singular value where det a < 0.
+    Of all orthonormal Q it has the largest tr(Qᵀa), the sum of the singular values. It is exact at any rank, and arbitrary
+    in the directions that `a` lacks. `orthogonalize` approaches the same factor by products alone.
+
+    Args:
+        a: Matrix of shape (d, k).
+        special: Allow only rotations (d = k, det Q = 1). tr(Qᵀa) is then smaller, if det a < 0, by twice the smallest singular
+            value.
+
+    Returns:
+        Tensor of shape (d, k), float64.
+
+    Example:
+        >>> polar(torch.tensor([[0.0, -3.0], [2.0, 0.0]])).round(decimals=6) + 0.0
+        tensor([[ 0., -1.],
+                [ 1.,  0.]], dtype=torch.float64)
+
+    Source: Schönemann, A generalized solution of the orthogonal Procrustes problem (1966).
     """
     u, s, vh = torch.linalg.svd(a.detach().double(), full_matrices=False)
     if special and s.numel() and bool((torch.linalg.slogdet(u).sign * torch.linalg.slogdet(vh).sign) < 0):
@@ -164,9 +290,17 @@ def polar(a: Tensor, special: bool = False) -> Tensor:
 
 
 class Eigensystem(NamedTuple):
-    """a = vectors diag(values) vectorsᵀ. values: (n,) ascending; vectors: (n, n), in columns; both fp64.
+    """Hold the eigensystem of a symmetric matrix, a = vectors diag(values) vectorsᵀ.
 
-    blocks: runs [start, stop) of values that are equal but for rounding; within one, any rotation of its vectors will do.
+    Attributes:
+        values: Eigenvalues, (n,) float64, ascending.
+        vectors: Eigenvectors in columns, (n, n) float64.
+        blocks: Runs [start, stop) of values that are equal up to rounding. Within a run the vectors are unique only up to a
+            rotation.
+
+    Example:
+        >>> eigh(torch.diag(torch.tensor([2.0, 1.0, 2.0]))).blocks
+        ((1, 3),)
     """
 
     values: Tensor
@@ -175,7 +309,18 @@ class Eigensystem(NamedTuple):
 
 
 class SingularSystem(NamedTuple):
-    """a = u diag(s) vh with s descending, all fp64; blocks as in `Eigensystem`."""
+    """Hold the thin singular value decomposition a = u diag(s) vh of a (d, k) matrix.
+
+    Attributes:
+        u: Left singular vectors in columns, (d, min(d, k)) float64.
+        s: Singular values, (min(d, k),) float64, descending.
+        vh: Right singular vectors in rows, (min(d, k), k) float64.
+        blocks: Runs [start, stop) of values that are equal up to rounding, as in `Eigensystem`.
+
+    Example:
+        >>> svd(torch.diag(torch.tensor([2.0, 1.0, 2.0]))).blocks
+        ((0, 2),)
+    """
 
     u: Tensor
     s: Tensor
@@ -184,24 +329,45 @@ class SingularSystem(NamedTuple):
 
 
 def eigh(a: Tensor) -> Eigensystem:
-    """Eigenvalues and -vectors of a symmetric (n, n), in fp64: the largest entry of each vector is positive."""
+    """Compute eigenvalues and eigenvectors of a symmetric matrix. The largest entry of each vector is positive.
+
+    Args:
+        a: Symmetric matrix of shape (n, n), any real dtype.
+
+    Returns:
+        The eigensystem, in float64.
+
+    Example:
+        >>> eigh(torch.tensor([[0.0, 1.0], [1.0, 0.0]])).values.round(decimals=6)
+        tensor([-1.,  1.], dtype=torch.float64)
+    """
     values, vectors = torch.linalg.eigh(a.detach().double())
     values = values + 0.0  # -0.0 becomes 0.0
     return Eigensystem(values, vectors * signs(vectors), equal_runs(values))
 
 
 def svd(a: Tensor) -> SingularSystem:
-    """The thin svd of a (d, k), in fp64: the largest entry of each left vector is positive."""
+    """Compute the thin singular value decomposition. The largest entry of each left vector is positive.
+
+    Args:
+        a: Matrix of shape (d, k), any real dtype.
+
+    Returns:
+        The decomposition, in float64.
+
+    Example:
+        >>> svd(torch.tensor([[0.0, -3.0], [2.0, 0.0]])).s.round(decimals=6)
+        tensor([3., 2.], dtype=torch.float64)
+    """
     u, s, vh = torch.linalg.svd(a.detach().double(), full_matrices=False)
     sign = signs(u)
     return SingularSystem(u * sign, s, vh * sign.unsqueeze(1), equal_runs(s))
 
 
 def equal_runs(values: Tensor, scale: Tensor | None = None) -> Blocks:
-    """Runs [start, stop) of at least two neighbours among sorted values (n,) that are closer than rounding tells apart.
+    """Find runs [start, stop) of two or more sorted values (n,) whose gaps are below rounding, 8 n eps times `scale`.
 
-    Rounding is 8 n eps times `scale`: the largest |value| by default, which is the error of an eigenvalue solver; (n - 1,) gives
-    each gap its own.
+    The default scale is the largest |value|, as in the error of an eigenvalue solver. A scale (n - 1,) is one for each gap.
     """
     if len(values) < 2:
         return ()
@@ -212,7 +378,7 @@ def equal_runs(values: Tensor, scale: Tensor | None = None) -> Blocks:
 
 
 def signs(vectors: Tensor) -> Tensor:
-    """±1 for each column, of the first of its entries that has the largest size: rounding must not choose between equal ones."""
+    """Return ±1 for each column: the sign of its largest entry, of the first one if several are equal up to rounding."""
     if not vectors.numel():
         return vectors.new_ones(vectors.shape[1])
     sizes = vectors.abs()
@@ -221,10 +387,26 @@ def signs(vectors: Tensor) -> Tensor:
 
 
 class GramAccumulator:
-    """The Gram matrix H Hᵀ of samples that arrive in batches, summed in fp64 in O(n²) memory.
+    """Sum the Gram matrix H Hᵀ of samples that arrive in batches, in float64 and O(n²) memory.
 
-    count: how many samples were seen; mean: (n,) fp64. The sum kept is that of the deviations from the mean, so that centring
-    cancels nothing (Chan, Golub & LeVeque 1979).
+    It keeps the sum over deviations from the mean, so that a centred Gram matrix loses no digits.
+
+    Args:
+        features: The number of features, n.
+        device: Device of the sums; None is PyTorch's default device.
+
+    Attributes:
+        count: Number of samples seen.
+        mean: Mean of the samples, (n,) float64.
+
+    Example:
+        >>> samples = GramAccumulator(2)
+        >>> samples.update(torch.tensor([[1.0, 3.0], [0.0, 2.0]]))
+        >>> samples.gram(), samples.mean
+        (tensor([[10.,  6.],
+                [ 6.,  4.]], dtype=torch.float64), tensor([2., 1.], dtype=torch.float64))
+
+    Source: Chan, Golub and LeVeque, Updating formulae and a pairwise algorithm for computing sample variances (1979).
     """
 
     def __init__(self, features: int, device: torch.device | str | None = None) -> None:
@@ -233,7 +415,7 @@ class GramAccumulator:
         self._deviations = torch.zeros(features, features, dtype=torch.float64, device=device)
 
     def update(self, batch: Tensor) -> None:
-        """Add samples, the columns of batch (n, m); few at a time, so that their fp64 copy stays small."""
+        """Add the samples in the columns of `batch` (n, m), few at a time so that their float64 copy stays small."""
         for part in batch.detach().split(max(1, _ENTRIES_AT_ONCE // max(1, len(self.mean))), dim=1):
             if part.shape[1]:
                 values = part.double()
@@ -241,14 +423,14 @@ class GramAccumulator:
                 self._add(part.shape[1], mean, gram((values - mean.unsqueeze(1)).mT))
 
     def merge(self, other: GramAccumulator) -> GramAccumulator:
-        """The accumulator of both sets of samples; neither is changed."""
+        """Return the accumulator of both sets of samples; neither is changed."""
         both = copy.deepcopy(self)
         if other.count:
             both._add(other.count, other.mean, other._deviations)
         return both
 
     def gram(self, center: bool = False) -> Tensor:
-        """H Hᵀ (n, n) fp64; center: of the deviations from the mean."""
+        """Return H Hᵀ, (n, n) float64; with `center`, that of the deviations from the mean."""
         return self._deviations.clone() if center else self._deviations + self.count * torch.outer(self.mean, self.mean)
 
     def _add(self, count: int, mean: Tensor, deviations: Tensor) -> None:
@@ -259,7 +441,7 @@ class GramAccumulator:
 
 
 def check_real(name: str, t: Tensor) -> Tensor:
-    """t itself. Raises TypeError where it is not a tensor of real floating-point numbers."""
+    """Return t. Raises TypeError if it is not a tensor of real floating-point numbers."""
     if not isinstance(t, Tensor):
         raise TypeError(f"{name}: got {type(t).__name__}, want a torch.Tensor (arrays: torch.from_numpy)")
     if not t.is_floating_point():
@@ -268,13 +450,28 @@ def check_real(name: str, t: Tensor) -> Tensor:
 
 
 def inverse_summary(x: Tensor, b: Tensor) -> Tensor:
-    """Z = X b (bᵀb)⁻¹ (..., k) for k <= d, by a solve; 16-bit inputs are solved in fp32."""
+    """Compute the least-squares code Z = X b (bᵀb)⁻¹ by a solve.
+
+    Args:
+        x: Input of shape (..., d).
+        b: Matrix of shape (d, k) with k <= d, in x's dtype.
+
+    Returns:
+        Tensor of shape (..., k), in x's dtype. 16-bit inputs are solved in float32.
+
+    Raises:
+        torch.linalg.LinAlgError: k > d, or the solver meets a singular bᵀb.
+
+    Example:
+        >>> inverse_summary(torch.tensor([[4.0, 0.0]]), torch.tensor([[2.0], [0.0]]))
+        tensor([[2.]])
+    """
     d, k = b.shape
     if k > d:
         message = f"b: got shape ({d}, {k}), want k <= d: bᵀb is singular for more columns than rows"
         raise torch.linalg.LinAlgError(message)  # type: ignore[attr-defined] # which its stubs hide
     p = x @ b
     work = accumulation_dtype(b.dtype)
-    rows = torch.atleast_2d(p.to(work))
+    rows = p.to(work).reshape(-1, k)  # more than two dimensions would be batches of systems to vmap
     with autocast_off(b.device):
         return torch.linalg.solve(gram(b.to(work)), rows, left=False).to(p.dtype).reshape(p.shape)

@@ -1,4 +1,4 @@
-"""Trials of kernel configs on a device: what `interp_nn.tuning` times, how, and the processes that compile it first."""
+"""Time kernel configs on a device for `interp_nn.tuning`, after worker processes have compiled them."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ Key = TypeVar("Key", bound=Hashable)
 
 
 class Group(NamedTuple):
-    """Buckets that differ in their rows only. Measured with k = columns, d = 8 k, and about as many classes as fit."""
+    """Buckets that differ in their rows only. They are measured with k = columns, d = 8 k, and 10 or 100 classes."""
 
     kernel: str
     itemsize: int
@@ -43,11 +43,12 @@ class Group(NamedTuple):
     classes: int = 16
 
     def bucket(self, rows: int) -> Bucket:
+        """Return the bucket of so many rows."""
         return Bucket(self.kernel, self.itemsize, self.columns, self.classes, rows)
 
     @property
     def sizes(self) -> tuple[int, int, int]:
-        """(d, k, m)."""
+        """Return (d, k, m) of the measured problem."""
         return 8 * self.columns, self.columns, 10 if self.classes == 16 else 100
 
     def __str__(self) -> str:
@@ -81,7 +82,7 @@ def engine_call(group: Group, n: int, device: torch.device, config: Config) -> C
 
 
 def whole_call(kind: str, itemsize: int, columns: int, n: int, device: torch.device) -> Callable[[], object]:
-    """Forward and backward of a "summary", "pair", "pair_loss" or "head_loss", as a user of a layer calls them."""
+    """Return a call of forward and backward of a "summary", "pair", "pair_loss" or "head_loss", as a layer makes it."""
     d, k, m = Group(kind, itemsize, columns).sizes
     dtype = _DTYPES[itemsize]
 
@@ -143,7 +144,7 @@ def device_clock(calls: Mapping[Key, Callable[[], object]], device: torch.device
 
 
 def host_clock(calls: Mapping[Key, Callable[[], object]], device: torch.device) -> dict[Key, list[float]]:
-    """What a call takes in a loop of them, the host's share included."""
+    """Time calls in a loop, the host's share included."""
 
     def loop(call: Callable[[], object], times: int) -> float:
         _synchronize(device)
@@ -166,27 +167,27 @@ def _synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-# What tuning needs of a device
+# Devices that configs are tried on
 
 
 class Bench(Protocol):
-    """Where configs are tried: a GPU, or what a test puts in its place."""
+    """A device that configs are tried on: a GPU, or a test's substitute."""
 
     spec: DeviceSpec
     origin: str
 
     def prepare(self, group: Group, tried: Sequence[Config], seconds: float) -> dict[Config, str | None]:
-        """None for each config that compiles and launches; why not for the others."""
+        """Return None for each config that compiles and launches, an error message for the others."""
 
     def kernel_times(self, group: Group, n: int, tried: Sequence[Config]) -> dict[int, list[float]]:
-        """Milliseconds of the group's kernel with each config, by its place in `tried`; none for one that fails."""
+        """Return milliseconds of the group's kernel by the config's place in `tried`, without those that fail."""
 
     def engine_times(self, kind: str, itemsize: int, columns: int, n: int) -> dict[str, list[float]]:
-        """Milliseconds of a whole problem, host included, by engine; each engine again as "... again"."""
+        """Return milliseconds of a whole problem, host included, by engine; each engine a second time as "... again"."""
 
 
 class DeviceBench:
-    """A device that kernels run on; on a GPU other processes compile the candidates, several at a time."""
+    """The device at hand. On a GPU other processes compile the candidates, several at a time."""
 
     def __init__(self, device: torch.device, workers: int | None = None) -> None:
         spec = spec_of(device)
@@ -198,12 +199,14 @@ class DeviceBench:
         self._compilers = Compilers(count, device) if cuda and count else None
 
     def prepare(self, group: Group, tried: Sequence[Config], seconds: float) -> dict[Config, str | None]:
+        """Compile each config; see `Bench.prepare`."""
         if self._compilers is None:
             return {config: attempt(group, config, self.device) for config in tried}
         found = self._compilers.run([(group, config) for config in tried], seconds)
         return dict(zip(tried, found, strict=True))
 
     def kernel_times(self, group: Group, n: int, tried: Sequence[Config]) -> dict[int, list[float]]:
+        """Time each config; see `Bench.kernel_times`."""
         calls = dict[int, Callable[[], object]]()
         for place, config in enumerate(tried):
             # A config that compiles for few rows may not launch for many: twice the programs, more memory.
@@ -223,6 +226,7 @@ class DeviceBench:
         return [name for name in ENGINES if unsupported_reason(name, problem) is None]
 
     def engine_times(self, kind: str, itemsize: int, columns: int, n: int) -> dict[str, list[float]]:
+        """Time each engine; see `Bench.engine_times`."""
         call = whole_call(kind, itemsize, columns, n, self.device)
 
         def on(engine: str) -> Callable[[], object]:
@@ -239,7 +243,7 @@ class DeviceBench:
 
 
 def attempt(group: Group, config: Config, device: torch.device) -> str | None:
-    """Launch the group's kernel on few rows; why that fails, if it does."""
+    """Launch the group's kernel on few rows; return an error message if that fails."""
     try:
         engine_call(group, _FEW_ROWS, device, config)()
         _synchronize(device)
@@ -258,7 +262,7 @@ def _origin(device: torch.device, spec: DeviceSpec) -> str:
 
 
 def _serve(connection: Any, device: torch.device, precision: str) -> None:
-    """The life of a process that compiles: tasks come, and what is wrong with them goes back, until nobody asks."""
+    """Compile-worker loop: receives (group, config), sends back an error message or None, exits on EOF."""
     torch.backends.cuda.matmul.fp32_precision = precision
     while True:
         try:
@@ -272,7 +276,7 @@ def _serve(connection: Any, device: torch.device, precision: str) -> None:
 
 
 class Compilers:
-    """Processes that attempt candidates, which fills Triton's cache on disk. One that dies or hangs is replaced."""
+    """A pool of compile workers, which fill Triton's cache on disk. A worker that dies or hangs is replaced."""
 
     def __init__(self, count: int, device: torch.device) -> None:
         self._device, self._free = device, count
@@ -280,7 +284,7 @@ class Compilers:
         self._idle: list[tuple[Any, Any]] = []
 
     def run(self, tasks: Sequence[tuple[Group, Config]], seconds: float) -> list[str | None]:
-        """What is wrong with each task, None for nothing."""
+        """Return an error message or None for each task."""
         end = time.monotonic() + seconds
         found: list[str | None] = ["out of time"] * len(tasks)
         waiting = deque(range(len(tasks)))
@@ -313,7 +317,7 @@ class Compilers:
         return found
 
     def _started(self) -> tuple[Any, Any]:
-        """A new process, and the connection to it."""
+        """Start a worker; return its process and the connection to it."""
         context = multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe()
         process = context.Process(target=_serve, args=(theirs, self._device, self._precision), daemon=True)

@@ -49,7 +49,7 @@ Say = Callable[[str], None]
 
 
 def groups() -> list[Group]:
-    """All of them, those that matter most first; the kernels with phases only run where they are asked for."""
+    """Return all groups, the most used first. The kernels with phases run only where the engine is forced."""
     order = ("stream", "summary_backward", "pair_loss", "flat_loss", "pair_backward", "latent_loss")
     out = [
         Group(kernel, itemsize, columns, 128 if kernel == "latent_loss" else 16)
@@ -63,7 +63,7 @@ def groups() -> list[Group]:
 
 
 def neighbours(config: Config, bucket: Bucket, spec: DeviceSpec) -> list[Config]:
-    """The configs one step away, as far as their shared memory should fit. Some will not compile or launch for all that."""
+    """Return the configs one step away whose shared memory should fit. Some may still fail to compile or launch."""
     found = []
     for place, name in enumerate(TILES[bucket.kernel]):
         for size in _next(_TILES[name], config.tiles[place]):
@@ -77,13 +77,13 @@ def neighbours(config: Config, bucket: Bucket, spec: DeviceSpec) -> list[Config]
 
 
 def _next(sizes: Sequence[int], size: int) -> list[int]:
-    """The nearest size below, and the nearest above."""
+    """Return the nearest size below and the nearest above."""
     below, above = [s for s in sizes if s < size], [s for s in sizes if s > size]
     return below[-1:] + above[:1]
 
 
 class Winner(NamedTuple):
-    """A config and what it takes, in microseconds, and what the one before it took, where they were timed."""
+    """A config, its time and that of the config that it replaces, in microseconds; None if not timed."""
 
     config: Config
     microseconds: float | None = None
@@ -91,7 +91,7 @@ class Winner(NamedTuple):
 
 
 class _Tuning:
-    """One run: what was found so far, and the file it is written to."""
+    """One run: the winners so far, and the file that they are written to."""
 
     def __init__(self, bench: Bench, output: Path, seconds: float, levels: Sequence[tuple[int, int]], say: Say) -> None:
         self.bench, self.output, self.levels, self.say = bench, output, levels, say
@@ -134,7 +134,7 @@ class _Tuning:
         return winners
 
     def _times(self, group: Group, n: int, tried: Sequence[Config]) -> dict[int, float]:
-        """Medians in milliseconds by place; none of what could not be timed."""
+        """Return medians in milliseconds by place, without those that could not be timed."""
         try:
             taken = self.bench.kernel_times(group, n, tried)
         except Exception as error:  # out of memory, most likely
@@ -147,7 +147,7 @@ class _Tuning:
         return tried[min(medians, key=medians.__getitem__)] if medians else tried[0]
 
     def _duel(self, group: Group, n: int, present: Config, best: Config) -> Winner:
-        """The better of two, timed once more; the present one twice, which tells the noise."""
+        """Return the better of two configs, timed once more. The present one is timed twice, which measures the noise."""
         if best == present:
             return Winner(present)
         medians = self._times(group, n, [present, best, present])
@@ -161,7 +161,7 @@ class _Tuning:
         return Winner(best, took, before) if faster(medians[1], own) else Winner(present, before, before)
 
     def whole(self, wanted: Iterable[tuple[str, int, int]]) -> None:
-        """Which engine is faster on whole problems (kind, itemsize, columns), with the configs found."""
+        """Find the fastest engine for whole problems (kind, itemsize, columns), with the configs found so far."""
         for kind, itemsize, columns in wanted:
             for rows, n in self.levels:
                 label = f"{kind} {ITEMSIZES[itemsize]}, {columns} columns, rows >= {rows}"
@@ -191,7 +191,7 @@ class _Tuning:
         return {"problem": kind, **_where(self.bench.spec), **bucket, "engine": name, "microseconds": microseconds}
 
     def write(self) -> dict[str, Any]:
-        """The table so far, which is also what the file now holds."""
+        """Write the table so far, and return it."""
         # A problem takes the first entry that holds for it: the fewest columns and classes, and the most rows, come first.
         engines = sorted(
             self.engines, key=lambda e: (e["problem"], e["itemsize"], e["columns"], e["classes"], -e["rows"])
@@ -203,7 +203,7 @@ class _Tuning:
         return content
 
     def _entries(self) -> list[dict[str, Any]]:
-        """What was found, and where an entry would also hold for what was not looked at, the present choice before it."""
+        """Return the entries. Where an entry would also match buckets that were not measured, the present choice precedes it."""
         spec, out = self.bench.spec, []
         for group in sorted(_covered(self.found), key=lambda g: (list(TILES).index(g.kernel), *g[1:])):
             for rows, _ in sorted(self.levels, reverse=True):
@@ -216,13 +216,13 @@ class _Tuning:
 
 
 def faster(one: float, others: Sequence[float]) -> bool:
-    """Whether a time beats the same thing timed several times by more than these differ, and by more than a bit."""
+    """Return True if a time beats repeated times of another config by more than these differ, and by over 2 %."""
     spread = (max(others) - min(others)) / min(others)
     return one < min(others) * (1 - max(_NOISE, spread))
 
 
 def fastest(medians: Mapping[str, float]) -> str | None:
-    """The engine that beats each other one, where all are timed twice, the second time as "... again"; None if none does."""
+    """Return the engine that beats each other one, or None. All are timed twice, the second time as "... again"."""
     twice = {name: [medians[name], medians.get(f"{name} again", medians[name])] for name in medians if " " not in name}
     name = min(twice, key=lambda name: max(twice[name]))
     rivals = [taken for other, taken in twice.items() if other != name]
@@ -241,7 +241,7 @@ def _where(spec: DeviceSpec) -> dict[str, Any]:
 
 
 def _covered(found: Iterable[Group]) -> set[Group]:
-    """The groups whose problems the entries of these would take: with no more columns and classes."""
+    """Return the groups whose problems these groups' entries would match: those with no more columns and classes."""
     out = set(found)
     for group in found:
         columns = [c for c in _COLUMNS if c < group.columns] if group.columns in _COLUMNS else []
@@ -253,7 +253,7 @@ def _covered(found: Iterable[Group]) -> set[Group]:
 
 
 def write(path: Path, content: Mapping[str, Any]) -> None:
-    """A table as the package's own one is written, an entry a line; the file is never half of one."""
+    """Write a table with an entry a line. The file appears in one step."""
     lines = [" " + json.dumps("origin") + ": " + json.dumps(content["origin"], ensure_ascii=False)]
     for name in ("kernels", "engines"):
         entries = ",\n".join("  " + json.dumps(entry) for entry in content[name])
@@ -303,7 +303,7 @@ def tune(
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """`python -m interp_nn tune`; the exit status."""
+    """Run `python -m interp_nn tune`; return the exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m interp_nn tune", description="Time this GPU's kernels, write a table."
     )

@@ -263,24 +263,15 @@ def test_an_unknown_engine():
     assert f.summary(t(*X), t(*B)).shape == (3, 2)
 
 
-def run(code, **environment):
-    root = str(Path(interp_nn.__file__).parents[1])
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")]), **environment}
-    return subprocess.run([sys.executable, *code], env=environment, capture_output=True, text=True, timeout=120)
-
-
 def test_an_unknown_engine_in_the_environment_fails_at_use_not_at_import():
     code = (
         "import torch, interp_nn; print('imported'); interp_nn.functional.summary(torch.ones(3, 4), torch.ones(4, 2))"
     )
-    result = run(["-c", code], INTERP_NN_ENGINE="warp")
+    path = os.pathsep.join([str(Path(interp_nn.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PYTHONPATH": path, "INTERP_NN_ENGINE": "warp"}
+    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
     assert result.returncode == 1 and result.stdout == "imported\n"
     assert re.search(r"ValueError: INTERP_NN_ENGINE: unknown engine 'warp'; this build has eager", result.stderr)
-
-
-def test_an_engine_of_the_environment_is_used():
-    code = "import interp_nn; print(interp_nn.plan(8, 4, 2).engine, interp_nn.engines.select.requested())"
-    assert run(["-c", code], INTERP_NN_ENGINE="eager").stdout == "eager eager\n"
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,7 @@ def test_gram_and_effective_weight(shape):
     close(x @ functional.effective_weight(b), functional.summary(x, b))
 
 
-def test_effective_weight_takes_the_smaller_square():
+def test_effective_weight_takes_the_smaller_gram_matrix():
     from torch.utils.flop_counter import FlopCounterMode
 
     for d, k in ((9, 2), (2, 9)):

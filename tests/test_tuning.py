@@ -357,15 +357,14 @@ class Endless:
 def test_a_compiler_that_dies_or_hangs_costs_its_task_only():
     """Without an interpreter a kernel cannot run on the CPU: that is what comes back."""
     config = configs.choose(HOPPER, STREAM.bucket(0))
-    compilers = trials.Compilers(2, torch.device("cpu"))
+    compilers = trials.Compilers(1, torch.device("cpu"))
     good = STREAM, config
-    found = compilers.run([good, Deadly(), good, Deadly(), good], 60.0)
-    assert [found[i] for i in (1, 3)] == ["the process that tried it died"] * 2
-    assert all("the triton engine was given a tensor on cpu" in found[i] for i in (0, 2, 4))
     start = time.monotonic()
-    assert compilers.run([Endless(), Endless(), good], 1.0) == ["out of time"] * 3
+    assert compilers.run([Endless(), good], 0.5) == ["out of time"] * 2
     assert time.monotonic() - start < 10
-    assert "given a tensor on cpu" in compilers.run([good], 60.0)[0]
+    found = compilers.run([Deadly(), good], 60.0)
+    assert found[0] == "the process that tried it died"
+    assert "the triton engine was given a tensor on cpu" in found[1]
 
 
 @pytest.mark.slow

@@ -1,6 +1,6 @@
-"""Experiments: each trains a network, explains it or compares it with others, and writes figures and a record.
+"""Experiments: each trains networks, explains or compares them, and writes figures and a record.
 
-Run one as `python -m benchmarks experiments NAME ...` or `python -m benchmarks.experiments.NAME ...`.
+Run one as `python -m benchmarks experiments NAME ...`.
 """
 
 from __future__ import annotations
@@ -11,50 +11,45 @@ import inspect
 from collections.abc import Callable
 from types import ModuleType
 
-# Those on the papers' own data first.
-NAMES = (
-    "summary_vgg",
-    "summary_cnn",
-    "gated_images",
-    "titanic",
-    "linearize_cifar10",
-    "descramble_cifar10",
-    "mnist_tsne",
-    "digits_attribution",
-    "digits_tsne",
-    "two_regimes",
-    "oblique_trees",
-    "gated_digits",
-    "orthogonality",
-    "descent",
-    "descramble_linear",
-    "descramble_signals",
-    "descramble_digits",
-)
-ALIASES = {
+# Command names by module and first arguments, those on the papers' data first.
+COMMANDS: dict[str, tuple[str, ...]] = {
+    "summary_vgg": ("head_comparison", "summary_vgg"),
+    "summary_cnn": ("head_comparison", "summary_cnn"),
+    **{name: (name,) for name in (
+        "gated_images", "titanic", "linearize_cifar10", "descramble_cifar10", "mnist_tsne", "digits_attribution", "digits_tsne",
+        "two_regimes", "oblique_trees", "gated_digits",
+    )},
+    "orthogonality": ("digits_constraints",),
+    **{name: (name,) for name in ("descent", "descramble_linear", "descramble_signals", "descramble_digits")},
     "dlgn_cifar10": ("gated_images", "--dataset", "cifar10"),
     "dlgn_cifar100": ("gated_images", "--dataset", "cifar100"),
     "clusters_titanic": ("titanic",),
-}
+}  # fmt: skip
 
 
 def find(name: str) -> Callable[[list[str]], int]:
-    """What runs an experiment's command line and gives its exit status; dashes in the name are underscores.
+    """Return the function that runs an experiment's command line; dashes in the name are underscores.
 
-    Raises ValueError for another name, with the nearest.
+    Raises:
+        ValueError: There is no such experiment. The message has the nearest names.
     """
-    known, *given = ALIASES.get(name.replace("-", "_"), (name.replace("-", "_"),))
-    if known not in NAMES:
-        near = difflib.get_close_matches(known, [*NAMES, *ALIASES])
+    known = name.replace("-", "_")
+    if known not in COMMANDS:
+        near = difflib.get_close_matches(known, COMMANDS)
         raise ValueError(f"{name}: no such experiment" + (f"; did you mean {' or '.join(near)}?" if near else ""))
-    return lambda arguments: int(_module(known).main([*given, *arguments]))
+    module, *given = COMMANDS[known]
+    return lambda arguments: int(load(module).main([*given, *arguments]))
 
 
 def listing() -> str:
-    """Every experiment with what it is about."""
-    lines = [f"{name:20} {(inspect.getdoc(_module(name)) or '').partition(chr(10))[0]}" for name in NAMES]
-    return "\n".join([*lines, *(f"{alias:20} {' '.join(known)}" for alias, known in ALIASES.items())])
+    """Return a line for each experiment."""
+    lines = []
+    for name, (module, *given) in COMMANDS.items():
+        about = (inspect.getdoc(load(module)) or "").partition("\n")[0]
+        lines.append(f"{name:20} {about}" + (f" ({' '.join(given)})" if given else ""))
+    return "\n".join(lines)
 
 
-def _module(name: str) -> ModuleType:
-    return importlib.import_module(f"benchmarks.experiments.{name}")
+def load(module: str) -> ModuleType:
+    """Import the module of an experiment."""
+    return importlib.import_module(f"benchmarks.experiments.{module}")

@@ -8,41 +8,40 @@ made for, and of the network before training.
 from __future__ import annotations
 
 import copy
-import sys
 import warnings
 from typing import Any
 
 import torch
+from matplotlib import pyplot as plt
 from torch import Tensor, nn
 
-from benchmarks.experiments import common, heads, images
-from benchmarks.experiments.summary_vgg import BASE, STUDY
+from benchmarks.experiments import common, head_comparison, images
 from interp_nn.explain import plots
-from interp_nn.explain.descramble.descrambler import Descrambler, Nulls
+from interp_nn.explain.descramble.descrambler import Descrambler
 
 NAME = "descramble_cifar10"
+TRAINED = "summary_vgg"  # whose checkpoints are used
+STUDY = head_comparison.STUDIES[TRAINED]
 LAYERS = {
-    "first convolution": "body.0",
-    "classifier, layer 1": "head.1",
-    "classifier, layer 2": "head.4",
+    "first convolution": "body.0", "classifier, layer 1": "head.1", "classifier, layer 2": "head.4",
     "classifier, logits": "head.6",
-}
+}  # fmt: skip
 ORDERED = ("first convolution", "classifier, layer 1")
 AT_ONCE = 100  # images
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run the command line; the exit status, 2 where the data are not to be had."""
+def main(arguments: list[str]) -> int:
+    """Run the command line and return the exit status, 2 without the data."""
     given = images.parser(NAME, __doc__).parse_args(arguments)
-    found = STUDY.images(given)
+    found = images.load(given, "cifar10")
     if found is None:
         return 2
-    chosen, recipe = found
+    chosen, recipe = images.within(found, given, STUDY.cpu, STUDY.gpu, STUDY.quick, STUDY.learning_rate)
     run = common.Run(NAME, given)
-    trainer = common.Trainer(STUDY.name, given, given.seeds, images.settings(chosen))
+    trainer = common.Trainer(TRAINED, given, given.seeds, images.settings(chosen))
     networks = []
     for seed in range(given.seeds):
-        network = heads.train(STUDY, trainer, BASE, seed, chosen, recipe)
+        network = head_comparison.train(STUDY, trainer, head_comparison.BASE, seed, chosen, recipe)
         fits = {layer: _fit(network, name, chosen.x_test) for layer, name in LAYERS.items()}
         networks.append(
             {
@@ -51,7 +50,6 @@ def main(arguments: list[str] | None = None) -> int:
                 "order": {layer: _ordered(network, LAYERS[layer], chosen.x_test) for layer in ORDERED},
             }
         )
-        _print(networks[-1])
         if seed == 0:
             _draw(run, network, fits)
     results = {"networks": networks, "trainings": trainer.record()}
@@ -62,24 +60,22 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _fit(network: nn.Module, name: str, x: Tensor, **parameters: Any) -> Descrambler:
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="H: rank")  # which the record has
+        warnings.filterwarnings("ignore", message="x: rank")  # which the record has
         return Descrambler(**parameters).fit_layer(network, name, x.split(AT_ONCE))
 
 
 def _layer(fit: Descrambler) -> dict[str, Any]:
-    """The loss of a fit in units of chance, with its nulls, and what is arbitrary in its P."""
+    """Return the loss of a fit over that of chance, with its nulls, and its rank."""
     known = fit.ambiguity_
     return {
-        "features": known.features,
-        "rank": known.rank,
-        "error_against_the_bound": fit.check(),
+        "features": known.features, "rank": known.rank, "error_against_the_bound": fit.check(),
         "loss_over_that_of_a_random_P": fit.nulls_._asdict(),
-    }
+    }  # fmt: skip
 
 
 @torch.no_grad()
 def _ordered(network: nn.Module, name: str, x: Tensor) -> dict[str, float]:
-    """The units in the order in which neighbours are most alike, written into a copy of the network, which computes the same."""
+    """Order the units so that neighbours are most alike, write the order into a copy of the network, and compare the logits."""
     ordered = copy.deepcopy(network)
     fit = _fit(ordered, name, x, operator="diff1", group="permutation")
     fit.apply_(ordered)
@@ -91,23 +87,7 @@ def _ordered(network: nn.Module, name: str, x: Tensor) -> dict[str, float]:
     }
 
 
-def _print(one: dict[str, Any]) -> None:
-    print(f"\ntest accuracy {one['test_accuracy']:.3f}")
-    print(f"{'loss over that of a random P':>30}" + "".join(f"{name:>11}" for name in Nulls._fields) + f"{'rank':>12}")
-    for name, found in one["layers"].items():
-        values = found["loss_over_that_of_a_random_P"].values()
-        rank = f"{found['rank']} of {found['features']}"
-        print(f"{name:>30}" + "".join(f"{value:11.3g}" for value in values) + f"{rank:>12}")
-    for name, found in one["order"].items():
-        print(
-            f"{name}, in order: logits move by {found['error_of_logits']:.1e}, loss {found['loss_over_its_lower_bound']:.2f} "
-            "times the bound of all P"
-        )
-
-
 def _draw(run: common.Run, network: nn.Module, fits: dict[str, Descrambler]) -> None:
-    from matplotlib import pyplot as plt
-
     figure, axes = plt.subplots(figsize=(8, 4), layout="constrained")
     plots.null_bars({name: fit.nulls_ for name, fit in fits.items()}, axes=axes)
     run.figure(figure, "nulls")
@@ -117,7 +97,3 @@ def _draw(run: common.Run, network: nn.Module, fits: dict[str, Descrambler]) -> 
     figure = plots.descrambled_weights(before, after, rows="channel", columns="input")
     figure.suptitle(f"First convolution: {len(before)} channels of {before.shape[1]} inputs")
     run.figure(figure, "filters")
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -7,14 +7,13 @@ written into the network; across a ReLU only an order can.
 from __future__ import annotations
 
 import copy
-import sys
 from typing import Any
 
 import torch
+from matplotlib import pyplot as plt
 from torch import Tensor, nn
 
-from benchmarks import data, training
-from benchmarks.experiments import common
+from benchmarks.experiments import common, datasets, training
 from interp_nn.explain import plots
 from interp_nn.explain.descramble.derivatives import derivative_operator
 from interp_nn.explain.descramble.descrambler import Descrambler, Nulls
@@ -38,23 +37,23 @@ class DigitsSummary(nn.Module):
         self.head = SummaryHead(HIDDEN, LATENT, 10)
 
     def forward(self, x: Tensor) -> Any:
-        """Logits (n, 10) in evaluation mode, the head's pair of them in training mode."""
+        """Return logits (n, 10) in evaluation mode, the head's pair of logits in training mode."""
         return self.head(self.features(x))
 
     def latent(self, x: Tensor) -> Tensor:
-        """The head's projection (n, LATENT)."""
+        """Return the head's projection (n, LATENT)."""
         return self.head.projection(self.features(x))
 
 
 LAYERS = {"convolution": "features.3", "hidden layer": "features.7"}
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run the command line; the exit status."""
+def main(arguments: list[str]) -> int:
+    """Run the command line and return the exit status."""
     given = common.parser(NAME, __doc__).parse_args(arguments)
     run = common.Run(NAME, given)
     torch.manual_seed(given.seed)
-    images = data.digits()
+    images = datasets.digits()
     epochs = 2 if given.quick else 30
     network = DigitsSummary().eval()
     untrained = copy.deepcopy(network).double()
@@ -91,7 +90,6 @@ def main(arguments: list[str] | None = None) -> int:
             "untrained": _class_share(_components(of_fresh, fresh), y),
         },
     }
-    _print(results)
     others = {
         "shuffled data": Descrambler().fit(shuffled(latent.mT)).spectrum_.energies,
         "untrained network": of_fresh.spectrum_.energies,
@@ -108,7 +106,7 @@ def _loss(network: nn.Module, x: Tensor, y: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _turned_latent(network: DigitsSummary, P: Tensor, x: Tensor) -> dict[str, float]:
-    """P written into the head: how far the logits of both codes move, relative to the largest."""
+    """Write P into the head and return how far the logits of both codes move, relative to the largest."""
     turned = copy.deepcopy(network)
     turned.head.weight.copy_(P @ network.head.weight)
     turned.head.output.weight.copy_(network.head.output.weight @ P.mT)
@@ -122,7 +120,7 @@ def _turned_latent(network: DigitsSummary, P: Tensor, x: Tensor) -> dict[str, fl
 
 @torch.no_grad()
 def _turned_hidden(network: DigitsSummary, fit: Descrambler, x: Tensor, y: Tensor) -> dict[str, Any]:
-    """Whether an orthogonal P is refused before a ReLU, and what it would have done to the logits and the accuracy."""
+    """Return whether an orthogonal P is refused before a ReLU, and its effect on the logits and the accuracy."""
     turned = copy.deepcopy(network)
     try:
         fit.apply_(turned)
@@ -144,57 +142,34 @@ def _turned_hidden(network: DigitsSummary, fit: Descrambler, x: Tensor, y: Tenso
 
 @torch.no_grad()
 def _ordered_hidden(network: DigitsSummary, x: Tensor) -> dict[str, float]:
-    """The hidden layer's units in the order in which neighbours are most alike, written into the network."""
+    """Order the hidden layer's units so that neighbours are most alike, and compare the logits."""
     ordered = copy.deepcopy(network)
     fit = Descrambler(operator="diff1", group="permutation").fit_layer(ordered, LAYERS["hidden layer"], x)
     fit.apply_(ordered)
     return {
         "error_of_logits": common.relative_error(ordered(x), network(x)),
         "loss_over_its_lower_bound": fit.loss_ / fit.lower_bound_,
-        "loss_over_that_of_a_random_order": fit.nulls_.fitted,
-        "held_out": fit.nulls_.held_out,
-        "shuffled": fit.nulls_.shuffled,
-        "untrained": fit.nulls_.random_net,
-    }
+        "loss_over_that_of_a_random_order": fit.nulls_.fitted, "held_out": fit.nulls_.held_out,
+        "shuffled": fit.nulls_.shuffled, "untrained": fit.nulls_.random_net,
+    }  # fmt: skip
 
 
 def _components(fit: Descrambler, values: Tensor) -> Tensor:
-    """The principal components (n, k) that the fit sent to the modes of D, from their values (n, k) of the features."""
+    """Return the principal components (n, k) that the fit maps to the modes of D, from features (n, k)."""
     return derivative_operator(values.shape[1], "fourier2").transform(fit.P_ @ values.mT).mT
 
 
 def _class_share(values: Tensor, y: Tensor) -> list[float]:
-    """The share of the variance of each feature of values (n, k) that lies between the classes' means."""
+    """Return the share of each feature's variance, of values (n, k), that lies between the classes' means."""
     centred = values - values.mean(0)
     means = torch.stack([centred[y == digit].mean(0) for digit in range(10)])
     return (means[y].square().sum(0) / centred.square().sum(0)).tolist()
 
 
-def _print(results: dict[str, Any]) -> None:
-    print(f"\ntest accuracy {results['test_accuracy']:.3f}")
-    print(f"\n{'loss over that of a random P':>30}" + "".join(f"{name:>11}" for name in Nulls._fields))
-    for name, nulls in results["nulls"].items():
-        print(f"{name:>30}" + "".join(f"{value:11.3g}" for value in nulls.values()))
-    print("\nwritten into the network:")
-    for name, found in results["function"].items():
-        for key, value in found.items():
-            print(f"{name:>26}, {key.replace('_', ' ')}: {value if isinstance(value, str) else f'{value:.3g}'}")
-    print("\nshare of a latent feature's variance between classes: largest, mean, least")
-    by_mode = {f"{name}, by mode": shares for name, shares in results["class_share_of_components"].items()}
-    for name, shares in (results["class_share"] | by_mode).items():
-        print(f"{name:>26}{max(shares):8.3f}{sum(shares) / len(shares):8.3f}{min(shares):8.3f}")
-
-
 def _draw(
-    run: common.Run,
-    network: DigitsSummary,
-    fits: dict[str, Descrambler],
-    nulls: dict[str, Nulls],
-    others: dict[str, Tensor],
-    results: dict[str, Any],
-) -> None:
-    from matplotlib import pyplot as plt
-
+    run: common.Run, network: DigitsSummary, fits: dict[str, Descrambler], nulls: dict[str, Nulls],
+    others: dict[str, Tensor], results: dict[str, Any],
+) -> None:  # fmt: skip
     before = network.head.weight.detach()
     figure = plots.descrambled_weights(before, fits["latent"].P_ @ before, rows="latent feature", columns="hidden unit")
     figure.suptitle(f"bᵀ of the summary head, test accuracy {results['test_accuracy']:.1%}")
@@ -214,7 +189,3 @@ def _draw(
     plots.spectrum_curves(fits["latent"].spectrum_, others=others, axes=upper).set_title("Latent")
     plots.ambiguity_strips(fits["latent"].ambiguity_, axes=lower)
     run.figure(figure, "spectrum")
-
-
-if __name__ == "__main__":
-    sys.exit(main())

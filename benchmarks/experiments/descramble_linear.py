@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import sys
 import warnings
 from typing import Any
 
 import torch
+from matplotlib import pyplot as plt
 from torch import Tensor, nn
 
-from benchmarks import signals
-from benchmarks.experiments import common
+from benchmarks.experiments import common, signals
 from interp_nn.explain import plots
 from interp_nn.explain.descramble.derivatives import derivative_operator
-from interp_nn.explain.descramble.descrambler import Descrambler, Nulls
+from interp_nn.explain.descramble.descrambler import Descrambler
 
 NAME = "descramble_linear"
 OUT, IN = 32, 64  # of the weight that isotropic data go through
@@ -21,8 +20,8 @@ DEPTH, HIDDEN = 3, 16  # of the tree, and units of the network that learns it
 LENGTH = 33  # of the signals that are convolved: an odd one, where every frequency but 0 is a pair
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run the command line; the exit status."""
+def main(arguments: list[str]) -> int:
+    """Run the command line and return the exit status."""
     given = common.parser(NAME, __doc__).parse_args(arguments)
     run = common.Run(NAME, given)
     samples = [500, 5000] if given.quick else [1000, 10_000, 100_000]
@@ -33,16 +32,13 @@ def main(arguments: list[str] | None = None) -> int:
         "tree": _tree(run, steps, given.seed),
         "convolution": _convolution(run, signals_of_convolution, given.seed),
     }
-    _print(results)
     budget = {"isotropic_samples": samples, "tree_steps": steps, "convolved_signals": signals_of_convolution}
     run.finish(budget, results)
     return 0
 
 
 def _isotropic(run: common.Run, samples: list[int], seed: int) -> dict[str, Any]:
-    """H = W X with X isotropic: P W should be T S Vᵀ, the right singular vectors on the modes of D, the largest first."""
-    from matplotlib import pyplot as plt
-
+    """Descramble H = W X with X isotropic: P W should be T S Vᵀ, singular vectors on the modes of D, the largest first."""
     generator = torch.Generator().manual_seed(seed)
     u, v = signals.orthogonal(OUT, generator), signals.orthogonal(IN, generator)[:OUT]
     s = 0.9 ** torch.arange(OUT, dtype=torch.float64)
@@ -67,9 +63,7 @@ def _isotropic(run: common.Run, samples: list[int], seed: int) -> dict[str, Any]
 
 
 def _tree(run: common.Run, steps: int, seed: int) -> dict[str, Any]:
-    """A two-layer linear network from small weights: P W₁ should be T sqrt(S) Vᵀ, a level of the tree after another."""
-    from matplotlib import pyplot as plt
-
+    """Descramble a two-layer linear network from small weights: P W₁ should be T sqrt(S) Vᵀ, a level of the tree in turn."""
     tree = signals.tree(DEPTH)
     items, properties = tree.shape[1], len(tree)
     torch.manual_seed(seed)
@@ -122,13 +116,11 @@ def _tree(run: common.Run, steps: int, seed: int) -> dict[str, Any]:
 
 
 def _convolution(run: common.Run, count: int, seed: int) -> dict[str, Any]:
-    """Circular convolutions, with a ReLU between, of stationary signals: P should permute frequencies, T Pi Tᵀ.
+    """Descramble circular convolutions, with a ReLU between, of stationary signals: P should permute frequencies, T Pi Tᵀ.
 
     "all shifts": every signal in each of its shifts, where H Hᵀ is circulant exactly, after a ReLU too. "as many drawn": as many
     signals, each once. "places mixed": these, their places in another order, so that nothing is stationary.
     """
-    from matplotlib import pyplot as plt
-
     generator = torch.Generator().manual_seed(seed)
     kernels = torch.randn(2, 5, generator=generator, dtype=torch.float64)
     drawn = signals.stationary(LENGTH, count * LENGTH, seed=seed)
@@ -146,11 +138,9 @@ def _convolution(run: common.Run, count: int, seed: int) -> dict[str, Any]:
             shares = _by_frequency(fitted.P_)
             found[f"{name}, layer {layer + 1}"] = {
                 "largest_share": {"least": shares.amax(1).min().item(), "mean": shares.amax(1).mean().item()},
-                "frequencies": shares.argmax(1).tolist(),
-                "frequencies_by_power": _by_power(values),
-                "equal_components": len(fitted.ambiguity_.data_blocks),
-                "nulls": fitted.nulls_._asdict(),
-            }
+                "frequencies": shares.argmax(1).tolist(), "frequencies_by_power": _by_power(values),
+                "equal_components": len(fitted.ambiguity_.data_blocks), "nulls": fitted.nulls_._asdict(),
+            }  # fmt: skip
             axes = panels[layer, column]
             axes.imshow(shares.numpy(), cmap="Greys", vmin=0, vmax=1, aspect="auto", interpolation="nearest")
             axes.set(title=f"{name}, layer {layer + 1}", xlabel="frequency along H", ylabel="mode of D")
@@ -160,14 +150,14 @@ def _convolution(run: common.Run, count: int, seed: int) -> dict[str, Any]:
 
 
 def _convolved(values: Tensor, kernel: Tensor) -> Tensor:
-    """Of signals (N, n), each around its circle."""
+    """Convolve signals (N, n), each around its circle."""
     side = len(kernel) // 2
     padded = nn.functional.pad(values.unsqueeze(1), (side, side), mode="circular")
     return nn.functional.conv1d(padded, kernel.view(1, 1, -1)).squeeze(1)
 
 
 def _by_frequency(P: Tensor) -> Tensor:
-    """The share of each frequency (cosine and sine together) in what each mode of D takes from the features: (n, n // 2 + 1)."""
+    """Return the share of each frequency, cosine and sine together, in each mode of D: (n, n // 2 + 1)."""
     modes = derivative_operator(len(P), "fourier2").transform(P)
     shares = torch.fft.rfft(modes, norm="ortho").abs().square()
     shares[:, 1:] *= 2  # n is odd
@@ -175,45 +165,6 @@ def _by_frequency(P: Tensor) -> Tensor:
 
 
 def _by_power(values: Tensor) -> list[int]:
-    """The frequencies of signals (N, n) by their power, each as often as it has components."""
+    """Return the frequencies of signals (N, n) by power, each as often as it has components."""
     power = torch.fft.rfft(values).abs().square().mean(0)
     return [f for f in power.argsort(descending=True).tolist() for _ in range(1 if f == 0 else 2)]
-
-
-def _print(results: dict[str, Any]) -> None:
-    isotropic, tree = results["isotropic"], results["tree"]
-    print("\nisotropic data: |P W - T S Vᵀ| / |W|, and the least |cos| of a mode's row to its singular vector")
-    for count, error, cosine in zip(
-        *(isotropic[k] for k in ("samples", "error_of_weights", "least_cosine")), strict=True
-    ):
-        print(f"{count:12,} samples {error:8.3f} {cosine:8.3f}")
-    print("\ntree: share of the energy of P W₁ in the Haar wavelets of its own level")
-    for name, shares in tree["share_in_its_level"].items():
-        print(f"{name:>12}" + "".join(f"{share:8.3f}" for share in shares))
-    print(f"singular values of W₁: {_listed(tree['singular_values'][: len(tree['singular_values_of_theory'])])}")
-    print(f"sqrt of the tree's:    {_listed(tree['singular_values_of_theory'])}")
-    print("\nconvolution: the largest share of one frequency in a mode of D, least and mean over modes")
-    for name, one in results["convolution"].items():
-        shares, same = one["largest_share"], one["frequencies"] == one["frequencies_by_power"]
-        order = f"{'' if same else 'not '}in order of power"
-        print(f"{name:>23} {shares['least']:8.3f} {shares['mean']:8.3f}  {order}")
-    print(f"\n{'loss over that of a random P':>32}" + "".join(f"{name:>11}" for name in Nulls._fields))
-    for name, nulls in _all_nulls(results).items():
-        print(f"{name:>32}" + "".join(f"{value:11.3g}" for value in nulls.values()))
-
-
-def _listed(values: list[float]) -> str:
-    return " ".join(f"{value:.2f}" for value in values)
-
-
-def _all_nulls(results: dict[str, Any]) -> dict[str, dict[str, float]]:
-    """Of every fit, by its name."""
-    return (
-        {f"isotropic, {int(count):,} samples": nulls for count, nulls in results["isotropic"]["nulls"].items()}
-        | {f"tree, {name}": nulls for name, nulls in results["tree"]["nulls"].items()}
-        | {f"convolution, {name}": one["nulls"] for name, one in results["convolution"].items()}
-    )
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,21 +1,20 @@
-"""A network that turns dipolar traces into distance distributions, descrambled: which frequencies do its layers work with?
+"""A network from dipolar traces to distance distributions, descrambled: the frequencies of its layers.
 
 The task, and the reading of descrambled weights as signal processing, are those of Amey et al., PNAS 118(5), 2021.
 """
 
 from __future__ import annotations
 
-import sys
 from typing import Any, NamedTuple
 
 import torch
+from matplotlib import pyplot as plt
 from torch import Tensor, nn
 
-from benchmarks import signals, training
-from benchmarks.experiments import common
+from benchmarks.experiments import common, signals, training
 from interp_nn.explain import plots
 from interp_nn.explain.descramble.derivatives import derivative_operator
-from interp_nn.explain.descramble.descrambler import Descrambler, Nulls
+from interp_nn.explain.descramble.descrambler import Descrambler
 from interp_nn.explain.descramble.moments import shuffled
 from interp_nn.explain.following.layer_values import Tap, reinitialised
 
@@ -27,7 +26,7 @@ ROTATIONS = 20
 
 
 class Layer(NamedTuple):
-    """Where P is put: the layer's name, before or after its activation, the modules up to there, and the weight that is shown."""
+    """The place of P: the layer's name, before or after its activation, the modules up to there, and the weight that is shown."""
 
     name: str
     tap: Tap
@@ -42,8 +41,8 @@ LAYERS = {
 }
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run the command line; the exit status."""
+def main(arguments: list[str]) -> int:
+    """Run the command line and return the exit status."""
     given = common.parser(NAME, __doc__).parse_args(arguments)
     run = common.Run(NAME, given)
     torch.manual_seed(given.seed)
@@ -70,7 +69,6 @@ def main(arguments: list[str] | None = None) -> int:
         "spectra": {name: {k: v.tolist() for k, v in fit.spectrum_._asdict().items()} for name, fit in fits.items()},
         "waves": waves,
     }
-    _print(results)
     _draw(run, fits, weights, results)
     run.finish({"samples": samples, "epochs": epochs, "batch": BATCH, "learning_rate": LEARNING_RATE}, results)
     return 0
@@ -83,7 +81,7 @@ def _loss(network: nn.Module, x: Tensor, y: Tensor) -> Tensor:
 def _descrambled(
     network: nn.Sequential, layer: Layer, x: Tensor, seed: int
 ) -> tuple[Descrambler, tuple[Tensor, Tensor], dict[str, Any]]:
-    """The fit; the weight (n, d) before and after; and what waves P W has, beside what it has where there is less to find."""
+    """Return the fit, the weight (n, d) before and after, and the waves of P W beside those of nulls."""
     fit = Descrambler().fit_layer(network, layer.name, x, tap=layer.tap)
     untrained = reinitialised(network)
     fit_of_untrained = Descrambler().fit_layer(untrained, layer.name, x, tap=layer.tap)
@@ -104,7 +102,7 @@ def _descrambled(
 
 
 def _waves(weight: Tensor) -> dict[str, Any]:
-    """The waves along the d columns of a weight (n, d), for each mode of D along its rows.
+    """Return the waves along the d columns of a weight (n, d), for each mode of D along its rows.
 
     frequencies: each mode's mean number of turns, by energy. energies: its share of the weight's. concentration: the share of a
     mode's energy in three neighbouring frequencies, the best for each mode, averaged by energy. order: Spearman's rank
@@ -119,35 +117,14 @@ def _waves(weight: Tensor) -> dict[str, Any]:
     ranks = frequency.argsort().argsort().double()
     order = torch.corrcoef(torch.stack((ranks, torch.arange(len(ranks), dtype=torch.float64))))[0, 1]
     return {
-        "concentration": (best.sum() / energy.sum()).item(),
-        "order": order.item(),
-        "frequencies": frequency.tolist(),
+        "concentration": (best.sum() / energy.sum()).item(), "order": order.item(), "frequencies": frequency.tolist(),
         "energies": (energy / energy.sum()).tolist(),
-    }
-
-
-def _print(results: dict[str, Any]) -> None:
-    print(f"\nR² of the distributions of {TEST} traces not trained on: {results['test_r2']:.3f}")
-    print(f"\n{'loss over that of a random P':>30}" + "".join(f"{name:>11}" for name in Nulls._fields))
-    for name, nulls in results["nulls"].items():
-        print(f"{name:>30}" + "".join(f"{value:11.3g}" for value in nulls.values()))
-    print("\nwaves along time or distance: the share of three frequencies in a mode, and order of modes by frequency")
-    for layer, found in results["waves"].items():
-        for name, one in found.items():
-            shown = [
-                one[key] if isinstance(one[key], float) else one[key]["mean"] for key in ("concentration", "order")
-            ]
-            print(f"{layer:>12}, {name:24}" + "".join(f"{value:9.3f}" for value in shown))
+    }  # fmt: skip
 
 
 def _draw(
-    run: common.Run,
-    fits: dict[str, Descrambler],
-    weights: dict[str, tuple[Tensor, Tensor]],
-    results: dict[str, Any],
+    run: common.Run, fits: dict[str, Descrambler], weights: dict[str, tuple[Tensor, Tensor]], results: dict[str, Any]
 ) -> None:
-    from matplotlib import pyplot as plt
-
     for name, (before, after) in weights.items():
         figure = plots.descrambled_weights(before, after, columns=f"{LAYERS[name].axis} point")
         figure.suptitle(f"{name.capitalize()}, R² {results['test_r2']:.2f}")
@@ -168,7 +145,3 @@ def _draw(
     for axes, (name, fit) in zip(panels[0], fits.items(), strict=True):
         plots.spectrum_curves(fit.spectrum_, axes=axes).set_title(name.capitalize())
     run.figure(figure, "spectra")
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 import torch
+from matplotlib import pyplot as plt
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from benchmarks import data
-from benchmarks.experiments import common, exactness
+from benchmarks.experiments import common, datasets, exactness
 from interp_nn.explain import plots
 from interp_nn.explain.linear.affine_map import linearize
 
@@ -29,25 +28,23 @@ class DigitsCNN(nn.Module):
             nn.Conv2d(1, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU(inplace=True), nn.MaxPool2d(2)
         )
         self.block = nn.Sequential(
-            nn.Conv2d(width, width, 3, padding=1),
-            nn.BatchNorm2d(width),
-            nn.ReLU(inplace=True),
-            nn.Conv2d(width, width, 3, padding=1),
-            nn.BatchNorm2d(width),
-        )
+            nn.Conv2d(width, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU(inplace=True),
+            nn.Conv2d(width, width, 3, padding=1), nn.BatchNorm2d(width),
+        )  # fmt: skip
         self.head = nn.Sequential(nn.Flatten(), nn.Linear(16 * width, 64), nn.ReLU(), nn.Linear(64, 10))
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the logits."""
         h = self.stem(x)
         return self.head(torch.relu(h + self.block(h)))
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run the command line; the exit status."""
+def main(arguments: list[str]) -> int:
+    """Run the command line and return the exit status."""
     given = common.parser(NAME, __doc__).parse_args(arguments)
     run = common.Run(NAME, given)
     torch.manual_seed(given.seed)
-    images = data.digits()
+    images = datasets.digits()
     # Ink is 0 to 1, so that empty paper contributes nothing.
     x_train, x = (images.x_train + 1) / 2, (images.x_test + 1) / 2
     y = images.y_test
@@ -57,10 +54,7 @@ def main(arguments: list[str] | None = None) -> int:
     steps = 40 if given.quick else 600
     _train(network, x_train, images.y_train, steps)
 
-    exact = {
-        "float32": exactness.errors(network, x),
-        "float64": exactness.errors(network.double(), x.double()),
-    }
+    exact = {"float32": exactness.errors(network, x), "float64": exactness.errors(network.double(), x.double())}
     x = x.double()
     linear = linearize(network, x)
     with torch.no_grad():
@@ -69,29 +63,19 @@ def main(arguments: list[str] | None = None) -> int:
     contributions = linear.weight * x.unsqueeze(1)
     rows = torch.arange(len(x))
     layers = {name: part.detach() for name, part in linear.bias_by_layer().items()}
-    chosen = {name: part[rows, predicted].mean().item() for name, part in layers.items()}
     results: dict[str, Any] = {
-        "test_images": len(x),
-        "test_accuracy": (predicted == y).double().mean().item(),
-        "exactness": exact,
+        "test_images": len(x), "test_accuracy": (predicted == y).double().mean().item(), "exactness": exact,
         "error_over_change_by_step": exactness.neighbourhood(network, x),
-        "bias": {
-            "norm_of_b_over_norm_of_logits": (linear.bias.norm() / logits.norm()).item(),
-            "mean_predicted_logit": logits[rows, predicted].mean().item(),
-            "mean_of_its_constant": linear.bias[rows, predicted].mean().item(),
-            "mean_of_its_constant_by_layer": chosen,
-            "sum_of_layers_error": common.relative_error(torch.stack(list(layers.values())).sum(0), linear.bias),
-        },
+        "bias": exactness.constants(network, x, predicted, len(x)),
         "deletion": _deletion(network, x, y, contributions[rows, predicted], given.seed),
-    }
-    _print(results)
+    }  # fmt: skip
     _draw(run, x, y, contributions, layers, predicted, results)
     run.finish({"steps": steps, "batch": BATCH, "learning_rate": LEARNING_RATE}, results)
     return 0
 
 
 def _train(network: nn.Module, x: Tensor, y: Tensor, steps: int) -> None:
-    """Adam on cross entropy by shuffled batches; leaves evaluation mode."""
+    """Train by Adam on cross entropy and shuffled batches; leave evaluation mode."""
     optimizer = torch.optim.Adam(network.parameters(), lr=LEARNING_RATE)
     network.train()
     order: list[Tensor] = []
@@ -106,7 +90,7 @@ def _train(network: nn.Module, x: Tensor, y: Tensor, steps: int) -> None:
 
 @torch.no_grad()
 def _deletion(network: nn.Module, x: Tensor, y: Tensor, contributions: Tensor, seed: int) -> dict[str, list[float]]:
-    """Test accuracy after setting to 0 some pixels with ink: those that add most to the predicted logit, or least, or any."""
+    """Return test accuracy after setting to 0 the pixels with ink that add most to the predicted logit, or least, or any."""
     ink = x.flatten(1) > 0
     scores = contributions.flatten(1)
     noise = torch.rand(scores.shape, generator=torch.Generator().manual_seed(seed)).to(scores)
@@ -120,43 +104,15 @@ def _deletion(network: nn.Module, x: Tensor, y: Tensor, contributions: Tensor, s
     return {"pixels": list(DELETED), **accuracy}
 
 
-def _print(results: dict[str, Any]) -> None:
-    print(f"\ntest accuracy {results['test_accuracy']:.3f} on {results['test_images']} images\n")
-    print(f"{'|F - (Wx + b)| / |F|':34} {'float32':>9} {'float64':>9}")
-    for key in next(iter(results["exactness"].values())):
-        print(f"{key.replace('_', ' '):34} " + " ".join(f"{e[key]:9.1e}" for e in results["exactness"].values()))
-    for name, errors in results["error_over_change_by_step"].items():
-        print(f"step from {name}: error over change " + ", ".join(f"{e:.1e} at {size}" for size, e in errors.items()))
-    bias = results["bias"]
-    print(
-        f"\npredicted logit, mean: {bias['mean_predicted_logit']:.2f}, of which the constant {bias['mean_of_its_constant']:.2f}; "
-        f"|b| / |F| = {bias['norm_of_b_over_norm_of_logits']:.3f}"
-    )
-    for name, value in bias["mean_of_its_constant_by_layer"].items():
-        print(f"  {name:12} {value:+.3f}")
-    print("\naccuracy after deleting pixels" + "".join(f"{count:7}" for count in DELETED))
-    for name in list(results["deletion"])[1:]:
-        print(f"  {name:28}" + "".join(f"{value:7.3f}" for value in results["deletion"][name]))
-
-
 def _draw(
-    run: common.Run,
-    x: Tensor,
-    y: Tensor,
-    contributions: Tensor,
-    layers: dict[str, Tensor],
-    predicted: Tensor,
+    run: common.Run, x: Tensor, y: Tensor, contributions: Tensor, layers: dict[str, Tensor], predicted: Tensor,
     results: dict[str, Any],
-) -> None:
-    from matplotlib import pyplot as plt
-
+) -> None:  # fmt: skip
     shown = [int((y == digit).nonzero()[0]) for digit in (0, 2, 3, 5, 8, 9)]
     figure = plots.attribution_maps(
-        contributions[shown],
-        x[shown],
-        rows=[f"a {int(y[i])}, called {int(predicted[i])}" for i in shown],
+        contributions[shown], x[shown], rows=[f"a {int(y[i])}, called {int(predicted[i])}" for i in shown],
         columns=[f"logit {k}" for k in range(10)],
-    )
+    )  # fmt: skip
     figure.suptitle("What each pixel adds to each logit")
     run.figure(figure, "maps")
 
@@ -172,7 +128,3 @@ def _draw(
     axes.set(xlabel="pixels with ink deleted", ylabel="test accuracy, %", title="Deleting pixels by contribution")
     axes.legend()
     run.figure(figure, "deletion")
-
-
-if __name__ == "__main__":
-    sys.exit(main())

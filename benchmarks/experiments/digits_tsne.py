@@ -1,22 +1,20 @@
-"""Handwritten digits on a plane: a parametric t-SNE, and for each digit the two images that say how its pixels move it."""
+"""Handwritten digits on a plane: a parametric t-SNE, and for each digit the two images that show how its pixels move it."""
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
-from benchmarks import data
-from benchmarks.experiments import common, embedding
+from benchmarks.experiments import common, datasets, embedding
 from interp_nn.explain.tsne import ParametricTSNE
 
 NAME = "digits_tsne"
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run the command line; the exit status."""
+def main(arguments: list[str]) -> int:
+    """Run the command line and return the exit status."""
     given = common.parser(NAME, __doc__).parse_args(arguments)
     run = common.Run(NAME, given)
-    images = data.digits()
+    images = datasets.digits()
     x_train, x = (images.x_train.double() + 1) / 2, (images.x_test.double() + 1) / 2  # ink is 0 to 1
     if given.quick:
         x_train, x = x_train[:200], x[:60]
@@ -33,14 +31,8 @@ def main(arguments: list[str] | None = None) -> int:
         **embedding.quality(placed_train, placed, x_train, y_train, x, y),
         "exactness_float64": embedding.errors(tsne.encoder, linear, x, given.seed),
     }
-    print(f"\ndivergence {tsne.kl_[0]:.3f} in the first epoch, {tsne.kl_[-1]:.3f} in the last of {len(tsne.kl_)}")
-    embedding.show(results)
     title = "Parametric t-SNE of digits: fitted points, and new ones with a rim"
     embedding.draw_plane(run, title, (placed_train, y_train), (placed, y), tsne.kl_)
     embedding.draw_movement(run, x, y, linear.weight)
     run.finish({"epochs": epochs, "batch": tsne.batch_size, "learning_rate": tsne.learning_rate}, results, epochs)
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

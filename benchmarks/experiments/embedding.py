@@ -1,10 +1,11 @@
-"""What the experiments on parametric t-SNE share: how good an embedding is, how exact its affine maps are, and the figures."""
+"""The shared parts of experiments on parametric t-SNE: quality of an embedding, exactness of its affine maps, figures."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
+from matplotlib import pyplot as plt
 from torch import Tensor, nn
 
 from benchmarks.experiments import common, exactness
@@ -16,7 +17,7 @@ _AT_ONCE = 500  # points
 
 
 def accuracy(points: Tensor, labels: Tensor, new: Tensor, truth: Tensor, itself: bool = False) -> float:
-    """How often the majority of the nearest neighbours has the right class; a point is not its own neighbour."""
+    """Return how often the majority of the nearest neighbours has the right class; a point is not its own neighbour."""
     right = 0
     for first in range(0, len(new), _AT_ONCE):
         distances = torch.cdist(new[first : first + _AT_ONCE], points)
@@ -28,7 +29,7 @@ def accuracy(points: Tensor, labels: Tensor, new: Tensor, truth: Tensor, itself:
 
 
 def quality(fitted: Tensor, placed: Tensor, x_train: Tensor, y_train: Tensor, x: Tensor, y: Tensor) -> dict[str, Any]:
-    """Accuracies by neighbours on the plane, of the points fitted and of new ones, and in pixels; and trustworthiness."""
+    """Return accuracies by neighbours on the plane, for fitted and for new points, and in pixels; and trustworthiness."""
     from sklearn.manifold import trustworthiness
 
     pixels, embedded = x.flatten(1).cpu(), placed.cpu()
@@ -46,7 +47,7 @@ def quality(fitted: Tensor, placed: Tensor, x_train: Tensor, y_train: Tensor, x:
 
 @torch.no_grad()
 def errors(encoder: nn.Module, linear: AffineMap, x: Tensor, seed: int) -> dict[str, float]:
-    """How far the affine maps of points are from the encoder, at them and, over its change, a small and a large step away."""
+    """Return the error of the affine maps of points at them and, over the change, a small and a large step away."""
     placed = encoder(x)
     weight, bias = linear.weight, linear.bias
     step = torch.randn(x.shape, generator=torch.Generator().manual_seed(seed), dtype=x.dtype).to(x.device)
@@ -63,23 +64,10 @@ def errors(encoder: nn.Module, linear: AffineMap, x: Tensor, seed: int) -> dict[
     }
 
 
-def show(results: dict[str, Any]) -> None:
-    """Print what an experiment found."""
-    print(f"accuracy of {NEIGHBOURS} nearest neighbours")
-    for name, value in results["neighbour_accuracy"].items():
-        print(f"  {name:24} {value:.3f}")
-    print(f"trustworthiness of new points {results['trustworthiness_of_new_points']:.3f}")
-    print("W x + b against the encoder, in fp64")
-    for name, value in results["exactness_float64"].items():
-        print(f"  {name.replace('_', ' '):28} {value:.1e}")
-
-
 def draw_plane(
     run: common.Run, title: str, fitted: tuple[Tensor, Tensor], new: tuple[Tensor, Tensor], divergence: list[float]
 ) -> None:
-    """Where points (n, 2) with their classes lie, and the divergence in each epoch."""
-    from matplotlib import pyplot as plt
-
+    """Draw points (n, 2) with their classes, and the divergence in each epoch."""
     figure, (plane, curve) = plt.subplots(1, 2, figsize=(11.5, 6), layout="constrained", width_ratios=(5, 2))
     for digit in range(10):
         colour = f"C{digit}"
@@ -97,14 +85,11 @@ def draw_plane(
 
 
 def draw_movement(run: common.Run, x: Tensor, y: Tensor, weight: Tensor) -> None:
-    """The two images of W of some points x (n, 1, h, w), W (n, 2, 1, h, w)."""
+    """Draw the two images of W (n, 2, 1, h, w) of some points x (n, 1, h, w)."""
     shown = [int((y == digit).nonzero()[0]) for digit in (0, 1, 4, 7, 9) if bool((y == digit).any())]
     figure = plots.attribution_maps(
-        weight[shown].cpu(),
-        x[shown].cpu(),
-        rows=[f"a {int(y[i])}" for i in shown],
-        columns=["first axis", "second axis"],
-        label="movement per unit of ink",
-    )
+        weight[shown].cpu(), x[shown].cpu(), rows=[f"a {int(y[i])}" for i in shown],
+        columns=["first axis", "second axis"], label="movement per unit of ink",
+    )  # fmt: skip
     figure.suptitle("How each pixel moves a digit")
     run.figure(figure, "movement")

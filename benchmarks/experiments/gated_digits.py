@@ -1,4 +1,4 @@
-"""Handwritten digits: how much of a ReLU network's accuracy is in its gates, and what learns them.
+"""Handwritten digits: the share of a ReLU network's accuracy that is in its gates, in each regime of gating.
 
 Every regime of the papers on gated networks at one size, a kernel machine on gates alone, and how well the path kernel is
 aligned with the classes as training goes on. Logistic regression is the floor: digits alone are not evidence.
@@ -6,17 +6,16 @@ aligned with the classes as training goes on. Logistic regression is the floor: 
 
 from __future__ import annotations
 
-import sys
 from functools import partial
 from typing import Any
 
 import torch
+from matplotlib import pyplot as plt
 from torch import Tensor, nn
 
-from benchmarks import data, regimes
-from benchmarks.experiments import common
-from benchmarks.networks import relu_mlp
-from benchmarks.training import Recipe, accuracy
+from benchmarks.experiments import common, datasets, gating_regimes
+from benchmarks.experiments.gating_regimes import relu_mlp
+from benchmarks.experiments.training import Recipe, accuracy
 from interp_nn.explain import plots
 from interp_nn.explain.following.gate_record import record
 from interp_nn.explain.paths.kernel_machine import NPKMachine, kernel_alignment
@@ -29,7 +28,7 @@ NAME = "gated_digits"
 WIDTHS = (64, 64, 64, 64, 64, 10)
 RECIPE = Recipe(epochs=40, batch=32, learning_rate=1e-3)
 MEANINGS = {
-    **regimes.MEANINGS,
+    **gating_regimes.MEANINGS,
     "DLGN(1), permuted": "as DLGN(1), but the gates' layers are permuted, by the seed",
     "DLGN-SF": "as DLGN(1), but each layer of gates sees the input itself",
 }
@@ -37,13 +36,13 @@ ALIGNED = ("ReLU", "DLNPF", "DLGN(1)", "FRNPF (II)")
 ALIGNED_ON, DRAWN = 300, 100  # test images
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run the command line; the exit status."""
+def main(arguments: list[str]) -> int:
+    """Run the command line and return the exit status."""
     given = common.training_parser(NAME, __doc__).parse_args(arguments)
     given.seeds = given.seeds or (1 if given.quick else 3)
     recipe = RECIPE._replace(epochs=given.epochs or (2 if given.quick else RECIPE.epochs))
     run = common.Run(NAME, given)
-    images = data.digits()
+    images = datasets.digits()
     # Ink is 0 to 1.
     x_train, x = ((part.flatten(1).to(given.device) + 1) / 2 for part in (images.x_train, images.x_test))
     y_train, y = images.y_train.to(given.device), images.y_test.to(given.device)
@@ -62,7 +61,7 @@ def main(arguments: list[str] | None = None) -> int:
             trained[regime] = trainer(regime, seed, build, x_train, y_train, recipe, measure, source=source)
         torch.manual_seed(seed)
         sources = {
-            "random gates": regimes.initialised(relu_mlp(*WIDTHS)).to(x),
+            "random gates": gating_regimes.initialised(relu_mlp(*WIDTHS)).to(x),
             **{f"gates of {name}": trained[name] for name in ("ReLU", "DLGN(1)")},
         }
         for name, network in sources.items():
@@ -80,29 +79,25 @@ def main(arguments: list[str] | None = None) -> int:
         "required": _required({name: row["mean"] for name, row in trainer.compared()[1].items()}),
         "trainings": trainer.record(),
     }
-    _print(results)
     _draw(run, trainer)
     budget = {
-        **recipe._asdict(),
-        "initialisation": "He normal",
-        "minutes": given.minutes,
-        "train_images": len(y_train),
+        **recipe._asdict(), "initialisation": "He normal", "minutes": given.minutes, "train_images": len(y_train),
         "widths": WIDTHS,
-    }
+    }  # fmt: skip
     run.finish(budget, results, recipe.epochs)
     return 0
 
 
 def _network(regime: str, trained: nn.Module | None, seed: int) -> nn.Module:
     if regime == "DLGN-SF":
-        return regimes.initialised(DLGN(WIDTHS, gating="shallow", gate=SoftGate(4.0)))
+        return gating_regimes.initialised(DLGN(WIDTHS, gating="shallow", gate=SoftGate(4.0)))
     if regime == "DLGN(1), permuted":
-        return permute_gates(regimes.initialised(DLGN(WIDTHS, gate=SoftGate(4.0))), seed)
-    return regimes.build(regime, partial(relu_mlp, *WIDTHS), trained)
+        return permute_gates(gating_regimes.initialised(DLGN(WIDTHS, gate=SoftGate(4.0))), seed)
+    return gating_regimes.build(regime, partial(relu_mlp, *WIDTHS), trained)
 
 
 def _kernel(network: nn.Module, x: Tensor) -> Tensor:
-    """The path kernel of the samples; where the weights' input is all ones, of gates alone."""
+    """Return the path kernel of the samples; of gates alone where the weights' input is all ones."""
     if not isinstance(network, GatedNetwork):
         return npk_from_gates(record(network, x), x)
     with torch.no_grad():
@@ -111,7 +106,7 @@ def _kernel(network: nn.Module, x: Tensor) -> Tensor:
 
 
 def _alignments(trainer: common.Trainer, regime: str) -> Tensor:
-    """Alignment before training and after each epoch that all seeds reached, (seeds, epochs + 1)."""
+    """Return alignment before training and after each epoch that all seeds reached, (seeds, epochs + 1)."""
     reached = min(trainer.of(regime, "epochs"))
     pairs = zip(trainer.of(regime, "before"), trainer.of(regime, "history"), strict=True)
     return torch.tensor([[before["alignment"], *history["alignment"][:reached]] for before, history in pairs])
@@ -129,7 +124,7 @@ def _logistic_regression(x_train: Tensor, y_train: Tensor, x: Tensor, y: Tensor)
 
 
 def _required(accuracy: dict[str, float]) -> dict[str, dict[str, Any]]:
-    """What the papers' claims come to here, and whether it holds."""
+    """Return the value of each of the papers' claims, and whether it holds."""
     relu = accuracy["ReLU"]
     ratio = accuracy["DLGN(1)"] / relu
     below = relu - max(accuracy["FRNPF (II)"], accuracy["FRNPF (DI)"])
@@ -141,24 +136,7 @@ def _required(accuracy: dict[str, float]) -> dict[str, dict[str, Any]]:
     }
 
 
-def _print(results: dict[str, Any]) -> None:
-    print(f"\n{'test accuracy, %':20} {'last epoch':>14} {'best':>14} {'alignment before, after':>24}")
-    for name, row in results["regimes"].items():
-        aligned = [f"{one['mean']:.3f}" for one in results["alignment"][name].values()]
-        print(
-            f"{name:20} {common.percent(row['last_accuracy']):>14} {common.percent(row['best_accuracy']):>14} "
-            f"{', '.join(aligned):>24}"
-        )
-    for name, row in results["kernel_machines"].items():
-        print(f"{f'NPK, {name}':20} {common.percent(row):>14}")
-    print(f"{'logistic regression':20} {100 * results['logistic_regression']:>7.2f}\n")
-    for name, check in results["required"].items():
-        print(f"{name}: {check['value']:.4f}, {'holds' if check['holds'] else 'DOES NOT HOLD'}")
-
-
 def _draw_kernels(run: common.Run, kernels: dict[str, Tensor], labels: Tensor) -> None:
-    from matplotlib import pyplot as plt
-
     figure, panels = plt.subplots(1, len(kernels), figsize=(4.6 * len(kernels), 3.9), layout="constrained")
     for axes, (name, kernel) in zip(panels, kernels.items(), strict=True):
         plots.kernel_matrix(kernel, labels, axes=axes)
@@ -168,15 +146,9 @@ def _draw_kernels(run: common.Run, kernels: dict[str, Tensor], labels: Tensor) -
 
 
 def _draw(run: common.Run, trainer: common.Trainer) -> None:
-    from matplotlib import pyplot as plt
-
     figure, (bars, curves) = plt.subplots(1, 2, figsize=(12, 4.6), layout="constrained", width_ratios=(5, 4))
     plots.regime_bars({name: trainer.of(name, "last_accuracy") for name in MEANINGS}, axes=bars)
     bars.set(xlabel="test accuracy, %", title="Regimes")
     plots.alignment_curves({name: _alignments(trainer, name) for name in ALIGNED}, axes=curves)
     curves.set_title("Path kernel and classes")
     run.figure(figure, "regimes")
-
-
-if __name__ == "__main__":
-    sys.exit(main())

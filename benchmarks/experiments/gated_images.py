@@ -1,4 +1,4 @@
-"""Images: the regimes of gated networks on the papers' networks, with the published accuracies beside.
+"""Images: the regimes of gated networks on the papers' networks, beside the published accuracies.
 
 --data DIR has MNIST (fully connected, 5 x 128), CIFAR-10 or CIFAR-100 (GCONV: four convolutions, global average pooling,
 2 x 256; on a CPU two of the convolutions have stride 2); without it, scikit-learn's digits go through GCONV. The published
@@ -9,27 +9,24 @@ of what networks reach on CIFAR-10 and CIFAR-100.
 
 from __future__ import annotations
 
-import sys
 from functools import partial
 from typing import Any
 
 from torch import nn
 
-from benchmarks import regimes
-from benchmarks.experiments import common, images
+from benchmarks.experiments import common, gating_regimes, images
+from benchmarks.experiments.gating_regimes import gconv, relu_mlp
 from benchmarks.experiments.images import Budget
-from benchmarks.networks import CLASSES, gconv, relu_mlp
+from benchmarks.timing.run import at_least
 
 NAME = "gated_images"
 REGIMES = ("ReLU", "FRNPF (II)", "FRNPF (DI)", "DLNPF", "FLNPF", "DLGN(x)", "DLGN(1)")
 LEARNING_RATE = 3e-4  # as published, at batches of 32
 # What takes two CPU cores up to 20 minutes.
 BUDGETS = {
-    "digits": Budget(None, None, 10),
-    "mnist": Budget(None, None, 6, seeds=3),
-    "cifar10": Budget(16_000, 2000, 2),
+    "digits": Budget(None, None, 10), "mnist": Budget(None, None, 6, seeds=3), "cifar10": Budget(16_000, 2000, 2),
     "cifar100": Budget(16_000, 2000, 2),
-}
+}  # fmt: skip
 GPU = Budget(None, None, 30, batch=128)
 QUICK = Budget(96, 50, 1)
 # By Adam; GCONV's on CIFAR-10 and the fully connected network's on MNIST.
@@ -40,16 +37,12 @@ PUBLISHED = {
 RECOVERED = {"cifar10": 0.835, "cifar100": 0.835}  # of the accuracy of ReLU networks by DLGN, at least, as published
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run the command line; the exit status, 2 where the data are not to be had."""
+def main(arguments: list[str]) -> int:
+    """Run the command line and return the exit status, 2 without the data."""
     options = images.parser(NAME, __doc__)
     options.add_argument("--dataset", choices=list(BUDGETS), help="default: what the folder holds; without one, digits")
-    options.add_argument(
-        "--stride",
-        type=common.at_least(1),
-        metavar="N",
-        help="of GCONV's second and fourth convolutions (default: 1, as published, on a GPU; 2 on a CPU)",
-    )
+    about = "of GCONV's second and fourth convolutions (default: 1, as published, on a GPU; 2 on a CPU)"
+    options.add_argument("--stride", type=at_least(1), metavar="N", help=about)
     given = options.parse_args(arguments)
     found = images.load(given, given.dataset)
     if found is None:
@@ -67,39 +60,36 @@ def main(arguments: list[str] | None = None) -> int:
     for seed in range(given.seeds):
         trained: dict[str, nn.Module] = {}
         for regime in REGIMES:
-            build = partial(regimes.build, regime, backbone, trained.get("ReLU"))
+            build = partial(gating_regimes.build, regime, backbone, trained.get("ReLU"))
             source = "ReLU" if regime == "FLNPF" else None
             x, y = chosen.x_train, chosen.y_train
             trained[regime] = trainer(regime, seed, build, x, y, recipe, measure, source=source)
     published = PUBLISHED.get(chosen.name, {})
     results = _results(trainer, published)
     results["published_dlgn_over_relu_more_than"] = RECOVERED.get(chosen.name)
-    _print(results)
     images.draw(run, trainer, published, "regimes", f"{chosen.name}: last epoch; published: best epoch")
     budget = {
-        **images.budget(chosen, recipe, given),
-        "initialisation": "He normal",
-        "network": str(backbone()),
+        **images.budget(chosen, recipe, given), "initialisation": "He normal", "network": str(backbone()),
         "published": "the best of 200 epochs (MNIST 300) on all training images, means of 5 runs",
-    }
+    }  # fmt: skip
     run.finish(budget, results, recipe.epochs)
     return 0
 
 
 def _fully_connected(inputs: int) -> nn.Sequential:
-    """The papers' network for MNIST, of depth 6 and width 128."""
-    return nn.Sequential(nn.Flatten(), *relu_mlp(inputs, *[128] * 5, CLASSES))
+    """Build the papers' network for MNIST, of depth 6 and width 128."""
+    return nn.Sequential(nn.Flatten(), *relu_mlp(inputs, *[128] * 5, 10))
 
 
 def _results(trainer: common.Trainer, published: dict[str, float]) -> dict[str, Any]:
-    """By regime: accuracies, what was published, and the comparison after the last epoch that all trainings reached."""
+    """Return accuracies and published ones by regime, and the comparison after the last epoch that all trainings reached."""
     table = trainer.table()
     epoch, compared = trainer.compared()
     mean = {name: row["mean"] for name, row in compared.items()}
     order = [max(mean["FRNPF (II)"], mean["FRNPF (DI)"]), mean["DLNPF"], mean["FLNPF"], mean["ReLU"]]
     return {
         "regimes": {
-            name: {"meaning": regimes.MEANINGS[name], **row, "published_best_accuracy": published.get(name)}
+            name: {"meaning": gating_regimes.MEANINGS[name], **row, "published_best_accuracy": published.get(name)}
             for name, row in table.items()
         },
         "compared_after_epoch": epoch,
@@ -108,22 +98,3 @@ def _results(trainer: common.Trainer, published: dict[str, float]) -> dict[str, 
         "ordered_frnpf_dlnpf_flnpf_relu": order == sorted(order),
         "trainings": trainer.record(),
     }
-
-
-def _print(results: dict[str, Any]) -> None:
-    print(
-        f"\n{'test accuracy, %':16} {'last epoch':>14} {'best':>14} {'published best':>15} {'epochs':>7} {'seconds':>8}"
-    )
-    for name, row in results["regimes"].items():
-        last, best = (common.percent(row[key]) for key in ("last_accuracy", "best_accuracy"))
-        known = row["published_best_accuracy"]
-        print(
-            f"{name:16} {last:>14} {best:>14} {f'{100 * known:.2f}' if known else '-':>15} "
-            f"{row['epochs']['mean']:>7.3g} {row['seconds']['mean']:>8.0f}"
-        )
-    ratios = ", ".join(f"{name} {ratio:.3f}" for name, ratio in results["dlgn_over_relu"].items())
-    print(f"\nover ReLU after epoch {results['compared_after_epoch']}: {ratios}")
-
-
-if __name__ == "__main__":
-    sys.exit(main())

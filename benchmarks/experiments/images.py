@@ -1,24 +1,25 @@
-"""What experiments on images share: options, data, budgets by device, accuracy as a measure, and the figure of trainings."""
+"""The shared parts of experiments on images: options, data, budgets by device, accuracy, and the figure of trainings."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from matplotlib import pyplot as plt
+from matplotlib.ticker import MaxNLocator
 from torch import nn
 
-from benchmarks import data
-from benchmarks.experiments import common
-from benchmarks.training import Recipe, accuracy
+from benchmarks.experiments import common, datasets
+from benchmarks.experiments.training import Recipe, accuracy
+from benchmarks.timing.run import at_least
 from interp_nn.explain import plots
 
 
 class Budget(NamedTuple):
-    """So many training and test images, the first of them (None is all), epochs of each training, seeds, images in a batch."""
+    """The number of first training and test images (None is all), epochs of each training, seeds, and images in a batch."""
 
     train_size: int | None
     test_size: int | None
@@ -28,41 +29,30 @@ class Budget(NamedTuple):
 
 
 def parser(name: str, description: str | None) -> argparse.ArgumentParser:
-    """The options of trainings, and those that say on which images."""
+    """Return a parser with the options of trainings and of their images."""
     options = common.training_parser(name, description)
-    options.add_argument(
-        "--data",
-        type=Path,
-        default=data.usual_folder(),
-        metavar="DIR",
-        help="folder of the images (default: $INTERP_NN_DATA)",
-    )
+    datasets.add_folder(options, "folder of the images (default: $INTERP_NN_DATA)")
     for split in ("train", "test"):
-        options.add_argument(
-            f"--{split}-size",
-            type=common.at_least(0),
-            metavar="N",
-            help=f"how many {split} images, the first; 0 is all",
-        )
-    options.add_argument("--batch", type=common.at_least(1), metavar="N", help="images in a batch of training")
+        options.add_argument(f"--{split}-size", type=at_least(0), metavar="N", help=f"first {split} images; 0 is all")
+    options.add_argument("--batch", type=at_least(1), metavar="N", help="images in a batch of training")
     return options
 
 
-def load(given: argparse.Namespace, dataset: str | None) -> data.Images | None:
-    """The images that the command line asks for; None after having printed why they are not to be had."""
+def load(given: argparse.Namespace, dataset: str | None) -> datasets.Images | None:
+    """Load the images of the command line; print the reason and return None if that fails."""
     try:
-        return data.load(dataset, given.data)
+        return datasets.load(dataset, given.data)
     except (FileNotFoundError, ValueError) as error:
         print(error, file=sys.stderr)
         return None
 
 
 def within(
-    images: data.Images, given: argparse.Namespace, cpu: Budget, gpu: Budget, quick: Budget, learning_rate: float
-) -> tuple[data.Images, Recipe]:
-    """The images of the budget, on the device, and the recipe: the device's budget wherever the command line says nothing.
+    images: datasets.Images, given: argparse.Namespace, cpu: Budget, gpu: Budget, quick: Budget, learning_rate: float
+) -> tuple[datasets.Images, Recipe]:
+    """Return the images of the budget, on the device, and the recipe; options of the command line replace the budget's.
 
-    Puts the seeds into `given`, and prints what is to be done.
+    Puts the seeds into `given`, and prints the plan.
     """
     usual = quick if given.quick else gpu if given.device.startswith("cuda") else cpu
     given.seeds = given.seeds or usual.seeds
@@ -75,35 +65,30 @@ def within(
         f"{images.name}: {len(y_train):,} training and {len(y):,} test images, {recipe.epochs} epochs of Adam "
         f"{recipe.learning_rate:g} at batch {recipe.batch}, {given.seeds} seeds"
     )
-    return data.Images(images.name, x_train, y_train, x, y), recipe
+    return datasets.Images(images.name, x_train, y_train, x, y), recipe
 
 
-def budget(images: data.Images, recipe: Recipe, given: argparse.Namespace) -> dict[str, Any]:
-    """What a record says of the trainings."""
+def budget(images: datasets.Images, recipe: Recipe, given: argparse.Namespace) -> dict[str, Any]:
+    """Return the budget of the trainings for the record."""
     return {
-        **recipe._asdict(),
-        "minutes": given.minutes,
-        "train_images": len(images.y_train),
+        **recipe._asdict(), "minutes": given.minutes, "train_images": len(images.y_train),
         "test_images": len(images.y_test),
         "tf32_in_convolutions": images.x_test.is_cuda and torch.backends.cudnn.allow_tf32,
-    }
+    }  # fmt: skip
 
 
-def accuracy_on(images: data.Images) -> Callable[[nn.Module], dict[str, float]]:
-    """The measure of a training."""
+def accuracy_on(images: datasets.Images) -> Callable[[nn.Module], dict[str, float]]:
+    """Return the measure of a training: accuracy on the test images."""
     return lambda network: {"accuracy": accuracy(network, images.x_test, images.y_test, batch=250)}
 
 
-def settings(images: data.Images) -> dict[str, Any]:
-    """What `accuracy_on` depends on, for a checkpoint."""
+def settings(images: datasets.Images) -> dict[str, Any]:
+    """Return the settings that `accuracy_on` depends on, for a checkpoint."""
     return {"test_images": len(images.y_test)}
 
 
 def draw(run: common.Run, trainer: common.Trainer, published: dict[str, float], suffix: str, title: str) -> None:
-    """Accuracies after the last epoch as bars, with those published, and after each epoch as curves."""
-    from matplotlib import pyplot as plt
-    from matplotlib.ticker import MaxNLocator
-
+    """Draw accuracies after the last epoch as bars, with published ones, and after each epoch as curves."""
     names = list(dict.fromkeys(row["network"] for row in trainer.rows))
     figure, (bars, curves) = plt.subplots(1, 2, figsize=(12, 4.2), layout="constrained")
     plots.regime_bars({name: trainer.of(name, "last_accuracy") for name in names}, published=published, axes=bars)

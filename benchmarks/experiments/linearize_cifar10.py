@@ -1,74 +1,146 @@
-"""CIFAR-10: the logits of a trained vgg11 as exact sums over pixels and a constant, against what other attributions make of them.
+"""CIFAR-10: the logits of a trained vgg11 as exact sums over pixels and a constant, against other attributions.
 
-The network is the base head's of summary_vgg, by the same recipe: with the same --checkpoints it is not trained again. Where a
-network is piecewise affine the exact attribution is gradient x input; what that leaves out is the constant.
+The network is the base head's of summary_vgg, by the same recipe: with the same --checkpoints it is not trained again. If a
+network is piecewise affine the exact attribution is gradient x input, without the constant. Deletion and insertion are those
+of Petsiuk, Das & Saenko (BMVC 2018): the probability of the predicted class, as pixels become 0 from the one that supports it
+most on, or come back from an image of zeros. A good order has a small area under the first curve and a large one under the
+second.
 """
 
 from __future__ import annotations
 
-import sys
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from matplotlib import pyplot as plt
 from torch import Tensor, nn
 
-from benchmarks.experiments import attributions, common, exactness, heads, images
-from benchmarks.experiments.summary_vgg import BASE, STUDY
+from benchmarks.experiments import common, exactness, head_comparison, images
 from interp_nn.explain import plots
 from interp_nn.explain.linear.affine_map import linearize
+from interp_nn.explain.linear.instance_linearization import InstanceLinearization
 
 NAME = "linearize_cifar10"
+TRAINED = "summary_vgg"  # whose checkpoints are used
+STUDY = head_comparison.STUDIES[TRAINED]
 EXPLAINED, CHECKED = 100, 20  # test images
 SHARES = [i / 16 for i in range(17)]
 CLASSES = ("plane", "car", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
-METHODS = {
-    "exact": attributions.exact,
-    "gradient x input": attributions.gradient_times_input,
-    "integrated gradients": attributions.integrated_gradients,
-}
+PATH = 32  # points between 0 and x, of integrated gradients
+AT_ONCE = 50  # images
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run the command line; the exit status, 2 where the data are not to be had."""
+class Curves(NamedTuple):
+    """The mean probability of the predicted class at each share of the pixels, and the area under it: mean and standard error."""
+
+    probability: list[float]
+    area: float
+    standard_error: float
+
+
+def exact(network: nn.Module, x: Tensor, target: Tensor) -> Tensor:
+    """Return W[k] * x of the affine map of each x, for output k."""
+    found = InstanceLinearization(network).attribute(x, target=target, internal_batch_size=AT_ONCE)
+    assert isinstance(found, Tensor)
+    return found.detach()
+
+
+def gradient_times_input(network: nn.Module, x: Tensor, target: Tensor) -> Tensor:
+    """Compute gradient x input by autograd (Shrikumar et al. 2016)."""
+    return torch.cat(
+        [part * _gradient(network, part, k) for part, k in zip(x.split(AT_ONCE), target.split(AT_ONCE), strict=True)]
+    )
+
+
+def integrated_gradients(network: nn.Module, x: Tensor, target: Tensor) -> Tensor:
+    """Integrate gradients from a baseline of 0 (Sundararajan et al. 2017), by the midpoint rule."""
+    total = torch.zeros_like(x)
+    for step in range(PATH):
+        total += gradient_times_input(_Scaled(network, (step + 0.5) / PATH), x, target)
+    return total / PATH
+
+
+def curves(network: nn.Module, x: Tensor, target: Tensor, scores: Tensor, shares: list[float]) -> dict[str, Curves]:
+    """Compute deletion and insertion by scores (n, height, width), at shares of the pixels from 0 to 1."""
+    order = scores.flatten(1).argsort(1, descending=True)
+    found: dict[str, list[Tensor]] = {"deletion": [], "insertion": []}
+    for share in shares:
+        chosen = order[:, : round(share * order.shape[1])]
+        first = torch.zeros_like(order, dtype=x.dtype).scatter(1, chosen, 1.0).view_as(scores).unsqueeze(1)
+        for name, kept in (("deletion", 1 - first), ("insertion", first)):
+            found[name].append(_probability(network, x * kept, target))
+    widths = torch.tensor(shares, dtype=torch.float64).diff()
+    results = {}
+    for name, points in found.items():
+        each = torch.stack(points, 1).double().cpu()  # (n, shares)
+        areas = ((each[:, 1:] + each[:, :-1]) / 2) @ widths
+        error = areas.std().item() / len(areas) ** 0.5 if len(areas) > 1 else 0.0
+        results[name] = Curves(each.mean(0).tolist(), areas.mean().item(), error)
+    return results
+
+
+class _Scaled(nn.Module):
+    """A network at scale * x, divided by scale, so that its gradient in x is the gradient at the point."""
+
+    def __init__(self, network: nn.Module, scale: float) -> None:
+        super().__init__()
+        self.network, self.scale = network, scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.network(self.scale * x) / self.scale
+
+
+def _gradient(network: nn.Module, x: Tensor, target: Tensor) -> Tensor:
+    points = x.detach().requires_grad_()
+    chosen = network(points).gather(1, target.unsqueeze(1))
+    return torch.autograd.grad(chosen.sum(), points)[0]
+
+
+@torch.no_grad()
+def _probability(network: nn.Module, x: Tensor, target: Tensor) -> Tensor:
+    logits = torch.cat([network(part) for part in x.split(250)])
+    return logits.softmax(1).gather(1, target.unsqueeze(1)).squeeze(1)
+
+
+METHODS = {"exact": exact, "gradient x input": gradient_times_input, "integrated gradients": integrated_gradients}
+
+
+def main(arguments: list[str]) -> int:
+    """Run the command line and return the exit status, 2 without the data."""
     given = images.parser(NAME, __doc__).parse_args(arguments)
-    found = STUDY.images(given)
+    found = images.load(given, "cifar10")
     if found is None:
         return 2
-    chosen, recipe = found
+    chosen, recipe = images.within(found, given, STUDY.cpu, STUDY.gpu, STUDY.quick, STUDY.learning_rate)
     run = common.Run(NAME, given)
     explained, checked = (3, 2) if given.quick else (EXPLAINED, CHECKED)
     x, y = chosen.x_test[:explained], chosen.y_test[:explained]
-    trainer = common.Trainer(STUDY.name, given, given.seeds, images.settings(chosen))
+    trainer = common.Trainer(TRAINED, given, given.seeds, images.settings(chosen))
     networks = []
     for seed in range(given.seeds):
-        network = heads.train(STUDY, trainer, BASE, seed, chosen, recipe)
+        network = head_comparison.train(STUDY, trainer, head_comparison.BASE, seed, chosen, recipe)
         torch.manual_seed(seed)
         networks.append(_explain(run, network, x, y, checked, seed))
     results = {"networks": networks, "trainings": trainer.record()}
-    for one in networks:
-        _print(one)
     _draw(run, networks[0])
     budget = {
-        **images.budget(chosen, recipe, given),
-        "images_explained": len(x),
-        "images_checked": checked,
-        "shares_of_pixels": SHARES,
-        "points_of_integrated_gradients": attributions.PATH,
-    }
+        **images.budget(chosen, recipe, given), "images_explained": len(x), "images_checked": checked,
+        "shares_of_pixels": SHARES, "points_of_integrated_gradients": PATH,
+    }  # fmt: skip
     run.finish(budget, results, recipe.epochs)
     return 0
 
 
 def _explain(run: common.Run, network: nn.Module, x: Tensor, y: Tensor, checked: int, seed: int) -> dict[str, Any]:
-    """Attributions and their curves in fp32, the constant in fp64, and exactness in both; leaves the network in fp64."""
+    """Compute attributions and curves in fp32, the constant in fp64, and exactness in both; leave the network in fp64."""
     with torch.no_grad():
         predicted = torch.cat([network(part) for part in x.split(250)]).argmax(1)
     found = {name: method(network, x, predicted) for name, method in METHODS.items()}
     scores = {name: one.sum(1) for name, one in found.items()}
     draw = torch.Generator().manual_seed(seed)
     scores["random"] = torch.rand(scores["exact"].shape, generator=draw).to(x)
-    curves = {
-        name: {kind: one._asdict() for kind, one in attributions.curves(network, x, predicted, by, SHARES).items()}
+    drawn = {
+        name: {kind: one._asdict() for kind, one in curves(network, x, predicted, by, SHARES).items()}
         for name, by in scores.items()
     }
     in_32_bits = exactness.errors(network, x[:checked])
@@ -81,64 +153,18 @@ def _explain(run: common.Run, network: nn.Module, x: Tensor, y: Tensor, checked:
         "exactness": {"float32": in_32_bits, "float64": exactness.errors(network, x[:checked])},
         "error_over_change_by_step": exactness.neighbourhood(network, x[:checked]),
         "exact_minus_gradient_times_input": common.relative_error(found["exact"], found["gradient x input"]),
-        "bias": _bias(network, x, predicted),
-        "curves": curves,
+        "bias": exactness.constants(network, x, predicted, CHECKED),
+        "curves": drawn,
     }
-
-
-def _bias(network: nn.Module, x: Tensor, predicted: Tensor) -> dict[str, Any]:
-    """What the constant is of the logits, and of the predicted one, by layer too."""
-    biases, logits, layers = [], [], []
-    for part in x.split(CHECKED):
-        linear = linearize(network, part)
-        with torch.no_grad():
-            logits.append(network(part))
-        biases.append(linear.bias.detach())
-        layers.append({name: one.detach() for name, one in linear.bias_by_layer().items()})
-    b, outputs = torch.cat(biases), torch.cat(logits)
-    by_layer = {name: torch.cat([one[name] for one in layers]) for name in layers[0]}
-    rows = torch.arange(len(x), device=x.device)
-    constant, logit = b[rows, predicted], outputs[rows, predicted]
-    return {
-        "norm_of_b_over_norm_of_logits": (b.norm() / outputs.norm()).item(),
-        "mean_predicted_logit": logit.mean().item(),
-        "mean_of_its_constant": constant.mean().item(),
-        "median_share_of_its_constant": (constant / logit).median().item(),
-        "images_whose_constant_outweighs_the_pixels": (constant.abs() > (logit - constant).abs())
-        .double()
-        .mean()
-        .item(),
-        "mean_of_its_constant_by_layer": {name: one[rows, predicted].mean().item() for name, one in by_layer.items()},
-        "sum_of_layers_error": common.relative_error(torch.stack(list(by_layer.values())).sum(0), b),
-    }
-
-
-def _print(one: dict[str, Any]) -> None:
-    print(f"\ntest accuracy {one['test_accuracy']:.3f}")
-    print(f"{'|F - (Wx + b)| / |F|':34} {'float32':>9} {'float64':>9}")
-    for key in next(iter(one["exactness"].values())):
-        print(f"{key.replace('_', ' '):34} " + " ".join(f"{e[key]:9.1e}" for e in one["exactness"].values()))
-    print(f"exact less gradient x input {one['exact_minus_gradient_times_input']:.1e}")
-    bias = one["bias"]
-    print(
-        f"predicted logit, mean: {bias['mean_predicted_logit']:.2f}, of which the constant {bias['mean_of_its_constant']:.2f} "
-        f"(median share {bias['median_share_of_its_constant']:.2f}); |b| / |F| = {bias['norm_of_b_over_norm_of_logits']:.3f}"
-    )
-    print(f"\n{'area under the curve':24} {'deletion':>16} {'insertion':>16}")
-    for name, curves in one["curves"].items():
-        cells = (f"{curve['area']:.3f} ± {curve['standard_error']:.3f}" for curve in curves.values())
-        print(f"{name:24} " + " ".join(f"{cell:>16}" for cell in cells))
 
 
 def _draw(run: common.Run, one: dict[str, Any]) -> None:
-    from matplotlib import pyplot as plt
-
     figure, panels = plt.subplots(1, 2, figsize=(10.5, 4), sharey=True, layout="constrained")
     for axes, kind, what in zip(panels, ("deletion", "insertion"), ("set to 0", "given back"), strict=True):
-        for name, curves in one["curves"].items():
+        for name, kinds in one["curves"].items():
             line = {"linestyle": "--", "linewidth": 2.5} if name == "gradient x input" else {"marker": "."}
-            label = f"{name}: {curves[kind]['area']:.3f}"
-            axes.plot([100 * s for s in SHARES], curves[kind]["probability"], label=label, **line)
+            label = f"{name}: {kinds[kind]['area']:.3f}"
+            axes.plot([100 * s for s in SHARES], kinds[kind]["probability"], label=label, **line)
         axes.set(xlabel=f"pixels {what}, %", title=kind.capitalize())
         axes.legend(fontsize=8, title="area under the curve", title_fontsize=8)
     panels[0].set_ylabel("probability of the predicted class")
@@ -147,14 +173,8 @@ def _draw(run: common.Run, one: dict[str, Any]) -> None:
 
 def _draw_maps(run: common.Run, network: nn.Module, x: Tensor, y: Tensor, predicted: Tensor) -> None:
     figure = plots.attribution_maps(
-        linearize(network, x).contributions(x).cpu(),
-        (x.cpu() + 1) / 2,
-        rows=[f"{CLASSES[int(y[i])]},\ncalled {CLASSES[int(predicted[i])]}" for i in range(len(x))],
-        columns=CLASSES,
-    )
+        linearize(network, x).contributions(x).cpu(), (x.cpu() + 1) / 2,
+        rows=[f"{CLASSES[int(y[i])]},\ncalled {CLASSES[int(predicted[i])]}" for i in range(len(x))], columns=CLASSES,
+    )  # fmt: skip
     figure.suptitle("What each pixel adds to each logit")
     run.figure(figure, "maps")
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,4 +1,4 @@
-"""MNIST on a plane: a parametric t-SNE, and for each image the two that say how its pixels move it.
+"""MNIST on a plane: a parametric t-SNE, and for each image the two that show how its pixels move it.
 
 The network of van der Maaten (AISTATS 2009), 500-500-2000-2, trained on the divergence by Adam from a random start: a fifth of
 the epochs with attraction counted four times, then, with Adam begun anew, the rest.
@@ -7,7 +7,6 @@ the epochs with attraction counted four times, then, with Adam begun anew, the r
 from __future__ import annotations
 
 import copy
-import sys
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -31,8 +30,8 @@ GPU = Budget(None, None, 100, batch=500)
 QUICK = Budget(120, 60, 5, batch=60)
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run the command line; the exit status, 2 where the data are not to be had."""
+def main(arguments: list[str]) -> int:
+    """Run the command line and return the exit status, 2 without the data."""
     options = images.parser(NAME, __doc__)
     options.add_argument("--perplexity", type=float, default=PERPLEXITY, help="below the images of a batch, less one")
     given = options.parse_args(arguments)
@@ -76,10 +75,6 @@ def main(arguments: list[str] | None = None) -> int:
                 "exactness_float64": embedding.errors(network, linear, x[:EXPLAINED].double(), seed),
             }
         )
-        print(
-            f"\ndivergence {divergence[0]:.3f} in the first epoch of attraction as it is, {divergence[-1]:.3f} in the last"
-        )
-        embedding.show(planes[-1])
         if seed == 0:
             title = "Parametric t-SNE of MNIST: fitted images, and new ones with a rim"
             fitted, new = ((points.cpu(), labels.cpu()) for points, labels in zip(placed, (y_train, y), strict=True))
@@ -105,7 +100,3 @@ def _loss(perplexity: float, exaggeration: float, network: nn.Module, x: Tensor,
 @torch.no_grad()
 def _placed(network: nn.Module, x: Tensor) -> Tensor:
     return torch.cat([network(part) for part in x.split(1000)])
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,4 +1,4 @@
-"""Labels of an oblique decision tree: do the gates of a DLGN become the tree's hyperplanes?
+"""Labels of an oblique decision tree: the gates of a DLGN against the tree's hyperplanes.
 
 Data, networks and learning rates are those of Banerjee et al. (ICLR 2025), who train for 1,500 epochs; the ReLU network beside
 them has the same budget and is not tuned.
@@ -7,18 +7,18 @@ them has the same budget and is not tuned.
 from __future__ import annotations
 
 import copy
-import sys
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from matplotlib import pyplot as plt
 from torch import Tensor, nn
 
-from benchmarks import oblique
 from benchmarks.experiments import common
-from benchmarks.networks import relu_mlp
-from benchmarks.training import Recipe, accuracy
+from benchmarks.experiments.gating_regimes import relu_mlp
+from benchmarks.experiments.training import Recipe, accuracy
 from interp_nn.explain import plots
 from interp_nn.nn.gated.gates import HardGate, SoftGate
 from interp_nn.nn.gated.networks import DLGN
@@ -46,10 +46,63 @@ PUBLISHED = {
 }
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run the command line; the exit status."""
+DEPTH = 4
+SIZES = {"SDI": (20, 40_000), "SDII": (100, 60_000), "SDIII": (500, 100_000)}
+SEED = 365  # of the published data
+
+
+class Oblique(NamedTuple):
+    """Points (n, d) with labels 0 or 1 (n,), fp32, for training and testing, and the tree's unit normals (15, d) fp64."""
+
+    name: str
+    x_train: Tensor
+    y_train: Tensor
+    x_test: Tensor
+    y_test: Tensor
+    normals: Tensor
+
+
+def load(name: str, *, points: int | None = None, seed: int = SEED) -> Oblique:
+    """Draw SDI, SDII or SDIII: half for training, the last quarter for testing (the third is for validation, and not used).
+
+    points: how many in all, for less than the published number. seed: of tree and points; 365 draws the published ones.
+    Raises ValueError for another name or fewer than 4 points.
+    """
+    if name not in SIZES:
+        raise ValueError(f"name: got {name!r}, want one of {', '.join(SIZES)}")
+    dim, published = SIZES[name]
+    n = published if points is None else points
+    if n < 4:
+        raise ValueError(f"points: got {n}, want at least 4")
+    random = np.random.RandomState(seed)
+    normals = torch.from_numpy(_on_sphere(random, 2**DEPTH - 1, dim))
+    x = torch.from_numpy(_on_sphere(random, n, dim))
+    y = labels(x, normals)
+    x, y = x.float(), y.float()
+    return Oblique(name, x[: n // 2], y[: n // 2], x[n - n // 4 :], y[n - n // 4 :], normals)
+
+
+def labels(x: Tensor, normals: Tensor) -> Tensor:
+    """Return the label of each point (n,) int64 from a complete tree of unit normals (2^depth - 1, d), level by level.
+
+    A node sends the points with u·x > 0 to its second child; a leaf that is a first child has label 1, a second child 0.
+    """
+    right = (x @ normals.T > 0).long()
+    node = x.new_zeros(len(x), dtype=torch.int64)
+    while bool((node < len(normals)).any()):
+        node = 2 * node + 1 + right.gather(1, node.unsqueeze(1)).squeeze(1)
+    return node % 2
+
+
+def _on_sphere(random: np.random.RandomState, n: int, dim: int) -> np.ndarray[tuple[int, int], np.dtype[np.float64]]:
+    points = random.standard_normal((n, dim))
+    return points / np.linalg.norm(points, axis=1, keepdims=True)
+
+
+def main(arguments: list[str]) -> int:
+    """Run the command line and return the exit status."""
     options = common.training_parser(NAME, __doc__)
-    options.add_argument("--datasets", nargs="+", choices=list(oblique.SIZES), default=list(oblique.SIZES))
+    options.add_argument("--datasets", nargs="+", choices=list(SIZES), default=list(SIZES))
     given = options.parse_args(arguments)
     given.seeds = given.seeds or (1 if given.quick else 3)
     run = common.Run(NAME, given)
@@ -58,15 +111,12 @@ def main(arguments: list[str] | None = None) -> int:
     for name in given.datasets:
         _train(name, epochs[name], trainer, run)
     results = {name: _summary(name, trainer) for name in given.datasets}
-    _print(results)
     _draw_accuracy(run, trainer)
     budget = {
-        "minutes": given.minutes,
-        "batches_an_epoch": BATCHES,
-        "published_epochs": 1500,
+        "minutes": given.minutes, "batches_an_epoch": BATCHES, "published_epochs": 1500,
         "published": {name: {net: known._asdict() for net, known in PUBLISHED[name].items()} for name in results},
         "hidden_of_the_relu_network": HIDDEN,
-    }
+    }  # fmt: skip
     # Hundreds of epochs each: their histories would be most of the record.
     trainings = [{key: value for key, value in row.items() if key != "history"} for row in trainer.rows]
     run.finish(budget, {**results, "trainings": trainings}, epochs)
@@ -74,9 +124,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _train(name: str, epochs: int, trainer: common.Trainer, run: common.Run) -> None:
-    """Networks on the published data and, from further seeds, on other trees of its kind; their gates against the trees."""
+    """Train networks on the published data and, from further seeds, on other such trees; compare their gates with the trees."""
     for seed in range(run.given.seeds):
-        data = oblique.load(name, points=4000 if run.given.quick else None, seed=oblique.SEED + seed)
+        data = load(name, points=4000 if run.given.quick else None, seed=SEED + seed)
         data = data._replace(**{part: getattr(data, part).to(run.given.device) for part in data._fields[1:]})
         normals: dict[str, Tensor] = {}
         for network, build, rate in _networks(name):
@@ -94,8 +144,8 @@ def _train(name: str, epochs: int, trainer: common.Trainer, run: common.Run) -> 
 
 
 def _networks(name: str) -> list[tuple[str, Callable[[], nn.Module], float]]:
-    """Names, builders and learning rates."""
-    dim = oblique.SIZES[name][0]
+    """Return names, builders and learning rates."""
+    dim = SIZES[name][0]
 
     def gated(kind: str, known: Gated) -> nn.Module:
         gating = "shallow" if kind == "DLGN-SF" else "linear"
@@ -110,32 +160,30 @@ def _loss(network: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     return nn.functional.binary_cross_entropy_with_logits(network(x).squeeze(1), y)
 
 
-def _measure(data: oblique.Oblique, network: nn.Module) -> dict[str, float]:
+def _measure(data: Oblique, network: nn.Module) -> dict[str, float]:
     return {"accuracy": accuracy(network, data.x_test, data.y_test, batch=10_000)}
 
 
-def _gates(network: DLGN, found: Tensor, data: oblique.Oblique) -> dict[str, Any]:
-    """How near the gates' hyperplanes are to the tree's, how near chance would be, and how hard the gates are or could be."""
+def _gates(network: DLGN, found: Tensor, data: Oblique) -> dict[str, Any]:
+    """Compare the gates' hyperplanes with the tree's and with chance; return their sharpness and the accuracy with hard gates."""
     chance = torch.randn(found.shape, generator=torch.Generator().manual_seed(0), dtype=found.dtype).to(found.device)
     best = _best_cosines(found, data.normals)
     hard = copy.deepcopy(network)
     hard.gate = HardGate()
     return {
-        "found": int((best >= LEVEL).sum()),
-        "best_cosines": best.tolist(),
+        "found": int((best >= LEVEL).sum()), "best_cosines": best.tolist(),
         "mean_best_cosine_of_random_gates": _best_cosines(chance, data.normals).mean().item(),
-        "sharpness": network.gate_sharpness(data.x_test),
-        "accuracy_with_hard_gates": _measure(data, hard)["accuracy"],
-    }
+        "sharpness": network.gate_sharpness(data.x_test), "accuracy_with_hard_gates": _measure(data, hard)["accuracy"],
+    }  # fmt: skip
 
 
 def _best_cosines(found: Tensor, truth: Tensor) -> Tensor:
-    """For each true hyperplane the largest |cos| with any that was found."""
+    """Return for each true hyperplane the largest |cos| with any gate."""
     return (nn.functional.normalize(truth) @ nn.functional.normalize(found).T).abs().amax(1)
 
 
 def _summary(name: str, trainer: common.Trainer) -> dict[str, Any]:
-    """By network: accuracies over seeds, what was published, and how many of the 15 hyperplanes each seed's gates found."""
+    """Return by network accuracies over seeds, published ones, and how many of the 15 hyperplanes each seed's gates found."""
     table = trainer.table()
     results = {}
     for network, _, _ in _networks(name):
@@ -151,19 +199,7 @@ def _summary(name: str, trainer: common.Trainer) -> dict[str, Any]:
     return results
 
 
-def _print(results: dict[str, Any]) -> None:
-    print(f"\n{'test accuracy, %':20} {'last epoch':>14} {'best':>14} {'published':>10}  hyperplanes found, of 15")
-    for name, networks in results.items():
-        for network, row in networks.items():
-            last, best = (common.percent(row[key]) for key in ("last_accuracy", "best_accuracy"))
-            published = f"{100 * row['published_accuracy']:.2f}" if "published_accuracy" in row else "-"
-            found = ", ".join(map(str, row.get("hyperplanes_found", "-")))
-            print(f"{f'{name}: {network}':20} {last:>14} {best:>14} {published:>10}  {found}")
-
-
 def _draw_hyperplanes(run: common.Run, name: str, normals: dict[str, Tensor], truth: Tensor) -> None:
-    from matplotlib import pyplot as plt
-
     figure, panels = plt.subplots(1, len(normals), figsize=(13, 4.4), layout="constrained")
     for axes, (network, found) in zip(panels, normals.items(), strict=True):
         plots.gate_hyperplanes(found, truth, level=LEVEL, axes=axes)
@@ -173,8 +209,6 @@ def _draw_hyperplanes(run: common.Run, name: str, normals: dict[str, Tensor], tr
 
 
 def _draw_accuracy(run: common.Run, trainer: common.Trainer) -> None:
-    from matplotlib import pyplot as plt
-
     figure, panels = plt.subplots(
         1, len(run.given.datasets), figsize=(4.6 * len(run.given.datasets), 2.6), layout="constrained", squeeze=False
     )
@@ -184,7 +218,3 @@ def _draw_accuracy(run: common.Run, trainer: common.Trainer) -> None:
         plots.regime_bars(accuracies, published=published, axes=axes)
         axes.set(title=name, xlabel="test accuracy, %")
     run.figure(figure, "accuracy")
-
-
-if __name__ == "__main__":
-    sys.exit(main())

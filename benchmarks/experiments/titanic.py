@@ -1,4 +1,4 @@
-"""Who survived the Titanic: a network's clusters and what counts in each, from the 32 published counts of the 2,201 on board.
+"""Survival on the Titanic: a network's clusters and their coefficients, from the 32 published counts of the 2,201 on board.
 
 With --data DIR also from the 891 passengers of titanic.csv (Kaggle's, as in seaborn-data), in DIR or in DIR/titanic; there the
 network is held against logistic regression on several splits.
@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from matplotlib import pyplot as plt
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from benchmarks import data, tables
-from benchmarks.experiments import common
+from benchmarks.experiments import common, datasets, tabular
+from benchmarks.timing.run import at_least
 from interp_nn.explain import plots
 from interp_nn.explain.clusters.activation_clusters import ActivationClusters
 from interp_nn.explain.clusters.piecewise_affine import PiecewiseAffine
@@ -29,42 +30,20 @@ LEARNING_RATE, LOSS = 1e-2, nn.functional.binary_cross_entropy_with_logits
 PASSENGER_STEPS = 400  # at most; validation chooses
 COLUMNS = ("survived", "pclass", "sex", "age", "sibsp", "parch", "fare", "embarked")
 FEATURES = (
-    "1st class",
-    "3rd class",
-    "female",
-    "age",
-    "age unknown",
-    "siblings, spouse",
-    "parents, children",
-    "fare",
-    "from C",
+    "1st class", "3rd class", "female", "age", "age unknown", "siblings, spouse", "parents, children", "fare", "from C",
     "from Q",
-)
+)  # fmt: skip
 MEASURED = ("age", "siblings, spouse", "parents, children", "fare")  # the others are 0 or 1
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run the command line; the exit status."""
+def main(arguments: list[str]) -> int:
+    """Run the command line and return the exit status."""
     options = common.parser(NAME, __doc__)
-    options.add_argument(
-        "--data",
-        type=Path,
-        default=data.usual_folder(),
-        metavar="DIR",
-        help="folder with titanic.csv (default: $INTERP_NN_DATA; without, the 32 counts alone)",
-    )
-    options.add_argument(
-        "--seeds",
-        type=common.at_least(1),
-        metavar="N",
-        help="from how many, --seed and on, the passengers are split and a network is trained (default: 10)",
-    )
-    options.add_argument(
-        "--epochs",
-        type=common.at_least(1),
-        metavar="N",
-        help=f"the most steps of the passengers' networks, of which validation chooses (default: {PASSENGER_STEPS})",
-    )
+    datasets.add_folder(options, "folder with titanic.csv (default: $INTERP_NN_DATA; without, the 32 counts alone)")
+    about = "seeds from --seed on, by which passengers are split and networks trained (default: 10)"
+    options.add_argument("--seeds", type=at_least(1), metavar="N", help=about)
+    about = f"the most steps of the passengers' networks, of which validation chooses (default: {PASSENGER_STEPS})"
+    options.add_argument("--epochs", type=at_least(1), metavar="N", help=about)
     given = options.parse_args(arguments)
     given.seeds = given.seeds or (2 if given.quick else 10)
     try:
@@ -91,11 +70,14 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def read_passengers(folder: Path) -> tables.Table:
-    """The passengers (n, 10) fp64 with survival (n,): age, log fare and counts of relatives, the rest 0 or 1.
+def read_passengers(folder: Path) -> tabular.Table:
+    """Read the passengers (n, 10) fp64 with survival (n,): age, log fare and counts of relatives, the rest 0 or 1.
 
-    An unknown age is NaN, with a column that says so; an unknown port is Southampton, the commonest. Raises FileNotFoundError
-    that says where it looked; ValueError for a file without the columns or a known age, and for a row that is no passenger.
+    An unknown age is NaN, with a column that marks it; an unknown port is Southampton, the most frequent.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: The file lacks columns or known ages, or a row is not a passenger. The message names the line.
     """
     places = (folder / "titanic.csv", folder / "titanic" / "titanic.csv")
     file = next((place for place in places if place.is_file()), None)
@@ -111,38 +93,27 @@ def read_passengers(folder: Path) -> tables.Table:
     y, x = values[:, 0], values[:, 1:]
     if bool(x[:, FEATURES.index("age")].isnan().all()):
         raise ValueError(f"{file}: has no passenger of known age")
-    return tables.Table(x, y, FEATURES)
+    return tabular.Table(x, y, FEATURES)
 
 
 def _passenger(row: dict[str | Any, str | Any], place: str) -> list[float]:
-    """Survival and the features of one row; an unknown age is NaN."""
+    """Return survival and the features of one row; an unknown age is NaN."""
     more, fields = row.pop(None, []), len(row)  # DictReader's names for what is too much, and for what is missing
     if more or None in row.values():
         got = fields + len(more) - list(row.values()).count(None)
         raise ValueError(f"{place}: got {got} columns, want {fields}")
-    if (
-        row["survived"] not in ("0", "1")
-        or row["pclass"] not in ("1", "2", "3")
-        or row["sex"] not in ("male", "female")
-    ):
-        raise ValueError(
-            f"{place}: survived, pclass and sex are {row['survived']!r}, {row['pclass']!r}, {row['sex']!r}"
-        )
-    if row["embarked"] not in ("S", "C", "Q", ""):
-        raise ValueError(f"{place}: embarked is {row['embarked']!r}, want S, C, Q or nothing")
+    known = {
+        "survived": ("0", "1"), "pclass": ("1", "2", "3"), "sex": ("male", "female"), "embarked": ("S", "C", "Q", ""),
+    }  # fmt: skip
+    for name, values in known.items():
+        if row[name] not in values:
+            raise ValueError(f"{place}: {name} is {row[name]!r}, want one of {values}")
     return [
-        float(row["survived"]),
-        row["pclass"] == "1",
-        row["pclass"] == "3",
-        row["sex"] == "female",
-        _number(row, "age", place) if row["age"] else math.nan,
-        not row["age"],
-        _number(row, "sibsp", place),
-        _number(row, "parch", place),
-        math.log1p(_number(row, "fare", place)),
-        row["embarked"] == "C",
+        float(row["survived"]), row["pclass"] == "1", row["pclass"] == "3", row["sex"] == "female",
+        _number(row, "age", place) if row["age"] else math.nan, not row["age"], _number(row, "sibsp", place),
+        _number(row, "parch", place), math.log1p(_number(row, "fare", place)), row["embarked"] == "C",
         row["embarked"] == "Q",
-    ]
+    ]  # fmt: skip
 
 
 def _number(row: dict[str, str], name: str, place: str) -> float:
@@ -156,12 +127,10 @@ def _number(row: dict[str, str], name: str, place: str) -> float:
 
 
 def _fit(
-    network: nn.Sequential,
-    table: tables.Table,
-    steps: int,
+    network: nn.Sequential, table: tabular.Table, steps: int,
     progress: Callable[[Iterable[int]], Iterable[int]] = lambda steps: tqdm(steps, desc="training"),
-) -> None:
-    tables.train(network, table, loss=LOSS, steps=steps, learning_rate=LEARNING_RATE, progress=progress)
+) -> None:  # fmt: skip
+    tabular.train(network, table, loss=LOSS, steps=steps, learning_rate=LEARNING_RATE, progress=progress)
     network.eval()
 
 
@@ -175,8 +144,8 @@ def _of_logits(logits: Tensor, y: Tensor) -> dict[str, float]:
 
 
 def _counts(run: common.Run, steps: int) -> dict[str, Any]:
-    table = tables.titanic()
-    network = tables.mlp(6, 8, 4, 1, seed=run.given.seed)
+    table = tabular.titanic()
+    network = tabular.mlp(6, 8, 4, 1, seed=run.given.seed)
     _fit(network, table, steps)
     clusters = ActivationClusters(network).fit(table.x, table.y)
     coefficients = clusters.importance(kind="coef")
@@ -184,34 +153,19 @@ def _counts(run: common.Run, steps: int) -> dict[str, Any]:
     rows, which, counts = table.x.unique(dim=0, return_inverse=True, return_counts=True)
     lived = torch.zeros(len(rows), dtype=table.y.dtype).index_add_(0, which, table.y)
     results: dict[str, Any] = {
-        "people": len(table.y),
-        "distinct_rows": len(rows),
-        **_scores(network, table.x, table.y),
+        "people": len(table.y), "distinct_rows": len(rows), **_scores(network, table.x, table.y),
         "best_accuracy_of_any_rule": (torch.maximum(lived, counts - lived).sum() / counts.sum()).item(),
-        "clusters": len(clusters.counts_),
-        "clusters_where_female_counts_for": int((female > 0).sum()),
-        "female_coefficients": [female.min().item(), female.max().item()],
-        "ranks": clusters.rank_.tolist(),
+        "clusters": len(clusters.counts_), "clusters_where_female_counts_for": int((female > 0).sum()),
+        "female_coefficients": [female.min().item(), female.max().item()], "ranks": clusters.rank_.tolist(),
         "check": clusters.check(),
-    }
-    print(
-        f"\n2,201 people, {len(rows)} distinct rows: accuracy {results['accuracy']:.4f} (the best of any rule is "
-        f"{results['best_accuracy_of_any_rule']:.4f}); female counts for survival in "
-        f"{results['clusters_where_female_counts_for']} of {results['clusters']} clusters\n"
-    )
+    }  # fmt: skip
     print(clusters.table(feature_names=table.features, rows=14))
-    _draw(
-        run,
-        clusters,
-        clusters,
-        table,
-        "counts",
-        f"Log-odds of survival of {len(table.y):,} on board, {len(rows)} distinct rows",
-    )
+    title = f"Log-odds of survival of {len(table.y):,} on board, {len(rows)} distinct rows"
+    _draw(run, clusters, clusters, table, "counts", title)
     return results
 
 
-def _passengers(run: common.Run, table: tables.Table, steps: int) -> dict[str, Any]:
+def _passengers(run: common.Run, table: tabular.Table, steps: int) -> dict[str, Any]:
     seed = run.given.seed
     splits = _splits(table, steps, range(seed, seed + run.given.seeds))
     part, rest = _prepared(*_split(table, seed))
@@ -220,43 +174,29 @@ def _passengers(run: common.Run, table: tables.Table, steps: int) -> dict[str, A
     importance = clusters.global_importance()
     merged = clusters.merge(min(4, len(clusters.counts_)), by="coef")
     results: dict[str, Any] = {
-        "passengers": {"fitted": len(part.y), "held_out": len(rest.y)},
-        "fitted": _scores(network, part.x, part.y),
-        "held_out": _scores(network, rest.x, rest.y),
-        "splits": splits,
-        "clusters": len(clusters.counts_),
+        "passengers": {"fitted": len(part.y), "held_out": len(rest.y)}, "fitted": _scores(network, part.x, part.y),
+        "held_out": _scores(network, rest.x, rest.y), "splits": splits, "clusters": len(clusters.counts_),
         "held_out_in_a_known_cluster": (clusters.predict(rest.x) >= 0).double().mean().item(),
         "importance": dict(zip(table.features, importance.mean.tolist(), strict=True)),
         "dispersion": dict(zip(table.features, importance.dispersion.tolist(), strict=True)),
-        "merged_into_four": merged.fidelity(rest.x)._asdict(),
-        "check": clusters.check(),
-    }
-    print(
-        f"\n{len(part.y)} passengers: accuracy {results['fitted']['accuracy']:.3f}; {len(rest.y)} held out: accuracy "
-        f"{results['held_out']['accuracy']:.3f}, AUC {results['held_out']['auc']:.3f}"
-    )
-    print(f"{f'held out, {run.given.seeds} splits':24} {'accuracy, %':>16} {'AUC, %':>16}")
-    for name, found in results["splits"].items():
-        print(f"{name:24} {common.percent(found['accuracy']):>16} {common.percent(found['auc']):>16}")
-    print(f"steps chosen by validation: {', '.join(map(str, splits['network']['steps']))}\n")
+        "merged_into_four": merged.fidelity(rest.x)._asdict(), "check": clusters.check(),
+    }  # fmt: skip
     print(clusters.table(feature_names=table.features, rows=8))
-    print(f"\nmerged into four clusters, held out: {merged.fidelity(rest.x)}")
-    _draw(
-        run, merged, clusters, part, "passengers", f"Log-odds of survival of {len(part.y)} passengers, clusters merged"
-    )
+    title = f"Log-odds of survival of {len(part.y)} passengers, clusters merged"
+    _draw(run, merged, clusters, part, "passengers", title)
     return results
 
 
-def _split(table: tables.Table, seed: int) -> tuple[tables.Table, tables.Table]:
-    """Four fifths of the rows, drawn by the seed, and the others."""
+def _split(table: tabular.Table, seed: int) -> tuple[tabular.Table, tabular.Table]:
+    """Return four fifths of the rows, drawn by the seed, and the others."""
     order = torch.randperm(len(table.y), generator=torch.Generator().manual_seed(seed))
     held_out, fitted = order[: len(order) // 5], order[len(order) // 5 :]
-    part, rest = (tables.Table(table.x[rows], table.y[rows], table.features) for rows in (fitted, held_out))
+    part, rest = (tabular.Table(table.x[rows], table.y[rows], table.features) for rows in (fitted, held_out))
     return part, rest
 
 
-def _prepared(fitted: tables.Table, *others: tables.Table) -> list[tables.Table]:
-    """Unknown ages filled in by the median of the fitted, and what is measured standardised, by the fitted too."""
+def _prepared(fitted: tabular.Table, *others: tabular.Table) -> list[tabular.Table]:
+    """Fill unknown ages with the median of the fitted passengers, and standardise measured features by the fitted ones."""
     age, measured = FEATURES.index("age"), [FEATURES.index(name) for name in MEASURED]
     median = fitted.x[:, age].nanmedian()
     filled = [table.x.clone() for table in (fitted, *others)]
@@ -269,8 +209,8 @@ def _prepared(fitted: tables.Table, *others: tables.Table) -> list[tables.Table]
     return [table._replace(x=x) for table, x in zip((fitted, *others), filled, strict=True)]
 
 
-def _chosen_steps(part: tables.Table, most: int, seed: int) -> int:
-    """After how many steps on four fifths of what is fitted the loss of the other fifth is least."""
+def _chosen_steps(part: tabular.Table, most: int, seed: int) -> int:
+    """Return the number of steps on four fifths of the fitted passengers after which the loss of the other fifth is least."""
     inner, validation = _prepared(*_split(part, seed))
     network = _new(inner, seed)
     losses: list[float] = []
@@ -285,18 +225,18 @@ def _chosen_steps(part: tables.Table, most: int, seed: int) -> int:
     return 1 + losses.index(min(losses))
 
 
-def _new(part: tables.Table, seed: int) -> nn.Sequential:
-    return tables.mlp(len(part.features), 16, 1, seed=seed)
+def _new(part: tabular.Table, seed: int) -> nn.Sequential:
+    return tabular.mlp(len(part.features), 16, 1, seed=seed)
 
 
-def _network(part: tables.Table, steps: int, seed: int) -> nn.Sequential:
+def _network(part: tabular.Table, steps: int, seed: int) -> nn.Sequential:
     network = _new(part, seed)
     _fit(network, part, steps)
     return network
 
 
-def _splits(table: tables.Table, steps: int, seeds: range) -> dict[str, Any]:
-    """Held-out accuracy and AUC of the network and of logistic regression on the same splits; steps, and coefficients."""
+def _splits(table: tabular.Table, steps: int, seeds: range) -> dict[str, Any]:
+    """Return held-out accuracy and AUC of the network and of logistic regression on the same splits; steps, and coefficients."""
     from sklearn.linear_model import LogisticRegression
 
     found: dict[str, list[dict[str, float]]] = {"network": [], "logistic regression": []}
@@ -320,11 +260,9 @@ def _splits(table: tables.Table, steps: int, seeds: range) -> dict[str, Any]:
 
 
 def _draw(
-    run: common.Run, shown: PiecewiseAffine, clusters: ActivationClusters, table: tables.Table, suffix: str, title: str
+    run: common.Run, shown: PiecewiseAffine, clusters: ActivationClusters, table: tabular.Table, suffix: str, title: str
 ) -> None:
-    """The coefficients of some clusters, and the coverage of the exact ones."""
-    from matplotlib import pyplot as plt
-
+    """Draw the coefficients of some clusters, and the coverage of the exact ones."""
     wide = len(table.features) > 6
     figure, (left, right) = plt.subplots(
         1, 2, figsize=(14 if wide else 12, 4.8), layout="constrained", width_ratios=(2 if wide else 3, 1 if wide else 2)
@@ -338,7 +276,3 @@ def _draw(
     right.set_title("Coverage by exact clusters")
     figure.suptitle(title)
     run.figure(figure, suffix)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

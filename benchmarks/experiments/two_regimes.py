@@ -1,15 +1,14 @@
-"""Two made regimes, y = 2 x2 where x1 > 0 and -x3 elsewhere: do a network's clusters find them and their coefficients?"""
+"""Two made regimes, y = 2 x2 where x1 > 0 and -x3 elsewhere: a network's clusters against them."""
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 import torch
+from matplotlib import pyplot as plt
 from tqdm import tqdm
 
-from benchmarks import tables
-from benchmarks.experiments import common
+from benchmarks.experiments import common, tabular
 from interp_nn.explain import plots
 from interp_nn.explain.clusters.activation_clusters import ActivationClusters
 
@@ -21,14 +20,14 @@ CLEAR = 0.2  # from the border between the regimes
 TRUTH = {"x1 > 0.2": (0.0, 2.0, 0.0), "x1 < -0.2": (0.0, 0.0, -1.0)}
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run the command line; the exit status."""
+def main(arguments: list[str]) -> int:
+    """Run the command line and return the exit status."""
     given = common.parser(NAME, __doc__).parse_args(arguments)
     run = common.Run(NAME, given)
-    table = tables.two_regimes(500 if given.quick else 5000, seed=given.seed)
-    network = tables.mlp(*WIDTHS, seed=given.seed)
+    table = tabular.two_regimes(500 if given.quick else 5000, seed=given.seed)
+    network = tabular.mlp(*WIDTHS, seed=given.seed)
     steps = 100 if given.quick else 4000
-    mse = tables.train(
+    mse = tabular.train(
         network, table, steps=steps, learning_rate=LEARNING_RATE, progress=lambda r: tqdm(r, desc="training")
     )
 
@@ -53,28 +52,13 @@ def main(arguments: list[str] | None = None) -> int:
             **merged.fidelity()._asdict(),
         },
     }
-    _print(results)
     print(f"\n{clusters.table(feature_names=table.features, rows=5)}")
     _draw(run, network, clusters, table)
     run.finish({"widths": WIDTHS, "steps": steps, "learning_rate": LEARNING_RATE}, results)
     return 0
 
 
-def _print(results: dict[str, Any]) -> None:
-    print(f"\nmse {results['mse']:.4f} of a variance of {results['variance']:.3f}; {results['clusters']} clusters")
-    print(f"{'':26}{'x1':>8}{'x2':>8}{'x3':>8}")
-    for name, medians in results["median_coefficients"].items():
-        for what, values in (("median coefficients", medians), ("truth", results["truth"][name])):
-            print(f"{name:>10} {what:>19}" + "".join(f"{v:8.3f}" for v in values))
-    merged = results["merged"]
-    print(f"merged by coefficients, R² to the network {merged['r2']:.5f}")
-    for count, values in zip(merged["samples"], merged["coefficients"], strict=True):
-        print(f"{count:>22} samples" + "".join(f"{v:8.3f}" for v in values))
-
-
-def _draw(run: common.Run, network: torch.nn.Module, clusters: ActivationClusters, table: tables.Table) -> None:
-    from matplotlib import pyplot as plt
-
+def _draw(run: common.Run, network: torch.nn.Module, clusters: ActivationClusters, table: tabular.Table) -> None:
     figure, (regions, output) = plt.subplots(1, 2, figsize=(11, 4.6), layout="constrained", width_ratios=(1, 1.2))
     u, v, w = torch.eye(3, dtype=table.x.dtype)
     resolution = 60 if run.given.quick else 300
@@ -91,7 +75,3 @@ def _draw(run: common.Run, network: torch.nn.Module, clusters: ActivationCluster
     )
     plots.coverage_curve(clusters.coverage(), axes=right)
     run.figure(figure, "clusters")
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,4 +1,4 @@
-"""The cases of the correctness part: rows in which every pair of levels meets, of sizes, dtypes and what is asked for."""
+"""The cases of the correctness part: every pair of levels of sizes, dtypes, layouts and wanted results meets in one."""
 
 from __future__ import annotations
 
@@ -10,39 +10,30 @@ from typing import Any, NamedTuple
 FEATURES = (1, 7, 64, 100, 512, 1024)
 COLUMNS = (1, 10, 16, 63, 64, 65, 100, 128)
 WIDE_COLUMNS = (200, 256)
-# Numbers of rows that share a compiled kernel; tables may have other tiles for many rows.
+# Numbers of rows that share a compiled kernel. Tables may have other tiles for many rows.
 FEW_ROWS = (1, 15, 17, 127, 128, 129, 1000, 4096)
 MANY_ROWS = (70001,)
 CLASSES = (2, 10, 17, 128)
 MODES = ("fp32", "tf32", "bf16", "fp16")
-# How b lies in memory: row by row, as a layer's transposed weight, as one whose rows are apart, with a gap after each number.
+# Layouts of b: row by row, a layer's transposed weight, one with distant rows, a gap after each number.
 LAYOUTS = ("rows", "transposed", "apart", "strided")
 
 _COMMON = {"mode": MODES, "d": FEATURES, "k": COLUMNS, "rows": (FEW_ROWS, MANY_ROWS), "layout": LAYOUTS}
 _SUMMARY = {"wanted": ("x b", "x", "b", "x b bias", "bias")}
 _PAIR = {"wanted": ("projection summary", "projection", "summary")}
-_LOSS = {
-    "reduction": ("mean", "sum", "none"),
-    "ignored": ("none", "some", "all"),
-    "wanted": ("x b a c", "x", "b a c"),
-}
+_LOSS = {"reduction": ("mean", "sum", "none"), "ignored": ("none", "some", "all"), "wanted": ("x b a c", "x", "b a c")}
 _HEAD = {**_LOSS, "m": CLASSES, "bias": (False, True)}
 FACTORS: dict[str, Mapping[str, Sequence[Any]]] = {
-    "summary": {**_COMMON, **_SUMMARY},
-    "pair": {**_COMMON, **_PAIR},
-    "pair_loss": {**_COMMON, **_LOSS},
-    "flat": {**_COMMON, **_HEAD},
-    "latent": {**_COMMON, **_HEAD},
-    "wide summary": {**_COMMON, **_SUMMARY, "k": WIDE_COLUMNS},
-    "wide pair": {**_COMMON, **_PAIR, "k": WIDE_COLUMNS},
-}
+    "summary": {**_COMMON, **_SUMMARY}, "pair": {**_COMMON, **_PAIR}, "pair_loss": {**_COMMON, **_LOSS},
+    "flat": {**_COMMON, **_HEAD}, "latent": {**_COMMON, **_HEAD},
+    "wide summary": {**_COMMON, **_SUMMARY, "k": WIDE_COLUMNS}, "wide pair": {**_COMMON, **_PAIR, "k": WIDE_COLUMNS},
+}  # fmt: skip
 
 
 class Case(NamedTuple):
-    """What is computed (a key of FACTORS) in one mode and layout of b, for each number of rows in turn.
+    """One computation (a key of FACTORS) in one mode and layout of b, for each number of rows in turn.
 
-    wanted: the inputs whose gradients are asked for (a summary has a bias if it is among them), or the outputs of a pair.
-    m: classes behind a head, whose output layer has a bias or not.
+    wanted: the inputs whose gradients are computed (with "bias" the summary has one), or the outputs of a pair. m: classes.
     """
 
     what: str
@@ -59,6 +50,7 @@ class Case(NamedTuple):
 
     @property
     def name(self) -> str:
+        """Return the case as text."""
         sizes = f"n {self.rows[0]}{'...' if len(self.rows) > 1 else ''}, d {self.d}, k {self.k}"
         extra = f", m {self.m}" if self.m else ""
         loss = f", {self.reduction}, {self.ignored} ignored" if self.loss else ""
@@ -67,16 +59,17 @@ class Case(NamedTuple):
 
     @property
     def loss(self) -> bool:
+        """Return whether the case is a loss."""
         return self.what in ("pair_loss", "flat", "latent")
 
     @property
     def empty_mean(self) -> bool:
-        """Whether the loss is the mean over no rows."""
+        """Return whether the loss is the mean over no rows."""
         return self.loss and self.reduction == "mean" and self.ignored == "all"
 
 
 def covering(factors: Mapping[str, Sequence[Any]], seed: int = 0, tries: int = 24) -> list[dict[str, Any]]:
-    """Rows, a level of every factor each, in which any two levels of two factors meet; the pairs are met fast at first."""
+    """Return rows with a level of every factor, so that any two levels of two factors meet; most pairs meet early."""
     draw = random.Random(seed)
     names = list(factors)
     open_pairs = {
@@ -95,7 +88,7 @@ def covering(factors: Mapping[str, Sequence[Any]], seed: int = 0, tries: int = 2
 
 
 def _pairs(row: Mapping[str, int], names: Sequence[str]) -> set[tuple[str, int, str, int]]:
-    """The pairs that a row, whole or in part, meets."""
+    """Return the pairs of levels in a row or a part of one."""
     return {
         (one, row[one], other, row[other])
         for one, other in itertools.combinations(names, 2)
@@ -106,7 +99,7 @@ def _pairs(row: Mapping[str, int], names: Sequence[str]) -> set[tuple[str, int, 
 def _filled(
     factors: Mapping[str, Sequence[Any]], names: Sequence[str], open_pairs: set[tuple[str, int, str, int]], draw: random.Random
 ) -> dict[str, int]:  # fmt: skip
-    """A row around an open pair, its other levels taken one by one to meet the most."""
+    """Complete a row around an open pair; each further level meets the most open pairs."""
     one, i, other, j = draw.choice(sorted(open_pairs))
     row = {one: i, other: j}
     for name in draw.sample(names, len(names)):
@@ -117,7 +110,7 @@ def _filled(
 
 
 def cases(seed: int = 0) -> list[Case]:
-    """All of them. Any first part has about as many of each kind, and has met most of what that many can meet."""
+    """Return all cases, the kinds in turn, so that a run that is cut short has cases of each."""
     by_kind = [
         [Case(what=what, **row) for row in covering(factors, seed + i)]
         for i, (what, factors) in enumerate(FACTORS.items())
@@ -127,7 +120,7 @@ def cases(seed: int = 0) -> list[Case]:
 
 
 def tiny_cases() -> list[Case]:
-    """A few that Triton's interpreter can bear."""
+    """Return a few cases that are small enough for Triton's interpreter."""
     return [
         Case("summary", "fp32", (5, 17), 20, 3, "transposed", "x b bias"),
         Case("pair", "fp16", (9,), 7, 4, "strided", "projection summary"),

@@ -1,4 +1,4 @@
-"""The correctness part: every engine against the law, in memory where nothing that was not written looks like a number."""
+"""The correctness part: every engine against the tolerances, in memory that is NaN until it is written."""
 
 from __future__ import annotations
 
@@ -13,21 +13,20 @@ import torch
 from torch import Tensor
 
 import interp_nn
-from benchmarks import law
 from benchmarks.gpu import kernels
 from benchmarks.gpu.cases import Case
 from benchmarks.gpu.log import Log
-from benchmarks.problems import products
+from benchmarks.timing import footprint, tolerances
+from benchmarks.timing.problems import DTYPES, products
 from interp_nn import functional
 from interp_nn.engines import orders
 
-DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 WEIGHTS = (0.7, 1.3, 0.9)
-_TILE_ROWS = 128  # the most rows in a tile: between guards of that many, a read without a mask finds NaN
+_TILE_ROWS = 128  # the most rows in a tile: a read without a mask finds NaN in guards of as many
 
 
-class Problem(NamedTuple):
-    """Inputs by name, in fp64; what an engine and what plain PyTorch compute of them; upstreams of its outputs, in fp64."""
+class Setup(NamedTuple):
+    """A case with its numbers: inputs by name and upstream gradients, in fp64; the functions of interp_nn and of PyTorch."""
 
     inputs: dict[str, Tensor]
     ours: Callable[..., Sequence[Tensor]]
@@ -44,12 +43,12 @@ class Guarded(NamedTuple):
     buffer: Tensor
 
     def touched(self) -> bool:
-        """Whether something was written around it, or between its numbers."""
+        """Return whether something was written around the tensor, or between its numbers."""
         return int(self.buffer.isnan().sum()) != self.buffer.numel() - self.tensor.numel()
 
 
 def guarded(t: Tensor, layout: str = "rows") -> Guarded:
-    """A copy of t between guards, in one of `cases.LAYOUTS`."""
+    """Copy t between guards, in one of `cases.LAYOUTS`."""
     zone = max(4096, _TILE_ROWS * t.shape[-1] if t.dim() else 1)
     size = t.numel() * (2 if layout in ("apart", "strided") else 1)
     buffer = torch.full((size + 2 * zone,), math.nan, dtype=t.dtype, device=t.device)
@@ -67,9 +66,9 @@ def guarded(t: Tensor, layout: str = "rows") -> Guarded:
 
 @contextlib.contextmanager
 def poisoned() -> Iterator[None]:
-    """Whatever is allocated without a value is NaN until it is written: results and workspaces of every engine.
+    """Fill new memory with NaN: the results and workspaces of every engine.
 
-    PyTorch fills what `empty` and `empty_strided` return, whether Python asks for it or the compiled library does.
+    PyTorch fills the tensors of `empty` and `empty_strided`, for calls from Python and from the compiled library.
     """
     fill: Any = torch.utils.deterministic
     filled, mode = fill.fill_uninitialized_memory, torch.get_deterministic_debug_mode()
@@ -83,23 +82,23 @@ def poisoned() -> Iterator[None]:
 
 
 def check_poison(engines: Sequence[str], device: torch.device, log: Log) -> None:
-    """That what is not written would be seen: new memory is NaN, and an engine's own is filled before its launch."""
+    """Check that missing writes would be seen: new memory is NaN, and an engine's memory is filled before its launch."""
     with poisoned():
         empty = [torch.empty_strided((64, 3), (1, 64), dtype=dtype, device=device) for dtype in set(DTYPES.values())]
     log.check("poison", None if all(bool(t.isnan().all()) for t in empty) else "new memory is not NaN")
     x, b = torch.ones(64, 32, device=device), torch.ones(32, 8, device=device)
     for engine in engines:
         with log.guarded(f"poison, {engine}"), interp_nn.use_engine(engine):
-            functional.summary(x, b)  # whatever happens at a first call
+            functional.summary(x, b)  # a first call may launch more
             with poisoned():
-                _, ran = kernels.profiled(lambda: functional.summary(x, b), device)
+                _, ran = footprint.profiled(lambda: functional.summary(x, b), device)
             if ran is not None:
                 why = None if len(ran) > 1 else "nothing fills the memory that it allocates"
                 log.check(f"poison, {engine}", why, engine=engine, profiled=ran)
 
 
-def problem(case: Case, n: int, device: torch.device) -> Problem:
-    """A case with n rows, at the scale of a trained network. The same numbers on every run."""
+def setup(case: Case, n: int, device: torch.device) -> Setup:
+    """Draw a case with n rows, at the scale of a trained network; the same numbers on every run."""
     draw = torch.Generator(device).manual_seed(zlib.crc32(f"{case.name} {n}".encode()))
 
     def randn(*shape: int) -> Tensor:
@@ -111,25 +110,22 @@ def problem(case: Case, n: int, device: torch.device) -> Problem:
     if case.what.endswith("summary"):
         if "bias" in wanted:
             inputs["bias"] = randn(k)
-        return Problem(
-            inputs, lambda *t: [functional.summary(*t)], lambda *t: [law.naive(*t)], [randn(n, k)], ["y"], wanted
+        return Setup(
+            inputs, lambda *t: [functional.summary(*t)], lambda *t: [tolerances.naive(*t)], [randn(n, k)], ["y"], wanted
         )
     if case.what.endswith("pair"):
         places = [("projection", "summary").index(name) for name in wanted]
-        return Problem(
-            inputs,
-            lambda x, b: [functional.summary_pair(x, b)[i] for i in places],
-            lambda x, b: [law.naive_pair(x, b)[i] for i in places],
-            [randn(n, k) for _ in places],
-            wanted,
+        return Setup(
+            inputs, lambda x, b: [functional.summary_pair(x, b)[i] for i in places],
+            lambda x, b: [tolerances.naive_pair(x, b)[i] for i in places], [randn(n, k) for _ in places], wanted,
             ["x", "b"],
-        )
-    return _loss_problem(case, inputs, wanted, randn, draw)
+        )  # fmt: skip
+    return _loss_setup(case, inputs, wanted, randn, draw)
 
 
-def _loss_problem(
+def _loss_setup(
     case: Case, inputs: dict[str, Tensor], wanted: list[str], randn: Callable[..., Tensor], draw: torch.Generator
-) -> Problem:
+) -> Setup:
     n, k, device = len(inputs["x"]), case.k, draw.device
     target = torch.randint(case.m or k, (n,), device=device, generator=draw)
     if case.ignored == "all":
@@ -139,32 +135,26 @@ def _loss_problem(
     given: dict[str, Any] = {"weights": WEIGHTS, "reduction": case.reduction}
     upstream = (randn(n) if case.reduction == "none" else randn()).abs() + 0.5
     if case.what == "pair_loss":
-        return Problem(
-            inputs,
-            lambda x, b: [functional.summary_cross_entropy(x, b, target, **given)],
-            lambda x, b: [law.naive_cross_entropy(x, b, target, **given)],
-            [upstream],
-            ["loss"],
+        return Setup(
+            inputs, lambda x, b: [functional.summary_cross_entropy(x, b, target, **given)],
+            lambda x, b: [tolerances.naive_cross_entropy(x, b, target, **given)], [upstream], ["loss"],
             [name for name in wanted if name in inputs],
-        )
+        )  # fmt: skip
     assert case.m is not None
     inputs["a"] = randn(case.m, k) / k**0.5
     if case.bias:
         inputs["c"] = randn(case.m)
-    return Problem(
-        inputs,
-        lambda x, b, a, c=None: [functional.summary_head_cross_entropy(x, b, a, c, target, **given)],
-        lambda x, b, a, c=None: [law.naive_head_cross_entropy(x, b, a, c, target, **given)],
-        [upstream],
-        ["loss"],
-        [name for name in wanted if name in inputs],
-    )
+    return Setup(
+        inputs, lambda x, b, a, c=None: [functional.summary_head_cross_entropy(x, b, a, c, target, **given)],
+        lambda x, b, a, c=None: [tolerances.naive_head_cross_entropy(x, b, a, c, target, **given)], [upstream],
+        ["loss"], [name for name in wanted if name in inputs],
+    )  # fmt: skip
 
 
 def evaluate(
     function: Callable[..., Sequence[Tensor]], given: dict[str, Tensor], upstreams: Sequence[Tensor], wanted: Sequence[str]
 ) -> list[Tensor]:  # fmt: skip
-    """Outputs, and the gradients of the wanted inputs."""
+    """Return the outputs, and the gradients of the wanted inputs."""
     leaves = {name: t.detach().requires_grad_(name in wanted) for name, t in given.items()}
     out = function(*leaves.values())
     cotangents = [u.to(o.dtype) for u, o in zip(upstreams, out, strict=True)]
@@ -173,14 +163,14 @@ def evaluate(
 
 
 def check_case(case: Case, engines: Sequence[str], device: torch.device, log: Log) -> None:
-    """These engines and the reference for each number of rows of the case; a line for each."""
+    """Check these engines and the eager one for each number of rows of the case; a line for each."""
     dtype = DTYPES[case.mode]
     for n in case.rows:
         if log.left() < 0:
             log.write(f"{case.name}, n {n}", "skipped", why="out of time")
             continue
         with log.guarded(f"{case.name}, n {n}", n=n, **_facts(case)), products(case.mode):
-            asked = problem(case, n, device)
+            asked = setup(case, n, device)
             rounded = {name: t.to(dtype) for name, t in asked.inputs.items()}
             upstreams = [u.to(dtype) for u in asked.upstreams]
             rounded["b"] = guarded(rounded["b"], case.layout).tensor
@@ -188,9 +178,9 @@ def check_case(case: Case, engines: Sequence[str], device: torch.device, log: Lo
             exact = evaluate(asked.plain, wide, [u.double() for u in upstreams], asked.wanted)
             same = evaluate(asked.plain, rounded, upstreams, asked.wanted)
             classes, head = (case.m or case.k) if case.loss else None, case.m is not None
-            for engine in (*engines, "reference"):
+            for engine in (*engines, kernels.EAGER):
                 label = f"{case.name}, n {n}, {engine}"
-                why = kernels.refusal(engine, device, dtype, n, case.d, case.k, classes, head)
+                why = kernels.unsupported_reason(engine, device, dtype, n, case.d, case.k, classes, head)
                 if why is not None:
                     log.write(label, "skipped", why=why, engine=engine, n=n, **_facts(case))
                     continue
@@ -199,18 +189,18 @@ def check_case(case: Case, engines: Sequence[str], device: torch.device, log: Lo
 
 
 def _check_engine(
-    case: Case, n: int, engine: str, asked: Problem, rounded: dict[str, Tensor], upstreams: list[Tensor],
+    case: Case, n: int, engine: str, asked: Setup, rounded: dict[str, Tensor], upstreams: list[Tensor],
     same: list[Tensor], exact: list[Tensor], log: Log,
 ) -> None:  # fmt: skip
     held = {name: guarded(t, case.layout if name == "b" else "rows") for name, t in rounded.items()}
     given = {name: h.tensor for name, h in held.items()}
-    form = case.what if case.what in ("flat", "latent") else None
+    order = {"flat": "logits_from_x", "latent": "logits_from_latent"}.get(case.what)
     with contextlib.ExitStack() as stack:
         stack.enter_context(interp_nn.use_engine(engine))
         stack.enter_context(poisoned())
         launched = stack.enter_context(kernels.launches(engine))
-        if form is not None:
-            stack.enter_context(mock.patch.object(orders, "head_form", return_value=form))
+        if order is not None:
+            stack.enter_context(mock.patch.object(orders, "head_order", return_value=order))
         plan = interp_nn.plan(
             n, case.d, case.k,
             pair=case.what.endswith("pair") or case.what == "pair_loss",
@@ -224,9 +214,9 @@ def _check_engine(
     whys = []
     floor = _floor(case)
     for name, g, s, e in zip(names, got, same, exact, strict=True):
-        ours, theirs = law.errors(g, e), law.errors(s, e)
+        ours, theirs = tolerances.errors(g, e), tolerances.errors(s, e)
         found[name] = [*ours, *theirs]
-        why = _nothing_kept(name, g) if case.empty_mean else law.breach(ours, theirs, floor)
+        why = _nothing_kept(name, g) if case.empty_mean else tolerances.exceeds(ours, theirs, floor)
         if why is None and g.dtype != s.dtype:
             why = f"dtype {g.dtype}, PyTorch's {s.dtype}"
         whys += [] if why is None else [f"{name}: {why}"]
@@ -240,25 +230,25 @@ def _check_engine(
     log.check(
         f"{case.name}, n {n}, {engine}",
         "; ".join(whys) or None,
-        engine=engine, form=plan.form, config={kernel: str(config) for kernel, config in plan.config},
+        engine=engine, order=plan.order, config={kernel: str(config) for kernel, config in plan.tiles},
         kernels=launched, n=n, floor=floor, errors=found, errors_of="ours, PyTorch's: Frobenius, maximum", **_facts(case),
     )  # fmt: skip
 
 
 def _dense(t: Tensor) -> bool:
-    """Whether a matrix or its transpose is contiguous: the gradient of a b that is neither may be either."""
+    """Return whether a matrix or its transpose is contiguous, as the gradient of a strided b has to be."""
     return t.is_contiguous() or t.mT.is_contiguous()
 
 
 def _floor(case: Case) -> float:
-    """As the tests have it; tf32 operands have the digits of fp16, whichever products PyTorch's library takes."""
+    """Return the floor of the tests; tf32 operands have the digits of fp16."""
     if case.mode == "tf32":
-        return law.FLOOR_ULPS[torch.float16] * law.TF32_EPS
-    return law.floor(DTYPES[case.mode], law.SPLIT_ULPS if case.mode == "fp32" else None)
+        return tolerances.FLOOR_ULPS[torch.float16] * tolerances.TF32_EPS
+    return tolerances.floor(DTYPES[case.mode], tolerances.SPLIT_ULPS if case.mode == "fp32" else None)
 
 
 def _nothing_kept(name: str, got: Tensor) -> str | None:
-    """The mean over no rows is NaN, and its gradients zero."""
+    """Check the mean over no rows: NaN, with zero gradients."""
     if name == "loss":
         return None if bool(got.isnan()) else f"{float(got)}, want NaN without any row"
     return None if bool((got == 0).all()) else "not zero without any row"
@@ -274,7 +264,7 @@ def check_far_rows(
     engines: Sequence[str], device: torch.device, log: Log,
     elements: int = 2**31, d: int = 1024, dtype: torch.dtype = torch.bfloat16,
 ) -> None:  # fmt: skip
-    """Rows beyond so many elements of x: values and gradients there, and in what all rows add up to."""
+    """Check rows beyond `elements` elements of x: their values and gradients, and the sums over all rows."""
     k, n = 64, elements // d + 1000
     name = f"rows beyond {elements} elements: n {n}, d {d}, k {k}, {str(dtype).removeprefix('torch.')}"
     needed = 8 * n * d * dtype.itemsize
@@ -289,19 +279,20 @@ def check_far_rows(
     target = torch.randint(k, (n,), device=device, generator=draw)
 
     def value(x: Tensor, b: Tensor, rows: slice) -> Tensor:
-        return law.naive_cross_entropy(x, b, target[rows], reduction="sum") / n
+        return tolerances.naive_cross_entropy(x, b, target[rows], reduction="sum") / n
 
     with log.guarded(f"{name}, summary"):
         _check_far(
-            f"{name}, summary", engines, functional.summary, lambda x, b, rows: law.naive(x, b), x, b, dy, None, log
-        )
+            f"{name}, summary", engines, functional.summary, lambda x, b, rows: tolerances.naive(x, b), x, b, dy, None,
+            log,
+        )  # fmt: skip
     with log.guarded(f"{name}, pair loss"):
         loss = functional.summary_cross_entropy
         _check_far(f"{name}, pair loss", engines, lambda x, b: loss(x, b, target), value, x, b, None, k, log)
 
 
 class _Expected(NamedTuple):
-    """A result, or some rows of one: what plain PyTorch computes in the inputs' dtype, and exactly."""
+    """A result or some of its rows, as PyTorch computes it in the inputs' dtype and in fp64."""
 
     of: str
     rows: slice
@@ -319,10 +310,10 @@ def _check_far(
 ) -> None:  # fmt: skip
     (n, d), k = x.shape, b.shape[1]
     expected = _expected_far(plain, x, b, dy)
-    floor = law.floor(x.dtype, law.SPLIT_ULPS if x.dtype == torch.float32 else None)
+    floor = tolerances.floor(x.dtype, tolerances.SPLIT_ULPS if x.dtype == torch.float32 else None)
     for engine in engines:
         facts = {"engine": engine, "n": n, "d": d, "k": k, "dtype": str(x.dtype)}
-        why = kernels.refusal(engine, x.device, x.dtype, n, d, k, classes)
+        why = kernels.unsupported_reason(engine, x.device, x.dtype, n, d, k, classes)
         if why is not None:
             log.write(f"{name}, {engine}", "skipped", why=why, **facts)
             continue
@@ -334,15 +325,15 @@ def _check_far(
             got, whys, found = {"y": out.detach(), "dx": dx, "db": db}, [], {}
             for want in expected:
                 result = got[want.of][want.rows]
-                errors = law.errors(result, want.exact), law.errors(want.same, want.exact)
+                errors = tolerances.errors(result, want.exact), tolerances.errors(want.same, want.exact)
                 found[want.name] = [*errors[0], *errors[1]]
-                breach = law.breach(*errors, floor)
-                whys += [] if breach is None else [f"{want.name}: {breach}"]
+                excess = tolerances.exceeds(*errors, floor)
+                whys += [] if excess is None else [f"{want.name}: {excess}"]
             log.check(f"{name}, {engine}", "; ".join(whys) or None, errors=found, **facts)
 
 
 def _expected_far(plain: Callable[..., Tensor], x: Tensor, b: Tensor, dy: Tensor | None) -> list[_Expected]:
-    """db, and y and dx at the first rows, at those around the boundary, and at the last."""
+    """Compute db, and y and dx at the first rows, around the boundary, and at the last rows."""
     n = len(x)
     sums = {dtype: torch.zeros_like(b, dtype=torch.float64) for dtype in (x.dtype, torch.float64)}
     step = 2**16
@@ -363,7 +354,7 @@ def _expected_far(plain: Callable[..., Tensor], x: Tensor, b: Tensor, dy: Tensor
 def _chunk(
     plain: Callable[..., Tensor], x: Tensor, b: Tensor, dy: Tensor | None, rows: slice, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(output, dX, what these rows add to db) of some rows."""
+    """Return (output, dX, the share of db) of some rows."""
     part, parameter = x[rows].to(dtype).requires_grad_(), b.to(dtype, copy=True).requires_grad_()
     out = plain(part, parameter, rows)
     dx, db = torch.autograd.grad(out, (part, parameter), None if dy is None else dy[rows].to(dtype))

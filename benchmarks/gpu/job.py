@@ -1,11 +1,11 @@
-"""The job: divides its time among the parts, runs each in processes of its own, and says at the end what came of it.
+"""The job divides its time among the parts, runs each in processes of its own, and prints a table at the end.
 
-It covers the engines that are on: triton, and cuda where its library is. It builds nothing. The library is built before, where
-nvcc is; 90 stands for an H100 or H200:
+It covers the engines that are on: triton, and cuda where its library is built. It builds nothing itself. To build the library
+for an H100 or H200 where nvcc is:
 
     INTERP_NN_CUDA_ARCHS=90 python setup.py build_ext --inplace
 
-An engine that is off costs a line and what only it can show. `--parts` and `--engines` divide the job into shorter ones.
+An engine that is off is a line of the record. `--parts` and `--engines` divide the job into shorter ones.
 """
 
 from __future__ import annotations
@@ -21,37 +21,30 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from benchmarks.gpu.job_table import table
 from benchmarks.gpu.kernels import WITH_KERNELS
 from benchmarks.gpu.log import BAD, Log, read
-from benchmarks.gpu.summary import table
-from benchmarks.record import ROOT
+from benchmarks.records.environment import ROOT
 
-# The parts, each with its share of the time. What one does not need is shared by those after it.
+# The parts with their shares of the time. The later parts share what a part leaves.
 SHARES = {
-    "correctness": 35,
-    "compile runs": 8,
-    "launches": 4,
-    "repeats": 8,
-    "streams": 4,
-    "graphs": 4,
-    "sanitizer": 12,
-    "tune": 18,
-    "compile times": 6,
-    "time": 25,
-}
-# What several processes compile before parts that run in one.
+    "correctness": 35, "compile runs": 8, "launches": 4, "repeats": 8, "streams": 4, "graphs": 4, "sanitizer": 12,
+    "tune": 18, "compile times": 6, "time": 25,
+}  # fmt: skip
+# Compilations by several processes, before the parts that run in one.
 _COMPILED = {"compile runs": ("launches", "repeats", "streams", "graphs", "sanitizer"), "compile times": ("time",)}
 PARTS = tuple(name for name in SHARES if name not in _COMPILED)
-_ABREAST = ("correctness", *_COMPILED)  # whose steps several processes share
-_GRACE = 15.0  # for the step at hand when a part's time is over
+_ABREAST = ("correctness", *_COMPILED)  # parts whose steps several processes share
+_GRACE = 15.0  # seconds for the current step when a part's time is over
 _PROGRESS = 10.0
 
 
 class Settings(NamedTuple):
-    """What the command line asks for."""
+    """The settings of the command line."""
 
     parts: tuple[str, ...]
     output: Path
@@ -64,37 +57,22 @@ class Settings(NamedTuple):
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `python -m benchmarks gpu`."""
-    parser.add_argument(
-        "--parts", type=_parts, default=PARTS, metavar="A,B", help=f"of {','.join(PARTS)} (default: all)"
-    )
-    parser.add_argument(
-        "--engines", type=_engines, default=WITH_KERNELS, metavar="A,B",
-        help=f"of {','.join(WITH_KERNELS)} (default: all); those that are off are left out",
-    )  # fmt: skip
-    parser.add_argument(
-        "--output", type=Path, default=Path("results") / "gpu", metavar="DIR",
-        help="for the records; a table that `tune` has left there is used",
-    )  # fmt: skip
-    parser.add_argument("--minutes", type=float, default=10.0, help="to be done within (default: 10)")
-    parser.add_argument(
-        "--workers", type=int, default=_workers(), help="processes that check at once, each with its own context"
-    )
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: with TRITON_INTERPRET=1 only")
-    parser.add_argument("--tiny", action="store_true", help="problems as small as can be: a test of this command")
-    parser.add_argument("--revision", metavar="SHA", help="the commit to record where there is no git")
-
-
-def _parts(text: str) -> tuple[str, ...]:
-    return _among(PARTS, "part", text)
-
-
-def _engines(text: str) -> tuple[str, ...]:
-    return _among(WITH_KERNELS, "engine", text)
+    """Add the options of `python -m benchmarks gpu`."""
+    parts, engines = f"of {','.join(PARTS)} (default: all)", f"of {','.join(WITH_KERNELS)} (default: those that are on)"
+    records = "for the records; a table.json there, written by `tune`, is used"
+    add = parser.add_argument
+    add("--parts", type=partial(_among, PARTS, "part"), default=PARTS, metavar="A,B", help=parts)
+    add("--engines", type=partial(_among, WITH_KERNELS, "engine"), default=WITH_KERNELS, metavar="A,B", help=engines)
+    add("--output", type=Path, default=Path("results") / "gpu", metavar="DIR", help=records)
+    add("--minutes", type=float, default=10.0, help="for the whole job (default: 10)")
+    add("--workers", type=int, default=_workers(), help="processes that check at the same time")
+    add("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: with TRITON_INTERPRET=1 only")
+    add("--tiny", action="store_true", help="tiny problems, to test this command")
+    add("--revision", metavar="SHA", help="the commit to record where there is no git")
 
 
 def _among(known: Sequence[str], what: str, text: str) -> tuple[str, ...]:
-    """The names in a list with commas, in the order in which they are known."""
+    """Return the names of a list with commas, in the order of `known`."""
     names = tuple(name.strip() for name in text.split(","))
     unknown = [name for name in names if name not in known]
     if unknown:
@@ -107,7 +85,7 @@ def _workers() -> int:
 
 
 def settings(given: argparse.Namespace) -> Settings:
-    """The settings that parsed arguments hold."""
+    """Return the settings of parsed arguments."""
     return Settings(
         given.parts, given.output.resolve(), given.minutes, given.workers, given.device, given.tiny, given.revision,
         given.engines,
@@ -115,19 +93,19 @@ def settings(given: argparse.Namespace) -> Settings:
 
 
 def in_order(asked: Settings) -> list[str]:
-    """The parts asked for, and what has to be compiled for them: Triton's kernels."""
+    """Return the parts that were asked for, and the compilations of Triton's kernels for them."""
     none = asked.tiny or "triton" not in asked.engines
     compiled = () if none else tuple(name for name, parts in _COMPILED.items() if set(parts) & set(asked.parts))
     return [name for name in SHARES if name in (*asked.parts, *compiled)]
 
 
 def allotted(parts: Sequence[str], left: float) -> float:
-    """Seconds of those left for the first of the parts that are still to come."""
+    """Return the seconds of the first part, of those left for all these parts."""
     return left * SHARES[parts[0]] / sum(SHARES[name] for name in parts)
 
 
 def run(asked: Settings) -> int:
-    """Run the parts and print the table; 0 if all is well, 1 if anything is not, 2 if nothing can run."""
+    """Run the parts and print the table; the exit status is 0 if all is well, 1 if not, 2 if no engine is on."""
     off = _off(asked.device)
     on = tuple(engine for engine in asked.engines if off[engine] is None)
     without = {engine: f"the {engine} engine is off: {off[engine]}" for engine in asked.engines if engine not in on}
@@ -155,7 +133,7 @@ def run(asked: Settings) -> int:
 
 
 def _off(device: str) -> dict[str, str | None]:
-    """Why each engine is off, None if it is on, found out in another process: this one never opens the device."""
+    """Return why each engine is off, None if it is on; another process finds out, so that this one never opens the device."""
     code = "import json, sys; from benchmarks.gpu import kernels; print(json.dumps(kernels.reasons(sys.argv[1])))"
     found = subprocess.run([sys.executable, "-c", code, device], cwd=ROOT, capture_output=True, text=True, check=False)
     if found.returncode:
@@ -165,7 +143,7 @@ def _off(device: str) -> dict[str, str | None]:
 
 
 class Worker:
-    """A process at one share of a part, started again after the step that ended it."""
+    """A process for one share of a part, which is started again after a step that ended it."""
 
     def __init__(self, part: str, share: str, asked: Settings, folder: Path, end: float, talk: Any) -> None:
         self.part, self.share = part, share
@@ -188,11 +166,11 @@ class Worker:
         self._position.unlink(missing_ok=True)
         self._process = subprocess.Popen(
             command, cwd=ROOT, env=environment(self._asked.output, self.part), stdout=self._talk, stderr=subprocess.STDOUT,
-            preexec_fn=os.setpgrp,  # a group of its own, so that what it starts ends with it
+            preexec_fn=os.setpgrp,  # a process group, so that its children end with it
         )  # fmt: skip
 
     def over(self) -> bool:
-        """Whether nothing is left to do; starts the next process if the last one has died on the way."""
+        """Return whether nothing is left to do; if the process has died, start the next one."""
         code = self._process.poll()
         if self._over or code is None:
             return self._over
@@ -206,12 +184,12 @@ class Worker:
         return self._over
 
     def kill(self) -> None:
-        """End the process, and whatever it has started, if it still runs."""
+        """End the process and its children if it still runs."""
         if self._process.poll() is None:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
-            self._note("killed: its part's time was over, and it did not end", self._at())
+            self._note("killed: the time of its part was over", self._at())
 
     def _at(self) -> int | None:
         try:
@@ -227,7 +205,7 @@ class Worker:
 
 
 def environment(output: Path, part: str) -> dict[str, str]:
-    """The environment of the processes: this checkout, and, but for tuning, the table that was tuned if there is one."""
+    """Return the environment of the processes: this checkout and, except for tuning, the tuned table if there is one."""
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     own = {**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
     tuned = output / "table.json"
@@ -235,7 +213,7 @@ def environment(output: Path, part: str) -> dict[str, str]:
 
 
 def run_part(part: str, asked: Settings, seconds: float, talk: Any) -> list[dict[str, Any]]:
-    """Run one part within so many seconds; its lines, which the job's record gets too."""
+    """Run one part within so many seconds, append its lines to the job's record, and return them."""
     print(f"{part}: at most {seconds:.0f} s", flush=True)
     start, spoke = time.monotonic(), 0.0
     count = asked.workers if part in _ABREAST and not asked.tiny else 1

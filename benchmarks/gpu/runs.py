@@ -1,4 +1,4 @@
-"""What a kernel must do besides being right: one launch, the same bits every time, on any stream, in a graph, in bounds."""
+"""The other checks of kernels: one launch, the same bits every time, on streams, in graphs, and in bounds."""
 
 from __future__ import annotations
 
@@ -21,8 +21,9 @@ from torch import Tensor
 import interp_nn
 from benchmarks.gpu import kernels
 from benchmarks.gpu.log import Log, read
-from benchmarks.graphs import captured
-from benchmarks.record import ROOT
+from benchmarks.records.environment import ROOT
+from benchmarks.timing import footprint
+from benchmarks.timing.cuda_graphs import captured, synchronize
 from interp_nn import functional
 from interp_nn.engines import orders
 
@@ -40,6 +41,7 @@ class Shape(NamedTuple):
 
     @property
     def name(self) -> str:
+        """Return the shape as text."""
         return f"({self.n}, {self.d}, {self.k}, {self.m}) {str(self.dtype).removeprefix('torch.')}"
 
 
@@ -52,14 +54,14 @@ _WIDE = 200  # columns
 
 
 def workload(shape: Shape, device: torch.device, wide: bool = False) -> dict[str, Call]:
-    """Every kernel of one launch at a shape: forward and backward of summary and pair, the losses with their gradients.
+    """Return calls of every kernel of one launch: forward and backward of summary and pair, losses with their gradients.
 
-    Inputs are drawn once; a call returns outputs and gradients. `wide` takes more columns, and so kernels of their own.
+    Inputs are drawn once; a call returns outputs and gradients. `wide` has more columns, for which there are other kernels.
     """
     n, d, k, m, dtype = shape
     if wide:
         k = _WIDE
-    draw = torch.Generator().manual_seed(0)  # on the CPU: nothing but what is asked for runs on the device
+    draw = torch.Generator().manual_seed(0)  # on the CPU: the device runs the calls alone
 
     def randn(*size: int, scale: float = 1.0) -> Tensor:
         return (torch.randn(size, generator=draw) * scale).to(dtype).to(device)
@@ -78,15 +80,15 @@ def workload(shape: Shape, device: torch.device, wide: bool = False) -> dict[str
 
         return call
 
-    def head(form: str) -> Call:
+    def head(order: str) -> Call:
         loss = functional.summary_head_cross_entropy
         call = calling(lambda x, w, a, c: [loss(x, w.t(), a, c, tm)], [upstream], x, w, a, c)
 
-        def in_form() -> Sequence[Tensor]:
-            with mock.patch.object(orders, "head_form", return_value=form):
+        def in_order() -> Sequence[Tensor]:
+            with mock.patch.object(orders, "head_order", return_value=order):
                 return call()
 
-        return in_form
+        return in_order
 
     calls = {
         "summary": calling(lambda x, w, bias: [functional.summary(x, w.t(), bias)], [dy], x, w, bias),
@@ -94,20 +96,20 @@ def workload(shape: Shape, device: torch.device, wide: bool = False) -> dict[str
     }
     if not wide:
         calls["pair loss"] = calling(lambda x, w: [functional.summary_cross_entropy(x, w.t(), t)], [upstream], x, w)
-        calls |= {"latent head loss": head("latent"), "flat head loss": head("flat")}
+        calls |= {"latent head loss": head("logits_from_latent"), "flat head loss": head("logits_from_x")}
     return calls
 
 
 def admitted(engine: str, shape: Shape, device: torch.device, log: Log, wide: bool = False) -> dict[str, Call]:
-    """The workload of a shape, but for what the engine refuses: that is a line each."""
+    """Return the workload of a shape that the engine supports; the rest is a line each."""
     n, d, k, m, dtype = shape
     k = _WIDE if wide else k
     classes = {"pair loss": k, "latent head loss": m, "flat head loss": m}
     calls = {}
     for name, call in workload(shape, device, wide).items():
-        why = kernels.refusal(engine, device, dtype, n, d, k, classes.get(name), "head" in name)
+        why = kernels.unsupported_reason(engine, device, dtype, n, d, k, classes.get(name), "head" in name)
         if engine == "cuda" and name == "flat head loss":
-            why = why or "cuda: it has the latent form only"
+            why = why or "cuda: it forms logits from the latent code only"
         if why is None:
             calls[name] = call
         else:
@@ -116,12 +118,12 @@ def admitted(engine: str, shape: Shape, device: torch.device, log: Log, wide: bo
 
 
 def bits(t: Tensor) -> Tensor:
-    """The same memory as integers, of which equal means equal, NaN or not."""
+    """View the memory as integers, so that equal bits compare equal, NaN too."""
     return t.contiguous().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[t.element_size()])
 
 
 def differing(got: Sequence[Tensor], first: Sequence[Tensor]) -> Tensor:
-    """On the device: whether any bit differs."""
+    """Return, on the device, whether any bit differs."""
     return torch.stack([(bits(g) != bits(f)).any() for g, f in zip(got, first, strict=True)]).any()
 
 
@@ -129,9 +131,9 @@ def differing(got: Sequence[Tensor], first: Sequence[Tensor]) -> Tensor:
 
 
 def count_launches(engine: str, device: torch.device, log: Log) -> None:
-    """Kernels of forward, of backward and of a loss with its gradients, as the engine's hook and the profiler see them.
+    """Count the kernels of forward, of backward and of a loss with its gradients, by the engine's hook and by the profiler.
 
-    A backward of a loss launches the kernel that scales the gradients by what comes from above.
+    The backward of a loss launches the kernel that scales the gradients by the upstream gradient.
     """
     shape = MIDDLE if device.type == "cuda" else TINY
     n, d, k, m, dtype = shape
@@ -144,7 +146,7 @@ def count_launches(engine: str, device: torch.device, log: Log) -> None:
     layer = interp_nn.nn.SummaryLayer(d, k, **made)
     classifier = interp_nn.nn.SummaryClassifier(d, k, **made)
     head = interp_nn.nn.SummaryHead(d, k, m, **made)
-    # What runs, what is done to its result, and the classes of a loss.
+    # Name, module, forward, backward, and the classes of a loss.
     measured: list[tuple[str, torch.nn.Module, Callable[[], Any], Callable[[Any], None], int | None]] = [
         ("SummaryLinear(bias=True)", linear, lambda: linear(x), lambda y: y.backward(dy), None),
         ("SummaryLayer", layer, lambda: layer(x), lambda p: torch.autograd.backward(tuple(p), (dy, dy)), None),
@@ -154,7 +156,7 @@ def count_launches(engine: str, device: torch.device, log: Log) -> None:
     with interp_nn.use_engine(engine):
         for name, module, forward, backward, classes in measured:
             label = f"launches of {name}, {engine}"
-            why = kernels.refusal(engine, device, dtype, n, d, k, classes, module is head)
+            why = kernels.unsupported_reason(engine, device, dtype, n, d, k, classes, module is head)
             if why is not None:
                 log.write(label, "skipped", why=why, engine=engine)
                 continue
@@ -168,16 +170,16 @@ def count_launches(engine: str, device: torch.device, log: Log) -> None:
                     backward(forward())
                     clear()
                 with kernels.launches(engine) as seen:
-                    out, ran = kernels.profiled(forward, device)
+                    out, ran = footprint.profiled(forward, device)
                 _count(f"{name}, forward", engine, seen, ran, shape, log)
                 with kernels.launches(engine) as seen:
-                    _, ran = kernels.profiled(partial(backward, out), device)
+                    _, ran = footprint.profiled(partial(backward, out), device)
                 _count(f"{name}, backward", engine, seen, ran, shape, log)
                 clear()
 
 
 def _count(name: str, engine: str, seen: list[str], profiled: list[str] | None, shape: Shape, log: Log) -> None:
-    """One launch, and nothing else."""
+    """Check that there is one launch, and nothing else."""
     ran = seen if profiled is None else profiled
     right = len(ran) == len(seen) == 1
     why = None if right else f"{len(ran)} on the device, {len(seen)} of the engine's, want 1"
@@ -189,7 +191,7 @@ def _count(name: str, engine: str, seen: list[str], profiled: list[str] | None, 
 
 
 def repeat(engine: str, shape: Shape, times: int, device: torch.device, log: Log) -> None:
-    """So many repeats of everything at one shape, bitwise equal."""
+    """Check that repeats of every call at one shape are bitwise equal."""
     for wide in (False, True):
         for name, call in admitted(engine, shape, device, log, wide).items():
             label = f"{times} repeats of {'wide ' * wide}{name} {shape.name}, {engine}"
@@ -204,13 +206,16 @@ def repeat(engine: str, shape: Shape, times: int, device: torch.device, log: Log
                     wrong += differing(call(), first)
                     done += 1
                     if done % 50 == 0:
-                        _synchronize(device)
-                why = f"{int(wrong)} of {done} differ" if int(wrong) else None
-                log.check(label, why, engine=engine, shape=shape.name, repeats=done)
+                        synchronize(device)
+                _judge(label, int(wrong), done, log, engine=engine, shape=shape.name)
+
+
+def _judge(label: str, wrong: int, done: int, log: Log, **facts: Any) -> None:
+    log.check(label, f"{wrong} of {done} differ" if wrong else None, repeats=done, **facts)
 
 
 def alternate(engine: str, shapes: Sequence[Shape], times: int, device: torch.device, log: Log) -> None:
-    """So many calls, at each shape in turn, bitwise equal to the first at that shape."""
+    """Check that calls at several shapes in turn are bitwise equal to the first at that shape."""
     label = f"{times} calls of alternating shapes, {engine}"
     with interp_nn.use_engine(engine):
         calls = [call for shape in shapes for call in admitted(engine, shape, device, log).values()]
@@ -221,20 +226,14 @@ def alternate(engine: str, shapes: Sequence[Shape], times: int, device: torch.de
         for i in range(times):
             place = i * 7 % len(calls)
             wrong += differing(calls[place](), firsts[place])
-        why = f"{int(wrong)} of {times} differ" if int(wrong) else None
-    log.check(label, why, engine=engine, shapes=[shape.name for shape in shapes], repeats=times)
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+    _judge(label, int(wrong), times, log, engine=engine, shapes=[shape.name for shape in shapes])
 
 
 # Streams
 
 
 def on_streams(engine: str, shape: Shape, rounds: int, device: torch.device, log: Log) -> None:
-    """Everything at once on several streams, beside other work, bitwise equal to one stream."""
+    """Check that calls on several streams at once, beside other work, are bitwise equal to one stream."""
     label = f"4 streams, {rounds} rounds {shape.name}, {engine}"
     calls = admitted(engine, shape, device, log)
     if not calls:
@@ -257,15 +256,17 @@ def on_streams(engine: str, shape: Shape, rounds: int, device: torch.device, log
                     wrong[name][place] += differing(calls[name](), firsts[name])
             done += 1
         torch.cuda.synchronize()
-    bad = {name: count for name, counts in wrong.items() if (count := sum(int(one) for one in counts))}
-    log.check(label, f"results differ: {bad}" if bad else None, engine=engine, shape=shape.name, rounds=done)
+    _judge(
+        label, sum(int(one) for counts in wrong.values() for one in counts), 4 * done, log, engine=engine,
+        shape=shape.name,
+    )  # fmt: skip
 
 
 # Graphs
 
 
 def in_graphs(engine: str, shape: Shape, replays: int, device: torch.device, log: Log) -> None:
-    """Forward, backward and losses in one graph, replayed; then two graphs of one stream replayed on two at a time."""
+    """Check replays of forward, backward and losses in one graph, then of two graphs of one stream on two streams."""
     calls = list(admitted(engine, shape, device, log).values())
     if not calls:
         return
@@ -289,8 +290,10 @@ def in_graphs(engine: str, shape: Shape, replays: int, device: torch.device, log
             t.fill_(math.nan)
         graph.replay()
         wrong += differing(out, first)
-    why = f"{int(wrong)} of {replays} replays differ" if int(wrong) else None
-    log.check(f"{replays} replays of a graph {shape.name}, {engine}", why, engine=engine, shape=shape.name)
+    _judge(
+        f"{replays} replays of a graph {shape.name}, {engine}", int(wrong), replays, log, engine=engine,
+        shape=shape.name,
+    )  # fmt: skip
     torch.cuda.synchronize()
     others = [torch.cuda.Stream(device) for _ in graphs]
     counts = [torch.zeros((), dtype=torch.int64, device=device) for _ in graphs]
@@ -303,16 +306,15 @@ def in_graphs(engine: str, shape: Shape, replays: int, device: torch.device, log
                 graph.replay()
                 count += differing(out, first)
     torch.cuda.synchronize()
-    bad = [int(count) for count in counts]
-    why = f"{bad} of {replays} replays differ" if any(bad) else None
-    log.check(f"two graphs of one stream on two streams {shape.name}, {engine}", why, engine=engine, shape=shape.name)
+    label = f"two graphs of one stream on two streams {shape.name}, {engine}"
+    _judge(label, sum(map(int, counts)), 2 * replays, log, engine=engine, shape=shape.name)
 
 
 # Sanitizer
 
 
 def run_small(engine: str, device: torch.device, log: Log) -> None:
-    """Each kernel once on a small problem: what the sanitizer looks at."""
+    """Run each kernel once on a small problem, for the sanitizer."""
     for shape in (TINY, SMALL) if device.type == "cuda" else (TINY,):
         for wide in (False, True):
             for name, call in admitted(engine, shape, device, log, wide).items():
@@ -323,7 +325,7 @@ def run_small(engine: str, device: torch.device, log: Log) -> None:
 
 
 def sanitizer() -> str | None:
-    """Where compute-sanitizer is: in PATH or in a CUDA toolkit."""
+    """Return the path of compute-sanitizer, from PATH or a CUDA toolkit."""
     toolkits = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
     places = [os.environ.get("PATH", ""), *(f"{root}/bin" for root in toolkits if root)]
     places += [f"{root}/compute-sanitizer" for root in toolkits if root]
@@ -331,7 +333,7 @@ def sanitizer() -> str | None:
 
 
 def sanitize(tool: str, engines: Sequence[str], device: torch.device, seconds: float, log: Log) -> None:
-    """The small problems under one tool of compute-sanitizer, in a process of their own; its start is most of its time."""
+    """Run the small problems under one tool of compute-sanitizer, in another process."""
     program = sanitizer()
     label = f"compute-sanitizer {tool}"
     if program is None:
@@ -341,10 +343,10 @@ def sanitize(tool: str, engines: Sequence[str], device: torch.device, seconds: f
         report, lines = Path(folder, "report"), Path(folder, "lines")
         options = ["--tool", tool, "--error-exitcode", "86", "--print-limit", "20"]
         if tool == "memcheck":
-            options += ["--report-api-errors", "no"]  # PyTorch asks the driver for what it may not have, and copes
+            options += ["--report-api-errors", "no"]  # PyTorch handles API errors itself
         part = ["-m", "benchmarks.gpu.worker", "small", "--log", str(lines), "--seconds", str(seconds)]
         part += ["--device", device.type, "--engines", ",".join(engines)]
-        # Without PyTorch's cache each tensor is an allocation of its own, whose end the tool knows.
+        # Without PyTorch's cache each tensor is an allocation, whose bounds the tool knows.
         environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
         with report.open("w", encoding="utf-8") as file:
             process = subprocess.Popen(

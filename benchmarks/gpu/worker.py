@@ -1,7 +1,7 @@
-"""One process of a GPU job: the steps of a part, or every n-th of them, written to a log.
+"""One process of a GPU job: it runs the steps of a part, or every n-th of them, and writes a log.
 
-A step that raises is a line of the log. Where it has broken the device's context, or takes longer than any should, the process
-ends, and `job` starts another one at the next step: what a kernel does to its process stays there.
+A step that raises becomes a line of the log. A step that breaks the device's context or takes too long ends the process, and
+`job` starts another one at the next step.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,14 +22,15 @@ import torch
 import interp_nn
 from benchmarks.gpu import cases, checks, kernels, runs
 from benchmarks.gpu.log import Log, common
+from benchmarks.timing.problems import Problem
 from interp_nn.engines import devices
 
-LOST = 3  # the exit status of a process whose device has failed
-_STEP_SECONDS = 180.0  # far more than any step needs, its compilations included
+LOST = 3  # the exit status of a process that has lost its device
+_STEP_SECONDS = 180.0  # far more than a step with its compilations needs
 
 
 class Settings(NamedTuple):
-    """What a part may know: the device, the job's folder, whether everything is to be small, the engines with kernels."""
+    """The settings of a part: the device, the job's folder, whether its problems are tiny, the engines with kernels."""
 
     device: torch.device
     output: Path
@@ -38,7 +39,7 @@ class Settings(NamedTuple):
 
 
 class Step(NamedTuple):
-    """A named piece of a part; it may take `seconds` before the process is given up."""
+    """A named piece of a part; after `seconds` its process is ended."""
 
     name: str
     run: Callable[[Log], None]
@@ -58,40 +59,38 @@ def _correctness(settings: Settings) -> list[Step]:
     ]
 
 
+def _each(part: str, check: Callable[..., None], settings: Settings, *shapes: runs.Shape, times: int) -> list[Step]:
+    """Return a step for each shape and engine."""
+    return [
+        Step(f"{part} {shape.name}, {name}", partial(check, name, shape, times, settings.device), 300)
+        for shape in shapes
+        for name in settings.engines
+    ]
+
+
 def _launches(settings: Settings) -> list[Step]:
     return [Step(f"launches {name}", partial(runs.count_launches, name, settings.device)) for name in settings.engines]
 
 
 def _repeats(settings: Settings) -> list[Step]:
-    engines, device = settings.engines, settings.device
     if settings.tiny:
-        return [Step(f"repeats {name}", partial(runs.repeat, name, runs.TINY, 2, device)) for name in engines]
+        return _each("repeats", runs.repeat, settings, runs.TINY, times=2)
     shapes = [runs.MIDDLE, runs.LARGE, runs.EXACT, runs.SMALL]
-    repeated = [
-        Step(f"repeats {shape.name}, {name}", partial(runs.repeat, name, shape, 1000, device), 300)
-        for shape in shapes[:3]
-        for name in engines
+    return [
+        *_each("repeats", runs.repeat, settings, *shapes[:3], times=1000),
+        *(
+            Step(f"alternating shapes, {name}", partial(runs.alternate, name, shapes, 200, settings.device))
+            for name in settings.engines
+        ),
     ]
-    alternating = [
-        Step(f"alternating shapes, {name}", partial(runs.alternate, name, shapes, 200, device)) for name in engines
-    ]
-    return [*repeated, *alternating]
 
 
 def _streams(settings: Settings) -> list[Step]:
-    return [
-        Step(f"streams {shape.name}, {name}", partial(runs.on_streams, name, shape, 100, settings.device))
-        for shape in (runs.SMALL, runs.MIDDLE, runs.LARGE)
-        for name in settings.engines
-    ]
+    return _each("streams", runs.on_streams, settings, runs.SMALL, runs.MIDDLE, runs.LARGE, times=100)
 
 
 def _graphs(settings: Settings) -> list[Step]:
-    return [
-        Step(f"graphs {shape.name}, {name}", partial(runs.in_graphs, name, shape, 100, settings.device))
-        for shape in (runs.MIDDLE, runs.SMALL)
-        for name in settings.engines
-    ]
+    return _each("graphs", runs.in_graphs, settings, runs.MIDDLE, runs.SMALL, times=100)
 
 
 def _sanitizer(settings: Settings) -> list[Step]:
@@ -115,7 +114,7 @@ def _tune(settings: Settings) -> list[Step]:
 
     def tune(log: Log) -> None:
         if "triton" not in settings.engines:
-            log.write("tune", "skipped", why="only the kernels of the triton engine have tiles to choose")
+            log.write("tune", "skipped", why="only the triton engine has tiles to tune")
             return
         path = settings.output / "table.json"
         with log.guarded("tune"):
@@ -126,33 +125,33 @@ def _tune(settings: Settings) -> list[Step]:
 
 
 def _time(settings: Settings) -> list[Step]:
-    from benchmarks.gpu import times
+    from benchmarks.gpu import timings
 
-    engines, device, problems = settings.engines, settings.device, times.problems()
-    if settings.tiny:
-        return [
-            Step(problem.name, partial(times.check_problem, problem, engines, device))
-            for problem in times.tiny_problems()
-        ]
+    engines, device, problems = settings.engines, settings.device, timings.problems()
 
-    def timed(problem: times.Problem, place: int) -> Step:
+    def timed(problem: Problem, mode: str, timers: Sequence[str], share: Callable[[Log], float]) -> Step:
         def run(log: Log) -> None:
-            # What is left is shared by what is left; compiling and warming up have half of it.
-            times.time_problem(problem, engines, device, max(0.2, 0.5 * log.left() / (len(problems) - place)), log)
+            timings.time_problem(problem, mode, engines, device, timers, share(log), log)
 
-        return Step(problem.name, run)
+        return Step(f"{problem.name} {mode}, {timers[0]}", run)
 
+    if settings.tiny:
+        return [timed(problem, mode, ("wall",), lambda log: 0.0) for problem, mode in timings.TINY]
+    # The steps share the time that is left; half of it is for compiling and warming up.
+    shares = [
+        lambda log, place=place: max(0.2, 0.5 * log.left() / (len(problems) - place)) for place in range(len(problems))
+    ]
     return [
-        Step("rates", partial(times.rates, device, "start")),
-        *([Step("barrier", partial(times.barrier, device))] if "triton" in engines else []),
-        *(Step(problem.name, partial(times.time_host, problem, engines, device)) for problem in times.host_problems()),
-        *(timed(problem, place) for place, problem in enumerate(problems)),
-        Step("rates at the end", partial(times.rates, device, "end")),
+        Step("rates", partial(timings.rates, device, "start")),
+        *([Step("barrier", partial(timings.barrier, device))] if "triton" in engines else []),
+        *(timed(problem, mode, ("host",), lambda log: 2.0) for problem, mode in timings.HOST),
+        *(timed(*pair, ("events", "graph"), share) for pair, share in zip(problems, shares, strict=True)),
+        Step("rates at the end", partial(timings.rates, device, "end")),
     ]
 
 
 def _compile_runs(settings: Settings) -> list[Step]:
-    """Triton's kernels of the parts that run one after another, compiled by several processes first."""
+    """Compile Triton's kernels of the parts that run in one process, in several processes."""
     if "triton" not in settings.engines:
         return []
     device, tasks = settings.device, []
@@ -175,34 +174,26 @@ def _compile_runs(settings: Settings) -> list[Step]:
 
 
 def _compile_times(settings: Settings) -> list[Step]:
-    from benchmarks.gpu import times
+    from benchmarks.gpu import timings
 
     if "triton" not in settings.engines:
         return []
-
-    def step(problem: times.Problem) -> Step:
-        return Step(problem.name, partial(times.compile_kernels, problem, settings.device))
-
-    return [step(problem) for problem in times.problems() if problem.what in ("loss", "head", "both")]
+    return [
+        Step(f"{problem.name} {mode}", partial(timings.compile_kernels, problem, mode, settings.device))
+        for problem, mode in timings.problems()
+        if mode in ("loss", "fwdbwd")
+    ]
 
 
 PARTS: dict[str, Callable[[Settings], list[Step]]] = {
-    "correctness": _correctness,
-    "launches": _launches,
-    "repeats": _repeats,
-    "streams": _streams,
-    "graphs": _graphs,
-    "sanitizer": _sanitizer,
-    "small": _small,
-    "tune": _tune,
-    "time": _time,
-    "compile runs": _compile_runs,
+    "correctness": _correctness, "launches": _launches, "repeats": _repeats, "streams": _streams, "graphs": _graphs,
+    "sanitizer": _sanitizer, "small": _small, "tune": _tune, "time": _time, "compile runs": _compile_runs,
     "compile times": _compile_times,
-}
+}  # fmt: skip
 
 
 def work(steps: list[Step], log: Log, device: torch.device, first: int, position: Path | None) -> int:
-    """Run the steps from the first on; the exit status. `position` holds the number of the one at hand."""
+    """Run the steps from the first on and return the exit status; `position` holds the number of the current step."""
     for place, step in enumerate(steps):
         if place < first:
             continue
@@ -223,7 +214,7 @@ def work(steps: list[Step], log: Log, device: torch.device, first: int, position
 
 
 def _lost(device: torch.device, log: Log, name: str) -> bool:
-    """Whether the device no longer answers this process."""
+    """Return whether the device no longer answers this process."""
     if device.type != "cuda":
         return False
     try:
@@ -236,19 +227,20 @@ def _lost(device: torch.device, log: Log, name: str) -> bool:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command line; the exit status."""
+    """Run the command line and return the exit status."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.worker", description=__doc__)
-    parser.add_argument("part", choices=PARTS)
-    parser.add_argument("--log", type=Path, required=True)
-    parser.add_argument("--seconds", type=float, required=True)
-    parser.add_argument("--output", type=Path, default=Path("."))
-    parser.add_argument("--device", default="cuda")
-    parser.add_argument("--engines", help="those with kernels, with commas (default: the ones that are on here)")
-    parser.add_argument("--share", default="0/1", help="i/n: every n-th step from the i-th on")
-    parser.add_argument("--first", type=int, default=0, help="the first step of the share to run")
-    parser.add_argument("--position", type=Path)
-    parser.add_argument("--revision")
-    parser.add_argument("--tiny", action="store_true")
+    add = parser.add_argument
+    add("part", choices=PARTS)
+    for name, kind in (("--log", Path), ("--seconds", float)):
+        add(name, type=kind, required=True)
+    add("--output", type=Path, default=Path("."))
+    add("--device", default="cuda")
+    add("--engines", help="separated by commas (default: the engines with kernels that are on)")
+    add("--share", default="0/1", help="i/n: every n-th step, from the i-th on")
+    add("--first", type=int, default=0, help="the first step of the share to run")
+    add("--position", type=Path)
+    add("--revision")
+    add("--tiny", action="store_true")
     given = parser.parse_args(arguments)
     warnings.simplefilter("ignore")
     if given.device == "cpu" and devices.interpreting():

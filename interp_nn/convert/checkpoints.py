@@ -1,4 +1,4 @@
-"""From other people's checkpoints to these layers."""
+"""Load checkpoints of other projects into these layers."""
 
 from __future__ import annotations
 
@@ -13,13 +13,32 @@ from interp_nn.nn.heads import SummaryHead
 def head_from_reference(
     state_dict: Mapping[str, Tensor], layer: str | None = None, output: str = "output"
 ) -> SummaryHead:
-    """A SummaryHead with the weights of a checkpoint of AskExplain/Interpretable-Neural-Net.
+    """Make a SummaryHead from a checkpoint of the reference network, with the same two logits.
 
-    That code forms b by sending an identity matrix through nn.Linear(d, k), so its bias c shifts every row of b:
-    b = Wᵀ + 1 cᵀ. The head gets that b, and computes the same two logits.
+    The reference code forms b by sending an identity matrix through nn.Linear(d, k), so the bias c of that layer shifts
+    every row of b: b = Wᵀ + 1 cᵀ.
 
-    layer: the summary layer's name in the checkpoint ("classifier" for VGG, "summary_layer1" for the small CNN); found
-    by itself when there is only one. output: the output layer's name. Raises ValueError when either is not there.
+    Args:
+        state_dict: The checkpoint's state_dict.
+        layer: Name of the summary layer in the checkpoint ("classifier" for VGG, "summary_layer1" for the small CNN). None
+            takes the only one.
+        output: Name of the output layer.
+
+    Returns:
+        The head, in the checkpoint's dtype and on its device.
+
+    Raises:
+        ValueError: The checkpoint has no such layer, or several and `layer` is None.
+
+    Example:
+        >>> layers = {"classifier.beta_func1": torch.nn.Linear(8, 4), "output": torch.nn.Linear(4, 3)}
+        >>> head_from_reference({f"{n}.{p}": t.detach() for n, m in layers.items() for p, t in m.named_parameters()})
+        SummaryHead(
+          in_features=8, out_features=4
+          (output): Linear(in_features=4, out_features=3, bias=True)
+        )
+
+    Source: AskExplain/Interpretable-Neural-Net (MIT).
     """
     suffix = ".beta_func1.weight"
     found = [name.removesuffix(suffix) for name in state_dict if name.endswith(suffix)]

@@ -1,4 +1,4 @@
-"""Which layers of a model can change between plain and summary layers in place, and why not the others."""
+"""Select the layers of a model that can change between plain and summary layers in place, with reasons for the others."""
 
 from __future__ import annotations
 
@@ -19,10 +19,21 @@ _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 class Convertible:
-    """The layers of a model that `select` takes, in order: `paths` of each, and `obstacles`, the reason why one must stay.
+    """Find the layers of a model that `select` chooses, and those of them that cannot be converted.
 
-    classes: from each class that can be converted to what it becomes. values: whether the conversion computes with them.
-    Raises ValueError where `select` takes no layer, or names one by its very path that must stay.
+    Args:
+        model: The model.
+        select: As in `summarize`.
+        classes: Maps each class that can be converted to its new class.
+        values: True if the conversion computes with the values of the weights.
+
+    Attributes:
+        layers: The chosen layers, in the order of `model.named_modules()`.
+        paths: All paths of each module.
+        unsupported: Maps each chosen layer that cannot be converted to the reason.
+
+    Raises:
+        ValueError: `select` chooses no layer, or gives the exact path of a layer that cannot be converted.
     """
 
     def __init__(self, model: nn.Module, select: Select, classes: Mapping[type, type], values: bool) -> None:
@@ -32,19 +43,21 @@ class Convertible:
         summaries = any(issubclass(c, LinearForm) for c in classes)
         layers = [m for m in self.paths if isinstance(m, LinearForm) is summaries and (summaries or _has_matrix(m))]
         self.layers, named = self._selected(select, layers)
-        self.obstacles = {m: why for m in self.layers if (why := _obstacle(m, classes, values)) is not None}
+        self.unsupported = {m: why for m in self.layers if (why := _unsupported_reason(m, classes, values)) is not None}
         if not summaries:
             for path, reader in read_past_forward(model).items():
                 for m in self.layers:
                     if path in self.paths[m]:
-                        self.obstacles.setdefault(m, f"{reader} takes its weight for itself")
+                        self.unsupported.setdefault(m, f"{reader} reads its weight itself")
         self._tied()
-        refused = [f"{self.paths[m][0]}: {self.obstacles[m]}" for m in self.layers if m in named & set(self.obstacles)]
+        refused = [
+            f"{self.paths[m][0]}: {self.unsupported[m]}" for m in self.layers if m in named & set(self.unsupported)
+        ]
         if refused:
             raise ValueError(f"select: cannot convert {'; '.join(refused)}")
 
     def _selected(self, select: Select, layers: list[nn.Module]) -> tuple[list[nn.Module], set[nn.Module]]:
-        """The layers that are taken, and those among them that are named by their path."""
+        """Return the chosen layers, and the set of those that are named by their exact path."""
         if select is None:
             return layers, set()
         if not callable(select) and not isinstance(select, Iterable):
@@ -54,7 +67,7 @@ class Convertible:
         if callable(select):
             chosen = {m for m in layers if any(select(path, m) for path in self.paths[m])}
             if not chosen:
-                raise ValueError("select: takes none of the model's layers")
+                raise ValueError("select: chooses none of the model's layers")
             return [m for m in layers if m in chosen], set()
         chosen, named = set(), set()
         for pattern in [select] if isinstance(select, str) else select:
@@ -66,7 +79,7 @@ class Convertible:
             chosen |= found
             named |= {m for m in found if pattern in self.paths[m]}
         if not chosen:
-            raise ValueError("select: got no path, want at least one (None takes all layers)")
+            raise ValueError("select: got no path, want at least one (None selects all layers)")
         return [m for m in layers if m in chosen], named
 
     def _unknown(self, pattern: str, layers: list[nn.Module]) -> str:
@@ -77,7 +90,7 @@ class Convertible:
         return "is no layer of the model" + (f"; near it: {', '.join(near)}" if near else "")
 
     def _tied(self) -> None:
-        """Layers tied to something that stays must stay; so must those tied to them, and those that overlap something."""
+        """Mark layers that are tied to a parameter that stays, or whose weight overlaps another parameter in memory."""
         owners: dict[object, list[tuple[nn.Module, str]]] = {}
         for module in self.paths:
             for name, p in module._parameters.items():
@@ -86,21 +99,23 @@ class Convertible:
         for key, other in _overlaps(owners):
             for module, name in owners[key]:
                 if name == "weight" and module in self.layers:
-                    self.obstacles.setdefault(module, f"its weight overlaps {self._name(*owners[other][0])} in memory")
+                    self.unsupported.setdefault(
+                        module, f"its weight overlaps {self._name(*owners[other][0])} in memory"
+                    )
         for shared in owners.values():
             kinds = {(type(m), getattr(m, "groups", 1)) for m, _ in shared}
-            stays = next(((m, n) for m, n in shared if m not in self.layers or m in self.obstacles), None)
+            stays = next(((m, n) for m, n in shared if m not in self.layers or m in self.unsupported), None)
             for module, name in shared:
                 other = stays or (next(s for s in shared if s[0] is not module) if len(kinds) > 1 else None)
                 if name == "weight" and module in self.layers and other is not None and other[0] is not module:
-                    self.obstacles.setdefault(module, f"its weight is tied to {self._name(*other)}")
+                    self.unsupported.setdefault(module, f"its weight is tied to {self._name(*other)}")
 
     def _name(self, module: nn.Module, parameter: str) -> str:
         return ".".join(filter(None, (self.paths[module][0], parameter)))
 
 
 def memory(p: Tensor) -> object:
-    """What two parameters have in common where they are the same entries, of matrices also where one is the other's transpose."""
+    """Return a value that two parameters share if they are the same entries; a matrix and its transpose share it too."""
     if type(p) is not nn.Parameter or p.layout is not torch.strided or p.is_meta or not p.numel():
         return id(p)
     order = [(stride, size) for stride, size in zip(p.stride(), p.shape, strict=True) if size > 1 or p.dim() != 2]
@@ -108,15 +123,15 @@ def memory(p: Tensor) -> object:
 
 
 def _end(p: Tensor) -> int:
-    """The address after that of a tensor's last entry."""
+    """Return the address after that of a tensor's last entry."""
     last = sum((size - 1) * stride for size, stride in zip(p.shape, p.stride(), strict=True))
     return p.data_ptr() + (last + 1) * p.element_size()
 
 
 def _overlaps(memories: Iterable[object]) -> Iterator[tuple[object, object]]:
-    """Each of the memories whose range overlaps that of another one, and that other one."""
+    """Yield each memory whose range overlaps that of another one, with that other one."""
     ranges = sorted((m for m in memories if isinstance(m, tuple)), key=lambda m: (str(m[0]), m[1]))
-    reaching = None  # farthest, of those that have begun
+    reaching = None  # of the memories so far, the one with the highest end
     for m in ranges:
         if reaching is not None and m[0] == reaching[0] and m[1] < reaching[2]:
             yield m, reaching
@@ -131,8 +146,8 @@ def _has_matrix(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear | nn.Conv2d) or (weight is not None and not lazy and weight.dim() > 1)
 
 
-def _obstacle(layer: nn.Module, classes: Mapping[type, type], values: bool) -> str | None:
-    """Why this layer must stay, whatever is around it."""
+def _unsupported_reason(layer: nn.Module, classes: Mapping[type, type], values: bool) -> str | None:
+    """Return the reason why a layer cannot be converted, apart from the modules around it; None if it can."""
     kind: type = parametrize.type_before_parametrizations(layer)
     if kind not in classes:
         base = next((c for c in kind.__mro__ if c in classes), None)

@@ -1,4 +1,4 @@
-"""Whole models in and out: `summarize` turns their plain layers into summary layers, `fold` turns them back, both in place."""
+"""Convert whole models in place: `summarize` makes plain layers summary layers, `fold` makes them plain again."""
 
 from __future__ import annotations
 
@@ -14,21 +14,34 @@ from torch.nn.utils import parametrize
 from interp_nn.convert.eligible import Convertible, Select, memory
 from interp_nn.engines.problem import Plan
 from interp_nn.engines.select import plan
-from interp_nn.nn.base import LinearForm, check_preserve, exact_effective, root
+from interp_nn.nn.base import LinearForm
 from interp_nn.nn.conv import SummaryConv2d
 from interp_nn.nn.linear import SummaryLinear
+from interp_nn.nn.weights import check_preserve, cube_root_weight, exact_effective_weight
 
 _SUMMARY: dict[type, type] = {nn.Linear: SummaryLinear, nn.Conv2d: SummaryConv2d}
 _PLAIN: dict[type, type] = {summary: plain for plain, summary in _SUMMARY.items()}
 
 
 class Converted(NamedTuple):
-    """A layer in a `Report`.
+    """Describe a converted layer in a `Report`.
 
-    name: its path; of a shared module the first. was, now: its classes. shape: (d, k) of b, of each group's where groups > 1.
-    parameters: of weight and bias. plan: how a SummaryLinear computes; None where the engine asked for by name cannot, for a
-    convolution, which forms its effective weight once a call, and for plain layers. error: ‖W - W'‖ / ‖W‖ (Frobenius, fp64) of
-    the effective weights W before and W' after; None where they have no values (the meta device).
+    Attributes:
+        name: Path of the layer, the first one of a shared module.
+        was: Name of its class before.
+        now: Name of its class after.
+        shape: Shape (d, k) of b, or of each group's b if groups > 1.
+        groups: The number of groups of a convolution, else 1.
+        parameters: Number of entries of weight and bias.
+        plan: The plan of a SummaryLinear. None for convolutions, which form their effective weight once a call, for plain
+            layers, and if the engine that was requested by name cannot compute the layer.
+        error: ‖W - W'‖ / ‖W‖ (Frobenius, in float64) of the effective weights W before and W' after. None if the weights
+            have no values (the meta device).
+
+    Example:
+        >>> row = summarize(nn.Sequential(nn.Linear(4, 3))).converted[0]
+        >>> row.name, row.was, row.now, row.shape
+        ('0', 'Linear', 'SummaryLinear', (4, 3))
     """
 
     name: str
@@ -41,8 +54,19 @@ class Converted(NamedTuple):
     error: float | None
 
 
-class Left(NamedTuple):
-    """A layer in a `Report` that stays as it is, and why."""
+class Skipped(NamedTuple):
+    """Describe a layer in a `Report` that was not converted.
+
+    Attributes:
+        name: Path of the layer.
+        kind: Name of its class.
+        reason: Why it cannot be converted.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(4, 4), nn.Bilinear(4, 4, 4))
+        >>> summarize(model).skipped
+        (Skipped(name='1', kind='Bilinear', reason='neither Linear nor Conv2d'),)
+    """
 
     name: str
     kind: str
@@ -51,15 +75,27 @@ class Left(NamedTuple):
 
 @dataclass(frozen=True)
 class Report:
-    """What `summarize` or `fold` did, or on a dry run would do. Prints as a table."""
+    """Describe what `summarize` or `fold` did, or would do on a dry run. Prints as a table.
+
+    Attributes:
+        title: First words of the table.
+        converted: The converted layers.
+        skipped: The layers that were not converted, with the reasons.
+
+    Example:
+        >>> print(fold(nn.Sequential(SummaryLinear(4, 3))))
+        fold: 1 layers, 15 parameters
+        layer  was            now     b      parameters  plan  error
+        0      SummaryLinear  Linear  4 x 3  15          -     ...
+    """
 
     title: str
     converted: tuple[Converted, ...]
-    left: tuple[Left, ...]
+    skipped: tuple[Skipped, ...]
 
     @property
     def error(self) -> float:
-        """The largest error of a converted layer; 0 where none has one."""
+        """Return the largest error of a converted layer; 0 if no layer has one."""
         return max((row.error for row in self.converted if row.error is not None), default=0.0)
 
     def __str__(self) -> str:
@@ -72,33 +108,51 @@ class Report:
             error = "-" if r.error is None else f"{r.error:.1e}"
             rows.append((r.name or "(model)", r.was, r.now, shape, f"{r.parameters:,}", how, error))
         lines += _columns(rows) if self.converted else []
-        lines += ["left as they are:"] if self.left else []
-        lines += _columns([(r.name or "(model)", r.kind, r.reason) for r in self.left])
+        lines += ["skipped:"] if self.skipped else []
+        lines += _columns([(r.name or "(model)", r.kind, r.reason) for r in self.skipped])
         return "\n".join(lines)
 
 
 def summarize(
     model: nn.Module, *, select: Select = None, preserve: str = "function", dry_run: bool = False, rows: int = 1024
 ) -> Report:
-    """Make each nn.Linear of a model a SummaryLinear and each nn.Conv2d a SummaryConv2d, in place; `fold` is the way back.
+    """Make each nn.Linear of a model a SummaryLinear and each nn.Conv2d a SummaryConv2d, in place.
 
-    select: which of them: a path ("blocks.0.mlp.fc1"), a pattern ("blocks.*.fc?", where * matches dots too), several of these,
-    or a function of (path, module); None takes all. preserve: "function" keeps the model's outputs, as each b gets the cube
-    roots of its weight's singular values; they are computed in fp64, and rounding them to the weight's dtype is all of the
-    report's errors. "weight" keeps the parameters and changes the outputs wherever a weight is not orthonormal. dry_run:
-    compute the same report and change nothing. rows: how many rows (batch times positions) the report's plans are for.
+    Only the layer's class and the values of its weight change. Parameters are the same objects, so tied weights stay tied and
+    optimizers stay attached (their moments are those of the old weight). Hooks, flags, dtype and device do not change. To
+    convert a copy, pass `copy.deepcopy(model)`. `fold` is the inverse.
 
-    A layer changes its class and the values of its weight, and is otherwise the same: its parameters are the same objects, so
-    tied weights stay tied and optimizers attached (but their moments were those of the old weight), and hooks, flags, dtype and
-    device are untouched. For a copy, convert `copy.deepcopy(model)`.
+    Skipped, with the reason in the report, are subclasses; parametrized, pruned, quantized, sharded, lazy and non-finite
+    layers; layers tied to a parameter that stays, or that share a part of their memory with one; and layers whose weight a
+    module above reads itself, as nn.TransformerEncoderLayer does. The search for such reads looks for `self.fc.weight` in
+    the source of forward. It does not find other ways to read a weight, so compare the outputs.
 
-    Left as they are, with the reason in the report: subclasses; parametrized, pruned, quantized, sharded, lazy and non-finite
-    layers; ones tied to something that stays, or that share only part of their memory with another parameter; ones whose weight
-    a module above takes for itself, as nn.TransformerEncoderLayer does. The last are found in the source of its forward
-    (`self.fc.weight`); code that reads a weight in another way goes unseen, so compare outputs where that may be.
+    All new weights are computed before the first is written. For a while there are two of each, and a conversion that fails
+    changes nothing.
 
-    Raises ValueError where `select` takes no layer, or names by its very path one that must stay. All new weights are computed
-    before the first is written (for a while there are two of each), so a conversion that fails has changed nothing.
+    Args:
+        model: The model.
+        select: The layers to convert: a path ("blocks.0.mlp.fc1"), a pattern ("blocks.*.fc?", where * matches dots too),
+            several of these, or a function of (path, module). None selects all.
+        preserve: "function" keeps the model's outputs: each b gets the cube roots of its weight's singular values, computed
+            in float64 and rounded to the weight's dtype. "weight" keeps the parameters, and changes the outputs wherever a
+            weight is not orthonormal.
+        dry_run: Compute the same report and change nothing.
+        rows: Number of rows (batch times positions) that the report's plans are for.
+
+    Returns:
+        A report of the converted and skipped layers.
+
+    Raises:
+        TypeError: `model` is not an nn.Module, or `select` is of another type.
+        ValueError: `select` chooses no layer, or gives the exact path of a layer that cannot be converted; `preserve` or
+            `rows` is something else.
+
+    Example:
+        >>> model, x = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2)), torch.ones(1, 4)
+        >>> before, report = model(x), summarize(model, select="0")
+        >>> [type(layer).__name__ for layer in model], torch.allclose(model(x), before, atol=1e-5)
+        (['SummaryLinear', 'ReLU', 'Linear'], True)
     """
     check_preserve(preserve)
     if not isinstance(rows, int) or rows < 0:
@@ -107,11 +161,26 @@ def summarize(
 
 
 def fold(model: nn.Module) -> Report:
-    """Make each SummaryLinear of a model an nn.Linear and each SummaryConv2d an nn.Conv2d, in place; the outputs are the same.
+    """Make each SummaryLinear of a model an nn.Linear and each SummaryConv2d an nn.Conv2d, in place. Outputs do not change.
 
-    The effective weight is formed in fp64 and rounded once, into the parameter that was b; what `summarize` was given comes
-    back to rounding. A parametrization of b ends here. Layers that give pairs (SummaryLayer, SummaryHead) have no plain equal:
-    they stay, as do subclasses and layers tied to something that stays, with the reason in the report.
+    The effective weight is formed in float64, rounded once, and written into the parameter that held b. After `summarize`
+    this gives the original weights up to rounding. A parametrization of b is removed. Layers that return pairs (SummaryLayer,
+    SummaryHead), subclasses, and layers tied to a parameter that stays are skipped, with the reason in the report.
+
+    Args:
+        model: The model.
+
+    Returns:
+        A report of the converted and skipped layers.
+
+    Raises:
+        TypeError: `model` is not an nn.Module.
+
+    Example:
+        >>> model = nn.Sequential(SummaryLinear(4, 3), nn.ReLU())
+        >>> report = fold(model)
+        >>> [type(layer).__name__ for layer in model]
+        ['Linear', 'ReLU']
     """
     return _convert("fold", model, None, _PLAIN, "function", False, 0)
 
@@ -122,11 +191,12 @@ def _convert(
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: got {type(model).__name__}, want a torch.nn.Module")
     found = Convertible(model, select, classes, values=preserve == "function")
-    left = [Left(found.paths[m][0], type(m).__name__, found.obstacles[m]) for m in found.layers if m in found.obstacles]
-    layers: list[Any] = [m for m in found.layers if m not in found.obstacles]
+    reasons = found.unsupported
+    skipped = [Skipped(found.paths[m][0], type(m).__name__, reasons[m]) for m in found.layers if m in reasons]
+    layers: list[Any] = [m for m in found.layers if m not in reasons]
     converted, written = [], {}
-    errors: dict[object, float | None] = {}  # of tied weights the first alone is computed, and written
-    for layer in layers:  # all that can fail, before anything changes
+    errors: dict[object, float | None] = {}  # tied weights are computed and written once
+    for layer in layers:  # everything that can fail, before anything changes
         name, weight = found.paths[layer][0], layer.weight
         tie = layer if parametrize.is_parametrized(layer) else memory(weight)
         if tie not in errors:
@@ -140,14 +210,14 @@ def _convert(
             with torch.no_grad():
                 layer.weight.copy_(written.pop(layer))
         if isinstance(layer, LinearForm):
-            layer._drop_square()
-        for state in ("_frozen", "_square", "constraint"):
+            layer._drop_gram()
+        for state in ("_frozen", "_gram_cache", "constraint"):
             vars(layer).pop(state, None)
         layer.__class__ = classes[type(layer)]
-        # Compiled models are to be compiled again: the guards of PyTorch 2.10 look at classes only where a dict has changed.
+        # Compiled models must be compiled again, and PyTorch 2.10's guards check a class only if a dict has changed.
         vars(layer)["converted"] = True
         del vars(layer)["converted"]
-    return Report(title + ", dry run" * dry_run, tuple(converted), tuple(left))
+    return Report(title + ", dry run" * dry_run, tuple(converted), tuple(skipped))
 
 
 def _kind(layer: nn.Module) -> type:
@@ -156,16 +226,16 @@ def _kind(layer: nn.Module) -> type:
 
 
 def _other_weight(name: str, layer: nn.Module, weight: Tensor, preserve: str) -> tuple[Tensor, float | None]:
-    """The weight of the layer's other kind, and the relative change of the effective weight."""
+    """Compute the weight for the layer's other kind, and the relative change of the effective weight."""
     groups = getattr(layer, "groups", 1)
     if _kind(layer) in _PLAIN:
-        before = exact_effective(weight, groups)
+        before = exact_effective_weight(weight, groups)
         new = before.to(weight.dtype)
         after = new.double()
     else:
         before = weight.detach().double()
-        new = root(name, weight, preserve, groups)
-        after = exact_effective(new, groups)
+        new = cube_root_weight(name, weight, preserve, groups)
+        after = exact_effective_weight(new, groups)
     if new.is_meta:
         return new, None
     size = float(torch.linalg.vector_norm(before))
@@ -177,7 +247,7 @@ def _row(name: str, layer: Any, weight: Tensor, now: type, error: float | None, 
     d, k = weight.shape[1:].numel(), len(weight) // groups
     how = None
     if now is SummaryLinear:
-        with suppress(RuntimeError):  # of an engine that was asked for and cannot
+        with suppress(RuntimeError):  # the requested engine cannot compute it
             how = plan(rows, d, k, dtype=weight.dtype, device=weight.device)
     parameters = weight.numel() + (0 if layer.bias is None else layer.bias.numel())
     return Converted(name, _kind(layer).__name__, now.__name__, (d, k), groups, parameters, how, error)

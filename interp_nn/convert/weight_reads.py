@@ -1,4 +1,4 @@
-"""Which layers have their `weight` read by a module around them, past their own forward."""
+"""Find layers whose `weight` a module around them reads, outside of their own forward."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from collections.abc import Iterator
 
 from torch import nn
 
-# What a summary layer's weight tells as truly as a plain layer's: these attributes, and these functions' answers.
+# Attributes and functions of a weight that give the same for a summary layer as for a plain layer.
 _FACTS = {"device", "dim", "dtype", "is_cuda", "is_meta", "layout", "ndim", "numel", "requires_grad", "shape", "size"}
 _QUESTIONS = {"hasattr", "id", "isinstance", "len", "type"}
 
 
 def read_past_forward(model: nn.Module) -> dict[str, str]:
-    """Paths of layers whose `weight` a module above them takes for itself, and that module's class.
+    """Map the paths of layers whose `weight` a module above them reads to that module's class.
 
-    A summary layer in such a place would give its b to code that wants an effective weight. Found in the source of `forward`,
-    of `loss` and of the methods that they call: expressions like `self.qkv.weight`, but for those that ask for a shape or a
-    dtype. What is reached otherwise (an index, a local name, getattr, compiled code) is not found.
+    A summary layer in such a place would give its b to code that wants an effective weight. The search reads the source of
+    `forward`, of `loss` and of the methods that they call. It finds expressions like `self.qkv.weight`, except those that ask
+    for a shape or a dtype. It does not find a weight that is reached by an index, a local name, getattr or compiled code.
     """
     reads: dict[str, str] = {}
     classes: dict[type, set[str]] = {}
@@ -33,7 +33,7 @@ def read_past_forward(model: nn.Module) -> dict[str, str]:
 
 
 def _reads(cls: type) -> Iterator[str]:
-    """Paths p of the `self.p.weight` in what a class's forward and loss run."""
+    """Yield the paths p of each `self.p.weight` in a class's forward, its loss and the methods that they call."""
     seen, ahead = set(), ["forward", "loss"]
     while ahead:
         method = ahead.pop()
@@ -52,7 +52,7 @@ def _reads(cls: type) -> Iterator[str]:
 
 
 def _chains(function: object) -> Iterator[list[str]]:
-    """The names after `self` in each `self.a.b.c` of a method; none where its source is not at hand."""
+    """Yield the names after `self` in each `self.a.b.c` of a method; nothing if its source is not available."""
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(function))))  # type: ignore[arg-type]
     except (OSError, TypeError, SyntaxError):
@@ -66,9 +66,9 @@ def _chains(function: object) -> Iterator[list[str]]:
     for node in ast.walk(tree):
         if not isinstance(node, ast.Attribute) or id(node) in passed:
             continue
-        chain, root = [], node
-        while isinstance(root, ast.Attribute):
-            chain.append(root.attr)
-            root = root.value  # type: ignore[assignment]
-        if isinstance(root, ast.Name) and root.id == "self":
+        chain, owner = [], node
+        while isinstance(owner, ast.Attribute):
+            chain.append(owner.attr)
+            owner = owner.value  # type: ignore[assignment]
+        if isinstance(owner, ast.Name) and owner.id == "self":
             yield chain[::-1]

@@ -23,7 +23,7 @@ _MANY_ELEMENTS = 2**15
 
 
 def _add_product(base: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
-    """base + left @ right, rounded once where PyTorch can; left @ right without a base."""
+    """Return base + left @ right, rounded once where PyTorch can; left @ right without a base."""
     if base is None:
         return left @ right
     if left.dim() == right.dim() == base.dim() == 2:
@@ -32,7 +32,7 @@ def _add_product(base: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
 
 
 def _columns(x: Tensor, b: Tensor) -> Tensor:
-    """b, in column-major order where that pays: BLAS on a CPU is up to four times faster at X b and Xᵀ dY for few columns.
+    """Return b, column-major for few columns on a CPU: BLAS is up to four times faster at X b and Xᵀ dY then.
 
     PyTorch's autograd forms db in b's order too, so this also speeds up a backward that is left to it.
     """
@@ -43,7 +43,7 @@ def _columns(x: Tensor, b: Tensor) -> Tensor:
 
 
 def _correlate(x: Tensor, y: Tensor) -> Tensor:
-    """xᵀ y, in column-major order for few columns (see `_columns`)."""
+    """Return xᵀ y, column-major for few columns (see `_columns`)."""
     return (y.mT @ x).mT if y.shape[-1] < _FEW_COLUMNS and y.is_cpu else x.mT @ y
 
 
@@ -58,9 +58,9 @@ def _twice_symmetric(t: Tensor) -> Tensor:
 def forward(
     x: Tensor, b: Tensor, bias: Tensor | None, plan: Plan, pair: bool
 ) -> tuple[Tensor | None, Tensor, list[Tensor]]:
-    """Compute `Engine.forward`. A bias needs 2-D inputs.
+    """Compute `Engine.forward`: (P or None, Y, saved tensors) of x (..., n, d) and b (..., d, k).
 
-    It is differentiable: plans with `autograd` are this function under PyTorch's autograd, and save nothing themselves.
+    With a bias, x and b must be matrices. For a plan with `autograd`, PyTorch's autograd differentiates this function.
     """
     order, b = plan.order, _columns(x, b)
     if order == "(Xb)G":
@@ -130,7 +130,7 @@ def _backward_weight(
 
 
 def _through_gram(dp: Tensor | None, dy: Tensor, x: Tensor, b: Tensor, g: Tensor) -> Tensor:
-    """db = Xᵀ dP + S G + b (T + Tᵀ), T = bᵀ S, S = Xᵀ dY."""
+    """Return db = Xᵀ dP + S G + b (T + Tᵀ), T = bᵀ S, S = Xᵀ dY."""
     s = _correlate(x, dy)
     db = _add_product(s @ g, b, _twice_symmetric(b.mT @ s))
     return db if dp is None else _add_product(db, x.mT, dp)
@@ -198,7 +198,7 @@ class _Head(NamedTuple):
 
 
 def _head(b: Tensor, a: Tensor, order: Order) -> _Head:
-    """Products with m rows, never with m columns: see `_columns`."""
+    """Form a head's matrices by products with m rows, never with m columns (see `_columns`)."""
     g = f = w = None
     d, k = b.shape
     if head_by_gram(d, k, a.shape[0]):
@@ -216,7 +216,7 @@ def _head(b: Tensor, a: Tensor, order: Order) -> _Head:
 def logits(
     x: Tensor, b: Tensor, a: Tensor | None, c: Tensor | None, plan: Plan
 ) -> tuple[Tensor, tuple[Tensor | None, list[Tensor], _Head | None]]:
-    """Both logits (n, 2, m), and what their backward needs. Without an output layer `a` they are P and Y themselves."""
+    """Return both logits (n, 2, m), and the tensors that their backward needs. Without an output layer `a` they are P and Y."""
     if a is None:
         p, y, saved = forward(x, b, None, plan, True)
         assert p is not None
@@ -233,7 +233,7 @@ def logits(
 
 
 def row_losses(o: Tensor, target: Tensor, options: LossOptions) -> tuple[Tensor, Tensor, Tensor]:
-    """(w1 CE(o1) + w2 CE(o2) + w3 MSE(o1, o2) of each row, 0 where ignored; log-probabilities; kept rows) of o (n, 2, m)."""
+    """Return (loss of each row, 0 where ignored; log-probabilities; mask of the kept rows) of logits o (n, 2, m)."""
     w1, w2, w3 = options.weights
     kept = target != options.ignore_index
     index = target.masked_fill(~kept, 0).view(-1, 1, 1).expand(-1, 2, 1)
@@ -244,22 +244,34 @@ def row_losses(o: Tensor, target: Tensor, options: LossOptions) -> tuple[Tensor,
     return torch.where(kept, rows, 0.0), log_p, kept
 
 
-def three_terms(o1: Tensor, o2: Tensor, target: Tensor, options: LossOptions, masked: bool) -> Tensor:
-    """The loss of logits (n, m) in PyTorch's own losses, under its autograd. masked: whether rows may be ignored."""
+def three_terms(
+    o1: Tensor, o2: Tensor, target: Tensor, options: LossOptions, masked: bool, codes: Sequence[Tensor] = ()
+) -> Tensor:
+    """Compute the loss of logits (n, m) with PyTorch's own losses, under its autograd.
+
+    Args:
+        o1: Logits of the projection, (n, m).
+        o2: Logits of the summary, (n, m).
+        target: Classes, (n,) int64.
+        options: Weights of the terms, ignored class and reduction.
+        masked: Rows may be ignored.
+        codes: Two tensors (n, k) to take the MSE between, in place of the logits.
+    """
     w1, w2, w3 = options.weights
+    p, y = codes or (o1, o2)
     first, second = (
         F.cross_entropy(o, target, ignore_index=options.ignore_index, reduction=options.reduction) for o in (o1, o2)
     )
     entropy = w1 * first + w2 * second
     if options.reduction == "mean" and not masked:
-        return entropy + w3 * F.mse_loss(o1, o2)
+        return entropy + w3 * F.mse_loss(p, y)
     kept = target != options.ignore_index
-    difference = torch.where(kept, (o1 - o2).square().mean(1), 0.0)
+    difference = torch.where(kept, (p - y).square().mean(1), 0.0)
     return entropy + w3 * reduce_rows(difference, kept, options.reduction)
 
 
 def reduce_rows(rows: Tensor, kept: Tensor, reduction: str) -> Tensor:
-    """Mean over kept rows (NaN without any, as in PyTorch), sum, or the rows themselves."""
+    """Return the mean over kept rows (NaN without any, as in PyTorch), the sum, or the rows themselves."""
     if reduction == "none":
         return rows
     return rows.sum() / kept.sum() if reduction == "mean" else rows.sum()
@@ -276,11 +288,7 @@ def loss(
     upstream: Tensor | None = None,
     needs: Sequence[bool] | None = None,
 ) -> tuple[Tensor, list[Tensor]]:
-    """The three-term loss of x (n, d) and, where `needs` names any of (x, b, a, c), its gradients in that order.
-
-    Gradients are for `upstream` (a scalar, or (n,) for reduction "none"); None means 1. Raises ValueError for a target
-    outside of [0, classes) that is not ignored (on a GPU: an assertion on the device).
-    """
+    """Compute `Engine.loss`."""
     o, (p, residuals, head) = logits(x, b, a, c, plan)
     check_target(target, o.shape[2], options.ignore_index)
     o = o.to(accumulation_dtype(o.dtype))
@@ -298,7 +306,7 @@ def loss(
 def _logit_gradients(
     o: Tensor, target: Tensor, log_p: Tensor, kept: Tensor, options: LossOptions, upstream: Tensor | None
 ) -> Tensor:
-    """d loss / d logits (n, 2, m): rows that are ignored are exactly zero."""
+    """Return d loss / d logits (n, 2, m). Rows that are ignored are exactly zero."""
     w1, w2, w3 = options.weights
     scale = torch.ones(1, dtype=o.dtype, device=o.device) if upstream is None else upstream.to(o.dtype)
     if options.reduction == "mean":
@@ -316,7 +324,7 @@ def _logit_gradients(
 def _head_gradients(
     e: Tensor, x: Tensor, b: Tensor, p: Tensor | None, head: _Head, needs: Sequence[bool]
 ) -> list[Tensor]:
-    """The head is linear, so with E = [E1 E2] and U = [U1 U2] = Pᵀ E = bᵀ Xᵀ E: T = U2 A, dA = U1ᵀ + U2ᵀ G, Xᵀ D = Xᵀ E Z."""
+    """Return the needed gradients. With E = [E1 E2], U = [U1 U2] = Pᵀ E: T = U2 A, dA = U1ᵀ + U2ᵀ G, Xᵀ D = Xᵀ E Z."""
     a, z, w = head.a, head.z, head.w
     need_x, need_b, need_a, need_c = needs
     m = a.shape[0]
@@ -349,7 +357,7 @@ def _head_gradients(
 
 
 def _through_output(db: Tensor | None, u1: Tensor, u2: Tensor, b: Tensor, head: _Head, need_a: bool) -> list[Tensor]:
-    """db + b (T + Tᵀ) where db is given, and dA where needed, of U1ᵀ and U2ᵀ (m x k).
+    """Return db + b (T + Tᵀ) if db is given, and dA if needed, from U1ᵀ and U2ᵀ (m x k).
 
     Without G, by R = U2ᵀ bᵀ: b T = Rᵀ A, b Tᵀ = Fᵀ U2ᵀ, U2ᵀ G = R b.
     """
@@ -366,14 +374,14 @@ def _through_output(db: Tensor | None, u1: Tensor, u2: Tensor, b: Tensor, head: 
 
 
 def scale(grads: Sequence[Tensor], upstream: Tensor) -> list[Tensor]:
-    """The gradients for an upstream of 1 times another one. An engine may overwrite them: they are asked for once."""
+    """Compute `Engine.scale`."""
     if upstream.is_cpu and float(upstream) == 1.0:
         return list(grads)
     return list(torch._foreach_mul(list(grads), upstream))
 
 
 def check_target(target: Tensor, classes: int, ignore_index: int) -> None:
-    """ValueError naming the first bad class index; on a GPU an assertion on the device, without a synchronisation."""
+    """Raise ValueError for the first bad class index. On a GPU assert on the device, without a synchronisation."""
     good = ((target >= 0) & (target < classes)) | (target == ignore_index)
     if target.device.type != "cpu":
         torch._assert_async(good.all(), f"target: class indices must be in [0, {classes}) or ignore_index")

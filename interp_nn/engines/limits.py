@@ -20,6 +20,9 @@ OLDEST_TRITON = (3, 6)
 MOST_COLUMNS = 128  # of b, and classes, that a kernel holds in one tile
 _OLDEST_CAPABILITY = {"triton": (8, 0), "cuda": (7, 5)}
 _TRITON_OF_BLACKWELL_HEADS = (3, 9)  # older ones cannot compile the loss of a head for compute capability 10
+interpreter_has_bfloat16 = (
+    False  # Triton's own does not: its products of bfloat16 are wrong by many orders of magnitude
+)
 _TWO_SQUARES = 160 << 10  # bytes: two 128 x 128 matrices in fp32, and the tiles that are multiplied with them
 _THREE_SQUARES = 200 << 10
 
@@ -56,6 +59,8 @@ def unsupported_reason(engine: EngineName, problem: Problem | None = None) -> st
 
 def _triton_reason(problem: Problem, spec: DeviceSpec) -> str | None:
     n, d, k, classes = problem.n, problem.d, problem.k, problem.classes
+    if interpreting() and problem.dtype == torch.bfloat16 and problem.device == "cpu" and not interpreter_has_bfloat16:
+        return "Triton's interpreter computes bfloat16 wrongly (float32 and float16 are right)"
     if problem.head and problem.dtype == torch.float32 and k > 64:
         if spec.shared < _TWO_SQUARES:
             return f"fp32 kernels for more than 64 columns need {_TWO_SQUARES >> 10} KiB of shared memory in a block"

@@ -22,12 +22,12 @@ HEAD_ORDERS: tuple[Order, ...] = ("logits_from_x", "logits_from_latent")
 
 
 class LossOptions(NamedTuple):
-    """Options of the three-term loss.
+    """Options of the three-term loss w1 CE(o1, t) + w2 CE(o2, t) + w3 MSE(o1, o2) of two logits o1, o2.
 
     Attributes:
-        weights: Factors of CE(o1), CE(o2) and MSE(o1, o2).
-        ignore_index: Target value of the rows that are left out, as in PyTorch.
-        reduction: "mean", "sum" or "none".
+        weights: The factors (w1, w2, w3).
+        ignore_index: Rows with this target are left out of all three terms.
+        reduction: "mean" over the kept rows, "sum", or "none" for one loss a row.
     """
 
     weights: tuple[float, float, float]
@@ -87,7 +87,7 @@ class Config(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """How a problem is computed, forward and backward, and why.
+    """The way a problem is computed, forward and backward, with its reason.
 
     Attributes:
         engine: "eager", "triton" or "cuda".
@@ -102,6 +102,7 @@ class Plan(NamedTuple):
         seconds: Predicted seconds on a GPU; None elsewhere.
 
     Example:
+        >>> import interp_nn
         >>> plan = interp_nn.plan(4096, 512, 64)
         >>> plan.engine, plan.order
         ('eager', 'X(bG)')

@@ -10,9 +10,11 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterable
+from contextvars import ContextVar
 from types import TracebackType
 
 import torch
+from torch.compiler import is_dynamo_compiling
 
 from interp_nn.engines import cost, orders
 from interp_nn.engines.devices import DeviceSpec, interpreting, spec_for, spec_of
@@ -23,7 +25,9 @@ from interp_nn.engines.triton.configs import Bucket
 
 _logger = logging.getLogger("interp_nn")
 _logged: set[str] = set()
-_requested = os.environ.get("INTERP_NN_ENGINE") or "auto"  # checked at use: an import never fails
+# Checked at use: an import never fails.
+_requested = ContextVar("interp_nn_engine", default=os.environ.get("INTERP_NN_ENGINE") or "auto")
+_latest = _requested.get()  # the engine requested last, in any thread: compiled code is guarded by it
 _WITH_KERNELS: tuple[EngineName, ...] = (
     "triton",
     "cuda",
@@ -31,10 +35,10 @@ _WITH_KERNELS: tuple[EngineName, ...] = (
 
 
 class use_engine:  # noqa: N801 - used like a function, as torch.no_grad is
-    """Force an engine for every later call, or inside a `with` block.
+    """Force an engine for every later call of this thread or asyncio task, or inside a `with` block.
 
-    It overrides the environment variable INTERP_NN_ENGINE, and is global to the process, like torch.backends' flags. A backward
-    always runs on the engine of its forward.
+    It overrides the environment variable INTERP_NN_ENGINE, which holds for all threads. A backward always runs on the engine
+    of its forward.
 
     Args:
         name: "eager", "triton" or "cuda"; "auto" chooses for each problem.
@@ -45,17 +49,18 @@ class use_engine:  # noqa: N801 - used like a function, as torch.no_grad is
             raises RuntimeError as well.
 
     Example:
+        >>> import interp_nn
         >>> with interp_nn.use_engine("eager"):
         ...     y = interp_nn.functional.summary(torch.ones(2, 3), torch.eye(3))
     """
 
     def __init__(self, name: str) -> None:
-        global _requested
         engine = _checked(name, "use_engine")
         reason = None if engine is None else unsupported_reason(engine)
         if reason is not None:
             raise RuntimeError(f"use_engine: the {name} engine is off: {reason}")
-        self._previous, _requested = _requested, name
+        self._previous = _requested.get()
+        _request(name)
 
     def __enter__(self) -> use_engine:
         return self
@@ -63,8 +68,13 @@ class use_engine:  # noqa: N801 - used like a function, as torch.no_grad is
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
-        global _requested
-        _requested = self._previous
+        _request(self._previous)
+
+
+def _request(name: str) -> None:
+    global _latest
+    _latest = name
+    _requested.set(name)
 
 
 def _checked(name: str, source: str) -> EngineName | None:
@@ -79,7 +89,15 @@ def _checked(name: str, source: str) -> EngineName | None:
 
 def requested() -> str:
     """Return the name given to `use_engine` or INTERP_NN_ENGINE, unchecked; "auto" without one."""
-    return _requested
+    return _read_while_compiling(_latest) if is_dynamo_compiling() else _requested.get()
+
+
+def _read_while_compiling(latest: str) -> str:
+    """Dynamo cannot trace a context variable; `latest` makes it compile again where another engine is requested."""
+    return _requested.get()
+
+
+_read_while_compiling._dynamo_marked_constant = True  # type: ignore[attr-defined] # see devices.spec_of
 
 
 def problem_of(
@@ -98,7 +116,7 @@ def choose_engine(problem: Problem) -> tuple[EngineName, str]:
     Raises:
         RuntimeError: The requested engine cannot compute the problem, for the reason given.
     """
-    forced = _checked(_requested, "INTERP_NN_ENGINE")
+    forced = _checked(requested(), "INTERP_NN_ENGINE")
     if forced is not None:
         reason = unsupported_reason(forced, problem)
         if reason is not None:
@@ -232,19 +250,27 @@ def plan(
         The plan, with its reason and, for a GPU, predictions and the tiles of its kernels.
 
     Raises:
+        TypeError: `grad`, `dtype` or `device` of another type.
         ValueError: A negative size, another name in `grad` or `device`, or classes that do not fit.
         RuntimeError: The engine given to `use_engine` cannot compute the problem.
 
     Example:
+        >>> import interp_nn
         >>> interp_nn.plan(65536, 512, 64, dtype=torch.bfloat16, device="sm_90").engine
         'triton'
     """
-    for name, size in (("n", n), ("d", d), ("k", k), ("classes", 1 if classes is None else classes)):
-        if isinstance(size, bool) or not isinstance(size, int) or size < 0:
-            raise ValueError(f"plan: {name} must be an integer >= 0, got {size!r}")
+    for name, size, least in (("n", n, 0), ("d", d, 0), ("k", k, 0), ("classes", 1 if classes is None else classes, 1)):
+        if isinstance(size, bool) or not isinstance(size, int) or size < least:
+            raise ValueError(f"plan: {name} must be an integer >= {least}, got {size!r}")
+    if not isinstance(grad, Iterable):
+        raise TypeError(f"plan: grad: got {grad!r}, want a sequence of 'x' and 'b', or ()")
     wanted = set(grad)
     if not wanted <= {"x", "b"}:
-        raise ValueError(f"plan: grad may hold 'x' and 'b', got {sorted(wanted)}")
+        raise ValueError(f"plan: grad may hold 'x' and 'b', got {sorted(map(str, wanted))}")
+    if not isinstance(dtype, torch.dtype):
+        raise TypeError(f"plan: dtype: got {dtype!r}, want a torch.dtype")
+    if not isinstance(device, str | torch.device):
+        raise TypeError(f"plan: device: got {device!r}, want a torch.device, its name, or 'sm_90' and the like")
     if pair and classes not in (None, k):
         raise ValueError(f"plan: the loss of a pair has k = {k} classes, got classes={classes}")
     spec, where = _spec_named(device)

@@ -1,4 +1,4 @@
-"""Gates of a network, which `nn` and `explain` share: activation patterns, gate records and traced graphs."""
+"""A network's gates, shared by `nn` and `explain`: activation patterns, gate records and traced graphs."""
 
 from interp_nn.gates.patterns import ActivationPatterns, PatternGroups
 from interp_nn.gates.record import GateRecord, GateSite

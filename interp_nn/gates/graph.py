@@ -1,7 +1,8 @@
-"""The graph of a network's calls: traced once by torch.fx, with each node classified by what it means.
+"""Trace a network's calls with torch.fx, and classify each node by its meaning.
 
-A layer means the same as a module, a function or a method (`nn.ReLU()`, `F.relu(x)`, `x.relu_()`); one table here says so.
-A traced graph has no writes in place: each is replaced by the call that returns a new tensor.
+A layer has one meaning as a module, a function or a method (`nn.ReLU()`, `F.relu(x)`, `x.relu_()`). `_NAMES` is the table.
+`trace` normalizes two things. A call that writes in place becomes the call that returns a new tensor. A call that computes
+a ReLU in another way (`x.clamp(min=0)`, `x * (x > 0)`, ...) becomes `torch.relu`.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 from torch import fx, nn  # which importing torch has loaded
 
-# What modules (of torch.nn and of this library), functions and methods of these names mean.
+# The meaning of the modules (of torch.nn and of this library), functions and methods of these names.
 _NAMES = {
     "linear": "Linear SummaryLinear linear",
     "matmul": "matmul mm",
@@ -42,13 +43,15 @@ _NAMES = {
     "dropout": "Dropout Dropout1d Dropout2d Dropout3d dropout dropout1d dropout2d dropout3d",
     "identity": "Identity contiguous clone",
     "shape": "size dim numel getattr",
-    "gate": "gated",
+    "gate": "apply_gates",
     "route": "routed",
 }
 _KINDS = {name: kind for kind, names in _NAMES.items() for name in names.split()}
 _OURS = ("torch.nn.", "interp_nn.nn.")
 _MIXED = ("add", "sub", "cat", "gate", "route")  # kinds whose arguments may all depend on the input
 _VIEWS = ("identity", "dropout", "flatten", "reshape", "rearrange")  # kinds whose result may be their argument's memory
+_CASTS = ("to", "float", "double", "half", "bfloat16", "type", "type_as", "int", "long")
+_COMPARISONS = ("gt", "ge", "greater", "greater_equal", "lt", "le", "less", "less_equal")
 _SIZES = ("shape", "ndim", "device", "dtype")
 _OUT_OF_PLACE = {
     operator.iadd: operator.add,
@@ -58,27 +61,37 @@ _OUT_OF_PLACE = {
 }
 
 
-def gated(z: torch.Tensor, gate: torch.Tensor, layer: str = "") -> torch.Tensor:
-    """z * gate, for gates of z's shape without its first dimension: what stands for a ReLU where the gates are given.
+def apply_gates(z: torch.Tensor, gates: torch.Tensor, layer: str = "") -> torch.Tensor:
+    """Multiply z by given gates, in place of a ReLU.
 
-    Raises ValueError that names the layer for gates of another shape, which could broadcast.
+    Args:
+        z: Preactivations of shape (m, *shape); m may be 1.
+        gates: Gates of shape (n, *shape).
+        layer: Name of the layer, for the message.
+
+    Raises:
+        ValueError: The shapes differ after the first dimension, so that the gates would broadcast.
     """
-    if z.shape[1:] != gate.shape[1:]:
-        raise ValueError(f"gates: got shape {tuple(gate.shape)} for layer {layer!r}, want (n, *{tuple(z.shape[1:])})")
-    return z * gate
+    if z.shape[1:] != gates.shape[1:]:
+        raise ValueError(f"gates: got shape {tuple(gates.shape)} for layer {layer!r}, want (n, *{tuple(z.shape[1:])})")
+    return z * gates
 
 
 def routed(z: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """The entries of z (n, c, *positions) at flat positions (n, c, *pooled): a max-pooling whose choice is given."""
+    """Pool z (n, c, *positions) by given choices: the entries at flat positions `index` (n, c, *pooled)."""
     return z.flatten(2).gather(2, index.flatten(2)).view_as(index)
 
 
 def trace(model: nn.Module) -> fx.GraphModule:
-    """The graph of a model's calls, on the model's own parameters and buffers.
+    """Trace a model's calls into a graph on the model's own parameters and buffers.
 
-    Its leaves are layers of torch.nn and of this library. Python that runs while tracing (`if self.training`, loops) is fixed as
-    it ran. Raises TypeError for what is not an nn.Module of Python, ValueError that names the layer that cannot be traced and
-    why, or one that writes in place where no other call does the same.
+    The leaves are layers of torch.nn and of this library. Python that runs while tracing (`if self.training`, loops) is fixed
+    as it ran. In-place calls and ReLU spellings are normalized, see the module's docstring.
+
+    Raises:
+        TypeError: `model` is not an nn.Module written in Python.
+        ValueError: A layer cannot be traced, or writes in place and has no equivalent that does not. The message names the
+            layer and the reason.
     """
     model = getattr(model, "_orig_mod", model)
     if not isinstance(model, nn.Module) or isinstance(model, torch.jit.ScriptModule):
@@ -94,19 +107,23 @@ def trace(model: nn.Module) -> fx.GraphModule:
         ) from error
     graph_module = fx.GraphModule(model, graph, type(model).__name__)
     for node in graph.nodes:
-        _write_nothing(model, graph_module, node)
+        _make_out_of_place(model, graph_module, node)
+    for node in list(graph.nodes):
+        _normalize_relu(graph_module, node)
     graph_module.recompile()
     return graph_module
 
 
 def kind(graph_module: fx.GraphModule, node: fx.Node) -> str:
-    """What a node means, however it is written.
+    """Return a node's meaning, which does not depend on its spelling.
 
-    'input', 'output', 'constant' (a parameter, a buffer, or what is computed from those alone), 'shape' (a size, or arithmetic
-    of sizes); 'linear', 'matmul', 'conv', 'conv_transpose', 'batch_norm', 'relu', 'max_pool', 'avg_pool', 'adaptive_avg_pool',
-    'global_avg_pool' (to one position), 'mean', 'flatten' (all but the first dimension), 'reshape', 'rearrange', 'pad',
-    'upsample', 'add', 'sub', 'cat', 'scale' (times a constant), 'dropout', 'identity'; 'gate' and 'route' (see `gated` and
-    `routed`); 'other'. A layer whose weight depends on the input is 'other'. Kept in the node's meta.
+    Returns:
+        One of 'input', 'output', 'constant' (a parameter, a buffer, or a value computed from those alone), 'shape' (a size, or
+        arithmetic of sizes); 'linear', 'matmul', 'conv', 'conv_transpose', 'batch_norm', 'relu', 'max_pool', 'avg_pool',
+        'adaptive_avg_pool', 'global_avg_pool' (to one position), 'mean', 'flatten' (all but the first dimension), 'reshape',
+        'rearrange', 'pad', 'upsample', 'add', 'sub', 'cat', 'scale' (times a constant), 'dropout', 'identity'; 'gate' and
+        'route' (see `apply_gates` and `routed`); 'other'. A layer whose weight depends on the input is 'other'. The kind is
+        cached in the node's meta.
     """
     if "kind" not in node.meta:
         node.meta["kind"] = _kind(graph_module, node)
@@ -114,19 +131,19 @@ def kind(graph_module: fx.GraphModule, node: fx.Node) -> str:
 
 
 def where(graph_module: fx.GraphModule, node: fx.Node) -> str:
-    """A node in words, for messages: "Softmax in layer 'head.1'"."""
+    """Describe a node for messages: "Softmax in layer 'head.1'"."""
     called = graph_module.get_submodule(str(node.target)) if node.op == "call_module" else None
     return f"{type(called).__name__ if called else name_of(graph_module, node)} in layer {layer_of(node)!r}"
 
 
 def layer_of(node: fx.Node) -> str:
-    """The path of the module that a node calls, or in whose code it is; compiled or not, it has the same."""
+    """Return the path of the module that a node calls, or in whose code the call is; without torch.compile's wrappers."""
     path = str(node.target) if node.op == "call_module" else node.meta.get("layer", "")
     return ".".join(part for part in path.split(".") if part != "_orig_mod")
 
 
 def name_of(graph_module: fx.GraphModule, node: fx.Node) -> str:
-    """The name of a method or function, without the underscore of what writes in place, or of a module's class."""
+    """Return the name of a method or function, without the underscore of in-place calls, or of a module's class."""
     if node.op != "call_module":
         return str(getattr(node.target, "__name__", node.target)).rstrip("_")
     module = graph_module.get_submodule(str(node.target))
@@ -135,12 +152,12 @@ def name_of(graph_module: fx.GraphModule, node: fx.Node) -> str:
 
 
 def first(node: fx.Node) -> Any:
-    """The first argument of a call, which most layers transform."""
+    """Return the first argument of a call, which most layers transform."""
     return node.args[0] if node.args else node.kwargs.get("input")
 
 
 def argument(graph_module: fx.GraphModule, node: fx.Node, place: int, name: str) -> Any:
-    """An argument of a call, or the attribute of that name of the module that is called; None for what is not given."""
+    """Return an argument of a call, or the called module's attribute of that name; None if it is not given."""
     if node.op == "call_module":
         return getattr(graph_module.get_submodule(str(node.target)), name)
     return node.args[place] if place < len(node.args) else node.kwargs.get(name)
@@ -178,7 +195,7 @@ def _kind(graph_module: fx.GraphModule, node: fx.Node) -> str:
 
 
 class _Proxy(fx.Proxy):
-    """A proxy that does not forget that `x += y` writes to x."""
+    """A proxy that records `x += y` as a write to x; torch.fx's own records x + y."""
 
     def __iadd__(self, other: Any) -> fx.Proxy:
         return self.tracer.create_proxy("call_function", operator.iadd, (self, other), {})
@@ -194,10 +211,10 @@ class _Proxy(fx.Proxy):
 
 
 class _Tracer(fx.Tracer):
-    """Notes the module whose code each call is in, and which one was running when tracing failed."""
+    """A tracer that stores each call's module, and knows the module that was running when tracing failed."""
 
     def __init__(self) -> None:
-        super().__init__(autowrap_functions=(gated, routed))
+        super().__init__(autowrap_functions=(apply_gates, routed))
         self.running: list[tuple[str, nn.Module]] = []
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
@@ -214,7 +231,7 @@ class _Tracer(fx.Tracer):
             return self.call_module(compiled, compiled.forward, args, kwargs)
         self.running.append((self.path_of_module(m), m))
         result = super().call_module(m, forward, args, kwargs)
-        self.running.pop()  # only where nothing was raised: the last one is then at fault
+        self.running.pop()  # not after an exception: then the last module is the one that failed
         return result
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
@@ -223,15 +240,15 @@ class _Tracer(fx.Tracer):
         return node
 
 
-def _write_nothing(model: nn.Module, graph_module: fx.GraphModule, node: fx.Node) -> None:
-    """Make a call that writes in place one that does not; what is read afterwards is its result."""
+def _make_out_of_place(model: nn.Module, graph_module: fx.GraphModule, node: fx.Node) -> None:
+    """Replace a call that writes in place by one that does not; later readers of the written value read its result."""
     target, name = node.target, str(getattr(node.target, "__name__", node.target))
     refusal = f"model: {where(graph_module, node)} writes in place; want a call that returns a new tensor"
     if node.op == "call_module":
         module = model.get_submodule(str(target))
         if not getattr(module, "inplace", False):
             return
-        module = copy.copy(module)  # the model's own stays as it is
+        module = copy.copy(module)  # the model's own module is not changed
         module.inplace = False  # type: ignore[assignment]
         graph_module.set_submodule(str(target), module)
     elif target in _OUT_OF_PLACE:
@@ -255,7 +272,7 @@ def _write_nothing(model: nn.Module, graph_module: fx.GraphModule, node: fx.Node
 
 
 def _aliases(graph_module: fx.GraphModule, node: fx.Node, nodes: Sequence[fx.Node]) -> set[fx.Node]:
-    """Which of the nodes may share memory with one of them."""
+    """Return those of `nodes` that may share memory with `node`."""
     base = node
     while kind(graph_module, base) in _VIEWS:
         base = first(base)
@@ -266,8 +283,107 @@ def _aliases(graph_module: fx.GraphModule, node: fx.Node, nodes: Sequence[fx.Nod
     return found
 
 
+def _normalize_relu(graph_module: fx.GraphModule, node: fx.Node) -> None:
+    """Replace a call that computes a ReLU by torch.relu, and erase the comparisons and zeros that only it used.
+
+    `meta["spelling"]` of the new node is the operation that `explain.record` names the gate by.
+    """
+    if node.op == "call_module":
+        module = graph_module.get_submodule(str(node.target))
+        if isinstance(module, nn.Threshold) and module.threshold == module.value == 0:
+            graph_module.set_submodule(str(node.target), nn.ReLU())
+    if node.op not in ("call_function", "call_method"):
+        return
+    z, name = _relu_input(graph_module, node)
+    if z is None:
+        return
+    with node.graph.inserting_before(node):
+        relu = node.graph.call_function(torch.relu, (z,))
+    relu.meta = {"layer": node.meta.get("layer", ""), "spelling": name}
+    node.replace_all_uses_with(relu)
+    unused = [node]
+    for other in unused:
+        if not other.users and other.op != "placeholder":
+            unused += [source for source in other.all_input_nodes if source not in unused]
+            node.graph.erase_node(other)
+
+
+def _relu_input(graph_module: fx.GraphModule, node: fx.Node) -> tuple[fx.Node | None, str]:
+    """Return (z, operation) for a call that computes max(z, 0), else (None, ""). The operation is the one with the gate."""
+    name, a = name_of(graph_module, node).lstrip("_"), first(node)  # F.threshold's own name is _threshold
+
+    def given(place: int, argument_name: str) -> Any:
+        return argument(graph_module, node, place, argument_name)
+
+    def zero(value: Any, z: Any) -> bool:
+        return _is_zero(graph_module, value, z)
+
+    if name in ("clamp", "clip"):
+        found = zero(given(1, "min"), a) and given(2, "max") is None
+    elif name == "clamp_min":
+        found = zero(given(1, "min"), a)
+    else:
+        found = name == "threshold" and zero(given(1, "threshold"), a) and zero(given(2, "value"), a)
+    if found:
+        return a, name
+    if name in ("maximum", "max"):  # with a number, max is along that dimension
+        b = given(1, "other")
+        both = isinstance(a, fx.Node) and isinstance(b, fx.Node)
+        return next(((z, name) for z, other in ((a, b), (b, a)) if both and zero(other, z)), (None, ""))
+    choices: list[tuple[Any, Any, Any]] = []  # (mask, the value where it is True, the value where it is False)
+    if name == "where":
+        place = 1 if node.op == "call_method" else 0
+        choices = [(given(place, "condition"), given(1 - place, "input"), given(2, "other"))]
+    elif name == "masked_fill":
+        choices = [(given(1, "mask"), given(2, "value"), a)]
+    elif name in ("mul", "multiply"):
+        b = given(1, "other")
+        choices = [(b, a, 0), (a, b, 0)]
+    for mask, on, off in choices:
+        z, positive, compared = _comparison(graph_module, mask)
+        kept, other = (on, off) if positive else (off, on)
+        if z is not None and z is kept and zero(other, z):
+            return z, compared
+    return None, ""
+
+
+def _comparison(graph_module: fx.GraphModule, mask: Any) -> tuple[fx.Node | None, bool, str]:
+    """Return (z, whether it is z > 0 rather than z < 0, name) for a comparison of z with 0, strict or not, cast or not."""
+    while isinstance(mask, fx.Node) and mask.op == "call_method" and name_of(graph_module, mask) in _CASTS:
+        mask = first(mask)
+    name = name_of(graph_module, mask) if isinstance(mask, fx.Node) else ""
+    if name not in _COMPARISONS:
+        return None, True, name
+    a, b = first(mask), argument(graph_module, mask, 1, "other")
+    greater = name.startswith("g")
+    if isinstance(a, fx.Node) and _is_zero(graph_module, b, a):
+        return a, greater, name
+    if isinstance(b, fx.Node) and _is_zero(graph_module, a, b):
+        return b, not greater, name
+    return None, True, name
+
+
+def _is_zero(graph_module: fx.GraphModule, value: Any, z: Any) -> bool:
+    """Return whether a value is 0 and does not broadcast z: a number, one entry, or zeros of z's shape. No parameter is."""
+    if isinstance(value, (int, float)):
+        return value == 0
+    if not isinstance(value, fx.Node):
+        return False
+    if value.op == "get_attr":
+        held = operator.attrgetter(str(value.target))(graph_module)
+        constant = isinstance(held, torch.Tensor) and not isinstance(held, nn.Parameter) and not held.is_meta
+        return constant and held.numel() == 1 and held.dim() <= 1 and not bool(held.any())
+    name = name_of(graph_module, value)
+    if name not in ("zeros_like", "new_zeros") or first(value) is not z:
+        return False
+    size = argument(graph_module, value, 1, "size") if name == "new_zeros" else ()
+    if isinstance(size, fx.Node):
+        return name_of(graph_module, size) in ("size", "getattr") and size.args in ((z,), (z, "shape"))
+    return size in (1, (), (1,), [], [1])
+
+
 def _cleared(node: fx.Node) -> bool:
-    """Sets `inplace=True` of a function of torch.nn.functional to False; whether there was one."""
+    """Set `inplace=True` of a torch.nn.functional call to False; return whether it was True."""
     if node.op != "call_function" or not inspect.isfunction(node.target):
         return False
     try:

@@ -1,4 +1,4 @@
-"""Forward-mode derivatives, for threads that take some at the same time."""
+"""Forward-mode derivatives that several threads may take at the same time."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 _LOCK = threading.RLock()
 
 
-def pushed(function: Callable[..., Any], x: tuple[Tensor, ...], v: tuple[Tensor, ...]) -> tuple[Any, Any]:
-    """function(x) and its derivative along v: torch.func.jvp, by one thread at a time, since its level is the process's."""
+def jvp(function: Callable[..., Any], x: tuple[Tensor, ...], v: tuple[Tensor, ...]) -> tuple[Any, Any]:
+    """Return function(*x) and its derivative along v, by torch.func.jvp under a lock: its nesting level is global."""
     with _LOCK:
         return cast(tuple[Any, Any], torch.func.jvp(function, x, v))

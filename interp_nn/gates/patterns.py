@@ -1,7 +1,7 @@
-"""Activation patterns: which units of a network are on, a bit each, for many samples at once.
+"""Activation patterns: one bit for each unit of a network that is on, for many samples.
 
-The pattern of a sample is the concatenation of its gates over all units (Picchiotti & Gori, arXiv 2110.06593); samples that
-share one share the network's affine map.
+The pattern of a sample is the concatenation of its gates over all units (Picchiotti & Gori, arXiv 2110.06593). Samples with
+the same pattern have the same affine map of the network.
 """
 
 from __future__ import annotations
@@ -15,18 +15,27 @@ import torch
 from torch import Tensor
 
 _BITS = tuple(1 << i for i in range(8))
-_AT_ONCE = 1 << 24  # bits that are unpacked at a time
+_BITS_AT_ONCE = 1 << 24  # bits that are unpacked at a time
 
 
 def as_index(value: Any) -> Any:
-    """An integer of any kind (numpy's, a tensor without dimensions) as an int; anything else as it is."""
+    """Convert an integer of any kind (numpy's, a tensor without dimensions) to int; return anything else unchanged."""
     single = hasattr(value, "__index__") and getattr(value, "shape", ()) == ()
     return operator.index(value) if single else value
 
 
 class PatternGroups(NamedTuple):
-    """Samples by pattern. labels (n,) int64, numbered as patterns first appear; counts and first (groups,) int64: how many
-    samples have the pattern, and the index of the first one; patterns: each group's.
+    """Hold samples grouped by pattern.
+
+    Attributes:
+        labels: Group of each sample, (n,) int64. Groups are numbered as their patterns first appear.
+        counts: Number of samples of each group, (groups,) int64.
+        first: Index of each group's first sample, (groups,) int64.
+        patterns: Pattern of each group.
+
+    Example:
+        >>> ActivationPatterns.from_gates(torch.tensor([[True], [False], [True]])).groups().labels
+        tensor([0, 1, 0])
     """
 
     labels: Tensor
@@ -36,14 +45,28 @@ class PatternGroups(NamedTuple):
 
 
 class ActivationPatterns:
-    """The patterns of n samples over `width` units, eight units a byte.
+    """Hold the patterns of n samples over `width` units, eight units a byte.
 
-    packed: (n, ceil(width / 8)) uint8; bit i of byte j is unit 8 j + i, and bits beyond the width are zero. Built by
-    `from_gates` or `from_preactivations`; indexing selects samples, and patterns compare and hash by their bits alone.
+    `from_gates` and `from_preactivations` make them. Indexing selects samples. Patterns compare and hash by their bits.
+
+    Args:
+        packed: Tensor of shape (n, ceil(width / 8)), uint8. Bit i of byte j is unit 8 j + i; bits beyond the width are zero.
+        width: The number of units.
+
+    Raises:
+        TypeError: `packed` is not uint8.
+        ValueError: `packed` does not have the bytes of the width.
+
+    Example:
+        >>> patterns = ActivationPatterns.from_gates(torch.tensor([[True, False, True], [True, True, False]]))
+        >>> patterns.active(), patterns.overlap()
+        (tensor([2, 2]), tensor([[2, 1],
+                [1, 2]]))
+        >>> patterns[0] == patterns[1]
+        False
     """
 
     def __init__(self, packed: Tensor, width: int) -> None:
-        """Raises TypeError where packed is not uint8, ValueError where it does not have the bytes of the width."""
         if packed.dtype != torch.uint8:
             raise TypeError(f"packed: got {packed.dtype}, want torch.uint8")
         if packed.dim() != 2 or packed.shape[1] != -(-width // 8):
@@ -52,9 +75,17 @@ class ActivationPatterns:
 
     @classmethod
     def from_gates(cls, gates: Tensor | Iterable[Tensor]) -> ActivationPatterns:
-        """Patterns of gates (n, ...) bool, or of several layers' gates, one after another.
+        """Pack gates into patterns.
 
-        Raises TypeError for gates that are not bool, ValueError for layers with different numbers of samples or for none.
+        Args:
+            gates: Bool tensor of shape (n, ...), or one for each layer; the layers' units follow one another.
+
+        Returns:
+            The patterns of the n samples.
+
+        Raises:
+            TypeError: The gates are not bool.
+            ValueError: There is no layer, or the layers have different numbers of samples.
         """
         layers = [gates] if isinstance(gates, Tensor) else list(gates)
         if not layers:
@@ -73,25 +104,40 @@ class ActivationPatterns:
 
     @classmethod
     def from_preactivations(cls, preactivations: Tensor | Iterable[Tensor]) -> ActivationPatterns:
-        """Patterns of ReLU's inputs (n, ...) of one or more layers: a unit is on where its input is positive, as PyTorch's
-        gradient has it.
+        """Pack preactivations into patterns: a unit is on where its preactivation is positive, as in ReLU's gradient.
+
+        Args:
+            preactivations: Tensor of shape (n, ...), such as a ReLU's input, or one for each layer.
+
+        Returns:
+            The patterns of the n samples.
+
+        Raises:
+            ValueError: There is no layer, or the layers have different numbers of samples.
         """
         layers = [preactivations] if isinstance(preactivations, Tensor) else preactivations
         return cls.from_gates([layer > 0 for layer in layers])
 
     def unpack(self) -> Tensor:
-        """The gates (n, width), bool."""
+        """Return the gates as a bool tensor of shape (n, width)."""
         bits = self.packed.unsqueeze(2).bitwise_and(self.packed.new_tensor(_BITS)) != 0
         return bits.view(len(self), 8 * self.packed.shape[1])[:, : self.width]
 
     def active(self) -> Tensor:
-        """How many units are on in each sample: (n,) int64."""
+        """Return the number of units that are on in each sample, (n,) int64."""
         return torch.cat([part.sum(1) for part in self._parts()]) if len(self) else self._counts(0)
 
     def overlap(self, other: ActivationPatterns | None = None) -> Tensor:
-        """How many units are on in both of two samples, (n, m) int64; of all pairs of these samples without `other`.
+        """Count the units that are on in both of two samples.
 
-        Raises ValueError for patterns of another width.
+        Args:
+            other: Patterns of m samples and the same width; None takes these samples again.
+
+        Returns:
+            Counts of all pairs, (n, m) int64.
+
+        Raises:
+            ValueError: `other` has another width.
         """
         other = self if other is None else other
         if other.width != self.width:
@@ -109,14 +155,24 @@ class ActivationPatterns:
         return counts
 
     def hamming(self, other: ActivationPatterns | None = None) -> Tensor:
-        """How many units differ between two samples, (n, m) int64: |a| + |b| - 2 overlap(a, b)."""
+        """Count the units that differ between two samples, |a| + |b| - 2 overlap(a, b).
+
+        Args:
+            other: Patterns of m samples and the same width; None takes these samples again.
+
+        Returns:
+            Counts of all pairs, (n, m) int64.
+
+        Raises:
+            ValueError: `other` has another width.
+        """
         other = self if other is None else other
         return self.overlap(other).mul_(-2).add_(self.active().unsqueeze(1)).add_(other.active())
 
     def groups(self) -> PatternGroups:
-        """Samples that share a pattern."""
+        """Group the samples that share a pattern."""
         bytes_ = np.ascontiguousarray(self.packed.cpu().numpy())
-        if bytes_.shape[1] == 0:  # no units: all samples are alike
+        if bytes_.shape[1] == 0:  # without units all samples have the same pattern
             bytes_ = np.zeros((len(self), 1), dtype=np.uint8)
         words = bytes_.view(np.dtype((np.void, bytes_.shape[1]))).ravel()
         _, first, labels, counts = np.unique(words, return_index=True, return_inverse=True, return_counts=True)
@@ -153,8 +209,8 @@ class ActivationPatterns:
         return f"ActivationPatterns({len(self)} samples, {self.width} units)"
 
     def _parts(self) -> Iterator[Tensor]:
-        """The gates of some samples at a time: of all of them they would take eight times the memory."""
-        size = max(1, _AT_ONCE // max(1, self.width))
+        """Yield the gates of a part of the samples at a time: those of all take eight times the memory."""
+        size = max(1, _BITS_AT_ONCE // max(1, self.width))
         return (self[start : start + size].unpack() for start in range(0, len(self), size))
 
     def _counts(self, *shape: int) -> Tensor:

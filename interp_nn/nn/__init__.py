@@ -1,4 +1,4 @@
-"""Layers around the summary Y = X b (bᵀb), the reference network's head and its loss; and gated networks."""
+"""Layers that compute the summary Y = X b (bᵀb), the reference network's head and loss, and gated networks."""
 
 from interp_nn.nn.conv import SummaryConv2d
 from interp_nn.nn.gated.from_relu import DualNetwork, to_dgn

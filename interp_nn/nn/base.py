@@ -1,4 +1,4 @@
-"""What every layer with a weight b has: Gram matrix, spectrum, orthogonality, and a cache of its effective weight."""
+"""Base classes of the layers with a weight b: Gram matrix, spectrum, orthogonality, and a cache of the effective weight."""
 
 from __future__ import annotations
 
@@ -15,8 +15,11 @@ from interp_nn.ops.library import is_dtensor, is_wrapped, transforming
 _EXACT = (torch.float32, torch.float64)
 
 
-class _Kept(NamedTuple):
-    """value: what was computed from `sources`; identity: theirs at that time, and they, so that no others come to lie there."""
+class _Cached(NamedTuple):
+    """A value computed from `sources`, and their identity (address, version, ...) at that time.
+
+    The sources are kept alive, so that no other tensor gets their addresses.
+    """
 
     value: Tensor
     identity: tuple[Any, ...]
@@ -24,25 +27,26 @@ class _Kept(NamedTuple):
 
 
 class LinearForm(nn.Module):
-    """A module whose `weight` (out, ...) holds bᵀ: flattened to (out, in), its transpose is the b (in, out) of the maths.
+    """Base class of layers with a weight b.
 
-    With `groups` > 1 (grouped convolutions) each group of output channels has a b of its own; matrices are then batched.
+    `weight` (out, ...) holds bᵀ: flattened to (out, in), its transpose is b (in, out). With `groups` > 1 (grouped
+    convolutions) each group of output channels has its own b, and matrices are batched.
     """
 
     weight: nn.Parameter
     groups: int = 1
-    constraint: str | None = None  # set by `constraints.constrain`
+    constraint: str | None = None  # set by `orthogonality.constrain`
 
-    # The smaller square product of b that a forward formed, under the constraint "penalty": none or one, and the hook on
-    # `weight` that takes it away.
-    _square: tuple[list[_Kept], RemovableHandle] | None = None
+    # Under the constraint "penalty": a list of none or one Gram matrix that a forward formed, and the hook on `weight` that
+    # empties the list.
+    _gram_cache: tuple[list[_Cached], RemovableHandle] | None = None
 
     def matrix(self) -> Tensor:
-        """b (in, out), a view of `weight`; (groups, in, out per group) for grouped layers."""
+        """Return b (in, out), a view of `weight`; (groups, in, out per group) for grouped layers."""
         return self._matrix_of(self.weight)
 
     def whole_matrix(self) -> Tensor:
-        """`matrix()`, gathered from all devices where `weight` is a DTensor."""
+        """Return `matrix()`, gathered from all devices if `weight` is a DTensor."""
         weight: Any = self.weight
         return self._matrix_of(weight.full_tensor() if is_dtensor(weight) else weight)
 
@@ -51,24 +55,24 @@ class LinearForm(nn.Module):
         return rows.t() if self.groups == 1 else rows.unflatten(0, (self.groups, -1)).mT
 
     def gram(self) -> Tensor:
-        """Gram matrix bᵀb (out, out), differentiable."""
+        """Compute the Gram matrix bᵀb (out, out), differentiable; (groups, ...) for grouped layers."""
         return linalg.gram(self.matrix())
 
     def effective_weight(self) -> Tensor:
-        """b (bᵀb) in the shape of `weight`, differentiable: the weight of the linear layer that this one is."""
+        """Compute b (bᵀb) in the shape of `weight`, differentiable: the weight of the plain layer with the same outputs."""
         return linalg.effective_weight(self.matrix()).mT.reshape(self.weight.shape)
 
     def spectrum(self) -> Tensor:
-        """The min(in, out) singular values of b in descending order, fp64. Those of the effective weight are their cubes."""
+        """Compute the singular values of b, (min(in, out),) float64, descending; the effective weight has their cubes."""
         return linalg.singular_values(self.whole_matrix())
 
     def orthogonality_defect(self) -> float:
-        """max |s - 1| over the singular values s of b: 0 where b has orthonormal columns (or rows)."""
+        """Compute max |s - 1| over the singular values s of b. It is 0 if b has orthonormal columns or rows."""
         return linalg.orthogonality_defect(self.whole_matrix())
 
     @torch.no_grad()
     def orthogonalize_(self) -> float:
-        """Replace b by its polar factor, the nearest orthonormal matrix; return the orthogonality defect reached."""
+        """Replace b by its polar factor, the nearest orthonormal matrix; return the orthogonality defect left."""
         b = self.whole_matrix()
         results = [linalg.orthogonalize(m) for m in (b if self.groups > 1 else b.unsqueeze(0))]
         factor = torch.cat([r.factor.mT for r in results])
@@ -77,7 +81,7 @@ class LinearForm(nn.Module):
 
     @torch.no_grad()
     def reset_orthogonal_(self) -> None:
-        """Draw b as a random orthonormal matrix, in fp32 at least."""
+        """Draw b as a random orthonormal matrix, in float32 or float64."""
         if self.weight.is_meta or self.weight.numel() == 0:
             return
         rows = self.weight.flatten(1).unflatten(0, (self.groups, -1))
@@ -88,45 +92,45 @@ class LinearForm(nn.Module):
             nn.init.orthogonal_(part)
         self._set_weight(draw.view(self.weight.shape))
 
-    def known_square(self) -> Tensor | None:
-        """The smaller square product of b, detached, that the last forward of a penalised layer formed; None if b may differ.
+    def cached_gram(self) -> Tensor | None:
+        """Return the smaller Gram matrix of b, detached, that a penalised layer's last forward formed; None if b may differ.
 
-        Fused optimizers change a weight and PyTorch records nothing, but none changes a weight without a gradient: so it is
-        known from a forward that found none until the weight gets one.
+        A fused optimizer changes a weight without a trace in PyTorch, but only a weight with a gradient. The cache is valid
+        from a forward without a gradient until the weight gets one.
         """
         weight = self._parameters.get("weight")
-        if self._square is None or type(weight) is not nn.Parameter or weight.grad is not None:
+        if self._gram_cache is None or type(weight) is not nn.Parameter or weight.grad is not None:
             return None
-        if torch.compiler.is_compiling() or transforming():
+        if torch.compiler.is_compiling() or transforming(weight):
             return None
-        kept = self._square[0]
-        return kept[0].value if kept and kept[0].identity == self._identity() else None
+        cached = self._gram_cache[0]
+        return cached[0].value if cached and cached[0].identity == self._identity() else None
 
-    def _keep_square(self, square: Tensor | None) -> None:
-        """Keep what `known_square` gives; not of 16-bit weights, as bᵀb - I cancels, nor what only lives in a transform."""
+    def _cache_gram(self, g: Tensor | None) -> None:
+        """Cache a Gram matrix; not of 16-bit weights, where bᵀb - I cancels, nor under a torch.func transform."""
         weight = self._parameters.get("weight")
-        if torch.compiler.is_compiling() or transforming() or not torch.is_grad_enabled():
+        if torch.compiler.is_compiling() or transforming(weight, g) or not torch.is_grad_enabled():
             return
-        self._drop_square()
-        if square is None or type(weight) is not nn.Parameter or not weight.requires_grad or weight.grad is not None:
+        self._drop_gram()
+        if g is None or type(weight) is not nn.Parameter or not weight.requires_grad or weight.grad is not None:
             return
-        if square.dtype == weight.dtype in _EXACT:
-            kept = [self._kept(square.detach())]
-            self._square = kept, weight.register_hook(lambda _: kept.clear())
+        if g.dtype == weight.dtype in _EXACT:
+            cached = [self._cached(g.detach())]
+            self._gram_cache = cached, weight.register_hook(lambda _: cached.clear())
 
-    def _drop_square(self) -> None:
-        if self._square is not None:
-            self._square[1].remove()
-            self._square = None
+    def _drop_gram(self) -> None:
+        if self._gram_cache is not None:
+            self._gram_cache[1].remove()
+            self._gram_cache = None
 
-    def _kept(self, value: Tensor) -> _Kept:
-        return _Kept(value, self._identity(), [t.detach() for t in self._sources()])
+    def _cached(self, value: Tensor) -> _Cached:
+        return _Cached(value, self._identity(), [t.detach() for t in self._sources()])
 
     def _identity(self) -> tuple[Any, ...]:
-        return tuple(map(_mark, self._sources()))
+        return tuple(map(_version_of, self._sources()))
 
     def _sources(self) -> list[Tensor]:
-        """What the weight is made of: itself, or all that its parametrization computes it from."""
+        """Return the tensors that determine the weight: itself, or all tensors of its parametrization."""
         if "weight" not in self._parameters and parametrize.is_parametrized(self, "weight"):
             made = self.get_submodule("parametrizations.weight")
             return [*made.parameters(), *made.buffers()]
@@ -135,7 +139,7 @@ class LinearForm(nn.Module):
     @torch.no_grad()
     def _set_weight(self, value: Tensor) -> None:
         if parametrize.is_parametrized(self, "weight"):
-            self.weight = value  # type: ignore[assignment] # through the parametrization's right inverse
+            self.weight = value  # type: ignore[assignment] # by the parametrization's right inverse
         elif is_dtensor(self.weight):
             from torch.distributed.tensor import DTensor, Replicate
 
@@ -145,49 +149,53 @@ class LinearForm(nn.Module):
             self.weight.copy_(value)
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
-        self._drop_square()  # before its weight's memory goes
+        self._drop_gram()  # before the weight's memory is freed
         return super()._apply(*args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name != "_square"}
+        return {name: value for name, value in vars(self).items() if name != "_gram_cache"}
 
     def _note(self) -> str:
         return f", constraint={self.constraint!r}" if self.constraint else ""
 
 
 class Freezable(LinearForm):
-    """A linear form whose forward is a plain linear layer with its effective weight, which can be kept."""
+    """Base class of layers whose forward is a plain layer with the effective weight, which `freeze` caches."""
 
-    _frozen: _Kept | None = None
+    _frozen: _Cached | None = None
 
     def freeze(self) -> Any:
-        """Keep the effective weight: from now on a forward costs exactly a plain linear layer's, and `weight` gets no gradient.
+        """Cache the effective weight: a forward then costs as much as the plain layer's, and `weight` gets no gradient.
 
-        The kept weight is recomputed when `weight`, or what a parametrization computes it from, changes in a way PyTorch
-        records (another tensor, an in-place write, another dtype or device). What PyTorch does not record goes unseen: a
-        write through `.data`, a step of a fused optimizer, any write under torch.compile. `unfreeze()`, `train()` and
-        `load_state_dict()` drop it; `eval()` alone keeps nothing. Returns the module.
+        The cache is recomputed when `weight`, or a tensor of its parametrization, changes in a way that PyTorch records:
+        another tensor, an in-place write, another dtype or device. It is not recomputed after a write through `.data`, a step
+        of a fused optimizer, or a write under torch.compile. `unfreeze()`, `train()` and `load_state_dict()` drop it;
+        `eval()` does not create it.
+
+        Returns:
+            The module.
         """
         self._frozen = self._freeze()
         return self
 
     def unfreeze(self) -> Any:
-        """Drop the weight kept by `freeze`. Returns the module."""
+        """Drop the weight cached by `freeze`; return the module."""
         self._frozen = None
         return self
 
     def frozen_weight(self) -> Tensor | None:
-        """The effective weight kept by `freeze`, brought up to date; None when not frozen."""
+        """Return the effective weight cached by `freeze`, recomputed if `weight` has changed; None if not frozen."""
         if self._frozen is None:
             return None
         if torch.compiler.is_compiling() or self._frozen.identity == self._identity():
             return self._frozen.value
         now = self._freeze()
-        if not transforming():  # where another weight may stand in for this layer's, for as long as the transform lasts
+        if not transforming(self.weight):  # a transform may have replaced the layer's weight for as long as it lasts
             self._frozen = now
         return now.value
 
     def train(self, mode: bool = True) -> Any:
+        """Set training or evaluation mode; return the module. Training mode drops the weight cached by `freeze`."""
         if mode:
             self.unfreeze()
         return super().train(mode)
@@ -205,68 +213,15 @@ class Freezable(LinearForm):
             self._frozen = self._freeze()
         return self
 
-    def _freeze(self) -> _Kept:
-        # Whatever mode this is called in, the kept weight must serve in every other.
+    def _freeze(self) -> _Cached:
+        # The cached weight must serve in every mode, whichever this is called in.
         with torch.inference_mode(False), torch.no_grad(), linalg.autocast_off(self.weight.device):
-            return self._kept(self.effective_weight().contiguous().detach())
+            return self._cached(self.effective_weight().contiguous().detach())
 
 
-def _mark(t: Tensor) -> tuple[Any, ...]:
-    """What changes where t becomes another tensor, or is written to in a way that PyTorch records."""
+def _version_of(t: Tensor) -> tuple[Any, ...]:
+    """Return a value that changes when t becomes another tensor, or is written to in a way that PyTorch records."""
     if is_wrapped(t):
         return (id(t),)
     local: Tensor = t.to_local() if is_dtensor(t) else t  # type: ignore[attr-defined]
     return local.data_ptr(), None if t.is_inference() else t._version, t.dtype, t.device
-
-
-def copy_parameters(source: nn.Module, to: nn.Module, weight: Tensor) -> None:
-    """Give `to` the weight, and the bias and the flags of `source`."""
-    for name, value in (("weight", weight), ("bias", source.bias)):
-        if value is not None:
-            trains = getattr(source, name).requires_grad  # of a parametrized weight, only told where gradients are on
-            with torch.no_grad():
-                getattr(to, name).copy_(value).requires_grad_(trains)
-    to.train(source.training)
-
-
-def ties(model: nn.Module, layer: nn.Module, name: str) -> list[str]:
-    """The parameters of a model's other modules that are this layer's parameter of that name."""
-    parameter = layer._parameters.get(name)
-    others = ((path, m) for path, m in model.named_modules() if m is not layer and parameter is not None)
-    return [f"{path}.{of}".lstrip(".") for path, m in others for of, p in m._parameters.items() if p is parameter]
-
-
-def check_preserve(preserve: str) -> None:
-    """Raise ValueError for what a conversion cannot keep."""
-    if preserve not in ("function", "weight"):
-        raise ValueError(f"preserve: got {preserve!r}, want 'function' or 'weight'")
-
-
-def root(name: str, weight: Tensor, preserve: str, groups: int = 1) -> Tensor:
-    """The `weight` to give a summary layer made from the layer `name`: its cube root ("function") or itself ("weight")."""
-    check_preserve(preserve)
-    if isinstance(weight, nn.UninitializedParameter):
-        raise TypeError(f"{name}: its weight is uninitialized (a lazy module); run it once first")
-    if preserve == "weight" or weight.numel() == 0:
-        return weight.detach()
-    rows = weight.detach().flatten(1).unflatten(0, (groups, -1))
-    return linalg.cube_root(rows).view(weight.shape)
-
-
-def exact_effective(weight: Tensor, groups: int = 1) -> Tensor:
-    """The effective weight of a summary layer's `weight`, in its shape and in fp64."""
-    if weight.numel() == 0:
-        return weight.detach().double()
-    b = weight.detach().double().flatten(1).unflatten(0, (groups, -1)).mT
-    return linalg.effective_weight(b).mT.reshape(weight.shape)
-
-
-def folded(layer: LinearForm) -> Tensor:
-    """The effective weight, computed in fp64 and rounded once."""
-    return exact_effective(layer.weight, layer.groups).to(layer.weight.dtype)
-
-
-def meta_arguments(layer: Any, *names: str) -> dict[str, Any]:
-    """What makes a layer like `layer` on the meta device: nothing is drawn for parameters that are about to be copied."""
-    given = {name: getattr(layer, name) for name in names}
-    return given | {"bias": layer.bias is not None, "device": "meta", "dtype": layer.weight.dtype}

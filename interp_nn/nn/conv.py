@@ -1,4 +1,4 @@
-"""SummaryConv2d, which takes the place of nn.Conv2d."""
+"""SummaryConv2d: a drop-in replacement of nn.Conv2d."""
 
 from __future__ import annotations
 
@@ -10,14 +10,33 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.utils import _pair
 
 from interp_nn import linalg
-from interp_nn.nn.base import Freezable, copy_parameters, folded, meta_arguments, root
+from interp_nn.nn.base import Freezable
+from interp_nn.nn.weights import copy_parameters, cube_root_weight, folded_weight, meta_arguments
 
 
 class SummaryConv2d(Freezable, _ConvNd):  # type: ignore[misc]
-    """A convolution whose kernels are the effective weight b (bᵀb): nn.Conv2d's signature, parameters and state_dict.
+    """Compute a convolution with the effective weight b (bᵀb), with nn.Conv2d's signature, parameters and state_dict.
 
-    b (in_channels / groups * kh * kw, out_channels) is `weight` flattened and transposed, one b for each group: every
-    output position is the summary of its patch. The effective weight is formed once a call, so the rest is a convolution.
+    b (in_channels / groups * kh * kw, out_channels / groups) is `weight` flattened and transposed, one b for each group.
+    Each output position is the summary of its patch. A call forms the effective weight once, then runs PyTorch's convolution.
+
+    Args:
+        in_channels: Number of input channels.
+        out_channels: Number of output channels.
+        kernel_size: Height and width of the kernels.
+        stride: Steps between output positions.
+        padding: Entries added at each border, or 'valid' or 'same'.
+        dilation: Steps between a kernel's entries.
+        groups: Number of groups of channels.
+        bias: If True, the layer has a bias.
+        padding_mode: 'zeros', 'reflect', 'replicate' or 'circular'.
+        device: Device of the parameters; None is PyTorch's default device.
+        dtype: A floating dtype; None is PyTorch's default dtype.
+
+    Example:
+        >>> layer = SummaryConv2d(3, 8, 3, padding=1)
+        >>> layer(torch.ones(2, 3, 5, 5)).shape, layer.matrix().shape
+        (torch.Size([2, 8, 5, 5]), torch.Size([27, 8]))
     """
 
     def __init__(
@@ -52,17 +71,19 @@ class SummaryConv2d(Freezable, _ConvNd):  # type: ignore[misc]
         )
 
     def reset_parameters(self) -> None:
+        """Draw each b as a random orthonormal matrix, and the bias as nn.Conv2d does."""
         _ConvNd.reset_parameters(self)
         self.reset_orthogonal_()
 
     def forward(self, x: Tensor) -> Tensor:
+        """Compute the convolution (n, out_channels, h, w) of x (n, in_channels, h, w), or both without n."""
         weight = self.frozen_weight()
         if weight is None:
             b = self.matrix()
-            square = linalg.smaller_square(b)
-            weight = linalg.by_square(b, square).mT.reshape(self.weight.shape)
+            g = linalg.gram_small(b)
+            weight = linalg.mul_gram(b, g).mT.reshape(self.weight.shape)
             if self.constraint == "penalty":
-                self._keep_square(square)
+                self._cache_gram(g)
         padding = self.padding
         if self.padding_mode != "zeros":
             x = nn.functional.pad(x, self._reversed_padding_repeated_twice, mode=self.padding_mode)
@@ -70,20 +91,33 @@ class SummaryConv2d(Freezable, _ConvNd):  # type: ignore[misc]
         return nn.functional.conv2d(x, weight, self.bias, self.stride, padding, self.dilation, self.groups)
 
     def fold(self) -> nn.Conv2d:
-        """A plain nn.Conv2d that computes the same function, its kernels formed in fp64."""
+        """Return a plain nn.Conv2d that computes the same function, with the kernels formed in float64."""
         out = nn.Conv2d(**_conv_arguments(self)).to_empty(device=self.weight.device)
-        copy_parameters(self, out, folded(self))
+        copy_parameters(self, out, folded_weight(self))
         return out
 
     def extra_repr(self) -> str:
+        """Return nn.Conv2d's arguments, the constraint and frozen state for repr."""
         return _ConvNd.extra_repr(self) + self._note()
 
     @classmethod
     def from_conv2d(cls, conv: nn.Conv2d, preserve: str = "function") -> SummaryConv2d:
-        """The summary layer of an nn.Conv2d; `preserve` as in SummaryLinear.from_linear."""
+        """Make a summary layer from an nn.Conv2d.
+
+        Args:
+            conv: The layer; it is not changed.
+            preserve: "function" or "weight", as in `SummaryLinear.from_linear`.
+
+        Returns:
+            A SummaryConv2d with parameters of its own, in the layer's dtype and on its device.
+
+        Raises:
+            TypeError: `conv` is not an nn.Conv2d, or its weight is uninitialized.
+            ValueError: `preserve` is something else.
+        """
         if not isinstance(conv, nn.Conv2d):
             raise TypeError(f"conv: got {type(conv).__name__}, want nn.Conv2d")
-        weight = root("conv", conv.weight, preserve, conv.groups)
+        weight = cube_root_weight("conv", conv.weight, preserve, conv.groups)
         out = cls(**_conv_arguments(conv)).to_empty(device=weight.device)
         copy_parameters(conv, out, weight)
         return out

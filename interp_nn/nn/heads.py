@@ -15,7 +15,19 @@ from interp_nn.nn.loss import SummaryLoss
 
 
 class SummaryLayer(LinearForm):
-    """The pair (projection x b, summary x b (bᵀb)), each (..., out_features); b starts orthonormal, where they are equal."""
+    """Compute the pair (projection x b, summary x b (bᵀb)). b starts orthonormal, where the two are equal.
+
+    Args:
+        in_features: Size of each input row, d.
+        out_features: Size of each output row, k.
+        device: Device of the parameters; None is PyTorch's default device.
+        dtype: float64, float32, bfloat16 or float16; None is PyTorch's default dtype.
+
+    Example:
+        >>> projection, summary = SummaryLayer(4, 3)(torch.ones(2, 4))
+        >>> projection.shape, torch.allclose(projection, summary, atol=1e-5)
+        (torch.Size([2, 3]), True)
+    """
 
     def __init__(
         self,
@@ -30,22 +42,40 @@ class SummaryLayer(LinearForm):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
+        """Draw b as a random orthonormal matrix."""
         self.reset_orthogonal_()
 
     def forward(self, x: Tensor) -> Any:
-        """SummaryPair."""
+        """Compute the `SummaryPair` of x (..., in_features), each (..., out_features)."""
         return functional.summary_pair(x, self.weight.t())
 
     def projection(self, x: Tensor) -> Tensor:
-        """x b alone (..., out_features): what inference needs."""
+        """Compute the projection x b alone, (..., out_features), for x (..., in_features)."""
         return nn.functional.linear(x, self.weight)
 
     def extra_repr(self) -> str:
+        """Return the sizes and the constraint for repr."""
         return f"in_features={self.in_features}, out_features={self.out_features}{self._note()}"
 
 
 class SummaryClassifier(SummaryLayer):
-    """A summary layer whose columns are the classes: the pair of logits in training, the projection's in evaluation."""
+    """Classify with a summary layer whose columns are the classes.
+
+    In training mode the forward returns the pair of logits, in evaluation mode the projection's logits.
+
+    Args:
+        in_features: Size of each input row, d.
+        num_classes: The number of classes, k.
+        device: Device of the parameters; None is PyTorch's default device.
+        dtype: float64, float32, bfloat16 or float16; None is PyTorch's default dtype.
+
+    Example:
+        >>> classifier = SummaryClassifier(4, 3)
+        >>> classifier.loss(torch.zeros(2, 4), torch.tensor([0, 2])).round(decimals=4)  # 2 log 3
+        tensor(2.1972, grad_fn=...)
+        >>> classifier.eval()(torch.ones(2, 4)).shape
+        torch.Size([2, 3])
+    """
 
     def __init__(
         self,
@@ -54,10 +84,11 @@ class SummaryClassifier(SummaryLayer):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
+        _check_classes(num_classes)
         super().__init__(in_features, num_classes, device, dtype)
 
     def forward(self, x: Tensor) -> Any:
-        """SummaryPair of logits (..., num_classes) in training mode, one tensor of them in evaluation mode."""
+        """Compute a `SummaryPair` of logits (..., num_classes) in training mode, one tensor of them in evaluation mode."""
         return super().forward(x) if self.training else self.projection(x)
 
     def loss(
@@ -69,17 +100,50 @@ class SummaryClassifier(SummaryLayer):
         ignore_index: int = -100,
         reduction: str = "mean",
     ) -> Tensor:
-        """`functional.summary_cross_entropy` of this layer's b."""
+        """Compute `functional.summary_cross_entropy` with this layer's b.
+
+        On a GPU the forward pass computes the gradients too, so evaluate it under `torch.no_grad()`. On a CPU PyTorch's
+        autograd computes them in the backward pass.
+
+        Args:
+            x: Features of shape (..., in_features).
+            target: Classes of shape (...), int64.
+            weights: Weights of the three terms: cross entropy of the projection, of the summary, and their MSE.
+            ignore_index: Rows with this target are left out of all terms.
+            reduction: "mean" over the rows that are left, "sum", or "none".
+
+        Returns:
+            A scalar, or (...) for reduction "none"; float32 for 16-bit features, else in x's dtype.
+
+        Raises:
+            TypeError: A dtype that is not supported or differs between the arguments.
+            ValueError: Shapes, devices or options that do not fit. The message names the argument.
+        """
         return functional.summary_cross_entropy(
             x, self.weight.t(), target, weights=weights, ignore_index=ignore_index, reduction=reduction
         )
 
 
 class SummaryHead(SummaryLayer):
-    """The reference network's head: a summary layer of `latent` columns and one output layer shared by both codes.
+    """Classify as the reference network does: a summary layer, then one output layer for both of its codes.
 
-    In training mode the forward gives the pair of logits (..., num_classes), in evaluation mode those of the projection.
-    `loss` computes the three-term loss from the features, with its gradients in the same call. `output` is an nn.Linear.
+    The codes are the projection P = x b and the summary Y = P (bᵀb). The attribute `output` is the output layer, an
+    nn.Linear. In training mode the forward returns the pair of logits, in evaluation mode the projection's logits.
+
+    Args:
+        in_features: Size of each input row, d.
+        latent: Size of the codes, k.
+        num_classes: The number of classes, m.
+        device: Device of the parameters; None is PyTorch's default device.
+        dtype: float64, float32, bfloat16 or float16; None is PyTorch's default dtype.
+
+    Example:
+        >>> head, x = SummaryHead(8, 4, 3), torch.ones(2, 8)
+        >>> first, second = head(x)
+        >>> first.shape, head.loss(x, torch.tensor([0, 2])).shape, head.eval()(x).shape
+        (torch.Size([2, 3]), torch.Size([]), torch.Size([2, 3]))
+
+    Source: Banh, Interpretable-Neural-Net (MIT).
     """
 
     def __init__(
@@ -91,10 +155,11 @@ class SummaryHead(SummaryLayer):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(in_features, latent, device, dtype)
+        _check_classes(num_classes)
         self.output = nn.Linear(latent, num_classes, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Any:
-        """SummaryPair of logits in training mode, one tensor of them in evaluation mode."""
+        """Compute a `SummaryPair` of logits (..., num_classes) in training mode, one tensor of them in evaluation mode."""
         if not self.training:
             return self.output(self.projection(x))
         return SummaryPair(*map(self.output, super().forward(x)))
@@ -109,9 +174,26 @@ class SummaryHead(SummaryLayer):
         ignore_index: int = -100,
         reduction: str = "mean",
     ) -> Tensor:
-        """w1 CE(o1, t) + w2 CE(o2, t) + w3 MSE, the MSE between the logits (the reference's code) or the codes (its paper).
+        """Compute w1 CE(o1, t) + w2 CE(o2, t) + w3 MSE from the features, in fewer passes than forward and `SummaryLoss`.
 
-        x (..., in_features), target (...) int64; see `functional.summary_head_cross_entropy` and `SummaryLoss`.
+        On a GPU the forward pass computes the gradients too, so evaluate it under `torch.no_grad()`. On a CPU PyTorch's
+        autograd computes them in the backward pass, as it does for consistency "latent" everywhere.
+
+        Args:
+            x: Features of shape (..., in_features).
+            target: Classes of shape (...), int64.
+            weights: The weights (w1, w2, w3) of the three terms.
+            consistency: "logits" takes the MSE between the two logits, as the reference's code does; "latent" between the two
+                codes, as its paper does.
+            ignore_index: Rows with this target are left out of all terms.
+            reduction: "mean" over the rows that are left, "sum", or "none".
+
+        Returns:
+            A scalar, or (...) for reduction "none"; float32 for 16-bit features, else in x's dtype.
+
+        Raises:
+            TypeError: A dtype that is not supported or differs between the arguments.
+            ValueError: Shapes, devices or options that do not fit. The message names the argument.
         """
         if consistency == "logits":
             return functional.summary_head_cross_entropy(
@@ -127,3 +209,8 @@ class SummaryHead(SummaryLayer):
         criterion = SummaryLoss(weights, consistency, ignore_index, reduction)
         codes = functional.summary_pair(x, self.weight.t())
         return criterion(tuple(map(self.output, codes)), target, codes)
+
+
+def _check_classes(num_classes: int) -> None:
+    if num_classes < 1:
+        raise ValueError(f"num_classes: got {num_classes}, want at least 1")

@@ -1,4 +1,4 @@
-"""SummaryLinear, which takes the place of nn.Linear."""
+"""SummaryLinear: a drop-in replacement of nn.Linear."""
 
 from __future__ import annotations
 
@@ -9,13 +9,27 @@ import torch
 from torch import Tensor, nn
 
 from interp_nn import functional
-from interp_nn.nn.base import Freezable, copy_parameters, folded, meta_arguments, root
+from interp_nn.nn.base import Freezable
+from interp_nn.nn.weights import copy_parameters, cube_root_weight, folded_weight, meta_arguments
 
 
 class SummaryLinear(Freezable):
-    """y = x b (bᵀb) + bias with nn.Linear's signature, parameters and state_dict: `weight` (out, in) is bᵀ, `bias` (out).
+    """Compute y = x b (bᵀb) + bias with nn.Linear's signature, parameters and state_dict.
 
-    Initialised with b orthonormal, where it equals nn.Linear with the same weight; bias as in nn.Linear.
+    `weight` (out_features, in_features) is bᵀ, and `bias` is (out_features,). b starts orthonormal, where the layer equals an
+    nn.Linear with the same weight, and bias starts as in nn.Linear. Training does not keep b orthonormal; see `constrain`.
+
+    Args:
+        in_features: Size of each input row, d.
+        out_features: Size of each output row, k.
+        bias: If True, the layer has a bias.
+        device: Device of the parameters; None is PyTorch's default device.
+        dtype: float64, float32, bfloat16 or float16; None is PyTorch's default dtype.
+
+    Example:
+        >>> layer = SummaryLinear(4, 3)
+        >>> layer(torch.ones(2, 4)).shape, layer.orthogonality_defect() < 1e-5
+        (torch.Size([2, 3]), True)
     """
 
     def __init__(
@@ -33,42 +47,54 @@ class SummaryLinear(Freezable):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
+        """Draw b as a random orthonormal matrix, and the bias as nn.Linear does."""
         self.reset_orthogonal_()
         if self.bias is not None:
             bound = 1 / math.sqrt(self.in_features) if self.in_features else 0.0
             nn.init.uniform_(self.bias, -bound, bound)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Compute x b (bᵀb) + bias, (..., out_features), for x (..., in_features)."""
         frozen = self.frozen_weight()
         if frozen is not None:
             return nn.functional.linear(x, frozen, self.bias)
         if self.constraint == "penalty":
-            y, square = functional.summary_and_gram(x, self.weight.t(), self.bias)
-            self._keep_square(square)
+            y, gram = functional.summary_and_gram(x, self.weight.t(), self.bias)
+            self._cache_gram(gram)
             return y
         return functional.summary(x, self.weight.t(), self.bias)
 
     def fold(self) -> nn.Linear:
-        """A plain nn.Linear that computes the same function, its weight formed in fp64."""
+        """Return a plain nn.Linear that computes the same function, with the weight formed in float64."""
         out = nn.Linear(**_linear_arguments(self)).to_empty(device=self.weight.device)
-        copy_parameters(self, out, folded(self))
+        copy_parameters(self, out, folded_weight(self))
         return out
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, preserve: str = "function") -> SummaryLinear:
-        """The summary layer of an nn.Linear.
+        """Make a summary layer from an nn.Linear.
 
-        preserve="function" keeps the outputs: b gets the cube roots of the weight's singular values, taken in fp64.
-        preserve="weight" keeps the parameter, and changes the outputs wherever it is not orthonormal.
+        Args:
+            linear: The layer; it is not changed.
+            preserve: "function" keeps the outputs: b gets the cube roots of the weight's singular values, computed in
+                float64. "weight" keeps the parameter, and changes the outputs unless it is orthonormal.
+
+        Returns:
+            A SummaryLinear with parameters of its own, in the layer's dtype and on its device.
+
+        Raises:
+            TypeError: `linear` is not an nn.Linear, or its weight is uninitialized.
+            ValueError: `preserve` is something else.
         """
         if not isinstance(linear, nn.Linear):
             raise TypeError(f"linear: got {type(linear).__name__}, want nn.Linear")
-        weight = root("linear", linear.weight, preserve)
+        weight = cube_root_weight("linear", linear.weight, preserve)
         out = cls(**_linear_arguments(linear)).to_empty(device=weight.device)
         copy_parameters(linear, out, weight)
         return out
 
     def extra_repr(self) -> str:
+        """Return the sizes, constraint and frozen state for repr."""
         bias = self.bias is not None
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={bias}{self._note()}"
 

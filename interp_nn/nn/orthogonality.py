@@ -1,4 +1,4 @@
-"""Keeping b orthonormal while it trains: by a penalty, by a step back after the optimizer's, or by a parametrization."""
+"""Keep b orthonormal while it trains: by a penalty, by a retraction after the optimizer's step, or by a parametrization."""
 
 from __future__ import annotations
 
@@ -10,25 +10,44 @@ from torch.autograd import Function
 from torch.nn.utils import parametrizations, parametrize
 
 from interp_nn import linalg
-from interp_nn.nn.base import LinearForm, ties
+from interp_nn.nn.base import LinearForm
+from interp_nn.nn.weights import tied_parameters
 from interp_nn.ops.library import is_dtensor
 
 CONSTRAINTS = ("penalty", "retract", "parametrization")
 
 
 def constrain(model: nn.Module, constraint: str | None) -> nn.Module:
-    """Set how every layer of a model with a weight b keeps it orthonormal, and return the model.
+    """Set how every layer of a model with a weight b keeps it orthonormal.
 
-    "penalty": add a multiple of `orthogonality_penalty(model)` to the loss. "retract": call `retract_(model)` after each step of
-    the optimizer, or let it do so: `optimizer.register_step_post_hook(lambda *_: retract_(model))`. "parametrization": PyTorch's
-    own, torch.nn.utils.parametrizations.orthogonal; exact, and the parameters are new ones, so make the optimizer afterwards.
-    None: nothing; what was there ends, and b stays as it is.
+    "retract" and "parametrization" replace b by the nearest orthonormal matrix at once, which changes the outputs unless b is
+    orthonormal already. To constrain a part of a model, pass that part: `constrain(model.head, ...)`.
 
-    "retract" and "parametrization" begin at the nearest orthonormal b, which changes the outputs of a model that was elsewhere.
-    `constrain(model.head, ...)` leaves the rest of a model alone. Raises ValueError for another constraint and for a model
-    without such layers; naming the layer, TypeError for a parametrization of 16-bit weights, which PyTorch cannot compute, or
-    of sharded ones, and ValueError for one of a weight tied to another.
+    Args:
+        model: The model, changed in place.
+        constraint: "penalty": you add a multiple of `orthogonality_penalty(model)` to the loss. "retract": you call
+            `retract_(model)` after each step of the optimizer, or register it:
+            `optimizer.register_step_post_hook(lambda *_: retract_(model))`. "parametrization":
+            torch.nn.utils.parametrizations.orthogonal, which is exact; it makes new parameters, so create the optimizer
+            afterwards. None: no constraint; an earlier one is removed, and b keeps its value.
+
+    Returns:
+        The model.
+
+    Raises:
+        TypeError: A weight to parametrize is 16-bit, which PyTorch cannot compute, or sharded. The message names the layer.
+        ValueError: Another constraint; a model without such layers; a weight to parametrize that is tied to another one.
+
+    Example:
+        >>> from interp_nn.nn import SummaryLinear
+        >>> model = constrain(nn.Sequential(SummaryLinear(4, 3)), "retract")
+        >>> model
+        Sequential(
+          (0): SummaryLinear(in_features=4, out_features=3, bias=True, constraint='retract')
+        )
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: got {type(model).__name__}, want an nn.Module")
     if constraint not in (None, *CONSTRAINTS):
         raise ValueError(f"constraint: got {constraint!r}, want None, 'penalty', 'retract' or 'parametrization'")
     layers = {name: m for name, m in model.named_modules() if isinstance(m, LinearForm)}
@@ -42,7 +61,7 @@ def constrain(model: nn.Module, constraint: str | None) -> nn.Module:
             layer.constraint = None
         if constraint in ("retract", "parametrization"):
             layer.orthogonalize_()
-        layer._drop_square()
+        layer._drop_gram()
         if constraint == "parametrization":
             _parametrize(layer)
         layer.constraint = constraint
@@ -50,16 +69,31 @@ def constrain(model: nn.Module, constraint: str | None) -> nn.Module:
 
 
 def orthogonality_penalty(model: nn.Module) -> Tensor:
-    """The sum of ‖bᵀb - I‖² (Frobenius; ‖bbᵀ - I‖² where k > d) over the layers of a model with the constraint "penalty".
+    """Compute the sum of ‖bᵀb - I‖² (Frobenius; ‖bbᵀ - I‖² where k > d) over the layers with the constraint "penalty".
 
-    A scalar, differentiable to every order; its gradient is 4 b (bᵀb - I). A SummaryLinear or SummaryConv2d takes the bᵀb that
-    its last forward formed, if its weight is fp32 or fp64, has not changed since (a write through `.data` goes unseen), and had
-    no gradient then nor got one since: as in a step that begins with `optimizer.zero_grad()` and has the penalty in the loss.
-    That saves two of three products, forward and backward, of 2 d k² operations each, and on the engines of one launch that
-    bᵀb is an output of the forward's launch. It is formed anew otherwise, for layers that give pairs, for 16-bit weights (in
-    fp32, as bᵀb - I cancels), in compiled code, under torch.func, and where the forward formed none. A weight that layers share
-    counts once. Of sharded weights every device gets the whole sum, and its gradient counts once. Raises ValueError where no
-    layer has the constraint.
+    The gradient is 4 b (bᵀb - I), and the penalty is differentiable to every order. A weight that several layers share counts
+    once. For sharded weights every device gets the whole sum, and its gradient counts once.
+
+    A SummaryLinear or SummaryConv2d reuses the bᵀb of its last forward if its weight is float32 or float64, has not changed
+    since, and has had no gradient since. A step that begins with `optimizer.zero_grad()` and adds the penalty to the loss meets
+    this. It saves two of three products, forward and backward, of 2 d k² operations each. A write through `.data` is not
+    noticed. In all other cases bᵀb is computed: for layers that return pairs, for 16-bit weights (in float32, as bᵀb - I
+    cancels), in compiled code, under torch.func, and if the forward formed none.
+
+    Args:
+        model: A model with layers that `constrain(model, "penalty")` has marked.
+
+    Returns:
+        A scalar; float32 for 16-bit weights, else in the weights' dtype.
+
+    Raises:
+        ValueError: No layer has the constraint "penalty".
+
+    Example:
+        >>> from interp_nn.nn import SummaryLinear
+        >>> layer = constrain(SummaryLinear(4, 3), "penalty")
+        >>> orthogonality_penalty(layer).item() < 1e-6
+        True
     """
     layers = _constrained(model, "penalty")
     if not layers:
@@ -70,21 +104,32 @@ def orthogonality_penalty(model: nn.Module) -> Tensor:
 
 @torch.no_grad()
 def retract_(model: nn.Module) -> None:
-    """One Newton-Schulz step b <- b (3 I - bᵀb) / 2, in place, for the layers of a model with the constraint "retract".
+    """Take one Newton-Schulz step b <- b (3 I - bᵀb) / 2, in place, for the layers with the constraint "retract".
 
-    A singular value 1 + e becomes 1 - 3 e² / 2 and more of third order, so that after a step of an optimizer b is orthonormal
-    again to the square of that step; it must have left them below √5. Two products of 2 d k² operations each (d² k where
-    k > d); 16-bit weights are computed in fp32.
+    A singular value 1 + e becomes 1 - 3 e² / 2, up to third order. After an optimizer's step b is orthonormal again up to the
+    square of that step, which must leave the singular values below √5. The cost is two products of 2 d k² operations each
+    (2 d² k where k > d). 16-bit weights are computed in float32.
+
+    Args:
+        model: A model with layers that `constrain(model, "retract")` has marked; their weights are changed.
+
+    Example:
+        >>> from interp_nn.nn import SummaryLinear
+        >>> layer = constrain(SummaryLinear(4, 3), "retract")
+        >>> _ = layer.weight.data.mul_(1.01)
+        >>> retract_(layer)
+        >>> layer.orthogonality_defect() < 2e-4
+        True
     """
     for layer in _constrained(model, "retract"):
         weight = layer.weight
         with linalg.autocast_off(weight.device):
             b = layer.matrix().to(linalg.accumulation_dtype(weight.dtype))
-            weight.copy_(linalg.newton_schulz(b, linalg.smaller_square(b)).mT.reshape(weight.shape))
+            weight.copy_(linalg.newton_schulz(b, linalg.gram_small(b)).mT.reshape(weight.shape))
 
 
-class _Square(Function):
-    """The known value of bᵀb (of bbᵀ where k > d), as a function of b."""
+class _CachedGram(Function):
+    """Return a cached bᵀb (bbᵀ where k > d) with its gradient for b."""
 
     generate_vmap_rule = True
 
@@ -99,20 +144,19 @@ class _Square(Function):
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:
         (b,) = ctx.saved_tensors
-        both = upstream + upstream.mT
-        return linalg.by_square(b, both), None
+        return linalg.mul_gram(b, upstream + upstream.mT), None
 
 
 def _penalty(layer: LinearForm) -> Tensor:
-    b, known = layer.whole_matrix(), layer.known_square()
+    b, cached = layer.whole_matrix(), layer.cached_gram()
     with linalg.autocast_off(b.device):
         b = b.to(linalg.accumulation_dtype(b.dtype))
-        square = linalg.smaller_square(b) if known is None else _Square.apply(b, known)
-        return (square - torch.eye(square.shape[-1], dtype=square.dtype, device=square.device)).square().sum()
+        g = linalg.gram_small(b) if cached is None else _CachedGram.apply(b, cached)
+        return (g - torch.eye(g.shape[-1], dtype=g.dtype, device=g.device)).square().sum()
 
 
 def _constrained(model: nn.Module, constraint: str) -> list[LinearForm]:
-    """The layers with a constraint; of those that share a weight the first."""
+    """Return the layers with a constraint; only the first of those that share a weight."""
     found: dict[int, LinearForm] = {}
     for m in model.modules():
         if isinstance(m, LinearForm) and m.constraint == constraint:
@@ -128,14 +172,14 @@ def _check_parametrizable(model: nn.Module, layers: dict[str, LinearForm]) -> No
             )
         if is_dtensor(layer.weight):
             raise TypeError(f"{path or 'model'}: its weight is a DTensor; parametrize it before it is shared out")
-        if others := ties(model, layer, "weight"):
+        if others := tied_parameters(model, layer, "weight"):
             raise ValueError(
                 f"{path or 'model'}: its weight is tied to {', '.join(others)}, and cannot be parametrized"
             )
 
 
 class _Kernels(nn.Module):
-    """(groups, out per group, in per group * kh * kw) as a convolution's weight."""
+    """Reshape (groups, out per group, in per group * kh * kw) to a convolution's weight, and back."""
 
     def __init__(self, shape: torch.Size, groups: int) -> None:
         super().__init__()
@@ -149,7 +193,7 @@ class _Kernels(nn.Module):
 
 
 def _parametrize(layer: LinearForm) -> None:
-    """PyTorch's own acts on the last two dimensions, so kernels are parametrized as the matrices that b is made of."""
+    """Parametrize `weight` by PyTorch's orthogonal, which acts on the last two dimensions; kernels first become matrices."""
     shape = layer.weight.shape
     if len(shape) > 2:
         kernels = _Kernels(shape, layer.groups)

@@ -1,7 +1,7 @@
-"""Summary layers over several devices: parameters become DTensors, and PyTorch's DTensor does the rest.
+"""Shard summary layers over several devices with PyTorch's DTensor.
 
-For data-parallel training nothing of this is needed: DistributedDataParallel and fully_shard take these layers as they are.
-Importing this file imports torch.distributed.tensor.
+Data-parallel training does not need this: DistributedDataParallel and fully_shard work with the layers unchanged. Importing
+this file imports torch.distributed.tensor.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_module, distribute_tensor
 
 from interp_nn.functional import SummaryPair
-from interp_nn.nn.base import ties
 from interp_nn.nn.heads import SummaryLayer
 from interp_nn.nn.linear import SummaryLinear
+from interp_nn.nn.weights import tied_parameters
 
-# Where weight (out, in), bias (out,) and a local input lie, by what is shared out.
+# Placements of weight (out, in), bias (out,) and a local input, by the dimension that is sharded.
 _PLACES: dict[str, tuple[Placement, Placement, Placement]] = {
     "rows": (Replicate(), Replicate(), Shard(0)),
     "inputs": (Shard(1), Replicate(), Replicate()),
@@ -28,19 +28,37 @@ _PLACES: dict[str, tuple[Placement, Placement, Placement]] = {
 
 
 def parallelize(model: nn.Module, mesh: DeviceMesh, plan: Mapping[str, str]) -> nn.Module:
-    """Share the work of layers of `model` out over a one-dimensional mesh, in place; returns the model.
+    """Shard layers of a model over a one-dimensional mesh of devices, in place.
 
-    plan: the path of a SummaryLinear or SummaryLayer in the model, and over what:
+    Inputs and results of the layers are local tensors. The parameters become DTensors, so create the optimizer afterwards.
 
-    - "rows": each device has all of b and its own rows of x (a local x is this device's), and runs one launch on them.
-      Gradients are those of the sum of the devices' losses.
-    - "inputs": each device has some rows of b, d in number shared out; projection and Gram matrix are summed over devices.
-    - "outputs": each device has some columns of b, k in number shared out; b is gathered for the Gram matrix.
+    Args:
+        model: The model, changed in place.
+        mesh: A mesh of one dimension.
+        plan: Maps the path of a SummaryLinear or SummaryLayer to the dimension to shard:
 
-    Inputs and results are local tensors; over inputs and outputs every device passes the same x and has all of the result.
-    Parameters are DTensors afterwards, so make the optimizer then. Raises ValueError naming the path where there is no such
-    module (and near ones), it is shared out already, is named twice or has a parameter tied to another module's, and TypeError
-    where it is not such a layer; a forward's errors name it too.
+            - "rows": each device has all of b and passes its own rows of x. Gradients are those of the sum of the devices'
+              losses.
+            - "inputs": each device has a part of the d rows of b. Projection and Gram matrix are summed over the devices.
+              Every device passes the same x and gets the whole result.
+            - "outputs": each device has a part of the k columns of b, which is gathered for the Gram matrix. Every device
+              passes the same x and gets the whole result.
+
+    Returns:
+        The model.
+
+    Raises:
+        TypeError: A path is that of another kind of module.
+        ValueError: The mesh has more dimensions; a path is not in the model; a layer is sharded already, is named twice, or
+            has a parameter that is tied to another module's. The message names the path. So do errors in a layer's forward.
+
+    Example:
+        >>> from torch import distributed
+        >>> distributed.init_process_group("gloo", rank=0, world_size=1, store=distributed.HashStore())
+        >>> model = parallelize(nn.Sequential(SummaryLinear(4, 3)), DeviceMesh("cpu", [0]), {"0": "rows"})
+        >>> model[0].weight.placements
+        (Replicate(),)
+        >>> distributed.destroy_process_group()
     """
     if mesh.ndim != 1:
         raise ValueError(f"mesh: got {mesh.ndim} dimensions, want one (take mesh['name'] of a larger one)")
@@ -60,7 +78,7 @@ def parallelize(model: nn.Module, mesh: DeviceMesh, plan: Mapping[str, str]) -> 
         if first != path:
             raise ValueError(f"{path}: is the same module as {first!r}; name it once")
         for name in ("weight", "bias"):
-            if others := ties(model, modules[path], name):
+            if others := tied_parameters(model, modules[path], name):
                 raise ValueError(f"{path}: its {name} is tied to {', '.join(others)}, and would not be afterwards")
     for path, over in plan.items():
         layer = modules[path]

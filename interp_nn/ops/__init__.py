@@ -1,1 +1,1 @@
-"""The operators PyTorch knows: schemas, fake kernels, autocast rules and gradients, over whichever engine the plan names."""
+"""Operators registered with PyTorch: schemas, fake kernels, autocast rules and gradients. The plan names the engine."""

@@ -1,4 +1,4 @@
-"""The `interp_nn` operator library, and how an operator is defined and applied."""
+"""The `interp_nn` operator library: define an operator, apply an autograd Function, and probes of autocast and functorch."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def _autocast_rule(operator: Callable[..., Any], device_type: str, cast_inputs: 
 
 
 def cast(device_type: str, *args: Any) -> tuple[Any, ...]:
-    """The arguments with their floating-point tensors (but fp64) in the autocast dtype of the device."""
+    """Return the arguments with their floating-point tensors (except fp64) in the autocast dtype of the device."""
     dtype = torch.get_autocast_dtype(device_type)
 
     def one(a: Any) -> Any:
@@ -71,33 +71,42 @@ is_batched: Callable[[Tensor], bool] = getattr(torch._C._functorch, "is_legacy_b
 
 # Of a tensor that stands for another one inside a torch.func transform, and has no memory of its own.
 is_wrapped: Callable[[Tensor], bool] = getattr(
-    torch._C._functorch, "is_functorch_wrapped_tensor", lambda _: transforming()
+    torch._C._functorch, "is_functorch_wrapped_tensor", lambda t: transforming(t)
 )
 
 
 def is_dtensor(t: Tensor) -> bool:
-    """Whether t is a DTensor, without importing what defines one."""
+    """Return True if t is a DTensor. torch.distributed.tensor is not imported for it."""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(t, module.DTensor)
 
 
-def transforming() -> bool:
-    """Whether a torch.func transform or forward-mode AD is at work (never while compiling)."""
-    return _transforms_active() or getattr(forward_ad, "_current_level", 0) >= 0
+def transforming(*tensors: Any) -> bool:
+    """Return True in a torch.func transform, or if a tensor has a tangent of forward-mode AD (never while compiling).
+
+    The level of forward-mode AD is the process's and not the thread's, so that it says nothing by itself.
+    """
+    return _transforms_active() or (getattr(forward_ad, "_current_level", 0) >= 0 and any(map(_has_tangent, tensors)))
 
 
-def nested_forward_mode() -> bool:
-    """Whether forward-mode AD is inside forward-mode AD, where PyTorch silently drops part of a Function's derivative."""
-    return not torch.compiler.is_compiling() and transforming() and getattr(eager_transforms, "JVP_NESTING", 2) > 1
+def _has_tangent(t: Any) -> bool:
+    return isinstance(t, Tensor) and t.is_floating_point() and forward_ad.unpack_dual(t).tangent is not None
+
+
+def nested_forward_mode(*tensors: Any) -> bool:
+    """Return True inside nested forward-mode AD, where PyTorch silently drops part of a Function's derivative."""
+    return (
+        not torch.compiler.is_compiling() and transforming(*tensors) and getattr(eager_transforms, "JVP_NESTING", 2) > 1
+    )
 
 
 def apply(function: type[Function], *args: Any) -> Any:
-    """`function.apply(*args)`, without its cost where that buys nothing.
+    """Return `function.apply(*args)`, without its cost where that buys nothing.
 
     With `setup_context`, PyTorch binds the arguments to an inspected signature on every call, which costs more than a small
     product; outside of transforms the step below it is enough. With gradients off and no transform the forward alone is.
     """
-    if torch.compiler.is_compiling() or transforming():
+    if torch.compiler.is_compiling() or transforming(*args):
         return function.apply(*args)
     if not torch.is_grad_enabled():
         return function.forward(*args)

@@ -66,7 +66,7 @@ def _loss_backward(
 
 
 def _shaped(grads: list[Tensor], x: Tensor, needs: Sequence[bool], transposed: bool) -> list[Tensor]:
-    """The gradients, dX in the shape of x and db in the memory order that was asked for."""
+    """Return the gradients, dX in the shape of x and db in the memory order that `transposed` asks for."""
     if needs[0]:
         grads[0] = grads[0].view(x.shape)
     if needs[1]:
@@ -146,7 +146,7 @@ def _batched_loss_backward(
     needs: Sequence[bool],
     transposed: bool,
 ) -> list[Tensor]:
-    """The same under autograd.grad(is_grads_batched=True), whose vmap sees operators and not Functions."""
+    """Compute the backward under autograd.grad(is_grads_batched=True), whose vmap sees operators and not Functions."""
     options = LossOptions((weights[0], weights[1], weights[2]), ignore_index, reduction)
     tensors = (x, b, a, c)
 
@@ -164,7 +164,7 @@ implement("summary_cross_entropy_backward", _batched_loss_backward, "Batched")
 
 
 class CrossEntropyFunction(Function):
-    """(loss, *gradients for an upstream of 1 where `needs` asks): the Function over `interp_nn::summary_cross_entropy`."""
+    """The autograd Function over `interp_nn::summary_cross_entropy`: (loss, *needed gradients for an upstream of 1)."""
 
     @staticmethod
     def forward(
@@ -199,7 +199,12 @@ class CrossEntropyFunction(Function):
         if ctx.spent:
             grads = []  # of a retained graph: handed out by an earlier backward, and scaled in place by some engines
         needs = tuple(ctx.needs_input_grad[:4])
-        plain = not (torch.compiler.is_compiling() or torch.is_grad_enabled() or transforming() or is_batched(upstream))
+        plain = not (
+            torch.compiler.is_compiling()
+            or torch.is_grad_enabled()
+            or transforming(upstream, x, b, a, c)
+            or is_batched(upstream)
+        )
         if grads and plain:
             ctx.spent = True
             # By .data, which has a version of its own: what their owner does to them then is no harm to a retained graph.
@@ -211,7 +216,7 @@ class CrossEntropyFunction(Function):
 
 
 class CrossEntropyBackwardFunction(Function):
-    """The needed gradients times the upstream, or computed with it; its own backward is that of the composed expression."""
+    """The needed gradients times the upstream, or computed with it. Its own backward differentiates `expression`."""
 
     @staticmethod
     def forward(
@@ -269,13 +274,13 @@ def _unpack(options: LossOptions) -> tuple[list[float], int, str]:
 def cross_entropy(
     x: Tensor, b: Tensor, a: Tensor | None, c: Tensor | None, target: Tensor, options: LossOptions
 ) -> Tensor:
-    """The three-term loss for checked arguments; a and c None for a pair's own loss."""
+    """Return the three-term loss for checked arguments; a and c are None for a pair's own loss."""
     enabled = torch.is_grad_enabled()
     needs = tuple(enabled and t is not None and t.requires_grad for t in (x, b, a, c))
     head, classes = a is not None, (b if a is None else a.mT).shape[1]
     d, k = b.shape
     plan = select.choose(select.problem_of(x, row_count(x), d, k, not head, (needs[0], needs[1]), classes))
-    if not torch.compiler.is_compiling() and transforming():
+    if not torch.compiler.is_compiling() and transforming(x, b, a, c):
         return expression(x, b, a, c, target, options, plan)
     if plan.autograd:
         try:

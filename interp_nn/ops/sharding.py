@@ -1,4 +1,6 @@
-"""The summary of DTensors: over rows by an operator with a registered sharding strategy, over d and k by DTensor's own products.
+"""The summary of DTensors.
+
+Shards over rows are computed by an operator with a registered sharding strategy, shards over d and k by DTensor's own products.
 
 Where b is replicated and x sharded over its rows, every device runs one launch on its own rows; db and the bias's gradient come
 back as partial sums, which DTensor reduces when they are used. Otherwise projection, Gram matrix and their product are
@@ -33,7 +35,7 @@ def _fake_forward(x: Tensor, b: Tensor, bias: Tensor | None, plan: str) -> tuple
 
 
 def _with_two(x: Tensor, y: Tensor, saved: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """(y, two saved tensors, empty where the plan saves fewer): DTensor has no strategies for lists of outputs."""
+    """Return (y, two saved tensors, empty where the plan saves fewer): DTensor has no strategies for lists of outputs."""
     first, second = (*saved, x.new_empty(0), x.new_empty(0))[:2]
     return y, first, second
 
@@ -48,7 +50,7 @@ def _backward(
     needs: Sequence[bool],
     transposed: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dX, db, dbias), empty where not needed."""
+    """Return (dX, db, dbias), empty where not needed."""
     saved = (first, second)[: len(saved_names(plan_from_text(plan)))]
     return _filled(whole._summary_backward(None, dy, x, b, saved, plan, needs, transposed), x, needs)
 
@@ -84,7 +86,7 @@ _backward_operator = define(
 
 
 def _forward_strategy(x: Any, b: Any, bias: Any, plan: str) -> list[tuple[list[Any], list[Any]]]:
-    """One dimension of the mesh: rows anywhere, all else on every device."""
+    """Return the strategies for one mesh dimension: rows anywhere, all else on every device."""
     whole_bias = None if bias is None else Replicate()
     return [
         ([rows, Replicate(), Replicate()], [rows, Replicate(), whole_bias, None])
@@ -106,7 +108,7 @@ register_sharding(torch.ops.interp_nn.summary_of_rows_backward.default)(_backwar
 
 
 class RowsFunction(Function):
-    """(y, saved, saved): the Function over `interp_nn::summary_of_rows`."""
+    """The autograd Function over `interp_nn::summary_of_rows`: (y, saved, saved)."""
 
     @staticmethod
     def forward(x: Tensor, b: Tensor, bias: Tensor | None, plan: Plan) -> tuple[Tensor, Tensor, Tensor]:
@@ -135,7 +137,7 @@ class RowsFunction(Function):
 
 
 def summary(x: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
-    """Y = X b (bᵀb) + bias for checked arguments that are DTensors on one mesh; a DTensor."""
+    """Return Y = X b (bᵀb) + bias as a DTensor, for checked arguments that are DTensors on one mesh."""
     assert isinstance(x, DTensor) and isinstance(b, DTensor) and (bias is None or isinstance(bias, DTensor))
     if not _over_rows(x, b, bias):
         return whole.summary(x, b, bias, whole.BY_AUTOGRAD)[0]
@@ -148,7 +150,7 @@ def summary(x: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _over_rows(x: DTensor, b: DTensor, bias: DTensor | None) -> bool:
-    """Whether every device has all of b and the bias, and whole rows of x."""
+    """Return True if every device has all of b and the bias, and whole rows of x."""
     parameters = b.placements if bias is None else (*b.placements, *bias.placements)
     whole_rows = all(p.is_replicate() or (type(p) is Shard and p.dim % x.dim() < x.dim() - 1) for p in x.placements)
     return whole_rows and all(p.is_replicate() for p in parameters)

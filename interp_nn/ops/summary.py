@@ -25,7 +25,7 @@ _SAVING = Plan("eager", "(Xb)G", saves=True)
 
 
 def as_rows(x: Tensor) -> Tensor:
-    """x (..., d) as a matrix (n, d); a view where the strides allow it."""
+    """Return x (..., d) as a matrix (n, d), a view where the strides allow it."""
     if x.dim() == 2:
         return x
     return x.reshape(row_count(x), x.shape[-1])  # unlike flatten, has a rule under autograd's own vmap
@@ -36,7 +36,7 @@ def _rows_if_any(x: Tensor | None) -> Tensor | None:
 
 
 def row_count(x: Tensor) -> int:
-    """The number of rows n of x (..., d)."""
+    """Return the number of rows n of x (..., d)."""
     n = 1
     for size in x.shape[:-1]:
         n *= size
@@ -83,9 +83,9 @@ def _summary_backward(
 
 
 def ordered(db: Tensor, transposed: bool) -> Tensor:
-    """db contiguous, or with the memory of a contiguous transpose: a layer's weight then takes its gradient as it comes.
+    """Return db contiguous, or column-major, so that a layer's weight takes its gradient without a copy.
 
-    An operator is told which, instead of looking at b: compiled code may hand it a b with other strides than were traced.
+    `transposed` is an argument because compiled code may pass a b with other strides than the traced one.
     """
     return db.mT.contiguous().mT if transposed else db.contiguous()
 
@@ -95,7 +95,7 @@ def _saves_projection(plan: Plan) -> bool:
 
 
 def _contiguous(saved: Sequence[Tensor]) -> list[Tensor]:
-    """The saved tensors with the strides that the fake kernels promise, whatever b's are: Inductor may choose others for b."""
+    """Return the saved tensors contiguous, as the fake kernels promise: Inductor may choose other strides for b."""
     return [t.contiguous() for t in saved]
 
 
@@ -146,14 +146,14 @@ backward_operator = define(
 
 
 def tangent(x: Tensor, b: Tensor, tx: Tensor, tb: Tensor) -> tuple[Tensor, Tensor]:
-    """(dP, dY) along (tx, tb): dP = tx b + x tb, dY = dP G + P (tbᵀ b + bᵀ tb)."""
+    """Return (dP, dY) along (tx, tb): dP = tx b + x tb, dY = dP G + P (tbᵀ b + bᵀ tb)."""
     tp = tx @ b + x @ tb
     tg = tb.mT @ b
     return tp, tp @ gram(b) + (x @ b) @ (tg + tg.mT)
 
 
 def gradient(dp: Tensor | None, dy: Tensor | None, x: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """(dX, db) for upstream (dP, dY), in plain differentiable products that broadcast over leading dimensions."""
+    """Return (dX, db) for upstream (dP, dY), in plain differentiable products that broadcast over leading dimensions."""
     _, _, saved = eager.forward(x, b, None, _SAVING, True)
     dx, db, _ = eager.backward(dp, dy, x, b, saved, _SAVING, True, True)
     assert dx is not None and db is not None
@@ -163,7 +163,7 @@ def gradient(dp: Tensor | None, dy: Tensor | None, x: Tensor, b: Tensor) -> tupl
 def second_gradient(
     dp: Tensor | None, dy: Tensor | None, x: Tensor, b: Tensor, u: Tensor, v: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Gradient in (x, b) of <u, dX> + <v, db>, that is of <dP, tP> + <dY, tY> with (tP, tY) the tangents along (u, v)."""
+    """Return the gradient in (x, b) of <u, dX> + <v, db> = <dP, tP> + <dY, tY>, with (tP, tY) the tangents along (u, v)."""
     if dy is None:
         assert dp is not None
         return dp @ v.mT, u.mT @ dp
@@ -188,7 +188,7 @@ def _batched_backward(
     needs: Sequence[bool],
     transposed: bool,
 ) -> list[Tensor]:
-    """`summary_backward` under autograd.grad(is_grads_batched=True), whose vmap sees operators and not Functions."""
+    """Compute the backward under autograd.grad(is_grads_batched=True), whose vmap sees operators and not Functions."""
     dp, dy = _rows_if_any(dp), _rows_if_any(dy)
     dx, db = gradient(dp, dy, as_rows(x), b)
     bias = dy.sum(0) if dy is not None else b.new_zeros(b.shape[1])
@@ -261,7 +261,7 @@ class SummaryFunction(Function):
 
 
 class SummaryBackwardFunction(Function):
-    """The needed ones of (dX, db, dbias), as a Function of its own so that a backward can be differentiated again."""
+    """The needed ones of (dX, db, dbias): a Function of its own, so that a backward can be differentiated again."""
 
     @staticmethod
     def forward(
@@ -343,7 +343,7 @@ class SummaryBackwardFunction(Function):
 
 
 class _ForwardModeFunction(SummaryFunction):
-    """SummaryFunction with forward-mode AD; apart, because torch.compile refuses a Function that has a jvp."""
+    """SummaryFunction with forward-mode AD: a class of its own, because torch.compile refuses a Function with a jvp."""
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -376,7 +376,7 @@ class _ForwardModeBackwardFunction(SummaryBackwardFunction):
     def jvp(
         ctx: Any, tdp: Tensor | None, tdy: Tensor | None, tx: Tensor | None, tb: Tensor | None, *_: None
     ) -> tuple[Tensor, ...]:
-        """The gradient is linear in (dP, dY), and its derivative in (x, b) is a Hessian, so its own transpose."""
+        """Use that the gradient is linear in (dP, dY), and its derivative in (x, b) a Hessian, which is its own transpose."""
         dp, dy, x, b = ctx.saved_tensors
         shape = x.shape
         tx = torch.zeros_like(x) if tx is None else tx
@@ -401,18 +401,18 @@ def _backward_function() -> type[SummaryBackwardFunction]:
 
 
 def spread(values: Sequence[Any], needs: Sequence[bool]) -> list[Any]:
-    """The values at the places where `needs` is true, None elsewhere."""
+    """Return the values at the places where `needs` is true, None elsewhere."""
     found = iter(values)
     return [next(found) if need else None for need in needs]
 
 
 def _batch(t: Tensor, dim: int | None, size: int) -> Tensor:
-    """t with its batch dimension first, expanded if it has none."""
+    """Return t with its batch dimension first, expanded if it has none."""
     return t.expand(size, *t.shape) if dim is None else t.movedim(dim, 0)
 
 
 def _batch_rows(t: Tensor) -> Tensor:
-    """(B, ..., d) as (B, n, d)."""
+    """Return (B, ..., d) as (B, n, d)."""
     return t.unsqueeze(1) if t.dim() == 2 else t.flatten(1, -2)
 
 
@@ -428,7 +428,7 @@ def choose(x: Tensor, b: Tensor, pair: bool) -> Plan:
 
 def summary(x: Tensor, b: Tensor, bias: Tensor | None, plan: Plan) -> tuple[Tensor, list[Tensor]]:
     """Return (Y = X b (bᵀb) + bias, the saved tensors of the plan) for checked arguments."""
-    if plan.autograd or nested_forward_mode():
+    if plan.autograd or nested_forward_mode(x, b, bias):
         _, y, saved = eager.forward(as_rows(x), b, bias, plan, False)
         return y if x.dim() == 2 else y.view(*x.shape[:-1], b.shape[1]), saved
     y, *saved = apply(_summary_function(), x, b, bias, plan, False)
@@ -445,7 +445,7 @@ def small_gram(plan: Plan, saved: Sequence[Tensor], b: Tensor) -> Tensor | None:
 
 def summary_pair(x: Tensor, b: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
     """Return (X b, X b (bᵀb)) for checked arguments."""
-    if plan.autograd or nested_forward_mode():
+    if plan.autograd or nested_forward_mode(x, b):
         p, y, _ = eager.forward(as_rows(x), b, None, plan, True)
         assert p is not None
         if x.dim() == 2:

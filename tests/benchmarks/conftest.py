@@ -3,6 +3,7 @@ import struct
 import pytest
 
 from benchmarks.gpu.log import Log, read
+from benchmarks.records import rows
 
 
 @pytest.fixture(scope="session")
@@ -15,12 +16,17 @@ def idx():
     return written
 
 
+@pytest.fixture(scope="session")
+def shared():
+    return rows.common()
+
+
 @pytest.fixture
-def log(tmp_path):
+def log(tmp_path, shared):
     """Of a part of the GPU job."""
-    return Log(tmp_path / "log.jsonl", "part", 60.0, {"device": "a device"})
+    return Log(tmp_path / "log.jsonl", "part", 60.0, shared)
 
 
 @pytest.fixture
 def lines(log):
-    return lambda: read(log._path)
+    return lambda: read(log.path)

@@ -11,9 +11,7 @@ from torch.nn.utils import parametrizations, parametrize, prune
 
 from interp_nn import linalg
 from interp_nn.convert import fold, summarize
-from interp_nn.nn import SummaryClassifier, SummaryConv2d, SummaryHead, SummaryLayer, SummaryLinear, base
-
-pytestmark = pytest.mark.usefixtures("one_thread")
+from interp_nn.nn import SummaryClassifier, SummaryConv2d, SummaryHead, SummaryLayer, SummaryLinear, weights
 
 FLOATS = [(torch.float64, 1e-11), (torch.float32, 1e-5), (torch.bfloat16, 5e-2), (torch.float16, 1e-2)]
 
@@ -33,7 +31,7 @@ def test_outputs_are_kept_and_fold_goes_back(dtype, bound):
     assert list(model.state_dict()) == list(state)
     assert error(model.fc.weight, state["fc.weight"]) > 0.1  # it is b now, and not the effective weight
     back = fold(model)
-    assert classes(model) == kinds and not back.left
+    assert classes(model) == kinds and not back.skipped
     assert error(model(x), before) <= bound
     for name, value in model.state_dict().items():
         assert not value.is_floating_point() or error(value, state[name]) <= bound or not state[name].any()
@@ -213,7 +211,7 @@ def test_fold_leaves_what_has_no_plain_equal():
     model.append(SummaryClassifier(4, 3))
     report = fold(model)
     assert [type(m) for m in model][:2] == [nn.Linear, SummaryLayer] and type(model[4]) is SummaryLinear
-    assert {left.name: left.reason for left in report.left} == {
+    assert {row.name: row.reason for row in report.skipped} == {
         "1": "neither SummaryLinear nor SummaryConv2d",
         "2": "neither SummaryLinear nor SummaryConv2d",
         "3": "a subclass of SummaryLinear, which may compute something else",
@@ -224,8 +222,8 @@ def test_fold_leaves_what_has_no_plain_equal():
 
 def test_fold_leaves_a_pruned_layer():
     model = nn.Sequential(prune.l1_unstructured(SummaryLinear(6, 4), "weight", 3))
-    (left,) = fold(model).left
-    assert left.reason.startswith("its weight is computed from other parameters") and type(model[0]) is SummaryLinear
+    (skipped,) = fold(model).skipped
+    assert skipped.reason.startswith("its weight is computed from other parameters") and type(model[0]) is SummaryLinear
 
 
 def test_scripted_parts_are_not_layers():
@@ -235,7 +233,7 @@ def test_scripted_parts_are_not_layers():
     model, x = nn.Sequential(scripted, nn.Linear(4, 3)), torch.randn(2, 4)
     before = model(x)
     report = summarize(model)
-    assert [row.name for row in report.converted] == ["1"] and [left.name for left in report.left] == ["0.0"]
+    assert [row.name for row in report.converted] == ["1"] and [row.name for row in report.skipped] == ["0.0"]
     assert error(model(x), before) <= 1e-6
 
 
@@ -244,7 +242,7 @@ def test_fold_ends_parametrizations():
     x = torch.randn(5, 6, dtype=torch.float64)
     parametrizations.orthogonal(model[0], "weight")
     before = model[0](x)
-    assert not fold(model).left
+    assert not fold(model).skipped
     assert type(model[0]) is nn.Linear and not parametrize.is_parametrized(model[0])
     assert error(model[0](x), before) <= 1e-12 and list(model[0].state_dict()) == ["bias", "weight"]
 
@@ -270,35 +268,35 @@ def test_an_engine_that_cannot_compute_a_layer_is_no_plan(monkeypatch):
     model, x = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)).double(), torch.randn(3, 4).double()
     before = model(x)
     with monkeypatch.context() as patch:
-        patch.setattr("interp_nn.engines.select._requested", "triton")  # which has no float64 kernels
+        patch.setattr("interp_nn.engines.select.requested", lambda: "triton")  # which has no float64 kernels
         report = summarize(model)
     assert [row.plan for row in report.converted] == [None, None] and error(model(x), before) <= 1e-12
 
 
 def test_a_conversion_that_fails_changes_nothing(monkeypatch):
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4))
-    state, root = copy.deepcopy(model.state_dict()), base.root
+    state, computed = copy.deepcopy(model.state_dict()), weights.cube_root_weight
 
     def failing(name, *rest):
         if name == "2":
             raise torch.linalg.LinAlgError
-        return root(name, *rest)
+        return computed(name, *rest)
 
-    monkeypatch.setattr("interp_nn.convert.models.root", failing)
+    monkeypatch.setattr("interp_nn.convert.models.cube_root_weight", failing)
     with pytest.raises(torch.linalg.LinAlgError):
         summarize(model)
     assert all(type(layer) is nn.Linear for layer in model)
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
 
 
-def test_weights_that_cannot_be_written_are_left():
+def test_weights_that_cannot_be_written_are_skipped():
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4))
     model[1].weight = nn.Parameter(torch.randn(4).expand(4, 4))
     with torch.inference_mode():
         model[2] = nn.Linear(4, 4)
     report = summarize(model)
     assert [row.name for row in report.converted] == ["0"]
-    assert [left.reason.split(";")[0] for left in report.left] == [
+    assert [row.reason.split(";")[0] for row in report.skipped] == [
         "its weight's entries share memory with each other (an expanded tensor?)",
         "its weight is an inference tensor",
     ]
@@ -316,7 +314,7 @@ def test_a_dry_run_tells_and_changes_nothing():
     assert torch.equal(model(x), before) and classes(model) == kinds
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
     done = summarize(model)
-    assert told.converted == done.converted and told.left == done.left
+    assert told.converted == done.converted and told.skipped == done.skipped
     assert "dry run" in str(told) and "dry run" not in str(done)
 
 

@@ -1,4 +1,4 @@
-"""Which layers of a model are converted, and which are left as they are, by name and with the reason."""
+"""The layers of a model that are converted, and those that are skipped, by name and with the reason."""
 
 import copy
 import warnings
@@ -13,10 +13,7 @@ from torch.nn.utils import parametrizations, prune
 from interp_nn.convert import fold, summarize
 from interp_nn.nn import SummaryConv2d, SummaryHead, SummaryLinear
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-# Which layers
+# Selected layers
 
 
 NAMES = ["stem", "blocks.0.conv1", "blocks.0.conv2", "blocks.1.conv1", "blocks.1.conv2", "fc"]
@@ -39,7 +36,7 @@ NAMES = ["stem", "blocks.0.conv1", "blocks.0.conv2", "blocks.1.conv1", "blocks.1
 def test_selection(select, wanted):
     model = ResNet()
     report = summarize(model, select=select)
-    assert [row.name for row in report.converted] == wanted and not report.left
+    assert [row.name for row in report.converted] == wanted and not report.skipped
     assert [name for name, m in model.named_modules() if isinstance(m, (SummaryLinear, SummaryConv2d))] == wanted
 
 
@@ -54,7 +51,7 @@ def test_selection(select, wanted):
             ValueError,
             r"'blocks.0' is a Block, not a layer to convert \(those in it are 'blocks.0.\*'\)",
         ),
-        (lambda name, m: False, ValueError, "select: takes none of the model's layers"),
+        (lambda name, m: False, ValueError, "select: chooses none of the model's layers"),
         ([3], TypeError, "select: got int, want a path or a pattern of paths"),
         (3, TypeError, "^select: got int, want a path, several, or a function"),
         ([], ValueError, "^select: got no path, want at least one"),
@@ -136,7 +133,7 @@ PARTS = {
 
 @pytest.mark.parametrize("weights", PARTS.values(), ids=PARTS)
 @pytest.mark.parametrize("order", [1, -1])
-def test_layers_that_share_part_of_their_memory_are_left(weights, order):
+def test_layers_that_share_part_of_their_memory_are_skipped(weights, order):
     model = nn.ModuleList([nn.Linear(4, 4, dtype=torch.float64), nn.Embedding(3, 4)])
     for weight in weights[::order]:
         model.append(nn.Linear(*weight.shape[::-1]))
@@ -147,7 +144,7 @@ def test_layers_that_share_part_of_their_memory_are_left(weights, order):
     report = summarize(model)
     assert [row.name for row in report.converted] == ["0"]
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items() if name[0] != "0")
-    reasons = {left.name: left.reason for left in report.left}
+    reasons = {row.name: row.reason for row in report.skipped}
     assert reasons["2"] == "its weight overlaps 3.weight in memory" == reasons["4"].replace("2", "3")
     assert reasons["3"] == "its weight overlaps 2.weight in memory"
 
@@ -169,7 +166,7 @@ def test_layers_tied_to_what_stays_are_refused():
     before = model(tokens)
     report = summarize(model)
     assert [row.name for row in report.converted] == ["mlp.0", "mlp.2"]
-    assert {left.name: left.reason for left in report.left} == {
+    assert {row.name: row.reason for row in report.skipped} == {
         "wte": "neither Linear nor Conv2d",
         "attention.out_proj": "a subclass of Linear, which may compute something else",
         "head": "its weight is tied to wte.weight",
@@ -184,7 +181,7 @@ def test_layers_tied_to_what_stays_are_refused():
     assert type(pair[1]) is nn.Linear
 
 
-# What is refused, by name
+# Refused layers, by name
 
 
 class Conv1D(nn.Module):
@@ -264,9 +261,9 @@ def test_what_is_refused_is_named(make, reason):
     assert type(model["body"]["other"]) is nn.Linear  # nothing was changed
     report = summarize(model)
     assert [row.name for row in report.converted] == ["body.other"]
-    (left,) = report.left
-    assert left.name == "body.layer" and left.kind == kind.__name__ and type(model["body"]["layer"]) is kind
-    assert f"body.layer  {kind.__name__}  {left.reason}" in str(report)
+    (skipped,) = report.skipped
+    assert skipped.name == "body.layer" and skipped.kind == kind.__name__ and type(model["body"]["layer"]) is kind
+    assert f"body.layer  {kind.__name__}  {skipped.reason}" in str(report)
 
 
 def test_weights_alone_are_kept_on_the_meta_device():
@@ -315,13 +312,13 @@ class Child(Swin):
 
 
 @pytest.mark.parametrize("kind", [Swin, Child])
-def test_layers_whose_weight_is_taken_are_left(kind):
+def test_layers_whose_weight_is_taken_are_skipped(kind):
     model, x = nn.Sequential(nn.Identity(), kind()).double(), torch.randn(3, 4).double()
     before = model(x)
     report = summarize(model)
     assert [row.name for row in report.converted] == ["1.deep.0", "1.facts"]
-    reason = f"{kind.__name__} takes its weight for itself"
-    assert [(left.name, left.reason) for left in report.left] == [("1.qkv", reason), ("1.deep.inner", reason)]
+    reason = f"{kind.__name__} reads its weight itself"
+    assert [(row.name, row.reason) for row in report.skipped] == [("1.qkv", reason), ("1.deep.inner", reason)]
     assert error(model(x), before) <= 1e-12
 
 
@@ -331,14 +328,12 @@ def test_pytorchs_encoder_layer_in_its_fast_path():
     with torch.no_grad():
         before = model(x)
         report = summarize(model)
-        assert [row.name for row in report.converted] == ["1"] and len(report.left) == 6
+        assert [row.name for row in report.converted] == ["1"] and len(report.skipped) == 6
         assert error(model(x), before) <= 1e-5
 
 
-def test_the_output_layer_of_a_summary_head_is_left():
+def test_the_output_layer_of_a_summary_head_is_skipped():
     head = SummaryHead(6, 4, 3)
     report = summarize(nn.Sequential(nn.Linear(6, 6), head))
     assert [row.name for row in report.converted] == ["0"]
-    assert [(left.name, left.reason) for left in report.left] == [
-        ("1.output", "SummaryHead takes its weight for itself")
-    ]
+    assert [(row.name, row.reason) for row in report.skipped] == [("1.output", "SummaryHead reads its weight itself")]

@@ -35,8 +35,8 @@ def images():
     return torch.randn(2, 3, 64, 64)
 
 
-def is_kept(model, *inputs, left=(), output=lambda y: y, **named):
-    """Whether outputs are the same after both conversions; `left` are the reasons of layers that must stay."""
+def is_kept(model, *inputs, skipped=(), output=lambda y: y, **named):
+    """Check that both conversions keep the outputs and skip for these reasons; return the number of converted layers."""
     model.eval()
     torch.manual_seed(1)
     with torch.no_grad():
@@ -47,10 +47,10 @@ def is_kept(model, *inputs, left=(), output=lambda y: y, **named):
         plain = [type(m) for m in model.modules()]
         report = summarize(model)
         converted = output(model(*inputs, **named))
-        assert {row.reason for row in report.left} == set(left) and report.error < 1e-7
+        assert {row.reason for row in report.skipped} == set(skipped) and report.error < 1e-7
         for name, module in model.named_modules():
             if type(module) in (nn.Linear, nn.Conv2d):
-                assert name in {row.name for row in report.left}
+                assert name in {row.name for row in report.skipped}
         fold(model)
         folded = output(model(*inputs, **named))
     assert before.abs().max() > 1e-3 and [type(m) for m in model.modules()] == plain
@@ -78,27 +78,29 @@ def test_torchvision_mobilenet(images):
 def test_torchvision_vit(images):
     models = pytest.importorskip("torchvision.models")
     model = models.VisionTransformer(64, 16, 2, 2, 64, 128, num_classes=10)
-    assert is_kept(model, images, left=[SUBCLASS]) == 6
+    assert is_kept(model, images, skipped=[SUBCLASS]) == 6
 
 
 def test_torchvision_swin(images):
     models = pytest.importorskip("torchvision.models")
     model = models.SwinTransformer([4, 4], 24, [1, 1], [2, 2], [4, 4], num_classes=10)
-    assert is_kept(model, images, left=["ShiftedWindowAttention takes its weight for itself"]) == 7
+    assert is_kept(model, images, skipped=["ShiftedWindowAttention reads its weight itself"]) == 7
 
 
 @pytest.mark.parametrize(
-    ("name", "options", "left", "count"),
+    ("name", "options", "skipped", "count"),
     [
         ("vit_tiny_patch16_224", {"img_size": 64, "depth": 2}, [], 10),
         ("convnext_atto", {"depths": (1, 1, 1, 1)}, [], 17),
         ("beit_base_patch16_224", {"img_size": 64, "depth": 2, "embed_dim": 48, "num_heads": 2},
-         ["Attention takes its weight for itself"], 8),
+         ["Attention reads its weight itself"], 8),
     ],
 )  # fmt: skip
-def test_timm(images, name, options, left, count):
+def test_timm(images, name, options, skipped, count):
     timm = pytest.importorskip("timm")
-    assert is_kept(timm.create_model(name, pretrained=False, num_classes=10, **options), images, left=left) == count
+    assert (
+        is_kept(timm.create_model(name, pretrained=False, num_classes=10, **options), images, skipped=skipped) == count
+    )
 
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
@@ -108,7 +110,7 @@ TOKENS = torch.arange(12).view(2, 6)
 def test_transformers_bert():
     transformers = pytest.importorskip("transformers")
     model = transformers.BertForSequenceClassification(transformers.BertConfig(vocab_size=50, **SMALL))
-    assert is_kept(model, TOKENS, left=[OTHER], output=lambda y: y.logits) == 14
+    assert is_kept(model, TOKENS, skipped=[OTHER], output=lambda y: y.logits) == 14
 
 
 def test_transformers_vit(images):
@@ -120,7 +122,7 @@ def test_transformers_vit(images):
 def test_transformers_llama():
     transformers = pytest.importorskip("transformers")
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=50, **SMALL))
-    assert is_kept(model, TOKENS, left=[OTHER], output=lambda y: y.logits) == 15
+    assert is_kept(model, TOKENS, skipped=[OTHER], output=lambda y: y.logits) == 15
 
 
 def test_transformers_gpt2_whose_layers_are_its_own():
@@ -128,7 +130,7 @@ def test_transformers_gpt2_whose_layers_are_its_own():
     config = transformers.GPT2Config(n_layer=1, n_embd=32, n_head=2, vocab_size=50, bos_token_id=0, eos_token_id=0)
     model = transformers.GPT2LMHeadModel(config)
     tied = "its weight is tied to transformer.wte.weight"
-    assert is_kept(model, TOKENS, left=[OTHER, tied], output=lambda y: y.logits) == 0
+    assert is_kept(model, TOKENS, skipped=[OTHER, tied], output=lambda y: y.logits) == 0
     with pytest.raises(ValueError, match=r"cannot convert transformer.h.0.attn.c_attn: neither Linear nor Conv2d"):
         summarize(model, select="transformer.h.0.attn.c_attn")
 
@@ -138,5 +140,5 @@ def test_transformers_t5():
     config = transformers.T5Config(d_model=32, num_layers=1, d_ff=64, num_heads=2, d_kv=16, vocab_size=50)
     model = transformers.T5ForConditionalGeneration(config)
     tied = "its weight is tied to shared.weight"
-    kept = is_kept(model, TOKENS, left=[OTHER, tied], output=lambda y: y.logits, decoder_input_ids=TOKENS)
+    kept = is_kept(model, TOKENS, skipped=[OTHER, tied], output=lambda y: y.logits, decoder_input_ids=TOKENS)
     assert kept == 16

@@ -156,7 +156,7 @@ def test_the_choice_is_the_lesser_prediction():
 def test_rows_that_are_no_whole_vectors_are_predicted_slow_and_logged_once(monkeypatch, caplog):
     plans = [interp_nn.plan(65536, d, 64, dtype=torch.bfloat16, device="sm_90") for d in (512, 511)]
     assert [plan.engine for plan in plans] == ["triton", "eager"]
-    monkeypatch.setattr(select, "_requested", "triton")
+    monkeypatch.setattr(select, "requested", lambda: "triton")
     monkeypatch.setattr(select, "_logged", set())
     monkeypatch.setattr(select, "unsupported_reason", lambda *_: None)
     for d, k in ((511, 64), (509, 64), (512, 64), (512, 200)):
@@ -295,6 +295,16 @@ def test_a_device_that_the_engine_does_not_serve(monkeypatch):
     assert reason(None, "cpu") == "it needs a CUDA device, and x is on cpu"
     assert reason(DeviceSpec((7, 5), 1, 0, 1.0, 1.0), "cuda") == "it needs compute capability 8.0, and cuda has 7.5"
     assert reason(HOPPER, "cuda") is None
+
+
+def test_bfloat16_is_refused_on_tritons_own_interpreter(monkeypatch):
+    """Kind: wrong numbers without a word; the interpreter's bfloat16 is wrong by a factor of 10^9."""
+    monkeypatch.setattr(limits, "interpreting", lambda: True)
+    monkeypatch.setattr(limits, "interpreter_has_bfloat16", False)
+    monkeypatch.setattr(limits, "_machine_reason", lambda engine: None)
+    for dtype, refused in ((torch.bfloat16, True), (torch.float16, False), (torch.float32, False)):
+        reason = unsupported_reason("triton", Problem(8, 4, 2, dtype=dtype, spec=HOPPER, device="cpu"))
+        assert (reason is not None and "bfloat16" in reason) == refused
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the engine is on")

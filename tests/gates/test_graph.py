@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from interp_nn.gates.graph import gated, kind, routed, trace, where
+from interp_nn.gates.graph import apply_gates, kind, routed, trace, where
 from interp_nn.nn import SummaryConv2d, SummaryLinear
 
 
@@ -204,9 +204,9 @@ def test_nodes_are_named_by_layer():
 
 def test_gated_refuses_gates_that_would_broadcast():
     z = torch.randn(3, 4, 5)
-    assert torch.equal(gated(z, torch.ones(3, 4, 5)), z)
+    assert torch.equal(apply_gates(z, torch.ones(3, 4, 5)), z)
     with pytest.raises(ValueError, match=r"gates: got shape \(3, 4, 1\) for layer '1', want \(n, \*\(4, 5\)\)"):
-        gated(z, torch.ones(3, 4, 1), "1")
+        apply_gates(z, torch.ones(3, 4, 1), "1")
 
 
 @pytest.mark.parametrize("shape", [(3, 2, 7), (3, 2, 7, 6), (0, 2, 5, 5), (1, 1, 4, 4, 4)])

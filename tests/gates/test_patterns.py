@@ -35,7 +35,7 @@ def test_overlap_in_parts(monkeypatch):
     gates = torch.rand(50, 20) < 0.5
     patterns = ActivationPatterns.from_gates(gates)
     whole = patterns.overlap()
-    monkeypatch.setattr("interp_nn.gates.patterns._AT_ONCE", 130)
+    monkeypatch.setattr("interp_nn.gates.patterns._BITS_AT_ONCE", 130)
     assert torch.equal(patterns.overlap(), whole) and torch.equal(patterns.active(), gates.sum(1))
 
 

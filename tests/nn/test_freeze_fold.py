@@ -31,7 +31,7 @@ def truth(layer, x, plain):
 
 
 def is_current(layer, x, plain):
-    """Whether the layer's output is, to the bit, the plain layer's with the effective weight of the weight it has now."""
+    """Return True if the output equals, bit for bit, that of the plain layer with the current effective weight."""
     with torch.no_grad():
         return torch.equal(layer(x), plain(x, layer.effective_weight().contiguous(), layer.bias))
 
@@ -399,8 +399,8 @@ def test_converting_subclasses():
             "preserve: got 'both', want 'function'",
         ),
         (lambda: SummaryConv2d.from_conv2d(nn.Conv2d(2, 2, 1), ""), ValueError, "preserve: got '', want 'function'"),
-        (lambda: SummaryLinear.from_linear(nn.LazyLinear(2)), TypeError, "linear: its weight is uninitialized"),
-        (lambda: SummaryConv2d.from_conv2d(nn.LazyConv2d(2, 1)), TypeError, "conv: its weight is uninitialized"),
+        (lambda: SummaryLinear.from_linear(nn.LazyLinear(2)), TypeError, "linear: got an uninitialized weight"),
+        (lambda: SummaryConv2d.from_conv2d(nn.LazyConv2d(2, 1)), TypeError, "conv: got an uninitialized weight"),
     ],
 )
 def test_what_cannot_be_converted_is_named(call, kind, message):

@@ -168,7 +168,7 @@ def test_copies_are_equal_and_independent(ours, theirs, sizes):
         assert torch.equal(layer(x), before)
 
 
-# What every layer says about its b
+# Gram matrix, spectrum and orthogonality of b
 
 
 @pytest.mark.parametrize(("d", "k"), [(12, 5), (5, 12)])

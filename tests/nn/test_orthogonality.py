@@ -60,7 +60,7 @@ def test_penalty_and_its_gradients_are_those_of_its_formula(kind, ran):
     constrain(layer, "penalty")
     if ran:
         layer(x)
-    assert (layer.known_square() is not None) is ran or kind == "wide"  # an order without bbᵀ is the best for that one
+    assert (layer.cached_gram() is not None) is ran or kind == "wide"  # an order without bbᵀ is the best for that one
     value, wanted = orthogonality_penalty(layer), naive_penalty(layer)
     assert value.shape == () and error(value, wanted) <= 1e-13
     (gradient,) = torch.autograd.grad(value, layer.weight, create_graph=True)
@@ -81,7 +81,7 @@ def test_the_summary_orders_that_have_a_gram_matrix_give_it(order, how, plan_is)
     constrain(layer, "penalty")
     y = layer(x)
     assert error(y, naive_linear(x, layer.weight, layer.bias)) <= 1e-13
-    assert error(layer.known_square(), layer.gram()) <= 1e-14 and not layer.known_square().requires_grad
+    assert error(layer.cached_gram(), layer.gram()) <= 1e-14 and not layer.cached_gram().requires_grad
     loss = y.square().sum() + 3 * orthogonality_penalty(layer)
     wanted = naive_linear(x, layer.weight, layer.bias).square().sum() + 3 * naive_penalty(layer)
     got, right = (torch.autograd.grad(value, [layer.weight, layer.bias]) for value in (loss, wanted))
@@ -92,11 +92,11 @@ def test_the_summary_orders_that_have_a_gram_matrix_give_it(order, how, plan_is)
     ("order", "how"),
     [("(X(bbᵀ))b", "saves"), ("X((bbᵀ)b)", ""), ("(X(bbᵀ))b", "autograd"), ("X((bbᵀ)b)", "autograd")],
 )
-def test_wide_layers_take_the_other_square(order, how, plan_is):
+def test_wide_layers_take_the_other_gram_matrix(order, how, plan_is):
     plan_is(order, how)
     layer, x = make("wide")
     constrain(layer, "penalty")(x)
-    assert error(layer.known_square(), layer.matrix() @ layer.matrix().t()) <= 1e-14
+    assert error(layer.cached_gram(), layer.matrix() @ layer.matrix().t()) <= 1e-14
     assert error(orthogonality_penalty(layer), naive_penalty(layer)) <= 1e-13
 
 
@@ -113,7 +113,7 @@ def test_orders_without_it_leave_it_to_the_penalty(kind, order, how, plan_is):
     plan_is(order, how)
     layer, x = make(kind)
     constrain(layer, "penalty")(x)
-    assert layer.known_square() is None
+    assert layer.cached_gram() is None
     assert error(orthogonality_penalty(layer), naive_penalty(layer)) <= 1e-13
 
 
@@ -121,7 +121,7 @@ def test_orders_without_it_leave_it_to_the_penalty(kind, order, how, plan_is):
 def test_the_penalty_forms_no_product_again(kind):
     layer, x = make(kind)
     constrain(layer, "penalty")(x)
-    known = layer.known_square()
+    known = layer.cached_gram()
     known.add_(torch.eye(len(known)))  # a wrong value shows where the penalty comes from
     assert error(orthogonality_penalty(layer), (known - torch.eye(len(known))).square().sum()) <= 1e-13
 
@@ -143,7 +143,7 @@ def test_a_changed_weight_is_not_taken_for_the_old_one(kind, change):
     constrain(layer, "penalty")(x)
     with torch.no_grad():
         change(layer)
-    assert layer.known_square() is None
+    assert layer.cached_gram() is None
     assert abs(orthogonality_penalty(layer) - naive_penalty(layer)) <= 1e-10
 
 
@@ -185,7 +185,7 @@ def test_a_copy_has_the_constraint_and_no_gram_matrix(duplicate):
     layer, x = make("linear")
     constrain(layer, "penalty")(x)
     other = duplicate(layer)
-    assert other.constraint == "penalty" and other.known_square() is None and layer.known_square() is not None
+    assert other.constraint == "penalty" and other.cached_gram() is None and layer.cached_gram() is not None
     assert torch.equal(other(x), layer(x)) and orthogonality_penalty(other) == orthogonality_penalty(layer)
 
 
@@ -205,9 +205,9 @@ def test_autocast_does_not_round_the_penalty():
     layer.orthogonalize_()
     with torch.autocast("cpu", torch.bfloat16):
         constrain(layer, "penalty")(x)
-        assert layer.known_square() is None
+        assert layer.cached_gram() is None
         assert orthogonality_penalty(layer) < 1e-9
-    assert layer(x).dtype == torch.float32 and layer.known_square().dtype == torch.float32
+    assert layer(x).dtype == torch.float32 and layer.cached_gram().dtype == torch.float32
 
 
 def test_transforms_leave_nothing_behind():
@@ -221,7 +221,7 @@ def test_transforms_leave_nothing_behind():
         layer(x)
     with torch.inference_mode():
         layer(x)
-    assert layer.known_square() is None
+    assert layer.cached_gram() is None
     gradient = torch.func.grad(lambda w: torch.func.functional_call(layer, w, x).sum() + naive_penalty(layer) * 0)(
         weights
     )
@@ -239,7 +239,7 @@ def test_derivatives_of_the_penalty_by_transforms(kind, ran):
     wanted = torch.autograd.grad(layer(x).square().sum() + naive_penalty(layer), list(model.parameters()))
     if ran:
         model(x)
-    assert (layer.known_square() is not None) is ran
+    assert (layer.cached_gram() is not None) is ran
 
     def value(weights):
         return torch.func.functional_call(model, weights, (x,))
@@ -256,7 +256,7 @@ def test_derivatives_of_the_penalty_by_transforms(kind, ran):
     doubled = {name: 2 * p for name, p in weights.items()}
     with torch.no_grad():
         assert error(torch.vmap(value)(several), torch.stack((value(weights), value(doubled)))) <= 1e-12
-    assert (layer.known_square() is not None) is ran
+    assert (layer.cached_gram() is not None) is ran
 
 
 def test_the_sum_over_a_model():

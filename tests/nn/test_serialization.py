@@ -109,7 +109,7 @@ def test_loading_into_a_frozen_and_into_a_penalised_layer():
     other(X).sum().backward()
     other[3].freeze()
     other.load_state_dict(model.state_dict())
-    assert torch.equal(other(X), model(X)) and other[3].known_square() is None
+    assert torch.equal(other(X), model(X)) and other[3].cached_gram() is None
 
 
 # Devices and types

@@ -31,12 +31,15 @@ IGNORED = torch.tensor([0, 2, -100, 1, -100, 1])
 close = torch.testing.assert_close
 
 
-@pytest.fixture(params=["autograd", "operator"], autouse=True)
+@pytest.fixture(params=["autograd", "operator"])
 def way(request, monkeypatch):
     """Losses are left to PyTorch's autograd on a CPU, in eager mode; elsewhere they are the operator's."""
     if request.param == "operator":
         monkeypatch.setattr(select, "_prefers_autograd", lambda problem: False)
     return request.param
+
+
+both_ways = pytest.mark.usefixtures("way")
 
 
 def randn(*shape, dtype=torch.float64):
@@ -144,6 +147,7 @@ def test_head_loss_obeys_the_law(plan, bias, reduction, dtype):
     check_law(loss_in(plan, target, **options), reference_of(plan, target, **options), inputs, [upstream], dtype)
 
 
+@both_ways
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("batch", [(), (5,), (2, 3), (1, 2, 2)], ids=str)
 def test_functional_losses_with_batch_dimensions(batch, dtype):
@@ -162,6 +166,7 @@ def test_functional_losses_with_batch_dimensions(batch, dtype):
             assert_close_law(got, expected(*given, target, reduction=reduction), exact, precision=dtype)
 
 
+@both_ways
 @pytest.mark.parametrize("shape", [(64, 32, 10, 7), (20, 16, 40, 3), (16, 16, 4, 30)], ids=str)
 def test_functional_head_equals_naive_whatever_form_it_takes(shape):
     n, d, k, m = shape
@@ -176,6 +181,7 @@ def test_functional_head_equals_naive_whatever_form_it_takes(shape):
 # Ignored rows and targets
 
 
+@both_ways
 @pytest.mark.parametrize("ignore_index", [-100, 1, -1])
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_ignored_rows_give_exactly_nothing(reduction, ignore_index):
@@ -196,6 +202,7 @@ def test_ignored_rows_give_exactly_nothing(reduction, ignore_index):
     close((dx[~ignored], db), torch.autograd.grad(saved.sum(), (x2, b2)))
 
 
+@both_ways
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("n", [0, 3])
@@ -218,6 +225,7 @@ def test_no_row_to_keep(n, reduction, dtype):
         assert all(g.eq(0).all() for g in torch.autograd.grad(loss.sum(), inputs))
 
 
+@both_ways
 @pytest.mark.parametrize("bad", [3, -1, 2**40])
 @pytest.mark.parametrize("head", [False, True])
 def test_a_target_out_of_range_is_named(head, bad):
@@ -228,6 +236,7 @@ def test_a_target_out_of_range_is_named(head, bad):
         f(*inputs, target)
 
 
+@both_ways
 @pytest.mark.parametrize("head", [False, True])
 def test_a_target_out_of_range_is_refused_under_transforms(head):
     target = torch.tensor([0, 1, 3, -100, 2, 0])
@@ -237,6 +246,7 @@ def test_a_target_out_of_range_is_refused_under_transforms(head):
         torch.func.grad(f)(*inputs, target)
 
 
+@both_ways
 def test_the_weights_weigh_their_terms():
     x, b = pair_inputs()
     p, y = x @ b, x @ b @ (b.mT @ b)
@@ -261,6 +271,7 @@ def test_gradients_only_where_needed(plan, wanted, reduction):
     close(got, torch.autograd.grad(expected, [inputs[i] for i in wanted]))
 
 
+@both_ways
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_gradients_asked_of_one_input_where_all_need_them(reduction):
     inputs = leaves(*head_inputs())
@@ -280,6 +291,7 @@ def test_gradients_not_needed_are_not_computed():
         assert [g.shape for g in grads] == shapes
 
 
+@both_ways
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16], ids=str)
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_backward_twice_over_a_retained_graph(reduction, dtype):
@@ -312,6 +324,7 @@ def test_every_backward_over_a_retained_graph_gives_the_same(plan, scale, monkey
                 g.detach().mul_(3)  # the gradients belong to who asked for them
 
 
+@both_ways
 @pytest.mark.parametrize("head", [False, True])
 def test_loss_scaling_in_half_precision(head):
     """Gradients of a mean over 131072 rows lose their bits to fp16's subnormal numbers, unless the scale is in them."""
@@ -332,6 +345,7 @@ def test_loss_scaling_in_half_precision(head):
         assert errors(got, want)[0] < least
 
 
+@both_ways
 def test_a_large_scale_reaches_every_precision():
     inputs = pair_inputs()
     for dtype in (torch.float64, torch.float32, torch.bfloat16):
@@ -342,6 +356,7 @@ def test_a_large_scale_reaches_every_precision():
         assert all(torch.equal(s, 65536 * p) for s, p in zip(scaled, plain, strict=True))
 
 
+@both_ways
 @pytest.mark.parametrize("upstream", [torch.ones(()).expand(6), torch.arange(12.0)[::2], torch.zeros(6)], ids=str)
 def test_upstream_of_one_a_row(upstream):
     upstream = upstream.double()
@@ -352,6 +367,7 @@ def test_upstream_of_one_a_row(upstream):
     close(torch.autograd.grad(got, inputs, upstream), torch.autograd.grad(expected, inputs, upstream))
 
 
+@both_ways
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_large_logits_do_not_overflow(dtype):
     x, b = leaves(60 * torch.eye(3), torch.eye(3), dtype=dtype)
@@ -361,6 +377,7 @@ def test_large_logits_do_not_overflow(dtype):
     assert all(g.isfinite().all() for g in torch.autograd.grad(loss, (x, b)))
 
 
+@both_ways
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_second_order_through_functional(reduction):
     def second(function):
@@ -373,6 +390,7 @@ def test_second_order_through_functional(reduction):
     close(second(functional.summary_head_cross_entropy), second(naive_head_cross_entropy))
 
 
+@both_ways
 def test_inputs_are_untouched_and_repeats_are_the_same_bits():
     inputs = leaves(*head_inputs(), dtype=torch.float32)
     everything = [*inputs, IGNORED]

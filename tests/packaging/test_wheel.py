@@ -1,6 +1,8 @@
 """An installed package, with the CUDA library or without: needs nothing but PyTorch, NumPy and pytest, and no checkout."""
 
+import functools
 import importlib
+import os
 import re
 import subprocess
 import sys
@@ -20,8 +22,12 @@ LIBRARY = Path(interp_nn.__file__).parent / "_C.abi3.so"
 with_library = pytest.mark.skipif(not LIBRARY.exists(), reason="installed without the CUDA library")
 
 
+@functools.cache
 def main():
-    return subprocess.run([sys.executable, "-m", "interp_nn"], capture_output=True, text=True, check=True).stdout
+    """Return the output of `python -m interp_nn` where the environment names an engine."""
+    environment = {**os.environ, "INTERP_NN_ENGINE": "eager"}
+    command = [sys.executable, "-m", "interp_nn"]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
 
 
 def test_each_part_works():
@@ -36,10 +42,12 @@ def test_each_part_works():
     assert all(part.__doc__ for part in (devices, select, engines, ops))
 
 
-def test_main_names_every_engine():
+def test_main_prints_the_version_and_every_engine():
     printed = main()
+    assert f"interp_nn {interp_nn.__version__}\n" in printed
     for name in engines.availability():
         assert re.search(rf"^engine +{name}: \S", printed, re.MULTILINE)
+    assert "\nrequested eager (INTERP_NN_ENGINE" in printed
 
 
 def test_sources_are_there_to_compile():

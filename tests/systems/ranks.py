@@ -319,7 +319,7 @@ def placements():
 def dtensors():
     from interp_nn import functional
 
-    for shape in ((8, 6, 4), (4, 2, 6), (7, 5, 3)):
+    for shape in ((4, 2, 6), (7, 5, 3)):
         tensors = operands(*shape)
         wanted = derivatives(functional.summary, *tensors)
         for name, over in placements().items():

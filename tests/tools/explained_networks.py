@@ -1,4 +1,4 @@
-"""Small networks that the tests of this folder share, in evaluation mode and double precision unless said otherwise."""
+"""Small networks to explain, in evaluation mode and, by default, in double precision."""
 
 from itertools import pairwise
 
@@ -54,7 +54,7 @@ class ResNet(nn.Module):
 
 
 def resnet(width=8, dtype=torch.float64, classes=10):
-    """A ResNet18-type network whose batch norms have random statistics, weights and shifts."""
+    """Return a `ResNet` whose batch norms have random statistics, weights and shifts."""
     model = ResNet(width, classes)
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
@@ -83,6 +83,7 @@ class Functional(nn.Module):
 
 
 def functional(dtype=torch.float64):
+    """Return a `Functional` network."""
     return Functional().to(dtype).eval()
 
 
@@ -102,6 +103,7 @@ class PreNorm(nn.Module):
 
 
 def transformer(dtype=torch.float64):
+    """Return a `PreNorm` block with random parameters."""
     model = PreNorm()
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.4)
@@ -109,7 +111,7 @@ def transformer(dtype=torch.float64):
 
 
 def mlp(*widths, dtype=torch.float64):
-    """Linear layers with ReLU between them."""
+    """Return linear layers with ReLU between them."""
     layers = []
     for i, o in pairwise(widths):
         layers += [nn.Linear(i, o), nn.ReLU()]

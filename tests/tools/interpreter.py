@@ -1,10 +1,10 @@
-"""Triton's CPU interpreter, corrected and extended until a kernel can be tested on it.
+"""Correct Triton's CPU interpreter so that kernels can be tested on it.
 
-As shipped it computes bf16 on raw bit patterns, ignores tf32, runs programs one after another, so that a grid barrier
-never opens, and reads and writes out of bounds without a word. Here are the corrections (`install`), interleaved programs
-(`schedule`), tensors that notice stray accesses (`guarded`) and mutants of kernels (`replaced`, `mutated`).
+Triton's own version computes bf16 on raw bit patterns and ignores tf32. It runs programs one after another, so a grid barrier
+never opens, and it ignores accesses out of bounds. This module has the corrections (`install`), interleaved programs
+(`schedule`), tensors that detect stray accesses (`guarded`), and mutants of kernels (`replaced`, `mutated`).
 
-Needs TRITON_INTERPRET=1 before Triton is imported: a process either interprets kernels or compiles them.
+Set TRITON_INTERPRET=1 before Triton is imported: a process either interprets kernels or compiles them.
 """
 
 import contextlib
@@ -24,22 +24,24 @@ import triton
 import triton.language as tl
 from triton.runtime import interpreter as stock
 
+from interp_nn.engines import limits
+
 TF32 = stock._ir.INPUT_PRECISION.TF32
 TF32X3 = stock._ir.INPUT_PRECISION.TF32x3
 
-# Atomics in one launch before it counts as a livelock: some seconds of spinning, far more than a test's barriers need.
+# A launch with more atomics counts as a livelock: this is some seconds of waiting, far more than a test's barriers need.
 LIMIT = 50_000
 
 POISON = 0xFF  # in every byte: a NaN in each float type, -1 in each signed integer
-GUARD_ELEMENTS = 4096  # at least, on each side of a guarded tensor
-GUARD_ROWS = 128  # of a matrix: a row tile of that height stays between the guards, whatever it forgets to mask
+GUARD_ELEMENTS = 4096  # the least on each side of a guarded tensor
+GUARD_ROWS = 128  # the guards of a matrix have this many rows, so that an unmasked tile of rows stays inside them
 
 
 # Arithmetic
 
 
 def round_mantissa(values: np.ndarray, dropped: int) -> np.ndarray:
-    """fp32 rounded to nearest even, so that the last `dropped` bits are zero; NaN and infinities stay what they are."""
+    """Round fp32 to nearest even so that the last `dropped` bits are zero; keep NaN and infinities."""
     values = np.asarray(values, np.float32)
     bits = values.view(np.uint32)
     below_half = (1 << (dropped - 1)) - 1
@@ -52,8 +54,8 @@ def to_tf32(values: np.ndarray) -> np.ndarray:
 
 
 def to_bf16(values: np.ndarray) -> np.ndarray:
-    """The bit patterns, uint16, of fp32 values rounded to bf16."""
-    one_nan = np.where(np.isnan(values), np.nan, values)  # the payload of another could sit in the lower half alone
+    """Round fp32 to bf16 and return the bit patterns as uint16."""
+    one_nan = np.where(np.isnan(values), np.nan, values)  # other NaNs may have bits in the lower half only
     return (round_mantissa(one_nan, 16).view(np.uint32) >> 16).astype(np.uint16)
 
 
@@ -62,7 +64,7 @@ def from_bf16(bits: np.ndarray) -> np.ndarray:
 
 
 def tf32x3_product(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Three tf32 products. As in Triton's lowering, an infinite operand, whose small part is NaN, has no small terms."""
+    """Compute three tf32 products as Triton does: the small terms of an infinite operand, which are NaN, are dropped."""
     a_big, b_big = to_tf32(a), to_tf32(b)
     a_small, b_small = to_tf32(a - a_big), to_tf32(b - b_big)
     small = a_small @ b_big + a_big @ b_small
@@ -70,7 +72,7 @@ def tf32x3_product(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def product(a: np.ndarray, b: np.ndarray, precision: object) -> np.ndarray:
-    """The product of fp32 matrices as the tensor cores take it at that input precision, accumulated in fp32."""
+    """Multiply fp32 matrices as tensor cores do at an input precision, accumulating in fp32."""
     if precision == TF32:
         return to_tf32(a) @ to_tf32(b)
     if precision == TF32X3:
@@ -83,7 +85,7 @@ def is_bf16(handle: stock.TensorHandle) -> bool:
 
 
 def widened(handle: stock.TensorHandle) -> stock.TensorHandle:
-    """bf16 as the fp32 that holds the same values; anything else as it is."""
+    """Convert bf16 to fp32; return any other dtype as it is."""
     return stock.TensorHandle(from_bf16(handle.data), tl.float32) if is_bf16(handle) else handle
 
 
@@ -92,11 +94,11 @@ def narrowed(handle: stock.TensorHandle) -> stock.TensorHandle:
 
 
 class LivelockError(RuntimeError):
-    """A launch went round and round its atomics: what some program waits for never comes."""
+    """A launch has too many atomics: some program waits for a value that is never written."""
 
 
 class Builder(stock.InterpreterBuilder):
-    """The interpreter's operations on numpy arrays, with bf16 held as bits but computed in fp32, and countable atomics."""
+    """The interpreter's operations on numpy arrays: bf16 is stored as bits and computed in fp32, and atomics are counted."""
 
     limit = LIMIT
     atomics = 0
@@ -113,7 +115,7 @@ class Builder(stock.InterpreterBuilder):
 
     def binary_op(self, lhs, rhs, op):
         result = super().binary_op(widened(lhs), widened(rhs), op)
-        if result.data.dtype == np.bool_:  # a comparison; the stock calls its result by the operands' type
+        if result.data.dtype == np.bool_:  # a comparison, to whose result Triton gives the operands' dtype
             return stock.TensorHandle(result.data, tl.int1)
         return narrowed(result) if is_bf16(lhs) else result
 
@@ -129,7 +131,7 @@ class Builder(stock.InterpreterBuilder):
         if not {a.dtype.scalar, b.dtype.scalar} <= {tl.bfloat16, tl.float16, tl.float32}:
             return super().create_dot(a, b, d, input_precision, max_num_imprecise_acc)
         a_wide, b_wide, d_wide = (widened(h).data.astype(np.float32) for h in (a, b, d))
-        total = product(a_wide, b_wide, input_precision) + d_wide  # 16-bit values are tf32 values as they are
+        total = product(a_wide, b_wide, input_precision) + d_wide  # tf32 represents 16-bit values exactly
         return self.cast_impl(stock.TensorHandle(total, tl.float32), d.dtype.scalar)
 
     def create_atomic_rmw(self, *args):
@@ -140,7 +142,7 @@ class Builder(stock.InterpreterBuilder):
         self.before_atomic()
         return super().create_atomic_cas(*args)
 
-    def create_atomic_load(self, *args):  # this and the next two: newer versions only
+    def create_atomic_load(self, *args):  # this and the next two exist in newer versions only
         self.before_atomic()
         return super().create_atomic_load(*args)
 
@@ -149,87 +151,89 @@ class Builder(stock.InterpreterBuilder):
         return super().create_atomic_store(*args)
 
     def create_atomic_poll(self, *args):
-        raise NotImplementedError("tl.atomic_poll spins where no other program can run; spin on tl.atomic_add instead")
+        raise NotImplementedError("tl.atomic_poll: no other program runs meanwhile; wait with tl.atomic_add in a loop")
 
     def before_atomic(self):
-        """Where the programs of a scheduled launch change over."""
+        """Count the atomic and let another program of a scheduled launch run."""
         self.atomics += 1
         if self.atomics > self.limit:
             raise LivelockError(
-                f"{self.limit} atomics in one launch, and it has not ended: a spin wait is never satisfied. (Without "
-                "schedule(seed) programs run one after another, and no wait for a later one can end.)"
+                f"the launch has more than {self.limit} atomics: a wait never ends. (Without schedule(seed) programs run "
+                "one after another, so a wait for a later program never ends.)"
             )
         if self.interleaving is not None:
-            self.interleaving.change_over()
+            self.interleaving.switch()
 
 
 # Scheduling
 
 
 class Stopped(BaseException):
-    """Ends a program because another one failed; no error of its own."""
+    """Ends a program because another one failed."""
 
 
 class Interleaving:
-    """The programs of one launch, a thread each, of which only the holder of the baton runs.
+    """Run the programs of one launch in a thread each, one at a time.
 
-    It runs up to its next atomic, where a random program gets the baton: any, when the seed is even; the same one three
-    times in four, when it is odd. The first finds what goes wrong when all advance together, the second what goes wrong
-    when one is far ahead.
+    A program runs up to its next atomic, where a random program continues. With an even seed each is as likely; with an odd
+    seed the same program continues three times in four. Even seeds find errors of programs that advance together, odd seeds
+    errors of one program that is far ahead.
     """
 
     def __init__(self, indices: list[tuple[int, int, int]], program: Callable[[], None], seed: int):
         self.indices, self.program = indices, program
         self.random, self.sticky = random.Random(seed), seed % 2 == 1
-        self.batons = [threading.Semaphore(0) for _ in indices]
+        self.turns = [threading.Semaphore(0) for _ in indices]
         self.alive = list(range(len(indices)))
-        self.holder = -1
+        self.running = -1
         self.error: BaseException | None = None
 
     def run(self) -> None:
-        threads = [threading.Thread(target=self.live, args=(me,), daemon=True) for me in self.alive]
+        """Run all programs to their end, and raise the error of one that failed."""
+        threads = [threading.Thread(target=self.run_program, args=(i,), daemon=True) for i in self.alive]
         for thread in threads:
             thread.start()
-        self.pass_on()
+        self.wake_next()
         for thread in threads:
             thread.join()
         if self.error is not None:
             raise self.error
 
-    def live(self, me: int) -> None:
-        """A thread's life. After an error each of the others is still given the baton once, and ends there."""
+    def run_program(self, i: int) -> None:
+        """Run one program; after an error, each of the others gets one more turn, in which it ends."""
         try:
-            self.take(me)
+            self.wait_for_turn(i)
             with np.errstate(all="ignore"):  # numpy keeps it per thread
                 self.program()
         except Stopped:
             pass
-        except BaseException as error:  # of whatever kind, it belongs to the thread that launched
+        except BaseException as error:  # raised again in the thread that launched
             self.error = error
-        self.alive.remove(me)
+        self.alive.remove(i)
         if self.alive:
-            self.pass_on()
+            self.wake_next()
 
-    def change_over(self) -> None:
-        me = self.holder
-        self.pass_on()
-        self.take(me)
+    def switch(self) -> None:
+        """Let a random program continue, and wait for this one's next turn."""
+        i = self.running
+        self.wake_next()
+        self.wait_for_turn(i)
 
-    def pass_on(self) -> None:
-        stays = self.sticky and self.holder in self.alive and self.random.random() < 0.75
+    def wake_next(self) -> None:
+        stays = self.sticky and self.running in self.alive and self.random.random() < 0.75
         if not stays:
-            self.holder = self.random.choice(self.alive)
-        self.batons[self.holder].release()
+            self.running = self.random.choice(self.alive)
+        self.turns[self.running].release()
 
-    def take(self, me: int) -> None:
-        self.batons[me].acquire()
+    def wait_for_turn(self, i: int) -> None:
+        self.turns[i].acquire()
         if self.error is not None:
             raise Stopped
-        stock.interpreter_builder.set_grid_idx(*self.indices[me])
+        stock.interpreter_builder.set_grid_idx(*self.indices[i])
 
 
 def gathering(fn: Callable, seed: int) -> Callable:
-    """A stand-in for a kernel that notes each program it is called for, and runs them all, interleaved, at the last."""
+    """Replace a kernel by a function that collects the programs it is called for, and runs them interleaved at the last."""
     builder, indices = stock.interpreter_builder, []
 
     def gather(**arguments):
@@ -242,12 +246,12 @@ def gathering(fn: Callable, seed: int) -> Callable:
         finally:
             builder.interleaving = None
 
-    gather.__signature__ = inspect.signature(fn)  # by which the executor binds the arguments
+    gather.__signature__ = inspect.signature(fn)  # the executor binds the arguments with it
     return gather
 
 
 class GridExecutor(stock.GridExecutor):
-    """A launch. Arithmetic is silent, as on a GPU: what overflows in a lane that is masked later is nobody's concern."""
+    """A launch. Overflow and invalid operations do not warn, as on a GPU."""
 
     seed: int | None = None
     limit = LIMIT
@@ -263,10 +267,10 @@ class GridExecutor(stock.GridExecutor):
 
 @contextlib.contextmanager
 def schedule(seed: int | None, limit: int = LIMIT) -> Iterator[None]:
-    """Every launch inside runs its whole grid interleaved, as the seed says; None: one program after another, as outside.
+    """Interleave the programs of every launch inside, in an order that the seed decides; None runs them in sequence.
 
-    A grid barrier then really waits, and one that is missing shows. Programs change over at atomics only, so what this
-    cannot show is an error of memory order. More than `limit` atomics in one launch raise LivelockError.
+    A grid barrier then waits, and a missing one gives wrong results. Programs switch at atomics only, so errors of memory
+    order are not found. More than `limit` atomics in one launch raise LivelockError.
     """
     install()
     before = GridExecutor.seed, GridExecutor.limit
@@ -281,10 +285,10 @@ def schedule(seed: int | None, limit: int = LIMIT) -> Iterator[None]:
 
 
 def patch_language(patch: Callable, fn: Callable) -> object:
-    """`patch` for a launch: makes triton.language the interpreter's until the scope it returns is restored.
+    """Make triton.language the interpreter's until the returned scope is restored.
 
-    The stock patches what the globals of `fn` show, and again at every call of a helper, which it never takes back. Here a
-    launch patches all there is, once. A loop bound is also made an int, which not every version does with a newer numpy.
+    Triton patches the modules among the globals of `fn`, again at every call of a helper, and does not undo the latter. Here a
+    launch patches the whole language once. Loop bounds also become ints, which some versions miss with a newer numpy.
     """
     scope = patch(SimpleNamespace(__globals__={"tl": tl, "core": tl.core}))
     scope.set_attr(tl.tensor, "__index__", lambda self: int(self.handle.data.item()))
@@ -292,24 +296,24 @@ def patch_language(patch: Callable, fn: Callable) -> object:
 
 
 def call_helper(self: stock.InterpretedFunction, *args, **kwargs):
-    """A @triton.jit function called inside another: the launch has patched triton.language already."""
+    """Call a @triton.jit function inside another: the launch has patched triton.language already."""
     return self.rewrite()(*args, **kwargs)
 
 
 def checking_bf16(check: Callable) -> Callable:
-    """`check` of a reduction's or scan's operands, which also refuses those that would be combined as bits."""
+    """Extend the check of a reduction's or scan's operands: bf16, which would be combined as bits, is an error."""
 
     def check_tensor(self, tensors):
         check(self, tensors)
         if any(t.dtype == tl.bfloat16 for t in tensors):
-            raise NotImplementedError("the interpreter has no reductions of bf16: cast to fp32 in the kernel first")
+            raise NotImplementedError("the interpreter cannot reduce bf16: cast to fp32 in the kernel first")
 
     return check_tensor
 
 
 @functools.cache
 def install() -> None:
-    """Correct the interpreter of this process, once and for good."""
+    """Correct the interpreter of this process."""
     if not triton.knobs.runtime.interpret:
         raise RuntimeError("the tests of kernels need TRITON_INTERPRET=1 in the environment")
     stock.interpreter_builder.__class__ = Builder
@@ -317,7 +321,8 @@ def install() -> None:
     stock._patch_lang = functools.partial(patch_language, stock._patch_lang)
     stock.InterpretedFunction.__call__ = call_helper
     stock.ReduceScanOpInterface.check_tensor = checking_bf16(stock.ReduceScanOpInterface.check_tensor)
-    triton.knobs.compilation.front_end_debugging = True  # so that a kernel's exception arrives as itself
+    limits.interpreter_has_bfloat16 = True
+    triton.knobs.compilation.front_end_debugging = True  # a kernel's exception is raised unchanged
 
 
 # Guard zones
@@ -330,10 +335,10 @@ def guarded(
     fill: float | None = None,
     stride: Iterable[int] | None = None,
 ) -> torch.Tensor:
-    """An empty tensor in the middle of a poisoned buffer, aligned to 16 bytes; contiguous, unless strides are given.
+    """Return a tensor in the middle of a poisoned buffer, aligned to 16 bytes; contiguous unless strides are given.
 
-    What is read outside it is NaN or -1, and so is its own content until it is written, or set by `fill`. `check_guards`
-    tells what was written outside it, gaps between the strides included.
+    Reads outside it give NaN or -1, and so does its own content unless `fill` sets it. `check_guards` finds writes outside it,
+    also in gaps between its strides.
     """
     shape = torch.Size(shape)
     stride = torch.empty(shape, device="meta").stride() if stride is None else tuple(stride)
@@ -345,12 +350,12 @@ def guarded(
 
 
 def guarded_like(t: torch.Tensor) -> torch.Tensor:
-    """A guarded copy with the same strides, hence the same layout: contiguous, transposed, rows apart."""
+    """Return a guarded copy with the same strides."""
     return guarded(t.shape, t.dtype, t.device, stride=t.stride()).copy_(t.detach())
 
 
 def stray_writes(t: torch.Tensor) -> list[int]:
-    """Where, in elements from the start of a guarded tensor, something outside it was written."""
+    """Return the places outside a guarded tensor that were written, in elements from its start."""
     elements = torch.empty(0, dtype=torch.uint8, device=t.device).set_(t.untyped_storage()).view(-1, t.itemsize)
     if t.storage_offset() < GUARD_ELEMENTS or len(elements) < GUARD_ELEMENTS + t.storage_offset():
         raise ValueError(f"a tensor of shape {tuple(t.shape)} was not made by guarded() or guarded_like()")
@@ -360,7 +365,7 @@ def stray_writes(t: torch.Tensor) -> list[int]:
 
 
 def check_guards(tensors: Iterable[torch.Tensor]) -> None:
-    """Assert that nothing was written around these tensors, each as `guarded` or `guarded_like` returned it."""
+    """Assert that nothing was written around these tensors, which `guarded` or `guarded_like` returned."""
     for index, t in enumerate(tensors):
         stray = stray_writes(t)
         assert not stray, (
@@ -376,8 +381,8 @@ def check_guards(tensors: Iterable[torch.Tensor]) -> None:
 def replaced(kernel: stock.InterpretedFunction, mutant: stock.InterpretedFunction) -> Iterator[None]:
     """Run `mutant` wherever `kernel`, a @triton.jit kernel or a helper of kernels, is launched or called.
 
-    Whatever name or table it was reached by: the interpreter looks up, at each call, the function it has rewritten for
-    this one, and it is that entry which is exchanged. Modules stay untouched.
+    At each call the interpreter looks up the function that it has rewritten; this entry is exchanged. So modules stay as they
+    are, and references to the kernel in tables run the mutant too.
     """
     table, original = stock.InterpretedFunction.rewritten_fn, kernel.rewrite()
     table[kernel.fn] = mutant.rewrite()
@@ -388,14 +393,14 @@ def replaced(kernel: stock.InterpretedFunction, mutant: stock.InterpretedFunctio
 
 
 def textual_mutant(kernel: stock.InterpretedFunction, old: str, new: str) -> stock.InterpretedFunction:
-    """`kernel` compiled again from its source with `old` replaced by `new`, among the globals of the original."""
+    """Compile `kernel` again with `old` replaced by `new` in its source, with the globals of the original."""
     fn = kernel.fn
     source = textwrap.dedent(inspect.getsource(fn))
     places = source.count(old)
     assert places == 1, f"{old!r} occurs {places} times in {fn.__name__}; a mutant changes one place"
     source = source.replace(old, new)
     filename = f"<{fn.__name__} with {new!r} for {old!r}>"
-    # The interpreter reads the source of what it rewrites, and this source is in no file.
+    # The interpreter reads the source of the function that it rewrites, and this source is in no file.
     linecache.cache[filename] = len(source), None, source.splitlines(keepends=True), filename
     namespace: dict[str, stock.InterpretedFunction] = {}
     exec(compile(source, filename, "exec"), fn.__globals__, namespace)
@@ -404,11 +409,10 @@ def textual_mutant(kernel: stock.InterpretedFunction, old: str, new: str) -> sto
 
 @contextlib.contextmanager
 def mutated(kernel: stock.InterpretedFunction, old: str, new: str) -> Iterator[None]:
-    """Run `kernel` with one fragment of its source replaced, e.g. a mask dropped, to see that a test notices.
+    """Run `kernel` with one fragment of its source replaced, e.g. without a mask, to see that a test notices.
 
-    The interpreter rewrites kernels from their source, so a changed source is a changed kernel: it is compiled among the
-    globals of the original, where it finds the same helpers, and then `replaced`. `old` has to occur exactly once, indented
-    as in a function at the left margin if it goes over lines. Mutants of two functions nest; of one, the inner one counts.
+    `old` must occur exactly once, indented as in a function at the left margin. Mutants of two functions nest; of two mutants
+    of one function the inner one runs.
     """
     with replaced(kernel, textual_mutant(kernel, old, new)):
         yield

@@ -1,10 +1,9 @@
-"""Compile a kernel's launch for a GPU that is not there, and read in its machine code what a CPU cannot show.
+"""Compile the launch of a Triton kernel for a GPU that is not there, and read its machine code.
 
-The interpreter computes what a kernel means. What it costs, and much of what makes it wrong on a device only, is in the
-compiled code: registers, spills, shared memory, whether the matrix units are used, how wide the loads are, which loads are
-ordered behind a barrier. Triton compiles without a driver and brings its own disassembler; both are used as they come.
+The code shows what the interpreter cannot: registers, spills, shared memory, use of the matrix units, the width of loads, and
+which loads are ordered behind a barrier. Triton needs no driver to compile, and its wheel contains a disassembler.
 
-Triton's cache is used too: a launch compiled before takes no seconds, so a record of times needs a fresh TRITON_CACHE_DIR.
+Triton's cache is in use: a launch compiled before takes no time, so timings need a fresh TRITON_CACHE_DIR.
 """
 
 import contextlib
@@ -33,15 +32,15 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
-# Bytes of shared memory one program may have, by compute capability. The compiler knows no limit: the launch would fail.
+# Bytes of shared memory that a program may have, by compute capability. The compiler has no limit: the launch would fail.
 SHARED_LIMIT = {75: 65536, 80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
 
 
 class Launch(NamedTuple):
-    """What `kernel[grid](*args, **constants, **options)` would be given; the grid is not compiled.
+    """The arguments of `kernel[grid](*args, **constants, **options)`.
 
-    `args` are the arguments that are not constexpr, in order. Tensors may be on the meta device: their dtype and offset
-    count, and an allocation is taken to be as aligned as a GPU's.
+    `args` are the arguments that are not constexpr, in order. Tensors may be on the meta device: only their dtype and offset
+    are read. Allocations count as aligned as a GPU's.
     """
 
     kernel: JITFunction
@@ -51,7 +50,7 @@ class Launch(NamedTuple):
 
 
 class Specialised(NamedTuple):
-    """A launch as the compiler sees it: types, known values and alignments in the place of arguments. It can be pickled."""
+    """A launch as the compiler sees it: types, constants and alignments in place of arguments. It can be pickled."""
 
     kernel: JITFunction
     signature: dict[str, str]
@@ -64,18 +63,10 @@ class Specialised(NamedTuple):
     def target(self) -> GPUTarget:
         return GPUTarget("cuda", self.capability, 32)
 
-    def is_constant(self, name: str) -> bool:
-        return self.signature[name] == "constexpr"
-
-    def is_divisible(self, name: str) -> bool:
-        """Whether the compiler knows the integer, or the address, as a multiple of 16."""
-        attributes = self.attributes.get((self.kernel.arg_names.index(name),), [])
-        return ["tt.divisibility", 16] in attributes
-
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """What is known of a compilation whether or not it came to anything. `dtype` is that of the first tensor."""
+    """A compilation, successful or failed. `dtype` is that of the first tensor."""
 
     tag: str
     kernel: str
@@ -86,29 +77,27 @@ class Result:
 
 
 class Failed(Result):
-    """A compilation that gave up. It has no measurements, and says why to whoever asks for one."""
+    """A failed compilation. Reading a measurement raises an AttributeError with the compiler's error."""
 
     def __getattr__(self, name: str) -> Any:
-        # Unpickling asks before there is an error to tell.
+        # Unpickling reads attributes before `error` is set.
         raise AttributeError(f"no {name!r}: the compilation failed with {self.__dict__.get('error')}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Compiled(Result):
-    """Counts are of instructions in the code, each once however often a loop runs it; memory is in bytes.
+    """Counts of instructions in the code, and memory in bytes: `stack` per thread, `shared` per program.
 
-    `stack` is per thread and `shared` per program. `spill_loads` and `spill_stores` are LDL and STL.
+    `spills` counts LDL and STL, which move registers to memory and back.
     """
 
     registers: int
     stack: int
     shared: int
-    spill_loads: int
-    spill_stores: int
+    spills: int
     hgmma: int
     hmma: int
     tcgen05: int
-    ffma: int
     ldgsts: int
     ldgsts_16: int
     ldg_16: int
@@ -117,10 +106,6 @@ class Compiled(Result):
     @cached_property
     def ptx(self) -> str:
         return self.ptx_file.read_text()
-
-    @property
-    def spills(self) -> int:
-        return self.spill_loads + self.spill_stores
 
     @property
     def vector_loads(self) -> int:
@@ -132,25 +117,20 @@ class Compiled(Result):
         return self.shared <= SHARED_LIMIT[self.capability]
 
     @property
-    def assertions(self) -> int:
-        """Calls that stop the kernel: `tl.device_assert`, and the overflow checks that a debug build adds."""
-        return len(re.findall(r"\bcall\.uni\s+__assertfail\b", self.ptx))
-
-    @property
     def has_acquire_release(self) -> bool:
-        """Whether something releases to, and something acquires from, every program on the GPU."""
+        """True if one instruction releases to, and one acquires from, all programs on the GPU."""
         orders = set(re.findall(r"\b(?:atom|red|ld|st)\.global\.gpu\.(acq_rel|acquire|release)\b", self.ptx))
         return "acquire" in orders and bool(orders & {"acq_rel", "release"})
 
     @property
     def has_non_coherent_loads(self) -> bool:
-        """Whether a load may be served from a cache that does not see the stores of this launch."""
+        """True if a load may hit a cache that does not see the stores of this launch."""
         return re.search(r"\bld\.global(\.[\w:]+)*\.nc\b", self.ptx) is not None
 
-    def matrix_instructions(self, capability: int | None = None) -> int:
-        """Instructions for the matrix unit that `capability` is meant to use; by default the one compiled for."""
-        generation = (capability or self.capability) // 10
-        return {9: self.hgmma, 10: self.tcgen05, 11: self.tcgen05}.get(generation, self.hmma)
+    @property
+    def matrix_instructions(self) -> int:
+        """Instructions for the newest matrix unit of the capability."""
+        return {9: self.hgmma, 10: self.tcgen05, 11: self.tcgen05}.get(self.capability // 10, self.hmma)
 
 
 Outcome: TypeAlias = Compiled | Failed
@@ -159,27 +139,25 @@ Outcomes: TypeAlias = dict[tuple[str, int], Outcome]
 
 
 def compile(launch: Launch, capability: int, tag: str = "") -> Outcome:
-    """The launch compiled in this process. An argument that is missing or too many raises; a compiler that fails does not."""
+    """Compile the launch in this process. Wrong arguments raise; an error of the compiler is returned as `Failed`."""
     return _build(tag, specialise(launch, capability))
 
 
 def compile_all(
     named_launches: Sequence[tuple[str, Launch]], capabilities: Sequence[int], workers: int = 2
 ) -> Outcomes:
-    """Every launch for every capability, by (name, capability) in the order given; in this process if `workers` < 2.
+    """Compile every launch for every capability in other processes; return outcomes by (name, capability), in order.
 
-    Kernels are found again by name in the other processes, so they are to be functions of a module that can be imported.
+    The processes find a kernel by its name, so it must be a function of a module that can be imported.
     """
     jobs = {(tag, cc): specialise(launch, cc) for tag, launch in named_launches for cc in capabilities}
     if len(jobs) < len(named_launches) * len(capabilities):
         raise ValueError("two launches, or two capabilities, are the same by name")
-    if workers < 2:
-        return {key: _build(key[0], job) for key, job in jobs.items()}
     return _in_workers(jobs, workers)
 
 
 def specialise(launch: Launch, capability: int) -> Specialised:
-    """The launch with its arguments read as a run would read them, by the same code of Triton's."""
+    """Read the arguments with Triton's own code, as a run does."""
     kernel = launch.kernel
     if not isinstance(kernel, JITFunction):
         raise TypeError(f"{kernel} is not a kernel for a GPU: is TRITON_INTERPRET set?")
@@ -192,7 +170,7 @@ def specialise(launch: Launch, capability: int) -> Specialised:
 
 
 def _by_parameter(launch: Launch) -> dict[str, Any]:
-    """Arguments and constants by name, each where the kernel's own signature says that it belongs."""
+    """Return arguments and constants by the names in the kernel's signature."""
     kernel, params = launch.kernel.__name__, launch.kernel.params
     runtime = [p.name for p in params if not p.is_constexpr]
     unknown = launch.constants.keys() - {p.name for p in params if p.is_constexpr}
@@ -212,7 +190,7 @@ def _kernel(module: str, qualname: str) -> JITFunction:
 
 
 def _reduce(kernel: JITFunction) -> tuple[Callable[[str, str], JITFunction], tuple[str, str]]:
-    """Pickle a kernel, or one that is another's constant, as Python pickles functions: by name."""
+    """Pickle a kernel by name, as Python pickles functions."""
     name = kernel.module, kernel.fn.__qualname__
     try:
         found = _kernel(*name)
@@ -230,8 +208,8 @@ def _in_workers(jobs: Jobs, workers: int) -> Outcomes:
     done: Outcomes = {}
     while left := {key: job for key, job in jobs.items() if key not in done}:
         done |= _pool(left, workers)
-        # A compiler that aborts takes its process and all that waits down with it. Jobs start in order, so it was one of the
-        # first that are left: each of them again, on its own.
+        # A compiler that aborts ends its process and breaks the pool. Jobs start in order, so one of the first that are left
+        # did it: compile each of them again, alone.
         for key in [key for key in left if key not in done][:workers]:
             died = _failed(key[0], jobs[key], 0.0, "the compiler's process died")
             done |= _pool({key: jobs[key]}, 1, keep_messages=False) or {key: died}
@@ -266,9 +244,9 @@ def _build(tag: str, job: Specialised, keep_messages: bool = True) -> Outcome:
 
 @contextlib.contextmanager
 def _standard_error_to(file: int) -> Iterator[None]:
-    """Send there what the compiler's passes print, which is why they failed and which their exceptions do not repeat.
+    """Send the output of the compiler's passes to a file: it has the reason of a failure, which their exceptions lack.
 
-    If the process dies the file goes with it: a compiler that may do so should be left to print.
+    If the process dies the file is lost, so a compiler that may die should print.
     """
     saved = os.dup(2)
     try:
@@ -308,12 +286,10 @@ def _measure(tag: str, job: Specialised, built: triton.compiler.CompiledKernel, 
         registers=int(usage[1]),
         stack=int(usage[2]),
         shared=built.metadata.shared,
-        spill_loads=_count(instructions, "LDL"),
-        spill_stores=_count(instructions, "STL"),
+        spills=_count(instructions, "LDL|STL"),
         hgmma=_count(instructions, "HGMMA"),
         hmma=_count(instructions, "HMMA"),
         tcgen05=_count(instructions, r"UTC\w*MMA"),
-        ffma=_count(instructions, "FFMA"),
         ldgsts=_count(instructions, "LDGSTS"),
         ldgsts_16=_count(instructions, "LDGSTS", "128"),
         ldg_16=_count(instructions, "LDG", "128"),
@@ -322,7 +298,7 @@ def _measure(tag: str, job: Specialised, built: triton.compiler.CompiledKernel, 
 
 
 def _disassemble(cubin: Path) -> str:
-    """Resource usage and SASS, in the words of cuobjdump."""
+    """Return resource usage and SASS, as cuobjdump prints them."""
     command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", "-sass", str(cubin)]
     run = subprocess.run(command, capture_output=True, text=True, check=False)
     if run.returncode:
@@ -331,12 +307,12 @@ def _disassemble(cubin: Path) -> str:
 
 
 def _instructions(sass: str) -> Counter[str]:
-    """How often each instruction occurs, by its name with modifiers, such as LDGSTS.E.BYPASS.LTC128B.128."""
+    """Count each instruction by its name with modifiers, such as LDGSTS.E.BYPASS.LTC128B.128."""
     return Counter(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][\w.]*)", sass, re.MULTILINE))
 
 
 def _count(instructions: Counter[str], name: str, modifier: str | None = None) -> int:
-    """Instructions whose name matches, and that have the modifier, if one is asked for, as a word of its own."""
+    """Count the instructions whose name matches and that have the modifier, if given."""
     return sum(
         count
         for instruction, count in instructions.items()
@@ -344,52 +320,20 @@ def _count(instructions: Counter[str], name: str, modifier: str | None = None) -
     )
 
 
-_IDENTITY: dict[str, Callable[[Result], str]] = {
-    "kernel": lambda r: r.kernel,
-    "tag": lambda r: r.tag,
-    "cc": lambda r: str(r.capability),
-    "dtype": lambda r: r.dtype,
-}
-_MEASUREMENTS: dict[str, Callable[[Compiled], str]] = {
-    "registers": lambda c: str(c.registers),
-    "stack": lambda c: str(c.stack),
-    "spills": lambda c: str(c.spills),
-    "shared": lambda c: str(c.shared),
-    "matrix": lambda c: str(c.matrix_instructions()),
-    "LDGSTS128": lambda c: str(c.ldgsts_16),
-    "seconds": lambda c: f"{c.seconds:.1f}",
-}
+_IDENTITY = ("kernel", "tag", "capability", "dtype")
+_MEASURED = ("registers", "stack", "spills", "shared", "matrix_instructions", "ldgsts_16")
 
 
-def table(compiled: Iterable[Outcome]) -> str:
-    """A line for each outcome under a line of headings, in columns; a failure ends in the last line of its error."""
-    compiled = list(compiled)
-    rows = [[*_IDENTITY, *_MEASUREMENTS], *map(_row, compiled)]
-    complete = [row for row in rows if len(row) == len(rows[0])]
-    widths = [max(len(row[i]) for row in (rows if i < len(_IDENTITY) else complete)) for i in range(len(rows[0]))]
-    return "\n".join(_line(row, widths) for row in rows)
-
-
-def _row(outcome: Outcome) -> list[str]:
-    identity = [column(outcome) for column in _IDENTITY.values()]
-    if isinstance(outcome, Compiled):
-        return identity + [column(outcome) for column in _MEASUREMENTS.values()]
-    return [*identity, f"failed: {str(outcome.error).strip().splitlines()[-1]}"]
-
-
-def _line(row: list[str], widths: list[int]) -> str:
-    named, measured = len(_IDENTITY), len(row) == len(widths)
-    cells = [text.ljust(width) for text, width in zip(row[:named], widths, strict=False)]
-    cells += (
-        [text.rjust(width) for text, width in zip(row[named:], widths[named:], strict=True)]
-        if measured
-        else row[named:]
-    )
-    return "  ".join(cells).rstrip()
-
-
-def write_table(path: str | Path, compiled: Iterable[Outcome]) -> None:
-    """The table as a file, with the compiler's version on top; the folder is made."""
+def write_table(path: str | Path, outcomes: Iterable[Outcome]) -> None:
+    """Write a tab-separated row for each outcome, or the last line of its error, under the compiler's version."""
+    lines = [f"Triton {triton.__version__}", "\t".join([*_IDENTITY, *_MEASURED, "seconds"])]
+    for outcome in outcomes:
+        row = [str(getattr(outcome, name)) for name in _IDENTITY]
+        if isinstance(outcome, Compiled):
+            row += [*(str(getattr(outcome, name)) for name in _MEASURED), f"{outcome.seconds:.1f}"]
+        else:
+            row.append(f"failed: {str(outcome.error).strip().splitlines()[-1]}")
+        lines.append("\t".join(row))
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(f"Triton {triton.__version__}\n{table(compiled)}\n")
+    path.write_text("\n".join(lines) + "\n")

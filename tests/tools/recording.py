@@ -1,6 +1,6 @@
-"""The launches that the Triton engine would make on a GPU that is not there, as `offline` compiles them.
+"""Record the launches that the Triton engine would make on a GPU that is not there, for `offline` to compile.
 
-The engine itself plans them, with tensors on the meta device; only its view of the device and its last step are exchanged.
+The engine plans them for tensors on the meta device; only its device and its last step are replaced.
 """
 
 import contextlib
@@ -11,19 +11,19 @@ from unittest import mock
 import torch
 from offline import Launch
 
-from interp_nn.engines.devices import known
+from interp_nn.engines.devices import spec_for
 from interp_nn.engines.triton import engine
 
 
 @contextlib.contextmanager
 def recording(capability: int, fp32_precision: str | None = None) -> Iterator[list[Launch]]:
-    """A list that gets what the engine launches inside, for tensors of any device, as on a known chip of that capability.
+    """Return a list that collects the engine's launches inside, planned for a known GPU of that capability.
 
-    fp32_precision: what PyTorch's switch for products of fp32 matrices says inside, if it matters.
+    `fp32_precision` sets `torch.backends.cuda.matmul.fp32_precision` inside.
     """
-    chip = known(divmod(capability, 10))
-    if chip is None:
-        raise ValueError(f"no chip is known that has capability {capability}")
+    spec = spec_for(divmod(capability, 10))
+    if spec is None:
+        raise ValueError(f"no GPU is known of capability {capability}")
     launches: list[Launch] = []
 
     def record(plan: engine.Launch, device: torch.device, *arguments: Any) -> None:
@@ -34,7 +34,7 @@ def recording(capability: int, fp32_precision: str | None = None) -> Iterator[li
 
     switch = torch.backends.cuda.matmul
     before = switch.fp32_precision
-    with mock.patch.object(engine, "_chip", return_value=chip), mock.patch.object(engine, "launch", record):
+    with mock.patch.object(engine, "_spec", return_value=spec), mock.patch.object(engine, "launch", record):
         try:
             if fp32_precision is not None:
                 switch.fp32_precision = fp32_precision

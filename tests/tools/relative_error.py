@@ -1,11 +1,11 @@
-"""What the tests of the layers share: a relative error, and summaries written out plainly."""
+"""Relative errors, and the formulas of the layers in plain PyTorch."""
 
 import torch
 from torch import Tensor, nn
 
 
 def error(actual: Tensor, wanted: Tensor) -> float:
-    """Relative Frobenius error, in fp64. NaN where shapes differ, so that no bound accepts it."""
+    """Return the relative Frobenius error in fp64; NaN, which fails any bound, where shapes differ."""
     if actual.shape != wanted.shape:
         return float("nan")
     actual, wanted = actual.detach().double(), wanted.detach().double()
@@ -13,13 +13,13 @@ def error(actual: Tensor, wanted: Tensor) -> float:
 
 
 def naive_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x b (bᵀb) + bias with b = weightᵀ."""
+    """Compute x b (bᵀb) + bias with b = weightᵀ."""
     y = x @ weight.t() @ (weight @ weight.t())
     return y if bias is None else y + bias
 
 
 def naive_kernel(weight: Tensor, groups: int = 1) -> Tensor:
-    """The effective weight of a linear layer's or a convolution's weight, group by group."""
+    """Compute the effective weight of a linear layer's or a convolution's weight, group by group."""
     parts = [w.flatten(1).t() for w in weight.chunk(groups)]
     return torch.cat([(b @ (b.t() @ b)).t() for b in parts]).reshape(weight.shape)
 

@@ -1,17 +1,17 @@
-"""What the tests compare against: the formulas in plain PyTorch, and the law that says how close is close enough."""
+"""The formulas in plain PyTorch, the operator in any form, and the tolerance of every comparison of values."""
 
 import torch
 
-from benchmarks.law import (  # noqa: F401 - tests take the formulas from here
-    breach,
+from benchmarks.timing.tolerances import (  # noqa: F401 - tests take the formulas from here
     errors,
+    exceeds,
     naive,
     naive_cross_entropy,
     naive_head_cross_entropy,
     naive_loss,
     naive_pair,
 )
-from benchmarks.law import floor as law_floor
+from benchmarks.timing.tolerances import floor as law_floor
 from interp_nn.engines import orders
 from interp_nn.engines.problem import SUMMARY_ORDERS, Plan
 from interp_nn.ops import summary as ops_summary
@@ -43,30 +43,31 @@ def pair_by(plan, x, b):
 
 
 def assert_close_law(got, same_precision_torch, exact_fp64, name="result", precision=None, ulps=None):
-    """got is at most twice as far from the fp64 reference as PyTorch's own expression in the same precision, plus a floor.
+    """Assert that got is at most twice as far from the fp64 reference as PyTorch in the same precision, plus a floor.
 
-    `precision` is what the products are rounded to, where that is not the result's dtype: a loss of 16-bit logits is fp32.
+    `precision` is the dtype of the products where it differs from the result's: a loss of 16-bit logits is fp32.
     `ulps` replaces the usual floor.
     """
     assert got.dtype == same_precision_torch.dtype, name
     precision = precision or got.dtype
-    why = breach(errors(got, exact_fp64), errors(same_precision_torch, exact_fp64), law_floor(precision, ulps))
+    why = exceeds(errors(got, exact_fp64), errors(same_precision_torch, exact_fp64), law_floor(precision, ulps))
     assert why is None, f"{name}: {why}"
 
 
 def leaf(t, dtype=None):
-    """A copy that requires a gradient, in another dtype if asked, with the same strides where t is dense."""
+    """Return a copy that requires a gradient, with the same strides where t is dense."""
     return t.detach().to(dtype or t.dtype, copy=True).requires_grad_()
 
 
 def leaves(*tensors, dtype=None):
+    """Return a `leaf` of each tensor; None stays None."""
     return tuple(None if t is None else leaf(t, dtype) for t in tensors)
 
 
 def check_law(function, reference, inputs, upstreams, dtype, ulps=None):
-    """Outputs and gradients of function against the law, for reference the same thing written naively.
+    """Check outputs and gradients of `function` with `assert_close_law`; `reference` is the formula in plain PyTorch.
 
-    `inputs` are fp64, and rounded to `dtype` first so that all three computations start from the same numbers.
+    `inputs` are fp64; they are rounded to `dtype` first, so that all three computations start from the same numbers.
     """
     rounded = [t.to(dtype) for t in inputs]
 

@@ -1,4 +1,4 @@
-"""Small networks of the layers, and the same networks with every summary written out plainly."""
+"""Small networks of the layers, and the same networks with the formulas in plain PyTorch."""
 
 import copy
 
@@ -10,11 +10,15 @@ from interp_nn.nn import SummaryConv2d, SummaryHead, SummaryLinear
 
 
 class PlainLinear(SummaryLinear):
+    """`SummaryLinear` in plain PyTorch."""
+
     def forward(self, x):
         return F.linear(x @ self.weight.t(), self.weight @ self.weight.t(), self.bias)
 
 
 class PlainConv2d(SummaryConv2d):
+    """`SummaryConv2d` in plain PyTorch."""
+
     def forward(self, x):
         rows = self.weight.flatten(1)
         return F.conv2d(x, (rows @ rows.t() @ rows).view(self.weight.shape), self.bias, self.stride, self.padding)
@@ -30,20 +34,23 @@ def randomize(model, dtype=torch.float32, scale=0.4):
 
 
 def mlp(dtype=torch.float32):
+    """Return two linear layers with tanh between them."""
     return randomize(nn.Sequential(SummaryLinear(12, 8), nn.Tanh(), SummaryLinear(8, 3)), dtype)
 
 
 def cnn(dtype=torch.float32):
+    """Return a convolution, tanh and a linear layer."""
     layers = nn.Unflatten(1, (1, 3, 4)), SummaryConv2d(1, 4, 2), nn.Tanh(), nn.Flatten(), SummaryLinear(24, 3)
     return randomize(nn.Sequential(*layers), dtype)
 
 
 def head(dtype=torch.float32):
+    """Return a `SummaryHead`."""
     return randomize(SummaryHead(12, 5, 3), dtype)
 
 
 def plain(model):
-    """A copy of the network whose layers have the formulas in place of the library."""
+    """Return a copy of the network whose layers compute the formulas in plain PyTorch."""
     model = copy.deepcopy(model)
     for module in model.modules():
         if type(module) is SummaryLinear:
@@ -54,4 +61,5 @@ def plain(model):
 
 
 def batch(n=10, dtype=torch.float32):
+    """Return inputs and targets for these networks."""
     return torch.randn(n, 12, dtype=dtype), torch.randint(3, (n,))

@@ -1,4 +1,4 @@
-"""The compiled CUDA library: found and loaded once, or the reason why not.
+"""The compiled CUDA library: load it once, or say why it cannot be loaded.
 
 It is `_C.abi3.so` in the package's folder, where the wheel has it or setup.py has built it. INTERP_NN_JIT=1 asks for one that is
 compiled on this machine instead, from the same sources, for its GPU.
@@ -21,7 +21,7 @@ _attempt: tuple[Path, str | None] | None = None
 
 
 def load() -> str | None:
-    """Load the library at the first call. The reason why there is none; None if it is loaded."""
+    """Load the library at the first call. Return None, or the reason why it is not loaded."""
     return _load()[1]
 
 
@@ -29,13 +29,14 @@ load._dynamo_marked_constant = True  # type: ignore[attr-defined] # see chips.ch
 
 
 def path() -> Path:
-    """The file of the library that `load` has loaded."""
+    """Return the file of the library that `load` has loaded."""
     return _load()[0]
 
 
 def versions() -> tuple[int, int, bool]:
-    """The CUDA that the loaded library was built with, 1000 major + 10 minor, and the newest one that the driver serves, 0
-    without a driver; whether this PyTorch can tell the library its CUDA streams.
+    """Return (CUDA version of the library, newest CUDA version of the driver, streams).
+
+    Versions are 1000 major + 10 minor, 0 without a driver. streams: this PyTorch can tell the library its CUDA streams.
     """
     built, served, streams = torch.ops.interp_nn.cuda_versions()
     return built, served, bool(streams)
@@ -45,7 +46,7 @@ versions._dynamo_marked_constant = True  # type: ignore[attr-defined] # see chip
 
 
 def driver_reason() -> str | None:
-    """Why the driver cannot run what is in the loaded library; None if it can."""
+    """Return why the driver cannot run the loaded library; None if it can."""
     built, served, _ = versions()
     if served == 0:
         return "there is no CUDA driver"
@@ -62,7 +63,7 @@ driver_reason._dynamo_marked_constant = True  # type: ignore[attr-defined] # see
 
 
 def dotted(version: int) -> str:
-    """A version as CUDA counts them, 12080, as people do: 12.8."""
+    """Return CUDA's number of a version, 12080, as people write it: 12.8."""
     return f"{version // 1000}.{version % 1000 // 10}"
 
 
@@ -87,16 +88,16 @@ def _attempt_once() -> tuple[Path, str | None]:
 
 
 def _reason(error: Exception) -> str:
-    """What a linker says is the cause of an OSError; of a failed compilation, which is long, the first lines that matter."""
+    """Return the linker's cause of an OSError, or the first lines of a failed compilation that name an error."""
     if isinstance(error, OSError):
         return str(error.__cause__ or error)
     lines = str(error).splitlines()
     mattering = [line.strip() for line in lines[1:] if "error" in line.lower() or "cannot" in line]
-    return ": ".join([lines[0].partition(":")[0], *mattering[:2]]) if mattering else str(error)
+    return ": ".join([lines[0].split(":")[0], *mattering[:2]]) if mattering else str(error)
 
 
 def _compile() -> Path:
-    """The library for the current device. PyTorch keeps it and compiles again when a source changes."""
+    """Compile the library for the current device. PyTorch keeps it and compiles again when a source changes."""
     if not torch.cuda.is_available():
         raise RuntimeError("INTERP_NN_JIT=1 needs a PyTorch with CUDA and a CUDA device")
     from torch.utils import cpp_extension  # slow to import

@@ -31,7 +31,7 @@ _LIBRARY = torch.library.Library("interp_nn", "FRAGMENT")
 
 
 def _define(schema: str, fake: Callable[..., Any]) -> Callable[..., Any]:
-    """A private operator, whose kernel is in the compiled library."""
+    """Define a private operator, whose kernel is in the compiled library."""
     name = schema[: schema.index("(")]
     _LIBRARY.define(schema)
     torch.library.register_fake(f"interp_nn::{name}", fake, lib=_LIBRARY)
@@ -91,7 +91,7 @@ _scale = _define("cuda_scale(Tensor upstream, Tensor(a!)[] gradients) -> ()", _f
 
 
 def launch(operator: Callable[..., Any], *arguments: Any) -> Any:
-    """One launch: every one of this engine passes here."""
+    """Call an operator of the library, with PyTorch's own error where memory is short. Every launch passes here."""
     try:
         return operator(*arguments)
     except RuntimeError as error:

@@ -1,4 +1,4 @@
-"""What a compiled library holds for which GPUs, read from it as a file."""
+"""List the GPUs that a compiled library has code for, from its file."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _PTX, _SASS = 1, 2
 
 
 def archs(blob: bytes) -> str:
-    """Compute capabilities of all machine code and PTX in the library, as setup.py spells them: "80;90+PTX"."""
+    """Return the compute capabilities of all machine code and PTX in the library, as setup.py spells them: "80;90+PTX"."""
     found: dict[int, set[int]] = {_PTX: set(), _SASS: set()}
     at = -1
     while 0 <= (at := blob.find(_MAGIC, at + 1)) <= len(blob) - _HEADER.size:

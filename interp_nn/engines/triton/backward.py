@@ -1,18 +1,18 @@
-"""Backward for up to 128 columns: of the pair (through D = dP + dY G) and of the summary alone (through S = Xᵀ dY).
+"""Backward for up to 128 columns: of the pair, through D = dP + dY G, and of the summary alone, through S = Xᵀ dY.
 
-Both end in strips: a job is a tile of features and a split of the rows. It walks over its rows once, adding up its
-part of a d x K gradient in registers and streaming its strip of dX out.
+Both kernels end in jobs of one feature tile and one split of the rows. A job reads its rows once, accumulates its part of a
+(d, K) gradient in registers, and stores its columns of dX. The losses use these jobs too.
 """
 
 import triton
 import triton.language as tl
 
-from interp_nn.engines.triton.grid import add_parts, barrier
+from interp_nn.engines.triton.grid import add_parts, barrier, store_column_sums
 from interp_nn.engines.triton.tiles import load_b, load_rows, load_square, load_x, store_b, store_rows, store_x
 
 
 @triton.jit
-def projection_strips(
+def backprop_projection(
     X,
     B,
     D,
@@ -32,13 +32,13 @@ def projection_strips(
     NEED_B: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """PARTS[split] = Xᵀ D over the rows of the split; dX = scale D bᵀ where DX is not None. D is (n, WIDTH), dX like X."""
+    """Store dX = scale D bᵀ, and with NEED_B the parts (splits, d, BK) of Xᵀ D. D has n rows of WIDTH elements."""
     rn, rk = tl.arange(0, BN), tl.arange(0, BK)
-    strips, tiles = tl.cdiv(d, BD), tl.cdiv(n, BN)
+    feature_tiles, tiles = tl.cdiv(d, BD), tl.cdiv(n, BN)
     share = tl.cdiv(tiles, splits)
-    for job in range(tl.program_id(0), strips * splits, tl.num_programs(0)):
-        split = job // strips
-        rd = (job % strips) * BD + tl.arange(0, BD)
+    for job in range(tl.program_id(0), feature_tiles * splits, tl.num_programs(0)):
+        split = job // feature_tiles
+        rd = (job % feature_tiles) * BD + tl.arange(0, BD)
         s = tl.zeros((BD, BK), tl.float32)
         if DX is not None:
             b = tl.trans(load_b(B, rd, rk, d, K, B_T, EVEN_D))
@@ -57,7 +57,7 @@ def projection_strips(
 
 @triton.jit
 def add_splits(PARTS, rd, d, splits, BK: tl.constexpr, BC: tl.constexpr, BATCH: tl.constexpr):
-    """The sum over splits of PARTS[split, rd, :], a (BC, BK) tile, in a fixed order."""
+    """Sum PARTS[split, rd, :] over the splits in a fixed order: a (BC, BK) tile."""
     rk = tl.arange(0, BK)
     total = tl.zeros((BC, BK), tl.float32)
     for first in range(0, splits, BATCH):
@@ -70,7 +70,7 @@ def add_splits(PARTS, rd, d, splits, BK: tl.constexpr, BC: tl.constexpr, BATCH: 
 
 @triton.jit
 def add_to_part(PART, value, first, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """PART += value for a (ROWS, COLUMNS) tile in a program's own part of a workspace; PART = value where `first`."""
+    """Add a (ROWS, COLUMNS) tile to the program's own part of a workspace; the first job stores it instead."""
     at = PART + tl.arange(0, ROWS)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     if not first:
         value += tl.load(at)
@@ -80,11 +80,75 @@ def add_to_part(PART, value, first, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 
 @triton.jit
-def twice_symmetric(T, BK: tl.constexpr):
-    """T + Tᵀ of a (BK, BK) workspace."""
+def symmetrized(T, BK: tl.constexpr):
+    """Load T + Tᵀ of a (BK, BK) workspace."""
     r = tl.arange(0, BK)
     at = r[:, None] * BK + r[None, :]
     return tl.load(T + at) + tl.trans(tl.load(T + at))
+
+
+@triton.jit
+def store_db_tile(
+    DB,
+    B,
+    db,
+    t,
+    scale,
+    rd,
+    d,
+    K: tl.constexpr,
+    BK: tl.constexpr,
+    B_T: tl.constexpr,
+    EVEN_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Store the features rd of scale (db + b t), where t is T + Tᵀ, or None for zero."""
+    rk = tl.arange(0, BK)
+    if t is not None:
+        b = load_b(B, rd, rk, d, K, B_T, EVEN_D).to(tl.float32)
+        db = tl.dot(b, t, db, input_precision=PRECISION)
+    store_b(DB, db * scale, rd, rk, d, K, B_T)
+
+
+@triton.jit
+def store_db(
+    DB,
+    B,
+    PARTS,
+    t,
+    scale,
+    d,
+    splits,
+    K: tl.constexpr,
+    BK: tl.constexpr,
+    BC: tl.constexpr,
+    B_T: tl.constexpr,
+    EVEN_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BATCH: tl.constexpr = 4,
+):
+    """Store db = scale (the sum of PARTS (splits, d, BK) + b t), the last phase of most kernels."""
+    for tile in range(tl.program_id(0), tl.cdiv(d, BC), tl.num_programs(0)):
+        rd = tile * BC + tl.arange(0, BC)
+        db = add_splits(PARTS, rd, d, splits, BK, BC, BATCH)
+        store_db_tile(DB, B, db, t, scale, rd, d, K, BK, B_T, EVEN_D, PRECISION)
+
+
+@triton.jit
+def pair_backward_workspace(WORK, splits, d, programs, BK: tl.constexpr):
+    """Return the arrays in WORK, which follow one another from WORK on, and WORK's end.
+
+    =======  ==================  ===============
+    array    shape               content
+    =======  ==================  ===============
+    WORK     (splits, d, BK)     parts of Xᵀ D
+    T_PARTS  (programs, BK, BK)  parts of T
+    T        (BK, BK)            T
+    =======  ==================  ===============
+    """
+    T_PARTS = WORK + splits * d * BK
+    T = T_PARTS + programs * BK * BK
+    return T_PARTS, T, T + BK * BK
 
 
 @triton.jit(do_not_specialize=["n", "splits"])
@@ -116,16 +180,14 @@ def pair_backward(
     BC: tl.constexpr,
     BATCH: tl.constexpr,
 ):
-    """dX = D bᵀ and db = Xᵀ D + b (T + Tᵀ) with D = dP + dY G and T = Pᵀ dY. DP, DX or DB may be None, and so may DY:
-    D is then dP itself, without the first phase.
+    """Store dX = D bᵀ and db = Xᵀ D + b (T + Tᵀ).
 
-    Phases: 1 rows, D and parts of T; 2 strips, and T; 4 db. D (n, WIDTH) is a workspace in X's dtype, WORK one in fp32:
-    (splits, d, BK) parts of Xᵀ D, (programs, BK, BK) parts of T, T.
+    Phases: 1 D and parts of T; 2 dX, parts of Xᵀ D, and T; 4 db. Without DY, D is dP itself and phase 1 is left out.
+    Workspace D: (n, WIDTH), X's dtype.
     """
     program, programs = tl.program_id(0), tl.num_programs(0)
     rk = tl.arange(0, BK)
-    T_PARTS = WORK + splits * d * BK
-    T = T_PARTS + programs * BK * BK
+    T_PARTS, T, _ = pair_backward_workspace(WORK, splits, d, programs, BK)
     if PHASES & 1:
         rn = tl.arange(0, BN_A)
         g = load_square(G, rk, K)
@@ -145,7 +207,7 @@ def pair_backward(
     if (PHASES & 3) == 3:
         barrier(COUNTER)
     if PHASES & 2:
-        projection_strips(
+        backprop_projection(
             X, B, D, DX, WORK, n, d, splits, 1.0, K, WIDTH, BK, BN, BD, B_T, EVEN_D, DB is not None, PRECISION
         )
         if DB is not None and DY is not None:
@@ -153,15 +215,29 @@ def pair_backward(
     if (PHASES & 6) == 6:
         barrier(COUNTER)
     if PHASES & 4:
+        t = None
         if DY is not None:
-            t = twice_symmetric(T, BK)
-        for strip in range(program, tl.cdiv(d, BC), programs):
-            rd = strip * BC + tl.arange(0, BC)
-            db = add_splits(WORK, rd, d, splits, BK, BC, 4)
-            if DY is not None:
-                b = load_b(B, rd, rk, d, K, B_T, EVEN_D).to(tl.float32)
-                db = tl.dot(b, t, db, input_precision=PRECISION)
-            store_b(DB, db, rd, rk, d, K, B_T)
+            t = symmetrized(T, BK)
+        store_db(DB, B, WORK, t, 1.0, d, splits, K, BK, BC, B_T, EVEN_D, PRECISION)
+
+
+@triton.jit
+def summary_backward_workspace(WORK, splits, d, parts, BK: tl.constexpr):
+    """Return the arrays in WORK, which follow one another from WORK on, and WORK's end.
+
+    ==========  ===============  ================================================================
+    array       shape            content
+    ==========  ===============  ================================================================
+    WORK        (splits, d, BK)  parts of S; then S G in the place of the first
+    T_PARTS     (parts, BK, BK)  parts of T; `parts` is min(programs, feature tiles of BD * splits)
+    BIAS_PARTS  (splits, BK)     parts of dbias
+    T           (BK, BK)         T
+    ==========  ===============  ================================================================
+    """
+    T_PARTS = WORK + splits * d * BK
+    BIAS_PARTS = T_PARTS + parts * BK * BK
+    T = BIAS_PARTS + splits * BK
+    return T_PARTS, BIAS_PARTS, T, T + BK * BK
 
 
 @triton.jit(do_not_specialize=["n", "splits"])
@@ -189,24 +265,20 @@ def summary_backward(
     BC: tl.constexpr,
     BATCH: tl.constexpr,
 ):
-    """dX = dY Wᵀ with W = b G, db = S G + b (T + Tᵀ) with S = Xᵀ dY and T = bᵀ S, dbias = the column sums of dY. No n x K
-    matrix but dY. DX, DB or DBIAS may be None.
+    """Store dX = dY Wᵀ, db = S G + b (T + Tᵀ), and dbias, the column sums of dY. The only (n, K) matrix is dY.
 
-    Phases: 1 strips, parts of S, of T and of dbias; 2 T and dbias; 4 db. WORK, in fp32: (splits, d, BK) parts of S,
-    (min(programs, strips * splits), BK, BK) parts of T, (splits, BK) parts of dbias, T.
+    Phases: 1 dX, parts of S, T and dbias; 2 T and dbias; 4 db.
     """
     program, programs = tl.program_id(0), tl.num_programs(0)
     rn, rk = tl.arange(0, BN), tl.arange(0, BK)
-    strips, tiles = tl.cdiv(d, BD), tl.cdiv(n, BN)
+    feature_tiles, tiles = tl.cdiv(d, BD), tl.cdiv(n, BN)
     share = tl.cdiv(tiles, splits)
-    T_PARTS = WORK + splits * d * BK
-    parts = tl.minimum(programs, strips * splits)
-    BIAS_PARTS = T_PARTS + parts * BK * BK
-    T = BIAS_PARTS + splits * BK
+    parts = tl.minimum(programs, feature_tiles * splits)
+    T_PARTS, BIAS_PARTS, T, _ = summary_backward_workspace(WORK, splits, d, parts, BK)
     if PHASES & 1:
-        for job in range(program, strips * splits, programs):
-            split = job // strips
-            rd = (job % strips) * BD + tl.arange(0, BD)
+        for job in range(program, feature_tiles * splits, programs):
+            split = job // feature_tiles
+            rd = (job % feature_tiles) * BD + tl.arange(0, BD)
             b = load_b(B, rd, rk, d, K, B_T, EVEN_D)
             if DX is not None:
                 w = tl.dot(b, load_square(G, rk, K), input_precision=PRECISION)
@@ -222,14 +294,14 @@ def summary_backward(
                 if DX is not None:
                     store_x(DX, tl.dot(dy, w, input_precision=PRECISION), row, rn, rd, n, d, EVEN_D)
                 if DBIAS is not None:
-                    if job % strips == 0:
+                    if job % feature_tiles == 0:
                         columns += tl.sum(dy.to(tl.float32), axis=0)
             if DB is not None:
                 tl.store(WORK + (split * d + rd[:, None]) * BK + rk[None, :], s, mask=rd[:, None] < d)
                 t = tl.dot(tl.trans(b.to(tl.float32)), s, input_precision=PRECISION)
                 add_to_part(T_PARTS + program * BK * BK, t, job == program, BK, BK)
             if DBIAS is not None:
-                if job % strips == 0:
+                if job % feature_tiles == 0:
                     tl.store(BIAS_PARTS + split * BK + rk, columns)
     if (PHASES & 3) == 3:
         barrier(COUNTER)
@@ -238,24 +310,16 @@ def summary_backward(
             add_parts(T_PARTS, T, parts, BK * BK, BK * BK, 256, BATCH)
         if DBIAS is not None:
             if program == programs - 1:
-                total = tl.zeros((BK,), tl.float32)
-                for split in range(0, splits):
-                    total += tl.load(BIAS_PARTS + split * BK + rk)
-                tl.store(DBIAS + rk, total.to(DBIAS.dtype.element_ty), mask=rk < K)
+                store_column_sums(DBIAS, BIAS_PARTS, splits, 1.0, K, BK)
     if (PHASES & 6) == 6:
         barrier(COUNTER)
     if PHASES & 4:
-        # S G first, in S's place, then b (T + Tᵀ): G and T in fp32, both at hand, would be more than fits.
+        # S G first, in S's place, then b (T + Tᵀ): G and T in fp32 do not both fit in shared memory.
         g = load_square(G, rk, K).to(tl.float32)
-        for strip in range(program, tl.cdiv(d, BC), programs):
-            rd = strip * BC + tl.arange(0, BC)
+        for tile in range(program, tl.cdiv(d, BC), programs):
+            rd = tile * BC + tl.arange(0, BC)
             s = tl.dot(add_splits(WORK, rd, d, splits, BK, BC, 4), g, input_precision=PRECISION)
             tl.debug_barrier()
             tl.store(WORK + rd[:, None] * BK + rk[None, :], s, mask=rd[:, None] < d)
         tl.debug_barrier()
-        t = twice_symmetric(T, BK)
-        for strip in range(program, tl.cdiv(d, BC), programs):
-            rd = strip * BC + tl.arange(0, BC)
-            s = tl.load(WORK + rd[:, None] * BK + rk[None, :], mask=rd[:, None] < d, other=0.0)
-            b = load_b(B, rd, rk, d, K, B_T, EVEN_D).to(tl.float32)
-            store_b(DB, tl.dot(b, t, s, input_precision=PRECISION), rd, rk, d, K, B_T)
+        store_db(DB, B, WORK, symmetrized(T, BK), 1.0, d, 1, K, BK, BC, B_T, EVEN_D, PRECISION, 1)

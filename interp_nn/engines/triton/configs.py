@@ -21,7 +21,8 @@ from interp_nn.engines.problem import Config, Order
 
 Result = TypeVar("Result")
 
-# The tiles of each kernel: BN_A rows and BD_A features in its first phase, BN and BD in its strips, BC features in its last.
+# The tiles of each kernel: BN_A rows and BD_A features in its first phase, BN and BD in its feature tiles, BC features in its
+# last.
 TILES = {
     "stream": ("BN", "BD"),
     "pair_backward": ("BN_A", "BN", "BD", "BC"),
@@ -43,7 +44,7 @@ LOSS_KERNELS: dict[Order, str] = {
 
 
 class Bucket(NamedTuple):
-    """What a config is looked up by."""
+    """The key of a config in the tables."""
 
     kernel: str
     itemsize: int
@@ -110,7 +111,7 @@ def choose(spec: DeviceSpec, bucket: Bucket) -> Config:
 
 
 def measured_engine(spec: DeviceSpec, bucket: Bucket) -> str | None:
-    """The engine that a tuned table found faster for a "summary", "pair", "pair_loss" or "head_loss"; None without one."""
+    """Return the engine that a tuned table found faster for a "summary", "pair", "pair_loss" or "head_loss"; None without one."""
     for entry in _user_table(os.environ.get("INTERP_NN_TABLE")).engines + _own_table().engines:
         if entry["problem"] == bucket.kernel and _matches(entry, spec, bucket):
             return str(entry["engine"])
@@ -128,7 +129,7 @@ def _matches(entry: dict[str, Any], spec: DeviceSpec, bucket: Bucket) -> bool:
 
 
 class Table(NamedTuple):
-    """Configs of kernels, and which engine was measured faster."""
+    """Configs of kernels, and the engines that were measured faster."""
 
     kernels: tuple[dict[str, Any], ...] = ()
     engines: tuple[dict[str, Any], ...] = ()
@@ -178,7 +179,7 @@ def _user_table(path: str | None) -> Table:
 
 
 def _read(path: Path) -> Table:
-    """The table in a file; ValueError that names the file, and the entry, where it is not one."""
+    """Read a table. ValueError names the file, and the entry that is wrong."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         kernels, found = tuple(content["kernels"]), tuple(content.get("engines", ()))

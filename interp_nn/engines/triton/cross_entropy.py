@@ -1,28 +1,37 @@
 """The three-term loss of the pair with its gradients: w1 CE(P, t) + w2 CE(Y, t) + w3 MSE(P, Y).
 
-Gradients are carried without the factor upstream / kept rows, so that 16-bit ones neither underflow for many rows nor under
-a small upstream; they meet it in fp32 on their way out. With one upstream a row there is nothing to postpone.
+======  ======  ========================================================
+symbol  shape   meaning
+======  ======  ========================================================
+E1, E2  (n, K)  gradients of the logits, P and Y
+D       (n, K)  E1 + E2 G
+T       (K, K)  Pᵀ E2
+VALUE           the loss: a scalar, or (n,) for reduction "none"
+======  ======  ========================================================
+
+Gradients are kept without the factor upstream / kept rows, which would make 16-bit ones underflow. They are multiplied with it
+in fp32 when they are stored. Reduction "none" has one upstream a row, which is applied at once.
 """
 
 import triton
 import triton.language as tl
 
-from interp_nn.engines.triton.backward import add_splits, projection_strips, twice_symmetric
-from interp_nn.engines.triton.grid import add_parts, add_scalars, barrier
-from interp_nn.engines.triton.tiles import gram, inside, load_b, load_rows, project, store_b, store_rows
+from interp_nn.engines.triton.backward import backprop_projection, store_db, symmetrized
+from interp_nn.engines.triton.grid import add_parts, add_scalars, barrier, store_column_sums
+from interp_nn.engines.triton.tiles import gram, inside, load_rows, project, store_rows
 
 
 @triton.jit
-def _log_softmax_terms(o, hot, M: tl.constexpr, BM: tl.constexpr):
-    """(maximum, 1 / sum of exponentials, cross entropy) of each row of logits."""
+def _log_softmax_terms(o, onehot, M: tl.constexpr, BM: tl.constexpr):
+    """Return each row's maximum, 1 / sum of exponentials, and cross entropy."""
     o_max = tl.max(tl.where(tl.arange(0, BM)[None, :] < M, o, float("-inf")), axis=1)
     total = tl.sum(tl.where(tl.arange(0, BM)[None, :] < M, tl.exp(o - o_max[:, None]), 0.0), axis=1)
-    return o_max, 1.0 / total, tl.log(total) + o_max - tl.sum(tl.where(hot, o, 0.0), axis=1)
+    return o_max, 1.0 / total, tl.log(total) + o_max - tl.sum(tl.where(onehot, o, 0.0), axis=1)
 
 
 @triton.jit
 def load_targets(TARGET, row, rn, n, ignore_index, M: tl.constexpr):
-    """(targets, whether each row counts) of the rows row + rn; a bad class stops the kernel as it stops PyTorch's own."""
+    """Load the targets of the rows row + rn, and which rows count. A class out of range stops the kernel, as in PyTorch."""
     exists = inside(row, rn, n)
     target = tl.load(TARGET + row + rn, mask=exists, other=0)
     kept = exists & (target != ignore_index)
@@ -34,14 +43,14 @@ def load_targets(TARGET, row, rn, n, ignore_index, M: tl.constexpr):
 def loss_terms(
     o1, o2, target, kept, UPSTREAM, row, rn, w1, w2, w3, M: tl.constexpr, BM: tl.constexpr, REDUCTION: tl.constexpr
 ):
-    """(loss of each row, E1, E2): the gradients of the logits o1 and o2, all zero where a row does not count.
+    """Return each row's loss, E1 and E2, all zero where a row does not count.
 
-    Statistics come first, so that few wide intermediates are alive at once.
+    The row statistics come first, so that few wide intermediates are live at once.
     """
     rm = tl.arange(0, BM)
-    hot = rm[None, :] == target[:, None]
-    max1, inverse1, ce1 = _log_softmax_terms(o1, hot, M, BM)
-    max2, inverse2, ce2 = _log_softmax_terms(o2, hot, M, BM)
+    onehot = rm[None, :] == target[:, None]
+    max1, inverse1, ce1 = _log_softmax_terms(o1, onehot, M, BM)
+    max2, inverse2, ce2 = _log_softmax_terms(o2, onehot, M, BM)
     difference = o1 - o2
     loss = w1 * ce1 + w2 * ce2 + w3 * (tl.sum(difference * difference, axis=1) / M)
     loss = tl.where(kept, loss, 0.0)
@@ -50,16 +59,16 @@ def loss_terms(
         if UPSTREAM is not None:
             weight = tl.load(UPSTREAM + row + rn, mask=kept, other=0.0).to(tl.float32)
     use = kept[:, None] & (rm[None, :] < M)
-    pull = difference * (2.0 * w3 / M)
-    one = tl.where(hot, 1.0, 0.0)
-    e1 = tl.where(use, ((tl.exp(o1 - max1[:, None]) * inverse1[:, None] - one) * w1 + pull) * weight[:, None], 0.0)
-    e2 = tl.where(use, ((tl.exp(o2 - max2[:, None]) * inverse2[:, None] - one) * w2 - pull) * weight[:, None], 0.0)
+    mse_grad = difference * (2.0 * w3 / M)
+    one = tl.where(onehot, 1.0, 0.0)
+    e1 = tl.where(use, ((tl.exp(o1 - max1[:, None]) * inverse1[:, None] - one) * w1 + mse_grad) * weight[:, None], 0.0)
+    e2 = tl.where(use, ((tl.exp(o2 - max2[:, None]) * inverse2[:, None] - one) * w2 - mse_grad) * weight[:, None], 0.0)
     return loss, e1, e2
 
 
 @triton.jit
 def gradient_scale(COUNTS, UPSTREAM, parts, REDUCTION: tl.constexpr, BATCH: tl.constexpr):
-    """What the gradients are still to be multiplied with: upstream / kept rows for "mean", upstream for "sum"."""
+    """Return the factor that the gradients lack: upstream / kept rows for "mean", upstream for "sum", 1 for "none"."""
     scale = 1.0
     if REDUCTION != "none":
         if UPSTREAM is not None:
@@ -70,13 +79,49 @@ def gradient_scale(COUNTS, UPSTREAM, parts, REDUCTION: tl.constexpr, BATCH: tl.c
 
 
 @triton.jit
-def store_value(VALUE, LOSSES, COUNTS, parts, REDUCTION: tl.constexpr, BATCH: tl.constexpr):
-    """The mean over kept rows (NaN without any, as in PyTorch) or the sum; rows themselves are stored already."""
-    if REDUCTION != "none":
-        value = add_scalars(LOSSES, parts, BATCH)
-        if REDUCTION == "mean":
-            value = value / add_scalars(COUNTS, parts, BATCH)
-        tl.store(VALUE, value)
+def store_value_and_dc(
+    VALUE,
+    LOSSES,
+    COUNTS,
+    DC,
+    C_PARTS,
+    scale,
+    parts,
+    REDUCTION: tl.constexpr,
+    M: tl.constexpr,
+    BM: tl.constexpr,
+    BATCH: tl.constexpr,
+):
+    """Store, by the last program, the reduced loss (NaN for the mean of no kept row, as in PyTorch) and a head's dc."""
+    if tl.program_id(0) == tl.num_programs(0) - 1:
+        if DC is not None:
+            store_column_sums(DC, C_PARTS, parts, scale, M, BM)
+        if REDUCTION != "none":
+            value = add_scalars(LOSSES, parts, BATCH)
+            if REDUCTION == "mean":
+                value = value / add_scalars(COUNTS, parts, BATCH)
+            tl.store(VALUE, value)
+
+
+@triton.jit
+def pair_loss_workspace(WORK, splits, d, programs, BK: tl.constexpr):
+    """Return the arrays in WORK, which follow one another from WORK on, and WORK's end.
+
+    =======  ==================  =========================================
+    array    shape               content
+    =======  ==================  =========================================
+    WORK     (splits, d, BK)     parts of Xᵀ D
+    T_PARTS  (programs, BK, BK)  parts of T
+    T        (BK, BK)            T
+    LOSSES   (programs,)         parts of the loss
+    COUNTS   (programs,)         parts of the number of kept rows
+    =======  ==================  =========================================
+    """
+    T_PARTS = WORK + splits * d * BK
+    T = T_PARTS + programs * BK * BK
+    LOSSES = T + BK * BK
+    COUNTS = LOSSES + programs
+    return T_PARTS, T, LOSSES, COUNTS, COUNTS + programs
 
 
 @triton.jit(do_not_specialize=["n", "splits", "ignore_index"])
@@ -89,8 +134,8 @@ def pair_loss(
     DX,
     DB,
     D,
-    PARKED_P,
-    PARKED_E,
+    P_SCRATCH,
+    E_SCRATCH,
     WORK,
     COUNTER,
     n,
@@ -115,19 +160,16 @@ def pair_loss(
     BC: tl.constexpr,
     BATCH: tl.constexpr,
 ):
-    """The loss and, where DX and DB are not None, its gradients: D = E1 + E2 G, dX = D bᵀ, db = Xᵀ D + b (T + Tᵀ), T = Pᵀ E2.
-    The logits never leave the chip. UPSTREAM (None for 1) is a scalar, or (n,) for reduction "none".
+    """Store the loss, dX = D bᵀ and db = Xᵀ D + b (T + Tᵀ). The logits stay in registers.
 
-    Phases: 1 rows, D, parts of T and of the loss; 2 strips, T, the loss; 4 db. D, PARKED_P, PARKED_E (n, WIDTH) are
-    workspaces in X's dtype; where the last two are given, T is summed in a second walk over them, which needs fewer
-    registers. WORK, in fp32: (splits, d, BK) parts of Xᵀ D, (programs, BK, BK) parts of T, T, parts of loss and count.
+    Phases: 1 D, parts of T and of the loss; 2 dX, parts of Xᵀ D, T, and the loss; 4 db.
+    Workspaces D, P_SCRATCH (P) and E_SCRATCH (E2): (n, WIDTH), X's dtype. With the last two, T is summed in a second pass over
+    them, which needs fewer registers.
+    UPSTREAM: None for 1, a scalar, or (n,) for reduction "none".
     """
     program, programs = tl.program_id(0), tl.num_programs(0)
     rk = tl.arange(0, BK)
-    T_PARTS = WORK + splits * d * BK
-    T = T_PARTS + programs * BK * BK
-    LOSSES = T + BK * BK
-    COUNTS = LOSSES + programs
+    T_PARTS, T, LOSSES, COUNTS, _ = pair_loss_workspace(WORK, splits, d, programs, BK)
     if PHASES & 1:
         rn = tl.arange(0, BN_A)
         g = gram(B, d, K, BK, BD_A, B_T, EVEN_D, PRECISION).to(X.dtype.element_ty)
@@ -148,18 +190,18 @@ def pair_loss(
                 e2 = e2.to(X.dtype.element_ty)
                 store_rows(D, tl.dot(e2, g, e1, input_precision=PRECISION), row, rn, rk, n, WIDTH)
                 if DB is not None:
-                    if PARKED_P is not None:
-                        store_rows(PARKED_P, p16, row, rn, rk, n, WIDTH)
-                        store_rows(PARKED_E, e2, row, rn, rk, n, WIDTH)
+                    if P_SCRATCH is not None:
+                        store_rows(P_SCRATCH, p16, row, rn, rk, n, WIDTH)
+                        store_rows(E_SCRATCH, e2, row, rn, rk, n, WIDTH)
                     else:
                         t = tl.dot(tl.trans(p16), e2, t, input_precision=PRECISION)
         if DB is not None:
-            if PARKED_P is not None:
+            if P_SCRATCH is not None:
                 tl.debug_barrier()
                 for tile in range(program, tl.cdiv(n, BN_A), programs):
                     row = tl.cast(tile, tl.int64) * BN_A
-                    p16 = load_rows(PARKED_P, row, rn, rk, n, WIDTH)
-                    e2 = load_rows(PARKED_E, row, rn, rk, n, WIDTH)
+                    p16 = load_rows(P_SCRATCH, row, rn, rk, n, WIDTH)
+                    e2 = load_rows(E_SCRATCH, row, rn, rk, n, WIDTH)
                     t = tl.dot(tl.trans(p16), e2, t, input_precision=PRECISION)
             tl.store(T_PARTS + program * BK * BK + rk[:, None] * BK + rk[None, :], t)
         tl.store(LOSSES + program, total)
@@ -169,28 +211,22 @@ def pair_loss(
     if PHASES & 2:
         if D is not None:
             scale = gradient_scale(COUNTS, UPSTREAM, programs, REDUCTION, BATCH)
-            projection_strips(
+            backprop_projection(
                 X, B, D, DX, WORK, n, d, splits, scale, K, WIDTH, BK, BN, BD, B_T, EVEN_D, DB is not None, PRECISION
             )
             if DB is not None:
                 add_parts(T_PARTS, T, programs, BK * BK, BK * BK, 256, BATCH)
-        if program == programs - 1:
-            store_value(VALUE, LOSSES, COUNTS, programs, REDUCTION, BATCH)
+        store_value_and_dc(VALUE, LOSSES, COUNTS, None, None, 1.0, programs, REDUCTION, K, BK, BATCH)
     if (PHASES & 6) == 6:
         barrier(COUNTER)
     if PHASES & 4:
         scale = gradient_scale(COUNTS, UPSTREAM, programs, REDUCTION, BATCH)
-        t = twice_symmetric(T, BK)
-        for strip in range(program, tl.cdiv(d, BC), programs):
-            rd = strip * BC + tl.arange(0, BC)
-            db = add_splits(WORK, rd, d, splits, BK, BC, 4)
-            b = load_b(B, rd, rk, d, K, B_T, EVEN_D).to(tl.float32)
-            store_b(DB, tl.dot(b, t, db, input_precision=PRECISION) * scale, rd, rk, d, K, B_T)
+        store_db(DB, B, WORK, symmetrized(T, BK), scale, d, splits, K, BK, BC, B_T, EVEN_D, PRECISION)
 
 
 @triton.jit
 def _scale_one(G, size, scale, BLOCK: tl.constexpr):
-    """G *= scale over `size` elements of memory; nothing for no G."""
+    """Multiply `size` elements of memory by `scale` in place."""
     if G is not None:
         for block in range(tl.program_id(0), tl.cdiv(size, BLOCK), tl.num_programs(0)):
             i = tl.cast(block, tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -200,7 +236,7 @@ def _scale_one(G, size, scale, BLOCK: tl.constexpr):
 
 @triton.jit(do_not_specialize=["size0", "size1", "size2", "size3"])
 def scale_gradients(UPSTREAM, G0, G1, G2, G3, size0, size1, size2, size3, BLOCK: tl.constexpr):
-    """Multiply up to four gradients by UPSTREAM in place. For an upstream of 1, as backward() has it, nothing is touched."""
+    """Multiply up to four gradients by UPSTREAM in place; an UPSTREAM of 1, the usual case, leaves memory untouched."""
     scale = tl.load(UPSTREAM).to(tl.float32)
     if scale != 1.0:
         _scale_one(G0, size0, scale, BLOCK)

@@ -48,7 +48,7 @@ class Launch(NamedTuple):
 
 
 def launch(made: Launch, device: torch.device, *arguments: Any) -> None:
-    """Run a kernel on its device: every launch of this engine passes here."""
+    """Launch a kernel on a device, and return at once. All launches of this engine go through this function."""
     other = device.type == "cuda" and device.index != torch.cuda.current_device()
     with torch.cuda.device(device) if other else nullcontext():
         made.kernel[(made.programs,)](*arguments, **made.constants)
@@ -61,7 +61,7 @@ def _spec(device: torch.device) -> DeviceSpec:
 
 
 def _precision(dtype: torch.dtype) -> str:
-    """How products of fp32 operands round them; fp32 sums of 16-bit products may always go through tf32."""
+    """Return the rounding of fp32 operands in products. fp32 sums of 16-bit products may always go through tf32."""
     exact = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision != "tf32"
     return "tf32x3" if exact else "tf32"
 
@@ -217,8 +217,8 @@ def _summary_backward_launch(
     phases: int,
 ) -> tuple[Launch, int]:
     config, tiles = _common(tuned, dtype, n, d, k, "summary_backward", spec)
-    bk, strips, splits = tiles["BK"], _cdiv(d, tiles["BD"]), _splits(spec, config, n, d, tiles["BD"])
-    programs = _programs(spec, config, strips * splits, _cdiv(d, tiles["BC"]) if phases & 4 else 1)
+    bk, tiles_of_d, splits = tiles["BK"], _cdiv(d, tiles["BD"]), _splits(spec, config, n, d, tiles["BD"])
+    programs = _programs(spec, config, tiles_of_d * splits, _cdiv(d, tiles["BC"]) if phases & 4 else 1)
     constants = {
         "K": k,
         "B_T": transposed,
@@ -227,7 +227,8 @@ def _summary_backward_launch(
         "PHASES": phases,
         "BATCH": 32,
     }
-    work = splits * d * bk + min(programs, strips * splits) * bk * bk + splits * bk + bk * bk
+    parts = min(programs, tiles_of_d * splits)
+    work = backward_kernels.summary_backward_workspace.fn(0, splits, d, parts, bk)[-1]
     return Launch(backward_kernels.summary_backward, programs, splits, constants | tiles | _options(config, True)), work
 
 
@@ -257,10 +258,10 @@ def _pair_backward_launch(
     phases: int,
 ) -> tuple[Launch, int]:
     config, tiles = _common(tuned, dtype, n, d, k, "pair_backward", spec)
-    bk, strips, splits = tiles["BK"], _cdiv(d, tiles["BD"]), _splits(spec, config, n, d, tiles["BD"])
+    bk, tiles_of_d, splits = tiles["BK"], _cdiv(d, tiles["BD"]), _splits(spec, config, n, d, tiles["BD"])
     jobs = (
         _cdiv(n, tiles["BN_A"]) if phases & 1 else 1,
-        strips * splits,
+        tiles_of_d * splits,
         _cdiv(d, tiles["BC"]) if phases & 4 else 1,
     )
     programs = _programs(spec, config, *jobs)
@@ -268,12 +269,12 @@ def _pair_backward_launch(
         "K": k, "B_T": transposed, "EVEN_D": _even(d, tiles), "PRECISION": precision, "PHASES": phases,
         "WIDTH": _width(k) if phases & 1 else k, "BATCH": 32,
     }  # fmt: skip
-    work = splits * d * bk + (programs + 1) * bk * bk
+    work = backward_kernels.pair_backward_workspace.fn(0, splits, d, programs, bk)[-1]
     return Launch(backward_kernels.pair_backward, programs, splits, constants | tiles | _options(config, True)), work
 
 
 def _width(k: int) -> int:
-    """The row length of a workspace with k columns: whole 16-byte words of 16-bit numbers."""
+    """Return the row length of a workspace with k columns: whole 16-byte words of 16-bit numbers."""
     return (k + 7) // 8 * 8
 
 
@@ -323,13 +324,13 @@ def _loss_launch(
     name = configs.LOSS_KERNELS[order]
     kernel = getattr(cross_entropy if name == "pair_loss" else head, name)
     config, tiles = _common(tuned, dtype, n, d, k, name, spec, m or 1)
-    bk, bm, strips = tiles["BK"], padded(m or 1), _cdiv(d, tiles["BD"])
+    bk, bm, tiles_of_d = tiles["BK"], padded(m or 1), _cdiv(d, tiles["BD"])
     if dtype == torch.float32 and not single_tf32_fits(spec, bk, bm):
         precision = "tf32x3"
     splits = _splits(spec, config, n, d, tiles["BD"])
     jobs = [_cdiv(n, tiles["BN_A"])]
     if gradients:
-        jobs.append(strips * splits)
+        jobs.append(tiles_of_d * splits)
     if parameters or order == "logits_from_x":
         jobs.append(_cdiv(d, tiles["BC"]))
     programs = _programs(spec, config, *jobs)
@@ -341,16 +342,18 @@ def _loss_launch(
         constants |= {"M": m, "BM": bm}
     if order == "logits_from_x":
         constants["PHASES"] = 3 | (4 if last else 0) | (24 if parameters else 0)
-        work = 2 * splits * d * bm + (min(programs, strips * splits) + 1) * 2 * bm * bk + bk * bk
+        parts = min(programs, tiles_of_d * splits)
+        work = head.flat_loss_workspace.fn(0, splits, d, parts, programs, bk, bm)[-1]
     else:
         constants["PHASES"] = 1 | (2 if last else 0) | (4 if parameters else 0)
         constants["WIDTH"] = _width(k)
         if m is not None:
             fits = output_layer_fits(spec, bk, bm, dtype.itemsize, precision == "tf32x3")
-            constants["ANEW"] = not fits and not (config.scratch and parameters)
-        work = splits * d * bk
-        work += (programs + 1) * bk * bk if m is None else (programs + 1) * 2 * bm * bk + bk * bk
-    work += programs * (2 if m is None else 2 + bm)
+            constants["RELOAD_OPERANDS"] = not fits and not (config.scratch and parameters)
+        if m is None:
+            work = cross_entropy.pair_loss_workspace.fn(0, splits, d, programs, bk)[-1]
+        else:
+            work = head.latent_loss_workspace.fn(0, splits, d, programs, bk, bm)[-1]
     return Launch(kernel, programs, splits, constants | tiles | _options(config, True, True), config.scratch), work
 
 

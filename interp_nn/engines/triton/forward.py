@@ -1,4 +1,4 @@
-"""The streaming forward: Y = (X b) G + bias, and P where asked, for up to 128 columns."""
+"""The forward for up to 128 columns: Y = (X b) G + bias, and optionally P and G."""
 
 import triton
 import triton.language as tl
@@ -7,7 +7,7 @@ from interp_nn.engines.triton.tiles import gram, project, project_and_gram, stor
 
 
 @triton.jit
-def _emit(P, Y, BIAS, p, g, row, n, K: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr):
+def _store_tile(P, Y, BIAS, p, g, row, n, K: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr):
     """Store P and Y = P G + bias of one row tile."""
     rn, rk = tl.arange(0, BN), tl.arange(0, BK)
     if P is not None:
@@ -36,10 +36,10 @@ def stream(
     BN: tl.constexpr,
     BD: tl.constexpr,
 ):
-    """Each program walks over its row tiles. The first also gives it G, from the tiles of b that X is multiplied with.
+    """Store Y, and P and G in X's dtype; BIAS (K,), P and G may be None.
 
-    Recomputing G in every program costs about what a barrier would, and needs none. BIAS, P, G may be None; G and P are
-    stored in X's dtype.
+    Each program takes row tiles in turn. At its first it also forms G from the same tiles of b: recomputing G in every program
+    costs about as much as a grid barrier.
     """
     program, programs = tl.program_id(0), tl.num_programs(0)
     row = tl.cast(program, tl.int64) * BN
@@ -53,8 +53,8 @@ def stream(
         if program == 0:
             rk = tl.arange(0, BK)
             store_square(G, g, rk, K)
-    _emit(P, Y, BIAS, p, g, row, n, K, BK, BN, PRECISION)
+    _store_tile(P, Y, BIAS, p, g, row, n, K, BK, BN, PRECISION)
     for tile in range(program + programs, tl.cdiv(n, BN), programs):
         row = tl.cast(tile, tl.int64) * BN
         p = project(X, B, row, n, d, K, BK, BN, BD, B_T, EVEN_D, PRECISION)
-        _emit(P, Y, BIAS, p, g, row, n, K, BK, BN, PRECISION)
+        _store_tile(P, Y, BIAS, p, g, row, n, K, BK, BN, PRECISION)

@@ -1,4 +1,4 @@
-"""What programs of one launch do together: wait for one another, and add what each of them has."""
+"""Cooperation of the programs of one launch: a barrier, and sums of the parts that each of them has stored."""
 
 import triton
 import triton.language as tl
@@ -6,10 +6,10 @@ import triton.language as tl
 
 @triton.jit
 def barrier(COUNTER):
-    """Wait until every program of the grid has come here; all of them must be resident at once.
+    """Wait until every program of the grid has arrived; all of them must be resident at once.
 
-    The first program adds 2^31 - (programs - 1) and each other one 1, so the sign bit flips when all have arrived, and the
-    counter is ready for the next barrier without being reset: of this launch, of the next one, of a replayed graph.
+    The first program adds 2^31 - (programs - 1) and each other program adds 1. The sign bit flips when all have arrived, and the
+    counter needs no reset: it is ready for the next barrier, the next launch, or a replayed graph.
     """
     tl.debug_barrier()  # the program's own stores come before its arrival
     step = tl.where(tl.program_id(0) == 0, -2147483647 - tl.num_programs(0), 1)
@@ -22,9 +22,9 @@ def barrier(COUNTER):
 
 @triton.jit
 def add_parts(PARTS, OUT, parts, size, SIZE: tl.constexpr, BLOCK: tl.constexpr, BATCH: tl.constexpr):
-    """OUT[i] = the sum of PARTS[q, i] over q < parts, for i < size <= SIZE, in a fixed order; the grid shares the i.
+    """Store OUT[i] = the sum of PARTS[:parts, i] in a fixed order, for i < size <= SIZE; the grid shares the i.
 
-    PARTS has rows of SIZE. BATCH rows are loaded together: one at a time would be all latency.
+    PARTS has rows of SIZE. BATCH rows are loaded together, because one at a time would wait for memory each time.
     """
     for block in range(tl.program_id(0), tl.cdiv(size, BLOCK), tl.num_programs(0)):
         i = block * BLOCK + tl.arange(0, BLOCK)
@@ -38,9 +38,19 @@ def add_parts(PARTS, OUT, parts, size, SIZE: tl.constexpr, BLOCK: tl.constexpr, 
 
 @triton.jit
 def add_scalars(PARTS, parts, BATCH: tl.constexpr):
-    """The sum of PARTS[0 : parts], in a fixed order."""
+    """Return the sum of PARTS[:parts] in a fixed order."""
     total = tl.zeros((BATCH,), tl.float32)
     for first in range(0, parts, BATCH):
         q = first + tl.arange(0, BATCH)
         total += tl.load(PARTS + q, mask=q < parts, other=0.0)
     return tl.sum(total, axis=0)
+
+
+@triton.jit
+def store_column_sums(OUT, PARTS, parts, scale, K: tl.constexpr, BK: tl.constexpr):
+    """Store OUT (K,) = scale times the sum over the rows of PARTS (parts, BK). One program calls it."""
+    rk = tl.arange(0, BK)
+    total = tl.zeros((BK,), tl.float32)
+    for q in range(0, parts):
+        total += tl.load(PARTS + q * BK + rk)
+    tl.store(OUT + rk, (total * scale).to(OUT.dtype.element_ty), mask=rk < K)

@@ -1,7 +1,7 @@
-"""Forward and backward for any number of columns: products in tiles that the grid shares, a barrier between stages.
+"""Forward and backward for any number of columns: the grid shares the tiles of each product, with a barrier between products.
 
-One launch each, at the price of a matrix product that is not cuBLAS's: dispatch takes them only where they are asked for.
-FORM is the association, "A" (X b) G or "B" X (b G). Here k is an argument, not a constant.
+One launch each, but slower than cuBLAS: they run only where the triton engine is forced. FORM is the order, "A" for (X b) G or
+"B" for X (b G). k is an argument here, not a constant; BN and BK are the rows and columns of a product's tiles, BD their depth.
 """
 
 import triton
@@ -31,7 +31,7 @@ def multiply_and_sum(
     PRECISION: tl.constexpr,
     SUMS: tl.constexpr = True,
 ):
-    """(acc + tile (i, j) of L R, sums + the column sums of R where SUMS); strides say what is transposed.
+    """Return acc + tile (i, j) of L R, and with SUMS sums + the column sums of R. Strides express transposes.
 
     Operands of different dtypes are multiplied in fp32, at PRECISION.
     """
@@ -73,7 +73,7 @@ def multiply(
     BD: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """acc + tile (i, j) of L R."""
+    """Return acc + tile (i, j) of L R."""
     acc, _ = multiply_and_sum(
         L, R, acc, tl.zeros((BK,), tl.float32), rows, columns, inner, l_row, l_inner, r_inner, r_column, i, j,
         BN, BK, BD, PRECISION, False,
@@ -83,8 +83,9 @@ def multiply(
 
 @triton.jit
 def store_tile(T, value, rows, columns, row, column, i, j, BN: tl.constexpr, BK: tl.constexpr):
-    """Tile (i, j) of T = value in T's dtype; `row` and `column` are T's strides. Nothing for no T: both branches of a
-    condition that is known at run time only are compiled.
+    """Store tile (i, j) of T in T's dtype; `row` and `column` are T's strides.
+
+    T may be None, because both branches of a run-time condition are compiled.
     """
     if T is not None:
         rn = tl.cast(i * BN + tl.arange(0, BN), tl.int64)
@@ -95,7 +96,7 @@ def store_tile(T, value, rows, columns, row, column, i, j, BN: tl.constexpr, BK:
 
 @triton.jit
 def load_tile(T, rows, columns, i, j, BN: tl.constexpr, BK: tl.constexpr):
-    """Tile (i, j) of a contiguous T in fp32, zeros outside and for no T."""
+    """Load tile (i, j) of a contiguous T in fp32, zeros outside and where T is None."""
     tile = tl.zeros((BN, BK), tl.float32)
     if T is not None:
         rn = tl.cast(i * BN + tl.arange(0, BN), tl.int64)
@@ -127,10 +128,11 @@ def phased_forward(
     BK: tl.constexpr,
     BD: tl.constexpr,
 ):
-    """Phases of form A: 1 G and P, 2 Y = P G. Of form B: 1 G, and P where it is not None, 2 W = b G, 4 Y = X W.
+    """Store Y, G, P where it is not None, and in form B also W; BIAS may be None.
 
-    b has strides (b_row, b_column); everything else is contiguous. G is symmetric: only the tiles that touch or lie above
-    the diagonal are computed, and those wholly above it are stored twice. BIAS may be None.
+    Phases of form A: 1 G and P; 2 Y = P G. Of form B: 1 G and P; 2 W = b G; 4 Y = X W.
+    b has strides (b_row, b_column); all others are contiguous. G is symmetric: only tiles on or above the diagonal are computed,
+    and those above it are stored twice.
     """
     program, programs = tl.program_id(0), tl.num_programs(0)
     zeros = tl.zeros((BN, BK), tl.float32)
@@ -192,7 +194,7 @@ def correlate(
     BD: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Tile (i, j) of OUT = Lᵀ dY (rows, k); the first row of tiles stores the column sums of dY too, if asked for."""
+    """Store tile (i, j) of OUT = Lᵀ dY (rows, k); the first row of tiles also stores DBIAS, the column sums of dY."""
     zeros = tl.zeros((BN, BK), tl.float32)
     if DBIAS is None:
         out = multiply(L, DY, zeros, rows, k, n, 1, rows, k, 1, i, j, BN, BK, BD, PRECISION)
@@ -233,12 +235,11 @@ def phased_backward(
     BK: tl.constexpr,
     BD: tl.constexpr,
 ):
-    """The gradients whose pointers are not None, from what the forward kept.
+    """Store the gradients whose pointers are not None, from what the forward saved. db has b's strides.
 
-    Form A: 1 D = dP + dY G, T = Pᵀ dY and dbias; 2 dX = D bᵀ, db = Xᵀ D + b T + b Tᵀ. DP may be None. So may DY and T: D is
-    then dP itself, without the first phase.
-    Form B: 1 dX = dY Wᵀ, S = Xᵀ dY and dbias; 2 T = bᵀ S; 4 db = S G + b T + b Tᵀ.
-    Workspaces: D (n, k) in X's dtype, S (d, k) and T (k, k) in fp32. db has b's strides.
+    Phases of form A: 1 D, T and dbias; 2 dX = D bᵀ, db = Xᵀ D + b T + b Tᵀ. Without DY and T, D is dP and phase 1 is left out.
+    Phases of form B: 1 dX = dY Wᵀ, S and dbias; 2 T = bᵀ S; 4 db = S G + b T + b Tᵀ.
+    Workspaces D: (n, k), X's dtype; S: (d, k), fp32; T: (k, k), fp32.
     """
     program, programs = tl.program_id(0), tl.num_programs(0)
     zeros = tl.zeros((BN, BK), tl.float32)
@@ -262,10 +263,10 @@ def phased_backward(
             correlations = 0
             if need_t:
                 correlations = td * tk
-            strips = 0
+            dx_tiles = 0
             if DX is not None:
-                strips = tn * tc
-            for job in range(program, correlations + strips, programs):
+                dx_tiles = tn * tc
+            for job in range(program, correlations + dx_tiles, programs):
                 if job < correlations:
                     correlate(X, DY, S, DBIAS, d, n, k, job // tk, job % tk, BN, BK, BD, PRECISION)
                 else:

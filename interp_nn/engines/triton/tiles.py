@@ -1,4 +1,4 @@
-"""Tiles: loading and storing pieces of the operands, and the products that forward and losses begin with."""
+"""Loads and stores of tiles of the operands, and the products that the forward and the losses begin with."""
 
 import triton
 import triton.language as tl
@@ -6,13 +6,13 @@ import triton.language as tl
 
 @triton.jit
 def inside(row, rn, n):
-    """Whether row + rn is below n; `row` and n may be 64-bit, the comparison of each element is not."""
+    """Return row + rn < n. `row` and n may be 64-bit; the elements are compared in 32 bits."""
     return rn < tl.cast(tl.minimum(n - row, 65536), tl.int32)
 
 
 @triton.jit
 def load_x(X, row, rn, rd, n, d, EVEN_D: tl.constexpr):
-    """X[row + rn, rd], zeros outside; `row` is 64-bit. EVEN_D promises that rd stays below d."""
+    """Load X[row + rn, rd], zeros outside. `row` is 64-bit."""
     at = X + row * d + rn[:, None] * d + rd[None, :]
     mask = inside(row, rn, n)[:, None]
     if not EVEN_D:
@@ -22,7 +22,7 @@ def load_x(X, row, rn, rd, n, d, EVEN_D: tl.constexpr):
 
 @triton.jit
 def store_x(X, value, row, rn, rd, n, d, EVEN_D: tl.constexpr):
-    """X[row + rn, rd] = value, in X's dtype, where inside."""
+    """Store X[row + rn, rd] = value in X's dtype, where inside."""
     at = X + row * d + rn[:, None] * d + rd[None, :]
     mask = inside(row, rn, n)[:, None]
     if not EVEN_D:
@@ -32,7 +32,7 @@ def store_x(X, value, row, rn, rd, n, d, EVEN_D: tl.constexpr):
 
 @triton.jit
 def at_b(B, rd, rk, d, K: tl.constexpr, B_T: tl.constexpr):
-    """Addresses of b[rd, rk], whose memory is (d, K), or (K, d) where B_T (a layer's transposed weight)."""
+    """Return the addresses of b[rd, rk]."""
     if B_T:
         return B + rk[None, :] * d + rd[:, None]
     return B + rd[:, None] * K + rk[None, :]
@@ -40,7 +40,7 @@ def at_b(B, rd, rk, d, K: tl.constexpr, B_T: tl.constexpr):
 
 @triton.jit
 def load_b(B, rd, rk, d, K: tl.constexpr, B_T: tl.constexpr, EVEN_D: tl.constexpr):
-    """b[rd, rk], zeros outside."""
+    """Load b[rd, rk], zeros outside."""
     at = at_b(B, rd, rk, d, K, B_T)
     if EVEN_D:
         return tl.load(at, mask=rk[None, :] < K, other=0.0)
@@ -49,14 +49,14 @@ def load_b(B, rd, rk, d, K: tl.constexpr, B_T: tl.constexpr, EVEN_D: tl.constexp
 
 @triton.jit
 def load_rows(T, row, rn, rc, n, WIDTH: tl.constexpr):
-    """T[row + rn, rc] of a matrix with n rows of WIDTH, zeros outside."""
+    """Load T[row + rn, rc] of a matrix with n rows of WIDTH, zeros outside."""
     mask = inside(row, rn, n)[:, None] & (rc[None, :] < WIDTH)
     return tl.load(T + row * WIDTH + rn[:, None] * WIDTH + rc[None, :], mask=mask, other=0.0)
 
 
 @triton.jit
 def store_rows(T, value, row, rn, rc, n, WIDTH: tl.constexpr):
-    """T[row + rn, rc] = value, in T's dtype, inside of n rows of WIDTH."""
+    """Store T[row + rn, rc] = value in T's dtype, inside n rows of WIDTH."""
     mask = inside(row, rn, n)[:, None] & (rc[None, :] < WIDTH)
     at = T + row * WIDTH + rn[:, None] * WIDTH + rc[None, :]
     tl.store(at, value.to(T.dtype.element_ty), mask=mask)
@@ -64,21 +64,21 @@ def store_rows(T, value, row, rn, rc, n, WIDTH: tl.constexpr):
 
 @triton.jit
 def load_square(T, r, WIDTH: tl.constexpr):
-    """T[r, r] of a (WIDTH, WIDTH) matrix, zeros outside."""
+    """Load T[r, r] of a (WIDTH, WIDTH) matrix, zeros outside."""
     mask = (r[:, None] < WIDTH) & (r[None, :] < WIDTH)
     return tl.load(T + r[:, None] * WIDTH + r[None, :], mask=mask, other=0.0)
 
 
 @triton.jit
 def store_square(T, value, r, WIDTH: tl.constexpr):
-    """T[r, r] = value of a (WIDTH, WIDTH) matrix, in its dtype."""
+    """Store T[r, r] = value of a (WIDTH, WIDTH) matrix in its dtype."""
     mask = (r[:, None] < WIDTH) & (r[None, :] < WIDTH)
     tl.store(T + r[:, None] * WIDTH + r[None, :], value.to(T.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def store_b(B, value, rd, rk, d, K: tl.constexpr, B_T: tl.constexpr):
-    """b[rd, rk] = value, in b's dtype and memory order."""
+    """Store b[rd, rk] = value in b's dtype and memory order."""
     mask = (rd[:, None] < d) & (rk[None, :] < K)
     tl.store(at_b(B, rd, rk, d, K, B_T), value.to(B.dtype.element_ty), mask=mask)
 
@@ -94,7 +94,7 @@ def gram(
     EVEN_D: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """G = bᵀb (BK, BK) in fp32."""
+    """Return G = bᵀb (BK, BK) in fp32."""
     rk = tl.arange(0, BK)
     g = tl.zeros((BK, BK), tl.float32)
     for j in range(0, d, BD):
@@ -118,7 +118,7 @@ def project(
     EVEN_D: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """P = X b for the BN rows from `row` on, in fp32."""
+    """Return P = X b for the BN rows from `row` on, in fp32."""
     rn, rk = tl.arange(0, BN), tl.arange(0, BK)
     p = tl.zeros((BN, BK), tl.float32)
     for j in range(0, d, BD):
@@ -144,7 +144,7 @@ def project_and_gram(
     EVEN_D: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """`project` and `gram` in one walk over b."""
+    """Return `project` and `gram` from one pass over b."""
     rn, rk = tl.arange(0, BN), tl.arange(0, BK)
     p = tl.zeros((BN, BK), tl.float32)
     g = tl.zeros((BK, BK), tl.float32)

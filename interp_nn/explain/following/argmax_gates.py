@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from interp_nn.explain.following.calls import Call
-from interp_nn.gates.record import least
+from interp_nn.gates.record import smallest_positive
 
 LONGEST_ORDER = 64  # entries whose pairs are gates of the pattern
 
@@ -116,7 +116,7 @@ class OrderGates:
 
 def positive_on_ties(lead: Tensor) -> Tensor:
     """Return the difference with each 0 replaced by the smallest positive number; other signs do not change."""
-    return lead + least(lead.dtype)
+    return lead + smallest_positive(lead.dtype)
 
 
 def single_window(values: Tensor) -> Tensor:

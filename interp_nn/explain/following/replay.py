@@ -25,7 +25,7 @@ from interp_nn.explain.following.recorder import (
     ScaledReplayer,
     UnseenCalls,
 )
-from interp_nn.gates.jvp import pushed
+from interp_nn.gates.jvp import jvp
 from interp_nn.gates.record import place_of
 
 Inputs = tuple[Tensor, ...]
@@ -245,7 +245,7 @@ class Replay(nn.Module):
             parts = {}
             if layers:
                 one_by_one = torch.eye(len(layers), dtype=none.dtype, device=none.device)
-                alone = _in_chunks(lambda d: pushed(scaled, (none,), (d,))[1], one_by_one)
+                alone = _in_chunks(lambda d: jvp(scaled, (none,), (d,))[1], one_by_one)
                 parts = dict(zip(layers, alone, strict=True))
             if wanted:  # the gate's own breakpoint
                 own, rest = self._steps[wanted[0]].layer, scaled(none)
@@ -332,7 +332,7 @@ class TangentReplay(nn.Module):
         if got != want:
             raise ValueError(f"v: got shapes {got}, want {want}")
         steps = tuple(t - x for t, x in zip(v, self._inputs, strict=True))
-        return torch.add(*pushed(self._function, self._inputs, steps))
+        return torch.add(*jvp(self._function, self._inputs, steps))
 
 
 def parameter_check(model: nn.Module) -> Callable[[], None]:

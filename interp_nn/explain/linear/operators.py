@@ -10,7 +10,7 @@ from torch import Tensor
 
 from interp_nn.explain.following.calls import UnsupportedOperation
 from interp_nn.explain.following.replay import over_copies
-from interp_nn.gates.jvp import pushed
+from interp_nn.gates.jvp import jvp
 
 _OF_AUTOGRAD = ("inplace operation", "in-place", "invalid gradient", "not implemented")  # in its errors
 Vectors = tuple[Tensor, ...]  # one tensor (r, n, *input) for each input
@@ -191,4 +191,4 @@ class JacobianOperator(AffineOperator):
         return super().bias_by_layer() if self._parts is None else self._parts()
 
     def _push(self, *v: Tensor) -> Tensor:
-        return pushed(self._function, self.x, v)[1].detach()
+        return jvp(self._function, self.x, v)[1].detach()

@@ -118,7 +118,7 @@ def _outputs(model: nn.Module, x: Tensor, draws: int, seed: int, normalize: bool
 def _held(model: nn.Module, x: Tensor) -> tuple[nn.Module, Callable[[], Tensor]]:
     """Return a copy of the model, whose weights may be changed, and a function for its output with the gates of x."""
     if isinstance(model, GatedNetwork):
-        gates = model.applied(model.gating(x))
+        gates = model.value_gates(model.gating(x))
         z = torch.ones_like(x) if model.value_input == "ones" else x
         value = copy.deepcopy(model.value)
         return value, lambda: value(z, gates)

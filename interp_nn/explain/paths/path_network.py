@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 from interp_nn.explain.following.replay import check_model
 from interp_nn.explain.paths.path_terms import Layer
 from interp_nn.explain.paths.path_walk import GATE, Pool, Walk
-from interp_nn.gates.graph import gated, trace
+from interp_nn.gates.graph import apply_gates, trace
 from interp_nn.nn.gated.networks import GatedNetwork, ValueNetwork
 
 
@@ -41,7 +41,7 @@ class PathNetwork:
         """Return the layers at samples x (n, ...). Raises UnsupportedOperation for an operation whose paths are not known."""
         gates: list[Tensor] = []
         if self._gated is not None:
-            gates = self._gated.applied(self._gated.gating(x))
+            gates = self._gated.value_gates(self._gated.gating(x))
             x = torch.ones_like(x) if self._gated.value_input == "ones" else x
         walk = Walk(self._graph, gates, self._pools, self._dtype, self._resampled)
         walk.run(x)
@@ -63,7 +63,7 @@ class _ValueNetwork(nn.Module):
             return self.value(z, self.gates)
         *hidden, last = self.value.layers  # a ValueNetwork is a leaf of the graph, so its layers are called here
         for layer, gate in zip(hidden, self.gates, strict=True):
-            z = gated(layer(z), gate)
+            z = apply_gates(layer(z), gate)
         return last(z)
 
 

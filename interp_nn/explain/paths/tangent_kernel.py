@@ -75,7 +75,7 @@ def ntk(
         gates: list[Tensor] = []
         if dual is not None:
             with torch.no_grad():
-                gates = dual.applied(dual.gating(x))
+                gates = dual.value_gates(dual.gating(x))
             x = torch.ones_like(x) if dual.value_input == "ones" else x
         by_parameter = vmap(jacrev(output), in_dims=(None, 0, 0))(trained, x, gates)
         return [j.flatten(2) for j in by_parameter.values()]

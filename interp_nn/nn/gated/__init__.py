@@ -1,1 +1,1 @@
-"""Gated networks: layers of gates, DGN and DLGN, their construction from ReLU networks, and training regimes."""
+"""Gated networks: layers with gates, DGN and DLGN, conversion of ReLU networks, and training regimes."""

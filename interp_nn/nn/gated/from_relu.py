@@ -1,4 +1,4 @@
-"""Any ReLU network as a gated one: traced once, and made two networks, one of gates and one of the values they multiply."""
+"""Convert a ReLU network to a gated one: trace it, and make a gating network and a value network of the graph."""
 
 from __future__ import annotations
 
@@ -13,19 +13,33 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from interp_nn.gates.graph import argument, first, gated, kind, layer_of, name_of, routed, trace, where
-from interp_nn.gates.jvp import pushed
+from interp_nn.gates.graph import apply_gates, argument, first, kind, layer_of, name_of, routed, trace, where
+from interp_nn.gates.jvp import jvp
 from interp_nn.nn.gated.networks import GatedNetwork, GateWeights
 
-_REFUSED = ("other", "gate", "route")
-_COLUMNS = 128  # of the gates' weights, at a time
+_UNSUPPORTED = ("other", "gate", "route")
+_COLUMNS_AT_ONCE = 128  # of the gates' weights
 
 
 class DualNetwork(GatedNetwork):
-    """A network's `gating` and `value` graphs, made by `to_dgn`, with parameters of their own under the model's names.
+    """Compute a gated network that `to_dgn` made of a ReLU network.
 
-    `layers` are the ReLU's calls, named as `interp_nn.explain.record` names them. gating: x -> [q of each ReLU, then the chosen
-    positions of each max-pooling, if the gating is a ReLU network]. value: (z, [gates and positions]) -> y, linear in z.
+    Each of the two networks has parameters of its own, under the model's names.
+
+    Args:
+        gating: Graph that maps x to the q of each ReLU, followed by the chosen positions of each max-pooling if the gating is
+            a ReLU network.
+        value: Graph that maps (z, [gates and positions]) to y, linear in z.
+        gate: Module that maps preactivations to gates; None is `SoftGate()`.
+        value_input: The value network's input z: 'x', or 'ones' of x's shape.
+        layers: Names of the ReLUs' calls, as `interp_nn.explain.record` names them.
+        gating_kind: 'relu' or 'linear'.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+        >>> dual = to_dgn(model)
+        >>> dual.layers, dual(torch.ones(2, 4)).shape
+        (('1',), torch.Size([2, 3]))
     """
 
     def __init__(
@@ -41,10 +55,16 @@ class DualNetwork(GatedNetwork):
         self.gating_kind = gating_kind
 
     def effective_gate_weights(self, input_shape: Sequence[int]) -> list[GateWeights]:
-        """The half-spaces of the gates, a `GateWeights` for each gating layer: weight (units, inputs), bias (units,).
+        """Compute the half-spaces of the gates.
 
-        input_shape: of one sample, (c, h, w) say; units and inputs are flattened. The weights take units * inputs entries.
-        Raises ValueError for a ReLU gating, and where a batch norm or dropout is in training mode.
+        Args:
+            input_shape: Shape of one sample, such as (c, h, w).
+
+        Returns:
+            A `GateWeights` for each gating layer: weight (units, inputs) and bias (units,), with units and inputs flattened.
+
+        Raises:
+            ValueError: The gating is 'relu', or a batch norm or dropout is in training mode.
         """
         if self.gating_kind == "relu":
             raise ValueError("gating: is 'relu', whose gates are not affine in the input; want 'linear'")
@@ -52,15 +72,16 @@ class DualNetwork(GatedNetwork):
         like = next(self.gating.parameters(), torch.empty(0))
         zero = like.new_zeros(1, *input_shape)
 
-        def moved(v: Tensor) -> tuple[Tensor, ...]:
-            return pushed(lambda x: tuple(self.gating(x)), (zero,), (v.unsqueeze(0),))[1]
+        def derivative(v: Tensor) -> tuple[Tensor, ...]:
+            return jvp(lambda x: tuple(self.gating(x)), (zero,), (v.unsqueeze(0),))[1]
 
         units = torch.eye(zero.numel(), dtype=like.dtype, device=like.device).unflatten(1, zero.shape[1:])
         with torch.no_grad():
-            columns = torch.vmap(moved, chunk_size=_COLUMNS)(units)
+            columns = torch.vmap(derivative, chunk_size=_COLUMNS_AT_ONCE)(units)
             return [GateWeights(t.flatten(1).T, q.flatten()) for t, q in zip(columns, self.gating(zero), strict=True)]
 
     def extra_repr(self) -> str:
+        """Return the settings for repr."""
         return f"gating={self.gating_kind!r}, {super().extra_repr()}"
 
 
@@ -72,21 +93,45 @@ def to_dgn(
     gate: nn.Module | None = None,
     reset: bool = True,
 ) -> DualNetwork:
-    """The gated network of a ReLU network: a gating and a value network, two copies of the model around its ReLU's.
+    """Convert a ReLU network to a gated network.
 
-    gating='relu' (DGN): the gating network is the model; 'linear' (DLGN): without its ReLU's, so that each gate is on in a
-    half-space (while batch norms are in evaluation mode). Each ReLU's preactivation there gives a gate, by `gate` (a module,
-    SoftGate() by default), and in the value network each ReLU multiplies by its gate. value_input: what the value network
-    sees, 'ones' or 'x'. reset: whether both are drawn anew (each layer's own `reset_parameters`), or keep the model's weights.
+    Both networks are copies of the model. In the gating network, the preactivation of each ReLU gives a gate. In the value
+    network, a multiplication by that gate replaces the ReLU. The model is not changed. torch.fx traces it: modules, functions
+    and methods, reused and in-place calls. A ReLU may have any spelling that `explain.record` takes for one, such as
+    `x.clamp(min=0)` or `x * (x > 0)`; its gate is on where x > 0.
 
-    Max-pooling becomes average pooling in both networks of a linear gating (over the entries that it would choose from). A
-    ReLU gating keeps it, and its choices are gates too: the value network takes the entries at the chosen positions, and so
-    stays linear in its input. With a HardGate, reset=False and value_input='x' it then computes exactly what the model does.
-    Of ones, a batch norm that follows linear layers alone leaves nothing but its shift while it trains: every row is the same.
+    With a linear gating, max-pooling becomes average pooling over the same windows, in both networks. With a ReLU gating its
+    choices are gates too: the value network takes the entries at the positions that the gating network chose. The value network
+    is linear in its input. With gating='relu', value_input='x', a HardGate and reset=False the result computes what the model
+    computes.
 
-    Works for what torch.fx can trace: modules, functions and methods, reused and in-place ones. The model is left as it is.
-    Raises ValueError that names the layer that cannot be converted: another nonlinearity, none at all, control flow that
-    depends on the input, more than one input or output; TypeError for what is not an nn.Module.
+    With value_input='ones', all rows before the first gates are equal. A batch norm in training mode that follows linear layers
+    alone then outputs only its shift.
+
+    Args:
+        model: A network of linear layers, ReLUs and pooling, with one input and one output tensor.
+        gating: 'relu' (DGN): the gating network is the model. 'linear' (DLGN): it is the model without its ReLUs, so that each
+            gate is on in a half-space, if batch norms are in evaluation mode.
+        value_input: Input of the value network, 'ones' or 'x'.
+        gate: Module that maps preactivations to gates; None is `SoftGate()`.
+        reset: True draws the weights of both networks by each layer's `reset_parameters`. False copies the model's weights.
+
+    Returns:
+        The gated network, in the model's training mode.
+
+    Raises:
+        TypeError: `model` is not an nn.Module.
+        ValueError: The model has another nonlinearity, no ReLU, control flow that depends on the input, or several inputs or
+            outputs. The message names the layer.
+
+    Example:
+        >>> from interp_nn.nn import HardGate
+        >>> model, x = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)), torch.ones(2, 4)
+        >>> dual = to_dgn(model, gating="relu", value_input="x", gate=HardGate(), reset=False)
+        >>> torch.allclose(dual(x), model(x))
+        True
+
+    Source: Lakshminarayanan and Singh, NeurIPS 2020, arXiv 2006.10529.
     """
     if gating not in ("relu", "linear"):
         raise ValueError(f"gating: got {gating!r}, want 'relu' or 'linear'")
@@ -103,7 +148,7 @@ def to_dgn(
     layers = _site_names(for_gates)
     _gates_out(for_gates, keep=gating == "relu")
     _gates_in(for_values, layers)
-    # Anew, with what its graph refers to and nothing else.
+    # A new module has only the parameters and buffers that its graph refers to.
     for_gates, for_values = (fx.GraphModule(n, n.graph, type(model).__name__) for n in (for_gates, for_values))
     if reset:
         _reset(for_gates)
@@ -112,7 +157,7 @@ def to_dgn(
 
 
 def _check(graph_module: fx.GraphModule) -> None:
-    """Leaves out what the output does not depend on, and refuses what has no gates or more than gates."""
+    """Remove dead code. Raise ValueError for a graph without ReLU, with another nonlinearity, or with several inputs."""
     graph = graph_module.graph
     graph.eliminate_dead_code()
     (output,) = (node for node in graph.nodes if node.op == "output")
@@ -126,9 +171,9 @@ def _check(graph_module: fx.GraphModule) -> None:
     if not isinstance(output.args[0], fx.Node):
         raise ValueError(f"model: returns a {type(output.args[0]).__name__}, want one tensor")
     for node in graph.nodes:
-        if kind(graph_module, node) in _REFUSED:
+        if kind(graph_module, node) in _UNSUPPORTED:
             raise ValueError(
-                f"model: {where(graph_module, node)} is not linear and no ReLU; want a network of linear layers, "
+                f"model: {where(graph_module, node)} is neither linear nor a ReLU; want a network of linear layers, "
                 "ReLU and pooling that gives logits"
             )
     if not any(kind(graph_module, node) == "relu" for node in graph.nodes):
@@ -140,7 +185,7 @@ def _calls(network: fx.GraphModule, *kinds: str) -> Iterator[fx.Node]:
 
 
 def _call(network: fx.GraphModule, node: fx.Node, function: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
-    """A call just before a node, in the same layer."""
+    """Insert a call just before a node, in the same layer."""
     with network.graph.inserting_before(node):
         made = network.graph.call_function(function, args, kwargs)
     made.meta["layer"] = node.meta.get("layer", "")
@@ -153,10 +198,10 @@ def _replace(network: fx.GraphModule, node: fx.Node, other: fx.Node) -> None:
 
 
 def _dropout_as_module(network: fx.GraphModule, node: fx.Node) -> None:
-    """A functional dropout follows `train()` and `eval()` of the network, not of the model when it was traced.
+    """Replace a functional dropout by a module, which follows `train()` and `eval()` of the converted network.
 
-    One that was off while the model was in training mode is off for good; in evaluation mode it cannot be told from one that
-    was given `self.training`.
+    A dropout that was off while the model was in training mode is removed. In evaluation mode it is kept, as it may have been
+    given `self.training`.
     """
     if node.op == "call_module":
         return
@@ -175,7 +220,7 @@ def _dropout_as_module(network: fx.GraphModule, node: fx.Node) -> None:
 
 
 def _pooling(network: fx.GraphModule, node: fx.Node) -> tuple[str, dict[str, Any]]:
-    """The dimensions of a max-pooling ('1d', ...), and its arguments."""
+    """Return the dimensions of a max-pooling ('1d', ...) and its arguments."""
     names = ("kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices")
     given = {name: argument(network, node, place, name) for place, name in enumerate(names, 1)}
     if given.pop("return_indices"):
@@ -195,18 +240,18 @@ def _average(network: fx.GraphModule, node: fx.Node) -> None:
 
 
 def _site_names(network: fx.GraphModule) -> list[str]:
-    """The ReLU's calls by module path ('features.3', 'relu#1' for a second call), or path, operation and count."""
+    """Name the ReLUs' calls by module path ('features.3', 'relu#1' for a second call), or path, operation and count."""
     calls, names = Counter[str](), []
     for node in _calls(network, "relu"):
         module = node.op == "call_module"
-        stem = layer_of(node) if module else f"{layer_of(node)}:{name_of(network, node)}"
+        stem = layer_of(node) if module else f"{layer_of(node)}:{node.meta.get('spelling', name_of(network, node))}"
         names.append(stem if module and not calls[stem] else f"{stem}#{calls[stem]}")
         calls[stem] += 1
     return names
 
 
 def _gates_out(network: fx.GraphModule, keep: bool) -> None:
-    """Make a network return what its ReLU's look at, and the positions that its max-poolings choose; keep: its ReLU's."""
+    """Make a network return its ReLUs' inputs and its max-poolings' positions. Without `keep` its ReLUs are removed."""
     preactivations, choices = [], []
     for node in _calls(network, "relu", "max_pool"):
         if kind(network, node) == "relu":
@@ -225,7 +270,7 @@ def _gates_out(network: fx.GraphModule, keep: bool) -> None:
 
 
 def _gates_in(network: fx.GraphModule, layers: Sequence[str]) -> None:
-    """Make a network take gates, which its ReLU's multiply by, and positions, which its max-poolings take."""
+    """Make a network take gates, in place of its ReLUs, and positions, in place of its max-poolings' own choices."""
     (x,) = (node for node in network.graph.nodes if node.op == "placeholder")
     with network.graph.inserting_after(x):
         gates = network.graph.placeholder("gates")
@@ -234,7 +279,7 @@ def _gates_in(network: fx.GraphModule, layers: Sequence[str]) -> None:
         if kind(network, node) == "relu":
             place, name = next(names)
             gate = _call(network, node, operator.getitem, gates, place)
-            other = _call(network, node, gated, first(node), gate, name)
+            other = _call(network, node, apply_gates, first(node), gate, name)
         else:
             index = _call(network, node, operator.getitem, gates, next(places))
             other = _call(network, node, routed, first(node), index)

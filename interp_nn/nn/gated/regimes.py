@@ -1,13 +1,14 @@
-"""What is trained of a gated network, and where its gates come from.
+"""Training regimes of gated networks: which of the two networks is trained, and where the gates come from.
 
-The regimes in which Lakshminarayanan & Singh (NeurIPS 2020) tell what gates learn from what weights do, for a DGN `model`:
+Lakshminarayanan & Singh (NeurIPS 2020) separate learning in the gates from learning in the weights by these regimes. For a
+DGN `model`:
 
-    DLNPF        soft gates, both networks trained                 model as it is
+    DLNPF        soft gates, both networks trained                 no call needed
     FRNPF (II)   gates random and fixed, weights independent       fix_gates(model)
     FRNPF (DI)   the same, from equal weights                      copy_gates(model.value, model), then fix_gates(model)
     FLNPF        gates of a trained ReLU network, fixed            copy_gates(network, model), then fix_gates(model)
 
-with hard gates in all but the first. Their successor (arXiv 2203.16455) permutes the gates' layers: `permute_gates`.
+All but the first have hard gates. A later paper (arXiv 2203.16455) permutes the gates' layers: `permute_gates`.
 """
 
 from __future__ import annotations
@@ -25,9 +26,26 @@ Network = TypeVar("Network", bound=GatedNetwork)
 
 
 def fix_gates(model: Network, fixed: bool = True) -> Network:
-    """Stop training the gating network (or, fixed=False, train it again); returns the model.
+    """Stop training the gating network, or train it again.
 
-    Its parameters want no gradient, and its batch norms and dropouts stay in evaluation mode whatever `train()` says.
+    The parameters of a fixed gating network have requires_grad False. Its batch norms and dropouts stay in evaluation mode
+    after `model.train()`.
+
+    Args:
+        model: A DGN, DLGN or result of `to_dgn`, changed in place.
+        fixed: True fixes the gating network, False trains it again.
+
+    Returns:
+        The model.
+
+    Raises:
+        TypeError: `model` is not a gated network.
+
+    Example:
+        >>> from interp_nn.nn import DGN
+        >>> model = fix_gates(DGN((4, 8, 3)))
+        >>> {name.split(".")[0] for name, p in model.named_parameters() if p.requires_grad}
+        {'value'}
     """
     _check(model)
     model.gates_fixed = fixed
@@ -37,11 +55,29 @@ def fix_gates(model: Network, fixed: bool = True) -> Network:
 
 
 def copy_gates(source: nn.Module, to: Network) -> Network:
-    """Give the gating network of `to` the weights of `source`, with its batch norms' statistics; returns `to`.
+    """Copy the weights of `source`, and its batch norms' statistics, into the gating network of `to`.
 
-    source: another gated network, of which the gating network is taken; or a network of the same shape, matched by the names of
-    its layers for a converted network, and by its nn.Linear layers in order for a `DGN`, where one more at the end is left out.
-    A bias that the source does not have becomes zero. Raises ValueError that names the layer that does not match.
+    A bias that the source does not have becomes zero.
+
+    Args:
+        source: A gated network, whose gating network is copied, or a plain network of the same shape. For a result of
+            `to_dgn` layers are matched by name. For a DGN its nn.Linear layers are matched in order, and one more at the end
+            is ignored.
+        to: A DGN, DLGN or result of `to_dgn`, changed in place.
+
+    Returns:
+        `to`.
+
+    Raises:
+        TypeError: `to` is not a gated network.
+        ValueError: A layer does not match. The message names it.
+
+    Example:
+        >>> from interp_nn.nn import DGN
+        >>> network = nn.Sequential(nn.Linear(4, 8, bias=False), nn.ReLU(), nn.Linear(8, 3, bias=False))
+        >>> model = copy_gates(network, DGN((4, 8, 3)))
+        >>> torch.equal(model.gating.layers[0].weight, network[0].weight)
+        True
     """
     _check(to, "to")
     network = source.gating if isinstance(source, GatedNetwork) else source
@@ -71,11 +107,26 @@ def copy_gates(source: nn.Module, to: Network) -> Network:
 
 
 def permute_gates(model: Network, order: Sequence[int] | int, x: Tensor | None = None) -> Network:
-    """Let value layer l take the gates of gating layer order[l], counted from 0; returns the model.
+    """Multiply value layer l by the gates of gating layer order[l], counted from 0.
 
-    order: a permutation of the layers (`range(L)` undoes it), or a seed, for a random one among layers of equal shape.
-    x: inputs (1 or more, ...), which a converted network needs to know its gates' shapes. Raises ValueError that names the
-    layers whose gates have other shapes, and where no two layers have the same.
+    Args:
+        model: A DGN, DLGN or result of `to_dgn`, changed in place.
+        order: A permutation of the layers (`range(L)` restores the original order), or a seed for a random permutation among
+            layers of equal shape.
+        x: Input (n, ...) with n > 0, from which the result of `to_dgn` computes its gates' shapes. Others need none.
+
+    Returns:
+        The model.
+
+    Raises:
+        TypeError: `model` is not a gated network.
+        ValueError: `order` is no permutation, gives a layer gates of another shape, or is a seed where all layers have
+            different shapes; `x` is missing.
+
+    Example:
+        >>> from interp_nn.nn import DGN
+        >>> permute_gates(DGN((4, 8, 8, 3)), (1, 0)).gate_order
+        (1, 0)
     """
     _check(model)
     shapes = _gate_shapes(model, x)
@@ -97,12 +148,12 @@ def _gate_shapes(model: GatedNetwork, x: Tensor | None) -> list[torch.Size]:
     if not isinstance(model, DualNetwork):
         return [weight.shape[:1] for name, weight in _linear_layers(model.gating).items() if name.endswith("weight")]
     if x is None:
-        raise ValueError("x: got None, want inputs, from which the shapes of a converted network's gates follow")
+        raise ValueError("x: got None, want inputs, from which a converted network computes the shapes of its gates")
     return [site.shape for site in model.gates(x).sites]
 
 
 def _drawn(shapes: Sequence[torch.Size], seed: int) -> list[int]:
-    """A random permutation within each group of equal shapes, and not the identity."""
+    """Draw a random permutation within each group of equal shapes, other than the identity."""
     groups = [[i for i, shape in enumerate(shapes) if shape == one] for one in dict.fromkeys(shapes)]
     if all(len(group) == 1 for group in groups):
         raise ValueError(f"order: no two layers have gates of one shape, {[tuple(shape) for shape in shapes]}")
@@ -116,7 +167,7 @@ def _drawn(shapes: Sequence[torch.Size], seed: int) -> list[int]:
 
 
 def _linear_layers(network: nn.Module) -> dict[str, Tensor]:
-    """The parameters of a network's nn.Linear layers, by the layer's number."""
+    """Return the parameters of a network's nn.Linear layers by the layer's number and the parameter's name."""
     layers = [module for module in network.modules() if isinstance(module, nn.Linear)]
     return {f"{i}.{name}": p.detach() for i, layer in enumerate(layers) for name, p in layer.named_parameters()}
 

@@ -1,4 +1,4 @@
-"""The strongest paths through a gated network, found without going through all of them."""
+"""Find the strongest paths through a gated network without enumerating all of them."""
 
 from __future__ import annotations
 
@@ -10,11 +10,20 @@ from torch import Tensor, nn
 
 
 class Paths(NamedTuple):
-    """Some paths to each output of each sample, the strongest first.
+    """Hold k paths to each output of each sample, strongest first.
 
-    units (n, out, k, L + 1) int64: the input where a path starts, then its unit in each hidden layer; a path that starts at a
-    layer's bias has -1 before it. contribution (n, out, k): its input (1 for a bias) times its weights and gates. Over all
-    paths the contributions sum to the output.
+    Attributes:
+        units: Units of the paths, (n, out, k, L + 1) int64: the input where a path starts, then its unit in each hidden layer.
+            A path that starts at a layer's bias has -1 before that layer.
+        contribution: Contribution of each path, (n, out, k): its input (1 for a bias) times its weights and gates. The
+            contributions of all paths sum to the output.
+
+    Example:
+        >>> from interp_nn.nn import DGN
+        >>> model, x = DGN((2, 3, 1)), torch.ones(1, 2)
+        >>> found = model.paths(x, topk=6)  # all of them
+        >>> found.units.shape, torch.allclose(found.contribution.sum(2), model(x), atol=1e-6)
+        (torch.Size([1, 1, 6, 2]), True)
     """
 
     units: Tensor
@@ -22,10 +31,16 @@ class Paths(NamedTuple):
 
 
 def strongest_paths(layers: Sequence[nn.Linear], z: Tensor, gates: Sequence[Tensor], k: int) -> Paths:
-    """The k paths (all, where there are fewer) of largest |contribution| to each output of a value network.
+    """Find the k paths of largest |contribution| to each output of a value network.
 
-    layers: its linear layers; z (n, d_in), gates [(n, w_l)]: what it is given. The k strongest paths to a unit continue some
-    of the k strongest to the units before, so that one sweep over the layers finds them: w_l w_(l-1) k entries a sample.
+    The k strongest paths to a unit extend some of the k strongest paths to the units before it. One sweep over the layers finds
+    them, with w_l w_(l-1) k entries a sample.
+
+    Args:
+        layers: The value network's linear layers.
+        z: Its input, (n, d_in) or (1, d_in).
+        gates: Its gates, (n, w_l) each.
+        k: Number of paths; all paths if there are fewer.
     """
     samples = [_of_one(layers, z[i % len(z)], [gate[i] for gate in gates], k) for i in range(len(gates[0]))]
     return Paths(*map(torch.stack, zip(*samples, strict=True)))

@@ -10,7 +10,7 @@ from sklearn.metrics import r2_score, roc_auc_score
 from torch import nn
 from torch.nn import functional
 
-from benchmarks.tables import mlp
+from benchmarks.experiments.tabular import mlp
 from interp_nn.explain.clusters import activation_clusters
 from interp_nn.explain.clusters.activation_clusters import ActivationClusters
 from interp_nn.explain.estimator import NotFittedError

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional
 
-from benchmarks import tables
+from benchmarks.experiments import tabular
 from interp_nn.explain.clusters.activation_clusters import ActivationClusters
 from interp_nn.explain.linear.affine_map import linearize
 from interp_nn.gates.patterns import ActivationPatterns
@@ -39,7 +39,7 @@ def residual(dtype):
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
-@pytest.mark.parametrize("make", [residual, lambda dtype: tables.mlp(5, 32, 32, 3, dtype=dtype)])
+@pytest.mark.parametrize("make", [residual, lambda dtype: tabular.mlp(5, 32, 32, 3, dtype=dtype)])
 def test_a_cluster_has_one_map(make, dtype, bound):
     model, x = make(dtype), torch.randn(1500, 5, dtype=dtype)
     # Samples near one another, so that clusters have many.
@@ -117,9 +117,9 @@ def test_many_samples_are_grouped():
 @pytest.mark.slow
 def test_two_regimes_are_found():
     """y = 2 x2 where x1 > 0 and -x3 elsewhere."""
-    table = tables.two_regimes()
-    model = tables.mlp(3, 16, 16, 1)
-    assert tables.train(model, table, steps=4000, learning_rate=5e-3) <= 0.01
+    table = tabular.two_regimes()
+    model = tabular.mlp(3, 16, 16, 1)
+    assert tabular.train(model, table, steps=4000, learning_rate=5e-3) <= 0.01
     clusters = ActivationClusters(model).fit(table.x, table.y)
     assert clusters.check() <= 1e-12
     assert 30 <= len(clusters.counts_) <= 160 and clusters.coverage()[9] >= 0.9
@@ -137,9 +137,9 @@ def test_the_titanic():
     """Of 24 seeds, 23 reach 1,740 of 2,201, in 8 to 14 clusters, and 14 give being female a positive coefficient in all of
     them: a cluster of few distinct points leaves its map open. This one has 11 clusters.
     """
-    table = tables.titanic()
-    model = tables.mlp(6, 8, 4, 1, seed=11)
-    tables.train(model, table, loss=functional.binary_cross_entropy_with_logits, steps=1000, learning_rate=1e-2)
+    table = tabular.titanic()
+    model = tabular.mlp(6, 8, 4, 1, seed=11)
+    tabular.train(model, table, loss=functional.binary_cross_entropy_with_logits, steps=1000, learning_rate=1e-2)
     clusters = ActivationClusters(model).fit(table.x, table.y)
     # As many as any rule on these columns can tell.
     assert ((clusters.outputs_[:, 0] > 0) == (table.y > 0)).sum() == 1740

@@ -378,9 +378,9 @@ def test_other_bad_arguments():
     model, x = functional(), batch((6,))
     with pytest.raises(ValueError, match=r"mode: got 'exact', want one of \('secant', 'tangent'\)"):
         record(model, x, mode="exact")
-    with pytest.raises(ValueError, match="site: got 'relu#2', want an index below 3 or one of :relu#0, relu, relu#1"):
+    with pytest.raises(ValueError, match="layer: got 'relu#2', want an index below 3 or one of :relu#0, relu, relu#1"):
         record(model, x).gates("relu#2")
-    with pytest.raises(ValueError, match="site: got 3"):
+    with pytest.raises(ValueError, match="layer: got 3"):
         record(model, x).gates(3)
     with pytest.raises(ValueError, match=r"v: got shapes \[\(3, 6\)\], want \[\(2, 6\)\]"):
         frozen(model, x)(torch.ones(3, 6, dtype=DTYPE))
@@ -388,9 +388,9 @@ def test_other_bad_arguments():
         region(model, x)
     with pytest.raises(ValueError, match="model: has no gates"):
         region(nn.Linear(6, 2).to(DTYPE), x[:1])
-    with pytest.raises(ValueError, match="sites: got none, as the model has no gates"):
+    with pytest.raises(ValueError, match="layers: got none, as the model has no gates"):
         record(nn.Linear(6, 2).to(DTYPE), x).patterns()
-    with pytest.raises(ValueError, match="sites: got none, want at least one of :relu#0"):
+    with pytest.raises(ValueError, match="layers: got none, want at least one of :relu#0"):
         record(model, x).patterns([])
 
 

@@ -139,7 +139,7 @@ def test_gates_of_a_relu_gating_are_the_models_by_name(make):
 def test_the_value_network_is_linear_given_the_gates(make, gating):
     dual = to_dgn(made(make), gating=gating, value_input="x").eval()
     x, u, v = images(), images(), images()
-    given = dual.applied(dual.gating(x))
+    given = dual.value_gates(dual.gating(x))
     zero = dual.value(torch.zeros_like(x), given)
     moved = dual.value(2 * u - 3 * v, given) - zero
     wanted = 2 * (dual.value(u, given) - zero) - 3 * (dual.value(v, given) - zero)
@@ -183,7 +183,7 @@ def test_pooling_in_one_two_and_three_dimensions(gating, dimensions):
 @models
 def test_value_input_of_ones_leaves_the_input_to_the_gates(make):
     dual, x = to_dgn(made(make), value_input="ones").eval(), images()
-    wanted = dual.value(torch.ones_like(x), dual.applied(dual.gating(x)))
+    wanted = dual.value(torch.ones_like(x), dual.value_gates(dual.gating(x)))
     assert torch.equal(dual(x), wanted)
     assert (dual(x) - dual(x.flip(0))).abs().max() > 0
 
@@ -338,8 +338,8 @@ class Owner(nn.Module):
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        (nn.Sequential(nn.Linear(4, 4), nn.GELU(), nn.ReLU()), "GELU in layer '1' is not linear and no ReLU"),
-        (nn.Sequential(nn.ReLU(), nn.LeakyReLU()), "LeakyReLU in layer '1' is not linear"),
+        (nn.Sequential(nn.Linear(4, 4), nn.GELU(), nn.ReLU()), "GELU in layer '1' is neither linear nor a ReLU"),
+        (nn.Sequential(nn.ReLU(), nn.LeakyReLU()), "LeakyReLU in layer '1' is neither linear"),
         (nn.Sequential(nn.ReLU(), nn.Softmax(1)), "Softmax in layer '1' .*gives logits"),
         (nn.Sequential(nn.ReLU(), nn.Sequential(nn.LayerNorm(4))), "LayerNorm in layer '1.0'"),
         (nn.Sequential(nn.Linear(4, 4)), "model: has no ReLU, want one"),

@@ -113,7 +113,7 @@ def test_a_relu_gating_has_no_half_spaces():
         DGN(WIDTHS).effective_gate_weights()
 
 
-# What is seen of the gates
+# Records of gates
 
 
 @networks
@@ -327,7 +327,7 @@ def test_made_on_meta_and_in_a_dtype():
         (lambda: DGN((5, 2)), r"widths: got \(5, 2\), want positive integers \(d_in, w_1, ..., w_L, out\)"),
         (lambda: DGN((5, 0, 2)), r"widths: got \(5, 0, 2\)"),
         (lambda: DGN((5, 2.0, 2)), r"widths: got \(5, 2.0, 2\)"),
-        (lambda: DGN(WIDTHS, gating="deep"), "gating: got 'deep', want one of"),
+        (lambda: DGN(WIDTHS, gating="deep"), "gating: got 'deep', want 'relu', 'linear' or 'shallow'"),
         (lambda: DLGN(WIDTHS, gating="relu"), "gating: got 'relu', want 'linear' or 'shallow'"),
         (lambda: DLGNValueTensor(WIDTHS, gating="relu"), "gating: got 'relu', want 'linear' or 'shallow'"),
         (lambda: DGN(WIDTHS, value_input="1"), "value_input: got '1', want 'x' or 'ones'"),

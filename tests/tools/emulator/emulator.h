@@ -1,12 +1,12 @@
-// A CUDA grid on the CPU: what `primitives.h` means where there is no GPU. Tests compile the kernels against it.
+// A CUDA grid on the CPU, for csrc/primitives.h. The tests compile the kernels against it.
 //
-// Every CUDA thread is a fiber and all blocks are alive at once, so barriers over the grid really wait. A seed decides
-// who runs next: even seeds pick uniformly among those who can, odd ones prefer to stay where they are. The rules are
-// as strict as the hardware's, or stricter, so that code which only happens to work fails here:
-//   - shared memory starts as NaN; a copy_async fills its destination with NaN and delivers when it is waited for;
+// Every CUDA thread is a fiber, and all blocks are alive at once, so that grid barriers really wait. A seed decides
+// which fiber runs next: even seeds pick uniformly among those that can run, odd seeds prefer the current one. The
+// rules are as strict as the hardware's or stricter, so that code that works by luck on a GPU fails here:
+//   - shared memory starts as NaN; copy_async fills its destination with NaN, and wait_copies delivers the data;
 //   - operations of a warp need all 32 lanes in the same operation, and follow the fragment layouts of the PTX manual;
 //   - load_matrices counts bank conflicts; misaligned addresses are errors;
-//   - when nobody can run, or all who can do nothing but poll, the launch throws and says who waits where.
+//   - when no fiber can run, or all of them only poll, the launch throws and lists where each one waits.
 #pragma once
 
 #include <ucontext.h>
@@ -85,12 +85,13 @@ struct Grid {
 
 inline Grid grid;
 inline Counts counts;
+inline bool skip_kernels = false;  // launches check their arguments and then do nothing
 inline Fiber* current = nullptr;
 inline ucontext_t scheduler;
 inline std::jmp_buf scheduler_place;
 
-// Switching contexts through the kernel's signal mask is slow; jumps between contexts once made are not.
-// AddressSanitizer understands only the former.
+// Switching contexts saves the signal mask by a system call, which is slow. Jumps between existing contexts are fast,
+// but AddressSanitizer does not understand them.
 inline void to_scheduler() {
 #if defined(__SANITIZE_ADDRESS__)
     swapcontext(&current->context, &scheduler);
@@ -132,7 +133,7 @@ inline void wait_in(const char* place, std::vector<Fiber*>& waiting) {
     to_scheduler();
 }
 
-// Let others run: whoever polls memory calls this between two looks.
+// Let other fibers run; code that polls memory calls this before each read.
 inline void poll() {
     ++grid.polls;
     grid.ready.push_back(current);
@@ -142,9 +143,9 @@ inline void poll() {
 inline Block& block() { return grid.blocks[current->block]; }
 
 inline void block_barrier() {
-    Block& mine = block();
-    if (static_cast<int>(mine.waiting.size()) + 1 < mine.live) return wait_in("block_barrier", mine.waiting);
-    wake(mine.waiting);
+    Block& own = block();
+    if (static_cast<int>(own.waiting.size()) + 1 < own.live) return wait_in("block_barrier", own.waiting);
+    wake(own.waiting);
 }
 
 // All lanes of a warp meet; the last to arrive computes for all of them, from and into what their slots point to.
@@ -163,12 +164,12 @@ template <class Compute> void together(const char* operation, void* slot, Comput
 inline void entry() {
     grid.kernel();
     current->done = true;
-    Block& mine = block();
-    if (--mine.live > 0 && static_cast<int>(mine.waiting.size()) == mine.live) wake(mine.waiting);
+    Block& own = block();
+    if (--own.live > 0 && static_cast<int>(own.waiting.size()) == own.live) wake(own.waiting);
     for (;;) to_scheduler();
 }
 
-inline std::string who_waits() {
+inline std::string list_waiting() {
     std::string text;
     int said = 0;
     for (auto& fiber : grid.fibers) {
@@ -202,12 +203,12 @@ inline void prepare(int blocks, int threads, size_t shared) {
     grid.error.clear();
     grid.polls = 0;
     for (int b = 0; b < blocks; ++b) {
-        Block& mine = grid.blocks[b];
-        mine.live = threads;
-        mine.warps.resize(threads / LANES);
+        Block& block = grid.blocks[b];
+        block.live = threads;
+        block.warps.resize(threads / LANES);
         const size_t bytes = (shared + 127) / 128 * 128;
-        mine.shared.reset(static_cast<unsigned char*>(std::aligned_alloc(128, bytes ? bytes : 128)));
-        std::memset(mine.shared.get(), 0xFF, bytes);
+        block.shared.reset(static_cast<unsigned char*>(std::aligned_alloc(128, bytes ? bytes : 128)));
+        std::memset(block.shared.get(), 0xFF, bytes);
         for (int t = 0; t < threads; ++t) {
             if (stacks.size() <= grid.fibers.size()) stacks.emplace_back(new char[STACK]);
             auto fiber = make_fiber(b, t, stacks[grid.fibers.size()].get());
@@ -218,6 +219,7 @@ inline void prepare(int blocks, int threads, size_t shared) {
 }
 
 inline void run(int blocks, int threads, size_t shared, unsigned seed, std::function<void()> kernel) {
+    if (skip_kernels) return;
     std::mt19937 random(seed);
     grid.kernel = std::move(kernel);
     prepare(blocks, threads, shared);
@@ -229,12 +231,12 @@ inline void run(int blocks, int threads, size_t shared, unsigned seed, std::func
         ready.pop_back();
         to_fiber(next);
         if (!grid.error.empty()) throw std::runtime_error(grid.error);
-        // A poller that would stay at the end of the list makes room for the others.
+        // A fiber that polls must not stay at the end of the list, or the others would never run.
         if (stay && !ready.empty() && ready.back() == next) std::swap(ready[random() % ready.size()], ready.back());
-        if (grid.polls > MOST_POLLS) throw std::runtime_error("deadlock: threads only poll" + who_waits());
+        if (grid.polls > MOST_POLLS) throw std::runtime_error("deadlock: threads only poll" + list_waiting());
     }
     for (auto& fiber : grid.fibers) {
-        if (!fiber->done) throw std::runtime_error("deadlock: no thread can run" + who_waits());
+        if (!fiber->done) throw std::runtime_error("deadlock: no thread can run" + list_waiting());
     }
     grid.blocks.clear();
 }
@@ -277,8 +279,8 @@ struct Matrices {
 // next one of row l / 4 of each matrix, or of its column when transposed.
 inline void load_matrices(uint32_t* registers, const void* row, bool transposed) {
     check_aligned(row, 16, "load_matrices");
-    Matrices mine{registers, row};
-    together(transposed ? "load_matrices<true>" : "load_matrices<false>", &mine, [transposed](void** slots) {
+    Matrices own{registers, row};
+    together(transposed ? "load_matrices<true>" : "load_matrices<false>", &own, [transposed](void** slots) {
         const auto lane = [&](int l) { return static_cast<Matrices*>(slots[l]); };
         for (int i = 0; i < 4; ++i) {
             unsigned banks = 0;
@@ -298,7 +300,7 @@ inline void load_matrices(uint32_t* registers, const void* row, bool transposed)
     });
 }
 
-// A number with its exponent: of zero, one below all others; of a subnormal number, that of the least normal one.
+// A number with its exponent: for zero, one below all others; for a subnormal number, that of the least normal number.
 struct Operand {
     double value;
     int exponent;
@@ -316,10 +318,9 @@ inline float towards_zero(double v) {
     return std::isfinite(nearest) && std::abs(nearest) > std::abs(v) ? std::nextafter(nearest, 0.f) : nearest;
 }
 
-// sum + row[0] column[0] + ... as the matrix units of an A100 add it up (Khattak & Mikaitis 2025, arXiv:2512.07004,
-// whose H100 and B200 are a little better): all are cut off, towards zero, at one place, a bit below the last of the
-// one with the largest exponent, and so is the result to fp32. A long sum thus loses much more than one that is
-// rounded.
+// sum + row[0] column[0] + ... as the matrix units of an A100 add it up (Khattak & Mikaitis 2025, arXiv:2512.07004;
+// H100 and B200 are slightly better). All terms are cut off towards zero at one place, one bit below the last bit of
+// the term with the largest exponent. So is the result, to fp32. A long sum thus loses much more than a rounded one.
 inline float add_products(const Operand& sum, const Operand* row, const Operand* column, int count) {
     int most = sum.exponent;
     bool finite = sum.exponent < NOT_FINITE;
@@ -352,8 +353,8 @@ struct Multiplication {
 // the depth is added after the other.
 template <int DEPTH, class Unpack>
 void multiply(const char* name, float* c, const uint32_t* a, const uint32_t* b, Unpack unpack) {
-    Multiplication mine{c, a, b};
-    together(name, &mine, [unpack](void** slots) {
+    Multiplication own{c, a, b};
+    together(name, &own, [unpack](void** slots) {
         constexpr int HALVES = DEPTH == 16 ? 2 : 1, GROUP = DEPTH / 2;
         static Operand left[16][DEPTH], right[8][DEPTH];
         for (int l = 0; l < LANES; ++l) {
@@ -390,14 +391,14 @@ struct Exchange {
 };
 
 inline float shuffle(float value, int lane) {
-    Exchange mine{value, 0.f, lane % LANES};
-    together("shuffle", &mine, [](void** slots) {
+    Exchange own{value, 0.f, lane % LANES};
+    together("shuffle", &own, [](void** slots) {
         for (int l = 0; l < LANES; ++l) {
             auto* lane = static_cast<Exchange*>(slots[l]);
             lane->take = static_cast<Exchange*>(slots[lane->from])->give;
         }
     });
-    return mine.take;
+    return own.take;
 }
 
 }  // namespace interp_nn::emulator

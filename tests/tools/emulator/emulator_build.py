@@ -1,6 +1,6 @@
-"""Builds of csrc under the emulator: all launchers as a Python module, and single kernels as libraries that may be patched.
+"""Builds of csrc under the emulator: all launchers as a Python module, and libraries of single kernels that may be patched.
 
-The module has csrc's binding in it: imported, it gives the private operators kernels for tensors on the CPU.
+The module contains csrc's binding. When imported, it registers the private operators for tensors on the CPU.
 """
 
 import ctypes
@@ -16,7 +16,7 @@ STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000"  # as in setup.py
 
 
 def load():
-    """The module, built by ninja."""
+    """Build the module with ninja and import it."""
     from torch.utils import cpp_extension
 
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # ninja lives there
@@ -33,7 +33,7 @@ def load():
 
 
 def sanitizer_runtime():
-    """The path of libasan, or None."""
+    """Return the path of libasan, or None."""
     found = subprocess.run(
         ["g++", "-print-file-name=libasan.so"], capture_output=True, text=True, check=True
     ).stdout.strip()
@@ -41,9 +41,9 @@ def sanitizer_runtime():
 
 
 def build_mutant(folder, name, patches):
-    """A library of single.cpp with (file, text, replacement) patches applied to a copy of csrc; each text occurs once.
+    """Build single.cpp with (file, text, replacement) patches applied to a copy of csrc; each text must occur once.
 
-    Under INTERP_NN_EMULATOR_SANITIZE=1 AddressSanitizer watches it; its runtime must have been loaded before Python.
+    With INTERP_NN_EMULATOR_SANITIZE=1 the library uses AddressSanitizer, whose runtime must be loaded before Python.
     """
     source = folder / name
     shutil.copytree(CSRC, source)

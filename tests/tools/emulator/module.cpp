@@ -1,4 +1,4 @@
-// The launchers of csrc under the emulator, for Python: every matrix is a numpy array, 16-bit ones as integers, or
+// The launchers of csrc under the emulator, for Python. A matrix is a numpy array, of integers for 16-bit types, or
 // None.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
@@ -40,8 +40,7 @@ template <class Arguments> void set(Arguments& a, const Sizes& sizes) {
     a.b_feature = sizes.b_feature, a.b_column = sizes.b_column;
 }
 
-// Run with workspaces full of NaN, and a counter that must be ready for the next launch: nothing but its sign may
-// differ.
+// Run with workspaces full of NaN. The counter must be ready for the next launch: only its sign may differ.
 template <class Arguments, class Run> void with_workspace(Arguments& a, const Workspace& sizes, Run run) {
     const float nan = std::numeric_limits<float>::quiet_NaN();
     std::vector<float> work(sizes.floats, nan), rows(sizes.rows, nan);  // rows: at least as large as any type needs
@@ -62,9 +61,10 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         .value("BF16", Kind::BF16)
         .value("TF32", Kind::TF32)
         .value("F32", Kind::F32);
-    py::class_<Chip>(m, "Chip").def(py::init([](int multiprocessors, int shared, int capability) {
-        return Chip{multiprocessors, shared, capability, multiprocessors > 0 ? nullptr : "no CUDA device"};
+    py::class_<DeviceSpec>(m, "DeviceSpec").def(py::init([](int multiprocessors, int shared, int capability) {
+        return DeviceSpec{multiprocessors, shared, capability, multiprocessors > 0 ? nullptr : "no CUDA device"};
     }));
+    m.def("skip_kernels", [](bool skip) { emulator::skip_kernels = skip; });
     m.def("reset_counts", [] { emulator::counts = {}; });
     m.def("counts", [] {
         return py::make_tuple(emulator::counts.matrices, emulator::counts.conflicts, emulator::counts.switches);
@@ -74,30 +74,30 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
             return Sizes{n, d, k, b_feature, b_column, kind};
         }));
     m.def("forward", [](py::object x, py::object b, py::object bias, py::object p, py::object y, py::object g,
-                        const Sizes& sizes, const Chip& chip, unsigned seed) {
+                        const Sizes& sizes, const DeviceSpec& device, unsigned seed) {
         Forward a{};
         a.x = at(x), a.b = at(b), a.bias = at(bias), a.p = at(p), a.y = at(y), a.g = at(g);
         set(a, sizes);
-        raise(forward(a, chip, of_seed(seed)));
+        raise(forward(a, device, of_seed(seed)));
     });
     m.def("pair_backward", [](py::object x, py::object b, py::object p, py::object g, py::object dp, py::object dy,
-                              py::object dx, py::object db, bool db_transposed, const Sizes& sizes, const Chip& chip,
-                              unsigned seed) {
+                              py::object dx, py::object db, bool db_transposed, const Sizes& sizes,
+                              const DeviceSpec& device, unsigned seed) {
         PairBackward a{};
         a.x = at(x), a.b = at(b), a.p = at(p), a.g = at(g), a.dp = at(dp), a.dy = at(dy), a.dx = at(dx), a.db = at(db);
         a.db_transposed = db_transposed;
         set(a, sizes);
-        with_workspace(a, pair_backward_workspace(a, chip), [&] { return pair_backward(a, chip, of_seed(seed)); });
+        with_workspace(a, pair_backward_workspace(a, device), [&] { return pair_backward(a, device, of_seed(seed)); });
     });
     m.def("summary_backward",
           [](py::object x, py::object b, py::object g, py::object dy, py::object dx, py::object db, py::object dbias,
-             bool db_transposed, const Sizes& sizes, const Chip& chip, unsigned seed) {
+             bool db_transposed, const Sizes& sizes, const DeviceSpec& device, unsigned seed) {
               SummaryBackward a{};
               a.x = at(x), a.b = at(b), a.g = at(g), a.dy = at(dy), a.dx = at(dx), a.db = at(db), a.dbias = at(dbias);
               a.db_transposed = db_transposed;
               set(a, sizes);
-              with_workspace(a, summary_backward_workspace(a, chip),
-                             [&] { return summary_backward(a, chip, of_seed(seed)); });
+              with_workspace(a, summary_backward_workspace(a, device),
+                             [&] { return summary_backward(a, device, of_seed(seed)); });
           });
     py::enum_<Reduction>(m, "Reduction")
         .value("none", Reduction::NONE)
@@ -116,28 +116,29 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
                              reduction};
         }));
     m.def("pair_loss", [](py::object x, py::object b, const LossTerms& terms, py::object dx, py::object db,
-                          bool db_transposed, const Sizes& sizes, const Chip& chip, unsigned seed) {
+                          bool db_transposed, const Sizes& sizes, const DeviceSpec& device, unsigned seed) {
         PairLoss a{};
         a.x = at(x), a.b = at(b), a.terms = terms, a.dx = at(dx), a.db = at(db), a.db_transposed = db_transposed;
         set(a, sizes);
-        with_workspace(a, pair_loss_workspace(a, chip), [&] { return pair_loss(a, chip, of_seed(seed)); });
+        with_workspace(a, pair_loss_workspace(a, device), [&] { return pair_loss(a, device, of_seed(seed)); });
     });
     m.def("head_loss", [](py::object x, py::object b, py::object weight, py::object bias, const LossTerms& terms,
                           py::object dx, py::object db, py::object da, py::object dc, int classes, bool db_transposed,
-                          const Sizes& sizes, const Chip& chip, unsigned seed) {
+                          const Sizes& sizes, const DeviceSpec& device, unsigned seed) {
         HeadLoss a{};
         a.x = at(x), a.b = at(b), a.a = at(weight), a.c = at(bias), a.terms = terms, a.m = classes;
         a.dx = at(dx), a.db = at(db), a.da = at(da), a.dc = at(dc), a.db_transposed = db_transposed;
         set(a, sizes);
-        with_workspace(a, head_loss_workspace(a, chip), [&] { return head_loss(a, chip, of_seed(seed)); });
+        with_workspace(a, head_loss_workspace(a, device), [&] { return head_loss(a, device, of_seed(seed)); });
     });
-    m.def("scale", [](py::object upstream, const std::vector<py::object>& gradients, Kind kind, const Chip& chip) {
-        Scale a{};
-        a.upstream = at<const float>(upstream), a.kind = kind;
-        for (size_t i = 0; i < gradients.size(); ++i) {
-            a.gradients[i] = at(gradients[i]);
-            a.sizes[i] = py::array(gradients[i]).size();
-        }
-        raise(scale(a, chip, of_seed(1)));
-    });
+    m.def("scale",
+          [](py::object upstream, const std::vector<py::object>& gradients, Kind kind, const DeviceSpec& device) {
+              Scale a{};
+              a.upstream = at<const float>(upstream), a.kind = kind;
+              for (size_t i = 0; i < gradients.size(); ++i) {
+                  a.gradients[i] = at(gradients[i]);
+                  a.sizes[i] = py::array(gradients[i]).size();
+              }
+              raise(scale(a, device, of_seed(1)));
+          });
 }

@@ -1,4 +1,4 @@
-// Kernels of one type and size, without Python: quick to compile, so that each mutant of csrc can be.
+// Kernels of one type and size, without Python: quick to compile, because each mutant of csrc is.
 #include "forward.h"
 #include "pair_backward.h"
 #include "pair_loss.h"
@@ -7,7 +7,7 @@ using namespace interp_nn;
 
 namespace {
 
-constexpr Chip CHIP{3, 164 << 10, 80, nullptr};
+constexpr DeviceSpec DEVICE_SPEC{3, 164 << 10, 80, nullptr};
 
 template <class Run> const char* guarded(Run run) {
     static std::string error;
@@ -35,13 +35,13 @@ const char* forward(void* x, void* b, void* p, void* y, void* g, int64_t n, int 
     Forward a{};
     set(a, x, b, n, d, k);
     a.p = p, a.y = y, a.g = g;
-    return guarded([&] { return ForwardInstance<Products16, 64>::call(a, CHIP, of_seed(seed)); });
+    return guarded([&] { return ForwardInstance<Products16, 64>::call(a, DEVICE_SPEC, of_seed(seed)); });
 }
 
 int64_t backward_floats(int64_t n, int d, int k) {
     PairBackward a{};
     a.n = n, a.d = d, a.k = k, a.dy = &a, a.db = &a;
-    return PairBackwardInstance<Products16, 64>::call(a, CHIP).floats;
+    return PairBackwardInstance<Products16, 64>::call(a, DEVICE_SPEC).floats;
 }
 
 const char* pair_backward(void* x, void* b, void* p, void* g, void* dp, void* dy, void* dx, void* db, void* rows,
@@ -50,7 +50,7 @@ const char* pair_backward(void* x, void* b, void* p, void* g, void* dp, void* dy
     PairBackward a{};
     set(a, x, b, n, d, k);
     a.p = p, a.g = g, a.dp = dp, a.dy = dy, a.dx = dx, a.db = db, a.rows = rows, a.work = work, a.counter = &counter;
-    return guarded([&] { return PairBackwardInstance<Products16, 64>::call(a, CHIP, of_seed(seed)); });
+    return guarded([&] { return PairBackwardInstance<Products16, 64>::call(a, DEVICE_SPEC, of_seed(seed)); });
 }
 
 static PairLoss loss_of(int64_t n, int d, int k) {
@@ -61,7 +61,7 @@ static PairLoss loss_of(int64_t n, int d, int k) {
 }
 
 int64_t loss_floats(int64_t n, int d, int k) {
-    return PairLossInstance<Products16, 16>::call(loss_of(n, d, k), CHIP).floats;
+    return PairLossInstance<Products16, 16>::call(loss_of(n, d, k), DEVICE_SPEC).floats;
 }
 
 const char* pair_loss(void* x, void* b, int64_t* target, float* value, void* dx, void* db, void* rows, float* work,
@@ -70,6 +70,6 @@ const char* pair_loss(void* x, void* b, int64_t* target, float* value, void* dx,
     PairLoss a = loss_of(n, d, k);
     a.x = x, a.b = b, a.dx = dx, a.db = db, a.rows = rows, a.work = work, a.counter = &counter;
     a.terms = {target, nullptr, value, -100, 1.f, 1.f, 1.f, Reduction::MEAN};
-    return guarded([&] { return PairLossInstance<Products16, 16>::call(a, CHIP, of_seed(seed)); });
+    return guarded([&] { return PairLossInstance<Products16, 16>::call(a, DEVICE_SPEC, of_seed(seed)); });
 }
 }

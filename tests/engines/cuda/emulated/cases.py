@@ -1,4 +1,4 @@
-"""Inputs, guard zones, and what the kernels are compared with."""
+"""Inputs, guard zones, and the expected results of the kernels."""
 
 import os
 from typing import NamedTuple
@@ -115,9 +115,9 @@ class Problem:
             }.items()
         }
 
-    def sizes(self, mirror):
+    def sizes(self, emulated):
         case = self.case
-        return mirror.Sizes(case.n, case.d, case.k, *self.strides, getattr(mirror.Kind, case.kind))
+        return emulated.Sizes(case.n, case.d, case.k, *self.strides, getattr(emulated.Kind, case.kind))
 
     def empty(self, *shape):
         return Guarded(shape, self.dtype)
@@ -131,7 +131,7 @@ class Problem:
         return result.tensor.T if self.case.b_transposed else result.tensor
 
     def product(self, exact):
-        """How a @ b is computed: in fp64, or in the kind's precision as PyTorch would."""
+        """The function for a @ b: in fp64, or in the kind's precision as PyTorch computes it."""
         if exact:
             return torch.matmul
         if self.case.kind == "TF32":

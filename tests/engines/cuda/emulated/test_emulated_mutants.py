@@ -9,7 +9,7 @@ from cases import Case, Guarded, Problem
 from support import errors
 
 from interp_nn.engines import eager
-from interp_nn.engines.eager import LossOptions
+from interp_nn.engines.problem import LossOptions, Plan
 
 SEEDS = range(4)
 
@@ -59,7 +59,9 @@ class Library:
         error = self.library.pair_loss(*map(pointer, [*given, *results, *spaces]), ctypes.c_int64(n), d, k, seed)
         options = LossOptions((1.0, 1.0, 1.0), -100, "mean")
         x, b = problem.x.double(), problem.b.double()
-        exact, grads = eager.loss(x, b, None, None, target, options, "A+", None, (True, True))
+        exact, grads = eager.loss(
+            x, b, None, None, target, options, Plan("eager", "(Xb)G", saves=True), None, (True, True)
+        )
         return self.verdict(error, [value, *results], [exact.view(1), *grads])
 
     @staticmethod
@@ -92,7 +94,7 @@ MUTANTS = {
     "no_wait_at_all": ("tiles.h", "wait_copies(stages - 2);", "", "both", "wrong numbers"),
     "sync_of_a_step_removed": (
         "tiles.h",
-        "block_barrier();  // everyone's copies of this step are here, and everyone is done with the stage loaded next",
+        "block_barrier();  // all copies of this step are done, and no thread reads the stage that is loaded next",
         "",
         "both",
         "wrong numbers",

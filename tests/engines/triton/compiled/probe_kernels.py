@@ -44,24 +44,6 @@ def reverse_twice(x, y, z, counter, n, BLOCK: tl.constexpr, BARRIER: tl.constexp
 
 
 @triton.jit
-def gather(x, index, y, n, size, BLOCK: tl.constexpr):
-    """y = x[index], with an assertion that each index is in range."""
-    here = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    found = tl.load(index + here, mask=here < n, other=0)
-    tl.device_assert((found >= 0) & (found < size), "an index is out of range")
-    tl.store(y + here, tl.load(x + found, mask=here < n), mask=here < n)
-
-
-@triton.jit(do_not_specialize=["kept"])
-def integers(x, first, second, third, large, kept, scale, flag, nothing, HALF: tl.constexpr = 2):
-    """Parameters of every kind."""
-    total = first + second + third + large + kept
-    if flag:
-        total += HALF
-    tl.store(x, total * scale)
-
-
-@triton.jit
 def even_only(x, BLOCK: tl.constexpr, WIDTH: tl.constexpr):
     """Compiles for an even WIDTH."""
     tl.static_assert(WIDTH % 2 == 0, "the width is odd")

@@ -10,16 +10,18 @@ import torch
 import triton
 from recording import recording
 
-from interp_nn import engines
-from interp_nn.engines import select
-from interp_nn.engines.cost import Problem
-from interp_nn.engines.devices import known
-from interp_nn.engines.eager import LossOptions
-from interp_nn.engines.triton import engine
+from interp_nn.engines import limits, select
+from interp_nn.engines.devices import spec_for
+from interp_nn.engines.problem import LossOptions, Plan, Problem
+from interp_nn.engines.triton import configs, engine
 
 ARTEFACTS = Path(os.environ.get("INTERP_NN_ARTEFACTS", Path(__file__).parents[4] / "build" / "compile"))
 WARN = os.environ.get("INTERP_NN_COMPILE_WARN") == "1"
 CAPABILITIES = (80, 90, 100) if WARN else (80, 86, 89, 90, 100, 120)  # one a generation where a Triton is on trial
+
+
+SUMMARY, PAIR, WEIGHT = Plan("triton", "(Xb)G"), Plan("triton", "(Xb)G", saves=True), Plan("triton", "X(bG)")
+HEADS = {"latent_loss": Plan("triton", "logits_from_latent"), "flat_loss": Plan("triton", "logits_from_x")}
 
 
 def problem(name, dtype, n, k, m, transposed=True, needs=(True,) * 4, reduction="mean", d=512):
@@ -34,21 +36,21 @@ def problem(name, dtype, n, k, m, transposed=True, needs=(True,) * 4, reduction=
     upstream = empty(n if reduction == "none" else 1, of=torch.float32) if reduction != "mean" else None
     target = empty(n, of=torch.int64)
     if name == "stream":
-        engine.forward(x, b, empty(k), "A", False)
+        engine.forward(x, b, empty(k), SUMMARY, False)
     elif name == "summary_backward":
-        engine.backward(None, p, x, b, [g], "A", *needs[:3])
+        engine.backward(None, p, x, b, [g], SUMMARY, *needs[:3])
     elif name == "pair_backward":
-        engine.backward(p, p, x, b, [p, g], "A+", *needs[:2])
+        engine.backward(p, p, x, b, [p, g], PAIR, *needs[:2])
     elif name == "phased_forward":
-        engine.forward(x, b, empty(k), "B", False)
-        engine.forward(x, b, None, "A+", True)
+        engine.forward(x, b, empty(k), WEIGHT, False)
+        engine.forward(x, b, None, PAIR, True)
     elif name == "phased_backward":
-        engine.backward(None, p, x, b, [g, empty(d, k)], "B", True, True, True)
-        engine.backward(p, p, x, b, [p, g], "A+", True, True)
+        engine.backward(None, p, x, b, [g, empty(d, k)], WEIGHT, True, True, True)
+        engine.backward(p, p, x, b, [p, g], PAIR, True, True)
     elif name == "pair_loss":
-        engine.loss(x, b, None, None, target, options, "A+", upstream, (*needs[:2], False, False))
+        engine.loss(x, b, None, None, target, options, PAIR, upstream, (*needs[:2], False, False))
     else:
-        engine.loss(x, b, empty(m, k), empty(m), target, options, name.split("_")[0], upstream, needs)
+        engine.loss(x, b, empty(m, k), empty(m), target, options, HEADS[name], upstream, needs)
 
 
 NAMES = (
@@ -96,23 +98,27 @@ TIGHT = [
 # Instructions that move registers to memory and back: most of them outside of the loops over features.
 MOST_SPILLS = {2: 220, 4: 400}
 # What a version of Triton cannot compile, and dispatch therefore leaves to another engine: heads for sm_100 before 3.9.
-IMPOSSIBLE = {("latent_loss", 100), ("flat_loss", 100)} if engines._triton_version() < engines._HEADS_ON_10 else set()
+IMPOSSIBLE = (
+    {("latent_loss", 100), ("flat_loss", 100)} if limits.triton_version() < limits._TRITON_OF_BLACKWELL_HEADS else set()
+)
 
 
 def head(capability, dtype, n, d, k, m):
-    return Problem(n, d, k, classes=m, head=True, dtype=dtype, chip=known(divmod(capability, 10)))
+    return Problem(n, d, k, classes=m, head=True, dtype=dtype, spec=spec_for(divmod(capability, 10)))
 
 
 def wanted():
     """(tag, capability, launch) of every compilation."""
     for capability in CAPABILITIES:
         for name in NAMES:
-            for dtype, n, k, m, precision, more in EVERYWHERE + (HERE if capability == 90 and not WARN else []):
+            for dtype, n, k, m, precision, more in EVERYWHERE[::2] if WARN else EVERYWHERE + HERE * (capability == 90):
                 if name.startswith("phased"):
                     if k not in (128, 64):
                         continue
                     k = 256
-                if name == "flat_loss" and not select._flat_fits(head(capability, dtype, n, 512, k, m), "triton"):
+                if name == "flat_loss" and not limits.can_form_logits_from_x(
+                    "triton", head(capability, dtype, n, 512, k, m)
+                ):
                     continue  # dispatch takes the latent form
                 tag = f"{name} {str(dtype)[6:]} {precision or ''} n{n} k{k} m{m} {more or ''}"
                 with recording(capability, precision) as launches:
@@ -122,7 +128,7 @@ def wanted():
     for capability, name, dtype, k, m, precision, needs in TIGHT if not WARN else []:
         n, d = 65536, 64
         if name == "head":
-            name = f"{select._kernel_form(head(capability, dtype, n, d, k, m), 'triton')}_loss"
+            name = configs.LOSS_KERNELS[select._kernel_plan(head(capability, dtype, n, d, k, m), "triton").order]
         with recording(capability, precision) as launches:
             problem(name, dtype, n, k, m, needs=needs, d=d)
         yield f"{name} tight {str(dtype)[6:]} {precision or ''} k{k} m{m} {needs}", capability, launches[0]

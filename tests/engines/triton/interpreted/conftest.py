@@ -1,9 +1,10 @@
-"""Kernels run on Triton's interpreter here; a process that compiles kernels cannot, and leaves this folder out."""
+"""Tests of the kernels on Triton's interpreter; a process that compiles kernels cannot run them and leaves them out."""
 
 import os
 
 import pytest
 
+pytest.register_assert_rewrite("engine_contract")
 if os.environ.get("TRITON_INTERPRET") != "1":
     collect_ignore_glob = ["*"]
 

@@ -1,4 +1,4 @@
-"""The triton engine on the interpreter: on a chip of the test's choice, in guarded memory, phase by phase if asked."""
+"""The triton engine on the interpreter: a device of the test's choice, guarded memory, and launches phase by phase."""
 
 import contextlib
 
@@ -9,12 +9,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import interp_nn
 from interp_nn import functional
-from interp_nn.engines.devices import Chip, known
+from interp_nn.engines.devices import DeviceSpec, spec_for
+from interp_nn.engines.problem import Config
 from interp_nn.engines.triton import configs, engine
-from interp_nn.engines.triton.configs import Config
 
-PLANS = [value for name, value in vars(engine).items() if name.startswith("_plan")]
-# Several tiles, splits and strips at sizes that the interpreter can bear.
+# Small tiles, so that small problems have several tiles and splits.
 TINY = {
     "stream": Config((16, 16)),
     "pair_backward": Config((16, 16, 16, 16)),
@@ -29,7 +28,7 @@ TINY = {
 
 @contextlib.contextmanager
 def forced():
-    """The triton engine, with plans of its own."""
+    """Force the triton engine, without plans of earlier tests."""
     functional._plans.clear()
     with interp_nn.use_engine("triton"):
         yield
@@ -37,17 +36,17 @@ def forced():
 
 
 @contextlib.contextmanager
-def chip(monkeypatch, programs, tiny=False, parked=False, rows=None):
-    """A chip with so many multiprocessors; with tiny tiles, with losses that park rows, with so many rows in a split."""
-    found = Chip((9, 0), programs, known((9, 0)).shared, 1.0, 1.0)
+def device(monkeypatch, programs, tiny=False, scratch=False, rows=None):
+    """Use a device with so many multiprocessors; tiny tiles, losses with scratch rows, so many rows in a split."""
+    found = DeviceSpec((9, 0), programs, spec_for((9, 0)).shared, 1.0, 1.0)
     original = configs.choose
 
-    def choose(chip, bucket):
-        config = TINY[bucket.kernel] if tiny else original(chip, bucket)
-        return config._replace(parked=parked) if tiny else config
+    def choose(spec, bucket):
+        config = TINY[bucket.kernel] if tiny else original(spec, bucket)
+        return config._replace(scratch=scratch) if tiny else config
 
     with monkeypatch.context() as patch:
-        patch.setattr(engine, "_chip", lambda device: found)
+        patch.setattr(engine, "_spec", lambda device: found)
         patch.setattr(configs, "choose", choose)
         if rows is not None:
             patch.setattr(engine, "_ROWS_A_SPLIT", rows)
@@ -57,12 +56,11 @@ def chip(monkeypatch, programs, tiny=False, parked=False, rows=None):
 
 
 def forget():
-    for plan in PLANS:
-        plan.cache_clear()
+    configs._forget()
 
 
 class Launches:
-    """A guard around every launch: inputs and results lie between poisoned zones, and results start as poison."""
+    """Records launches and guards them: inputs and results lie between poisoned zones, and results start as poison."""
 
     def __init__(self, monkeypatch, phases=False):
         self.made, self.kernels, self.counters, self.phases = [], [], [], phases
@@ -88,14 +86,14 @@ class Launches:
         return guarded_like(t) if foreign and t.untyped_storage().data_ptr() not in own else t
 
     def _runs(self, constants):
-        """All phases in one launch, or one after another."""
+        """The constants of each launch: all phases in one, or one after another."""
         mask = constants.get("PHASES", 0)
         bits = [1 << i for i in range(mask.bit_length()) if mask >> i & 1]
         return [constants | {"PHASES": bit} for bit in bits] if self.phases and bits else [constants]
 
 
 class Tf32(TorchDispatchMode):
-    """PyTorch's products as a GPU does them with tf32 allowed: fp32 operands rounded to ten bits."""
+    """Rounds the fp32 operands of PyTorch's products to ten bits, as a GPU does where tf32 is allowed."""
 
     def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
         if operator in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default):
@@ -112,11 +110,8 @@ def to_tf32(t):
     return torch.from_numpy(rounded(t.detach().contiguous().numpy()).copy())
 
 
-# What is computed, by name: (function, the same in plain PyTorch, the shapes of its inputs, the number of outputs)
-
-
 def transposed(t):
-    """The same matrix with the memory of a layer's weight, differentiably."""
+    """Give a matrix the memory order of a layer's weight, differentiably."""
     return t.mT.contiguous().mT
 
 
@@ -160,7 +155,7 @@ def targets(n, classes):
 
 
 def inputs(n, d, k, m=None):
-    """fp64 x, b and, with classes m, an output layer, at the scale of a trained network."""
+    """x, b and, with classes m, an output layer, in fp64 and at the scale of a trained network."""
     x, b = torch.randn(n, d, dtype=torch.float64), torch.randn(d, k, dtype=torch.float64) / max(d, k) ** 0.5
     if m is None:
         return [x, b]

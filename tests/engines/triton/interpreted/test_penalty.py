@@ -20,7 +20,7 @@ def test_the_penalty_takes_the_gram_matrix_of_the_launch(k, monkeypatch):
     with forced():
         y = layer(x)
     assert len(launched) == 1
-    assert torch.allclose(layer.known_square(), layer.gram(), atol=1e-5)
+    assert torch.allclose(layer.cached_gram(), layer.gram(), atol=1e-5)
     (y.sum() + orthogonality_penalty(layer)).backward()
     assert len(launched) == 2  # the backward
     assert orthogonality_penalty(layer).item() == pytest.approx(k * 0.44**2, rel=1e-4)

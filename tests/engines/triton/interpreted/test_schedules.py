@@ -1,4 +1,4 @@
-"""The real barrier, in one launch, under random interleavings of the programs; and mutants, which must be noticed."""
+"""The real barrier, in one launch, under random interleavings of the programs; and mutants, which must be caught."""
 
 import harness
 import pytest
@@ -17,7 +17,7 @@ TOLERANCE = 2e-6
 
 
 def problem(name):
-    """(inputs, what is computed of them, upstreams), all in fp32 or fp64."""
+    """Return (inputs, function, upstream gradients) in fp64."""
     wide = name.startswith("wide")
     k = 140 if wide else K
     if name in ("summary", "wide summary"):
@@ -48,11 +48,11 @@ def evaluate(name, dtype):
 
 @pytest.fixture
 def run(monkeypatch):
-    """run(name, seed) -> outputs and gradients, on a chip with room for several programs, parked rows if asked."""
+    """run(name, seed) -> outputs and gradients, on a device with room for several programs."""
 
-    def run(name, seed, parked=False, phases=False, programs=PROGRAMS, rows=32):
-        monkeypatch.setattr(orders, "head_form", lambda *_: name.split()[0])
-        with monkeypatch.context() as patch, harness.chip(patch, programs, True, parked, rows), forced():
+    def run(name, seed, scratch=False, phases=False, programs=PROGRAMS, rows=32):
+        monkeypatch.setattr(orders, "head_order", lambda *_: f"logits_from_{name.split()[0]}".replace("flat", "x"))
+        with monkeypatch.context() as patch, harness.device(patch, programs, True, scratch, rows), forced():
             launches = Launches(patch, phases)
             with schedule(seed):
                 out = evaluate(name, torch.float32)
@@ -77,7 +77,7 @@ def equal(a, b):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_one_launch_under_random_schedules(name, run, exact):
-    """Right, and the same bits, however the programs take turns."""
+    """The results are right, and the same bits in every schedule."""
     first = run(name, 0)
     assert worst(first, exact(name)) < TOLERANCE
     for seed in range(1, 4):
@@ -85,13 +85,13 @@ def test_one_launch_under_random_schedules(name, run, exact):
 
 
 @pytest.mark.parametrize("name", ["pair loss", "latent head"])
-def test_parked_rows(name, run, exact):
-    assert worst(run(name, 2, parked=True), exact(name)) < TOLERANCE
+def test_scratch_rows(name, run, exact):
+    assert worst(run(name, 2, scratch=True), exact(name)) < TOLERANCE
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_phase_by_phase(name, run, exact):
-    """Everything that passes from one phase to the next goes through workspaces: launched apart, the same bits."""
+    """Phases exchange data only through workspaces: launched one by one, they give the same bits."""
     assert equal(run(name, None, phases=True), run(name, 0))
 
 
@@ -129,11 +129,12 @@ MUTANTS = [
     ("pair", tiles.store_rows, "inside(row, rn, n)[:, None] & (rc[None, :] < WIDTH)", "(rc[None, :] < WIDTH)"),
     ("summary", tiles.load_b, "rk[None, :] < K) & (rd[:, None] < d)", "rk[None, :] < K)"),
     ("summary", tiles.store_b, "(rd[:, None] < d) & (rk[None, :] < K)", "(rd[:, None] < d)"),
-    ("pair", backward.twice_symmetric, "tl.load(T + at) + tl.trans(tl.load(T + at))", "2 * tl.load(T + at)"),
-    ("latent head", head._twice_symmetric, "tl.trans(a), u2, t,", "tl.trans(u2), a, t,"),
+    ("pair", backward.symmetrized, "tl.load(T + at) + tl.trans(tl.load(T + at))", "2 * tl.load(T + at)"),
+    ("latent head", head._symmetrized, "tl.trans(a), u2, t,", "tl.trans(u2), a, t,"),
     ("wide pair", phased.phased_backward, "b_column, 1, k, i, j", "b_column, k, 1, i, j"),
     ("pair", grid.add_parts, "q[:, None] < parts", "q[:, None] < parts + 1"),
     ("summary", backward.add_splits, "range(0, splits, BATCH)", "range(0, splits - 1, BATCH)"),
+    ("pair loss", backward.store_db_tile, "db * scale", "db"),
     ("pair loss", cross_entropy.gradient_scale, "scale / tl.maximum", "scale * tl.maximum"),
     ("pair loss", cross_entropy.loss_terms, "loss = tl.where(kept, loss, 0.0)", "loss = loss + 0.0"),
     ("flat head", backward.add_to_part, "if not first:", "if first:"),
@@ -144,13 +145,13 @@ MUTANTS = [
     ("name", "kernel", "old", "new"), MUTANTS, ids=[f"{m[1].__name__}-{i}" for i, m in enumerate(MUTANTS)]
 )
 def test_a_mutant_is_noticed(name, kernel, old, new, run, exact):
-    """A mask dropped, T not made symmetric, a stale part of a workspace read: the result is wrong, or a guard zone written."""
+    """A dropped mask, a T that is not symmetric, a stale workspace: the result is wrong, or a guard zone is written."""
     with mutated(kernel, old, new):
         assert noticed(lambda: worst(run(name, 2), exact(name)))
 
 
 def noticed(error):
-    """Whether an error is out of bounds, or a write was."""
+    """Return whether the error is too large, or a write was out of bounds."""
     try:
         return not error() < TOLERANCE
     except AssertionError as stray:

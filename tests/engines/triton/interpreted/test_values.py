@@ -8,7 +8,7 @@ import torch
 from harness import Launches, forced, inputs, targets
 from support import check_law, naive, naive_pair
 
-from benchmarks.law import SPLIT_ULPS
+from benchmarks.timing.tolerances import SPLIT_ULPS
 from interp_nn.engines import orders, select
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -111,7 +111,7 @@ def test_one_output_of_a_pair_with_many_columns(place, monkeypatch):
 
 
 def loss_kernels(name, n, dtype, reduction):
-    """Value and gradients in one launch, or where the upstream has to be known, one each; scaling is one more."""
+    """One launch for value and gradients, or one each where the upstream must be known first; scaling is one more."""
     if not n:
         return []
     late = dtype == torch.float16 or reduction == "none"
@@ -136,32 +136,35 @@ def test_pair_loss(shape, dtype, monkeypatch):
     )
 
 
+HEAD_ORDERS = {"latent_loss": "logits_from_latent", "flat_loss": "logits_from_x"}
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=ids(DTYPES))
 @pytest.mark.parametrize("shape", SHAPES[1:], ids=str)
-@pytest.mark.parametrize("form", ["latent", "flat"])
-def test_head_loss(form, shape, dtype, monkeypatch):
+@pytest.mark.parametrize("kernel", ["latent_loss", "flat_loss"])
+def test_head_loss(kernel, shape, dtype, monkeypatch):
     n = shape[0]
     m = {1: 1, 15: 2, 16: 10, 17: 17, 127: 100, 128: 64, 129: 3, 1000: 10}[n]
     reduction = ("mean", "sum", "none")[(n + 1) % 3]
     options = {"weights": WEIGHTS, "reduction": reduction}
     target = targets(n, m)
-    monkeypatch.setattr(orders, "head_form", lambda *_: form)
-    monkeypatch.setattr(select, "_flat_fits", lambda *_: True)  # shared memory is no matter here
+    monkeypatch.setattr(orders, "head_order", lambda *_: HEAD_ORDERS[kernel])
+    monkeypatch.setattr(select, "can_form_logits_from_x", lambda *_: True)  # the interpreter has no shared memory
     law(
         harness.head_loss(target, **options),
         harness.head_loss_reference(target, **options),
         inputs(*shape, m),
         [(n,) if reduction == "none" else ()],
         dtype,
-        loss_kernels(f"{form}_loss", n, dtype, reduction),
+        loss_kernels(kernel, n, dtype, reduction),
         monkeypatch,
     )
 
 
-@pytest.mark.parametrize("name", ["summary", "pair", "pair_loss", "latent", "flat", "wide"])
+@pytest.mark.parametrize("name", ["summary", "pair", "pair_loss", "latent_loss", "flat_loss", "wide"])
 def test_tf32(name, monkeypatch):
     """Where PyTorch's switch allows tf32 the kernels round as PyTorch's own products do."""
-    monkeypatch.setattr(orders, "head_form", lambda *_: name)
+    monkeypatch.setattr(orders, "head_order", lambda *_: HEAD_ORDERS.get(name))
     matmul = torch.backends.cuda.matmul
     before, n, d, k, m = matmul.fp32_precision, 100, 96, 150 if name == "wide" else 40, 7
     matmul.fp32_precision = "tf32"
@@ -178,7 +181,7 @@ def test_tf32(name, monkeypatch):
             target = targets(n, m if head else k)
             function = (harness.head_loss if head else harness.pair_loss)(target)
             reference = (harness.head_loss_reference if head else harness.pair_loss_reference)(target)
-            kernels = [f"{name}_loss" if head else name, "scale_gradients"]
+            kernels = [name, "scale_gradients"]
             given = inputs(n, d, k, m if head else None)
             law(function, reference, given, [()], torch.float32, kernels, monkeypatch, "tf32")
     finally:

@@ -1,0 +1,1 @@
+"""The timing harness: problems, providers, clocks, and the suites that combine them."""

@@ -1,0 +1,131 @@
+"""Clocks, and interleaved timing: each round takes a sample of every candidate, in a new random order.
+
+So noise of the machine reaches all candidates alike, and none always finds the caches as the same other one left them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import math
+import random
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+Sampler = Callable[[], float]  # milliseconds a call
+_ENOUGH = 3  # rounds of slow calls
+
+
+class Timing(NamedTuple):
+    """Milliseconds: the median and the 20 % and 80 % quantiles of `samples` rounds."""
+
+    p50: float
+    p20: float
+    p80: float
+    samples: int
+
+    def fields(self) -> dict[str, float]:
+        """Return the values under their names in a record."""
+        return {"ms_p50": self.p50, "ms_p20": self.p20, "ms_p80": self.p80, "samples": self.samples}
+
+
+class Limit:
+    """A limit of time, from now on."""
+
+    def __init__(self, minutes: float = math.inf) -> None:
+        self._minutes, self._end = minutes, time.monotonic() + 60 * minutes
+
+    def over(self) -> str | None:
+        """Return the reason to begin nothing more, None while there is time."""
+        return None if time.monotonic() < self._end else f"out of time: {self._minutes:g} minutes"
+
+
+def summary(taken: Sequence[float]) -> Timing:
+    """Return the quantiles of samples."""
+    p50, p20, p80 = np.quantile(taken, (0.5, 0.2, 0.8)).tolist()
+    return Timing(p50, p20, p80, len(taken))
+
+
+def rounds(
+    samplers: Mapping[str, Sampler], seconds: float, least: int, most: int, patience: float = math.inf
+) -> dict[str, list[float]]:
+    """Take milliseconds by name, in rounds of all samplers in a random order: for some seconds, within `least` and `most`.
+
+    After `patience` seconds three rounds are enough.
+    """
+    draw, names = random.Random(0), list(samplers)
+    taken: dict[str, list[float]] = {name: [] for name in names}
+    start = time.monotonic()
+    with _no_collection():
+        for done in range(most):
+            passed = time.monotonic() - start
+            if (done >= least and passed > seconds) or (done >= _ENOUGH and passed > patience):
+                break
+            for name in draw.sample(names, len(names)):
+                taken[name].append(samplers[name]())
+    return taken
+
+
+def interleave(
+    candidates: Mapping[str, Callable[[], object]], seconds: float = 1.5, least: int = 7, most: int = 1000,
+    clock: Callable[[Callable[[], object], int], Sampler] | None = None,
+) -> dict[str, Timing]:  # fmt: skip
+    """Time calls in rounds, after two warm-up rounds, by the wall clock unless another one is given."""
+    samplers = {name: (clock or on_wall)(call, 1) for name, call in candidates.items()}
+    rounds(samplers, 0.0, least=2, most=2)
+    return {name: summary(taken) for name, taken in rounds(samplers, seconds, least, most).items()}
+
+
+def on_wall(work: Callable[[], object], calls: int) -> Sampler:
+    """Time `work`, which makes `calls` calls on the CPU, by the wall clock."""
+
+    def sample() -> float:
+        start = time.perf_counter()
+        work()
+        return 1e3 * (time.perf_counter() - start) / calls
+
+    return sample
+
+
+def on_events(work: Callable[[], object], calls: int) -> Sampler:
+    """Time `work`, which makes `calls` calls on an idle CUDA device, by two events."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+
+    def sample() -> float:
+        torch.cuda.synchronize()
+        start.record()
+        work()
+        end.record()
+        end.synchronize()
+        return float(start.elapsed_time(end)) / calls
+
+    return sample
+
+
+def on_host(work: Callable[[], object], calls: int) -> Sampler:
+    """Time the host's share of `work`: how long it takes to launch its `calls` calls on an idle CUDA device."""
+
+    def sample() -> float:
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        work()
+        taken = time.perf_counter() - start
+        torch.cuda.synchronize()
+        return 1e3 * taken / calls
+
+    return sample
+
+
+@contextlib.contextmanager
+def _no_collection() -> Iterator[None]:
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collecting:
+            gc.enable()

@@ -1,0 +1,200 @@
+"""`compare`: two revisions of the library side by side, or two records.
+
+Each revision gets a process, which imports its interp_nn and this checkout's benchmarks. Both hold the same problem and take
+samples in turn, in a new random order each round. nn.Linear, which cannot have changed, is timed with them: the distance of its
+ratio from 1 is the machine's noise.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tarfile
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from statistics import geometric_mean
+from typing import Any, NamedTuple
+
+import numpy as np
+from tqdm import tqdm
+
+from benchmarks.records.environment import ROOT
+from benchmarks.records.report import COLUMNS, ratio
+from benchmarks.records.rows import grouped, read
+from benchmarks.timing.problems import MODES, OPS, QUICK, Problem
+from benchmarks.timing.run import ALL_MODES, at_least, shape
+
+_NAMES = ("ours", "linear")
+
+
+class Verdict(NamedTuple):
+    """A problem in a mode: the ratios of HEAD's medians to BASE's, for ours and nn.Linear; slower: whether ours is slower."""
+
+    name: str
+    ours: float
+    linear: float
+    slower: bool
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `python -m benchmarks compare`."""
+    parser.add_argument("base", metavar="BASE", help="a git revision, or a record")
+    parser.add_argument("head", metavar="HEAD", nargs="?", help="the same (default: the files of this checkout)")
+    parser.add_argument(
+        "--threshold", type=float, default=5.0, metavar="PERCENT", help="a larger increase is slower (default: 5)"
+    )
+    parser.add_argument("--op", choices=OPS, action="append", help="repeatable (default: summary and cross_entropy)")
+    parser.add_argument(
+        "--mode", choices=ALL_MODES, action="append", help="repeatable (default: fwdbwd, infer and loss)"
+    )
+    parser.add_argument("--shape", type=shape, action="append", metavar="N,D,K[,M]", help="repeatable")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--rounds", type=at_least(1), default=60, help="samples of each (default: 60)")
+
+
+def run(given: argparse.Namespace) -> int:
+    """Compare and print; the exit status is 1 where HEAD is slower, 2 where there is nothing to compare."""
+    files = [Path(name) for name in (given.base, given.head) if name is not None]
+    if all(file.is_file() for file in files) and len(files) == 2:
+        return _records(*files)
+    shapes = given.shape or QUICK
+    modes = given.mode or ("fwdbwd", "infer", "loss")
+    problems = [
+        (Problem.of(op, size), mode)
+        for op in given.op or ("summary", "cross_entropy")
+        for size in shapes
+        for mode in MODES[op]
+        if mode in modes and (len(size) == 4) == (op == "head")
+    ]
+    try:
+        if not problems:
+            raise ValueError(
+                "no problem has the ops, modes and shapes asked for; a head's shape is N,D,K,M, the others' N,D,K"
+            )
+        verdicts = revisions(given.base, given.head, problems, given.device, given.rounds, given.threshold / 100)
+    except ValueError as error:
+        print(f"benchmarks compare: {error}", file=sys.stderr)
+        return 2
+    print(f"\n{'HEAD / BASE':46}{'ours':>8}{'linear':>8}")
+    for verdict in verdicts:
+        print(f"{verdict.name:46}{verdict.ours:8.3f}{verdict.linear:8.3f}{'  SLOWER' * verdict.slower}")
+    return int(any(verdict.slower for verdict in verdicts))
+
+
+def revisions(
+    base: str, head: str | None, problems: Sequence[tuple[Problem, str]], device: str, rounds: int, threshold: float,
+    root: Path = ROOT,
+) -> list[Verdict]:  # fmt: skip
+    """Time both revisions of the repository at `root`.
+
+    Raises:
+        ValueError: Git does not know a revision.
+    """
+    with contextlib.ExitStack() as stack:
+        folders = [stack.enter_context(_checkout(revision, root)) for revision in (base, head)]
+        workers = [stack.enter_context(_worker(folder, device)) for folder in folders]
+        return [
+            _compared(problem, mode, workers, rounds, threshold)
+            for problem, mode in tqdm(problems, desc="compare", unit="problem")
+        ]
+
+
+@contextlib.contextmanager
+def _checkout(revision: str | None, root: Path) -> Iterator[Path]:
+    """Yield a folder with a revision's interp_nn, or this checkout's for None."""
+    with tempfile.TemporaryDirectory() as folder:
+        if revision is None:
+            (Path(folder) / "interp_nn").symlink_to(root / "interp_nn")
+        else:
+            # A name that starts with a dash would be an option.
+            command = ["git", "archive", "--format=tar", f"{revision}^{{commit}}", "interp_nn"]
+            done = subprocess.run(command, cwd=root, capture_output=True, check=False)
+            if done.returncode:
+                raise ValueError(f"{revision}: {done.stderr.decode().strip()}")
+            with tarfile.open(fileobj=io.BytesIO(done.stdout)) as archive:
+                if hasattr(tarfile, "data_filter"):  # Python 3.10 has it from 3.10.12 on
+                    archive.extraction_filter = tarfile.data_filter
+                archive.extractall(folder)
+        yield Path(folder)
+
+
+class _Worker:
+    """A process with one revision. It is stopped between questions: threads that wait for work would disturb the other one."""
+
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        self._process = process
+
+    def ask(self, **question: Any) -> Any:
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._signal("SIGCONT")
+        self._process.stdin.write(json.dumps(question) + "\n")
+        self._process.stdin.flush()
+        answer = self._process.stdout.readline()
+        self._signal("SIGSTOP")
+        if not answer:
+            raise RuntimeError(f"the process of a revision ended with status {self._process.wait()}")
+        return json.loads(answer)
+
+    def close(self) -> None:
+        """End the process."""
+        self._signal("SIGCONT")
+        self._process.communicate()
+
+    def _signal(self, name: str) -> None:
+        if hasattr(signal, name):  # not on Windows
+            self._process.send_signal(getattr(signal, name))
+
+
+@contextlib.contextmanager
+def _worker(folder: Path, device: str) -> Iterator[_Worker]:
+    path = os.pathsep.join(filter(None, [str(folder), str(ROOT), os.environ.get("PYTHONPATH")]))
+    process = subprocess.Popen(
+        [sys.executable, "-m", "benchmarks.timing.compare_worker", device], cwd=folder, env={**os.environ, "PYTHONPATH": path},
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    with contextlib.closing(_Worker(process)) as worker:
+        yield worker
+
+
+def _compared(problem: Problem, mode: str, workers: Sequence[_Worker], rounds: int, threshold: float) -> Verdict:
+    for worker in workers:
+        worker.ask(problem=problem._asdict(), mode=mode, names=_NAMES)
+    draw, order = random.Random(0), [(i, name) for i in range(2) for name in _NAMES]
+    taken: dict[tuple[int, str], list[float]] = {which: [] for which in order}
+    for _ in range(rounds):
+        for i, name in draw.sample(order, len(order)):
+            taken[i, name].append(workers[i].ask(sample=name))
+    ours, linear = (float(np.median(taken[1, name]) / np.median(taken[0, name])) for name in _NAMES)
+    # Slower by the medians, by most of the samples, and by more than nn.Linear, which cannot have changed.
+    clear = bool(np.quantile(taken[1, "ours"], 0.2) > np.median(taken[0, "ours"]))
+    return Verdict(f"{problem.name} {mode}", ours, linear, clear and ours > (1 + threshold) * max(1.0, linear))
+
+
+def _records(base: Path, head: Path) -> int:
+    """Print how far the ratios of two records of one device are apart: the spread where nothing has changed."""
+    one, other = grouped(read([base])), grouped(read([head]))
+    changes: dict[str, list[float]] = {}
+    for key in one.keys() & other.keys():
+        for column in COLUMNS:
+            before, after = ratio(one[key], column), ratio(other[key], column)
+            if before is not None and after is not None:
+                changes.setdefault(column.title, []).append(after / before)
+    if not changes:
+        print("benchmarks compare: got two records without a common problem that both have timed", file=sys.stderr)
+        return 2
+    print(
+        f"{'HEAD / BASE of the ratio':28}{'geomean':>9}{'median off':>12}{'80 % off':>10}{'most off':>10}{'count':>7}"
+    )
+    for title, values in {**changes, "all": [v for found in changes.values() for v in found]}.items():
+        off = np.exp(np.abs(np.log(values))) - 1
+        median, most = np.quantile(off, (0.5, 0.8)).tolist()
+        print(f"{title:28}{geometric_mean(values):9.3f}{median:12.1%}{most:10.1%}{off.max():10.1%}{len(values):7}")
+    return 0

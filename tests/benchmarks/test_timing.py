@@ -1,0 +1,380 @@
+"""The timing harness: wrong results, errors and slow providers are rows, and the clocks, bytes and operations are right."""
+
+import itertools
+import json
+import subprocess
+import time
+
+import pytest
+import torch
+from gpu_stand_ins import CPU, Graph
+
+from benchmarks import experiments
+from benchmarks.__main__ import main
+from benchmarks.records import environment, report, rows
+from benchmarks.timing import (
+    clocks,
+    compare,
+    explain_suite,
+    footprint,
+    measure,
+    operator_suite,
+    problems,
+    providers,
+    training_suite,
+)
+from benchmarks.timing.clocks import Limit
+from benchmarks.timing.measure import Asked
+from benchmarks.timing.problems import Problem
+from benchmarks.timing.roofline import Ceiling
+from interp_nn import functional
+
+SMALL = ("ours", "linear", "unfused", "assoc-a", "assoc-b", "assoc-c", "best-eager", "multi-dot", *providers.INVERSES)
+ASKED = Asked(CPU, "wall", seconds=0.0, samples=3)
+TINY = Problem("summary", 20, 16, 6)
+
+
+@pytest.fixture
+def out():
+    return rows.Writer(None, rows.common())
+
+
+@pytest.fixture
+def rated(monkeypatch):
+    """Rates without the second that it takes to measure them."""
+    monkeypatch.setattr(operator_suite, "measure_rates", lambda *_: Ceiling(1e10, 1e11))
+
+
+def measured(problem, modes, names=SMALL, asked=ASKED):
+    """The rows of a problem by (mode, provider)."""
+    writer = rows.Writer(None, rows.common())
+    measure.measure(problem, modes, names, asked, None, writer)
+    return {(row["mode"], row["provider"]): row for row in writer.rows}
+
+
+@pytest.mark.parametrize(
+    ("problem", "modes"),
+    [
+        (TINY, problems.MODES["summary"]),
+        (Problem("summary", 5, 6, 16), ("fwdbwd",)),
+        (TINY._replace(dtype="bf16"), ("infer", "bwd")),
+        (Problem("cross_entropy", 20, 16, 6), ("loss",)),
+        (Problem("head", 20, 16, 6, 3), ("loss",)),
+    ],
+    ids=lambda value: value.name if isinstance(value, Problem) else "",
+)
+def test_every_provider_is_right_or_says_why_not(problem, modes):
+    names = [name for name in providers.NAMES if name != "compile"]
+    found = measured(problem, modes, names)
+    assert {row["status"] for row in found.values()} == {"ok", "unsupported"}
+    wide, exact = problem.k > problem.d, problem.dtype != "bf16"
+    for mode in modes:
+        done = {name for name in names if found[mode, name]["status"] == "ok"}
+        assert done >= {"ours", "linear", "unfused", "assoc-a", "assoc-b", "assoc-c", "best-eager", "multi-dot"}
+        assert ({"assoc-d", "assoc-e"} <= done) is wide
+        assert (set(providers.INVERSES) <= done) is (exact and not wide and not problem.loss)
+        assert ("orthogonal" in done) is (exact and not problem.loss) and ("cached" in done) is (mode == "infer")
+        assert found[mode, "graphed"]["note"] == "there are no CUDA graphs"
+        assert "the cuda engine is off" in found[mode, "ours-cuda"]["note"] == found[mode, "kernel-cuda"]["note"]
+        assert found[mode, "best-eager"]["plan"] in providers.ASSOCIATIONS
+        for row in (found[mode, name] for name in done):
+            assert row["samples"] >= 3 and 0 < row["ms_p20"] <= row["ms_p50"] <= row["ms_p80"]
+            assert row["peak_delta_mb"] > 0 and (row["saved_mb"] is None) is (mode in ("bwd", "infer"))
+            assert row["gflop"] > 0 and row["least_mb"] > 0
+
+
+@pytest.mark.parametrize("problem", [TINY, Problem("cross_entropy", 20, 16, 6), Problem("head", 20, 16, 6, 3)], ids=str)
+def test_an_engine_called_directly_computes_the_same(problem, monkeypatch):
+    """By the eager engine in the place of one with kernels."""
+    monkeypatch.setitem(providers.KERNELS, "kernel-triton", providers.OURS["ours-eager"])
+    monkeypatch.setattr(providers, "planned", lambda *_: "a plan")
+    found = measured(problem, problems.MODES[problem.op], ("kernel-triton",))
+    assert {(row["status"], row["saved_mb"]) for row in found.values()} == {("ok", None)}
+
+
+@pytest.mark.slow
+def test_compiled_providers_are_right():
+    found = measured(TINY, ("fwdbwd", "bwd"), ("assoc-b", "compile"))
+    assert {row["status"] for row in found.values()} == {"ok"} and found["bwd", "compile"]["plan"] == "assoc-b"
+
+
+def test_a_wrong_provider_is_a_row_that_says_so(monkeypatch):
+    monkeypatch.setitem(providers.ASSOCIATIONS, "assoc-b", lambda x, b: 1.01 * (x @ b @ (b.mT @ b)))
+    found = measured(TINY, ("fwdbwd",))
+    row = found["fwdbwd", "assoc-b"]
+    assert (row["status"], row["ms_p50"]) == ("wrong", None) and "relative error 0.01 against fp64" in row["note"]
+    assert {row["status"] for (_, name), row in found.items() if name != "assoc-b"} == {"ok"}
+    assert "assoc-b, summary, forward + backward, (20, 16, 6) fp32: wrong" in report.markdown(list(found.values()))
+
+
+def test_ours_has_tolerances_to_keep(monkeypatch):
+    """Four roundings more than PyTorch are too many for ours, and allowed to the others."""
+    exact = functional.summary
+    monkeypatch.setattr(functional, "summary", lambda x, b: exact(x, b) * (1 + 3e-6))
+    monkeypatch.setitem(providers.ASSOCIATIONS, "assoc-c", lambda x, b: exact(x, b) * (1 + 3e-6))
+    found = measured(TINY, ("infer",), ("ours", "assoc-c"))
+    assert found["infer", "ours"]["status"] == "wrong" and "PyTorch's" in found["infer", "ours"]["note"]
+    assert found["infer", "assoc-c"]["status"] == "ok" and found["infer", "assoc-c"]["err_ratio"] > 5
+
+
+@pytest.mark.parametrize("later", [2, float("nan")])
+def test_a_result_that_turns_wrong_while_it_is_timed_is_noticed(later, monkeypatch):
+    calls = itertools.count()
+    turning = lambda x, b: x @ (b @ (b.mT @ b)) * (1 if next(calls) < 4 else later)  # noqa: E731
+    monkeypatch.setitem(providers.ASSOCIATIONS, "assoc-b", turning)
+    row = measured(TINY, ("infer",), ("assoc-b",))["infer", "assoc-b"]
+    assert row["status"] == "wrong" and row["note"].startswith("after timing: value")
+
+
+def test_errors_and_slow_calls_are_rows(monkeypatch):
+    def out_of_memory(*_):
+        raise torch.OutOfMemoryError("tried to allocate 1 PB")
+
+    def broken(x, b):
+        raise RuntimeError("no such kernel\nat line 3")
+
+    def slow(x, b):
+        time.sleep(0.51)
+        return x @ (b @ (b.mT @ b))
+
+    for name, function in (("assoc-a", slow), ("assoc-b", out_of_memory), ("assoc-c", broken)):
+        monkeypatch.setitem(providers.ASSOCIATIONS, name, function)
+    found = measured(TINY, ("infer",), ("ours", "assoc-a", "assoc-b", "assoc-c"))
+    assert [(row["status"], row["note"], row["samples"]) for row in list(found.values())[1:]] == [
+        ("ok", "timed once: over 5 times the fastest", 1),
+        ("oom", "tried to allocate 1 PB", 0),
+        ("failed", "RuntimeError: no such kernel", 0),
+    ]
+    assert measured(TINY, ("infer",), ("ours",), ASKED._replace(call_limit=0.0))["infer", "ours"]["status"] == "skipped"
+    monkeypatch.setattr(measure, "datasets", out_of_memory)
+    found = measured(TINY, ("infer", "fwd"))
+    assert {row["status"] for row in found.values()} == {"oom"} and len(found) == 2 * len(SMALL)
+
+
+# Limits
+
+
+def test_problems_over_the_budget_are_rows(rated, out):
+    shapes = [(8192, 4096, 1024), (8, 4, 2)]
+    wanted = operator_suite.Wanted(("summary",), ("infer",), shapes, ("fp32",), ("ours",), operator_suite.CPU_BUDGET)
+    operator_suite.run(wanted, ASKED, out)
+    assert [row["status"] for row in out.rows] == ["ok", "skipped", "ok", "ok"] and out.rows[2]["sol_frac"] > 0
+    assert "over the FLOP budget" in out.rows[1]["note"] and "of 150 GFLOP" in out.rows[1]["note"]
+    assert [row["mode"] for row in out.rows if row["op"] == "ceiling"] == ["start", "end"]
+
+
+def test_nothing_begins_when_the_time_is_over(rated, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(explain_suite, "_SAMPLES", 100)
+    file = tmp_path / "record.jsonl"
+    arguments = ["--device", "cpu", "--minutes", "0", "--dtype", "fp32", "--shape", "8,4,2", "--revision", "f00d"]
+    assert main(["run", *arguments, "--out", str(file)]) == 0
+    timed = [row for row in rows.read([file]) if row["op"] != "ceiling"]
+    assert {(row["status"], row["note"]) for row in timed} == {("skipped", "out of time: 0 minutes")}
+    suites = ("train_cnn", "train_vgg11", "linearize_cnn", "linearize_vgg11", "group_patterns")
+    assert {row["op"] for row in timed} == {"summary", "cross_entropy", *suites} and all(row["d"] for row in timed)
+    assert "- (8, 4, 2): out of time: 0 minutes" in capsys.readouterr().out
+    limit, said = Limit(), itertools.chain([None], itertools.repeat("out of time"))  # or between two modes
+    monkeypatch.setattr(limit, "over", lambda: next(said))
+    found = measured(TINY, ("fwd", "bwd"), ("ours",), ASKED._replace(limit=limit))
+    assert [(row["status"], row["note"]) for row in found.values()] == [("ok", None), ("skipped", "out of time")]
+
+
+# Suites
+
+
+def test_training_steps(out, monkeypatch):
+    seen, step = [], training_suite._own
+    wrong = lambda *given: seen.append(torch.backends.cudnn.conv.fp32_precision) or 1.001 * step(*given)  # noqa: E731
+    training_suite.run(("ours", "linear", "unfused", "ours-cuda"), ASKED, out, ("cnn",))
+    status = {row["provider"]: row["status"] for row in out.rows}
+    assert status == {"ours": "ok", "linear": "ok", "unfused": "ok", "ours-cuda": "unsupported"}
+    assert {tuple(row[name] for name in ("op", "n", "d", "k", "m")) for row in out.rows} == {
+        ("train_cnn", 32, 1600, 120, 10)
+    }
+    monkeypatch.setattr(training_suite, "_own", wrong)
+    training_suite.run(("ours",), ASKED, out, ("cnn",))
+    assert out.rows[-1]["status"] == "wrong"
+    assert set(seen) == {"ieee"}  # cudnn's convolutions are not, unless asked, on a device that has tf32
+
+
+def test_explanations(out, monkeypatch):
+    seen, linearize = [], explain_suite.linearize
+    noted = lambda *given: seen.append(torch.backends.cudnn.conv.fp32_precision) or linearize(*given)  # noqa: E731
+    monkeypatch.setattr(explain_suite, "linearize", noted)
+    monkeypatch.setattr(explain_suite, "ARCHITECTURES", ("cnn",))
+    monkeypatch.setattr(explain_suite, "_SAMPLES", 100)
+    explain_suite.run(ASKED, out)
+    assert set(seen) == {"ieee"} and {row["status"] for row in out.rows} == {"ok"}
+
+
+# Clocks, memory, operations
+
+
+@pytest.mark.parametrize("timer", ["events", "graph", "host"])
+@pytest.mark.parametrize("cold", [False, True])
+def test_the_clocks_of_a_gpu(timer, cold, monkeypatch):
+    graphs = []
+
+    def capture(call, device):
+        graphs.append(Graph(call))
+        return graphs[-1], graphs[-1].out
+
+    monkeypatch.setattr(problems, "cache_bytes", lambda _: 20_000)
+    for clock in ("on_events", "on_host"):
+        monkeypatch.setattr(clocks, clock, lambda work, calls: lambda: work() or 0.25)
+    monkeypatch.setattr(measure, "capture", capture)
+    problem, names = Problem("summary", 9, 20, 6), ("ours", "assoc-b", "best-eager", "graphed", "inverse-inv")
+    found = measured(problem, ("infer", "fwdbwd"), names, Asked(CPU, timer, cold, seconds=0.0, samples=3))
+    sets = problems.rotation(problem, CPU, cold)
+    for mode in ("infer", "fwdbwd"):
+        assert all(found[mode, name]["ms_p50"] == 0.25 for name in ("ours", "assoc-b", "best-eager"))
+        assert {row["l2"] for row in found.values()} == {"cold" if cold else "hot"}
+        assert (found[mode, "graphed"]["status"] == found[mode, "inverse-inv"]["status"] == "ok") is (timer != "graph")
+        assert timer != "graph" or "a graph cannot record" in found[mode, "inverse-inv"]["note"]
+    assert len(graphs) == (2 * 2 if timer == "graph" else 2 * sets)
+
+
+def test_cold_inputs_fill_the_cache_and_are_used_in_turn(monkeypatch):
+    monkeypatch.setattr(problems, "cache_bytes", lambda _: 20_000)
+    seen = []
+    noted = lambda x, b: seen.append(x.data_ptr()) or x @ (b @ (b.mT @ b))  # noqa: E731
+    monkeypatch.setitem(providers.ASSOCIATIONS, "assoc-b", noted)
+    measured(TINY, ("infer",), ("assoc-b",), ASKED._replace(cold=True, samples=20))
+    sets = problems.rotation(TINY, CPU, True)
+    assert len(set(seen)) == sets > 2 and sets * 2 * 4 * (20 * 16 + 16 * 6 + 20 * 6) >= 40_000
+    one, other = (problems.datasets(TINY, CPU, 2) for _ in range(2))
+    assert torch.equal(one[1].x, other[1].x) and not torch.equal(one[0].x, one[1].x)
+
+
+def test_rounds_take_a_sample_of_each_in_any_order():
+    order = []
+    samplers = {name: lambda name=name: order.append(name) or float(len(order)) for name in "abc"}
+    taken = clocks.rounds(samplers, 0.0, least=4, most=60)
+    assert {len(samples) for samples in taken.values()} == {4}
+    assert [sorted(order[i : i + 3]) for i in range(0, 12, 3)] == [["a", "b", "c"]] * 4
+    assert order != sorted(order, key=order.index) and len(clocks.rounds(samplers, 60.0, 1, 6)["a"]) == 6
+    timed = clocks.interleave({"short": lambda: time.sleep(0.0005), "long": lambda: time.sleep(0.005)}, seconds=0.0)
+    assert timed["short"].p50 < timed["long"].p50 and timed["short"].samples == timed["long"].samples == 7
+
+
+def test_memory_is_counted():
+    x, w = (torch.randn(100, 100, requires_grad=True) for _ in range(2))
+    peak, result = footprint.peak_bytes(lambda: (x @ w) @ w, CPU)
+    assert peak == 80_000 and torch.equal(result, (x @ w) @ w)
+    assert footprint.saved_bytes(lambda: (x @ w) @ w, (x, w)) == 40_000
+    assert footprint.saved_bytes(lambda: x @ w, (x, w)) == 0
+
+
+# Commands
+
+
+def test_commands(rated, tmp_path, capsys):
+    file = tmp_path / "record.jsonl"
+    arguments = ["run", "--suite", "ops", "--op", "summary", "--shape", "16,8,4", "--mode", "fwdbwd", "--samples", "3"]
+    arguments += [
+        "--seconds",
+        "0.01",
+        "--provider",
+        "ours",
+        "--provider",
+        "linear",
+        "--device",
+        "cpu",
+        "--out",
+        str(file),
+    ]
+    assert main(arguments) == 0 and "| 16, 8, 4 |" in capsys.readouterr().out
+    assert [row["provider"] for row in rows.read([file])] == ["device", "ours", "linear", "device"]
+    assert main(["list"]) == 0
+    printed = capsys.readouterr().out
+    assert all(f"  {name} " in printed for name in providers.NAMES)
+    assert main(["experiments"]) == 0
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == list(experiments.COMMANDS)
+    assert main(["env"]) == 0 and json.loads(capsys.readouterr().out).keys() == environment.facts().keys()
+    assert main(["experiments", "summary-vg"]) == 2 and "did you mean summary_vgg" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["run", "--device", "cpu", "--timer", "graph"], "--timer: got graph, want wall on cpu"),
+        (["run", "--shape", "16,0,4"], "got '16,0,4', want N,D,K or N,D,K,M of positive whole numbers"),
+        (["run", "--suite", "train", "--provider", "compile"], "no suite has a problem with this op, mode, shape"),
+        (["compare", "HEAD", "--op", "head"], "no problem has the ops, modes and shapes asked for"),
+        (
+            ["compare", "HEAD", "--op", "summary", "--mode", "loss"],
+            "no problem has the ops, modes and shapes asked for",
+        ),
+        (["compare", "HEAD", "--mode", "fast"], "argument --mode: "),
+        (["compare", "HEAD", "--rounds", "0"], "argument --rounds: "),
+        (["demo", "--seeds", "0"], "argument --seeds: got 0, want at least 1"),
+        (["demo", "--dataset", "mnist", "--data", "nowhere"], "mnist: not found in nowhere"),
+    ],
+    ids=" ".join,
+)
+def test_options_that_do_not_fit_are_named(arguments, message, capsys):
+    with pytest.raises(SystemExit):
+        raise SystemExit(main(arguments))
+    assert message in capsys.readouterr().err
+
+
+def test_demo(tmp_path, monkeypatch, capsys):
+    from benchmarks import demo
+
+    monkeypatch.setattr(demo, "_timings", lambda n, d, k, device: timings(n, d, k))
+    assert main(["demo", "--epochs", "1", "--seeds", "2", "--train-size", "256", "--output", str(tmp_path)]) == 0
+    assert "passed" in capsys.readouterr().out and (tmp_path / "demo-digits.png").read_bytes().startswith(b"\x89PNG")
+    runs = json.loads((tmp_path / "demo-digits.json").read_text())["results"]["runs"]
+    assert [(run["head"], run["seed"]) for run in runs] == [("mlp", 0), ("summary", 0), ("mlp", 1), ("summary", 1)]
+
+
+def timings(n, d, k):
+    row = measured(TINY, ("fwdbwd",), ("ours",))["fwdbwd", "ours"]
+    return {"n": n, "d": d, "k": k, "plan": row["plan"], "ms_p50": {"ours": row["ms_p50"], "linear": 1.0}}
+
+
+@pytest.mark.slow
+def test_the_summary_head_matches_the_mlp_head_on_digits(tmp_path):
+    assert main(["demo", "--dataset", "digits", "--output", str(tmp_path)]) == 0
+    runs = json.loads((tmp_path / "demo-digits.json").read_text())["results"]["runs"]
+    last = {head: [r["test_accuracy"][-1] for r in runs if r["head"] == head] for head in ("mlp", "summary")}
+    assert len(last["mlp"]) == 3 and sum(last["summary"]) >= sum(last["mlp"]) - 3 * 0.01
+    for run in (run for run in runs if run["head"] == "summary"):
+        assert run["agreement"] >= 0.99 and run["relative_difference"] <= 0.05 and run["first_loss"] < 10
+
+
+def test_slower_is_by_the_medians_by_most_samples_and_beyond_the_noise():
+    class Worker:
+        def __init__(self, ours, linear):
+            self.given = {"ours": ours, "linear": linear}
+
+        def ask(self, **question):
+            return self.given[question["sample"]] if "sample" in question else []
+
+    def slower(base, head):
+        return compare._compared(TINY, "fwd", (Worker(*base), Worker(*head)), 5, 0.05).slower
+
+    assert slower((1.0, 1.0), (1.2, 1.0)) and not slower((1.0, 1.0), (1.04, 1.0))
+    assert not slower((1.0, 1.0), (1.2, 1.2)) and not slower((1.2, 1.0), (1.0, 1.0))
+
+
+@pytest.mark.slow
+def test_a_planted_slow_revision_is_caught(tmp_path, monkeypatch, capsys):
+    if not (environment.ROOT / ".git").exists():
+        pytest.skip("not a git checkout")
+    clone = tmp_path / "clone"
+    subprocess.run(["git", "clone", "--quiet", "--shared", str(environment.ROOT), str(clone)], check=True)
+    file = clone / "interp_nn" / "functional.py"
+    planted = "\n_exact = summary\n\n\ndef summary(*given):\n    import time\n\n    time.sleep(0.02)\n    return _exact(*given)\n"
+    file.write_text(file.read_text() + planted)
+    identity = ["-c", "user.name=test", "-c", "user.email=test@example.org"]
+    subprocess.run(["git", *identity, "commit", "--quiet", "--all", "--message", "slower"], cwd=clone, check=True)
+    monkeypatch.setattr(compare.revisions, "__defaults__", (clone,))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # a busy machine then only slows it down
+    arguments = ["--shape", "64,32,16", "--mode", "fwdbwd", "--op", "summary", "--rounds", "15"]
+    assert main(["compare", "HEAD~", "HEAD", *arguments]) == 1 and "SLOWER" in capsys.readouterr().out
+    monkeypatch.delattr("tarfile.data_filter", raising=False)  # as before Python 3.10.12
+    monkeypatch.setattr("tarfile.TarFile.extraction_filter", staticmethod(lambda member, path: member), raising=False)
+    assert main(["compare", "HEAD", "HEAD~", *arguments]) == 0
+    assert main(["compare", "HEAD", "nothing", *arguments]) == 2
+    assert "benchmarks compare: nothing: " in capsys.readouterr().err

@@ -1,0 +1,154 @@
+"""Spellings of a ReLU that `record`, `npk` and `to_dgn` treat alike, and calls that look like one and are not."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from interp_nn.explain import UnsupportedOperation, npk, record
+from interp_nn.nn import HardGate, to_dgn
+
+ZERO = torch.zeros(())
+SPELLINGS = {
+    "F.relu": F.relu,
+    "F.relu in place": lambda z: F.relu(z, inplace=True),
+    "torch.relu": torch.relu,
+    "relu_": lambda z: z.relu_(),
+    "nn.Threshold": nn.Threshold(0, 0),
+    "F.threshold": lambda z: F.threshold(z, 0.0, 0.0),
+    "clamp(min=0)": lambda z: z.clamp(min=0),
+    "clamp(0)": lambda z: torch.clamp(z, 0.0),
+    "clamp_": lambda z: z.clamp_(min=0),
+    "clamp of a tensor": lambda z: torch.clamp(z, min=torch.zeros(1), max=None),
+    "clamp_min": lambda z: z.clamp_min(0),
+    "torch.clamp_min": lambda z: torch.clamp_min(z, min=0),
+    "clip": lambda z: torch.clip(z, 0),
+    "maximum, zeros_like": lambda z: torch.maximum(z, torch.zeros_like(z)),
+    "maximum, tensor": lambda z: torch.maximum(z, ZERO),
+    "maximum, commuted": lambda z: torch.maximum(torch.zeros(1), z),
+    "maximum, new_zeros": lambda z: z.maximum(other=z.new_zeros(z.shape)),
+    "maximum, scalar new_zeros": lambda z: torch.maximum(z.new_zeros(()), z),
+    "max, zeros": lambda z: torch.max(z, torch.zeros_like(z)),
+    "max, method": lambda z: z.max(z.new_zeros(z.size())),
+    "where": lambda z: torch.where(z > 0, z, 0),
+    "where, tensor": lambda z: torch.where(z > 0, z, ZERO),
+    "where, zeros_like": lambda z: torch.where(z.gt(0), z, torch.zeros_like(z)),
+    "where, >=": lambda z: torch.where(z >= 0, z, 0.0),
+    "where, reflected": lambda z: torch.where(torch.zeros(()) < z, z, 0),
+    "where, method": lambda z: z.where(torch.ge(z, torch.zeros_like(z)), 0),
+    "where, off": lambda z: torch.where(z < 0, 0, z),
+    "where, off, <=": lambda z: torch.where(z.le(0), torch.zeros_like(z), z),
+    "masked_fill": lambda z: z.masked_fill(z < 0, 0.0),
+    "product": lambda z: z * (z > 0),
+    "product, commuted": lambda z: (z > 0) * z,
+    "product, torch.mul": lambda z: torch.mul(z, torch.gt(z, 0)),
+    "product, to(dtype)": lambda z: z * (z > 0).to(z.dtype),
+    "product, double": lambda z: (z >= 0).double() * z,
+    "product, float": lambda z: z.mul((z > 0).float()),
+    "product, type_as": lambda z: z * torch.lt(torch.zeros_like(z), z).type_as(z),
+}
+OTHERS = {
+    "threshold": (lambda z, y: F.threshold(z, 0.1, 0.0), "threshold"),
+    "threshold, value 1": (lambda z, y: F.threshold(z, 0.0, 1.0), "threshold"),
+    "clamp(min=0.1)": (lambda z, y: z.clamp(min=0.1), "clamp"),
+    "clamp(max=0)": (lambda z, y: z.clamp(max=0), "clamp"),
+    "clamp(0, 6)": (lambda z, y: torch.clamp(z, 0, 6), "clamp"),
+    "relu6": (lambda z, y: F.relu6(z), "relu6"),
+    "maximum of two": (lambda z, y: torch.maximum(z, y), "maximum"),
+    "maximum, ones": (lambda z, y: torch.maximum(z, torch.ones(1)), "maximum"),
+    "maximum, zeros that broadcast": (lambda z, y: torch.maximum(z, torch.zeros(4)), "maximum"),
+    "max along a dimension": (lambda z, y: torch.max(z, 1, keepdim=True)[0].expand(-1, 4), "max"),
+    "minimum": (lambda z, y: torch.minimum(z, ZERO), "minimum"),
+    "where, threshold 1": (lambda z, y: torch.where(z > 1, z, 0), "gt"),
+    "where, other": (lambda z, y: torch.where(z > 0, y, 0), "gt"),
+    "where, nonzero": (lambda z, y: torch.where(z > 0, z, 1), "gt"),
+    "where, off where positive": (lambda z, y: torch.where(z > 0, 0, z), "gt"),
+    "where, <": (lambda z, y: torch.where(z < 0, z, 0), "lt"),
+    "masked_fill, >": (lambda z, y: z.masked_fill(z > 0, 0), "gt"),
+    "product, other": (lambda z, y: z * (y > 0), "gt"),
+    "product, threshold": (lambda z, y: z * (z > 0.5), "gt"),
+    "product, <": (lambda z, y: z * (z < 0).to(z.dtype), "lt"),
+    "product, !=": (lambda z, y: z * (z != 0), "ne"),
+    "square": (lambda z, y: z * z, "mul"),
+}
+
+
+class Activated(nn.Module):
+    """Two hidden layers with an activation of two arguments: a layer's output, and that of a layer beside it."""
+
+    def __init__(self, activation):
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.layers = nn.ModuleList(nn.Linear(i, o).double() for i, o in ((3, 4), (4, 4), (4, 2)))
+        self.beside = nn.ModuleList(nn.Linear(i, o).double() for i, o in ((3, 4), (4, 4)))
+        for p in self.parameters():
+            nn.init.normal_(p, generator=generator)
+        self.activation = activation
+
+    def forward(self, x):
+        for layer, beside in zip(self.layers, self.beside, strict=False):
+            x = self.activation(layer(x), beside(x))
+        return self.layers[-1](x)
+
+
+def spelled(spelling):
+    """A network with ReLUs in that spelling; modules are called as modules."""
+    model = Activated(lambda z, y: spelling(z))
+    if isinstance(spelling, nn.Module):
+        model.spelling = spelling
+    return model
+
+
+def inputs(n=6):
+    return torch.randn(n, 3, dtype=torch.float64)
+
+
+spellings = pytest.mark.parametrize("spelling", SPELLINGS.values(), ids=SPELLINGS.keys())
+others = pytest.mark.parametrize(("activation", "name"), OTHERS.values(), ids=OTHERS.keys())
+
+
+@spellings
+def test_the_path_kernel_is_that_of_the_relu_module(spelling):
+    x, y = inputs(), inputs(4)
+    assert torch.equal(npk(spelled(spelling), x, y), npk(spelled(nn.ReLU()), x, y))
+
+
+@spellings
+@pytest.mark.parametrize("gating", ["relu", "linear"])
+def test_the_gated_network_is_that_of_the_relu_module(spelling, gating):
+    x = inputs()
+    options = {"gating": gating, "value_input": "x", "gate": HardGate(), "reset": False}
+    model = spelled(spelling)
+    dual = to_dgn(model, **options)
+    assert torch.equal(dual(x), to_dgn(spelled(nn.ReLU()), **options)(x))
+    if gating == "relu":
+        torch.testing.assert_close(dual(x), model(x), rtol=1e-12, atol=0)
+
+
+@spellings
+def test_gates_are_named_as_in_the_record(spelling):
+    x = inputs()
+    dual = to_dgn(spelled(spelling), gating="relu", reset=False)
+    assert list(dual.layers) == [site.name for site in record(spelled(spelling), x).sites]
+    assert dual.gates(x).patterns() == record(spelled(nn.ReLU()), x).patterns()
+
+
+def test_a_mask_that_something_else_uses_too_is_refused():
+    model = Activated(lambda z, y: (z * (mask := z > 0)) + y * mask)
+    with pytest.raises(ValueError, match="gt in layer ''"):
+        to_dgn(model)
+
+
+def test_a_parameter_that_is_zero_is_no_zero():
+    model = spelled(lambda z: torch.maximum(z, model.floor))
+    model.floor = nn.Parameter(torch.zeros(()))
+    with pytest.raises(ValueError, match="maximum in layer ''"):
+        to_dgn(model)
+
+
+@others
+def test_what_is_no_relu_is_refused_by_name(activation, name):
+    with pytest.raises(ValueError, match=f"(?i){name} in layer ''.* is neither linear"):
+        to_dgn(Activated(activation))
+    with pytest.raises(UnsupportedOperation, match=f"(?i){name} in layer ''"):
+        npk(Activated(activation), inputs())
