@@ -122,7 +122,7 @@ def frozen(model: nn.Module, x: Tensor | Inputs, *, mode: str = "secant") -> Rep
         A module that maps inputs of the shapes of x to the model's output.
 
     Raises:
-        UnsupportedOperation: An operation without an affine map, in 'secant' mode.
+        UnsupportedOperation: An operation without an affine map, in 'secant' mode; in either mode, a value that leaves PyTorch.
         ValueError: As `record` raises it.
         TypeError: As `record` raises it.
 
@@ -132,7 +132,9 @@ def frozen(model: nn.Module, x: Tensor | Inputs, *, mode: str = "secant") -> Rep
         tensor([[-5.,  0.]])
     """
     if check_mode(mode) == "tangent":
-        return TangentReplay(ModelFunction(model), run_recorded(model, x, strict=False).inputs)
+        recording = run_recorded(model, x, strict=False)
+        recording.check_stays_in_torch()
+        return TangentReplay(ModelFunction(model), recording.inputs)
     return replay_at(model, x)
 
 

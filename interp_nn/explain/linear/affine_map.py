@@ -79,7 +79,8 @@ def linearize(
             (n,) int64 with one index for each sample, or a function of the model's output that returns a tensor (n, ...).
             Explain logits, because a softmax is not affine.
         mode: 'secant': W and b of the replay with frozen gates, see `frozen`. For a piecewise linear network, this is the map
-            of the whole region of x. 'tangent': W is the Jacobian and b = F(x) - W x.
+            of the whole region of x. 'tangent': W is the Jacobian and b = F(x) - W x. In both, `detach` and `no_grad` in the
+            model do not stop a derivative, as the value depends on the input all the same.
         layer: Explain the preactivations of this layer of gates instead of the output. A name or index of `GateRecord.sites`.
         chunk_size: Number of rows or columns of W to compute at a time. By default, 4 million entries.
 
@@ -87,7 +88,8 @@ def linearize(
         The maps of the n samples.
 
     Raises:
-        UnsupportedOperation: An operation without an affine map, in 'secant' mode.
+        UnsupportedOperation: An operation without an affine map, in 'secant' mode; in either mode, a value that depends on the
+            input and leaves PyTorch.
         ValueError: A target or layer that the model does not have, samples that depend on one another, or as `record`
             raises it.
         TypeError: A target of another type, or as `record` raises it.
