@@ -223,7 +223,7 @@ class Recorder(TorchFunctionMode):
         self._constants: dict[int, Tensor] = {}  # computed from parameters alone
         self._lazy_gates: list[tuple[Tensor, LazyGates]] = []
         self._watching = True  # an operator is outside of recorded calls
-        self._copied_out: str | None = None  # such an operator that returned no tensor
+        self._fault: str | None = None  # why an operator makes the model unsupported, until it is reported
 
     def mark_inputs(self, inputs: Sequence[Tensor]) -> None:
         """Mark tensors as the network's inputs."""
@@ -266,7 +266,9 @@ class Recorder(TorchFunctionMode):
             if not self.strict and not self.generators:
                 seen = (torch.default_generator, *torch.cuda.default_generators)
                 self.generators = [(generator, generator.get_state()) for generator in seen]
-            return self._note_unsupported(call, RANDOM)
+            result = self._note_unsupported(call, RANDOM)
+            self._fault = None  # the same draw, which the operators show too
+            return result
         if not dependences:
             self._watching = not is_input
             with torch.set_grad_enabled(torch.is_grad_enabled() if self.observe_only else self.differentiable):
@@ -344,8 +346,9 @@ class Recorder(TorchFunctionMode):
 
     def unrecorded_reason(self, value: Any) -> str | None:
         """Return why the gradient of a value is not that of the recorded calls, or None."""
-        if self._copied_out is not None:
-            return f"{self._copied_out} was called where calls cannot be recorded, in TorchScript or an extension"
+        if self._fault is not None:
+            reason, self._fault = self._fault, None
+            return reason
         for t in tensors(value):
             with torch._C.DisableTorchFunction():
                 try:
@@ -365,13 +368,18 @@ class Recorder(TorchFunctionMode):
         return None
 
     def see(self, function: Any, args: Any, kwargs: Any, result: Any) -> None:
-        """Note an aten operator that ran outside of the recorded calls, if it read values that depend on the input."""
+        """Note an aten operator that drew random numbers, or that ran outside of the recorded calls.
+
+        Outside of them, it is noted if it read values that depend on the input.
+        """
+        if torch.Tag.nondeterministic_seeded in function.tags and _draws(function, args, kwargs):
+            self._fault = f"{function} {RANDOM.removeprefix('it ')}"
         given = (args, kwargs)
         if not self._watching or all(self._dependences.get(t) is None for t in tensors(given)):
             return
         written = list(tensors(given)) if function._schema.is_mutable else []
         if next(tensors(result), None) is None and not written:
-            self._copied_out = str(function)
+            self._fault = f"{function} was called where calls cannot be recorded, in TorchScript or an extension"
         self._watching = False
         try:
             for t in written:
@@ -494,12 +502,34 @@ def _outside_inference_mode() -> Iterator[None]:
         yield
 
 
+def _draws(function: Any, args: Any, kwargs: Any) -> bool:
+    """Return True if an operator that may draw random numbers does so with these arguments."""
+    known = function._schema.arguments
+    given = {a.name: a.default_value for a in known if a.has_default_value()}
+    given |= {a.name: value for a, value in zip(known, args, strict=False)} | dict(kwargs)
+    switches = [given[name] for name in ("train", "training", "dropout_p", "dropout") if name in given]
+    return all(switches)
+
+
 class UnseenCalls(TorchDispatchMode):
-    """Shows a recorder the aten operators that run outside of its calls, for example in TorchScript."""
+    """Shows a recorder the aten operators of a model, also those that run outside of its calls, for example in TorchScript.
+
+    TorchScript then runs without fusing operators.
+    """
 
     def __init__(self, recorder: Recorder) -> None:
         super().__init__()
-        self._recorder = recorder
+        self._recorder, self._optimized = recorder, True
+
+    def __enter__(self) -> UnseenCalls:
+        self._optimized = torch._C._get_graph_executor_optimize()
+        torch._C._set_graph_executor_optimize(False)
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        torch._C._set_graph_executor_optimize(self._optimized)
 
     def __torch_dispatch__(self, func: Any, types_: Any, args: Any = (), kwargs: Any = None) -> Any:
         with torch._C.DisableTorchFunction():  # the recorder is a mode of torch functions too

@@ -363,6 +363,10 @@ def overwrite(x):
     return 1
 
 
+def noise(x):
+    return torch.rand_like(x)
+
+
 def positive(x) -> bool:
     return bool(x.sum() > 0)
 
@@ -404,6 +408,14 @@ UNSEEN = {
     "a derivative": (gradient, "grad in layer '': it differentiates inside the model"),
     "dlpack": (lambda x: x + torch.from_dlpack(x.detach()), "__dlpack__ in layer '': it copies values"),
     "memory": (lambda x: x * (x.data_ptr() > 0), "data_ptr in layer '': it copies values"),
+    "a dropout of constants": (
+        lambda x: x * torch.native_dropout(torch.ones(6, dtype=DTYPE), 0.5, True)[0],
+        "aten.native_dropout.default draws random numbers",
+    ),
+    "noise in TorchScript": (
+        lambda x: x + torch.jit.script(noise)(VECTOR),
+        "aten.rand_like.default draws random numbers|rand_like in layer ''",
+    ),
     "fill value": (lambda x: x + torch.full_like(x, x[0, 0]), "full_like|a scale or another number of a call"),
     "scale": (lambda x: torch.add(x, x, alpha=x[0, 0]), "add in layer ''|a scale or another number of a call"),
 }
