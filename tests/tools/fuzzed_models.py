@@ -377,8 +377,9 @@ def of_seed(seed: int, length: int | None = None) -> str:
     """Draw a program: statements on values h0, h1, ..., and the names that are summed up."""
     draw = random.Random(seed)
     lines, values = [], ["h0"]
-    with_writes = seed % 3 == 0
-    for _ in range(length or draw.randint(1, 6)):
+    writes_left = 1 if seed % 3 == 0 else 0  # a third of the programs write in place at least once
+    length = length or draw.randint(1, 6)
+    for step in range(length):
         fields = {
             "x": draw.choice(values[-3:]),
             "y": draw.choice(values),
@@ -388,7 +389,8 @@ def of_seed(seed: int, length: int | None = None) -> str:
             "n": "len(h0)",
             "v": f"h{len(lines) + 1}",
         }
-        if with_writes and draw.random() < 0.5:
+        if seed % 3 == 0 and (draw.random() < 0.5 or step + writes_left == length):
+            writes_left = 0
             if fields["x"] == "h0":  # the caller's own tensor
                 lines.append(f"{fields['v']} = F.linear(h0, {fields['m']})")
                 values.append(fields["v"])

@@ -93,6 +93,8 @@ class DependencyMap:
         for other, dependence in self.sharing(t):
             if overlap(other, t) != "none":
                 found = dependence if found is None else _both(found, dependence)
+        if found is not None:
+            self.set(t, found)
         return found
 
     def set(self, value: Any, dependence: Dependence) -> None:
@@ -162,6 +164,8 @@ def overlap(a: Tensor, b: Tensor) -> Literal["none", "some", "all"]:
         return "none"
     if a.is_contiguous() and start <= other_start and other_end <= end:
         return "all"
+    if b.is_contiguous() and other_start <= start and end <= other_end and a.numel() < b.numel():
+        return "some"
     if a.dtype.itemsize != b.dtype.itemsize:
         return "some"
     place = torch.zeros(a.untyped_storage().nbytes() // a.dtype.itemsize, dtype=torch.bool)
@@ -250,9 +254,7 @@ class Recorder(TorchFunctionMode):
 
     def _handle(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         name = operations.operation_name(func)
-        if (
-            name == "set:_backward_hooks"
-        ):  # PyTorch does so where it makes an object of a tensor that an extension returns
+        if name == "set:_backward_hooks":  # PyTorch's own call on a tensor that an extension returns
             return func(*args, **kwargs)
         args, kwargs = respelled(func, name, args, kwargs)
         dependences = self._dependences.of_arguments(args, kwargs)
