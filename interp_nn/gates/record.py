@@ -130,7 +130,7 @@ class GateRecord:
             if zero is not None:
                 size = size.masked_fill((size <= smallest_positive(z.dtype)) & zero.unsqueeze(-1), torch.inf)
             if z.numel():
-                smallest.append(size.flatten(1).amin(1))
+                smallest.append(size.reshape(len(size), -1).amin(1))
         return torch.stack(smallest).amin(0) if smallest else torch.full((self._samples,), torch.inf)
 
     def __repr__(self) -> str:

@@ -12,6 +12,7 @@ from copy import copy
 from functools import cached_property
 from typing import Any, Literal, get_args
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -34,15 +35,15 @@ from interp_nn.gates.patterns import ActivationPatterns
 from interp_nn.gates.record import GateSite
 
 By = Literal["affine", "coef", "hamming", "npk"]
-_PAIRS_PER_CHUNK = 1 << 22  # of patterns to compare
+_BITS_OF = np.array([i.bit_count() for i in range(256)], dtype=np.uint8)  # by byte
 
 
 class ActivationClusters(PiecewiseAffine, Estimator):
     """Find the clusters of samples in which a network's units are on and off alike, and its exact affine map in each.
 
-    The network's operations must be affine or piecewise linear. `fit` warns of secants (for example a GELU or a final
-    sigmoid): with them, the samples of a cluster may have several maps, and `check` is larger than rounding. The same holds
-    for sort, topk and median, whose order is not part of the pattern.
+    The network's operations must be affine or piecewise linear, with gates that the pattern holds. `fit` warns of secants
+    (for example a GELU or a final sigmoid) and of pieces that are not gates (for example a rounding): with them, the samples
+    of a cluster may have several maps, and `check` is larger than rounding.
 
     Use fp64 if the labels must be reproducible. A preactivation near 0 may change its sign with the chunk size or device; see
     `margin_`.
@@ -106,7 +107,7 @@ class ActivationClusters(PiecewiseAffine, Estimator):
         if self.min_size < 1:
             raise ValueError(f"min_size: got {self.min_size}, want at least 1")
         x = self._samples(x, reset=True)
-        patterns, outputs, margin, sites = self._record(x)
+        patterns, outputs, margin, sites = self._record(x, check=True)
         self._warn_of_secants(x[:1])
         response = None if y is None else self._response(y, x)
         groups = patterns.groups()
@@ -214,20 +215,31 @@ class ActivationClusters(PiecewiseAffine, Estimator):
 
     def _warn_of_secants(self, x: Tensor) -> None:
         report = supported_ops(self.model, x)
-        if not report.exact:
-            found = [
-                f"{name} in layer {layer!r}" for name, layer, how, _ in report.rows if how not in ("affine", "gate")
-            ]
-            text = "is not piecewise linear; samples of one cluster may have several maps, see check()"
-            warnings.warn(f"model: {', '.join(found)} {text}", stacklevel=3)
+        found = [
+            f"{', '.join(names)} {text}"
+            for text, treatments in (
+                ("is not piecewise linear", ("secant", "frozen", "not treated")),
+                ("has pieces that are not gates", ("piece",)),
+            )
+            if (names := [f"{name} in layer {layer!r}" for name, layer, how, _ in report.rows if how in treatments])
+        ]
+        if found:
+            text = "samples of one cluster may have several maps, see check()"
+            warnings.warn(f"model: {'; '.join([*found, text])}", stacklevel=3)
 
-    def _record(self, x: Tensor) -> tuple[ActivationPatterns, Tensor, Tensor, tuple[GateSite, ...]]:
-        """Return the samples' patterns, outputs and margins, and the gates that make the patterns."""
-        packed, outputs, margins = [], [], []
+    def _record(
+        self, x: Tensor, check: bool = False
+    ) -> tuple[ActivationPatterns, Tensor, Tensor, tuple[GateSite, ...]]:
+        """Return the samples' patterns, outputs and margins, and the gates that make the patterns.
+
+        With `check`, the first chunk is checked for samples that depend on one another.
+        """
+        packed: list[Tensor] = []
+        outputs, margins = [], []
         sites: tuple[GateSite, ...] = ()
         width = 0
         for part in x.split(self.chunk_size):
-            gates = record(self.model, part)
+            gates = record(self.model, part, check=check and not packed)
             if sites and gates.sites != sites:
                 raise ValueError(
                     "model: samples go through different gates; want a forward that makes the same calls for all samples"
@@ -263,10 +275,7 @@ class ActivationClusters(PiecewiseAffine, Estimator):
             ActivationPatterns(torch.cat([known.packed, patterns.packed]), known.width).groups().labels[len(known) :]
         )
         new = (labels >= len(known)).nonzero().squeeze(1)
-        labels[new] = -1
-        if unseen == "nearest":
-            for part in new.split(max(1, _PAIRS_PER_CHUNK // len(known))):
-                labels[part] = patterns[part].hamming(known).argmin(1)
+        labels[new] = nearest(known, patterns[new]) if unseen == "nearest" else -1
         return x, outputs, labels
 
     def _grouped(self, by: By, n_clusters: int | None) -> Tensor:
@@ -299,6 +308,32 @@ class ActivationClusters(PiecewiseAffine, Estimator):
             shape = tuple(self.counts_.shape)
             raise ValueError(f"by: got {groups.dtype} of shape {tuple(groups.shape)}, want integers of shape {shape}")
         return groups.to(self.counts_.device)
+
+
+def nearest(known: ActivationPatterns, patterns: ActivationPatterns) -> Tensor:
+    """Find for each pattern the known one that differs in the fewest gates, the first of several: (n,) int64.
+
+    The packed patterns are compared word by word: an exclusive or, and the number of its bits.
+    """
+    counts = getattr(np, "bitwise_count", None)  # of NumPy 2
+    size, dtype = (8, np.uint64) if counts is not None else (1, np.uint8)
+
+    def words(packed: Tensor) -> np.ndarray:
+        bytes_ = packed.cpu().numpy()
+        padded = np.pad(bytes_, ((0, 0), (0, -bytes_.shape[1] % size)))
+        return np.ascontiguousarray(padded.view(dtype).T)
+
+    left, right = words(known.packed), words(patterns.packed)
+    bits, differing = np.empty(len(known), np.uint8), np.empty(len(known), left.dtype)
+    distance = np.empty(len(known), np.uint16 if known.width < 1 << 16 else np.uint32)
+    found = np.empty(len(patterns), np.int64)
+    for i in range(len(patterns)):
+        distance[:] = 0
+        for word, own in zip(left, right[:, i], strict=True):
+            np.bitwise_xor(word, own, out=differing)
+            distance += counts(differing, out=bits) if counts is not None else np.take(_BITS_OF, differing, out=bits)
+        found[i] = distance.argmin()
+    return torch.from_numpy(found).to(patterns.packed.device)
 
 
 class MergedClusters(PiecewiseAffine):

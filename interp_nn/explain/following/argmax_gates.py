@@ -1,4 +1,4 @@
-"""Gates of an argmax: one for each candidate of each window, for example of max-pooling."""
+"""Gates of an argmax, one for each candidate of each window, and of an order, one for each pair of entries."""
 
 from __future__ import annotations
 
@@ -12,16 +12,18 @@ from torch import Tensor
 from interp_nn.explain.following.calls import Call
 from interp_nn.gates.record import smallest_positive
 
+LONGEST_ORDER = 64  # entries whose pairs are gates of the pattern
 
-class LazyArgmax:
-    """Preactivations of a call that takes a maximum; its gates are built at first use, as they need more memory than the call.
+
+class LazyGates:
+    """Preactivations of a call that chooses; its gates are built at first use, as they need more memory than the call.
 
     Args:
         build: Builds the gates.
         values: Returns the call's values in the layout that the gates expect.
     """
 
-    def __init__(self, build: Callable[[], ArgmaxGates], values: Callable[[Call], Tensor]) -> None:
+    def __init__(self, build: Callable[[], ArgmaxGates | OrderGates], values: Callable[[Call], Tensor]) -> None:
         self._build, self._values = build, values
 
     def __call__(self, call: Call) -> Tensor:
@@ -29,7 +31,7 @@ class LazyArgmax:
         return self.gates.preactivations(self._values(call))
 
     @cached_property
-    def gates(self) -> ArgmaxGates:
+    def gates(self) -> ArgmaxGates | OrderGates:
         """The gates, built once."""
         with torch.no_grad():
             return self._build()
@@ -72,6 +74,46 @@ class ArgmaxGates:
         return lead.masked_fill(self._empty, -torch.inf).masked_fill(self._alone, torch.inf)
 
 
+class OrderGates:
+    """The gates of a choice by order among values (..., s): one for each pair of entries whose order matters.
+
+    A pair's gate is on if the entry of the lower index comes first. Its preactivation is the difference of the two values; on
+    a tie the recorded order holds. It is -inf for a pair whose order does not matter: two entries that are not chosen, or, for
+    a single choice such as the median, two others. A single choice also has a gate of ±inf for each entry, which is on for
+    the chosen one.
+
+    Args:
+        values: (..., s) at the recorded input; the largest come first.
+        chosen: (..., k) int64, the chosen entries in the order of the result.
+        single: One entry is chosen, by its rank.
+
+    Attributes:
+        zero: None; ties of zeros count.
+    """
+
+    zero = None
+
+    def __init__(self, values: Tensor, chosen: Tensor, single: bool) -> None:
+        s = values.shape[-1]
+        self._i, self._j = torch.triu_indices(s, s, 1, device=values.device)
+        picked = torch.zeros_like(values, dtype=torch.bool).scatter(-1, chosen, True)
+        self._indicator: Tensor | None = None
+        if single:
+            first = values[..., self._i] > values[..., self._j]
+            self._indicator = torch.where(picked, torch.inf, -torch.inf).to(values.dtype)
+        else:
+            order = torch.arange(chosen.shape[-1], device=values.device).expand(chosen.shape)
+            rank = torch.full(values.shape, s, device=values.device).scatter(-1, chosen, order)
+            first = rank[..., self._i] < rank[..., self._j]
+        self._first, self._matters = first, picked[..., self._i] | picked[..., self._j]
+
+    def preactivations(self, values: Tensor) -> Tensor:
+        """Return the preactivations of the gates for values (..., s)."""
+        lead = values[..., self._i] - values[..., self._j]
+        lead = torch.where(self._first, positive_on_ties(lead), lead).masked_fill(~self._matters, -torch.inf)
+        return lead if self._indicator is None else torch.cat([lead, self._indicator.expand(values.shape)], -1)
+
+
 def positive_on_ties(lead: Tensor) -> Tensor:
     """Return the difference with each 0 replaced by the smallest positive number; other signs do not change."""
     return lead + smallest_positive(lead.dtype)
@@ -85,12 +127,9 @@ def single_window(values: Tensor) -> Tensor:
 def sliding_windows(call: Call, out: Sequence[int]) -> Tensor:
     """Return the windows (p, k) of a max-pooling call with outputs of shape `out`."""
     d, size = len(out), call.input.shape[-len(out) :]
-    kernel = _per_axis(call.argument(1, "kernel_size"), d)
-    stride = _per_axis(call.argument(2, "stride") or kernel, d)
-    padding, dilation = (
-        _per_axis(call.argument(3, "padding", default=0), d),
-        _per_axis(call.argument(4, "dilation", default=1), d),
-    )
+    kernel = _per_axis(call.argument("kernel_size"), d)
+    stride = _per_axis(call.argument("stride") or kernel, d)
+    padding, dilation = _per_axis(call.argument("padding"), d), _per_axis(call.argument("dilation"), d)
     axes = []
     for i in range(d):
         place = torch.arange(out[i]).unsqueeze(1) * stride[i] - padding[i] + torch.arange(kernel[i]) * dilation[i]

@@ -8,9 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from torch import Tensor
+
+from interp_nn.explain.following import arguments
 
 CallFunction = Callable[["Call"], Any]
 Rule = Callable[["Call"], "RuleResult"]
@@ -56,11 +59,15 @@ class Dependence:
         non_affine: The call that made it not affine in the input, or None for an affine tensor.
         factor: True if its value may be frozen where it multiplies another value.
         piecewise_constant: True if freezing its value is exact.
+        unseen: True if calls that cannot be recorded computed it.
+        mixed: True for memory that holds affine values beside others, so that no recorded value stands for it.
     """
 
     non_affine: NonAffineCall | None = None
     factor: bool = False
     piecewise_constant: bool = False
+    unseen: bool = False
+    mixed: bool = False
 
 
 @dataclass
@@ -89,16 +96,37 @@ class Call:
         """Call the function."""
         return self.function(*self.args, **self.kwargs)
 
-    def argument(self, index: int, *names: str, default: Any = None) -> Any:
-        """Return an argument by its position or by one of its names."""
-        if index < len(self.args):
-            return self.args[index]
-        return next((self.kwargs[name] for name in names if name in self.kwargs), default)
+    @cached_property
+    def _bound(self) -> tuple[dict[str, Any], frozenset[str]]:
+        found = arguments.bound(self.function, self.name, self.args, self.kwargs)
+        if found is None:
+            names = ", ".join(self.kwargs)
+            raise UnsupportedCallError(
+                f"its {len(self.args)} arguments{f' and {names}' if names else ''} are those of no known signature"
+            )
+        return found
+
+    @property
+    def named(self) -> dict[str, Any]:
+        """All arguments by name, in the order of the signature. Raises UnsupportedCallError for an unknown signature."""
+        return self._bound[0]
+
+    def argument(self, name: str, default: Any = None) -> Any:
+        """Return an argument by its name, or the default if the signature has no such name."""
+        return self.named.get(name, default)
+
+    def check_arguments(self, known: frozenset[str]) -> None:
+        """Raise UnsupportedCallError for an argument that is not known and does not have its default value."""
+        values, defaults = self._bound
+        for name, value in values.items():
+            if name not in known and name not in defaults and value is not None:
+                got = "a tensor" if isinstance(value, Tensor) else repr(value)
+                raise UnsupportedCallError(f"its argument {name} = {got} is not known")
 
     @property
     def input(self) -> Tensor:
         """The first argument."""
-        return self.argument(0, "input", "self", "x", "query")
+        return self.args[0] if self.args else next(iter(self.named.values()))
 
     def dependence(self, value: object) -> Dependence | None:
         """Return how an argument depends on the input, or None if it does not."""
@@ -128,7 +156,8 @@ class RuleResult:
     """The result of a rule: how one call is replayed.
 
     Attributes:
-        treatment: 'affine', 'gate' (exactly piecewise linear), 'secant' or 'frozen'.
+        treatment: 'affine', 'gate' (exactly piecewise linear), 'piece' (the same, but its pieces are not gates of the
+            pattern), 'secant' or 'frozen'.
         replay: Computes the call's result in the replay.
         non_affine: Set for a result that is not affine; the replay returns its recorded value.
         factor: As in `Dependence`.
@@ -171,13 +200,35 @@ def map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
     return value
 
 
+def continuous(t: Tensor) -> bool:
+    """Return True for a tensor of numbers that can vary continuously: floating-point or complex."""
+    return t.dtype.is_floating_point or t.dtype.is_complex
+
+
 def rerun(call: Call) -> Any:
     """Run an affine call again; only arguments that are affine in the input get a gradient."""
 
     def constant(t: Tensor) -> Tensor:
-        return t.detach() if t.requires_grad and not call.is_affine(t) else t
+        if call.is_affine(t):
+            return t
+        if t.is_inference() and not (call.inplace and t is call.args[0]):
+            return t.clone()  # autograd does not save a tensor of inference mode
+        return t.detach() if t.requires_grad else t
 
     return call.function(*map_tensors(call.args, constant), **map_tensors(call.kwargs, constant))
+
+
+def reads(names: str, rule: Rule) -> Rule:
+    """Return a rule that accepts a call only if it has no other argument than the first and the named ones."""
+    known = frozenset(("input", "inplace", *names.split()))
+
+    def checked(call: Call) -> RuleResult:
+        call.check_arguments(known)
+        if any(t.dtype.is_complex for t in call.tensors()):
+            raise UnsupportedCallError("it takes complex values")
+        return rule(call)
+
+    return checked
 
 
 def of_first_argument(rule: Rule) -> Rule:
@@ -196,6 +247,10 @@ def recorded_value(call: Call, non_affine: NonAffineCall | None = None) -> RuleR
     return RuleResult("frozen", non_affine=non_affine or call.as_non_affine())
 
 
-def piecewise_constant(call: Call) -> RuleResult:
+def piecewise_constant(
+    call: Call, preactivations: Callable[[Call], Tensor] | None = None, treatment: str = "piece"
+) -> RuleResult:
     """Replay a piecewise constant value as it was recorded: a comparison, a rounding, an index."""
-    return RuleResult("gate", non_affine=call.as_non_affine(), piecewise_constant=True)
+    return RuleResult(
+        treatment, non_affine=call.as_non_affine(), piecewise_constant=True, preactivations=preactivations
+    )

@@ -22,7 +22,8 @@ class OperationReport:
         rows: (operation, layer, treatment, calls) of each operation.
 
     Attributes:
-        rows: As given. The treatment is one of 'affine', 'gate' (piecewise linear), 'secant', 'frozen' (a value that
+        rows: As given. The treatment is one of 'affine', 'gate' (piecewise linear), 'piece' (piecewise linear, but its pieces
+            are not gates of the pattern: a rounding, or a sort of more than 64 entries), 'secant', 'frozen' (a value that
             multiplies or masks, and keeps its recorded value) and 'not treated'.
 
     Example:
@@ -39,7 +40,11 @@ class OperationReport:
 
     @property
     def exact(self) -> bool:
-        """True if all operations are affine or gates: the affine map then holds in the whole region, and is no secant."""
+        """True if all operations are affine or gates: the affine map then holds in the whole region, and is no secant.
+
+        With an operation of treatment 'piece' this is False. The map is then exact near the input, but the region and the
+        pattern do not show where it ends.
+        """
         return all(treatment in ("affine", "gate") for _, _, treatment, _ in self.rows)
 
     @property
@@ -58,25 +63,27 @@ class OperationReport:
     __repr__ = __str__
 
 
-def record(model: nn.Module, x: Tensor | Inputs, *, mode: str = "secant") -> GateRecord:
+def record(model: nn.Module, x: Tensor | Inputs, *, mode: str = "secant", check: bool = False) -> GateRecord:
     """Record the gates of a model at each sample of x.
 
-    The model runs once on x. Its buffers, hooks and training flags, and PyTorch's random state, do not change. The first and
-    the last sample are also recorded alone, to find models whose samples depend on one another.
+    The model runs once on x. Its buffers, hooks and training flags, and PyTorch's random state, do not change.
 
     Args:
         model: The network, in evaluation mode.
         x: Samples (n, ...) of a floating-point dtype, or a tuple of inputs with n samples each.
         mode: 'secant': each operation must be one that `frozen` can replay. 'tangent': all operations are accepted, and only
             their gates are recorded.
+        check: Also record the first and the last sample alone, to find models whose samples depend on one another. This is
+            always done if a call has several gates in a row for a sample, in its first dimension.
 
     Returns:
         The gates, preactivations and output of the model.
 
     Raises:
         UnsupportedOperation: An operation without an affine map. The message names the operation and its layer.
-        ValueError: A batch norm or dropout in training mode, no samples, samples that are not finite, or a model that
-            reorders samples or lets them depend on one another. Give such a model one sample at a time.
+        ValueError: A batch norm or dropout in training mode, no samples, samples that are not finite, or gates that are not
+            one after another by sample. With `check`, also a model that reorders samples or lets them depend on one another.
+            Give such models one sample at a time.
         TypeError: Inputs that are not floating-point, or a model that is not an nn.Module.
 
     Example:
@@ -88,12 +95,14 @@ def record(model: nn.Module, x: Tensor | Inputs, *, mode: str = "secant") -> Gat
     """
     secant = check_mode(mode) == "secant"
     recording = run_recorded(model, x, strict=secant, keep_preactivations=True)
+    recording.check_complete()
     if secant:
         recording.check_affine()
     n, calls = len(recording.inputs[0]), recording.recorder.gate_calls
     zs = [_by_sample(call, call.preactivations, n) for call in calls]
     zeros = [None if call.zero is None else _by_sample(call, call.zero, n) for call in calls]
-    for i in (0, n - 1) if n > 1 else ():
+    check = check or any(len(call.preactivations) != n for call in calls if call.preactivations.dim())
+    for i in (0, n - 1) if check and n > 1 else ():
         sample = tuple(t[i : i + 1] for t in recording.inputs)
         alone = run_recorded(model, sample, strict=secant, keep_preactivations=True)
         _check_alone(calls, [z[i] for z in zs], alone.recorder.gate_calls)
@@ -113,7 +122,7 @@ def frozen(model: nn.Module, x: Tensor | Inputs, *, mode: str = "secant") -> Rep
         A module that maps inputs of the shapes of x to the model's output.
 
     Raises:
-        UnsupportedOperation: An operation without an affine map, in 'secant' mode.
+        UnsupportedOperation: An operation without an affine map, in 'secant' mode; in either mode, a value that leaves PyTorch.
         ValueError: As `record` raises it.
         TypeError: As `record` raises it.
 
@@ -123,7 +132,9 @@ def frozen(model: nn.Module, x: Tensor | Inputs, *, mode: str = "secant") -> Rep
         tensor([[-5.,  0.]])
     """
     if check_mode(mode) == "tangent":
-        return TangentReplay(ModelFunction(model), run_recorded(model, x, strict=False).inputs)
+        recording = run_recorded(model, x, strict=False)
+        recording.check_stays_in_torch()
+        return TangentReplay(ModelFunction(model), recording.inputs)
     return replay_at(model, x)
 
 

@@ -1,9 +1,10 @@
 """Table of PyTorch's operations: how each is replayed with frozen gates.
 
-A call on values that are affine in the input gets one of four treatments:
+A call on values that are affine in the input gets one of five treatments:
 
 - 'affine': the call is replayed as it is.
 - 'gate': a slope and offset, or a selection by index; exact around the input.
+- 'piece': the same, but its pieces (for example those of a rounding) are not gates of the pattern.
 - 'secant': a slope and offset; exact at the input.
 - 'frozen': the recorded value, which is not affine. It may only multiply, mask or index affine values.
 
@@ -13,14 +14,18 @@ An operation that is not in the table is not supported.
 from __future__ import annotations
 
 import types
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 
 from interp_nn.explain.following import piecewise_linear, secants
+from interp_nn.explain.following.arguments import writes_first
 from interp_nn.explain.following.calls import (
     Call,
     CallFunction,
@@ -28,14 +33,16 @@ from interp_nn.explain.following.calls import (
     Rule,
     RuleResult,
     UnsupportedCallError,
+    continuous,
     of_first_argument,
     piecewise_constant,
+    reads,
     recorded_value,
     rerun,
-    tensors,
 )
 
 _PRODUCT_OF_TWO = "it multiplies two values that both depend on the input"
+_SCALE = "a scale depends on the input"
 
 # Affine operations
 
@@ -44,16 +51,44 @@ def rearrangement(call: Call) -> RuleResult:
     """Rule of views, sums and concatenations: affine in all floating-point arguments; masks and indices may vary."""
     if call.kwargs.get("reduce") not in (None, "add", "sum"):
         raise UnsupportedCallError("it multiplies or compares the values that it scatters")
-    values = [
-        dependence
-        for t in call.tensors()
-        if t.dtype.is_floating_point and (dependence := call.dependence(t)) is not None
-    ]
+    if call.dependence(call.kwargs.get("alpha")) is not None:
+        raise UnsupportedCallError(_SCALE)
+    values = [dependence for t in call.tensors() if continuous(t) and (dependence := call.dependence(t)) is not None]
     return _sum_of(call, values)
+
+
+def view(call: Call) -> RuleResult:
+    """Rule of view: a shape, not another dtype of the same memory."""
+    given = [value for value in (*call.args[1:], *call.kwargs.values()) if isinstance(value, torch.dtype)]
+    if given and given[0] != call.input.dtype:
+        raise UnsupportedCallError(f"it reads the memory as {given[0]}")
+    return rearrangement(call)
+
+
+def parts(call: Call) -> RuleResult:
+    """Rule of chunk, split and unbind. Each part is a view by itself, as autograd refuses writes to views made together."""
+    treated = rearrangement(call)
+    if treated.non_affine is not None:
+        return treated
+    dim, sizes = (
+        call.argument("dim"),
+        [] if call.name == "unbind" else [t.shape[call.argument("dim")] for t in call.run()],
+    )
+
+    def replay(now: Call) -> Any:
+        if not sizes:
+            return tuple(now.input.select(dim, i) for i in range(now.input.shape[dim]))
+        starts = [sum(sizes[:i]) for i in range(len(sizes))]
+        return tuple(now.input.narrow(dim, start, size) for start, size in zip(starts, sizes, strict=True))
+
+    return replace(treated, replay=replay)
 
 
 def addition(call: Call) -> RuleResult:
     """Rule of sums: affine if each argument is affine or piecewise constant."""
+    scales = (*call.args[2:], *(value for key, value in call.kwargs.items() if key != "other"))
+    if any(call.dependence(value) is not None for value in scales):
+        raise UnsupportedCallError(_SCALE)
     return _sum_of(call, list(call.dependences.values()))
 
 
@@ -64,54 +99,61 @@ def _sum_of(call: Call, values: Sequence[Dependence]) -> RuleResult:
     return RuleResult("affine", rerun, factor=all(v.factor for v in varying), piecewise_constant=not varying)
 
 
-def product(factors: Sequence[tuple[int, str]], addends: Sequence[tuple[int, str]] = ()) -> Rule:
+def product(factors: Sequence[int], addends: Sequence[int] = ()) -> Rule:
     """Return the rule of a product plus addends; it is affine if at most one factor and every addend is affine.
 
     Of two affine factors, one that comes from a gating function (for example a sigmoid) is frozen.
 
     Args:
-        factors: Position and name of each factor.
-        addends: Position and name of each addend.
+        factors: Position of each factor in the signature.
+        addends: Position of each addend.
     """
 
     def rule(call: Call) -> RuleResult:
-        added = [call.argument(index, name) for index, name in addends]
-        operands = [(index, name, call.argument(index, name, "self", "other", "mat2")) for index, name in factors]
-        if not set(call.dependences) <= {id(value) for value in (*added, *(value for _, _, value in operands))}:
+        values = list(call.named.values())
+        added = [values[i] for i in addends if i < len(values)]
+        operands = [values[i] for i in factors]
+        if not set(call.dependences) <= {id(value) for value in (*added, *operands)}:
             raise UnsupportedCallError("an argument other than its factors depends on the input")
         if (non_affine := next((c for value in added if (c := call.non_affine(value)) is not None), None)) is not None:
             return recorded_value(call, non_affine)
-        used = [(index, name, value, d) for index, name, value in operands if (d := call.dependence(value)) is not None]
-        affine = [operand for operand in used if operand[3].non_affine is None]
+        used = [(value, d) for value in operands if (d := call.dependence(value)) is not None]
+        affine = [operand for operand in used if operand[1].non_affine is None]
         if used and not affine:
             return recorded_value(call)  # gate * constant + affine
         if len(affine) <= 1:
-            is_factor = bool(affine) and affine[0][3].factor and not addends
-            return RuleResult(_product_treatment([d for *_, d in used]), rerun, factor=is_factor)
-        gates = [operand for operand in affine if operand[3].factor]
-        if len(affine) - len(gates) != 1 or len({id(value) for _, _, value, _ in affine}) < len(affine):
+            is_factor = bool(affine) and affine[0][1].factor and not addends
+            return RuleResult(_product_treatment([d for _, d in used]), rerun, factor=is_factor)
+        gates = [operand for operand in affine if operand[1].factor]
+        if len(affine) - len(gates) != 1 or len({id(value) for value, _ in affine}) < len(affine):
             return recorded_value(call, call.as_non_affine(_PRODUCT_OF_TWO))
-        treatment = "gate" if all(d.piecewise_constant for *_, d in gates) else "secant"
-        return RuleResult(
-            treatment, _with_arguments([(index, name, value.detach().clone()) for index, name, value, _ in gates])
-        )
+        treatment = "gate" if all(d.piecewise_constant for _, d in gates) else "secant"
+        return RuleResult(treatment, _with_arguments(call, [value for value, _ in gates]))
 
     return rule
 
 
-def _with_arguments(values: Sequence[tuple[int, str, Tensor]]) -> CallFunction:
+def _with_arguments(recorded: Call, values: Sequence[Tensor]) -> CallFunction:
     """Return the replay of a call with some arguments as they were recorded."""
+    kept = {id(value): value.detach().clone() for value in values}
+    args = {i: kept[id(value)] for i, value in enumerate(recorded.args) if id(value) in kept}
+    kwargs = {key: kept[id(value)] for key, value in recorded.kwargs.items() if id(value) in kept}
 
     def replay(call: Call) -> Any:
-        args, kwargs = list(call.args), dict(call.kwargs)
-        for index, name, value in values:
-            if index == 0 and call.inplace:
-                args[0].copy_(value)
-            elif index < len(args):
-                args[index] = value
-            else:
-                kwargs[name] = value
-        return rerun(Call(call.function, call.name, tuple(args), kwargs, call.inplace, call.layer, call.dependences))
+        given = [args.get(i, value) for i, value in enumerate(call.args)]
+        if call.inplace and 0 in args:
+            given[0] = call.args[0]
+            given[0].copy_(args[0])
+        now = Call(
+            call.function,
+            call.name,
+            tuple(given),
+            {**call.kwargs, **kwargs},
+            call.inplace,
+            call.layer,
+            call.dependences,
+        )
+        return rerun(now)
 
     return replay
 
@@ -123,7 +165,7 @@ def detach(call: Call) -> RuleResult:
 
 def einsum(call: Call) -> RuleResult:
     """Rule of einsum: affine if at most one operand is."""
-    used = [dependence for t in tensors(call.args[1:]) if (dependence := call.dependence(t)) is not None]
+    used = [dependence for t in call.tensors() if (dependence := call.dependence(t)) is not None]
     if sum(dependence.non_affine is None for dependence in used) > 1:
         return recorded_value(call, call.as_non_affine(_PRODUCT_OF_TWO))
     return RuleResult(_product_treatment(used), rerun)
@@ -138,33 +180,30 @@ def _product_treatment(used: Sequence[Dependence]) -> str:
 
 def lerp(call: Call) -> RuleResult:
     """Rule of lerp: its weight must not depend on the input."""
-    if call.dependence(call.argument(2, "weight")) is not None:
+    if call.dependence(call.argument("weight")) is not None:
         return recorded_value(call, call.as_non_affine(_PRODUCT_OF_TWO))
-    return addition(call)
+    return _sum_of(call, list(call.dependences.values()))
 
 
 def division(call: Call) -> RuleResult:
     """Rule of a quotient: affine in the numerator."""
-    if call.kwargs.get("rounding_mode") is not None or call.is_affine(call.argument(1, "other")):
+    if call.argument("rounding_mode") is not None or call.is_affine(call.argument("other")):
         return recorded_value(call)
-    return product([(0, "input"), (1, "other")])(call)
+    return _PRODUCT(call)
 
 
 def batch_norm(call: Call) -> RuleResult:
     """Rule of batch norm by running statistics."""
-    if call.argument(5, "training", default=False):
+    if call.argument("training"):
         reason = "it uses the statistics of the batch, which couple its samples; want running statistics, model.eval()"
         raise UnsupportedCallError(reason)
     return rearrangement(call)
 
 
-_PRODUCT = product([(0, "input"), (1, "other")])
-_LINEAR = product([(0, "input"), (1, "weight")], [(2, "bias")])
-_BILINEAR = product([(0, "input1"), (1, "input2"), (2, "weight")], [(3, "bias")])
-
-
-def _addmm(call: Call) -> RuleResult:
-    return product([(1, "mat1"), (2, "mat2")], [(0, "input")])(call)
+_PRODUCT = product([0, 1])
+_LINEAR = product([0, 1], [2])
+_BILINEAR = product([0, 1, 2], [3])
+_PRODUCT_AND_ADDEND = product([1, 2], [0])
 
 
 def _names(text: str, rule: Rule) -> dict[str, Rule]:
@@ -177,63 +216,111 @@ def _set(text: str) -> frozenset[str]:
 
 _DROPOUTS = _set("dropout dropout1d dropout2d dropout3d alpha_dropout feature_alpha_dropout feature_dropout")
 
+# The arguments that the gates' and secants' rules read, or that do not matter to them; any other one is refused.
+_ACTIVATIONS = {
+    "leaky_relu": "negative_slope",
+    "prelu": "weight",
+    "rrelu": "lower upper training generator",
+    "hardtanh": "min_val max_val",
+    "threshold": "threshold value",
+    "hardshrink": "lambd",
+    "softshrink": "lambd",
+    "gelu": "approximate",
+    "elu": "alpha scale input_scale",
+    "celu": "alpha",
+}
+_SELECTIONS = {
+    "max": "dim keepdim other",
+    "min": "dim keepdim other",
+    "topk": "k dim largest sorted",
+    "sort": "dim descending stable",
+    "median": "dim keepdim",
+    "kthvalue": "k dim keepdim",
+}
+_NORMS: dict[str, tuple[str, Rule]] = {
+    "layer_norm": ("normalized_shape weight bias eps cudnn_enable", secants.layer_normalized),
+    "rms_norm": ("normalized_shape weight eps", secants.rms_normalized),
+    "group_norm": ("num_groups weight bias eps cudnn_enabled", secants.group_normalized),
+    "instance_norm": (
+        "running_mean running_var weight bias use_input_stats momentum eps cudnn_enabled",
+        secants.instance_normalized,
+    ),
+}
+_POOLING = "kernel_size stride padding dilation ceil_mode output_size return_indices"
+
 TABLE: dict[str, Rule] = {
     # Views, copies and other rearrangements; sums within a tensor; resampling.
     **_names(
-        "view reshape flatten unflatten ravel squeeze unsqueeze permute transpose t T mT H mH swapaxes"
+        "reshape flatten unflatten ravel squeeze unsqueeze permute transpose t T mT H mH adjoint swapaxes"
         " swapdims movedim moveaxis expand broadcast_to contiguous clone float double half bfloat16 type cpu cuda"
-        " chunk split split_with_sizes tensor_split unsafe_chunk unsafe_split unbind narrow select slice __getitem__"
+        " unsafe_chunk unsafe_split narrow select slice __getitem__"
         " index_select gather take_along_dim masked_select roll flip fliplr flipud rot90 repeat tile repeat_interleave diagonal"
         " diag_embed tril triu unfold fold pixel_shuffle pixel_unshuffle channel_shuffle alias positive"
         " cat concat concatenate stack hstack vstack dstack column_stack where masked_fill masked_scatter scatter scatter_add"
         " index_add index_copy index_put index_fill select_scatter slice_scatter diagonal_scatter __setitem__ copy fill zero"
         " sum mean cumsum diff nansum pad constant_pad_nd zero_pad2d"
         " avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d"
-        " interpolate upsample upsample_nearest upsample_bilinear max_unpool1d max_unpool2d max_unpool3d",
+        " interpolate upsample upsample_nearest upsample_bilinear max_unpool1d max_unpool2d max_unpool3d"
+        " real imag complex view_as_real view_as_complex conj conj_physical resolve_conj resolve_neg",
         rearrangement,
     ),
+    "view": view,
+    **_names("chunk split split_with_sizes tensor_split unbind", parts),
     **_names("add sub subtract rsub __rsub__ neg negative", addition),
     # Products.
     **_names("mul multiply matmul mm bmm mv dot inner outer ger kron tensordot __rmatmul__ __matmul__", _PRODUCT),
     **_names("linear conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d", _LINEAR),
     "bilinear": _BILINEAR,
     "einsum": einsum,
-    "addcmul": product([(1, "tensor1"), (2, "tensor2")], [(0, "input")]),
+    "addcmul": _PRODUCT_AND_ADDEND,
     "lerp": lerp,
     **_names("detach data", detach),
     **_names("view_as reshape_as expand_as type_as to", rearrangement),
-    **_names("addmm addmv baddbmm addbmm", _addmm),
+    **_names("addmm addmv baddbmm addbmm", _PRODUCT_AND_ADDEND),
     **_names("div divide true_divide", division),
     **dict.fromkeys(_DROPOUTS, rearrangement),  # in evaluation mode; `draws_random_numbers` finds the others
     "batch_norm": of_first_argument(batch_norm),
     # Gates.
     **{
-        name: of_first_argument(
-            piecewise_linear.activation(pieces, factor=name in ("relu6", "hardtanh", "hardsigmoid"))
+        name: reads(
+            _ACTIVATIONS.get(name, ""),
+            of_first_argument(piecewise_linear.activation(pieces, factor=name in ("relu6", "hardtanh", "hardsigmoid"))),
         )
         for name, pieces in piecewise_linear.PIECES.items()
     },
-    **_names("clamp clip clamp_min clamp_max", piecewise_linear.clamp),
-    "maximum": piecewise_linear.maximum(1),
-    "minimum": piecewise_linear.maximum(-1),
-    **_names("gt ge lt le greater greater_equal less less_equal", piecewise_linear.comparison),
+    **_names("clamp clip clamp_min clamp_max", reads("min max", piecewise_linear.clamp)),
+    "maximum": reads("other", piecewise_linear.maximum(1)),
+    "minimum": reads("other", piecewise_linear.maximum(-1)),
+    **_names(
+        "gt ge lt le greater greater_equal less less_equal eq ne not_equal",
+        reads("other", piecewise_linear.comparison),
+    ),
     **{
-        f"{kind}max_pool{d}d{end}": of_first_argument(piecewise_linear.max_pooling(d))
+        f"{kind}max_pool{d}d{end}": reads(_POOLING, of_first_argument(piecewise_linear.max_pooling(d)))
         for kind in ("", "adaptive_")
         for d in (1, 2, 3)
         for end in ("", "_with_indices")
     },
-    **_names("max min topk sort median kthvalue", piecewise_linear.selection),
-    **_names("amax amin", of_first_argument(piecewise_linear.amax)),
+    **{name: reads(names, piecewise_linear.selection) for name, names in _SELECTIONS.items()},
+    **_names("amax amin", reads("dim keepdim", of_first_argument(piecewise_linear.amax))),
+    **_names("argmax argmin", reads("dim keepdim", of_first_argument(piecewise_linear.argmax))),
+    "argsort": reads("dim descending stable", of_first_argument(piecewise_linear.argsort)),
+    **_names(
+        "sign sgn signbit bool logical_not any all count_nonzero nonzero __bool__ is_nonzero",
+        of_first_argument(piecewise_linear.sign),
+    ),
+    **_names("isnan isinf isfinite", piecewise_linear.constant),
     # Secants.
-    **{name: of_first_argument(secants.elementwise(name, factor=name == "sigmoid")) for name in secants.SLOPES},
-    "softplus": of_first_argument(secants.softplus),
-    "glu": of_first_argument(secants.glu),
-    "layer_norm": of_first_argument(secants.layer_normalized),
-    "rms_norm": of_first_argument(secants.rms_normalized),
-    "group_norm": of_first_argument(secants.group_normalized),
-    "instance_norm": of_first_argument(secants.instance_normalized),
-    "scaled_dot_product_attention": secants.attention,
+    **{
+        name: reads(_ACTIVATIONS.get(name, ""), of_first_argument(secants.elementwise(name, factor=name == "sigmoid")))
+        for name in secants.SLOPES
+    },
+    "softplus": reads("beta threshold", of_first_argument(secants.softplus)),
+    "glu": reads("dim", of_first_argument(secants.glu)),
+    **{name: reads(names, of_first_argument(rule)) for name, (names, rule) in _NORMS.items()},
+    "scaled_dot_product_attention": reads(
+        "query key value attn_mask dropout_p is_causal scale enable_gqa", secants.attention
+    ),
     # Not affine: their values may multiply, mask or index affine values.
     **_names(
         "softmax log_softmax softmin exp exp2 expm1 log log2 log10 log1p logsumexp pow __rpow__ square sqrt rsqrt reciprocal"
@@ -241,11 +328,8 @@ TABLE: dict[str, Rule] = {
         " cosine_similarity cdist pairwise_distance atan2 remainder fmod cross",
         recorded_value,
     ),
-    **_names(
-        "eq ne isnan isinf isfinite signbit sign sgn floor ceil round trunc argmax argmin argsort long int bool any all"
-        " logical_not count_nonzero nonzero __bool__ is_nonzero equal allclose",
-        piecewise_constant,
-    ),
+    # Piecewise constant, with more pieces than the pattern holds.
+    **_names("floor ceil round trunc long int equal allclose", piecewise_constant),
 }
 
 # Their result depends on the shape and dtype of the arguments alone.
@@ -253,12 +337,18 @@ _CONSTANTS = _set("zeros_like ones_like full_like empty_like new_zeros new_ones 
 # Their result depends on the values of the first argument alone.
 _FIRST_ARGUMENT_ONLY = _set("view_as reshape_as expand_as type_as to")
 # They copy values out of PyTorch, from where the values may come back as constants.
-TO_PYTHON = _set("item tolist numpy __float__ __int__ __index__ __complex__ __array__ set:data __dlpack__")
+TO_PYTHON = _set(
+    "item tolist numpy __float__ __int__ __index__ __complex__ __array__ set:data __dlpack__ data_ptr untyped_storage storage"
+    " __cuda_array_interface__ _local_scalar_dense"
+)
 _DRAWS = _set(
     "rand randn randint rand_like randn_like randint_like randperm bernoulli binomial normal uniform multinomial exponential"
     " random cauchy geometric log_normal poisson _standard_gamma _sample_dirichlet kaiming_uniform fractional_max_pool2d"
     " fractional_max_pool3d gumbel_softmax svd_lowrank pca_lowrank"
 )
+_SOMETIMES_DRAWS = _DROPOUTS | {"rrelu", "scaled_dot_product_attention"}
+# They change gradients or look at them, and no value; a recorder and a replay leave them out.
+_OF_GRADIENTS = _set("register_hook register_post_accumulate_grad_hook retain_grad set:requires_grad requires_grad")
 _SAME_AS = {
     "_threshold": "threshold",
     "absolute": "abs",
@@ -268,6 +358,11 @@ _SAME_AS = {
     "__rmul__": "mul",
     "__add__": "add",
     "__mul__": "mul",
+    "__matmul__": "matmul",
+    "__sub__": "sub",
+    "__truediv__": "div",
+    "__eq__": "eq",
+    "__ne__": "ne",
     "concat": "cat",
 }
 
@@ -303,19 +398,22 @@ def _index_of_inplace(function: Callable[..., Any]) -> int | None:
 
 def draws_random_numbers(call: Call) -> bool:
     """Return True if a call draws random numbers, by its name and arguments."""
-    if call.name in _DROPOUTS:
-        return call.argument(2, "training", "train", default=True) and call.argument(1, "p", default=0.5) > 0
-    if call.name == "rrelu":
-        return call.argument(3, "training", default=False)
-    if call.name == "scaled_dot_product_attention":
-        return call.argument(4, "dropout_p", default=0) > 0
-    return call.name in _DRAWS
+    if call.name not in _SOMETIMES_DRAWS:
+        return call.name in _DRAWS
+    try:
+        if call.name in _DROPOUTS:
+            return call.argument("training", call.argument("train")) and call.argument("p") > 0
+        if call.name == "rrelu":
+            return call.argument("training")
+        return call.argument("dropout_p") > 0
+    except UnsupportedCallError:
+        return True
 
 
 def relevant(dependences: dict[int, Dependence], name: str, args: Sequence[Any]) -> dict[int, Dependence]:
     """Return the dependences of the arguments whose values the result depends on."""
-    if name in _CONSTANTS:
-        return {}
+    if name in _CONSTANTS and args:
+        return {key: dependence for key, dependence in dependences.items() if key != id(args[0])}
     if name in _FIRST_ARGUMENT_ONLY and args:
         return {key: dependence for key, dependence in dependences.items() if key == id(args[0])}
     return dependences
@@ -323,6 +421,8 @@ def relevant(dependences: dict[int, Dependence], name: str, args: Sequence[Any])
 
 def writes_to_input(function: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
     """Return True if a call changes its first argument in place."""
+    if (by_schema := writes_first(function)) is not None:
+        return by_schema
     name = getattr(function, "__name__", "")
     if name == "__setitem__" or (
         name.startswith("__i") and name not in ("__invert__", "__int__", "__index__", "__iter__")
@@ -334,6 +434,28 @@ def writes_to_input(function: Callable[..., Any], args: Sequence[Any], kwargs: d
         return True
     index = _index_of_inplace(function)
     return index is not None and index < len(args) and bool(args[index])
+
+
+def without_gradients(call: Call) -> tuple[bool, Any]:
+    """Return True and the result for a call that only concerns gradients, which is left out; else False and None."""
+    if call.name not in _OF_GRADIENTS or getattr(call.function, "__name__", "") == "__get__":
+        return False, None
+    if call.name.startswith("register"):
+        return True, RemovableHandle(OrderedDict())
+    return True, call.input if call.name == "requires_grad" else None
+
+
+def run_constant(call: Call) -> Any:
+    """Run a call on constants; autograd follows a later write through the memory that detach shares."""
+    if call.name in ("detach", "data") and not call.inplace and call.args and not call.args[0].requires_grad:
+        return call.args[0].view_as(call.args[0])
+    return call.run()
+
+
+def differentiates(function: Callable[..., Any]) -> bool:
+    """Return True for a function that calls autograd's engine, whose calls cannot be recorded."""
+    name, module = getattr(function, "__name__", ""), getattr(function, "__module__", None) or ""
+    return module.startswith("torch.autograd") or (name == "backward" and module.startswith("torch"))
 
 
 @cache

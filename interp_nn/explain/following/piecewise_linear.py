@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import types
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -11,8 +12,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from interp_nn.explain.following.argmax_gates import (
+    LONGEST_ORDER,
     ArgmaxGates,
-    LazyArgmax,
+    LazyGates,
+    OrderGates,
     adaptive_windows,
     positive_on_ties,
     single_window,
@@ -23,6 +26,7 @@ from interp_nn.explain.following.calls import (
     CallFunction,
     Rule,
     RuleResult,
+    UnsupportedCallError,
     piecewise_constant,
     recorded_value,
 )
@@ -72,14 +76,14 @@ class Pieces:
 
 
 def _prelu(call: Call) -> Pieces:
-    z, slope = call.input, call.argument(1, "weight").detach()
+    z, slope = call.input, call.argument("weight").detach()
     if slope.numel() > 1 and z.dim() > 1:
         slope = slope.view(-1, *[1] * (z.dim() - 2))
     return Pieces((0,), (slope, 1), (0, 0))
 
 
 def _rrelu(call: Call) -> Pieces:
-    slope = (call.argument(1, "lower", default=1 / 8) + call.argument(2, "upper", default=1 / 3)) / 2
+    slope = (call.argument("lower") + call.argument("upper")) / 2
     return Pieces((0,), (slope, 1), (0, 0))
 
 
@@ -94,16 +98,16 @@ def _clipped(low: Any, high: Any) -> Pieces:
 
 
 def _hardtanh(call: Call) -> Pieces:
-    return _clipped(call.argument(1, "min_val", default=-1), call.argument(2, "max_val", default=1))
+    return _clipped(call.argument("min_val"), call.argument("max_val"))
 
 
 def _threshold(call: Call) -> Pieces:
-    return Pieces((call.argument(1, "threshold"),), (0, 1), (call.argument(2, "value"), 0))
+    return Pieces((call.argument("threshold"),), (0, 1), (call.argument("value"), 0))
 
 
 def _shrink(soft: bool) -> Callable[[Call], Pieces]:
     def pieces(call: Call) -> Pieces:
-        width = call.argument(1, "lambd", default=0.5)
+        width = call.argument("lambd")
         return Pieces((-width, width), (1, 0, 1), (width, 0, -width) if soft else (0, 0, 0), first_above=True)
 
     return pieces
@@ -111,7 +115,7 @@ def _shrink(soft: bool) -> Callable[[Call], Pieces]:
 
 PIECES: dict[str, Callable[[Call], Pieces]] = {
     "relu": lambda call: Pieces((0,), _STEP, (0, 0)),
-    "leaky_relu": lambda call: Pieces((0,), (call.argument(1, "negative_slope", default=0.01), 1), (0, 0)),
+    "leaky_relu": lambda call: Pieces((0,), (call.argument("negative_slope"), 1), (0, 0)),
     "prelu": _prelu,
     "rrelu": _rrelu,
     "abs": lambda call: Pieces((0,), (-1, 1), (0, 0)),
@@ -128,13 +132,12 @@ def activation(pieces: Callable[[Call], Pieces], factor: bool = False) -> Rule:
     """Return the rule of a piecewise linear activation."""
 
     def rule(call: Call) -> RuleResult:
-        function = pieces(call)
-        slope, offset = function.at(call.input)
+        slope, offset = pieces(call).at(call.input)
         return RuleResult(
             "gate",
             scale_and_shift(slope, offset),
             factor=factor,
-            preactivations=lambda now: function.preactivations(now.input),
+            preactivations=lambda now: pieces(now).preactivations(now.input),
         )
 
     return rule
@@ -153,42 +156,70 @@ def scale_and_shift(slope: Tensor, offset: Tensor | float | None) -> CallFunctio
 
 def clamp(call: Call) -> RuleResult:
     """Rule of clamp, clip, clamp_min and clamp_max."""
-    low = call.argument(1, "min") if call.name != "clamp_max" else None
-    high = call.argument(1, "max") if call.name == "clamp_max" else call.argument(2, "max")
+    low, high = call.argument("min"), call.argument("max")
     if call.dependence(low) is not None or call.dependence(high) is not None:
         return recorded_value(call, call.as_non_affine("its bounds depend on the input"))
-    return activation(lambda _: _clipped(low, high), factor=low is not None and high is not None)(call)
+    both = low is not None and high is not None
+    return activation(lambda now: _clipped(now.argument("min"), now.argument("max")), factor=both)(call)
 
 
 def maximum(sign: int) -> Rule:
     """Return the rule of maximum (sign 1) or minimum (-1) of two tensors; on a tie the second wins."""
 
     def difference(call: Call) -> Tensor:
-        return sign * (call.input - call.argument(1, "other"))
+        return sign * (call.input - call.argument("other"))
 
     def rule(call: Call) -> RuleResult:
-        a, b = call.input, call.argument(1, "other")
+        a, b = call.input, call.argument("other")
         if (non_affine := call.non_affine(a) or call.non_affine(b)) is not None:
             return recorded_value(call, non_affine)
         gate = difference(call) > 0
         return RuleResult(
-            "gate", lambda now: torch.where(gate, now.input, now.argument(1, "other")), preactivations=difference
+            "gate", lambda now: torch.where(gate, now.input, now.argument("other")), preactivations=difference
         )
 
     return rule
 
 
 def comparison(call: Call) -> RuleResult:
-    """Rule of gt, ge, lt and le: the result is a gate, which is on where the comparison is true."""
-    sign = 1 if call.name in ("gt", "ge", "greater", "greater_equal") else -1
-    if any(call.non_affine(t) is not None for t in call.tensors()):
+    """Rule of gt, ge, lt and le, eq and ne: the result is a gate, which is on where the comparison is true.
+
+    For eq and ne there are two gates, one for each side of equality.
+    """
+    operands = [call.dependence(t) for t in call.tensors()]
+    if any(d is not None and d.non_affine is not None and not d.piecewise_constant for d in operands):
         return piecewise_constant(call)
 
     def difference(now: Call) -> Tensor:
-        lead = sign * (now.input - now.argument(1, "other"))
+        a, b = (_floating(value) for value in (now.input, now.argument("other")))
+        lead = a - b
+        if call.name in ("eq", "ne", "not_equal"):
+            return _both_sides(lead)
+        lead = lead if call.name in ("gt", "ge", "greater", "greater_equal") else -lead
         return positive_on_ties(lead) if call.name in ("ge", "le", "greater_equal", "less_equal") else lead
 
-    return RuleResult("gate", non_affine=call.as_non_affine(), piecewise_constant=True, preactivations=difference)
+    return piecewise_constant(call, difference, "gate")
+
+
+def _floating(value: Any) -> Any:
+    return value.to(torch.get_default_dtype()) if isinstance(value, Tensor) and not value.is_floating_point() else value
+
+
+def sign(call: Call) -> RuleResult:
+    """Rule of functions of an entry's sign, such as sign, bool and nonzero: two gates for each entry."""
+    if call.input.is_complex():
+        raise UnsupportedCallError("it takes complex values")
+    return piecewise_constant(call, lambda now: _both_sides(now.input), "gate")
+
+
+def _both_sides(z: Tensor) -> Tensor:
+    """Return z and -z, (n, 2, ...): the gates of z > 0 and z < 0."""
+    return torch.stack([z, -z], 1) if z.dim() else torch.stack([z, -z])
+
+
+def constant(call: Call) -> RuleResult:
+    """Rule of isfinite and the like, which have one value for all finite inputs."""
+    return piecewise_constant(call, treatment="gate")
 
 
 def max_pooling(dimensions: int) -> Rule:
@@ -196,10 +227,11 @@ def max_pooling(dimensions: int) -> Rule:
 
     def rule(call: Call) -> RuleResult:
         adaptive = call.name.startswith("adaptive")
+        native = adaptive and not isinstance(call.function, types.FunctionType)  # torch's, not torch.nn.functional's
+        both = native or call.name.endswith("_with_indices") or call.argument("return_indices", False)
         pool = getattr(F, f"{call.name.removesuffix('_with_indices')}_with_indices")
-        kwargs = {key: value for key, value in call.kwargs.items() if key != "return_indices"}
-        _, indices = pool(*call.args[: 2 if adaptive else 6], **kwargs)
-        both = call.name.endswith("_with_indices") or call.kwargs.get("return_indices", False)
+        given = {name: value for name, value in call.named.items() if name not in ("input", "return_indices")}
+        _, indices = pool(call.input, **{name: value for name, value in given.items() if value != []})
 
         def flat(now: Call) -> Tensor:
             return now.input.flatten(-dimensions)
@@ -212,47 +244,82 @@ def max_pooling(dimensions: int) -> Rule:
             windows = (adaptive_windows if adaptive else sliding_windows)(call, indices.shape[-dimensions:])
             return ArgmaxGates(flat(call), windows, indices.flatten(-dimensions))
 
-        return RuleResult("gate", replay, preactivations=LazyArgmax(build, flat))
+        return RuleResult("gate", replay, preactivations=LazyGates(build, flat))
 
     return rule
 
 
 def selection(call: Call) -> RuleResult:
     """Rule of max, min, topk, sort, median and kthvalue along a dimension: the recorded indices are selected."""
-    other = call.argument(1, "other")
-    if call.name in ("max", "min") and isinstance(other, Tensor):
+    if call.name in ("max", "min") and isinstance(call.argument("other"), Tensor):
         return maximum(1 if call.name == "max" else -1)(call)
     result = call.run()
     if isinstance(result, Tensor):
         return recorded_value(call, call.as_non_affine("without a dimension it couples the samples of the batch"))
-    indices = result[1]
-    dim = call.argument(2 if call.name in ("topk", "kthvalue") else 1, "dim", default=-1)
+    indices, dim = result[1], call.argument("dim")
 
     def replay(now: Call) -> Any:
         kept = indices.dim() == now.input.dim()
-        values = now.input.gather(dim, indices if kept else indices.unsqueeze(dim))
+        # A copy, because gather keeps its input for autograd, and a later call may overwrite it.
+        values = now.input.clone().gather(dim, indices if kept else indices.unsqueeze(dim))
         return type(result)((values if kept else values.squeeze(dim), indices))
 
-    if call.name not in ("max", "min"):
-        return RuleResult("gate", replay)
-    sign, winner = (
-        1 if call.name == "max" else -1,
-        indices if indices.dim() == call.input.dim() else indices.unsqueeze(dim),
-    )
-    return RuleResult(
-        "gate",
-        replay,
-        preactivations=_lazy_argmax(lambda now: sign * now.input.movedim(dim, -1), call, winner.movedim(dim, -1)),
-    )
+    chosen = (indices if indices.dim() == call.input.dim() else indices.unsqueeze(dim)).movedim(dim, -1)
+    if call.name in ("max", "min"):
+        sign = 1 if call.name == "max" else -1
+        return RuleResult(
+            "gate", replay, preactivations=_lazy_argmax(lambda now: sign * now.input.movedim(dim, -1), call, chosen)
+        )
+    gates = _lazy_order(call, dim, chosen)
+    return RuleResult("piece" if gates is None else "gate", replay, preactivations=gates)
+
+
+def argsort(call: Call) -> RuleResult:
+    """Rule of argsort: the recorded order, with one gate for each pair of entries."""
+    dim = call.argument("dim")
+    gates = _lazy_order(call, dim, call.run().movedim(dim, -1))
+    return piecewise_constant(call, gates, "piece" if gates is None else "gate")
+
+
+def argmax(call: Call) -> RuleResult:
+    """Rule of argmax and argmin: the recorded index, with one gate for each candidate."""
+    dim, sign = call.argument("dim"), 1 if call.name == "argmax" else -1
+
+    def values(now: Call) -> Tensor:
+        return sign * (now.input.reshape(1, -1) if dim is None else now.input.movedim(dim, -1))
+
+    winner = values(call).argmax(-1, keepdim=True)
+    return piecewise_constant(call, _lazy_argmax(values, call, winner), "gate")
+
+
+def _lazy_order(call: Call, dim: int, chosen: Tensor) -> LazyGates | None:
+    """Return the gates of a choice by order, or None if the pattern does not hold them.
+
+    Args:
+        call: The call.
+        dim: The dimension that is ordered.
+        chosen: (..., k), the chosen indices in the order of the result, with the dimension last.
+    """
+    length = call.input.shape[dim] if call.input.dim() else 1
+    if length > LONGEST_ORDER or call.argument("sorted", True) is False:
+        return None
+    ascending = call.name in ("median", "kthvalue") or not call.argument("largest", call.argument("descending", False))
+    sign = -1 if ascending else 1
+
+    def values(now: Call) -> Tensor:
+        return sign * now.input.movedim(dim, -1)
+
+    single = call.name in ("median", "kthvalue")
+    return LazyGates(lambda: OrderGates(values(call), chosen, single), values)
 
 
 def amax(call: Call) -> RuleResult:
     """Rule of amax and amin: the recorded index is selected, the first one on a tie."""
-    dim = call.argument(1, "dim", default=())
+    dim = call.argument("dim")
     dims = [d % call.input.dim() for d in ((dim,) if isinstance(dim, int) else dim)]
     if not dims or 0 in dims:
         return recorded_value(call, call.as_non_affine("over the first dimension it couples the samples of the batch"))
-    keepdim, last = call.argument(2, "keepdim", default=False), tuple(range(-len(dims), 0))
+    keepdim, last = call.argument("keepdim"), tuple(range(-len(dims), 0))
 
     def flat(z: Tensor) -> Tensor:
         return z.movedim(dims, last).flatten(-len(dims))
@@ -270,11 +337,11 @@ def amax(call: Call) -> RuleResult:
     return RuleResult("gate", replay, preactivations=_lazy_argmax(lambda now: sign * flat(now.input), call, index))
 
 
-def _lazy_argmax(values: Callable[[Call], Tensor], call: Call, winner: Tensor) -> LazyArgmax:
+def _lazy_argmax(values: Callable[[Call], Tensor], call: Call, winner: Tensor) -> LazyGates:
     """Return the gates of an argmax over the last dimension."""
 
     def build() -> ArgmaxGates:
         z = values(call)
         return ArgmaxGates(z, single_window(z), winner)
 
-    return LazyArgmax(build, values)
+    return LazyGates(build, values)

@@ -7,14 +7,16 @@ import types
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from interp_nn.explain.following import operations
-from interp_nn.explain.following.argmax_gates import LazyArgmax
+from interp_nn.explain.following.argmax_gates import LazyGates
+from interp_nn.explain.following.arguments import respelled
 from interp_nn.explain.following.calls import (
     RANDOM,
     Call,
@@ -24,6 +26,7 @@ from interp_nn.explain.following.calls import (
     RuleResult,
     UnsupportedCallError,
     UnsupportedOperation,
+    continuous,
     map_tensors,
     piecewise_constant,
     tensors,
@@ -73,26 +76,47 @@ class DivergedError(RuntimeError):
 class DependencyMap:
     """The dependence of each tensor on the input.
 
-    A view shares the entry of its base, so that a write through one view is seen in all. The map keeps the tensors alive,
-    because it finds them by their id.
+    Tensors that share memory are known to each other, so that a write through one is seen in all. The map keeps the tensors
+    alive, because it finds them by their id.
     """
 
     def __init__(self) -> None:
         self._entries: dict[int, tuple[Tensor, Dependence]] = {}
+        self._sharing: dict[int, list[int]] = {}  # ids of tensors by their storage
 
     def get(self, t: Tensor) -> Dependence | None:
         """Return how a tensor depends on the input, or None if it does not."""
-        entry = self._entries.get(id(t)) or (self._entries.get(id(t._base)) if t._base is not None else None)
-        return None if entry is None else entry[1]
+        entry = self._entries.get(id(t))
+        if entry is not None:
+            return entry[1]
+        found = None  # a view that no call returned here, or an earlier view of memory that was written to
+        for other, dependence in self.sharing(t):
+            if overlap(other, t) != "none":
+                found = dependence if found is None else _both(found, dependence)
+        if found is not None:
+            self.set(t, found)
+        return found
 
-    def set(self, value: Any, dependence: Dependence | None) -> None:
-        """Set the dependence of all tensors in a nested value and of their bases; None removes it."""
+    def set(self, value: Any, dependence: Dependence) -> None:
+        """Set the dependence of all tensors in a nested value."""
         for t in tensors(value):
-            for alias in (t,) if t._base is None else (t, t._base):
-                if dependence is None:
-                    self._entries.pop(id(alias), None)
-                else:
-                    self._entries[id(alias)] = (alias, dependence)
+            if id(t) not in self._entries and (storage := _storage(t)) is not None:
+                self._sharing.setdefault(storage, []).append(id(t))
+            self._entries[id(t)] = (t, dependence)
+
+    def write(self, t: Tensor, dependence: Dependence) -> None:
+        """Set the dependence of a tensor that was written to, and add it to those of the tensors that share its memory."""
+        for other, old in self.sharing(t):
+            if other is t or old == dependence or (covered := overlap(t, other)) == "none":
+                continue
+            self._entries[id(other)] = (other, dependence if covered == "all" else _both(old, dependence))
+        self.set(t, dependence)
+
+    def sharing(self, t: Tensor) -> list[tuple[Tensor, Dependence]]:
+        """Return the tensors in the map that share a tensor's storage, with their dependences."""
+        if not self._sharing or (storage := _storage(t)) is None:
+            return []
+        return [self._entries[i] for i in self._sharing.get(storage, ())]
 
     def of_arguments(self, args: Any, kwargs: Any) -> dict[int, Dependence]:
         """Return by id the dependences of those arguments that depend on the input."""
@@ -104,7 +128,62 @@ class DependencyMap:
         return found
 
 
+def _both(one: Dependence, other: Dependence) -> Dependence:
+    """Return the dependence of memory of which one part has one and another part the other."""
+    return Dependence(
+        one.non_affine or other.non_affine,
+        one.factor and other.factor,
+        one.piecewise_constant and other.piecewise_constant,
+        one.unseen or other.unseen,
+        one.mixed or other.mixed or (one.non_affine is None) != (other.non_affine is None),
+    )
+
+
+def _unwrapped(t: Tensor) -> Tensor:
+    """Return the tensor in the memory of a tensor of torch.func's transforms."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(t):
+        t = torch._C._functorch.get_unwrapped(t)
+    return t
+
+
+def _storage(t: Tensor) -> int | None:
+    try:
+        storage = _unwrapped(t).untyped_storage()
+    except (NotImplementedError, RuntimeError):  # a sparse tensor
+        return None
+    return storage._cdata if storage.nbytes() else None
+
+
+def overlap(a: Tensor, b: Tensor) -> Literal["none", "some", "all"]:
+    """Return how many of b's elements are elements of a, for tensors of one storage."""
+    a, b = _unwrapped(a), _unwrapped(b)
+    if a.numel() == 0 or b.numel() == 0:
+        return "none"
+    (start, end), (other_start, other_end) = _extent(a), _extent(b)
+    if end <= other_start or other_end <= start:
+        return "none"
+    if a.is_contiguous() and start <= other_start and other_end <= end:
+        return "all"
+    if b.is_contiguous() and other_start <= start and end <= other_end and a.numel() < b.numel():
+        return "some"
+    if a.dtype.itemsize != b.dtype.itemsize:
+        return "some"
+    place = torch.zeros(a.untyped_storage().nbytes() // a.dtype.itemsize, dtype=torch.bool)
+    place.as_strided(a.size(), a.stride(), a.storage_offset()).fill_(True)
+    shared = place.as_strided(b.size(), b.stride(), b.storage_offset())
+    return "all" if bool(shared.all()) else "some" if bool(shared.any()) else "none"
+
+
+def _extent(t: Tensor) -> tuple[int, int]:
+    """Return the first byte of a tensor in its storage, and the byte behind the last."""
+    last = sum((int(size) - 1) * int(stride) for size, stride in zip(t.size(), t.stride(), strict=True))
+    start = int(t.storage_offset()) * t.dtype.itemsize
+    return start, start + (last + 1) * t.dtype.itemsize
+
+
 _AFFINE = Dependence()
+_UNSEEN = Dependence(NonAffineCall("", "", ""), unseen=True)
+_NOT_AFFINE = Dependence(NonAffineCall("", "", ""))
 
 
 class Recorder(TorchFunctionMode):
@@ -122,6 +201,7 @@ class Recorder(TorchFunctionMode):
         gate_calls: The calls with gates, in call order.
         rows: (operation, layer, treatment) of each call, for the report.
         unsupported: Each unsupported call, with the number of gate calls before it.
+        stopped: True if the model could not be run to its end.
         generators: The random generators and their states before the model first drew from them.
     """
 
@@ -141,9 +221,13 @@ class Recorder(TorchFunctionMode):
         self.rows: list[tuple[str, str, str]] = []
         self.unsupported: list[tuple[int, NonAffineCall]] = []
         self.generators: list[tuple[torch.Generator, Tensor]] = []
+        self.stopped = False
         self._dependences = DependencyMap()
         self._name_counts: dict[str, int] = {}
         self._constants: dict[int, Tensor] = {}  # computed from parameters alone
+        self._lazy_gates: list[tuple[Tensor, LazyGates]] = []
+        self._watching = True  # an operator is outside of recorded calls
+        self._fault: str | None = None  # why an operator makes the model unsupported, until it is reported
 
     def mark_inputs(self, inputs: Sequence[Tensor]) -> None:
         """Mark tensors as the network's inputs."""
@@ -161,9 +245,21 @@ class Recorder(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types_: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        kwargs = kwargs or {}
+        was_watching, self._watching = self._watching, False
+        try:
+            with _outside_inference_mode():
+                return self._handle(func, args, kwargs or {})
+        finally:
+            self._watching = was_watching
+
+    def _handle(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         name = operations.operation_name(func)
-        dependences = operations.relevant(self._dependences.of_arguments(args, kwargs), name, args)
+        if name == "set:_backward_hooks":  # PyTorch's own call on a tensor that an extension returns
+            return func(*args, **kwargs)
+        args, kwargs = respelled(func, name, args, kwargs)
+        dependences = self._dependences.of_arguments(args, kwargs)
+        is_input = bool(dependences)
+        dependences = operations.relevant(dependences, name, args)
         inplace = operations.writes_to_input(func, args, kwargs)
         call = Call(func, name, args, kwargs, inplace, self.layers.path, dependences)
         if (reason := self.unrecorded_reason((args, kwargs))) is not None:
@@ -172,20 +268,36 @@ class Recorder(TorchFunctionMode):
             if not self.strict and not self.generators:
                 seen = (torch.default_generator, *torch.cuda.default_generators)
                 self.generators = [(generator, generator.get_state()) for generator in seen]
-            return self._note_unsupported(call, RANDOM)
+            result = self._note_unsupported(call, RANDOM)
+            self._fault = None  # the same draw, which the operators show too
+            return result
         if not dependences:
-            return self._constant(func(*args, **kwargs))
+            self._watching = not is_input
+            with torch.set_grad_enabled(torch.is_grad_enabled() if self.observe_only else self.differentiable):
+                return self._constant(func(*args, **kwargs) if self.observe_only else operations.run_constant(call))
+        if operations.differentiates(func):
+            return self._differentiated(call)
+        if not self.observe_only:
+            left_out, result = operations.without_gradients(call)
+            if left_out:
+                return result
+            if any(torch._C._functorch.is_functorch_wrapped_tensor(t) for t in call.tensors()):
+                return self._note_unsupported(call, "it runs inside a transform of torch.func")
         if name in operations.TO_PYTHON:
             return self._note_unsupported(call, "it copies values that depend on the input out of PyTorch")
         if kwargs.get("out") is not None:
             return self._note_unsupported(call, "it writes to out=")
+        if any(dependence.mixed for dependence in dependences.values()):
+            return self._view_of_mixed(call)
+        if inplace:
+            self._build_gates_of(args[0])
         if all(dependence.non_affine is not None for dependence in dependences.values()):
             result = call.run()
             dependence = Dependence(
                 next(iter(dependences.values())).non_affine,
                 piecewise_constant=all(d.piecewise_constant for d in dependences.values()),
             )
-            self._dependences.set((result, args[0]) if inplace else result, dependence)
+            self._set(call, result, dependence)
             return result
         rule = operations.TABLE.get(name)
         if rule is None:
@@ -198,19 +310,85 @@ class Recorder(TorchFunctionMode):
         with torch.set_grad_enabled(torch.is_grad_enabled() if self.observe_only else self.differentiable):
             return self._record(call, treated)
 
+    def _differentiated(self, call: Call) -> Any:
+        reason = "it differentiates inside the model"
+        if self.strict:
+            return self._note_unsupported(call, reason)
+        try:
+            with torch.enable_grad():
+                result = map_tensors(call.run(), Tensor.detach)
+        except RuntimeError as error:  # nothing was recorded that autograd can differentiate
+            self.note_unsupported_model(str(call.as_non_affine(reason)))
+            raise UnsupportedOperation(str(call.as_non_affine(reason))) from error
+        return self._note_unsupported(call, reason, result)
+
+    def _set(self, call: Call, result: Any, dependence: Dependence) -> None:
+        """Set the dependence of a call's result, and of the memory that it wrote to."""
+        if call.inplace:
+            self._dependences.write(call.args[0], dependence)
+        self._dependences.set(result, dependence)
+
+    def _view_of_mixed(self, call: Call) -> Any:
+        """Run a call on memory that holds affine values beside others: a view, or the call is not supported."""
+        with torch.set_grad_enabled(self.differentiable):
+            result = call.run() if not call.inplace else call.args[0]
+        given = [t for t in call.tensors() if (d := call.dependence(t)) is not None and d.mixed]
+        if call.inplace or any(all(_storage(t) != _storage(other) for other in given) for t in tensors(result)):
+            return self._note_unsupported(
+                call, "it reads memory that holds values that are affine and others; want copies"
+            )
+        self._dependences.set(result, next(d for d in call.dependences.values() if d.mixed))
+        return result
+
+    def _build_gates_of(self, written: Tensor) -> None:
+        """Build the lazy gates of calls whose input a call is about to overwrite."""
+        for t, gates in self._lazy_gates:
+            if _storage(t) == _storage(written):
+                _ = gates.gates
+
     def unrecorded_reason(self, value: Any) -> str | None:
         """Return why the gradient of a value is not that of the recorded calls, or None."""
-        for t in tensors(value) if self.differentiable else ():
-            node = t.grad_fn
+        if self._fault is not None:
+            reason, self._fault = self._fault, None
+            return reason
+        for t in tensors(value):
+            with torch._C.DisableTorchFunction():
+                try:
+                    node, dependence = t.grad_fn if self.differentiable else None, self._dependences.get(t)
+                except RuntimeError as error:
+                    return f"autograd cannot follow it: {error}"
             if isinstance(node, torch.autograd.function.BackwardCFunction):
                 function = node._forward_cls
                 if not function.__module__.startswith("interp_nn."):
                     return (
                         f"the autograd.Function {function.__qualname__} has a gradient of its own; want torch functions"
                     )
-            elif node is not None and self._dependences.get(t) is None and id(t) not in self._constants:
-                return "an argument was computed by calls that cannot be recorded, in TorchScript or an extension"
+            elif (dependence is not None and dependence.unseen) or (
+                node is not None and dependence is None and id(t) not in self._constants
+            ):
+                return _UNRECORDED
         return None
+
+    def see(self, function: Any, args: Any, kwargs: Any, result: Any) -> None:
+        """Note an aten operator that drew random numbers, or that ran outside of the recorded calls.
+
+        Outside of them, it is noted if it read values that depend on the input.
+        """
+        if torch.Tag.nondeterministic_seeded in function.tags and _draws(function, args, kwargs):
+            self._fault = f"{function} {RANDOM.removeprefix('it ')}"
+        given = (args, kwargs)
+        if not self._watching or all(self._dependences.get(t) is None for t in tensors(given)):
+            return
+        written = list(tensors(given)) if function._schema.is_mutable else []
+        if next(tensors(result), None) is None and not written:
+            self._fault = f"{function} was called where calls cannot be recorded, in TorchScript or an extension"
+        self._watching = False
+        try:
+            for t in written:
+                self._dependences.write(t, _UNSEEN)
+            self._dependences.set(result, _UNSEEN)
+        finally:
+            self._watching = True
 
     def _constant(self, result: Any) -> Any:
         for t in tensors(result):
@@ -234,7 +412,7 @@ class Recorder(TorchFunctionMode):
         self.unsupported.append((len(self.gate_calls), non_affine))
         self.rows.append((call.name, call.layer, "not treated"))
         value = result[0] if result else _detached(call)
-        self._dependences.set((value, call.args[0]) if call.inplace else value, Dependence(non_affine))
+        self._set(call, value, Dependence(non_affine))
         return value
 
     def note_unsupported_model(self, reason: str) -> None:
@@ -251,27 +429,34 @@ class Recorder(TorchFunctionMode):
             if self.keep_preactivations:
                 z = treated.preactivations(call)
                 z = z.clone() if z is call.input else z  # a later call may overwrite the input
-                if isinstance(treated.preactivations, LazyArgmax):
+                if isinstance(treated.preactivations, LazyGates):
                     zero = treated.preactivations.gates.zero
+            elif isinstance(treated.preactivations, LazyGates):
+                self._lazy_gates.append((call.input, treated.preactivations))
             self.gate_calls.append(GateCall(self._gate_name(call), call.name, len(self.steps), z, zero))
         non_affine, replay = treated.non_affine, treated.replay
         if self.differentiable:
             with torch.set_grad_enabled(replay is not None):
-                result = replay(call) if replay is not None else call.run()
+                try:
+                    result = replay(call) if replay is not None else call.run()
+                except RuntimeError as error:
+                    value = _detached(call)  # raises the error of a call that fails in the model itself
+                    return self._note_unsupported(
+                        call, f"autograd cannot follow it: {str(error).splitlines()[0]}", value
+                    )
         else:
             result = call.run()
-        floating = all(t.dtype.is_floating_point for t in tensors(result))
-        if non_affine is None and not floating and not isinstance(result, (tuple, list)):
+        if non_affine is None and not isinstance(result, (tuple, list)) and not all(map(continuous, tensors(result))):
             treated = piecewise_constant(call)
             non_affine = treated.non_affine
         if non_affine is not None or replay is None:
-            replay = _recorded(map_tensors(result, lambda t: t.detach().clone()))
+            replay = _recorded(map_tensors(call.args[0] if call.inplace else result, lambda t: t.detach().clone()))
         self.steps.append(Step(call.name, call.layer, replay, non_affine is None, treated.preactivations))
         self.rows.append((call.name, call.layer, treated.treatment))
         if call.inplace:
-            self._dependences.set(call.args[0], Dependence(non_affine, treated.factor, treated.piecewise_constant))
+            self._dependences.write(call.args[0], Dependence(non_affine, treated.factor, treated.piecewise_constant))
         for t in tensors(result):
-            is_index = non_affine is None and not t.dtype.is_floating_point
+            is_index = non_affine is None and not continuous(t)
             origin = call.as_non_affine("it is an index") if is_index else non_affine
             self._dependences.set(t, Dependence(origin, treated.factor, treated.piecewise_constant or is_index))
         return result
@@ -283,6 +468,76 @@ class Recorder(TorchFunctionMode):
         count = self._name_counts.get(stem, 0)
         self._name_counts[stem] = count + 1
         return stem if own and count == 0 else f"{stem}#{count}"
+
+
+class DerivativesKept(TorchFunctionMode):
+    """Runs a model's calls outside of inference mode and without detaching, so that forward mode sees them.
+
+    Any mode also turns off the fast paths of transformers, which have no derivative.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._grad = torch.is_grad_enabled()
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types_: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        with _outside_inference_mode(), torch.set_grad_enabled(self._grad):
+            call = Call(func, operations.operation_name(func), args, kwargs or {})
+            if call.name in ("detach", "data") and args:
+                return args[0] if operations.writes_to_input(func, args, call.kwargs) else args[0].view_as(args[0])
+            left_out, result = operations.without_gradients(call)
+            return result if left_out else call.run()
+
+
+_UNRECORDED = "an argument was computed by calls that cannot be recorded, in TorchScript or an extension"
+
+
+@contextmanager
+def _outside_inference_mode() -> Iterator[None]:
+    """Leave inference mode, in which autograd records nothing."""
+    if not torch.is_inference_mode_enabled():
+        yield
+        return
+    with torch.inference_mode(False), torch.no_grad():
+        yield
+
+
+def _draws(function: Any, args: Any, kwargs: Any) -> bool:
+    """Return True if an operator that may draw random numbers does so with these arguments."""
+    known = function._schema.arguments
+    given = {a.name: a.default_value for a in known if a.has_default_value()}
+    given |= {a.name: value for a, value in zip(known, args, strict=False)} | dict(kwargs)
+    switches = [given[name] for name in ("train", "training", "dropout_p", "dropout") if name in given]
+    return all(switches)
+
+
+class UnseenCalls(TorchDispatchMode):
+    """Shows a recorder the aten operators of a model, also those that run outside of its calls, for example in TorchScript.
+
+    TorchScript then runs without fusing operators.
+    """
+
+    def __init__(self, recorder: Recorder) -> None:
+        super().__init__()
+        self._recorder, self._optimized = recorder, True
+
+    def __enter__(self) -> UnseenCalls:
+        self._optimized = torch._C._get_graph_executor_optimize()
+        torch._C._set_graph_executor_optimize(False)
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        torch._C._set_graph_executor_optimize(self._optimized)
+
+    def __torch_dispatch__(self, func: Any, types_: Any, args: Any = (), kwargs: Any = None) -> Any:
+        with torch._C.DisableTorchFunction():  # the recorder is a mode of torch functions too
+            result = func(*args, **(kwargs or {}))
+            self._recorder.see(func, args, kwargs or {}, result)
+        return result
 
 
 def _detached(call: Call) -> Any:
@@ -337,13 +592,30 @@ class Replayer(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types_: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        kwargs = kwargs or {}
-        dependences = self._dependences.of_arguments(args, kwargs)
-        name = operations.operation_name(func) if dependences else ""
-        dependences = operations.relevant(dependences, name, args)
+        with _outside_inference_mode():
+            return self._handle(func, args, kwargs or {})
+
+    def _handle(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        name = operations.operation_name(func)
+        args, kwargs = respelled(func, name, args, kwargs)
+        dependences = operations.relevant(self._dependences.of_arguments(args, kwargs), name, args)
         if not dependences:
-            return func(*args, **kwargs)
-        call = Call(func, name, args, kwargs, operations.writes_to_input(func, args, kwargs), "", dependences)
+            with torch.set_grad_enabled(self._grad):
+                return operations.run_constant(Call(func, name, args, kwargs))
+        inplace = operations.writes_to_input(func, args, kwargs)
+        affine = {key: dependence for key, dependence in dependences.items() if dependence.non_affine is None}
+        call = Call(func, name, args, kwargs, inplace, "", affine)
+        left_out, result = operations.without_gradients(call)
+        if left_out:
+            return result
+        if any(dependence.mixed for dependence in dependences.values()):
+            result = call.run()
+            self._set(call, result, next(d for d in dependences.values() if d.mixed))
+            return result
+        if not affine:
+            result = call.run()
+            self._set(call, result, _NOT_AFFINE)
+            return result
         if name not in operations.TABLE:
             if isinstance(func, types.FunctionType) and func.__module__.startswith("torch"):
                 with self:
@@ -359,12 +631,17 @@ class Replayer(TorchFunctionMode):
                 z = step.preactivations(call) if step.preactivations is not None else call.input
                 self.preactivations[index] = z.clone()
             result = self._run_step(index, step, call)
-        dependence = _AFFINE if step.affine else None
-        if call.inplace:
-            self._dependences.set(args[0], dependence)
+        dependence = _AFFINE if step.affine else _NOT_AFFINE
+        if inplace:
+            self._dependences.write(args[0], dependence)
         for t in tensors(result):
-            self._dependences.set(t, dependence if t.dtype.is_floating_point else None)
+            self._dependences.set(t, dependence if continuous(t) else _NOT_AFFINE)
         return result
+
+    def _set(self, call: Call, result: Any, dependence: Dependence) -> None:
+        if call.inplace:
+            self._dependences.write(call.args[0], dependence)
+        self._dependences.set(result, dependence)
 
     def _run_step(self, index: int, step: Step, call: Call) -> Any:
         return step.replay(call)
@@ -390,22 +667,67 @@ class ConstantFinder(Replayer):
         self.constants: dict[int, list[Tensor]] = {}
 
     def _run_step(self, index: int, step: Step, call: Call) -> Any:
-        if step.affine:
-            dependences: dict[int, Dependence] = {}
+        if (constants := self._on_zeros(step, call)) is not None:
+            self.constants[index] = constants
+        return step.replay(call)
 
-            def zeros(t: Tensor) -> Tensor:
-                if not call.is_affine(t):
-                    return t
-                zero = torch.zeros_like(t)
-                dependences[id(zero)] = _AFFINE
-                return zero
+    def _on_zeros(self, step: Step, call: Call) -> list[Tensor] | None:
+        """Return an affine step's results on zeros, or None if they are zero."""
+        if not step.affine:
+            return None
+        dependences: dict[int, Dependence] = {}
 
+        def zeros(t: Tensor) -> Tensor:
+            if not call.is_affine(t):
+                return t
+            zero = torch.zeros_like(t)
+            dependences[id(zero)] = _AFFINE
+            return zero
+
+        with torch.no_grad():
             args, kwargs = map_tensors(call.args, zeros), map_tensors(call.kwargs, zeros)
             result = step.replay(Call(call.function, call.name, args, kwargs, call.inplace, call.layer, dependences))
             constants = list(tensors(args[0] if call.inplace else result))
-            if any(bool(c.any()) for c in constants if c.dtype.is_floating_point):
-                self.constants[index] = [c.clone() for c in constants]
-        return step.replay(call)
+            found = any(bool(c.any()) for c in constants if continuous(c))
+            return [c.clone() for c in constants] if found else None
+
+
+class SampleScaledReplayer(ConstantFinder):
+    """A replay that multiplies each layer's constants by a scale of 1 for each sample, which autograd follows.
+
+    Args:
+        steps: The recorded steps.
+        n: Number of samples.
+
+    Attributes:
+        scales: By layer, in call order, its scales (n,).
+        by_sample: False if there is a constant whose first dimension is not a multiple of n. It is not scaled.
+    """
+
+    def __init__(self, steps: Sequence[Step], n: int) -> None:
+        super().__init__(steps)
+        self._n, self.scales, self.by_sample = n, dict[str, Tensor](), True
+
+    def _run_step(self, index: int, step: Step, call: Call) -> Any:
+        constants = self._on_zeros(step, call)
+        result = step.replay(call)
+        if constants is None:
+            return result
+        if any(continuous(c) and (c.dim() == 0 or len(c) % self._n) for c in constants):
+            self.by_sample = False
+            return result
+        like = next(filter(continuous, constants)).real
+        if step.layer not in self.scales:
+            self.scales[step.layer] = like.new_ones(self._n).requires_grad_()
+        change, rest = self.scales[step.layer] - 1, iter(constants)
+
+        def more(c: Tensor) -> Tensor:
+            return change.repeat_interleave(len(c) // self._n).view(-1, *[1] * (c.dim() - 1)) * c
+
+        if call.inplace:
+            call.args[0].add_(more(next(rest)))
+            return result
+        return map_tensors(result, lambda t: t + more(c) if continuous(c := next(rest)) else t)
 
 
 class ScaledReplayer(Replayer):
@@ -426,10 +748,11 @@ class ScaledReplayer(Replayer):
         if index not in self._constants:
             return result
         constants, change = iter(self._constants[index]), self._scales[step.layer] - 1
+
         if call.inplace:
             call.args[0].add_(change * next(constants))
             return result
-        return map_tensors(result, lambda t: t + change * c if (c := next(constants)).dtype.is_floating_point else t)
+        return map_tensors(result, lambda t: t + change * c if continuous(c := next(constants)) else t)
 
 
 class Layers:

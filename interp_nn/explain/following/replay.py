@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -11,17 +12,27 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.overrides import BaseTorchFunctionMode
 
+from interp_nn.explain.following import operations
 from interp_nn.explain.following.calls import UnsupportedOperation, map_tensors
-from interp_nn.explain.following.recorder import ConstantFinder, Layers, Recorder, Replayer, ScaledReplayer
+from interp_nn.explain.following.recorder import (
+    ConstantFinder,
+    DerivativesKept,
+    Layers,
+    Recorder,
+    Replayer,
+    SampleScaledReplayer,
+    ScaledReplayer,
+    UnseenCalls,
+)
 from interp_nn.gates.jvp import jvp
 from interp_nn.gates.record import place_of
 
 Inputs = tuple[Tensor, ...]
 Select = Callable[[Any], Any]
-_LAYERS_AT_ONCE = 8
+_LAYERS_AT_ONCE, _ROWS_AT_ONCE = 8, 16
 _LOCK, _stance, _holders = threading.Lock(), ExitStack(), 0  # of `_forced_eager`
+_hooks_of: dict[int, tuple[Any, ...]] = {}  # by a module's id: threads that follow it, and its backward hooks
 
 
 @dataclass(frozen=True)
@@ -52,6 +63,18 @@ class Recording:
                 f"{call}; want a model whose output is affine given its gates, or mode='tangent'"
             )
 
+    def check_complete(self) -> None:
+        """Check that the model was run to its end. Raises UnsupportedOperation otherwise."""
+        if self.recorder.stopped:
+            raise UnsupportedOperation(str(self.recorder.unsupported[-1][1]))
+
+    def check_stays_in_torch(self) -> None:
+        """Check that no value that depends on the input left PyTorch. Raises UnsupportedOperation otherwise."""
+        self.check_complete()
+        for _, call in self.recorder.unsupported:
+            if call.operation in operations.TO_PYTHON:
+                raise UnsupportedOperation(f"{call}; no derivative sees it")
+
     def gate_call(self, layer: str | int) -> int:
         """Return the index of a gate call that is given by name or index. Raises ValueError for another one."""
         return place_of([call.name for call in self.recorder.gate_calls], layer)
@@ -76,12 +99,15 @@ def run_recorded(
             inputs = tuple(t.clone().requires_grad_() for t in inputs)
         given = tuple(t.clone() for t in inputs)
     recorder.mark_inputs(given)
+    output: Any = None
     with (
         torch.inference_mode(False),
         torch.set_grad_enabled(differentiable),
         _state_restored(model, recorder),
         layers.tracked(),
-        _eager(),
+        _eager(model),
+        _errors_named(model, inputs, recorder),
+        UnseenCalls(recorder),
         recorder,
     ):
         output = select(model(*given))
@@ -115,6 +141,8 @@ class Replay(nn.Module):
         self._select, self._steps = select, tuple(recorder.steps)
         self._gate_calls = tuple((call.name, call.step) for call in recorder.gate_calls)
         self.shapes = tuple(t.shape for t in recording.inputs)
+        rows = ((name, layer) for name, layer, treatment in recorder.rows if treatment not in ("affine", "gate"))
+        self.inexact = tuple(dict.fromkeys(rows))  # (operation, layer) of secants, and of pieces that are no gates
         self._like = tuple(t.detach().new_zeros(()) for t in recording.inputs)
 
     @property
@@ -163,6 +191,41 @@ class Replay(nn.Module):
         Constants are biases, shifts, paddings and the offsets of gates.
         """
         wanted = [] if gate_call is None else [self._gate_calls[gate_call][1]]
+        parts = None if wanted else self._parts_by_rows()
+        return self._parts_by_layers(wanted) if parts is None else parts
+
+    def _parts_by_rows(self) -> dict[str, Tensor] | None:
+        """Return each layer's part of the constants by reverse mode, for all samples at once.
+
+        Each sample has its own scale of a layer's constants. Returns None if there are more outputs than layers, or the
+        constants are not by sample: then the parts do not add up.
+        """
+        n = self.shapes[0][0]
+        with torch.inference_mode(False), torch.enable_grad():
+            zeros = [t.new_zeros(shape) for t, shape in zip(self._like, self.shapes, strict=True)]
+            mode = SampleScaledReplayer(self._steps, n)
+            output, _ = self._follow(zeros, mode=mode)
+        layers, rows = list(mode.scales), output.shape[1:].numel()
+        if not layers or not mode.by_sample or rows > len(layers):
+            return None
+        found = []
+        for start in range(0, rows, _ROWS_AT_ONCE):
+            count = min(_ROWS_AT_ONCE, rows - start)
+            u = output.new_zeros(count, n, rows)
+            u[torch.arange(count), :, torch.arange(start, start + count)] = 1
+            scales = [mode.scales[layer] for layer in layers]
+            grads = torch.autograd.grad(
+                output, scales, u.view(count, *output.shape), True, is_grads_batched=True, materialize_grads=True
+            )
+            found.append(torch.stack(grads))
+        parts = torch.cat(found, 1).transpose(1, 2).reshape(len(layers), *output.shape)  # (layers, n, *output)
+        size = max(float(output.detach().abs().max()), float(parts.abs().max()))
+        if float((parts.sum(0) - output.detach()).abs().max()) > torch.finfo(parts.dtype).eps ** (1 / 3) * size:
+            return None
+        return dict(zip(layers, parts, strict=True))
+
+    def _parts_by_layers(self, wanted: Sequence[int]) -> dict[str, Tensor]:
+        """Return each layer's part of the constants by forward mode, one layer after another."""
         with torch.no_grad():
             zeros = [t.new_zeros(shape) for t, shape in zip(self._like, self.shapes, strict=True)]
             finder = ConstantFinder(self._steps, wanted)
@@ -182,8 +245,8 @@ class Replay(nn.Module):
             parts = {}
             if layers:
                 one_by_one = torch.eye(len(layers), dtype=none.dtype, device=none.device)
-                alone = torch.vmap(lambda d: jvp(scaled, (none,), (d,))[1], chunk_size=_LAYERS_AT_ONCE)
-                parts = dict(zip(layers, alone(one_by_one), strict=True))
+                alone = _in_chunks(lambda d: jvp(scaled, (none,), (d,))[1], one_by_one)
+                parts = dict(zip(layers, alone, strict=True))
             if wanted:  # the gate's own breakpoint
                 own, rest = self._steps[wanted[0]].layer, scaled(none)
                 parts[own] = parts[own] + rest if own in parts else rest
@@ -196,10 +259,18 @@ class Replay(nn.Module):
         mode = mode or Replayer(self._steps, wanted_steps)
         given = [t.clone() for t in v]
         mode.mark_inputs(given)
-        with _eager(), mode:
+        with _eager(self._model[0]), mode:
             output = self._select(self._model[0](*given))
             mode.finish()
         return output, mode
+
+
+def _in_chunks(function: Callable[[Tensor], Tensor], rows: Tensor) -> list[Tensor]:
+    """Apply a function to each row: several at a time by vmap, or one by one if it has no rule for a call."""
+    try:
+        return list(torch.vmap(function, chunk_size=_LAYERS_AT_ONCE)(rows))
+    except RuntimeError:
+        return [function(row) for row in rows]
 
 
 def over_copies(function: Callable[..., Any], *stacked: Tensor) -> Any:
@@ -222,13 +293,13 @@ class ModelFunction:
     def __call__(self, *v: Tensor) -> Any:
         """Compute the function at v."""
         given = tuple(t.clone() for t in v)
-        with _eager(), sdpa_kernel(SDPBackend.MATH):  # the backend that implements forward mode
+        with _eager(self._model), sdpa_kernel(SDPBackend.MATH):  # the backend that implements forward mode
             if self._gate_call is None:
-                with BaseTorchFunctionMode():  # turns off the fast paths of transformers, which have no derivative
+                with DerivativesKept():
                     return self._select(self._model(*given))
             recorder = Recorder(Layers(self._model), strict=False, keep_preactivations=True, observe_only=True)
             recorder.mark_inputs(given)
-            with recorder:
+            with DerivativesKept(), recorder:
                 self._model(*given)
             return recorder.gate_calls[self._gate_call].preactivations
 
@@ -303,6 +374,54 @@ def check_inputs(x: Tensor | Inputs) -> Inputs:
     return inputs
 
 
+def check_independence(function: Callable[..., Tensor], x: Inputs, output: Tensor) -> None:
+    """Check that the first and the last sample's output is the same without the other samples.
+
+    Raises ValueError otherwise. The sample is run alone, and, if its output then differs or there is none, in a batch that
+    consists of its copies.
+    """
+    n, rounding = len(x[0]), torch.finfo(output.dtype).eps ** 0.5
+    for i in (0, n - 1) if n > 1 else ():
+        differs = coupling(function, x, output, i, alone=True) > rounding
+        if differs and (error := coupling(function, x, output, i)) > rounding:
+            with torch.no_grad():
+                scale, own = output.abs().max(), function(*x)
+            if float((own - output).abs().max()) > rounding * float(scale):
+                raise RuntimeError(
+                    "model: the replay is not the model: their outputs differ at x. A comparison or rounding in the model may be "
+                    "on a tie, or the model may be random; else this is a fault of interp_nn"
+                )
+            raise ValueError(
+                f"model: the output for sample {i} changes by {error:.2g} of its size if the other samples change: the model "
+                "lets samples depend on one another or reorders them; want one sample at a time"
+            )
+
+
+def coupling(function: Callable[..., Tensor], x: Inputs, output: Tensor, i: int, alone: bool = False) -> float:
+    """Return by how much sample i's output changes without the other samples, relative to the largest output.
+
+    Args:
+        function: The function.
+        x: Its inputs (n, ...).
+        output: Its output (n, ...) at x.
+        i: Index of the sample.
+        alone: Run the sample alone, instead of with copies of it in place of the others. If it fails, the result is infinite.
+    """
+    n = len(x[0])
+    with torch.no_grad():
+        try:
+            out = function(*(t[i : i + 1] if alone else t[i : i + 1].expand(t.shape).clone() for t in x))
+        except Exception:
+            if alone:
+                return torch.inf
+            raise
+        if not isinstance(out, Tensor) or out.shape != (1 if alone else n, *output.shape[1:]):
+            return torch.inf
+        scale = output.abs().max().double()
+        error = (out[0 if alone else i] - output[i]).abs().max().double() / torch.where(scale > 0, scale, 1)
+    return float(error)
+
+
 def check_model(model: nn.Module) -> None:
     """Check that a model can be followed.
 
@@ -327,13 +446,67 @@ def check_model(model: nn.Module) -> None:
 
 
 @contextmanager
-def _eager() -> Iterator[None]:
+def _eager(model: nn.Module) -> Iterator[None]:
     """Run compiled models as Python, so that their calls are recorded, and raise RuntimeError for activation checkpointing."""
     hooks = torch.autograd.graph.disable_saved_tensors_hooks(
         "a replay keeps what it saves; want no activation checkpointing"
     )
-    with _forced_eager(), hooks:
+    with _forced_eager(), _without_backward_hooks(model), hooks:
         yield
+
+
+@contextmanager
+def _without_backward_hooks(model: nn.Module) -> Iterator[None]:
+    """Take the backward hooks off a model's modules, which may change gradients; the last thread that leaves restores them."""
+    modules = list(model.modules())
+    with _LOCK:
+        for module in modules:
+            if module._backward_hooks or module._backward_pre_hooks:
+                _hooks_of[id(module)] = (0, module._backward_hooks, module._backward_pre_hooks)
+                module._backward_hooks, module._backward_pre_hooks = OrderedDict(), OrderedDict()
+        taken = [module for module in modules if id(module) in _hooks_of]
+        for module in taken:
+            count, *kept = _hooks_of[id(module)]
+            _hooks_of[id(module)] = (count + 1, *kept)
+    try:
+        yield
+    finally:
+        with _LOCK:
+            for module in taken:
+                count, *kept = _hooks_of[id(module)]
+                _hooks_of[id(module)] = (count - 1, *kept)
+                if count == 1:
+                    module._backward_hooks, module._backward_pre_hooks = kept
+                    del _hooks_of[id(module)]
+
+
+@contextmanager
+def _errors_named(model: nn.Module, inputs: Inputs, recorder: Recorder) -> Iterator[None]:
+    """Name the cause of two errors in a model.
+
+    Raises TypeError if it fails on inputs of another dtype or device than its parameters. A model with a call that takes a
+    tensor for a number, which depends on the input, is unsupported.
+    """
+    try:
+        yield
+    except UnsupportedOperation:
+        if recorder.strict:
+            raise
+        recorder.stopped = True
+    except TypeError as error:
+        if "must be Number, not Tensor" not in str(error):
+            raise
+        recorder.stopped = True
+        recorder.note_unsupported_model(f"a scale or another number of a call depends on the input: {error}")
+    except RuntimeError as error:
+        known = {(p.dtype, p.device) for p in model.parameters() if p.is_floating_point()}
+        got = next(((t.dtype, t.device) for t in inputs if (t.dtype, t.device) not in known), None)
+        if len(known) != 1 or got is None:
+            raise
+        (dtype, device), (wrong, place) = next(iter(known)), got
+        raise TypeError(
+            f"x: got {wrong} on {place}, but the model's parameters are {dtype} on {device}; want x.to({device.type!r}, {dtype})"
+        ) from error
 
 
 @contextmanager

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import cache
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from interp_nn.explain.following.calls import Call, Rule, RuleResult, recorded_value, rerun
+from interp_nn.explain.following.calls import Call, Rule, RuleResult, map_tensors, recorded_value, rerun
 from interp_nn.explain.following.piecewise_linear import scale_and_shift
 
 
@@ -27,13 +28,13 @@ def _ratio(values: Tensor, z: Tensor, limit: float) -> Tensor:
 
 def _gelu(call: Call) -> Tensor:
     z = call.input
-    if call.argument(1, "approximate", default="none") == "tanh":
+    if call.argument("approximate") == "tanh":
         return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z**3)))
     return 0.5 * torch.erfc(-z / math.sqrt(2))
 
 
-def _elu(z: Tensor, alpha: float, scale: float = 1, width: float = 1) -> Tensor:
-    below = alpha * _ratio(torch.expm1(z.clamp(max=0) / width), z, 1 / width)
+def _elu(z: Tensor, alpha: float, scale: float = 1, input_scale: float = 1) -> Tensor:
+    below = alpha * _ratio(torch.expm1(z.clamp(max=0) * input_scale), z, input_scale)
     return scale * torch.where(z > 0, 1, below)
 
 
@@ -60,39 +61,45 @@ SLOPES: dict[str, Callable[[Call], tuple[Tensor, float | None]]] = {
     "softsign": lambda call: (1 / (1 + call.input.abs()), None),
     "sin": lambda call: (_ratio(torch.sin(call.input), call.input, 1), None),
     "elu": lambda call: (
-        _elu(call.input, call.argument(1, "alpha", default=1.0)),
+        _elu(call.input, call.argument("alpha"), call.argument("scale", 1), call.argument("input_scale", 1)),
         None,
     ),
-    "celu": lambda call: (
-        _elu(call.input, call.argument(1, "alpha", default=1.0), width=call.argument(1, "alpha", default=1.0)),
-        None,
-    ),
+    "celu": lambda call: (_elu(call.input, call.argument("alpha"), 1, 1 / call.argument("alpha")), None),
     "selu": lambda call: (_elu(call.input, _SELU_ALPHA, _SELU_SCALE), None),
     "log_sigmoid": lambda call: (_softplus(-call.input), -_LOG2),
 }
+
+
+def _raised(call: Call) -> Call:
+    """Return the call with its tensors of 16 bits in fp32, in which PyTorch computes their activations and norms."""
+    return Call(call.function, call.name, map_tensors(call.args, _fp32), map_tensors(call.kwargs, _fp32), call.inplace)
+
+
+def _fp32(t: Tensor) -> Tensor:
+    return t.float() if t.dtype in (torch.bfloat16, torch.float16) else t
 
 
 def elementwise(name: str, factor: bool = False) -> Rule:
     """Return the rule of an activation in SLOPES."""
 
     def rule(call: Call) -> RuleResult:
-        slope, offset = SLOPES[name](call)
-        return RuleResult("secant", scale_and_shift(slope, offset), factor=factor)
+        slope, offset = SLOPES[name](_raised(call))
+        return RuleResult("secant", scale_and_shift(slope.to(call.input.dtype), offset), factor=factor)
 
     return rule
 
 
 def softplus(call: Call) -> RuleResult:
     """Rule of softplus: log(1 + exp(β z)) / β, and z itself above a threshold of β z."""
-    beta, threshold = call.argument(1, "beta", default=1), call.argument(2, "threshold", default=20)
-    z = beta * call.input
+    beta, threshold = call.argument("beta"), call.argument("threshold")
+    z = beta * _fp32(call.input)
     slope = torch.where(z > threshold, 1 - _ratio(torch.full_like(z, _LOG2), z, 0), _softplus(z))
-    return RuleResult("secant", scale_and_shift(slope, _LOG2 / beta))
+    return RuleResult("secant", scale_and_shift(slope.to(call.input.dtype), _LOG2 / beta))
 
 
 def glu(call: Call) -> RuleResult:
     """Rule of glu, a sigmoid(b) for the halves a and b of the input: the sigmoid is frozen."""
-    dim = call.argument(1, "dim", default=-1)
+    dim = call.argument("dim")
     gate = call.input.chunk(2, dim)[1].sigmoid()
     return RuleResult("secant", lambda now: now.input.chunk(2, dim)[0] * gate)
 
@@ -102,60 +109,91 @@ def glu(call: Call) -> RuleResult:
 
 def layer_normalized(call: Call) -> RuleResult:
     """Rule of layer_norm."""
-    shape, weight, bias = (call.argument(i, n) for i, n in ((1, "normalized_shape"), (2, "weight"), (3, "bias")))
-    dims = tuple(range(-len(shape), 0))
-    return _normalized(call, call.argument(4, "eps", default=1e-5), weight, bias, lambda z: z, dims)
+    dims = tuple(range(-len(_shape(call)), 0))
+    return _normalized(call, call.argument("eps"), lambda z: z, dims, lambda t: t)
 
 
 def rms_normalized(call: Call) -> RuleResult:
     """Rule of rms_norm."""
-    shape, weight, eps = (call.argument(i, n) for i, n in ((1, "normalized_shape"), (2, "weight"), (3, "eps")))
-    eps = torch.finfo(call.input.dtype).eps if eps is None else eps
-    return _normalized(call, eps, weight, None, lambda z: z, tuple(range(-len(shape), 0)), centred=False)
+    eps, dims = call.argument("eps"), tuple(range(-len(_shape(call)), 0))
+    eps = default_rms_eps(call.input.dtype, call.input.device) if eps is None else eps
+    return _normalized(call, eps, lambda z: z, dims, lambda t: t, centred=False)
 
 
 def group_normalized(call: Call) -> RuleResult:
     """Rule of group_norm."""
-    groups, weight, bias = (call.argument(i, n) for i, n in ((1, "num_groups"), (2, "weight"), (3, "bias")))
-    return _by_group(call, groups, call.argument(4, "eps", default=1e-5), weight, bias)
+    return _by_group(call, call.argument("num_groups"))
 
 
 def instance_normalized(call: Call) -> RuleResult:
     """Rule of instance_norm, which is affine if it uses running statistics."""
-    weight, bias = call.argument(3, "weight"), call.argument(4, "bias")
-    if not call.argument(5, "use_input_stats", default=True):
+    if not call.argument("use_input_stats"):
         return RuleResult("affine", rerun)
-    return _by_group(call, call.input.shape[1], call.argument(7, "eps", default=1e-5), weight, bias)
+    return _by_group(call, call.input.shape[1])
 
 
-def _by_group(call: Call, groups: int, eps: float, weight: Tensor | None, bias: Tensor | None) -> RuleResult:
+@cache
+def default_rms_eps(dtype: torch.dtype, device: torch.device) -> float:
+    """Return the eps of rms_norm(eps=None), which depends on PyTorch's version: that of the dtype or of its sums' dtype."""
+    with torch.inference_mode(False), torch.no_grad():
+        t = 2.0**-10
+        probe = float(F.rms_norm(torch.full((4,), t, dtype=dtype, device=device), (4,))[0]) / t
+    own, wide = torch.finfo(dtype).eps, torch.finfo(torch.promote_types(dtype, torch.float32)).eps
+    return min((own, wide), key=lambda eps: abs(probe - (t * t + eps) ** -0.5))
+
+
+def _shape(call: Call) -> tuple[int, ...]:
+    shape = call.argument("normalized_shape")
+    return (shape,) if isinstance(shape, int) else tuple(shape)
+
+
+def _by_group(call: Call, groups: int) -> RuleResult:
     channels = (-1, *[1] * (call.input.dim() - 2))
-    weight, bias = (None if t is None else t.view(channels) for t in (weight, bias))
-    return _normalized(call, eps, weight, bias, lambda z: z.unflatten(1, (groups, -1)).flatten(2), (-1,))
+    return _normalized(
+        call,
+        call.argument("eps"),
+        lambda z: z.unflatten(1, (groups, -1)).flatten(2),
+        (-1,),
+        lambda t: t.view(channels),
+    )
 
 
 def _normalized(
     call: Call,
     eps: float,
-    weight: Tensor | None,
-    bias: Tensor | None,
     view: Callable[[Tensor], Tensor],
     dims: tuple[int, ...],
+    per_entry: Callable[[Tensor], Tensor],
     centred: bool = True,
 ) -> RuleResult:
+    """Return the replay of a normalization.
+
+    Args:
+        call: The call, whose weight and bias are read again in each replay.
+        eps: Added to the mean square.
+        view: Brings the input to a shape whose `dims` are normalized.
+        dims: Those dimensions.
+        per_entry: Brings the weight or bias to a shape that broadcasts to the input.
+        centred: Subtract the mean.
+    """
+
     def centre(z: Tensor) -> Tensor:
-        z = view(z)
+        z = view(_fp32(z))
         return z - z.mean(dims, keepdim=True) if centred else z
 
     scale = torch.rsqrt(centre(call.input).square().mean(dims, keepdim=True) + eps)
-    weight, bias = (None if t is None else t.detach() for t in (weight, bias))
 
     def replay(now: Call) -> Tensor:
+        weight, bias = (None if t is None else per_entry(t.detach()) for t in _weights(now))
         out = (centre(now.input) * scale).view(now.input.shape)
         out = out if weight is None else out * weight
-        return out if bias is None else out + bias
+        return (out if bias is None else out + bias).to(now.input.dtype)
 
     return RuleResult("secant", replay)
+
+
+def _weights(call: Call) -> tuple[Tensor | None, Tensor | None]:
+    return call.argument("weight"), call.argument("bias")
 
 
 # Attention: the weights are frozen
@@ -163,9 +201,9 @@ def _normalized(
 
 def attention(call: Call) -> RuleResult:
     """Rule of scaled_dot_product_attention."""
-    query, key, value = (call.argument(i, n) for i, n in enumerate(("query", "key", "value")))
-    mask, causal = call.argument(3, "attn_mask"), call.argument(5, "is_causal")
-    scale, grouped = call.argument(6, "scale"), call.argument(7, "enable_gqa", default=False)
+    query, key, value = (call.argument(name) for name in ("query", "key", "value"))
+    mask, causal = call.argument("attn_mask"), call.argument("is_causal")
+    scale, grouped = call.argument("scale"), call.argument("enable_gqa", False)
     if not call.is_affine(value):
         return recorded_value(call, call.non_affine(value))
     groups = query.shape[-3] // key.shape[-3] if grouped else 1
@@ -173,12 +211,15 @@ def attention(call: Call) -> RuleResult:
     def shared(heads: Tensor) -> Tensor:
         return heads.repeat_interleave(groups, -3) if groups > 1 else heads
 
-    scores = query @ shared(key).mT * (query.shape[-1] ** -0.5 if scale is None else scale)
+    scores = _fp32(query) @ shared(_fp32(key)).mT * (query.shape[-1] ** -0.5 if scale is None else scale)
     if causal:
-        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+        triangle = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+        scores = scores.masked_fill(~triangle, -torch.inf)
     if mask is not None:
         scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
     # A query whose keys are all masked gives zeros, as in PyTorch.
-    weights = scores.softmax(-1).masked_fill(scores.isneginf().all(-1, keepdim=True), 0)
-    treatment = "affine" if call.dependence(query) is None and call.dependence(key) is None else "secant"
-    return RuleResult(treatment, lambda now: weights @ shared(now.argument(2, "value")))
+    weights = scores.softmax(-1).masked_fill(scores.isneginf().all(-1, keepdim=True), 0).to(value.dtype)
+    fixed = all(d is None or d.piecewise_constant for d in map(call.dependence, (query, key, mask)))
+    depends = any(call.dependence(t) is not None for t in (query, key, mask))
+    treatment = "secant" if not fixed else "gate" if depends else "affine"
+    return RuleResult(treatment, lambda now: weights @ shared(now.argument("value")))

@@ -5,7 +5,8 @@ Source: Li et al., arXiv 2310.16295.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -13,7 +14,15 @@ import torch
 from torch import Tensor, nn
 
 from interp_nn.explain.following.gate_record import check_mode
-from interp_nn.explain.following.replay import ModelFunction, Replay, parameter_check, run_recorded
+from interp_nn.explain.following.replay import (
+    ModelFunction,
+    Recording,
+    Replay,
+    check_independence,
+    coupling,
+    parameter_check,
+    run_recorded,
+)
 from interp_nn.explain.linear.operators import (
     AffineOperator,
     ComposedOperator,
@@ -24,7 +33,9 @@ from interp_nn.explain.linear.operators import (
 from interp_nn.gates.patterns import as_index
 
 Target = int | slice | Tensor | Callable[[Any], Tensor] | None
+SameGates = Callable[[tuple[Tensor, ...]], Tensor]
 _ENTRIES_PER_CHUNK = 1 << 22  # of W, by default
+_STEPS = (-2, -7, -14)  # by which `check` moves x, as powers of two
 
 
 class SingularTriplets(NamedTuple):
@@ -57,9 +68,9 @@ def linearize(
 ) -> AffineMap:
     """Compute the affine map F(x) = W x + b of a model at each sample.
 
-    The samples must not depend on one another; `AffineMap.check` finds models whose samples do. The map reads the model when
-    one of its results is first asked for, and keeps the result. Read it before the model is trained further. A write by
-    `.data` or to a buffer is not detected.
+    The samples must not depend on one another; the first and the last sample are run alone to find models whose samples do.
+    The map reads the model when one of its results is first asked for, and keeps the result. Read it before the model is
+    trained further. A write by `.data` or to a buffer is not detected.
 
     Args:
         model: The network, in evaluation mode.
@@ -68,7 +79,8 @@ def linearize(
             (n,) int64 with one index for each sample, or a function of the model's output that returns a tensor (n, ...).
             Explain logits, because a softmax is not affine.
         mode: 'secant': W and b of the replay with frozen gates, see `frozen`. For a piecewise linear network, this is the map
-            of the whole region of x. 'tangent': W is the Jacobian and b = F(x) - W x.
+            of the whole region of x. 'tangent': W is the Jacobian and b = F(x) - W x. In both, `detach` and `no_grad` in the
+            model do not stop a derivative, as the value depends on the input all the same.
         layer: Explain the preactivations of this layer of gates instead of the output. A name or index of `GateRecord.sites`.
         chunk_size: Number of rows or columns of W to compute at a time. By default, 4 million entries.
 
@@ -76,8 +88,10 @@ def linearize(
         The maps of the n samples.
 
     Raises:
-        UnsupportedOperation: An operation without an affine map, in 'secant' mode.
-        ValueError: A target or layer that the model does not have, or as `record` raises it.
+        UnsupportedOperation: An operation without an affine map, in 'secant' mode; in either mode, a value that depends on the
+            input and leaves PyTorch.
+        ValueError: A target or layer that the model does not have, samples that depend on one another, or as `record`
+            raises it.
         TypeError: A target of another type, or as `record` raises it.
         RuntimeError: From the map's methods: a parameter of the model has changed.
 
@@ -96,14 +110,17 @@ def linearize(
         raise ValueError(f"target, layer: got {target!r} and {layer!r}, want one of them")
     strict, keep = secant and layer is None, layer is not None
     recording = run_recorded(model, x, select, strict=strict, differentiable=secant, keep_preactivations=keep)
+    recording.check_stays_in_torch()
     gate_call = None if layer is None else recording.gate_call(layer)
     output = recording.output if gate_call is None else recording.recorder.gate_calls[gate_call].preactivations
     output = _check_selected(output, recording.inputs[0].shape[0])
     function, check = ModelFunction(model, select, gate_call), parameter_check(model)
+    if secant:
+        recording.check_affine(gate_call)
+    check_independence(function, recording.inputs, output.detach())
     if not secant:
         operator = JacobianOperator(function, recording.inputs, output, affine=False, check=check)
         return AffineMap(operator, function, chunk_size)
-    recording.check_affine(gate_call)
     replay = Replay(recording, select)
 
     def replayed(*v: Tensor) -> Tensor:
@@ -118,7 +135,30 @@ def linearize(
         start=(recording.inputs, output),
         parts=lambda: replay.constants_by_layer(gate_call),
     )
-    return AffineMap(operator, function, chunk_size)
+    exact = all(treatment in ("affine", "gate") for *_, treatment in recording.recorder.rows)
+    return AffineMap(operator, function, chunk_size, _same_gates(recording) if exact else None)
+
+
+def _same_gates(recording: Recording) -> SameGates:
+    """Return the function that finds the samples whose gates are those of the recording's inputs."""
+    model, x = recording.model, recording.inputs
+
+    def same(moved: tuple[Tensor, ...]) -> Tensor:
+        n, here, there = len(x[0]), _gates(model, x), _gates(model, moved)
+        if len(here) != len(there) or any(a.shape != b.shape for a, b in zip(here, there, strict=True)):
+            return torch.zeros(n, dtype=torch.bool)
+        found = torch.ones(n, dtype=torch.bool)
+        for a, b in zip(here, there, strict=True):
+            by_sample = a.dim() > 0 and len(a) % n == 0
+            found &= (a == b).reshape(n, -1).all(1).cpu() if by_sample else torch.equal(a, b)
+        return found
+
+    return same
+
+
+def _gates(model: nn.Module, x: tuple[Tensor, ...]) -> list[Tensor]:
+    recorder = run_recorded(model, x, strict=False, keep_preactivations=True).recorder
+    return [call.preactivations > 0 for call in recorder.gate_calls]
 
 
 class AffineMap:
@@ -132,6 +172,7 @@ class AffineMap:
         operator: Applies W, and computes b.
         function: The model, which `check` compares with.
         chunk_size: Number of rows or columns of W to compute at a time. By default, 4 million entries.
+        same_gates: Finds the samples of other inputs (n, ...) at which the map holds as well, (n,) bool; for `check`.
 
     Raises:
         ValueError: A `chunk_size` below 1.
@@ -143,11 +184,16 @@ class AffineMap:
     """
 
     def __init__(
-        self, operator: AffineOperator, function: Callable[..., Tensor] | None = None, chunk_size: int | None = None
+        self,
+        operator: AffineOperator,
+        function: Callable[..., Tensor] | None = None,
+        chunk_size: int | None = None,
+        same_gates: SameGates | None = None,
     ) -> None:
         if chunk_size is not None and chunk_size < 1:
             raise ValueError(f"chunk_size: got {chunk_size}, want at least 1")
         self._operator, self._function, self._chunk_size = operator, function, chunk_size
+        self._same_gates = same_gates
 
     @classmethod
     def from_tensors(cls, weight: Tensor | tuple[Tensor, ...], bias: Tensor) -> AffineMap:
@@ -164,6 +210,8 @@ class AffineMap:
             ValueError: Shapes that do not fit.
         """
         weights = weight if isinstance(weight, tuple) else (weight,)
+        _check_tensors("weight", weights)
+        _check_tensors("bias", (bias,))
         for w in weights:
             if bias.dim() < 1 or w.shape[: bias.dim()] != bias.shape:
                 raise ValueError(f"weight: got shape {tuple(w.shape)}, want {tuple(bias.shape)} first, as bias has it")
@@ -196,6 +244,7 @@ class AffineMap:
     def rmatvec(self, u: Tensor) -> Any:
         """Return Wᵀ u (n, *input) for u (n, *output). Raises ValueError for other shapes."""
         wanted = (self._operator.n, *self._operator.output)
+        _check_tensors("u", (u,))
         if tuple(u.shape) != wanted:
             raise ValueError(f"u: got shape {tuple(u.shape)}, want {wanted}")
         return _single(tuple(t[0] for t in self._operator.pullback()(u.unsqueeze(0))))
@@ -308,38 +357,71 @@ class AffineMap:
         )
 
     def check(self) -> float:
-        """Compute the relative error of the map at the linearized x.
+        """Compute the relative error of the map: of the weight and bias that this object holds, if they were read.
 
-        The error is max |F(x) - (W x + b)| / max |F(x)|, with W x by forward mode. A second error compares W x with the rows
-        of W by reverse mode, in one direction for each sample. It is large if samples of a batch depend on one another.
+        It is the largest of these errors, each relative to the largest value that it compares:
+
+        - |F(x) - (W x + b)| at the linearized x.
+        - The same at other points, along two directions, where the gates are those of x. For models without secants only.
+        - W v by rows (reverse mode) against W v by columns (forward mode), along three directions.
+        - The change of the first and the last sample's output when the other samples change.
 
         Returns:
-            The larger of the two errors; rounding if the map is exact.
+            The error; rounding if the map is exact.
 
         Raises:
             ValueError: A map without its model.
         """
-        operator = self._operator
-        if self._function is None or not isinstance(operator, JacobianOperator):
+        operator, function = self._operator, self._function
+        if function is None or not isinstance(operator, JacobianOperator):
             raise ValueError("check: got a map without its model, want one as `linearize` returned it")
         with torch.no_grad():
-            wanted = self._function(*operator.x)
-            moved = operator.columns(tuple(t.unsqueeze(0) for t in operator.x))[0]
-            scale = wanted.abs().max()
-            residual = (moved + self.bias - wanted).abs().max() / torch.where(scale > 0, scale, 1)
-            by_columns = (wanted * moved).reshape(operator.n, -1)
-            by_rows = torch.cat(
-                [
-                    (r * x).reshape(operator.n, -1)
-                    for r, x in zip(_several(self.rmatvec(wanted)), operator.x, strict=True)
-                ],
-                1,
-            )
-            size = torch.maximum(
-                by_columns.abs().sum(1) + by_rows.abs().sum(1), wanted.square().reshape(operator.n, -1).sum(1)
-            )
-            defect = (by_columns.sum(1) - by_rows.sum(1)).abs() / size.clamp_min(torch.finfo(size.dtype).tiny)
-        return float(torch.maximum(residual, defect.max()))
+            wanted = function(*operator.x)
+            errors: list[Tensor | float] = [_relative(self._applied(operator.x) + self.bias - wanted, wanted)]
+            signs = [_signs((*operator.x, wanted), seed) for seed in range(2)]
+            errors += self._errors_around(function, [v for *v, _ in signs])
+            for *v, u in ([*operator.x, wanted], *signs):
+                errors.append(self._defect(tuple(v), u))
+            if operator.n > 1:
+                errors += [coupling(function, operator.x, wanted, i) for i in (0, operator.n - 1)]
+        return max(float(error) for error in errors)
+
+    def _applied(self, v: Vectors) -> Tensor:
+        """Return W v (n, *output) by the weight if it is formed."""
+        held = self.__dict__.get("weight")
+        operator = self._operator if held is None else DenseOperator(_several(held), self.bias)
+        return operator.columns(tuple(t.unsqueeze(0) for t in v))[0]
+
+    def _defect(self, v: Vectors, u: Tensor) -> Tensor:
+        """Return the error of u W v for each sample, by columns against by rows, relative to its terms."""
+        operator, held = self._operator, self.__dict__.get("weight")
+        assert isinstance(operator, JacobianOperator)
+        pull = operator.pullback(keep=True) if held is None else DenseOperator(_several(held), self.bias).pullback()
+        moved = operator.columns(tuple(t.unsqueeze(0) for t in v))[0]
+        by_columns = (u * moved).reshape(operator.n, -1)
+        pulled = zip(pull(u.unsqueeze(0)), v, strict=True)
+        by_rows = torch.cat([(r[0] * t).reshape(operator.n, -1) for r, t in pulled], 1)
+        size = torch.maximum(by_columns.abs().sum(1) + by_rows.abs().sum(1), u.square().reshape(operator.n, -1).sum(1))
+        return ((by_columns.sum(1) - by_rows.sum(1)).abs() / size.clamp_min(torch.finfo(size.dtype).tiny)).max()
+
+    def _errors_around(self, function: Callable[..., Tensor], directions: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+        """Return the map's errors at points around x with the gates of x: the farthest of three, for each sample."""
+        errors: list[Tensor] = []
+        operator = self._operator
+        if self._same_gates is None or not isinstance(operator, JacobianOperator):
+            return errors
+        for direction in directions:
+            left = torch.ones(operator.n, dtype=torch.bool)
+            for exponent in _STEPS:
+                x = tuple(t + _power_of_two(t) * 2.0**exponent * v for t, v in zip(operator.x, direction, strict=True))
+                here = self._same_gates(x) & left
+                left &= ~here
+                if here.any():
+                    wanted = function(*x)
+                    errors.append(_relative((self._applied(x) + self.bias - wanted)[here], wanted))
+                if not left.any():
+                    break
+        return errors
 
     def to(self, dtype: torch.dtype) -> AffineMap:
         """Return the map in another dtype; forms W."""
@@ -364,6 +446,7 @@ class AffineMap:
 
     def _vectors(self, v: Tensor | tuple[Tensor, ...]) -> Vectors:
         vectors, operator = _several(v), self._operator
+        _check_tensors("x", vectors)
         wanted = [(operator.n, *shape) for shape in operator.inputs]
         if [tuple(t.shape) for t in vectors] != wanted:
             raise ValueError(f"x: got shapes {[tuple(t.shape) for t in vectors]}, want {wanted}")
@@ -447,6 +530,30 @@ def _check_selected(output: Any, n: int) -> Tensor:
     if output.dim() == 0 or output.shape[0] != n:
         raise ValueError(f"target: selected shape {tuple(output.shape)}, want ({n}, ...)")
     return output
+
+
+def _relative(difference: Tensor, values: Tensor) -> Tensor:
+    """Return the largest |difference| relative to the largest |value|."""
+    scale = values.abs().max()
+    return difference.abs().max() / torch.where(scale > 0, scale, 1)
+
+
+def _signs(like: Sequence[Tensor], seed: int) -> list[Tensor]:
+    """Return random tensors of -1 and 1, as which products with powers of two are exact."""
+    generator = torch.Generator().manual_seed(seed)
+    return [(torch.randint(0, 2, t.shape, generator=generator) * 2 - 1).to(t) for t in like]
+
+
+def _power_of_two(t: Tensor) -> float:
+    """Return a power of two of the size of a tensor's entries."""
+    largest = float(t.abs().max()) if t.numel() else 0.0
+    return 2.0 ** math.floor(math.log2(largest)) if largest > 0 else 1.0
+
+
+def _check_tensors(name: str, values: tuple[Any, ...]) -> None:
+    for value in values:
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name}: got {type(value).__name__}, want a torch.Tensor")
 
 
 def _single(values: tuple[Any, ...]) -> Any:

@@ -8,6 +8,8 @@ Source: Li et al., arXiv 2310.16295.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import wraps
 from typing import Any, TypeAlias
 
 import torch
@@ -19,11 +21,21 @@ Tensors: TypeAlias = Tensor | tuple[Tensor, ...]
 Target: TypeAlias = int | tuple[int, ...] | Tensor | list[int] | list[tuple[int, ...]] | None
 
 
+def _wrapped(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the method behind a function with `__wrapped__`: captum's NoiseTunnel calls it in place of the method."""
+
+    @wraps(method)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return method(*args, **kwargs)
+
+    return call
+
+
 class InstanceLinearization:
     """Compute the contributions of the inputs to one output of each sample.
 
     It works like an attribution method of captum, and does not need captum. `attribute` is an explanation function for
-    captum's metrics.
+    captum's metrics, and captum's NoiseTunnel takes the object.
 
     Args:
         model: The network, in evaluation mode, with one or several inputs.
@@ -52,6 +64,7 @@ class InstanceLinearization:
         """Return True: `attribute` can return its own error."""
         return True
 
+    @_wrapped
     def attribute(
         self,
         inputs: Tensors,
@@ -64,10 +77,11 @@ class InstanceLinearization:
         """Compute the contributions W[k] * (x - x0) of the inputs to output k of each sample.
 
         Args:
-            inputs: Samples (n, ...), or a tuple of inputs for a model of several.
+            inputs: Samples (n,) or (n, ...), or a tuple of inputs for a model of several.
             baselines: x0: for each input a tensor that broadcasts to it, or a number. None is 0.
             target: The output k. For outputs (n, k): an index, or n indices in a 1-D tensor or a list. For outputs
-                (n, k, l, ...): a tuple of indices, or a list of n tuples. None for outputs (n,).
+                (n, k, l, ...): a tuple of indices, or a list of n tuples. None for outputs (n,), or (n, 1). For one sample, the
+                output may be a scalar.
             additional_forward_args: Further arguments of the model, which are not explained.
             internal_batch_size: Number of samples to explain at a time. None is all.
             return_convergence_delta: Also return the error of each sample.
@@ -84,9 +98,10 @@ class InstanceLinearization:
         """
         points, extra = _tuple(inputs), _arguments(additional_forward_args)
         for i, x in enumerate(points):
-            if not isinstance(x, Tensor) or x.dim() < 1 or len(x) != len(points[0]):
-                got = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
-                raise ValueError(f"inputs[{i}]: got {got}, want a tensor (n, ...) with the same n in all")
+            if not isinstance(x, Tensor):
+                raise TypeError(f"inputs[{i}]: got {type(x).__name__}, want a torch.Tensor (n, ...)")
+            if x.dim() < 1 or len(x) != len(points[0]):
+                raise ValueError(f"inputs[{i}]: got {tuple(x.shape)}, want a tensor (n, ...) with the same n in all")
         points = tuple(x.detach() for x in points)
         n = len(points[0])
         if not n:
@@ -119,7 +134,7 @@ class InstanceLinearization:
         contributions = _tuple(linear.contributions(tuple(x - b for x, b in zip(points, starts, strict=True))))
         with torch.no_grad():
             outputs = _select(call(*points), target)
-        explained = torch.stack([part.flatten(1).sum(1) for part in contributions]).sum(0)
+        explained = torch.stack([part.reshape(len(part), -1).sum(1) for part in contributions]).sum(0)
         return contributions, outputs - explained - linear(starts)
 
 
@@ -175,6 +190,8 @@ def _select(output: Any, target: Target) -> Tensor:
         raise TypeError(
             f"model: returned {type(output).__name__}, want a tensor; wrap the model to return the output to explain"
         )
+    if output.dim() == 0:
+        output = output.unsqueeze(0)  # one sample, or samples that depend on one another, which `linearize` refuses
     shape = output.shape[1:]
     given = target.tolist() if isinstance(target, Tensor) else target
     if given is None and shape.numel() == 1:

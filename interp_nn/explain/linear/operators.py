@@ -8,9 +8,11 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from interp_nn.explain.following.calls import UnsupportedOperation
 from interp_nn.explain.following.replay import over_copies
 from interp_nn.gates.jvp import jvp
 
+_OF_AUTOGRAD = ("inplace operation", "in-place", "invalid gradient", "not implemented")  # in its errors
 Vectors = tuple[Tensor, ...]  # one tensor (r, n, *input) for each input
 
 
@@ -115,7 +117,7 @@ class JacobianOperator(AffineOperator):
         function: The function.
         x: Its inputs, (n, *input) each.
         output: Its value at x, (n, *output).
-        affine: True if the function is affine; then b is its value at 0. Otherwise b = F(x) - W x.
+        affine: True if the function is affine; then b is its value at 0. Otherwise b = F(x) - W x. Also an attribute.
         check: Raises if the function has changed. It is called before each use of the function.
         start: Leaf tensors and the function's value with its autograd graph, if it exists already. It is used once.
         parts: Computes `bias_by_layer`.
@@ -132,7 +134,7 @@ class JacobianOperator(AffineOperator):
         start: tuple[Vectors, Tensor] | None = None,
         parts: Callable[[], dict[str, Tensor]] | None = None,
     ) -> None:
-        self._function, self._affine, self._start, self._parts = function, affine, start, parts
+        self._function, self.affine, self._start, self._parts = function, affine, start, parts
         self._check = check
         self.x = tuple(t.detach() for t in x)
         self.n, self.inputs, self.output = x[0].shape[0], tuple(t.shape[1:] for t in x), output.shape[1:]
@@ -145,11 +147,12 @@ class JacobianOperator(AffineOperator):
             return self._push(*(t[0] for t in v)).unsqueeze(0)
         return over_copies(self._push, *v)
 
-    def pullback(self) -> Callable[[Tensor], Vectors]:
-        """Return the function u -> Wᵀ u."""
+    def pullback(self, keep: bool = False) -> Callable[[Tensor], Vectors]:
+        """Return the function u -> Wᵀ u; with `keep`, a later call gets the same graph."""
         self._check()
         if self._start is not None:
-            (x, out), self._start = self._start, None
+            x, out = self._start
+            self._start = self._start if keep else None
         else:
             with torch.inference_mode(False), torch.enable_grad():
                 x = tuple(t.clone().requires_grad_() for t in self.x)
@@ -158,9 +161,18 @@ class JacobianOperator(AffineOperator):
         def pull(u: Tensor) -> Vectors:
             if not out.requires_grad:  # the output does not depend on the input
                 return tuple(t.new_zeros(len(u), *t.shape) for t in x)
-            if len(u) > 1:
-                return torch.autograd.grad(out, x, u, retain_graph=True, is_grads_batched=True, materialize_grads=True)
-            rows = torch.autograd.grad(out, x, u[0], retain_graph=True, materialize_grads=True)
+            try:
+                if len(u) > 1:
+                    return torch.autograd.grad(
+                        out, x, u, retain_graph=True, is_grads_batched=True, materialize_grads=True
+                    )
+                rows = torch.autograd.grad(out, x, u[0], retain_graph=True, materialize_grads=True)
+            except RuntimeError as error:
+                if not any(word in str(error) for word in _OF_AUTOGRAD):
+                    raise
+                raise UnsupportedOperation(
+                    f"model: autograd cannot follow its calls back, want others: {str(error).splitlines()[0]}"
+                ) from error
             return tuple(row.unsqueeze(0) for row in rows)
 
         return pull
@@ -169,7 +181,7 @@ class JacobianOperator(AffineOperator):
         """Return b (n, *output)."""
         self._check()
         with torch.no_grad():
-            if self._affine:
+            if self.affine:
                 return self._function(*(torch.zeros_like(t) for t in self.x))
             return self._function(*self.x) - self._push(*self.x)
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from interp_nn.explain.following.replay import replay_at
+from interp_nn.explain.linear.affine_map import AffineMap
+from interp_nn.explain.linear.operators import JacobianOperator
 
 
 class Boundary(NamedTuple):
@@ -16,7 +19,7 @@ class Boundary(NamedTuple):
     Attributes:
         distance: Euclidean distance to it, (...).
         unit: Index of the unit that flips there, (...) int64.
-        point: The nearest point on it, (..., d).
+        point: The nearest point on it, of x's shape.
 
     Example:
         >>> half_line = Region(torch.tensor([[2.0]]), torch.tensor([-2.0]), torch.tensor([True]))  # 2 x - 2 > 0
@@ -49,7 +52,8 @@ class Ball(NamedTuple):
 class Region:
     """The inputs x (d,) at which each of u units has a given state, on or off.
 
-    A unit is on where its preactivation A x + a is positive. The gates of earlier layers are frozen in A and a.
+    A unit is on where its preactivation A x + a is positive. The gates of earlier layers are frozen in A and a. Methods also
+    take points (..., *input) that are not flattened, for example an image, with d entries each.
 
     Args:
         normals: A (u, d).
@@ -63,7 +67,7 @@ class Region:
 
     Raises:
         ValueError: Shapes that do not fit.
-        TypeError: `on` is not bool.
+        TypeError: `on` is not bool, or there is no tensor.
 
     Example:
         >>> half_line = Region(torch.tensor([[2.0]]), torch.tensor([-2.0]), torch.tensor([True]))  # 2 x - 2 > 0
@@ -72,6 +76,9 @@ class Region:
     """
 
     def __init__(self, normals: Tensor, offsets: Tensor, on: Tensor) -> None:
+        for name, value in (("normals", normals), ("offsets", offsets), ("on", on)):
+            if not isinstance(value, Tensor):
+                raise TypeError(f"{name}: got {type(value).__name__}, want a torch.Tensor")
         if normals.dim() != 2 or offsets.shape != normals.shape[:1] or on.shape != normals.shape[:1]:
             shapes = [tuple(t.shape) for t in (normals, offsets, on)]
             raise ValueError(f"normals, offsets, on: got shapes {shapes}, want (u, d), (u,) and (u,)")
@@ -101,7 +108,7 @@ class Region:
         distance, unit = self.margins(x).min(-1)
         normal = self.normals[unit]
         step = self._preactivations(x).gather(-1, unit.unsqueeze(-1)) / normal.square().sum(-1, keepdim=True)
-        return Boundary(distance, unit, x - step * normal)
+        return Boundary(distance, unit, x - (step * normal).reshape(x.shape))
 
     def to_halfspaces(self) -> Tensor:
         """Return rows [N, c], (u, d + 1), with N x + c <= 0 in the region, as scipy.spatial.HalfspaceIntersection takes them."""
@@ -151,16 +158,21 @@ class Region:
         return f"Region({units} units, {int(self.on.sum())} of them on, {d} inputs)"
 
     def _preactivations(self, x: Tensor) -> Tensor:
-        if x.shape[-1:] != self.normals.shape[1:]:
-            raise ValueError(f"x: got shape {tuple(x.shape)}, want (..., {self.normals.shape[1]})")
-        return x @ self.normals.T + self.offsets
+        if not isinstance(x, Tensor):
+            raise TypeError(f"x: got {type(x).__name__}, want a torch.Tensor")
+        d = self.normals.shape[1]
+        dims = next((i for i in reversed(range(x.dim())) if x.shape[i:].numel() == d), None)
+        if dims is None:
+            raise ValueError(f"x: got shape {tuple(x.shape)}, want (..., {d})")
+        return x.reshape(*x.shape[:dims], d) @ self.normals.T + self.offsets
 
 
 def region(model: nn.Module, x: Tensor) -> Region:
     """Compute the region of one sample: the inputs at which every gate of the model is as it is at x.
 
     The points of the region are flattened inputs. Its units are in the order of `GateRecord.patterns`. Units whose
-    preactivation is infinite at 0 are left out.
+    preactivation is infinite at 0 are left out. For a model that is not exact (see `OperationReport.exact`) a warning names
+    the operations: the region's boundaries are then not all of the map's, or only approximate.
 
     Args:
         model: The network, in evaluation mode.
@@ -180,18 +192,25 @@ def region(model: nn.Module, x: Tensor) -> Region:
         >>> region(network, torch.tensor([[4.0]])).margins(torch.tensor([4.0]))
         tensor([3.])
     """
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x: got {type(x).__name__}, want a torch.Tensor (1, ...)")
     if x.shape[:1] != (1,):
         raise ValueError(f"x: got shape {tuple(x.shape)}, want one sample (1, ...)")
     replay = replay_at(model, x)
     if not replay.sites:
         raise ValueError("model: has no gates, want a model with ReLU or a similar activation")
+    if replay.inexact:
+        found = ", ".join(f"{name} in layer {layer!r}" for name, layer in replay.inexact)
+        text = "is a secant, or its pieces are not gates; the region does not show where it changes"
+        warnings.warn(f"model: {found} {text}", stacklevel=2)
 
-    def preactivations(v: Tensor) -> Tensor:
-        return torch.cat([z.reshape(-1) for z in replay.all_preactivations((v.view(x.shape),))])
+    def preactivations(*v: Tensor) -> Tensor:
+        return torch.cat([z.reshape(1, -1) for z in replay.all_preactivations(v)], 1)
 
-    flat = x.detach().reshape(-1)
+    here = x.detach()
     with torch.no_grad():
-        normals = torch.func.jacrev(preactivations)(flat)
-        offsets, on = preactivations(torch.zeros_like(flat)), preactivations(flat) > 0
+        on = preactivations(here)[0] > 0
+        units = AffineMap(JacobianOperator(preactivations, (here,), on[None].to(x), affine=True, check=lambda: None))
+        normals, offsets = units.weight[0].flatten(1), units.bias[0]
         real = offsets.isfinite()  # a window of max-pooling has no candidates beyond the border
         return Region(normals[real], offsets[real], on[real])

@@ -1,5 +1,6 @@
 import math
 import pickle
+import time
 
 import numpy as np
 import pytest
@@ -10,8 +11,11 @@ from torch import nn
 from torch.nn import functional
 
 from benchmarks.experiments.tabular import mlp
+from interp_nn.explain.clusters import activation_clusters
 from interp_nn.explain.clusters.activation_clusters import ActivationClusters
 from interp_nn.explain.estimator import NotFittedError
+from interp_nn.explain.following.gate_record import supported_ops
+from interp_nn.explain.linear.regions import region
 from interp_nn.gates.patterns import ActivationPatterns
 
 
@@ -488,7 +492,106 @@ class Second(nn.Module):
         return x.relu().sort(1).values[:, -2:-1]
 
 
-def test_orders_show_in_the_check():
-    x = torch.tensor([[1.0, 2.0, 3.0], [3.0, 2.5, 7.0]])
+def test_s10_orders_are_part_of_the_pattern():
+    x = torch.tensor([[1.0, 2.0, 3.0], [3.0, 2.5, 7.0], [2.0, 4.0, 8.0]])
     clusters = ActivationClusters(Second()).fit(x)
-    assert clusters.counts_.tolist() == [2] and clusters.check() == pytest.approx(0.5 / 3)
+    assert clusters.labels_.tolist() == [0, 1, 0] and clusters.check() == 0
+
+
+class Experts(nn.Module):
+    """Two experts, of which an operation chooses one."""
+
+    def __init__(self, choose):
+        super().__init__()
+        self.choose, self.gate = choose, nn.Linear(3, 2)
+        self.experts = nn.ModuleList(nn.Sequential(nn.Linear(3, 3), nn.ReLU()) for _ in range(2))
+
+    def forward(self, x):
+        outputs = torch.stack([expert(x) for expert in self.experts], 1)
+        index = self.choose(self.gate(x))
+        return outputs.gather(1, index.view(-1, 1, 1).expand(-1, 1, 3)).squeeze(1)
+
+
+CHOICES = {
+    "argmax": lambda z: z.argmax(1),
+    "argmin": lambda z: torch.argmin(z, axis=1),
+    "argsort": lambda z: z.argsort(1)[:, 0],
+    "sort": lambda z: z.sort(1, descending=True).indices[:, 0],
+    "topk": lambda z: z.topk(1).indices[:, 0],
+    "max": lambda z: z.max(1).indices,
+    "kthvalue": lambda z: z.kthvalue(2).indices,
+    "median": lambda z: z.median(1).indices,
+    "sign": lambda z: (z[:, 0] - z[:, 1]).sign().clamp(min=0).long(),
+    "gt": lambda z: (z[:, 0] > z[:, 1]).long(),
+    "bool": lambda z: (z[:, 0] - z[:, 1]).clamp(min=0).bool().long(),
+    "signbit": lambda z: torch.signbit(z[:, 0] - z[:, 1]).long(),
+}
+
+
+@pytest.mark.parametrize("name", CHOICES)
+def test_s10_choices_are_gates_of_the_pattern_and_of_regions(name):
+    model, x = Experts(CHOICES[name]).double(), torch.randn(120, 3, dtype=torch.float64)
+    clusters = ActivationClusters(model).fit(x)
+    assert clusters.check() <= 1e-13 and len(clusters.counts_) > 4 and supported_ops(model, x).exact
+    assert clusters.check() <= 1e-13
+    for c in range(4):
+        here, own = clusters.region(c), clusters.inputs_[clusters.first_[c]]
+        assert torch.equal(here.contains(clusters.inputs_), clusters.labels_ == c)
+        near = own + 0.999 * here.radius(own) * nn.functional.normalize(torch.randn(50, 3, dtype=torch.float64), dim=1)
+        torch.testing.assert_close(
+            clusters.affine_[c].weight[0] @ near.T + clusters.affine_[c].bias.T, model(near).detach().T
+        )
+
+
+@pytest.mark.parametrize(
+    ("name", "choose"),
+    [
+        ("round", lambda z: z[:, 0].round().long() % 2),
+        ("floor", lambda z: z[:, 0].floor().long() % 2),
+        ("ceil", lambda z: z[:, 0].ceil().long() % 2),
+        ("trunc", lambda z: z[:, 0].trunc().long() % 2),
+        ("long", lambda z: z[:, 0].long() % 2),
+        ("to", lambda z: z[:, 0].to(torch.int64) % 2),
+        ("topk", lambda z: z.topk(1, sorted=False).indices[:, 0]),
+        ("sort", lambda z: z.repeat(1, 80).sort(1).indices[:, 0] % 2),
+    ],
+)
+def test_s10_pieces_that_are_not_gates_are_named(name, choose):
+    model, x = Experts(choose).double(), 3 * torch.randn(40, 3, dtype=torch.float64)
+    report = supported_ops(model, x)
+    assert not report.exact and report.supported and (name, "", "piece", 1) in report.rows
+    text = f"{name} in layer '' has pieces that are not gates"
+    with pytest.warns(UserWarning, match=text):
+        ActivationClusters(model).fit(x)
+    with pytest.warns(UserWarning, match=f"{name} in layer ''.* is a secant, or its pieces are not gates"):
+        region(model, x[:1])
+
+
+@pytest.mark.parametrize("counts", [True, False])
+@pytest.mark.parametrize("width", [3, 64, 100, 130])
+def test_the_nearest_pattern_is_that_of_the_hamming_distance(width, counts, monkeypatch):
+    if not counts:
+        monkeypatch.delattr(np, "bitwise_count", raising=False)
+    known, new = (ActivationPatterns.from_gates(torch.rand(n, width) < 0.5) for n in (200, 30))
+    assert torch.equal(activation_clusters.nearest(known, new), new.hamming(known).argmin(1))
+    assert activation_clusters.nearest(known, new[:0]).shape == (0,)
+
+
+@pytest.mark.slow
+def test_nearest_clusters_cost_one_pass_over_the_packed_patterns():
+    known, new = (ActivationPatterns.from_gates(torch.rand(n, 128) < 0.5) for n in (200_000, 200))
+    words = np.ascontiguousarray(known.packed.numpy().view(np.uint64).T)
+
+    def one_pass():
+        for i in range(len(new)):
+            for word in words:
+                np.bitwise_count(word ^ word[i]).argmin()
+
+    def seconds(function):
+        start = time.perf_counter()
+        function()
+        return time.perf_counter() - start
+
+    one_pass()
+    ratios = [seconds(lambda: activation_clusters.nearest(known, new)) / seconds(one_pass) for _ in range(3)]
+    assert min(ratios) <= 3

@@ -438,7 +438,7 @@ class Centred(nn.Module):
 def test_gates_that_do_not_lie_by_sample_are_refused(make, n):
     model, x = make().to(DTYPE), batch((8 if make is TimeFirst else 4,), n)
     with pytest.raises(ValueError, match=r"model: the gates of .* one sample at a time \(chunk_size=1\)"):
-        record(model, x)
+        record(model, x, check=True)
     assert len(record(model, x[:1]).patterns()) == 1
 
 

@@ -7,7 +7,9 @@ from hypothesis import given
 from torch import nn
 from torch.nn import functional as F
 
-from interp_nn.explain.following.gate_record import frozen
+from interp_nn.explain import InstanceLinearization, Region
+from interp_nn.explain.following.gate_record import frozen, record, supported_ops
+from interp_nn.explain.linear import affine_map
 from interp_nn.explain.linear.affine_map import AffineMap, linearize
 from interp_nn.explain.linear.regions import region
 
@@ -254,13 +256,48 @@ def test_singular_triplets():
         affine.svd(5)
 
 
-def test_check_finds_samples_that_depend_on_one_another():
-    class Centred(nn.Module):
-        def forward(self, x):
-            return F.relu(x - x.mean(0))
+class Centred(nn.Module):
+    def forward(self, x):
+        return F.relu(x - x.mean(0))
 
+
+class Scaled(nn.Module):
+    """Samples depend on one another by a frozen factor."""
+
+    def forward(self, x):
+        return x / x.std(0)
+
+
+class FromTheFirst(nn.Module):
+    def forward(self, x):
+        return x - x[:1].relu()
+
+
+class Reordered(nn.Module):
+    def forward(self, x):
+        return x.flip(0).relu()
+
+
+@pytest.mark.parametrize("make", [Centred, Scaled, FromTheFirst, Reordered])
+@pytest.mark.parametrize("mode", ["secant", "tangent"])
+def test_s18_samples_that_depend_on_one_another(make, mode, monkeypatch):
     x = torch.randn(4, 6, dtype=DTYPE)
-    assert linearize(Centred(), x).check() > 0.01
+    with pytest.raises(ValueError, match=r"model: the output for sample \d changes by .* want one sample at a time"):
+        linearize(make(), x, mode=mode)
+    monkeypatch.setattr(affine_map, "check_independence", lambda *_: None)
+    assert linearize(make(), x, mode=mode).check() > 0.01
+
+
+class FixedBatch(nn.Module):
+    """Runs batches of four samples only; samples have weights of their own."""
+
+    def forward(self, x):
+        return x.view(4, 2, 3).relu().flatten(1) * torch.arange(1.0, 5).to(x).unsqueeze(1)
+
+
+def test_s18_a_model_of_a_fixed_batch_is_accepted():
+    x = torch.randn(4, 6, dtype=DTYPE)
+    assert linearize(FixedBatch(), x).check() <= 1e-14
 
 
 def test_memory_of_the_recording_is_let_go():
@@ -421,3 +458,118 @@ def test_a_map_of_a_model_whose_parameters_have_changed_is_refused(mode):
 def test_the_check_of_a_model_that_gives_zeros():
     model, x = nn.Linear(2, 2, bias=False).to(DTYPE), torch.zeros(2, 2, dtype=DTYPE)
     assert linearize(model, x).check() == 0
+
+
+def test_arrays_of_numpy_are_refused_by_name_everywhere():
+    model, x = case("functional")
+    array, affine, here = x.numpy(), linearize(model, x), region(model, x[:1])
+    wrong = [
+        lambda: linearize(model, array),
+        lambda: frozen(model, array),
+        lambda: record(model, array),
+        lambda: supported_ops(model, array),
+        lambda: region(model, array[:1]),
+        lambda: affine(array),
+        lambda: affine.matvec(array),
+        lambda: affine.contributions(array),
+        lambda: affine.rmatvec(array),
+        lambda: AffineMap.from_tensors(affine.weight.numpy(), affine.bias),
+        lambda: here.contains(array),
+        lambda: here.nearest_boundary(array),
+        lambda: Region(array, here.offsets, here.on),
+        lambda: InstanceLinearization(model).attribute(array, target=0),
+    ]
+    for call in wrong:
+        with pytest.raises(TypeError, match=r"(x|u|weight|normals|inputs\[0\]): got ndarray, want a torch.Tensor"):
+            call()
+
+
+def test_inputs_of_another_dtype_than_the_networks_are_named():
+    model = mlp(6, 4, 2, dtype=torch.float32)
+    for explain in (linearize, record, frozen, supported_ops):
+        with pytest.raises(
+            TypeError, match=r"x: got torch.float64 on cpu, but the model's parameters are torch.float32 on cpu"
+        ):
+            explain(model, torch.ones(2, 6, dtype=DTYPE))
+
+
+def test_biases_of_layers_after_a_change_of_the_memory_format():
+    class Formats(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 5, 3)
+
+        def forward(self, x):
+            h = self.first(x).relu().contiguous(memory_format=torch.channels_last)
+            return self.second(h).relu().to(memory_format=torch.contiguous_format).mean((2, 3))
+
+    model, x = Formats().to(DTYPE), torch.randn(2, 3, 7, 7, dtype=DTYPE)
+    for last in (x, x.contiguous(memory_format=torch.channels_last)):
+        affine = linearize(model, last)
+        parts = affine.bias_by_layer()
+        assert list(parts) == ["first", "second"] and relative(sum(parts.values()), affine.bias) <= 1e-12
+        assert affine.check() <= 1e-12
+        gates = linearize(model, last, layer=1)  # as many outputs as pixels: one layer after another
+        assert relative(sum(gates.bias_by_layer().values()), gates.bias) <= 1e-12
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_biases_of_layers_by_rows_and_by_layers_agree(name):
+    model, x = case(name)
+    replay = frozen(model, x)
+    wanted, found = replay._parts_by_layers([]), replay._parts_by_rows()
+    assert list(found) == list(wanted)
+    for layer, part in found.items():
+        torch.testing.assert_close(part, wanted[layer], rtol=1e-11, atol=1e-12)
+
+
+class TimeFirst(nn.Module):
+    """Steps before samples, as many as samples: the first dimension of the constants is not the samples'."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(2, 5), nn.Linear(5, 2)
+
+    def forward(self, x):
+        steps = x.unflatten(1, (3, 2)).transpose(0, 1)
+        weight = torch.arange(1.0, 4).to(x).view(3, 1, 1)
+        return (self.second(self.first(steps).relu()) * weight).sum(0)
+
+
+def test_biases_of_layers_if_constants_are_not_by_sample():
+    model, x = TimeFirst().to(DTYPE), torch.randn(3, 6, dtype=DTYPE)
+    replay, affine = frozen(model, x), linearize(model, x)
+    assert replay._parts_by_rows() is None
+    parts = affine.bias_by_layer()
+    assert list(parts) == ["first", "second"] and relative(sum(parts.values()), affine.bias) <= 1e-12
+    model.first.requires_grad_(False).bias.zero_()
+    assert relative(linearize(model, x).bias_by_layer()["second"], parts["second"]) <= 1e-12
+
+
+def test_r9_regions_need_memory_in_proportion_to_units():
+    class Wide(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first = nn.Linear(4, 30_000)
+
+        def forward(self, x):
+            return self.first(x).relu()[:, :3]
+
+    here = region(Wide(), torch.randn(1, 4))
+    assert here.normals.shape == (30_000, 4)  # 3.6 GB by reverse mode over all units
+
+
+def test_a_region_takes_the_image_that_it_was_made_from():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 16, 2)).to(DTYPE)
+    image = torch.randn(1, 3, 6, 6, dtype=DTYPE)
+    here = region(model, image)
+    for x in (image, image[0], image.expand(2, 3, 6, 6)):
+        boundary = here.nearest_boundary(x)
+        assert boundary.point.shape == x.shape and bool(here.contains(x).all())
+        flat = here.nearest_boundary(x.reshape(-1, 108))
+        assert torch.equal(boundary.distance.reshape(-1), flat.distance.reshape(-1))
+        assert torch.equal(boundary.point.reshape(-1, 108), flat.point)
+    with pytest.raises(ValueError, match=r"x: got shape \(1, 3, 6, 5\), want \(..., 108\)"):
+        here.contains(image[..., :5])
+    with pytest.raises(TypeError, match=r"x: got tuple, want a torch\.Tensor"):
+        region(model, (image,))

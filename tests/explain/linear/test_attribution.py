@@ -208,7 +208,7 @@ def test_bad_inputs_and_models_are_named():
     method = InstanceLinearization(model)
     with pytest.raises(ValueError, match=r"inputs\[1\]: got \(5, 2, 8, 8\)"):
         method.attribute((x, x[:5]), target=0)
-    with pytest.raises(ValueError, match=r"inputs\[0\]: got list"):
+    with pytest.raises(TypeError, match=r"inputs\[0\]: got list, want a torch.Tensor"):
         method.attribute([x], target=0)
     with pytest.raises(ValueError, match=r"inputs: got no samples"):
         method.attribute(x[:0], target=0)
@@ -225,3 +225,36 @@ def test_bad_inputs_and_models_are_named():
 class Pair(nn.Module):
     def forward(self, x):
         return x, x
+
+
+def test_inputs_of_one_dimension_and_scalar_outputs():
+    class Kinked(nn.Module):
+        def forward(self, x):
+            return 3 * x.relu() + 1
+
+    x = torch.tensor([2.0, -1.0, 0.5], dtype=F64)
+    result, delta = InstanceLinearization(Kinked()).attribute(x, return_convergence_delta=True)
+    assert result.tolist() == [6, 0, 1.5] and delta.tolist() == [0, 0, 0]
+    result, delta = InstanceLinearization(Kinked()).attribute(x, baselines=1.0, return_convergence_delta=True)
+    assert result.tolist() == [3, 0, -1.5] and delta.abs().max() <= 1e-15
+
+    class Scalar(nn.Module):
+        def forward(self, x):
+            return x.relu().sum()
+
+    one = torch.tensor([[1.0, -2.0, 3.0]], dtype=F64)
+    result, delta = InstanceLinearization(Scalar()).attribute(one, return_convergence_delta=True)
+    assert result.tolist() == [[1, 0, 3]] and delta.tolist() == [0]
+    with pytest.raises(ValueError, match=r"target: selected shape \(1,\), want \(2, ...\)"):
+        InstanceLinearization(Scalar()).attribute(torch.cat([one, one]))
+
+
+def test_captums_noise_tunnel_takes_it():
+    attr = pytest.importorskip("captum.attr")
+    model, x = residual(torch.float32)
+    method = InstanceLinearization(model)
+    tunnel = attr.NoiseTunnel(method)
+    got = tunnel.attribute(x, nt_samples=3, stdevs=0.0, target=1)
+    torch.testing.assert_close(got, method.attribute(x, target=1), atol=1e-6, rtol=1e-5)
+    got, delta = tunnel.attribute(x, nt_samples=2, stdevs=0.01, target=1, return_convergence_delta=True)
+    assert got.shape == x.shape and delta.shape == (2 * len(x),) and bool(got.isfinite().all())
