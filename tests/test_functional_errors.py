@@ -244,3 +244,27 @@ class Tagged(torch.Tensor):
 
 def test_a_plain_subclass_is_welcome():
     assert f.summary(t(*X).as_subclass(Tagged), t(*B)).shape == (3, 2)
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="needs torch.distributed")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch.distributed's own imports
+def test_a_dtensor_is_refused_where_there_is_no_rule_for_it():
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        from torch.distributed.tensor import DTensor, init_device_mesh
+
+        mesh = init_device_mesh("cpu", (1,))
+        x, b = (DTensor.from_local(v, mesh) for v in (t(*X), t(*B)))
+        for name, function in TWO.items():
+            if name in ("summary", "summary_pair"):
+                with pytest.raises(TypeError, match=r"^x: got a local tensor, want a DTensor on the mesh of b"):
+                    function(t(*X), b)
+                continue
+            with pytest.raises(TypeError, match=r"^x: got a DTensor, which has no sharding rule here; want a local"):
+                function(x, b)
+            with pytest.raises(TypeError, match=r"^b: got a DTensor"):
+                function(t(*X), b)
+    finally:
+        dist.destroy_process_group()

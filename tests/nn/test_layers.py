@@ -407,8 +407,3 @@ def test_head_loss_is_fp32_for_16_bit_inputs(consistency):
     head = SummaryHead(12, 5, 3, dtype=torch.bfloat16)
     x, target = torch.randn(6, 12, dtype=torch.bfloat16), torch.tensor([0, 1, 2, 2, 1, 0])
     assert head.loss(x, target, consistency=consistency).dtype == torch.float32
-
-
-@pytest.mark.parametrize("kind", [SummaryLayer, SummaryClassifier])
-def test_only_layers_with_an_effective_weight_to_keep_can_be_frozen(kind):
-    assert not hasattr(kind(12, 5), "freeze")
