@@ -163,6 +163,7 @@ class RuleResult:
         factor: As in `Dependence`.
         piecewise_constant: As in `Dependence`.
         preactivations: Computes the preactivations of the call's gates. A gate is on where its preactivation is positive.
+        linear: True if the replay is known to give 0 for 0.
     """
 
     treatment: str
@@ -171,6 +172,7 @@ class RuleResult:
     factor: bool = False
     piecewise_constant: bool = False
     preactivations: Callable[[Call], Tensor] | None = None
+    linear: bool = False
 
 
 def tensors(value: Any) -> Iterator[Tensor]:

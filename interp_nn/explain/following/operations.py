@@ -123,7 +123,8 @@ def product(factors: Sequence[int], addends: Sequence[int] = ()) -> Rule:
             return recorded_value(call)  # gate * constant + affine
         if len(affine) <= 1:
             is_factor = bool(affine) and affine[0][1].factor and not addends
-            return RuleResult(_product_treatment([d for _, d in used]), rerun, factor=is_factor)
+            linear = all(value is None for value in added)
+            return RuleResult(_product_treatment([d for _, d in used]), rerun, factor=is_factor, linear=linear)
         gates = [operand for operand in affine if operand[1].factor]
         if len(affine) - len(gates) != 1 or len({id(value) for value, _ in affine}) < len(affine):
             return recorded_value(call, call.as_non_affine(_PRODUCT_OF_TWO))

@@ -138,6 +138,7 @@ def activation(pieces: Callable[[Call], Pieces], factor: bool = False) -> Rule:
             scale_and_shift(slope, offset),
             factor=factor,
             preactivations=lambda now: pieces(now).preactivations(now.input),
+            linear=offset is None,
         )
 
     return rule
@@ -244,7 +245,7 @@ def max_pooling(dimensions: int) -> Rule:
             windows = (adaptive_windows if adaptive else sliding_windows)(call, indices.shape[-dimensions:])
             return ArgmaxGates(flat(call), windows, indices.flatten(-dimensions))
 
-        return RuleResult("gate", replay, preactivations=LazyGates(build, flat))
+        return RuleResult("gate", replay, preactivations=LazyGates(build, flat), linear=True)
 
     return rule
 

@@ -41,6 +41,7 @@ class Step(NamedTuple):
         layer: Path of the layer that made the call.
         replay: Computes the call's result in the replay.
         affine: True if the result is affine in the input.
+        linear: True if it is known to be 0 for values of 0.
         preactivations: Computes the preactivations of the call's gates, or None for a call without gates.
     """
 
@@ -48,6 +49,7 @@ class Step(NamedTuple):
     layer: str
     replay: CallFunction
     affine: bool
+    linear: bool
     preactivations: Callable[[Call], Tensor] | None
 
 
@@ -451,7 +453,9 @@ class Recorder(TorchFunctionMode):
             non_affine = treated.non_affine
         if non_affine is not None or replay is None:
             replay = _recorded(map_tensors(call.args[0] if call.inplace else result, lambda t: t.detach().clone()))
-        self.steps.append(Step(call.name, call.layer, replay, non_affine is None, treated.preactivations))
+        self.steps.append(
+            Step(call.name, call.layer, replay, non_affine is None, treated.linear, treated.preactivations)
+        )
         self.rows.append((call.name, call.layer, treated.treatment))
         if call.inplace:
             self._dependences.write(call.args[0], Dependence(non_affine, treated.factor, treated.piecewise_constant))
@@ -673,7 +677,7 @@ class ConstantFinder(Replayer):
 
     def _on_zeros(self, step: Step, call: Call) -> list[Tensor] | None:
         """Return an affine step's results on zeros, or None if they are zero."""
-        if not step.affine:
+        if not step.affine or step.linear:
             return None
         dependences: dict[int, Dependence] = {}
 
