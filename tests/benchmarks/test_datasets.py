@@ -117,7 +117,7 @@ def test_damaged_files_are_named(tmp_path, change, message, idx):
         datasets.load(None, tmp_path)
 
 
-@pytest.mark.parametrize("content", [b"no gzip", gzip.compress(bytes(99))[:-9]])
+@pytest.mark.parametrize("content", [b"no gzip", gzip.compress(bytes(99))[:-9]], ids=["no gzip", "cut"])
 def test_damaged_archives_are_named(content, tmp_path, idx):
     _mnist(tmp_path, idx)
     (tmp_path / "train-labels-idx1-ubyte.gz").write_bytes(content)

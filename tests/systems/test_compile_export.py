@@ -56,7 +56,9 @@ def check_training(build, backend="inductor", **options):
 
 
 @pytest.mark.parametrize(
-    ("build", "options"), [(mlp, {}), (cnn, {}), (head, {}), (head, {"consistency": "latent"})], ids=str
+    ("build", "options"),
+    [(mlp, {}), (cnn, {}), (head, {}), (head, {"consistency": "latent"})],
+    ids=["mlp", "cnn", "head", "latent head"],
 )
 def test_training_on_batches_of_any_size_is_one_graph(build, options):
     check_training(build, "aot_eager", **options)
