@@ -1,4 +1,4 @@
-"""What the GPU job checks, and that it notices wrong results, without a GPU."""
+"""The checks of the GPU job, rehearsed without a GPU: they notice wrong results."""
 
 import contextlib
 import itertools

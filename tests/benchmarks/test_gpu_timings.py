@@ -1,4 +1,4 @@
-"""What the GPU job runs, counts and times, with streams and graphs that are played on the CPU."""
+"""The runs, counts and timings of the GPU job, with streams and graphs that are played on the CPU."""
 
 import contextlib
 import itertools

@@ -1,4 +1,4 @@
-"""Follow a model call by call: a recorder decides how each call is replayed, and a replayer replays it with frozen gates."""
+"""Record a model call by call, and decide how each call is replayed."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import types
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +31,7 @@ from interp_nn.explain.following.calls import (
     piecewise_constant,
     tensors,
 )
+from interp_nn.explain.following.dependence import AFFINE, UNSEEN, DependencyMap, storage_of
 
 
 class Step(NamedTuple):
@@ -69,123 +70,6 @@ class GateCall(NamedTuple):
     step: int
     preactivations: Tensor
     zero: Tensor | None = None
-
-
-class DivergedError(RuntimeError):
-    """The replay made other calls than the recording."""
-
-
-class DependencyMap:
-    """The dependence of each tensor on the input.
-
-    Tensors that share memory are known to each other, so that a write through one is seen in all. The map keeps the tensors
-    alive, because it finds them by their id.
-    """
-
-    def __init__(self) -> None:
-        self._entries: dict[int, tuple[Tensor, Dependence]] = {}
-        self._sharing: dict[int, list[int]] = {}  # ids of tensors by their storage
-
-    def get(self, t: Tensor) -> Dependence | None:
-        """Return how a tensor depends on the input, or None if it does not."""
-        entry = self._entries.get(id(t))
-        if entry is not None:
-            return entry[1]
-        found = None  # a view that no call returned here, or an earlier view of memory that was written to
-        for other, dependence in self.sharing(t):
-            if overlap(other, t) != "none":
-                found = dependence if found is None else _both(found, dependence)
-        if found is not None:
-            self.set(t, found)
-        return found
-
-    def set(self, value: Any, dependence: Dependence) -> None:
-        """Set the dependence of all tensors in a nested value."""
-        for t in tensors(value):
-            if id(t) not in self._entries and (storage := _storage(t)) is not None:
-                self._sharing.setdefault(storage, []).append(id(t))
-            self._entries[id(t)] = (t, dependence)
-
-    def write(self, t: Tensor, dependence: Dependence) -> None:
-        """Set the dependence of a tensor that was written to, and add it to those of the tensors that share its memory."""
-        for other, old in self.sharing(t):
-            if other is t or old == dependence or (covered := overlap(t, other)) == "none":
-                continue
-            self._entries[id(other)] = (other, dependence if covered == "all" else _both(old, dependence))
-        self.set(t, dependence)
-
-    def sharing(self, t: Tensor) -> list[tuple[Tensor, Dependence]]:
-        """Return the tensors in the map that share a tensor's storage, with their dependences."""
-        if not self._sharing or (storage := _storage(t)) is None:
-            return []
-        return [self._entries[i] for i in self._sharing.get(storage, ())]
-
-    def of_arguments(self, args: Any, kwargs: Any) -> dict[int, Dependence]:
-        """Return by id the dependences of those arguments that depend on the input."""
-        found = {}
-        for value in (*args, *kwargs.values()):
-            for t in tensors(value):
-                if (dependence := self.get(t)) is not None:
-                    found[id(t)] = dependence
-        return found
-
-
-def _both(one: Dependence, other: Dependence) -> Dependence:
-    """Return the dependence of memory of which one part has one and another part the other."""
-    return Dependence(
-        one.non_affine or other.non_affine,
-        one.factor and other.factor,
-        one.piecewise_constant and other.piecewise_constant,
-        one.unseen or other.unseen,
-        one.mixed or other.mixed or (one.non_affine is None) != (other.non_affine is None),
-    )
-
-
-def _unwrapped(t: Tensor) -> Tensor:
-    """Return the tensor in the memory of a tensor of torch.func's transforms."""
-    while torch._C._functorch.is_functorch_wrapped_tensor(t):
-        t = torch._C._functorch.get_unwrapped(t)
-    return t
-
-
-def _storage(t: Tensor) -> int | None:
-    try:
-        storage = _unwrapped(t).untyped_storage()
-    except (NotImplementedError, RuntimeError):  # a sparse tensor
-        return None
-    return storage._cdata if storage.nbytes() else None
-
-
-def overlap(a: Tensor, b: Tensor) -> Literal["none", "some", "all"]:
-    """Return how many of b's elements are elements of a, for tensors of one storage."""
-    a, b = _unwrapped(a), _unwrapped(b)
-    if a.numel() == 0 or b.numel() == 0:
-        return "none"
-    (start, end), (other_start, other_end) = _extent(a), _extent(b)
-    if end <= other_start or other_end <= start:
-        return "none"
-    if a.is_contiguous() and start <= other_start and other_end <= end:
-        return "all"
-    if b.is_contiguous() and other_start <= start and end <= other_end and a.numel() < b.numel():
-        return "some"
-    if a.dtype.itemsize != b.dtype.itemsize:
-        return "some"
-    place = torch.zeros(a.untyped_storage().nbytes() // a.dtype.itemsize, dtype=torch.bool)
-    place.as_strided(a.size(), a.stride(), a.storage_offset()).fill_(True)
-    shared = place.as_strided(b.size(), b.stride(), b.storage_offset())
-    return "all" if bool(shared.all()) else "some" if bool(shared.any()) else "none"
-
-
-def _extent(t: Tensor) -> tuple[int, int]:
-    """Return the first byte of a tensor in its storage, and the byte behind the last."""
-    last = sum((int(size) - 1) * int(stride) for size, stride in zip(t.size(), t.stride(), strict=True))
-    start = int(t.storage_offset()) * t.dtype.itemsize
-    return start, start + (last + 1) * t.dtype.itemsize
-
-
-_AFFINE = Dependence()
-_UNSEEN = Dependence(NonAffineCall("", "", ""), unseen=True)
-_NOT_AFFINE = Dependence(NonAffineCall("", "", ""))
 
 
 class Recorder(TorchFunctionMode):
@@ -234,7 +118,7 @@ class Recorder(TorchFunctionMode):
     def mark_inputs(self, inputs: Sequence[Tensor]) -> None:
         """Mark tensors as the network's inputs."""
         for t in inputs:
-            self._dependences.set(t, _AFFINE)
+            self._dependences.set(t, AFFINE)
 
     def non_affine(self, output: Any) -> NonAffineCall | None:
         """Return the call that made an output not affine in the input, or None for an affine output."""
@@ -249,7 +133,7 @@ class Recorder(TorchFunctionMode):
     ) -> Any:
         was_watching, self._watching = self._watching, False
         try:
-            with _outside_inference_mode():
+            with outside_inference_mode():
                 return self._handle(func, args, kwargs or {})
         finally:
             self._watching = was_watching
@@ -335,7 +219,7 @@ class Recorder(TorchFunctionMode):
         with torch.set_grad_enabled(self.differentiable):
             result = call.run() if not call.inplace else call.args[0]
         given = [t for t in call.tensors() if (d := call.dependence(t)) is not None and d.mixed]
-        if call.inplace or any(all(_storage(t) != _storage(other) for other in given) for t in tensors(result)):
+        if call.inplace or any(all(storage_of(t) != storage_of(other) for other in given) for t in tensors(result)):
             return self._note_unsupported(
                 call, "it reads memory that holds values that are affine and others; want copies"
             )
@@ -345,7 +229,7 @@ class Recorder(TorchFunctionMode):
     def _build_gates_of(self, written: Tensor) -> None:
         """Build the lazy gates of calls whose input a call is about to overwrite."""
         for t, gates in self._lazy_gates:
-            if _storage(t) == _storage(written):
+            if storage_of(t) == storage_of(written):
                 _ = gates.gates
 
     def unrecorded_reason(self, value: Any) -> str | None:
@@ -387,8 +271,8 @@ class Recorder(TorchFunctionMode):
         self._watching = False
         try:
             for t in written:
-                self._dependences.write(t, _UNSEEN)
-            self._dependences.set(result, _UNSEEN)
+                self._dependences.write(t, UNSEEN)
+            self._dependences.set(result, UNSEEN)
         finally:
             self._watching = True
 
@@ -487,7 +371,7 @@ class DerivativesKept(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types_: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        with _outside_inference_mode(), torch.set_grad_enabled(self._grad):
+        with outside_inference_mode(), torch.set_grad_enabled(self._grad):
             call = Call(func, operations.operation_name(func), args, kwargs or {})
             if call.name in ("detach", "data") and args:
                 return args[0] if operations.writes_to_input(func, args, call.kwargs) else args[0].view_as(args[0])
@@ -499,7 +383,7 @@ _UNRECORDED = "an argument was computed by calls that cannot be recorded, in Tor
 
 
 @contextmanager
-def _outside_inference_mode() -> Iterator[None]:
+def outside_inference_mode() -> Iterator[None]:
     """Leave inference mode, in which autograd records nothing."""
     if not torch.is_inference_mode_enabled():
         yield
@@ -564,199 +448,6 @@ def _recorded(value: Any) -> CallFunction:
         return map_tensors(value, Tensor.clone)
 
     return replay
-
-
-class Replayer(TorchFunctionMode):
-    """Runs a model with each call on affine values replaced by its recorded step.
-
-    Args:
-        steps: The recorded steps.
-        wanted_steps: Indices of the steps whose preactivations are kept.
-
-    Attributes:
-        preactivations: By index, those of the wanted steps.
-    """
-
-    def __init__(self, steps: Sequence[Step], wanted_steps: Sequence[int] = ()) -> None:
-        super().__init__()
-        self._steps, self._next, self._dependences = steps, 0, DependencyMap()
-        self._grad = torch.is_grad_enabled()
-        self._wanted_steps, self.preactivations = frozenset(wanted_steps), dict[int, Tensor]()
-
-    def mark_inputs(self, inputs: Sequence[Tensor]) -> None:
-        """Mark tensors as the network's inputs."""
-        for t in inputs:
-            self._dependences.set(t, _AFFINE)
-
-    def finish(self) -> None:
-        """Check that all steps were replayed. Raises DivergedError otherwise."""
-        if self._next != len(self._steps):
-            raise self._diverged(None)
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types_: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        with _outside_inference_mode():
-            return self._handle(func, args, kwargs or {})
-
-    def _handle(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        name = operations.operation_name(func)
-        args, kwargs = respelled(func, name, args, kwargs)
-        dependences = operations.relevant(self._dependences.of_arguments(args, kwargs), name, args)
-        if not dependences:
-            with torch.set_grad_enabled(self._grad):
-                return operations.run_constant(Call(func, name, args, kwargs))
-        inplace = operations.writes_to_input(func, args, kwargs)
-        affine = {key: dependence for key, dependence in dependences.items() if dependence.non_affine is None}
-        call = Call(func, name, args, kwargs, inplace, "", affine)
-        left_out, result = operations.without_gradients(call)
-        if left_out:
-            return result
-        if any(dependence.mixed for dependence in dependences.values()):
-            result = call.run()
-            self._set(call, result, next(d for d in dependences.values() if d.mixed))
-            return result
-        if not affine:
-            result = call.run()
-            self._set(call, result, _NOT_AFFINE)
-            return result
-        if name not in operations.TABLE:
-            if isinstance(func, types.FunctionType) and func.__module__.startswith("torch"):
-                with self:
-                    return operations.without_dispatch(func)(*args, **kwargs)
-            return func(*args, **kwargs)
-        if self._next == len(self._steps) or self._steps[self._next].name != name:
-            raise self._diverged(name)
-        index, step = self._next, self._steps[self._next]
-        self._next += 1
-        # The model may run under no_grad; the replay keeps the gradient mode of its caller.
-        with torch.set_grad_enabled(self._grad):
-            if index in self._wanted_steps:
-                z = step.preactivations(call) if step.preactivations is not None else call.input
-                self.preactivations[index] = z.clone()
-            result = self._run_step(index, step, call)
-        dependence = _AFFINE if step.affine else _NOT_AFFINE
-        if inplace:
-            self._dependences.write(args[0], dependence)
-        for t in tensors(result):
-            self._dependences.set(t, dependence if continuous(t) else _NOT_AFFINE)
-        return result
-
-    def _set(self, call: Call, result: Any, dependence: Dependence) -> None:
-        if call.inplace:
-            self._dependences.write(call.args[0], dependence)
-        self._dependences.set(result, dependence)
-
-    def _run_step(self, index: int, step: Step, call: Call) -> Any:
-        return step.replay(call)
-
-    def _diverged(self, name: str | None) -> DivergedError:
-        wanted = self._steps[self._next] if self._next < len(self._steps) else None
-        return DivergedError(
-            f"model: the replay's call {self._next} is {name or 'the end'}, the recording's was "
-            f"{f'{wanted.name} in layer {wanted.layer!r}' if wanted else 'the end'}; "
-            "want a model that makes the same calls every time"
-        )
-
-
-class ConstantFinder(Replayer):
-    """A replay that also runs each step on zeros, and keeps its result where it is not zero.
-
-    Attributes:
-        constants: By index of the step, its results on zeros.
-    """
-
-    def __init__(self, steps: Sequence[Step], wanted_steps: Sequence[int] = ()) -> None:
-        super().__init__(steps, wanted_steps)
-        self.constants: dict[int, list[Tensor]] = {}
-
-    def _run_step(self, index: int, step: Step, call: Call) -> Any:
-        if (constants := self._on_zeros(step, call)) is not None:
-            self.constants[index] = constants
-        return step.replay(call)
-
-    def _on_zeros(self, step: Step, call: Call) -> list[Tensor] | None:
-        """Return an affine step's results on zeros, or None if they are zero."""
-        if not step.affine or step.linear:
-            return None
-        dependences: dict[int, Dependence] = {}
-
-        def zeros(t: Tensor) -> Tensor:
-            if not call.is_affine(t):
-                return t
-            zero = torch.zeros_like(t)
-            dependences[id(zero)] = _AFFINE
-            return zero
-
-        with torch.no_grad():
-            args, kwargs = map_tensors(call.args, zeros), map_tensors(call.kwargs, zeros)
-            result = step.replay(Call(call.function, call.name, args, kwargs, call.inplace, call.layer, dependences))
-            constants = list(tensors(args[0] if call.inplace else result))
-            found = any(bool(c.any()) for c in constants if continuous(c))
-            return [c.clone() for c in constants] if found else None
-
-
-class SampleScaledReplayer(ConstantFinder):
-    """A replay that multiplies each layer's constants by a scale of 1 for each sample, which autograd follows.
-
-    Args:
-        steps: The recorded steps.
-        n: Number of samples.
-
-    Attributes:
-        scales: By layer, in call order, its scales (n,).
-        by_sample: False if there is a constant whose first dimension is not a multiple of n. It is not scaled.
-    """
-
-    def __init__(self, steps: Sequence[Step], n: int) -> None:
-        super().__init__(steps)
-        self._n, self.scales, self.by_sample = n, dict[str, Tensor](), True
-
-    def _run_step(self, index: int, step: Step, call: Call) -> Any:
-        constants = self._on_zeros(step, call)
-        result = step.replay(call)
-        if constants is None:
-            return result
-        if any(continuous(c) and (c.dim() == 0 or len(c) % self._n) for c in constants):
-            self.by_sample = False
-            return result
-        like = next(filter(continuous, constants)).real
-        if step.layer not in self.scales:
-            self.scales[step.layer] = like.new_ones(self._n).requires_grad_()
-        change, rest = self.scales[step.layer] - 1, iter(constants)
-
-        def more(c: Tensor) -> Tensor:
-            return change.repeat_interleave(len(c) // self._n).view(-1, *[1] * (c.dim() - 1)) * c
-
-        if call.inplace:
-            call.args[0].add_(more(next(rest)))
-            return result
-        return map_tensors(result, lambda t: t + more(c) if continuous(c := next(rest)) else t)
-
-
-class ScaledReplayer(Replayer):
-    """A replay that multiplies the constants of each layer's steps by scales[layer]."""
-
-    def __init__(
-        self,
-        steps: Sequence[Step],
-        wanted_steps: Sequence[int],
-        constants: dict[int, list[Tensor]],
-        scales: dict[str, Tensor],
-    ) -> None:
-        super().__init__(steps, wanted_steps)
-        self._constants, self._scales = constants, scales
-
-    def _run_step(self, index: int, step: Step, call: Call) -> Any:
-        result = step.replay(call)
-        if index not in self._constants:
-            return result
-        constants, change = iter(self._constants[index]), self._scales[step.layer] - 1
-
-        if call.inplace:
-            call.args[0].add_(change * next(constants))
-            return result
-        return map_tensors(result, lambda t: t + change * c if continuous(c := next(constants)) else t)
 
 
 class Layers:

@@ -15,16 +15,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from interp_nn.explain.following import operations
 from interp_nn.explain.following.calls import UnsupportedOperation, map_tensors
-from interp_nn.explain.following.recorder import (
-    ConstantFinder,
-    DerivativesKept,
-    Layers,
-    Recorder,
-    Replayer,
-    SampleScaledReplayer,
-    ScaledReplayer,
-    UnseenCalls,
-)
+from interp_nn.explain.following.recorder import DerivativesKept, Layers, Recorder, UnseenCalls
+from interp_nn.explain.following.replayer import ConstantFinder, Replayer, SampleScaledReplayer, ScaledReplayer
 from interp_nn.gates.jvp import jvp
 from interp_nn.gates.record import place_of
 

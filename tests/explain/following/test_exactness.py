@@ -17,7 +17,7 @@ from interp_nn.explain import (
 )
 from interp_nn.explain.following import secants
 from interp_nn.explain.following.calls import Call, UnsupportedCallError, reads
-from interp_nn.explain.following.recorder import overlap
+from interp_nn.explain.following.dependence import overlap
 
 DTYPE = torch.float64
 aten = torch.ops.aten

@@ -113,7 +113,7 @@ def programs():
 
 
 def found(text, seed):
-    """Whether the map is wrong, or `linearize` itself saw that the replay is not the model."""
+    """Return True if the map is wrong, or if `linearize` itself saw that the replay is not the model."""
     try:
         return verdict(text, seed).startswith("WRONG")
     except RuntimeError as error:
