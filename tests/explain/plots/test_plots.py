@@ -185,6 +185,7 @@ def test_a_missing_matplotlib_is_explained(monkeypatch):
             raise ImportError(name)
         return real(name, *rest, **named)
 
-    monkeypatch.setattr(builtins, "__import__", without)
-    with pytest.raises(ImportError, match=r"pip install interp_nn\[plot\]"):
-        plots.coverage_curve(torch.ones(3))
+    with monkeypatch.context() as patch:  # closing the figures imports matplotlib again
+        patch.setattr(builtins, "__import__", without)
+        with pytest.raises(ImportError, match=r"pip install interp_nn\[plot\]"):
+            plots.coverage_curve(torch.ones(3))
