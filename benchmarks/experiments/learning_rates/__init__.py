@@ -6,7 +6,9 @@ The layers are plain PyTorch. Each cell of the sweep is one training on one thre
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
+from collections.abc import Callable, Iterator
 
 import torch
 from tqdm import tqdm
@@ -42,13 +44,16 @@ def main(arguments: list[str]) -> int:
     torch.set_num_threads(1)  # as in the workers
     facts = environment.facts()
     writer = rows.Writer(file, {name: facts[name] for name in ("git_sha", "dirty", "device", "torch", "python")})
-    with multiprocessing.get_context("spawn").Pool(given.workers) as pool:
+    with contextlib.ExitStack() as stack:
+        train: Callable[..., Iterator[rows.Row]] = map
+        if given.workers > 1:
+            train = stack.enter_context(multiprocessing.get_context("spawn").Pool(given.workers)).imap_unordered
         for network in (name for name in LENGTHS if name in given.networks):
             done = {tuple(row[name] for name in Cell._fields) for row in found}
             due = [cell for cell in _cells(network, found, given.quick, given.seed) if tuple(cell) not in done]
-            for row in tqdm(pool.imap_unordered(cells.train, due), network, len(due), mininterval=10):
+            for row in tqdm(train(cells.train, due), network, len(due), mininterval=10):
                 writer.write(**row)
-            found += writer.rows[len(writer.rows) - len(due) :]
+                found.append(writer.rows[-1])
     tables.report(run, found)
     return 0
 

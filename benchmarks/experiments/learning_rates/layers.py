@@ -87,6 +87,7 @@ class Linear(nn.Module):
     u: Tensor
     v: Tensor
     eye: Tensor
+    before: Tensor | None
 
     def __init__(self, in_features: int, out_features: int, candidate: Candidate, bias: bool = True) -> None:
         super().__init__()
@@ -109,7 +110,8 @@ class Linear(nn.Module):
         self.register_buffer("u", u[:, 0].clone())
         self.register_buffer("v", vt[0].clone())
         self.register_buffer("eye", torch.eye(min(in_features, out_features)), persistent=False)
-        self.before = self.weight.detach().clone() if candidate.bounded else None
+        before = self.weight.detach().clone() if candidate.bounded else None
+        self.register_buffer("before", before, persistent=False)
 
     def effective_weight(self) -> Tensor:
         """Return W transposed, (out_features, in_features)."""
