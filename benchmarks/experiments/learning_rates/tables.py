@@ -86,7 +86,6 @@ def score(found: Sequence[Row], layer: str, network: str | None = None) -> dict[
 
 def best(found: Sequence[Row], number: int) -> list[str]:
     """Return the layers that come nearest to nn.Linear: by failures, cells within 2 points, and shortfall."""
-
     scores = {layer: score(found, layer) for layer in CANDIDATES if layer not in (LINEAR, ORTHOGONAL)}
     ranks = {a: (s["failures"], -s["near"], s["shortfall"]) for a, s in scores.items() if s["counted"]}
     return sorted(ranks, key=ranks.__getitem__)[:number]
