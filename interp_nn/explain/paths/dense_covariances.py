@@ -188,7 +188,8 @@ def _unit(profile: Tensor) -> float | None:
     """Return the one number beside 0 in a profile, where 8-bit integers are multiplied faster than its dtype; else None."""
     if profile.dtype != torch.float32 or profile.device.type != "cpu" or not torch.backends.mkldnn.is_available():
         return None
-    if not torch.cpu._is_vnni_supported() or not profile.numel():
+    supported = getattr(torch.cpu, "_is_vnni_supported", None)  # a private name, as _int_mm is
+    if supported is None or not supported() or not hasattr(torch, "_int_mm") or not profile.numel():
         return None
     unit = profile.max()
     return float(unit) if bool(((profile == 0) | (profile == unit)).all()) else None
