@@ -119,10 +119,11 @@ def summary(
     Source:
         Banh, Interpretable-Neural-Net.
     """
-    given = None if scale is _ONE and polynomial is _SUMMARY else _given(polynomial, scale)
-    if given is not None:
-        x, b, bias, plan = _planned(x, b, bias, False, given)
-        return _polynomial.summary(x, b, bias, _as_tensors(given, x), plan)
+    if scale is not _ONE or polynomial is not _SUMMARY:
+        given = _given(polynomial, scale)
+        if given is not None:
+            x, b, bias, plan = _planned(x, b, bias, False, given)
+            return _polynomial.summary(x, b, bias, _as_tensors(given, x), plan)
     x, b, bias, plan = _planned(x, b, bias, False)
     if type(b) not in _PLAIN and is_dtensor(b):
         from interp_nn.ops import sharding
@@ -167,10 +168,11 @@ def summary_pair(
     Source:
         Banh, Interpretable-Neural-Net.
     """
-    given = None if scale is _ONE and polynomial is _SUMMARY else _given(polynomial, scale)
-    if given is not None:
-        x, b, _, plan = _planned(x, b, None, True, given)
-        return SummaryPair(*_polynomial.summary_pair(x, b, _as_tensors(given, x), plan))
+    if scale is not _ONE or polynomial is not _SUMMARY:
+        given = _given(polynomial, scale)
+        if given is not None:
+            x, b, _, plan = _planned(x, b, None, True, given)
+            return SummaryPair(*_polynomial.summary_pair(x, b, _as_tensors(given, x), plan))
     x, b, _, plan = _planned(x, b, None, True)
     return SummaryPair(*_summary.summary_pair(x, b, plan))
 
@@ -519,18 +521,16 @@ def _planned(
     given: tuple[_Coefficients, float | Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None, Plan]:
     """Return checked x, b and bias, and the plan. The plan is remembered by everything that it depends on."""
-    key = degree = None
-    need_b = False
-    if given is not None:
-        degree = len(given[0]) - 1
-        need_b = any(isinstance(t, Tensor) and t.requires_grad for t in given)
+    key: tuple[object, ...] | None = None
     plain = type(x) in _PLAIN and type(b) in _PLAIN and (bias is None or type(bias) in _PLAIN)
     if plain and not is_dynamo_compiling() and not any_autocast_enabled():
         key = (
             x.shape, b.shape, x.dtype, b.dtype, x.device, b.device, x.layout, b.layout, x.requires_grad, b.requires_grad,
-            torch.is_grad_enabled(), pair, select.requested(), degree, need_b,
+            torch.is_grad_enabled(), pair, select.requested(),
             None if bias is None else (bias.shape, bias.dtype, bias.device, bias.layout),
         )  # fmt: skip
+        if given is not None:
+            key = (*key, *_degree(given))
         plan = _plans.get(key)
         if plan is not None:
             return x, b, bias, plan
@@ -539,10 +539,15 @@ def _planned(
         _, bias = _operands(b, "b", True, bias=bias)
         if bias.dim() != 1 or bias.shape[0] != b.shape[1]:
             raise ValueError(f"bias: got shape {_shape(bias)}, want ({b.shape[1]},) for b of shape {_shape(b)}")
-    plan = _summary.choose(x, b, pair, degree, need_b)
+    plan = _summary.choose(x, b, pair, *(() if given is None else _degree(given)))
     if key is not None and len(_plans) < _MOST_PLANS:
         _plans[key] = plan
     return x, b, bias, plan
+
+
+def _degree(given: tuple[_Coefficients, float | Tensor]) -> tuple[int, bool]:
+    """Return the degree of a polynomial, and True if a coefficient or the scale needs a gradient."""
+    return len(given[0]) - 1, any(isinstance(t, Tensor) and t.requires_grad for t in given)
 
 
 def _autocast_enabled(t: Tensor) -> bool:
