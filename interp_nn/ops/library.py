@@ -95,11 +95,11 @@ def _has_tangent(t: Any) -> bool:
     return isinstance(t, Tensor) and t.is_floating_point() and forward_ad.unpack_dual(t).tangent is not None
 
 
-def nested_forward_mode(*tensors: Any) -> bool:
-    """Return True inside nested forward-mode AD, where PyTorch silently drops part of a Function's derivative."""
-    return (
-        not torch.compiler.is_compiling() and transforming(*tensors) and getattr(eager_transforms, "JVP_NESTING", 2) > 1
-    )
+def loses_derivatives(*tensors: Any) -> bool:
+    """Return True where PyTorch silently drops a Function's derivative: nested forward mode, transforms while compiling."""
+    if torch.compiler.is_compiling():
+        return _transforms_active()
+    return transforming(*tensors) and getattr(eager_transforms, "JVP_NESTING", 2) > 1
 
 
 def apply(function: type[Function], *args: Any) -> Any:

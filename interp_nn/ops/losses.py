@@ -19,7 +19,7 @@ from interp_nn.engines import eager, polynomial, select
 from interp_nn.engines.polynomial import Polynomial
 from interp_nn.engines.problem import LossOptions, Plan, plan_from_text, plan_to_text
 from interp_nn.linalg import accumulation_dtype, is_column_major
-from interp_nn.ops.library import apply, define, implement, is_batched, transforming
+from interp_nn.ops.library import apply, define, implement, is_batched, loses_derivatives, transforming
 from interp_nn.ops.summary import as_rows, ordered, row_count, spread
 
 
@@ -296,7 +296,7 @@ def cross_entropy(
     plan = select.choose(select.problem_of(x, row_count(x), d, k, not head, (needs[0], needs[1]), classes, degree))
     compiling = torch.compiler.is_compiling()
     unread = q is not None and (compiling or not x.is_cpu)  # the target's values: a graph break, a synchronisation
-    if unread or (not compiling and transforming(x, b, a, c, *(q or ()))):
+    if unread or (loses_derivatives() if compiling else transforming(x, b, a, c, *(q or ()))):
         return expression(x, b, a, c, target, options, plan, q=q)
     if plan.autograd:
         try:

@@ -20,7 +20,7 @@ from interp_nn.engines.orders import saved_names
 from interp_nn.engines.polynomial import MOST_COEFFICIENTS, Polynomial
 from interp_nn.engines.problem import Plan, plan_from_text, plan_to_text
 from interp_nn.linalg import gram, is_column_major
-from interp_nn.ops.library import apply, define, implement, is_dtensor, nested_forward_mode
+from interp_nn.ops.library import apply, define, implement, is_dtensor, loses_derivatives
 
 BY_AUTOGRAD = Plan("eager", "(Xb)G", autograd=True)  # the plan of DTensors
 _SAVING = Plan("eager", "(Xb)G", saves=True)
@@ -489,7 +489,7 @@ def choose(x: Tensor, b: Tensor, pair: bool, degree: int | None = None, need_b: 
 
 def summary(x: Tensor, b: Tensor, bias: Tensor | None, plan: Plan) -> tuple[Tensor, list[Tensor]]:
     """Return (Y = X b (bᵀb) + bias, the saved tensors of the plan) for checked arguments."""
-    if plan.autograd or nested_forward_mode(x, b, bias):
+    if plan.autograd or loses_derivatives(x, b, bias):
         _, y, saved = eager.forward(as_rows(x), b, bias, plan, False)
         return y if x.dim() == 2 else y.view(*x.shape[:-1], b.shape[1]), saved
     y, *saved = apply(_summary_function(), x, b, bias, plan, False)
@@ -506,7 +506,7 @@ def small_gram(plan: Plan, saved: Sequence[Tensor], b: Tensor) -> Tensor | None:
 
 def summary_pair(x: Tensor, b: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
     """Return (X b, X b (bᵀb)) for checked arguments."""
-    if plan.autograd or nested_forward_mode(x, b):
+    if plan.autograd or loses_derivatives(x, b):
         p, y, _ = eager.forward(as_rows(x), b, None, plan, True)
         assert p is not None
         if x.dim() == 2:
