@@ -12,7 +12,7 @@ from benchmarks import experiments
 from benchmarks.experiments.learning_rates import cells, tables
 from benchmarks.experiments.learning_rates.cells import OPTIMIZERS, Cell
 from benchmarks.experiments.learning_rates.layers import CANDIDATES, LINEAR, Conv2d, Linear
-from benchmarks.experiments.learning_rates.networks import NETWORKS
+from benchmarks.experiments.learning_rates.architectures import NETWORKS
 from benchmarks.records.environment import ROOT
 
 
@@ -141,3 +141,7 @@ def test_a_finished_cell_is_not_trained_again(tmp_path, monkeypatch):
     assert found == by_name["cnn", "summary"]["accuracy"]
 
 
+def test_the_guide_has_the_tables_of_the_record():
+    record = json.loads((ROOT / "benchmarks/results/cpu/experiments/learning_rates.json").read_text())
+    page = (ROOT / "docs" / "polynomials.md").read_text(encoding="utf-8")
+    assert tables.markdown(record["results"]) in page

@@ -22,7 +22,7 @@ from benchmarks.experiments.learning_rates.layers import CANDIDATES, LINEAR, ORT
 from benchmarks.records import environment, files, report, rows
 
 NAME = "learning_rates"
-LENGTHS = {"mlp": 40, "cnn": 20, "transformer": 20, "gpt": 1200}  # epochs; steps of the GPT
+LENGTHS = {"mlp": 40, "cnn": 20, "transformer": 20, "gpt": 600}  # epochs; steps of the GPT
 SHORT = {"mlp": 1, "cnn": 1, "transformer": 1, "gpt": 2}
 FEW = ("SGD, momentum 0.9", "AdamW, decay 0.01", "Muon")
 LANGUAGE = ("AdamW, decay 0.1", (1e-3, 3e-3, 1e-2))

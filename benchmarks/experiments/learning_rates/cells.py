@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from benchmarks.experiments import datasets
 from benchmarks.experiments.learning_rates import text
 from benchmarks.experiments.learning_rates.layers import CANDIDATES, Linear
-from benchmarks.experiments.learning_rates.networks import GPT, NETWORKS
+from benchmarks.experiments.learning_rates.architectures import GPT, NETWORKS
 from benchmarks.experiments.training import accuracy
 
 BATCH = 32
