@@ -30,7 +30,7 @@ from torch.nn import Parameter
 
 from interp_nn import linalg
 from interp_nn.engines import eager, select
-from interp_nn.engines.polynomial import MOST_COEFFICIENTS, Polynomial, weight
+from interp_nn.engines.eager_polynomial import MOST_COEFFICIENTS, Polynomial, weight
 from interp_nn.engines.problem import LossOptions, Plan
 from interp_nn.linalg import Orthogonalized, autocast_available
 from interp_nn.ops import losses as _cross_entropy

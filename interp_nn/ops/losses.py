@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.autograd import Function
 
 from interp_nn import engines
-from interp_nn.engines import eager, polynomial, select
-from interp_nn.engines.polynomial import Polynomial
+from interp_nn.engines import eager, eager_polynomial, select
+from interp_nn.engines.eager_polynomial import Polynomial
 from interp_nn.engines.problem import LossOptions, Plan, plan_from_text, plan_to_text
 from interp_nn.linalg import accumulation_dtype, is_column_major
 from interp_nn.ops.library import apply, define, implement, is_batched, loses_derivatives, transforming
@@ -126,12 +126,14 @@ def expression(
     rows = as_rows(x)
     if a is None:
         forward = (
-            eager.forward(rows, b, None, plan, True) if q is None else polynomial.forward(rows, b, None, q, plan, True)
+            eager.forward(rows, b, None, plan, True)
+            if q is None
+            else eager_polynomial.forward(rows, b, None, q, plan, True)
         )
         o1, o2, _ = forward
         assert o1 is not None
     elif q is not None:
-        o1, o2 = polynomial.logits(rows, b, a, c, q, plan)
+        o1, o2 = eager_polynomial.logits(rows, b, a, c, q, plan)
     else:
         o1, o2 = eager.logits(rows, b, a, c, plan)[0].unbind(1)
     wide = accumulation_dtype(x.dtype)

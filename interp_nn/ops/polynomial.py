@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from interp_nn.engines import polynomial
+from interp_nn.engines import eager_polynomial
+from interp_nn.engines.eager_polynomial import Polynomial
 from interp_nn.engines.orders import saved_names
-from interp_nn.engines.polynomial import Polynomial
 from interp_nn.engines.problem import Plan, plan_to_text
 from interp_nn.linalg import is_column_major
 from interp_nn.ops.library import apply, is_dtensor, transforming
@@ -66,7 +66,7 @@ class PolynomialFunction(Function):
         if torch.compiler.is_compiling() or not (torch.is_grad_enabled() or transforming(dp, dy, x, b)):
             arguments = plan_to_text(ctx.plan), needs, is_column_major(b), coefficients, scale
             return (*spread(backward_operator(dp, dy, x, b, saved, *arguments), needs), None, None)
-        return (*polynomial.gradient(dp, dy, x, b, Polynomial(coefficients, scale), needs), None, None)
+        return (*eager_polynomial.gradient(dp, dy, x, b, Polynomial(coefficients, scale), needs), None, None)
 
 
 def _products(x: Tensor, b: Tensor, bias: Tensor | None, q: Polynomial, plan: Plan) -> bool:
@@ -77,7 +77,7 @@ def _products(x: Tensor, b: Tensor, bias: Tensor | None, q: Polynomial, plan: Pl
 def summary(x: Tensor, b: Tensor, bias: Tensor | None, q: Polynomial, plan: Plan) -> Tensor:
     """Return X b q(bᵀb) + bias for checked arguments."""
     if _products(x, b, bias, q, plan):
-        y = polynomial.forward(as_rows(x), b, bias, q, plan, False)[1]
+        y = eager_polynomial.forward(as_rows(x), b, bias, q, plan, False)[1]
         return y if x.dim() == 2 else y.view(*x.shape[:-1], b.shape[1])
     return apply(PolynomialFunction, x, b, bias, *q, plan, False)[0]
 
@@ -85,7 +85,7 @@ def summary(x: Tensor, b: Tensor, bias: Tensor | None, q: Polynomial, plan: Plan
 def summary_pair(x: Tensor, b: Tensor, q: Polynomial, plan: Plan) -> tuple[Tensor, Tensor]:
     """Return (a X b, X b q(bᵀb)) for checked arguments."""
     if _products(x, b, None, q, plan):
-        p, y, _ = polynomial.forward(as_rows(x), b, None, q, plan, True)
+        p, y, _ = eager_polynomial.forward(as_rows(x), b, None, q, plan, True)
         assert p is not None
         if x.dim() == 2:
             return p, y

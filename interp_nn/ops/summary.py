@@ -15,9 +15,9 @@ from torch import Tensor
 from torch.autograd import Function
 
 from interp_nn import engines
-from interp_nn.engines import eager, polynomial, select
+from interp_nn.engines import eager, eager_polynomial, select
+from interp_nn.engines.eager_polynomial import MOST_COEFFICIENTS, Polynomial
 from interp_nn.engines.orders import saved_names
-from interp_nn.engines.polynomial import MOST_COEFFICIENTS, Polynomial
 from interp_nn.engines.problem import Plan, plan_from_text, plan_to_text
 from interp_nn.linalg import gram, is_column_major
 from interp_nn.ops.library import apply, define, implement, is_dtensor, loses_derivatives
@@ -61,7 +61,7 @@ def _forward(
             raise ValueError("scale: got a tensor without coefficients, want both or None")
         return *engines.get(value.engine).forward(as_rows(x), b, bias, value, pair), names
     q = _polynomial(coefficients, scale, value)
-    return *polynomial.forward(as_rows(x), b, bias, q, value, pair), names
+    return *eager_polynomial.forward(as_rows(x), b, bias, q, value, pair), names
 
 
 def _polynomial(coefficients: Tensor, scale: Tensor | None, plan: Plan) -> Polynomial:
@@ -112,7 +112,7 @@ def _summary_backward(
         dx, db, dbias = engines.get(value.engine).backward(dp, dy, as_rows(x), b, saved, value, *needs)
     else:
         q = _polynomial(coefficients, scale, value)
-        dx, db, dbias, dc, da = polynomial.backward(dp, dy, as_rows(x), b, q, saved, value, needs)
+        dx, db, dbias, dc, da = eager_polynomial.backward(dp, dy, as_rows(x), b, q, saved, value, needs)
     out = [] if dx is None else [dx.view(x.shape)]
     if db is not None:
         out.append(ordered(db, transposed))
@@ -248,7 +248,7 @@ def _batched_backward(
 ) -> list[Tensor]:
     """Compute the backward under autograd.grad(is_grads_batched=True), whose vmap sees operators and not Functions."""
     if coefficients is not None:
-        found = polynomial.gradient(dp, dy, x, b, Polynomial(coefficients, scale), needs)
+        found = eager_polynomial.gradient(dp, dy, x, b, Polynomial(coefficients, scale), needs)
         return [t for t in found if t is not None]
     dp, dy = _rows_if_any(dp), _rows_if_any(dy)
     dx, db = gradient(dp, dy, as_rows(x), b)

@@ -10,9 +10,9 @@ from torch import nn
 
 from benchmarks import experiments
 from benchmarks.experiments.learning_rates import cells, tables
+from benchmarks.experiments.learning_rates.architectures import NETWORKS
 from benchmarks.experiments.learning_rates.cells import OPTIMIZERS, Cell
 from benchmarks.experiments.learning_rates.layers import CANDIDATES, LINEAR, Conv2d, Linear
-from benchmarks.experiments.learning_rates.architectures import NETWORKS
 from benchmarks.records.environment import ROOT
 
 

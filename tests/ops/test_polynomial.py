@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import interp_nn
 from interp_nn import functional
 from interp_nn.engines import orders
-from interp_nn.engines.polynomial import Polynomial
+from interp_nn.engines.eager_polynomial import Polynomial
 from interp_nn.engines.problem import POLYNOMIAL_ORDERS, Plan, Problem, plan_from_text, plan_to_text
 from interp_nn.ops import polynomial as ops
 

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from benchmarks.experiments import datasets
 from benchmarks.experiments.learning_rates import text
-from benchmarks.experiments.learning_rates.layers import CANDIDATES, Linear
 from benchmarks.experiments.learning_rates.architectures import GPT, NETWORKS
+from benchmarks.experiments.learning_rates.layers import CANDIDATES, Linear
 from benchmarks.experiments.training import accuracy
 
 BATCH = 32
