@@ -66,7 +66,19 @@ class OperationReport:
 def record(model: nn.Module, x: Tensor | Inputs, *, mode: str = "secant", check: bool = False) -> GateRecord:
     """Record the gates of a model at each sample of x.
 
-    The model runs once on x. Its buffers, hooks and training flags, and PyTorch's random state, do not change.
+    The model's buffers, hooks and training flags, and PyTorch's random state, do not change.
+
+    A gate is on where its unit passes: for relu(z), where(z < 0, 0, z), maximum(0, z) and z * (z > 0), where z is positive; for
+    minimum(z, 0), -relu(-z) and z * (z < 0), where z is negative. In detail:
+
+    - a kink between a flat and another piece: on at the other piece; the kink of an abs or a leaky ReLU: on above it. relu6 and
+      other functions with several kinks have a gate for each.
+    - maximum and minimum: on where the argument that depends on x wins, or the first argument if both do.
+    - a comparison: on where the argument that depends on x, or the first one if both do, is the larger one. If a product,
+      where, masked_fill or a write masks a value by it so that x passes at one side only: on where x passes.
+    - other choices have a gate for each candidate, pair or side.
+
+    At z = 0 exactly, the gate is that of the spelling: it is on for z * (z >= 0), and off for relu(z).
 
     Args:
         model: The network, in evaluation mode.

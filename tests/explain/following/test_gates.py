@@ -55,7 +55,7 @@ def test_clipped_units_have_a_gate_for_each_breakpoint():
     z = torch.tensor([[-1.0, 0.0, 3.0, 6.0, 7.0]], dtype=DTYPE)
     seen = record(nn.ReLU6(), z)
     assert seen.sites[0].shape == (2, 5)
-    assert torch.equal(seen.gates(0)[0], torch.stack([z[0] > 0, z[0] > 6]))
+    assert torch.equal(seen.gates(0)[0], torch.stack([z[0] > 0, z[0] < 6]))
     pattern = record(nn.Hardtanh(), torch.tensor([[-2.0], [0.0], [2.0]])).patterns()
     assert len(pattern.groups().counts) == 3
 
