@@ -1,5 +1,7 @@
 """Spellings of a ReLU that `record`, `npk` and `to_dgn` treat alike, and calls that look like one and are not."""
 
+from functools import cache
+
 import pytest
 import torch
 from torch import nn
@@ -192,30 +194,35 @@ def test_the_first_use_of_a_mask_counts():
     assert torch.equal(both.gates(0), seen.gates(0))
 
 
+@cache
+def of_the_module(gating):
+    """Inputs, and what a network of ReLU modules makes of them: its dual, or without gating the path kernel and the record."""
+    torch.manual_seed(0)
+    x, model = inputs(), spelled(nn.ReLU())
+    return x, (npk(model, x), record(model, x)) if gating is None else dual_of(model, gating)(x)
+
+
+def dual_of(model, gating):
+    return to_dgn(model, gating=gating, value_input="x", gate=HardGate(), reset=False)
+
+
 @spellings
 def test_the_path_kernel_is_that_of_the_relu_module(spelling):
-    x, y = inputs(), inputs(4)
-    assert torch.equal(npk(spelled(spelling), x, y), npk(spelled(nn.ReLU()), x, y))
+    x, (kernel, _) = of_the_module(None)
+    assert torch.equal(npk(spelled(spelling), x), kernel)
 
 
 @spellings
 @pytest.mark.parametrize("gating", ["relu", "linear"])
 def test_the_gated_network_is_that_of_the_relu_module(spelling, gating):
-    x = inputs()
-    options = {"gating": gating, "value_input": "x", "gate": HardGate(), "reset": False}
+    x, wanted = of_the_module(gating)
     model = spelled(spelling)
-    dual = to_dgn(model, **options)
-    assert torch.equal(dual(x), to_dgn(spelled(nn.ReLU()), **options)(x))
+    dual = dual_of(model, gating)
+    assert torch.equal(dual(x), wanted)
     if gating == "relu":
         torch.testing.assert_close(dual(x), model(x), rtol=1e-12, atol=0)
-
-
-@spellings
-def test_gates_are_named_as_in_the_record(spelling):
-    x = inputs()
-    dual = to_dgn(spelled(spelling), gating="relu", reset=False)
-    assert list(dual.layers) == [site.name for site in record(spelled(spelling), x).sites]
-    assert dual.gates(x).patterns() == record(spelled(nn.ReLU()), x).patterns()
+        assert list(dual.layers) == [site.name for site in record(model, x).sites]
+        assert dual.gates(x).patterns() == of_the_module(None)[1][1].patterns()
 
 
 def test_a_mask_that_something_else_uses_too_is_refused():
