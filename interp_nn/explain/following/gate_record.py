@@ -93,7 +93,7 @@ def record(model: nn.Module, x: Tensor | Inputs, *, mode: str = "secant", check:
         model: The network, in evaluation mode.
         x: Samples (n, ...) of a floating-point dtype, or a tuple of inputs with n samples each.
         mode: 'secant': each operation must be one that `frozen` can replay. 'tangent': all operations are accepted, and only
-            their gates are recorded.
+            their gates are recorded; gates of a value that no secant replays, such as a softmax's, are left out.
         check: Also record a batch of three samples, the last one twice and the first one, and compare their gates and outputs,
             to find models whose samples depend on one another. It sees the first and the last sample, and differences above
             a third of the digits. If a call has several gates in a row for a sample, in its first dimension, it is always done,
