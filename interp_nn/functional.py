@@ -2,6 +2,10 @@
 
 With projection P = X b and Gram matrix G = bᵀb the summary is Y = P G. It is a linear layer with effective weight W = b G.
 
+`polynomial` and `scale` make it Y = P q(G) with q(G) = c0 I + c1 G + ... + c4 G⁴, P = a X b and G = a² bᵀb. The summary is
+polynomial=(0, 1) with scale=1. The degree is the number of coefficients less one. Coefficients and scale may be tensors on x's
+device, whose values are read there, and may require gradients. Other polynomials are computed by the eager engine alone.
+
 x is (..., d) and b is (d, k), with any strides: a layer's (out, in) weight passes as `weight.t()` without a copy. Both have
 one dtype out of float64, float32, bfloat16, float16 and one device. Under autocast they are cast (except by `orthogonalize`),
 and gradients come back in the parameter's dtype. Empty tensors, k > d and rank-deficient b work. No argument is modified.
@@ -26,11 +30,13 @@ from torch.nn import Parameter
 
 from interp_nn import linalg
 from interp_nn.engines import eager, select
+from interp_nn.engines.polynomial import MOST_COEFFICIENTS, Polynomial, weight
 from interp_nn.engines.problem import LossOptions, Plan
 from interp_nn.linalg import Orthogonalized, autocast_available
 from interp_nn.ops import losses as _cross_entropy
+from interp_nn.ops import polynomial as _polynomial
 from interp_nn.ops import summary as _summary
-from interp_nn.ops.library import any_autocast_enabled, cast, is_dtensor
+from interp_nn.ops.library import any_autocast_enabled, cast, is_dtensor, is_wrapped
 
 __all__ = [
     "Orthogonalized",
@@ -50,6 +56,12 @@ _PLAIN = (Tensor, Parameter)
 _MOST_PLANS = 4096
 _plans: dict[tuple[object, ...], Plan] = {}
 _REDUCTIONS = ("mean", "sum", "none")
+# The polynomial and the scale of the summary. Calls without either are known by `is`, the scale first: in Dynamo, which cannot
+# trace `is` of tuples, no two floats are the same object.
+_SUMMARY, _ONE = (0.0, 1.0), 1.0
+_MOST_CONSTANTS = 256
+_constants: dict[tuple[object, ...], Tensor] = {}  # none is ever dropped: captured CUDA graphs read them
+_Coefficients = Sequence[float] | Tensor
 
 
 class SummaryPair(NamedTuple):
@@ -69,8 +81,15 @@ class SummaryPair(NamedTuple):
     summary: Tensor
 
 
-def summary(x: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Compute the summary Y = X b (bᵀb) + bias.
+def summary(
+    x: Tensor,
+    b: Tensor,
+    bias: Tensor | None = None,
+    *,
+    polynomial: Sequence[float] | Tensor = _SUMMARY,
+    scale: float | Tensor = _ONE,
+) -> Tensor:
+    """Compute the summary Y = X b (bᵀb) + bias, or Y = a X b q(a² bᵀb) + bias for a polynomial q and a scale a.
 
     `interp_nn.plan` tells which product is formed first. Each product accumulates in float32 (float64 for float64) and is
     rounded to the dtype.
@@ -79,22 +98,32 @@ def summary(x: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
         x: Input of shape (..., d).
         b: Weight of shape (d, k), any strides.
         bias: Vector of shape (k,), or None.
+        polynomial: One to five coefficients of q, the constant first: finite numbers, or a 1-D tensor on x's device.
+        scale: The factor a of b: a finite number, or a 0-dim tensor on x's device.
 
     Returns:
         Tensor of shape (..., k) in x's dtype (autocast's under autocast).
 
     Raises:
-        TypeError: A dtype that is not supported or differs between the arguments.
-        ValueError: Shapes or devices that do not fit.
+        TypeError: A dtype that is not supported or differs between the arguments; a polynomial or a scale of another type.
+        ValueError: Shapes or devices that do not fit; numbers of `polynomial` or `scale` that are not finite.
+        RuntimeError: The engine given to `use_engine` has no kernels for the polynomial.
 
     Example:
         >>> summary(torch.ones(2, 3), torch.eye(3)[:, :2])
         tensor([[1., 1.],
                 [1., 1.]])
+        >>> summary(torch.ones(1, 2), 2 * torch.eye(2), polynomial=(1.5, -0.5), scale=0.25)
+        tensor([[0.6875, 0.6875]])
 
     Source:
         Banh, Interpretable-Neural-Net.
     """
+    if scale is not _ONE or polynomial is not _SUMMARY:
+        given = _given(polynomial, scale)
+        if given is not None:
+            x, b, bias, plan = _planned(x, b, bias, False, given)
+            return _polynomial.summary(x, b, bias, _as_tensors(given, x), plan)
     x, b, bias, plan = _planned(x, b, bias, False)
     if type(b) not in _PLAIN and is_dtensor(b):
         from interp_nn.ops import sharding
@@ -110,28 +139,40 @@ def summary_and_gram(x: Tensor, b: Tensor, bias: Tensor | None = None) -> tuple[
     return y, _summary.small_gram(plan, saved, b)
 
 
-def summary_pair(x: Tensor, b: Tensor) -> SummaryPair:
-    """Compute the pair (P, Y) = (X b, X b (bᵀb)) in one launch where an engine has one.
+def summary_pair(
+    x: Tensor, b: Tensor, *, polynomial: Sequence[float] | Tensor = _SUMMARY, scale: float | Tensor = _ONE
+) -> SummaryPair:
+    """Compute the pair (P, Y) = (X b, X b (bᵀb)), or (a X b, a X b q(a² bᵀb)), in one launch where an engine has one.
 
     Args:
         x: Input of shape (..., d).
         b: Weight of shape (d, k), any strides.
+        polynomial: Coefficients of q, as in `summary`.
+        scale: The factor a of b, as in `summary`.
 
     Returns:
         `SummaryPair` of two tensors of shape (..., k).
 
     Raises:
-        TypeError: A dtype that is not supported or differs between the arguments.
-        ValueError: Shapes or devices that do not fit.
+        TypeError: A dtype that is not supported or differs between the arguments; a polynomial or a scale of another type.
+        ValueError: Shapes or devices that do not fit; numbers of `polynomial` or `scale` that are not finite.
+        RuntimeError: The engine given to `use_engine` has no kernels for the polynomial.
 
     Example:
         >>> projection, y = summary_pair(torch.ones(1, 2), 2 * torch.eye(2))
         >>> projection, y
         (tensor([[2., 2.]]), tensor([[8., 8.]]))
+        >>> summary_pair(torch.ones(1, 2), 2 * torch.eye(2), polynomial=(0, 0, 1)).summary
+        tensor([[32., 32.]])
 
     Source:
         Banh, Interpretable-Neural-Net.
     """
+    if scale is not _ONE or polynomial is not _SUMMARY:
+        given = _given(polynomial, scale)
+        if given is not None:
+            x, b, _, plan = _planned(x, b, None, True, given)
+            return SummaryPair(*_polynomial.summary_pair(x, b, _as_tensors(given, x), plan))
     x, b, _, plan = _planned(x, b, None, True)
     return SummaryPair(*_summary.summary_pair(x, b, plan))
 
@@ -144,12 +185,14 @@ def summary_cross_entropy(
     weights: Sequence[float] = (1.0, 1.0, 1.0),
     ignore_index: int = -100,
     reduction: str = "mean",
+    polynomial: Sequence[float] | Tensor = _SUMMARY,
+    scale: float | Tensor = _ONE,
 ) -> Tensor:
-    """Compute the loss w1 CE(P, t) + w2 CE(Y, t) + w3 MSE(P, Y), with the k columns as classes.
+    """Compute the loss w1 CE(P, t) + w2 CE(Y, t) + w3 MSE(P, Y) of `summary_pair`, with the k columns as classes.
 
     A row's MSE is its mean over k. On a GPU engine the forward pass computes the gradients too, except for float16 and for
-    reduction "none". On a CPU PyTorch's autograd computes them in the backward pass. A row whose logits overflow makes
-    gradients NaN even if it is ignored, as in PyTorch.
+    reduction "none". On a CPU, and for other polynomials, PyTorch's autograd computes them in the backward pass. A row whose
+    logits overflow makes gradients NaN even if it is ignored, as in PyTorch.
 
     Args:
         x: Input of shape (..., d).
@@ -159,6 +202,8 @@ def summary_cross_entropy(
         ignore_index: Rows with this target are left out of all three terms.
         reduction: "mean" divides by the number of kept rows (NaN without any, as in PyTorch), "sum" adds the rows, "none"
             returns one loss for each row.
+        polynomial: Coefficients of q, as in `summary`.
+        scale: The factor a of b, as in `summary`.
 
     Returns:
         Scalar, or a tensor of target's shape for "none"; float32 for 16-bit inputs, else x's dtype.
@@ -175,9 +220,11 @@ def summary_cross_entropy(
     Source:
         Banh, "Representing information as linear combinations of signals", section 2.1.
     """
+    given = _given(polynomial, scale)
     x, b = _matrices(x, b)
     options = _loss_options(x, target, b.shape[1], weights, ignore_index, reduction)
-    return _cross_entropy.cross_entropy(x, b, None, None, target, options)
+    q = None if given is None else _as_tensors(given, x)
+    return _cross_entropy.cross_entropy(x, b, None, None, target, options, q)
 
 
 def summary_head_cross_entropy(
@@ -190,8 +237,10 @@ def summary_head_cross_entropy(
     weights: Sequence[float] = (1.0, 1.0, 1.0),
     ignore_index: int = -100,
     reduction: str = "mean",
+    polynomial: Sequence[float] | Tensor = _SUMMARY,
+    scale: float | Tensor = _ONE,
 ) -> Tensor:
-    """Compute the reference network's loss w1 CE(O1, t) + w2 CE(O2, t) + w3 MSE(O1, O2).
+    """Compute the reference network's loss w1 CE(O1, t) + w2 CE(O2, t) + w3 MSE(O1, O2), with (P, Y) of `summary_pair`.
 
     The logits are O1 = P Aᵀ + c and O2 = Y Aᵀ + c. Where m is small against k they are formed without any n x k intermediate.
     Gradients are computed as by `summary_cross_entropy`.
@@ -205,6 +254,8 @@ def summary_head_cross_entropy(
         weights: The factors (w1, w2, w3).
         ignore_index: Rows with this target are left out of all three terms.
         reduction: "mean", "sum" or "none", as in `summary_cross_entropy`.
+        polynomial: Coefficients of q, as in `summary`.
+        scale: The factor a of b, as in `summary`.
 
     Returns:
         Scalar, or a tensor of target's shape for "none"; float32 for 16-bit inputs, else x's dtype.
@@ -221,6 +272,7 @@ def summary_head_cross_entropy(
     Source:
         AskExplain, Interpretable-Neural-Net.
     """
+    given = _given(polynomial, scale)
     x, b = _matrices(x, b)
     _, a, c = _operands(b, "b", output_weight=output_weight, output_bias=output_bias)
     if a is None or a.dim() != 2 or a.shape[1] != b.shape[1]:
@@ -230,7 +282,8 @@ def summary_head_cross_entropy(
     if c is not None and (c.dim() != 1 or c.shape[0] != a.shape[0]):
         raise ValueError(f"output_bias: got shape {_shape(c)}, want ({a.shape[0]},) for output_weight {_shape(a)}")
     options = _loss_options(x, target, a.shape[0], weights, ignore_index, reduction)
-    return _cross_entropy.cross_entropy(x, b, a, c, target, options)
+    q = None if given is None else _as_tensors(given, x)
+    return _cross_entropy.cross_entropy(x, b, a, c, target, options, q)
 
 
 def gram(b: Tensor) -> Tensor:
@@ -254,27 +307,36 @@ def gram(b: Tensor) -> Tensor:
     return linalg.gram(_matrix(b, sharded=True))
 
 
-def effective_weight(b: Tensor) -> Tensor:
-    """Compute the effective weight W = b (bᵀb), with which `summary(x, b)` is `x @ W`.
+def effective_weight(
+    b: Tensor, *, polynomial: Sequence[float] | Tensor = _SUMMARY, scale: float | Tensor = _ONE
+) -> Tensor:
+    """Compute the effective weight W = b (bᵀb), or a b q(a² bᵀb), with which `summary(x, b)` is `x @ W`.
 
-    The singular values of W are the cubes of those of b.
+    A singular value s of b becomes s³, or a s q(a² s²).
 
     Args:
         b: Matrix of shape (d, k).
+        polynomial: Coefficients of q, as in `summary`.
+        scale: The factor a of b, as in `summary`.
 
     Returns:
         Tensor of shape (d, k).
 
     Raises:
-        TypeError: A dtype that is not supported.
-        ValueError: b is not a matrix.
+        TypeError: A dtype that is not supported; a polynomial or a scale of another type.
+        ValueError: b is not a matrix; numbers of `polynomial` or `scale` that are not finite.
 
     Example:
         >>> effective_weight(2 * torch.eye(2))
         tensor([[8., 0.],
                 [0., 8.]])
+        >>> effective_weight(2 * torch.eye(2), polynomial=(1, 1))
+        tensor([[10.,  0.],
+                [ 0., 10.]])
     """
-    return linalg.effective_weight(_matrix(b, sharded=True))
+    given = _given(polynomial, scale)
+    b = _matrix(b, sharded=True)
+    return linalg.effective_weight(b) if given is None else weight(b, _as_tensors(given, b, "b"))
 
 
 def orthogonalize(b: Tensor, tolerance: float | None = None, max_iterations: int = 100) -> Orthogonalized:
@@ -373,9 +435,93 @@ def _matrices(x: Tensor, b: Tensor, sharded: bool = False) -> tuple[Tensor, Tens
     return x, b
 
 
-def _planned(x: Tensor, b: Tensor, bias: Tensor | None, pair: bool) -> tuple[Tensor, Tensor, Tensor | None, Plan]:
+def _given(polynomial: _Coefficients, scale: float | Tensor) -> tuple[_Coefficients, float | Tensor] | None:
+    """Return the checked polynomial and scale: numbers as floats, tensors as they are. None for those of the summary."""
+    wanted = f"want 1 to {MOST_COEFFICIENTS} coefficients, the constant first: finite real numbers, or a 1-D tensor"
+    coefficients: _Coefficients
+    if isinstance(polynomial, Tensor):
+        _check_tensor("polynomial", polynomial, sharded=True)
+        if polynomial.dim() != 1 or not 1 <= polynomial.shape[0] <= MOST_COEFFICIENTS:
+            raise ValueError(f"polynomial: got shape {_shape(polynomial)}, {wanted}")
+        coefficients = polynomial
+    else:
+        if isinstance(polynomial, str | bytes) or not isinstance(polynomial, Sequence):
+            raise TypeError(f"polynomial: got {polynomial!r}, {wanted}")
+        if not 1 <= len(polynomial) <= MOST_COEFFICIENTS:
+            raise ValueError(f"polynomial: got {len(polynomial)} numbers, {wanted}")
+        coefficients = tuple(_finite("polynomial", number, polynomial, wanted) for number in polynomial)
+    if isinstance(scale, Tensor):
+        _check_tensor("scale", scale, sharded=True)
+        if scale.dim() != 0:
+            raise ValueError(f"scale: got shape {_shape(scale)}, want a finite real number, or a 0-dim tensor")
+    else:
+        scale = _finite("scale", scale, scale, "want a finite real number, or a 0-dim tensor")
+    if not isinstance(scale, Tensor) and scale == 1 and coefficients == _SUMMARY:
+        return None
+    return coefficients, scale
+
+
+def _finite(name: str, number: object, given: object, wanted: str) -> float:
+    if not isinstance(number, Real) or isinstance(number, bool):
+        raise TypeError(f"{name}: got {given!r}, {wanted}")
+    try:
+        value = float(number)
+    except OverflowError:
+        raise ValueError(f"{name}: got a number beyond the range of floats, {wanted}") from None
+    if not abs(value) < math.inf:
+        raise ValueError(f"{name}: got {given!r}, {wanted}")
+    return value
+
+
+def _as_tensors(given: tuple[_Coefficients, float | Tensor], x: Tensor, name: str = "x") -> Polynomial:
+    """Return the polynomial of `_given` as tensors on x's device, without a synchronisation."""
+    tensors: list[Tensor | None] = []
+    for argument, value in zip(("polynomial", "scale"), given, strict=True):
+        if isinstance(value, Tensor):
+            _check_mesh(name, x, argument, value)
+            if value.device != x.device:
+                raise ValueError(f"{argument}: got device {value.device}, want {x.device}, the device of {name}")
+            tensors.append(value)
+        elif argument == "scale" and value == 1:
+            tensors.append(None)
+        else:
+            tensors.append(_constant(value, x))
+    coefficients, scale = tensors
+    assert coefficients is not None
+    return Polynomial(coefficients, scale)
+
+
+def _constant(value: Sequence[float] | float, x: Tensor) -> Tensor:
+    """Return the numbers as a float32 tensor (float64 for x of float64), the same one for the same numbers.
+
+    It is filled on its device: a copy from the host would synchronise, and cannot be captured in a CUDA graph. One that is made
+    inside of a transform, a mode or a capture belongs to that and is not kept.
+    """
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    keep = type(x) in _PLAIN and not torch.compiler.is_compiling()
+    key = (value, dtype, x.device)
+    if keep and key in _constants:
+        return _constants[key]
+    numbers = [
+        torch.full((), v, dtype=dtype, device=x.device) for v in (value if isinstance(value, tuple) else (value,))
+    ]
+    made = torch.stack(numbers) if isinstance(value, tuple) else numbers[0]
+    capturing = x.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    keep = keep and type(made) is Tensor and not (is_wrapped(made) or made.is_inference() or capturing)
+    if keep and len(_constants) < _MOST_CONSTANTS:
+        _constants[key] = made
+    return made
+
+
+def _planned(
+    x: Tensor,
+    b: Tensor,
+    bias: Tensor | None,
+    pair: bool,
+    given: tuple[_Coefficients, float | Tensor] | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None, Plan]:
     """Return checked x, b and bias, and the plan. The plan is remembered by everything that it depends on."""
-    key = None
+    key: tuple[object, ...] | None = None
     plain = type(x) in _PLAIN and type(b) in _PLAIN and (bias is None or type(bias) in _PLAIN)
     if plain and not is_dynamo_compiling() and not any_autocast_enabled():
         key = (
@@ -383,6 +529,8 @@ def _planned(x: Tensor, b: Tensor, bias: Tensor | None, pair: bool) -> tuple[Ten
             torch.is_grad_enabled(), pair, select.requested(),
             None if bias is None else (bias.shape, bias.dtype, bias.device, bias.layout),
         )  # fmt: skip
+        if given is not None:
+            key = (*key, *_degree(given))
         plan = _plans.get(key)
         if plan is not None:
             return x, b, bias, plan
@@ -391,10 +539,15 @@ def _planned(x: Tensor, b: Tensor, bias: Tensor | None, pair: bool) -> tuple[Ten
         _, bias = _operands(b, "b", True, bias=bias)
         if bias.dim() != 1 or bias.shape[0] != b.shape[1]:
             raise ValueError(f"bias: got shape {_shape(bias)}, want ({b.shape[1]},) for b of shape {_shape(b)}")
-    plan = _summary.choose(x, b, pair)
+    plan = _summary.choose(x, b, pair, *(() if given is None else _degree(given)))
     if key is not None and len(_plans) < _MOST_PLANS:
         _plans[key] = plan
     return x, b, bias, plan
+
+
+def _degree(given: tuple[_Coefficients, float | Tensor]) -> tuple[int, bool]:
+    """Return the degree of a polynomial, and True if a coefficient or the scale needs a gradient."""
+    return len(given[0]) - 1, any(isinstance(t, Tensor) and t.requires_grad for t in given)
 
 
 def _autocast_enabled(t: Tensor) -> bool:

@@ -37,6 +37,8 @@ def unsupported_reason(engine: EngineName, problem: Problem | None = None) -> st
     """
     if engine == "eager":
         return None
+    if problem is not None and problem.degree is not None:
+        return f"its kernels compute polynomial=(0, 1) with scale=1 alone, not another one of degree {problem.degree}"
     if problem is None or not problem.device.startswith("sm_"):
         reason = _machine_reason(engine)
         if reason is not None or problem is None:

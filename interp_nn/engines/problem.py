@@ -12,12 +12,14 @@ from interp_nn.engines.devices import DeviceSpec
 EngineName = Literal["eager", "triton", "cuda"]
 ENGINES: tuple[EngineName, ...] = ("eager", "triton", "cuda")
 
-# The order in which X b bᵀ b is multiplied, with G = bᵀb. A head's loss forms both logits either from X itself, with a weight of
-# d x 2m, or from the n x k latent code P = X b.
+# The order in which X b bᵀ b is multiplied, with G = bᵀb, and X b q(G), with K = bbᵀ. A head's loss forms both logits either from
+# X itself, with a weight of d x 2m, or from the n x k latent code P = X b.
 Order = Literal[
-    "(Xb)G", "X(bG)", "((Xb)bᵀ)b", "(X(bbᵀ))b", "X((bbᵀ)b)", "logits_from_x", "logits_from_latent"
+    "(Xb)G", "X(bG)", "((Xb)bᵀ)b", "(X(bbᵀ))b", "X((bbᵀ)b)", "(Xb)q", "X(bq)", "X(q(K)b)", "((Xb)bᵀ)b...",
+    "logits_from_x", "logits_from_latent",
 ]  # fmt: skip
 SUMMARY_ORDERS: tuple[Order, ...] = ("(Xb)G", "X(bG)", "((Xb)bᵀ)b", "(X(bbᵀ))b", "X((bbᵀ)b)")
+POLYNOMIAL_ORDERS: tuple[Order, ...] = ("(Xb)q", "X(bq)", "X(q(K)b)", "((Xb)bᵀ)b...")
 HEAD_ORDERS: tuple[Order, ...] = ("logits_from_x", "logits_from_latent")
 
 
@@ -50,6 +52,7 @@ class Problem(NamedTuple):
         dtype: Dtype of X and b.
         spec: Figures of the GPU; None where no engine has kernels for the device.
         device: PyTorch's device type, or "sm_90" and the like for a GPU that is not at hand.
+        degree: Degree of q in X b q(bᵀb); None for the summary, whose q(G) is G.
     """
 
     n: int
@@ -63,6 +66,7 @@ class Problem(NamedTuple):
     dtype: torch.dtype = torch.float32
     spec: DeviceSpec | None = None
     device: str = "cpu"
+    degree: int | None = None
 
 
 class Config(NamedTuple):
@@ -92,7 +96,7 @@ class Plan(NamedTuple):
     Attributes:
         engine: "eager", "triton" or "cuda".
         order: The order of the products.
-        saves: The forward saves an intermediate with n rows for the backward (P of "(Xb)G").
+        saves: The forward saves an intermediate with n rows for the backward (P of "(Xb)G" and "(Xb)q").
         autograd: PyTorch's autograd computes the backward of plain products, because the operator's fixed cost is more than it
             saves. Only for "eager".
         tiles: Config of each kernel by name, forward first. Empty but for "triton".
@@ -119,7 +123,13 @@ class Plan(NamedTuple):
     seconds: float | None = None
 
     def __str__(self) -> str:
-        how = ", saves P" if self.saves and self.order == "(Xb)G" else ", backward by autograd" if self.autograd else ""
+        how = (
+            ", saves P"
+            if self.saves and self.order in ("(Xb)G", "(Xb)q")
+            else ", backward by autograd"
+            if self.autograd
+            else ""
+        )
         text = f"{self.engine}, {self.order}{how}"
         text += f"; {self.reason}" if self.reason else ""
         if self.seconds is not None and self.bytes is not None:
@@ -128,7 +138,7 @@ class Plan(NamedTuple):
 
 
 # The schema of an operator has no type for a plan: there it is a string of ASCII, engine:order or engine:order:saves.
-_ORDER_OF = {order.replace("ᵀ", "'"): order for order in (*SUMMARY_ORDERS, *HEAD_ORDERS)}
+_ORDER_OF = {order.replace("ᵀ", "'"): order for order in (*SUMMARY_ORDERS, *POLYNOMIAL_ORDERS, *HEAD_ORDERS)}
 _TEXT_OF = {order: text for text, order in _ORDER_OF.items()}
 
 

@@ -101,13 +101,20 @@ _read_while_compiling._dynamo_marked_constant = True  # type: ignore[attr-define
 
 
 def problem_of(
-    x: torch.Tensor, n: int, d: int, k: int, pair: bool, needs: tuple[bool, bool], classes: int | None = None
+    x: torch.Tensor,
+    n: int,
+    d: int,
+    k: int,
+    pair: bool,
+    needs: tuple[bool, bool],
+    classes: int | None = None,
+    degree: int | None = None,
 ) -> Problem:
     """Return the problem of rows x (n, d) on its device: a loss where there are classes, a head's unless of a pair."""
     device = x.device
     spec = spec_of(device) if device.type == "cuda" or interpreting() else None
     head = classes is not None and not pair
-    return Problem(n, d, k, pair, *needs, classes, head, x.dtype, spec, device.type)
+    return Problem(n, d, k, pair, *needs, classes, head, x.dtype, spec, device.type, degree)
 
 
 def choose_engine(problem: Problem) -> tuple[EngineName, str]:
@@ -187,12 +194,12 @@ def _eager_plan(problem: Problem, autograd: bool) -> Plan:
 
 
 def _prefers_autograd(problem: Problem) -> bool:
-    """True for a loss on a CPU, whatever its size.
+    """True for a loss on a CPU, whatever its size, and for the loss of a polynomial, which has no operator.
 
-    There PyTorch's cross entropy and its backward are single passes. The operator has to form the gradients of the logits itself,
-    in many passes.
+    On a CPU PyTorch's cross entropy and its backward are single passes. The operator has to form the gradients of the logits
+    itself, in many passes.
     """
-    return problem.classes is not None and problem.device == "cpu"
+    return problem.classes is not None and (problem.device == "cpu" or problem.degree is not None)
 
 
 def choose(problem: Problem, any_rows: bool = False) -> Plan:
@@ -218,6 +225,9 @@ def _plan_for_any_rows(name: EngineName, problem: Problem) -> Plan:
         return Plan(name, "logits_from_x" if from_x else "logits_from_latent")
     if name != "eager" and not pair:
         return Plan(name, "(Xb)G" if k <= MOST_COLUMNS else "X(bG)")
+    if problem.degree is not None:
+        of_degree: Order = "X(q(K)b)" if k > d and problem.degree else "(Xb)q" if pair else "X(bq)"
+        return Plan(name, of_degree, of_degree == "(Xb)q", autograd=problem.degree == 0)
     order: Order = "X((bbᵀ)b)" if k > d and name == "eager" else "(Xb)G" if pair else "X(bG)"
     return Plan(name, order, order == "(Xb)G")
 
@@ -230,6 +240,7 @@ def plan(
     pair: bool = False,
     grad: Iterable[str] = ("x", "b"),
     classes: int | None = None,
+    degree: int | None = None,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
 ) -> Plan:
@@ -243,6 +254,7 @@ def plan(
             `summary_cross_entropy`.
         grad: The tensors that need a gradient, of "x" and "b"; () for inference.
         classes: k for `summary_cross_entropy`, the number of classes for `summary_head_cross_entropy`, else None.
+        degree: Degree 0 to 4 of a polynomial, the length of `polynomial` less one; None for the summary.
         dtype: Dtype of X and b.
         device: A PyTorch device, or "sm_90" and the like for a GPU that is not at hand.
 
@@ -267,6 +279,8 @@ def plan(
     wanted = set(grad)
     if not wanted <= {"x", "b"}:
         raise ValueError(f"plan: grad may hold 'x' and 'b', got {sorted(map(str, wanted))}")
+    if degree is not None and (isinstance(degree, bool) or not isinstance(degree, int) or not 0 <= degree <= 4):
+        raise ValueError(f"plan: degree must be an integer from 0 to 4, or None (the summary), got {degree!r}")
     if not isinstance(dtype, torch.dtype):
         raise TypeError(f"plan: dtype: got {dtype!r}, want a torch.dtype")
     if not isinstance(device, str | torch.device):
@@ -275,7 +289,7 @@ def plan(
         raise ValueError(f"plan: the loss of a pair has k = {k} classes, got classes={classes}")
     spec, where = _spec_named(device)
     head = classes is not None and not pair
-    problem = Problem(n, d, k, pair, "x" in wanted, "b" in wanted, classes, head, dtype, spec, where)
+    problem = Problem(n, d, k, pair, "x" in wanted, "b" in wanted, classes, head, dtype, spec, where, degree)
     engine, why = choose_engine(problem)
     chosen = choose(problem)
     if engine == "eager":
@@ -313,7 +327,7 @@ def _explain_eager(problem: Problem, chosen: Plan, why: str) -> Plan:
         }
         least = charges.pop(_label(chosen))
         others = ", ".join(f"{label} {charge / least:.3g}" for label, charge in charges.items())
-        reason += f"; cost of the others: {others}"
+        reason += f"; cost of the others: {others}" if others else ""
     explained = chosen._replace(reason=reason, flops=flops)
     if problem.spec is None:
         return explained

@@ -24,15 +24,18 @@ def define(
     """Register an operator with one implementation for every device, a fake kernel and an autocast rule; return it.
 
     Operators sit below autograd: they give no gradients of their own, the Functions around them do. Under autocast a
-    forward operator's floating-point inputs (but fp64) are cast; a backward operator's are taken as they are saved.
+    forward operator's floating-point inputs (but fp64, and a polynomial's coefficients and scale) are cast; a backward
+    operator's are taken as they are saved.
     """
     name = schema[: schema.index("(")]
     _LIBRARY.define(schema)
     _LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"interp_nn::{name}", fake, lib=_LIBRARY)
     operator: Callable[..., Any] = getattr(torch.ops.interp_nn, name).default
+    names = [argument.name for argument in operator._schema.arguments]  # type: ignore[attr-defined] # of an OpOverload
+    end = 0 if not cast_inputs else names.index("coefficients") if "coefficients" in names else len(names)
     for key, device_type in (("AutocastCPU", "cpu"), ("AutocastCUDA", "cuda")):
-        _LIBRARY.impl(name, _autocast_rule(operator, device_type, cast_inputs), key)
+        _LIBRARY.impl(name, _autocast_rule(operator, device_type, end), key)
     return operator
 
 
@@ -41,10 +44,9 @@ def implement(name: str, implementation: Callable[..., Any], key: str) -> None:
     _LIBRARY.impl(name, implementation, key)
 
 
-def _autocast_rule(operator: Callable[..., Any], device_type: str, cast_inputs: bool) -> Callable[..., Any]:
+def _autocast_rule(operator: Callable[..., Any], device_type: str, end: int) -> Callable[..., Any]:
     def rule(*args: Any) -> Any:
-        if cast_inputs:
-            args = cast(device_type, *args)
+        args = (*cast(device_type, *args[:end]), *args[end:])
         with torch.autocast(device_type, enabled=False):
             return operator(*args)
 
@@ -93,11 +95,11 @@ def _has_tangent(t: Any) -> bool:
     return isinstance(t, Tensor) and t.is_floating_point() and forward_ad.unpack_dual(t).tangent is not None
 
 
-def nested_forward_mode(*tensors: Any) -> bool:
-    """Return True inside nested forward-mode AD, where PyTorch silently drops part of a Function's derivative."""
-    return (
-        not torch.compiler.is_compiling() and transforming(*tensors) and getattr(eager_transforms, "JVP_NESTING", 2) > 1
-    )
+def loses_derivatives(*tensors: Any) -> bool:
+    """Return True where PyTorch silently drops a Function's derivative: nested forward mode, transforms while compiling."""
+    if torch.compiler.is_compiling():
+        return _transforms_active()
+    return transforming(*tensors) and getattr(eager_transforms, "JVP_NESTING", 2) > 1
 
 
 def apply(function: type[Function], *args: Any) -> Any:

@@ -15,10 +15,11 @@ from torch import Tensor
 from torch.autograd import Function
 
 from interp_nn import engines
-from interp_nn.engines import eager, select
+from interp_nn.engines import eager, polynomial, select
+from interp_nn.engines.polynomial import Polynomial
 from interp_nn.engines.problem import LossOptions, Plan, plan_from_text, plan_to_text
 from interp_nn.linalg import accumulation_dtype, is_column_major
-from interp_nn.ops.library import apply, define, implement, is_batched, transforming
+from interp_nn.ops.library import apply, define, implement, is_batched, loses_derivatives, transforming
 from interp_nn.ops.summary import as_rows, ordered, row_count, spread
 
 
@@ -116,15 +117,21 @@ def expression(
     options: LossOptions,
     plan: Plan,
     masked: bool = True,
+    q: Polynomial | None = None,
 ) -> Tensor:
     """Return the same loss as one differentiable PyTorch expression.
 
-    It serves plans with `autograd`, torch.func and second derivatives. masked: rows may be ignored.
+    It serves plans with `autograd`, torch.func, second derivatives and polynomials. masked: rows may be ignored.
     """
     rows = as_rows(x)
     if a is None:
-        o1, o2, _ = eager.forward(rows, b, None, plan, True)
+        forward = (
+            eager.forward(rows, b, None, plan, True) if q is None else polynomial.forward(rows, b, None, q, plan, True)
+        )
+        o1, o2, _ = forward
         assert o1 is not None
+    elif q is not None:
+        o1, o2 = polynomial.logits(rows, b, a, c, q, plan)
     else:
         o1, o2 = eager.logits(rows, b, a, c, plan)[0].unbind(1)
     wide = accumulation_dtype(x.dtype)
@@ -272,19 +279,28 @@ def _unpack(options: LossOptions) -> tuple[list[float], int, str]:
 
 
 def cross_entropy(
-    x: Tensor, b: Tensor, a: Tensor | None, c: Tensor | None, target: Tensor, options: LossOptions
+    x: Tensor,
+    b: Tensor,
+    a: Tensor | None,
+    c: Tensor | None,
+    target: Tensor,
+    options: LossOptions,
+    q: Polynomial | None = None,
 ) -> Tensor:
-    """Return the three-term loss for checked arguments; a and c are None for a pair's own loss."""
+    """Return the three-term loss for checked arguments; a and c are None for a pair's own loss, q for the summary."""
     enabled = torch.is_grad_enabled()
     needs = tuple(enabled and t is not None and t.requires_grad for t in (x, b, a, c))
     head, classes = a is not None, (b if a is None else a.mT).shape[1]
     d, k = b.shape
-    plan = select.choose(select.problem_of(x, row_count(x), d, k, not head, (needs[0], needs[1]), classes))
-    if not torch.compiler.is_compiling() and transforming(x, b, a, c):
-        return expression(x, b, a, c, target, options, plan)
+    degree = None if q is None else q.degree
+    plan = select.choose(select.problem_of(x, row_count(x), d, k, not head, (needs[0], needs[1]), classes, degree))
+    compiling = torch.compiler.is_compiling()
+    unread = q is not None and (compiling or not x.is_cpu)  # the target's values: a graph break, a synchronisation
+    if unread or (loses_derivatives() if compiling else transforming(x, b, a, c, *(q or ()))):
+        return expression(x, b, a, c, target, options, plan, q=q)
     if plan.autograd:
         try:
-            return expression(x, b, a, c, target, options, plan, bool((target == options.ignore_index).any()))
+            return expression(x, b, a, c, target, options, plan, bool((target == options.ignore_index).any()), q)
         except IndexError:  # of PyTorch's loss, which spares the check where all is well
             eager.check_target(target, classes, options.ignore_index)
             raise

@@ -1,7 +1,8 @@
-"""Operators `summary`, `summary_pair`, `summary_backward`, and their gradients to every order.
+"""Operators `summary`, `summary_pair`, `summary_backward`, and the summary's gradients to every order.
 
 A plan travels from forward to backward; the tensors that it saves are further outputs of the forward operators. Operators take it
-as a string. In eager mode a plan with `autograd` leaves its backward to PyTorch's autograd.
+as a string. In eager mode a plan with `autograd` leaves its backward to PyTorch's autograd. Given coefficients, and a scale or
+None, the operators compute X b q(bᵀb), whose autograd Function is in `interp_nn.ops.polynomial`.
 """
 
 from __future__ import annotations
@@ -14,11 +15,12 @@ from torch import Tensor
 from torch.autograd import Function
 
 from interp_nn import engines
-from interp_nn.engines import eager, select
+from interp_nn.engines import eager, polynomial, select
 from interp_nn.engines.orders import saved_names
+from interp_nn.engines.polynomial import MOST_COEFFICIENTS, Polynomial
 from interp_nn.engines.problem import Plan, plan_from_text, plan_to_text
 from interp_nn.linalg import gram, is_column_major
-from interp_nn.ops.library import apply, define, implement, is_dtensor, nested_forward_mode
+from interp_nn.ops.library import apply, define, implement, is_dtensor, loses_derivatives
 
 BY_AUTOGRAD = Plan("eager", "(Xb)G", autograd=True)  # the plan of DTensors
 _SAVING = Plan("eager", "(Xb)G", saves=True)
@@ -43,21 +45,51 @@ def row_count(x: Tensor) -> int:
     return n
 
 
-def _summary(x: Tensor, b: Tensor, bias: Tensor | None, plan: str) -> tuple[Tensor, list[Tensor]]:
+def _forward(
+    x: Tensor,
+    b: Tensor,
+    bias: Tensor | None,
+    plan: str,
+    pair: bool,
+    coefficients: Tensor | None,
+    scale: Tensor | None,
+) -> tuple[Tensor | None, Tensor, list[Tensor], tuple[str, ...]]:
     value = plan_from_text(plan)
-    saved_names(value)
-    _, y, saved = engines.get(value.engine).forward(as_rows(x), b, bias, value, False)
+    names = saved_names(value, coefficients is not None)
+    if coefficients is None:
+        if scale is not None:
+            raise ValueError("scale: got a tensor without coefficients, want both or None")
+        return *engines.get(value.engine).forward(as_rows(x), b, bias, value, pair), names
+    q = _polynomial(coefficients, scale, value)
+    return *polynomial.forward(as_rows(x), b, bias, q, value, pair), names
+
+
+def _polynomial(coefficients: Tensor, scale: Tensor | None, plan: Plan) -> Polynomial:
+    if plan.engine != "eager" or coefficients.dim() != 1 or not 2 <= len(coefficients) <= MOST_COEFFICIENTS:
+        got = f"{plan.engine} and {tuple(coefficients.shape)}"
+        raise ValueError(f"coefficients: got {got}, want the eager engine and (2,) to ({MOST_COEFFICIENTS},)")
+    return Polynomial(coefficients, scale)
+
+
+def _summary(
+    x: Tensor,
+    b: Tensor,
+    bias: Tensor | None,
+    plan: str,
+    coefficients: Tensor | None = None,
+    scale: Tensor | None = None,
+) -> tuple[Tensor, list[Tensor]]:
+    _, y, saved, _ = _forward(x, b, bias, plan, False, coefficients, scale)
     return y.view(*x.shape[:-1], b.shape[1]), _contiguous(saved)
 
 
-def _summary_pair(x: Tensor, b: Tensor, plan: str) -> tuple[Tensor, Tensor, list[Tensor]]:
-    value = plan_from_text(plan)
-    saved_names(value)
-    p, y, saved = engines.get(value.engine).forward(as_rows(x), b, None, value, True)
+def _summary_pair(
+    x: Tensor, b: Tensor, plan: str, coefficients: Tensor | None = None, scale: Tensor | None = None
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    p, y, saved, names = _forward(x, b, None, plan, True, coefficients, scale)
     assert p is not None
     shape = (*x.shape[:-1], b.shape[1])
-    saved = saved[1:] if _saves_projection(value) else saved
-    return p.view(shape), y.view(shape), _contiguous(saved)
+    return p.view(shape), y.view(shape), _contiguous(saved[1:] if names[0] == "P" else saved)
 
 
 def _summary_backward(
@@ -69,17 +101,22 @@ def _summary_backward(
     plan: str,
     needs: Sequence[bool],
     transposed: bool,
+    coefficients: Tensor | None = None,
+    scale: Tensor | None = None,
 ) -> list[Tensor]:
     value = plan_from_text(plan)
     dp, dy = _rows_if_any(dp), _rows_if_any(dy)
     saved = list(map(as_rows, saved))  # a pair's own P may have batch dimensions
-    dx, db, dbias = engines.get(value.engine).backward(dp, dy, as_rows(x), b, saved, value, *needs)
+    dc = da = None
+    if coefficients is None:
+        dx, db, dbias = engines.get(value.engine).backward(dp, dy, as_rows(x), b, saved, value, *needs)
+    else:
+        q = _polynomial(coefficients, scale, value)
+        dx, db, dbias, dc, da = polynomial.backward(dp, dy, as_rows(x), b, q, saved, value, needs)
     out = [] if dx is None else [dx.view(x.shape)]
     if db is not None:
         out.append(ordered(db, transposed))
-    if dbias is not None:
-        out.append(dbias)
-    return out
+    return out + [t for t in (dbias, dc, da) if t is not None]
 
 
 def ordered(db: Tensor, transposed: bool) -> Tensor:
@@ -99,20 +136,30 @@ def _contiguous(saved: Sequence[Tensor]) -> list[Tensor]:
     return [t.contiguous() for t in saved]
 
 
-def _fake_saved(x: Tensor, b: Tensor, plan: str, pair: bool) -> list[Tensor]:
+def _fake_saved(x: Tensor, b: Tensor, plan: str, pair: bool, polynomial: bool) -> list[Tensor]:
     n, (d, k) = row_count(x), b.shape
     shapes = {"P": (n, k), "G": (k, k), "W": (d, k), "Q": (n, d), "R": (n, d), "K": (d, d)}
-    names = saved_names(plan_from_text(plan))
+    shapes |= {"q(G)": (k, k), "q(K)": (d, d)}
+    names = saved_names(plan_from_text(plan), polynomial)
     return [x.new_empty(shapes[name]) for name in names if not (pair and name == "P")]
 
 
-def _fake_summary(x: Tensor, b: Tensor, bias: Tensor | None, plan: str) -> tuple[Tensor, list[Tensor]]:
-    return x.new_empty(*x.shape[:-1], b.shape[1]), _fake_saved(x, b, plan, False)
+def _fake_summary(
+    x: Tensor,
+    b: Tensor,
+    bias: Tensor | None,
+    plan: str,
+    coefficients: Tensor | None = None,
+    scale: Tensor | None = None,
+) -> tuple[Tensor, list[Tensor]]:
+    return x.new_empty(*x.shape[:-1], b.shape[1]), _fake_saved(x, b, plan, False, coefficients is not None)
 
 
-def _fake_summary_pair(x: Tensor, b: Tensor, plan: str) -> tuple[Tensor, Tensor, list[Tensor]]:
+def _fake_summary_pair(
+    x: Tensor, b: Tensor, plan: str, coefficients: Tensor | None = None, scale: Tensor | None = None
+) -> tuple[Tensor, Tensor, list[Tensor]]:
     shape = (*x.shape[:-1], b.shape[1])
-    return x.new_empty(shape), x.new_empty(shape), _fake_saved(x, b, plan, True)
+    return x.new_empty(shape), x.new_empty(shape), _fake_saved(x, b, plan, True, coefficients is not None)
 
 
 def _fake_summary_backward(
@@ -124,21 +171,30 @@ def _fake_summary_backward(
     plan: str,
     needs: Sequence[bool],
     transposed: bool,
+    coefficients: Tensor | None = None,
+    scale: Tensor | None = None,
 ) -> list[Tensor]:
     d, k = b.shape
-    db = ordered(x.new_empty(d, k), transposed)
-    return [t for t, need in zip((x.new_empty(x.shape), db, x.new_empty(k)), needs, strict=True) if need]
+    out = [x.new_empty(x.shape), ordered(x.new_empty(d, k), transposed), x.new_empty(k)]
+    out += [t.new_empty(t.shape) for t in (coefficients, scale) if t is not None]
+    return [t for t, need in zip(out, needs, strict=False) if need]
 
 
+_POLYNOMIAL = "Tensor? coefficients=None, Tensor? scale=None"
 summary_operator = define(
-    "summary(Tensor x, Tensor b, Tensor? bias, str plan) -> (Tensor, Tensor[])", _summary, _fake_summary
+    f"summary(Tensor x, Tensor b, Tensor? bias, str plan, {_POLYNOMIAL}) -> (Tensor, Tensor[])",
+    _summary,
+    _fake_summary,
 )
 pair_operator = define(
-    "summary_pair(Tensor x, Tensor b, str plan) -> (Tensor, Tensor, Tensor[])", _summary_pair, _fake_summary_pair
+    f"summary_pair(Tensor x, Tensor b, str plan, {_POLYNOMIAL}) -> (Tensor, Tensor, Tensor[])",
+    _summary_pair,
+    _fake_summary_pair,
 )
+# needs: of x, b and bias, and with coefficients also of these and the scale
 backward_operator = define(
-    "summary_backward(Tensor? dp, Tensor? dy, Tensor x, Tensor b, Tensor[] saved, str plan, bool[3] needs, "
-    "bool transposed) -> Tensor[]",
+    "summary_backward(Tensor? dp, Tensor? dy, Tensor x, Tensor b, Tensor[] saved, str plan, bool[] needs, "
+    f"bool transposed, {_POLYNOMIAL}) -> Tensor[]",
     _summary_backward,
     _fake_summary_backward,
     cast_inputs=False,
@@ -187,8 +243,13 @@ def _batched_backward(
     plan: str,
     needs: Sequence[bool],
     transposed: bool,
+    coefficients: Tensor | None = None,
+    scale: Tensor | None = None,
 ) -> list[Tensor]:
     """Compute the backward under autograd.grad(is_grads_batched=True), whose vmap sees operators and not Functions."""
+    if coefficients is not None:
+        found = polynomial.gradient(dp, dy, x, b, Polynomial(coefficients, scale), needs)
+        return [t for t in found if t is not None]
     dp, dy = _rows_if_any(dp), _rows_if_any(dy)
     dx, db = gradient(dp, dy, as_rows(x), b)
     bias = dy.sum(0) if dy is not None else b.new_zeros(b.shape[1])
@@ -416,19 +477,19 @@ def _batch_rows(t: Tensor) -> Tensor:
     return t.unsqueeze(1) if t.dim() == 2 else t.flatten(1, -2)
 
 
-def choose(x: Tensor, b: Tensor, pair: bool) -> Plan:
-    """Return the plan for checked x and b."""
+def choose(x: Tensor, b: Tensor, pair: bool, degree: int | None = None, need_b: bool = False) -> Plan:
+    """Return the plan for checked x and b, and a polynomial's degree; need_b: b's products need a gradient in any case."""
     if is_dtensor(b):
-        return BY_AUTOGRAD
+        return BY_AUTOGRAD if degree is None else BY_AUTOGRAD._replace(order="(Xb)q")
     graph = torch.is_grad_enabled()
-    needs = graph and x.requires_grad, graph and b.requires_grad
+    needs = graph and x.requires_grad, graph and (need_b or b.requires_grad)
     d, k = b.shape
-    return select.choose(select.problem_of(x, row_count(x), d, k, pair, needs))
+    return select.choose(select.problem_of(x, row_count(x), d, k, pair, needs, None, degree))
 
 
 def summary(x: Tensor, b: Tensor, bias: Tensor | None, plan: Plan) -> tuple[Tensor, list[Tensor]]:
     """Return (Y = X b (bᵀb) + bias, the saved tensors of the plan) for checked arguments."""
-    if plan.autograd or nested_forward_mode(x, b, bias):
+    if plan.autograd or loses_derivatives(x, b, bias):
         _, y, saved = eager.forward(as_rows(x), b, bias, plan, False)
         return y if x.dim() == 2 else y.view(*x.shape[:-1], b.shape[1]), saved
     y, *saved = apply(_summary_function(), x, b, bias, plan, False)
@@ -445,7 +506,7 @@ def small_gram(plan: Plan, saved: Sequence[Tensor], b: Tensor) -> Tensor | None:
 
 def summary_pair(x: Tensor, b: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
     """Return (X b, X b (bᵀb)) for checked arguments."""
-    if plan.autograd or nested_forward_mode(x, b):
+    if plan.autograd or loses_derivatives(x, b):
         p, y, _ = eager.forward(as_rows(x), b, None, plan, True)
         assert p is not None
         if x.dim() == 2:

@@ -141,6 +141,29 @@ def test_errors_are_raised_while_compiling():
         compiled(torch.randn(8, 5), torch.randn(4, 3))
 
 
+TRANSFORMS = {
+    "grad": lambda f: torch.func.grad(lambda b, x: f(x, b).square().sum()),
+    "vmap": lambda f: torch.vmap(lambda b, x: f(x, b), (None, 0)),
+    "jvp": lambda f: lambda b, x: torch.func.jvp(lambda b: f(x, b), (b,), (b,)),
+}
+
+
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_transforms_inside_of_compiled_code(name):
+    def both(x, b):
+        return functional.summary(x, b).sum() + torch.cat(functional.summary_pair(x, b)).square().sum()
+
+    def loss(x, b):
+        return functional.summary_cross_entropy(x, b, torch.arange(8) % 3)
+
+    b, x = torch.randn(5, 3), torch.randn(2, 8, 5)
+    x = x if name == "vmap" else x[0]
+    for call in (both, loss) if name == "grad" else (both,):
+        function = TRANSFORMS[name](call)
+        got = torch.compile(function, fullgraph=True, backend="aot_eager")(b, x)
+        torch.testing.assert_close(got, function(b, x), rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*:DeprecationWarning")  # of inductor's own imports
 @pytest.mark.parametrize("n", [8, 4096])

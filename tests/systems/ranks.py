@@ -363,6 +363,30 @@ def dtensor_pairs_and_matrices():
         same(functional.effective_weight(shared), functional.effective_weight(b), 1e-10)
 
 
+def dtensors_of_polynomials():
+    x, b, bias, dy = operands()
+    q = {"polynomial": (1.5, -0.5, 0.2), "scale": 0.7}
+
+    def of_numbers(x, b, bias):
+        p, y = functional.summary_pair(x, b, **q)
+        return functional.summary(x, b, bias, **q) + p.sin() * y
+
+    def learned(x, b, c, a, dy):
+        y = functional.summary(x, b, polynomial=c, scale=a)
+        return torch.autograd.grad(y, (b, c, a), dy)
+
+    c, a = torch.tensor(q["polynomial"], dtype=torch.float64), torch.tensor(0.7, dtype=torch.float64)
+    values = derivatives(of_numbers, x, b, bias, dy)
+    gradients = learned(x, *(t.clone().requires_grad_() for t in (b, c, a)), dy)
+    for over in placements().values():
+        all_same(derivatives(of_numbers, *place((x, b, bias, dy), over)), values)
+        placed = place((x, b, c, a, dy), (*over[:2], Replicate(), Replicate(), over[3]))
+        all_same(learned(placed[0], *(t.requires_grad_() for t in placed[1:4]), placed[4]), gradients)
+        same(functional.effective_weight(placed[1], **q), functional.effective_weight(b, **q), 1e-10)
+    local = "polynomial: got a local tensor, want a DTensor on the mesh of x"
+    raises(TypeError, local, lambda: functional.summary(*placed[:2], polynomial=c))
+
+
 def dtensors_under_autocast_and_without_gradients():
     tensors = [t.float() for t in operands()]
     for over in ("rows", "outputs"):
@@ -474,7 +498,7 @@ CHECKS = {f.__name__: f for f in (
     fsdp_state_dict, fsdp_with_a_constraint, sharded_weights_are_constrained, tensor_parallel_with_a_penalty,
     tied_weights_and_shared_modules,
     dtensors, dtensors_of_rows_take_the_operator, dtensors_of_more_dimensions, dtensor_pairs_and_matrices,
-    dtensors_under_autocast_and_without_gradients, dtensors_that_are_refused,
+    dtensors_of_polynomials, dtensors_under_autocast_and_without_gradients, dtensors_that_are_refused,
     tensor_parallel, tensor_parallel_over_rows, tensor_parallel_of_a_pair, tensor_parallel_that_is_refused,
 )}  # fmt: skip
 

@@ -9,16 +9,17 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from benchmarks.command_line import at_least
+from benchmarks.command_line import at_least, users_input
 from benchmarks.experiments import common
 from benchmarks.experiments.learning_rates import cells, tables
 from benchmarks.experiments.learning_rates.cells import OPTIMIZERS, Cell
 from benchmarks.experiments.learning_rates.layers import CANDIDATES, LINEAR, ORTHOGONAL
-from benchmarks.records import environment, files, rows
+from benchmarks.records import environment, files, report, rows
 
 NAME = "learning_rates"
 LENGTHS = {"mlp": 40, "cnn": 20, "transformer": 20, "gpt": 1200}  # epochs; steps of the GPT
@@ -36,6 +37,7 @@ def main(arguments: list[str]) -> int:
     options.add_argument(
         "--networks", nargs="+", choices=LENGTHS, default=[*LENGTHS], help="in this order (default: all)"
     )
+    options.add_argument("--page", type=Path, metavar="FILE", help="write the tables into this file, between its marks")
     given = options.parse_args(arguments)
     run = common.Run(NAME, given)
     file = given.output / f"{NAME}.jsonl"
@@ -54,7 +56,10 @@ def main(arguments: list[str]) -> int:
             for row in tqdm(train(cells.train, due), network, len(due), mininterval=10):
                 writer.write(**row)
                 found.append(writer.rows[-1])
-    tables.report(run, found)
+    results = tables.report(run, found)
+    if given.page is not None:
+        with users_input():
+            report.between(given.page, f"experiments {NAME}", tables.markdown(results))
     return 0
 
 

@@ -148,8 +148,61 @@ def _language(found: Sequence[Row], layer: str, rate: float) -> dict[str, list[f
     return {"validation_loss": [r["validation_loss"] for r in runs], "seconds": [r["seconds"] for r in runs]}
 
 
-def report(run: common.Run, found: Sequence[Row]) -> None:
-    """Write the record and the figures."""
+MOST, _TICKS = 0.996, (0.1, 0.5, 0.8, 0.9, 0.95, 0.98, 0.99)  # of the axis of accuracies
+
+
+# Rows of the page's table beside the layers that did best; the record has all.
+_NAMED = (
+    ORTHOGONAL,
+    "summary",
+    "summary, w = 3b",
+    "summary, normalised",
+    "Newton-Schulz, norm never updated",
+    "PC-1",
+    "PC-4",
+)
+
+
+def markdown(found: dict[str, Any]) -> str:
+    """Return the tables of the guide from the results of the record."""
+    networks = [name for name in TITLES if name in found]
+    scores = {name: found[name]["scores"] for name in networks}
+    beyond = [layer for name in networks[1:] for layer in scores[name]]
+    layers = [*dict.fromkeys([*beyond, *_NAMED])]
+    layers = [layer for layer in layers if layer != LINEAR and layer in scores[networks[0]]]
+    lines = ["| layer | " + " | ".join(TITLES[name] for name in networks) + " |", "|---" * (len(networks) + 1) + "|"]
+    for layer in layers:
+        cells = [_cell(scores[name].get(layer)) for name in networks]
+        lines.append(f"| {layer} | " + " | ".join(cells) + " |")
+    if "gpt" in found:
+        lines += [
+            "",
+            "| layer | rate | validation loss, nats a character | time of a step, nn.Linear = 1 |",
+            "|---|---|---|---|",
+        ]
+        layers = found["gpt"]["layers"]
+        at_best = {layer: min(rates.items(), key=lambda item: _mean_loss(item[1])) for layer, rates in layers.items()}
+        plain = statistics.fmean(at_best[LINEAR][1]["seconds"])
+        for layer, (rate, runs) in at_best.items():
+            losses = ", ".join("not finite" if loss is None else f"{loss:.3f}" for loss in runs["validation_loss"])
+            lines.append(f"| {layer} | {rate} | {losses} | {statistics.fmean(runs['seconds']) / plain:.2f} |")
+    return "\n".join(lines)
+
+
+def _cell(scores: dict[str, float] | None) -> str:
+    if scores is None:
+        return ""
+    text = f"{round(scores['near'] * scores['counted'])} of {scores['counted']}"
+    return text + (f", {scores['failures']} failed" if scores["failures"] else "")
+
+
+def _mean_loss(runs: dict[str, list[float]]) -> float:
+    losses = runs["validation_loss"]
+    return math.inf if None in losses else statistics.fmean(losses)
+
+
+def report(run: common.Run, found: Sequence[Row]) -> dict[str, Any]:
+    """Write the record and the figures, and return the results."""
     shown = {LINEAR: "black", ORTHOGONAL: "0.55", "summary": "#d55e00"}
     shown |= dict(
         zip(
@@ -167,15 +220,22 @@ def report(run: common.Run, found: Sequence[Row]) -> None:
     if language:
         _draw_language(run, language, shown)
     lengths = {f"{r['network']}": r["length"] for r in reversed(found) if r["layer"] == LINEAR}
-    run.finish({"lengths": lengths, "trainings": len(found)}, results(found))
+    out = results(found)
+    run.finish({"lengths": lengths, "trainings": len(found)}, out)
+    return out
 
 
 def _draw_maps(run: common.Run) -> None:
     """Draw f(s) = s q(s²), its derivative f'(s) and q(s²) over s."""
     figure, axes = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
     s = torch.linspace(0, 1.5, 301, dtype=torch.float64)
-    maps = {"nn.Linear": (1.0,), "summary": (0.0, 1.0), "Newton-Schulz": (1.5, -0.5), "slope 0.5 at 1": (1.25, -0.25)}
-    maps |= {f"PC-{level}": c for level, c in enumerate(PC, 1)}
+    maps = {
+        "nn.Linear": (1.0,),
+        "summary": (0.0, 1.0),
+        "Newton-Schulz, PC-1": (1.5, -0.5),
+        "slope 0.5 at 1": (1.25, -0.25),
+    }
+    maps |= {f"PC-{level}": c for level, c in enumerate(PC, 1) if level > 1}  # PC-1 lies on Newton-Schulz
     for i, (name, c) in enumerate(maps.items()):
         q = sum(a * s ** (2 * j) for j, a in enumerate(c))
         slope = sum((2 * j + 1) * a * s ** (2 * j) for j, a in enumerate(c))
@@ -190,7 +250,7 @@ def _draw_maps(run: common.Run) -> None:
         axis.set(xlabel="singular value s of b", title=title, ylim=(-0.6, 3.8))
         axis.axvline(1, color="0.8", linewidth=0.8, zorder=0)
     axes[0].legend(frameon=False, fontsize=8)
-    figure.suptitle("Near s = 1 the summary's weight moves three times as far as b; the flat tops do not move at all")
+    figure.suptitle("Near s = 1 the summary's weight moves three times as far as b; that of the flat tops hardly moves")
     run.figure(figure, "maps")
 
 
@@ -207,7 +267,7 @@ def _draw_rates(run: common.Run, network: str, found: Sequence[Row], shown: dict
     for axis, optimizer in zip(panels.flat, optimizers, strict=False):
         for layer, colour in reversed(shown.items()):
             at = {
-                p[2]: [100 * r["accuracy"] for r in runs]
+                p[2]: [min(r["accuracy"], MOST) for r in runs]
                 for p, runs in places(found, layer).items()
                 if p[1] == optimizer
             }
@@ -221,7 +281,9 @@ def _draw_rates(run: common.Run, network: str, found: Sequence[Row], shown: dict
                 )
         for rate in (p[2] for p in count if p[1] == optimizer):
             axis.axvspan(rate / 1.3, rate * 1.3, color="0.94", zorder=0)
-        axis.set(xscale="log", xlabel="learning rate", title=optimizer, ylim=(0, 101))
+        axis.set(xscale="log", xlabel="learning rate", title=optimizer, yscale="logit", ylim=(0.05, MOST))
+        axis.set_yticks(_TICKS, [f"{100 * tick:g}" for tick in _TICKS])
+        axis.set_yticks([], minor=True)
     for row in panels:
         row[0].set_ylabel("test accuracy, %")
     handles, labels = panels[0][0].get_legend_handles_labels()

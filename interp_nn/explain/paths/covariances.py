@@ -85,7 +85,7 @@ class Propagation:
     """
 
     def __init__(self, layers: list[Layer], normalize: bool) -> None:
-        self._normalize = normalize
+        self._normalize, self._dtype = normalize, layers[-1].terms[0].profile.dtype
         needed: list[list[Tensor]] = [[] for _ in layers]
         needed[-1].append(torch.zeros(1, dtype=torch.int64, device=layers[-1].window.device))
         self._steps: dict[int, _Step] = {}
@@ -94,7 +94,7 @@ class Propagation:
         complete: set[int] = set()  # layers of which all pairs are needed
         places: list[int] = []
         later: set[int] = set()
-        self._bytes = sum(term.profile[:, 0].numel() for layer in layers for term in layer.terms)
+        self._entries = sum(term.profile[:, 0].numel() for layer in layers for term in layer.terms)
         for place in reversed(range(len(layers))):
             layer = layers[place]
             if not layer.terms or not (needed[place] or place in complete):
@@ -130,6 +130,10 @@ class Propagation:
         for place in places:
             plan = dense.dense_step(layers, place, self._grids[place], self._grids)
             self._steps[place] = self._steps[place]._replace(dense=plan)
+            for term, source in zip(layers[place].terms, plan.sources, strict=True):
+                taken = 1 if source.window is None else len(source.window)
+                entries = max(len(term.profile), source.padded * taken) - len(term.profile)
+                self._entries += entries * term.profile.shape[2]
         self._size = max(
             (max(step.dense.value.size, step.dense.output.size) for step in self._steps.values() if step.dense),
             default=0,
@@ -148,28 +152,39 @@ class Propagation:
                     step.products[i] = own._replace(source=_unless_identity(rows) if whole else rows)
         self._groups = [layer.groups for layer in layers]
 
-    def chunk_size(self, dtype: torch.dtype) -> int:
+    def chunk_size(self) -> int:
         """Return the number of rows and columns of a tile of the kernel that takes at most 256 MiB."""
         if self._size:  # its blocks are smaller, so that the profiles are what takes memory
-            return min(max(1, _TILE_BYTES // (2 * self._bytes * dtype.itemsize)), _LARGEST_TILE)
+            return min(max(1, _TILE_BYTES // (2 * self._entries * self._dtype.itemsize)), _LARGEST_TILE)
         held, most = 0, 1
         for place, step in sorted(self._steps.items()):
             held += self._rows[place] * self._groups[place]
             summed = max((len(product.left) for product in step.products if product.table is not None), default=0)
             most = max(most, held + step.pairs + summed)
             held -= sum(self._rows[done] * self._groups[done] for done in step.done)
-        return min(max(1, math.isqrt(_TILE_BYTES // (most * dtype.itemsize))), _LARGEST_TILE)
+        return min(max(1, math.isqrt(_TILE_BYTES // (most * self._dtype.itemsize))), _LARGEST_TILE)
+
+    def prepared(self, layers: list[Layer]) -> list[Layer]:
+        """Return layers at some samples as `tile` takes them. The layers are changed in turn, to hold few profiles twice."""
+        for place, step in self._steps.items():
+            if step.dense:
+                prepared = map(dense.prepared, step.dense.sources, [term.profile for term in layers[place].terms])
+                layers[place].terms = [
+                    replace(term, profile=profile, unit=unit)
+                    for term, (profile, unit) in zip(layers[place].terms, prepared, strict=True)
+                ]
+        return layers
 
     def tile(self, left: list[Layer], right: list[Layer]) -> Tensor:
-        """Return the kernel (a, b) in float64, from the layers at a samples and at b samples.
+        """Return the kernel (a, b) in float64, from the `prepared` layers at a samples and at b samples.
 
         If both are the same object, the lower half may be zero.
         """
+        buffers = dense.Buffers(self._dtype, left[-1].window.device)
         if not self._size:
-            return self._block(left, right, dense.Buffers())
+            return self._block(left, right, buffers)
         n, m = (layers[-1].terms[0].profile.shape[1] for layers in (left, right))
-        size = max(1, math.isqrt(_BLOCK_BYTES // (self._size**2 * left[-1].terms[0].profile.element_size())))
-        buffers = dense.Buffers()
+        size = max(1, math.isqrt(_BLOCK_BYTES // (self._size**2 * self._dtype.itemsize)))
         kernel = torch.zeros(n, m, dtype=torch.float64, device=left[-1].window.device)
         for top in range(0, n, size):
             rows = _samples(left, slice(top, top + size))
@@ -187,14 +202,17 @@ class Propagation:
             # The network's outputs are not weights. For several outputs, the kernel is their mean.
             scale = 1 / fan_in if self._normalize or place == len(left) - 1 else 1.0
             groups = []
-            for runs in step.runs:
+            for number, runs in enumerate(step.runs):
                 if step.dense:
                     parts = []
                     for term, channels, group in runs:
                         mine, others = (layer.terms[term].profile[:, :, channels] for layer in (a, b))
                         source, own = self._dense_source(a.terms[term].layer, group, covariances)
-                        parts.append((term, mine, others, source, scale * 2.0 ** (own - power)))
-                    groups.append(dense.covariances(step.dense, parts, len(a.biases) * 2.0**-power, buffers))
+                        factor = scale * a.terms[term].unit * b.terms[term].unit * 2.0 ** (own - power)
+                        parts.append((term, mine, others, source, factor))
+                    last = step.done if number == len(step.runs) - 1 else []
+                    unused = [matrix for done in last for matrix in covariances.pop(done, _ONE)[0]]
+                    groups.append(dense.covariances(step.dense, parts, len(a.biases) * 2.0**-power, buffers, unused))
                     continue
                 shape = len(a.terms[0].profile[0]), len(b.terms[0].profile[0])
                 like = a.terms[0].profile
@@ -209,11 +227,11 @@ class Propagation:
                 groups.append(sums.add_(len(a.biases) * 2.0**-power) if a.biases else sums)
             covariances[place] = _scaled(groups, power)
             for done in step.done:
-                for unused in covariances.pop(done, _ONE)[0]:
-                    buffers.give(unused)
-        last, power = self._paired_source(len(left) - 1, 0, covariances)
-        assert last is not None
-        return last[0].double() * 2.0 ** min(power, 1023)
+                for matrix in covariances.pop(done, _ONE)[0]:
+                    buffers.give(matrix)
+        kernel, power = self._paired_source(len(left) - 1, 0, covariances)
+        assert kernel is not None
+        return kernel[0].double() * 2.0 ** min(power, 1023)
 
     def _paired_source(self, place: int, group: int, covariances: dict[int, _Covariances]) -> tuple[Tensor | None, int]:
         """Return a layer's covariances of pairs (rows, n, m), or None for 1, and their power."""

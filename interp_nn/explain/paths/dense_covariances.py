@@ -3,6 +3,9 @@
 The covariances S(q, q') of a layer are one tensor (n, P, m, P). A convolution of stride 1 adds S at the same shift of q and q'.
 On a grid whose rows end in zeros, that shift is one offset in memory, so that each dimension of the kernel takes a few additions
 of whole tensors. The profiles are zero at the added positions, which makes the covariances there zero where they are read.
+
+Most profiles are gates: 0 or one number. Where the processor multiplies 8-bit integers, int8 holds 0 or 1 in their place. Their
+products are exact, and take a quarter of the time.
 """
 
 from __future__ import annotations
@@ -12,9 +15,11 @@ from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from interp_nn.explain.paths.path_terms import Layer, PositionMap
 
+_MOST_TAKEN = 32  # entries of the input that a window takes, for a product of them instead of shifts
 _LEAST_SHARE = 0.05  # of the pairs that must be needed for all of them to be computed
 
 
@@ -33,13 +38,14 @@ class Grid(NamedTuple):
 class Buffers:
     """Memory that one step after another uses, since new memory costs more than the additions."""
 
-    def __init__(self) -> None:
+    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
+        self._dtype, self._device = dtype, device
         self._free: dict[int, list[Tensor]] = {}
 
-    def take(self, size: int, like: Tensor) -> Tensor:
+    def take(self, size: int) -> Tensor:
         """Return a vector whose entries may be anything."""
         free = self._free.get(size)
-        return free.pop() if free else like.new_empty(size)
+        return free.pop() if free else torch.empty(size, dtype=self._dtype, device=self._device)
 
     def give(self, z: Tensor) -> None:
         """Take back the memory of a contiguous tensor that nobody reads any more."""
@@ -53,6 +59,8 @@ class _Source(NamedTuple):
     how: "same" for one entry a position, with the place of the value. "total" for a sum over all positions of the layer. Else
     "entries", sorted by output. order: of the term's entries, None if they have it. places: the places in the grid of each of
     them. width: the number of entries for each position of the value; 0 if it differs. outputs: the position of each entry.
+    padded: the number of rows of the profile at these places, zeros included; 0 if it has one row an entry. window: the entries
+    that each position of the layer's output takes, if the profile holds them all, (K, P).
     """
 
     how: Literal["same", "total", "entries"]
@@ -60,6 +68,8 @@ class _Source(NamedTuple):
     places: Tensor
     width: int
     outputs: Tensor
+    padded: int = 0
+    window: Tensor | None = None
 
 
 class DenseStep(NamedTuple):
@@ -137,6 +147,9 @@ def dense_step(layers: list[Layer], place: int, output: Grid, found: dict[int, G
         if grid is None:
             grid = Grid((own.positions,), torch.arange(own.positions, device=window.device))
         sources.append(_source(term.position_map, grid, value, bool(own.terms)))
+    few = layer.weight.shape[1:].numel() <= _MOST_TAKEN and len(sources) == 1
+    if offsets and few and sources[0].how == "same" and not layers[layer.terms[0].layer].terms:
+        sources, offsets = [sources[0]._replace(window=window)], []  # one product instead of shifts
     return DenseStep(value, output, sources, offsets, window)
 
 
@@ -150,30 +163,68 @@ def _source(position_map: PositionMap, grid: Grid, value: Grid, followed: bool) 
     if torch.equal(outputs, each) and (
         not followed or (grid.size == value.size and torch.equal(grid.places[inputs], value.places))
     ):
-        return _Source("same", sorted_by, value.places, 1, outputs)
+        return _Source("same", sorted_by, value.places, 1, outputs, value.size)
     places = grid.places[inputs] if followed else inputs
     if followed and positions == 1 and torch.equal(places.sort().values, grid.places):
-        return _Source("total", sorted_by, places, width, outputs)
+        return _Source("total", sorted_by, places, width, outputs, grid.size)
     return _Source("entries", sorted_by, places, width, outputs)
 
 
+def prepared(source: _Source, profile: Tensor) -> tuple[Tensor, float]:
+    """Return a profile (T, n, channels) as `covariances` takes it, and its unit: sorted, padded, one sample after another."""
+    unit = _unit(profile)
+    rows = (profile if unit is None else (profile != 0).to(torch.int8)).transpose(0, 1)
+    if source.order is not None:
+        rows = rows[:, source.order]
+    if source.window is not None:  # the row -1 stands for positions beyond the edge
+        rows = F.pad(rows, (0, 0, 0, 1))[:, source.window].permute(0, 2, 3, 1)
+    if source.padded > 1:
+        padded = rows.new_zeros(rows.shape[0], source.padded, *rows.shape[2:])
+        rows = padded.index_copy_(1, source.places, rows)
+    return rows.contiguous().transpose(0, 1), 1.0 if unit is None else unit
+
+
+def _unit(profile: Tensor) -> float | None:
+    """Return the one number beside 0 in a profile, where 8-bit integers are multiplied faster than its dtype; else None."""
+    if profile.dtype != torch.float32 or profile.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        return None
+    supported = getattr(torch.cpu, "_is_vnni_supported", None)  # a private name, as _int_mm is
+    if supported is None or not supported() or not hasattr(torch, "_int_mm") or not profile.numel():
+        return None
+    unit = profile.max()
+    return float(unit) if bool(((profile == 0) | (profile == unit)).all()) else None
+
+
 def covariances(
-    step: DenseStep, terms: list[tuple[int, Tensor, Tensor, Tensor | None, float]], bias: float, buffers: Buffers
+    step: DenseStep,
+    terms: list[tuple[int, Tensor, Tensor, Tensor | None, float]],
+    bias: float,
+    buffers: Buffers,
+    unused: list[Tensor],
 ) -> Tensor:
     """Return the covariances (n, places, m, places) of one group of a layer's outputs.
 
-    terms: for each run of channels the term's number, its profiles (T, n, channels) and (T, m, channels), the dense covariances
-    of its layer (None: 1), and the factor of the products. bias: added to all covariances.
+    terms: for each run of channels the term's number, its `prepared` profiles (T, n, channels) and (T, m, channels), the dense
+    covariances of its layer (None: 1), and the factor of the products. bias: added to all covariances.
+    unused: covariances that nobody reads after these terms; the shifts use their memory.
     """
     z: Tensor | None = None
+    later = 1.0  # a factor of integers, which cannot hold it
     for number, a, b, source, factor in terms:
-        part = _value(step, step.sources[number], a * factor, b, source, buffers)
+        if a.dtype != b.dtype:
+            a, b = (profile.to(torch.promote_types(a.dtype, b.dtype)) for profile in (a, b))
+        integers = a.dtype == torch.int8
+        part = _value(step, step.sources[number], a if integers else a * factor, b, source, buffers)
         if z is None:
-            z = part
+            z, later = part, factor if integers else 1.0
+            if len(terms) > 1 and integers:
+                z, later = z.mul_(factor), 1.0
         else:
-            z += part
+            z.add_(part, alpha=factor if integers else 1)
             buffers.give(part)
     assert z is not None
+    for matrix in unused:
+        buffers.give(matrix)
     n, m = z.shape[0], z.shape[2]
     if step.offsets is None:
         total = None
@@ -187,6 +238,8 @@ def covariances(
         for offsets in step.offsets:
             flat = _shifted(flat, [offset * (m * step.value.size + 1) for offset in offsets], buffers)
         z = flat.view(n, step.output.size, m, step.output.size)
+    if later != 1:  # in one pass with the bias
+        return torch.add(z.new_tensor(bias), z, alpha=later, out=z)
     return z.add_(bias) if bias else z
 
 
@@ -194,18 +247,17 @@ def _value(
     step: DenseStep, source: _Source, a: Tensor, b: Tensor, covariances: Tensor | None, buffers: Buffers
 ) -> Tensor:
     """Return what a term adds to the covariances of the layer's input, (n, places, m, places)."""
-    if source.order is not None:
-        a, b = a[source.order], b[source.order]
-    if source.how == "same":
-        a, b = (_padding(profile, source.places, step.value.size) for profile in (a, b))
-        product = _products(a, b, buffers)
-        return product if covariances is None else product.mul_(covariances)
-    if source.how == "total" and covariances is not None:
-        size = covariances.shape[1]
-        a, b = _padding(a, source.places, size).transpose(0, 1), _padding(b, source.places, size).transpose(0, 1)
+    if source.how == "total" and covariances is not None and a.dtype != torch.int8:
+        a, b = a.transpose(0, 1), b.transpose(0, 1)
         columns = [((covariances[:, :, j] @ b[j]) * a).sum((1, 2)) for j in range(len(b))]
         return _placed(torch.stack(columns, 1)[:, None, :, None], step.value)
     product = _products(a, b, buffers)
+    if source.how == "same":
+        return product if covariances is None else product.mul_(covariances)
+    if source.how == "total" and covariances is not None:
+        total = product.mul_(covariances).sum((1, 3), keepdim=True)
+        buffers.give(product)
+        return _placed(total, step.value)
     if covariances is not None:
         product *= covariances.index_select(1, source.places).index_select(3, source.places)
     n, entries, m, _ = product.shape
@@ -222,15 +274,13 @@ def _value(
 def _products(a: Tensor, b: Tensor, buffers: Buffers) -> Tensor:
     """Return the sums over channels (n, T, m, U) of products of (T, n, channels) and (U, m, channels)."""
     a, b = a.transpose(0, 1), b.transpose(0, 1)
-    left, right = a.reshape(-1, a.shape[2]), b.reshape(-1, b.shape[2])
-    flat = buffers.take(len(left) * len(right), a).view(len(left), len(right))
-    return torch.mm(left, right.T, out=flat).view(a.shape[0], a.shape[1], b.shape[0], b.shape[1])
-
-
-def _padding(profile: Tensor, places: Tensor, size: int) -> Tensor:
-    if len(places) == size:
-        return profile if size == 1 else torch.empty_like(profile).index_copy_(0, places, profile)
-    return profile.new_zeros(size, *profile.shape[1:]).index_copy_(0, places, profile)
+    left, right = a.reshape(*a.shape[:2], -1).flatten(0, 1), b.reshape(*b.shape[:2], -1).flatten(0, 1)
+    flat = buffers.take(len(left) * len(right)).view(len(left), len(right))
+    if a.dtype == torch.int8:
+        flat.copy_(torch._int_mm(left, right.T, out=flat.view(torch.int32)))  # each entry at its own place
+    else:
+        torch.mm(left, right.T, out=flat)
+    return flat.view(a.shape[0], a.shape[1], b.shape[0], b.shape[1])
 
 
 def _placed(z: Tensor, grid: Grid) -> Tensor:
@@ -245,7 +295,7 @@ def _shifted(z: Tensor, offsets: list[int], buffers: Buffers) -> Tensor:
     """Return the sum over the offsets o of z[i + o], with zeros beyond its ends. z is given to the buffers."""
     if offsets == [0]:
         return z
-    total, rest = buffers.take(len(z), z), [offset for offset in offsets if offset]
+    total, rest = buffers.take(len(z)), [offset for offset in offsets if offset]
     later = [offset for offset in rest if 0 < offset < len(z)]
     if 0 in offsets and later:  # the first sum writes to all entries
         rest.remove(first := later[0])

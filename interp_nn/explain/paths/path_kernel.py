@@ -93,9 +93,9 @@ def npk(
     propagation = Propagation(network.layers(x[:1]), normalize)
     return tiled(
         (len(x), len(x if other_x is None else other_x)),
-        propagation.chunk_size(work) if chunk_size is None else chunk_size,
-        lambda rows: network.layers(x[rows]),
-        None if other_x is None else lambda columns: network.layers(other_x[columns]),
+        propagation.chunk_size() if chunk_size is None else chunk_size,
+        lambda rows: propagation.prepared(network.layers(x[rows])),
+        None if other_x is None else lambda columns: propagation.prepared(network.layers(other_x[columns])),
         propagation.tile,
         work,
         x.device,

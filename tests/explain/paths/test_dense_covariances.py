@@ -114,6 +114,49 @@ def test_all_pairs_at_once_are_the_pairs_one_by_one(name, normalize, monkeypatch
     torch.testing.assert_close(alone, want, rtol=1e-12, atol=0)
 
 
+@pytest.mark.filterwarnings("ignore:Using padding=.same. with even kernel")
+@pytest.mark.parametrize("integers", [True, False])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_products_of_integers_are_those_in_fp64(name, integers, monkeypatch):
+    make, shape = NETWORKS[name]
+    model, x = make().eval(), torch.rand(5, *shape)
+    x[:2] = (x[:2] < 0.5).float()  # 0 and 1 on one side only
+    called, int_mm = [], torch._int_mm
+    monkeypatch.setattr(torch, "_int_mm", lambda *args, **kwargs: called.append(1) or int_mm(*args, **kwargs))
+    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: integers)
+    for other in (None, x[2:]):
+        got, want = npk(model, x[:2], other), npk(model, x[:2], other, dtype=FP64)
+        torch.testing.assert_close(got.to(FP64), want, rtol=2e-6, atol=0)
+    assert bool(called) == (integers and name != "flattened")
+
+
+def test_profiles_of_one_number_are_integers(monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: True)
+    places = torch.tensor([0, 1, 3])
+    source = dense_covariances._Source("same", torch.tensor([1, 0, 2]), places, 1, torch.arange(3), 4)
+    gates = torch.tensor([[0.0, 1], [1, 1], [0, 0]])[:, :, None]  # of 3 positions and 2 samples
+    for number in (1.0, 2**-10, 3.0, 0.0):
+        profile, unit = dense_covariances.prepared(source, gates * number)
+        assert profile.dtype == torch.int8
+        want = torch.tensor([[1.0, 1], [0, 1], [0, 0], [0, 0]])[:, :, None] * number
+        torch.testing.assert_close(profile * unit, want, rtol=0, atol=0)
+    for mixed in (gates * torch.tensor([1.0, 0.5])[:, None], gates.double(), gates * float("nan")):
+        profile, unit = dense_covariances.prepared(source, mixed)
+        assert profile.dtype == mixed.dtype
+        assert unit == 1
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_two_buffers_hold_the_covariances_of_a_chain(bias, monkeypatch):
+    layers = [m for i in (2, 3, 3) for m in (nn.Conv2d(i, 3, 3, padding=1, bias=bias), nn.ReLU())]
+    model, x = pooled(*layers, channels=3), torch.randn(3, 2, 6, 5)
+    made, empty = [], torch.empty
+    monkeypatch.setattr(dense_covariances.torch, "empty", lambda *a, **k: made.append(a) or empty(*a, **k))
+    monkeypatch.setattr("interp_nn.explain.paths.covariances._BLOCK_BYTES", 1)  # each pair of samples by itself
+    npk(model, x)
+    assert made.count((42**2,)) == 2
+
+
 def test_shifts_are_found_in_the_window():
     x = torch.randn(1, 2, 4, 5)
     for layer, found in (

@@ -1,0 +1,221 @@
+"""The eager engine's polynomials: Y = P q(G) with P = a X b, G = a² bᵀb and q(G) = c0 I + c1 G + ... + c4 G⁴.
+
+With b̂ = a b, which is formed first so that no power overflows where a is one over b's norm, and q' = q without its constant term:
+
+    D = dP + dY q(G), T = Pᵀ dY, dX = D b̂ᵀ, db̂ = Xᵀ D + b̂ (M + Mᵀ), dc_i = <T, Gⁱ>, db = a db̂, da = <db̂, b>
+
+M + Mᵀ is the derivative of q at G along T + Tᵀ, and for k > d, with S = Xᵀ dY, that at K = b̂ b̂ᵀ along N + Nᵀ, N = S b̂ᵀ:
+
+    db̂ = q(K) S + (M + Mᵀ) b̂ + Xᵀ dP, dc_i = <N, Kⁱ>
+
+The coefficients and the scale are tensors with a dtype of their own, and are read as scalars, which round no operand to it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from interp_nn.engines.eager import _add_product, _affine, _columns, _correlate, _twice_symmetric
+from interp_nn.engines.orders import head_by_gram
+from interp_nn.engines.problem import Plan
+from interp_nn.linalg import accumulation_dtype, gram, gram_small, is_column_major, mul_gram
+
+MOST_COEFFICIENTS = 5
+SAVING = Plan("eager", "(Xb)q", saves=True)
+
+
+class Polynomial(NamedTuple):
+    """The coefficients of q, (degree + 1,), and the scale of b, a 0-dim tensor, or None for 1."""
+
+    coefficients: Tensor
+    scale: Tensor | None
+
+    @property
+    def degree(self) -> int:
+        """The degree of q."""
+        return self.coefficients.shape[0] - 1
+
+
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+
+
+def forward(
+    x: Tensor, b: Tensor, bias: Tensor | None, q: Polynomial, plan: Plan, pair: bool
+) -> tuple[Tensor | None, Tensor, list[Tensor]]:
+    """Compute (P or None, Y, saved tensors) of x (n, d) and b (d, k), as `eager.forward` does for the summary."""
+    b = _columns(x, _scaled(b, q))
+    c = q.coefficients.unbind()
+    if plan.order == "(Xb)q":
+        p = x @ b
+        base = c[0] * p if bias is None else c[0] * p + bias
+        if len(c) == 1:
+            return p, base, []
+        g = gram(b)
+        terms = _without_constant(g, c)
+        return p, _add_product(base, p, terms), [p, g, terms]
+    if plan.order == "((Xb)bᵀ)b...":
+        p = x @ b
+        y = c[-1] * p
+        for term in c[-2::-1]:
+            y = _add_product(term * p, y @ b.mT, b)
+        return p, y if bias is None else y + bias, []
+    projection = x @ b if pair else None
+    if len(c) == 1:
+        return projection, _affine(x, c[0] * b, bias), []
+    g = gram(b) if plan.order == "X(bq)" else gram(b.mT)
+    terms = _without_constant(g, c)
+    w = _weight(b, terms, c[0], plan.order != "X(bq)")
+    return projection, _affine(x, w, bias), [g, terms, w]
+
+
+def backward(
+    dp: Tensor | None,
+    dy: Tensor | None,
+    x: Tensor,
+    b: Tensor,
+    q: Polynomial,
+    saved: Sequence[Tensor],
+    plan: Plan,
+    needs: Sequence[bool],
+) -> Gradients:
+    """Compute the needed ones of (dX, db, dbias, dc, da), for a plan of `orders.POLYNOMIAL_PLANS` and degree 1 or more."""
+    need_x, need_b, need_bias, need_c, need_a = needs
+    given, b = b, _scaled(b, q)
+    need_scaled = need_b or need_a
+    dx = db = dc = None
+    if dy is None:
+        assert dp is not None
+        dx = dp @ b.mT if need_x else None
+        db = _correlate(x, dp) if need_scaled else None
+        dc = torch.zeros_like(q.coefficients) if need_c else None
+    else:
+        c = q.coefficients.unbind()
+        by_projection = plan.order == "(Xb)q"
+        if by_projection:
+            p, g, terms = saved
+            d = _add_product(c[0] * dy if dp is None else c[0] * dy + dp, dy, terms)
+            dx = d @ b.mT if need_x else None
+        else:
+            g, terms, w = saved
+            if need_x:
+                dx = _add_product(None if dp is None else dp @ b.mT, dy, w.mT)
+        if need_scaled or need_c:
+            if by_projection:
+                t = p.mT @ dy
+            else:
+                s = _correlate(x, dy)
+                t = b.mT @ s if plan.order == "X(bq)" else s @ b.mT
+            m, dc = _derivative(g, _twice_symmetric(t), c, need_c)
+            if not need_scaled:
+                pass
+            elif by_projection:
+                db = _add_product(_correlate(x, d), b, m)
+            else:
+                left = plan.order != "X(bq)"
+                db = _add_product(c[0] * s, *((terms, s) if left else (s, terms)))
+                db = _add_product(db, *((m, b) if left else (b, m)))
+                db = db if dp is None else _add_product(db, x.mT, dp)
+            dc = None if dc is None else dc.to(q.coefficients.dtype)
+    dbias = None
+    if need_bias:
+        dbias = b.new_zeros(b.shape[-1]) if dy is None else dy.sum(0)
+    da = None
+    if need_a:
+        assert db is not None and q.scale is not None
+        da = _inner(db, given).to(q.scale.dtype)
+    if q.scale is not None and db is not None:
+        db = db * q.scale
+    return dx, db if need_b else None, dbias, dc, da
+
+
+def gradient(
+    dp: Tensor | None, dy: Tensor | None, x: Tensor, b: Tensor, q: Polynomial, needs: Sequence[bool]
+) -> Gradients:
+    """Compute the needed ones of (dX, db, dbias, dc, da) in plain differentiable products, of x (..., d)."""
+    rows = x.reshape(-1, x.shape[-1])
+    dp, dy = (None if g is None else g.reshape(-1, b.shape[1]) for g in (dp, dy))
+    saved = forward(rows, b, None, q, SAVING, True)[2]
+    dx, db, dbias, dc, da = backward(dp, dy, rows, b, q, saved, SAVING, needs)
+    return None if dx is None else dx.view(x.shape), db, dbias, dc, da
+
+
+def weight(b: Tensor, q: Polynomial) -> Tensor:
+    """Return the effective weight a b q(a² bᵀb) through the smaller of the two Gram matrices, in b's order of memory."""
+    b = _scaled(b, q)
+    c = q.coefficients.unbind()
+    if len(c) == 1:
+        return c[0] * b
+    return c[0] * b + mul_gram(b, _without_constant(gram_small(b), c))
+
+
+def logits(x: Tensor, b: Tensor, a: Tensor, bias: Tensor | None, q: Polynomial, plan: Plan) -> tuple[Tensor, Tensor]:
+    """Return both logits (n, m) of an output layer a (m, k), as `eager.logits` does for the summary."""
+    b = _scaled(b, q)
+    c = q.coefficients.unbind()
+    h = c[-1] * a
+    if len(c) > 1:
+        d, k = b.shape
+        g = gram(b) if head_by_gram(d, k, a.shape[0], len(c) - 1) else None
+        for term in c[-2::-1]:
+            h = _add_product(term * a, *((h @ b.mT, b) if g is None else (h, g)))
+    z, both = torch.cat((a, h)), None if bias is None else torch.cat((bias, bias))
+    o = _affine(x, (z @ b.mT).mT, both) if plan.order == "logits_from_x" else _affine(x @ b, z.mT, both)
+    first, second = o.view(x.shape[0], 2, a.shape[0]).unbind(1)
+    return first, second
+
+
+def _scaled(b: Tensor, q: Polynomial) -> Tensor:
+    return b if q.scale is None else b * q.scale
+
+
+def _without_constant(g: Tensor, c: Sequence[Tensor]) -> Tensor:
+    """Return c1 G + c2 G² + G² (c3 G + c4 G²), with as few products as can be."""
+    total = c[1] * g
+    if len(c) == 2:
+        return total
+    square = g @ g
+    total = total + c[2] * square
+    return total if len(c) == 3 else _add_product(total, square, _upper(g, square, c))
+
+
+def _upper(g: Tensor, square: Tensor, c: Sequence[Tensor]) -> Tensor:
+    return c[3] * g if len(c) == 4 else c[3] * g + c[4] * square
+
+
+def _derivative(g: Tensor, s: Tensor, c: Sequence[Tensor], need_c: bool) -> tuple[Tensor, Tensor | None]:
+    """Return Σ_i c_i Σ_{j<i} Gʲ S Gⁱ⁻¹⁻ʲ of a symmetric S = T + Tᵀ, and <T, Gⁱ> for each i if needed."""
+    degree = len(c) - 1
+    m = c[1] * s
+    h = g @ s if degree >= 2 else s
+    square = g @ g if degree >= 3 or (need_c and degree == 2) else g
+    if degree >= 2:
+        s2 = _twice_symmetric(h)  # the derivative of G²
+        m = m + c[2] * s2
+        if degree >= 3:
+            m = _add_product(_add_product(m, s2, _upper(g, square, c)), square, _upper(s, s2, c))
+    if not need_c:
+        return m, None
+    products = [_inner(s.diagonal(), torch.ones_like(s[0])), _inner(s, g)]
+    if degree >= 2:
+        products.append(_inner(s, square))
+    if degree >= 3:
+        products.append(_inner(h, square))
+    if degree == 4:
+        products.append(_inner(h @ g, square))
+    return m, torch.stack(products) / 2
+
+
+def _inner(left: Tensor, right: Tensor) -> Tensor:
+    wide = accumulation_dtype(left.dtype)
+    return (left.to(wide) * right.to(wide)).sum()
+
+
+def _weight(b: Tensor, terms: Tensor, constant: Tensor, left: bool) -> Tensor:
+    """Return c0 b + b q'(G), or c0 b + q'(K) b if `left`; in b's order of memory, and rounded once."""
+    if is_column_major(b):
+        return _weight(b.mT, terms, constant, not left).mT
+    return _add_product(constant * b, *((terms, b) if left else (b, terms)))

@@ -1,0 +1,95 @@
+"""The polynomials X b q(bᵀb): the autograd Function over the operators of the summary, given coefficients and a scale.
+
+Inside a transform of torch.func, in forward mode, and in a backward that is differentiated again, plain products take the
+operator's place, so that PyTorch has the derivatives of every order.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from interp_nn.engines import polynomial
+from interp_nn.engines.orders import saved_names
+from interp_nn.engines.polynomial import Polynomial
+from interp_nn.engines.problem import Plan, plan_to_text
+from interp_nn.linalg import is_column_major
+from interp_nn.ops.library import apply, is_dtensor, transforming
+from interp_nn.ops.summary import as_rows, backward_operator, pair_operator, spread, summary_operator
+
+
+class PolynomialFunction(Function):
+    """The autograd Function over `interp_nn::summary` and `::summary_pair` with coefficients: (y, *saved) or (p, y, *saved).
+
+    Its arguments are x (..., d), b (d, k), bias (k,) or None, the coefficients, the scale or None, the plan, and True if the
+    projection is an output.
+    """
+
+    @staticmethod
+    def forward(
+        x: Tensor,
+        b: Tensor,
+        bias: Tensor | None,
+        coefficients: Tensor,
+        scale: Tensor | None,
+        plan: Plan,
+        pair: bool,
+    ) -> tuple[Tensor, ...]:
+        if pair:
+            p, y, saved = pair_operator(x, b, plan_to_text(plan), coefficients, scale)
+            return (p, y, *saved)
+        y, saved = summary_operator(x, b, bias, plan_to_text(plan), coefficients, scale)
+        return (y, *saved)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        x, b, _, coefficients, scale, plan, pair = inputs
+        outputs = 2 if pair else 1
+        saved = output[outputs:]
+        ctx.mark_non_differentiable(*saved)
+        ctx.set_materialize_grads(False)
+        if pair and saved_names(plan, True)[0] == "P":
+            saved = (output[0], *saved)
+        ctx.save_for_backward(x, b, coefficients, scale, *saved)
+        ctx.plan, ctx.outputs = plan, outputs
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        dp, dy = grads[:2] if ctx.outputs == 2 else (None, grads[0])
+        if dp is None and dy is None:
+            return (None,) * 7
+        x, b, coefficients, scale, *saved = ctx.saved_tensors
+        needs = ctx.needs_input_grad[:5]
+        if torch.compiler.is_compiling() or not (torch.is_grad_enabled() or transforming(dp, dy, x, b)):
+            arguments = plan_to_text(ctx.plan), needs, is_column_major(b), coefficients, scale
+            return (*spread(backward_operator(dp, dy, x, b, saved, *arguments), needs), None, None)
+        return (*polynomial.gradient(dp, dy, x, b, Polynomial(coefficients, scale), needs), None, None)
+
+
+def _products(x: Tensor, b: Tensor, bias: Tensor | None, q: Polynomial, plan: Plan) -> bool:
+    """Return True where plain products under PyTorch's autograd compute, and not the operator."""
+    return plan.autograd or is_dtensor(b) or transforming(x, b, bias, *q)
+
+
+def summary(x: Tensor, b: Tensor, bias: Tensor | None, q: Polynomial, plan: Plan) -> Tensor:
+    """Return X b q(bᵀb) + bias for checked arguments."""
+    if _products(x, b, bias, q, plan):
+        y = polynomial.forward(as_rows(x), b, bias, q, plan, False)[1]
+        return y if x.dim() == 2 else y.view(*x.shape[:-1], b.shape[1])
+    return apply(PolynomialFunction, x, b, bias, *q, plan, False)[0]
+
+
+def summary_pair(x: Tensor, b: Tensor, q: Polynomial, plan: Plan) -> tuple[Tensor, Tensor]:
+    """Return (a X b, X b q(bᵀb)) for checked arguments."""
+    if _products(x, b, None, q, plan):
+        p, y, _ = polynomial.forward(as_rows(x), b, None, q, plan, True)
+        assert p is not None
+        if x.dim() == 2:
+            return p, y
+        shape = (*x.shape[:-1], b.shape[1])
+        return p.view(shape), y.view(shape)
+    p, y = apply(PolynomialFunction, x, b, None, *q, plan, True)[:2]
+    return p, y
