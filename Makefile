@@ -117,8 +117,8 @@ MODULES_bench := matplotlib PIL scipy sklearn tqdm
 MODULES_build := auditwheel build ninja setuptools
 MODULES_docs := mkdocs
 MODULES_lint := mypy ruff
-MODULES_test := $(MODULES_bench) captum expecttest hypothesis ninja onnx onnxruntime onnxscript packaging pybind11 pytest safetensors \
-                setuptools triton xdist
+MODULES_test := $(MODULES_bench) captum expecttest hypothesis ninja onnx onnxruntime onnxscript packaging pandas pybind11 pytest \
+                safetensors setuptools triton xdist
 GIVEN := given-bench given-build given-docs given-lint given-test
 .PHONY: $(GIVEN)
 $(GIVEN): given-%:

@@ -47,7 +47,10 @@ FULL = {
 
 
 def read(root: Path = environment.ROOT / "benchmarks" / "results") -> list[Record]:
-    """Read the records that have lines in the table, in its order, each device in turn."""
+    """Read the records that have lines in the table, in its order, each device in turn.
+
+    Raises ValueError, which names the file and the key, for a record that the table cannot be made of.
+    """
     folders = sorted(root.glob("*/experiments"))
     files = [folder / f"{name}.json" for name in _READERS for folder in folders]
     return [_record(file) for file in files if file.exists()]
@@ -56,7 +59,10 @@ def read(root: Path = environment.ROOT / "benchmarks" / "results") -> list[Recor
 def _record(file: Path) -> Record:
     try:
         found: Record = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+        markdown([found])  # which reads all that the table does
+    except KeyError as error:
+        raise ValueError(f"{file}: has no key {error}") from error
+    except (ValueError, TypeError, AttributeError, IndexError, RuntimeError) as error:
         raise ValueError(f"{file}: {error}") from error
     return found
 

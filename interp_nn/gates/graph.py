@@ -86,16 +86,18 @@ def trace(model: nn.Module) -> fx.GraphModule:
     """Trace a model's calls into a graph on the model's own parameters and buffers.
 
     The leaves are layers of torch.nn and of this library. Python that runs while tracing (`if self.training`, loops) is fixed
-    as it ran. In-place calls and ReLU spellings are normalized, see the module's docstring.
+    as it ran. Arguments of `forward` after the first that have a default keep it. In-place calls and ReLU spellings are
+    normalized, see the module's docstring.
 
     Raises:
         TypeError: `model` is not an nn.Module written in Python.
-        ValueError: A layer cannot be traced, or writes in place and has no equivalent that does not. The message names the
-            layer and the reason.
+        ValueError: The model has several inputs. A layer cannot be traced, or writes in place and has no equivalent that does
+            not. The message names the inputs, or the layer and the reason.
     """
     model = getattr(model, "_orig_mod", model)
     if not isinstance(model, nn.Module) or isinstance(model, torch.jit.ScriptModule):
         raise TypeError(f"model: got {type(model).__name__}, want an nn.Module of Python")
+    model = _of_one_argument(model)
     tracer = _Tracer()
     try:
         graph = tracer.trace(model)
@@ -110,8 +112,26 @@ def trace(model: nn.Module) -> fx.GraphModule:
         _make_out_of_place(model, graph_module, node)
     for node in list(graph.nodes):
         _normalize_relu(graph_module, node)
+    inputs = [node for node in graph.nodes if node.op == "placeholder"]
+    for node in inputs[1:]:
+        if not node.users:
+            graph.erase_node(node)
+            inputs.remove(node)
+    if len(inputs) != 1:
+        raise ValueError(f"model: takes inputs {[str(node.target) for node in inputs]}, want one")
     graph_module.recompile()
     return graph_module
+
+
+def _of_one_argument(model: nn.Module) -> nn.Module:
+    """Return the model with a forward of one argument, so that the others keep their default values when it is traced."""
+    others = list(inspect.signature(model.forward).parameters.values())[1:]
+    needed = [p for p in others if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    if isinstance(model, fx.GraphModule) or not others or needed:
+        return model
+    known, own = type(model), copy.copy(model)
+    own.__class__ = type(known.__name__, (known,), {"forward": lambda self, x: known.forward(self, x)})
+    return own
 
 
 def kind(graph_module: fx.GraphModule, node: fx.Node) -> str:

@@ -1,5 +1,6 @@
 """Each experiment from its command line, at a size for every run of the tests: its record must be true."""
 
+import functools
 import json
 import pickle
 from pathlib import Path
@@ -286,6 +287,32 @@ def test_pages_say_what_the_records_say(page, arguments, tmp_path, capsys):
     copied.write_text("nothing", encoding="utf-8")
     assert main(["papers", *arguments, "--page", str(copied)]) == 2
     assert "has no lines '<!-- begin: python -m benchmarks papers" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "told"),
+    [
+        ("titanic", lambda record: record.pop("experiment"), "has no key 'experiment'"),
+        ("titanic", lambda record: record.pop("device"), "has no key 'device'"),
+        ("gated_images-mnist", lambda record: record["budget"].pop("train_images"), "has no key 'train_images'"),
+        ("summary_cnn", lambda record: record["results"].pop("networks"), "has no key 'networks'"),
+        ("summary_cnn", lambda record: record["results"].update(networks={}), "generator raised StopIteration"),
+        ("mnist_tsne", lambda record: record["results"].update(planes=[]), "list index out of range"),
+        ("mnist_tsne", lambda record: record.update(results=None), "'NoneType' object is not subscriptable"),
+    ],
+)
+def test_a_record_that_lacks_a_key_is_named_in_one_line(file, change, told, tmp_path, capsys, monkeypatch):
+    from benchmarks.__main__ import main
+
+    source = next((ROOT / "benchmarks" / "results").glob(f"*/experiments/{file}.json"))
+    record = json.loads(source.read_text(encoding="utf-8"))
+    change(record)
+    (tmp_path / "a_device" / "experiments").mkdir(parents=True)
+    broken = tmp_path / "a_device" / "experiments" / f"{file}.json"
+    broken.write_text(json.dumps(record), encoding="utf-8")
+    monkeypatch.setattr(papers, "read", functools.partial(papers.read, tmp_path))
+    assert main(["papers"]) == 2
+    assert capsys.readouterr().err == f"benchmarks papers: {broken}: {told}\n"
 
 
 @pytest.mark.parametrize(

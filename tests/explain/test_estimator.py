@@ -3,6 +3,7 @@
 import pickle
 import subprocess
 import sys
+from functools import cache
 
 import numpy as np
 import pytest
@@ -168,7 +169,7 @@ def test_networks_that_are_none_are_named():
 def test_searches_for_regression(scoring):
     x, _ = data(90)
     y = x[:, 0] * x[:, 1] + x[:, 2]
-    search = GridSearchCV(NPKMachine(network()), {"ridge": [1e-3, 1e6]}, scoring=scoring, cv=3).fit(x, y)
+    search = GridSearchCV(NPKMachine(network()), {"ridge": [1e-3, 1e6]}, scoring=scoring, cv=2).fit(x, y)
     scores = search.cv_results_["mean_test_score"]
     assert np.isfinite(scores).all() and scores[0] > scores[1] and search.best_params_ == {"ridge": 1e-3}
     assert is_regressor(search.best_estimator_) and not is_classifier(search.best_estimator_)
@@ -188,7 +189,7 @@ def test_searches_for_regression(scoring):
 def test_searches_for_classification(scoring, labels):
     x, y = data(90)
     y = labels[np.minimum(y, 1)] if scoring == "roc_auc" else labels[y]
-    search = GridSearchCV(NPKMachine(network()), {"ridge": [1e-3, 1e6]}, scoring=scoring, cv=3).fit(x, y)
+    search = GridSearchCV(NPKMachine(network()), {"ridge": [1e-3, 1e6]}, scoring=scoring, cv=2).fit(x, y)
     scores = search.cv_results_["mean_test_score"]
     assert np.isfinite(scores).all() and scores[0] > 0.6
     assert is_classifier(search.best_estimator_) and search.predict(x).dtype == y.dtype
@@ -292,15 +293,23 @@ KINDS = {
 }
 
 
+def fitted(name, x, y):
+    estimator = ESTIMATORS[name]().fit(x, y)
+    return np.asarray(getattr(estimator, "predict" if hasattr(estimator, "predict") else "transform")(x))
+
+
+@cache
+def fitted_to_arrays(name):
+    return fitted(name, *data(20))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_samples_of_every_kind(kind):
     x, y = data(20)
     given = KINDS[kind](x)
     assert torch.equal(to_tensor(given, "x"), torch.from_numpy(x))
     for name in ("Descrambler", "ActivationClusters", "NPKMachine"):
-        estimator, want = ESTIMATORS[name]().fit(given, y), ESTIMATORS[name]().fit(x, y)
-        call = "predict" if hasattr(estimator, "predict") else "transform"
-        np.testing.assert_allclose(np.asarray(getattr(estimator, call)(given)), np.asarray(getattr(want, call)(x)))
+        np.testing.assert_allclose(fitted(name, given, y), fitted_to_arrays(name))
 
 
 def test_columns_of_every_dtype():

@@ -5,8 +5,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from interp_nn.explain import npk
 from interp_nn.gates.graph import apply_gates, kind, routed, trace, where
-from interp_nn.nn import SummaryConv2d, SummaryLinear
+from interp_nn.nn import HardGate, SummaryConv2d, SummaryLinear, to_dgn
 
 
 class Calls(nn.Module):
@@ -224,3 +225,67 @@ def test_a_model_is_left_as_it_was():
     trace(model)
     assert model[1].inplace and model[2].inplace and model.training
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+class Defaults(nn.Module):
+    """A forward whose default arguments choose among branches."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.other, self.last = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2)
+
+    def hidden(self, z):
+        return self.last(F.relu(z))
+
+
+class Flag(Defaults):
+    def forward(self, x, flag=None):
+        return self.hidden(self.first(x) if flag is None else self.other(x))
+
+
+class Switch(Defaults):
+    def forward(self, x, early=False, *, scale=2.0):
+        z = self.first(x)
+        return z if early else self.hidden(z * scale if scale else z)
+
+
+SHIFT = torch.ones(4)
+
+
+class Shift(Defaults):
+    def forward(self, x, shift=SHIFT, names=("first", "other")):
+        for name in names:
+            x = getattr(self, name)(x) + shift
+        return self.hidden(x)
+
+
+class Rest(Defaults):
+    def forward(self, x=None, *layers, **options):
+        for layer in layers or (self.other,):
+            x = layer(x)
+        return self.hidden(-x if options.get("negative") else x)
+
+
+@pytest.mark.parametrize("make", [Flag, Switch, Shift, Rest])
+def test_default_arguments_keep_their_values(make):
+    model, x = make(), torch.randn(5, 4)
+    graph_module = trace(model)
+    assert torch.equal(graph_module(x), model(x))
+    assert [str(node.target) for node in graph_module.graph.nodes if node.op == "placeholder"] == ["x"]
+    dual = to_dgn(model, gating="relu", value_input="x", gate=HardGate(), reset=False)
+    torch.testing.assert_close(dual(x), model(x))
+
+
+@pytest.mark.parametrize(("make", "layers"), [(Flag, ["first"]), (Rest, ["other"])])
+def test_the_path_kernel_with_default_arguments(make, layers):
+    model, x = make(), torch.randn(5, 4)
+    plain = nn.Sequential(*(getattr(model, name) for name in layers), nn.ReLU(), model.last)
+    assert torch.equal(npk(model, x), npk(plain, x))
+
+
+def test_inputs_without_a_default_are_named():
+    model = Calls(None)
+    model.__class__ = type("Two", (Calls,), {"forward": lambda self, x, y, flag=None: F.relu(self.layer(x) + y)})
+    for function in (trace, to_dgn, lambda model: npk(model, torch.randn(2, 4))):
+        with pytest.raises(ValueError, match=r"model: takes inputs \['x', 'y'\], want one"):
+            function(model)

@@ -3,6 +3,7 @@
 import ast
 import re
 from collections import Counter
+from functools import cache
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -27,9 +28,14 @@ FLOORS = [
 NEVER = {("nn", "engines"), ("explain", "engines")}
 
 
+@cache
+def parsed(path):
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
 def imports(path):
     """(module, name) of every import in a file, absolute, anywhere in it."""
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in ast.walk(parsed(path)):
         if isinstance(node, ast.Import):
             yield from ((alias.name, None) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -75,8 +81,7 @@ def test_no_import_goes_in_a_circle():
     for module, path in MODULES.items():
         if path.name == "__init__.py":
             continue  # it re-exports what its files hold
-        tree = ast.parse(path.read_text(encoding="utf-8"))
-        top = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
+        top = [node for node in parsed(path).body if isinstance(node, ast.Import | ast.ImportFrom)]
         found = set()
         for node in top:
             if isinstance(node, ast.ImportFrom) and node.module.startswith("interp_nn"):

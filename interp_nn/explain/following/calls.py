@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -51,6 +51,21 @@ class NonAffineCall:
         return f"{self.operation} in layer {self.layer!r}: {self.reason}"
 
 
+class Mask(NamedTuple):
+    """A comparison's result, as it is, cast, negated or seen in another shape.
+
+    A mask that lets a value that depends on the input pass on one side only, in a product, where, masked_fill or a write, turns
+    its gate: the gate is then on where the value passes. So it is for each spelling of a ReLU. The first such use counts.
+
+    Attributes:
+        gate_call: Index of the comparison's gates.
+        true_on: True if the mask is true where the comparison's gate was on when it was recorded.
+    """
+
+    gate_call: int
+    true_on: bool
+
+
 @dataclass(frozen=True)
 class Dependence:
     """The dependence of a tensor on the input.
@@ -61,6 +76,7 @@ class Dependence:
         piecewise_constant: True if freezing its value is exact.
         unseen: True if calls that cannot be recorded computed it.
         mixed: True for memory that holds affine values beside others, so that no recorded value stands for it.
+        mask: The comparison whose result it is, or None.
     """
 
     non_affine: NonAffineCall | None = None
@@ -68,6 +84,7 @@ class Dependence:
     piecewise_constant: bool = False
     unseen: bool = False
     mixed: bool = False
+    mask: Mask | None = None
 
 
 @dataclass
@@ -164,6 +181,7 @@ class RuleResult:
         piecewise_constant: As in `Dependence`.
         preactivations: Computes the preactivations of the call's gates. A gate is on where its preactivation is positive.
         linear: True if the replay is known to give 0 for 0.
+        true_on: For a comparison, True if the result is true where the gate is on, and False if it is so where it is off.
     """
 
     treatment: str
@@ -173,6 +191,7 @@ class RuleResult:
     piecewise_constant: bool = False
     preactivations: Callable[[Call], Tensor] | None = None
     linear: bool = False
+    true_on: bool | None = None
 
 
 def tensors(value: Any) -> Iterator[Tensor]:

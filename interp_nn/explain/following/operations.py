@@ -30,6 +30,7 @@ from interp_nn.explain.following.calls import (
     Call,
     CallFunction,
     Dependence,
+    Mask,
     Rule,
     RuleResult,
     UnsupportedCallError,
@@ -333,6 +334,18 @@ TABLE: dict[str, Rule] = {
     **_names("floor ceil round trunc long int equal allclose", piecewise_constant),
 }
 
+# Of a mask: the mask as it is, and the mask that is true where it is false.
+_SAME_MASK = _set(
+    "to float double half bfloat16 bool int long type type_as clone contiguous detach"
+    " view reshape unsqueeze squeeze expand expand_as flatten unflatten __getitem__"
+)
+_NEGATIONS = _set("logical_not bitwise_not __invert__")
+# The arguments of calls that a mask lets values pass through.
+_MASKED_BY = {
+    **dict.fromkeys(("mul", "multiply"), ("input", "other")),
+    "where": ("condition", "input", "other"),
+    **dict.fromkeys(("masked_fill", "__setitem__"), ("input", "mask", "value")),
+}
 # Their result depends on the shape and dtype of the arguments alone.
 _CONSTANTS = _set("zeros_like ones_like full_like empty_like new_zeros new_ones new_full new_empty")
 # Their result depends on the values of the first argument alone.
@@ -386,6 +399,41 @@ def operation_name(function: Callable[..., Any]) -> str:
     elif name.startswith("__i") and f"__{name[3:]}" in _SAME_AS:
         name = f"__{name[3:]}"
     return _SAME_AS.get(name, name)
+
+
+def mask_of(call: Call) -> Mask | None:
+    """Return the comparison whose result a call on a mask passes on: cast, negated or seen in another shape."""
+    mask = _mask(call, call.args[0]) if call.args and len(call.dependences) == 1 else None
+    if mask is None or call.name in _SAME_MASK:
+        return mask
+    one_less = call.name in ("rsub", "__rsub__") and [v for v in call.args[1:] if not isinstance(v, Tensor)] == [1]
+    negated = call.name in _NEGATIONS or (one_less and not call.kwargs)
+    return mask._replace(true_on=not mask.true_on) if negated else None
+
+
+def masked_use(call: Call) -> tuple[Mask, bool] | None:
+    """Return the mask of a call that lets a value depending on the input pass on one side only, and True for its true side."""
+    if call.name not in _MASKED_BY:
+        return None
+    names = ("input", "condition", "other") if call.function is Tensor.where else _MASKED_BY[call.name]
+    given = dict(zip(names, call.args, strict=False)) | call.kwargs
+    a, b = given.get("input"), given.get("other")
+    if call.name == "where":
+        choices = [(given.get("condition"), a, b)]
+    elif "mask" in names:
+        choices = [(given.get("mask"), given.get("value"), a)]
+    else:
+        choices = [(a, b, None), (b, a, None)]
+    for mask, on, off in choices:
+        passes = call.dependence(on) is not None
+        if (found := _mask(call, mask)) is not None and passes != (call.dependence(off) is not None):
+            return found, passes
+    return None
+
+
+def _mask(call: Call, value: object) -> Mask | None:
+    dependence = call.dependence(value)
+    return None if dependence is None else dependence.mask
 
 
 @cache

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import types
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -38,30 +38,30 @@ _STEP = (0, 1)
 class Pieces:
     """A piecewise linear function of z.
 
+    A breakpoint's gate is on where z passes: on the side that is not flat, or above if neither is. It is off at the breakpoint.
+
     Attributes:
-        breakpoints: In ascending order. Each belongs to the piece below it.
+        breakpoints: In ascending order.
         slopes: Slope of each piece.
         offsets: Offset of each piece.
-        first_above: True if the first breakpoint belongs to the piece above it.
     """
 
     breakpoints: tuple[Any, ...]
     slopes: tuple[Any, ...]
     offsets: tuple[Any, ...]
-    first_above: bool = False
 
     def preactivations(self, z: Tensor) -> Tensor:
-        """Return z less each breakpoint: (n, ...) for one breakpoint, (n, breakpoints, ...) for several."""
+        """Return the signed distance to each breakpoint: (n, ...) for one breakpoint, (n, breakpoints, ...) for several."""
         shifted = [z if isinstance(b, (int, float)) and b == 0 else z - b for b in self.breakpoints]
-        if self.first_above:
-            shifted[0] = positive_on_ties(shifted[0])
-        return shifted[0] if len(shifted) == 1 else torch.stack(shifted, 1)
+        signed = [-t if flat else t for t, flat in zip(shifted, self._flat_above(), strict=True)]
+        return signed[0] if len(signed) == 1 else torch.stack(signed, 1)
+
+    def _flat_above(self) -> list[bool]:
+        return [isinstance(slope, (int, float)) and slope == 0 for slope in self.slopes[1:]]
 
     def at(self, z: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return slope and offset for each entry of z; the offset is None if it is 0 everywhere."""
-        gates = [z > b for b in self.breakpoints]
-        if self.first_above:
-            gates[0] = z >= self.breakpoints[0]
+        gates = [z >= b if flat else z > b for b, flat in zip(self.breakpoints, self._flat_above(), strict=True)]
 
         def chosen(values: tuple[Any, ...]) -> Tensor:
             if values is _STEP:
@@ -88,6 +88,8 @@ def _rrelu(call: Call) -> Pieces:
 
 
 def _clipped(low: Any, high: Any) -> Pieces:
+    high = None if isinstance(high, float) and high == torch.inf and low is not None else high
+    low = None if isinstance(low, float) and low == -torch.inf and high is not None else low
     if low is None:
         return Pieces((high,), (1, 0), (0, high))
     if high is None:
@@ -108,7 +110,7 @@ def _threshold(call: Call) -> Pieces:
 def _shrink(soft: bool) -> Callable[[Call], Pieces]:
     def pieces(call: Call) -> Pieces:
         width = call.argument("lambd")
-        return Pieces((-width, width), (1, 0, 1), (width, 0, -width) if soft else (0, 0, 0), first_above=True)
+        return Pieces((-width, width), (1, 0, 1), (width, 0, -width) if soft else (0, 0, 0))
 
     return pieces
 
@@ -165,27 +167,36 @@ def clamp(call: Call) -> RuleResult:
 
 
 def maximum(sign: int) -> Rule:
-    """Return the rule of maximum (sign 1) or minimum (-1) of two tensors; on a tie the second wins."""
+    """Return the rule of maximum (sign 1) or minimum (-1) of two tensors.
 
-    def difference(call: Call) -> Tensor:
-        return sign * (call.input - call.argument("other"))
+    The gate is on where the argument that depends on the input wins, or the first one if both do. It is off on a tie.
+    """
 
     def rule(call: Call) -> RuleResult:
         a, b = call.input, call.argument("other")
         if (non_affine := call.non_affine(a) or call.non_affine(b)) is not None:
             return recorded_value(call, non_affine)
+        first = call.dependence(a) is not None
+
+        def pair(now: Call) -> tuple[Tensor, Tensor]:
+            one, other = now.input, now.argument("other")
+            return (one, other) if first else (other, one)
+
+        def difference(now: Call) -> Tensor:
+            one, other = pair(now)
+            return sign * (one - other)
+
         gate = difference(call) > 0
-        return RuleResult(
-            "gate", lambda now: torch.where(gate, now.input, now.argument("other")), preactivations=difference
-        )
+        return RuleResult("gate", lambda now: torch.where(gate, *pair(now)), preactivations=difference)
 
     return rule
 
 
 def comparison(call: Call) -> RuleResult:
-    """Rule of gt, ge, lt and le, eq and ne: the result is a gate, which is on where the comparison is true.
+    """Rule of gt, ge, lt and le, eq and ne: the result is a mask.
 
-    For eq and ne there are two gates, one for each side of equality.
+    The gate is on where the argument that depends on the input, or the first one if both do, is the larger one. What the mask
+    is used for may turn it, see `Mask`. For eq and ne there are two gates, one for each side of equality.
     """
     operands = [call.dependence(t) for t in call.tensors()]
     if any(d is not None and d.non_affine is not None and not d.piecewise_constant for d in operands):
@@ -193,13 +204,19 @@ def comparison(call: Call) -> RuleResult:
 
     def difference(now: Call) -> Tensor:
         a, b = (_floating(value) for value in (now.input, now.argument("other")))
-        lead = a - b
-        if call.name in ("eq", "ne", "not_equal"):
-            return _both_sides(lead)
-        lead = lead if call.name in ("gt", "ge", "greater", "greater_equal") else -lead
-        return positive_on_ties(lead) if call.name in ("ge", "le", "greater_equal", "less_equal") else lead
+        return a - b
 
-    return piecewise_constant(call, difference, "gate")
+    if call.name in ("eq", "ne", "not_equal"):
+        return piecewise_constant(call, lambda now: _both_sides(difference(now)), "gate")
+    true_on_ties = call.name in ("ge", "le", "greater_equal", "less_equal")
+    first = call.dependence(call.input) is not None
+    true_above = call.name.startswith("g") == first
+
+    def lead(now: Call) -> Tensor:
+        z = difference(now) if first else -difference(now)
+        return positive_on_ties(z) if true_on_ties == true_above else z
+
+    return replace(piecewise_constant(call, lead, "gate"), true_on=true_above)
 
 
 def _floating(value: Any) -> Any:

@@ -15,13 +15,14 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from interp_nn.explain.following import operations
-from interp_nn.explain.following.argmax_gates import LazyGates
+from interp_nn.explain.following.argmax_gates import LazyGates, positive_on_ties
 from interp_nn.explain.following.arguments import respelled
 from interp_nn.explain.following.calls import (
     RANDOM,
     Call,
     CallFunction,
     Dependence,
+    Mask,
     NonAffineCall,
     RuleResult,
     UnsupportedCallError,
@@ -112,6 +113,7 @@ class Recorder(TorchFunctionMode):
         self._name_counts: dict[str, int] = {}
         self._constants: dict[int, Tensor] = {}  # computed from parameters alone
         self._lazy_gates: list[tuple[Tensor, LazyGates]] = []
+        self._turned: set[int] = set()  # gate calls of masks whose side is decided
         self._watching = True  # an operator is outside of recorded calls
         self._fault: str | None = None  # why an operator makes the model unsupported, until it is reported
 
@@ -182,6 +184,7 @@ class Recorder(TorchFunctionMode):
             dependence = Dependence(
                 next(iter(dependences.values())).non_affine,
                 piecewise_constant=all(d.piecewise_constant for d in dependences.values()),
+                mask=operations.mask_of(call),
             )
             self._set(call, result, dependence)
             return result
@@ -341,13 +344,33 @@ class Recorder(TorchFunctionMode):
             Step(call.name, call.layer, replay, non_affine is None, treated.linear, treated.preactivations)
         )
         self.rows.append((call.name, call.layer, treated.treatment))
+        mask = None if treated.true_on is None else Mask(len(self.gate_calls) - 1, treated.true_on)
+        if (use := operations.masked_use(call)) is not None:
+            self._turn(*use)
         if call.inplace:
-            self._dependences.write(call.args[0], Dependence(non_affine, treated.factor, treated.piecewise_constant))
+            self._dependences.write(
+                call.args[0], Dependence(non_affine, treated.factor, treated.piecewise_constant, mask=mask)
+            )
         for t in tensors(result):
             is_index = non_affine is None and not continuous(t)
             origin = call.as_non_affine("it is an index") if is_index else non_affine
-            self._dependences.set(t, Dependence(origin, treated.factor, treated.piecewise_constant or is_index))
+            constant = treated.piecewise_constant or is_index
+            self._dependences.set(t, Dependence(origin, treated.factor, constant, mask=mask))
         return result
+
+    def _turn(self, mask: Mask, passes_where_true: bool) -> None:
+        """Make the gate of a mask the one that is on where the masked value passes."""
+        if mask.gate_call in self._turned:
+            return
+        self._turned.add(mask.gate_call)
+        if mask.true_on == passes_where_true:
+            return
+        call = self.gate_calls[mask.gate_call]
+        step = self.steps[call.step]
+        before = step.preactivations
+        assert before is not None
+        self.gate_calls[mask.gate_call] = call._replace(preactivations=positive_on_ties(-call.preactivations))
+        self.steps[call.step] = step._replace(preactivations=lambda now: positive_on_ties(-before(now)))
 
     def _gate_name(self, call: Call) -> str:
         module = self.layers.module

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import inspect
 from typing import Any
 
 import torch
@@ -36,7 +34,11 @@ class PathNetwork:
         check_model(model)
         model = getattr(model, "_orig_mod", model)
         self._gated = model if isinstance(model, GatedNetwork) else None
-        self._graph = trace(_of_one_argument(model) if self._gated is None else _ValueNetwork(self._gated))
+        if self._gated is not None:
+            model = _ValueNetwork(self._gated)
+        elif type(model).__module__.startswith(("torch.nn.", "interp_nn.nn.")) and not isinstance(model, nn.Sequential):
+            model = nn.Sequential(model)  # a layer alone is a network of one layer
+        self._graph = trace(model)
         self._checked = False
         self._pools = [] if self._gated is None else _pools(self._gated)
         self._dtype, self._resampled = dtype, dict[fx.Node, Any]()
@@ -70,18 +72,6 @@ class PathNetwork:
                     f"{where(self._graph, node)}: its value for a sample depends on the other samples, so that there is no "
                     "kernel of two samples; want an operation on each sample alone"
                 )
-
-
-def _of_one_argument(model: nn.Module) -> nn.Module:
-    """Return the model with a forward of one argument, so that the others keep their default values when it is traced."""
-    known = type(model)
-    if known.__module__.startswith(("torch.nn.", "interp_nn.nn.")) and not isinstance(model, nn.Sequential):
-        return nn.Sequential(model)  # a layer alone is a network of one layer
-    if isinstance(model, fx.GraphModule) or len(inspect.signature(model.forward).parameters) < 2:
-        return model
-    own = copy.copy(model)
-    own.__class__ = type(known.__name__, (known,), {"forward": lambda self, x: known.forward(self, x)})
-    return own
 
 
 class _ValueNetwork(nn.Module):

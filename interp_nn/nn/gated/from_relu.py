@@ -157,17 +157,10 @@ def to_dgn(
 
 
 def _check(graph_module: fx.GraphModule) -> None:
-    """Remove dead code. Raise ValueError for a graph without ReLU, with another nonlinearity, or with several inputs."""
+    """Remove dead code. Raise ValueError for a graph without ReLU, with another nonlinearity, or with several outputs."""
     graph = graph_module.graph
     graph.eliminate_dead_code()
     (output,) = (node for node in graph.nodes if node.op == "output")
-    inputs = [node for node in graph.nodes if node.op == "placeholder"]
-    for node in inputs[1:]:
-        if not node.users:
-            graph.erase_node(node)
-    inputs = [node for node in graph.nodes if node.op == "placeholder"]
-    if len(inputs) != 1:
-        raise ValueError(f"model: takes inputs {[str(node.target) for node in inputs]}, want one")
     if not isinstance(output.args[0], fx.Node):
         raise ValueError(f"model: returns a {type(output.args[0]).__name__}, want one tensor")
     for node in graph.nodes:

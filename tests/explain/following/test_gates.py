@@ -55,7 +55,7 @@ def test_clipped_units_have_a_gate_for_each_breakpoint():
     z = torch.tensor([[-1.0, 0.0, 3.0, 6.0, 7.0]], dtype=DTYPE)
     seen = record(nn.ReLU6(), z)
     assert seen.sites[0].shape == (2, 5)
-    assert torch.equal(seen.gates(0)[0], torch.stack([z[0] > 0, z[0] > 6]))
+    assert torch.equal(seen.gates(0)[0], torch.stack([z[0] > 0, z[0] < 6]))
     pattern = record(nn.Hardtanh(), torch.tensor([[-2.0], [0.0], [2.0]])).patterns()
     assert len(pattern.groups().counts) == 3
 
@@ -428,17 +428,66 @@ class Parts(Shared):
         return self.encoder(x.reshape(-1, 2)).view(len(x), -1)
 
 
-class Centred(nn.Module):
+class Coupled(nn.Module):
+    """A function of the batch before the gates, or after them."""
+
+    def __init__(self, function, before=True):
+        super().__init__()
+        self.function, self.before = function, before
+
     def forward(self, x):
-        return F.relu(x - x.mean(0))
+        return F.relu(self.function(x)) if self.before else self.function(F.relu(x))
+
+
+COUPLINGS = {
+    "mean": lambda z: z - z.mean(0),
+    "softmax": lambda z: z * z.softmax(0),
+    "cumsum": lambda z: z.cumsum(0),
+    "reversed cumsum": lambda z: z.flip(0).cumsum(0).flip(0),
+    "roll": lambda z: z.roll(1, 0),
+    "flip": lambda z: z.flip(0),
+    "std": lambda z: z / (1 + z.std(0)),
+}
 
 
 @pytest.mark.parametrize("n", [2, 3, 4, 8])
-@pytest.mark.parametrize("make", [Shared, TimeFirst, Centred])
+@pytest.mark.parametrize("before", [True, False])
+@pytest.mark.parametrize("name", COUPLINGS)
+def test_samples_that_depend_on_one_another_are_refused(name, before, n):
+    model, x = Coupled(COUPLINGS[name], before), batch((4,), n) + 1
+    for mode in ("secant", "tangent"):
+        with pytest.raises(
+            ValueError, match=r"model: the (gates of :relu#0|outputs) change with the rest of the batch"
+        ):
+            record(model, x, mode=mode)
+        assert record(model, x, mode=mode, check=False).patterns().width == 4
+
+
+def test_a_batch_norm_in_training_is_refused_with_its_tangent():
+    model = Coupled(lambda z: F.batch_norm(z, None, None, training=True), before=False)
+    with pytest.raises(ValueError, match="model: the outputs change with the rest of the batch"):
+        record(model, batch((4,), 5), mode="tangent")
+
+
+@pytest.mark.parametrize(
+    ("function", "mode"),
+    [
+        (lambda z: z.view(5, 2, 2).flatten(1), "secant"),  # for batches of 5 samples only
+        (lambda z: z.squeeze(), "secant"),
+        (lambda z: z + torch.rand_like(z), "tangent"),
+    ],
+)
+def test_samples_that_only_look_coupled_are_recorded(function, mode):
+    x = batch((4,), 5)
+    assert torch.equal(record(Coupled(function, before=False), x, mode=mode).gates(0), x > 0)
+
+
+@pytest.mark.parametrize("n", [2, 3, 4, 8])
+@pytest.mark.parametrize("make", [Shared, TimeFirst])
 def test_gates_that_do_not_lie_by_sample_are_refused(make, n):
     model, x = make().to(DTYPE), batch((8 if make is TimeFirst else 4,), n)
     with pytest.raises(ValueError, match=r"model: the gates of .* one sample at a time \(chunk_size=1\)"):
-        record(model, x, check=True)
+        record(model, x)
     assert len(record(model, x[:1]).patterns()) == 1
 
 

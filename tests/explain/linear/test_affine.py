@@ -151,7 +151,7 @@ def test_layer_gives_the_map_of_a_preactivation():
     assert relative(sum(last.bias_by_layer().values()), last.bias) <= 1e-12
     clipped = nn.Sequential(nn.Linear(6, 3), nn.ReLU6(), nn.Softmax(-1)).to(DTYPE)  # softmax comes later
     affine = linearize(clipped, x, layer=0)
-    assert affine.shape == (3, 2, 3, 6) and relative(affine(x)[:, 1], clipped[0](x) - 6) <= 1e-14
+    assert affine.shape == (3, 2, 3, 6) and relative(affine(x)[:, 1], 6 - clipped[0](x)) <= 1e-14
     assert relative(sum(affine.bias_by_layer().values()), affine.bias) <= 1e-14
 
 
