@@ -72,7 +72,7 @@ class OperationReport:
     __repr__ = __str__
 
 
-def record(model: nn.Module, x: Tensor | Inputs, *, mode: str = "secant", check: bool = True) -> GateRecord:
+def record(model: nn.Module, x: Tensor | Inputs, *, mode: str = "secant", check: bool = False) -> GateRecord:
     """Record the gates of a model at each sample of x.
 
     The model's buffers, hooks and training flags, and PyTorch's random state, do not change.
@@ -97,7 +97,7 @@ def record(model: nn.Module, x: Tensor | Inputs, *, mode: str = "secant", check:
         check: Also record a batch of three samples, the last one twice and the first one, and compare their gates and outputs,
             to find models whose samples depend on one another. It sees the first and the last sample, and differences above
             a third of the digits. If a call has several gates in a row for a sample, in its first dimension, it is always done,
-            and never for a model that draws random numbers. False saves the second run.
+            and never for a model that draws random numbers. False runs the model once, and does not see such models otherwise.
 
     Returns:
         The gates, preactivations and output of the model.

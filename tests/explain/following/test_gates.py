@@ -459,14 +459,14 @@ def test_samples_that_depend_on_one_another_are_refused(name, before, n):
         with pytest.raises(
             ValueError, match=r"model: the (gates of :relu#0|outputs) change with the rest of the batch"
         ):
-            record(model, x, mode=mode)
-        assert record(model, x, mode=mode, check=False).patterns().width == 4
+            record(model, x, mode=mode, check=True)
+        assert record(model, x, mode=mode).patterns().width == 4
 
 
 def test_a_batch_norm_in_training_is_refused_with_its_tangent():
     model = Coupled(lambda z: F.batch_norm(z, None, None, training=True), before=False)
     with pytest.raises(ValueError, match="model: the outputs change with the rest of the batch"):
-        record(model, batch((4,), 5), mode="tangent")
+        record(model, batch((4,), 5), mode="tangent", check=True)
 
 
 @pytest.mark.parametrize(
@@ -479,7 +479,7 @@ def test_a_batch_norm_in_training_is_refused_with_its_tangent():
 )
 def test_samples_that_only_look_coupled_are_recorded(function, mode):
     x = batch((4,), 5)
-    assert torch.equal(record(Coupled(function, before=False), x, mode=mode).gates(0), x > 0)
+    assert torch.equal(record(Coupled(function, before=False), x, mode=mode, check=True).gates(0), x > 0)
 
 
 @pytest.mark.parametrize("n", [2, 3, 4, 8])
@@ -487,7 +487,7 @@ def test_samples_that_only_look_coupled_are_recorded(function, mode):
 def test_gates_that_do_not_lie_by_sample_are_refused(make, n):
     model, x = make().to(DTYPE), batch((8 if make is TimeFirst else 4,), n)
     with pytest.raises(ValueError, match=r"model: the gates of .* one sample at a time \(chunk_size=1\)"):
-        record(model, x)
+        record(model, x, check=True)
     assert len(record(model, x[:1]).patterns()) == 1
 
 
