@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import multiprocessing
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -37,7 +38,12 @@ def main(arguments: list[str]) -> int:
     options.add_argument(
         "--networks", nargs="+", choices=LENGTHS, default=[*LENGTHS], help="in this order (default: all)"
     )
-    options.add_argument("--page", type=Path, metavar="FILE", help="write the tables into this file, between its marks")
+    options.add_argument(
+        "--page",
+        type=Path,
+        metavar="FILE",
+        help="write tables between the marks of this file, and its figures beside it",
+    )
     given = options.parse_args(arguments)
     run = common.Run(NAME, given)
     file = given.output / f"{NAME}.jsonl"
@@ -60,6 +66,9 @@ def main(arguments: list[str]) -> int:
     if given.page is not None:
         with users_input():
             report.between(given.page, f"experiments {NAME}", tables.markdown(results))
+            for figure in run.figures:
+                if figure in given.page.read_text(encoding="utf-8"):
+                    shutil.copyfile(given.output / figure, given.page.parent / figure)
     return 0
 
 
