@@ -159,7 +159,6 @@ _NAMED = (
     "summary, normalised",
     "Newton-Schulz, norm never updated",
     "PC-1",
-    "PC-4",
 )
 
 
