@@ -52,7 +52,7 @@ def head_from_reference(
     a, c = state_dict[f"{output}.weight"], state_dict[f"{output}.bias"]
     head = SummaryHead(weight.shape[1], weight.shape[0], a.shape[0], device=weight.device, dtype=weight.dtype)
     with torch.no_grad():
-        head.weight.copy_(weight)
+        head.b.copy_(weight.t())
         head.output.weight.copy_(a)
         head.output.bias.copy_(c)
     return head

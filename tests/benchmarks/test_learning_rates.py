@@ -13,7 +13,6 @@ from benchmarks.experiments.learning_rates import cells, tables
 from benchmarks.experiments.learning_rates.cells import OPTIMIZERS, Cell
 from benchmarks.experiments.learning_rates.layers import CANDIDATES, LINEAR, Conv2d, Linear
 from benchmarks.experiments.learning_rates.networks import NETWORKS
-from benchmarks.records.environment import ROOT
 
 
 def polynomial(s, coefficients):
@@ -139,5 +138,3 @@ def test_a_finished_cell_is_not_trained_again(tmp_path, monkeypatch):
     by_name = {(r["network"], r["layer"]): r for r in map(json.loads, rows)}
     found = record["results"]["cnn"]["by_optimizer"]["SGD"]["summary"]["accuracy"]
     assert found == by_name["cnn", "summary"]["accuracy"]
-
-

@@ -144,7 +144,7 @@ def shard_layers(model):
 def ddp():
     start = network()
     _, alone = check_training(start, DistributedDataParallel)
-    assert (start[4].weight - alone[4].weight).abs().max() > 1e-2  # they did move
+    assert (start[4].b - alone[4].b).abs().max() > 1e-2  # they did move
 
 
 def ddp_of_a_head():
@@ -183,7 +183,7 @@ def ddp_without_synchronisation():
 
 def fsdp():
     model, _ = check_training(network(), shard_layers, clip=True)
-    assert model[4].weight.to_local().shape == (5, 24)
+    assert model[4].b.to_local().shape == (12, 10)
 
 
 def fsdp_of_a_head():
@@ -195,7 +195,7 @@ def fsdp_in_bfloat16():
     start = network().float()
     model, exact, rounded = copy.deepcopy(start), copy.deepcopy(start), copy.deepcopy(start).bfloat16()
     seen = []
-    model[6].register_forward_pre_hook(lambda module, inputs: seen.append((module.weight.dtype, inputs[0].dtype)))
+    model[6].register_forward_pre_hook(lambda module, inputs: seen.append((module.b.dtype, inputs[0].dtype)))
     fully_shard(model, mesh=mesh(), mp_policy=MixedPrecisionPolicy(torch.bfloat16, torch.float32))
     x, target = data(1)[0]
     for twin, part, dtype in (
@@ -236,7 +236,7 @@ def sharded_weights_are_constrained():
             if got.grad is not None:
                 same(got.grad, wanted.grad)
         same(orthogonality_penalty(model), orthogonality_penalty(alone))
-        raises(TypeError, "its weight is a DTensor; parametrize it before", constrain, model, "parametrization")
+        raises(TypeError, "its b is a DTensor; parametrize it before", constrain, model, "parametrization")
         for twin in (model, alone):
             constrain(twin, "retract")
         same_parameters(model, alone)
@@ -409,7 +409,7 @@ def tensor_parallel():
         model, alone = parallelize(copy.deepcopy(start), mesh(), plan), copy.deepcopy(start)
         same(train(model), train(alone))
         same_parameters(model, alone)
-        assert model[4].weight.to_local().shape == ((5, 24) if plan["4"] == "outputs" else (10, 12))
+        assert model[4].b.to_local().shape == ((24, 5) if plan["4"] == "outputs" else (12, 10))
 
 
 def tensor_parallel_over_rows():
@@ -428,7 +428,7 @@ def tensor_parallel_over_rows():
 
 def tensor_parallel_of_a_pair():
     layer = randomize(SummaryLayer(24, 6).double(), 0.4)
-    dist.broadcast(layer.weight.data, 0)
+    dist.broadcast(layer.b.data, 0)
     x = data(1)[0][0]
     wanted = layer(x)
     for over in ("inputs", "outputs"):
@@ -455,12 +455,12 @@ def tensor_parallel_that_is_refused():
 def tied_weights_and_shared_modules():
     torch.manual_seed(5)
     model = nn.Sequential(SummaryLinear(6, 6), nn.Linear(6, 6), SummaryLinear(6, 6)).double()
-    for other in (1, 2):
-        model[other].weight = model[0].weight
+    for other, name in ((1, "weight"), (2, "b")):
+        setattr(model[other], name, model[0].b)
         for plan in ({"0": "rows"}, {"0": "rows", "2": "rows"}):
-            raises(ValueError, f"0: its weight is tied to {other}.weight, and", parallelize, model, mesh(), plan)
-        assert type(model[0].weight) is nn.Parameter
-        model[other].weight = nn.Parameter(model[other].weight.detach().clone())
+            raises(ValueError, f"0: its b is tied to {other}.{name}, and", parallelize, model, mesh(), plan)
+        assert type(model[0].b) is nn.Parameter
+        setattr(model[other], name, nn.Parameter(model[0].b.detach().clone()))
     shared = nn.ModuleDict({"a": model[0], "b": model[0]})
     raises(ValueError, "b: is the same module as 'a'", parallelize, shared, mesh(), {"a": "rows", "b": "rows"})
     x = torch.randn(4, 6, dtype=torch.float64)
