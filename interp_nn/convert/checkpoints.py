@@ -140,7 +140,7 @@ def save_pretrained(model: Any, directory: Any, **options: Any) -> None:
         raise TypeError(
             f"model: got {type(model).__name__}, want a model of transformers, with config and save_pretrained"
         )
-    plain = copy.deepcopy(model)
+    plain: Any = copy.deepcopy(model)
     report = fold(plain)
     if report.skipped:
         name, kind, reason = report.skipped[0]

@@ -56,10 +56,10 @@ def test_the_state_of_version_0_1():
 
 def test_other_entries_are_loaded_as_by_pytorch():
     model, state = network(), network().state_dict() | {"more": torch.ones(1)}
-    with pytest.raises(RuntimeError, match="Unexpected.*more"):
+    with pytest.raises(RuntimeError, match=r"Unexpected.*more"):
         load_state_dict(model, state, source="linear")
     assert load_state_dict(model, state, source="linear", strict=False).unexpected_keys == ["more"]
-    with pytest.raises(RuntimeError, match="size mismatch for 3.b"):
+    with pytest.raises(RuntimeError, match=r"size mismatch for 3\.b"):
         load_state_dict(model, plain_network().state_dict() | {"3.weight": torch.ones(4, 4)}, source="linear")
 
 

@@ -129,7 +129,7 @@ def test_peft_merges_no_adapter_into_a_summary_layer():
     )
     summarize(adapted, select="0.base_layer")
     for safe in (False, True):
-        with pytest.raises(ValueError, match="^weight: is computed from b"):
+        with pytest.raises(ValueError, match=r"^weight: is computed from b"):
             adapted[0].merge(safe_merge=safe)
 
 

@@ -252,6 +252,25 @@ def tensor_parallel_with_a_penalty():
     same_parameters(model, alone)
 
 
+def sharded_weights_are_read_together():
+    """A read of `weight` is collective; nothing else reads it: a check that did would wait for the other process here."""
+    start = network()
+    for share in (shard_layers, lambda m: parallelize(m, mesh(), {"4": "outputs", "6": "inputs", "8": "rows"})):
+        model, alone = copy.deepcopy(start), copy.deepcopy(start)
+        share(model)
+        for number in (4, 6, 8):
+            same(model[number].weight, alone[number].weight)
+            model[number].weight.sum().backward()
+            same(model[number].b.grad, torch.autograd.grad(alone[number].weight.sum(), alone[number].b)[0])
+            raises(ValueError, "weight: is computed from b", setattr, model[number], "weight", None)
+            wanted = alone[number].weight.detach().flip(0).clone()
+            model[number].set_weight_(wanted)
+            same(model[number].weight, wanted)
+        if dist.get_rank() == 0:
+            assert "SummaryLinear" in repr(model) and not model[4].constraint and model[4].frozen_weight() is None
+            assert len(list(model.named_parameters())) == len(list(alone.named_parameters()))
+
+
 def fsdp_state_dict():
     start = network()
     model = shard_whole(copy.deepcopy(start))
@@ -471,7 +490,8 @@ def tied_weights_and_shared_modules():
 
 CHECKS = {f.__name__: f for f in (
     ddp, ddp_of_a_head, ddp_of_gated_networks, ddp_without_synchronisation, fsdp, fsdp_of_a_head, fsdp_in_bfloat16,
-    fsdp_state_dict, fsdp_with_a_constraint, sharded_weights_are_constrained, tensor_parallel_with_a_penalty,
+    fsdp_state_dict, fsdp_with_a_constraint, sharded_weights_are_constrained,
+    sharded_weights_are_read_together, tensor_parallel_with_a_penalty,
     tied_weights_and_shared_modules,
     dtensors, dtensors_of_rows_take_the_operator, dtensors_of_more_dimensions, dtensor_pairs_and_matrices,
     dtensors_under_autocast_and_without_gradients, dtensors_that_are_refused,
