@@ -132,7 +132,7 @@ def _check_gradients(network: SummaryNetwork, images: datasets.Images) -> dict[s
         features = network.body(images.x_train[:BATCH])
     target = images.y_train[:BATCH]
     head = network.head
-    tensors = (features, head.weight.t(), head.output.weight, head.output.bias)
+    tensors = (features, head.b, head.output.weight, head.output.bias)
 
     def gradients(loss: Callable[..., Tensor], dtype: torch.dtype) -> list[Tensor]:
         inputs = [t.detach().to(dtype).requires_grad_() for t in tensors]

@@ -108,7 +108,7 @@ def _loss(network: nn.Module, x: Tensor, y: Tensor) -> Tensor:
 def _turned_latent(network: DigitsSummary, P: Tensor, x: Tensor) -> dict[str, float]:
     """Write P into the head and return how far the logits of both codes move, relative to the largest."""
     turned = copy.deepcopy(network)
-    turned.head.weight.copy_(P @ network.head.weight)
+    turned.head.b.copy_(network.head.b @ P.mT)
     turned.head.output.weight.copy_(network.head.output.weight @ P.mT)
     before, after = network.train()(x), turned.train()(x)
     network.eval()
@@ -128,10 +128,10 @@ def _turned_hidden(network: DigitsSummary, fit: Descrambler, x: Tensor, y: Tenso
     except ValueError as error:
         refused = str(error)
     hidden = turned.get_submodule(LAYERS["hidden layer"])
-    following = turned.head.weight
+    following = turned.head.b
     hidden.get_parameter("weight").copy_(fit.P_ @ hidden.get_parameter("weight"))
     hidden.get_parameter("bias").copy_(fit.P_ @ hidden.get_parameter("bias"))
-    following.copy_(following @ fit.P_.mT)
+    following.copy_(fit.P_ @ following)
     logits = turned(x)
     return {
         "refused": refused,
@@ -170,7 +170,7 @@ def _draw(
     run: common.Run, network: DigitsSummary, fits: dict[str, Descrambler], nulls: dict[str, Nulls],
     others: dict[str, Tensor], results: dict[str, Any],
 ) -> None:  # fmt: skip
-    before = network.head.weight.detach()
+    before = network.head.b.detach().mT
     figure = plots.descrambled_weights(before, fits["latent"].P_ @ before, rows="latent feature", columns="hidden unit")
     figure.suptitle(f"bᵀ of the summary head, test accuracy {results['test_accuracy']:.1%}")
     run.figure(figure, "latent")

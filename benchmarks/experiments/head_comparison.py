@@ -97,15 +97,15 @@ STUDIES = {
 
 
 class Shift(nn.Module):
-    """The reference's parametrization of `weight` (k, d), which is bᵀ: W + c 1ᵀ."""
+    """The reference's parametrization of b (d, k): Wᵀ + 1 cᵀ."""
 
     def __init__(self, c: Tensor) -> None:
         super().__init__()
         self.c = nn.Parameter(c)
 
-    def forward(self, weight: Tensor) -> Tensor:
-        """Return bᵀ."""
-        return weight + self.c.unsqueeze(1)
+    def forward(self, columns: Tensor) -> Tensor:
+        """Return b of Wᵀ."""
+        return columns + self.c
 
 
 def build(study: Study, name: str, classes: int = 10) -> Network:
@@ -124,8 +124,8 @@ def as_reference_(head: SummaryHead) -> None:
     """Draw and train b as the reference does: as Wᵀ + 1 cᵀ."""
     linear = nn.Linear(head.in_features, head.out_features)
     with torch.no_grad():
-        head.weight.copy_(linear.weight)
-    parametrize.register_parametrization(head, "weight", Shift(linear.bias.detach().clone()))
+        head.b.copy_(linear.weight.t())
+    parametrize.register_parametrization(head, "b", Shift(linear.bias.detach().clone()))
 
 
 def train(

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from interp_nn.convert.weight_reads import read_past_forward
 from interp_nn.nn.base import LinearForm
+from interp_nn.nn.weights import own_name
 
 Select = str | Iterable[str] | Callable[[str, nn.Module], bool] | None
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -44,11 +44,6 @@ class Convertible:
         layers = [m for m in self.paths if isinstance(m, LinearForm) is summaries and (summaries or _has_matrix(m))]
         self.layers, named = self._selected(select, layers)
         self.unsupported = {m: why for m in self.layers if (why := _unsupported_reason(m, classes, values)) is not None}
-        if not summaries:
-            for path, reader in read_past_forward(model).items():
-                for m in self.layers:
-                    if path in self.paths[m]:
-                        self.unsupported.setdefault(m, f"{reader} reads its weight itself")
         self._tied()
         refused = [
             f"{self.paths[m][0]}: {self.unsupported[m]}" for m in self.layers if m in named & set(self.unsupported)
@@ -90,7 +85,7 @@ class Convertible:
         return "is no layer of the model" + (f"; near it: {', '.join(near)}" if near else "")
 
     def _tied(self) -> None:
-        """Mark layers that are tied to a parameter that stays, or whose weight overlaps another parameter in memory."""
+        """Mark layers that are tied to a parameter that stays, or whose weight or b overlaps another parameter in memory."""
         owners: dict[object, list[tuple[nn.Module, str]]] = {}
         for module in self.paths:
             for name, p in module._parameters.items():
@@ -98,17 +93,17 @@ class Convertible:
                     owners.setdefault(memory(p), []).append((module, name))
         for key, other in _overlaps(owners):
             for module, name in owners[key]:
-                if name == "weight" and module in self.layers:
+                if module in self.layers and name == own_name(module):
                     self.unsupported.setdefault(
-                        module, f"its weight overlaps {self._name(*owners[other][0])} in memory"
+                        module, f"its {name} overlaps {self._name(*owners[other][0])} in memory"
                     )
         for shared in owners.values():
             kinds = {(type(m), getattr(m, "groups", 1)) for m, _ in shared}
             stays = next(((m, n) for m, n in shared if m not in self.layers or m in self.unsupported), None)
             for module, name in shared:
                 other = stays or (next(s for s in shared if s[0] is not module) if len(kinds) > 1 else None)
-                if name == "weight" and module in self.layers and other is not None and other[0] is not module:
-                    self.unsupported.setdefault(module, f"its weight is tied to {self._name(*other)}")
+                if module in self.layers and name == own_name(module) and other is not None and other[0] is not module:
+                    self.unsupported.setdefault(module, f"its {name} is tied to {self._name(*other)}")
 
     def _name(self, module: nn.Module, parameter: str) -> str:
         return ".".join(filter(None, (self.paths[module][0], parameter)))
@@ -151,7 +146,7 @@ def _unsupported_reason(layer: nn.Module, classes: Mapping[type, type], values: 
     kind: type = parametrize.type_before_parametrizations(layer)
     if kind not in classes:
         base = next((c for c in kind.__mro__ if c in classes), None)
-        if isinstance(getattr(layer, "weight", None), nn.UninitializedParameter):
+        if isinstance(getattr(layer, own_name(layer), None), nn.UninitializedParameter):
             return "its weight is uninitialized (a lazy module); run the model once first"
         if base is None:
             return f"neither {' nor '.join(c.__name__ for c in classes)}"
@@ -161,19 +156,20 @@ def _unsupported_reason(layer: nn.Module, classes: Mapping[type, type], values: 
         return "parametrized; call torch.nn.utils.parametrize.remove_parametrizations first"
     if "forward" in vars(layer):
         return "its forward was replaced by another on this very module"
-    weight: Any = layer.weight
-    if not parametrized and "weight" not in layer._parameters:
-        return "its weight is computed from other parameters (by pruning, or a weight norm of hooks); make it permanent first"
+    name = own_name(layer)
+    weight: Any = getattr(layer, name)
+    if not parametrized and name not in layer._parameters:
+        return f"its {name} is computed from other parameters (by pruning, or a weight norm of hooks); make it permanent first"
     if not parametrized and type(weight) is not nn.Parameter:
-        return f"its weight is a {type(weight).__name__} (sharded or quantized?); convert before"
+        return f"its {name} is a {type(weight).__name__} (sharded or quantized?); convert before"
     if weight.dtype not in _DTYPES or weight.layout is not torch.strided:
-        return f"its weight is {weight.dtype}, {weight.layout}; want dense float64, float32, bfloat16 or float16"
+        return f"its {name} is {weight.dtype}, {weight.layout}; want dense float64, float32, bfloat16 or float16"
     if weight.is_inference() and not torch.is_inference_mode_enabled():
-        return "its weight is an inference tensor; convert under torch.inference_mode"
+        return f"its {name} is an inference tensor; convert under torch.inference_mode"
     if not weight.is_meta and weight.numel() * weight.element_size() > _end(weight) - weight.data_ptr():
-        return "its weight's entries share memory with each other (an expanded tensor?)"
+        return f"its {name}'s entries share memory with each other (an expanded tensor?)"
     if values and weight.is_meta:
-        return "its weight is on the meta device and has no values"
+        return f"its {name} is on the meta device and has no values"
     if values and not bool(torch.isfinite(weight.detach()).all()):
-        return "its weight is not finite"
+        return f"its {name} is not finite"
     return None

@@ -14,10 +14,10 @@ from torch.nn.utils import parametrize
 from interp_nn.convert.eligible import Convertible, Select, memory
 from interp_nn.engines.problem import Plan
 from interp_nn.engines.select import plan
-from interp_nn.nn.base import LinearForm
+from interp_nn.nn.base import LinearForm, as_matrix
 from interp_nn.nn.conv import SummaryConv2d
 from interp_nn.nn.linear import SummaryLinear
-from interp_nn.nn.weights import check_preserve, cube_root_weight, exact_effective_weight
+from interp_nn.nn.weights import check_preserve, exact_effective_weight, own_name, preserving_b
 
 _SUMMARY: dict[type, type] = {nn.Linear: SummaryLinear, nn.Conv2d: SummaryConv2d}
 _PLAIN: dict[type, type] = {summary: plain for plain, summary in _SUMMARY.items()}
@@ -118,14 +118,15 @@ def summarize(
 ) -> Report:
     """Make each nn.Linear of a model a SummaryLinear and each nn.Conv2d a SummaryConv2d, in place.
 
-    Only the layer's class and the values of its weight change. Parameters are the same objects, so tied weights stay tied and
-    optimizers stay attached (their moments are those of the old weight). Hooks, flags, dtype and device do not change. To
-    convert a copy, pass `copy.deepcopy(model)`. `fold` is the inverse.
+    The layer's class changes, and its parameter `weight` is renamed `b` and gets the values of b; a linear layer's also gets b's
+    shape (in, out), in the same memory, and loses its gradient. Parameters are the same objects, so tied weights stay tied. An
+    optimizer stays attached if it has taken no step; afterwards make a new one, because its moments are those of the old weight.
+    Hooks, flags, dtype and device do not change. To convert a copy, pass `copy.deepcopy(model)`. `fold` is the inverse.
+
+    Code that reads a converted layer's `weight` gets the effective weight. Code that writes it raises ValueError when it runs.
 
     Skipped, with the reason in the report, are subclasses; parametrized, pruned, quantized, sharded, lazy and non-finite
-    layers; layers tied to a parameter that stays, or that share a part of their memory with one; and layers whose weight a
-    module above reads itself, as nn.TransformerEncoderLayer does. The search for such reads looks for `self.fc.weight` in
-    the source of forward. It does not find other ways to read a weight, so compare the outputs.
+    layers; and layers tied to a parameter that stays, or that share a part of their memory with one.
 
     All new weights are computed before the first is written. For a while there are two of each, and a conversion that fails
     changes nothing.
@@ -135,8 +136,8 @@ def summarize(
         select: The layers to convert: a path ("blocks.0.mlp.fc1"), a pattern ("blocks.*.fc?", where * matches dots too),
             several of these, or a function of (path, module). None selects all.
         preserve: "function" keeps the model's outputs: each b gets the cube roots of its weight's singular values, computed
-            in float64 and rounded to the weight's dtype. "weight" keeps the parameters, and changes the outputs wherever a
-            weight is not orthonormal.
+            in float64 and rounded to the weight's dtype. "weight" takes the (transposed) weights as b, and changes the outputs
+            wherever a weight is not orthonormal.
         dry_run: Compute the same report and change nothing.
         rows: Number of rows (batch times positions) that the report's plans are for.
 
@@ -163,7 +164,8 @@ def summarize(
 def fold(model: nn.Module) -> Report:
     """Make each SummaryLinear of a model an nn.Linear and each SummaryConv2d an nn.Conv2d, in place. Outputs do not change.
 
-    The effective weight is formed in float64, rounded once, and written into the parameter that held b. After `summarize`
+    The effective weight is formed in float64, rounded once, and written into the parameter
+    that held b, which is renamed `weight`. After `summarize`
     this gives the original weights up to rounding. A parametrization of b is removed. Layers that return pairs (SummaryLayer,
     SummaryHead), subclasses, and layers tied to a parameter that stays are skipped, with the reason in the report.
 
@@ -197,18 +199,20 @@ def _convert(
     converted, written = [], {}
     errors: dict[object, float | None] = {}  # tied weights are computed and written once
     for layer in layers:  # everything that can fail, before anything changes
-        name, weight = found.paths[layer][0], layer.weight
-        tie = layer if parametrize.is_parametrized(layer) else memory(weight)
+        name, held = found.paths[layer][0], getattr(layer, own_name(layer))
+        tie = layer if parametrize.is_parametrized(layer) else memory(held)
         if tie not in errors:
-            written[layer], errors[tie] = _other_weight(name, layer, weight, preserve)
-        converted.append(_row(name, layer, weight, classes[_kind(layer)], errors[tie], rows))
+            written[layer], errors[tie] = _other_value(name, layer, held, preserve)
+        converted.append(_row(name, layer, held, classes[_kind(layer)], errors[tie], rows))
+    reshaped: set[int] = set()
     for layer in layers if not dry_run else ():
         if parametrize.is_parametrized(layer):
             for parameter in list(layer.parametrizations):
                 parametrize.remove_parametrizations(layer, parameter)
+        _rename(layer, reshaped)
         if layer in written:
             with torch.no_grad():
-                layer.weight.copy_(written.pop(layer))
+                layer._parameters[_other_name(layer)].copy_(written.pop(layer))
         if isinstance(layer, LinearForm):
             layer._drop_gram()
         for state in ("_frozen", "_gram_cache", "constraint"):
@@ -225,16 +229,42 @@ def _kind(layer: nn.Module) -> type:
     return kind
 
 
-def _other_weight(name: str, layer: nn.Module, weight: Tensor, preserve: str) -> tuple[Tensor, float | None]:
-    """Compute the weight for the layer's other kind, and the relative change of the effective weight."""
+def _other_name(layer: nn.Module) -> str:
+    return "weight" if own_name(layer) == "b" else "b"
+
+
+def _rename(layer: nn.Module, reshaped: set[int]) -> None:
+    """Rename a layer's `weight` to `b` or back. A matrix gets the other's shape in the same memory, once if it is tied."""
+    name, other = own_name(layer), _other_name(layer)
+    parameter = layer._parameters[name]
+    assert parameter is not None
+    if parameter.dim() == 2 and id(parameter) not in reshaped:
+        reshaped.add(id(parameter))
+        rows, columns = parameter.shape
+        data, parameter.grad = parameter.data, None
+        # PyTorch forgets a live graph's accumulator, which expects the old shape, where the dtype changes.
+        parameter.data = data.new_empty(0, dtype=torch.float32 if data.dtype == torch.float64 else torch.float64)
+        if data.is_contiguous():
+            parameter.data = data.view(columns, rows)
+        elif data.t().is_contiguous():  # tied to the transpose of another one, whose memory gets the other order too
+            parameter.data = data.t().view(rows, columns).t()
+        else:
+            parameter.data = data.t()
+    entries = [(other if n == name else n, p) for n, p in layer._parameters.items()]
+    layer._parameters.clear()
+    layer._parameters.update(entries)
+
+
+def _other_value(name: str, layer: nn.Module, held: Tensor, preserve: str) -> tuple[Tensor, float | None]:
+    """Compute the weight or b for the layer's other kind, and the relative change of the effective weight."""
     groups = getattr(layer, "groups", 1)
     if _kind(layer) in _PLAIN:
-        before = exact_effective_weight(weight, groups)
-        new = before.to(weight.dtype)
+        before = exact_effective_weight(held, groups)
+        new = before.to(held.dtype)
         after = new.double()
     else:
-        before = weight.detach().double()
-        new = cube_root_weight(name, weight, preserve, groups)
+        before = held.detach().double()
+        new = preserving_b(name, held, preserve, groups)
         after = exact_effective_weight(new, groups)
     if new.is_meta:
         return new, None
@@ -242,15 +272,15 @@ def _other_weight(name: str, layer: nn.Module, weight: Tensor, preserve: str) ->
     return new, float(torch.linalg.vector_norm(after - before)) / size if size else 0.0
 
 
-def _row(name: str, layer: Any, weight: Tensor, now: type, error: float | None, rows: int) -> Converted:
+def _row(name: str, layer: Any, held: Tensor, now: type, error: float | None, rows: int) -> Converted:
     groups = getattr(layer, "groups", 1)
-    d, k = weight.shape[1:].numel(), len(weight) // groups
-    how = None
+    rows_of_weight = as_matrix(held, 1).mT if isinstance(layer, LinearForm) else held.flatten(1)
+    (k, d), how = rows_of_weight.shape, None
     if now is SummaryLinear:
         with suppress(RuntimeError):  # the requested engine cannot compute it
-            how = plan(rows, d, k, dtype=weight.dtype, device=weight.device)
-    parameters = weight.numel() + (0 if layer.bias is None else layer.bias.numel())
-    return Converted(name, _kind(layer).__name__, now.__name__, (d, k), groups, parameters, how, error)
+            how = plan(rows, d, k, dtype=held.dtype, device=held.device)
+    parameters = held.numel() + (0 if layer.bias is None else layer.bias.numel())
+    return Converted(name, _kind(layer).__name__, now.__name__, (d, k // groups), groups, parameters, how, error)
 
 
 def _columns(rows: Sequence[Sequence[str]]) -> list[str]:

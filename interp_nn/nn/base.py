@@ -1,4 +1,4 @@
-"""Base classes of the layers with a weight b: Gram matrix, spectrum, orthogonality, and a cache of the effective weight."""
+"""Base classes of the layers with a parameter b: Gram matrix, spectrum, orthogonality, and a cache of the effective weight."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch.nn.utils import parametrize
 from torch.utils.hooks import RemovableHandle
 
 from interp_nn import linalg
+from interp_nn.nn.effective_weight import READ_ONLY, EffectiveWeight
 from interp_nn.ops.library import is_dtensor, is_wrapped, transforming
 
 _EXACT = (torch.float32, torch.float64)
@@ -27,40 +28,83 @@ class _Cached(NamedTuple):
 
 
 class LinearForm(nn.Module):
-    """Base class of layers with a weight b.
+    """Base class of layers with a parameter b.
 
-    `weight` (out, ...) holds bᵀ: flattened to (out, in), its transpose is b (in, out). With `groups` > 1 (grouped
-    convolutions) each group of output channels has its own b, and matrices are batched.
+    `b` is (in, out), or has the layout of a convolution's kernels, (out, in / groups, kh, kw): flattened to rows and
+    transposed, those are b, one for each group of output channels. `weight` is the effective weight, computed from b.
     """
 
-    weight: nn.Parameter
+    b: nn.Parameter
     groups: int = 1
     constraint: str | None = None  # set by `orthogonality.constrain`
+    __jit_unused_properties__ = ("weight",)
 
-    # Under the constraint "penalty": a list of none or one Gram matrix that a forward formed, and the hook on `weight` that
+    # Under the constraint "penalty": a list of none or one Gram matrix that a forward formed, and the hook on `b` that
     # empties the list.
     _gram_cache: tuple[list[_Cached], RemovableHandle] | None = None
 
+    @property
+    def weight(self) -> Tensor:
+        """The effective weight W, in the layout of the plain layer's weight: (out, in), or (out, in / groups, kh, kw).
+
+        It is differentiable with respect to b, and cannot be written: in-place operations and assignments raise ValueError. Use
+        `set_weight_`, `reset_parameters` or `fold`. Each read computes it, with two products of 2 in out min(in, out)
+        operations; a frozen layer returns its cached weight. Where b is sharded, a read is collective: every rank must read,
+        and gets a DTensor. Compiled code, torch.func and sharded layers get a plain tensor, whose in-place writes are lost.
+        """
+        try:
+            return EffectiveWeight.of(self._weight_now())
+        except AttributeError as error:  # nn.Module would report a missing attribute `weight`
+            raise RuntimeError(f"weight: cannot be computed from b: {error}") from error
+
+    @weight.setter
+    def weight(self, value: object) -> None:
+        raise ValueError(READ_ONLY)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Register a parameter, as nn.Module does. Raises ValueError for `weight`, which is computed from b."""
+        if name == "weight":
+            raise ValueError(READ_ONLY)
+        super().register_parameter(name, param)
+
+    @torch.no_grad()
+    def set_weight_(self, weight: Tensor) -> None:
+        """Set b so that the effective weight is `weight`. b gets the cube roots of its singular values, computed in float64.
+
+        Args:
+            weight: Tensor of `weight`'s shape, on any device and of any real dtype; where b is sharded, the same on all ranks.
+
+        Raises:
+            ValueError: The shape differs, or a value is not finite.
+        """
+        shape = weight_shape(self.b)
+        if weight.shape != shape:
+            raise ValueError(f"weight: got shape {tuple(weight.shape)}, want {tuple(shape)}")
+        whole: Any = weight
+        whole = (whole.full_tensor() if is_dtensor(whole) else whole).detach().to(self.b.device, self.b.dtype)
+        if not bool(whole.isfinite().all()):
+            raise ValueError(f"weight: got a value that is not finite in {self.b.dtype}")
+        self._write(b_of_weight(whole, self.groups))
+
     def matrix(self) -> Tensor:
-        """Return b (in, out), a view of `weight`; (groups, in, out per group) for grouped layers."""
-        return self._matrix_of(self.weight)
+        """Return b (in, out), a view of the parameter; (groups, in, out per group) for grouped layers."""
+        return as_matrix(self.b, self.groups)
 
     def whole_matrix(self) -> Tensor:
-        """Return `matrix()`, gathered from all devices if `weight` is a DTensor."""
-        weight: Any = self.weight
-        return self._matrix_of(weight.full_tensor() if is_dtensor(weight) else weight)
-
-    def _matrix_of(self, weight: Tensor) -> Tensor:
-        rows = weight.flatten(1)
-        return rows.t() if self.groups == 1 else rows.unflatten(0, (self.groups, -1)).mT
+        """Return `matrix()`, gathered from all devices if `b` is a DTensor."""
+        b: Any = self.b
+        return as_matrix(b.full_tensor() if is_dtensor(b) else b, self.groups)
 
     def gram(self) -> Tensor:
         """Compute the Gram matrix bᵀb (out, out), differentiable; (groups, ...) for grouped layers."""
         return linalg.gram(self.matrix())
 
     def effective_weight(self) -> Tensor:
-        """Compute b (bᵀb) in the shape of `weight`, differentiable: the weight of the plain layer with the same outputs."""
-        return linalg.effective_weight(self.matrix()).mT.reshape(self.weight.shape)
+        """Compute `weight` as a plain tensor, differentiable: the weight of the plain layer with the same outputs."""
+        return linalg.effective_weight(self.matrix()).mT.reshape(weight_shape(self.b))
+
+    def _weight_now(self) -> Tensor:
+        return self.effective_weight().contiguous()
 
     def spectrum(self) -> Tensor:
         """Compute the singular values of b, (min(in, out),) float64, descending; the effective weight has their cubes."""
@@ -75,48 +119,47 @@ class LinearForm(nn.Module):
         """Replace b by its polar factor, the nearest orthonormal matrix; return the orthogonality defect left."""
         b = self.whole_matrix()
         results = [linalg.orthogonalize(m) for m in (b if self.groups > 1 else b.unsqueeze(0))]
-        factor = torch.cat([r.factor.mT for r in results])
-        self._set_weight(factor.view(self.weight.shape))
+        self._write(as_parameter(torch.stack([r.factor for r in results]), self.b.shape))
         return max(r.defect for r in results)
 
     @torch.no_grad()
     def reset_orthogonal_(self) -> None:
         """Draw b as a random orthonormal matrix, in float32 or float64."""
-        if self.weight.is_meta or self.weight.numel() == 0:
+        if self.b.is_meta or self.b.numel() == 0:
             return
-        rows = self.weight.flatten(1).unflatten(0, (self.groups, -1))
+        rows = as_matrix(self.b, self.groups).mT
         draw = torch.empty_like(
             rows, dtype=linalg.accumulation_dtype(rows.dtype), memory_format=torch.contiguous_format
         )
-        for part in draw:
+        for part in draw if self.groups > 1 else draw.unsqueeze(0):
             nn.init.orthogonal_(part)
-        self._set_weight(draw.view(self.weight.shape))
+        self._write(as_parameter(draw.mT, self.b.shape))
 
     def cached_gram(self) -> Tensor | None:
         """Return the smaller Gram matrix of b, detached, that a penalised layer's last forward formed; None if b may differ.
 
-        A fused optimizer changes a weight without a trace in PyTorch, but only a weight with a gradient. The cache is valid
-        from a forward without a gradient until the weight gets one.
+        A fused optimizer changes b without a trace in PyTorch, but only a b with a gradient. The cache is valid
+        from a forward without a gradient until b gets one.
         """
-        weight = self._parameters.get("weight")
-        if self._gram_cache is None or type(weight) is not nn.Parameter or weight.grad is not None:
+        b = self._parameters.get("b")
+        if self._gram_cache is None or type(b) is not nn.Parameter or b.grad is not None:
             return None
-        if torch.compiler.is_compiling() or transforming(weight):
+        if torch.compiler.is_compiling() or transforming(b):
             return None
         cached = self._gram_cache[0]
         return cached[0].value if cached and cached[0].identity == self._identity() else None
 
     def _cache_gram(self, g: Tensor | None) -> None:
-        """Cache a Gram matrix; not of 16-bit weights, where bᵀb - I cancels, nor under a torch.func transform."""
-        weight = self._parameters.get("weight")
-        if torch.compiler.is_compiling() or transforming(weight, g) or not torch.is_grad_enabled():
+        """Cache a Gram matrix; not of a 16-bit b, where bᵀb - I cancels, nor under a torch.func transform."""
+        b = self._parameters.get("b")
+        if torch.compiler.is_compiling() or transforming(b, g) or not torch.is_grad_enabled():
             return
         self._drop_gram()
-        if g is None or type(weight) is not nn.Parameter or not weight.requires_grad or weight.grad is not None:
+        if g is None or type(b) is not nn.Parameter or not b.requires_grad or b.grad is not None:
             return
-        if g.dtype == weight.dtype in _EXACT:
+        if g.dtype == b.dtype in _EXACT:
             cached = [self._cached(g.detach())]
-            self._gram_cache = cached, weight.register_hook(lambda _: cached.clear())
+            self._gram_cache = cached, b.register_hook(lambda _: cached.clear())
 
     def _drop_gram(self) -> None:
         if self._gram_cache is not None:
@@ -130,26 +173,36 @@ class LinearForm(nn.Module):
         return tuple(map(_version_of, self._sources()))
 
     def _sources(self) -> list[Tensor]:
-        """Return the tensors that determine the weight: itself, or all tensors of its parametrization."""
-        if "weight" not in self._parameters and parametrize.is_parametrized(self, "weight"):
-            made = self.get_submodule("parametrizations.weight")
+        """Return the tensors that determine b: itself, or all tensors of its parametrization."""
+        if "b" not in self._parameters and parametrize.is_parametrized(self, "b"):
+            made = self.get_submodule("parametrizations.b")
             return [*made.parameters(), *made.buffers()]
-        return [self.weight]
+        return [self.b]
 
     @torch.no_grad()
-    def _set_weight(self, value: Tensor) -> None:
-        if parametrize.is_parametrized(self, "weight"):
-            self.weight = value  # type: ignore[assignment] # by the parametrization's right inverse
-        elif is_dtensor(self.weight):
+    def _write(self, value: Tensor) -> None:
+        """Write a whole tensor of b's shape into b."""
+        if parametrize.is_parametrized(self, "b"):
+            self.b = value  # type: ignore[assignment] # by the parametrization's right inverse
+        elif is_dtensor(self.b):
             from torch.distributed.tensor import DTensor, Replicate
 
-            mesh = self.weight.device_mesh  # type: ignore[attr-defined]
-            self.weight.copy_(DTensor.from_local(value, mesh, [Replicate()] * mesh.ndim, run_check=False))
+            mesh = self.b.device_mesh  # type: ignore[attr-defined]
+            self.b.copy_(DTensor.from_local(value, mesh, [Replicate()] * mesh.ndim, run_check=False))
         else:
-            self.weight.copy_(value)
+            self.b.copy_(value)
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        if prefix + "weight" in state_dict and prefix + "b" not in state_dict:
+            args[-1].append(
+                f"{prefix}weight: is a plain layer's weight, or b of interp_nn 0.1, and is not the {prefix}b of a "
+                f"{type(self).__name__}; load the state with interp_nn.convert.load_state_dict(model, state, source='linear') "
+                "or source='summary-0.1'."
+            )
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
-        self._drop_gram()  # before the weight's memory is freed
+        self._drop_gram()  # before b's memory is freed
         return super()._apply(*args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -165,9 +218,9 @@ class Freezable(LinearForm):
     _frozen: _Cached | None = None
 
     def freeze(self) -> Any:
-        """Cache the effective weight: a forward then costs as much as the plain layer's, and `weight` gets no gradient.
+        """Cache the effective weight: a forward then costs as much as the plain layer's, and b gets no gradient.
 
-        The cache is recomputed when `weight`, or a tensor of its parametrization, changes in a way that PyTorch records:
+        The cache is recomputed when b, or a tensor of its parametrization, changes in a way that PyTorch records:
         another tensor, an in-place write, another dtype or device. It is not recomputed after a write through `.data`, a step
         of a fused optimizer, or a write under torch.compile. `unfreeze()`, `train()` and `load_state_dict()` drop it;
         `eval()` does not create it.
@@ -184,15 +237,19 @@ class Freezable(LinearForm):
         return self
 
     def frozen_weight(self) -> Tensor | None:
-        """Return the effective weight cached by `freeze`, recomputed if `weight` has changed; None if not frozen."""
+        """Return the effective weight cached by `freeze`, recomputed if b has changed; None if not frozen."""
         if self._frozen is None:
             return None
         if torch.compiler.is_compiling() or self._frozen.identity == self._identity():
             return self._frozen.value
         now = self._freeze()
-        if not transforming(self.weight):  # a transform may have replaced the layer's weight for as long as it lasts
+        if not transforming(self.b):  # a transform may have replaced the layer's b for as long as it lasts
             self._frozen = now
         return now.value
+
+    def _weight_now(self) -> Tensor:
+        frozen = self.frozen_weight()
+        return super()._weight_now() if frozen is None else frozen
 
     def train(self, mode: bool = True) -> Any:
         """Set training or evaluation mode; return the module. Training mode drops the weight cached by `freeze`."""
@@ -215,8 +272,37 @@ class Freezable(LinearForm):
 
     def _freeze(self) -> _Cached:
         # The cached weight must serve in every mode, whichever this is called in.
-        with torch.inference_mode(False), torch.no_grad(), linalg.autocast_off(self.weight.device):
+        with torch.inference_mode(False), torch.no_grad(), linalg.autocast_off(self.b.device):
             return self._cached(self.effective_weight().contiguous().detach())
+
+
+def as_matrix(b: Tensor, groups: int) -> Tensor:
+    """Return the matrix b (in, out), or (groups, in, out per group), of a parameter: itself, or kernels (out, ...)."""
+    if b.dim() == 2:
+        return b
+    rows = b.flatten(1)
+    return rows.t() if groups == 1 else rows.unflatten(0, (groups, -1)).mT
+
+
+def as_parameter(matrix: Tensor, shape: torch.Size) -> Tensor:
+    """Return a matrix b in the layout of a parameter of this shape, the inverse of `as_matrix`."""
+    return matrix.reshape(shape) if len(shape) == 2 else matrix.mT.reshape(shape)
+
+
+def b_of_weight(weight: Tensor, groups: int = 1, root: bool = True) -> Tensor:
+    """Return the b whose effective weight is a plain layer's `weight`, in the layout of the parameter.
+
+    `root=False` returns the weight itself in that layout, as b.
+    """
+    matrix = weight.detach().t() if weight.dim() == 2 else as_matrix(weight.detach(), groups)
+    if root and weight.numel():
+        matrix = linalg.cube_root(matrix)
+    return as_parameter(matrix, weight_shape(weight)).contiguous()
+
+
+def weight_shape(b: Tensor) -> torch.Size:
+    """Return the shape of the effective weight of a parameter b; also the reverse."""
+    return b.shape[::-1] if b.dim() == 2 else b.shape
 
 
 def _version_of(t: Tensor) -> tuple[Any, ...]:

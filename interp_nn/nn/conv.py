@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -11,14 +12,17 @@ from torch.nn.modules.utils import _pair
 
 from interp_nn import linalg
 from interp_nn.nn.base import Freezable
-from interp_nn.nn.weights import copy_parameters, cube_root_weight, folded_weight, meta_arguments
+from interp_nn.nn.weights import copy_parameters, folded_weight, meta_arguments, preserving_b
 
 
-class SummaryConv2d(Freezable, _ConvNd):  # type: ignore[misc]
-    """Compute a convolution with the effective weight b (bᵀb), with nn.Conv2d's signature, parameters and state_dict.
+class SummaryConv2d(Freezable, _ConvNd):
+    """Compute a convolution with the effective weight b (bᵀb), with nn.Conv2d's signature.
 
-    b (in_channels / groups * kh * kw, out_channels / groups) is `weight` flattened and transposed, one b for each group.
-    Each output position is the summary of its patch. A call forms the effective weight once, then runs PyTorch's convolution.
+    The parameters are `b` and `bias`. `b` has the layout of kernels, (out_channels, in_channels / groups, kh, kw), so that no
+    call permutes it. Flattened to rows and transposed, it is the matrix b (in_channels / groups * kh * kw,
+    out_channels / groups), one for each group, which `matrix()` returns. `weight`, in the same layout, is the effective weight,
+    computed from b. Each output position is the summary of its patch. A call forms the effective weight once, then runs
+    PyTorch's convolution.
 
     Args:
         in_channels: Number of input channels.
@@ -70,10 +74,18 @@ class SummaryConv2d(Freezable, _ConvNd):  # type: ignore[misc]
             dtype=dtype,
         )
 
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Register a parameter, as nn.Module does. Raises ValueError for `weight`, which is computed from b."""
+        # The constructor of _ConvNd registers its kernels as `weight`: those are b.
+        super().register_parameter(name if name != "weight" or hasattr(self, "b") else "b", param)
+
     def reset_parameters(self) -> None:
         """Draw each b as a random orthonormal matrix, and the bias as nn.Conv2d does."""
-        _ConvNd.reset_parameters(self)
         self.reset_orthogonal_()
+        if self.bias is not None:
+            fan_in = self.b[0].numel()
+            bound = 1 / math.sqrt(fan_in) if fan_in else 0.0
+            nn.init.uniform_(self.bias, -bound, bound)
 
     def forward(self, x: Tensor) -> Tensor:
         """Compute the convolution (n, out_channels, h, w) of x (n, in_channels, h, w), or both without n."""
@@ -81,7 +93,7 @@ class SummaryConv2d(Freezable, _ConvNd):  # type: ignore[misc]
         if weight is None:
             b = self.matrix()
             g = linalg.gram_small(b)
-            weight = linalg.mul_gram(b, g).mT.reshape(self.weight.shape)
+            weight = linalg.mul_gram(b, g).mT.reshape(self.b.shape)
             if self.constraint == "penalty":
                 self._cache_gram(g)
         padding = self.padding
@@ -92,7 +104,7 @@ class SummaryConv2d(Freezable, _ConvNd):  # type: ignore[misc]
 
     def fold(self) -> nn.Conv2d:
         """Return a plain nn.Conv2d that computes the same function, with the kernels formed in float64."""
-        out = nn.Conv2d(**_conv_arguments(self)).to_empty(device=self.weight.device)
+        out = nn.Conv2d(**_conv_arguments(self)).to_empty(device=self.b.device)
         copy_parameters(self, out, folded_weight(self))
         return out
 
@@ -117,9 +129,9 @@ class SummaryConv2d(Freezable, _ConvNd):  # type: ignore[misc]
         """
         if not isinstance(conv, nn.Conv2d):
             raise TypeError(f"conv: got {type(conv).__name__}, want nn.Conv2d")
-        weight = cube_root_weight("conv", conv.weight, preserve, conv.groups)
-        out = cls(**_conv_arguments(conv)).to_empty(device=weight.device)
-        copy_parameters(conv, out, weight)
+        b = preserving_b("conv", conv.weight, preserve, conv.groups)
+        out = cls(**_conv_arguments(conv)).to_empty(device=b.device)
+        copy_parameters(conv, out, b)
         return out
 
 

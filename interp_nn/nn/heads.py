@@ -17,6 +17,9 @@ from interp_nn.nn.loss import SummaryLoss
 class SummaryLayer(LinearForm):
     """Compute the pair (projection x b, summary x b (bᵀb)). b starts orthonormal, where the two are equal.
 
+    The parameter is `b` (in_features, out_features). `weight` (out_features, in_features) is the summary's effective weight,
+    computed from b; the projection's weight is bᵀ.
+
     Args:
         in_features: Size of each input row, d.
         out_features: Size of each output row, k.
@@ -38,7 +41,7 @@ class SummaryLayer(LinearForm):
     ) -> None:
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
-        self.weight = nn.Parameter(torch.empty(out_features, in_features, device=device, dtype=dtype))
+        self.b = nn.Parameter(torch.empty(in_features, out_features, device=device, dtype=dtype))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -47,11 +50,11 @@ class SummaryLayer(LinearForm):
 
     def forward(self, x: Tensor) -> Any:
         """Compute the `SummaryPair` of x (..., in_features), each (..., out_features)."""
-        return functional.summary_pair(x, self.weight.t())
+        return functional.summary_pair(x, self.b)
 
     def projection(self, x: Tensor) -> Tensor:
         """Compute the projection x b alone, (..., out_features), for x (..., in_features)."""
-        return nn.functional.linear(x, self.weight)
+        return x @ self.b
 
     def extra_repr(self) -> str:
         """Return the sizes and the constraint for repr."""
@@ -120,7 +123,7 @@ class SummaryClassifier(SummaryLayer):
             ValueError: Shapes, devices or options that do not fit. The message names the argument.
         """
         return functional.summary_cross_entropy(
-            x, self.weight.t(), target, weights=weights, ignore_index=ignore_index, reduction=reduction
+            x, self.b, target, weights=weights, ignore_index=ignore_index, reduction=reduction
         )
 
 
@@ -198,7 +201,7 @@ class SummaryHead(SummaryLayer):
         if consistency == "logits":
             return functional.summary_head_cross_entropy(
                 x,
-                self.weight.t(),
+                self.b,
                 self.output.weight,
                 self.output.bias,
                 target,
@@ -207,7 +210,7 @@ class SummaryHead(SummaryLayer):
                 reduction=reduction,
             )
         criterion = SummaryLoss(weights, consistency, ignore_index, reduction)
-        codes = functional.summary_pair(x, self.weight.t())
+        codes = functional.summary_pair(x, self.b)
         return criterion(tuple(map(self.output, codes)), target, codes)
 
 

@@ -10,7 +10,7 @@ from torch.autograd import Function
 from torch.nn.utils import parametrizations, parametrize
 
 from interp_nn import linalg
-from interp_nn.nn.base import LinearForm
+from interp_nn.nn.base import LinearForm, as_parameter
 from interp_nn.nn.weights import tied_parameters
 from interp_nn.ops.library import is_dtensor
 
@@ -18,7 +18,7 @@ CONSTRAINTS = ("penalty", "retract", "parametrization")
 
 
 def constrain(model: nn.Module, constraint: str | None) -> nn.Module:
-    """Set how every layer of a model with a weight b keeps it orthonormal.
+    """Set how every layer of a model with a parameter b keeps it orthonormal.
 
     "retract" and "parametrization" replace b by the nearest orthonormal matrix at once, which changes the outputs unless b is
     orthonormal already. To constrain a part of a model, pass that part: `constrain(model.head, ...)`.
@@ -35,8 +35,8 @@ def constrain(model: nn.Module, constraint: str | None) -> nn.Module:
         The model.
 
     Raises:
-        TypeError: A weight to parametrize is 16-bit, which PyTorch cannot compute, or sharded. The message names the layer.
-        ValueError: Another constraint; a model without such layers; a weight to parametrize that is tied to another one.
+        TypeError: A b to parametrize is 16-bit, which PyTorch cannot compute, or sharded. The message names the layer.
+        ValueError: Another constraint; a model without such layers; a b to parametrize that is tied to another parameter.
 
     Example:
         >>> from interp_nn.nn import SummaryLinear
@@ -57,7 +57,7 @@ def constrain(model: nn.Module, constraint: str | None) -> nn.Module:
         _check_parametrizable(model, layers)
     for layer in layers.values():
         if layer.constraint == "parametrization":
-            parametrize.remove_parametrizations(layer, "weight")
+            parametrize.remove_parametrizations(layer, "b")
             layer.constraint = None
         if constraint in ("retract", "parametrization"):
             layer.orthogonalize_()
@@ -71,20 +71,20 @@ def constrain(model: nn.Module, constraint: str | None) -> nn.Module:
 def orthogonality_penalty(model: nn.Module) -> Tensor:
     """Compute the sum of ‖bᵀb - I‖² (Frobenius; ‖bbᵀ - I‖² where k > d) over the layers with the constraint "penalty".
 
-    The gradient is 4 b (bᵀb - I), and the penalty is differentiable to every order. A weight that several layers share counts
-    once. For sharded weights every device gets the whole sum, and its gradient counts once.
+    The gradient is 4 b (bᵀb - I), and the penalty is differentiable to every order. A b that several layers share counts
+    once. For a sharded b every device gets the whole sum, and its gradient counts once.
 
-    A SummaryLinear or SummaryConv2d reuses the bᵀb of its last forward if its weight is float32 or float64, has not changed
+    A SummaryLinear or SummaryConv2d reuses the bᵀb of its last forward if its b is float32 or float64, has not changed
     since, and has had no gradient since. A step that begins with `optimizer.zero_grad()` and adds the penalty to the loss meets
     this. It saves two of three products, forward and backward, of 2 d k² operations each. A write through `.data` is not
-    noticed. In all other cases bᵀb is computed: for layers that return pairs, for 16-bit weights (in float32, as bᵀb - I
+    noticed. In all other cases bᵀb is computed: for layers that return pairs, for a 16-bit b (in float32, as bᵀb - I
     cancels), in compiled code, under torch.func, and if the forward formed none.
 
     Args:
         model: A model with layers that `constrain(model, "penalty")` has marked.
 
     Returns:
-        A scalar; float32 for 16-bit weights, else in the weights' dtype.
+        A scalar; float32 for a 16-bit b, else in b's dtype.
 
     Raises:
         ValueError: No layer has the constraint "penalty".
@@ -108,24 +108,24 @@ def retract_(model: nn.Module) -> None:
 
     A singular value 1 + e becomes 1 - 3 e² / 2, up to third order. After an optimizer's step b is orthonormal again up to the
     square of that step, which must leave the singular values below √5. The cost is two products of 2 d k² operations each
-    (2 d² k where k > d). 16-bit weights are computed in float32.
+    (2 d² k where k > d). A 16-bit b is computed in float32.
 
     Args:
-        model: A model with layers that `constrain(model, "retract")` has marked; their weights are changed.
+        model: A model with layers that `constrain(model, "retract")` has marked; their b is changed.
 
     Example:
         >>> from interp_nn.nn import SummaryLinear
         >>> layer = constrain(SummaryLinear(4, 3), "retract")
-        >>> _ = layer.weight.data.mul_(1.01)
+        >>> _ = layer.b.data.mul_(1.01)
         >>> retract_(layer)
         >>> layer.orthogonality_defect() < 2e-4
         True
     """
     for layer in _constrained(model, "retract"):
-        weight = layer.weight
-        with linalg.autocast_off(weight.device):
-            b = layer.matrix().to(linalg.accumulation_dtype(weight.dtype))
-            weight.copy_(linalg.newton_schulz(b, linalg.gram_small(b)).mT.reshape(weight.shape))
+        parameter = layer.b
+        with linalg.autocast_off(parameter.device):
+            b = layer.matrix().to(linalg.accumulation_dtype(parameter.dtype))
+            parameter.copy_(as_parameter(linalg.newton_schulz(b, linalg.gram_small(b)), parameter.shape))
 
 
 class _CachedGram(Function):
@@ -156,30 +156,26 @@ def _penalty(layer: LinearForm) -> Tensor:
 
 
 def _constrained(model: nn.Module, constraint: str) -> list[LinearForm]:
-    """Return the layers with a constraint; only the first of those that share a weight."""
+    """Return the layers with a constraint; only the first of those that share b."""
     found: dict[int, LinearForm] = {}
     for m in model.modules():
         if isinstance(m, LinearForm) and m.constraint == constraint:
-            found.setdefault(id(m._parameters.get("weight", m)), m)
+            found.setdefault(id(m._parameters.get("b", m)), m)
     return list(found.values())
 
 
 def _check_parametrizable(model: nn.Module, layers: dict[str, LinearForm]) -> None:
     for path, layer in layers.items():
-        if layer.weight.dtype not in (torch.float32, torch.float64):
-            raise TypeError(
-                f"{path or 'model'}: got weight {layer.weight.dtype}, want float32 or float64 to parametrize"
-            )
-        if is_dtensor(layer.weight):
-            raise TypeError(f"{path or 'model'}: its weight is a DTensor; parametrize it before it is shared out")
-        if others := tied_parameters(model, layer, "weight"):
-            raise ValueError(
-                f"{path or 'model'}: its weight is tied to {', '.join(others)}, and cannot be parametrized"
-            )
+        if layer.b.dtype not in (torch.float32, torch.float64):
+            raise TypeError(f"{path or 'model'}: got b {layer.b.dtype}, want float32 or float64 to parametrize")
+        if is_dtensor(layer.b):
+            raise TypeError(f"{path or 'model'}: its b is a DTensor; parametrize it before it is shared out")
+        if others := tied_parameters(model, layer, "b"):
+            raise ValueError(f"{path or 'model'}: its b is tied to {', '.join(others)}, and cannot be parametrized")
 
 
 class _Kernels(nn.Module):
-    """Reshape (groups, out per group, in per group * kh * kw) to a convolution's weight, and back."""
+    """Reshape (groups, out per group, in per group * kh * kw) to the layout of kernels, and back."""
 
     def __init__(self, shape: torch.Size, groups: int) -> None:
         super().__init__()
@@ -188,18 +184,17 @@ class _Kernels(nn.Module):
     def forward(self, rows: Tensor) -> Tensor:
         return rows.reshape(self.shape)
 
-    def right_inverse(self, weight: Tensor) -> Tensor:
-        return weight.flatten(1).unflatten(0, (self.groups, -1))
+    def right_inverse(self, b: Tensor) -> Tensor:
+        return b.flatten(1).unflatten(0, (self.groups, -1))
 
 
 def _parametrize(layer: LinearForm) -> None:
-    """Parametrize `weight` by PyTorch's orthogonal, which acts on the last two dimensions; kernels first become matrices."""
-    shape = layer.weight.shape
+    """Parametrize `b` by PyTorch's orthogonal, which acts on the last two dimensions; kernels first become matrices."""
+    shape = layer.b.shape
     if len(shape) > 2:
         kernels = _Kernels(shape, layer.groups)
-        parameter = nn.Parameter(kernels.right_inverse(layer.weight.detach()), layer.weight.requires_grad)
-        layer.weight = parameter
-        parametrizations.orthogonal(layer, "weight")
-        parametrize.register_parametrization(layer, "weight", kernels, unsafe=True)
+        layer.b = nn.Parameter(kernels.right_inverse(layer.b.detach()), layer.b.requires_grad)
+        parametrizations.orthogonal(layer, "b")
+        parametrize.register_parametrization(layer, "b", kernels, unsafe=True)
     else:
-        parametrizations.orthogonal(layer, "weight")
+        parametrizations.orthogonal(layer, "b")

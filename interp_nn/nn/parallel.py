@@ -19,11 +19,11 @@ from interp_nn.nn.heads import SummaryLayer
 from interp_nn.nn.linear import SummaryLinear
 from interp_nn.nn.weights import tied_parameters
 
-# Placements of weight (out, in), bias (out,) and a local input, by the dimension that is sharded.
+# Placements of b (in, out), bias (out,) and a local input, by the dimension that is sharded.
 _PLACES: dict[str, tuple[Placement, Placement, Placement]] = {
     "rows": (Replicate(), Replicate(), Shard(0)),
-    "inputs": (Shard(1), Replicate(), Replicate()),
-    "outputs": (Shard(0), Shard(0), Replicate()),
+    "inputs": (Shard(0), Replicate(), Replicate()),
+    "outputs": (Shard(1), Shard(0), Replicate()),
 }
 
 
@@ -56,7 +56,7 @@ def parallelize(model: nn.Module, mesh: DeviceMesh, plan: Mapping[str, str]) -> 
         >>> from torch import distributed
         >>> distributed.init_process_group("gloo", rank=0, world_size=1, store=distributed.HashStore())
         >>> model = parallelize(nn.Sequential(SummaryLinear(4, 3)), DeviceMesh("cpu", [0]), {"0": "rows"})
-        >>> model[0].weight.placements
+        >>> model[0].b.placements
         (Replicate(),)
         >>> distributed.destroy_process_group()
     """
@@ -72,12 +72,12 @@ def parallelize(model: nn.Module, mesh: DeviceMesh, plan: Mapping[str, str]) -> 
             raise ValueError(f"{path}: got {over!r}, want one of {', '.join(map(repr, _PLACES))}")
         if type(modules[path]) not in (SummaryLinear, SummaryLayer):
             raise TypeError(f"{path}: got {type(modules[path]).__name__}, want SummaryLinear or SummaryLayer")
-        if isinstance(modules[path].weight, DTensor):
+        if isinstance(modules[path].b, DTensor):
             raise ValueError(f"{path}: its parameters are DTensors already")
         first = taken.setdefault(modules[path], path)
         if first != path:
             raise ValueError(f"{path}: is the same module as {first!r}; name it once")
-        for name in ("weight", "bias"):
+        for name in ("b", "bias"):
             if others := tied_parameters(model, modules[path], name):
                 raise ValueError(f"{path}: its {name} is tied to {', '.join(others)}, and would not be afterwards")
     for path, over in plan.items():
@@ -88,10 +88,10 @@ def parallelize(model: nn.Module, mesh: DeviceMesh, plan: Mapping[str, str]) -> 
 
 
 def _share(layer: SummaryLinear | SummaryLayer, path: str, mesh: DeviceMesh, over: str) -> None:
-    weight_place, bias_place, input_place = _PLACES[over]
+    b_place, bias_place, input_place = _PLACES[over]
 
     def partition(_: str, module: nn.Module, mesh: DeviceMesh) -> None:
-        for name, place in (("weight", weight_place), ("bias", bias_place)):
+        for name, place in (("b", b_place), ("bias", bias_place)):
             parameter = getattr(module, name, None)
             if parameter is not None:
                 shared = distribute_tensor(parameter.detach(), mesh, [place])

@@ -8,16 +8,21 @@ import torch
 from torch import Tensor, nn
 
 from interp_nn import linalg
-from interp_nn.nn.base import LinearForm
+from interp_nn.nn.base import LinearForm, as_matrix, b_of_weight, weight_shape
 
 
-def copy_parameters(source: nn.Module, to: nn.Module, weight: Tensor) -> None:
-    """Copy `weight`, and the bias, requires_grad flags and training mode of `source`, into `to`."""
-    for name, value in (("weight", weight), ("bias", source.bias)):
-        if value is not None:
-            trains = getattr(source, name).requires_grad  # a parametrized weight has the flag only outside of no_grad
+def own_name(layer: nn.Module) -> str:
+    """Return the name of the parameter that a layer's weight is, or is computed from."""
+    return "b" if isinstance(layer, LinearForm) else "weight"
+
+
+def copy_parameters(source: nn.Module, to: nn.Module, value: Tensor) -> None:
+    """Copy `value` into the b or weight of `to`, and the bias, requires_grad flags and training mode of `source`."""
+    for name, target, new in ((own_name(source), own_name(to), value), ("bias", "bias", source.bias)):
+        if new is not None:
+            trains = getattr(source, name).requires_grad  # a parametrized b has the flag only outside of no_grad
             with torch.no_grad():
-                getattr(to, name).copy_(value).requires_grad_(trains)
+                getattr(to, target).copy_(new).requires_grad_(trains)
     to.train(source.training)
 
 
@@ -34,8 +39,8 @@ def check_preserve(preserve: str) -> None:
         raise ValueError(f"preserve: got {preserve!r}, want 'function' or 'weight'")
 
 
-def cube_root_weight(layer: str, weight: Tensor, preserve: str, groups: int = 1) -> Tensor:
-    """Compute the `weight` of a summary layer from a plain layer's: its cube root ("function") or itself ("weight").
+def preserving_b(layer: str, weight: Tensor, preserve: str, groups: int = 1) -> Tensor:
+    """Compute the `b` of a summary layer from a plain layer's weight: its cube root ("function") or itself ("weight").
 
     Args:
         layer: Name of the plain layer, for messages.
@@ -50,26 +55,23 @@ def cube_root_weight(layer: str, weight: Tensor, preserve: str, groups: int = 1)
     check_preserve(preserve)
     if isinstance(weight, nn.UninitializedParameter):
         raise TypeError(f"{layer}: got an uninitialized weight (a lazy module), want one that has run once")
-    if preserve == "weight" or weight.numel() == 0:
-        return weight.detach()
-    rows = weight.detach().flatten(1).unflatten(0, (groups, -1))
-    return linalg.cube_root(rows).view(weight.shape)
+    return b_of_weight(weight, groups, root=preserve == "function")
 
 
-def exact_effective_weight(weight: Tensor, groups: int = 1) -> Tensor:
-    """Compute the effective weight of a summary layer's `weight`, in its shape and in float64."""
-    if weight.numel() == 0:
-        return weight.detach().double()
-    b = weight.detach().double().flatten(1).unflatten(0, (groups, -1)).mT
-    return linalg.effective_weight(b).mT.reshape(weight.shape)
+def exact_effective_weight(b: Tensor, groups: int = 1) -> Tensor:
+    """Compute the effective weight of a summary layer's parameter b, in the plain layer's layout and in float64."""
+    exact = as_matrix(b.detach().double(), groups)
+    if b.numel():
+        exact = linalg.effective_weight(exact)
+    return exact.mT.reshape(weight_shape(b))
 
 
 def folded_weight(layer: LinearForm) -> Tensor:
-    """Compute a layer's effective weight in float64, and round it once to the weight's dtype."""
-    return exact_effective_weight(layer.weight, layer.groups).to(layer.weight.dtype)
+    """Compute a layer's effective weight in float64, and round it once to b's dtype."""
+    return exact_effective_weight(layer.b, layer.groups).to(layer.b.dtype)
 
 
 def meta_arguments(layer: Any, *names: str) -> dict[str, Any]:
     """Return the arguments that make a layer like `layer` on the meta device, where no parameter is drawn."""
     given = {name: getattr(layer, name) for name in names}
-    return given | {"bias": layer.bias is not None, "device": "meta", "dtype": layer.weight.dtype}
+    return given | {"bias": layer.bias is not None, "device": "meta", "dtype": getattr(layer, own_name(layer)).dtype}

@@ -42,7 +42,7 @@ def test_attributions_are_captums():
 def test_the_references_networks():
     base, ours = (build(3, 32, "vgg11") for build in reference_networks.NETWORKS.values())
     assert [type(layer).__name__ for layer in base.head] == ["Dropout", "Linear", "ReLU"] * 2 + ["Linear"]
-    assert ours.head.weight.shape == (100, 512) and sum(isinstance(layer, nn.Conv2d) for layer in base.body) == 8
+    assert ours.head.b.shape == (512, 100) and sum(isinstance(layer, nn.Conv2d) for layer in base.body) == 8
     assert base.body[3].weight.std().item() == pytest.approx((2 / (9 * 128)) ** 0.5, rel=0.02)
     plain = head_comparison.build(head_comparison.STUDIES["summary_cnn"], "no ReLU: summary, orthogonal")
     assert [type(layer).__name__ for layer in plain.body] == ["Conv2d", "MaxPool2d"] * 2 + ["Flatten"]
@@ -51,12 +51,12 @@ def test_the_references_networks():
 def test_the_references_b_is_drawn_and_trained_as_the_reference_does():
     head = SummaryHead(512, 100, 10)
     head_comparison.as_reference_(head)
-    W, c = head.parametrizations.weight.original, head.parametrizations.weight[0].c
+    columns, c = head.parametrizations.b.original, head.parametrizations.b[0].c
     names = ("layer.beta_func1.weight", "layer.beta_func1.bias", "output.weight", "output.bias")
-    loaded = head_from_reference(dict(zip(names, (W, c, head.output.weight, head.output.bias), strict=True)))
-    assert torch.equal(loaded.weight, head.weight) and head.spectrum()[0] > 5 > 1 > head.spectrum()[1]
+    loaded = head_from_reference(dict(zip(names, (columns.t(), c, head.output.weight, head.output.bias), strict=True)))
+    assert torch.equal(loaded.b, head.b) and head.spectrum()[0] > 5 > 1 > head.spectrum()[1]
     head.loss(torch.randn(4, 512), torch.arange(4)).backward()
-    torch.testing.assert_close(c.grad, W.grad.sum(1))
+    torch.testing.assert_close(c.grad, columns.grad.sum(0))
 
 
 def test_regimes_are_what_the_papers_mean():

@@ -59,7 +59,7 @@ def test_a_folded_model(tmp_path):
 def test_a_frozen_model(tmp_path):
     model = nn.Sequential(SummaryLinear(16, 8), nn.ReLU(), SummaryLinear(8, 20, bias=False)).eval()
     with torch.no_grad():
-        model[0].weight.mul_(1.3)
+        model[0].b.mul_(1.3)
     for layer in (model[0], model[2]):
         layer.freeze()
     x = torch.randn(3, 16)
@@ -80,7 +80,7 @@ def test_a_frozen_model(tmp_path):
 def test_unfolded_layers_that_are_plain_products(make, shape, tmp_path):
     model, x = make(), torch.randn(shape)
     with torch.no_grad():
-        model.weight.mul_(1.3)
+        model.b.mul_(1.3)
     _, outputs = export(model, x, tmp_path / "model.onnx")
     assert_computes(model, x, outputs)
 

@@ -23,7 +23,7 @@ def plain_of(layer):
 def truth(layer, x):
     """The output in fp64."""
     bias = None if layer.bias is None else layer.bias.double()
-    return plain_of(layer)(x.double(), naive_kernel(layer.weight.double(), layer.groups), bias)
+    return plain_of(layer)(x.double(), naive_kernel(layer.b.double(), layer.groups), bias)
 
 
 def is_current(layer, x):
@@ -35,7 +35,7 @@ def is_current(layer, x):
 def is_frozen(layer, x):
     layer.zero_grad()
     layer(x).sum().backward()
-    return layer.weight.grad is None
+    return layer.b.grad is None
 
 
 # Frozen forwards
@@ -60,8 +60,8 @@ def test_frozen_weight_gets_no_gradient_and_the_rest_does(kind):
     y = layer(x)
     upstream = torch.randn_like(y)
     y.backward(upstream)
-    assert layer.weight.grad is None and layer.weight.requires_grad
-    kernel = naive_kernel(layer.weight, layer.groups).detach()
+    assert layer.b.grad is None and layer.b.requires_grad
+    kernel = naive_kernel(layer.b, layer.groups).detach()
     wanted = torch.autograd.grad(plain_of(layer)(x, kernel, layer.bias), (x, layer.bias), upstream)
     assert error(x.grad, wanted[0]) <= 1e-12 and error(layer.bias.grad, wanted[1]) <= 1e-12
 
@@ -87,16 +87,16 @@ def test_a_frozen_layer_with_another_weight_in_a_transform(kind):
     layer, x = make(kind)
     layer.freeze()
     kept = layer.frozen_weight()
-    weights = torch.randn(3, *layer.weight.shape, dtype=torch.float64)
+    several = torch.randn(3, *layer.b.shape, dtype=torch.float64)
 
-    def value(weight):
-        return torch.func.functional_call(layer, {"weight": weight}, (x,))
+    def value(b):
+        return torch.func.functional_call(layer, {"b": b}, (x,))
 
-    wanted = torch.stack([plain_of(layer)(x, naive_kernel(w, layer.groups), layer.bias) for w in weights])
-    assert error(torch.vmap(value)(weights), wanted) <= 1e-12
-    y, tangent = torch.func.jvp(value, (weights[0],), (weights[1],))
+    wanted = torch.stack([plain_of(layer)(x, naive_kernel(b, layer.groups), layer.bias) for b in several])
+    assert error(torch.vmap(value)(several), wanted) <= 1e-12
+    y, tangent = torch.func.jvp(value, (several[0],), (several[1],))
     assert error(y, wanted[0]) <= 1e-12 and not tangent.any()
-    assert not torch.func.grad(lambda w: value(w).sum())(weights[0]).any()
+    assert not torch.func.grad(lambda b: value(b).sum())(several[0]).any()
     assert error(torch.vmap(layer)(torch.stack((x, x)))[1], layer(x)) <= 1e-12
     assert layer.frozen_weight() is kept
 
@@ -105,13 +105,13 @@ def test_no_later_weight_passes_for_the_frozen_one_by_its_address():
     for _ in range(100):  # the allocator decides whether an address comes back: it does in some of these rounds
         layer, x = SummaryLinear(64, 64), torch.randn(2, 64)
         CHANGES["replaced"](layer)
-        address = layer.weight.data_ptr()
+        address = layer.b.data_ptr()
         layer.freeze()
         CHANGES["replaced"](layer)
         later = []
         while len(later) < 20 and (not later or later[-1].data_ptr() != address):
-            later.append(nn.Parameter(torch.randn_like(layer.weight)))
-        layer.weight = later[-1]
+            later.append(nn.Parameter(torch.randn_like(layer.b)))
+        layer.b = later[-1]
         assert is_current(layer, x)
 
 
@@ -136,7 +136,7 @@ def test_a_frozen_copy_and_its_original_go_separate_ways(kind, duplicate):
     other = duplicate(layer)
     assert torch.equal(other(x), before)
     with torch.no_grad():
-        other.weight.mul_(1.5)
+        other.b.mul_(1.5)
     assert is_current(other, x) and not torch.equal(other(x), before)
     assert is_current(layer, x) and torch.equal(layer(x), before)
 
@@ -180,7 +180,7 @@ def test_freezing_is_no_state(kind):
     layer = make(kind, torch.float32)[0]
     keys = list(layer.state_dict())
     layer.freeze()
-    assert list(layer.state_dict()) == keys == ["weight", "bias"]
+    assert list(layer.state_dict()) == keys == ["b", "bias"]
     assert len(list(layer.parameters())) == 2 and not list(layer.buffers())
 
 
@@ -194,7 +194,7 @@ def test_a_weight_frozen_or_refreshed_in_a_mode_serves_outside_it(kind, mode):
     assert is_current(layer, x)
     assert is_frozen(layer, x.requires_grad_())
     with torch.no_grad():
-        layer.weight.mul_(1.5)
+        layer.b.mul_(1.5)
     with mode():
         layer(x)
     assert layer.frozen_weight().dtype == torch.float32
@@ -226,7 +226,7 @@ def test_fold_is_the_same_function_as_a_plain_layer(kind, bias):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_fold_rounds_its_weight_once(kind, dtype):
     layer = make(kind, dtype)[0]
-    exact = naive_kernel(layer.weight.detach().double(), layer.groups)
+    exact = naive_kernel(layer.b.detach().double(), layer.groups)
     assert error(layer.fold().weight, exact.to(dtype)) <= 1e-14
     assert torch.equal(layer.fold().bias, layer.bias)
 
@@ -239,17 +239,20 @@ def test_conversion_keeps_flags_and_shares_nothing(kind, training, trainable, di
     layer = make(kind, torch.float32)[0]
     source = layer if direction == "fold" else layer.fold()
     source.train(training)
-    source.weight.requires_grad_(trainable[0]), source.bias.requires_grad_(trainable[1])
+    own = {True: "b", False: "weight"}
+    given = getattr(source, own[direction == "fold"])
+    given.requires_grad_(trainable[0]), source.bias.requires_grad_(trainable[1])
     if direction == "fold":
         made = source.fold()
     else:
         made = type(layer).from_linear(source) if isinstance(source, nn.Linear) else type(layer).from_conv2d(source)
     assert made.training is training
-    assert (made.weight.requires_grad, made.bias.requires_grad) == trainable
-    assert made.weight.is_leaf and made.bias.is_leaf
-    weight, bias = source.weight.clone(), source.bias.clone()
+    new = getattr(made, own[direction == "from"])
+    assert (new.requires_grad, made.bias.requires_grad) == trainable
+    assert new.is_leaf and made.bias.is_leaf
+    before, bias = given.clone(), source.bias.clone()
     randomize(made)
-    assert torch.equal(source.weight, weight) and torch.equal(source.bias, bias)
+    assert torch.equal(given, before) and torch.equal(source.bias, bias)
 
 
 @by_kind
@@ -309,9 +312,10 @@ def test_preserving_the_function(build, bias, rank, dtype, bound):
 def test_preserving_the_weight(build):
     plain = build()
     made, x = convert(plain, preserve="weight"), input_of(plain, torch.float32)
-    assert torch.equal(made.weight, plain.weight) and torch.equal(made.bias, plain.bias)
+    wanted = plain.weight.t() if isinstance(plain, nn.Linear) else plain.weight
+    assert torch.equal(made.b, wanted) and torch.equal(made.bias, plain.bias)
     with torch.no_grad():
-        plain.weight.copy_(naive_kernel(plain.weight, getattr(plain, "groups", 1)))
+        plain.weight.copy_(naive_kernel(wanted, getattr(plain, "groups", 1)))
     assert error(made(x), plain(x)) <= 1e-6
 
 
@@ -365,4 +369,4 @@ def test_a_lazy_layer_converts_once_it_has_run():
 
 def test_unfrozen_forward_stays_the_summary():
     layer, x = make("linear")
-    assert error(layer.freeze().unfreeze()(x), naive_linear(x, layer.weight, layer.bias)) <= 1e-12
+    assert error(layer.freeze().unfreeze()(x), naive_linear(x, layer.b, layer.bias)) <= 1e-12

@@ -33,10 +33,14 @@ def test_signature_is_pytorchs(ours, theirs, sizes):
 @pytest.mark.parametrize("bias", [True, False])
 def test_parameters_and_repr_are_pytorchs(ours, theirs, sizes, bias):
     mine, other = ours(*sizes, bias=bias), theirs(*sizes, bias=bias)
+    wanted = {name.replace("weight", "b"): p for name, p in other.named_parameters()}
+    if ours is SummaryLinear:
+        wanted["b"] = wanted["b"].t()
     assert [(n, p.shape, p.dtype) for n, p in mine.named_parameters()] == [
-        (n, p.shape, p.dtype) for n, p in other.named_parameters()
+        (n, p.shape, p.dtype) for n, p in wanted.items()
     ]
-    assert list(mine.state_dict()) == list(other.state_dict())
+    assert list(mine.state_dict()) == list(wanted)
+    assert mine.weight.shape == other.weight.shape and mine.weight.stride() == other.weight.stride()
     assert repr(mine) == repr(other).replace(theirs.__name__, ours.__name__)
 
 
@@ -45,12 +49,12 @@ def test_parameters_and_repr_are_pytorchs(ours, theirs, sizes, bias):
 def test_linear_is_nn_linear_at_an_orthonormal_weight(d, k, dtype, bound):
     mine, other = SummaryLinear(d, k, dtype=dtype), nn.Linear(d, k, dtype=dtype)
     if k > d:  # an orthonormal b has orthonormal rows then, and b (bᵀb) = (b bᵀ) b is b again
-        assert error(mine.weight.t() @ mine.weight, torch.eye(d)) < 1e-5
-    other.load_state_dict(mine.state_dict())
+        assert error(mine.b @ mine.b.t(), torch.eye(d)) < 1e-5
+    other.load_state_dict({"weight": mine.b.t(), "bias": mine.bias})
     x = torch.randn(40, d, dtype=dtype)
     assert error(mine(x), other(x)) <= bound
     with torch.no_grad():  # and nowhere else
-        mine.weight.mul_(1.1), other.weight.mul_(1.1)
+        mine.b.mul_(1.1), other.weight.mul_(1.1)
     assert error(mine(x), other(x)) > 0.1
 
 
@@ -70,7 +74,7 @@ def test_reset_parameters_draws_an_orthonormal_weight(d, k, dtype):
 
 
 def test_two_layers_draw_different_weights():
-    assert not torch.equal(SummaryLinear(8, 4).weight, SummaryLinear(8, 4).weight)
+    assert not torch.equal(SummaryLinear(8, 4).b, SummaryLinear(8, 4).b)
 
 
 @pytest.mark.parametrize(
@@ -89,7 +93,7 @@ def test_meta_construction_then_reset(make):
     assert all(p.is_meta for p in layer.parameters())
     layer.to_empty(device="cpu")
     with torch.no_grad():
-        layer.weight.fill_(math.nan)
+        layer.b.fill_(math.nan)
     layer.reset_parameters()
     assert layer.orthogonality_defect() < 1e-5
 
@@ -102,11 +106,11 @@ def test_leading_dimensions(shape, bias):
     y = layer(x)
     assert y.shape == (*shape, 4) and y.dtype == torch.float64
     assert (layer.bias is None) is not bias
-    torch.testing.assert_close(y, naive_linear(x, layer.weight, layer.bias), rtol=1e-12, atol=1e-13)
+    torch.testing.assert_close(y, naive_linear(x, layer.b, layer.bias), rtol=1e-12, atol=1e-13)
     y.sum().backward()
-    assert x.grad.shape == x.shape and layer.weight.grad.shape == (4, 6)
+    assert x.grad.shape == x.shape and layer.b.grad.shape == (6, 4)
     if 0 in shape:
-        assert not layer.weight.grad.any()
+        assert not layer.b.grad.any()
 
 
 @pytest.mark.parametrize(("n", "d", "k"), [(5, 6, 4), (5, 4, 6), (300, 160, 48), (30, 48, 160), (20, 512, 100)])
@@ -117,7 +121,7 @@ def test_linear_gradients_are_those_of_the_naive_expression(n, d, k, bias):
     upstream = torch.randn(2, n, k, dtype=torch.float64)
     leaves = [x, *layer.parameters()]
     got = torch.autograd.grad(layer(x), leaves, upstream)
-    wanted = torch.autograd.grad(naive_linear(x, layer.weight, layer.bias), leaves, upstream)
+    wanted = torch.autograd.grad(naive_linear(x, layer.b, layer.bias), leaves, upstream)
     assert len(got) == 2 + bias
     assert all(error(g, w) <= 1e-12 for g, w in zip(got, wanted, strict=True))
 
@@ -144,9 +148,9 @@ def test_gram_is_the_gram_matrix_and_differentiable(d, k):
     layer = randomize(SummaryLinear(d, k, dtype=torch.float64))
     upstream = torch.randn(k, k, dtype=torch.float64)
     g = layer.gram()
-    assert error(g, layer.weight @ layer.weight.t()) <= 1e-12
-    (got,) = torch.autograd.grad(g, layer.weight, upstream)
-    assert error(got, (upstream + upstream.t()) @ layer.weight) <= 1e-12
+    assert error(g, layer.b.t() @ layer.b) <= 1e-12
+    (got,) = torch.autograd.grad(g, layer.b, upstream)
+    assert error(got, layer.b @ (upstream + upstream.t())) <= 1e-12
 
 
 @pytest.mark.parametrize(("d", "k"), [(30, 8), (8, 30)])
@@ -155,9 +159,9 @@ def test_effective_weights_singular_values_are_the_cubes(d, k):
     s = layer.spectrum()
     assert s.dtype == torch.float64 and s.shape == (8,) and not s.requires_grad
     assert (s.diff() <= 0).all()
-    assert error(s, torch.linalg.svdvals(layer.weight)) <= 1e-12
+    assert error(s, torch.linalg.svdvals(layer.b)) <= 1e-12
     effective = layer.effective_weight()
-    assert effective.shape == layer.weight.shape and effective.requires_grad
+    assert effective.shape == (k, d) and effective.requires_grad
     assert error(torch.linalg.svdvals(effective), s**3) <= 1e-12
     assert layer.half().spectrum().dtype == torch.float64
 
@@ -171,7 +175,7 @@ def test_orthogonality_defect_is_the_farthest_singular_value(d, k, values, defec
         torch.linalg.qr(torch.randn(d, 4, dtype=torch.float64))[0],
     )
     with torch.no_grad():
-        layer.weight.copy_(left * torch.tensor(values) @ right.t())
+        layer.b.copy_(right * torch.tensor(values) @ left.t())
     assert layer.orthogonality_defect() == pytest.approx(defect, abs=1e-6)
 
 
@@ -181,16 +185,16 @@ def test_orthogonalize_moves_the_weight_to_its_polar_factor_in_place(d, k, dtype
     layer = SummaryLinear(d, k, dtype=dtype)
     rank = min(d, k)  # well-conditioned, so that the factor is well determined
     with torch.no_grad():
-        layer.weight.copy_(layer.weight * 3 + torch.randn(k, d, dtype=dtype) / math.sqrt(d + k))
-    u, _, vh = torch.linalg.svd(layer.weight.detach().double(), full_matrices=False)
-    weight, bias, version = layer.weight, layer.bias.clone(), layer.weight._version
+        layer.b.copy_(layer.b * 3 + torch.randn(d, k, dtype=dtype) / math.sqrt(d + k))
+    u, _, vh = torch.linalg.svd(layer.b.detach().double(), full_matrices=False)
+    weight, bias, version = layer.b, layer.bias.clone(), layer.b._version
     defect = layer.orthogonalize_()
-    assert layer.weight is weight and weight._version > version and weight.requires_grad
+    assert layer.b is weight and weight._version > version and weight.requires_grad
     assert torch.equal(layer.bias, bias)
     assert defect == layer.orthogonality_defect() < 1e-5
-    small = layer.gram() if k <= d else layer.weight.t() @ layer.weight
+    small = layer.gram() if k <= d else layer.b @ layer.b.t()
     assert (small - torch.eye(rank, dtype=dtype)).abs().max() <= 1e-6
-    assert error(layer.weight, u @ vh) < (1e-5 if dtype == torch.float32 else 1e-12)
+    assert error(layer.b, u @ vh) < (1e-5 if dtype == torch.float32 else 1e-12)
 
 
 def test_orthogonalize_works_group_by_group():
@@ -200,7 +204,7 @@ def test_orthogonalize_works_group_by_group():
     assert layer.orthogonalize_() < 1e-12
     assert (layer.gram() - torch.eye(3)).abs().max() <= 1e-12
     with torch.no_grad():
-        layer.weight[3:6] = 0  # the second group's b
+        layer.b[3:6] = 0  # the second group's b
     assert layer.orthogonalize_() == layer.orthogonality_defect() == 1
 
 
@@ -230,7 +234,7 @@ by_convolution = pytest.mark.parametrize(
 def test_conv_and_its_gradients_are_conv2d_of_the_effective_weight(options):
     layer, plain = (randomize(cls(**options, dtype=torch.float64)) for cls in (SummaryConv2d, nn.Conv2d))
     x = torch.randn(2, layer.in_channels, 9, 8, dtype=torch.float64, requires_grad=True)
-    parameters = dict(plain.named_parameters()) | {"weight": naive_kernel(layer.weight, layer.groups)}
+    parameters = dict(plain.named_parameters()) | {"weight": naive_kernel(layer.b, layer.groups)}
     if layer.bias is not None:
         parameters["bias"] = layer.bias
     wanted, got = torch.func.functional_call(plain, parameters, (x,)), layer(x)
@@ -244,11 +248,12 @@ def test_conv_and_its_gradients_are_conv2d_of_the_effective_weight(options):
 @by_convolution
 def test_conv_is_nn_conv2d_at_orthonormal_kernels(options, dtype, bound):
     mine, other = SummaryConv2d(**options, dtype=dtype), nn.Conv2d(**options, dtype=dtype)
-    other.load_state_dict(mine.state_dict())
+    other.load_state_dict({"weight" if name == "b" else name: p for name, p in mine.state_dict().items()})
     x = torch.randn(2, mine.in_channels, 9, 8, dtype=dtype)
     assert error(mine(x), other(x)) <= bound
     randomize(mine)
-    other.load_state_dict(mine.state_dict())
+    with torch.no_grad():
+        other.weight.copy_(mine.b)
     assert error(mine(x), other(x)) > 0.1
 
 
@@ -288,14 +293,14 @@ def test_layers_compute_what_they_say():
     head = randomize(SummaryHead(12, 5, 3, dtype=torch.float64))
     for module, output in ((layer, lambda p: p), (head, lambda p: p @ head.output.weight.t() + head.output.bias)):
         pair = module(x)
-        assert error(pair.projection, output(x @ module.weight.t())) <= 1e-12
-        assert error(pair.summary, output(naive_linear(x, module.weight))) <= 1e-12
+        assert error(pair.projection, output(x @ module.b)) <= 1e-12
+        assert error(pair.summary, output(naive_linear(x, module.b))) <= 1e-12
 
 
 def test_heads_state_dict_and_repr():
     head = SummaryHead(12, 5, 3)
     assert {name: tuple(p.shape) for name, p in head.state_dict().items()} == {
-        "weight": (5, 12),
+        "b": (12, 5),
         "output.weight": (3, 5),
         "output.bias": (3,),
     }
@@ -326,7 +331,7 @@ def test_heads_loss_is_summary_loss_of_the_naive_pair(dtype, bound, of_gradients
     x, target = _batch(40, 5, ignore_index, dtype)
     x.requires_grad_()
     options = {"weights": WEIGHTS, "consistency": consistency, "ignore_index": ignore_index, "reduction": reduction}
-    codes = x @ head.weight.t(), naive_linear(x, head.weight)
+    codes = x @ head.b, naive_linear(x, head.b)
     got = head.loss(x, target, **options)
     wanted = SummaryLoss(**options)([head.output(code) for code in codes], target, codes)
     assert got.shape == (target.shape if reduction == "none" else ())

@@ -78,8 +78,8 @@ def test_converted_head_gives_the_references_logits_loss_and_gradients(build, dt
     if dtype == torch.float64:
         loss.backward()
         of_the_reference.backward()
-        assert error(head.weight.grad, linear.weight.grad) <= 1e-11
-        assert error(head.weight.grad.sum(1), linear.bias.grad) <= 1e-11
+        assert error(head.b.grad.t(), linear.weight.grad) <= 1e-11
+        assert error(head.b.grad.sum(0), linear.bias.grad) <= 1e-11
         assert error(head.output.weight.grad, net.output.weight.grad) <= 1e-11
         assert error(head.output.bias.grad, net.output.bias.grad) <= 1e-11
 
@@ -89,7 +89,7 @@ def test_conversion_keeps_dtype_and_leaves_the_checkpoint_alone(dtype):
     checkpoint = vgg().to(dtype).state_dict()
     before = {name: value.clone() for name, value in checkpoint.items()}
     head = head_from_reference(checkpoint)
-    assert head.weight.dtype == head.output.weight.dtype == dtype
+    assert head.b.dtype == head.output.weight.dtype == dtype
     assert all(p.requires_grad for p in head.parameters())
     randomize(head)
     assert all(torch.equal(checkpoint[name], value) for name, value in before.items())

@@ -70,16 +70,36 @@ def test_a_model_made_on_the_meta_device():
     assert torch.equal(other(X), model(X))
 
 
+def plain_network():
+    return nn.Sequential(
+        nn.Conv2d(2, 6, 3, groups=2), nn.ReLU(), nn.Flatten(), nn.Linear(24, 9), nn.Linear(9, 16, bias=False)
+    )
+
+
 @by_both_ways
-@pytest.mark.parametrize("name", [0, 3, 4])
-def test_from_a_plain_layer_and_back(name):
-    layer = randomized(network())[name]
-    plain = nn.Conv2d(2, 6, 3, groups=2) if name == 0 else nn.Linear(layer.in_features, layer.out_features, name == 3)
-    layer.load_state_dict(plain.state_dict())
-    assert torch.equal(layer.weight, plain.weight) and type(layer.weight) is nn.Parameter
-    randomized(layer)
-    plain.load_state_dict(layer.state_dict())
-    assert torch.equal(layer.weight, plain.weight) and list(layer.state_dict()) == list(plain.state_dict())
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize("assign", [True, False])
+def test_a_plain_models_state_is_refused(strict, assign):
+    model = network()[:5]
+    state = plain_network().state_dict()
+    with pytest.raises(
+        RuntimeError, match=r"3\.weight: is a plain layer's weight.*load_state_dict\(model, state"
+    ) as raised:
+        model.load_state_dict(state, strict, assign)
+    assert all(f"{name}.weight: is a plain" in str(raised.value) for name in (0, 3, 4))
+    with pytest.raises(RuntimeError, match=r"weight: is a plain layer's weight, or b of interp_nn 0.1"):
+        model[3].load_state_dict(nn.Linear(24, 9).state_dict(), strict, assign)
+
+
+@by_both_ways
+@pytest.mark.parametrize("strict", [True, False])
+def test_our_state_in_a_plain_model_is_refused_by_pytorch(strict):
+    state, plain = network()[:5].state_dict(), plain_network()
+    if strict:
+        with pytest.raises(RuntimeError, match=r'Unexpected key\(s\) in state_dict: "0.b", "3.b", "4.b"'):
+            plain.load_state_dict(state)
+    else:  # PyTorch says so, and raises nothing
+        assert plain.load_state_dict(state, strict=False).unexpected_keys == ["0.b", "3.b", "4.b"]
 
 
 @by_both_ways
@@ -88,9 +108,10 @@ def test_the_checkpoint_of_a_converted_model_loads_into_a_converted_model_alone(
     x = torch.randn(3, 6, dtype=torch.float64)
     converted, fresh = copy.deepcopy(plain), copy.deepcopy(plain)
     summarize(converted)
-    fresh.load_state_dict(converted.state_dict())  # the same names and shapes, and b where a weight is wanted
-    assert not torch.allclose(fresh(x), plain(x))
+    with pytest.raises(RuntimeError, match=r'"0\.b"'):
+        fresh.load_state_dict(converted.state_dict())
     summarize(fresh, preserve="weight")
+    fresh.load_state_dict(converted.state_dict())
     torch.testing.assert_close(fresh(x), plain(x), rtol=1e-12, atol=1e-14)
     fold(fresh)
     torch.testing.assert_close(fresh(x), plain(x), rtol=1e-12, atol=1e-14)

@@ -144,7 +144,7 @@ def shard_layers(model):
 def ddp():
     start = network()
     _, alone = check_training(start, DistributedDataParallel)
-    assert (start[4].weight - alone[4].weight).abs().max() > 1e-2  # they did move
+    assert (start[4].b - alone[4].b).abs().max() > 1e-2  # they did move
 
 
 def ddp_of_a_head():
@@ -183,7 +183,7 @@ def ddp_without_synchronisation():
 
 def fsdp():
     model, _ = check_training(network(), shard_layers, clip=True)
-    assert model[4].weight.to_local().shape == (5, 24)
+    assert model[4].b.to_local().shape == (12, 10)
 
 
 def fsdp_of_a_head():
@@ -195,7 +195,7 @@ def fsdp_in_bfloat16():
     start = network().float()
     model, exact, rounded = copy.deepcopy(start), copy.deepcopy(start), copy.deepcopy(start).bfloat16()
     seen = []
-    model[6].register_forward_pre_hook(lambda module, inputs: seen.append((module.weight.dtype, inputs[0].dtype)))
+    model[6].register_forward_pre_hook(lambda module, inputs: seen.append((module.b.dtype, inputs[0].dtype)))
     fully_shard(model, mesh=mesh(), mp_policy=MixedPrecisionPolicy(torch.bfloat16, torch.float32))
     x, target = data(1)[0]
     for twin, part, dtype in (
@@ -236,7 +236,7 @@ def sharded_weights_are_constrained():
             if got.grad is not None:
                 same(got.grad, wanted.grad)
         same(orthogonality_penalty(model), orthogonality_penalty(alone))
-        raises(TypeError, "its weight is a DTensor; parametrize it before", constrain, model, "parametrization")
+        raises(TypeError, "its b is a DTensor; parametrize it before", constrain, model, "parametrization")
         for twin in (model, alone):
             constrain(twin, "retract")
         same_parameters(model, alone)
@@ -250,6 +250,25 @@ def tensor_parallel_with_a_penalty():
     parallelize(model, mesh(), {"4": "outputs", "6": "inputs", "8": "outputs"})
     same(train(model, penalised), train(alone, penalised))
     same_parameters(model, alone)
+
+
+def sharded_weights_are_read_together():
+    """A read of `weight` is collective; nothing else reads it: a check that did would wait for the other process here."""
+    start = network()
+    for share in (shard_layers, lambda m: parallelize(m, mesh(), {"4": "outputs", "6": "inputs", "8": "rows"})):
+        model, alone = copy.deepcopy(start), copy.deepcopy(start)
+        share(model)
+        for number in (4, 6, 8):
+            same(model[number].weight, alone[number].weight)
+            model[number].weight.sum().backward()
+            same(model[number].b.grad, torch.autograd.grad(alone[number].weight.sum(), alone[number].b)[0])
+            raises(ValueError, "weight: is computed from b", setattr, model[number], "weight", None)
+            wanted = alone[number].weight.detach().flip(0).clone()
+            model[number].set_weight_(wanted)
+            same(model[number].weight, wanted)
+        if dist.get_rank() == 0:
+            assert "SummaryLinear" in repr(model) and not model[4].constraint and model[4].frozen_weight() is None
+            assert len(list(model.named_parameters())) == len(list(alone.named_parameters()))
 
 
 def fsdp_state_dict():
@@ -433,7 +452,7 @@ def tensor_parallel():
         model, alone = parallelize(copy.deepcopy(start), mesh(), plan), copy.deepcopy(start)
         same(train(model), train(alone))
         same_parameters(model, alone)
-        assert model[4].weight.to_local().shape == ((5, 24) if plan["4"] == "outputs" else (10, 12))
+        assert model[4].b.to_local().shape == ((24, 5) if plan["4"] == "outputs" else (12, 10))
 
 
 def tensor_parallel_over_rows():
@@ -452,7 +471,7 @@ def tensor_parallel_over_rows():
 
 def tensor_parallel_of_a_pair():
     layer = randomize(SummaryLayer(24, 6).double(), 0.4)
-    dist.broadcast(layer.weight.data, 0)
+    dist.broadcast(layer.b.data, 0)
     x = data(1)[0][0]
     wanted = layer(x)
     for over in ("inputs", "outputs"):
@@ -479,12 +498,12 @@ def tensor_parallel_that_is_refused():
 def tied_weights_and_shared_modules():
     torch.manual_seed(5)
     model = nn.Sequential(SummaryLinear(6, 6), nn.Linear(6, 6), SummaryLinear(6, 6)).double()
-    for other in (1, 2):
-        model[other].weight = model[0].weight
+    for other, name in ((1, "weight"), (2, "b")):
+        setattr(model[other], name, model[0].b)
         for plan in ({"0": "rows"}, {"0": "rows", "2": "rows"}):
-            raises(ValueError, f"0: its weight is tied to {other}.weight, and", parallelize, model, mesh(), plan)
-        assert type(model[0].weight) is nn.Parameter
-        model[other].weight = nn.Parameter(model[other].weight.detach().clone())
+            raises(ValueError, f"0: its b is tied to {other}.{name}, and", parallelize, model, mesh(), plan)
+        assert type(model[0].b) is nn.Parameter
+        setattr(model[other], name, nn.Parameter(model[0].b.detach().clone()))
     shared = nn.ModuleDict({"a": model[0], "b": model[0]})
     raises(ValueError, "b: is the same module as 'a'", parallelize, shared, mesh(), {"a": "rows", "b": "rows"})
     x = torch.randn(4, 6, dtype=torch.float64)
@@ -495,7 +514,8 @@ def tied_weights_and_shared_modules():
 
 CHECKS = {f.__name__: f for f in (
     ddp, ddp_of_a_head, ddp_of_gated_networks, ddp_without_synchronisation, fsdp, fsdp_of_a_head, fsdp_in_bfloat16,
-    fsdp_state_dict, fsdp_with_a_constraint, sharded_weights_are_constrained, tensor_parallel_with_a_penalty,
+    fsdp_state_dict, fsdp_with_a_constraint, sharded_weights_are_constrained,
+    sharded_weights_are_read_together, tensor_parallel_with_a_penalty,
     tied_weights_and_shared_modules,
     dtensors, dtensors_of_rows_take_the_operator, dtensors_of_more_dimensions, dtensor_pairs_and_matrices,
     dtensors_of_polynomials, dtensors_under_autocast_and_without_gradients, dtensors_that_are_refused,

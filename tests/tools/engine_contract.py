@@ -49,7 +49,7 @@ class OnlyLaunches(TorchDispatchMode):
 
 
 def inputs(n, d, k, m=None, dtype=torch.float32):
-    """x, b in the memory order of a layer's weight, and with classes m an output layer."""
+    """x, b in column-major order, and with classes m an output layer."""
     x, b = torch.randn(n, d, dtype=dtype), torch.randn(k, d, dtype=dtype).mul_(max(d, k) ** -0.5).T
     if m is None:
         return [x, b]
@@ -76,7 +76,7 @@ def test_forward_and_backward_of_a_layer_are_one_launch_each(bias, engine, launc
         assert launched == [engine.forward]
         y.backward(upstream)
     assert launched == [engine.forward, engine.backward]
-    assert layer.weight.grad.stride() == layer.weight.stride()
+    assert layer.b.grad.stride() == layer.b.stride()
 
 
 @pytest.mark.parametrize("name", ["classifier", "head"])

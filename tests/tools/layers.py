@@ -1,4 +1,4 @@
-"""Summary layers whose weight is far from orthonormal, and the ways in which a weight changes."""
+"""Summary layers whose b is far from orthonormal, and the ways in which b changes."""
 
 import torch
 from relative_error import randomize
@@ -21,17 +21,18 @@ def make(kind, dtype=torch.float64, bias=True):
 
 
 def _step(layer):
-    layer.weight.grad = torch.randn_like(layer.weight)
+    layer.b.grad = torch.randn_like(layer.b)
     torch.optim.Adam(layer.parameters(), lr=0.1).step()
 
 
 # To be called without gradients.
 CHANGES = {
     "step": _step,
-    "write": lambda m: m.weight.mul_(1.5),
-    "write of a part": lambda m: m.weight[0].zero_(),
-    "replaced": lambda m: setattr(m, "weight", nn.Parameter(torch.randn_like(m.weight))),
-    "initialized": lambda m: nn.init.normal_(m.weight),
+    "write": lambda m: m.b.mul_(1.5),
+    "write of a part": lambda m: m.b[0].zero_(),
+    "replaced": lambda m: setattr(m, "b", nn.Parameter(torch.randn_like(m.b))),
+    "initialized": lambda m: nn.init.normal_(m.b),
+    "set by its weight": lambda m: m.set_weight_(torch.randn_like(m.weight)),
     "orthogonalized": lambda m: m.orthogonalize_(),
-    "swapped": lambda m: torch.utils.swap_tensors(m.weight, nn.Parameter(torch.randn_like(m.weight))),
+    "swapped": lambda m: torch.utils.swap_tensors(m.b, nn.Parameter(torch.randn_like(m.b))),
 }

@@ -14,14 +14,14 @@ class PlainLinear(SummaryLinear):
     """`SummaryLinear` in plain PyTorch."""
 
     def forward(self, x):
-        return naive_linear(x, self.weight, self.bias)
+        return naive_linear(x, self.b, self.bias)
 
 
 class PlainConv2d(SummaryConv2d):
     """`SummaryConv2d` in plain PyTorch."""
 
     def forward(self, x):
-        return F.conv2d(x, naive_kernel(self.weight), self.bias, self.stride, self.padding)
+        return F.conv2d(x, naive_kernel(self.b), self.bias, self.stride, self.padding)
 
 
 def mlp(dtype=torch.float32):

@@ -11,6 +11,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from interp_nn.explain.following.calls import tensors
 from interp_nn.explain.following.layer_values import Wiring, find_layer, has_rows
 from interp_nn.nn.base import LinearForm
+from interp_nn.nn.weights import own_name
 
 
 class DescrambledWeights(NamedTuple):
@@ -96,13 +97,13 @@ def rewire_(model: nn.Module, wires: Wiring, P: Tensor, permutation: bool, probe
             raise ValueError(
                 f"apply_: layer {path!r} has {module.groups} groups, whose channels cannot be mixed; want one group"
             )
-        if is_parametrized(module, "weight"):
+        if is_parametrized(module, own_name(module)):
             raise ValueError(
-                f"apply_: the weight of layer {path!r} is parametrized and cannot be written; want a plain parameter"
+                f"apply_: the {own_name(module)} of layer {path!r} is parametrized and cannot be written; want a plain parameter"
             )
     own = [layer, *(find_layer(model, path)[1] for path in wires.between)]
-    held = {id(t): t for module in own for t in _values(module) if t.dim() and len(t) == len(P)}
-    columns: Tensor = following.weight  # type: ignore[assignment]
+    held = {key: t for module in own for key, t in _values(module).items() if t.dim() and len(t) == len(P)}
+    columns = _weight_layout(following, own_name(following))
     changes = [(t, t.clone(), rotated_rows(t, P)) for t in held.values()]
     changes.append((columns, columns.clone(), rotated_columns(columns, P)))
     before = _output(model, probe)
@@ -119,8 +120,16 @@ def rewire_(model: nn.Module, wires: Wiring, P: Tensor, permutation: bool, probe
         )
 
 
-def _values(module: nn.Module) -> list[Tensor]:
-    return [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+def _values(module: nn.Module) -> dict[int, Tensor]:
+    """Map the ids of a module's parameters and buffers to them, in the layout of weights."""
+    parameters = {id(p): _weight_layout(module, name) for name, p in module.named_parameters(recurse=False)}
+    return parameters | {id(t): t for t in module.buffers(recurse=False)}
+
+
+def _weight_layout(module: nn.Module, name: str) -> Tensor:
+    """Return a parameter, a view (out, in) of a summary layer's b (in, out)."""
+    parameter = module.get_parameter(name)
+    return parameter.t() if name == "b" and isinstance(module, LinearForm) and parameter.dim() == 2 else parameter
 
 
 def _output(model: nn.Module, probe: Tensor) -> Tensor:

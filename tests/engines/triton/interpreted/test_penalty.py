@@ -15,7 +15,7 @@ def test_the_penalty_takes_the_gram_matrix_of_the_launch(k, monkeypatch):
     monkeypatch.setattr(engine, "launch", lambda plan, *rest: (launched.append(plan), launch(plan, *rest))[1])
     layer, x = SummaryLinear(192, k), torch.randn(24, 192)
     with torch.no_grad():
-        layer.weight.mul_(1.2)
+        layer.b.mul_(1.2)
     constrain(layer, "penalty")
     with forced():
         y = layer(x)
