@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from benchmarks.experiments import common, datasets, embedding
 from interp_nn.explain.tsne import ParametricTSNE
 
 NAME = "digits_tsne"
+LEARNING_RATE = 1e-3
 
 
 def main(arguments: list[str]) -> int:
@@ -21,7 +24,11 @@ def main(arguments: list[str]) -> int:
     y_train, y = images.y_train[: len(x_train)], images.y_test[: len(x)]
 
     epochs = 3 if given.quick else 100
-    tsne = ParametricTSNE(epochs=epochs, exaggeration_epochs=epochs // 5, seed=given.seed, progress=True)
+    torch.manual_seed(given.seed)
+    tsne = ParametricTSNE(
+        embedding.published_encoder(x_train[0].numel()), epochs=epochs, learning_rate=LEARNING_RATE,
+        exaggeration_epochs=epochs // 5, seed=given.seed, progress=True,
+    )  # fmt: skip
     placed_train, placed = tsne.fit_transform(x_train.float()), tsne.transform(x.float())
     tsne.encoder_.double()
     linear = tsne.linearize(x)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -14,6 +15,14 @@ from interp_nn.explain.linear.affine_map import AffineMap
 
 NEIGHBOURS = 5
 _AT_ONCE = 500  # points
+
+
+def published_encoder(inputs: int) -> nn.Sequential:
+    """Return the network of van der Maaten (AISTATS 2009), 500-500-2000-2, from random weights."""
+    layers: list[nn.Module] = [nn.Flatten()]
+    for fan_in, fan_out in pairwise((inputs, 500, 500, 2000, 2)):
+        layers += [nn.Linear(fan_in, fan_out), nn.ReLU()]
+    return nn.Sequential(*layers[:-1])
 
 
 def accuracy(points: Tensor, labels: Tensor, new: Tensor, truth: Tensor, itself: bool = False) -> float:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 from functools import partial
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -54,11 +53,12 @@ def main(arguments: list[str]) -> int:
     settings = {**images.settings(chosen), "perplexity": given.perplexity, "exaggeration": EXAGGERATED}
     trainer = common.Trainer(NAME, given, given.seeds * len(phases), settings)
     planes: list[dict[str, Any]] = []
+    untrained = partial(embedding.published_encoder, x[0].numel())
     for seed in range(given.seeds):
         network: nn.Module | None = None
         for name, (epochs, exaggeration) in phases.items():
             source = None if network is None else EXAGGERATION
-            build = partial(_encoder, x[0].numel()) if network is None else partial(copy.deepcopy, network)
+            build = untrained if network is None else partial(copy.deepcopy, network)
             objective = partial(_loss, given.perplexity, exaggeration)
             steps = recipe._replace(epochs=epochs)
             network = trainer(name, seed, build, x_train, y_train, steps, measure, objective, source)
@@ -82,13 +82,6 @@ def main(arguments: list[str]) -> int:
     budget = {**images.budget(chosen, recipe, given), "phases": phases, "perplexity": given.perplexity}
     run.finish({**budget, "images_explained": min(EXPLAINED, len(y))}, results, recipe.epochs)
     return 0
-
-
-def _encoder(inputs: int) -> nn.Sequential:
-    layers: list[nn.Module] = [nn.Flatten()]
-    for fan_in, fan_out in pairwise((inputs, 500, 500, 2000, 2)):
-        layers += [nn.Linear(fan_in, fan_out), nn.ReLU()]
-    return nn.Sequential(*layers[:-1])
 
 
 def _loss(perplexity: float, exaggeration: float, network: nn.Module, x: Tensor, y: Tensor) -> Tensor:

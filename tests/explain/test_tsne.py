@@ -9,6 +9,7 @@ from interp_nn.explain.estimator import NotFittedError
 from interp_nn.explain.tsne import (
     ParametricTSNE,
     _conditional,
+    _divergence_and_gradient,
     conditional_probabilities,
     joint_probabilities,
     tsne_loss,
@@ -89,8 +90,44 @@ def test_gradients_are_those_of_the_closed_form(d, exaggeration):
         closed = (2 * freedom + 2) / freedom * forces.sum(1)
         divergence = torch.xlogy(p, p).sum() - torch.xlogy(p, q).sum()
     assert float((gradient - closed).norm() / closed.norm()) <= 1e-12
+    value, trained = _divergence_and_gradient(y, p, exaggeration)
+    assert float((trained - closed).norm() / closed.norm()) <= 1e-12
+    assert float(value) == pytest.approx(float(divergence), rel=1e-12) and float(divergence) > 0
     if exaggeration == 1:
-        assert float(loss.detach()) == pytest.approx(float(divergence), rel=1e-12) and float(divergence) > 0
+        assert float(loss.detach()) == pytest.approx(float(divergence), rel=1e-12)
+
+
+@pytest.mark.parametrize("offset", [0.0, 4096.0])
+@pytest.mark.parametrize("spread", [1e-4, 1.0, 1e4])
+def test_the_gradient_that_trains_is_as_exact_as_autograd(spread, offset):
+    p = joint_probabilities(torch.randn(60, 5), 12)
+    y = spread * (torch.randn(60, 2) + offset)
+    exact = _gradient(y.double(), p)
+
+    def error(gradient):
+        return float((gradient - exact).norm() / exact.norm())
+
+    _, trained = _divergence_and_gradient(y, p.float(), 4.0)
+    assert error(trained) <= 2 * error(_gradient(y, p)) + 64 * torch.finfo(torch.float32).eps
+
+
+def _gradient(y, p):
+    y = y.clone().requires_grad_()
+    return torch.autograd.grad(tsne_loss(y, p, 4.0), y)[0]
+
+
+def test_a_step_forms_no_graph_of_pairs():
+    """Autograd over the (batch, batch) matrices took twice the time of the closed form."""
+    seen = []
+
+    class Spy(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(func.overloadpacket)
+            return func(*args, **(kwargs or {}))
+
+    with Spy():
+        ParametricTSNE(small_encoder(), perplexity=8, epochs=1).fit(gaussians(60)[0])
+    assert torch.ops.aten._cdist_forward in seen and torch.ops.aten._cdist_backward not in seen
 
 
 def test_points_that_coincide_have_finite_gradients():
@@ -122,11 +159,11 @@ def test_separate_clusters_stay_separate_and_new_points_fall_into_theirs():
     assert len(tsne.kl_) == 25 and 0 < tsne.kl_[-1] < 0.6 * tsne.kl_[0]
 
 
-def test_the_default_encoder_is_the_papers():
+def test_the_default_encoder():
     x, labels = gaussians(120, d=12)
     tsne = ParametricTSNE(perplexity=10, epochs=8, exaggeration_epochs=2).fit(x.view(120, 3, 4).double())
     widths = [(m.in_features, m.out_features) for m in tsne.encoder_ if isinstance(m, nn.Linear)]
-    assert widths == [(12, 500), (500, 500), (500, 2000), (2000, 2)] and isinstance(tsne.encoder_[-1], nn.Linear)
+    assert widths == [(12, 256), (256, 256), (256, 1024), (1024, 2)] and isinstance(tsne.encoder_[-1], nn.Linear)
     placed = tsne.transform(x.view(120, 3, 4))
     assert placed.dtype == F64 and neighbours_accuracy(placed, labels, placed, labels) >= 0.95
 
@@ -327,6 +364,8 @@ def test_the_search_may_start_anywhere():
     p, position = _conditional(squared.clone(), 20, None)
     for start in (position + torch.randn(80, 1, dtype=F64), torch.full((80, 1), -40.0), torch.full((80, 1), 40.0)):
         torch.testing.assert_close(_conditional(squared.clone(), 20, start.double())[0], p, rtol=0, atol=1e-9)
+        in_training, _ = _conditional(squared.float(), 20, start.float(), 1e-5)
+        assert float((perplexities(in_training.double()) / 20 - 1).abs().max()) < 2e-5
 
 
 def test_divergence_is_reported():
