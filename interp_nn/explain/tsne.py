@@ -128,7 +128,7 @@ def _log_similarity(embedding: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def _divergence_and_gradient(embedding: Tensor, joint: Tensor, exaggeration: float) -> tuple[Tensor, Tensor]:
-    """Return KL(P || Q), and the gradient of `tsne_loss` by its closed form, in half of the time that autograd takes.
+    """Return KL(P || Q) and the gradient of `tsne_loss` by its closed form.
 
     embedding: (n, d), at least fp32. joint: (n, n), in the same dtype.
     """
