@@ -78,7 +78,7 @@ def load_state_dict(model: nn.Module, state: Mapping[str, Tensor], *, source: st
         strict: As in PyTorch's `load_state_dict`.
 
     Returns:
-        What PyTorch's `load_state_dict` returns: the missing and the unexpected keys.
+        The missing and the unexpected keys, as PyTorch's `load_state_dict` returns them.
 
     Raises:
         TypeError: `model` is not an nn.Module.

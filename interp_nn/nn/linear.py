@@ -19,7 +19,7 @@ class SummaryLinear(Freezable):
     The parameters are `b` (in_features, out_features) and `bias` (out_features,). `weight` (out_features, in_features) is the
     effective weight (b (bᵀb))ᵀ, computed from b: the layer equals an nn.Linear with it. b starts orthonormal, where it is
     weightᵀ, and bias starts as in nn.Linear. Training does not keep b orthonormal; see `constrain`. b has the shape that it has
-    in the equation, because the transposed layout is not faster (within 7 % either way on a CPU, the mean within 1 %).
+    in the equation, because the transposed layout is not faster.
 
     Args:
         in_features: Size of each input row, d.
