@@ -485,13 +485,13 @@ def _as_tensors(given: tuple[_Coefficients, float | Tensor], x: Tensor, name: st
         elif argument == "scale" and value == 1:
             tensors.append(None)
         else:
-            tensors.append(_constant(value, x))
+            tensors.append(constant(value, x))
     coefficients, scale = tensors
     assert coefficients is not None
     return Polynomial(coefficients, scale)
 
 
-def _constant(value: Sequence[float] | float, x: Tensor) -> Tensor:
+def constant(value: Sequence[float] | float, x: Tensor) -> Tensor:
     """Return the numbers as a float32 tensor (float64 for x of float64), the same one for the same numbers.
 
     It is filled on its device: a copy from the host would synchronise, and cannot be captured in a CUDA graph. One that is made

@@ -22,7 +22,7 @@ from torch import Tensor
 from interp_nn.engines.eager import _add_product, _affine, _columns, _correlate, _twice_symmetric
 from interp_nn.engines.orders import head_by_gram
 from interp_nn.engines.problem import Plan
-from interp_nn.linalg import accumulation_dtype, gram, gram_small, is_column_major, mul_gram
+from interp_nn.linalg import accumulation_dtype, gram, is_column_major, polynomial_terms, polynomial_weight
 
 MOST_COEFFICIENTS = 5
 SAVING = Plan("eager", "(Xb)q", saves=True)
@@ -55,7 +55,7 @@ def forward(
         if len(c) == 1:
             return p, base, []
         g = gram(b)
-        terms = _without_constant(g, c)
+        terms = polynomial_terms(g, c)
         return p, _add_product(base, p, terms), [p, g, terms]
     if plan.order == "((Xb)bᵀ)b...":
         p = x @ b
@@ -67,7 +67,7 @@ def forward(
     if len(c) == 1:
         return projection, _affine(x, c[0] * b, bias), []
     g = gram(b) if plan.order == "X(bq)" else gram(b.mT)
-    terms = _without_constant(g, c)
+    terms = polynomial_terms(g, c)
     w = _weight(b, terms, c[0], plan.order != "X(bq)")
     return projection, _affine(x, w, bias), [g, terms, w]
 
@@ -145,11 +145,7 @@ def gradient(
 
 def weight(b: Tensor, q: Polynomial) -> Tensor:
     """Return the effective weight a b q(a² bᵀb) through the smaller of the two Gram matrices, in b's order of memory."""
-    b = _scaled(b, q)
-    c = q.coefficients.unbind()
-    if len(c) == 1:
-        return c[0] * b
-    return c[0] * b + mul_gram(b, _without_constant(gram_small(b), c))
+    return polynomial_weight(b, q.coefficients.unbind(), q.scale)
 
 
 def logits(x: Tensor, b: Tensor, a: Tensor, bias: Tensor | None, q: Polynomial, plan: Plan) -> tuple[Tensor, Tensor]:
@@ -170,16 +166,6 @@ def logits(x: Tensor, b: Tensor, a: Tensor, bias: Tensor | None, q: Polynomial, 
 
 def _scaled(b: Tensor, q: Polynomial) -> Tensor:
     return b if q.scale is None else b * q.scale
-
-
-def _without_constant(g: Tensor, c: Sequence[Tensor]) -> Tensor:
-    """Return c1 G + c2 G² + G² (c3 G + c4 G²), with as few products as can be."""
-    total = c[1] * g
-    if len(c) == 2:
-        return total
-    square = g @ g
-    total = total + c[2] * square
-    return total if len(c) == 3 else _add_product(total, square, _upper(g, square, c))
 
 
 def _upper(g: Tensor, square: Tensor, c: Sequence[Tensor]) -> Tensor:
