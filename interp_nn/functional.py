@@ -30,7 +30,7 @@ from torch.nn import Parameter
 
 from interp_nn import linalg
 from interp_nn.engines import eager, select
-from interp_nn.engines.eager_polynomial import MOST_COEFFICIENTS, Polynomial, weight
+from interp_nn.engines.eager_polynomial import MOST_COEFFICIENTS, Polynomial
 from interp_nn.engines.problem import LossOptions, Plan
 from interp_nn.linalg import Orthogonalized, autocast_available
 from interp_nn.ops import losses as _cross_entropy
@@ -336,7 +336,7 @@ def effective_weight(
     """
     given = _given(polynomial, scale)
     b = _matrix(b, sharded=True)
-    return linalg.effective_weight(b) if given is None else weight(b, _as_tensors(given, b, "b"))
+    return linalg.effective_weight(b) if given is None else _polynomial.weight(b, _as_tensors(given, b, "b"))
 
 
 def orthogonalize(b: Tensor, tolerance: float | None = None, max_iterations: int = 100) -> Orthogonalized:

@@ -127,7 +127,6 @@ class _Cache:
         """Return the weight for a forward; None where it has to be computed as outside of the block."""
         if not torch.is_grad_enabled() or torch.compiler.is_compiling() or transforming(self.layer.b):
             return None
-        self._check()
         if not self.leaf.requires_grad or not self._synchronises():
             return self.leaf
         if self.pulled:
@@ -145,18 +144,15 @@ class _Cache:
 
     def pull_back(self) -> None:
         """Add the collected gradient to those of the parameters."""
-        if self.leaf.grad is None:
-            return
-        self._check()
-        if self.pulled:
-            raise RuntimeError(f"cached_weights: the microbatch of {self.name} that synchronises was not the last one")
-        torch.autograd.backward(self.formed, self.leaf.grad)
-
-    def _check(self) -> None:
         if self._identity != self.layer._identity():
             raise RuntimeError(
                 f"cached_weights: b of {self.name} has changed inside of the block; change parameters after the block"
             )
+        if self.leaf.grad is None:
+            return
+        if self.pulled:
+            raise RuntimeError(f"cached_weights: the microbatch of {self.name} that synchronises was not the last one")
+        torch.autograd.backward(self.formed, self.leaf.grad)
 
     def _synchronises(self) -> bool:
         model: Any = self.model

@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from interp_nn import linalg
+from interp_nn import functional, linalg
 from interp_nn.functional import constant
 from interp_nn.nn.base import Freezable, as_matrix, as_parameter, weight_shape, whole, write_whole
 from interp_nn.nn.polynomials import SUMMARY, coefficients_of, inverse_map, map_of
@@ -167,6 +167,8 @@ class PolynomialLayer(Freezable):
         return options | {"polynomial": multiplier * constant(c, self.b)}
 
     def _weight_of(self, matrix: Tensor) -> Tensor:
+        if matrix.dim() == 2 and matrix.dtype == self.b.dtype and not self._is_summary():
+            return functional.effective_weight(matrix, **self._functional_options())
         return _weight(matrix, self._coefficients, *self._factors(linalg.accumulation_dtype(matrix.dtype)))
 
     def formed_weight(self) -> Tensor | None:
