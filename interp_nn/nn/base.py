@@ -288,14 +288,21 @@ def whole(t: Any) -> Tensor:
     return gathered
 
 
+def as_placed(value: Tensor, like: Any) -> Tensor:
+    """Return a whole tensor as a DTensor, replicated on the mesh of `like`, if that is one."""
+    if not is_dtensor(like) or is_dtensor(value):
+        return value
+    from torch.distributed.tensor import DTensor, Replicate
+
+    mesh = like.device_mesh
+    placed: Tensor = DTensor.from_local(value, mesh, [Replicate()] * mesh.ndim, run_check=False)
+    return placed
+
+
 def write_whole(target: Any, value: Tensor) -> None:
     """Write a whole tensor into another one of its shape, or into the parts of a DTensor."""
-    if is_dtensor(target):
-        from torch.distributed.tensor import DTensor, Replicate
-
-        mesh = target.device_mesh
-        value = DTensor.from_local(value, mesh, [Replicate()] * mesh.ndim, run_check=False)
-    target.copy_(value)
+    placed: Any = as_placed(value, target)
+    target.copy_(placed.redistribute(placements=target.placements) if is_dtensor(target) else placed)
 
 
 def as_matrix(b: Tensor, groups: int) -> Tensor:

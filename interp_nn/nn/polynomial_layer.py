@@ -12,12 +12,13 @@ from torch import Tensor, nn
 
 from interp_nn import functional, linalg
 from interp_nn.functional import constant
-from interp_nn.nn.base import Freezable, as_matrix, as_parameter, weight_shape, whole, write_whole
+from interp_nn.nn.base import Freezable, as_matrix, as_parameter, as_placed, weight_shape, whole, write_whole
 from interp_nn.nn.polynomials import SUMMARY, coefficients_of, inverse_map, map_of
 from interp_nn.ops.library import is_dtensor, is_wrapped
 
 POWER_ITERATIONS = 10  # after a step of the optimizer, as published for PC layers
 _MOST_ITERATIONS, _CHANGE = 100, 1e-3  # until the norm converges
+_SAME = 0.05  # a loaded norm that is so near was the one of training, and stays
 Normalize = bool | Literal["restore"]
 
 
@@ -150,7 +151,13 @@ class PolynomialLayer(Freezable):
         scale = self.scale.to(dtype) if self.normalize else None
         multiplier = None
         if self.gain is not None:
-            multiplier = (self.gain.view(-1, 1, 1) if self.groups > 1 else self.gain.squeeze(0)).to(dtype)
+            gain: Tensor = self.gain
+            if self.groups > 1:
+                multiplier = gain.view(-1, 1, 1).to(dtype)
+            elif is_dtensor(gain):  # a sharded entry cannot be squeezed
+                multiplier = gain.sum().to(dtype)
+            else:
+                multiplier = gain.squeeze(0).to(dtype)
         if self.normalize == "restore":
             multiplier = (1.0 if multiplier is None else multiplier) / self.scale.to(dtype)
         return scale, multiplier
@@ -167,9 +174,10 @@ class PolynomialLayer(Freezable):
         return options | {"polynomial": multiplier * constant(c, self.b)}
 
     def _weight_of(self, matrix: Tensor) -> Tensor:
-        if matrix.dim() == 2 and matrix.dtype == self.b.dtype and not self._is_summary():
+        if matrix.dim() == 2 and matrix.dtype == self.b.dtype and not (self._is_summary() or is_dtensor(matrix)):
             return functional.effective_weight(matrix, **self._functional_options())
-        return _weight(matrix, self._coefficients, *self._factors(linalg.accumulation_dtype(matrix.dtype)))
+        factors = self._factors(linalg.accumulation_dtype(matrix.dtype))
+        return _weight(matrix, self._coefficients, *(None if t is None else as_placed(t, matrix) for t in factors))
 
     def formed_weight(self) -> Tensor | None:
         """Return the effective weight that `freeze` or `cached_weights` holds; None if there is none."""
@@ -230,7 +238,7 @@ class PolynomialLayer(Freezable):
 
         Args:
             known: The norm (groups,), if it is known: only its singular vectors are computed then.
-            keep: If True, and `scale` is that of the norm, nothing changes.
+            keep: If True, and `scale` is about that of the norm, it stays as it is.
         """
         if not self.normalize or self.b.is_meta or self.b.numel() == 0:
             return
@@ -250,8 +258,7 @@ class PolynomialLayer(Freezable):
                     return
                 break
             before = norm
-        # Power iterations approach the norm from below, and slowly where singular values are close.
-        if keep and bool(((held > norm * (1 - _CHANGE)) & (held < norm * (1 + 10 * _CHANGE))).all()):
+        if keep and bool(((held - norm).abs() <= _SAME * norm).all()):
             norm = held
         self._write_norm(u, v, norm if known is None else known.to(norm).view(norm.shape))
 

@@ -243,6 +243,11 @@ def fsdp_with_polynomials():
         same(again(x), alone(x))
     spectrum = model[4].spectrum(weight=True)
     same(spectrum, torch.linalg.svdvals(full(model[4].weight).detach()))
+    grouped = SummaryConv2d(4, 6, 3, groups=2, polynomial="newton-schulz").double()
+    dist.broadcast(grouped.b.data, 0)
+    wanted = grouped.weight
+    fully_shard(grouped, mesh=mesh())
+    same(grouped.weight, wanted)
     model[4].set_weight_(torch.ones(10, 32))
     same(model[4].weight, torch.ones(10, 32).double())
 
