@@ -342,9 +342,9 @@ def effective_weight(
 def orthogonalize(b: Tensor, tolerance: float | None = None, max_iterations: int = 100) -> Orthogonalized:
     """Compute the polar factor of b, its nearest matrix with orthonormal columns (rows for k > d), by Newton-Schulz.
 
-    Iterates b <- b (3 I - bᵀb) / 2 in float32 (float64 for float64), also under autocast. Singular values that are exactly
-    zero stay zero, and the defect is then 1. Where b is rank-deficient except for rounding, its missing directions come out
-    orthonormal and arbitrary (see `SummaryLinear.spectrum`).
+    Iterates b <- b (3 I - bᵀb) / 2 in float32 (float64 for float64), also under autocast. A column of zeros (row, for k > d)
+    stays zero, and the defect is then 1. Where b lacks a rank otherwise, its missing directions come out orthonormal and
+    arbitrary (see `SummaryLinear.spectrum`).
 
     Args:
         b: Matrix of shape (d, k).
