@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from interp_nn import linalg
+from interp_nn.nn import diagnosis
 from interp_nn.nn.base import LinearForm, as_matrix, b_of_weight, weight_shape
 
 
@@ -68,6 +69,7 @@ def exact_effective_weight(b: Tensor, groups: int = 1) -> Tensor:
 
 def folded_weight(layer: LinearForm) -> Tensor:
     """Compute a layer's effective weight in float64, and round it once to b's dtype."""
+    diagnosis.look(layer)
     return exact_effective_weight(layer.b, layer.groups).to(layer.b.dtype)
 
 
