@@ -226,14 +226,14 @@ class LinearForm(nn.Module):
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def __getstate__(self) -> dict[str, Any]:
-        state: dict[str, Any] = super().__getstate__()  # type: ignore[misc, assignment]
+        state: dict[str, Any] = super().__getstate__()
         return {name: value for name, value in state.items() if name != "_gram_cache"}
 
     def __prepare_scriptable__(self) -> Any:
         """Refuse torch.jit.script, which calls this for each module of a model."""
         raise TypeError(
-            f"torch.jit.script: cannot compile {type(self).__name__}; call interp_nn.convert.fold(model) first, which makes plain "
-            "layers of the same function, or use torch.jit.trace or torch.export.export"
+            f"torch.jit.script: cannot compile {type(self).__name__}; call interp_nn.convert.fold(model) first, which makes "
+            "plain layers of the same function, or use torch.jit.trace or torch.export.export"
         )
 
     def _note(self) -> str:

@@ -94,7 +94,7 @@ class SummaryConv2d(Freezable, _ConvNd):
             return call
         weight = self.frozen_weight()
         if weight is None:
-            kernels = self.b
+            kernels: Tensor = self.b
             last = torch.channels_last in (memory_format(kernels), memory_format(input))
             if last:  # the rows of b in another order, so that kernels, weight and gradients keep the format
                 kernels = kernels.permute(0, 2, 3, 1)
@@ -114,7 +114,8 @@ class SummaryConv2d(Freezable, _ConvNd):
 
     def fold(self) -> nn.Conv2d:
         """Return a plain nn.Conv2d that computes the same function, with the kernels formed in float64."""
-        out = nn.Conv2d(**_conv_arguments(self)).to_empty(device=self.b.device).to(memory_format=memory_format(self.b))
+        out = nn.Conv2d(**_conv_arguments(self)).to_empty(device=self.b.device)
+        out.to(memory_format=memory_format(self.b))  # type: ignore[call-overload] # not in the stubs
         copy_parameters(self, out, folded_weight(self))
         return out
 
@@ -140,7 +141,8 @@ class SummaryConv2d(Freezable, _ConvNd):
         if not isinstance(conv, nn.Conv2d):
             raise TypeError(f"conv: got {type(conv).__name__}, want nn.Conv2d")
         b = preserving_b("conv", conv.weight, preserve, conv.groups)
-        out = cls(**_conv_arguments(conv)).to_empty(device=b.device).to(memory_format=memory_format(conv.weight))
+        out = cls(**_conv_arguments(conv)).to_empty(device=b.device)
+        out.to(memory_format=memory_format(conv.weight))  # type: ignore[call-overload] # not in the stubs
         copy_parameters(conv, out, b)
         return out
 

@@ -127,7 +127,9 @@ def retract_(model: nn.Module) -> None:
         with linalg.autocast_off(parameter.device):
             b = layer.matrix().to(linalg.accumulation_dtype(parameter.dtype))
             g = linalg.gram_small(b)
-            if parameter.is_cpu and g.numel() and not torch.compiler.is_compiling():  # a GPU would have to wait at each step
+            if (
+                parameter.is_cpu and g.numel() and not torch.compiler.is_compiling()
+            ):  # a GPU would have to wait at each step
                 diagnosis.look_at_gram(layer, g, model)
             parameter.copy_(as_parameter(linalg.newton_schulz(b, g), parameter.shape))
 

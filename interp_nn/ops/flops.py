@@ -61,8 +61,9 @@ def _rows(shape: _Shape) -> int:
 def _count(plan: str, n: int, b: _Shape, pair: bool, need_x: bool, need_b: bool, coefficients: _Shape | None) -> int:
     """Return the operations of forward and backward."""
     degree = None if coefficients is None else coefficients[0] - 1
-    problem = Problem(n, *b, pair, need_x, need_b, degree=degree)
-    return count_products(plan_from_text(plan), problem).flops(n, *b)
+    d, k = b
+    problem = Problem(n, d, k, pair, need_x, need_b, degree=degree)
+    return count_products(plan_from_text(plan), problem).flops(n, d, k)
 
 
 def _forward(x: _Shape, b: _Shape, plan: str, pair: bool, coefficients: _Shape | None) -> int:
@@ -140,7 +141,9 @@ def _backward_flops(
     return _backward(dp, dy, x, b, plan, need_x, need_b or need_a, coefficients, need_c)
 
 
-def rows_backward_flops(dy: _Shape, x: _Shape, b: _Shape, first: Any, second: Any, plan: str, *rest: Any, **_: Any) -> int:
+def rows_backward_flops(
+    dy: _Shape, x: _Shape, b: _Shape, first: Any, second: Any, plan: str, *rest: Any, **_: Any
+) -> int:
     """Return the operations of `interp_nn::summary_of_rows_backward`."""
     return _backward(None, dy, x, b, plan, rest[0][0], rest[0][1])
 
@@ -148,7 +151,7 @@ def rows_backward_flops(dy: _Shape, x: _Shape, b: _Shape, first: Any, second: An
 def _loss_flops(x: _Shape, b: _Shape, a: _Shape | None, c: Any, target: Any, *rest: Any, **_: Any) -> int:
     plan, needs, _transposed = rest[-3:]
     if a is not None:
-        return _head(plan_from_text(plan).order, _rows(x), *b, a[0], needs)
+        return _head(plan_from_text(plan).order, _rows(x), b[0], b[1], a[0], needs)
     forward = _forward(x, b, plan, True, None)
     return forward + _backward(b, b, x, b, plan, needs[0], needs[1]) if any(needs) else forward
 

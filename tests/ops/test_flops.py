@@ -55,7 +55,7 @@ def test_summaries_and_pairs_are_counted_as_their_products(size, polynomial):
         assert formula(torch.ops.interp_nn.summary_pair, x, b, text, *q) == done > 0
 
 
-@pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)
+@pytest.mark.parametrize("size", [SIZES["tall"], SIZES["few rows, wide"]], ids=["tall", "few rows, wide"])
 @pytest.mark.parametrize("polynomial", POLYNOMIALS.values(), ids=POLYNOMIALS)
 def test_backwards_are_counted_as_their_products(size, polynomial):
     x, b, bias = tensors(*size)
@@ -71,7 +71,7 @@ def test_backwards_are_counted_as_their_products(size, polynomial):
         if pair and plan == Plan("eager", "(Xb)G"):
             continue
         text = plan_to_text(plan)
-        p, _, saved, _ = summary._forward(x, b, None if pair else bias, text, pair, *(q or (None, None)))
+        _, _, saved, _ = summary._forward(x, b, None if pair else bias, text, pair, *(q or (None, None)))
         arguments = (dp, dy, x, b, saved, text, [*needs, *extra], False, *q)
         _, done = counted(lambda arguments=arguments: summary._summary_backward(*arguments))
         assert formula(torch.ops.interp_nn.summary_backward, *arguments) == done, (plan, pair, dy is None, needs, extra)
@@ -84,7 +84,11 @@ def test_losses_are_counted_as_their_products(size, classes):
     a, c = (None, None) if classes is None else (torch.randn(classes, size[2]).double(), torch.randn(classes).double())
     target = torch.randint(classes or size[2], (size[0],))
     options = losses._unpack(LossOptions((1.0, 1.0, 1.0), -100, "mean"))
-    found = ("logits_from_x", "logits_from_latent") if classes else [p for p in OPERATOR_PLANS if p.saves or p.order[0] == "X"]
+    found = (
+        ("logits_from_x", "logits_from_latent")
+        if classes
+        else [p for p in OPERATOR_PLANS if p.saves or p.order[0] == "X"]
+    )
     for plan, needs in itertools.product(found, itertools.product([False, True], repeat=4 if classes else 2)):
         plan = Plan("eager", plan) if classes else plan
         needs = (*needs, False, False)[:4]
@@ -98,7 +102,10 @@ def test_losses_are_counted_as_their_products(size, classes):
     if classes:  # all gradients: the cost that plans are chosen by
         problem = Problem(*size, classes=classes, head=True)
         arguments = (x, b, a, c, target, *options, plan_to_text(plan), (True,) * 4, False)
-        assert formula(torch.ops.interp_nn.summary_cross_entropy, *arguments) == orders.flops_and_products(plan, problem)[0]
+        assert (
+            formula(torch.ops.interp_nn.summary_cross_entropy, *arguments)
+            == orders.flops_and_products(plan, problem)[0]
+        )
 
 
 SHAPES = [(32, 20, 6), (4096, 64, 16), (200, 6, 20), (300_000, 16, 8)]
