@@ -105,7 +105,7 @@ class LinearForm(nn.Module):
         return linalg.effective_weight(self.matrix()).mT.reshape(weight_shape(self.b))
 
     def _weight_now(self) -> Tensor:
-        return self.effective_weight().contiguous(memory_format=memory_format(self.b))
+        return self.effective_weight().contiguous().to(memory_format=memory_format(self.b))
 
     def spectrum(self) -> Tensor:
         """Compute the singular values of b, (min(in, out),) float64, descending; the effective weight has their cubes.
