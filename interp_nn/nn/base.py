@@ -12,6 +12,7 @@ from torch.utils.hooks import RemovableHandle
 from interp_nn import linalg
 from interp_nn.nn import diagnosis
 from interp_nn.nn.effective_weight import READ_ONLY, EffectiveWeight
+from interp_nn.nn.symbolic import weight_in_graph
 from interp_nn.ops.library import is_dtensor, is_wrapped, transforming
 
 _EXACT = (torch.float32, torch.float64)
@@ -53,6 +54,8 @@ class LinearForm(nn.Module):
         operations; a frozen layer returns its cached weight. Where b is sharded, a read is collective: every rank must read,
         and gets a DTensor. Compiled code, torch.func and sharded layers get a plain tensor, whose in-place writes are lost.
         """
+        if (proxy := weight_in_graph(self)) is not None:
+            return proxy
         try:
             return EffectiveWeight.of(self._weight_now())
         except AttributeError as error:  # nn.Module would report a missing attribute `weight`

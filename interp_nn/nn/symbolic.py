@@ -10,15 +10,25 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+_symbolic_trace: Any = fx._symbolic_trace
+
 
 def call_in_graph(layer: nn.Module, input: Tensor) -> Any:
     """Return the proxy of a layer's call while torch.fx traces it symbolically; None at any other time."""
     given: Any = input
-    if isinstance(given, fx.Proxy):
-        tracer: Any = given.tracer
-    elif torch.compiler.is_compiling() or not getattr(fx._symbolic_trace, "_is_fx_tracing_flag", False):
-        return None
-    else:  # a constant input: the parameters of a traced model are proxies too
-        proxies = (getattr(layer, name) for name in layer._parameters)
-        tracer = next((p.tracer for p in proxies if isinstance(p, fx.Proxy)), None)
+    tracer: Any = given.tracer if isinstance(given, fx.Proxy) else _tracer(layer)
     return tracer and tracer.create_proxy("call_module", tracer.path_of_module(layer), (given,), {})
+
+
+def weight_in_graph(layer: nn.Module) -> Any:
+    """Return the proxy of a layer's `weight`, read when the graph runs, while torch.fx traces; None at any other time."""
+    tracer = _tracer(layer)
+    return tracer and tracer.create_proxy("get_attr", tracer.path_of_module(layer), (), {}).weight
+
+
+def _tracer(layer: nn.Module) -> Any:
+    """Return the tracer that makes proxies of the layer's parameters now, or None."""
+    if not getattr(_symbolic_trace, "_is_fx_tracing_flag", False) or torch.compiler.is_compiling():
+        return None
+    values = (getattr(layer, name) for name in layer._parameters)
+    return next((value.tracer for value in values if isinstance(value, fx.Proxy)), None)

@@ -212,6 +212,33 @@ def test_layers_are_leaves_for_every_tracer(tracer, frozen):
     model(x)[-1].sum().backward()  # nothing of the trace is left behind
 
 
+class Attention(nn.Module):
+    """A model that reads a layer's weight, as torchvision's Swin does; in a graph it must not be a copy."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv = SummaryLinear(6, 9, dtype=torch.float64)
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.qkv.weight, self.qkv.bias)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_weight_read_in_a_graph_is_the_layers(frozen):
+    model, x = Attention(), torch.randn(2, 6, dtype=torch.float64)
+    if frozen:
+        model.qkv.freeze()
+    traced = fx.symbolic_trace(model)
+    for _ in range(2):
+        assert torch.equal(traced(x), model(x))
+        with torch.no_grad():
+            model.qkv.b.mul_(1.5)
+    traced.graph.lint()
+    model.qkv.unfreeze()
+    grads = [torch.autograd.grad(m(x).sum(), m.qkv.b)[0] for m in (model, traced)]
+    assert torch.equal(*grads) and traced.qkv is model.qkv
+
+
 def test_passes_over_a_graph():
     model, x = Network().eval(), torch.randn(2, 3, 6, 6)
     traced = fx.symbolic_trace(model)
@@ -260,3 +287,19 @@ def test_what_the_refusal_names_works():
     torch.testing.assert_close(torch.export.export(model, (x,)).module()(x), y)
     fold(model)
     torch.testing.assert_close(torch.jit.script(model)(x), y)
+
+
+def test_a_sharded_layer_wants_its_input_by_position():
+    distributed = pytest.importorskip("torch.distributed")
+    from torch.distributed.device_mesh import DeviceMesh
+
+    from interp_nn.nn.parallel import parallelize
+
+    distributed.init_process_group("gloo", rank=0, world_size=1, store=distributed.HashStore())
+    try:
+        model = parallelize(nn.Sequential(SummaryLinear(4, 3)), DeviceMesh("cpu", [0]), {"0": "rows"})
+        assert model(torch.ones(2, 4)).shape == (2, 3)
+        with pytest.raises(TypeError, match=r"^0: input: got it by keyword, want it by position"):
+            model[0](input=torch.ones(2, 4))
+    finally:
+        distributed.destroy_process_group()
