@@ -27,7 +27,11 @@ def look(layer: Any, path: str = "") -> None:
     """
     if torch.compiler.is_compiling() or _modes_active() or layer in _warned:
         return
-    for t in layer._sources():
+    try:
+        sources = layer._sources()
+    except AttributeError:  # b was taken away
+        return
+    for t in sources:
         # The sum is the fastest reduction; one that is not finite may also have overflowed.
         if _has_values(t) and not (math.isfinite(float(t.detach().sum())) or bool(t.detach().isfinite().all())):
             _warn(

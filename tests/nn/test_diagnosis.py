@@ -135,6 +135,8 @@ def test_what_has_no_values_of_its_own_is_not_looked_at():
         return layer(x)
 
     call(torch.ones(1, 4))
+    del layer.b
+    layer.eval().state_dict()
     with FlopCounterMode(display=False) as counter:
         layer.eval()
     assert counter.get_total_flops() == 0
