@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -30,6 +31,7 @@ __all__ = [
     "orthogonality_defect",
     "orthogonalize",
     "polar",
+    "polynomial_weight",
     "singular_values",
     "svd",
 ]
@@ -107,6 +109,41 @@ def effective_weight(b: Tensor) -> Tensor:
                 [ 5.]])
     """
     return mul_gram(b, gram_small(b))
+
+
+def polynomial_weight(b: Tensor, coefficients: Sequence[Tensor | float], scale: Tensor | None = None) -> Tensor:
+    """Compute the effective weight a b q(a² bᵀb) of a polynomial q(G) = c0 I + c1 G + ... + c4 G⁴ and a scale a.
+
+    A singular value s of b becomes a s q(a² s²). It is computed through the smaller of the two Gram matrices.
+
+    Args:
+        b: Matrix of shape (..., d, k).
+        coefficients: One to five coefficients, the constant first: numbers, or tensors that broadcast with b.
+        scale: The factor a of b, a tensor that broadcasts with b. None is 1.
+
+    Returns:
+        Tensor of shape (..., d, k), in b's dtype.
+
+    Example:
+        >>> polynomial_weight(torch.tensor([[2.0], [1.0]]), (1.5, -0.5))
+        tensor([[-2.],
+                [-1.]])
+    """
+    if scale is not None:
+        b = b * scale
+    if len(coefficients) == 1:
+        return coefficients[0] * b
+    return coefficients[0] * b + mul_gram(b, polynomial_terms(gram_small(b), coefficients))
+
+
+def polynomial_terms(g: Tensor, c: Sequence[Tensor | float]) -> Tensor:
+    """Compute c1 G + c2 G² + G² (c3 G + c4 G²), with as few products as can be, for two to five coefficients c."""
+    total = c[1] * g
+    if len(c) == 2:
+        return total
+    square = g @ g
+    total = total + c[2] * square
+    return total if len(c) == 3 else total + square @ (c[3] * g if len(c) == 4 else c[3] * g + c[4] * square)
 
 
 def newton_schulz(b: Tensor, g: Tensor) -> Tensor:
@@ -187,14 +224,27 @@ def cube_root(w: Tensor) -> Tensor:
         tensor([[0., 2.],
                 [1., 0.]], dtype=torch.float64)
     """
+    return map_singular_values(w, lambda s: s.pow(1 / 3))
+
+
+def map_singular_values(w: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
+    """Compute the matrix with the singular vectors of w and the singular values function(s), as `cube_root` does.
+
+    Args:
+        w: Matrix of shape (..., d, k).
+        function: Maps singular values (..., min(d, k)), float64, to as many numbers. It is zero at zero.
+
+    Returns:
+        Tensor of shape (..., d, k), in w's dtype.
+    """
     exact = w.detach().double()
     if w.dtype == torch.float64:
         u, s, vh = torch.linalg.svd(exact, full_matrices=False)
-        return u * s.pow(1 / 3).unsqueeze(-2) @ vh
+        return u * function(s).unsqueeze(-2) @ vh
     values, vectors = torch.linalg.eigh(gram_small(exact))
     info = torch.finfo(torch.float64)
-    values = torch.maximum(values, values[..., -1:] * info.eps * values.shape[-1]).clamp_min(info.tiny)
-    return mul_gram(exact, vectors * values.pow(-1 / 3).unsqueeze(-2) @ vectors.mT).to(w.dtype)
+    s = torch.maximum(values, values[..., -1:] * info.eps * values.shape[-1]).clamp_min(info.tiny).sqrt()
+    return mul_gram(exact, vectors * (function(s) / s).unsqueeze(-2) @ vectors.mT).to(w.dtype)
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:

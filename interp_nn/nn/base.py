@@ -81,14 +81,16 @@ class LinearForm(nn.Module):
         Raises:
             ValueError: The shape differs, or a value is not finite.
         """
+        self._write(b_of_weight(self._checked_weight(weight), self.groups))
+
+    def _checked_weight(self, weight: Tensor) -> Tensor:
         shape = weight_shape(self.b)
         if weight.shape != shape:
             raise ValueError(f"weight: got shape {tuple(weight.shape)}, want {tuple(shape)}")
-        whole: Any = weight
-        whole = (whole.full_tensor() if is_dtensor(whole) else whole).detach().to(self.b.device, self.b.dtype)
-        if not bool(whole.isfinite().all()):
+        found = whole(weight).detach().to(self.b.device, self.b.dtype)
+        if not bool(found.isfinite().all()):
             raise ValueError(f"weight: got a value that is not finite in {self.b.dtype}")
-        self._write(b_of_weight(whole, self.groups))
+        return found
 
     def matrix(self) -> Tensor:
         """Return b (in, out), a view of the parameter; (groups, in, out per group) for grouped layers."""
@@ -96,8 +98,7 @@ class LinearForm(nn.Module):
 
     def whole_matrix(self) -> Tensor:
         """Return `matrix()`, gathered from all devices if `b` is a DTensor."""
-        b: Any = self.b
-        return as_matrix(b.full_tensor() if is_dtensor(b) else b, self.groups)
+        return as_matrix(whole(self.b), self.groups)
 
     def gram(self) -> Tensor:
         """Compute the Gram matrix bᵀb (out, out), differentiable; (groups, ...) for grouped layers."""
@@ -105,20 +106,32 @@ class LinearForm(nn.Module):
 
     def effective_weight(self) -> Tensor:
         """Compute `weight` as a plain tensor, differentiable: the weight of the plain layer with the same outputs."""
-        return linalg.effective_weight(self.matrix()).mT.reshape(weight_shape(self.b))
+        return self._weight_of(self.matrix()).mT.reshape(weight_shape(self.b))
+
+    @torch.no_grad()
+    def exact_weight(self) -> Tensor:
+        """Compute `weight` in float64, without gradient."""
+        exact = as_matrix(self.b.detach().double(), self.groups)
+        return (self._weight_of(exact) if exact.numel() else exact).mT.reshape(weight_shape(self.b))
+
+    def _weight_of(self, matrix: Tensor) -> Tensor:
+        return linalg.effective_weight(matrix)
 
     def _weight_now(self) -> Tensor:
         return self.effective_weight().contiguous().to(memory_format=memory_format(self.b))
 
-    def spectrum(self) -> Tensor:
-        """Compute the singular values of b, (min(in, out),) float64, descending; the effective weight has their cubes.
+    def _is_summary(self) -> bool:
+        return True
 
-        Raises ValueError if b is not finite. Warns once for a layer if its orthogonality defect exceeds 1.
+    def spectrum(self, weight: bool = False) -> Tensor:
+        """Compute the singular values of b, or those of the effective weight, (min(in, out),) float64, descending.
+
+        Raises ValueError if b is not finite. A summary warns once for a layer if its orthogonality defect exceeds 1.
         """
         s = linalg.singular_values(linalg.check_finite(self.whole_matrix()))
-        if s.numel() and not s.is_meta:
+        if s.numel() and not s.is_meta and self._is_summary():
             diagnosis.look_at_norm(self, float(s.max()))
-        return s
+        return s.pow(3) if weight else s
 
     def orthogonality_defect(self) -> float:
         """Compute max |s - 1| over the singular values s of b. It is 0 if b has orthonormal columns or rows.
@@ -197,13 +210,8 @@ class LinearForm(nn.Module):
         """Write a whole tensor of b's shape into b."""
         if parametrize.is_parametrized(self, "b"):
             self.b = value  # type: ignore[assignment] # by the parametrization's right inverse
-        elif is_dtensor(self.b):
-            from torch.distributed.tensor import DTensor, Replicate
-
-            mesh = self.b.device_mesh  # type: ignore[attr-defined]
-            self.b.copy_(DTensor.from_local(value, mesh, [Replicate()] * mesh.ndim, run_check=False))
         else:
-            self.b.copy_(value)
+            write_whole(self.b, value)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         if prefix + "weight" in state_dict and prefix + "b" not in state_dict:
@@ -312,6 +320,29 @@ def memory_format(t: Tensor) -> torch.memory_format:
     """Return channels_last for a four-dimensional t with such strides, else contiguous_format."""
     last = t.dim() == 4 and t.stride(1) == 1 and t.stride(3) == t.shape[1] > 1
     return torch.channels_last if last else torch.contiguous_format
+
+
+def whole(t: Any) -> Tensor:
+    """Return a tensor, gathered from all devices if it is a DTensor."""
+    gathered: Tensor = t.full_tensor() if is_dtensor(t) else t
+    return gathered
+
+
+def as_placed(value: Tensor, like: Any) -> Tensor:
+    """Return a whole tensor as a DTensor, replicated on the mesh of `like`, if that is one."""
+    if not is_dtensor(like) or is_dtensor(value):
+        return value
+    from torch.distributed.tensor import DTensor, Replicate
+
+    mesh = like.device_mesh
+    placed: Tensor = DTensor.from_local(value, mesh, [Replicate()] * mesh.ndim, run_check=False)
+    return placed
+
+
+def write_whole(target: Any, value: Tensor) -> None:
+    """Write a whole tensor into another one of its shape, or into the parts of a DTensor."""
+    placed: Any = as_placed(value, target)
+    target.copy_(placed.redistribute(placements=target.placements) if is_dtensor(target) else placed)
 
 
 def as_matrix(b: Tensor, groups: int) -> Tensor:

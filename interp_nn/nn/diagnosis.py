@@ -31,12 +31,14 @@ def look(layer: Any, path: str = "") -> None:
         sources = layer._sources()
     except AttributeError:  # b was taken away
         return
+    names = {id(t): name for name, t in (*layer._parameters.items(), *layer._buffers.items())}
     for t in sources:
         # The sum is the fastest reduction; one that is not finite may also have overflowed.
         if _has_values(t) and not (math.isfinite(float(t.detach().sum())) or bool(t.detach().isfinite().all())):
             _warn(
                 layer,
                 path,
+                names.get(id(t), "b"),
                 "has a value that is not finite, as training leaves it that has diverged. Load an earlier checkpoint or call "
                 "reset_parameters(); then lower the learning rate, clip gradients, or constrain the layer "
                 "(interp_nn.nn.constrain).",
@@ -60,15 +62,16 @@ def look_at_norm(layer: nn.Module, s: float, path: str = "") -> None:
     _warn(
         layer,
         path,
-        f"has a singular value of at least {s:.3g}, an orthogonality defect above 1; the effective weight has its cube. A layer "
+        "b",
+        f"has a singular value of at least {s:.3g}, an orthogonality defect above 1. A layer "
         "converted with its outputs kept may have it. Where it came by training, lower the learning rate, clip gradients, or "
         "constrain the layer (interp_nn.nn.constrain); a retraction fails from the singular value 2.2 on.",
     )
 
 
-def _warn(layer: nn.Module, path: str, fault: str) -> None:
+def _warn(layer: nn.Module, path: str, parameter: str, fault: str) -> None:
     _warned.add(layer)
-    name = f"{path}.b" if path else f"b of {type(layer).__name__}({layer.extra_repr()})"
+    name = f"{path}.{parameter}" if path else f"{parameter} of {type(layer).__name__}({layer.extra_repr()})"
     warnings.warn(f"{name} {fault}", RuntimeWarning, stacklevel=4)
 
 

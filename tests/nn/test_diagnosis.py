@@ -142,6 +142,18 @@ def test_what_has_no_values_of_its_own_is_not_looked_at():
     assert counter.get_total_flops() == 0
 
 
+def test_polynomial_layers():
+    """The norm of b divides it, so that its singular values tell nothing; its gain may fail too."""
+    layer = SummaryLinear(4, 3, polynomial="newton-schulz")
+    with torch.no_grad():
+        layer.b.mul_(5)
+    layer.spectrum(), layer.spectrum(weight=True)
+    with torch.no_grad():
+        layer.gain.fill_(float("nan"))
+    with pytest.warns(RuntimeWarning, match=r"^gain of SummaryLinear\(.* not finite"):
+        layer.eval()
+
+
 def test_parametrized_layers_and_those_that_return_pairs():
     layer = constrain(SummaryLinear(4, 3), "parametrization")
     with torch.no_grad():

@@ -13,7 +13,15 @@ from torch.fx.experimental import optimization
 from torch.fx.passes.shape_prop import ShapeProp
 
 from interp_nn.convert import fold, summarize
-from interp_nn.nn import SummaryClassifier, SummaryConv2d, SummaryHead, SummaryLayer, SummaryLinear, constrain
+from interp_nn.nn import (
+    SummaryClassifier,
+    SummaryConv2d,
+    SummaryHead,
+    SummaryLayer,
+    SummaryLinear,
+    constrain,
+    update_spectral_norms,
+)
 from interp_nn.nn.orthogonality import orthogonality_penalty
 
 KINDS = ["linear", "conv"]
@@ -37,10 +45,12 @@ def last(t):
 @pytest.mark.parametrize("size", [1, 3], ids=["1x1", "3x3"])
 @pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("channels", [4, 40], ids=["tall", "wide"])
-def test_channels_last_stays_wherever_nn_conv2d_keeps_it(size, groups, channels):
-    layer = SummaryConv2d(4, channels, size, groups=groups, dtype=torch.float64)
+@pytest.mark.parametrize("polynomial", ["summary", "newton-schulz", "pc-3"])
+def test_channels_last_stays_wherever_nn_conv2d_keeps_it(size, groups, channels, polynomial):
+    layer = SummaryConv2d(4, channels, size, groups=groups, dtype=torch.float64, polynomial=polynomial)
     with torch.no_grad():
         layer.b.mul_(torch.linspace(0.5, 1.5, layer.b.numel(), dtype=torch.float64).view_as(layer.b))
+    update_spectral_norms(layer)
     x = torch.randn(2, 4, 6, 6, dtype=torch.float64)
     plain, y = layer.fold(), layer(x)
     for module in (layer, plain):
@@ -164,7 +174,9 @@ def test_initializers_that_write_the_weight_are_refused(walk):
 class Network(nn.Module):
     def __init__(self):
         super().__init__()
-        self.body = nn.Sequential(SummaryConv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten())
+        self.body = nn.Sequential(
+            SummaryConv2d(3, 4, 3, polynomial="newton-schulz"), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten()
+        )
         self.table = SummaryLinear(5, 64)
         self.register_buffer("positions", torch.randn(1, 5))
         self.heads = nn.ModuleDict(
