@@ -163,6 +163,13 @@ def singular_values(b: Tensor) -> Tensor:
     return torch.linalg.svdvals(b.detach().double())
 
 
+def check_finite(b: Tensor) -> Tensor:
+    """Return b. Raises ValueError if a value is not finite; on the meta device there are none."""
+    if not b.is_meta and not bool(b.isfinite().all()):
+        raise ValueError("b: got a value that is not finite (training has diverged?), want finite values")
+    return b
+
+
 def orthogonality_defect(b: Tensor) -> float:
     """Compute max |s - 1| over the singular values s of b.
 
@@ -172,11 +179,14 @@ def orthogonality_defect(b: Tensor) -> float:
     Returns:
         The defect, computed in float64; 0 if there are no singular values.
 
+    Raises:
+        ValueError: A value of b is not finite.
+
     Example:
         >>> orthogonality_defect(torch.diag(torch.tensor([1.0, 0.5])))
         0.5
     """
-    s = singular_values(b)
+    s = singular_values(check_finite(b))
     return float((s - 1).abs().max()) if s.numel() else 0.0
 
 

@@ -14,6 +14,7 @@ from torch.nn.utils import parametrize
 from interp_nn.convert.eligible import Convertible, Select, memory
 from interp_nn.engines.problem import Plan
 from interp_nn.engines.select import plan
+from interp_nn.nn import diagnosis
 from interp_nn.nn.base import LinearForm, as_matrix
 from interp_nn.nn.conv import SummaryConv2d
 from interp_nn.nn.linear import SummaryLinear
@@ -217,6 +218,9 @@ def _convert(
         raise TypeError(f"model: got {type(model).__name__}, want a torch.nn.Module")
     found = Convertible(model, select, classes, values=preserve == "function")
     reasons = found.unsupported
+    for m in found.layers:
+        if isinstance(m, LinearForm):
+            diagnosis.look(m, found.paths[m][0])
     skipped = [Skipped(found.paths[m][0], type(m).__name__, reasons[m]) for m in found.layers if m in reasons]
     layers: list[Any] = [m for m in found.layers if m not in reasons]
     converted, written = [], {}

@@ -12,7 +12,9 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.utils import _pair
 
 from interp_nn import linalg
+from interp_nn.nn.base import as_matrix, memory_format
 from interp_nn.nn.polynomial_layer import Normalize, PolynomialLayer, options_of
+from interp_nn.nn.symbolic import call_in_graph
 from interp_nn.nn.weights import copy_parameters, folded_weight, meta_arguments, solved_from
 
 
@@ -100,26 +102,39 @@ class SummaryConv2d(PolynomialLayer, _ConvNd):
             bound = 1 / math.sqrt(fan_in) if fan_in else 0.0
             nn.init.uniform_(self.bias, -bound, bound)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Compute the convolution (n, out_channels, h, w) of x (n, in_channels, h, w), or both without n."""
+    def forward(self, input: Tensor) -> Tensor:
+        """Compute the convolution (n, out_channels, h, w) of the input (n, in_channels, h, w), or both without n."""
+        if (call := call_in_graph(self, input)) is not None:
+            return call
         weight = self.formed_weight()
-        if weight is None and not self._is_summary():
-            weight = self.effective_weight()
         if weight is None:
-            b = self.matrix()
-            g = linalg.gram_small(b)
-            weight = linalg.mul_gram(b, g).mT.reshape(self.b.shape)
-            if self.constraint == "penalty":
-                self._cache_gram(g)
+            kernels: Tensor = self.b
+            last = torch.channels_last in (memory_format(kernels), memory_format(input))
+            if last:  # the rows of b in another order, so that kernels, weight and gradients keep the format
+                kernels = kernels.permute(0, 2, 3, 1)
+            b = as_matrix(kernels, self.groups)
+            if self._is_summary():
+                g = linalg.gram_small(b)
+                weight = linalg.mul_gram(b, g)
+                if self.constraint == "penalty":
+                    in_order = not last or b.shape[-1] <= b.shape[-2]  # bbᵀ has the order of the rows, bᵀb has not
+                    self._cache_gram(g if in_order else None)
+            else:
+                self._warn_if_stale()
+                weight = self._weight_of(b)
+            weight = weight.mT.reshape(kernels.shape)
+            if last:
+                weight = weight.permute(0, 3, 1, 2)
         padding = self.padding
         if self.padding_mode != "zeros":
-            x = nn.functional.pad(x, self._reversed_padding_repeated_twice, mode=self.padding_mode)
+            input = nn.functional.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
             padding = _pair(0)
-        return nn.functional.conv2d(x, weight, self.bias, self.stride, padding, self.dilation, self.groups)
+        return nn.functional.conv2d(input, weight, self.bias, self.stride, padding, self.dilation, self.groups)
 
     def fold(self) -> nn.Conv2d:
         """Return a plain nn.Conv2d that computes the same function, with the kernels formed in float64."""
         out = nn.Conv2d(**_conv_arguments(self)).to_empty(device=self.b.device)
+        out.to(memory_format=memory_format(self.b))  # type: ignore[call-overload] # not in the stubs
         copy_parameters(self, out, folded_weight(self))
         return out
 
@@ -158,6 +173,7 @@ class SummaryConv2d(PolynomialLayer, _ConvNd):
         options = options_of(polynomial, normalize, gain)
         solved = solved_from("conv", conv.weight, preserve, options, conv.groups)
         out = cls(**_conv_arguments(conv), **options.arguments()).to_empty(device=solved.b.device)
+        out.to(memory_format=memory_format(conv.weight))  # type: ignore[call-overload] # not in the stubs
         copy_parameters(conv, out, solved.b)
         out._write_solved(solved)
         return out

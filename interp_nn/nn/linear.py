@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from interp_nn import functional
 from interp_nn.nn.polynomial_layer import Normalize, PolynomialLayer, options_of
+from interp_nn.nn.symbolic import call_in_graph
 from interp_nn.nn.weights import copy_parameters, folded_weight, meta_arguments, solved_from
 
 
@@ -79,19 +80,21 @@ class SummaryLinear(PolynomialLayer):
             bound = 1 / math.sqrt(self.in_features) if self.in_features else 0.0
             nn.init.uniform_(self.bias, -bound, bound)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Compute y (..., out_features) for x (..., in_features)."""
+    def forward(self, input: Tensor) -> Tensor:
+        """Compute y (..., out_features) for the input x (..., in_features)."""
+        if (call := call_in_graph(self, input)) is not None:
+            return call
         formed = self.formed_weight()
         if formed is not None:
-            return nn.functional.linear(x, formed, self.bias)
+            return nn.functional.linear(input, formed, self.bias)
         if not self._is_summary():
             self._warn_if_stale()
-            return functional.summary(x, self.b, self.bias, **self._functional_options())
+            return functional.summary(input, self.b, self.bias, **self._functional_options())
         if self.constraint == "penalty":
-            y, gram = functional.summary_and_gram(x, self.b, self.bias)
+            y, gram = functional.summary_and_gram(input, self.b, self.bias)
             self._cache_gram(gram)
             return y
-        return functional.summary(x, self.b, self.bias)
+        return functional.summary(input, self.b, self.bias)
 
     def fold(self) -> nn.Linear:
         """Return a plain nn.Linear that computes the same function, with the weight formed in float64."""

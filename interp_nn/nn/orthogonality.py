@@ -10,6 +10,7 @@ from torch.autograd import Function
 from torch.nn.utils import parametrizations, parametrize
 
 from interp_nn import linalg
+from interp_nn.nn import diagnosis
 from interp_nn.nn.base import LinearForm, as_parameter
 from interp_nn.nn.weights import tied_parameters
 from interp_nn.ops.library import is_dtensor
@@ -123,6 +124,8 @@ def retract_(model: nn.Module) -> None:
         parameter = layer.b
         with linalg.autocast_off(parameter.device):
             b = layer.matrix().to(linalg.accumulation_dtype(parameter.dtype))
+            if parameter.is_cpu and not torch.compiler.is_compiling():  # a GPU would have to wait at each step
+                diagnosis.look(layer, model)
             parameter.copy_(as_parameter(linalg.retract(b), parameter.shape))
 
 

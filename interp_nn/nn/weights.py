@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from interp_nn import linalg
+from interp_nn.nn import diagnosis
 from interp_nn.nn.base import LinearForm, as_matrix, b_of_weight
 from interp_nn.nn.polynomial_layer import Options, Solved, solve
 
@@ -66,6 +67,7 @@ def solved_from(layer: str, weight: Tensor, preserve: str, options: Options, gro
 
 def folded_weight(layer: LinearForm) -> Tensor:
     """Compute a layer's effective weight in float64, and round it once to b's dtype."""
+    diagnosis.look(layer)
     return layer.exact_weight().to(layer.b.dtype)
 
 

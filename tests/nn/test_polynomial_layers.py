@@ -69,6 +69,7 @@ def test_linear_is_its_equation(case, sizes):
     torch.testing.assert_close(frozen, x @ w + layer.bias)
 
 
+@pytest.mark.filterwarnings("ignore:b of .* singular value")
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("groups", [1, 2])
 def test_convolution_is_its_equation(case, groups):
