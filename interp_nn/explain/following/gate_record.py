@@ -22,6 +22,7 @@ from interp_nn.explain.following.replay import (
 from interp_nn.gates.record import GateRecord, GateSite
 
 _MODES = ("secant", "tangent")
+_HELD = ("activated", "left", "right")
 
 
 class OperationReport:
@@ -131,20 +132,26 @@ def record(model: nn.Module, x: Tensor | Inputs, *, mode: str = "secant", check:
     return GateRecord(recording.output, sites, zs, n, zeros)
 
 
-def frozen(model: nn.Module, x: Tensor | Inputs, *, mode: str = "secant") -> Replay | TangentReplay:
+def frozen(
+    model: nn.Module, x: Tensor | Inputs, *, mode: str = "secant", held: str = "activated"
+) -> Replay | TangentReplay:
     """Return the replay R of a model with the gates of x frozen: affine everywhere, and equal to the model at x.
 
     Args:
         model: The network, in evaluation mode.
         x: Samples (n, ...) of a floating-point dtype, or a tuple of inputs with n samples each.
         mode: 'secant': R keeps the gates and secants of x. 'tangent': R(v) = F(x) + J (v - x), with the Jacobian J at x.
+        held: In mode 'secant', the factor of a product of two values that depend on x which R keeps at its value at x: 'left',
+            'right', or 'activated': the one that an activation made, a bounded one such as a sigmoid before others, and the
+            left one if this does not decide. R is equal to the model at x for each. A factor that is piecewise constant in x,
+            a factor without a secant such as a softmax, and a denominator are always kept.
 
     Returns:
         A module that maps inputs of the shapes of x to the model's output.
 
     Raises:
         UnsupportedOperation: An operation without an affine map, in 'secant' mode; in either mode, a value that leaves PyTorch.
-        ValueError: As `record` raises it.
+        ValueError: A `held` that does not exist or is not for the mode, or as `record` raises it.
         TypeError: As `record` raises it.
 
     Example:
@@ -152,11 +159,11 @@ def frozen(model: nn.Module, x: Tensor | Inputs, *, mode: str = "secant") -> Rep
         >>> replay(torch.tensor([[-5.0, 5.0]]))
         tensor([[-5.,  0.]])
     """
-    if check_mode(mode) == "tangent":
+    if check_mode(mode, held) == "tangent":
         recording = run_recorded(model, x, strict=False)
         recording.check_stays_in_torch()
         return TangentReplay(ModelFunction(model), recording.inputs)
-    return replay_at(model, x)
+    return replay_at(model, x, held)
 
 
 def supported_ops(model: nn.Module, x: Tensor | Inputs) -> OperationReport:
@@ -185,10 +192,14 @@ def supported_ops(model: nn.Module, x: Tensor | Inputs) -> OperationReport:
     return OperationReport([(*row, count) for row, count in Counter(rows).items()])
 
 
-def check_mode(mode: str) -> str:
-    """Return the mode. Raises ValueError for a mode that does not exist."""
+def check_mode(mode: str, held: str = "activated") -> str:
+    """Return the mode. Raises ValueError for a mode or a held factor that does not exist, or that do not fit each other."""
     if mode not in _MODES:
         raise ValueError(f"mode: got {mode!r}, want one of {_MODES}")
+    if held not in _HELD:
+        raise ValueError(f"held: got {held!r}, want one of {_HELD}")
+    if mode == "tangent" and held != "activated":
+        raise ValueError(f"held: got {held!r} in mode 'tangent', which holds no factors; want mode='secant'")
     return mode
 
 

@@ -82,6 +82,7 @@ class Recorder(TorchFunctionMode):
         differentiable: Replay each call as soon as it is recorded, so that autograd differentiates with frozen gates.
         keep_preactivations: Keep the preactivations of the gates.
         observe_only: Leave the calls and their gradients as they are.
+        held: The factor that a product of two values that depend on the input holds, see `frozen`.
 
     Attributes:
         steps: The calls on affine values, in call order.
@@ -99,10 +100,11 @@ class Recorder(TorchFunctionMode):
         differentiable: bool = False,
         keep_preactivations: bool = False,
         observe_only: bool = False,
+        held: str = "activated",
     ) -> None:
         super().__init__()
         self.layers, self.strict, self.differentiable = layers, strict, differentiable
-        self.keep_preactivations, self.observe_only = keep_preactivations, observe_only
+        self.keep_preactivations, self.observe_only, self.held = keep_preactivations, observe_only, held
         self.steps: list[Step] = []
         self.gate_calls: list[GateCall] = []
         self.rows: list[tuple[str, str, str]] = []
@@ -149,7 +151,7 @@ class Recorder(TorchFunctionMode):
         is_input = bool(dependences)
         dependences = operations.relevant(dependences, name, args)
         inplace = operations.writes_to_input(func, args, kwargs)
-        call = Call(func, name, args, kwargs, inplace, self.layers.path, dependences)
+        call = Call(func, name, args, kwargs, inplace, self.layers.path, dependences, self.held)
         if (reason := self.unrecorded_reason((args, kwargs))) is not None:
             return self._note_unsupported(call, reason)
         if operations.draws_random_numbers(call):

@@ -64,6 +64,7 @@ def linearize(
     *,
     mode: str = "secant",
     layer: str | int | None = None,
+    held: str = "activated",
     chunk_size: int | None = None,
 ) -> AffineMap:
     """Compute the affine map F(x) = W x + b of a model at each sample.
@@ -82,6 +83,8 @@ def linearize(
             of the whole region of x. 'tangent': W is the Jacobian and b = F(x) - W x. In both, `detach` and `no_grad` in the
             model do not stop a derivative, as the value depends on the input all the same.
         layer: Explain the preactivations of this layer of gates instead of the output. A name or index of `GateRecord.sites`.
+        held: In mode 'secant', the factor that a product of two values that depend on x holds: 'activated', 'left' or 'right',
+            see `frozen`. F(x) = W x + b for each of them.
         chunk_size: Number of rows or columns of W to compute at a time. By default, 4 million entries.
 
     Returns:
@@ -105,11 +108,13 @@ def linearize(
 
     Source: Li et al., arXiv 2310.16295.
     """
-    select, secant = _selector(target), check_mode(mode) == "secant"
+    select, secant = _selector(target), check_mode(mode, held) == "secant"
     if layer is not None and target is not None:
         raise ValueError(f"target, layer: got {target!r} and {layer!r}, want one of them")
     strict, keep = secant and layer is None, layer is not None
-    recording = run_recorded(model, x, select, strict=strict, differentiable=secant, keep_preactivations=keep)
+    recording = run_recorded(
+        model, x, select, strict=strict, differentiable=secant, keep_preactivations=keep, held=held
+    )
     recording.check_stays_in_torch()
     gate_call = None if layer is None else recording.gate_call(layer)
     output = recording.output if gate_call is None else recording.recorder.gate_calls[gate_call].preactivations
