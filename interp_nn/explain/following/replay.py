@@ -210,7 +210,7 @@ class Replay(nn.Module):
             grads = torch.autograd.grad(
                 output, scales, u.view(count, *output.shape), True, is_grads_batched=True, materialize_grads=True
             )
-            found.append(torch.stack(grads))
+            found.append(torch.stack([grad.expand(count, n) for grad in grads]))  # materialized zeros are not batched
         parts = torch.cat(found, 1).transpose(1, 2).reshape(len(layers), *output.shape)  # (layers, n, *output)
         size = max(float(output.detach().abs().max()), float(parts.abs().max()))
         if float((parts.sum(0) - output.detach()).abs().max()) > torch.finfo(parts.dtype).eps ** (1 / 3) * size:

@@ -163,9 +163,10 @@ class JacobianOperator(AffineOperator):
                 return tuple(t.new_zeros(len(u), *t.shape) for t in x)
             try:
                 if len(u) > 1:
-                    return torch.autograd.grad(
+                    rows = torch.autograd.grad(
                         out, x, u, retain_graph=True, is_grads_batched=True, materialize_grads=True
                     )
+                    return tuple(row.expand(len(u), *t.shape) for row, t in zip(rows, x, strict=True))
                 rows = torch.autograd.grad(out, x, u[0], retain_graph=True, materialize_grads=True)
             except RuntimeError as error:
                 if not any(word in str(error) for word in _OF_AUTOGRAD):
