@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import Any
 
 import torch
@@ -29,7 +29,8 @@ def from_embeddings(
         The model and its inputs.
 
     Raises:
-        ValueError: A layer that does not exist, or does not look x up; no layer that looks x up; or no ids.
+        ValueError: A layer that does not exist, is not called, or returns no embeddings of x; or no ids.
+        TypeError: No nn.Embedding looks x up.
     """
     if not isinstance(x, Tensor) or x.dtype not in _IDS:
         if embedding is not None:
@@ -50,19 +51,24 @@ def from_embeddings(
             found.append((module, output))
             raise _FoundError
 
-    try:
-        with torch.inference_mode(False), torch.no_grad():
-            _run(model, ids, [layers[embedding]] if embedding is not None else _lookups(model), seen)
-    except _FoundError:
-        pass
+    wanted = [layers[embedding]] if embedding is not None else _lookups(model)
+    with suppress(_FoundError), torch.inference_mode(False), torch.no_grad():
+        if wanted:
+            _run(model, ids, wanted, seen)
+    if not found and embedding is None:
+        raise TypeError(
+            f"x: got {x.dtype}, want floating-point inputs, or token ids that an nn.Embedding of the model looks up; if another "
+            "layer does, name it by embedding="
+        )
     if not found:
-        want = "a layer that the model calls" if embedding is not None else f"embedding= one of {_embeddings(model)}"
-        raise ValueError(f"embedding: got {embedding!r}, but it does not look x up in the model; want {want}")
+        raise ValueError(
+            f"embedding: got {embedding!r}, which the model does not call; want one of {_embeddings(model)}"
+        )
     layer, values = found[0]
     if not isinstance(values, Tensor) or not values.is_floating_point() or values.shape[:1] != ids.shape[:1]:
         got = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
         raise ValueError(
-            f"embedding: {embedding!r} returns {got}, want a layer that returns one embedding (n, ...) of each of {len(x)} samples"
+            f"embedding: {embedding!r} returns {got}, want a layer that returns the embeddings ({len(x)}, ...) of x"
         )
     return FromEmbeddings(model, ids, layer, embedding is None), values.detach().clone()
 
