@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from interp_nn.explain.following import operations
+from interp_nn.explain.following import operations, recurrent
 from interp_nn.explain.following.argmax_gates import LazyGates, positive_on_ties
 from interp_nn.explain.following.arguments import respelled
 from interp_nn.explain.following.calls import (
@@ -190,6 +190,8 @@ class Recorder(TorchFunctionMode):
             )
             self._set(call, result, dependence)
             return result
+        if name in recurrent.KERNELS:
+            return self._unrolled(call)
         rule = operations.TABLE.get(name)
         if rule is None:
             return self._unknown(call)
@@ -286,6 +288,14 @@ class Recorder(TorchFunctionMode):
             if t.grad_fn is not None:
                 self._constants[id(t)] = t
         return result
+
+    def _unrolled(self, call: Call) -> Any:
+        try:
+            steps = recurrent.unrolled(call)
+        except UnsupportedCallError as reason:
+            return self._note_unsupported(call, str(reason))
+        with self:
+            return steps()
 
     def _unknown(self, call: Call) -> Any:
         if isinstance(call.function, types.FunctionType) and call.function.__module__.startswith("torch"):

@@ -66,9 +66,9 @@ def from_embeddings(
         )
     layer, values = found[0]
     if not isinstance(values, Tensor) or not values.is_floating_point() or values.shape[:1] != ids.shape[:1]:
-        got = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
+        shape = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
         raise ValueError(
-            f"embedding: {embedding!r} returns {got}, want a layer that returns the embeddings ({len(x)}, ...) of x"
+            f"embedding: {embedding!r} returns {shape}, want a layer that returns the embeddings ({len(x)}, ...) of x"
         )
     return FromEmbeddings(model, ids, layer, embedding is None), values.detach().clone()
 

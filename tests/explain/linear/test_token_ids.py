@@ -71,6 +71,33 @@ def test_integers_of_every_dtype():
         linearize(model, IDS > 2)
 
 
+class Reader(nn.Module):
+    """Reads words one after another."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.words, self.layer, self.head = nn.Embedding(11, 6), layer, nn.Linear(6, 3)
+
+    def forward(self, ids):
+        return self.head(self.layer(self.words(ids))[0][:, -1])
+
+
+@pytest.mark.parametrize("kind", ["relu", "tanh", "lstm", "gru"])
+def test_recurrent_layers(kind):
+    given = {"batch_first": True} if kind in ("lstm", "gru") else {"batch_first": True, "nonlinearity": kind}
+    layer = {"lstm": nn.LSTM, "gru": nn.GRU}.get(kind, nn.RNN)(6, 6, 2, **given)
+    model = Reader(layer).to(DTYPE).eval()
+    affine = linearize(model, IDS)
+    assert affine.shape == (3, 3, 5, 6) and affine.check() <= 1e-13
+    assert supported_ops(model, IDS).exact == (kind == "relu")
+    tangent = linearize(model, IDS, mode="tangent")
+    assert (relative(affine.weight, tangent.weight) <= 1e-13) == (kind == "relu")
+    if kind == "relu":
+        gates = linearize(model, IDS, layer="layer#5"), linearize(model, IDS, layer="layer#5", mode="tangent")
+        assert relative(gates[0].weight, gates[1].weight) <= 1e-13 and gates[1].check() <= 1e-13
+        assert len(record(model, IDS).sites) == 10
+
+
 class Classifier(nn.Module):
     """Words, and positions and segments too; entries of token 0 are left out."""
 
