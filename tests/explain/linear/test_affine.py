@@ -218,6 +218,19 @@ def test_inputs_and_layers_that_reach_the_output_by_held_values_alone():
     assert relative(parts["value"], affine.bias) <= 1e-14 and not parts["query"].any()
 
 
+@pytest.mark.parametrize("widths", [(2, 4, 9), (9, 4, 2)])
+def test_outputs_of_another_dtype_than_the_inputs(widths):
+    model, x = nn.Sequential(mlp(*widths), Cast()), torch.randn(3, widths[0], dtype=DTYPE)
+    affine = linearize(model, x)
+    assert affine.weight.dtype.is_floating_point and affine.check() <= 1e-6
+    assert relative(affine(x), model(x)) <= 1e-6
+
+
+class Cast(nn.Module):
+    def forward(self, x):
+        return x.float()
+
+
 def test_rows_and_columns_and_chunks_agree():
     wide, narrow = mlp(3, 16, 9), mlp(9, 16, 3)
     for model, d in ((wide, 3), (narrow, 9)):
