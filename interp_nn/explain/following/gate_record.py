@@ -154,8 +154,8 @@ def frozen(
         x: Samples (n, ...) of a floating-point dtype, a tuple of inputs with n samples each, or token ids (n, ...).
         mode: 'secant': R keeps the gates and secants of x. 'tangent': R(v) = F(x) + J (v - x), with the Jacobian J at x.
         held: In mode 'secant', the factor of a product of two values that depend on x which R keeps at its value at x: 'left',
-            'right', or 'activated': the one that an activation made, a bounded one such as a sigmoid before others, and the
-            left one if this does not decide. R is equal to the model at x for each. A factor that is piecewise constant in x,
+            'right', or 'activated': the one that an activation made, a gate such as a sigmoid before others, and the left one if
+            this does not decide. R is equal to the model at x for each. A factor that is piecewise constant in x,
             a factor without a secant such as a softmax, and a denominator are always kept.
         embedding: For token ids, the path of the layer that looks them up, see `linearize`.
 

@@ -5,7 +5,7 @@ A call on values that are affine in the input gets one of five treatments:
 - 'affine': the call is replayed as it is.
 - 'gate': a slope and offset, or a selection by index; exact around the input.
 - 'piece': the same, but its pieces (for example those of a rounding) are not gates of the pattern.
-- 'secant': a slope and offset; exact at the input.
+- 'secant': a slope and offset, or a product with all but one factor held; exact at the input.
 - 'frozen': the recorded value, which is not affine. It may only multiply, mask or index affine values.
 
 An operation that is not in the table is not supported.

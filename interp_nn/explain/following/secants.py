@@ -1,7 +1,8 @@
 """Replace smooth operations by their secant y = g z + c, which is exact at the recorded point.
 
 The slope g = (act(z) - c) / z is frozen, with c = act(0). At z = 0 it is the limit, the derivative. Normalizations freeze
-the scale; their centring is linear. Attention freezes its weights and is linear in the values.
+the scale; their centring is linear. Attention freezes its weights and is linear in the values. Products of several values
+that depend on the input are in `operations`.
 
 Source: the detached Jacobian of Golden (TMLR 2025).
 """
