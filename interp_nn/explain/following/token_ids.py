@@ -65,6 +65,10 @@ def from_embeddings(
             f"embedding: got {embedding!r}, which the model does not call; want one of {_embeddings(model)}"
         )
     layer, values = found[0]
+    if getattr(layer, "max_norm", None) is not None:
+        raise ValueError(
+            f"embedding: {embedding or 'the one of x'!r} changes its weight in each call; want max_norm=None"
+        )
     if not isinstance(values, Tensor) or not values.is_floating_point() or values.shape[:1] != ids.shape[:1]:
         shape = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
         raise ValueError(

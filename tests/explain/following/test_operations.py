@@ -73,7 +73,11 @@ class Outputs(nn.Module):
         self.layer = layer
 
     def forward(self, x):
-        outputs, states = self.layer(x)
+        if self.layer.batch_first:
+            outputs, states = self.layer(x)
+        else:
+            outputs, states = self.layer(x.transpose(0, 1))
+            outputs = outputs.transpose(0, 1)
         states = states if isinstance(states, tuple) else (states,)
         return torch.cat([outputs.flatten(1), *(state.transpose(0, 1).flatten(1) for state in states)], 1)
 
@@ -173,8 +177,8 @@ EXACT = {
     "indexing": (lambda x: x[:, None, [0, 2]], VECTOR),
     "likeness": (lambda x: x * ones(6).expand_as(x).to(x) + ones(6).type_as(x), VECTOR),
     "cumsum and flip": (lambda x: x.cumsum(1).flip(1), VECTOR),
-    "nn.RNN": (Outputs(nn.RNN(8, 4, 2, nonlinearity="relu", batch_first=True, bidirectional=True)), TOKENS),
-    "nn.RNNCell": (Steps(nn.RNNCell(8, 4, nonlinearity="relu")), TOKENS),
+    "nn.RNN": (Outputs(nn.RNN(8, 4, 2, nonlinearity="relu", batch_first=True, bidirectional=True)), LINE),
+    "nn.RNNCell": (Steps(nn.RNNCell(8, 4, nonlinearity="relu")), LINE),
     "conv2d": (nn.Conv2d(3, 4, 3, 2, 1, padding_mode="reflect"), IMAGE),
     "conv2d of groups": (nn.Conv2d(3, 3, 3, groups=3, dilation=2), IMAGE),
     "conv_transpose2d": (nn.ConvTranspose2d(3, 4, 3, 2), IMAGE),
@@ -359,13 +363,13 @@ SECANT = {
     "ReGLU": (Gated(F.relu), VECTOR),
     "squeeze and excitation by tanh": (lambda x: x.tanh().mean((2, 3), keepdim=True) * x, IMAGE),
     "recurrence": (Recurrent(), VECTOR),
-    "nn.RNN by tanh": (Outputs(nn.RNN(8, 4, 2, batch_first=True, bias=False)), TOKENS),
-    "nn.LSTM": (Outputs(nn.LSTM(8, 4, 2, batch_first=True, bidirectional=True)), TOKENS),
-    "nn.LSTM with a projection": (Outputs(nn.LSTM(8, 4, bias=False, batch_first=True, proj_size=3)), TOKENS),
-    "nn.GRU": (Outputs(nn.GRU(8, 4, 2, batch_first=True, bidirectional=True)), TOKENS),
-    "nn.RNNCell by tanh": (Steps(nn.RNNCell(8, 4)), TOKENS),
-    "nn.LSTMCell": (Steps(nn.LSTMCell(8, 4, bias=False)), TOKENS),
-    "nn.GRUCell": (Steps(nn.GRUCell(8, 4)), TOKENS),
+    "nn.RNN by tanh": (Outputs(nn.RNN(8, 4, 2, bias=False)), LINE),
+    "nn.LSTM": (Outputs(nn.LSTM(8, 4, batch_first=True, bidirectional=True)), LINE),
+    "nn.LSTM with a projection": (Outputs(nn.LSTM(8, 4, bias=False, batch_first=True, proj_size=3)), LINE),
+    "nn.GRU": (Outputs(nn.GRU(8, 4, 2)), LINE),
+    "nn.RNNCell by tanh": (Steps(nn.RNNCell(8, 4)), LINE),
+    "nn.LSTMCell": (Steps(nn.LSTMCell(8, 4, bias=False)), LINE),
+    "nn.GRUCell": (Steps(nn.GRUCell(8, 4)), LINE),
     "layer_norm": (nn.LayerNorm(6), VECTOR),
     "layer_norm of images": (nn.LayerNorm((3, 8, 8)), IMAGE),
     "layer_norm by hand": (

@@ -162,6 +162,11 @@ class Twice(Classifier):
             {"embedding": "positions"},
             r"embedding: 'positions' returns \(5, 6\), want a layer .* \(3, ...\) of x",
         ),
+        (
+            nn.Sequential(nn.Embedding(11, 6, max_norm=1.0)),
+            {"embedding": "0"},
+            "embedding: '0' changes its weight in each call; want max_norm=None",
+        ),
         (Twice(), {}, "model: calls its embedding 'words' several times"),
     ],
 )
