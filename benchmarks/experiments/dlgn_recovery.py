@@ -13,18 +13,16 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Iterator
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks.command_line import UserInputError, seed, users_input
-from benchmarks.experiments import common, datasets, gating_regimes, images, training
+from benchmarks.command_line import UserInputError
+from benchmarks.experiments import common, datasets, gating_regimes, images, training, units
 from benchmarks.experiments.gated_images import RECOVERED
 from benchmarks.experiments.images import Budget
 from benchmarks.experiments.training import accuracy
-from benchmarks.records import environment, files, rows
 
 NAME = "dlgn_recovery"
 REGIMES = ("ReLU", "DLGN(x)", "DLGN(1)", "FLNPF", "FRNPF (II)")
@@ -39,8 +37,7 @@ def main(arguments: list[str]) -> int:
     """Run the command line and return the exit status, 2 without the data."""
     options = images.parser(NAME, __doc__)
     options.add_argument("--dataset", choices=[*RECOVERED], default="cifar10")
-    options.add_argument("--regime", choices=REGIMES, help="train this one alone (default: all)")
-    options.add_argument("--seed", type=seed, metavar="N", help="train from this one alone (default: from --seeds)")
+    units.add_options(options, "--regime", REGIMES)
     given = options.parse_args(arguments)
     try:
         found = datasets.load(given.dataset, given.data)
@@ -48,19 +45,11 @@ def main(arguments: list[str]) -> int:
         raise UserInputError(f"not run, no data: {error}") from error
     chosen, recipe = images.within(found, given, FULL, FULL, QUICK, LEARNING_RATE)
     study = Study(given, chosen, recipe._replace(decay=True))
-    for regime, number in _units(given):
-        if study.row(regime, number) is None:
+    for regime, number in units.of(given, REGIMES, SEVERAL):
+        if study.units.row(regime, number) is None:
             study.train(regime, number)
-        print(study.line(regime, number), flush=True)
+        print(study.units.line(regime, number), flush=True)
     return 0
-
-
-def _units(given: argparse.Namespace) -> Iterator[tuple[str, int]]:
-    """Yield the units of the command line; all regimes' from the first seed come first."""
-    for number in range(given.seeds) if given.seed is None else (given.seed,):
-        for regime in REGIMES if given.regime is None else (given.regime,):
-            if number == 0 or given.seed is not None or regime in SEVERAL:
-                yield regime, number
 
 
 def compute_dtype(device: str) -> torch.dtype:
@@ -69,41 +58,24 @@ def compute_dtype(device: str) -> torch.dtype:
 
 
 class Study:
-    """The trainings on some images by one recipe, and the file of their rows."""
+    """The trainings on some images by one recipe."""
 
     def __init__(self, given: argparse.Namespace, chosen: datasets.Images, recipe: training.Recipe) -> None:
-        self.name, self._given, self._images, self._recipe = f"{NAME}-{chosen.name}", given, chosen, recipe
+        self._given, self._images, self._recipe = given, chosen, recipe
+        self._name, self._cpu = f"{NAME}-{chosen.name}", 0.0
         self._dtype = compute_dtype(given.device)
-        self._budget = {
+        self._settings = {
             "dataset": chosen.name, "stride": STRIDE, **recipe._asdict(), "train_images": len(chosen.y_train),
             "test_images": len(chosen.y_test),
         }  # fmt: skip
-        common.Run(self.name, given)  # sets the folder
-        file = given.output / f"{self.name}.jsonl"
-        with users_input():
-            files.check_writable(file)
-            self._rows = rows.lines(file) if file.exists() else []
-        facts = environment.facts(given.device)
-        shared = {name: facts[name] for name in ("utc", "git_sha", "dirty", "device", "torch", "python")}
-        self._writer = rows.Writer(file, {**shared, **self._budget, "dtype": str(self._dtype).removeprefix("torch.")})
-
-    def row(self, regime: str, number: int) -> rows.Row | None:
-        """Return the row of a unit, None if it has not been trained by this recipe."""
-        wanted = {**self._budget, "network": regime, "seed": number}
-        return next((row for row in self._rows if wanted.items() <= row.items()), None)
-
-    def line(self, regime: str, number: int) -> str:
-        """Return a unit's accuracies in words."""
-        row = self.row(regime, number)
-        if row is None:
-            return f"{regime}, seed {number}: stopped before its last epoch; --checkpoints lets it go on"
-        last, best = (f"{row[name]:.2%}" for name in ("last_accuracy", "best_accuracy"))
-        return f"{regime}, seed {number}: {last} after the last epoch, {best} after the best"
+        common.Run(self._name, given)  # which chooses the folder
+        self.units = units.Units(self._name, given, self._settings, dtype=str(self._dtype).removeprefix("torch."))
 
     def train(self, regime: str, number: int) -> None:
         """Train a unit and write its row, if it reached its last epoch."""
         needed = ("ReLU", regime) if regime == "FLNPF" else (regime,)
-        trainer = common.Trainer(self.name, self._given, len(needed), {**self._budget, "dtype": str(self._dtype)})
+        settings = {**self._settings, "dtype": str(self._dtype)}
+        trainer = common.Trainer(self._name, self._given, len(needed), settings)
         x, y = self._images.x_train, self._images.y_train
         network, source = None, None
         for name in needed:
@@ -111,12 +83,10 @@ class Study:
             build = partial(self._build, name, network)
             network = trainer(name, number, build, x, y, self._recipe, self._measure, self._loss, source=source)
             source, row = name, trainer.record()[-1]
-            if row["epochs"] < self._recipe.epochs:
+            exact = accuracy(network, self._images.x_test, self._images.y_test, batch=250)
+            self.units.write(row, last_accuracy_float32=exact, cpu_seconds=sum(row["history"]["cpu_seconds"]))
+            if row["epochs"] < self._recipe.epochs:  # no gates to learn from
                 return
-            if self.row(name, number) is None:
-                exact = accuracy(network, self._images.x_test, self._images.y_test, batch=250)
-                self._writer.write(**row, last_accuracy_float32=exact, cpu_seconds=sum(row["history"]["cpu_seconds"]))
-                self._rows.append(self._writer.rows[-1])
 
     def _build(self, regime: str, trained: nn.Module | None) -> nn.Module:
         backbone = partial(gating_regimes.gconv, self._images.x_test.shape[1], self._images.classes, STRIDE)

@@ -238,6 +238,26 @@ def test_heads_of_the_small_cnn(run, folder):
     assert first["summary, orthogonal"] < 10 < 100 < first["summary, reference's init"]  # of an outlying singular value
 
 
+def test_a_variant_and_a_seed_of_the_small_cnn_are_a_row(folder, tmp_path, capsys):
+    arguments = [
+        "--quick",
+        "--data",
+        str(folder),
+        "--output",
+        str(tmp_path),
+        "--variant",
+        head_comparison.BASE,
+        "--seed",
+        "2",
+    ]
+    for _ in range(2):  # the second time it is there
+        assert experiments.find("summary_cnn")(arguments) == 0
+        (row,) = rows.lines(tmp_path / "summary_cnn.jsonl")
+        assert f"base head, seed 2: {row['last_accuracy']:.2%} after the last epoch" in capsys.readouterr().out
+    assert (row["network"], row["seed"], row["epochs"], row["train_images"]) == (head_comparison.BASE, 2, 1, 32)
+    assert not (tmp_path / "summary_cnn.json").exists()
+
+
 def test_mnist_tsne(run, folder, tmp_path, capsys):
     arguments = ["--data", folder, "--train-size", "130", "--checkpoints", tmp_path / "checkpoints"]
     record = run("mnist_tsne", *arguments)
