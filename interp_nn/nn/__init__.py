@@ -11,6 +11,7 @@ from interp_nn.nn.heads import SummaryClassifier, SummaryHead, SummaryLayer
 from interp_nn.nn.linear import SummaryLinear
 from interp_nn.nn.loss import SummaryLoss
 from interp_nn.nn.orthogonality import constrain, orthogonality_penalty, retract_
+from interp_nn.nn.parameter_groups import parameter_groups
 from interp_nn.nn.spectral_norm import follow, update_spectral_norms
 
 __all__ = [
@@ -37,6 +38,7 @@ __all__ = [
     "fix_gates",
     "follow",
     "orthogonality_penalty",
+    "parameter_groups",
     "permute_gates",
     "retract_",
     "to_dgn",
