@@ -62,7 +62,9 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
         # A layer is looked at with the parametrizations of its b, which are modules.
         for name, parameter in module.named_parameters(recurse=isinstance(module, LinearForm)):
             if isinstance(parameter, nn.UninitializedParameter):
-                raise TypeError(f"{path}.{name}".lstrip(".") + ": is uninitialized (a lazy module); run the model once first")
+                raise TypeError(
+                    f"{path}.{name}".lstrip(".") + ": is uninitialized (a lazy module); run the model once first"
+                )
             if parameter.dim() <= 1 or isinstance(module, _NORMS) or _is_scale_free(module, name):
                 kept.add(id(parameter))
     parameters = list(model.parameters())

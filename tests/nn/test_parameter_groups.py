@@ -6,8 +6,14 @@ from torch import nn
 
 from interp_nn import convert
 from interp_nn.nn import (
-    SummaryClassifier, SummaryConv2d, SummaryHead, SummaryLinear, constrain, follow, parameter_groups,
-)  # fmt: skip
+    SummaryClassifier,
+    SummaryConv2d,
+    SummaryHead,
+    SummaryLinear,
+    constrain,
+    follow,
+    parameter_groups,
+)
 
 
 def names(model, decay=0.1):
@@ -17,7 +23,9 @@ def names(model, decay=0.1):
     found = [id(p) for group in groups for p in group["params"]]
     assert len(found) == len(set(found)) == len(list(model.parameters())) and set(found) == set(known)
     assert all(group["weight_decay"] in (decay, 0.0) for group in groups)
-    return tuple({known[id(p)] for g in groups if g["weight_decay"] == wanted for p in g["params"]} for wanted in (decay, 0.0))
+    return tuple(
+        {known[id(p)] for g in groups if g["weight_decay"] == wanted for p in g["params"]} for wanted in (decay, 0.0)
+    )
 
 
 def test_vectors_norms_and_normalised_matrices_do_not_decay():
@@ -44,7 +52,9 @@ def test_a_constrained_b_does_not_decay(constraint, layer):
 
 
 def test_tied_parameters_are_there_once_and_do_not_decay_if_one_layer_says_so():
-    model = nn.Sequential(SummaryLinear(3, 3), SummaryLinear(3, 3, polynomial="newton-schulz"), nn.Linear(3, 3), nn.Linear(3, 3))
+    model = nn.Sequential(
+        SummaryLinear(3, 3), SummaryLinear(3, 3, polynomial="newton-schulz"), nn.Linear(3, 3), nn.Linear(3, 3)
+    )
     model[3].weight = model[2].weight
     model[1].b = model[0].b
     decayed, kept = names(model)
@@ -100,10 +110,15 @@ class FullyShardedDataParallel(nn.Module):
         (nn.Linear(2, 2), True, TypeError, "weight_decay: got bool, want a number"),
         (nn.Linear(2, 2), -0.1, ValueError, "weight_decay: got -0.1, want a finite number >= 0"),
         (nn.Linear(2, 2), float("nan"), ValueError, "weight_decay: got nan, want a finite number >= 0"),
-        (nn.Sequential(nn.LazyLinear(2)), 0.1, TypeError, "0.weight: is uninitialized (a lazy module); run the model once first"),
+        (
+            nn.Sequential(nn.LazyLinear(2)),
+            0.1,
+            TypeError,
+            "0.weight: is uninitialized (a lazy module); run the model once first",
+        ),
         (nn.Sequential(FullyShardedDataParallel()), 0.1, ValueError, "model: 0 is a FullyShardedDataParallel"),
     ],
-)  # fmt: skip
+)
 def test_what_cannot_be_grouped_is_refused(model, decay, error, message):
     with pytest.raises(error) as raised:
         parameter_groups(model, decay)
