@@ -369,8 +369,25 @@ def test_an_unfollowed_step_warns_once_by_name():
         layer(x)
         sgd.step()
         layer.eval()(x)
+        update_spectral_norms(layer)
         copy.deepcopy(layer.train())(x)
         SummaryLinear(5, 4)(x)
+
+
+def test_an_initialiser_that_leaves_the_norm_behind_is_named():
+    layer = nn.utils.skip_init(SummaryLinear, 5, 4, polynomial="newton-schulz")
+    with torch.no_grad():
+        layer.scale.fill_(3.0)  # whatever was in the memory
+        layer.bias.zero_()
+    nn.init.orthogonal_(layer.b)
+    with pytest.warns(UserWarning, match="update_spectral_norms"):
+        layer(torch.randn(3, 5))
+    update_spectral_norms(layer)
+    layer.reset_norm()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for moved in (layer, layer.to(torch.bfloat16), copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+            moved(torch.randn(3, 5).to(layer.b.dtype))
 
 
 def test_follow_retracts_too_and_skips_skipped_steps():
