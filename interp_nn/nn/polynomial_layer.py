@@ -97,7 +97,8 @@ class PolynomialLayer(Freezable):
     scale: Tensor
     _coefficients: tuple[float, ...]
     _cache: Any = None  # of `cached_weights`, inside of its block
-    _norm_of: tuple[int, int] | None = None  # address and version of the b whose norm `scale` has; None if unknown
+    # Address and version of the b whose norm `scale` has; None if that is to be checked, False if it is not.
+    _norm_of: tuple[int, int] | Literal[False] | None = None
 
     def _set_options(self, options: Options) -> None:
         """Set the options of a layer with a b, in a constructor or a conversion; `reset_norm` makes the values right."""
@@ -244,7 +245,7 @@ class PolynomialLayer(Freezable):
             return
         b = self._norm_matrix()
         u = whole(self.u).to(b.dtype)
-        known_direction = bool(((torch.linalg.vector_norm(u, dim=-1) - 1).abs() < 0.1).all())
+        known_direction = bool(_is_direction(u).all())
         if not known_direction:  # start from the largest column
             largest = torch.linalg.vector_norm(b, dim=-2).argmax(-1)
             u = b.gather(-1, largest[..., None, None].expand(*b.shape[:-1], 1)).squeeze(-1)
@@ -254,7 +255,7 @@ class PolynomialLayer(Freezable):
             u, v, norm = _power_iteration(b, u)
             if not bool(((norm - before).abs() > _CHANGE * norm).any()):
                 if keep and known_direction and i == 0:
-                    self._norm_of = _version(self.b)
+                    self._norm_of = _version(self.b) or False
                     return
                 break
             before = norm
@@ -269,7 +270,9 @@ class PolynomialLayer(Freezable):
             return
         b = self._norm_matrix()
         scale = whole(self.scale).to(b.dtype)
-        w, u = b * scale, whole(self.u).to(b.dtype).unsqueeze(-1)  # b / σ of the last step: nothing over- or underflows
+        w = b * scale  # b / σ of the last step: nothing over- or underflows
+        u = whole(self.u).to(b.dtype)
+        u = torch.where(_is_direction(u), u, u.shape[-1] ** -0.5).unsqueeze(-1)
         for _ in range(POWER_ITERATIONS - 1):
             v = w.mT @ u
             u = w @ v
@@ -285,19 +288,21 @@ class PolynomialLayer(Freezable):
         scale = torch.where(positive, 1 / torch.where(positive, norm, 1.0), 1.0)
         for name, value in (("u", u), ("v", v), ("scale", scale)):
             write_whole(getattr(self, name), value.view(getattr(self, name).shape))
-        self._norm_of = _version(self.b)
+        self._norm_of = _version(self.b) or False
 
     def _warn_if_stale(self) -> None:
-        """Warn once if b has changed, in a way that PyTorch records, and `scale` is no longer one over its norm."""
-        if not self.normalize or not self.training or self._norm_of is None or torch.compiler.is_compiling():
+        """Warn once if b has changed, in a way that PyTorch records, and `scale` is not one over its norm."""
+        known = self._norm_of
+        if not self.normalize or not self.training or known is False or torch.compiler.is_compiling():
             return
         now = _version(self._parameters.get("b"))
-        if now is None or now[0] != self._norm_of[0] or now[1] == self._norm_of[1]:
+        if now is None or (known is not None and (now[0] != known[0] or now[1] == known[1])):
             return
         with torch.no_grad():
             _, _, norm = _power_iteration(self._norm_matrix(), self.u.to(linalg.accumulation_dtype(self.u.dtype)))
-            stale = bool(((norm * self.scale.view(norm.shape) - 1).abs() > _CHANGE).any())
-        self._norm_of = None if stale else now
+            same = (norm * self.scale.view(norm.shape) - 1).abs() <= _CHANGE + torch.finfo(self.scale.dtype).eps
+            stale = not bool((same | (norm == 0)).all())
+        self._norm_of = False if stale else now
         if stale:
             warnings.warn(
                 f"{type(self).__name__}({self.extra_repr()}): b has changed since its spectral norm was computed; call "
@@ -322,6 +327,12 @@ class PolynomialLayer(Freezable):
     def _sources(self) -> list[Tensor]:
         others = (self.gain, self.scale if self.normalize else None)
         return super()._sources() + [t for t in others if t is not None]
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        super()._apply(*args, **kwargs)
+        if self._norm_of:
+            self._norm_of = None
+        return self
 
     def __getstate__(self) -> dict[str, Any]:
         return super().__getstate__() | {"_norm_of": None, "_cache": None}
@@ -408,15 +419,21 @@ def _weight(matrix: Tensor, c: Sequence[float], scale: Tensor | None, multiplier
 def _power_iteration(b: Tensor, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return the next (u, v) of norm 1 (or zeros), and the norm of bᵀu, for b (..., d, k) and u (..., d) of any norm."""
     tiny = torch.finfo(b.dtype).tiny
-    v = (b.mT @ nn.functional.normalize(u, dim=-1, eps=tiny).unsqueeze(-1)).squeeze(-1)
-    v = nn.functional.normalize(v, dim=-1, eps=tiny)
+    u = nn.functional.normalize(u, dim=-1, eps=tiny)
+    u = torch.where(_is_direction(u), u, u.shape[-1] ** -0.5)
+    v = nn.functional.normalize((b.mT @ u.unsqueeze(-1)).squeeze(-1), dim=-1, eps=tiny)
     u = (b @ v.unsqueeze(-1)).squeeze(-1)
     norm = torch.linalg.vector_norm(u, dim=-1)
     return nn.functional.normalize(u, dim=-1, eps=tiny), v, norm
 
 
+def _is_direction(u: Tensor) -> Tensor:
+    """Return whether each vector (..., d) has a norm of about 1, (..., 1); False for memory that was never written."""
+    return (torch.linalg.vector_norm(u, dim=-1, keepdim=True) - 1).abs() < 0.1
+
+
 def _version(b: Any) -> tuple[int, int] | None:
-    """Return the address and version of a plain parameter; None for others, and where a transform stands in for it."""
-    if type(b) is not nn.Parameter or is_wrapped(b) or b.is_inference():
+    """Return the address and version of a plain parameter with values; None for others, and where a transform replaces it."""
+    if type(b) is not nn.Parameter or is_wrapped(b) or b.is_inference() or b.is_meta or not b.numel():
         return None
     return b.data_ptr(), b._version

@@ -369,8 +369,25 @@ def test_an_unfollowed_step_warns_once_by_name():
         layer(x)
         sgd.step()
         layer.eval()(x)
+        update_spectral_norms(layer)
         copy.deepcopy(layer.train())(x)
         SummaryLinear(5, 4)(x)
+
+
+def test_an_initialiser_that_leaves_the_norm_behind_is_named():
+    layer = nn.utils.skip_init(SummaryLinear, 5, 4, polynomial="newton-schulz")
+    with torch.no_grad():
+        layer.scale.fill_(3.0)  # whatever was in the memory
+        layer.bias.zero_()
+    nn.init.orthogonal_(layer.b)
+    with pytest.warns(UserWarning, match="update_spectral_norms"):
+        layer(torch.randn(3, 5))
+    update_spectral_norms(layer)
+    layer.reset_norm()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for moved in (layer, layer.to(torch.bfloat16), copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+            moved(torch.randn(3, 5).to(layer.b.dtype))
 
 
 def test_follow_retracts_too_and_skips_skipped_steps():
@@ -532,3 +549,22 @@ def test_penalty_and_engines_of_polynomial_layers():
     constrain(layer, "parametrization")
     assert layer.spectrum()[0] == pytest.approx(1, abs=1e-5)
     assert float(layer.scale) == pytest.approx(1, abs=1e-2)
+
+
+def test_code_that_reads_the_weight_gets_it():
+    encoder = nn.TransformerEncoderLayer(8, 2, 12, batch_first=True, dtype=torch.float64).eval()
+    norm, x = nn.BatchNorm2d(4).double().eval(), torch.randn(2, 4, 6, 6, dtype=torch.float64)
+    norm.running_mean.normal_()
+    norm.running_var.uniform_(0.5, 2)
+    conv = trained(SummaryConv2d(4, 4, 3, dtype=torch.float64, polynomial="newton-schulz")).eval()
+    torch.testing.assert_close(torch.nn.utils.fusion.fuse_conv_bn_eval(conv.fold(), norm)(x), norm(conv(x)))
+    with pytest.raises(ValueError, match=r"set_weight_\(W\).*fold"):
+        torch.nn.utils.fusion.fuse_conv_bn_eval(conv, norm)
+    tokens = torch.randn(2, 5, 8, dtype=torch.float64)
+    before = encoder(tokens)
+    convert.summarize(encoder, select=["linear1", "linear2"], polynomial="pc-2")
+    with torch.no_grad():  # PyTorch's fast path reads weights
+        torch.testing.assert_close(encoder(tokens), before)
+    for write in (nn.init.zeros_, lambda w: w.mul_(2), lambda w: w.copy_(w)):
+        with pytest.raises(ValueError, match="set_weight_"):
+            write(encoder.linear1.weight)
