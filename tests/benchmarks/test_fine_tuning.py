@@ -27,13 +27,20 @@ def run(tmp_path, monkeypatch):
 
 
 def test_recipes(run, monkeypatch):
-    names = ("no decay", "decay 1 by `parameter_groups`", "float16, GradScaler", "EMA 0.99, constant rate")
+    names = (
+        "no decay",
+        "decay 1 by `parameter_groups`",
+        "float16, GradScaler",
+        "EMA 0.99, constant rate",
+        "rate 0.03, clipped",
+    )
     monkeypatch.setattr(recipes, "WAYS", {name: recipes.WAYS[name] for name in names})
     ways = run("recipes", recipes)["results"]["ways"]
-    free, decayed, half, ema = (ways[name] for name in names)
+    free, decayed, half, ema, clipped = (ways[name] for name in names)
     assert free["newton-schulz"]["norm_of_b"] == decayed["newton-schulz"]["norm_of_b"]  # no b of these decays
     assert free["summary head"]["norm_of_b"][1] > decayed["summary head"]["norm_of_b"][1]
     assert half["nn.Linear"]["norm_of_b"] is None and half["newton-schulz"]["accuracy"]["mean"] > 0.15
+    assert clipped["summary head"]["clipped"]["mean"] > 0 == free["summary head"]["clipped"]["mean"]
     change = ema["newton-schulz"]["average"]["change_by_the_norms"]["mean"]
     assert 1e-4 < change < 1 and ema["summary head"]["average"]["change_by_the_norms"]["mean"] == 0
 

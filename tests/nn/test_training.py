@@ -3,8 +3,9 @@ import torch
 from relative_error import error, randomize
 from torch import nn
 from torch.nn import functional as F
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from interp_nn.nn import SummaryClassifier, SummaryConv2d, SummaryHead, SummaryLinear
+from interp_nn.nn import SummaryClassifier, SummaryConv2d, SummaryHead, SummaryLinear, update_spectral_norms
 
 # TorchDynamo itself instantiates an autograd Function.
 pytestmark = pytest.mark.filterwarnings("ignore:.*Function'> should not be instantiated:DeprecationWarning")
@@ -92,6 +93,28 @@ def test_frozen_model_compiles(kind):
     torch.compile(lambda a: model(a), fullgraph=True, backend=lambda g, _: graphs.append(g) or g.forward)(x.double())
     called = {str(node.target) for node in graphs[0].graph.nodes if node.op.startswith("call")}
     assert not any("summary" in name or "matmul" in name for name in called)
+
+
+@pytest.mark.parametrize("buffers", [False, True])
+@pytest.mark.parametrize("mean", [None, get_ema_multi_avg_fn(0.5)], ids=["swa", "ema"])
+def test_an_average_has_the_norm_of_its_b_after_an_update(mean, buffers):
+    """The average of b has a smaller norm than each b. PyTorch copies or averages the buffers, and so has another one."""
+    model = nn.Sequential(SummaryLinear(40, 16, polynomial="newton-schulz"))
+    average = AveragedModel(model, multi_avg_fn=mean, use_buffers=buffers)
+    for _ in range(10):
+        with torch.no_grad():
+            model[0].b.normal_()
+        update_spectral_norms(model)
+        average.update_parameters(model)
+    layer = average.eval().module[0]
+    exact = torch.linalg.matrix_norm(layer.b.detach(), 2)
+    assert float(layer.scale * exact) < 0.9
+    update_spectral_norms(average)
+    torch.testing.assert_close(layer.scale * exact, torch.ones(()), rtol=5e-2, atol=0)
+    b = layer.b.detach() * layer.scale
+    torch.testing.assert_close(
+        torch.Tensor(layer.weight.detach()), (1.5 * b - 0.5 * b @ b.T @ b).T, rtol=2e-2, atol=1e-2
+    )
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
