@@ -20,9 +20,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from interp_nn.engines import eager
+from interp_nn.engines import eager, eager_polynomial
 from interp_nn.engines.barrier import counter, workspace
 from interp_nn.engines.devices import DeviceSpec, spec_of
+from interp_nn.engines.eager_polynomial import Polynomial
 from interp_nn.engines.limits import MOST_COLUMNS, output_layer_fits, padded, single_tf32_fits
 from interp_nn.engines.problem import Config, LossOptions, Order, Plan
 from interp_nn.engines.triton import backward as backward_kernels
@@ -98,6 +99,13 @@ def _common(
     return config, {"BK": padded(k), **configs.tiles_of(kernel, config)}
 
 
+def _numbers(q: Polynomial | None) -> tuple[Tensor | None, Tensor | None]:
+    """Return the coefficients and the scale as kernels read them, on the device."""
+    if q is None:
+        return None, None
+    return q.coefficients.float().contiguous(), None if q.scale is None else q.scale.float()
+
+
 def _even(d: int, tiles: dict[str, int]) -> bool:
     """Return True if every tile of features is full."""
     return all(d % tiles[name] == 0 for name in ("BD_A", "BD", "BC") if name in tiles)
@@ -114,10 +122,11 @@ def _programs(spec: DeviceSpec, config: Config, *jobs: int) -> int:
 
 @configs.remembered
 def _stream_launch(
-    tuned: Tuned, spec: DeviceSpec, dtype: torch.dtype, n: int, d: int, k: int, transposed: bool, precision: str
-) -> Launch:
+    tuned: Tuned, spec: DeviceSpec, dtype: torch.dtype, n: int, d: int, k: int, transposed: bool, precision: str,
+    degree: int | None,
+) -> Launch:  # fmt: skip
     config, tiles = _common(tuned, dtype, n, d, k, "stream", spec)
-    constants = {"K": k, "B_T": transposed, "EVEN_D": _even(d, tiles), "PRECISION": precision}
+    constants = {"K": k, "B_T": transposed, "EVEN_D": _even(d, tiles), "PRECISION": precision, "DEGREE": degree}
     programs = _programs(spec, config, _cdiv(n, tiles["BN"]))
     return Launch(forward_kernels.stream, programs, 1, constants | tiles | _options(config, False))
 
@@ -146,22 +155,26 @@ def _phased_launch(
 
 
 def forward(
-    x: Tensor, b: Tensor, bias: Tensor | None, plan: Plan, pair: bool
+    x: Tensor, b: Tensor, bias: Tensor | None, plan: Plan, pair: bool, q: Polynomial | None = None
 ) -> tuple[Tensor | None, Tensor, list[Tensor]]:
     """Compute `Engine.forward`."""
     (n, d), k = x.shape, b.shape[1]
     if n * d * k == 0:
-        return eager.forward(x, b, bias, plan, pair)
+        if q is None:
+            return eager.forward(x, b, bias, plan, pair)
+        p, y, saved = eager_polynomial.forward(x, b, bias, q, plan, pair)  # the backward reads none of the saved
+        return p, y, saved if plan.saves else saved[1:]
     device, spec, precision = x.device, _spec(x.device), _precision(x.dtype)
     x, (b, transposed) = x.contiguous(), _matrix(b)
     bias = None if bias is None else bias.contiguous()
     y, g = workspace((n, k), x.dtype, x.device), workspace((k, k), x.dtype, x.device)
     if k <= MOST_COLUMNS:
         p = workspace((n, k), x.dtype, x.device) if plan.saves else None
-        launch(
-            _stream_launch(plan.tiles, spec, x.dtype, n, d, k, transposed, precision), device, x, b, bias, p, y, g, n, d
-        )
-        return p, y, [g] if p is None else [p, g]
+        qg = None if q is None else workspace((k, k), x.dtype, x.device)
+        degree = None if q is None else q.degree
+        made = _stream_launch(plan.tiles, spec, x.dtype, n, d, k, transposed, precision, degree)
+        launch(made, device, x, b, bias, p, y, g, qg, *_numbers(q), n, d)
+        return p, y, [t for t in (p, g, qg) if t is not None]
     p = workspace((n, k), x.dtype, x.device) if plan.saves or pair else None
     w = workspace((d, k), x.dtype, x.device) if plan.order == "X(bG)" else None
     phases = 7 if plan.order == "X(bG)" else 3
@@ -183,25 +196,34 @@ def backward(
     need_x: bool,
     need_b: bool,
     need_bias: bool = False,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    need_c: bool = False,
+    q: Polynomial | None = None,
+) -> tuple[Tensor | None, ...]:
     """Compute `Engine.backward`."""
     (n, d), k = x.shape, b.shape[1]
-    if n * d * k == 0 or not (need_x or need_b):
-        return eager.backward(dp, dy, x, b, saved, plan, need_x, need_b, need_bias)
+    if n * d * k == 0 or not (need_x or need_b or need_c):
+        if q is None:
+            return eager.backward(dp, dy, x, b, saved, plan, need_x, need_b, need_bias)
+        needs = need_x, need_b, need_bias, need_c, False
+        *found, dc, _ = eager_polynomial.gradient(dp, dy, x, b, q, needs)
+        return *found, None if dc is None else dc.float()
     x, (b, transposed) = x.contiguous(), _matrix(b)
     dp, dy = (None if g is None else g.contiguous() for g in (dp, dy))
     dx = workspace((n, d), x.dtype, x.device) if need_x else None
-    db = _like(b, transposed) if need_b else None
+    db = _like(b, transposed) if need_b or need_c else None  # the phase of db forms dc too
     dbias = workspace((k,), b.dtype, b.device) if need_bias else None
+    dc = workspace((q.degree + 1,), torch.float32, x.device) if q is not None and need_c else None
     if k > MOST_COLUMNS:
         _phased_backward(dp, dy, x, b, saved, plan, dx, db, dbias)
     elif not plan.saves:
         assert dy is not None
-        _summary_backward(dy, x, b, saved[0], plan.tiles, transposed, dx, db, dbias)
+        _summary_backward(dy, x, b, saved, plan.tiles, transposed, dx, db, dbias, q, dc)
     else:
         assert dbias is None
-        _pair_backward(dp, dy, x, b, saved, plan.tiles, transposed, dx, db)
-    return dx, db, dbias
+        _pair_backward(dp, dy, x, b, saved, plan.tiles, transposed, dx, db, q, dc)
+    if q is None:
+        return dx, db, dbias
+    return dx, db if need_b else None, dbias, dc
 
 
 @configs.remembered
@@ -215,6 +237,7 @@ def _summary_backward_launch(
     transposed: bool,
     precision: str,
     phases: int,
+    degree: int | None,
 ) -> tuple[Launch, int]:
     config, tiles = _common(tuned, dtype, n, d, k, "summary_backward", spec)
     bk, tiles_of_d, splits = tiles["BK"], _cdiv(d, tiles["BD"]), _splits(spec, config, n, d, tiles["BD"])
@@ -225,6 +248,7 @@ def _summary_backward_launch(
         "EVEN_D": _even(d, tiles),
         "PRECISION": precision,
         "PHASES": phases,
+        "DEGREE": degree,
         "BATCH": 32,
     }
     parts = min(programs, tiles_of_d * splits)
@@ -232,17 +256,26 @@ def _summary_backward_launch(
     return Launch(backward_kernels.summary_backward, programs, splits, constants | tiles | _options(config, True)), work
 
 
+def _squares(saved: Sequence[Tensor], q: Polynomial | None) -> tuple[Tensor | None, Tensor]:
+    """Return (G or None, q(G)) of the saved tensors, contiguous; (None, G) of the summary."""
+    *_, gram, last = (None, *(t.contiguous() for t in saved))
+    assert last is not None
+    return None if q is None else gram, last
+
+
 def _summary_backward(
-    dy: Tensor, x: Tensor, b: Tensor, g: Tensor, tuned: Tuned, transposed: bool,
-    dx: Tensor | None, db: Tensor | None, dbias: Tensor | None,
+    dy: Tensor, x: Tensor, b: Tensor, saved: Sequence[Tensor], tuned: Tuned, transposed: bool,
+    dx: Tensor | None, db: Tensor | None, dbias: Tensor | None, q: Polynomial | None, dc: Tensor | None,
 ) -> None:  # fmt: skip
     (n, d), k, device = x.shape, b.shape[1], x.device
     phases = 7 if db is not None else 3 if dbias is not None else 1
     made, size = _summary_backward_launch(
-        tuned, _spec(device), x.dtype, n, d, k, transposed, _precision(x.dtype), phases
+        tuned, _spec(device), x.dtype, n, d, k, transposed, _precision(x.dtype), phases, None if q is None else q.degree
     )  # fmt: skip
+    g, qg = _squares(saved, q)
     work = workspace((size,), torch.float32, device)
-    launch(made, device, x, b, g, dy, dx, db, dbias, work, counter(device), n, d, made.splits)
+    given = x, b, qg, dy, dx, db, dbias, g, *_numbers(q), dc
+    launch(made, device, *given, work, counter(device), n, d, made.splits)
 
 
 @configs.remembered
@@ -256,6 +289,7 @@ def _pair_backward_launch(
     transposed: bool,
     precision: str,
     phases: int,
+    degree: int | None,
 ) -> tuple[Launch, int]:
     config, tiles = _common(tuned, dtype, n, d, k, "pair_backward", spec)
     bk, tiles_of_d, splits = tiles["BK"], _cdiv(d, tiles["BD"]), _splits(spec, config, n, d, tiles["BD"])
@@ -267,7 +301,7 @@ def _pair_backward_launch(
     programs = _programs(spec, config, *jobs)
     constants = {
         "K": k, "B_T": transposed, "EVEN_D": _even(d, tiles), "PRECISION": precision, "PHASES": phases,
-        "WIDTH": _width(k) if phases & 1 else k, "BATCH": 32,
+        "DEGREE": degree, "WIDTH": _width(k) if phases & 1 else k, "BATCH": 32,
     }  # fmt: skip
     work = backward_kernels.pair_backward_workspace.fn(0, splits, d, programs, bk)[-1]
     return Launch(backward_kernels.pair_backward, programs, splits, constants | tiles | _options(config, True)), work
@@ -281,15 +315,21 @@ def _width(k: int) -> int:
 def _pair_backward(
     dp: Tensor | None, dy: Tensor | None, x: Tensor, b: Tensor, saved: Sequence[Tensor], tuned: Tuned,
     transposed: bool,
-    dx: Tensor | None, db: Tensor | None,
+    dx: Tensor | None, db: Tensor | None, q: Polynomial | None, dc: Tensor | None,
 ) -> None:  # fmt: skip
     (n, d), k, device = x.shape, b.shape[1], x.device
-    p, g = (t.contiguous() for t in saved)
+    p, (g, qg) = saved[0].contiguous(), _squares(saved, q)
     phases = (2 if dy is None else 3) | (0 if db is None else 4)
-    made, size = _pair_backward_launch(tuned, _spec(device), x.dtype, n, d, k, transposed, _precision(x.dtype), phases)
+    degree = None if q is None else q.degree
+    made, size = _pair_backward_launch(
+        tuned, _spec(device), x.dtype, n, d, k, transposed, _precision(x.dtype), phases, degree
+    )
     rows = dp if dy is None else workspace((n, _width(k)), x.dtype, device)
     work = workspace((size,), torch.float32, device)
-    launch(made, device, x, b, p, g, dp, dy, dx, db, rows, work, counter(device), n, d, made.splits)
+    if dy is None and dc is not None:
+        dc.zero_()
+    given = x, b, p, qg, dp, dy, dx, db, g, *_numbers(q), None if dy is None else dc
+    launch(made, device, *given, rows, work, counter(device), n, d, made.splits)
 
 
 def _phased_backward(

@@ -30,6 +30,7 @@ from interp_nn.engines.triton.grid import add_parts, barrier
 from interp_nn.engines.triton.tiles import (
     gram,
     inside,
+    load_a,
     load_b,
     load_rows,
     load_x,
@@ -37,13 +38,6 @@ from interp_nn.engines.triton.tiles import (
     store_rows,
     store_x,
 )
-
-
-@triton.jit
-def _load_a(A, rm, rk, M: tl.constexpr, K: tl.constexpr):
-    """Load A[rm, rk], zeros outside."""
-    mask = (rm[:, None] < M) & (rk[None, :] < K)
-    return tl.load(A + rm[:, None] * K + rk[None, :], mask=mask, other=0.0)
 
 
 @triton.jit
@@ -163,7 +157,7 @@ def latent_loss(
         if DA is not None:
             if program == 0:
                 tl.store(G + rk[:, None] * BK + rk[None, :], g)
-        a = _load_a(A, rm, rk, M, K)
+        a = load_a(A, rm, rk, M, K)
         h = tl.dot(a, g.to(a.dtype), input_precision=PRECISION).to(a.dtype)
         c = _load_c(C, rm, M, BM)
         u1, u2 = tl.zeros((BM, BK), tl.float32), tl.zeros((BM, BK), tl.float32)
@@ -229,7 +223,7 @@ def latent_loss(
     if PHASES & 4:
         scale = gradient_scale(COUNTS, UPSTREAM, programs, REDUCTION, BATCH)
         if DB is not None:
-            t = _symmetrized(U, _load_a(A, rm, rk, M, K).to(tl.float32), BK, BM, PRECISION)
+            t = _symmetrized(U, load_a(A, rm, rk, M, K).to(tl.float32), BK, BM, PRECISION)
             store_db(DB, B, WORK, t, scale, d, splits, K, BK, BC, B_T, EVEN_D, PRECISION)
         if DA is not None:
             _store_da(DA, U, G, scale, M, K, BM, BK, PRECISION)
@@ -371,7 +365,7 @@ def flat_loss(
         g = gram(B, d, K, BK, BD_A, B_T, EVEN_D, PRECISION)
         if program == 0:
             tl.store(G + rk[:, None] * BK + rk[None, :], g)
-        a = _load_a(A, rm, rk, M, K)
+        a = load_a(A, rm, rk, M, K)
         h = tl.dot(a, g.to(a.dtype), input_precision=PRECISION).to(a.dtype)
         for tile in range(program, tl.cdiv(d, BC), programs):
             rd = tile * BC + tl.arange(0, BC)
@@ -430,7 +424,7 @@ def flat_loss(
     if PHASES & 16:
         scale = gradient_scale(COUNTS, UPSTREAM, programs, REDUCTION, BATCH)
         if DB is not None:
-            a = _load_a(A, rm, rk, M, K)
+            a = load_a(A, rm, rk, M, K)
             g = tl.load(G + rk[:, None] * BK + rk[None, :])
             h = tl.dot(a.to(tl.float32), g, input_precision=PRECISION)
             a = a.to(tl.float32)
