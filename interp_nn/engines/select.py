@@ -141,7 +141,8 @@ def choose_engine(problem: Problem) -> tuple[EngineName, str]:
     if not able:
         return "eager", "; ".join(f"not {name}: {reason}" for name, reason in reasons.items())
     bucket = Bucket(_kind(problem), problem.dtype.itemsize, padded(problem.k), padded(problem.classes or 1), problem.n)
-    measured = configs.measured_engine(spec, bucket) if problem.degree is None else None  # tables know the summary alone
+    # The tables are those of the summary.
+    measured = configs.measured_engine(spec, bucket) if problem.degree is None else None
     for name in ("eager", *able):
         if name == measured:
             return name, "measured faster on this kind of GPU"

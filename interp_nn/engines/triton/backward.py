@@ -109,12 +109,14 @@ def _times_symmetrized(
 ):
     """Return acc + r (T + Tᵀ); of a head T is U2ᵀ A."""
     if U2 is None:
-        return tl.dot(r, symmetrized(T, BK), acc, input_precision=PRECISION)
-    rk, rm = tl.arange(0, BK), tl.arange(0, BM)
-    u2 = tl.load(U2 + rm[:, None] * BK + rk[None, :])
-    a = load_a(A, rm, rk, M, K).to(tl.float32)
-    acc = tl.dot(tl.dot(r, tl.trans(u2), input_precision=PRECISION), a, acc, input_precision=PRECISION)
-    return tl.dot(tl.dot(r, tl.trans(a), input_precision=PRECISION), u2, acc, input_precision=PRECISION)
+        acc = tl.dot(r, symmetrized(T, BK), acc, input_precision=PRECISION)
+    else:
+        rk, rm = tl.arange(0, BK), tl.arange(0, BM)
+        u2 = tl.load(U2 + rm[:, None] * BK + rk[None, :])
+        a = load_a(A, rm, rk, M, K).to(tl.float32)
+        acc = tl.dot(tl.dot(r, tl.trans(u2), input_precision=PRECISION), a, acc, input_precision=PRECISION)
+        acc = tl.dot(tl.dot(r, tl.trans(a), input_precision=PRECISION), u2, acc, input_precision=PRECISION)
+    return acc
 
 
 @triton.jit
@@ -185,10 +187,7 @@ def store_dq(
         for first in range(0, ROWS, 16):
             rm = first + tl.arange(0, 16)
             left = tl.load(L + rm[:, None] * BK + rk[None, :])
-            if A is None:
-                v = tl.where(rm[:, None] == rk[None, :], 1.0, 0.0)
-            else:
-                v = load_a(A, rm, rk, M, K).to(tl.float32)
+            v = tl.where(rm[:, None] == rk[None, :], 1.0, 0.0) if A is None else load_a(A, rm, rk, M, K).to(tl.float32)
             for i in tl.static_range(DEGREE + 1):
                 if i > 0:
                     v = tl.dot(v, g, input_precision=PRECISION)
@@ -339,7 +338,24 @@ def pair_backward(
         barrier(COUNTER)
     if PHASES & 2:
         backprop_projection(
-            X, B, D, DX, WORK, n, d, splits, scaled(1.0, SCALE), K, WIDTH, BK, BN, BD, B_T, EVEN_D, DB is not None, PRECISION
+            X,
+            B,
+            D,
+            DX,
+            WORK,
+            n,
+            d,
+            splits,
+            scaled(1.0, SCALE),
+            K,
+            WIDTH,
+            BK,
+            BN,
+            BD,
+            B_T,
+            EVEN_D,
+            DB is not None,
+            PRECISION,
         )
         if DB is not None and DY is not None:
             add_parts(T_PARTS, T, programs, BK * BK, BK * BK, 256, BATCH)

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from interp_nn.engines import eager, eager_polynomial
+from interp_nn.engines import eager
 from interp_nn.engines.barrier import counter, workspace
 from interp_nn.engines.devices import DeviceSpec, spec_of
 from interp_nn.engines.eager_polynomial import Polynomial
@@ -154,16 +154,23 @@ def _phased_launch(
     return Launch(kernel, programs, 1, constants | tiles | _options(config, True))
 
 
+def _of_zeros(plan: Plan, q: Polynomial | None) -> Plan:
+    """Return the plan of the summary, which computes a polynomial of empty tensors too: P is zero, whatever q is."""
+    return plan if q is None or plan.order != "(Xb)q" else plan._replace(order="(Xb)G")
+
+
+def _zeros(q: Polynomial) -> Tensor:
+    return torch.zeros(q.degree + 1, dtype=torch.float32, device=q.coefficients.device)
+
+
 def forward(
     x: Tensor, b: Tensor, bias: Tensor | None, plan: Plan, pair: bool, q: Polynomial | None = None
 ) -> tuple[Tensor | None, Tensor, list[Tensor]]:
     """Compute `Engine.forward`."""
     (n, d), k = x.shape, b.shape[1]
     if n * d * k == 0:
-        if q is None:
-            return eager.forward(x, b, bias, plan, pair)
-        p, y, saved = eager_polynomial.forward(x, b, bias, q, plan, pair)  # the backward reads none of the saved
-        return p, y, saved if plan.saves else saved[1:]
+        p, y, saved = eager.forward(x, b, bias, _of_zeros(plan, q), pair)
+        return p, y, saved if q is None else [*saved, saved[-1]]
     device, spec, precision = x.device, _spec(x.device), _precision(x.dtype)
     x, (b, transposed) = x.contiguous(), _matrix(b)
     bias = None if bias is None else bias.contiguous()
@@ -202,11 +209,10 @@ def backward(
     """Compute `Engine.backward`."""
     (n, d), k = x.shape, b.shape[1]
     if n * d * k == 0 or not (need_x or need_b or need_c):
-        if q is None:
-            return eager.backward(dp, dy, x, b, saved, plan, need_x, need_b, need_bias)
-        needs = need_x, need_b, need_bias, need_c, False
-        *found, dc, _ = eager_polynomial.gradient(dp, dy, x, b, q, needs)
-        return *found, None if dc is None else dc.float()
+        grads = eager.backward(
+            dp, dy, x, b, saved if q is None else saved[:-1], _of_zeros(plan, q), need_x, need_b, need_bias
+        )
+        return grads if q is None else (*grads, _zeros(q) if need_c else None)
     x, (b, transposed) = x.contiguous(), _matrix(b)
     dp, dy = (None if g is None else g.contiguous() for g in (dp, dy))
     dx = workspace((n, d), x.dtype, x.device) if need_x else None
@@ -358,7 +364,7 @@ def _phased_backward(
 @configs.remembered
 def _loss_launch(
     tuned: Tuned, spec: DeviceSpec, dtype: torch.dtype, n: int, d: int, k: int, m: int | None, order: Order, transposed: bool,
-    precision: str, reduction: str, gradients: bool, parameters: bool,
+    precision: str, reduction: str, gradients: bool, parameters: bool, degree: int | None,
 ) -> tuple[Launch, int]:  # fmt: skip
     """Return (launch, numbers in its fp32 workspace) of the loss of a pair (m None) or of a head."""
     name = configs.LOSS_KERNELS[order]
@@ -377,6 +383,7 @@ def _loss_launch(
     last = gradients or reduction != "none"
     constants = {
         "K": k, "B_T": transposed, "EVEN_D": _even(d, tiles), "PRECISION": precision, "REDUCTION": reduction, "BATCH": 32,
+        "DEGREE": degree,
     }  # fmt: skip
     if m is not None:
         constants |= {"M": m, "BM": bm}
@@ -407,27 +414,32 @@ def loss(
     plan: Plan,
     upstream: Tensor | None = None,
     needs: Sequence[bool] | None = None,
+    q: Polynomial | None = None,
 ) -> tuple[Tensor, list[Tensor]]:
     """Compute `Engine.loss`. On a GPU a target out of range stops the kernel, as it stops PyTorch's own losses."""
     (n, d), k = x.shape, b.shape[1]
     if n * d * k == 0:
-        return eager.loss(x, b, a, c, target, options, plan, upstream, needs)
+        wanted = None if needs is None else needs[:4]
+        value, grads = eager.loss(x, b, a, c, target, options, _of_zeros(plan, q), upstream, wanted)
+        return value, grads if q is None or needs is None or not needs[4] else [*grads, _zeros(q)]
     device, spec = x.device, _spec(x.device)
     m = None if a is None else a.shape[0]
     if device.type == "cpu":
         eager.check_target(target, m or k, options.ignore_index)
-    need_x, need_b, need_a, need_c = needs or (False,) * 4
+    need_x, need_b, need_a, need_c, need_q = (*(needs or ()), *(False,) * 5)[:5]
     x, (b, transposed), target = x.contiguous(), _matrix(b), target.contiguous()
     if upstream is not None:
         upstream = upstream.contiguous()
-    parameters = need_b or need_a
+    parameters = need_b or need_a or need_q
     made, size = _loss_launch(
         plan.tiles, spec, x.dtype, n, d, k, m, plan.order, transposed, _precision(x.dtype), options.reduction,
-        need_x or parameters or need_c, parameters,
+        need_x or parameters or need_c, parameters, None if q is None else q.degree,
     )  # fmt: skip
     value = workspace((n,) if options.reduction == "none" else (), torch.float32, device)
     dx = workspace((n, d), x.dtype, x.device) if need_x else None
-    db = _like(b, transposed) if need_b else None
+    db = _like(b, transposed) if need_b or need_q else None  # the phase of db forms dq too
+    dq = workspace((q.degree + 1,), torch.float32, device) if q is not None and need_q else None
+    numbers = (*_numbers(q), dq)
     work = workspace((size,), torch.float32, device)
     tail = (work, counter(device), n, d, made.splits, options.ignore_index, *options.weights)
 
@@ -435,11 +447,11 @@ def loss(
         return workspace((n, width), x.dtype, device) if wanted else None
 
     width, scratch = _width(k), made.scratch and parameters
-    through_d = need_x or need_b
+    through_d = need_x or db is not None
     if a is None or m is None:
         spaces = rows(width, through_d), rows(width, scratch), rows(width, scratch)
-        launch(made, device, x, b, target, upstream, value, dx, db, *spaces, *tail)
-        return value, [g for g in (dx, db) if g is not None]
+        launch(made, device, x, b, target, upstream, value, dx, db, *numbers, *spaces, *tail)
+        return value, [g for g in (dx, db if need_b else None, dq) if g is not None]
     a, c = a.contiguous(), None if c is None else c.contiguous()
     da = workspace((m, k), a.dtype, device) if need_a else None
     dc = workspace((m,), a.dtype, device) if need_c else None
@@ -449,8 +461,8 @@ def loss(
         own = workspace((2, d, padded(m)), x.dtype, device), rows(both, need_x or parameters)
     else:
         own = rows(width, through_d), rows(width, scratch), rows(both, scratch)
-    launch(made, device, x, b, a, c, target, upstream, value, dx, db, da, dc, *own, *tail)
-    return value, [g for g in (dx, db, da, dc) if g is not None]
+    launch(made, device, x, b, a, c, target, upstream, value, dx, db, da, dc, *numbers, *own, *tail)
+    return value, [g for g in (dx, db if need_b else None, da, dc, dq) if g is not None]
 
 
 _SCALE_BLOCK = 4096
@@ -466,6 +478,6 @@ def scale(grads: Sequence[Tensor], upstream: Tensor) -> list[Tensor]:
     programs = max(1, min(4 * _spec(device).multiprocessors, _cdiv(max(sizes), _SCALE_BLOCK)))
     options = {"BLOCK": _SCALE_BLOCK, "num_warps": 8, "enable_fp_fusion": True}
     plan = Launch(cross_entropy.scale_gradients, programs, 1, options)
-    rest = 4 - len(sizes)
+    rest = 5 - len(sizes)
     launch(plan, device, upstream, *grads, *(None,) * rest, *sizes, *(0,) * rest)
     return list(grads)
