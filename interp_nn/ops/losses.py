@@ -40,6 +40,7 @@ def _loss(
     transposed: bool,
     coefficients: Tensor | None = None,
     scale: Tensor | None = None,
+    *,
     upstream: Tensor | None = None,
 ) -> tuple[Tensor, list[Tensor]]:
     chosen = plan_from_text(plan)
