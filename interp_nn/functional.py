@@ -192,8 +192,8 @@ def summary_cross_entropy(
     """Compute the loss w1 CE(P, t) + w2 CE(Y, t) + w3 MSE(P, Y) of `summary_pair`, with the k columns as classes.
 
     A row's MSE is its mean over k. On a GPU engine the forward pass computes the gradients too, except for float16 and for
-    reduction "none". On a CPU, and for other polynomials, PyTorch's autograd computes them in the backward pass. A row whose
-    logits overflow makes gradients NaN even if it is ignored, as in PyTorch.
+    reduction "none". On a CPU, and for polynomials on the eager engine, PyTorch's autograd computes them in the backward pass. A
+    row whose logits overflow makes gradients NaN even if it is ignored, as in PyTorch.
 
     Args:
         x: Input of shape (..., d).
