@@ -3,9 +3,9 @@
 Plans: up to 128 columns a summary is "(Xb)G" (saves G) and a pair also saves P. Beyond, a pair is "(Xb)G" with P, and a
 summary the same for n <= d, else "X(bG)" (saves G and W). A polynomial is "(Xb)q" (saves G and q(G), and P for a pair), up to
 128 columns. Losses need at most 128 columns and classes. Products take operands in the inputs' dtype and accumulate in fp32; the
-products of a polynomial's derivative take them in fp32. fp32 operands are rounded to tf32 where PyTorch's own switch for matrix products allows it.
-Otherwise, and in the widest heads, they are split in two such parts ("tf32x3"). Rounded are: P, G and W as operands and as
-results, D = dP + dY G and the logits' gradients as operands, results.
+products of a polynomial's derivative take them in fp32. fp32 operands are rounded to tf32 where PyTorch's own switch for matrix
+products allows it. Otherwise, and in the widest heads, they are split in two such parts ("tf32x3"). Rounded are: P, G and W as
+operands and as results, D = dP + dY G and the logits' gradients as operands, results.
 
 Workspaces come from PyTorch's allocator. Kernels with phases wait at a barrier counter of their own (see `barrier.counter`). They
 are launched cooperatively: a grid that does not fit fails instead of waiting for ever.
