@@ -74,8 +74,10 @@ def _symmetrized(U, a, BK: tl.constexpr, BM: tl.constexpr, PRECISION: tl.constex
 def _form_h(a, g, C_Q, DTYPE: tl.constexpr, DEGREE: tl.constexpr, PRECISION: tl.constexpr):
     """Return H = A G, or A q(G), in fp32; operands in DTYPE."""
     if DEGREE is None:
-        return tl.dot(a, g.to(DTYPE), input_precision=PRECISION)
-    return rows_times_q(a.to(tl.float32), g.to(DTYPE), C_Q, DEGREE, PRECISION)
+        h = tl.dot(a, g.to(DTYPE), input_precision=PRECISION)
+    else:
+        h = rows_times_q(a.to(tl.float32), g.to(DTYPE), C_Q, DEGREE, PRECISION)
+    return h
 
 
 @triton.jit
