@@ -440,10 +440,11 @@ def flat_loss(
             rd = tile * BC + tl.arange(0, BC)
             b = load_b(B, rd, rk, d, K, B_T, EVEN_D)
             at = W + rd[:, None] * BM + rm[None, :]
-            first = scaled(tl.dot(b, tl.trans(a), input_precision=PRECISION), SCALE)
-            tl.store(at, first.to(a.dtype), mask=rd[:, None] < d)
-            second = scaled(tl.dot(b, tl.trans(h), input_precision=PRECISION), SCALE)
-            tl.store(at + d * BM, second.to(a.dtype), mask=rd[:, None] < d)
+            mask = rd[:, None] < d
+            tl.store(at, scaled(tl.dot(b, tl.trans(a), input_precision=PRECISION), SCALE).to(a.dtype), mask=mask)
+            tl.store(
+                at + d * BM, scaled(tl.dot(b, tl.trans(h), input_precision=PRECISION), SCALE).to(a.dtype), mask=mask
+            )
     if (PHASES & 3) == 3:
         barrier(COUNTER)
     if PHASES & 2:
