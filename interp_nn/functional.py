@@ -31,7 +31,7 @@ from torch.nn import Parameter
 
 from interp_nn import linalg
 from interp_nn.engines import eager, select
-from interp_nn.engines.eager_polynomial import MOST_COEFFICIENTS, Polynomial, weight
+from interp_nn.engines.eager_polynomial import MOST_COEFFICIENTS, Polynomial
 from interp_nn.engines.problem import LossOptions, Plan
 from interp_nn.linalg import Orthogonalized, autocast_available
 from interp_nn.ops import losses as _cross_entropy
@@ -337,15 +337,15 @@ def effective_weight(
     """
     given = _given(polynomial, scale)
     b = _matrix(b, sharded=True)
-    return linalg.effective_weight(b) if given is None else weight(b, _as_tensors(given, b, "b"))
+    return linalg.effective_weight(b) if given is None else _polynomial.weight(b, _as_tensors(given, b, "b"))
 
 
 def orthogonalize(b: Tensor, tolerance: float | None = None, max_iterations: int = 100) -> Orthogonalized:
     """Compute the polar factor of b, its nearest matrix with orthonormal columns (rows for k > d), by Newton-Schulz.
 
-    Iterates b <- b (3 I - bᵀb) / 2 in float32 (float64 for float64), also under autocast. Singular values that are exactly
-    zero stay zero, and the defect is then 1. Where b is rank-deficient except for rounding, its missing directions come out
-    orthonormal and arbitrary (see `SummaryLinear.spectrum`).
+    Iterates b <- b (3 I - bᵀb) / 2 in float32 (float64 for float64), also under autocast. A column of zeros (row, for k > d)
+    stays zero, and the defect is then 1. Where b lacks a rank otherwise, its missing directions come out orthonormal and
+    arbitrary (see `SummaryLinear.spectrum`).
 
     Args:
         b: Matrix of shape (d, k).
@@ -486,13 +486,13 @@ def _as_tensors(given: tuple[_Coefficients, float | Tensor], x: Tensor, name: st
         elif argument == "scale" and value == 1:
             tensors.append(None)
         else:
-            tensors.append(_constant(value, x))
+            tensors.append(constant(value, x))
     coefficients, scale = tensors
     assert coefficients is not None
     return Polynomial(coefficients, scale)
 
 
-def _constant(value: Sequence[float] | float, x: Tensor) -> Tensor:
+def constant(value: Sequence[float] | float, x: Tensor) -> Tensor:
     """Return the numbers as a float32 tensor (float64 for x of float64), the same one for the same numbers.
 
     It is filled on its device: a copy from the host would synchronise, and cannot be captured in a CUDA graph. One that is made

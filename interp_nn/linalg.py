@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -26,15 +27,17 @@ __all__ = [
     "eigh",
     "gram",
     "inverse_summary",
-    "newton_schulz",
     "orthogonality_defect",
     "orthogonalize",
     "polar",
+    "polynomial_weight",
+    "retract",
     "singular_values",
     "svd",
 ]
 
 Blocks = tuple[tuple[int, int], ...]
+_STEPS_TOGETHER = 4  # by rounding: they enlarge that of small eigenvalues of the Gram matrix up to 25 times
 _ENTRIES_AT_ONCE = 1 << 22  # entries of a batch that are cast to fp64 at a time
 
 
@@ -109,21 +112,39 @@ def effective_weight(b: Tensor) -> Tensor:
     return mul_gram(b, gram_small(b))
 
 
-def newton_schulz(b: Tensor, g: Tensor) -> Tensor:
-    """Take one Newton-Schulz step b (3 I - bᵀb) / 2. A singular value s becomes s (3 - s²) / 2.
+def polynomial_weight(b: Tensor, coefficients: Sequence[Tensor | float], scale: Tensor | None = None) -> Tensor:
+    """Compute the effective weight a b q(a² bᵀb) of a polynomial q(G) = c0 I + c1 G + ... + c4 G⁴ and a scale a.
+
+    A singular value s of b becomes a s q(a² s²). It is computed through the smaller of the two Gram matrices.
 
     Args:
         b: Matrix of shape (..., d, k).
-        g: The smaller of bᵀb and b bᵀ.
+        coefficients: One to five coefficients, the constant first: numbers, or tensors that broadcast with b.
+        scale: The factor a of b, a tensor that broadcasts with b. None is 1.
 
     Returns:
         Tensor of shape (..., d, k), in b's dtype.
 
     Example:
-        >>> newton_schulz(torch.tensor([[0.5]]), torch.tensor([[0.25]]))
-        tensor([[0.6875]])
+        >>> polynomial_weight(torch.tensor([[2.0], [1.0]]), (1.5, -0.5))
+        tensor([[-2.],
+                [-1.]])
     """
-    return 1.5 * b - 0.5 * mul_gram(b, g)
+    if scale is not None:
+        b = b * scale
+    if len(coefficients) == 1:
+        return coefficients[0] * b
+    return coefficients[0] * b + mul_gram(b, polynomial_terms(gram_small(b), coefficients))
+
+
+def polynomial_terms(g: Tensor, c: Sequence[Tensor | float]) -> Tensor:
+    """Compute c1 G + c2 G² + G² (c3 G + c4 G²), with as few products as can be, for two to five coefficients c."""
+    total = c[1] * g
+    if len(c) == 2:
+        return total
+    square = g @ g
+    total = total + c[2] * square
+    return total if len(c) == 3 else total + square @ (c[3] * g if len(c) == 4 else c[3] * g + c[4] * square)
 
 
 def singular_values(b: Tensor) -> Tensor:
@@ -142,6 +163,13 @@ def singular_values(b: Tensor) -> Tensor:
     return torch.linalg.svdvals(b.detach().double())
 
 
+def check_finite(b: Tensor) -> Tensor:
+    """Return b. Raises ValueError if a value is not finite; on the meta device there are none."""
+    if not b.is_meta and not bool(b.isfinite().all()):
+        raise ValueError("b: got a value that is not finite (training has diverged?), want finite values")
+    return b
+
+
 def orthogonality_defect(b: Tensor) -> float:
     """Compute max |s - 1| over the singular values s of b.
 
@@ -151,11 +179,14 @@ def orthogonality_defect(b: Tensor) -> float:
     Returns:
         The defect, computed in float64; 0 if there are no singular values.
 
+    Raises:
+        ValueError: A value of b is not finite.
+
     Example:
         >>> orthogonality_defect(torch.diag(torch.tensor([1.0, 0.5])))
         0.5
     """
-    s = singular_values(b)
+    s = singular_values(check_finite(b))
     return float((s - 1).abs().max()) if s.numel() else 0.0
 
 
@@ -177,14 +208,27 @@ def cube_root(w: Tensor) -> Tensor:
         tensor([[0., 2.],
                 [1., 0.]], dtype=torch.float64)
     """
+    return map_singular_values(w, lambda s: s.pow(1 / 3))
+
+
+def map_singular_values(w: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
+    """Compute the matrix with the singular vectors of w and the singular values function(s), as `cube_root` does.
+
+    Args:
+        w: Matrix of shape (..., d, k).
+        function: Maps singular values (..., min(d, k)), float64, to as many numbers. It is zero at zero.
+
+    Returns:
+        Tensor of shape (..., d, k), in w's dtype.
+    """
     exact = w.detach().double()
     if w.dtype == torch.float64:
         u, s, vh = torch.linalg.svd(exact, full_matrices=False)
-        return u * s.pow(1 / 3).unsqueeze(-2) @ vh
+        return u * function(s).unsqueeze(-2) @ vh
     values, vectors = torch.linalg.eigh(gram_small(exact))
     info = torch.finfo(torch.float64)
-    values = torch.maximum(values, values[..., -1:] * info.eps * values.shape[-1]).clamp_min(info.tiny)
-    return mul_gram(exact, vectors * values.pow(-1 / 3).unsqueeze(-2) @ vectors.mT).to(w.dtype)
+    s = torch.maximum(values, values[..., -1:] * info.eps * values.shape[-1]).clamp_min(info.tiny).sqrt()
+    return mul_gram(exact, vectors * (function(s) / s).unsqueeze(-2) @ vectors.mT).to(w.dtype)
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -207,9 +251,11 @@ def autocast_off(device: torch.device) -> AbstractContextManager[Any]:
 def orthogonalize(b: Tensor, tolerance: float | None = None, max_iterations: int = 100) -> Orthogonalized:
     """Compute the polar factor of b by Newton-Schulz steps b <- b (3 I - bᵀb) / 2, after scaling b by a bound on its norm.
 
-    Each step moves a singular value s in (0, √3) to s (3 - s²) / 2, closer to 1. Singular values that are exactly zero stay
-    zero, and `defect` is then 1. Singular values at the level of rounding also grow to 1, in arbitrary directions.
-    Differentiable.
+    Up to four steps at a time are taken on bᵀb, so that b itself is multiplied twice for them.
+
+    Each step moves a singular value s in (0, √3) to s (3 - s²) / 2, closer to 1. A column of zeros (row, for k > d) stays zero,
+    and `defect` is then 1. Other singular values of zero are rounding, and grow to 1 in arbitrary directions, as all orthonormal
+    completions are equally near. Differentiable.
 
     Args:
         b: Matrix of shape (d, k).
@@ -218,6 +264,8 @@ def orthogonalize(b: Tensor, tolerance: float | None = None, max_iterations: int
 
     Returns:
         The factor in b's dtype, its defect, and the number of steps. 16-bit matrices are computed in float32.
+
+    Source: Björck and Bowie, An iterative algorithm for computing the best estimate of an orthogonal matrix (1971).
 
     Example:
         >>> result = orthogonalize(torch.diag(torch.tensor([2.0, 1.0])))
@@ -232,34 +280,108 @@ def orthogonalize(b: Tensor, tolerance: float | None = None, max_iterations: int
 
 
 def _orthogonalize(b: Tensor, tolerance: float | None, max_iterations: int) -> Orthogonalized:
-    wide = b.shape[1] > b.shape[0]
-    factor = (b.mT if wide else b).to(accumulation_dtype(b.dtype))
-    k = factor.shape[1]
-    eye = torch.eye(k, dtype=factor.dtype, device=factor.device)
-    if tolerance is None:
-        tolerance = torch.finfo(factor.dtype).eps * math.sqrt(k)
+    factor, iterations = _newton_schulz(b.to(accumulation_dtype(b.dtype)), tolerance, max_iterations)
+    result = factor.to(b.dtype)
+    finite = bool(torch.isfinite(result.detach()).all())
+    return Orthogonalized(result, orthogonality_defect(result) if finite else math.nan, iterations)
 
+
+def retract(b: Tensor) -> Tensor:
+    """Compute the polar factor of a b that is nearly orthonormal, as after a step of an optimizer.
+
+    If no singular value is beyond √2 or close to 0, the cost is two products of 2 d k² operations (2 d² k for k > d), and
+    products of k x k matrices; else it is that of `orthogonalize`.
+
+    Args:
+        b: Matrix of shape (..., d, k), float32 or float64.
+
+    Returns:
+        Tensor of shape (..., d, k).
+
+    Example:
+        >>> retract(torch.tensor([[1.2, 0.0], [0.0, 0.9]])).round(decimals=6) + 0.0
+        tensor([[1., 0.],
+                [0., 1.]])
+    """
+    if not b.numel():
+        return b.clone()
+    g = gram_small(b)
+    steps = _steps_left(_deviation(g), _rounding(g))
+    if steps is None:
+        return _newton_schulz(b, None, 100)[0]
+    return mul_gram(b, _root_of_inverse(g, steps)) if steps else b.clone()
+
+
+def _newton_schulz(b: Tensor, tolerance: float | None, most: int) -> tuple[Tensor, int]:
+    """Return the polar factor of b (..., d, k), and the number of steps.
+
+    Steps are taken on the Gram matrix, a few at a time: rounding of its small eigenvalues grows with each step, and is gone when
+    it is formed again. For a nearly square b, steps on b itself are cheaper.
+    """
+    d, k = max(b.shape[-2:]), min(b.shape[-2:])
+    together = _STEPS_TOGETHER if 2 * d >= 3 * k else 1
     # Scale by the largest entry first, so that neither the Gram matrix nor the bound over- or underflows.
-    factor = factor / factor.detach().abs().max().clamp_min(torch.finfo(factor.dtype).tiny)
-    g = gram(factor)
-    with torch.no_grad():  # s_max² <= |G|_F and s_max² <= the largest absolute row sum of G
-        bound = torch.minimum(torch.linalg.matrix_norm(g), torch.linalg.matrix_norm(g, ord=float("inf"))).sqrt()
-        bound = torch.where(bound > 0, bound, torch.ones_like(bound))
-    factor, g = factor / bound, g / bound.square()
-
+    factor = b / b.detach().abs().amax((-2, -1), keepdim=True).clamp_min(torch.finfo(b.dtype).tiny)
+    g = gram_small(factor)
+    bound = _largest_eigenvalue_bound(g.detach())
+    factor, g = factor / bound.sqrt(), g / bound
+    tolerance = _rounding(g) if tolerance is None else tolerance
     error, iterations = math.inf, 0
-    while iterations < max_iterations:
-        previous, error = error, float(torch.linalg.matrix_norm(g.detach() - eye))
+    while iterations < most:
+        previous, error = error, float(_error(g.detach()).max())
         # Convergence is quadratic once the error is below 1: an error that does not even halve is rounding.
         if error <= tolerance or (error < 0.1 and error > previous / 2) or math.isnan(error):
             break
-        factor = newton_schulz(factor, g)
-        g = gram(factor)
-        iterations += 1
+        steps = min(_steps_left(error, tolerance) or together, together, most - iterations)
+        factor = mul_gram(factor, _root_of_inverse(g, steps))
+        g = gram_small(factor)
+        iterations += steps
+    return factor, iterations
 
-    result = (factor.mT if wide else factor).to(b.dtype)
-    finite = bool(torch.isfinite(result.detach()).all())
-    return Orthogonalized(result, orthogonality_defect(result) if finite else math.nan, iterations)
+
+def _root_of_inverse(g: Tensor, steps: int) -> Tensor:
+    """Return the product of the matrices Z = (3 I - R) / 2 of some Newton-Schulz steps R <- Z R Z from R = G: about G^(-1/2)."""
+    eye = torch.eye(g.shape[-1], dtype=g.dtype, device=g.device)
+    z = 1.5 * eye - 0.5 * g
+    q = z
+    for _ in range(steps - 1):
+        g = z @ g @ z
+        z = 1.5 * eye - 0.5 * g
+        q = q @ z
+    return q
+
+
+def _steps_left(deviation: float, tolerance: float) -> int | None:
+    """Return the number of steps that take the eigenvalues of G from 1 ± deviation to 1 ± tolerance; None: scale it first."""
+    if not deviation < 0.95:
+        return None
+    steps = 0
+    while deviation > tolerance:
+        deviation = deviation * deviation * (3 + deviation) / 4
+        steps += 1
+    return steps
+
+
+def _rounding(g: Tensor) -> float:
+    return torch.finfo(g.dtype).eps * math.sqrt(g.shape[-1])
+
+
+def _error(g: Tensor) -> Tensor:
+    return torch.linalg.matrix_norm(g - torch.eye(g.shape[-1], dtype=g.dtype, device=g.device))
+
+
+def _deviation(g: Tensor) -> float:
+    """Return a bound on the largest |eigenvalue| of G - I: the root of the Frobenius norm of its square."""
+    e = g - torch.eye(g.shape[-1], dtype=g.dtype, device=g.device)
+    return float(torch.linalg.matrix_norm(e @ e).sqrt().max())
+
+
+def _largest_eigenvalue_bound(g: Tensor) -> Tensor:
+    """Return a bound (..., 1, 1) on the eigenvalues of a Gram matrix with entries of at most its size; 1 for zero."""
+    square = g @ g
+    bounds = torch.linalg.matrix_norm(square @ square).pow(0.25), torch.linalg.matrix_norm(g, ord=float("inf"))
+    bound = torch.minimum(*bounds)
+    return torch.where(bound > 0, bound, 1.0)[..., None, None]
 
 
 def polar(a: Tensor, special: bool = False) -> Tensor:

@@ -1,63 +1,16 @@
 """Faults that are known and not mended yet. Each test is strict: it has to be moved when its fault is mended."""
 
-import pickle
 import time
 
 import pytest
 import torch
-from torch import fx, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.records import rows
 from benchmarks.timing import measure, providers
 from benchmarks.timing.problems import Problem
 from interp_nn import functional
-from interp_nn.nn import SummaryLinear
 
 known = pytest.mark.xfail(strict=True, reason="known, not mended yet")
-
-
-@known
-def test_operations_are_counted():
-    layer = SummaryLinear(4096, 256)
-    with torch.device("meta"):
-        layer = layer.to("meta")
-        with FlopCounterMode(display=False) as counter:
-            layer(torch.empty(16384, 4096, requires_grad=True))
-    assert counter.get_total_flops() >= 2 * 16384 * 4096 * 256
-
-
-@known
-def test_the_input_is_called_input():
-    assert SummaryLinear(4, 3)(input=torch.ones(1, 4)).shape == (1, 3)
-
-
-@known
-def test_a_layer_is_traced_symbolically():
-    fx.symbolic_trace(nn.Sequential(SummaryLinear(4, 3), nn.ReLU()))(torch.ones(1, 4))
-
-
-@known
-def test_a_compiled_layer_is_pickled():
-    layer = SummaryLinear(4, 3)
-    layer.compile()
-    pickle.loads(pickle.dumps(layer))
-
-
-@known
-@pytest.mark.filterwarnings("ignore")
-def test_scripting_is_refused_in_words():
-    with pytest.raises((TypeError, RuntimeError), match=r"torch\.jit\.script.*SummaryLinear"):
-        torch.jit.script(SummaryLinear(4, 3))
-
-
-@known
-def test_a_weight_with_nan_is_named():
-    layer = SummaryLinear(4, 3)
-    with torch.no_grad():
-        layer.b[0, 0] = float("nan")
-    with pytest.raises(ValueError, match=r"^b: "):
-        layer.orthogonality_defect()
 
 
 @known

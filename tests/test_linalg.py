@@ -1,5 +1,7 @@
 """Small shared maths: Gram matrix, effective weight, polar factor, least-squares code, and the identities behind the layer."""
 
+import math
+
 import pytest
 import torch
 from torch.autograd import gradcheck
@@ -115,12 +117,42 @@ def test_orthogonalize_keeps_what_is_orthonormal():
 
 
 @pytest.mark.parametrize("shape", [(6, 4), (4, 6)], ids=str)
-def test_orthogonalize_reports_that_a_rank_is_missing(shape):
+def test_orthogonalize_reports_a_column_of_zeros(shape):
     b = with_singular_values(max(shape), 3, [3.0, 2.0, 1.0])
-    b = torch.cat((b, b[:, :1]), 1)
+    b = torch.cat((b, torch.zeros_like(b[:, :1])), 1)
     factor, defect, iterations = functional.orthogonalize(b if shape[0] > shape[1] else b.mT)
     assert defect == pytest.approx(1.0, abs=1e-9) and iterations == 100
     assert (linalg.singular_values(factor)[:3] - 1).abs().max() < 1e-10
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("shape", [(60, 20), (20, 60), (40, 40), (500, 8)], ids=str)
+@pytest.mark.parametrize("smallest", [0.5, 1e-2, 1e-4])
+def test_orthogonalize_is_the_polar_factor(dtype, shape, smallest):
+    """No farther from it than twice the steps on b itself, whose rounding is that of b's condition."""
+    k = min(shape)
+    exact = with_singular_values(max(shape), k, torch.logspace(0, math.log10(smallest), k).tolist())
+    exact = exact if shape[0] >= shape[1] else exact.mT
+    b = exact.to(dtype)
+    found = functional.orthogonalize(b)
+    assert found.defect <= 8 * k * torch.finfo(dtype).eps
+    wanted, direct = linalg.polar(b), b / torch.linalg.matrix_norm(b.double(), 2).to(dtype)
+    for _ in range(40):
+        direct = 1.5 * direct - 0.5 * linalg.mul_gram(direct, linalg.gram_small(direct))
+    bound = 2 * torch.linalg.matrix_norm(direct.double() - wanted) + k * torch.finfo(dtype).eps / smallest
+    assert torch.linalg.matrix_norm(found.factor.double() - wanted) <= bound
+
+
+@pytest.mark.parametrize("batch", [(), (3,)], ids=str)
+@pytest.mark.parametrize("shape", [(30, 7), (7, 30), (9, 9)], ids=str)
+@pytest.mark.parametrize("spread", [0.0, 1e-3, 0.3, 0.9, 2.5])
+def test_retract_is_the_polar_factor(batch, shape, spread):
+    random = torch.Generator().manual_seed(0)
+    q = linalg.polar(torch.randn(*batch, *shape, dtype=torch.float64, generator=random))
+    u, s, vh = torch.linalg.svd(q, full_matrices=False)
+    b = u * (1 + spread * torch.linspace(-1, 1, s.shape[-1], dtype=torch.float64)).clamp_min(0.02).unsqueeze(-2) @ vh
+    close(linalg.retract(b), q, rtol=0.0, atol=1e-11)
+    close(linalg.retract(b.float()), q.float(), rtol=0.0, atol=1e-4 if spread > 0.5 else 3e-6)
 
 
 def test_orthogonalize_zeros_and_nothing():

@@ -24,8 +24,8 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "orthogonality": ("digits_constraints",),
     "learning_rates": ("learning_rates",),
     **{name: (name,) for name in ("descent", "descramble_linear", "descramble_signals", "descramble_digits")},
-    "dlgn_cifar10": ("gated_images", "--dataset", "cifar10"),
-    "dlgn_cifar100": ("gated_images", "--dataset", "cifar100"),
+    "dlgn_cifar10": ("dlgn_recovery", "--dataset", "cifar10"),
+    "dlgn_cifar100": ("dlgn_recovery", "--dataset", "cifar100"),
     "clusters_titanic": ("titanic",),
 }  # fmt: skip
 

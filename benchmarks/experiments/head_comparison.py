@@ -8,6 +8,7 @@ base network and without in the summary network, so that its accuracies differ i
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from benchmarks.experiments import common, datasets, images
+from benchmarks.experiments import common, datasets, images, units
 from benchmarks.experiments.images import Budget
 from benchmarks.experiments.training import Recipe, accuracy
 from benchmarks.timing import clocks
@@ -159,10 +160,15 @@ def main(arguments: list[str]) -> int:
     """Run a study's command line, whose first argument is its name, and return the exit status, 2 without the data."""
     name, *rest = arguments
     study = STUDIES[name]
-    given = images.parser(name, __doc__).parse_args(rest)
+    options = images.parser(name, __doc__)
+    units.add_options(options, "--variant", study.variants)
+    given = options.parse_args(rest)
     found = images.load(given, "cifar10")
     chosen, recipe = images.within(found, given, study.cpu, study.gpu, study.quick, study.learning_rate)
     run = common.Run(name, given)
+    if units.asked_for(given):
+        _units(study, name, given, chosen, recipe)
+        return 0
     trainer = common.Trainer(name, given, given.seeds * len(study.variants), images.settings(chosen))
     for seed in range(given.seeds):
         for variant in study.variants:
@@ -179,6 +185,18 @@ def main(arguments: list[str]) -> int:
     }
     run.finish(budget, results, recipe.epochs)
     return 0
+
+
+def _units(study: Study, name: str, given: argparse.Namespace, chosen: datasets.Images, recipe: Recipe) -> None:
+    """Train the units of the command line: a row each in NAME.jsonl, which is not trained again."""
+    sizes = {"train_images": len(chosen.y_train), "test_images": len(chosen.y_test)}
+    kept = units.Units(name, given, {**recipe._asdict(), **sizes})
+    for variant, number in units.of(given, study.variants, study.variants):
+        if kept.row(variant, number) is None:
+            trainer = common.Trainer(name, given, 1, images.settings(chosen))
+            train(study, trainer, variant, number, chosen, recipe)
+            kept.write(trainer.record()[-1])
+        print(kept.line(variant, number), flush=True)
 
 
 def step_times(study: Study, chosen: datasets.Images, recipe: Recipe, quick: bool) -> dict[str, clocks.Timing]:

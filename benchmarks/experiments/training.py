@@ -18,11 +18,12 @@ from benchmarks.records import environment, files
 
 
 class Recipe(NamedTuple):
-    """The recipe of a training: Adam with a constant learning rate."""
+    """The recipe of a training by Adam; with `decay` the learning rate falls linearly, to 0 after the last step."""
 
     epochs: int
     batch: int
     learning_rate: float
+    decay: bool = False
 
 
 History = dict[str, list[float]]  # a value for each epoch of "loss", of training "seconds", and of each measure
@@ -68,8 +69,8 @@ def train(
         seconds: A limit of time. After the first epoch none begins that would end later, by the slowest so far.
         checkpoint: A file that is written after each epoch. If it exists, training continues from it exactly, with the network,
             Adam's state, the order of batches, PyTorch's generators and the history (bit by bit on the CPU).
-        settings: Numbers that loss and measure depend on. A checkpoint keeps them with label, seed, samples, batch and learning
-            rate; where it has them, they must be equal.
+        settings: Numbers that loss and measure depend on. A checkpoint keeps them with label, seed, samples, batch, learning
+            rate and the epochs that it decays over; where it has them, they must be equal.
 
     Returns:
         A history with one value for each epoch that was reached, and the environments that made them.
@@ -88,7 +89,7 @@ def train(
     here = {name: value for name, value in environment.facts(str(x.device)).items() if name != "utc"}
     settings = {
         "label": label, "seed": seed, "samples": len(y), "batch": recipe.batch, "learning_rate": recipe.learning_rate,
-        **(settings or {}),
+        "decayed_over_epochs": recipe.epochs if recipe.decay else None, **(settings or {}),
     }  # fmt: skip
     if checkpoint is not None and checkpoint.exists():
         with users_input():
@@ -103,7 +104,10 @@ def train(
                 break
             network.train()
             total = torch.zeros((), device=x.device)
-            for index in torch.randperm(len(y), generator=shuffle).to(x.device).split(recipe.batch):
+            order = torch.randperm(len(y), generator=shuffle).to(x.device)
+            for step, index in enumerate(order.split(recipe.batch), epoch * steps):
+                for group in adam.param_groups if recipe.decay else ():
+                    group["lr"] = recipe.learning_rate * (1 - step / (recipe.epochs * steps))
                 adam.zero_grad()
                 value = loss(network, x[index], y[index])
                 value.backward()

@@ -13,6 +13,7 @@ from torch.nn.utils import parametrize
 from interp_nn.convert.models import fold, summarize
 from interp_nn.nn.base import Freezable, LinearForm, b_of_weight
 from interp_nn.nn.heads import SummaryHead
+from interp_nn.nn.polynomial_layer import PolynomialLayer, solve
 
 _SOURCES = ("linear", "summary-0.1")
 
@@ -112,8 +113,24 @@ def load_state_dict(model: nn.Module, state: Mapping[str, Tensor], *, source: st
             raise ValueError(f"{prefix}weight: belongs to a parametrized layer; load the state before `constrain`")
         if not bool(weight.isfinite().all()):
             raise ValueError(f"{prefix}weight: is not finite")
-        own[prefix + "b"] = b_of_weight(weight, module.groups, root=source == "linear")
+        own |= {prefix + name: value for name, value in _values(module, weight, source, prefix).items()}
     return model.load_state_dict(own, strict)
+
+
+def _values(layer: LinearForm, weight: Tensor, source: str, prefix: str) -> dict[str, Tensor]:
+    """Return the entries of a layer's state for a `weight`."""
+    if not isinstance(layer, PolynomialLayer) or layer.options().plain:
+        return {"b": b_of_weight(weight, layer.groups, root=source == "linear")}
+    if source != "linear":
+        raise ValueError(f"{prefix}weight: belongs to a layer with polynomial={layer.polynomial!r}, which 0.1 had not")
+    solved = solve(weight, layer.groups, layer.options(), f"{prefix}weight")
+    values = {"b": solved.b}
+    if layer.gain is not None:
+        values["gain"] = solved.gain.to(weight.dtype)
+    if layer.normalize and solved.norm is not None:
+        values["scale"] = (1 / torch.where(solved.norm > 0, solved.norm, 1.0)).to(weight.dtype).view(layer.scale.shape)
+        values |= {"u": torch.zeros_like(layer.u), "v": torch.zeros_like(layer.v)}
+    return values
 
 
 def save_pretrained(model: Any, directory: Any, **options: Any) -> None:
@@ -129,7 +146,8 @@ def save_pretrained(model: Any, directory: Any, **options: Any) -> None:
 
     Raises:
         TypeError: `model` has no `config` or no `save_pretrained`.
-        ValueError: The model has no summary layer, or one that cannot be folded. The message names the layer.
+        ValueError: The model has no summary layer, one that cannot be folded, which the message names, or layers with different
+            polynomials.
 
     Example:
         >>> save_pretrained(nn.Linear(2, 2), "checkpoint")
@@ -147,7 +165,11 @@ def save_pretrained(model: Any, directory: Any, **options: Any) -> None:
         raise ValueError(f"model: {name} ({kind}) cannot be folded: {reason}")
     if not report.converted:
         raise ValueError("model: has no summary layer; use its own save_pretrained")
-    plain.config.interp_nn = {"summary_layers": [row.name for row in report.converted]}
+    layers = dict(model.named_modules(remove_duplicate=False))
+    found = [layers[row.name].options().arguments() for row in report.converted]
+    if any(arguments != found[0] for arguments in found):
+        raise ValueError("model: has summary layers with different polynomials; want one for all")
+    plain.config.interp_nn = {"summary_layers": [row.name for row in report.converted], **found[0]}
     plain.save_pretrained(directory, **options)
 
 
@@ -179,5 +201,6 @@ def from_pretrained(kind: Any, directory: Any, **options: Any) -> Any:
     mark = getattr(getattr(model, "config", None), "interp_nn", None)
     if not isinstance(mark, dict) or "summary_layers" not in mark:
         raise ValueError(f"directory: {directory} was not saved by interp_nn.convert.save_pretrained; use summarize")
-    summarize(model, select=mark["summary_layers"])
+    options = {name: value for name, value in mark.items() if name != "summary_layers"}
+    summarize(model, select=mark["summary_layers"], **options)
     return model

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from interp_nn.nn.base import LinearForm
+from interp_nn.nn.polynomial_layer import PolynomialLayer
 from interp_nn.nn.weights import own_name
 
 Select = str | Iterable[str] | Callable[[str, nn.Module], bool] | None
@@ -98,7 +99,11 @@ class Convertible:
                         module, f"its {name} overlaps {self._name(*owners[other][0])} in memory"
                     )
         for shared in owners.values():
-            kinds = {(type(m), getattr(m, "groups", 1)) for m, _ in shared}
+            # One b with another polynomial, gain or norm is another weight.
+            kinds = {
+                (type(m), getattr(m, "groups", 1), m._weight_key() if isinstance(m, PolynomialLayer) else ())
+                for m, _ in (shared if len(shared) > 1 else ())
+            }
             stays = next(((m, n) for m, n in shared if m not in self.layers or m in self.unsupported), None)
             for module, name in shared:
                 other = stays or (next(s for s in shared if s[0] is not module) if len(kinds) > 1 else None)

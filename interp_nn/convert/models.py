@@ -14,10 +14,12 @@ from torch.nn.utils import parametrize
 from interp_nn.convert.eligible import Convertible, Select, memory
 from interp_nn.engines.problem import Plan
 from interp_nn.engines.select import plan
+from interp_nn.nn import diagnosis
 from interp_nn.nn.base import LinearForm, as_matrix
 from interp_nn.nn.conv import SummaryConv2d
 from interp_nn.nn.linear import SummaryLinear
-from interp_nn.nn.weights import check_preserve, exact_effective_weight, own_name, preserving_b
+from interp_nn.nn.polynomial_layer import Normalize, Options, PolynomialLayer, Solved, options_of, solved_weight
+from interp_nn.nn.weights import check_preserve, own_name, solved_from
 
 _SUMMARY: dict[type, type] = {nn.Linear: SummaryLinear, nn.Conv2d: SummaryConv2d}
 _PLAIN: dict[type, type] = {summary: plain for plain, summary in _SUMMARY.items()}
@@ -114,13 +116,25 @@ class Report:
 
 
 def summarize(
-    model: nn.Module, *, select: Select = None, preserve: str = "function", dry_run: bool = False, rows: int = 1024
+    model: nn.Module,
+    *,
+    select: Select = None,
+    preserve: str = "function",
+    polynomial: str | Sequence[float] = "summary",
+    normalize: Normalize | None = None,
+    gain: bool | None = None,
+    dry_run: bool = False,
+    rows: int = 1024,
 ) -> Report:
     """Make each nn.Linear of a model a SummaryLinear and each nn.Conv2d a SummaryConv2d, in place.
 
+    To train a whole network, take `polynomial="newton-schulz"` and call `interp_nn.nn.follow(optimizer, model)`: the summary
+    diverges at learning rates at which plain layers train. It is for heads.
+
     The layer's class changes, and its parameter `weight` is renamed `b` and gets the values of b; a linear layer's also gets b's
     shape (in, out), in the same memory, and loses its gradient. Parameters are the same objects, so tied weights stay tied. An
-    optimizer stays attached if it has taken no step; afterwards make a new one, because its moments are those of the old weight.
+    optimizer stays attached if it has taken no step and there are no gains; else make a new one, because its moments are those of
+    the old weight and it has no gains.
     Hooks, flags, dtype and device do not change. To convert a copy, pass `copy.deepcopy(model)`. `fold` is the inverse.
 
     Code that reads a converted layer's `weight` gets the effective weight. Code that writes it raises ValueError when it runs.
@@ -135,9 +149,11 @@ def summarize(
         model: The model.
         select: The layers to convert: a path ("blocks.0.mlp.fc1"), a pattern ("blocks.*.fc?", where * matches dots too),
             several of these, or a function of (path, module). None selects all.
-        preserve: "function" keeps the model's outputs: each b gets the cube roots of its weight's singular values, computed
-            in float64 and rounded to the weight's dtype. "weight" takes the (transposed) weights as b, and changes the outputs
-            wherever a weight is not orthonormal.
+        preserve: "function" keeps the model's outputs: each b, and gain, is solved for in float64 and rounded to the weight's
+            dtype. "weight" takes the (transposed) weights as b, and changes the outputs wherever a weight is not orthonormal.
+        polynomial: As in `SummaryLinear`, for all converted layers.
+        normalize: As in `SummaryLinear`.
+        gain: As in `SummaryLinear`.
         dry_run: Compute the same report and change nothing.
         rows: Number of rows (batch times positions) that the report's plans are for.
 
@@ -145,9 +161,9 @@ def summarize(
         A report of the converted and skipped layers.
 
     Raises:
-        TypeError: `model` is not an nn.Module, or `select` is of another type.
-        ValueError: `select` chooses no layer, or gives the exact path of a layer that cannot be converted; `preserve` or
-            `rows` is something else.
+        TypeError: `model` is not an nn.Module, or `select` or an option is of another type.
+        ValueError: `select` chooses no layer, or gives the exact path of a layer that cannot be converted; `preserve`, `rows` or
+            an option is something else; no b gives a layer's weight, which the message names.
 
     Example:
         >>> model, x = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2)), torch.ones(1, 4)
@@ -158,7 +174,8 @@ def summarize(
     check_preserve(preserve)
     if not isinstance(rows, int) or rows < 0:
         raise ValueError(f"rows: got {rows!r}, want an integer >= 0")
-    return _convert(f"summarize, {preserve} kept", model, select, _SUMMARY, preserve, dry_run, rows)
+    options = options_of(polynomial, normalize, gain)
+    return _convert(f"summarize, {preserve} kept", model, select, _SUMMARY, preserve, dry_run, rows, options)
 
 
 def fold(model: nn.Module) -> Report:
@@ -188,36 +205,55 @@ def fold(model: nn.Module) -> Report:
 
 
 def _convert(
-    title: str, model: nn.Module, select: Select, classes: dict[type, type], preserve: str, dry_run: bool, rows: int
+    title: str,
+    model: nn.Module,
+    select: Select,
+    classes: dict[type, type],
+    preserve: str,
+    dry_run: bool,
+    rows: int,
+    options: Options | None = None,
 ) -> Report:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: got {type(model).__name__}, want a torch.nn.Module")
     found = Convertible(model, select, classes, values=preserve == "function")
     reasons = found.unsupported
+    for m in found.layers:
+        if isinstance(m, LinearForm):
+            diagnosis.look(m, found.paths[m][0])
     skipped = [Skipped(found.paths[m][0], type(m).__name__, reasons[m]) for m in found.layers if m in reasons]
     layers: list[Any] = [m for m in found.layers if m not in reasons]
     converted, written = [], {}
+    ties: dict[nn.Module, object] = {}
     errors: dict[object, float | None] = {}  # tied weights are computed and written once
     for layer in layers:  # everything that can fail, before anything changes
         name, held = found.paths[layer][0], getattr(layer, own_name(layer))
-        tie = layer if parametrize.is_parametrized(layer) else memory(held)
+        tie = ties[layer] = layer if parametrize.is_parametrized(layer) else memory(held)
         if tie not in errors:
-            written[layer], errors[tie] = _other_value(name, layer, held, preserve)
-        converted.append(_row(name, layer, held, classes[_kind(layer)], errors[tie], rows))
+            written[layer], errors[tie] = _other_value(name, layer, held, preserve, options)
+        converted.append(_row(name, layer, held, classes[_kind(layer)], errors[tie], rows, options))
     reshaped: set[int] = set()
+    first: dict[object, PolynomialLayer] = {}
     for layer in layers if not dry_run else ():
         if parametrize.is_parametrized(layer):
             for parameter in list(layer.parametrizations):
                 parametrize.remove_parametrizations(layer, parameter)
-        _rename(layer, reshaped)
-        if layer in written:
-            with torch.no_grad():
-                layer._parameters[_other_name(layer)].copy_(written.pop(layer))
-        if isinstance(layer, LinearForm):
+        if isinstance(layer, PolynomialLayer):
+            layer._clear_options()
             layer._drop_gram()
+        _rename(layer, reshaped)
+        new = written.pop(layer, None)
+        if new is not None:
+            with torch.no_grad():
+                layer._parameters[_other_name(layer)].copy_(new.b)
         for state in ("_frozen", "_gram_cache", "constraint"):
             vars(layer).pop(state, None)
         layer.__class__ = classes[type(layer)]
+        if isinstance(layer, PolynomialLayer) and options is not None:
+            layer._set_options(options)
+            if new is not None:
+                layer._write_solved(new)
+            layer._share_options(first.setdefault(ties[layer], layer))
         # Compiled models must be compiled again, and PyTorch 2.10's guards check a class only if a dict has changed.
         vars(layer)["converted"] = True
         del vars(layer)["converted"]
@@ -255,30 +291,36 @@ def _rename(layer: nn.Module, reshaped: set[int]) -> None:
     layer._parameters.update(entries)
 
 
-def _other_value(name: str, layer: nn.Module, held: Tensor, preserve: str) -> tuple[Tensor, float | None]:
+def _other_value(
+    name: str, layer: nn.Module, held: Tensor, preserve: str, options: Options | None
+) -> tuple[Solved, float | None]:
     """Compute the weight or b for the layer's other kind, and the relative change of the effective weight."""
-    groups = getattr(layer, "groups", 1)
-    if _kind(layer) in _PLAIN:
-        before = exact_effective_weight(held, groups)
-        new = before.to(held.dtype)
-        after = new.double()
+    if isinstance(layer, LinearForm):
+        before = layer.exact_weight()
+        new = Solved(before.to(held.dtype), before.new_ones(1), None)
+        after = new.b.double()
     else:
+        assert options is not None
+        groups = getattr(layer, "groups", 1)
         before = held.detach().double()
-        new = preserving_b(name, held, preserve, groups)
-        after = exact_effective_weight(new, groups)
-    if new.is_meta:
+        new = solved_from(name, held, preserve, options, groups)
+        after = before if held.is_meta else solved_weight(new, groups, options)
+    if held.is_meta:
         return new, None
     size = float(torch.linalg.vector_norm(before))
     return new, float(torch.linalg.vector_norm(after - before)) / size if size else 0.0
 
 
-def _row(name: str, layer: Any, held: Tensor, now: type, error: float | None, rows: int) -> Converted:
+def _row(
+    name: str, layer: Any, held: Tensor, now: type, error: float | None, rows: int, options: Options | None
+) -> Converted:
     groups = getattr(layer, "groups", 1)
     rows_of_weight = as_matrix(held, 1).mT if isinstance(layer, LinearForm) else held.flatten(1)
     (k, d), how = rows_of_weight.shape, None
-    if now is SummaryLinear:
+    if now is SummaryLinear and options is not None:
+        degree = None if options.plain else len(options.coefficients) - 1
         with suppress(RuntimeError):  # the requested engine cannot compute it
-            how = plan(rows, d, k, dtype=held.dtype, device=held.device)
+            how = plan(rows, d, k, dtype=held.dtype, device=held.device, degree=degree)
     parameters = held.numel() + (0 if layer.bias is None else layer.bias.numel())
     return Converted(name, _kind(layer).__name__, now.__name__, (d, k // groups), groups, parameters, how, error)
 

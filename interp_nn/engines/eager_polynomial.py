@@ -22,9 +22,10 @@ from torch import Tensor
 from interp_nn.engines.eager import _add_product, _affine, _columns, _correlate, _twice_symmetric
 from interp_nn.engines.orders import head_by_gram
 from interp_nn.engines.problem import Plan
-from interp_nn.linalg import accumulation_dtype, gram, gram_small, is_column_major, mul_gram
+from interp_nn.linalg import accumulation_dtype, gram, is_column_major, mul_gram, polynomial_terms, polynomial_weight
 
 MOST_COEFFICIENTS = 5
+_EXACT = (torch.float32, torch.float64)
 SAVING = Plan("eager", "(Xb)q", saves=True)
 
 
@@ -55,7 +56,7 @@ def forward(
         if len(c) == 1:
             return p, base, []
         g = gram(b)
-        terms = _without_constant(g, c)
+        terms = polynomial_terms(g, c)
         return p, _add_product(base, p, terms), [p, g, terms]
     if plan.order == "((Xb)bᵀ)b...":
         p = x @ b
@@ -67,7 +68,7 @@ def forward(
     if len(c) == 1:
         return projection, _affine(x, c[0] * b, bias), []
     g = gram(b) if plan.order == "X(bq)" else gram(b.mT)
-    terms = _without_constant(g, c)
+    terms = polynomial_terms(g, c)
     w = _weight(b, terms, c[0], plan.order != "X(bq)")
     return projection, _affine(x, w, bias), [g, terms, w]
 
@@ -105,30 +106,19 @@ def backward(
                 dx = _add_product(None if dp is None else dp @ b.mT, dy, w.mT)
         if need_scaled or need_c:
             if by_projection:
-                t = p.mT @ dy
-            else:
-                s = _correlate(x, dy)
-                t = b.mT @ s if plan.order == "X(bq)" else s @ b.mT
-            m, dc = _derivative(g, _twice_symmetric(t), c, need_c)
-            if not need_scaled:
-                pass
-            elif by_projection:
-                db = _add_product(_correlate(x, d), b, m)
+                m, dc = _derivative(g, _twice_symmetric(p.mT @ dy), c, need_c)
+                db = _add_product(_correlate(x, d), b, m) if need_scaled else None
             else:
                 left = plan.order != "X(bq)"
-                db = _add_product(c[0] * s, *((terms, s) if left else (s, terms)))
-                db = _add_product(db, *((m, b) if left else (b, m)))
-                db = db if dp is None else _add_product(db, x.mT, dp)
+                db, dc = _through_weight(_correlate(x, dy), b, (g, terms), c, left, need_scaled, need_c)
+                db = db if db is None or dp is None else _add_product(db, x.mT, dp)
             dc = None if dc is None else dc.to(q.coefficients.dtype)
     dbias = None
     if need_bias:
         dbias = b.new_zeros(b.shape[-1]) if dy is None else dy.sum(0)
     da = None
-    if need_a:
-        assert db is not None and q.scale is not None
-        da = _inner(db, given).to(q.scale.dtype)
-    if q.scale is not None and db is not None:
-        db = db * q.scale
+    if db is not None:
+        db, da = _through_scale(db, given, q, need_a)
     return dx, db if need_b else None, dbias, dc, da
 
 
@@ -145,11 +135,57 @@ def gradient(
 
 def weight(b: Tensor, q: Polynomial) -> Tensor:
     """Return the effective weight a b q(a² bᵀb) through the smaller of the two Gram matrices, in b's order of memory."""
-    b = _scaled(b, q)
-    c = q.coefficients.unbind()
-    if len(c) == 1:
-        return c[0] * b
-    return c[0] * b + mul_gram(b, _without_constant(gram_small(b), c))
+    return polynomial_weight(b, q.coefficients.unbind(), q.scale)
+
+
+def weight_forward(b: Tensor, q: Polynomial) -> tuple[Tensor, list[Tensor]]:
+    """Compute (W, saved tensors) of b (d, k) for `weight_backward`, for degree 1 or more."""
+    scaled, c, left = _scaled(b, q), q.coefficients.unbind(), b.shape[1] > b.shape[0]
+    g = gram(scaled.mT) if left else gram(scaled)
+    terms = polynomial_terms(g, c)
+    if b.dtype in _EXACT:
+        terms.diagonal().add_(c[0])  # rounds no more than the sum with c0 b, which is a pass over b
+        w = mul_gram(scaled, terms)
+    else:
+        w = _weight(scaled, terms, c[0], left)
+    return w, [g, terms] if q.scale is None else [g, terms, scaled]
+
+
+def weight_backward(
+    dw: Tensor, b: Tensor, q: Polynomial, saved: Sequence[Tensor], needs: Sequence[bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Compute the needed ones of (db, dc, da)."""
+    need_b, need_c, need_a = needs
+    g, terms, scaled = (*saved, b)[:3]
+    c, left, need_scaled = q.coefficients.unbind(), b.shape[1] > b.shape[0], need_b or need_a
+    if b.dtype in _EXACT:
+        m, dc = _derivative(g, _twice_symmetric(dw @ scaled.mT if left else scaled.mT @ dw), c, need_c)
+        db = mul_gram(dw, terms).addmm_(*((m, scaled) if left else (scaled, m))) if need_scaled else None
+    else:
+        db, dc = _through_weight(dw, scaled, (g, terms), c, left, need_scaled, need_c)
+    da = None
+    if db is not None:
+        db, da = _through_scale(db, b, q, need_a)
+    return db if need_b else None, None if dc is None else dc.to(q.coefficients.dtype), da
+
+
+def _through_weight(
+    s: Tensor, b: Tensor, saved: Sequence[Tensor], c: Sequence[Tensor], left: bool, need_b: bool, need_c: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """Return (db̂, dc) from the gradient S of the weight, by K = b̂ b̂ᵀ if `left`."""
+    g, terms = saved
+    m, dc = _derivative(g, _twice_symmetric(s @ b.mT if left else b.mT @ s), c, need_c)
+    if not need_b:
+        return None, dc
+    db = _add_product(c[0] * s, *((terms, s) if left else (s, terms)))
+    return _add_product(db, *((m, b) if left else (b, m))), dc
+
+
+def _through_scale(db: Tensor, b: Tensor, q: Polynomial, need_a: bool) -> tuple[Tensor, Tensor | None]:
+    """Return (db, da) from db̂."""
+    if q.scale is None:
+        return db, None
+    return db * q.scale, _inner(db, b).to(q.scale.dtype) if need_a else None
 
 
 def logits(x: Tensor, b: Tensor, a: Tensor, bias: Tensor | None, q: Polynomial, plan: Plan) -> tuple[Tensor, Tensor]:
@@ -170,16 +206,6 @@ def logits(x: Tensor, b: Tensor, a: Tensor, bias: Tensor | None, q: Polynomial, 
 
 def _scaled(b: Tensor, q: Polynomial) -> Tensor:
     return b if q.scale is None else b * q.scale
-
-
-def _without_constant(g: Tensor, c: Sequence[Tensor]) -> Tensor:
-    """Return c1 G + c2 G² + G² (c3 G + c4 G²), with as few products as can be."""
-    total = c[1] * g
-    if len(c) == 2:
-        return total
-    square = g @ g
-    total = total + c[2] * square
-    return total if len(c) == 3 else _add_product(total, square, _upper(g, square, c))
 
 
 def _upper(g: Tensor, square: Tensor, c: Sequence[Tensor]) -> Tensor:

@@ -1,5 +1,6 @@
 """Layers that compute the summary Y = X b (bᵀb), the reference network's head and loss, and gated networks."""
 
+from interp_nn.nn.cached_weights import cached_weights
 from interp_nn.nn.conv import SummaryConv2d
 from interp_nn.nn.gated.from_relu import DualNetwork, to_dgn
 from interp_nn.nn.gated.gates import GatedConv2d, GatedLinear, HardGate, SoftGate
@@ -10,6 +11,7 @@ from interp_nn.nn.heads import SummaryClassifier, SummaryHead, SummaryLayer
 from interp_nn.nn.linear import SummaryLinear
 from interp_nn.nn.loss import SummaryLoss
 from interp_nn.nn.orthogonality import constrain, orthogonality_penalty, retract_
+from interp_nn.nn.spectral_norm import follow, update_spectral_norms
 
 __all__ = [
     "DGN",
@@ -29,11 +31,14 @@ __all__ = [
     "SummaryLayer",
     "SummaryLinear",
     "SummaryLoss",
+    "cached_weights",
     "constrain",
     "copy_gates",
     "fix_gates",
+    "follow",
     "orthogonality_penalty",
     "permute_gates",
     "retract_",
     "to_dgn",
+    "update_spectral_norms",
 ]

@@ -10,7 +10,9 @@ from torch.nn.utils import parametrize
 from torch.utils.hooks import RemovableHandle
 
 from interp_nn import linalg
+from interp_nn.nn import diagnosis
 from interp_nn.nn.effective_weight import READ_ONLY, EffectiveWeight
+from interp_nn.nn.symbolic import weight_in_graph
 from interp_nn.ops.library import is_dtensor, is_wrapped, transforming
 
 _EXACT = (torch.float32, torch.float64)
@@ -52,6 +54,8 @@ class LinearForm(nn.Module):
         operations; a frozen layer returns its cached weight. Where b is sharded, a read is collective: every rank must read,
         and gets a DTensor. Compiled code, torch.func and sharded layers get a plain tensor, whose in-place writes are lost.
         """
+        if (proxy := weight_in_graph(self)) is not None:
+            return proxy
         try:
             return EffectiveWeight.of(self._weight_now())
         except AttributeError as error:  # nn.Module would report a missing attribute `weight`
@@ -77,14 +81,16 @@ class LinearForm(nn.Module):
         Raises:
             ValueError: The shape differs, or a value is not finite.
         """
+        self._write(b_of_weight(self._checked_weight(weight), self.groups))
+
+    def _checked_weight(self, weight: Tensor) -> Tensor:
         shape = weight_shape(self.b)
         if weight.shape != shape:
             raise ValueError(f"weight: got shape {tuple(weight.shape)}, want {tuple(shape)}")
-        whole: Any = weight
-        whole = (whole.full_tensor() if is_dtensor(whole) else whole).detach().to(self.b.device, self.b.dtype)
-        if not bool(whole.isfinite().all()):
+        found = whole(weight).detach().to(self.b.device, self.b.dtype)
+        if not bool(found.isfinite().all()):
             raise ValueError(f"weight: got a value that is not finite in {self.b.dtype}")
-        self._write(b_of_weight(whole, self.groups))
+        return found
 
     def matrix(self) -> Tensor:
         """Return b (in, out), a view of the parameter; (groups, in, out per group) for grouped layers."""
@@ -92,8 +98,7 @@ class LinearForm(nn.Module):
 
     def whole_matrix(self) -> Tensor:
         """Return `matrix()`, gathered from all devices if `b` is a DTensor."""
-        b: Any = self.b
-        return as_matrix(b.full_tensor() if is_dtensor(b) else b, self.groups)
+        return as_matrix(whole(self.b), self.groups)
 
     def gram(self) -> Tensor:
         """Compute the Gram matrix bᵀb (out, out), differentiable; (groups, ...) for grouped layers."""
@@ -101,17 +106,38 @@ class LinearForm(nn.Module):
 
     def effective_weight(self) -> Tensor:
         """Compute `weight` as a plain tensor, differentiable: the weight of the plain layer with the same outputs."""
-        return linalg.effective_weight(self.matrix()).mT.reshape(weight_shape(self.b))
+        return self._weight_of(self.matrix()).mT.reshape(weight_shape(self.b))
+
+    @torch.no_grad()
+    def exact_weight(self) -> Tensor:
+        """Compute `weight` in float64, without gradient."""
+        exact = as_matrix(self.b.detach().double(), self.groups)
+        return (self._weight_of(exact) if exact.numel() else exact).mT.reshape(weight_shape(self.b))
+
+    def _weight_of(self, matrix: Tensor) -> Tensor:
+        return linalg.effective_weight(matrix)
 
     def _weight_now(self) -> Tensor:
-        return self.effective_weight().contiguous()
+        return self.effective_weight().contiguous().to(memory_format=memory_format(self.b))
 
-    def spectrum(self) -> Tensor:
-        """Compute the singular values of b, (min(in, out),) float64, descending; the effective weight has their cubes."""
-        return linalg.singular_values(self.whole_matrix())
+    def _is_summary(self) -> bool:
+        return True
+
+    def spectrum(self, weight: bool = False) -> Tensor:
+        """Compute the singular values of b, or those of the effective weight, (min(in, out),) float64, descending.
+
+        Raises ValueError if b is not finite. A summary warns once for a layer if its orthogonality defect exceeds 1.
+        """
+        s = linalg.singular_values(linalg.check_finite(self.whole_matrix()))
+        if s.numel() and not s.is_meta and self._is_summary():
+            diagnosis.look_at_norm(self, float(s.max()))
+        return s.pow(3) if weight else s
 
     def orthogonality_defect(self) -> float:
-        """Compute max |s - 1| over the singular values s of b. It is 0 if b has orthonormal columns or rows."""
+        """Compute max |s - 1| over the singular values s of b. It is 0 if b has orthonormal columns or rows.
+
+        Raises ValueError if b is not finite.
+        """
         return linalg.orthogonality_defect(self.whole_matrix())
 
     @torch.no_grad()
@@ -184,13 +210,8 @@ class LinearForm(nn.Module):
         """Write a whole tensor of b's shape into b."""
         if parametrize.is_parametrized(self, "b"):
             self.b = value  # type: ignore[assignment] # by the parametrization's right inverse
-        elif is_dtensor(self.b):
-            from torch.distributed.tensor import DTensor, Replicate
-
-            mesh = self.b.device_mesh  # type: ignore[attr-defined]
-            self.b.copy_(DTensor.from_local(value, mesh, [Replicate()] * mesh.ndim, run_check=False))
         else:
-            self.b.copy_(value)
+            write_whole(self.b, value)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         if prefix + "weight" in state_dict and prefix + "b" not in state_dict:
@@ -205,8 +226,26 @@ class LinearForm(nn.Module):
         self._drop_gram()  # before b's memory is freed
         return super()._apply(*args, **kwargs)
 
+    def train(self, mode: bool = True) -> Any:
+        """Set training or evaluation mode; return the module. Evaluation mode warns, once, if b is not finite."""
+        if not mode:
+            diagnosis.look(self)
+        return super().train(mode)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        diagnosis.look(self, prefix[:-1])
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name != "_gram_cache"}
+        state: dict[str, Any] = super().__getstate__()
+        return {name: value for name, value in state.items() if name != "_gram_cache"}
+
+    def __prepare_scriptable__(self) -> Any:
+        """Refuse torch.jit.script, which calls this for each module of a model."""
+        raise TypeError(
+            f"torch.jit.script: cannot compile {type(self).__name__}; call interp_nn.convert.fold(model) first, which makes "
+            "plain layers of the same function, or use torch.jit.trace or torch.export.export"
+        )
 
     def _note(self) -> str:
         return f", constraint={self.constraint!r}" if self.constraint else ""
@@ -228,6 +267,7 @@ class Freezable(LinearForm):
         Returns:
             The module.
         """
+        diagnosis.look(self)
         self._frozen = self._freeze()
         return self
 
@@ -273,7 +313,36 @@ class Freezable(LinearForm):
     def _freeze(self) -> _Cached:
         # The cached weight must serve in every mode, whichever this is called in.
         with torch.inference_mode(False), torch.no_grad(), linalg.autocast_off(self.b.device):
-            return self._cached(self.effective_weight().contiguous().detach())
+            return self._cached(super()._weight_now().detach())
+
+
+def memory_format(t: Tensor) -> torch.memory_format:
+    """Return channels_last for a four-dimensional t with such strides, else contiguous_format."""
+    last = t.dim() == 4 and t.stride(1) == 1 and t.stride(3) == t.shape[1] > 1
+    return torch.channels_last if last else torch.contiguous_format
+
+
+def whole(t: Any) -> Tensor:
+    """Return a tensor, gathered from all devices if it is a DTensor."""
+    gathered: Tensor = t.full_tensor() if is_dtensor(t) else t
+    return gathered
+
+
+def as_placed(value: Tensor, like: Any) -> Tensor:
+    """Return a whole tensor as a DTensor, replicated on the mesh of `like`, if that is one."""
+    if not is_dtensor(like) or is_dtensor(value):
+        return value
+    from torch.distributed.tensor import DTensor, Replicate
+
+    mesh = like.device_mesh
+    placed: Tensor = DTensor.from_local(value, mesh, [Replicate()] * mesh.ndim, run_check=False)
+    return placed
+
+
+def write_whole(target: Any, value: Tensor) -> None:
+    """Write a whole tensor into another one of its shape, or into the parts of a DTensor."""
+    placed: Any = as_placed(value, target)
+    target.copy_(placed.redistribute(placements=target.placements) if is_dtensor(target) else placed)
 
 
 def as_matrix(b: Tensor, groups: int) -> Tensor:

@@ -12,6 +12,7 @@ from interp_nn import functional
 from interp_nn.functional import SummaryPair
 from interp_nn.nn.base import LinearForm
 from interp_nn.nn.loss import SummaryLoss
+from interp_nn.nn.symbolic import call_in_graph
 
 
 class SummaryLayer(LinearForm):
@@ -50,6 +51,8 @@ class SummaryLayer(LinearForm):
 
     def forward(self, x: Tensor) -> Any:
         """Compute the `SummaryPair` of x (..., in_features), each (..., out_features)."""
+        if (call := call_in_graph(self, x)) is not None:
+            return call
         return functional.summary_pair(x, self.b)
 
     def projection(self, x: Tensor) -> Tensor:
@@ -92,6 +95,8 @@ class SummaryClassifier(SummaryLayer):
 
     def forward(self, x: Tensor) -> Any:
         """Compute a `SummaryPair` of logits (..., num_classes) in training mode, one tensor of them in evaluation mode."""
+        if (call := call_in_graph(self, x)) is not None:
+            return call
         return super().forward(x) if self.training else self.projection(x)
 
     def loss(
@@ -163,6 +168,8 @@ class SummaryHead(SummaryLayer):
 
     def forward(self, x: Tensor) -> Any:
         """Compute a `SummaryPair` of logits (..., num_classes) in training mode, one tensor of them in evaluation mode."""
+        if (call := call_in_graph(self, x)) is not None:
+            return call
         if not self.training:
             return self.output(self.projection(x))
         return SummaryPair(*map(self.output, super().forward(x)))

@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from interp_nn import functional
-from interp_nn.nn.base import Freezable
-from interp_nn.nn.weights import copy_parameters, folded_weight, meta_arguments, preserving_b
+from interp_nn.nn.polynomial_layer import Normalize, PolynomialLayer, options_of
+from interp_nn.nn.symbolic import call_in_graph
+from interp_nn.nn.weights import copy_parameters, folded_weight, meta_arguments, solved_from
 
 
-class SummaryLinear(Freezable):
-    """Compute y = x b (bᵀb) + bias with nn.Linear's signature.
+class SummaryLinear(PolynomialLayer):
+    """Compute y = x b (bᵀb) + bias, or y = g x b̂ q(b̂ᵀb̂) + bias for a polynomial q, with nn.Linear's signature.
 
-    The parameters are `b` (in_features, out_features) and `bias` (out_features,). `weight` (out_features, in_features) is the
-    effective weight (b (bᵀb))ᵀ, computed from b: the layer equals an nn.Linear with it. b starts orthonormal, where it is
-    weightᵀ, and bias starts as in nn.Linear. Training does not keep b orthonormal; see `constrain`. b has the shape that it has
-    in the equation, because the transposed layout is not faster.
+    The parameters are `b` (in_features, out_features), `bias` (out_features,) and with a gain `gain` (1,). `weight`
+    (out_features, in_features) is the effective weight, computed from b: the layer equals an nn.Linear with it. b starts
+    orthonormal, bias starts as in nn.Linear, the gain at 1. For all named polynomials the weight starts as bᵀ. b has the shape
+    that it has in the equation, because the transposed layout is not faster.
+
+    The summary is q(G) = G. It is for heads: a whole network of it diverges at learning rates at which nn.Linear trains. For
+    whole networks take `polynomial="newton-schulz"`, which is y = g x b̂ (3 I - b̂ᵀb̂) / 2 with b̂ = b / σ, and call
+    `interp_nn.nn.follow(optimizer, model)` once, which updates the spectral norm σ of b after each step.
 
     Args:
         in_features: Size of each input row, d.
@@ -27,11 +33,24 @@ class SummaryLinear(Freezable):
         bias: If True, the layer has a bias.
         device: Device of the parameters; None is PyTorch's default device.
         dtype: float64, float32, bfloat16 or float16; None is PyTorch's default dtype.
+        polynomial: "summary", "newton-schulz", "pc-1" to "pc-4", or one to five coefficients of q, the constant first.
+        normalize: If True, b̂ = b / σ. "restore" also multiplies y by σ, as published for PC layers. If False, b̂ = b. None is
+            True for "newton-schulz", "restore" for PC layers, and False for the others. σ is a constant to autograd.
+        gain: If True, y has a learned factor g. None is True for "newton-schulz" and PC layers, and False for the others.
+
+    Raises:
+        TypeError: `polynomial` or `gain` is of another type.
+        ValueError: `polynomial` or `normalize` is not one of these.
 
     Example:
         >>> layer = SummaryLinear(4, 3)
         >>> layer(torch.ones(2, 4)).shape, layer.orthogonality_defect() < 1e-5
         (torch.Size([2, 3]), True)
+        >>> SummaryLinear(4, 3, polynomial="newton-schulz")
+        SummaryLinear(in_features=4, out_features=3, bias=True, polynomial='newton-schulz', normalize=True, gain=True)
+
+    Source:
+        Banh, Interpretable-Neural-Net; for "pc-1" to "pc-4": PC Layer, arXiv 2606.06470.
     """
 
     def __init__(
@@ -41,30 +60,41 @@ class SummaryLinear(Freezable):
         bias: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        *,
+        polynomial: str | Sequence[float] = "summary",
+        normalize: Normalize | None = None,
+        gain: bool | None = None,
     ) -> None:
         super().__init__()
+        options = options_of(polynomial, normalize, gain)
         self.in_features, self.out_features = in_features, out_features
         self.b = nn.Parameter(torch.empty(in_features, out_features, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
+        self._set_options(options)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw b as a random orthonormal matrix, and the bias as nn.Linear does."""
-        self.reset_orthogonal_()
+        """Draw b as a random orthonormal matrix, and the bias as nn.Linear does; a gain becomes 1."""
+        self._reset_b()
         if self.bias is not None:
             bound = 1 / math.sqrt(self.in_features) if self.in_features else 0.0
             nn.init.uniform_(self.bias, -bound, bound)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Compute x b (bᵀb) + bias, (..., out_features), for x (..., in_features)."""
-        frozen = self.frozen_weight()
-        if frozen is not None:
-            return nn.functional.linear(x, frozen, self.bias)
+    def forward(self, input: Tensor) -> Tensor:
+        """Compute y (..., out_features) for the input x (..., in_features)."""
+        if (call := call_in_graph(self, input)) is not None:
+            return call
+        formed = self.formed_weight()
+        if formed is not None:
+            return nn.functional.linear(input, formed, self.bias)
+        if not self._is_summary():
+            self._warn_if_stale()
+            return functional.summary(input, self.b, self.bias, **self._functional_options())
         if self.constraint == "penalty":
-            y, gram = functional.summary_and_gram(x, self.b, self.bias)
+            y, gram = functional.summary_and_gram(input, self.b, self.bias)
             self._cache_gram(gram)
             return y
-        return functional.summary(x, self.b, self.bias)
+        return functional.summary(input, self.b, self.bias)
 
     def fold(self) -> nn.Linear:
         """Return a plain nn.Linear that computes the same function, with the weight formed in float64."""
@@ -73,30 +103,43 @@ class SummaryLinear(Freezable):
         return out
 
     @classmethod
-    def from_linear(cls, linear: nn.Linear, preserve: str = "function") -> SummaryLinear:
+    def from_linear(
+        cls,
+        linear: nn.Linear,
+        preserve: str = "function",
+        *,
+        polynomial: str | Sequence[float] = "summary",
+        normalize: Normalize | None = None,
+        gain: bool | None = None,
+    ) -> SummaryLinear:
         """Make a summary layer from an nn.Linear.
 
         Args:
             linear: The layer; it is not changed.
-            preserve: "function" keeps the outputs: b gets the cube roots of the weight's singular values, computed in
-                float64. "weight" takes the transposed weight as b, and changes the outputs unless it is orthonormal.
+            preserve: "function" keeps the outputs: b is computed in float64, as by `set_weight_`. "weight" takes the transposed
+                weight as b, and changes the outputs unless it is orthonormal.
+            polynomial: As in the constructor.
+            normalize: As in the constructor.
+            gain: As in the constructor.
 
         Returns:
             A SummaryLinear with parameters of its own, in the layer's dtype and on its device.
 
         Raises:
-            TypeError: `linear` is not an nn.Linear, or its weight is uninitialized.
-            ValueError: `preserve` is something else.
+            TypeError: `linear` is not an nn.Linear, or its weight is uninitialized; an option is of another type.
+            ValueError: `preserve` or an option is something else; or no b gives the weight, as in `set_weight_`.
         """
         if not isinstance(linear, nn.Linear):
             raise TypeError(f"linear: got {type(linear).__name__}, want nn.Linear")
-        b = preserving_b("linear", linear.weight, preserve)
-        out = cls(**_linear_arguments(linear)).to_empty(device=b.device)
-        copy_parameters(linear, out, b)
+        options = options_of(polynomial, normalize, gain)
+        solved = solved_from("linear", linear.weight, preserve, options)
+        out = cls(**_linear_arguments(linear), **options.arguments()).to_empty(device=solved.b.device)
+        copy_parameters(linear, out, solved.b)
+        out._write_solved(solved)
         return out
 
     def extra_repr(self) -> str:
-        """Return the sizes, constraint and frozen state for repr."""
+        """Return the sizes, options, constraint and frozen state for repr."""
         bias = self.bias is not None
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={bias}{self._note()}"
 

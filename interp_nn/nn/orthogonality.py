@@ -10,6 +10,7 @@ from torch.autograd import Function
 from torch.nn.utils import parametrizations, parametrize
 
 from interp_nn import linalg
+from interp_nn.nn import diagnosis
 from interp_nn.nn.base import LinearForm, as_parameter
 from interp_nn.nn.weights import tied_parameters
 from interp_nn.ops.library import is_dtensor
@@ -26,8 +27,7 @@ def constrain(model: nn.Module, constraint: str | None) -> nn.Module:
     Args:
         model: The model, changed in place.
         constraint: "penalty": you add a multiple of `orthogonality_penalty(model)` to the loss. "retract": you call
-            `retract_(model)` after each step of the optimizer, or register it:
-            `optimizer.register_step_post_hook(lambda *_: retract_(model))`. "parametrization":
+            `interp_nn.nn.follow(optimizer, model)` once, or `retract_(model)` after each step. "parametrization":
             torch.nn.utils.parametrizations.orthogonal, which is exact; it makes new parameters, so create the optimizer
             afterwards. None: no constraint; an earlier one is removed, and b keeps its value.
 
@@ -104,11 +104,10 @@ def orthogonality_penalty(model: nn.Module) -> Tensor:
 
 @torch.no_grad()
 def retract_(model: nn.Module) -> None:
-    """Take one Newton-Schulz step b <- b (3 I - bᵀb) / 2, in place, for the layers with the constraint "retract".
+    """Replace b by its nearest orthonormal matrix, in place, for the layers with the constraint "retract".
 
-    A singular value 1 + e becomes 1 - 3 e² / 2, up to third order. After an optimizer's step b is orthonormal again up to the
-    square of that step, which must leave the singular values below √5. The cost is two products of 2 d k² operations each
-    (2 d² k where k > d). A 16-bit b is computed in float32.
+    After a step of an optimizer that keeps the singular values between 0.3 and 1.4, that takes two products of 2 d k² operations
+    each (2 d² k where k > d) and a few of k³; after a larger step more. A 16-bit b is computed in float32.
 
     Args:
         model: A model with layers that `constrain(model, "retract")` has marked; their b is changed.
@@ -118,14 +117,16 @@ def retract_(model: nn.Module) -> None:
         >>> layer = constrain(SummaryLinear(4, 3), "retract")
         >>> _ = layer.b.data.mul_(1.01)
         >>> retract_(layer)
-        >>> layer.orthogonality_defect() < 2e-4
+        >>> layer.orthogonality_defect() < 1e-6
         True
     """
     for layer in _constrained(model, "retract"):
         parameter = layer.b
         with linalg.autocast_off(parameter.device):
             b = layer.matrix().to(linalg.accumulation_dtype(parameter.dtype))
-            parameter.copy_(as_parameter(linalg.newton_schulz(b, linalg.gram_small(b)), parameter.shape))
+            if parameter.is_cpu and not torch.compiler.is_compiling():  # a GPU would have to wait at each step
+                diagnosis.look(layer, model)
+            parameter.copy_(as_parameter(linalg.retract(b), parameter.shape))
 
 
 class _CachedGram(Function):

@@ -100,6 +100,10 @@ def _share(layer: SummaryLinear | SummaryLayer, path: str, mesh: DeviceMesh, ove
     features = layer.in_features
 
     def enter(_: nn.Module, inputs: tuple[Any, ...], mesh: DeviceMesh) -> tuple[DTensor]:
+        if not inputs:
+            raise TypeError(
+                f"{path}: input: got it by keyword, want it by position: hooks shard it, and see no keywords"
+            )
         (x,) = inputs
         if not isinstance(x, Tensor) or isinstance(x, DTensor):
             raise TypeError(f"{path}: x: got {type(x).__name__}, want a local torch.Tensor")

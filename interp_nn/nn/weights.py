@@ -8,7 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from interp_nn import linalg
-from interp_nn.nn.base import LinearForm, as_matrix, b_of_weight, weight_shape
+from interp_nn.nn import diagnosis
+from interp_nn.nn.base import LinearForm, as_matrix, b_of_weight
+from interp_nn.nn.polynomial_layer import Options, Solved, solve
 
 
 def own_name(layer: nn.Module) -> str:
@@ -39,36 +41,34 @@ def check_preserve(preserve: str) -> None:
         raise ValueError(f"preserve: got {preserve!r}, want 'function' or 'weight'")
 
 
-def preserving_b(layer: str, weight: Tensor, preserve: str, groups: int = 1) -> Tensor:
-    """Compute the `b` of a summary layer from a plain layer's weight: its cube root ("function") or itself ("weight").
+def solved_from(layer: str, weight: Tensor, preserve: str, options: Options, groups: int = 1) -> Solved:
+    """Compute b, gain and norm of a summary layer from a plain layer's weight.
 
     Args:
         layer: Name of the plain layer, for messages.
         weight: The plain layer's weight, (out, ...).
-        preserve: "function" or "weight".
+        preserve: "function" keeps the weight, "weight" takes it as b, with a gain of 1.
+        options: The options of the summary layer.
         groups: The number of groups of a grouped convolution.
 
     Raises:
         TypeError: The weight is uninitialized.
-        ValueError: `preserve` is something else.
+        ValueError: `preserve` is something else, or no b has the weight.
     """
     check_preserve(preserve)
     if isinstance(weight, nn.UninitializedParameter):
         raise TypeError(f"{layer}: got an uninitialized weight (a lazy module), want one that has run once")
-    return b_of_weight(weight, groups, root=preserve == "function")
-
-
-def exact_effective_weight(b: Tensor, groups: int = 1) -> Tensor:
-    """Compute the effective weight of a summary layer's parameter b, in the plain layer's layout and in float64."""
-    exact = as_matrix(b.detach().double(), groups)
-    if b.numel():
-        exact = linalg.effective_weight(exact)
-    return exact.mT.reshape(weight_shape(b))
+    if preserve == "function":
+        return solve(weight, groups, options, layer)
+    b = b_of_weight(weight, groups, root=False)
+    norm = linalg.singular_values(as_matrix(b, groups))[..., :1].flatten() if options.normalize and b.numel() else None
+    return Solved(b, torch.ones(groups, dtype=torch.float64, device=b.device), norm)
 
 
 def folded_weight(layer: LinearForm) -> Tensor:
     """Compute a layer's effective weight in float64, and round it once to b's dtype."""
-    return exact_effective_weight(layer.b, layer.groups).to(layer.b.dtype)
+    diagnosis.look(layer)
+    return layer.exact_weight().to(layer.b.dtype)
 
 
 def meta_arguments(layer: Any, *names: str) -> dict[str, Any]:

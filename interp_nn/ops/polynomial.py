@@ -17,7 +17,7 @@ from interp_nn.engines.eager_polynomial import Polynomial
 from interp_nn.engines.orders import saved_names
 from interp_nn.engines.problem import Plan, plan_to_text
 from interp_nn.linalg import is_column_major
-from interp_nn.ops.library import apply, is_dtensor, transforming
+from interp_nn.ops.library import apply, is_batched, is_dtensor, transforming
 from interp_nn.ops.summary import as_rows, backward_operator, pair_operator, spread, summary_operator
 
 
@@ -67,6 +67,40 @@ class PolynomialFunction(Function):
             arguments = plan_to_text(ctx.plan), needs, is_column_major(b), coefficients, scale
             return (*spread(backward_operator(dp, dy, x, b, saved, *arguments), needs), None, None)
         return (*eager_polynomial.gradient(dp, dy, x, b, Polynomial(coefficients, scale), needs), None, None)
+
+
+class WeightFunction(Function):
+    """The effective weight of b (d, k), the coefficients and the scale or None: (w, *saved)."""
+
+    @staticmethod
+    def forward(b: Tensor, coefficients: Tensor, scale: Tensor | None) -> tuple[Tensor, ...]:
+        w, saved = eager_polynomial.weight_forward(b, Polynomial(coefficients, scale))
+        return (w, *saved)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*inputs, *output[1:])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        dw = grads[0]
+        if dw is None:
+            return None, None, None
+        b, coefficients, scale, *saved = ctx.saved_tensors
+        q = Polynomial(coefficients, scale)
+        if torch.is_grad_enabled() or transforming(dw, b):
+            saved = eager_polynomial.weight_forward(b, q)[1]
+        return eager_polynomial.weight_backward(dw, b, q, saved, ctx.needs_input_grad)
+
+
+def weight(b: Tensor, q: Polynomial) -> Tensor:
+    """Return the effective weight a b q(a² bᵀb) of b (d, k)."""
+    if q.degree == 0 or torch.compiler.is_compiling() or is_dtensor(b) or is_batched(b) or transforming(b, *q):
+        return eager_polynomial.weight(b, q)
+    w: Tensor = apply(WeightFunction, b, *q)[0]
+    return w
 
 
 def _products(x: Tensor, b: Tensor, bias: Tensor | None, q: Polynomial, plan: Plan) -> bool:

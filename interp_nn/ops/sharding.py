@@ -23,6 +23,7 @@ from interp_nn.engines.orders import saved_names
 from interp_nn.engines.problem import Plan, plan_from_text, plan_to_text
 from interp_nn.linalg import is_column_major
 from interp_nn.ops import summary as whole
+from interp_nn.ops.flops import count_by, rows_backward_flops, summary_flops
 from interp_nn.ops.library import apply, define
 
 
@@ -103,6 +104,8 @@ def _backward_strategy(
     return [([rows, total, total], [rows, rows, *weights, None, None, None]) for rows, total in places]
 
 
+count_by(torch.ops.interp_nn.summary_of_rows, summary_flops)
+count_by(torch.ops.interp_nn.summary_of_rows_backward, rows_backward_flops)
 register_sharding(torch.ops.interp_nn.summary_of_rows.default)(_forward_strategy)
 register_sharding(torch.ops.interp_nn.summary_of_rows_backward.default)(_backward_strategy)
 

@@ -48,6 +48,7 @@ def test_the_references_networks():
     assert [type(layer).__name__ for layer in plain.body] == ["Conv2d", "MaxPool2d"] * 2 + ["Flatten"]
 
 
+@pytest.mark.filterwarnings("ignore:.*orthogonality defect above 1")
 def test_the_references_b_is_drawn_and_trained_as_the_reference_does():
     head = SummaryHead(512, 100, 10)
     head_comparison.as_reference_(head)

@@ -53,6 +53,28 @@ def test_it_is_adam_on_shuffled_batches_of_what_requires_gradients():
     assert history["loss"] == pytest.approx(losses, rel=1e-6) and len(history["seconds"]) == 5
 
 
+def test_the_learning_rate_decays_to_nothing_also_where_it_is_resumed(tmp_path):
+    def decayed(model, epochs, **named):
+        return training.train(model, X, Y, Recipe(epochs, 10, 1e-2, decay=True), label="mlp", **named)
+
+    decayed(whole := network(), 3)
+    decayed(network(), 3, seconds=0, checkpoint=tmp_path / "run.pt")  # one epoch
+    with pytest.raises(ValueError, match="'decayed_over_epochs': 3"):
+        decayed(network(), 4, checkpoint=tmp_path / "run.pt")
+    decayed(cut := network(), 3, checkpoint=tmp_path / "run.pt")
+    plain = network()
+    adam, order = torch.optim.Adam(plain.parameters(), 1e-2), torch.Generator().manual_seed(0)
+    rate = torch.optim.lr_scheduler.LinearLR(adam, 1.0, 0.0, 15)
+    for index in (part for _ in range(3) for part in torch.randperm(45, generator=order).split(10)):
+        adam.zero_grad()
+        nn.functional.cross_entropy(plain(X[index]), Y[index]).backward()
+        adam.step()
+        rate.step()
+    assert same(whole, cut)
+    for ours, theirs in zip(whole.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
 @pytest.mark.parametrize("cut", [0, 1, 4])
 def test_a_resumed_training_goes_on_exactly(tmp_path, cut):
     whole, file = network(), tmp_path / "folder" / "run.pt"

@@ -7,10 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from matplotlib.figure import Figure
 
 from benchmarks import experiments
-from benchmarks.experiments import descent, gated_images, head_comparison, oblique_trees, papers, tabular
+from benchmarks.experiments import descent, dlgn_recovery, gated_images, head_comparison, oblique_trees, papers, tabular
+from benchmarks.records import rows
 from benchmarks.records.environment import ROOT
 from benchmarks.timing import reference_networks
 
@@ -236,6 +238,26 @@ def test_heads_of_the_small_cnn(run, folder):
     assert first["summary, orthogonal"] < 10 < 100 < first["summary, reference's init"]  # of an outlying singular value
 
 
+def test_a_variant_and_a_seed_of_the_small_cnn_are_a_row(folder, tmp_path, capsys):
+    arguments = [
+        "--quick",
+        "--data",
+        str(folder),
+        "--output",
+        str(tmp_path),
+        "--variant",
+        head_comparison.BASE,
+        "--seed",
+        "2",
+    ]
+    for _ in range(2):  # the second time it is there
+        assert experiments.find("summary_cnn")(arguments) == 0
+        (row,) = rows.lines(tmp_path / "summary_cnn.jsonl")
+        assert f"base head, seed 2: {row['last_accuracy']:.2%} after the last epoch" in capsys.readouterr().out
+    assert (row["network"], row["seed"], row["epochs"], row["train_images"]) == (head_comparison.BASE, 2, 1, 32)
+    assert not (tmp_path / "summary_cnn.json").exists()
+
+
 def test_mnist_tsne(run, folder, tmp_path, capsys):
     arguments = ["--data", folder, "--train-size", "130", "--checkpoints", tmp_path / "checkpoints"]
     record = run("mnist_tsne", *arguments)
@@ -269,11 +291,43 @@ def test_gated_images_stop_in_time_and_go_on_as_if_they_had_not(run, folder, tmp
 
 def test_gated_images_of_100_classes(run, folder):
     record = run(
-        "dlgn-cifar100", "--data", folder, "--train-size", "4", "--test-size", "4", "--batch", "4",
+        "gated-images", "--dataset", "cifar100", "--data", folder, "--train-size", "4", "--test-size", "4", "--batch", "4",
         record="gated_images-cifar100",
     )  # fmt: skip
     assert record["results"]["published_dlgn_over_relu_more_than"] == 0.835
     assert "out_features=100" in record["budget"]["network"] and record["budget"]["network"].count("(2, 2)") == 2
+
+
+def test_each_training_of_dlgn_cifar10_is_a_row(folder, tmp_path, monkeypatch):
+    def units(*arguments, name="dlgn-cifar10", dtype=torch.bfloat16):
+        monkeypatch.setattr(dlgn_recovery, "compute_dtype", lambda device: dtype)
+        given = ["--quick", "--data", folder, "--output", tmp_path, "--checkpoints", tmp_path / "kept", *arguments]
+        assert experiments.find(name)([*map(str, given)]) == 0
+        return rows.lines(tmp_path / f"{name.replace('dlgn-', 'dlgn_recovery-')}.jsonl")
+
+    (relu,) = units("--regime", "ReLU", "--seed", "1")
+    assert (relu["network"], relu["seed"], relu["epochs"], relu["decay"]) == ("ReLU", 1, 1, True)
+    assert relu["best_accuracy"] == max(relu["history"]["accuracy"]) and relu["dtype"] == "bfloat16"
+    found = units("--regime", "FLNPF", "--seed", "1")
+    assert found[0] == relu and [row["network"] for row in found] == ["ReLU", "FLNPF"]  # ReLU is not trained again
+    kept = {name: torch.load(file)["network"] for name in ("ReLU", "FLNPF") for file in _checkpoints(tmp_path, name)}
+    assert all(
+        torch.equal(kept["FLNPF"][f"gating.{name}"], w) for name, w in kept["ReLU"].items() if name != "14.weight"
+    )
+    wanted = [*((name, 0) for name in dlgn_recovery.REGIMES), ("DLGN(x)", 1), ("DLGN(1)", 1)]
+    assert [(row["network"], row["seed"]) for row in units("--seeds", "2")[2:]] == wanted
+    (other,) = units("--regime", "DLGN(1)", name="dlgn-cifar100", dtype=torch.float32)
+    assert (other["dataset"], other["dtype"]) == ("cifar100", "float32")
+    assert other["last_accuracy_float32"] == other["last_accuracy"]
+
+
+def _checkpoints(folder, network):
+    return (folder / "kept").glob(f"dlgn-recovery-cifar10-{network}*1.pt")
+
+
+def test_dlgn_of_images_that_are_not_there(capsys):
+    assert experiments.find("dlgn-cifar100")([]) == 2
+    assert "not run, no data: cifar100: no folder given; pass --data DIR" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("page", "arguments"), [("README.md", ["--brief"]), ("docs/papers.md", [])])

@@ -134,7 +134,20 @@ def test_a_pretrained_model_is_saved_and_converted_again(tmp_path):
     again = from_pretrained(Pretrained, tmp_path / "saved", name="weights.pt").double()
     assert [type(m) for m in again.modules()] == [type(m) for m in model.modules()]
     assert error(again(x), before) <= 1e-5 and error(again.out.b, model.out.b) <= 1e-5
-    assert again.config.interp_nn == {"summary_layers": ["body.0", "out"]}
+    options = {"polynomial": "summary", "normalize": False, "gain": False}
+    assert again.config.interp_nn == {"summary_layers": ["body.0", "out"], **options}
+
+
+def test_a_pretrained_model_with_polynomials_is_converted_again(tmp_path):
+    model, x = Pretrained(SimpleNamespace(size=6)).double(), torch.randn(3, 6).double()
+    summarize(model, polynomial="pc-1")
+    before = model(x)
+    save_pretrained(model, tmp_path / "saved", name="weights.pt")
+    again = from_pretrained(Pretrained, tmp_path / "saved", name="weights.pt").double()
+    assert again.out.polynomial == "pc-1" and error(again(x), before) <= 1e-5
+    model.out = SummaryLinear(model.out.in_features, model.out.out_features).double()
+    with pytest.raises(ValueError, match="model: has summary layers with different polynomials"):
+        save_pretrained(model, tmp_path / "mixed")
 
 
 def test_what_is_not_saved_is_named(tmp_path):

@@ -257,14 +257,14 @@ def test_an_engine_that_cannot_compute_a_layer_is_no_plan(monkeypatch):
 
 def test_a_conversion_that_fails_changes_nothing(monkeypatch):
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4))
-    state, computed = copy.deepcopy(model.state_dict()), weights.preserving_b
+    state, computed = copy.deepcopy(model.state_dict()), weights.solved_from
 
     def failing(name, *rest):
         if name == "2":
             raise torch.linalg.LinAlgError
         return computed(name, *rest)
 
-    monkeypatch.setattr("interp_nn.convert.models.preserving_b", failing)
+    monkeypatch.setattr("interp_nn.convert.models.solved_from", failing)
     with pytest.raises(torch.linalg.LinAlgError):
         summarize(model)
     assert all(type(layer) is nn.Linear for layer in model)

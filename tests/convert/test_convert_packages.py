@@ -1,35 +1,21 @@
 """Models of torchvision, timm and transformers, small ones of random weights: the same outputs converted, and folded again."""
 
-import importlib.util
 from functools import partial
 
 import pytest
 import torch
 from torch import nn
+from torchvision_names import make_torchvision_importable
 
 from interp_nn.convert import fold, from_pretrained, save_pretrained, summarize
 from interp_nn.nn import SummaryLinear
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]  # of packages that are not ours
-_KEPT = []
 
 
 @pytest.fixture(autouse=True, scope="module")
 def _torchvision():
-    """Make torchvision importable, which timm and transformers import too.
-
-    PyPI's builds for Linux have their operators in a library for CUDA. Beside a PyTorch for the CPU that does not load, and
-    torchvision fails where it gives fake kernels to two of them; its models need none, so the names are enough.
-    """
-    if importlib.util.find_spec("torchvision") is None:
-        return
-    try:
-        import torchvision  # noqa: F401
-    except RuntimeError:
-        library = torch.library.Library("torchvision", "DEF")
-        for name in ("nms", "qnms"):
-            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        _KEPT.append(library)
+    make_torchvision_importable()
 
 
 @pytest.fixture

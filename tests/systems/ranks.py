@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from interp_nn import functional
-from interp_nn.nn import SummaryConv2d, SummaryHead, SummaryLayer, SummaryLinear
+from interp_nn.nn import SummaryConv2d, SummaryHead, SummaryLayer, SummaryLinear, cached_weights, follow
 from interp_nn.nn.gated.from_relu import to_dgn
 from interp_nn.nn.gated.gates import HardGate
 from interp_nn.nn.gated.networks import DGN, DLGN, DLGNValueTensor
@@ -39,6 +39,21 @@ def network():
         SummaryLinear(10, 6), nn.Tanh(), SummaryLinear(6, 4),
     )  # fmt: skip
     return randomize(model.double(), 0.4)
+
+
+def polynomial_network():
+    """The same with polynomials, norms and gains; `train` updates the norms."""
+    torch.manual_seed(1)
+    model = nn.Sequential(
+        nn.Unflatten(1, (1, 4, 6)), SummaryConv2d(1, 4, 3, polynomial="pc-1"), nn.Tanh(), nn.Flatten(),
+        SummaryLinear(32, 10, polynomial="newton-schulz"), nn.Tanh(), SummaryLinear(10, 12, polynomial="pc-2"), nn.Tanh(),
+        SummaryLinear(12, 4, polynomial="newton-schulz"),
+    )  # fmt: skip
+    randomize(model.double(), 0.4)
+    for layer in model:
+        if hasattr(layer, "gain"):
+            layer.reset_norm()
+    return model
 
 
 def head():
@@ -73,6 +88,8 @@ class Loss(nn.Module):
 def train(model, loss=classify, part=slice(None), clip=False):
     """Losses of a few steps of Adam on this part of each batch."""
     optimizer, losses = torch.optim.Adam(model.parameters(), lr=0.05), []
+    if any(getattr(layer, "normalize", False) for layer in model.modules()):
+        follow(optimizer, model)
     for x, target in data():
         optimizer.zero_grad()
         value = loss(model, x[part], target[part])
@@ -179,6 +196,60 @@ def ddp_without_synchronisation():
     classify(model, x[mine][3:], target[mine][3:]).backward()
     (2 * classify(alone, x, target)).backward()
     all_same(*([p.grad for p in m.parameters()] for m in (model, alone)), TOLERANCE)
+
+
+def ddp_with_polynomials():
+    start = polynomial_network()
+    model, alone = check_training(start, DistributedDataParallel)
+    all_same(model.buffers(), alone.buffers(), TOLERANCE)
+
+
+def ddp_with_cached_weights():
+    """Weights formed once for two micro-batches; gradients are pulled back in the backward that synchronises."""
+    start = polynomial_network()
+    model, alone = DistributedDataParallel(copy.deepcopy(start)), copy.deepcopy(start)
+    (x, target), _ = data(2)
+    mine = half()
+    for _ in range(2):
+        model.zero_grad()
+        with cached_weights(model):
+            with model.no_sync():
+                classify(model, x[mine][:3], target[mine][:3]).backward()
+            classify(model, x[mine][3:], target[mine][3:]).backward()
+    (2 * classify(alone, x, target)).backward()
+    all_same(*([p.grad for p in m.parameters()] for m in (model, alone)), TOLERANCE)
+
+    def twice():
+        with cached_weights(model):
+            for _ in range(2):
+                classify(model, x[mine], target[mine]).backward()
+
+    raises(RuntimeError, "1 (SummaryConv2d) has synchronised its gradients already; run all", twice)
+
+
+def fsdp_with_polynomials():
+    model, alone = check_training(polynomial_network(), shard_layers, clip=True)
+    all_same(model.buffers(), alone.buffers(), TOLERANCE)
+    for layer in (model[4], model[8]):
+        everywhere = [torch.empty_like(layer.scale) for _ in range(2)]
+        dist.all_gather(everywhere, layer.scale)
+        assert torch.equal(*everywhere)
+    raises(RuntimeError, "cached_weights: b of 1 (FSDPSummaryConv2d) is sharded", cached_weights(model).__enter__)
+    whole = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
+    if dist.get_rank() == 0:
+        again = polynomial_network()
+        again.load_state_dict(whole)
+        x = data(1)[0][0]
+        same(again(x), alone(x))
+    spectrum = model[4].spectrum(weight=True)
+    same(spectrum, torch.linalg.svdvals(full(model[4].weight).detach()))
+    grouped = SummaryConv2d(4, 6, 3, groups=2, polynomial="newton-schulz").double()
+    dist.broadcast(grouped.b.data, 0)
+    wanted = grouped.weight
+    fully_shard(grouped, mesh=mesh())
+    same(grouped.weight, wanted)
+    model[4].set_weight_(torch.ones(10, 32))
+    same(model[4].weight, torch.ones(10, 32).double())
 
 
 def fsdp():
@@ -455,6 +526,22 @@ def tensor_parallel():
         assert model[4].b.to_local().shape == ((24, 5) if plan["4"] == "outputs" else (12, 10))
 
 
+def tensor_parallel_with_polynomials():
+    start = polynomial_network()
+    for plan in ({"4": "outputs", "6": "inputs"}, {"4": "inputs", "6": "outputs", "8": "outputs"}):
+        model, alone = parallelize(copy.deepcopy(start), mesh(), plan), copy.deepcopy(start)
+        same(train(model), train(alone))
+        same_parameters(model, alone)
+        all_same(model.buffers(), alone.buffers(), TOLERANCE)
+    start = start[4:]
+    model, alone = copy.deepcopy(start), copy.deepcopy(start)
+    parallelize(model, mesh(), {name: "rows" for name in ("4", "6", "8")})
+    x = data(1)[0][0].repeat(1, 2)[:, :32]
+    model(x[half()]).square().sum().backward()
+    alone(x).square().sum().backward()
+    all_same(*([p.grad for p in m.parameters()] for m in (model, alone)), TOLERANCE)
+
+
 def tensor_parallel_over_rows():
     start = network()[4:]
     model, alone = copy.deepcopy(start), copy.deepcopy(start)
@@ -513,13 +600,15 @@ def tied_weights_and_shared_modules():
 
 
 CHECKS = {f.__name__: f for f in (
-    ddp, ddp_of_a_head, ddp_of_gated_networks, ddp_without_synchronisation, fsdp, fsdp_of_a_head, fsdp_in_bfloat16,
+    ddp, ddp_of_a_head, ddp_of_gated_networks, ddp_without_synchronisation, ddp_with_polynomials,
+    ddp_with_cached_weights, fsdp, fsdp_with_polynomials, fsdp_of_a_head, fsdp_in_bfloat16,
     fsdp_state_dict, fsdp_with_a_constraint, sharded_weights_are_constrained,
     sharded_weights_are_read_together, tensor_parallel_with_a_penalty,
     tied_weights_and_shared_modules,
     dtensors, dtensors_of_rows_take_the_operator, dtensors_of_more_dimensions, dtensor_pairs_and_matrices,
     dtensors_of_polynomials, dtensors_under_autocast_and_without_gradients, dtensors_that_are_refused,
-    tensor_parallel, tensor_parallel_over_rows, tensor_parallel_of_a_pair, tensor_parallel_that_is_refused,
+    tensor_parallel, tensor_parallel_with_polynomials, tensor_parallel_over_rows, tensor_parallel_of_a_pair,
+    tensor_parallel_that_is_refused,
 )}  # fmt: skip
 
 

@@ -114,6 +114,75 @@ def transformer(dtype=torch.float64):
     return model.to(dtype).eval()
 
 
+class LanguageModel(nn.Module):
+    """Token ids (n, t) to logits (n, t, vocabulary): blocks of RMS norm, grouped-query attention with rotary positions, SwiGLU.
+
+    With `held`, the scales of norms, the attention's weights and the activated gates are detached, so that autograd's Jacobian is
+    that of the network with these factors held.
+    """
+
+    def __init__(self, vocabulary=11, width=8, heads=2, blocks=2):
+        super().__init__()
+        self.heads, self.held = heads, False
+        self.tokens = nn.Embedding(vocabulary, width)
+        self.blocks = nn.ModuleList(
+            nn.ModuleDict(
+                {
+                    "query": nn.Linear(width, width),
+                    "key": nn.Linear(width, width // heads),
+                    "value": nn.Linear(width, width // heads),
+                    "out": nn.Linear(width, width, bias=False),
+                    "gate": nn.Linear(width, 2 * width, bias=False),
+                    "up": nn.Linear(width, 2 * width, bias=False),
+                    "down": nn.Linear(2 * width, width, bias=False),
+                }
+            )
+            for _ in range(blocks)
+        )
+        self.scales = nn.ParameterList(nn.Parameter(torch.rand(width) + 0.5) for _ in range(2 * blocks + 1))
+        self.head = nn.Linear(width, vocabulary, bias=False)
+
+    def keep(self, t):
+        return t.detach() if self.held else t
+
+    def norm(self, x, scale):
+        return scale * (x * self.keep(torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)))
+
+    @staticmethod
+    def rotated(x):
+        """Rotary positions of x (n, heads, t, d)."""
+        half = x.shape[-1] // 2
+        angles = torch.arange(x.shape[-2], dtype=x.dtype).unsqueeze(1) * 100.0 ** -(
+            torch.arange(half, dtype=x.dtype) / half
+        )
+        cos, sin = torch.cat([angles, angles], -1).cos(), torch.cat([angles, angles], -1).sin()
+        return x * cos + torch.cat([-x[..., half:], x[..., :half]], -1) * sin
+
+    def attention(self, x, block):
+        query = self.rotated(block["query"](x).unflatten(-1, (self.heads, -1)).transpose(1, 2))
+        key = self.rotated(block["key"](x).unsqueeze(1)).repeat_interleave(self.heads, 1)
+        value = block["value"](x).unsqueeze(1).expand(-1, self.heads, -1, -1)
+        scores = query @ key.mT / query.shape[-1] ** 0.5
+        future = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
+        weights = self.keep(scores.masked_fill(future, -torch.inf).softmax(-1))
+        return block["out"]((weights @ value).transpose(1, 2).flatten(2))
+
+    def forward(self, ids):
+        return self.of_embeddings(self.tokens(ids))
+
+    def of_embeddings(self, x):
+        for i, block in enumerate(self.blocks):
+            x = x + self.attention(self.norm(x, self.scales[2 * i]), block)
+            h = self.norm(x, self.scales[2 * i + 1])
+            x = x + block["down"](self.keep(F.silu(block["gate"](h))) * block["up"](h))
+        return self.head(self.norm(x, self.scales[-1]))
+
+
+def language_model(dtype=torch.float64):
+    """Return a `LanguageModel` of random weights."""
+    return LanguageModel().to(dtype).eval()
+
+
 def mlp(*widths, bias=True, dtype=torch.float64):
     """Return linear layers with ReLU between them."""
     layers = []

@@ -1,7 +1,7 @@
 """Polynomial layers in the place of nn.Linear: the accuracy at each learning rate of each optimizer.
 
-The layers are plain PyTorch. Each cell of the sweep is one training on one thread; its row is appended to
-`learning_rates.jsonl` when it is done, and a cell with a row there is not trained again.
+The layers are plain PyTorch, and the recommended one also as this library's. Each cell of the sweep is one training on one
+thread; its row is appended to `learning_rates.jsonl` when it is done, and a cell with a row there is not trained again.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from benchmarks.command_line import at_least, users_input
 from benchmarks.experiments import common
 from benchmarks.experiments.learning_rates import cells, tables
 from benchmarks.experiments.learning_rates.cells import OPTIMIZERS, Cell
-from benchmarks.experiments.learning_rates.layers import CANDIDATES, LINEAR, ORTHOGONAL
+from benchmarks.experiments.learning_rates.layers import CANDIDATES, LIBRARY, LINEAR, ORTHOGONAL
 from benchmarks.records import environment, files, report, rows
 
 NAME = "learning_rates"
@@ -82,7 +82,7 @@ def _cells(network: str, found: list[rows.Row], quick: bool, seed: int) -> list[
     if network == "gpt":
         layers = [LINEAR, *tables.best(found, 3)]
         return [Cell(network, a, LANGUAGE[0], rate, s, length) for rate in LANGUAGE[1] for s in seeds for a in layers]
-    layers = [*CANDIDATES] if network == "mlp" else [LINEAR, ORTHOGONAL, *tables.best(found, 5)]
+    layers = [*CANDIDATES] if network == "mlp" else [LINEAR, ORTHOGONAL, LIBRARY, *tables.best(found, 5)]
     optimizers = OPTIMIZERS if network == "mlp" else FEW
     sizes = [(layer, length) for layer in layers] + [(LINEAR, 2 * length)]
     return [

@@ -8,22 +8,22 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from benchmarks.experiments.learning_rates.layers import Candidate, Conv2d, Linear
+from benchmarks.experiments.learning_rates.layers import Candidate, conv2d, linear
 
 
 def mlp(candidate: Candidate) -> nn.Module:
     """Build layers of 64, 128, 64 and 10 units for digits of 8 x 8."""
     layers: list[nn.Module] = [nn.Flatten()]
     for fan_in, fan_out in pairwise((64, 128, 64, 10)):
-        layers += [Linear(fan_in, fan_out, candidate), nn.ReLU()]
+        layers += [linear(fan_in, fan_out, candidate), nn.ReLU()]
     return nn.Sequential(*layers[:-1])
 
 
 def cnn(candidate: Candidate) -> nn.Module:
     """Build two convolutions and two linear layers for digits of 8 x 8."""
     return nn.Sequential(
-        Conv2d(1, 16, 3, 1, candidate), nn.ReLU(), Conv2d(16, 32, 3, 2, candidate), nn.ReLU(), nn.Flatten(),
-        Linear(512, 64, candidate), nn.ReLU(), Linear(64, 10, candidate),
+        conv2d(1, 16, 3, 1, candidate), nn.ReLU(), conv2d(16, 32, 3, 2, candidate), nn.ReLU(), nn.Flatten(),
+        linear(512, 64, candidate), nn.ReLU(), linear(64, 10, candidate),
     )  # fmt: skip
 
 
@@ -51,7 +51,7 @@ class Block(nn.Module):
         super().__init__()
 
         def layer(fan_in: int, fan_out: int) -> nn.Module:
-            return Linear(fan_in, fan_out, candidate)
+            return linear(fan_in, fan_out, candidate)
 
         self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
         self.attention = Attention(width, heads, causal, layer, qkv)

@@ -15,6 +15,7 @@ from benchmarks.experiments.learning_rates import text
 from benchmarks.experiments.learning_rates.architectures import GPT, NETWORKS
 from benchmarks.experiments.learning_rates.layers import CANDIDATES, Linear
 from benchmarks.experiments.training import accuracy
+from interp_nn.nn import SummaryLinear, update_spectral_norms
 
 BATCH = 32
 REST_RATE = 3e-3  # of AdamW beside Muon, for parameters that are not weights of the compared layers
@@ -44,8 +45,12 @@ def _grouped(network: nn.Module, decay: float) -> list[dict[str, Any]]:
 
 
 def _muon(network: nn.Module, rate: float) -> Optimizers:
-    """Return PyTorch's Muon, with its own decay of 0.1, for the weights of the layers, and AdamW for the rest."""
+    """Return PyTorch's Muon, with its own decay of 0.1, for the weights of the layers, and AdamW for the rest.
+
+    Muon takes matrices, so that b of SummaryConv2d, which has the layout of kernels, is among the rest.
+    """
     weights = [m.weight for m in network.modules() if isinstance(m, Linear)]
+    weights += [m.b for m in network.modules() if isinstance(m, SummaryLinear)]
     rest = [p for p in network.parameters() if all(p is not weight for weight in weights)]
     return [torch.optim.Muon(weights, rate), torch.optim.AdamW(rest, REST_RATE, weight_decay=0.0, fused=True)]
 
@@ -87,6 +92,7 @@ class _Steps:
 
     def __init__(self, cell: Cell, network: nn.Module) -> None:
         self.optimizers = OPTIMIZERS[cell.optimizer][1](network, cell.rate)
+        self.network = network
         self.layers = [m for m in network.modules() if isinstance(m, Linear)]
 
     def __call__(self, loss: Tensor) -> None:
@@ -97,6 +103,7 @@ class _Steps:
             optimizer.step()
         for layer in self.layers:
             layer.after_step()
+        update_spectral_norms(self.network)
 
 
 def _digits(cell: Cell) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The layers that the sweep compares, in plain PyTorch: Y = X W + bias with W = gain · b q(bᵀb), q a polynomial.
+"""The layers that the sweep compares: Y = X W + bias with W = gain · b q(bᵀb), q a polynomial. All but one are plain PyTorch.
 
 With b = U S Vᵀ the weight is W = U f(S) Vᵀ, f(s) = s q(s²).
 """
@@ -11,6 +11,8 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+
+from interp_nn.nn import SummaryConv2d, SummaryLinear
 
 POWER_ITERATIONS = 10  # a step of the optimizer, as published for PC layers
 
@@ -29,6 +31,7 @@ class Candidate:
         updated: If False, the spectral norm stays the first one.
         bounded: If True, each update of b is multiplied by 1 / (3 s² + 3 s + 1), s the spectral norm of b. The spectral norm of
             the step of W = b bᵀ b is then at most that of the optimizer's update, if that is at most 1.
+        library: The polynomial's name, if the layers are this library's SummaryLinear and SummaryConv2d.
     """
 
     polynomial: tuple[float, ...] = (1.0,)
@@ -39,9 +42,10 @@ class Candidate:
     gain: Literal["scalar", "row", "row and column"] | None = None
     updated: bool = True
     bounded: bool = False
+    library: str | None = None
 
 
-LINEAR, ORTHOGONAL = "nn.Linear", "nn.Linear, orthogonal"
+LINEAR, ORTHOGONAL, LIBRARY = "nn.Linear", "nn.Linear, orthogonal", "SummaryLinear, newton-schulz"
 _SUMMARY, _NEWTON_SCHULZ = (0.0, 1.0), (1.5, -0.5)
 # Levels 1 to 4 of "PC Layer: Polynomial Weight Preconditioning for Improving LLM Pre-Training", arXiv 2606.06470.
 PC = (
@@ -71,6 +75,7 @@ CANDIDATES = {
     },
     "PC-1, norm held constant": Candidate(PC[0], "uniform", sigma="constant", restored="constant", gain="scalar"),
     "PC-1, norm differentiated": Candidate(PC[0], "uniform", sigma="gradient", restored="gradient"),
+    LIBRARY: Candidate(_NEWTON_SCHULZ, sigma="constant", gain="scalar", library="newton-schulz"),
 }  # fmt: skip
 
 
@@ -178,3 +183,18 @@ class Conv2d(Linear):
         """Return the outputs of images (n, in_channels, height, width)."""
         weight = self.effective_weight().view(self.shape)
         return nn.functional.conv2d(x, weight, self.bias, self.stride, self.padding)
+
+
+def linear(in_features: int, out_features: int, candidate: Candidate) -> nn.Module:
+    """Make a candidate's linear layer."""
+    if candidate.library is not None:
+        return SummaryLinear(in_features, out_features, polynomial=candidate.library)
+    return Linear(in_features, out_features, candidate)
+
+
+def conv2d(in_channels: int, out_channels: int, kernel: int, stride: int, candidate: Candidate) -> nn.Module:
+    """Make a candidate's convolution with square kernels."""
+    if candidate.library is not None:
+        padding = kernel // 2
+        return SummaryConv2d(in_channels, out_channels, kernel, stride, padding, polynomial=candidate.library)
+    return Conv2d(in_channels, out_channels, kernel, stride, candidate)

@@ -14,7 +14,7 @@ from matplotlib import pyplot as plt
 
 from benchmarks.experiments import common
 from benchmarks.experiments.learning_rates import text
-from benchmarks.experiments.learning_rates.layers import CANDIDATES, LINEAR, ORTHOGONAL, PC
+from benchmarks.experiments.learning_rates.layers import CANDIDATES, LIBRARY, LINEAR, ORTHOGONAL, PC
 from benchmarks.records.rows import Row
 
 NEAR = 0.03  # a cell counts if every seed of nn.Linear is so near the median of its best rate,
@@ -86,7 +86,7 @@ def score(found: Sequence[Row], layer: str, network: str | None = None) -> dict[
 
 def best(found: Sequence[Row], number: int) -> list[str]:
     """Return the layers that come nearest to nn.Linear: by failures, cells within 2 points, and shortfall."""
-    scores = {layer: score(found, layer) for layer in CANDIDATES if layer not in (LINEAR, ORTHOGONAL)}
+    scores = {layer: score(found, layer) for layer in CANDIDATES if layer not in (LINEAR, ORTHOGONAL, LIBRARY)}
     ranks = {a: (s["failures"], -s["near"], s["shortfall"]) for a, s in scores.items() if s["counted"]}
     return sorted(ranks, key=ranks.__getitem__)[:number]
 

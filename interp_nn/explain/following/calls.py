@@ -72,7 +72,8 @@ class Dependence:
 
     Attributes:
         non_affine: The call that made it not affine in the input, or None for an affine tensor.
-        factor: True if its value may be frozen where it multiplies another value.
+        factor: Of two values that multiply one another, the one with the larger factor is held: 2 for the result of a gating
+            function such as a sigmoid, 1 for that of another activation, else 0.
         piecewise_constant: True if freezing its value is exact.
         unseen: True if calls that cannot be recorded computed it.
         mixed: True for memory that holds affine values beside others, so that no recorded value stands for it.
@@ -80,7 +81,7 @@ class Dependence:
     """
 
     non_affine: NonAffineCall | None = None
-    factor: bool = False
+    factor: int = 0
     piecewise_constant: bool = False
     unseen: bool = False
     mixed: bool = False
@@ -99,6 +100,7 @@ class Call:
         inplace: True if the call writes to its first argument.
         layer: Path of the layer that makes the call.
         dependences: By id, the arguments that depend on the input.
+        held: The factor that a product of two values that depend on the input holds, see `frozen`.
     """
 
     function: Callable[..., Any]
@@ -108,6 +110,7 @@ class Call:
     inplace: bool = False
     layer: str = ""
     dependences: dict[int, Dependence] = field(default_factory=dict)
+    held: str = "activated"
 
     def run(self) -> Any:
         """Call the function."""
@@ -187,7 +190,7 @@ class RuleResult:
     treatment: str
     replay: CallFunction | None = None
     non_affine: NonAffineCall | None = None
-    factor: bool = False
+    factor: int = 0
     piecewise_constant: bool = False
     preactivations: Callable[[Call], Tensor] | None = None
     linear: bool = False

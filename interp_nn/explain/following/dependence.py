@@ -69,7 +69,7 @@ def _both(one: Dependence, other: Dependence) -> Dependence:
     """Return the dependence of memory of which one part has one and another part the other."""
     return Dependence(
         one.non_affine or other.non_affine,
-        one.factor and other.factor,
+        min(one.factor, other.factor),
         one.piecewise_constant and other.piecewise_constant,
         one.unseen or other.unseen,
         one.mixed or other.mixed or (one.non_affine is None) != (other.non_affine is None),

@@ -19,9 +19,11 @@ from interp_nn.explain.following.replay import (
     replay_at,
     run_recorded,
 )
+from interp_nn.explain.following.token_ids import FromEmbeddings, from_embeddings
 from interp_nn.gates.record import GateRecord, GateSite
 
 _MODES = ("secant", "tangent")
+_HELD = ("activated", "left", "right")
 
 
 class OperationReport:
@@ -72,7 +74,9 @@ class OperationReport:
     __repr__ = __str__
 
 
-def record(model: nn.Module, x: Tensor | Inputs, *, mode: str = "secant", check: bool = False) -> GateRecord:
+def record(
+    model: nn.Module, x: Tensor | Inputs, *, mode: str = "secant", check: bool = False, embedding: str | None = None
+) -> GateRecord:
     """Record the gates of a model at each sample of x.
 
     The model's buffers, hooks and training flags, and PyTorch's random state, do not change.
@@ -91,13 +95,14 @@ def record(model: nn.Module, x: Tensor | Inputs, *, mode: str = "secant", check:
 
     Args:
         model: The network, in evaluation mode.
-        x: Samples (n, ...) of a floating-point dtype, or a tuple of inputs with n samples each.
+        x: Samples (n, ...) of a floating-point dtype, a tuple of inputs with n samples each, or token ids (n, ...).
         mode: 'secant': each operation must be one that `frozen` can replay. 'tangent': all operations are accepted, and only
             their gates are recorded; gates of a value that no secant replays, such as a softmax's, are left out.
         check: Also record a batch of three samples, the last one twice and the first one, and compare their gates and outputs,
             to find models whose samples depend on one another. It sees the first and the last sample, and differences above
             a third of the digits. If a call has several gates in a row for a sample, in its first dimension, it is always done,
             and never for a model that draws random numbers. False runs the model once, and does not see such models otherwise.
+        embedding: For token ids, the path of the layer that looks them up, see `linearize`.
 
     Returns:
         The gates, preactivations and output of the model.
@@ -117,6 +122,7 @@ def record(model: nn.Module, x: Tensor | Inputs, *, mode: str = "secant", check:
         ([[True], [False]], [2.0, 3.0])
     """
     secant = check_mode(mode) == "secant"
+    model, x = from_embeddings(model, x, embedding)
     recording = run_recorded(model, x, strict=secant, keep_preactivations=True)
     recording.check_complete()
     if secant:
@@ -131,20 +137,34 @@ def record(model: nn.Module, x: Tensor | Inputs, *, mode: str = "secant", check:
     return GateRecord(recording.output, sites, zs, n, zeros)
 
 
-def frozen(model: nn.Module, x: Tensor | Inputs, *, mode: str = "secant") -> Replay | TangentReplay:
+def frozen(
+    model: nn.Module,
+    x: Tensor | Inputs,
+    *,
+    mode: str = "secant",
+    held: str = "activated",
+    embedding: str | None = None,
+) -> Replay | TangentReplay:
     """Return the replay R of a model with the gates of x frozen: affine everywhere, and equal to the model at x.
+
+    For token ids, R is a function of their embeddings.
 
     Args:
         model: The network, in evaluation mode.
-        x: Samples (n, ...) of a floating-point dtype, or a tuple of inputs with n samples each.
+        x: Samples (n, ...) of a floating-point dtype, a tuple of inputs with n samples each, or token ids (n, ...).
         mode: 'secant': R keeps the gates and secants of x. 'tangent': R(v) = F(x) + J (v - x), with the Jacobian J at x.
+        held: In mode 'secant', the factor of a product of two values that depend on x which R keeps at its value at x: 'left',
+            'right', or 'activated': the one that an activation made, a gate such as a sigmoid before others, and the left one if
+            this does not decide. R is equal to the model at x for each. A factor that is piecewise constant in x,
+            a factor without a secant such as a softmax, and a denominator are always kept.
+        embedding: For token ids, the path of the layer that looks them up, see `linearize`.
 
     Returns:
-        A module that maps inputs of the shapes of x to the model's output.
+        A module that maps inputs of the shapes of x, or of its embeddings, to the model's output.
 
     Raises:
         UnsupportedOperation: An operation without an affine map, in 'secant' mode; in either mode, a value that leaves PyTorch.
-        ValueError: As `record` raises it.
+        ValueError: A `held` that does not exist or is not for the mode, or as `record` raises it.
         TypeError: As `record` raises it.
 
     Example:
@@ -152,19 +172,22 @@ def frozen(model: nn.Module, x: Tensor | Inputs, *, mode: str = "secant") -> Rep
         >>> replay(torch.tensor([[-5.0, 5.0]]))
         tensor([[-5.,  0.]])
     """
-    if check_mode(mode) == "tangent":
+    tangent = check_mode(mode, held) == "tangent"
+    model, x = from_embeddings(model, x, embedding)
+    if tangent:
         recording = run_recorded(model, x, strict=False)
         recording.check_stays_in_torch()
         return TangentReplay(ModelFunction(model), recording.inputs)
-    return replay_at(model, x)
+    return replay_at(model, x, held)
 
 
-def supported_ops(model: nn.Module, x: Tensor | Inputs) -> OperationReport:
+def supported_ops(model: nn.Module, x: Tensor | Inputs, *, embedding: str | None = None) -> OperationReport:
     """Report how each operation of a model is treated at x.
 
     Args:
         model: The network, in evaluation mode.
-        x: Samples (n, ...) of a floating-point dtype, or a tuple of inputs with n samples each.
+        x: Samples (n, ...) of a floating-point dtype, a tuple of inputs with n samples each, or token ids (n, ...).
+        embedding: For token ids, the path of the layer that looks them up, see `linearize`.
 
     Returns:
         A table that lists every operation on values that depend on the input.
@@ -178,6 +201,7 @@ def supported_ops(model: nn.Module, x: Tensor | Inputs) -> OperationReport:
         >>> report.supported, report.exact
         (True, False)
     """
+    model, x = from_embeddings(model, x, embedding)
     recording = run_recorded(model, x, strict=False, differentiable=True)
     rows = recording.recorder.rows
     if (call := recording.recorder.non_affine(recording.output)) is not None:
@@ -185,10 +209,14 @@ def supported_ops(model: nn.Module, x: Tensor | Inputs) -> OperationReport:
     return OperationReport([(*row, count) for row, count in Counter(rows).items()])
 
 
-def check_mode(mode: str) -> str:
-    """Return the mode. Raises ValueError for a mode that does not exist."""
+def check_mode(mode: str, held: str = "activated") -> str:
+    """Return the mode. Raises ValueError for a mode or a held factor that does not exist, or that do not fit each other."""
     if mode not in _MODES:
         raise ValueError(f"mode: got {mode!r}, want one of {_MODES}")
+    if held not in _HELD:
+        raise ValueError(f"held: got {held!r}, want one of {_HELD}")
+    if mode == "tangent" and held != "activated":
+        raise ValueError(f"held: got {held!r} in mode 'tangent', which holds no factors; want mode='secant'")
     return mode
 
 
@@ -210,8 +238,9 @@ def _check_independence(recording: Recording, zs: Sequence[Tensor], strict: bool
     for m in (3, n):  # n for a model that takes this number of samples only
         places = [n - 1, n - 1, *[0] * (m - 2)]
         try:
-            x = tuple(t[places] for t in recording.inputs)
-            other = run_recorded(recording.model, x, strict=strict, keep_preactivations=True)
+            x, model = tuple(t[places] for t in recording.inputs), recording.model
+            model = model.of_samples(places) if isinstance(model, FromEmbeddings) else model
+            other = run_recorded(model, x, strict=strict, keep_preactivations=True)
             break
         except Exception:
             if m == n:

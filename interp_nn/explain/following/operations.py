@@ -5,7 +5,7 @@ A call on values that are affine in the input gets one of five treatments:
 - 'affine': the call is replayed as it is.
 - 'gate': a slope and offset, or a selection by index; exact around the input.
 - 'piece': the same, but its pieces (for example those of a rounding) are not gates of the pattern.
-- 'secant': a slope and offset; exact at the input.
+- 'secant': a slope and offset, or a product with all but one factor held; exact at the input.
 - 'frozen': the recorded value, which is not affine. It may only multiply, mask or index affine values.
 
 An operation that is not in the table is not supported.
@@ -41,8 +41,8 @@ from interp_nn.explain.following.calls import (
     recorded_value,
     rerun,
 )
+from interp_nn.explain.following.dependence import overlap, storage_of
 
-_PRODUCT_OF_TWO = "it multiplies two values that both depend on the input"
 _SCALE = "a scale depends on the input"
 
 # Affine operations
@@ -97,17 +97,19 @@ def _sum_of(call: Call, values: Sequence[Dependence]) -> RuleResult:
     varying = [value for value in values if not value.piecewise_constant]
     if (non_affine := next((v.non_affine for v in varying if v.non_affine is not None), None)) is not None:
         return recorded_value(call, non_affine)
-    return RuleResult("affine", rerun, factor=all(v.factor for v in varying), piecewise_constant=not varying)
+    factor = min((v.factor for v in varying), default=2)
+    return RuleResult("affine", rerun, factor=factor, piecewise_constant=not varying)
 
 
-def product(factors: Sequence[int], addends: Sequence[int] = ()) -> Rule:
+def product(factors: Sequence[int], addends: Sequence[int] = (), elementwise: bool = False) -> Rule:
     """Return the rule of a product plus addends; it is affine if at most one factor and every addend is affine.
 
-    Of two affine factors, one that comes from a gating function (for example a sigmoid) is frozen.
+    Of several affine factors, all but one are held, see `_holding`.
 
     Args:
         factors: Position of each factor in the signature.
         addends: Position of each addend.
+        elementwise: Each entry of the result is a product of one entry of each factor.
     """
 
     def rule(call: Call) -> RuleResult:
@@ -118,44 +120,57 @@ def product(factors: Sequence[int], addends: Sequence[int] = ()) -> Rule:
             raise UnsupportedCallError("an argument other than its factors depends on the input")
         if (non_affine := next((c for value in added if (c := call.non_affine(value)) is not None), None)) is not None:
             return recorded_value(call, non_affine)
-        used = [(value, d) for value in operands if (d := call.dependence(value)) is not None]
-        affine = [operand for operand in used if operand[1].non_affine is None]
+        used = {i: d for i in factors if (d := call.dependence(values[i])) is not None}
+        affine = {i: d for i, d in used.items() if d.non_affine is None}
         if used and not affine:
             return recorded_value(call)  # gate * constant + affine
-        if len(affine) <= 1:
-            is_factor = bool(affine) and affine[0][1].factor and not addends
-            linear = all(value is None for value in added)
-            return RuleResult(_product_treatment([d for _, d in used]), rerun, factor=is_factor, linear=linear)
-        gates = [operand for operand in affine if operand[1].factor]
-        if len(affine) - len(gates) != 1 or len({id(value) for value, _ in affine}) < len(affine):
-            return recorded_value(call, call.as_non_affine(_PRODUCT_OF_TWO))
-        treatment = "gate" if all(d.piecewise_constant for _, d in gates) else "secant"
-        return RuleResult(treatment, _with_arguments(call, [value for value, _ in gates]))
+        linear = all(value is None for value in added)
+        if len(affine) > 1:
+            return replace(_holding(call, affine, elementwise), linear=linear)
+        factor = min((d.factor for d in affine.values()), default=0) if elementwise else 0
+        return RuleResult(_product_treatment([*used.values()]), rerun, factor=factor, linear=linear)
 
     return rule
 
 
-def _with_arguments(recorded: Call, values: Sequence[Tensor]) -> CallFunction:
-    """Return the replay of a call with some arguments as they were recorded."""
-    kept = {id(value): value.detach().clone() for value in values}
-    args = {i: kept[id(value)] for i, value in enumerate(recorded.args) if id(value) in kept}
-    kwargs = {key: kept[id(value)] for key, value in recorded.kwargs.items() if id(value) in kept}
+def _holding(call: Call, factors: dict[int, Dependence], elementwise: bool = False) -> RuleResult:
+    """Return the treatment of a product of several affine factors: all but one are held at their recorded values.
+
+    Factors that are piecewise constant are held first, because that is exact. Then `call.held` decides. "activated" leaves a
+    factor free that the least of activations made, the last one of several.
+
+    Args:
+        call: The call.
+        factors: By position in the signature, the affine factors' dependences.
+        elementwise: The product of an activation and another value is itself an activation.
+    """
+    free = [i for i, d in factors.items() if not d.piecewise_constant] or [*factors]
+    if call.held == "activated":
+        least = min(factors[i].factor for i in free)
+        free = [i for i in free if factors[i].factor == least]
+    kept = {i: d for i, d in factors.items() if i != free[0 if call.held == "right" else -1]}
+    treatment = "gate" if all(d.piecewise_constant for d in kept.values()) else "secant"
+    activated = elementwise and any(d.factor for d in kept.values())
+    return RuleResult(treatment, _with_arguments(call, [*kept]), factor=int(activated))
+
+
+def _with_arguments(recorded: Call, places: Sequence[int]) -> CallFunction:
+    """Return the replay of a call with the arguments at some places of its signature as they were recorded."""
+    if recorded.inplace:
+        written = recorded.input
+        for t in recorded.tensors():
+            same = (t.shape, t.stride(), t.data_ptr()) == (written.shape, written.stride(), written.data_ptr())
+            if not same and storage_of(t) == storage_of(written) and overlap(t, written) != "none":
+                raise UnsupportedCallError("it reads memory that it writes to; want a copy")
+    names = [*recorded.named] if recorded.kwargs else []
+    args = {i: recorded.args[i].detach().clone() for i in places if i < len(recorded.args)}
+    kwargs = {names[i]: recorded.kwargs[names[i]].detach().clone() for i in places if i >= len(recorded.args)}
 
     def replay(call: Call) -> Any:
-        given = [args.get(i, value) for i, value in enumerate(call.args)]
-        if call.inplace and 0 in args:
-            given[0] = call.args[0]
-            given[0].copy_(args[0])
-        now = Call(
-            call.function,
-            call.name,
-            tuple(given),
-            {**call.kwargs, **kwargs},
-            call.inplace,
-            call.layer,
-            call.dependences,
-        )
-        return rerun(now)
+        if call.inplace and 0 in args:  # mul_, whose other factor may lie in the memory that it writes to
+            return call.input.copy_(call.argument("other") * args[0])
+        given = tuple(args.get(i, value) for i, value in enumerate(call.args))
+        return rerun(replace(call, args=given, kwargs={**call.kwargs, **kwargs}))
 
     return replay
 
@@ -166,11 +181,24 @@ def detach(call: Call) -> RuleResult:
 
 
 def einsum(call: Call) -> RuleResult:
-    """Rule of einsum: affine if at most one operand is."""
-    used = [dependence for t in call.tensors() if (dependence := call.dependence(t)) is not None]
-    if sum(dependence.non_affine is None for dependence in used) > 1:
-        return recorded_value(call, call.as_non_affine(_PRODUCT_OF_TWO))
-    return RuleResult(_product_treatment(used), rerun)
+    """Rule of einsum: a product of its operands."""
+    flat = _of_operands(call)
+    used = {i: d for i, value in enumerate(flat.args) if (d := call.dependence(value)) is not None}
+    affine = {i: d for i, d in used.items() if d.non_affine is None}
+    if len(affine) <= 1:
+        return RuleResult(_product_treatment([*used.values()]), rerun)
+    treated = _holding(flat, affine)
+    replay = treated.replay
+    assert replay is not None
+    return replace(treated, replay=lambda now: replay(_of_operands(now)))
+
+
+def _of_operands(call: Call) -> Call:
+    """Return a call of einsum with its operands as arguments, not in a list."""
+    operands = call.args[1:]
+    if len(operands) == 1 and isinstance(operands[0], (tuple, list)):
+        operands = tuple(operands[0])
+    return replace(call, args=(*call.args[:1], *operands))
 
 
 def _product_treatment(used: Sequence[Dependence]) -> str:
@@ -181,17 +209,29 @@ def _product_treatment(used: Sequence[Dependence]) -> str:
 
 
 def lerp(call: Call) -> RuleResult:
-    """Rule of lerp: its weight must not depend on the input."""
-    if call.dependence(call.argument("weight")) is not None:
-        return recorded_value(call, call.as_non_affine(_PRODUCT_OF_TWO))
-    return _sum_of(call, list(call.dependences.values()))
+    """Rule of lerp: a weight that depends on the input is held."""
+    weight = call.dependence(call.argument("weight"))
+    ends = [d for name in ("input", "end") if (d := call.dependence(call.argument(name))) is not None]
+    if weight is None or not ends:
+        return _sum_of(call, ends or [*call.dependences.values()])
+    treated = _sum_of(call, ends)
+    if treated.non_affine is not None:
+        return treated
+    replay = rerun if weight.non_affine is not None else _with_arguments(call, [2])
+    return RuleResult("gate" if weight.piecewise_constant else "secant", replay)
 
 
 def division(call: Call) -> RuleResult:
-    """Rule of a quotient: affine in the numerator."""
-    if call.argument("rounding_mode") is not None or call.is_affine(call.argument("other")):
+    """Rule of a quotient: affine in the numerator. A denominator that depends on the input is held."""
+    top, bottom = (call.dependence(call.argument(name)) for name in ("input", "other"))
+    if call.argument("rounding_mode") is not None:
         return recorded_value(call)
-    return _PRODUCT(call)
+    if bottom is None or bottom.non_affine is not None:
+        return _ELEMENTWISE_PRODUCT(call)
+    if top is None or top.non_affine is not None:
+        return recorded_value(call)
+    treatment = "gate" if bottom.piecewise_constant else "secant"
+    return RuleResult(treatment, _with_arguments(call, [1]), factor=top.factor, linear=True)
 
 
 def batch_norm(call: Call) -> RuleResult:
@@ -203,6 +243,7 @@ def batch_norm(call: Call) -> RuleResult:
 
 
 _PRODUCT = product([0, 1])
+_ELEMENTWISE_PRODUCT = product([0, 1], elementwise=True)
 _LINEAR = product([0, 1], [2])
 _BILINEAR = product([0, 1, 2], [3])
 _PRODUCT_AND_ADDEND = product([1, 2], [0])
@@ -270,7 +311,8 @@ TABLE: dict[str, Rule] = {
     **_names("chunk split split_with_sizes tensor_split unbind", parts),
     **_names("add sub subtract rsub __rsub__ neg negative", addition),
     # Products.
-    **_names("mul multiply matmul mm bmm mv dot inner outer ger kron tensordot __rmatmul__ __matmul__", _PRODUCT),
+    **_names("mul multiply", _ELEMENTWISE_PRODUCT),
+    **_names("matmul mm bmm mv dot inner outer ger kron tensordot __rmatmul__ __matmul__", _PRODUCT),
     **_names("linear conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d", _LINEAR),
     "bilinear": _BILINEAR,
     "einsum": einsum,
@@ -286,7 +328,9 @@ TABLE: dict[str, Rule] = {
     **{
         name: reads(
             _ACTIVATIONS.get(name, ""),
-            of_first_argument(piecewise_linear.activation(pieces, factor=name in ("relu6", "hardtanh", "hardsigmoid"))),
+            of_first_argument(
+                piecewise_linear.activation(pieces, 2 if name in ("relu6", "hardtanh", "hardsigmoid") else 1)
+            ),
         )
         for name, pieces in piecewise_linear.PIECES.items()
     },
@@ -314,18 +358,21 @@ TABLE: dict[str, Rule] = {
     **_names("isnan isinf isfinite", piecewise_linear.constant),
     # Secants.
     **{
-        name: reads(_ACTIVATIONS.get(name, ""), of_first_argument(secants.elementwise(name, factor=name == "sigmoid")))
+        name: reads(
+            _ACTIVATIONS.get(name, ""), of_first_argument(secants.elementwise(name, 2 if name == "sigmoid" else 1))
+        )
         for name in secants.SLOPES
     },
     "softplus": reads("beta threshold", of_first_argument(secants.softplus)),
     "glu": reads("dim", of_first_argument(secants.glu)),
+    **_names("square pow", secants.power),
     **{name: reads(names, of_first_argument(rule)) for name, (names, rule) in _NORMS.items()},
     "scaled_dot_product_attention": reads(
         "query key value attn_mask dropout_p is_causal scale enable_gqa", secants.attention
     ),
     # Not affine: their values may multiply, mask or index affine values.
     **_names(
-        "softmax log_softmax softmin exp exp2 expm1 log log2 log10 log1p logsumexp pow __rpow__ square sqrt rsqrt reciprocal"
+        "softmax log_softmax softmin exp exp2 expm1 log log2 log10 log1p logsumexp __rpow__ sqrt rsqrt reciprocal"
         " __rdiv__ norm vector_norm linalg_vector_norm linalg_norm var std var_mean std_mean prod cos"
         " cosine_similarity cdist pairwise_distance atan2 remainder fmod cross",
         recorded_value,
@@ -368,6 +415,7 @@ _SAME_AS = {
     "absolute": "abs",
     "__abs__": "abs",
     "special_expit": "sigmoid",
+    "special_erf": "erf",
     "__radd__": "add",
     "__rmul__": "mul",
     "__add__": "add",

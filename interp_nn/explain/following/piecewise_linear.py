@@ -130,7 +130,7 @@ PIECES: dict[str, Callable[[Call], Pieces]] = {
 }
 
 
-def activation(pieces: Callable[[Call], Pieces], factor: bool = False) -> Rule:
+def activation(pieces: Callable[[Call], Pieces], factor: int = 1) -> Rule:
     """Return the rule of a piecewise linear activation."""
 
     def rule(call: Call) -> RuleResult:
@@ -163,7 +163,7 @@ def clamp(call: Call) -> RuleResult:
     if call.dependence(low) is not None or call.dependence(high) is not None:
         return recorded_value(call, call.as_non_affine("its bounds depend on the input"))
     both = low is not None and high is not None
-    return activation(lambda now: _clipped(now.argument("min"), now.argument("max")), factor=both)(call)
+    return activation(lambda now: _clipped(now.argument("min"), now.argument("max")), factor=2 if both else 1)(call)
 
 
 def maximum(sign: int) -> Rule:

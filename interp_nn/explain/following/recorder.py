@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from interp_nn.explain.following import operations
+from interp_nn.explain.following import operations, recurrent
 from interp_nn.explain.following.argmax_gates import LazyGates, positive_on_ties
 from interp_nn.explain.following.arguments import respelled
 from interp_nn.explain.following.calls import (
@@ -82,6 +82,7 @@ class Recorder(TorchFunctionMode):
         differentiable: Replay each call as soon as it is recorded, so that autograd differentiates with frozen gates.
         keep_preactivations: Keep the preactivations of the gates.
         observe_only: Leave the calls and their gradients as they are.
+        held: The factor that a product of two values that depend on the input holds, see `frozen`.
 
     Attributes:
         steps: The calls on affine values, in call order.
@@ -99,10 +100,11 @@ class Recorder(TorchFunctionMode):
         differentiable: bool = False,
         keep_preactivations: bool = False,
         observe_only: bool = False,
+        held: str = "activated",
     ) -> None:
         super().__init__()
         self.layers, self.strict, self.differentiable = layers, strict, differentiable
-        self.keep_preactivations, self.observe_only = keep_preactivations, observe_only
+        self.keep_preactivations, self.observe_only, self.held = keep_preactivations, observe_only, held
         self.steps: list[Step] = []
         self.gate_calls: list[GateCall] = []
         self.rows: list[tuple[str, str, str]] = []
@@ -149,7 +151,7 @@ class Recorder(TorchFunctionMode):
         is_input = bool(dependences)
         dependences = operations.relevant(dependences, name, args)
         inplace = operations.writes_to_input(func, args, kwargs)
-        call = Call(func, name, args, kwargs, inplace, self.layers.path, dependences)
+        call = Call(func, name, args, kwargs, inplace, self.layers.path, dependences, self.held)
         if (reason := self.unrecorded_reason((args, kwargs))) is not None:
             return self._note_unsupported(call, reason)
         if operations.draws_random_numbers(call):
@@ -188,6 +190,8 @@ class Recorder(TorchFunctionMode):
             )
             self._set(call, result, dependence)
             return result
+        if name in recurrent.KERNELS:
+            return self._unrolled(call)
         rule = operations.TABLE.get(name)
         if rule is None:
             return self._unknown(call)
@@ -284,6 +288,14 @@ class Recorder(TorchFunctionMode):
             if t.grad_fn is not None:
                 self._constants[id(t)] = t
         return result
+
+    def _unrolled(self, call: Call) -> Any:
+        try:
+            steps = recurrent.unrolled(call)
+        except UnsupportedCallError as reason:
+            return self._note_unsupported(call, str(reason))
+        with self:
+            return steps()
 
     def _unknown(self, call: Call) -> Any:
         if isinstance(call.function, types.FunctionType) and call.function.__module__.startswith("torch"):

@@ -80,12 +80,13 @@ def run_recorded(
     strict: bool = True,
     differentiable: bool = False,
     keep_preactivations: bool = False,
+    held: str = "activated",
 ) -> Recording:
     """Record select(model(x)); the options are those of `Recorder`."""
     check_model(model)
     inputs = tuple(t.detach() for t in check_inputs(x))
     layers = Layers(model)
-    recorder = Recorder(layers, strict, differentiable, keep_preactivations)
+    recorder = Recorder(layers, strict, differentiable, keep_preactivations, held=held)
     with torch.inference_mode(False), torch.set_grad_enabled(differentiable):
         if differentiable:
             inputs = tuple(t.clone().requires_grad_() for t in inputs)
@@ -108,9 +109,9 @@ def run_recorded(
     return Recording(model, inputs, recorder, output)
 
 
-def replay_at(model: nn.Module, x: Tensor | Inputs) -> Replay:
+def replay_at(model: nn.Module, x: Tensor | Inputs, held: str = "activated") -> Replay:
     """Return the replay of a model with the gates of x frozen."""
-    recording = run_recorded(model, x, differentiable=True)
+    recording = run_recorded(model, x, differentiable=True, held=held)
     recording.check_affine()
     return Replay(recording)
 
@@ -209,7 +210,7 @@ class Replay(nn.Module):
             grads = torch.autograd.grad(
                 output, scales, u.view(count, *output.shape), True, is_grads_batched=True, materialize_grads=True
             )
-            found.append(torch.stack(grads))
+            found.append(torch.stack([grad.expand(count, n) for grad in grads]))  # materialized zeros are not batched
         parts = torch.cat(found, 1).transpose(1, 2).reshape(len(layers), *output.shape)  # (layers, n, *output)
         size = max(float(output.detach().abs().max()), float(parts.abs().max()))
         if float((parts.sum(0) - output.detach()).abs().max()) > torch.finfo(parts.dtype).eps ** (1 / 3) * size:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from interp_nn.explain.following import operations
+from interp_nn.explain.following import operations, recurrent
 from interp_nn.explain.following.arguments import respelled
 from interp_nn.explain.following.calls import (
     Call,
@@ -81,6 +81,9 @@ class Replayer(TorchFunctionMode):
             result = call.run()
             self._set(call, result, NOT_AFFINE)
             return result
+        if name in recurrent.KERNELS:
+            with self:
+                return recurrent.unrolled(call)()
         if name not in operations.TABLE:
             if isinstance(func, types.FunctionType) and func.__module__.startswith("torch"):
                 with self:

@@ -1,7 +1,8 @@
 """Replace smooth operations by their secant y = g z + c, which is exact at the recorded point.
 
 The slope g = (act(z) - c) / z is frozen, with c = act(0). At z = 0 it is the limit, the derivative. Normalizations freeze
-the scale; their centring is linear. Attention freezes its weights and is linear in the values.
+the scale; their centring is linear. Attention freezes its weights and is linear in the values. Products of several values
+that depend on the input are in `operations`.
 
 Source: the detached Jacobian of Golden (TMLR 2025).
 """
@@ -59,6 +60,7 @@ SLOPES: dict[str, Callable[[Call], tuple[Tensor, float | None]]] = {
     "tanh": lambda call: (_ratio(torch.tanh(call.input), call.input, 1), None),
     "tanhshrink": lambda call: (1 - _ratio(torch.tanh(call.input), call.input, 1), None),
     "softsign": lambda call: (1 / (1 + call.input.abs()), None),
+    "erf": lambda call: (_ratio(torch.erf(call.input), call.input, 2 / math.sqrt(math.pi)), None),
     "sin": lambda call: (_ratio(torch.sin(call.input), call.input, 1), None),
     "elu": lambda call: (
         _elu(call.input, call.argument("alpha"), call.argument("scale", 1), call.argument("input_scale", 1)),
@@ -79,7 +81,7 @@ def _fp32(t: Tensor) -> Tensor:
     return t.float() if t.dtype in (torch.bfloat16, torch.float16) else t
 
 
-def elementwise(name: str, factor: bool = False) -> Rule:
+def elementwise(name: str, factor: int = 1) -> Rule:
     """Return the rule of an activation in SLOPES."""
 
     def rule(call: Call) -> RuleResult:
@@ -94,14 +96,28 @@ def softplus(call: Call) -> RuleResult:
     beta, threshold = call.argument("beta"), call.argument("threshold")
     z = beta * _fp32(call.input)
     slope = torch.where(z > threshold, 1 - _ratio(torch.full_like(z, _LOG2), z, 0), _softplus(z))
-    return RuleResult("secant", scale_and_shift(slope.to(call.input.dtype), _LOG2 / beta))
+    return RuleResult("secant", scale_and_shift(slope.to(call.input.dtype), _LOG2 / beta), factor=1)
+
+
+def power(call: Call) -> RuleResult:
+    """Rule of square and pow: zᵖ for a number p >= 1 is z times zᵖ⁻¹, which is frozen."""
+    p = 2 if call.name == "square" else call.args[1] if len(call.args) > 1 else call.kwargs.get("exponent")
+    z = call.args[0]
+    base = call.dependence(z)
+    if not isinstance(p, (int, float)) or p < 1 or base is None or base.non_affine is not None or z.is_complex():
+        return recorded_value(call)
+    return RuleResult("secant", scale_and_shift(z ** (p - 1), None), factor=base.factor, linear=True)
 
 
 def glu(call: Call) -> RuleResult:
-    """Rule of glu, a sigmoid(b) for the halves a and b of the input: the sigmoid is frozen."""
+    """Rule of glu, a sigmoid(b) for the halves a and b of the input: the sigmoid is frozen, or a to hold the left factor."""
     dim = call.argument("dim")
-    gate = call.input.chunk(2, dim)[1].sigmoid()
-    return RuleResult("secant", lambda now: now.input.chunk(2, dim)[0] * gate)
+    left, right = call.input.chunk(2, dim)
+    if call.held != "left":
+        gate = right.sigmoid()
+        return RuleResult("secant", lambda now: now.input.chunk(2, dim)[0] * gate, factor=1)
+    slope, left = (_ratio(torch.tanh(_fp32(right) / 2) / 2, _fp32(right), 0.25)).to(left.dtype), left.clone()
+    return RuleResult("secant", lambda now: left * (now.input.chunk(2, dim)[1] * slope + 0.5), factor=1)
 
 
 # Normalizations: the centring is linear, the scale is frozen

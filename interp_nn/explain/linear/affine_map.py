@@ -23,6 +23,7 @@ from interp_nn.explain.following.replay import (
     parameter_check,
     run_recorded,
 )
+from interp_nn.explain.following.token_ids import from_embeddings
 from interp_nn.explain.linear.operators import (
     AffineOperator,
     ComposedOperator,
@@ -64,6 +65,8 @@ def linearize(
     *,
     mode: str = "secant",
     layer: str | int | None = None,
+    held: str = "activated",
+    embedding: str | None = None,
     chunk_size: int | None = None,
 ) -> AffineMap:
     """Compute the affine map F(x) = W x + b of a model at each sample.
@@ -74,7 +77,8 @@ def linearize(
 
     Args:
         model: The network, in evaluation mode.
-        x: Samples (n, ...) of a floating-point dtype, or a tuple of inputs with n samples each.
+        x: Samples (n, ...) of a floating-point dtype, or a tuple of inputs with n samples each. For token ids (n, ...) of an
+            integer dtype, the map is that of their embeddings e: F = W e + b, and the result's `x` is e.
         target: The outputs to explain: None for all, an int or slice along the first dimension of a sample's output, a tensor
             (n,) int64 with one index for each sample, or a function of the model's output that returns a tensor (n, ...).
             Explain logits, because a softmax is not affine.
@@ -82,6 +86,10 @@ def linearize(
             of the whole region of x. 'tangent': W is the Jacobian and b = F(x) - W x. In both, `detach` and `no_grad` in the
             model do not stop a derivative, as the value depends on the input all the same.
         layer: Explain the preactivations of this layer of gates instead of the output. A name or index of `GateRecord.sites`.
+        held: In mode 'secant', the factor that a product of two values that depend on x holds: 'activated', 'left' or 'right',
+            see `frozen`. F(x) = W x + b for each of them.
+        embedding: For token ids, the path of the layer that looks them up. By default, the nn.Embedding that the model calls
+            with x. The values of other layers that look x up are constants.
         chunk_size: Number of rows or columns of W to compute at a time. By default, 4 million entries.
 
     Returns:
@@ -90,7 +98,7 @@ def linearize(
     Raises:
         UnsupportedOperation: An operation without an affine map, in 'secant' mode; in either mode, a value that depends on the
             input and leaves PyTorch.
-        ValueError: A target or layer that the model does not have, samples that depend on one another, or as `record`
+        ValueError: A target, layer or embedding that the model does not have, samples that depend on one another, or as `record`
             raises it.
         TypeError: A target of another type, or as `record` raises it.
         RuntimeError: From the map's methods: a parameter of the model has changed.
@@ -105,11 +113,14 @@ def linearize(
 
     Source: Li et al., arXiv 2310.16295.
     """
-    select, secant = _selector(target), check_mode(mode) == "secant"
+    select, secant = _selector(target), check_mode(mode, held) == "secant"
+    model, x = from_embeddings(model, x, embedding)
     if layer is not None and target is not None:
         raise ValueError(f"target, layer: got {target!r} and {layer!r}, want one of them")
     strict, keep = secant and layer is None, layer is not None
-    recording = run_recorded(model, x, select, strict=strict, differentiable=secant, keep_preactivations=keep)
+    recording = run_recorded(
+        model, x, select, strict=strict, differentiable=secant, keep_preactivations=keep, held=held
+    )
     recording.check_stays_in_torch()
     gate_call = None if layer is None else recording.gate_call(layer)
     output = recording.output if gate_call is None else recording.recorder.gate_calls[gate_call].preactivations
@@ -230,6 +241,16 @@ class AffineMap:
     def bias(self) -> Tensor:
         """Constant b (n, *output), computed at first use by one run of the model."""
         return self._operator.bias().detach()
+
+    @property
+    def x(self) -> Any:
+        """The inputs (n, *input) at which the model was linearized: for token ids, their embeddings.
+
+        Raises ValueError for a map that `linearize` did not return.
+        """
+        if not isinstance(self._operator, JacobianOperator):
+            raise ValueError("x: got a map without its inputs, want one as `linearize` returned it")
+        return _single(self._operator.x)
 
     @property
     def shape(self) -> Any:

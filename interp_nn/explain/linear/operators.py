@@ -63,7 +63,7 @@ class DenseOperator(AffineOperator):
         """Return W v (r, n, *output)."""
         k = self.output.numel()
         parts = [
-            torch.einsum("nkd,rnd->rnk", w.reshape(self.n, k, -1), t.reshape(len(t), self.n, -1))
+            torch.einsum("nkd,rnd->rnk", w.reshape(self.n, k, -1), t.reshape(len(t), self.n, -1).to(w))
             for w, t in zip(self.weights, v, strict=True)
         ]
         return (
@@ -77,7 +77,7 @@ class DenseOperator(AffineOperator):
         def pull(u: Tensor) -> Vectors:
             rows = u.reshape(len(u), self.n, k)
             return tuple(
-                torch.einsum("nkd,rnk->rnd", w.reshape(self.n, k, -1), rows).reshape(len(u), self.n, *shape)
+                torch.einsum("nkd,rnk->rnd", w.reshape(self.n, k, -1), rows.to(w)).reshape(len(u), self.n, *shape)
                 for w, shape in zip(self.weights, self.inputs, strict=True)
             )
 
@@ -163,9 +163,10 @@ class JacobianOperator(AffineOperator):
                 return tuple(t.new_zeros(len(u), *t.shape) for t in x)
             try:
                 if len(u) > 1:
-                    return torch.autograd.grad(
+                    rows = torch.autograd.grad(
                         out, x, u, retain_graph=True, is_grads_batched=True, materialize_grads=True
                     )
+                    return tuple(row.expand(len(u), *t.shape) for row, t in zip(rows, x, strict=True))
                 rows = torch.autograd.grad(out, x, u[0], retain_graph=True, materialize_grads=True)
             except RuntimeError as error:
                 if not any(word in str(error) for word in _OF_AUTOGRAD):

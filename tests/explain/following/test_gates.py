@@ -5,6 +5,7 @@ import torch
 from explained_networks import functional, mlp, resnet, transformer
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils.rnn import PackedSequence
 from torch.utils.checkpoint import checkpoint
 
 from interp_nn.explain import ActivationPatterns
@@ -14,6 +15,7 @@ from interp_nn.explain.linear.affine_map import linearize
 from interp_nn.explain.linear.regions import region
 
 DTYPE = torch.float64
+LSTM = nn.LSTM(6, 6, dtype=DTYPE)
 NETWORKS = {"resnet": (resnet, (3, 32, 32)), "functional": (functional, (6,)), "transformer": (transformer, (5, 8))}
 
 
@@ -297,7 +299,12 @@ class Alternating(nn.Module):
         (Wrapped(lambda h: checkpoint(F.gelu, h, use_reentrant=True)), UnsupportedOperation, "CheckpointFunction"),
         (Buffered(True), UnsupportedOperation, "changes the buffers mean"),
         (Buffered(False), UnsupportedOperation, "changes the buffers mean"),
-        (nn.LSTM(6, 3, batch_first=True), UnsupportedOperation, "lstm in layer ''"),
+        (
+            Wrapped(lambda h: LSTM(PackedSequence(h, torch.tensor([2])))[0].data),
+            UnsupportedOperation,
+            "lstm in layer '': its sequences are packed",
+        ),
+        (nn.GRU(6, 3, 2, dropout=0.5).train(), UnsupportedOperation, "gru in layer '': it draws random numbers"),
         (lambda x: x, TypeError, "model: got function, want an nn.Module"),
     ],
 )

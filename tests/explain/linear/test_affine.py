@@ -197,6 +197,40 @@ def test_several_inputs_and_other_outputs():
     assert [w.shape for w in affine[1:].weight] == [(2, 5, 4), (2, 5, 1, 8)]
 
 
+class Weighting(nn.Module):
+    """Values weighted by a softmax: nothing else reaches the output from the second input and from `query`."""
+
+    def __init__(self):
+        super().__init__()
+        self.query, self.value = nn.Linear(4, 5), nn.Linear(4, 5)
+
+    def forward(self, a, b):
+        return (self.query(b).softmax(-1) * self.value(a))[:, :2]
+
+
+def test_inputs_and_layers_that_reach_the_output_by_held_values_alone():
+    model, inputs = Weighting().to(DTYPE), tuple(torch.randn(3, 4, dtype=DTYPE) for _ in range(2))
+    affine = linearize(model, inputs)
+    assert (
+        [w.shape for w in affine.weight] == [(3, 2, 4)] * 2 and not affine.weight[1].any() and affine.check() <= 1e-14
+    )
+    parts = affine.bias_by_layer()
+    assert relative(parts["value"], affine.bias) <= 1e-14 and not parts["query"].any()
+
+
+@pytest.mark.parametrize("widths", [(2, 4, 9), (9, 4, 2)])
+def test_outputs_of_another_dtype_than_the_inputs(widths):
+    model, x = nn.Sequential(mlp(*widths), Cast()), torch.randn(3, widths[0], dtype=DTYPE)
+    affine = linearize(model, x)
+    assert affine.weight.dtype.is_floating_point and affine.check() <= 1e-6
+    assert relative(affine(x), model(x)) <= 1e-6
+
+
+class Cast(nn.Module):
+    def forward(self, x):
+        return x.float()
+
+
 def test_rows_and_columns_and_chunks_agree():
     wide, narrow = mlp(3, 16, 9), mlp(9, 16, 3)
     for model, d in ((wide, 3), (narrow, 9)):

@@ -1,0 +1,159 @@
+"""Form effective weights once for several microbatches, and pull their gradients back to b once."""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import Function
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from interp_nn import linalg
+from interp_nn.nn.polynomial_layer import PolynomialLayer
+from interp_nn.ops.library import is_dtensor, transforming
+
+
+class _AddCollected(Function):
+    """Return the weight; its backward adds what the leaf has collected."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, cache: _Cache) -> Tensor:
+        ctx.cache = cache
+        return weight.view_as(weight)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        collected = ctx.cache.collected()
+        ctx.cache.pulled = True
+        return grad if collected is None else grad + collected, None
+
+
+class cached_weights:  # noqa: N801 - used like a function, as torch.no_grad is
+    """Form the effective weight of each SummaryLinear and SummaryConv2d once for all forwards inside of a `with` block.
+
+    Inside, a layer is the plain layer with its effective weight. The gradient of the weight is summed over the microbatches, and
+    pulled back to b, and to a gain, once, at the end of the block. So clip gradients, unscale them by a GradScaler, and step
+    the optimizer, after the block. A step inside of it raises RuntimeError.
+
+    Under DistributedDataParallel pass the wrapped model: gradients are pulled back in the one backward that synchronises, which
+    has to be the last one of the block; the others run under `no_sync()`.
+
+    Forwards under torch.no_grad, torch.func, torch.compile and of frozen layers compute as outside.
+
+    Args:
+        model: The model.
+
+    Raises:
+        TypeError: `model` is not an nn.Module.
+        RuntimeError: A layer's b is sharded (a DTensor); b changes inside of the block; an optimizer steps inside of it; blocks
+            of one layer are nested; a backward under DistributedDataParallel that synchronises was not the last. The message
+            names the layer.
+
+    Example:
+        >>> from interp_nn.nn import SummaryLinear
+        >>> model, x = SummaryLinear(4, 3), torch.ones(8, 4)
+        >>> with cached_weights(model):
+        ...     for microbatch in x.split(2):
+        ...         model(microbatch).sum().backward()
+        >>> model.b.grad.shape
+        torch.Size([4, 3])
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model: got {type(model).__name__}, want an nn.Module")
+        self._model = model
+        self._caches: list[_Cache] = []
+
+    def __enter__(self) -> cached_weights:
+        layers = {m: name for name, m in self._model.named_modules() if isinstance(m, PolynomialLayer)}
+        for layer, name in layers.items():
+            where = f"{name or 'model'} ({type(layer).__name__})"
+            if is_dtensor(layer.b):
+                raise RuntimeError(
+                    f"cached_weights: b of {where} is sharded, a DTensor; train it without cached_weights"
+                )
+            if layer._cache is not None:
+                raise RuntimeError(f"cached_weights: {where} is in another block already")
+        for layer, name in layers.items():
+            if layer.frozen_weight() is None:
+                layer._cache = _Cache(layer, f"{name or 'model'} ({type(layer).__name__})", self._model)
+                self._caches.append(layer._cache)
+        self._handle = register_optimizer_step_pre_hook(self._before_step)
+        return self
+
+    def _before_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        for cache in self._caches:
+            if stepped & {id(p) for p in cache.layer.parameters()}:
+                raise RuntimeError(
+                    f"cached_weights: the optimizer steps {cache.name} inside of the block, before its b has a gradient; step "
+                    "after the block"
+                )
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._handle.remove()
+        caches, self._caches = self._caches, []
+        for cache in caches:
+            cache.layer._cache = None
+        for cache in caches if kind is None else ():
+            cache.pull_back()
+
+
+class _Cache:
+    """The cached weight of one layer inside of a block.
+
+    It is formed when the block begins: inside of a checkpoint, whose hooks save other tensors, it would be formed twice.
+
+    Attributes:
+        formed: The weight, with its graph to b.
+        leaf: A leaf with its values, which layers use and whose `grad` collects the gradients.
+        pulled: True if the gradients have been pulled back under DistributedDataParallel.
+    """
+
+    def __init__(self, layer: PolynomialLayer, name: str, model: nn.Module) -> None:
+        self.layer, self.name, self.model = layer, name, model
+        with torch.enable_grad(), linalg.autocast_off(layer.b.device):
+            self.formed = layer.effective_weight().contiguous()
+        self.leaf = self.formed.detach().requires_grad_(self.formed.requires_grad)
+        self.pulled = False
+        self._identity = layer._identity()
+
+    def weight(self) -> Tensor | None:
+        """Return the weight for a forward; None where it has to be computed as outside of the block."""
+        if not torch.is_grad_enabled() or torch.compiler.is_compiling() or transforming(self.layer.b):
+            return None
+        if not self.leaf.requires_grad or not self._synchronises():
+            return self.leaf
+        if self.pulled:
+            raise RuntimeError(
+                f"cached_weights: {self.name} has synchronised its gradients already; run all microbatches but the last one "
+                "under no_sync()"
+            )
+        connected: Tensor = _AddCollected.apply(self.formed, self)
+        return connected
+
+    def collected(self) -> Tensor | None:
+        """Return the gradient that the leaf has collected, and clear it."""
+        grad, self.leaf.grad = self.leaf.grad, None
+        return grad
+
+    def pull_back(self) -> None:
+        """Add the collected gradient to those of the parameters."""
+        if self._identity != self.layer._identity():
+            raise RuntimeError(
+                f"cached_weights: b of {self.name} has changed inside of the block; change parameters after the block"
+            )
+        if self.leaf.grad is None:
+            return
+        if self.pulled:
+            raise RuntimeError(f"cached_weights: the microbatch of {self.name} that synchronises was not the last one")
+        torch.autograd.backward(self.formed, self.leaf.grad)
+
+    def _synchronises(self) -> bool:
+        model: Any = self.model
+        return isinstance(model, nn.parallel.DistributedDataParallel) and bool(model.require_backward_grad_sync)
