@@ -124,17 +124,21 @@ template <int BK, class Fill>
 DEVICE void fill_derivative(const Gradients& arguments, const SliceTiles<BK>& tiles, const DerivativeWork<BK>& work,
                             float factor, float loss_scale, Fill fill_s) {
     const Polynomial& q = arguments.q;
-    if (q.coefficients == nullptr) return fill_s(1.f);
-    if (!need_derivative(arguments)) return fill_s(scale_of(q) * factor * q.coefficients[1]);
-    if (first_slice_from_last() < BK) {
-        fill_s(factor);
-        derive_rows(q.coefficients, q.degree, tiles, work, arguments.dcoefficients != nullptr);
+    const bool is_summary = q.coefficients == nullptr;
+    if (need_derivative(arguments)) {
+        if (first_slice_from_last() < BK) {
+            fill_s(factor);
+            derive_rows(q.coefficients, q.degree, tiles, work, arguments.dcoefficients != nullptr);
+        }
+        grid_barrier(arguments.counter);  // before M is read
+        if (arguments.dcoefficients != nullptr && program() == programs() - 1 && warp() <= q.degree) {
+            constexpr int PARTS = DerivativeWork<BK>::PARTS;
+            const float sum = add_scalars(work.dots() + warp() * PARTS, PARTS);
+            if (lane() == 0) arguments.dcoefficients[warp()] = loss_scale * sum;
+        }
     }
-    grid_barrier(arguments.counter);  // before M is read
-    if (arguments.dcoefficients != nullptr && program() == programs() - 1 && warp() <= q.degree) {
-        constexpr int PARTS = DerivativeWork<BK>::PARTS;
-        const float sum = add_scalars(work.dots() + warp() * PARTS, PARTS);
-        if (lane() == 0) arguments.dcoefficients[warp()] = loss_scale * sum;
+    if (is_summary || q.degree == 1) {  // M is c1 S, with the same bits whether the coefficients' gradients are needed
+        return fill_s(is_summary ? 1.f : scale_of(q) * factor * q.coefficients[1]);
     }
     fill(tiles.square, [&](int row, int column) { return scale_of(q) * work.m()[row * BK + column]; });
 }

@@ -1,10 +1,10 @@
 """The CUDA engine: `forward`, `backward` and `loss` in one launch each, by the compiled kernels of csrc.
 
 Plans: a summary is "(Xb)G" (saves G), a pair also saves P, a polynomial is "(Xb)q" (saves q(G) too), the loss of a head is
-"logits_from_latent"; all have at most 128 columns and classes. b may have any strides. Products take operands in the inputs' dtype and accumulate in fp32; fp32 operands are rounded
-to tf32 where PyTorch's own switch for matrix products allows it, and are split in two such parts otherwise (below compute
-capability 8.0, which has no such products, they are multiplied as they are). What is rounded: P, G, q(G) and W as operands and as
-results, D = dP + dY q(G) and the logits' gradients as operands, results.
+"logits_from_latent"; all have at most 128 columns and classes. b may have any strides. Products take operands in the inputs'
+dtype and accumulate in fp32; fp32 operands are rounded to tf32 where PyTorch's own switch for matrix products allows it, and are
+split in two such parts otherwise (below compute capability 8.0, which has no such products, they are multiplied as they are).
+What is rounded: P, G, q(G) and W as operands and as results, D = dP + dY q(G) and the logits' gradients as operands, results.
 
 The library has private operators, whose schemas and fake kernels are here; the public operators of `interp_nn.ops` end in
 them. They allocate their results and workspaces themselves, and are launched on the current stream. What they count on is
@@ -163,8 +163,9 @@ def backward(
     if x.numel() * b.shape[1] == 0 or not (need_x or need_b or need_c):
         if q is None:
             return eager.backward(dp, dy, x, b, saved, plan, need_x, need_b, need_bias)
-        *found, dc, _ = eager_polynomial.gradient(dp, dy, x, b, q, (*needs, False))
-        return *found, None if dc is None else dc.float()
+        dbias = x.new_zeros(b.shape[1]) if dy is None else dy.sum(0)
+        zeros = torch.zeros_like(x), torch.zeros_like(b), dbias, torch.zeros_like(q.coefficients, dtype=torch.float32)
+        return tuple(t if need else None for t, need in zip(zeros, needs, strict=True))
     p, *squares = saved if plan.saves else (None, *saved)
     g, q_of_g = squares if q is not None else (*squares, None)
     found = iter(
