@@ -37,11 +37,15 @@ template <int BK> struct DerivativeWork {
     static constexpr size_t SHARED = SliceTiles<BK>::SHARED + SliceTiles<BK>::Slice::BYTES;
 };
 
-// A square of fp32 in global memory, as a tile.
-template <int BK> struct GlobalSquare {
+// A square of fp32 in global or shared memory, so that products with both are the same code.
+template <int BK> struct EitherSquare {
     using Element = float;
-    const float* data;
-    DEVICE const float* at(int row, int column) const { return data + row * BK + column; }
+    const float* rows;  // in global memory, or null
+    typename SliceTiles<BK>::Square tile;
+
+    DEVICE const float* at(int row, int column) const {
+        return rows != nullptr ? rows + row * BK + column : tile.at(row, column);
+    }
 };
 
 // Copy G, as forward stored it, to the workspace. A grid barrier must come before its reads.
@@ -62,47 +66,38 @@ DEVICE int first_slice_from_last() { return SLICE * (programs() - 1 - program())
 template <int BK> NOINLINE void derive_rows(const float* coefficients, int degree, SliceTiles<BK> tiles,
                                             DerivativeWork<BK> work, bool need_dots) {
     using Slice = typename SliceTiles<BK>::Slice;
-    const ProductsF32 products{};
     const Slice r = tiles.slice, n{tiles.slice.base + Slice::BYTES};
-    const GlobalSquare<BK> g{work.g};
     const int from = 16 * warp();
     const bool warp_active = from < BK;
     NO_UNROLL for (int first = first_slice_from_last(); first < BK; first += SLICE * programs()) {
+        const auto row_of_g = [&](int row, int column) { return work.g[(first + row) * BK + column]; };
+        const auto row_of_i = [&](int row, int column) { return first + row == column ? 1.f : 0.f; };
         block_barrier();  // S is whole, and the slices before are no longer read
         fill(n, [&](int row, int column) { return coefficients[degree] * *tiles.square.at(first + row, column); });
         fill(r, [&](int row, int column) {
-            return coefficients[degree] * *g.at(first + row, column) +
-                   (first + row == column ? coefficients[degree - 1] : 0.f);
+            return coefficients[degree] * row_of_g(row, column) + coefficients[degree - 1] * row_of_i(row, column);
         });
-        // One loop for both, because products are most of the code: at first the steps of Horner's rule, and then R is
-        // I, G, G² and so on.
+        // At first the steps of Horner's rule. Then R is I, G, G² and so on.
         NO_UNROLL for (int step = degree - 2; step >= (need_dots ? -1 - degree : 0); --step) {
             const bool of_rule = step >= 0;
             const int power = -1 - step;  // of G in R
-            float to_n[2][4], to_r[2][4];
-            clear(to_n);
-            clear(to_r);
-            block_barrier();
-            if (warp_active) {
-                if (of_rule) {
-                    multiply_tiles<false, true>(products, to_n, n, 0, g, from, 0, BK);
-                    multiply_tiles<false, true>(products, to_n, r, 0, tiles.square, from, 0, BK);
-                }
-                if (of_rule || power > 1) multiply_tiles<false, true>(products, to_r, r, 0, g, from, 0, BK);
-                if (of_rule) add_diagonal(to_r, first, from, coefficients[step]);
-            }
             block_barrier();
             if (of_rule || power > 1) {
-                if (warp_active) put_sums(Mode{}, r, 0, from, to_r);
+                float sums[2][4];
+                NO_UNROLL for (int part = of_rule ? 0 : 2; part < 3; ++part) {  // N G + R S, and R G
+                    const Slice& left = part == 0 ? n : r;
+                    const EitherSquare<BK> right{part == 1 ? nullptr : work.g, tiles.square};
+                    if (part != 1) clear(sums);
+                    if (warp_active) multiply_tiles<false, true>(ProductsF32{}, sums, left, 0, right, from, 0, BK);
+                    if (part == 0) continue;
+                    if (part == 2 && of_rule) add_diagonal(sums, first, from, coefficients[step]);
+                    block_barrier();
+                    if (warp_active) put_sums(Mode{}, part == 1 ? n : r, 0, from, sums);
+                }
             } else {
-                fill(r, [&](int row, int column) {
-                    return power == 1 ? *g.at(first + row, column) : first + row == column ? 1.f : 0.f;
-                });
+                fill(r, [&](int row, int column) { return power == 0 ? row_of_i(row, column) : row_of_g(row, column); });
             }
-            if (of_rule) {
-                if (warp_active) put_sums(Mode{}, n, 0, from, to_n);
-                continue;
-            }
+            if (of_rule) continue;
             block_barrier();
             float dot = 0.f;
             NO_UNROLL for (int i = thread(); i < SLICE * BK; i += THREADS) {

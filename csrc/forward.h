@@ -16,7 +16,6 @@ template <class P> constexpr int forward_depth(int columns) {
 
 template <class P, int BK> struct ForwardTiles : ProjectionTiles<P, BK, forward_depth<P>(BK)> {
     using Base = ProjectionTiles<P, BK, forward_depth<P>(BK)>;
-    static_assert(2 * Base::STAGE >= BK * BK * 4 || Base::Own::BYTES >= BK * BK * 4, "powers of G lie in the stages' place");
     static constexpr size_t shared(int stages) {
         const size_t all = static_cast<size_t>(stages) * Base::STAGE, own = Base::Own::BYTES;
         return Base::G::BYTES + BK * sizeof(float) + (all > own ? all : own);
@@ -24,7 +23,7 @@ template <class P, int BK> struct ForwardTiles : ProjectionTiles<P, BK, forward_
 };
 
 // The first program stores a square tile, (k, k), where it is asked for.
-template <class Square> DEVICE void store_square(void* to, int k, const Square& square) {
+template <class Square> NOINLINE void store_square(void* to, int k, Square square) {
     if (to == nullptr || program() != 0 || 16 * warp() >= k) return;
     store_rows(static_cast<typename Square::Element*>(to) + 16 * warp() * k, k, k - 16 * warp(), k, square, 16 * warp());
 }
@@ -56,17 +55,19 @@ template <class P, int BK> DEVICE void forward_rows(const P& products, const For
         const int rows = remaining(n, own_row);
         if (q.coefficients != nullptr) scale_sums(p, scale_of(q));
         put_sums(mode, own, 16 * warp(), 0, p);
+        // P may have to wait where Y will be, because powers of G need its place.
+        const bool stashed = row == first_row && q.coefficients != nullptr && q.degree > 1;
+        T* const to = out_p != nullptr ? out_p : stashed ? out_y : nullptr;
+        if (to != nullptr) store_rows(to + own_row * k, k, rows, k, own, 16 * warp());
         if (row == first_row) {
             if (q.coefficients != nullptr) scale_sums(y, scale_of(q) * scale_of(q));
             share_gram(mode, gram, y);
             store_square(arguments.g, k, gram);
             if (q.coefficients != nullptr) {
-                // P waits where Y will be, because the powers of G need its place.
-                if (q.degree > 1) store_rows(out_y + own_row * k, k, rows, k, own, 16 * warp());
-                const bool again = share_polynomial(products, q, gram, y, memory);
+                form_polynomial<P, BK>(mode, q, gram.base, memory);
                 store_square(arguments.q_of_g, k, gram);
-                if (again) {
-                    load_tile(own, matrix<T>(out_y, n, k), row, 0);
+                if (stashed) {
+                    load_tile(own, matrix<T>(to, n, k), row, 0);
                     commit_copies();
                     wait_copies(0);
                     block_barrier();
@@ -74,7 +75,6 @@ template <class P, int BK> DEVICE void forward_rows(const P& products, const For
             }
         }
         warp_barrier();
-        if (out_p != nullptr) store_rows(out_p + own_row * k, k, rows, k, own, 16 * warp());
         clear(y);
         add_row(y, bias);
         multiply_tiles<false, true>(products, y, own, 16 * warp(), gram, 0, 0, BK);  // q(G) is its own transpose

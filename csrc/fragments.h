@@ -186,9 +186,16 @@ struct ProductsTF32 {
     }
     DEVICE ForSums for_sums() const { return *this; }
 };
+// The sums of 16-bit products, which are never exact: a family of its own, so that only its code is compiled.
+struct ProductsOfSums16 {
+    using Element = float;
+    Mode mode;
+
+    template <class Visitor> DEVICE void visit(Visitor visitor) const { visitor(FragmentsTF32<false>{mode}); }
+};
 struct Products16 {
     using Element = Half;
-    using ForSums = ProductsTF32;
+    using ForSums = ProductsOfSums16;
     static constexpr bool available = HAS_MATRIX_UNITS;
     Mode mode;
 

@@ -119,7 +119,7 @@ DEVICE void pair_loss_phases(const P& products, const PairLoss& arguments, int s
     if (arguments.q.coefficients != nullptr) {
         using Tiles = PairLossTiles<P, BK>;
         float* const to = need_derivative(arguments) && program() == 0 ? work.derivative().g : nullptr;
-        form_polynomial<P, BK, Tiles::BD>(products.mode, arguments.q, matrix_b<T>(arguments), to, shared_memory(),
+        walk_polynomial<P, BK, Tiles::BD>(products.mode, arguments.q, matrix_b<T>(arguments), to, shared_memory(),
                                           shared_memory() + Tiles::G::BYTES, stages);
     }
     pair_loss_rows<BK>(products, arguments, x, b, work, stages);

@@ -17,54 +17,44 @@ template <int TILES> DEVICE void add_diagonal(float (&sums)[TILES][4], int row, 
     });
 }
 
-// The steps of Horner's rule after the first: `gram` has G and becomes q(G), and r has R. Not inlined, because it comes
-// once a launch, and its registers are not to count where the rows are.
+// Make the tile of G that of q(G). Powers beyond the first need another such tile at `memory`, for R. Not inlined,
+// because it comes once a launch, and its registers are not to count where the rows are.
 template <class P, int BK>
-NOINLINE void multiply_powers(Mode mode, const float* coefficients, int degree, unsigned char* gram, unsigned char* r) {
+NOINLINE void form_polynomial(Mode mode, Polynomial q, unsigned char* gram, unsigned char* memory) {
+    using T = typename P::Element;
+    using Square = Tile<T, BK, BK>;
     using Piece = Pieces<BK, BK>;
-    const Tile<typename P::Element, BK, BK> tile_g{gram};
-    const Tile<float, BK, BK> tile_r{r};
-    NO_UNROLL for (int i = degree - 2; i >= 0; --i) {
+    const Square tile_g{gram}, r{memory};
+    const Square& to = q.degree == 1 ? tile_g : r;
+    const float last = q.coefficients[q.degree], before = q.coefficients[q.degree - 1];
+    block_barrier();  // G has been stored, and `memory` is free
+    NO_UNROLL for (int i = thread(); i < BK * Square::CHUNKS; i += THREADS) {
+        const int row = i / Square::CHUNKS, column = i % Square::CHUNKS * Square::PER_CHUNK;
+        const auto* const from = tile_g.at(row, column);
+        auto* const at = to.at(row, column);
+        UNROLL for (int e = 0; e < Square::PER_CHUNK; ++e) {
+            const float term = last * widen(from[e], mode.is_bf16);
+            at[e] = round_to<T>(row == column + e ? term + before : term, mode.is_bf16);
+        }
+    }
+    NO_UNROLL for (int i = q.degree - 2; i >= 0; --i) {
         float sums[Piece::TILES][4];
         clear(sums);
         block_barrier();  // R is whole
         if (Piece::warp_active()) {
-            multiply_tiles<false, true>(P{mode}.for_sums(), sums, tile_r, Piece::row(), tile_g, Piece::column(), 0, BK);
-            add_diagonal(sums, Piece::row(), Piece::column(), coefficients[i]);
+            multiply_tiles<false, true>(P{mode}, sums, r, Piece::row(), tile_g, Piece::column(), 0, BK);
+            add_diagonal(sums, Piece::row(), Piece::column(), q.coefficients[i]);
         }
         block_barrier();  // R, and at last G, are no longer read
-        if (!Piece::warp_active()) continue;
-        if (i > 0) {
-            put_sums(mode, tile_r, Piece::row(), Piece::column(), sums);
-        } else {
-            put_sums(mode, tile_g, Piece::row(), Piece::column(), sums);
-        }
+        if (Piece::warp_active()) put_sums(mode, i > 0 ? r : tile_g, Piece::row(), Piece::column(), sums);
     }
     block_barrier();
 }
 
-// Replace G by q(G), from the sums of each warp, as for share_gram, which has been called. Return true if that took
-// powers beyond the first, which need a square of fp32 in `memory`, free before and after, and many registers.
-template <class P, class G, int TILES>
-DEVICE bool share_polynomial(const P& products, const Polynomial& q, const G& gram, float (&g)[TILES][4],
-                             unsigned char* memory) {
-    scale_sums(g, q.coefficients[q.degree]);
-    add_diagonal(g, 16 * warp(), 0, q.coefficients[q.degree - 1]);
-    block_barrier();  // G has been stored, and `memory` is free
-    if (q.degree == 1) {
-        share_gram(products.mode, gram, g);
-        return false;
-    }
-    const Tile<float, 8 * TILES, 8 * TILES> r{memory};
-    if (16 * warp() < 8 * TILES) put_sums(products.mode, r, 16 * warp(), 0, g);
-    multiply_powers<P, 8 * TILES>(products.mode, q.coefficients, q.degree, gram.base, memory);
-    return true;
-}
-
-// The tile of q(G) by a walk over b of its own: for kernels whose rows leave no registers for it. Where `to` is not
-// null, G is stored there, (BK, BK).
+// The same by a walk over b of its own, for kernels whose rows leave no registers for it. Where `to` is not null, G is
+// stored there, (BK, BK).
 template <class P, int BK, int BD>
-NOINLINE void form_polynomial(Mode mode, Polynomial q, Matrix<typename P::Element> b, float* to, unsigned char* gram,
+NOINLINE void walk_polynomial(Mode mode, Polynomial q, Matrix<typename P::Element> b, float* to, unsigned char* gram,
                               unsigned char* memory, int stages) {
     using T = typename P::Element;
     using B = Tile<T, BK, BD>;
@@ -81,7 +71,7 @@ NOINLINE void form_polynomial(Mode mode, Polynomial q, Matrix<typename P::Elemen
     scale_sums(g, scale_of(q) * scale_of(q));
     if (to != nullptr && row < BK) store_sums(to + row * BK, BK, 16, g);
     share_gram(mode, tile_g, g);
-    share_polynomial(products, q, tile_g, g, memory);
+    form_polynomial<P, BK>(mode, q, gram, memory);
 }
 
 }  // namespace interp_nn
