@@ -206,8 +206,8 @@ std::vector<Tensor> cuda_backward(const MaybeTensor& dp, const MaybeTensor& dy, 
     return summary_backward(dy, x, b, squares, counter, need_x, need_b, need_bias, need_coefficients, transposed, tf32);
 }
 
-// The loss, and the gradients among [dX, db, dA, dc, dcoefficients] that are needed. Without `weight` it is the loss of a
-// pair.
+// The loss, and the gradients among [dX, db, dA, dc, dcoefficients] that are needed. Without `weight` it is the loss of
+// a pair.
 std::vector<Tensor> cuda_loss(const Tensor& x, const Tensor& b, const MaybeTensor& weight, const MaybeTensor& bias,
                               const MaybeTensor& coefficients, const MaybeTensor& scale, const Tensor& target,
                               const MaybeTensor& upstream, const Tensor& counter, double w1, double w2, double w3,

@@ -1,12 +1,12 @@
 // M, the derivative of q at G along S = T + Tᵀ, and the gradients of q's coefficients, <T, Gⁱ> = <S, Gⁱ> / 2.
 //
-// Horner's rule with its derivative: R = cn I and N = 0, then N = N G + R S and R = R G + ci I from i = n - 1 down to 0;
-// at the end N is M. Rows of R and N need no other rows of them, so each program takes sixteen, and none waits for
+// Horner's rule with its derivative: R = cn I and N = 0, then N = N G + R S and R = R G + ci I from i = n - 1 down to
+// 0; at the end N is M. Rows of R and N need no other rows of them, so each program takes sixteen, and none waits for
 // another. The products are exact, since there are few of them.
 #pragma once
 
-#include "polynomial.h"
 #include "phased_launch.h"
+#include "polynomial.h"
 
 namespace interp_nn {
 
@@ -49,7 +49,8 @@ template <int BK> struct EitherSquare {
 };
 
 // Copy G, as forward stored it, to the workspace. A grid barrier must come before its reads.
-template <int BK, class T> DEVICE void widen_gram(const Mode& mode, const Gradients& arguments, const void* g, float* to) {
+template <int BK, class T>
+DEVICE void widen_gram(const Mode& mode, const Gradients& arguments, const void* g, float* to) {
     if (!need_derivative(arguments)) return;
     const int k = arguments.k;
     NO_UNROLL for (int i = program() * THREADS + thread(); i < BK * BK; i += programs() * THREADS) {

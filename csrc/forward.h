@@ -25,11 +25,12 @@ template <class P, int BK> struct ForwardTiles : ProjectionTiles<P, BK, forward_
 // The first program stores a square tile, (k, k), where it is asked for.
 template <class Square> NOINLINE void store_square(void* to, int k, Square square) {
     if (to == nullptr || program() != 0 || 16 * warp() >= k) return;
-    store_rows(static_cast<typename Square::Element*>(to) + 16 * warp() * k, k, k - 16 * warp(), k, square, 16 * warp());
+    store_rows(static_cast<typename Square::Element*>(to) + 16 * warp() * k, k, k - 16 * warp(), k, square,
+               16 * warp());
 }
 
-// Each program takes row tiles in turn. At its first it also forms G and q(G) from the same tiles of b: recomputing G in every
-// program costs about as much as a grid barrier.
+// Each program takes row tiles in turn. At its first it also forms G and q(G) from the same tiles of b: recomputing G
+// in every program costs about as much as a grid barrier.
 template <class P, int BK> DEVICE void forward_rows(const P& products, const Forward& arguments, int stages) {
     using Tiles = ForwardTiles<P, BK>;
     using T = typename P::Element;

@@ -81,11 +81,11 @@ template <class T, int BK, int BM> struct HeadWork {
     }
 };
 
-// Fill H's tile from A's and the sums of G, by Horner's rule. G's tile lies in `memory`, which is free before and after.
-template <class Tiles, class P, int TILES> DEVICE void share_products(const P& products, const Polynomial& q,
-                                                                      const typename Tiles::A& a,
-                                                                      const typename Tiles::A& h, float (&g)[TILES][4],
-                                                                      unsigned char* memory) {
+// Fill H's tile from A's and the sums of G, by Horner's rule. G's tile lies in `memory`, which is free before and
+// after.
+template <class Tiles, class P, int TILES>
+DEVICE void share_products(const P& products, const Polynomial& q, const typename Tiles::A& a,
+                           const typename Tiles::A& h, float (&g)[TILES][4], unsigned char* memory) {
     using Product = typename Tiles::Product;
     const typename Tiles::G gram{memory};
     share_gram(products.mode, gram, g);

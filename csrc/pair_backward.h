@@ -1,4 +1,5 @@
-// Backward of the pair: dX = a D bᵀ and db = a Xᵀ D + a² b M with D = dP + dY q(G) and T = Pᵀ dY, for up to 128 columns.
+// Backward of the pair: dX = a D bᵀ and db = a Xᵀ D + a² b M with D = dP + dY q(G) and T = Pᵀ dY, for up to 128
+// columns.
 //
 //     Phase  computes                                left out
 //     1      D, parts of T                           without dY: D is dP

@@ -1,5 +1,5 @@
-// The three-term loss of (P, Y) with its gradients: D = E1 + E2 q(G), dX = a D bᵀ, db = a Xᵀ D + a² b M, T = Pᵀ E2, where
-// E1 and E2 are the gradients of the logits. The logits stay in registers.
+// The three-term loss of (P, Y) with its gradients: D = E1 + E2 q(G), dX = a D bᵀ, db = a Xᵀ D + a² b M, T = Pᵀ E2,
+// where E1 and E2 are the gradients of the logits. The logits stay in registers.
 //
 //     Phase  computes                                left out
 //     1      D, parts of T and of the loss

@@ -1,5 +1,5 @@
-// Backward of the summary alone: dX = dY Wᵀ with W = a b q(G), db = a S q(G) + a² b M with S = Xᵀ dY and T = a bᵀ S, and
-// dbias, the column sums of dY, for up to 128 columns. The only (n, k) matrix is dY.
+// Backward of the summary alone: dX = dY Wᵀ with W = a b q(G), db = a S q(G) + a² b M with S = Xᵀ dY and T = a bᵀ S,
+// and dbias, the column sums of dY, for up to 128 columns. The only (n, k) matrix is dY.
 //
 //     Phase  computes                                left out
 //     1      dX, parts of S, bᵀ S and dbias

@@ -85,12 +85,13 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         .def(py::init([](int64_t n, int d, int k, int64_t b_feature, int64_t b_column, Kind kind) {
             return Sizes{n, d, k, b_feature, b_column, kind};
         }))
-        .def("polynomial", [](Sizes sizes, py::object coefficients, py::object scale, py::object q_of_g,
-                              py::object dcoefficients) {
-            sizes.q = {at<const float>(coefficients), at<const float>(scale), static_cast<int>(py::len(coefficients)) - 1};
-            sizes.q_of_g = at(q_of_g), sizes.dcoefficients = at<float>(dcoefficients);
-            return sizes;
-        });
+        .def("polynomial",
+             [](Sizes sizes, py::object coefficients, py::object scale, py::object q_of_g, py::object dcoefficients) {
+                 sizes.q = {at<const float>(coefficients), at<const float>(scale),
+                            static_cast<int>(py::len(coefficients)) - 1};
+                 sizes.q_of_g = at(q_of_g), sizes.dcoefficients = at<float>(dcoefficients);
+                 return sizes;
+             });
     m.def("forward", [](py::object x, py::object b, py::object bias, py::object p, py::object y, py::object g,
                         const Sizes& sizes, const DeviceSpec& device, unsigned seed) {
         Forward a{};
