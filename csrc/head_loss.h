@@ -81,33 +81,54 @@ template <class T, int BK, int BM> struct HeadWork {
     }
 };
 
-// Fill H's tile from A's and the sums of G, by Horner's rule. G's tile lies in `memory`, which is free before and
-// after.
-template <class Tiles, class P, int TILES>
-DEVICE void share_products(const P& products, const Polynomial& q, const typename Tiles::A& a,
-                           const typename Tiles::A& h, float (&g)[TILES][4], unsigned char* memory) {
+// Fill H's tile from A's and the sums of G. G's tile lies in `memory`, which is free before and after.
+template <class Tiles, class P, int TILES> DEVICE void share_products(const P& products, const typename Tiles::A& a,
+                                                                      const typename Tiles::A& h, float (&g)[TILES][4],
+                                                                      unsigned char* memory) {
     using Product = typename Tiles::Product;
     const typename Tiles::G gram{memory};
     share_gram(products.mode, gram, g);
-    const int degree = degree_of(q);
-    NO_UNROLL for (int i = degree - 1; i >= 0; --i) {
-        const typename Tiles::A& from = i == degree - 1 ? a : h;
+    if (Product::warp_active()) {
+        float sums[Product::TILES][4];
+        clear(sums);
+        multiply_tiles<false, true>(products, sums, a, Product::row(), gram, Product::column(), 0, 8 * TILES);
+        put_sums(products.mode, h, Product::row(), Product::column(), sums);
+    }
+    block_barrier();  // H is whole
+}
+
+// H's tile of a polynomial, by Horner's rule and a walk over b of its own, because the rows leave no registers for it.
+// G is stored at `to`, (BK, BK), where that is not null.
+template <class P, int BK, int BM> NOINLINE void walk_products(Mode mode, Polynomial q, Matrix<typename P::Element> b,
+                                                               Matrix<typename P::Element> output, float* to,
+                                                               unsigned char* shared, int stages) {
+    using Tiles = HeadTiles<P, BK, BM>;
+    using Product = typename Tiles::Product;
+    const P products{mode};
+    const typename Tiles::A a{shared}, h{shared + Tiles::A::BYTES};
+    const typename Tiles::G gram{shared + Tiles::FIXED};
+    load_tile(a, output, 0, 0);
+    commit_copies();
+    float g[BK / 8][4];
+    walk_gram<Tiles::BD>(products, q, b, g, shared + Tiles::FIXED, stages);
+    if (to != nullptr && 16 * warp() < BK) store_sums(to + 16 * warp() * BK, BK, 16, g);
+    share_gram(mode, gram, g);
+    NO_UNROLL for (int i = q.degree - 1; i >= 0; --i) {
+        const typename Tiles::A& from = i == q.degree - 1 ? a : h;
         float sums[Product::TILES][4];
         clear(sums);
         if (Product::warp_active()) {
-            multiply_tiles<false, true>(products, sums, from, Product::row(), gram, Product::column(), 0, 8 * TILES);
+            multiply_tiles<false, true>(products, sums, from, Product::row(), gram, Product::column(), 0, BK);
         }
-        if (q.coefficients != nullptr) {
-            if (i == degree - 1) scale_sums(sums, q.coefficients[degree]);
-            each_pair(sums, [&](int row, int column, float& first, float& second) {
-                if (!Product::warp_active()) return;
-                const auto* const at = a.at(Product::row() + row, Product::column() + column);
-                first += q.coefficients[i] * widen(at[0], products.mode.is_bf16);
-                second += q.coefficients[i] * widen(at[1], products.mode.is_bf16);
-            });
-            block_barrier();  // H is no longer read
-        }
-        if (Product::warp_active()) put_sums(products.mode, h, Product::row(), Product::column(), sums);
+        if (i == q.degree - 1) scale_sums(sums, q.coefficients[q.degree]);
+        each_pair(sums, [&](int row, int column, float& first, float& second) {
+            if (!Product::warp_active()) return;
+            const auto* const at = a.at(Product::row() + row, Product::column() + column);
+            first += q.coefficients[i] * widen(at[0], mode.is_bf16);
+            second += q.coefficients[i] * widen(at[1], mode.is_bf16);
+        });
+        block_barrier();  // H is no longer read
+        if (Product::warp_active()) put_sums(mode, h, Product::row(), Product::column(), sums);
         block_barrier();  // H is whole
     }
 }
@@ -127,6 +148,7 @@ template <int BK, int BM, class P, class T> DEVICE void head_rows(const P& produ
     const typename Tiles::OwnE own_e{memory + warp() * Tiles::OWN};
     const int64_t first_row = static_cast<int64_t>(program()) * Tiles::BN,
                   step = static_cast<int64_t>(programs()) * Tiles::BN;
+    const bool is_summary = arguments.q.coefficients == nullptr;
     load_tile(a, matrix<T>(arguments.a, arguments.m, arguments.k), 0, 0);
     commit_copies();
     load_row<T>(mode, c, BM, arguments.c, arguments.m);
@@ -136,13 +158,11 @@ template <int BK, int BM, class P, class T> DEVICE void head_rows(const P& produ
         const int rows = remaining(n, own_row);
         {
             float p[BK / 8][4], g[BK / 8][4];
-            project<Tiles>(products, p, g, row == first_row, x, b, row, memory, stages);
-            const Polynomial& q = arguments.q;
-            if (q.coefficients != nullptr) scale_sums(p, scale_of(q));
-            if (row == first_row) {
-                if (q.coefficients != nullptr) scale_sums(g, scale_of(q) * scale_of(q));
+            project<Tiles>(products, p, g, is_summary && row == first_row, x, b, row, memory, stages);
+            if (!is_summary) scale_sums(p, scale_of(arguments.q));
+            if (is_summary && row == first_row) {
                 if (program() == 0 && 16 * warp() < BK) store_sums(work.g + 16 * warp() * BK, BK, 16, g);
-                share_products<Tiles>(products, q, a, h, g, memory);
+                share_products<Tiles>(products, a, h, g, memory);
             }
             put_sums(mode, own_p, 0, 0, p);
         }
@@ -270,6 +290,11 @@ DEVICE void head_phases(const P& products, const HeadLoss& arguments, int splits
     using T = typename P::Element;
     const Matrix<T> x = matrix<T>(arguments.x, arguments.n, arguments.d), b = matrix_b<T>(arguments);
     const HeadWork<T, BK, BM> work(arguments, splits, programs());
+    if (arguments.q.coefficients != nullptr) {
+        walk_products<P, BK, BM>(products.mode, arguments.q, matrix_b<T>(arguments),
+                                 matrix<T>(arguments.a, arguments.m, arguments.k), program() == 0 ? work.g : nullptr,
+                                 shared_memory(), stages);
+    }
     head_rows<BK, BM>(products, arguments, x, b, work, stages);
     if (work.need_u) head_correlations<BK, BM>(products, arguments.n, work, stages);
     if (!work.need_d && !work.need_u && arguments.terms.reduction == Reduction::NONE) return;

@@ -77,7 +77,7 @@ template <int BK, class P, class T> DEVICE void pair_loss_rows(const P& products
         float o1[BK / 8][4], o2[BK / 8][4];
         project<Tiles>(products, o1, o2, q.coefficients == nullptr && row == first_row, x, b, row, memory, stages);
         if (q.coefficients == nullptr && row == first_row) share_gram(mode, gram, o2);
-        if (q.coefficients != nullptr) scale_sums(o1, scale_of(q));
+        if (q.scale != nullptr) scale_sums(o1, *q.scale);
         const int64_t own_row = row + warp_row;
         const int rows = remaining(n, own_row);
         put_sums(mode, own, warp_row, 0, o1);

@@ -24,6 +24,7 @@ NOINLINE void form_polynomial(Mode mode, Polynomial q, unsigned char* gram, unsi
     using T = typename P::Element;
     using Square = Tile<T, BK, BK>;
     using Piece = Pieces<BK, BK>;
+    using Powers = std::conditional_t<IS_WIDE<P>, ProductsF32, P>;  // of fp32 the ordinary units, in half the code
     const Square tile_g{gram}, r{memory};
     const Square& to = q.degree == 1 ? tile_g : r;
     const float last = q.coefficients[q.degree], before = q.coefficients[q.degree - 1];
@@ -42,7 +43,7 @@ NOINLINE void form_polynomial(Mode mode, Polynomial q, unsigned char* gram, unsi
         clear(sums);
         block_barrier();  // R is whole
         if (Piece::warp_active()) {
-            multiply_tiles<false, true>(P{mode}, sums, r, Piece::row(), tile_g, Piece::column(), 0, BK);
+            multiply_tiles<false, true>(Powers{mode}, sums, r, Piece::row(), tile_g, Piece::column(), 0, BK);
             add_diagonal(sums, Piece::row(), Piece::column(), q.coefficients[i]);
         }
         block_barrier();  // R, and at last G, are no longer read
@@ -51,26 +52,30 @@ NOINLINE void form_polynomial(Mode mode, Polynomial q, unsigned char* gram, unsi
     block_barrier();
 }
 
-// The same by a walk over b of its own, for kernels whose rows leave no registers for it. Where `to` is not null, G is
-// stored there, (BK, BK).
+// The sums of G's rows of each warp by a walk over b of its own, BD features a step.
+template <int BD, class P, int TILES, class T>
+DEVICE void walk_gram(const P& products, const Polynomial& q, const Matrix<T>& b, float (&g)[TILES][4],
+                      unsigned char* memory, int stages) {
+    using B = Tile<T, 8 * TILES, BD>;
+    const int row = 16 * warp();
+    const auto load = [&](int step, int stage) { load_tile(B{memory + stage * B::BYTES}, b, 0, step * BD); };
+    clear(g);
+    pipeline((b.columns + BD - 1) / BD, stages, load, [&](int, int stage) {
+        const B tile{memory + stage * B::BYTES};
+        if (row < 8 * TILES) multiply_tiles<false, true>(products, g, tile, row, tile, 0, 0, BD);
+    });
+    scale_sums(g, scale_of(q) * scale_of(q));
+}
+
+// The tile of q(G) by such a walk, for kernels whose rows leave no registers for it. Where `to` is not null, G is stored
+// there, (BK, BK).
 template <class P, int BK, int BD>
 NOINLINE void walk_polynomial(Mode mode, Polynomial q, Matrix<typename P::Element> b, float* to, unsigned char* gram,
                               unsigned char* memory, int stages) {
-    using T = typename P::Element;
-    using B = Tile<T, BK, BD>;
-    const P products{mode};
-    const Tile<T, BK, BK> tile_g{gram};
-    const int row = 16 * warp();
     float g[BK / 8][4];
-    clear(g);
-    const auto load = [&](int step, int stage) { load_tile(B{memory + stage * B::BYTES}, b, 0, step * BD); };
-    pipeline((b.columns + BD - 1) / BD, stages, load, [&](int, int stage) {
-        const B tile{memory + stage * B::BYTES};
-        if (row < BK) multiply_tiles<false, true>(products, g, tile, row, tile, 0, 0, BD);
-    });
-    scale_sums(g, scale_of(q) * scale_of(q));
-    if (to != nullptr && row < BK) store_sums(to + row * BK, BK, 16, g);
-    share_gram(mode, tile_g, g);
+    walk_gram<BD>(P{mode}, q, b, g, memory, stages);
+    if (to != nullptr && 16 * warp() < BK) store_sums(to + 16 * warp() * BK, BK, 16, g);
+    share_gram(mode, Tile<typename P::Element, BK, BK>{gram}, g);
     form_polynomial<P, BK>(mode, q, gram, memory);
 }
 
