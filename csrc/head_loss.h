@@ -148,7 +148,7 @@ template <int BK, int BM, class P, class T> DEVICE void head_rows(const P& produ
     const typename Tiles::OwnE own_e{memory + warp() * Tiles::OWN};
     const int64_t first_row = static_cast<int64_t>(program()) * Tiles::BN,
                   step = static_cast<int64_t>(programs()) * Tiles::BN;
-    const bool is_summary = arguments.q.coefficients == nullptr;
+    const Polynomial& q = arguments.q;
     load_tile(a, matrix<T>(arguments.a, arguments.m, arguments.k), 0, 0);
     commit_copies();
     load_row<T>(mode, c, BM, arguments.c, arguments.m);
@@ -158,12 +158,12 @@ template <int BK, int BM, class P, class T> DEVICE void head_rows(const P& produ
         const int rows = remaining(n, own_row);
         {
             float p[BK / 8][4], g[BK / 8][4];
-            project<Tiles>(products, p, g, is_summary && row == first_row, x, b, row, memory, stages);
-            if (!is_summary) scale_sums(p, scale_of(arguments.q));
-            if (is_summary && row == first_row) {
+            project<Tiles>(products, p, g, q.coefficients == nullptr && row == first_row, x, b, row, memory, stages);
+            if (q.coefficients == nullptr && row == first_row) {
                 if (program() == 0 && 16 * warp() < BK) store_sums(work.g + 16 * warp() * BK, BK, 16, g);
                 share_products<Tiles>(products, a, h, g, memory);
             }
+            if (q.scale != nullptr) scale_sums(p, *q.scale);
             put_sums(mode, own_p, 0, 0, p);
         }
         warp_barrier();
@@ -224,27 +224,25 @@ DEVICE void head_correlations(const P& products, int64_t n, const HeadWork<T, BK
 
 // tiles.square = factor (T + Tᵀ) with T = U2ᵀ A, sixteen classes at a time.
 template <int BK, int BM, class P>
-DEVICE void fill_head_square(const P& products, const SliceTiles<BK>& tiles, const HeadLoss& arguments,
-                             const float* u2, float factor) {
+NOINLINE void fill_head_square(Mode mode, SliceTiles<BK> tiles, const typename P::Element* a, int m, int k,
+                               const float* u2, float factor) {
     using Piece = Pieces<BK, BK>;
     const typename HeadTiles<P, BK, BM>::Chunk chunk{shared_memory() + SliceTiles<BK>::SHARED};
-    const auto* const a = static_cast<const typename P::Element*>(arguments.a);
-    const int k = arguments.k, m = arguments.m;
     float t[Piece::TILES][4];
     clear(t);
     NO_UNROLL for (int from = 0; from < m; from += 16) {
         block_barrier();
         fill(tiles.slice, [&](int row, int column) { return u2[(from + row) * BK + column]; });
         fill(chunk, [&](int row, int column) {
-            return from + row < m && column < k ? widen(a[(from + row) * k + column], products.mode.is_bf16) : 0.f;
+            return from + row < m && column < k ? widen(a[(from + row) * k + column], mode.is_bf16) : 0.f;
         });
         block_barrier();
         if (Piece::warp_active()) {
-            multiply_tiles<true, false>(products.for_sums(), t, tiles.slice, Piece::row(), chunk, Piece::column(), 0,
+            multiply_tiles<true, false>(P{mode}.for_sums(), t, tiles.slice, Piece::row(), chunk, Piece::column(), 0,
                                         16);
         }
     }
-    if (Piece::warp_active()) put_sums(products.mode, tiles.square, Piece::row(), Piece::column(), t);
+    if (Piece::warp_active()) put_sums(mode, tiles.square, Piece::row(), Piece::column(), t);
     block_barrier();
     NO_UNROLL for (int i = thread(); i < BK * BK; i += THREADS) {
         const int row = i / BK, column = i % BK;
@@ -317,7 +315,8 @@ DEVICE void head_phases(const P& products, const HeadLoss& arguments, int splits
     const SliceTiles<BK> tiles(shared_memory());
     if (need_t(arguments)) {
         fill_derivative(arguments, tiles, DerivativeWork<BK>{work.g}, 1.f, loss_scale, [&](float factor) {
-            fill_head_square<BK, BM>(products, tiles, arguments, work.u + BM * BK, factor);
+            fill_head_square<BK, BM, P>(products.mode, tiles, static_cast<const T*>(arguments.a), arguments.m,
+                                        arguments.k, work.u + BM * BK, factor);
         });
     }
     if (arguments.db != nullptr) store_db(products.mode, arguments, tiles, b, work.s, splits, scale);
