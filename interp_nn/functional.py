@@ -4,8 +4,8 @@ With projection P = X b and Gram matrix G = bᵀb the summary is Y = P G. It is 
 
 `polynomial` and `scale` make it Y = P q(G) with q(G) = c0 I + c1 G + ... + c4 G⁴, P = a X b and G = a² bᵀb. The summary is
 polynomial=(0, 1) with scale=1. The degree is the number of coefficients less one. Coefficients and scale may be tensors on x's
-device, whose values are read there, and may require gradients. The triton engine computes degrees 1 to 4 for k <= 128, unless
-the scale requires a gradient; the eager engine computes all other polynomials.
+device, whose values are read there, and may require gradients. The triton and cuda engines compute degrees 1 to 4 for
+k <= 128, unless the scale requires a gradient; the eager engine computes all other polynomials.
 
 x is (..., d) and b is (d, k), with any strides: a layer's (out, in) weight passes as `weight.t()` without a copy. Both have
 one dtype out of float64, float32, bfloat16, float16 and one device. Under autocast they are cast (except by `orthogonalize`),

@@ -76,9 +76,10 @@ class Engine(Protocol):
 _engines: dict[EngineName, Engine] = {"eager": cast(Engine, eager)}  # of the summary alone
 
 if TYPE_CHECKING:  # mypy compares each module with the protocol
+    from interp_nn.engines.cuda import engine as cuda_engine
     from interp_nn.engines.triton import engine as triton_engine
 
-    _all: tuple[Engine, ...] = (triton_engine,)
+    _all: tuple[Engine, ...] = (cuda_engine, triton_engine)
 
 
 def get(name: EngineName) -> Engine:

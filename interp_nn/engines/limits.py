@@ -38,7 +38,7 @@ def unsupported_reason(engine: EngineName, problem: Problem | None = None) -> st
     if engine == "eager":
         return None
     if problem is not None and problem.degree is not None:
-        reason = _polynomial_reason(engine, problem)
+        reason = _polynomial_reason(problem)
         if reason is not None:
             return reason
     if problem is None or not problem.device.startswith("sm_"):
@@ -61,9 +61,7 @@ def unsupported_reason(engine: EngineName, problem: Problem | None = None) -> st
     return _triton_reason(problem, spec) if engine == "triton" else _cuda_reason(problem, spec)
 
 
-def _polynomial_reason(engine: EngineName, problem: Problem) -> str | None:
-    if engine == "cuda":
-        return f"its kernels compute polynomial=(0, 1) with scale=1 alone, not another one of degree {problem.degree}"
+def _polynomial_reason(problem: Problem) -> str | None:
     if problem.degree == 0:
         return "its kernels compute polynomials of degree 1 to 4: degree 0 has no Gram matrix"
     if problem.k > MOST_COLUMNS:
