@@ -558,3 +558,16 @@ def test_bad_polynomials_and_scales(function, options, error, message):
 def test_a_tensor_may_hold_nan():
     """Its values are read on its device alone."""
     assert functional.summary(X, B, polynomial=torch.tensor([1.0, math.nan])).isnan().all()
+
+
+@pytest.mark.parametrize("sizes", [(0, 4, 3), (5, 0, 3), (5, 4, 0), (0, 0, 0)], ids=str)
+@pytest.mark.parametrize("pair", [False, True])
+def test_gradients_of_nothing(sizes, pair):
+    n, d, k = sizes
+    x, b, c = leaves(torch.randn(2, n, d), torch.randn(d, k), torch.tensor([1.0, 0.5, 0.25]))
+    call = functional.summary_pair if pair else functional.summary
+    y = call(x, b, polynomial=c)
+    total = sum(t.square().sum() for t in y) if pair else y.square().sum()
+    first = torch.autograd.grad(total, (x, b, c), create_graph=True)
+    assert [g.shape for g in first] == [x.shape, b.shape, c.shape] and not any(g.count_nonzero() for g in first)
+    torch.autograd.grad(sum(g.square().sum() for g in first), (x, b), allow_unused=True)
