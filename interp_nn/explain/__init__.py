@@ -20,6 +20,7 @@ from interp_nn.explain.descramble.seriation import Seriation, seriate
 from interp_nn.explain.estimator import NotFittedError
 from interp_nn.explain.following.calls import UnsupportedOperation
 from interp_nn.explain.following.gate_record import OperationReport, frozen, record, supported_ops
+from interp_nn.explain.following.scikit_learn import from_sklearn
 from interp_nn.explain.linear.affine_map import AffineMap, SingularTriplets, linearize
 from interp_nn.explain.linear.instance_linearization import InstanceLinearization
 from interp_nn.explain.linear.regions import Ball, Boundary, Region, region
@@ -64,6 +65,7 @@ __all__ = [
     "brockett_min",
     "derivative_operator",
     "fft_view",
+    "from_sklearn",
     "frozen",
     "graph_operator",
     "kernel_alignment",

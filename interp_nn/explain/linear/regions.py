@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from interp_nn.explain.following.replay import replay_at
+from interp_nn.explain.following.scikit_learn import from_estimator
 from interp_nn.explain.linear.affine_map import AffineMap
 from interp_nn.explain.linear.operators import JacobianOperator
 
@@ -175,7 +176,7 @@ def region(model: nn.Module, x: Tensor) -> Region:
     the operations: the region's boundaries are then not all of the map's, or only approximate.
 
     Args:
-        model: The network, in evaluation mode.
+        model: The network, in evaluation mode, or scikit-learn's, see `from_sklearn`.
         x: One sample (1, ...).
 
     Returns:
@@ -192,6 +193,7 @@ def region(model: nn.Module, x: Tensor) -> Region:
         >>> region(network, torch.tensor([[4.0]])).margins(torch.tensor([4.0]))
         tensor([3.])
     """
+    model, x = from_estimator(model, x)
     if not isinstance(x, Tensor):
         raise TypeError(f"x: got {type(x).__name__}, want a torch.Tensor (1, ...)")
     if x.shape[:1] != (1,):

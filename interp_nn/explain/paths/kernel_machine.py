@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from interp_nn.explain.estimator import Estimator, check_network, in_parameters_dtype, to_array, to_tensor
+from interp_nn.explain.following.scikit_learn import as_network
 from interp_nn.explain.paths.path_kernel import npk
 
 
@@ -215,7 +216,7 @@ class NPKMachine(Estimator):
 
     def _plain(self, x: object) -> Tensor:
         if self.network is not None:
-            return in_parameters_dtype(to_tensor(x, "x"), check_network(self.network, "network"))
+            return in_parameters_dtype(to_tensor(x, "x"), check_network(as_network(self.network), "network"))
         kernel = to_tensor(x, "x")
         return kernel if kernel.is_floating_point() else kernel.to(torch.get_default_dtype())
 
