@@ -29,6 +29,7 @@ from interp_nn.explain.paths.kernel_machine import NPKMachine, kernel_alignment
 from interp_nn.explain.paths.monte_carlo import SampledKernel, npk_montecarlo
 from interp_nn.explain.paths.path_kernel import npk, npk_from_gates
 from interp_nn.explain.paths.tangent_kernel import ntk
+from interp_nn.explain.trees.dlgn_estimators import DLGNClassifier, DLGNRegressor
 from interp_nn.explain.tsne import ParametricTSNE
 from interp_nn.gates.patterns import ActivationPatterns, PatternGroups
 from interp_nn.gates.record import GateRecord, GateSite
@@ -41,6 +42,8 @@ __all__ = [
     "Ball",
     "Boundary",
     "BrockettExtreme",
+    "DLGNClassifier",
+    "DLGNRegressor",
     "DerivativeOperator",
     "DescrambledWeights",
     "Descrambler",

@@ -89,7 +89,7 @@ class NPKMachine(Estimator):
         n = len(kernel)
         if kernel.shape != (n, n):
             raise ValueError(f"x: got a kernel of shape {tuple(kernel.shape)}, want (n, n) with n > 0")
-        classes, targets = _targets(y, n)
+        classes, targets = read_targets(y, n)
         targets = targets.to(kernel.device)
         intercept = targets.mean(0)
         system = kernel.clone()
@@ -267,7 +267,7 @@ def kernel_alignment(kernel: Tensor, target: Tensor, *, centered: bool = True) -
     return float((matrices[0] * matrices[1]).sum())
 
 
-def _targets(y: object, n: int) -> tuple[np.ndarray | None, Tensor]:
+def read_targets(y: object, n: int) -> tuple[np.ndarray | None, Tensor]:
     """Return the classes (None for regression) and the targets (n,) or (n, targets) in float64."""
     values = to_array(y, "y")
     if values.ndim not in (1, 2) or len(values) != n:
