@@ -224,7 +224,7 @@ class DLGNRegressor(DLGNEstimator):
 
     Example:
         >>> x = torch.linspace(-1, 1, 64).unsqueeze(1)
-        >>> model = DLGNRegressor((8,), epochs=400).fit(x, (x[:, 0] > 0).float())
+        >>> model = DLGNRegressor((8,), learning_rate=0.1).fit(x, (x[:, 0] > 0).float())
         >>> bool(model.score(x, (x[:, 0] > 0).float()) > 0.9)
         True
     """
