@@ -1,7 +1,7 @@
 """Gated networks read back as oblique trees, beside CART, logistic regression and a ReLU network.
 
-On three small tables, each seed makes another split, 70 % for training. SDI is the published oblique tree of `oblique_trees` with
-its hyperparameters, and each seed draws another tree. Trees grow on the training rows and are pruned. No setting is tuned here.
+On three small tables, each seed makes another split, 70 % for training. SDI is the published oblique tree of `oblique_trees`;
+the network has DLGN-SF's published layers and gates, and each seed draws another tree. Trees grow on the training rows and are pruned. No setting is tuned here.
 """
 
 from __future__ import annotations
