@@ -1,7 +1,8 @@
 """Gated networks read back as oblique trees, beside CART, logistic regression and a ReLU network.
 
 On three small tables, each seed makes another split, 70 % for training. SDI is the published oblique tree of `oblique_trees`;
-the network has DLGN-SF's published layers and gates, and each seed draws another tree. Trees grow on the training rows and are pruned. No setting is tuned here.
+the network has DLGN-SF's published layers and gates, and each seed draws another tree. Trees grow on the training rows and are
+pruned. No setting is tuned here.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
 from sklearn.datasets import load_breast_cancer, load_wine
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import train_test_split
@@ -151,5 +152,5 @@ def _draw(run: common.Run, settings: Settings, seed: int) -> None:
         f"and with the outcome on {100 * accuracy:.1f} %", fontsize=10,
     )  # fmt: skip
     figure = axes.figure
-    assert isinstance(figure, plt.Figure)
+    assert isinstance(figure, Figure)
     run.figure(figure, "titanic")

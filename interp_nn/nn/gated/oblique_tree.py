@@ -30,7 +30,7 @@ class _Nodes(NamedTuple):
     gate: Tensor  # (nodes, 2) its layer and unit
     weight: Tensor  # (nodes, d)
     bias: Tensor  # (nodes,)
-    count: Tensor  # (nodes,) samples
+    samples: Tensor  # (nodes,) how many
     value: Tensor  # (nodes, k) mean response
     error: Tensor  # (nodes,) sum of squared deviations from it
 
