@@ -23,6 +23,7 @@ from interp_nn.explain.following.gate_record import OperationReport, frozen, rec
 from interp_nn.explain.following.scikit_learn import from_sklearn
 from interp_nn.explain.linear.affine_map import AffineMap, SingularTriplets, linearize
 from interp_nn.explain.linear.instance_linearization import InstanceLinearization
+from interp_nn.explain.linear.region_graph import Facets, RegionGraph, facets, region_graph
 from interp_nn.explain.linear.regions import Ball, Boundary, Region, region
 from interp_nn.explain.paths.enumeration import PathFeatures, path_features
 from interp_nn.explain.paths.kernel_machine import NPKMachine, kernel_alignment
@@ -47,6 +48,7 @@ __all__ = [
     "DerivativeOperator",
     "DescrambledWeights",
     "Descrambler",
+    "Facets",
     "FourierView",
     "GateRecord",
     "GateSite",
@@ -60,6 +62,7 @@ __all__ = [
     "PathFeatures",
     "PatternGroups",
     "Region",
+    "RegionGraph",
     "SampledKernel",
     "Seriation",
     "SingularTriplets",
@@ -67,6 +70,7 @@ __all__ = [
     "UnsupportedOperation",
     "brockett_min",
     "derivative_operator",
+    "facets",
     "fft_view",
     "from_sklearn",
     "frozen",
@@ -81,6 +85,7 @@ __all__ = [
     "path_features",
     "record",
     "region",
+    "region_graph",
     "seriate",
     "smoothness",
     "supported_ops",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -130,10 +130,7 @@ class Region:
             ValueError: Balls of any size fit in the region, or none does.
             ImportError: scipy is not installed.
         """
-        try:
-            from scipy.optimize import linprog  # type: ignore[import-untyped, unused-ignore]
-        except ImportError as error:
-            raise ImportError("the largest ball of a region needs scipy: pip install interp_nn[explain]") from error
+        linprog = scipys_linprog("the largest ball of a region")
         sides = self.to_halfspaces().detach().double().cpu()
         if box is not None:
             unit = torch.eye(sides.shape[1] - 1, dtype=torch.float64)
@@ -216,3 +213,12 @@ def region(model: nn.Module, x: Tensor) -> Region:
         normals, offsets = units.weight[0].flatten(1), units.bias[0]
         real = offsets.isfinite()  # a window of max-pooling has no candidates beyond the border
         return Region(normals[real], offsets[real], on[real])
+
+
+def scipys_linprog(what: str) -> Any:
+    """Import scipy.optimize.linprog. Raises an ImportError with the command that installs it."""
+    try:
+        from scipy.optimize import linprog  # type: ignore[import-untyped, unused-ignore]
+    except ImportError as error:
+        raise ImportError(f"{what} needs scipy: pip install interp_nn[explain]") from error
+    return linprog
