@@ -97,8 +97,10 @@ def from_sklearn(model: Any, *, fold: bool = False) -> nn.Sequential:
 
 
 def is_sklearn(model: object) -> bool:
-    """Return True for an object of a class of scikit-learn, or of one that is derived from it."""
-    return any(cls.__module__.partition(".")[0] == "sklearn" for cls in type(model).__mro__)
+    """Return True for an object of a class of scikit-learn, or of one that is derived from it, that is no nn.Module."""
+    return not isinstance(model, nn.Module) and any(
+        cls.__module__.partition(".")[0] == "sklearn" for cls in type(model).__mro__
+    )
 
 
 def as_network(model: Any) -> Any:

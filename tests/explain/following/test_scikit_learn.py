@@ -6,7 +6,7 @@ import numpy as np
 import pandas
 import pytest
 import torch
-from sklearn.base import clone
+from sklearn.base import BaseEstimator, clone
 from sklearn.linear_model import LogisticRegression
 from sklearn.neural_network import MLPClassifier, MLPRegressor
 from sklearn.pipeline import make_pipeline
@@ -206,3 +206,11 @@ def test_the_network_does_not_share_the_models_memory():
     before = network[0].weight.clone()
     model.coefs_[0][:] = 0
     assert torch.equal(network[0].weight, before)
+
+
+def test_a_module_that_is_an_estimator_too_is_a_module():
+    class Both(nn.Sequential, BaseEstimator):
+        pass
+
+    x = torch.from_numpy(X)
+    assert linearize(Both(nn.Linear(4, 2), nn.ReLU()).double(), x).check() < 1e-12
