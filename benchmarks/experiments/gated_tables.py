@@ -85,7 +85,7 @@ def _of_seed(name: str, settings: Settings, seed: int, quick: bool) -> dict[str,
         x, y = _table(name)
         split = Split(*train_test_split(x, y, test_size=0.3, random_state=seed, stratify=y))
         return _measure(split, settings, seed)[0]
-    data = oblique_trees.load("SDI", points=4000 if quick else None, seed=oblique_trees.SEED + seed)
+    data = oblique_trees.load("SDI", points=1000 if quick else None, seed=oblique_trees.SEED + seed)
     rows = (part.numpy() for part in (data.x_train, data.x_test, data.y_train.long(), data.y_test.long()))
     results, pruned = _measure(Split(*rows), settings, seed)
     best = oblique_trees.best_cosines(pruned.weight.double(), data.normals)
