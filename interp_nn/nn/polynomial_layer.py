@@ -19,6 +19,7 @@ from interp_nn.ops.library import is_dtensor, is_wrapped
 POWER_ITERATIONS = 10  # after a step of the optimizer, as published for PC layers
 _MOST_ITERATIONS, _CHANGE = 100, 1e-3  # until the norm converges
 _SAME = 0.05  # a loaded norm that is so near was the one of training, and stays
+_UNIT = 4e-3  # bfloat16 rounds the length of a loaded `v` by less
 Normalize = bool | Literal["restore"]
 
 
@@ -109,7 +110,7 @@ class PolynomialLayer(Freezable):
         b, groups = self.b, self.groups
         if options.gain:
             vars(self).pop("gain", None)
-            self.gain = nn.Parameter(b.new_ones(groups))
+            self.gain = nn.Parameter(b.new_ones(groups), requires_grad=b.requires_grad)
         else:
             vars(self)["gain"] = None  # no entry of the parameters: the layer has those of nn.Linear
         if options.normalize:
@@ -238,7 +239,8 @@ class PolynomialLayer(Freezable):
 
         Args:
             known: The norm (groups,), if it is known: only its singular vectors are computed then.
-            keep: If True, and `scale` is about that of the norm, it stays as it is.
+            keep: If True, and `scale` is about that of the norm, it stays as it is; not in an average of states, whose `v` is
+                shorter than 1.
         """
         if not self.normalize or self.b.is_meta or self.b.numel() == 0:
             return
@@ -249,6 +251,9 @@ class PolynomialLayer(Freezable):
             largest = torch.linalg.vector_norm(b, dim=-2).argmax(-1)
             u = b.gather(-1, largest[..., None, None].expand(*b.shape[:-1], 1)).squeeze(-1)
         held = (1 / whole(self.scale)).to(b.dtype).flatten().view(b.shape[:-2])
+        if keep:
+            length = torch.linalg.vector_norm(whole(self.v).to(b.dtype), dim=-1)
+            keep = bool((((length - 1).abs() <= _UNIT) | (length == 0)).all())
         before = held if keep else b.new_zeros(())
         for i in range(_MOST_ITERATIONS):
             u, v, norm = _power_iteration(b, u)
@@ -288,11 +293,17 @@ class PolynomialLayer(Freezable):
         self._norm_of = _version(self.b)
 
     def _warn_if_stale(self) -> None:
-        """Warn once if b has changed, in a way that PyTorch records, and `scale` is no longer one over its norm."""
-        if not self.normalize or not self.training or self._norm_of is None or torch.compiler.is_compiling():
+        """Warn once if b has changed, in a way that PyTorch records, and `scale` is no longer one over its norm.
+
+        A b that is pruned or parametrized since is one that has changed.
+        """
+        if not self.normalize or self._norm_of is None or torch.compiler.is_compiling():
             return
-        now = _version(self._parameters.get("b"))
-        if now is None or now[0] != self._norm_of[0] or now[1] == self._norm_of[1]:
+        b = self._parameters.get("b")
+        now = _version(b)
+        if b is None and is_wrapped(self.b):
+            return
+        if b is not None and (now is None or now[0] != self._norm_of[0] or now[1] == self._norm_of[1]):
             return
         with torch.no_grad():
             _, _, norm = _power_iteration(self._norm_matrix(), self.u.to(linalg.accumulation_dtype(self.u.dtype)))
@@ -324,7 +335,13 @@ class PolynomialLayer(Freezable):
         return super()._sources() + [t for t in others if t is not None]
 
     def __getstate__(self) -> dict[str, Any]:
-        return super().__getstate__() | {"_norm_of": None, "_cache": None}
+        known = self._norm_of is not None and self._norm_of == _version(self._parameters.get("b"))
+        return super().__getstate__() | {"_norm_of": (0, 0) if known else None, "_cache": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if self._norm_of is not None:  # the copy's b has an address and a version of its own
+            self._norm_of = _version(self._parameters.get("b"))
 
     def _note(self) -> str:
         shown = {"polynomial": self.polynomial, "normalize": self.normalize, "gain": self.gain is not None}

@@ -19,7 +19,12 @@ def own_name(layer: nn.Module) -> str:
 
 
 def copy_parameters(source: nn.Module, to: nn.Module, value: Tensor) -> None:
-    """Copy `value` into the b or weight of `to`, and the bias, requires_grad flags and training mode of `source`."""
+    """Copy `value` into the b or weight of `to`, and the bias, requires_grad flags and training mode of `source`.
+
+    A gain gets the flag of the weight.
+    """
+    if getattr(to, "gain", None) is not None:
+        to.get_parameter("gain").requires_grad_(getattr(source, own_name(source)).requires_grad)
     for name, target, new in ((own_name(source), own_name(to), value), ("bias", "bias", source.bias)):
         if new is not None:
             trains = getattr(source, name).requires_grad  # a parametrized b has the flag only outside of no_grad
