@@ -246,6 +246,7 @@ def _convert(
     first: dict[object, PolynomialLayer] = {}
     for layer in layers if not dry_run else ():
         if parametrize.is_parametrized(layer):
+            _own_class(layer)
             for parameter in list(layer.parametrizations):
                 parametrize.remove_parametrizations(layer, parameter)
         if isinstance(layer, PolynomialLayer):
@@ -310,6 +311,17 @@ def _warn_of_zeros(names: Sequence[str]) -> None:
             RuntimeWarning,
             stacklevel=4,
         )
+
+
+def _own_class(layer: nn.Module) -> None:
+    """Give a parametrized layer a class of its own.
+
+    PyTorch shares the class that it makes for a parametrized module with the module's deep copies, and changes that class where
+    it removes a parametrization.
+    """
+    made = type(layer)
+    members = {name: value for name, value in vars(made).items() if name not in ("__dict__", "__weakref__")}
+    layer.__class__ = type(made.__name__, made.__bases__, members)
 
 
 def _kind(layer: nn.Module) -> type:

@@ -245,6 +245,17 @@ def test_fold_ends_parametrizations():
     assert error(model[0](x), before) <= 1e-12 and list(model[0].state_dict()) == ["bias", "weight"]
 
 
+def test_fold_of_a_copy_leaves_the_parametrized_original():
+    model, x = nn.Sequential(SummaryLinear(6, 4)), torch.randn(5, 6)
+    parametrizations.orthogonal(model[0], "b")
+    before, copied = model(x), copy.deepcopy(model)
+    fold(copied)
+    assert parametrize.is_parametrized(model[0], "b") and torch.equal(model(x), before)
+    assert type(copied[0]) is nn.Linear and error(copied(x), before) <= 1e-6
+    fold(model)
+    assert error(model(x), before) <= 1e-6
+
+
 def test_fold_of_parametrized_layers_beside_others():
     model = nn.Sequential(*(SummaryLinear(4, 4) for _ in range(6)), SummaryConv2d(1, 4, 3)).double()
     for layer in model:
