@@ -20,7 +20,7 @@ from interp_nn.nn.base import LinearForm, as_matrix
 from interp_nn.nn.conv import SummaryConv2d
 from interp_nn.nn.linear import SummaryLinear
 from interp_nn.nn.polynomial_layer import Normalize, Options, PolynomialLayer, Solved, options_of, solved_weight
-from interp_nn.nn.weights import check_preserve, own_name, solved_from
+from interp_nn.nn.weights import check_preserve, own_name, remove_parametrizations, solved_from
 
 _SUMMARY: dict[type, type] = {nn.Linear: SummaryLinear, nn.Conv2d: SummaryConv2d}
 _PLAIN: dict[type, type] = {summary: plain for plain, summary in _SUMMARY.items()}
@@ -246,9 +246,8 @@ def _convert(
     first: dict[object, PolynomialLayer] = {}
     for layer in layers if not dry_run else ():
         if parametrize.is_parametrized(layer):
-            _own_class(layer)
             for parameter in list(layer.parametrizations):
-                parametrize.remove_parametrizations(layer, parameter)
+                remove_parametrizations(layer, parameter)
         if isinstance(layer, PolynomialLayer):
             layer._clear_options()
             layer._drop_gram()
@@ -311,17 +310,6 @@ def _warn_of_zeros(names: Sequence[str]) -> None:
             RuntimeWarning,
             stacklevel=4,
         )
-
-
-def _own_class(layer: nn.Module) -> None:
-    """Give a parametrized layer a class of its own.
-
-    PyTorch shares the class that it makes for a parametrized module with the module's deep copies, and changes that class where
-    it removes a parametrization.
-    """
-    made = type(layer)
-    members = {name: value for name, value in vars(made).items() if name not in ("__dict__", "__weakref__")}
-    layer.__class__ = type(made.__name__, made.__bases__, members)
 
 
 def _kind(layer: nn.Module) -> type:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from interp_nn import linalg
 from interp_nn.nn import diagnosis
@@ -38,6 +39,18 @@ def tied_parameters(model: nn.Module, layer: nn.Module, name: str) -> list[str]:
     parameter = layer._parameters.get(name)
     others = ((path, m) for path, m in model.named_modules() if m is not layer and parameter is not None)
     return [f"{path}.{of}".lstrip(".") for path, m in others for of, p in m._parameters.items() if p is parameter]
+
+
+def remove_parametrizations(layer: Any, name: str) -> None:
+    """Remove the parametrizations of a layer's parameter, whose value stays.
+
+    PyTorch shares the class that it makes for a parametrized module with the module's deep copies, and here changes it for all of
+    them. So the layer first gets a class of its own.
+    """
+    made = type(layer)
+    members = {key: value for key, value in vars(made).items() if key not in ("__dict__", "__weakref__")}
+    layer.__class__ = type(made.__name__, made.__bases__, members)
+    parametrize.remove_parametrizations(layer, name)
 
 
 def check_preserve(preserve: str) -> None:

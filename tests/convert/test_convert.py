@@ -11,7 +11,7 @@ from torch.nn.utils import parametrizations, parametrize, prune
 
 from interp_nn import linalg
 from interp_nn.convert import fold, summarize
-from interp_nn.nn import SummaryClassifier, SummaryConv2d, SummaryHead, SummaryLayer, SummaryLinear, weights
+from interp_nn.nn import SummaryClassifier, SummaryConv2d, SummaryHead, SummaryLayer, SummaryLinear, constrain, weights
 
 FLOATS = [(torch.float64, 1e-11), (torch.float32, 1e-5), (torch.bfloat16, 5e-2), (torch.float16, 1e-2)]
 
@@ -245,13 +245,13 @@ def test_fold_ends_parametrizations():
     assert error(model[0](x), before) <= 1e-12 and list(model[0].state_dict()) == ["bias", "weight"]
 
 
-def test_fold_of_a_copy_leaves_the_parametrized_original():
-    model, x = nn.Sequential(SummaryLinear(6, 4)), torch.randn(5, 6)
-    parametrizations.orthogonal(model[0], "b")
+@pytest.mark.parametrize("end", [fold, lambda model: constrain(model, None)], ids=["fold", "constrain"])
+def test_a_copy_that_ends_its_parametrization_leaves_the_original(end):
+    model, x = constrain(nn.Sequential(SummaryLinear(6, 4)), "parametrization"), torch.randn(5, 6)
     before, copied = model(x), copy.deepcopy(model)
-    fold(copied)
+    end(copied)
     assert parametrize.is_parametrized(model[0], "b") and torch.equal(model(x), before)
-    assert type(copied[0]) is nn.Linear and error(copied(x), before) <= 1e-6
+    assert not parametrize.is_parametrized(copied[0]) and error(copied(x), before) <= 1e-6
     fold(model)
     assert error(model(x), before) <= 1e-6
 
