@@ -395,6 +395,27 @@ def test_follow_retracts_too_and_skips_skipped_steps():
         follow(sgd, sgd)
 
 
+class Wrapper(torch.optim.Optimizer):
+    """A wrapper that has not called its base's constructor, as accelerate's."""
+
+    def __init__(self, optimizer):
+        self.optimizer = optimizer
+
+    def step(self):
+        self.optimizer.step()
+
+
+def test_follow_takes_a_wrapper_of_an_optimizer():
+    layer = SummaryLinear(6, 4, polynomial="newton-schulz")
+    wrapper = Wrapper(Wrapper(torch.optim.SGD(layer.parameters(), 0.5)))
+    follow(wrapper, layer)
+    layer(torch.randn(3, 6)).square().sum().backward()
+    wrapper.step()
+    assert float(layer.scale) != 1 and norm_errors([layer])[0] < 1e-2
+    with pytest.raises(TypeError, match="optimizer: got Wrapper, which has no hooks; want the optimizer inside of it"):
+        follow(Wrapper(layer), layer)
+
+
 @pytest.mark.parametrize("size", [1e-18, 1e18])
 def test_norm_of_large_and_small_b(size):
     layer = SummaryLinear(6, 4, polynomial="newton-schulz")
