@@ -191,6 +191,12 @@ class PolynomialLayer(Freezable):
         return super().effective_weight()
 
     @torch.no_grad()
+    def exact_weight(self) -> Tensor:
+        """Compute `weight` in float64, without gradient."""
+        self._warn_if_stale()
+        return super().exact_weight()
+
+    @torch.no_grad()
     def set_weight_(self, weight: Tensor) -> None:
         """Set b so that the effective weight is `weight`, computed in float64, and with it the gain and the spectral norm.
 
@@ -330,18 +336,24 @@ class PolynomialLayer(Freezable):
         # A loaded norm that is that of the loaded b stays as it is, to the last bit.
         self.reset_norm(keep=args[1] + "scale" in args[0])
 
+    def _save_to_state_dict(self, *args: Any) -> None:
+        self._warn_if_stale()
+        super()._save_to_state_dict(*args)
+
     def _sources(self) -> list[Tensor]:
         others = (self.gain, self.scale if self.normalize else None)
         return super()._sources() + [t for t in others if t is not None]
 
     def __getstate__(self) -> dict[str, Any]:
-        known = self._norm_of is not None and self._norm_of == _version(self._parameters.get("b"))
-        return super().__getstate__() | {"_norm_of": (0, 0) if known else None, "_cache": None}
+        then, now = self._norm_of, _version(self._parameters.get("b"))
+        known = (0, now[1] - then[1]) if then and now and then[0] == now[0] else None  # changes of b since
+        return super().__getstate__() | {"_norm_of": known, "_cache": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         if self._norm_of is not None:  # the copy's b has an address and a version of its own
-            self._norm_of = _version(self._parameters.get("b"))
+            now = _version(self._parameters.get("b"))
+            self._norm_of = now and (now[0], now[1] - self._norm_of[1])
 
     def _note(self) -> str:
         shown = {"polynomial": self.polynomial, "normalize": self.normalize, "gain": self.gain is not None}

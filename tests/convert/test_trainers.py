@@ -1,7 +1,6 @@
 """Trainers of other packages on converted models: trained, saved, resumed with the same bits, folded and exported."""
 
 import functools
-import os
 
 import pytest
 import torch
@@ -12,7 +11,6 @@ from interp_nn.convert import fold, summarize
 from interp_nn.nn import SummaryLinear, follow
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]  # of packages that are not ours
-os.environ["HF_HUB_OFFLINE"] = "1"
 STEPS, HALF = 4, 2
 KINDS = ["head", "whole"]  # a summary head, and newton-schulz in every layer with `follow`
 by_kind = pytest.mark.parametrize("kind", KINDS)
@@ -22,13 +20,6 @@ def convert(model, kind, head):
     report = summarize(model, select=head) if kind == "head" else summarize(model, polynomial="newton-schulz")
     assert len(report.converted) == 1 if kind == "head" else len(report.converted) > 1
     return model
-
-
-def adam(model):
-    """An optimizer as for any model, and `follow`, which does nothing for a summary head."""
-    optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
-    follow(optimizer, model)
-    return optimizer
 
 
 def check(start, whole, resumed, call):
@@ -93,6 +84,10 @@ def test_the_trainer_of_transformers(build, kind, tmp_path):
     transformers = pytest.importorskip("transformers")
     pytest.importorskip("accelerate")
 
+    class Follow(transformers.TrainerCallback):
+        def on_train_begin(self, *_, model, optimizer, **__):
+            follow(optimizer, model)
+
     def start():
         torch.manual_seed(0)
         model, head, data = build(transformers)
@@ -103,9 +98,9 @@ def test_the_trainer_of_transformers(build, kind, tmp_path):
         rows = [{name: t[i] for name, t in data.items()} for i in range(8)]
         arguments = transformers.TrainingArguments(
             str(folder), max_steps=STEPS, per_device_train_batch_size=4, save_steps=HALF, use_cpu=True, report_to="none",
-            disable_tqdm=True, logging_strategy="no", seed=3,
+            disable_tqdm=True, logging_strategy="no", learning_rate=1e-2,
         )  # fmt: skip
-        trainer = transformers.Trainer(model, arguments, train_dataset=rows, optimizers=(adam(model), None))
+        trainer = transformers.Trainer(model, arguments, train_dataset=rows, callbacks=[Follow()])
         trainer.train(**options)
         return model
 
@@ -177,7 +172,9 @@ def test_lightning(kind, tmp_path):
             return nn.functional.cross_entropy(self.model(batch[0]), batch[1])
 
         def configure_optimizers(self):
-            return adam(self.model)
+            optimizer = torch.optim.AdamW(self.parameters(), 1e-2)
+            follow(optimizer, self)
+            return optimizer
 
     def trained(epochs, load=None, save=None):
         module = Module()
