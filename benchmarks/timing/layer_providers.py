@@ -12,7 +12,7 @@ from torch.nn.utils.parametrizations import spectral_norm
 from benchmarks.experiments.learning_rates.layers import CANDIDATES, Linear
 from benchmarks.timing import providers, tolerances
 from benchmarks.timing.problems import LAYERS, MICROBATCHES, Data, Problem
-from benchmarks.timing.providers import OURS, Provider, UnsupportedError
+from benchmarks.timing.providers import OURS, Function, Provider, UnsupportedError
 from interp_nn.nn import SummaryLinear, cached_weights, update_spectral_norms
 from interp_nn.nn.polynomials import NAMED as POLYNOMIALS
 from interp_nn.nn.polynomials import SUMMARY
@@ -80,7 +80,7 @@ def build(name: str, problem: Problem, mode: str, sets: Sequence[Data], engine: 
     else:
         provider = providers.of_layers(used, plain[0], sets, call)
     family = "ours" if isinstance(layers[0], SummaryLinear) else name
-    return provider._replace(family=f"{family}, {mode}", plan=plan, engine=engine if ours else None)
+    return provider._replace(family=family, plan=plan, engine=engine if ours else None)
 
 
 def _call(layer: nn.Module, x: Tensor) -> Tensor:
@@ -108,7 +108,7 @@ def _layer(name: str, problem: Problem, t: Data) -> nn.Module:
             layer.get_parameter("weight").copy_(t.w)
         if name == "spectral-norm":
             spectral_norm(layer)
-        left, _, right = torch.linalg.svd(t.w.float(), full_matrices=False)
+        left, _, right = torch.linalg.svd(t.w.double(), full_matrices=False)
         vectors = {"u": left[:, 0], "v": right[0]}
         if isinstance(layer, SummaryLinear):  # of b, the transpose
             vectors = {"u": right[0], "v": left[:, 0]}
@@ -130,17 +130,11 @@ def _update(name: str, layers: Sequence[nn.Module]) -> Provider:
 
     b = layers[0].get_parameter("b")
 
-    def scale(b: Tensor) -> Tensor:
-        return 1 / torch.linalg.matrix_norm(b, 2)
+    def scale() -> Tensor:
+        return 1 / torch.linalg.matrix_norm(b.double(), 2)
 
-    return Provider(
-        lambda i: call(i)[0],
-        lambda i: (b,),
-        name,
-        lambda t: scale(b),
-        lambda: (lambda: scale(b.double()), (b,)),
-        direct=call,
-    )
+    rounded: Function = lambda _: scale().to(b.dtype)  # noqa: E731
+    return Provider(lambda i: call(i)[0], lambda i: (b,), "", rounded, lambda: (scale, (b,)), direct=call)
 
 
 def _microbatches(

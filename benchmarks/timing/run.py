@@ -102,12 +102,9 @@ def run(given: argparse.Namespace) -> int:
     dtypes = given.dtype or (("fp32",) if device.type == "cpu" else ("bf16", "fp32"))
     for suite, ops, known in (("ops", OPS, NAMES), ("polynomials", tuple(LAYERS), layer_providers.NAMES)):
         if suite in suites:
-            chosen = [op for op in given.op or ops if op in ops], [name for name in names if name in known]
-            operator_suite.run(
-                operator_suite.Wanted(chosen[0], given.mode, given.shape, dtypes, chosen[1], budget, given.quick),
-                asked,
-                writer,
-            )
+            asked_ops, chosen = [op for op in given.op or ops if op in ops], [name for name in names if name in known]
+            wanted = operator_suite.Wanted(asked_ops, given.mode, given.shape, dtypes, chosen, budget, given.quick)
+            operator_suite.run(wanted, asked, writer)
     if "train" in suites:
         training_suite.run(names, asked, writer)
     if "explain" in suites:
@@ -123,8 +120,8 @@ def listing() -> str:
     """Return suites, ops, modes, providers and shapes as text."""
     lines = ["suites"]
     lines += [f"  {name:18}{about}" for name, about in SUITES.items()]
-    lines += ["", "ops and their modes", *(f"  {op:18}{', '.join(modes)}" for op, modes in MODES.items())]
-    lines += ["", "providers", *(f"  {name:18}{about}" for name, about in {**layer_providers.ABOUT, **ABOUT}.items())]
+    lines += ["", "ops and their modes", *(f"  {op:23}{', '.join(modes)}" for op, modes in MODES.items())]
+    lines += ["", "providers", *(f"  {name:18}{about}" for name, about in {**ABOUT, **layer_providers.ABOUT}.items())]
     lines += ["", f"dtypes: {', '.join(DTYPES)}", "shapes (n, d, k), and heads with m classes"]
     lines += [f"  {given}" for given in [*SHAPES, *((*head, CLASSES) for head in HEADS)]]
     lines += [f"  layers: {', '.join(map(str, LAYER_SHAPES))}"]
