@@ -12,7 +12,7 @@ from torch.nn.utils.parametrizations import spectral_norm
 from benchmarks.experiments.learning_rates.layers import CANDIDATES, Linear
 from benchmarks.timing import providers, tolerances
 from benchmarks.timing.problems import LAYERS, MICROBATCHES, Data, Problem
-from benchmarks.timing.providers import OURS, Function, Provider, UnsupportedError
+from benchmarks.timing.providers import OURS, Provider, UnsupportedError
 from interp_nn.nn import SummaryLinear, cached_weights, update_spectral_norms
 from interp_nn.nn.polynomials import NAMED as POLYNOMIALS
 from interp_nn.nn.polynomials import SUMMARY
@@ -21,7 +21,7 @@ from interp_nn.nn.polynomials import SUMMARY
 ABOUT = {
     "ours-cached": "ours, with the weight formed once for all microbatches by cached_weights",
     "compile-ours": "torch.compile of ours; `compile` is that of the layer's unfused expression",
-    "pc-layer": "PC-layer's own module: the weight by Horner's rule on the smaller Gram matrix, σ = uᵀWv differentiated",
+    "pc-layer": "PC-layer's module (arXiv 2606.06470): Horner's rule on the smaller Gram matrix, σ = uᵀWv differentiated",
     "spectral-norm": "nn.Linear with torch's spectral_norm, which takes a power iteration in each forward",
 }
 NAMES = (*OURS, "linear", "unfused", "compile", "orthogonal", *providers.INVERSES, *ABOUT)
@@ -133,8 +133,9 @@ def _update(name: str, layers: Sequence[nn.Module]) -> Provider:
     def scale() -> Tensor:
         return 1 / torch.linalg.matrix_norm(b.double(), 2)
 
-    rounded: Function = lambda _: scale().to(b.dtype)  # noqa: E731
-    return Provider(lambda i: call(i)[0], lambda i: (b,), "", rounded, lambda: (scale, (b,)), direct=call)
+    return Provider(
+        lambda i: call(i)[0], lambda i: (b,), "", lambda _: scale().to(b.dtype), lambda: (scale, (b,)), direct=call
+    )  # fmt: skip
 
 
 def _microbatches(

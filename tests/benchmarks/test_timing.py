@@ -139,6 +139,7 @@ def test_a_wrong_layer_is_a_row_that_says_so(op, name, what, noted, monkeypatch)
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*autograd.function.Function.* should not be instantiated")
 def test_compiled_providers_are_right():
     found = measured(TINY, ("fwdbwd", "bwd"), ("assoc-b", "compile"))
     assert {row["status"] for row in found.values()} == {"ok"} and found["bwd", "compile"]["plan"] == "assoc-b"
