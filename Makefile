@@ -66,10 +66,11 @@ newest-triton: $(READY)test
 	  test_interpreter.py test_values.py) $(SHARED) $(ARGS)
 	PYTHONPATH=build/newest-triton INTERP_NN_COMPILE_TESTS=1 INTERP_NN_COMPILE_WARN=1 $(PY) -m pytest tests/engines/triton/compiled $(ARGS)
 
-## make models    models of torchvision, timm and transformers, converted and back, and linearized; keeps the PyTorch that is there
+## make models    models of torchvision, timm and transformers, converted, trained, linearized; keeps the PyTorch that is there
 models: $(READY)test
-	$(EDITABLE) ".[models]" "torch==$$($(PY) -c 'import torch; print(torch.__version__)')"
-	$(PY) -m pytest -m slow tests/convert/test_convert_packages.py tests/explain/linear/test_linearize_packages.py $(SHARED) $(ARGS)
+	$(EDITABLE) ".[models]" accelerate lightning peft skorch torchao "torch==$$($(PY) -c 'import torch; print(torch.__version__)')"
+	$(PY) -m pytest -m slow tests/convert/test_convert_packages.py tests/convert/test_trainers.py \
+	  tests/explain/linear/test_linearize_packages.py $(SHARED) $(ARGS)
 
 ## make docs      the guide as a site, into build/docs
 docs: $(READY)docs

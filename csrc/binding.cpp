@@ -89,6 +89,16 @@ int32_t set(Arguments& a, const Device& device, const Tensor& x, const Tensor& b
     return dtype;
 }
 
+// Set the polynomial of a call, if it has one.
+void set_polynomial(interp_nn::Operands& a, const MaybeTensor& coefficients, const MaybeTensor& scale) {
+    STD_TORCH_CHECK(coefficients || !scale, "a scale needs coefficients");
+    if (!coefficients) return;
+    const int32_t fp32 = aoti_torch_dtype_float32();
+    a.q.coefficients = static_cast<const float*>(data(coefficients, coefficients->numel(), fp32));
+    a.q.scale = static_cast<const float*>(data(scale, 1, fp32));
+    a.q.degree = to_int(coefficients->numel()) - 1;
+}
+
 // The workspaces of a call in one allocation: first the fp32 numbers, then the rows.
 struct Memory {
     template <class Arguments>
@@ -104,75 +114,109 @@ struct Memory {
     Tensor work;
 };
 
-// [Y, G], and then P for a pair.
-std::vector<Tensor> cuda_forward(const Tensor& x, const Tensor& b, const MaybeTensor& bias, bool pair, bool tf32) {
+// [Y, G], then P for a pair, then q(G) for a polynomial.
+std::vector<Tensor> cuda_forward(const Tensor& x, const Tensor& b, const MaybeTensor& bias,
+                                 const MaybeTensor& coefficients, const MaybeTensor& scale, bool pair, bool tf32) {
     const Device device(x);
     interp_nn::Forward a{};
     const int32_t dtype = set(a, device, x, b, tf32);
+    set_polynomial(a, coefficients, scale);
     Results results{x, dtype, {}};
     a.bias = data(bias, a.k, dtype);
     a.y = results.matrix(true, a.n, a.k);
     a.g = results.matrix(true, a.k, a.k);
     a.p = results.matrix(pair, a.n, a.k);
+    a.q_of_g = results.matrix(coefficients.has_value(), a.k, a.k);
     check(interp_nn::forward(a, device.spec, device.stream));
     return results.tensors;
 }
 
+// The squares of a backward, as forward has returned them.
+struct Squares {
+    const MaybeTensor &g, &q_of_g, &coefficients, &scale;
+
+    template <class Arguments> void set(Arguments& a, int32_t dtype) const {
+        STD_TORCH_CHECK(q_of_g.has_value() == coefficients.has_value(), "a polynomial needs q(G)");
+        const int64_t size = int64_t{a.k} * a.k;
+        set_polynomial(a, coefficients, scale);
+        a.g = data(g, size, dtype);
+        a.q_of_g = coefficients ? data(q_of_g, size, dtype) : a.g;
+    }
+};
+
+// The gradient of the coefficients, in fp32.
+void add_coefficients(interp_nn::Gradients& a, const Tensor& x, bool needed, std::vector<Tensor>& results) {
+    if (!needed) return;
+    STD_TORCH_CHECK(a.q.coefficients != nullptr, "no coefficients");
+    results.push_back(empty(x, aoti_torch_dtype_float32(), {a.q.degree + 1}, {1}));
+    a.dcoefficients = static_cast<float*>(results.back().data_ptr());
+}
+
 std::vector<Tensor> pair_backward(const MaybeTensor& dp, const MaybeTensor& dy, const Tensor& x, const Tensor& b,
-                                  const MaybeTensor& p, const MaybeTensor& g, const Tensor& counter, bool need_x,
-                                  bool need_b, bool transposed, bool tf32) {
+                                  const MaybeTensor& p, const Squares& squares, const Tensor& counter, bool need_x,
+                                  bool need_b, bool need_coefficients, bool transposed, bool tf32) {
     const Device device(x);
     interp_nn::PairBackward a{};
     const int32_t dtype = set(a, device, x, b, tf32);
-    STD_TORCH_CHECK(!dy || (p && g), "dy needs p and g");
+    STD_TORCH_CHECK(!dy || (p && squares.g), "dy needs p and g");
     Results results{x, dtype, {}};
     a.p = data(p, a.n * a.k, dtype);
-    a.g = data(g, int64_t{a.k} * a.k, dtype);
+    squares.set(a, dtype);
     a.dp = data(dp, a.n * a.k, dtype);
     a.dy = data(dy, a.n * a.k, dtype);
     a.dx = results.matrix(need_x, a.n, a.d);
     a.db = results.matrix(need_b, a.d, a.k, transposed);
     a.db_transposed = transposed;
+    add_coefficients(a, x, need_coefficients, results.tensors);
     const Memory memory(a, interp_nn::pair_backward_workspace(a, device.spec), x, counter);
     check(interp_nn::pair_backward(a, device.spec, device.stream));
     return results.tensors;
 }
 
-std::vector<Tensor> summary_backward(const MaybeTensor& dy, const Tensor& x, const Tensor& b, const MaybeTensor& g,
-                                     const Tensor& counter, bool need_x, bool need_b, bool need_bias, bool transposed,
-                                     bool tf32) {
+std::vector<Tensor> summary_backward(const MaybeTensor& dy, const Tensor& x, const Tensor& b, const Squares& squares,
+                                     const Tensor& counter, bool need_x, bool need_b, bool need_bias,
+                                     bool need_coefficients, bool transposed, bool tf32) {
     const Device device(x);
     interp_nn::SummaryBackward a{};
     const int32_t dtype = set(a, device, x, b, tf32);
-    STD_TORCH_CHECK(dy && g, "a summary's backward needs dy and g");
+    STD_TORCH_CHECK(dy && squares.g, "a summary's backward needs dy and g");
     Results results{x, dtype, {}};
-    a.g = data(g, int64_t{a.k} * a.k, dtype);
+    squares.set(a, dtype);
     a.dy = data(dy, a.n * a.k, dtype);
     a.dx = results.matrix(need_x, a.n, a.d);
     a.db = results.matrix(need_b, a.d, a.k, transposed);
     a.dbias = results.vector(need_bias, a.k);
     a.db_transposed = transposed;
+    add_coefficients(a, x, need_coefficients, results.tensors);
     const Memory memory(a, interp_nn::summary_backward_workspace(a, device.spec), x, counter);
     check(interp_nn::summary_backward(a, device.spec, device.stream));
     return results.tensors;
 }
 
-// The gradients among [dX, db, dbias] that are needed, of a pair or of a summary.
+// The gradients among [dX, db, dbias, dcoefficients] that are needed, of a pair or of a summary.
 std::vector<Tensor> cuda_backward(const MaybeTensor& dp, const MaybeTensor& dy, const Tensor& x, const Tensor& b,
-                                  const MaybeTensor& p, const MaybeTensor& g, const Tensor& counter, bool pair,
-                                  bool need_x, bool need_b, bool need_bias, bool transposed, bool tf32) {
-    if (pair) return pair_backward(dp, dy, x, b, p, g, counter, need_x, need_b, transposed, tf32);
-    return summary_backward(dy, x, b, g, counter, need_x, need_b, need_bias, transposed, tf32);
+                                  const MaybeTensor& p, const MaybeTensor& g, const MaybeTensor& q_of_g,
+                                  const MaybeTensor& coefficients, const MaybeTensor& scale, const Tensor& counter,
+                                  bool pair, bool need_x, bool need_b, bool need_bias, bool need_coefficients,
+                                  bool transposed, bool tf32) {
+    const Squares squares{g, q_of_g, coefficients, scale};
+    if (pair) {
+        return pair_backward(dp, dy, x, b, p, squares, counter, need_x, need_b, need_coefficients, transposed, tf32);
+    }
+    return summary_backward(dy, x, b, squares, counter, need_x, need_b, need_bias, need_coefficients, transposed, tf32);
 }
 
-// The loss, and the gradients among [dX, db, dA, dc] that are needed. Without `weight` it is the loss of a pair.
+// The loss, and the gradients among [dX, db, dA, dc, dcoefficients] that are needed. Without `weight` it is the loss of
+// a pair.
 std::vector<Tensor> cuda_loss(const Tensor& x, const Tensor& b, const MaybeTensor& weight, const MaybeTensor& bias,
-                              const Tensor& target, const MaybeTensor& upstream, const Tensor& counter, double w1,
-                              double w2, double w3, int64_t ignore_index, int64_t reduction, bool need_x, bool need_b,
-                              bool need_weight, bool need_bias, bool transposed, bool tf32) {
+                              const MaybeTensor& coefficients, const MaybeTensor& scale, const Tensor& target,
+                              const MaybeTensor& upstream, const Tensor& counter, double w1, double w2, double w3,
+                              int64_t ignore_index, int64_t reduction, bool need_x, bool need_b, bool need_weight,
+                              bool need_bias, bool need_coefficients, bool transposed, bool tf32) {
     const Device device(x);
     const auto launch = [&](auto a, auto workspace, auto start) {
         const int32_t dtype = set(a, device, x, b, tf32), fp32 = aoti_torch_dtype_float32();
+        set_polynomial(a, coefficients, scale);
         a.terms.reduction = static_cast<interp_nn::Reduction>(reduction);
         const bool by_row = a.terms.reduction == interp_nn::Reduction::NONE;
         Results value{x, fp32, {}}, gradients{x, dtype, {}};
@@ -191,6 +235,7 @@ std::vector<Tensor> cuda_loss(const Tensor& x, const Tensor& b, const MaybeTenso
             a.da = gradients.matrix(need_weight, a.m, a.k);
             a.dc = gradients.vector(need_bias, a.m);
         }
+        add_coefficients(a, x, need_coefficients, gradients.tensors);
         const Memory memory(a, workspace(a, device.spec), x, counter);
         check(start(a, device.spec, device.stream));
         value.tensors.insert(value.tensors.end(), gradients.tensors.begin(), gradients.tensors.end());
@@ -200,15 +245,17 @@ std::vector<Tensor> cuda_loss(const Tensor& x, const Tensor& b, const MaybeTenso
     return launch(interp_nn::PairLoss{}, interp_nn::pair_loss_workspace, interp_nn::pair_loss);
 }
 
-// gradients *= upstream in place.
+// gradients *= upstream in place. Some may be of fp32 beside others of 16 bits.
 void cuda_scale(const Tensor& upstream, const std::vector<Tensor>& gradients) {
     const Device device(upstream);
-    STD_TORCH_CHECK(!gradients.empty() && gradients.size() <= 4, "one to four gradients");
+    STD_TORCH_CHECK(!gradients.empty() && gradients.size() <= interp_nn::MOST_GRADIENTS, "one to five gradients");
     interp_nn::Scale a{};
     a.upstream = static_cast<const float*>(data(upstream, 1, aoti_torch_dtype_float32()));
     a.kind = kind_of(gradients[0], false);
     for (size_t i = 0; i < gradients.size(); ++i) {
-        STD_TORCH_CHECK(dtype_of(gradients[i]) == dtype_of(gradients[0]), "gradients of one dtype");
+        const int32_t dtype = dtype_of(gradients[i]);
+        a.wide[i] = dtype == aoti_torch_dtype_float32();
+        STD_TORCH_CHECK(a.wide[i] || dtype == dtype_of(gradients[0]), "gradients of one dtype, or of fp32");
         a.gradients[i] = gradients[i].data_ptr();  // dense, in any memory order
         a.sizes[i] = gradients[i].numel();
     }

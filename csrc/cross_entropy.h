@@ -92,12 +92,6 @@ DEVICE void loss_terms(const LossTerms& terms, float (&o1)[TILES][4], float (&o2
     }
 }
 
-// The sum over a warp's lanes in a fixed order, the same in all of them.
-DEVICE float warp_sum(float value) {
-    UNROLL for (int step = 16; step > 0; step /= 2) value += shuffle(value, lane() ^ step);
-    return value;
-}
-
 // Store a program's parts of loss and count; `memory` is free shared memory.
 DEVICE void store_loss_sums(const LossSums& sums, float* losses, float* counts, unsigned char* memory) {
     auto* const parts = reinterpret_cast<float*>(memory);
@@ -113,13 +107,6 @@ DEVICE void store_loss_sums(const LossSums& sums, float* losses, float* counts, 
         (thread() == 0 ? losses : counts)[program()] = total;
     }
     block_barrier();
-}
-
-// The sum of `count` numbers, the same in every warp of every program.
-DEVICE float add_scalars(const float* parts, int count) {
-    float sum = 0.f;
-    NO_UNROLL for (int i = lane(); i < count; i += 32) sum += parts[i];
-    return warp_sum(sum);
 }
 
 // The factor that the gradients lack: upstream / kept rows for the mean, upstream for the sum, 1 without a reduction.

@@ -16,6 +16,9 @@ inline const char* invalid_operands(const Operands& arguments, const DeviceSpec&
     if (device.error != nullptr) return device.error;
     // The kernels for such a device would read 16-bit numbers as fp32.
     if (arguments.kind != Kind::F32 && device.capability < 80) return NO_KERNEL;
+    if (arguments.q.coefficients != nullptr && (arguments.q.degree < 1 || arguments.q.degree >= MOST_COEFFICIENTS)) {
+        return "a polynomial must have degree 1 to 4";
+    }
     return nullptr;
 }
 // Kernels with other arguments to check overload this.

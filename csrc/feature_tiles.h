@@ -1,24 +1,10 @@
-// Products shared by a block's warps, and the jobs that every backward ends in: a job is a tile of features and a split
-// of the rows. It reads its rows once, adds up its part of a (d, k) gradient in registers, and stores its columns of
-// dX.
+// The jobs that every backward ends in: a job is a tile of features and a split of the rows. It reads its rows once,
+// adds up its part of a (d, k) gradient in registers, and stores its columns of dX.
 #pragma once
 
-#include "phased_launch.h"
+#include "derivative.h"
 
 namespace interp_nn {
-
-// A product of ROWS by COLUMNS cut into one piece a warp: 16 rows each, and then columns. Some warps may stay inactive.
-template <int ROWS, int COLUMNS> struct Pieces {
-    static constexpr int DOWN = ROWS / 16;
-    static_assert(DOWN >= 1 && DOWN <= WARPS, "at most sixteen rows a warp");
-    static constexpr int ACROSS = WARPS / DOWN < COLUMNS / 16 ? WARPS / DOWN : COLUMNS / 16;
-    static constexpr int WIDE = COLUMNS / ACROSS;
-    static constexpr int TILES = WIDE / 8;
-
-    DEVICE static bool warp_active() { return warp() < DOWN * ACROSS; }
-    DEVICE static int row() { return warp() / ACROSS * 16; }
-    DEVICE static int column() { return warp() % ACROSS * WIDE; }
-};
 
 // Tiles of a job: a step has BN rows of X and of an (n, k) matrix D, and BD features. Results go to global memory
 // through a tile of 16 rows and OUT columns a warp.

@@ -186,9 +186,16 @@ struct ProductsTF32 {
     }
     DEVICE ForSums for_sums() const { return *this; }
 };
+// The sums of 16-bit products, which are never exact: a family of its own, so that only its code is compiled.
+struct ProductsOfSums16 {
+    using Element = float;
+    Mode mode;
+
+    template <class Visitor> DEVICE void visit(Visitor visitor) const { visitor(FragmentsTF32<false>{mode}); }
+};
 struct Products16 {
     using Element = Half;
-    using ForSums = ProductsTF32;
+    using ForSums = ProductsOfSums16;
     static constexpr bool available = HAS_MATRIX_UNITS;
     Mode mode;
 
@@ -212,6 +219,19 @@ struct ProductsF32 {
 };
 
 template <class P> constexpr bool IS_WIDE = sizeof(typename P::Element) == 4;
+
+// A product of ROWS by COLUMNS cut into one piece a warp: 16 rows each, and then columns. Some warps may stay inactive.
+template <int ROWS, int COLUMNS> struct Pieces {
+    static constexpr int DOWN = ROWS / 16;
+    static_assert(DOWN >= 1 && DOWN <= WARPS, "at most sixteen rows a warp");
+    static constexpr int ACROSS = WARPS / DOWN < COLUMNS / 16 ? WARPS / DOWN : COLUMNS / 16;
+    static constexpr int WIDE = COLUMNS / ACROSS;
+    static constexpr int TILES = WIDE / 8;
+
+    DEVICE static bool warp_active() { return warp() < DOWN * ACROSS; }
+    DEVICE static int row() { return warp() / ACROSS * 16; }
+    DEVICE static int column() { return warp() % ACROSS * WIDE; }
+};
 
 template <int TILES> DEVICE void clear(float (&sums)[TILES][4]) {
     UNROLL for (int i = 0; i < TILES; ++i) {

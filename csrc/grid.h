@@ -48,9 +48,9 @@ template <class Tile, class Value> DEVICE void fill(const Tile& tile, Value valu
     }
 }
 
-// The square T + Tᵀ of a (BK, BK) workspace.
-template <int BK> DEVICE void fill_symmetrized(const SliceTiles<BK>& tiles, const float* t) {
-    fill(tiles.square, [&](int row, int column) { return t[row * BK + column] + t[column * BK + row]; });
+// The square factor (T + Tᵀ) of a (BK, BK) workspace.
+template <int BK> DEVICE void fill_symmetrized(const SliceTiles<BK>& tiles, const float* t, float factor) {
+    fill(tiles.square, [&](int row, int column) { return factor * (t[row * BK + column] + t[column * BK + row]); });
 }
 
 // Call visit(row, column, element) for slice times square, where slice = value(row, column). The barrier it begins with
@@ -73,6 +73,19 @@ DEVICE void multiply_slice(const SliceTiles<BK>& tiles, Value value, Visit visit
     NO_UNROLL for (int i = thread(); i < SLICE * BK; i += THREADS) {
         visit(i / BK, i % BK, *tiles.slice.at(i / BK, i % BK));
     }
+}
+
+// The sum over a warp's lanes in a fixed order, the same in all of them.
+DEVICE float warp_sum(float value) {
+    UNROLL for (int step = 16; step > 0; step /= 2) value += shuffle(value, lane() ^ step);
+    return value;
+}
+
+// The sum of `count` numbers, the same in every warp of every program.
+DEVICE float add_scalars(const float* parts, int count) {
+    float sum = 0.f;
+    NO_UNROLL for (int i = lane(); i < count; i += 32) sum += parts[i];
+    return warp_sum(sum);
 }
 
 // The sum of a column of a tile over every GROUPS-th row: where there are more threads than columns, they share one.

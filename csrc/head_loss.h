@@ -1,12 +1,13 @@
 // The three-term loss behind an output layer, O1 = P Aᵀ + c and O2 = Y Aᵀ + c, with its gradients. The layer is linear,
-// so Y, dY and Pᵀ dY are never formed. With H = A G, logit gradients E1 and E2, and Ui = Eiᵀ P of (m, k):
+// so Y, dY and Pᵀ dY are never formed. With H = A q(G), logit gradients E1 and E2, and Ui = Eiᵀ P of (m, k):
 //
-//     O2 = P Hᵀ + c,   D = E1 A + E2 H,   T = U2ᵀ A,   dX = D bᵀ,   db = Xᵀ D + b (T + Tᵀ),   dA = U1 + U2 G.
+//     O2 = P Hᵀ + c,   D = E1 A + E2 H,   T = U2ᵀ A,   dX = a D bᵀ,   db = a Xᵀ D + a² b M,   dA = U1 + U2 q(G).
 //
-//     Phase  computes
+//     Phase  computes                                left out
 //     1      D, parts of U, of dc and of the loss
 //     2      dX, parts of Xᵀ D, U, dc, the loss
-//     3      db and dA
+//     3      M, the gradients of q                   without need_derivative
+//     4      db and dA
 #pragma once
 
 #include "cross_entropy.h"
@@ -45,9 +46,9 @@ template <class P, int BK, int BM> struct HeadTiles : ProjectionTiles<P, BK, hea
 //     floats: s (splits, d, BK)                   parts of Xᵀ D
 //             u_parts (programs, 2, BM, BK)
 //             u (2, BM, BK)                       U1 and U2
-//             g (BK, BK)                          G
 //             columns (programs, GROUPS, BM)      parts of dc
 //             losses (programs), counts (programs)
+//             g (BK, BK)                          G, the first of DerivativeWork
 //     rows:   d, p (n, width), X's type           D and P
 //             e[0], e[1] (n, classes), X's type   E1 and E2
 template <class T, int BK, int BM> struct HeadWork {
@@ -60,7 +61,7 @@ template <class T, int BK, int BM> struct HeadWork {
 
     HOST_DEVICE HeadWork(const HeadLoss& arguments, int splits, int programs)
         : need_d(interp_nn::need_d(arguments)),
-          need_u(arguments.db != nullptr || arguments.da != nullptr || arguments.dc != nullptr),
+          need_u(need_t(arguments) || arguments.da != nullptr || arguments.dc != nullptr),
           width(width_of(arguments.k)),
           classes(width_of(arguments.m)),
           floats(arguments.work),
@@ -68,10 +69,11 @@ template <class T, int BK, int BM> struct HeadWork {
         s = floats.take(int64_t{splits} * arguments.d * BK);
         u_parts = floats.take(int64_t{programs} * 2 * BM * BK);
         u = floats.take(2 * BM * BK);
-        g = floats.take(BK * BK);
         columns = floats.take(int64_t{programs} * THREADS);
-        losses = floats.take(programs);
-        counts = floats.take(programs);
+        losses = floats.take(width_of(programs));
+        counts = floats.take(width_of(programs));
+        const int more = DerivativeWork<BK>::size(arguments);
+        g = floats.take(more > 0 ? more : BK * BK);
         d = rows.take(arguments.n * width);
         p = rows.take(arguments.n * width);
         e[0] = rows.take(arguments.n * classes);
@@ -95,6 +97,42 @@ template <class Tiles, class P, int TILES> DEVICE void share_products(const P& p
     block_barrier();  // H is whole
 }
 
+// H's tile of a polynomial, by Horner's rule and a walk over b of its own, because the rows leave no registers for it.
+// G is stored at `to`, (BK, BK), where that is not null.
+template <class P, int BK, int BM> NOINLINE void walk_products(Mode mode, Polynomial q, Matrix<typename P::Element> b,
+                                                               Matrix<typename P::Element> output, float* to,
+                                                               unsigned char* shared, int stages) {
+    using Tiles = HeadTiles<P, BK, BM>;
+    using Product = typename Tiles::Product;
+    const P products{mode};
+    const typename Tiles::A a{shared}, h{shared + Tiles::A::BYTES};
+    const typename Tiles::G gram{shared + Tiles::FIXED};
+    load_tile(a, output, 0, 0);
+    commit_copies();
+    float g[BK / 8][4];
+    walk_gram<Tiles::BD>(products, q, b, g, shared + Tiles::FIXED, stages);
+    if (to != nullptr && 16 * warp() < BK) store_sums(to + 16 * warp() * BK, BK, 16, g);
+    share_gram(mode, gram, g);
+    NO_UNROLL for (int i = q.degree - 1; i >= 0; --i) {
+        const typename Tiles::A& from = i == q.degree - 1 ? a : h;
+        float sums[Product::TILES][4];
+        clear(sums);
+        if (Product::warp_active()) {
+            multiply_tiles<false, true>(products, sums, from, Product::row(), gram, Product::column(), 0, BK);
+        }
+        if (i == q.degree - 1) scale_sums(sums, q.coefficients[q.degree]);
+        each_pair(sums, [&](int row, int column, float& first, float& second) {
+            if (!Product::warp_active()) return;
+            const auto* const at = a.at(Product::row() + row, Product::column() + column);
+            first += q.coefficients[i] * widen(at[0], mode.is_bf16);
+            second += q.coefficients[i] * widen(at[1], mode.is_bf16);
+        });
+        block_barrier();  // H is no longer read
+        if (Product::warp_active()) put_sums(mode, h, Product::row(), Product::column(), sums);
+        block_barrier();  // H is whole
+    }
+}
+
 // The first phase's pass over the rows.
 template <int BK, int BM, class P, class T> DEVICE void head_rows(const P& products, const HeadLoss& arguments,
                                                                   const Matrix<T>& x, const Matrix<T>& b,
@@ -110,6 +148,7 @@ template <int BK, int BM, class P, class T> DEVICE void head_rows(const P& produ
     const typename Tiles::OwnE own_e{memory + warp() * Tiles::OWN};
     const int64_t first_row = static_cast<int64_t>(program()) * Tiles::BN,
                   step = static_cast<int64_t>(programs()) * Tiles::BN;
+    const Polynomial& q = arguments.q;
     load_tile(a, matrix<T>(arguments.a, arguments.m, arguments.k), 0, 0);
     commit_copies();
     load_row<T>(mode, c, BM, arguments.c, arguments.m);
@@ -119,11 +158,12 @@ template <int BK, int BM, class P, class T> DEVICE void head_rows(const P& produ
         const int rows = remaining(n, own_row);
         {
             float p[BK / 8][4], g[BK / 8][4];
-            project<Tiles>(products, p, g, row == first_row, x, b, row, memory, stages);
-            if (row == first_row) {
+            project<Tiles>(products, p, g, q.coefficients == nullptr && row == first_row, x, b, row, memory, stages);
+            if (q.coefficients == nullptr && row == first_row) {
                 if (program() == 0 && 16 * warp() < BK) store_sums(work.g + 16 * warp() * BK, BK, 16, g);
                 share_products<Tiles>(products, a, h, g, memory);
             }
+            if (q.scale != nullptr) scale_sums(p, *q.scale);
             put_sums(mode, own_p, 0, 0, p);
         }
         warp_barrier();
@@ -182,41 +222,39 @@ DEVICE void head_correlations(const P& products, int64_t n, const HeadWork<T, BK
     }
 }
 
-// tiles.square = T + Tᵀ with T = U2ᵀ A, sixteen classes at a time.
+// tiles.square = factor (T + Tᵀ) with T = U2ᵀ A, sixteen classes at a time.
 template <int BK, int BM, class P>
-DEVICE void fill_head_square(const P& products, const SliceTiles<BK>& tiles, const HeadLoss& arguments,
-                             const float* u2) {
+NOINLINE void fill_head_square(Mode mode, SliceTiles<BK> tiles, const typename P::Element* a, int m, int k,
+                               const float* u2, float factor) {
     using Piece = Pieces<BK, BK>;
     const typename HeadTiles<P, BK, BM>::Chunk chunk{shared_memory() + SliceTiles<BK>::SHARED};
-    const auto* const a = static_cast<const typename P::Element*>(arguments.a);
-    const int k = arguments.k, m = arguments.m;
     float t[Piece::TILES][4];
     clear(t);
     NO_UNROLL for (int from = 0; from < m; from += 16) {
         block_barrier();
         fill(tiles.slice, [&](int row, int column) { return u2[(from + row) * BK + column]; });
         fill(chunk, [&](int row, int column) {
-            return from + row < m && column < k ? widen(a[(from + row) * k + column], products.mode.is_bf16) : 0.f;
+            return from + row < m && column < k ? widen(a[(from + row) * k + column], mode.is_bf16) : 0.f;
         });
         block_barrier();
         if (Piece::warp_active()) {
-            multiply_tiles<true, false>(products.for_sums(), t, tiles.slice, Piece::row(), chunk, Piece::column(), 0,
+            multiply_tiles<true, false>(P{mode}.for_sums(), t, tiles.slice, Piece::row(), chunk, Piece::column(), 0,
                                         16);
         }
     }
-    if (Piece::warp_active()) put_sums(products.mode, tiles.square, Piece::row(), Piece::column(), t);
+    if (Piece::warp_active()) put_sums(mode, tiles.square, Piece::row(), Piece::column(), t);
     block_barrier();
     NO_UNROLL for (int i = thread(); i < BK * BK; i += THREADS) {
         const int row = i / BK, column = i % BK;
         if (row > column) continue;
-        const float both = *tiles.square.at(row, column) + *tiles.square.at(column, row);
+        const float both = factor * (*tiles.square.at(row, column) + *tiles.square.at(column, row));
         *tiles.square.at(row, column) = both;
         *tiles.square.at(column, row) = both;
     }
     block_barrier();
 }
 
-// dA = scale (U1 + U2 G), sixteen classes a program, from the programs that have the least else to do.
+// dA = scale (U1 + U2 q(G)) by Horner's rule, sixteen classes a program, from the programs that have the least else to do.
 template <int BK, int BM, class T>
 DEVICE void store_output_weight(const Mode& mode, const SliceTiles<BK>& tiles, const HeadLoss& arguments,
                                 const HeadWork<T, BK, BM>& work, float scale) {
@@ -226,12 +264,21 @@ DEVICE void store_output_weight(const Mode& mode, const SliceTiles<BK>& tiles, c
     fill(tiles.square, [&](int row, int column) { return work.g[row * BK + column]; });
     NO_UNROLL for (int from = first; from < m; from += 16 * programs()) {
         const float *const u1 = work.u + from * BK, *const u2 = u1 + BM * BK;
-        multiply_slice(tiles, [&](int row, int column) { return u2[row * BK + column]; },
-                       [&](int row, int column, float product) {
-                           if (from + row >= m || column >= k) return;
-                           static_cast<T*>(arguments.da)[(from + row) * k + column] =
-                               round_to<T>((u1[row * BK + column] + product) * scale, mode.is_bf16);
-                       });
+        const float* const c = arguments.q.coefficients;
+        const int degree = degree_of(arguments.q);
+        NO_UNROLL for (int i = degree; i > 0; --i) {
+            const auto value = [&](int row, int column) {
+                const float element = u2[row * BK + column];
+                if (c == nullptr) return element;
+                return (i < degree ? *tiles.slice.at(row, column) : 0.f) + c[i] * element;  // the last product
+            };
+            multiply_slice(tiles, value, [&](int row, int column, float product) {
+                if (i > 1 || from + row >= m || column >= k) return;
+                float sum = u1[row * BK + column] + product;
+                if (c != nullptr) sum += c[0] * u2[row * BK + column];
+                static_cast<T*>(arguments.da)[(from + row) * k + column] = round_to<T>(sum * scale, mode.is_bf16);
+            });
+        }
     }
 }
 
@@ -241,31 +288,39 @@ DEVICE void head_phases(const P& products, const HeadLoss& arguments, int splits
     using T = typename P::Element;
     const Matrix<T> x = matrix<T>(arguments.x, arguments.n, arguments.d), b = matrix_b<T>(arguments);
     const HeadWork<T, BK, BM> work(arguments, splits, programs());
+    if (arguments.q.coefficients != nullptr) {
+        walk_products<P, BK, BM>(products.mode, arguments.q, matrix_b<T>(arguments),
+                                 matrix<T>(arguments.a, arguments.m, arguments.k), program() == 0 ? work.g : nullptr,
+                                 shared_memory(), stages);
+    }
     head_rows<BK, BM>(products, arguments, x, b, work, stages);
     if (work.need_u) head_correlations<BK, BM>(products, arguments.n, work, stages);
     if (!work.need_d && !work.need_u && arguments.terms.reduction == Reduction::NONE) return;
     grid_barrier(arguments.counter);
-    const float scale = gradient_scale(arguments.terms, work.counts);
+    const float loss_scale = gradient_scale(arguments.terms, work.counts), scale = loss_scale * scale_of(arguments.q);
     if (program() == programs() - 1) {
         store_value(arguments.terms, work.losses, work.counts);
         if (arguments.dc != nullptr) {
             store_columns<BM>(products.mode, static_cast<T*>(arguments.dc), arguments.m, work.columns,
-                              programs() * Tiles::GROUPS, scale);
+                              programs() * Tiles::GROUPS, loss_scale);
         }
     }
     if (work.need_d) {
         backprop_projection<BK>(products, x, b, matrix<T>(work.d, arguments.n, work.width),
                                 static_cast<T*>(arguments.dx), arguments.db != nullptr ? work.s : nullptr, splits, scale, stages);
     }
-    if (arguments.db == nullptr && arguments.da == nullptr) return;
+    if (!need_t(arguments) && arguments.da == nullptr) return;
     add_parts(work.u_parts, work.u, programs(), 2 * BM * BK);
     grid_barrier(arguments.counter);  // before db and dA
     const SliceTiles<BK> tiles(shared_memory());
-    if (arguments.db != nullptr) {
-        fill_head_square<BK, BM>(products, tiles, arguments, work.u + BM * BK);
-        store_db(products.mode, arguments, tiles, b, work.s, splits, scale);
+    if (need_t(arguments)) {
+        fill_derivative(arguments, tiles, DerivativeWork<BK>{work.g}, 1.f, loss_scale, [&](float factor) {
+            fill_head_square<BK, BM, P>(products.mode, tiles, static_cast<const T*>(arguments.a), arguments.m,
+                                        arguments.k, work.u + BM * BK, factor);
+        });
     }
-    if (arguments.da != nullptr) store_output_weight(products.mode, tiles, arguments, work, scale);
+    if (arguments.db != nullptr) store_db(products.mode, arguments, tiles, b, work.s, splits, scale);
+    if (arguments.da != nullptr) store_output_weight(products.mode, tiles, arguments, work, loss_scale);
 }
 
 template <class P, int BK, int BM> KERNEL head_loss_kernel(HeadLoss arguments, Mode mode, int splits, int stages) {

@@ -7,10 +7,12 @@
 //     symbol      shape            meaning
 //     X           (n, d)           input
 //     b           (d, k)           weight
-//     P, G, Y                      X b (n, k), bᵀb (k, k), P G (n, k)
+//     P, G, Y                      a X b (n, k), a² bᵀb (k, k), P q(G) (n, k)
+//     a, q                         a scale and a polynomial; a = 1 and q(G) = G for the summary
 //     dX, ...     the symbol's     a d before a symbol: the gradient of the loss with respect to it
-//     D           (n, k)           gradient of the projection through both outputs, dP + dY G
+//     D           (n, k)           gradient of the projection through both outputs, dP + dY q(G)
 //     S, T        (d, k), (k, k)   Xᵀ dY, Pᵀ dY
+//     M           (k, k)           derivative of q at G along T + Tᵀ; this itself for the summary
 //     BN, BD, BK                   rows, features and padded columns of a tile
 //
 // 16-bit operands are multiplied as they are, fp32 operands as tf32 or as two tf32 parts. Every sum is fp32.
@@ -56,6 +58,14 @@ struct Workspace {
     int64_t rows = 0;    // of `rows`, in elements of X's type
 };
 
+// q(G) = c0 I + c1 G + ... of degree 1 or more, and the scale a of b. They are read on the device.
+constexpr int MOST_COEFFICIENTS = 5;
+struct Polynomial {
+    const float* coefficients;  // (degree + 1); null for the summary, whose q(G) is G and whose scale is 1
+    const float* scale;         // null for 1
+    int degree;
+};
+
 // The operands of every kernel.
 struct Operands {
     const void* x;
@@ -64,6 +74,7 @@ struct Operands {
     int64_t b_feature, b_column;
     int d, k;
     Kind kind;
+    Polynomial q;
 };
 
 // The further arguments of kernels with gradients.
@@ -71,35 +82,39 @@ struct Gradients : Operands {
     void* dx;  // (n, d), optional
     void* db;  // row-major (d, k), or (k, d) where db_transposed; optional
     bool db_transposed;
-    void* rows;  // workspaces
+    float* dcoefficients;  // (degree + 1), optional, of a polynomial
+    void* rows;            // workspaces
     float* work;
     uint32_t* counter;  // zero at first, then as the last launch left it; concurrent launches need one each
 };
 
-// Y = X b G + bias, and optionally P and G, rounded to X's type. One program a multiprocessor, no barrier.
+// Y = P q(G) + bias, and optionally P, G and q(G), rounded to X's type. One program a multiprocessor, no barrier.
 struct Forward : Operands {
     const void* bias;  // (k), optional
     void* p;           // (n, k), optional
     void* y;           // (n, k)
     void* g;           // (k, k), optional
+    void* q_of_g;      // (k, k), optional, of a polynomial
 };
 const char* forward(const Forward& arguments, const DeviceSpec& device, Stream stream);
 
-// dX = D bᵀ and db = Xᵀ D + b (T + Tᵀ) with D = dP + dY G and T = Pᵀ dY.
+// dX = a D bᵀ and db = a Xᵀ D + a² b M with D = dP + dY q(G) and T = Pᵀ dY.
 struct PairBackward : Gradients {
-    const void* p;   // (n, k), as forward stored it
-    const void* g;   // (k, k), as forward stored it
-    const void* dp;  // (n, k), optional, but not without dy
-    const void* dy;  // (n, k), optional: D is then dP itself, and p and g are not read
+    const void* p;       // (n, k), as forward stored it
+    const void* g;       // (k, k), as forward stored it; null for the summary
+    const void* q_of_g;  // (k, k), as forward stored it: G for the summary
+    const void* dp;      // (n, k), optional, but not without dy
+    const void* dy;      // (n, k), optional: D is then dP itself, and p, g and q_of_g are not read
 };
 Workspace pair_backward_workspace(const PairBackward& arguments, const DeviceSpec& device);
 const char* pair_backward(const PairBackward& arguments, const DeviceSpec& device, Stream stream);
 
-// dX = dY Wᵀ with W = b G, db = S G + b (T + Tᵀ) with S = Xᵀ dY and T = bᵀ S, dbias = the column sums of dY.
+// dX = dY Wᵀ with W = a b q(G), db = a S q(G) + a² b M with S = Xᵀ dY and T = a bᵀ S, dbias = the column sums of dY.
 struct SummaryBackward : Gradients {
-    const void* g;   // (k, k), as forward stored it
-    const void* dy;  // (n, k)
-    void* dbias;     // (k), optional
+    const void* g;       // (k, k), as forward stored it; null for the summary
+    const void* q_of_g;  // (k, k), as forward stored it: G for the summary
+    const void* dy;      // (n, k)
+    void* dbias;         // (k), optional
 };
 Workspace summary_backward_workspace(const SummaryBackward& arguments, const DeviceSpec& device);
 const char* summary_backward(const SummaryBackward& arguments, const DeviceSpec& device, Stream stream);
@@ -135,10 +150,12 @@ Workspace head_loss_workspace(const HeadLoss& arguments, const DeviceSpec& devic
 const char* head_loss(const HeadLoss& arguments, const DeviceSpec& device, Stream stream);
 
 // gradients *= upstream in place; an upstream of 1 leaves memory untouched. Sizes are in elements, and may be zero.
+constexpr int MOST_GRADIENTS = 5;
 struct Scale {
     const float* upstream;
-    void* gradients[4];
-    int64_t sizes[4];
+    void* gradients[MOST_GRADIENTS];
+    int64_t sizes[MOST_GRADIENTS];
+    bool wide[MOST_GRADIENTS];  // in fp32, as of the coefficients; the others are of the kind
     Kind kind;
 };
 const char* scale(const Scale& arguments, const DeviceSpec& device, Stream stream);

@@ -1,9 +1,11 @@
-// Backward of the pair: dX = D bᵀ and db = Xᵀ D + b (T + Tᵀ) with D = dP + dY G and T = Pᵀ dY, for up to 128 columns.
+// Backward of the pair: dX = a D bᵀ and db = a Xᵀ D + a² b M with D = dP + dY q(G) and T = Pᵀ dY, for up to 128
+// columns.
 //
 //     Phase  computes                                left out
 //     1      D, parts of T                           without dY: D is dP
 //     2      dX, parts of Xᵀ D, T
-//     3      db                                      without db
+//     3      M, the gradients of q                   without need_derivative
+//     4      db                                      without db
 #pragma once
 
 #include "feature_tiles.h"
@@ -19,7 +21,7 @@ template <class P, int BK> struct PairTiles {
     using Square = Pieces<BK, BK>;
     static constexpr size_t shared(int stages) {
         const size_t first = G::BYTES + Part::BYTES + static_cast<size_t>(stages) * 2 * Part::BYTES;
-        const size_t second = backprop_shared<P, BK>(stages), last = SliceTiles<BK>::SHARED;
+        const size_t second = backprop_shared<P, BK>(stages), last = DerivativeWork<BK>::SHARED;
         const size_t most = first > second ? first : second;
         return most > last ? most : last;
     }
@@ -29,6 +31,7 @@ template <class P, int BK> struct PairTiles {
 //     floats: s (splits, d, BK)        parts of Xᵀ D
 //             t_parts (programs, BK, BK)
 //             t (BK, BK)
+//             derivative               of DerivativeWork
 //     rows:   d (n, width), X's type   D
 template <class T, int BK> struct PairWork {
     int width;
@@ -37,11 +40,12 @@ template <class T, int BK> struct PairWork {
     float *s, *t_parts, *t;
     T* d;
 
+    DEVICE DerivativeWork<BK> derivative() const { return {t + BK * BK}; }
     HOST_DEVICE PairWork(const PairBackward& arguments, int splits, int programs)
         : width(width_of(arguments.k)), floats(arguments.work), rows(arguments.rows) {
         s = floats.take(int64_t{splits} * arguments.d * BK);
         t_parts = floats.take(int64_t{programs} * BK * BK);
-        t = floats.take(BK * BK);
+        t = floats.take(BK * BK + DerivativeWork<BK>::size(arguments));
         d = rows.take(arguments.dy != nullptr ? arguments.n * width : 0);
     }
 };
@@ -67,7 +71,7 @@ template <int BK, class P, class T> DEVICE void pair_rows(const P& products, con
 
     float t[Square::TILES][4];
     clear(t);
-    load_tile(gram, matrix<T>(arguments.g, k, k), 0, 0);
+    load_tile(gram, matrix<T>(arguments.q_of_g, k, k), 0, 0);
     commit_copies();
     const auto load = [&](int step, int stage) {
         load_tile(tile_dy(stage), dy, row_of(step), 0);
@@ -112,24 +116,34 @@ DEVICE void pair_phases(const P& products, const PairBackward& arguments, int sp
     const int64_t n = arguments.n;
     const Matrix<T> x = matrix<T>(arguments.x, n, arguments.d), b = matrix_b<T>(arguments);
     const PairWork<T, BK> work(arguments, splits, programs());
+    const float scale = scale_of(arguments.q);
     if (through_y) {
-        float* const t_part = need_b ? work.t_parts + int64_t{program()} * BK * BK : nullptr;
+        float* const t_part = need_t(arguments) ? work.t_parts + int64_t{program()} * BK * BK : nullptr;
         pair_rows<BK>(products, arguments, work, t_part, stages);
         grid_barrier(arguments.counter);
     }
     const Matrix<T> gradients = through_y ? matrix<T>(work.d, n, work.width) : matrix<T>(arguments.dp, n, arguments.k);
-    backprop_projection<BK>(products, x, b, gradients, static_cast<T*>(arguments.dx), need_b ? work.s : nullptr, splits,
-                            1.f, stages);
-    if (!need_b) return;
-    if (through_y) add_parts(work.t_parts, work.t, programs(), BK * BK);
+    if (need_d(arguments)) {
+        backprop_projection<BK>(products, x, b, gradients, static_cast<T*>(arguments.dx), need_b ? work.s : nullptr,
+                                splits, scale, stages);
+    }
+    if (!need_t(arguments)) return;
+    if (through_y) {
+        add_parts(work.t_parts, work.t, programs(), BK * BK);
+        widen_gram<BK, T>(products.mode, arguments, arguments.g, work.derivative().g);
+    }
     grid_barrier(arguments.counter);  // before db
     const SliceTiles<BK> tiles(shared_memory());
     if (through_y) {
-        fill_symmetrized(tiles, work.t);
+        fill_derivative(arguments, tiles, work.derivative(), 1.f, 1.f,
+                        [&](float factor) { fill_symmetrized(tiles, work.t, factor); });
     } else {
         fill(tiles.square, [](int, int) { return 0.f; });
+        if (arguments.dcoefficients != nullptr && program() == 0 && thread() <= arguments.q.degree) {
+            arguments.dcoefficients[thread()] = 0.f;
+        }
     }
-    store_db(products.mode, arguments, tiles, b, work.s, splits, 1.f);
+    if (need_b) store_db(products.mode, arguments, tiles, b, work.s, splits, scale);
 }
 
 template <class P, int BK> KERNEL pair_backward_kernel(PairBackward arguments, Mode mode, int splits, int stages) {

@@ -1,10 +1,11 @@
-// Backward of the summary alone: dX = dY Wᵀ with W = b G, db = S G + b (T + Tᵀ) with S = Xᵀ dY and T = bᵀ S, and
-// dbias, the column sums of dY, for up to 128 columns. The only (n, k) matrix is dY.
+// Backward of the summary alone: dX = dY Wᵀ with W = a b q(G), db = a S q(G) + a² b M with S = Xᵀ dY and T = a bᵀ S,
+// and dbias, the column sums of dY, for up to 128 columns. The only (n, k) matrix is dY.
 //
-//     Phase  computes
-//     1      dX, parts of S, T and dbias
-//     2      T and dbias
-//     3      db
+//     Phase  computes                                left out
+//     1      dX, parts of S, bᵀ S and dbias
+//     2      bᵀ S and dbias
+//     3      S q(G), M, the gradients of q           a phase of its own with need_derivative alone
+//     4      db                                      without db
 #pragma once
 
 #include "feature_tiles.h"
@@ -27,21 +28,24 @@ template <class P, int BK> struct SummaryTiles {
         const size_t first = B::BYTES + G::BYTES, second = Shape::shared(stages);
         const size_t most = first > second ? first : second;
         const size_t jobs = W::BYTES + (most > S::BYTES ? most : S::BYTES);
-        return jobs > Last::SHARED ? jobs : Last::SHARED;
+        constexpr size_t last = DerivativeWork<BK>::SHARED;
+        return jobs > last ? jobs : last;
     }
 };
 
 // The workspace.
-//     floats: s (splits, d, BK)              parts of S; then S G in the place of the first
-//             t_parts (parts, BK, BK)        parts of T, for as many programs as have jobs
-//             t (BK, BK)
+//     floats: s (splits, d, BK)              parts of S; then S q(G) in the place of the first
+//             t_parts (parts, BK, BK)        parts of bᵀ S, for as many programs as have jobs
 //             columns (splits, GROUPS, BK)   parts of dbias
+//             t (BK, BK)                     bᵀ S
+//             derivative                     of DerivativeWork
 template <class P, int BK> struct SummaryWork {
     int parts;
     Area<float> floats;
     Area<float> rows;  // none
-    float *s, *t_parts, *t, *columns;
+    float *s, *t_parts, *columns, *t;
 
+    DEVICE DerivativeWork<BK> derivative() const { return {t + BK * BK}; }
     HOST_DEVICE SummaryWork(const SummaryBackward& arguments, int splits, int programs)
         : floats(arguments.work), rows(nullptr) {
         constexpr int BD = JobShape<P, BK>::BD;
@@ -49,8 +53,8 @@ template <class P, int BK> struct SummaryWork {
         parts = jobs < programs ? jobs : programs;
         s = floats.take(int64_t{splits} * arguments.d * BK);
         t_parts = floats.take(int64_t{parts} * BK * BK);
-        t = floats.take(BK * BK);
         columns = floats.take(int64_t{splits} * THREADS);
+        t = floats.take(BK * BK + DerivativeWork<BK>::size(arguments));
     }
 };
 
@@ -82,9 +86,10 @@ template <int BK, class P, class T> DEVICE void add_square(const P& products, co
     block_barrier();
 }
 
-// W = b G for the features of a job, rounded, into its place.
+// W = a b q(G) for the features of a job, rounded, into its place.
 template <int BK, class P, class T>
-DEVICE void effective_weight(const P& products, const Matrix<T>& b, const Matrix<T>& g, int feature) {
+DEVICE void effective_weight(const P& products, const Matrix<T>& b, const Matrix<T>& g, const Polynomial& q,
+                             int feature) {
     using Tiles = SummaryTiles<P, BK>;
     using Piece = typename Tiles::Shape::Sum;
     const typename Tiles::W tile_w{shared_memory()};
@@ -99,6 +104,7 @@ DEVICE void effective_weight(const P& products, const Matrix<T>& b, const Matrix
         float w[Piece::TILES][4];
         clear(w);
         multiply_tiles<true, true>(products, w, tile_b, Piece::row(), gram, Piece::column(), 0, BK);
+        if (q.coefficients != nullptr) scale_sums(w, scale_of(q));
         put_sums(products.mode, tile_w, Piece::row(), Piece::column(), w);
     }
     block_barrier();
@@ -112,38 +118,38 @@ DEVICE void summary_jobs(const P& products, const SummaryBackward& arguments, co
     using Shape = typename Tiles::Shape;
     const int64_t n = arguments.n;
     const int d = arguments.d, k = arguments.k;
-    const bool need_b = arguments.db != nullptr;
+    const bool need_sums = need_t(arguments);
     const Matrix<T> x = matrix<T>(arguments.x, n, d), dy = matrix<T>(arguments.dy, n, k);
     const typename Tiles::W tile_w{shared_memory()};
     const int feature_tiles = (d + Shape::BD - 1) / Shape::BD;
     NO_UNROLL for (int i = program(); i < feature_tiles * splits; i += programs()) {
         const Job job = job_of(i, d, n, splits, Shape::BD, Shape::BN);
-        if (arguments.dx != nullptr) effective_weight<BK>(products, b, matrix<T>(arguments.g, k, k), job.feature);
+        if (arguments.dx != nullptr) {
+            effective_weight<BK>(products, b, matrix<T>(arguments.q_of_g, k, k), arguments.q, job.feature);
+        }
         const bool need_bias = arguments.dbias != nullptr && job.feature == 0;
         const int group = thread() / BK, column = thread() % BK;
         float total = 0.f;
         float sum[Shape::Sum::TILES][4];
         clear(sum);
-        walk_rows<Shape, false>(products, job, sum, need_b, static_cast<T*>(arguments.dx), 1.f, x, dy, tile_w,
+        walk_rows<Shape, false>(products, job, sum, need_sums, static_cast<T*>(arguments.dx), 1.f, x, dy, tile_w,
                                 shared_memory() + Tiles::W::BYTES, stages, [&](const auto& tile) {
                                     if (need_bias) total += add_rows<Tiles::GROUPS>(products.mode, tile, group, column);
                                 });
         if (need_bias) work.columns[(job.split * Tiles::GROUPS + group) * BK + column] = total;
-        if (need_b) {
+        if (need_sums) {
             store_sum<Shape, BK>(work.s, job, sum, d);
             add_square<BK>(products, b, job, work.t_parts + int64_t{program()} * BK * BK, i == program(), sum);
         }
     }
 }
 
-// The last phase: S G first, in the place of S's first part, then b (T + Tᵀ), so that one square at a time is in
-// shared memory.
-template <int BK, class P, class T>
-DEVICE void summary_db(const P& products, const SummaryBackward& arguments, const Matrix<T>& b,
-                       const SummaryWork<P, BK>& work, int splits) {
+// S q(G), in the place of S's first part, before M, so that one square at a time is in shared memory.
+template <int BK, class P>
+DEVICE void summary_by_q(const P& products, const SummaryBackward& arguments, const SliceTiles<BK>& tiles,
+                         const SummaryWork<P, BK>& work, int splits) {
     const int d = arguments.d, k = arguments.k;
-    const SliceTiles<BK> tiles(shared_memory());
-    const auto* const g = static_cast<const T*>(arguments.g);
+    const auto* const g = static_cast<const typename P::Element*>(arguments.q_of_g);
     fill(tiles.square, [&](int row, int column) {
         return row < k && column < k ? widen(g[row * k + column], products.mode.is_bf16) : 0.f;
     });
@@ -154,28 +160,34 @@ DEVICE void summary_db(const P& products, const SummaryBackward& arguments, cons
         });
     }
     block_barrier();
-    fill_symmetrized(tiles, work.t);
-    store_db(products.mode, arguments, tiles, b, work.s, 1, 1.f);
 }
 
 template <int BK, class P>
 DEVICE void summary_phases(const P& products, const SummaryBackward& arguments, int splits, int stages) {
     using Tiles = SummaryTiles<P, BK>;
     using T = typename P::Element;
-    const bool need_b = arguments.db != nullptr, need_bias = arguments.dbias != nullptr;
+    const bool need_sums = need_t(arguments), need_bias = arguments.dbias != nullptr;
     const Matrix<T> b = matrix_b<T>(arguments);
     const SummaryWork<P, BK> work(arguments, splits, programs());
     summary_jobs<BK>(products, arguments, b, work, splits, stages);
-    if (!need_b && !need_bias) return;
+    if (!need_sums && !need_bias) return;
     grid_barrier(arguments.counter);
-    if (need_b) add_parts(work.t_parts, work.t, work.parts, BK * BK);
+    if (need_sums) {
+        add_parts(work.t_parts, work.t, work.parts, BK * BK);
+        widen_gram<BK, T>(products.mode, arguments, arguments.g, work.derivative().g);
+    }
     if (need_bias && program() == programs() - 1) {
         store_columns<BK>(products.mode, static_cast<T*>(arguments.dbias), arguments.k, work.columns,
                           splits * Tiles::GROUPS, 1.f);
     }
-    if (!need_b) return;
+    if (!need_sums) return;
     grid_barrier(arguments.counter);  // before db
-    summary_db<BK>(products, arguments, b, work, splits);
+    const SliceTiles<BK> tiles(shared_memory());
+    if (arguments.db != nullptr) summary_by_q<BK>(products, arguments, tiles, work, splits);
+    const float scale = scale_of(arguments.q);
+    fill_derivative(arguments, tiles, work.derivative(), scale, 1.f,
+                    [&](float factor) { fill_symmetrized(tiles, work.t, factor); });
+    if (arguments.db != nullptr) store_db(products.mode, arguments, tiles, b, work.s, 1, scale);
 }
 
 template <class P, int BK>

@@ -4,7 +4,8 @@ With projection P = X b and Gram matrix G = bᵀb the summary is Y = P G. It is 
 
 `polynomial` and `scale` make it Y = P q(G) with q(G) = c0 I + c1 G + ... + c4 G⁴, P = a X b and G = a² bᵀb. The summary is
 polynomial=(0, 1) with scale=1. The degree is the number of coefficients less one. Coefficients and scale may be tensors on x's
-device, whose values are read there, and may require gradients. Other polynomials are computed by the eager engine alone.
+device, whose values are read there, and may require gradients. The triton and cuda engines compute degrees 1 to 4 for
+k <= 128, unless the scale requires a gradient; the eager engine computes all other polynomials.
 
 x is (..., d) and b is (d, k), with any strides: a layer's (out, in) weight passes as `weight.t()` without a copy. Both have
 one dtype out of float64, float32, bfloat16, float16 and one device. Under autocast they are cast (except by `orthogonalize`),
@@ -191,8 +192,8 @@ def summary_cross_entropy(
     """Compute the loss w1 CE(P, t) + w2 CE(Y, t) + w3 MSE(P, Y) of `summary_pair`, with the k columns as classes.
 
     A row's MSE is its mean over k. On a GPU engine the forward pass computes the gradients too, except for float16 and for
-    reduction "none". On a CPU, and for other polynomials, PyTorch's autograd computes them in the backward pass. A row whose
-    logits overflow makes gradients NaN even if it is ignored, as in PyTorch.
+    reduction "none". On a CPU, and for polynomials on the eager engine, PyTorch's autograd computes them in the backward pass. A
+    row whose logits overflow makes gradients NaN even if it is ignored, as in PyTorch.
 
     Args:
         x: Input of shape (..., d).
@@ -545,9 +546,10 @@ def _planned(
     return x, b, bias, plan
 
 
-def _degree(given: tuple[_Coefficients, float | Tensor]) -> tuple[int, bool]:
-    """Return the degree of a polynomial, and True if a coefficient or the scale needs a gradient."""
-    return len(given[0]) - 1, any(isinstance(t, Tensor) and t.requires_grad for t in given)
+def _degree(given: tuple[_Coefficients, float | Tensor]) -> tuple[int, bool, bool]:
+    """Return the degree of a polynomial, True if a coefficient or the scale needs a gradient, and True if the scale does."""
+    coefficients, scale = (isinstance(t, Tensor) and t.requires_grad for t in given)
+    return len(given[0]) - 1, coefficients or scale, scale
 
 
 def _autocast_enabled(t: Tensor) -> bool:

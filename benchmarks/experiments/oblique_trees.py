@@ -167,17 +167,17 @@ def _measure(data: Oblique, network: nn.Module) -> dict[str, float]:
 def _gates(network: DLGN, found: Tensor, data: Oblique) -> dict[str, Any]:
     """Compare the gates' hyperplanes with the tree's and with chance; return their sharpness and the accuracy with hard gates."""
     chance = torch.randn(found.shape, generator=torch.Generator().manual_seed(0), dtype=found.dtype).to(found.device)
-    best = _best_cosines(found, data.normals)
+    best = best_cosines(found, data.normals)
     hard = copy.deepcopy(network)
     hard.gate = HardGate()
     return {
         "found": int((best >= LEVEL).sum()), "best_cosines": best.tolist(),
-        "mean_best_cosine_of_random_gates": _best_cosines(chance, data.normals).mean().item(),
+        "mean_best_cosine_of_random_gates": best_cosines(chance, data.normals).mean().item(),
         "sharpness": network.gate_sharpness(data.x_test), "accuracy_with_hard_gates": _measure(data, hard)["accuracy"],
     }  # fmt: skip
 
 
-def _best_cosines(found: Tensor, truth: Tensor) -> Tensor:
+def best_cosines(found: Tensor, truth: Tensor) -> Tensor:
     """Return for each true hyperplane the largest |cos| with any gate."""
     return (nn.functional.normalize(truth) @ nn.functional.normalize(found).T).abs().amax(1)
 

@@ -43,11 +43,11 @@ def at_hand(device: str) -> tuple[str, ...]:
 
 def unsupported_reason(
     engine: str, device: torch.device, dtype: torch.dtype, n: int, d: int, k: int, classes: int | None = None,
-    head: bool = False,
+    head: bool = False, degree: int | None = None,
 ) -> str | None:  # fmt: skip
     """Return why an engine does not compute a problem, with its name; None if it does."""
     pair = classes is not None and not head
-    problem = Problem(n, d, k, pair, True, True, classes, head, dtype, spec_of(device), device.type)
+    problem = Problem(n, d, k, pair, True, True, classes, head, dtype, spec_of(device), device.type, degree)
     why = limits.unsupported_reason(cast(EngineName, engine), problem)
     return None if why is None else f"{engine}: {why}"
 

@@ -26,6 +26,7 @@ from benchmarks.timing import footprint
 from benchmarks.timing.cuda_graphs import captured, synchronize
 from interp_nn import functional
 from interp_nn.engines import orders
+from interp_nn.nn.polynomials import NAMED
 
 Call = Callable[[], Sequence[Tensor]]
 
@@ -153,10 +154,14 @@ def count_launches(engine: str, device: torch.device, log: Log) -> None:
         ("SummaryClassifier.loss", classifier, lambda: classifier.loss(x, t), lambda v: v.backward(one), k),
         ("SummaryHead.loss", head, lambda: head.loss(x, tm), lambda v: v.backward(one), m),
     ]
+    degrees = {name: len(NAMED[name]) - 1 for name in ("newton-schulz", "pc-4")}
+    for name in degrees:
+        polynomial = partial(functional.summary, x, linear.b, linear.bias, polynomial=NAMED[name])
+        measured.append((name, linear, polynomial, lambda y: y.backward(dy), None))
     with interp_nn.use_engine(engine):
         for name, module, forward, backward, classes in measured:
             label = f"launches of {name}, {engine}"
-            why = kernels.unsupported_reason(engine, device, dtype, n, d, k, classes, module is head)
+            why = kernels.unsupported_reason(engine, device, dtype, n, d, k, classes, module is head, degrees.get(name))
             if why is not None:
                 log.write(label, "skipped", why=why, engine=engine)
                 continue

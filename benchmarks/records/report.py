@@ -14,7 +14,7 @@ from benchmarks.records.rows import Row, grouped, read
 BEGIN, END = "<!-- begin: python -m benchmarks", "<!-- end -->"
 _MODE = {
     "fwd": "forward", "bwd": "backward", "fwdbwd": "forward + backward", "infer": "inference", "loss": "loss and gradients",
-    "step": "training step",
+    "step": "training step", "update": "after a step",
 }  # fmt: skip
 _OP = {
     "cross_entropy": "cross entropy of the pair", "train_cnn": "small CNN", "train_vgg11": "vgg11",
@@ -38,6 +38,9 @@ COLUMNS = (
     Column("ours / linear", "ours", "linear", True), Column("unfused / ours", "unfused", "ours"),
     Column("best-eager / ours", "best-eager", "ours"), Column("compile / ours", "compile", "ours"),
     Column("inverse / ours", "inverse", "ours"), Column("orthogonal / ours", "orthogonal", "ours"),
+    Column("spectral-norm / ours", "spectral-norm", "ours"), Column("pc-layer / ours", "pc-layer", "ours"),
+    Column("compile-ours / linear", "compile-ours", "linear", True),
+    Column("ours-cached / linear", "ours-cached", "linear", True),
     Column("ours / backwards", "ours", "backwards", True), Column("jacrev / ours", "jacrev", "ours"),
     Column("unique / ours", "unique", "ours"),
 )  # fmt: skip

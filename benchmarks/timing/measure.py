@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from benchmarks.records.rows import Writer
-from benchmarks.timing import clocks, footprint, providers
+from benchmarks.timing import clocks, footprint, layer_providers, providers
 from benchmarks.timing.clocks import Limit, Sampler, Timing, rounds
 from benchmarks.timing.cuda_graphs import capture, synchronize
 from benchmarks.timing.fp64_reference import Fp64Reference, value_and_gradients
-from benchmarks.timing.problems import Data, Problem, datasets, least_bytes, rotation, useful_flops
+from benchmarks.timing.problems import LAYERS, Data, Problem, datasets, least_bytes, rotation, useful_flops
 from benchmarks.timing.providers import Provider, UnsupportedError
 from benchmarks.timing.roofline import Ceiling
 
@@ -144,8 +144,6 @@ def _measure(
         found[name] = _row(ready[name], mode, timing, reference, asked)
         if name in slow and found[name]["status"] == "ok":
             found[name]["note"] = f"timed once: over {_FAR} times the fastest"
-        if name in ("compile", "graphed"):
-            found[name]["plan"] = best
     if "best-eager" in names:
         medians = {name: found[name]["ms_p50"] for name in eager if found[name]["status"] == "ok"}
         found["best-eager"] = {"status": "skipped", "note": "no association was timed"}
@@ -164,7 +162,8 @@ def _enter(
         raise UnsupportedError(why)
     if name in providers.INVERSES and asked.timer == "graph":
         raise UnsupportedError("torch.linalg waits for the device, which a graph cannot record")
-    provider = providers.build(name, problem, mode, sets, asked.engine, best)
+    build = layer_providers.build if problem.op in LAYERS else providers.build
+    provider = build(name, problem, mode, sets, asked.engine, best)
     call = calling(provider, mode, sets)
     if name == "graphed":
         call = _replaying(call, len(sets), asked.device)
@@ -178,7 +177,7 @@ def _enter(
         del got
         for i in range(1, len(sets)):
             call(i)
-        if seconds < asked.seconds or name == "compile":  # otherwise the first call was long enough to warm up
+        if seconds < asked.seconds or name.startswith("compile"):  # otherwise the first call was long enough to warm up
             synchronize(asked.device)
             start = time.perf_counter()
             call(0)

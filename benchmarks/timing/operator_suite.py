@@ -1,4 +1,4 @@
-"""Suite `ops`: the operator and its losses against the baselines."""
+"""Suites `ops` and `polynomials`: the operator and its losses, and layers with polynomials, against the baselines."""
 
 from __future__ import annotations
 
@@ -9,7 +9,20 @@ from tqdm import tqdm
 
 from benchmarks.records.rows import Writer
 from benchmarks.timing.measure import Asked, measure
-from benchmarks.timing.problems import CLASSES, HEADS, MODES, OPS, QUICK, SHAPES, Problem, products, useful_flops
+from benchmarks.timing.problems import (
+    CLASSES,
+    HEADS,
+    LAYER_SHAPES,
+    LAYERS,
+    MODES,
+    OPS,
+    QUICK,
+    SHAPES,
+    SHAPES_OF_MICROBATCHES,
+    Problem,
+    products,
+    useful_flops,
+)
 from benchmarks.timing.providers import NAMES
 from benchmarks.timing.roofline import Ceiling
 from benchmarks.timing.roofline import measure as measure_rates
@@ -31,10 +44,12 @@ class Wanted(NamedTuple):
 
 def problems(wanted: Wanted) -> Iterator[Problem]:
     """Yield the problems in each dtype, the small ones first. The fourth number of a head's shape is its classes."""
-    shapes = wanted.shapes or (QUICK if wanted.quick else SHAPES)
-    heads = wanted.shapes or tuple((*shape, CLASSES) for shape in HEADS)
+    own: dict[str, Sequence[tuple[int, ...]]] = {
+        **dict.fromkeys(LAYERS, LAYER_SHAPES), "microbatches": SHAPES_OF_MICROBATCHES,
+        "head": tuple((*shape, CLASSES) for shape in HEADS),
+    }  # fmt: skip
     for op in wanted.ops:
-        for shape in heads if op == "head" else shapes:
+        for shape in wanted.shapes or (QUICK if wanted.quick and op != "head" else own.get(op, SHAPES)):
             if len(shape) == (4 if op == "head" else 3):
                 for dtype in wanted.dtypes:
                     yield Problem.of(op, shape, dtype)

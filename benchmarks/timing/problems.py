@@ -13,6 +13,8 @@ from torch import Tensor
 from interp_nn.engines import orders
 from interp_nn.engines.problem import HEAD_ORDERS, Plan
 from interp_nn.engines.problem import Problem as PlannedProblem
+from interp_nn.nn.polynomial_layer import POWER_ITERATIONS
+from interp_nn.nn.polynomials import NAMED, SUMMARY
 
 DTYPES = {
     "fp32": torch.float32,
@@ -27,6 +29,17 @@ OPS = ("summary", "cross_entropy", "head")
 # The summary: "fwd" records a graph, "bwd" walks a graph that is kept, "fwdbwd" does both, and "infer" records nothing. A loss
 # is computed with all its gradients.
 MODES = {"summary": ("fwd", "bwd", "fwdbwd", "infer"), "cross_entropy": ("loss",), "head": ("loss",)}
+# Ops of one layer without a bias, by the polynomial of its SummaryLinear. "microbatches": a "step" is forward and backward of the
+# rows in MICROBATCHES parts, whose gradients add up. "update_spectral_norms": what follows a step of the optimizer.
+LAYERS = {
+    "layer-summary": "summary", "layer-newton-schulz": "newton-schulz", "layer-pc-1": "pc-1", "layer-pc-4": "pc-4",
+    "microbatches": "newton-schulz", "update_spectral_norms": "newton-schulz",
+}  # fmt: skip
+MODES |= dict.fromkeys(LAYERS, ("fwd", "bwd", "fwdbwd"))
+MODES |= {"microbatches": ("step",), "update_spectral_norms": ("update",)}
+MICROBATCHES = 8
+LAYER_SHAPES = ((32, 512, 100), (4096, 512, 64), (4096, 1024, 256))
+SHAPES_OF_MICROBATCHES = ((256, 512, 100),)
 SHAPES = (
     (32, 512, 100), (256, 512, 100), (4096, 512, 100), (65536, 512, 64), (65536, 1024, 128), (16384, 4096, 256),
     (8192, 4096, 1024), (8192, 4096, 4096), (1024, 25088, 4096),
@@ -62,7 +75,13 @@ class Problem(NamedTuple):
     @property
     def loss(self) -> bool:
         """Return whether the problem is a loss."""
-        return self.op != "summary"
+        return self.op in ("cross_entropy", "head")
+
+    @property
+    def degree(self) -> int | None:
+        """Return the degree of a layer's polynomial; None for the summary."""
+        coefficients = NAMED[LAYERS.get(self.op, "summary")]
+        return None if coefficients == SUMMARY else len(coefficients) - 1
 
 
 class Data(NamedTuple):
@@ -129,13 +148,17 @@ def useful_flops(problem: Problem, mode: str) -> float:
 
     def cheapest(gradients: bool) -> float:
         needed = gradients or m is not None
-        planned = PlannedProblem(n, d, k, problem.loss and m is None, needed, needed, m, m is not None)
-        plans = orders.OPERATOR_PLANS if m is None else [Plan("eager", order) for order in HEAD_ORDERS]
+        degree = problem.degree
+        pair, head = problem.loss and m is None, m is not None
+        planned = PlannedProblem(n, d, k, pair, needed, needed, m, head, degree=degree)
+        plans: Sequence[Plan] = orders.OPERATOR_PLANS if degree is None else orders.POLYNOMIAL_PLANS
+        plans = [Plan("eager", order) for order in HEAD_ORDERS] if head else plans
         return min(orders.flops_and_products(plan, planned)[0] for plan in plans)
 
     if m is not None:
         return cheapest(True)
-
+    if mode == "update":
+        return 4.0 * POWER_ITERATIONS * d * k
     if mode == "bwd":
         return cheapest(True) - cheapest(False)
     return cheapest(mode not in ("fwd", "infer"))
@@ -144,10 +167,12 @@ def useful_flops(problem: Problem, mode: str) -> float:
 def least_bytes(problem: Problem, mode: str) -> float:
     """Return the bytes that are read and written at least once: inputs, outputs, and gradients of both, but not a loss."""
     _, n, d, k, m, name = problem
+    if mode == "update":
+        return DTYPES[name].itemsize * d * k
     inputs = n * d + d * k + (0 if m is None else m * k)
     output = 0 if problem.loss else n * k
     passes = {"fwd": inputs + output, "infer": inputs + output}.get(mode, 2 * inputs + output)
-    upstream = output if mode == "fwdbwd" else 0
+    upstream = output if mode in ("fwdbwd", "step") else 0
     return DTYPES[name].itemsize * (passes + upstream)
 
 

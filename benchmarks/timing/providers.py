@@ -87,7 +87,7 @@ class Provider(NamedTuple):
 
     Providers of a `family` compute the same function. `plain` is that function in PyTorch at the same precision, whose error
     sets the tolerance; `exact` returns it in fp64, with its leaves. `engine` is in use meanwhile, None for a baseline. `direct`
-    computes all results of a set without autograd.
+    computes all results of a set by itself. `gradients` names those of the leaves.
     """
 
     output: Callable[[int], Tensor]
@@ -98,6 +98,7 @@ class Provider(NamedTuple):
     engine: str | None = None
     plan: str | None = None
     direct: Callable[[int], list[Tensor]] | None = None
+    gradients: Sequence[str] = ("dx", "dw", "da", "dc")
 
     def using(self) -> contextlib.AbstractContextManager[object]:
         """Return the context in which its calls are made."""
@@ -127,9 +128,12 @@ def build(name: str, problem: Problem, mode: str, sets: Sequence[Data], engine: 
         return _of("inverse", lambda t: INVERSES[name](t.x, t.w.mT), problem, sets)
     if name in ("assoc-d", "assoc-e") and problem.k <= problem.d:
         raise UnsupportedError("never the cheapest for k <= d")
+    plan = (best or "assoc-a") if name in ("compile", "graphed") else None
+    function = _expression(problem, plan or name)
     if name == "compile":
-        return _compiled(problem, sets, best or "assoc-a")
-    return _of("summary", _expression(problem, best or "assoc-a" if name == "graphed" else name), problem, sets)
+        made = compiled(problem, plan or "", lambda *inputs: function(Data(*inputs)))
+        return _of("summary", lambda t: made(*t), problem, sets)._replace(plan=plan)
+    return _of("summary", function, problem, sets)._replace(plan=plan)
 
 
 def _of(family: str, function: Function, problem: Problem, sets: Sequence[Data]) -> Provider:
@@ -200,6 +204,7 @@ def planned(engine: str, problem: Problem, mode: str, device: torch.device) -> s
                 problem.n, problem.d, problem.k,
                 pair=problem.op == "cross_entropy", grad=() if mode == "infer" else ("x", "b"),
                 classes=(problem.m or problem.k) if problem.loss else None, dtype=DTYPES[problem.dtype], device=device,
+                degree=problem.degree,
             )  # fmt: skip
     except (RuntimeError, ValueError) as error:
         raise UnsupportedError(str(error)) from error
@@ -239,18 +244,18 @@ def _kernel_calls(name: EngineName, problem: Problem, mode: str, sets: Sequence[
     return call
 
 
-def _compiled(problem: Problem, sets: Sequence[Data], association: str) -> Provider:
+def compiled(problem: Problem, key: str, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Return a function of a problem compiled, once for all modes."""
     if problem not in _compilations:  # compilations for another one count towards PyTorch's limits
         torch._dynamo.reset()
         _compilations.clear()
         _compilations[problem] = {}
     made = _compilations[problem]
-    if association not in made:
-        function = _expression(problem, association)
+    if key not in made:
         # "bwd" walks a graph again and again: its buffers must not be donated.
         torch._functorch.config.donated_buffer = False
-        made[association] = torch.compile(lambda *inputs: function(Data(*inputs)), fullgraph=True, dynamic=False)
-    return _of("summary", lambda t: made[association](*t), problem, sets)
+        made[key] = torch.compile(function, fullgraph=True, dynamic=False)
+    return made[key]
 
 
 _compilations: dict[Problem, dict[str, Callable[..., Tensor]]] = {}
@@ -270,19 +275,27 @@ def _orthogonal(problem: Problem, mode: str, sets: Sequence[Data]) -> Provider:
             linear.weight.copy_(t.w)
         return torch.nn.utils.parametrizations.orthogonal(linear)
 
+    # The parameters are coordinates about a random completion of the weight: no two layers share a gradient.
     layers = [layer(t) for t in sets]
+    return of_layers(layers, layers[0], sets)._replace(family=f"orthogonal, {mode}")
+
+
+def of_layers(
+    layers: Sequence[torch.nn.Module], plain: torch.nn.Module, sets: Sequence[Data],
+    call: Callable[[torch.nn.Module, Tensor], Tensor] = torch.nn.Module.__call__,
+) -> Provider:  # fmt: skip
+    """Make a provider of one layer for each set. `plain` computes the first one's function, with the same parameters."""
 
     def leaves(module: torch.nn.Module, x: Tensor) -> tuple[Tensor, ...]:
         return (x, *module.parameters())
 
     def exact() -> tuple[Callable[[], Tensor], tuple[Tensor, ...]]:
-        module, x = copy.deepcopy(layers[0]).double(), sets[0].double().x
+        module, x = copy.deepcopy(plain).double(), sets[0].double().x
         return lambda: module(x), leaves(module, x)
 
-    # The parameters are coordinates about a random completion of the weight: no two layers share a gradient.
-    family = f"orthogonal, {mode}"
     return Provider(
-        lambda i: layers[i](sets[i].x), lambda i: leaves(layers[i], sets[i].x), family, lambda t: layers[0](t.x), exact
+        lambda i: call(layers[i], sets[i].x), lambda i: leaves(layers[i], sets[i].x), "", lambda t: plain(t.x), exact,
+        gradients=["dx", *(f"d{name}" for name, _ in layers[0].named_parameters())],
     )  # fmt: skip
 
 

@@ -12,18 +12,20 @@ from benchmarks.command_line import UserInputError, at_least, not_negative, posi
 from benchmarks.command_line import device as present
 from benchmarks.records import environment, report
 from benchmarks.records.rows import Writer, common
-from benchmarks.timing import explain_suite, operator_suite, training_suite
+from benchmarks.timing import explain_suite, layer_providers, operator_suite, training_suite
 from benchmarks.timing.clocks import Limit
 from benchmarks.timing.measure import TIMERS, Asked
-from benchmarks.timing.problems import CLASSES, DTYPES, HEADS, MODES, OPS, QUICK, SHAPES
+from benchmarks.timing.problems import CLASSES, DTYPES, HEADS, LAYER_SHAPES, LAYERS, MODES, OPS, QUICK, SHAPES
 from benchmarks.timing.providers import ABOUT, NAMES
 from interp_nn.engines import ENGINES
 
 SUITES = {
     "ops": "the operator and its losses: forward, backward, both, inference, loss with gradients",
+    "polynomials": "layers with a polynomial and a spectral norm: forward, backward, both, microbatches, updates of the norm",
     "train": "training steps of the reference networks with each head",
     "explain": "the affine maps of networks, the grouping of activation patterns",
 }
+PROVIDERS = tuple(dict.fromkeys((*NAMES, *layer_providers.NAMES)))
 ALL_MODES = tuple(dict.fromkeys(mode for modes in MODES.values() for mode in modes))
 
 
@@ -32,13 +34,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     names = [timer for timers in TIMERS.values() for timer in timers]
     add = parser.add_argument
     add("--suite", choices=SUITES, action="append", help="repeatable (default: all)")
-    add("--op", choices=OPS, action="append", help="repeatable (default: all)")
+    add("--op", choices=(*OPS, *LAYERS), action="append", help="repeatable (default: all)")
     add("--mode", choices=ALL_MODES, action="append", help="repeatable (default: all of an op)")
     add(
         "--shape", type=shape, action="append", metavar="N,D,K[,M]", help="repeatable; with M classes for the op 'head'"
     )
     add("--dtype", choices=DTYPES, action="append", help="repeatable (default: fp32; on a GPU bf16 too)")
-    add("--provider", choices=NAMES, action="append", help="of ops and train; repeatable (default: all)")
+    add("--provider", choices=PROVIDERS, action="append", help="not of explain; repeatable (default: all)")
     add("--engine", choices=("auto", *ENGINES), default="auto", help="the engine of `ours`")
     add("--device", type=present, choices=TIMERS, help="default: cuda where there is one")
     add("--timer", choices=names, help=_TIMER_HELP)
@@ -94,16 +96,15 @@ def run(given: argparse.Namespace) -> int:
     out = given.out or results / f"{environment.now(given.revision)}.jsonl"
     with users_input():
         writer = Writer(out, common(device.type, given.revision))
-    names = given.provider or NAMES
+    names = given.provider or PROVIDERS
     suites = given.suite or (["ops"] if given.quick else list(SUITES))
-    if "ops" in suites:
-        budget = given.budget or (operator_suite.CPU_BUDGET if device.type == "cpu" else None)
-        dtypes = given.dtype or (("fp32",) if device.type == "cpu" else ("bf16", "fp32"))
-        operator_suite.run(
-            operator_suite.Wanted(given.op or OPS, given.mode, given.shape, dtypes, names, budget, given.quick),
-            asked,
-            writer,
-        )
+    budget = given.budget or (operator_suite.CPU_BUDGET if device.type == "cpu" else None)
+    dtypes = given.dtype or (("fp32",) if device.type == "cpu" else ("bf16", "fp32"))
+    for suite, ops, known in (("ops", OPS, NAMES), ("polynomials", tuple(LAYERS), layer_providers.NAMES)):
+        if suite in suites:
+            asked_ops, chosen = [op for op in given.op or ops if op in ops], [name for name in names if name in known]
+            wanted = operator_suite.Wanted(asked_ops, given.mode, given.shape, dtypes, chosen, budget, given.quick)
+            operator_suite.run(wanted, asked, writer)
     if "train" in suites:
         training_suite.run(names, asked, writer)
     if "explain" in suites:
@@ -119,9 +120,10 @@ def listing() -> str:
     """Return suites, ops, modes, providers and shapes as text."""
     lines = ["suites"]
     lines += [f"  {name:18}{about}" for name, about in SUITES.items()]
-    lines += ["", "ops and their modes", *(f"  {op:18}{', '.join(modes)}" for op, modes in MODES.items())]
-    lines += ["", "providers", *(f"  {name:18}{ABOUT[name]}" for name in NAMES)]
+    lines += ["", "ops and their modes", *(f"  {op:23}{', '.join(modes)}" for op, modes in MODES.items())]
+    lines += ["", "providers", *(f"  {name:18}{about}" for name, about in {**ABOUT, **layer_providers.ABOUT}.items())]
     lines += ["", f"dtypes: {', '.join(DTYPES)}", "shapes (n, d, k), and heads with m classes"]
     lines += [f"  {given}" for given in [*SHAPES, *((*head, CLASSES) for head in HEADS)]]
+    lines += [f"  layers: {', '.join(map(str, LAYER_SHAPES))}"]
     lines += [f"  --quick: {', '.join(map(str, QUICK))}"]
     return "\n".join(lines)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from interp_nn.nn.base import LinearForm, as_matrix
 from interp_nn.nn.conv import SummaryConv2d
 from interp_nn.nn.linear import SummaryLinear
 from interp_nn.nn.polynomial_layer import Normalize, Options, PolynomialLayer, Solved, options_of, solved_weight
-from interp_nn.nn.weights import check_preserve, own_name, solved_from
+from interp_nn.nn.weights import check_preserve, own_name, remove_parametrizations, solved_from
 
 _SUMMARY: dict[type, type] = {nn.Linear: SummaryLinear, nn.Conv2d: SummaryConv2d}
 _PLAIN: dict[type, type] = {summary: plain for plain, summary in _SUMMARY.items()}
@@ -83,6 +84,7 @@ class Report:
         title: First words of the table.
         converted: The converted layers.
         skipped: The layers that were not converted, with the reasons.
+        notes: What is slower or approximate in the converted model, and what training it needs; a sentence each.
 
     Example:
         >>> print(fold(nn.Sequential(SummaryLinear(4, 3))))
@@ -94,6 +96,7 @@ class Report:
     title: str
     converted: tuple[Converted, ...]
     skipped: tuple[Skipped, ...]
+    notes: tuple[str, ...] = ()
 
     @property
     def error(self) -> float:
@@ -112,6 +115,7 @@ class Report:
         lines += _columns(rows) if self.converted else []
         lines += ["skipped:"] if self.skipped else []
         lines += _columns([(r.name or "(model)", r.kind, r.reason) for r in self.skipped])
+        lines += ["notes:", *self.notes] if self.notes else []
         return "\n".join(lines)
 
 
@@ -145,6 +149,9 @@ def summarize(
     All new weights are computed before the first is written. For a while there are two of each, and a conversion that fails
     changes nothing.
 
+    A weight that is zero, as an adapter's may be at its start, gets b = 0, where the summary's gradient is zero: the layer would
+    never train. `summarize` warns of such layers by name.
+
     Args:
         model: The model.
         select: The layers to convert: a path ("blocks.0.mlp.fc1"), a pattern ("blocks.*.fc?", where * matches dots too),
@@ -158,7 +165,7 @@ def summarize(
         rows: Number of rows (batch times positions) that the report's plans are for.
 
     Returns:
-        A report of the converted and skipped layers.
+        A report of the converted and skipped layers, with notes on what will be slower and on training.
 
     Raises:
         TypeError: `model` is not an nn.Module, or `select` or an option is of another type.
@@ -232,12 +239,15 @@ def _convert(
         if tie not in errors:
             written[layer], errors[tie] = _other_value(name, layer, held, preserve, options)
         converted.append(_row(name, layer, held, classes[_kind(layer)], errors[tie], rows, options))
+    notes = () if options is None else _notes(converted, layers, options)
+    if options is not None:
+        _warn_of_zeros([found.paths[m][0] for m, new in written.items() if _never_trains(m, new.b, options)])
     reshaped: set[int] = set()
     first: dict[object, PolynomialLayer] = {}
     for layer in layers if not dry_run else ():
         if parametrize.is_parametrized(layer):
             for parameter in list(layer.parametrizations):
-                parametrize.remove_parametrizations(layer, parameter)
+                remove_parametrizations(layer, parameter)
         if isinstance(layer, PolynomialLayer):
             layer._clear_options()
             layer._drop_gram()
@@ -257,7 +267,49 @@ def _convert(
         # Compiled models must be compiled again, and PyTorch 2.10's guards check a class only if a dict has changed.
         vars(layer)["converted"] = True
         del vars(layer)["converted"]
-    return Report(title + ", dry run" * dry_run, tuple(converted), tuple(skipped))
+    return Report(title + ", dry run" * dry_run, tuple(converted), tuple(skipped), notes)
+
+
+def _notes(converted: Sequence[Converted], layers: Sequence[nn.Module], options: Options) -> tuple[str, ...]:
+    """Say what is slower or approximate in a converted model, and what training it needs."""
+    trained = [m for m in layers if m.get_parameter("weight").requires_grad]
+    convolutions = sum(row.now == "SummaryConv2d" for row in converted)
+    halves = sorted({str(m.weight.dtype) for m in layers if m.get_parameter("weight").itemsize < 4})
+    notes = []
+    if convolutions:
+        notes.append(
+            f"slower: each forward of {convolutions} convolutions forms the weight first; freeze() or fold it to infer"
+        )
+    if halves:
+        notes.append(f"approximate: b is rounded to {', '.join(halves)}; convert in float32 for a smaller error")
+    if options.gain and trained:
+        notes.append(f"training: {len(trained)} new parameters `gain`; make the optimizer after the conversion")
+    if options.normalize and trained:
+        notes.append("training: call interp_nn.nn.follow(optimizer, model) once, which updates the spectral norms")
+    if options.plain and len(trained) > 1:
+        notes.append(
+            "training: whole networks of summaries diverge at rates at which plain layers train; convert the head alone, or "
+            "take polynomial='newton-schulz'"
+        )
+    return tuple(notes)
+
+
+def _never_trains(layer: nn.Module, b: Tensor, options: Options) -> bool:
+    """Return True for a weight to train whose b is zero, if the gradient at 0 is zero."""
+    if options.coefficients[0] or options.gain or b.is_meta or not b.numel():
+        return False
+    return layer.get_parameter("weight").requires_grad and not bool(b.any())
+
+
+def _warn_of_zeros(names: Sequence[str]) -> None:
+    if names:
+        shown = ", ".join(name or "(model)" for name in names[:5]) + ", ..." * (len(names) > 5)
+        warnings.warn(
+            f"{shown}: the weight is zero, so b is, where the summary's gradient is zero: it would never train; take "
+            "polynomial='newton-schulz', leave it plain by `select`, or convert after it has trained",
+            RuntimeWarning,
+            stacklevel=4,
+        )
 
 
 def _kind(layer: nn.Module) -> type:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from interp_nn.engines import eager
 from interp_nn.engines.devices import interpreting
+from interp_nn.engines.eager_polynomial import Polynomial
 from interp_nn.engines.limits import unsupported_reason
 from interp_nn.engines.problem import ENGINES as ENGINES
 from interp_nn.engines.problem import EngineName, LossOptions, Plan
@@ -19,11 +20,12 @@ class Engine(Protocol):
     """The four functions of an engine.
 
     x is (n, d), b (d, k) with any strides, a (m, k) and c (m,) an output layer. "Saved" are the tensors that
-    `orders.saved_names` lists for the plan.
+    `orders.saved_names` lists for the plan. Given q the engines with kernels compute the polynomial X b q(bᵀb); the eager
+    engine's polynomials are `eager_polynomial`.
     """
 
     def forward(
-        self, x: Tensor, b: Tensor, bias: Tensor | None, plan: Plan, pair: bool
+        self, x: Tensor, b: Tensor, bias: Tensor | None, plan: Plan, pair: bool, q: Polynomial | None = None
     ) -> tuple[Tensor | None, Tensor, list[Tensor]]:
         """Return (P, Y, saved): the projection P where the plan forms it or `pair` asks for it, the summary, and the saved."""
 
@@ -38,8 +40,13 @@ class Engine(Protocol):
         need_x: bool,
         need_b: bool,
         need_bias: bool = False,
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Return (dX, db, dbias) for upstream dP and dY, either of which may be None (zero); None where not needed."""
+        need_c: bool = False,
+        q: Polynomial | None = None,
+    ) -> tuple[Tensor | None, ...]:
+        """Return (dX, db, dbias) for upstream dP and dY, either of which may be None (zero); None where not needed.
+
+        With q a fourth gradient is that of its coefficients, in fp32.
+        """
 
     def loss(
         self,
@@ -52,8 +59,11 @@ class Engine(Protocol):
         plan: Plan,
         upstream: Tensor | None = None,
         needs: Sequence[bool] | None = None,
+        q: Polynomial | None = None,
     ) -> tuple[Tensor, list[Tensor]]:
         """Return (loss, gradients): the three-term loss and the gradients that `needs` asks for of (x, b, a, c), in that order.
+
+        With q a fifth gradient is that of its coefficients, in fp32.
 
         Gradients are for `upstream`, a scalar, or (n,) for reduction "none"; None means 1. A target outside of [0, classes) that
         is not ignored raises ValueError on a CPU and fails an assertion on a GPU.
@@ -63,7 +73,7 @@ class Engine(Protocol):
         """Return the gradients for an upstream of 1 times another upstream. May overwrite them."""
 
 
-_engines: dict[EngineName, Engine] = {"eager": eager}
+_engines: dict[EngineName, Engine] = {"eager": cast(Engine, eager)}  # of the summary alone
 
 if TYPE_CHECKING:  # mypy compares each module with the protocol
     from interp_nn.engines.cuda import engine as cuda_engine

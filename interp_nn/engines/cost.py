@@ -57,7 +57,10 @@ def predict_eager(problem: Problem, plan: Plan, spec: DeviceSpec) -> Prediction:
 
 
 def predict_fused(problem: Problem, plan: Plan, spec: DeviceSpec) -> Prediction:
-    """Predict a plan in an engine's kernels of one launch each. Every program forms G itself, and columns are padded."""
+    """Predict a plan in an engine's kernels of one launch each. Every program forms G itself, and columns are padded.
+
+    A polynomial counts as the summary: it moves the same bytes, and its k x k products are left out.
+    """
     n, d, itemsize = problem.n, problem.d, problem.dtype.itemsize
     k = padded(problem.k)
     rows, xs = n * problem.k * itemsize, n * d * itemsize

@@ -13,6 +13,7 @@ The coefficients and the scale are tensors with a dtype of their own, and are re
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -126,8 +127,9 @@ def gradient(
     dp: Tensor | None, dy: Tensor | None, x: Tensor, b: Tensor, q: Polynomial, needs: Sequence[bool]
 ) -> Gradients:
     """Compute the needed ones of (dX, db, dbias, dc, da) in plain differentiable products, of x (..., d)."""
-    rows = x.reshape(-1, x.shape[-1])
-    dp, dy = (None if g is None else g.reshape(-1, b.shape[1]) for g in (dp, dy))
+    n = math.prod(x.shape[:-1])  # -1 is ambiguous for no columns
+    rows = x.reshape(n, x.shape[-1])
+    dp, dy = (None if g is None else g.reshape(n, b.shape[1]) for g in (dp, dy))
     saved = forward(rows, b, None, q, SAVING, True)[2]
     dx, db, dbias, dc, da = backward(dp, dy, rows, b, q, saved, SAVING, needs)
     return None if dx is None else dx.view(x.shape), db, dbias, dc, da
@@ -225,7 +227,7 @@ def _derivative(g: Tensor, s: Tensor, c: Sequence[Tensor], need_c: bool) -> tupl
             m = _add_product(_add_product(m, s2, _upper(g, square, c)), square, _upper(s, s2, c))
     if not need_c:
         return m, None
-    products = [_inner(s.diagonal(), torch.ones_like(s[0])), _inner(s, g)]
+    products = [s.diagonal().to(accumulation_dtype(s.dtype)).sum(), _inner(s, g)]
     if degree >= 2:
         products.append(_inner(s, square))
     if degree >= 3:

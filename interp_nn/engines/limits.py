@@ -38,7 +38,9 @@ def unsupported_reason(engine: EngineName, problem: Problem | None = None) -> st
     if engine == "eager":
         return None
     if problem is not None and problem.degree is not None:
-        return f"its kernels compute polynomial=(0, 1) with scale=1 alone, not another one of degree {problem.degree}"
+        reason = _polynomial_reason(problem)
+        if reason is not None:
+            return reason
     if problem is None or not problem.device.startswith("sm_"):
         reason = _machine_reason(engine)
         if reason is not None or problem is None:
@@ -57,6 +59,16 @@ def unsupported_reason(engine: EngineName, problem: Problem | None = None) -> st
     if problem.classes is not None and max(problem.k, problem.classes) > MOST_COLUMNS:
         return f"its losses have at most {MOST_COLUMNS} columns and classes, not {problem.k} and {problem.classes}"
     return _triton_reason(problem, spec) if engine == "triton" else _cuda_reason(problem, spec)
+
+
+def _polynomial_reason(problem: Problem) -> str | None:
+    if problem.degree == 0:
+        return "its kernels compute polynomials of degree 1 to 4: degree 0 has no Gram matrix"
+    if problem.k > MOST_COLUMNS:
+        return f"its polynomials have at most {MOST_COLUMNS} columns, not {problem.k}: beyond, cuBLAS forms W = b q(G) faster"
+    if problem.need_scale:
+        return "its kernels have no gradient of a polynomial's scale"
+    return None
 
 
 def _triton_reason(problem: Problem, spec: DeviceSpec) -> str | None:

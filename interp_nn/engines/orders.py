@@ -10,7 +10,8 @@ Pure arithmetic on shapes. With P = X b, G = bᵀb, K = bbᵀ:
 
 For a polynomial q of degree 1 to 4, with q' = q without its constant term:
 
-    (Xb)q          saves P, G and q'(G); a candidate only where P is no larger than b
+    (Xb)q          saves P, G and q'(G); a candidate only where P is no larger than b. Kernels of one launch save G, q(G), and
+                   P for a pair
     X(bq)          saves G, q'(G) and W = b q(G)
     X(q(K)b)       saves K, q'(K) and W = q(K) b; a candidate only for k > d
     ((Xb)bᵀ)b...   Horner's rule by products with bᵀ and b; a candidate only where n <= d and n <= k, and only by autograd
@@ -47,6 +48,10 @@ _SAVED_OF_POLYNOMIALS: dict[tuple[Order, bool], tuple[str, ...]] = {
     ("X(bq)", False): ("G", "q(G)", "W"),
     ("X(q(K)b)", False): ("K", "q(K)", "W"),
 }
+_SAVED_BY_KERNELS: dict[tuple[Order, bool], tuple[str, ...]] = {  # of a polynomial, by the engines of one launch
+    ("(Xb)q", False): ("G", "q(G)"),
+    ("(Xb)q", True): ("P", "G", "q(G)"),
+}
 POLYNOMIAL_PLANS = tuple(Plan("eager", order, saves) for order, saves in _SAVED_OF_POLYNOMIALS)
 # Products of k x k matrices by degree: q(G), and what its backward does with G.
 _POWERS, _POWERS_BACKWARD, _POWERS_BY_AUTOGRAD = (0, 0, 1, 2, 2), (0, 0, 1, 4, 4), (0, 0, 2, 4, 4)
@@ -58,7 +63,9 @@ def saved_names(plan: Plan, polynomial: bool = False) -> tuple[str, ...]:
     Raises:
         ValueError: The operator of a summary, or that of a polynomial, has no such plan.
     """
-    plans = _SAVED_OF_POLYNOMIALS if polynomial else _SAVED
+    plans = _SAVED
+    if polynomial:
+        plans = _SAVED_OF_POLYNOMIALS if plan.engine == "eager" else _SAVED_BY_KERNELS
     if (plan.order, plan.saves) not in plans:
         known = ", ".join(f"{order}{' saves' * saves}" for order, saves in plans)
         raise ValueError(f"plan: got order {plan.order}{' saves' * plan.saves}, want one of {known}")

@@ -53,6 +53,7 @@ class Problem(NamedTuple):
         spec: Figures of the GPU; None where no engine has kernels for the device.
         device: PyTorch's device type, or "sm_90" and the like for a GPU that is not at hand.
         degree: Degree of q in X b q(bᵀb); None for the summary, whose q(G) is G.
+        need_scale: The scale of a polynomial's b needs a gradient.
     """
 
     n: int
@@ -67,6 +68,7 @@ class Problem(NamedTuple):
     spec: DeviceSpec | None = None
     device: str = "cpu"
     degree: int | None = None
+    need_scale: bool = False
 
 
 class Config(NamedTuple):

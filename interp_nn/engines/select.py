@@ -109,12 +109,13 @@ def problem_of(
     needs: tuple[bool, bool],
     classes: int | None = None,
     degree: int | None = None,
+    need_scale: bool = False,
 ) -> Problem:
     """Return the problem of rows x (n, d) on its device: a loss where there are classes, a head's unless of a pair."""
     device = x.device
     spec = spec_of(device) if device.type == "cuda" or interpreting() else None
     head = classes is not None and not pair
-    return Problem(n, d, k, pair, *needs, classes, head, x.dtype, spec, device.type, degree)
+    return Problem(n, d, k, pair, *needs, classes, head, x.dtype, spec, device.type, degree, need_scale)
 
 
 def choose_engine(problem: Problem) -> tuple[EngineName, str]:
@@ -140,7 +141,8 @@ def choose_engine(problem: Problem) -> tuple[EngineName, str]:
     if not able:
         return "eager", "; ".join(f"not {name}: {reason}" for name, reason in reasons.items())
     bucket = Bucket(_kind(problem), problem.dtype.itemsize, padded(problem.k), padded(problem.classes or 1), problem.n)
-    measured = configs.measured_engine(spec, bucket)
+    # The tables are those of the summary.
+    measured = configs.measured_engine(spec, bucket) if problem.degree is None else None
     for name in ("eager", *able):
         if name == measured:
             return name, "measured faster on this kind of GPU"
@@ -178,7 +180,7 @@ def _kernel_plan(problem: Problem, engine: EngineName) -> Plan:
             return Plan(engine, "logits_from_latent")
         return Plan(engine, orders.head_order(problem.n, problem.d, problem.k, problem.classes))
     if problem.k <= MOST_COLUMNS:
-        return Plan(engine, "(Xb)G", problem.pair)
+        return Plan(engine, "(Xb)G" if problem.degree is None else "(Xb)q", problem.pair)
     if problem.pair or problem.n <= problem.d:
         return Plan(engine, "(Xb)G", True)
     return Plan(engine, "X(bG)")
@@ -223,8 +225,8 @@ def _plan_for_any_rows(name: EngineName, problem: Problem) -> Plan:
     if problem.head and problem.classes is not None:
         from_x = 2 * problem.classes < k and can_form_logits_from_x(name, problem)
         return Plan(name, "logits_from_x" if from_x else "logits_from_latent")
-    if name != "eager" and not pair:
-        return Plan(name, "(Xb)G" if k <= MOST_COLUMNS else "X(bG)")
+    if name != "eager" and (problem.degree is not None or not pair):
+        return _kernel_plan(problem, name) if k <= MOST_COLUMNS else Plan(name, "X(bG)")
     if problem.degree is not None:
         of_degree: Order = "X(q(K)b)" if k > d and problem.degree else "(Xb)q" if pair else "X(bq)"
         return Plan(name, of_degree, of_degree == "(Xb)q", autograd=problem.degree == 0)

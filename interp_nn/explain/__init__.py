@@ -20,14 +20,17 @@ from interp_nn.explain.descramble.seriation import Seriation, seriate
 from interp_nn.explain.estimator import NotFittedError
 from interp_nn.explain.following.calls import UnsupportedOperation
 from interp_nn.explain.following.gate_record import OperationReport, frozen, record, supported_ops
+from interp_nn.explain.following.scikit_learn import from_sklearn
 from interp_nn.explain.linear.affine_map import AffineMap, SingularTriplets, linearize
 from interp_nn.explain.linear.instance_linearization import InstanceLinearization
+from interp_nn.explain.linear.region_graph import Facets, RegionGraph, facets, region_graph
 from interp_nn.explain.linear.regions import Ball, Boundary, Region, region
 from interp_nn.explain.paths.enumeration import PathFeatures, path_features
 from interp_nn.explain.paths.kernel_machine import NPKMachine, kernel_alignment
 from interp_nn.explain.paths.monte_carlo import SampledKernel, npk_montecarlo
 from interp_nn.explain.paths.path_kernel import npk, npk_from_gates
 from interp_nn.explain.paths.tangent_kernel import ntk
+from interp_nn.explain.trees.dlgn_estimators import DLGNClassifier, DLGNRegressor
 from interp_nn.explain.tsne import ParametricTSNE
 from interp_nn.gates.patterns import ActivationPatterns, PatternGroups
 from interp_nn.gates.record import GateRecord, GateSite
@@ -40,9 +43,12 @@ __all__ = [
     "Ball",
     "Boundary",
     "BrockettExtreme",
+    "DLGNClassifier",
+    "DLGNRegressor",
     "DerivativeOperator",
     "DescrambledWeights",
     "Descrambler",
+    "Facets",
     "FourierView",
     "GateRecord",
     "GateSite",
@@ -56,6 +62,7 @@ __all__ = [
     "PathFeatures",
     "PatternGroups",
     "Region",
+    "RegionGraph",
     "SampledKernel",
     "Seriation",
     "SingularTriplets",
@@ -63,7 +70,9 @@ __all__ = [
     "UnsupportedOperation",
     "brockett_min",
     "derivative_operator",
+    "facets",
     "fft_view",
+    "from_sklearn",
     "frozen",
     "graph_operator",
     "kernel_alignment",
@@ -76,6 +85,7 @@ __all__ = [
     "path_features",
     "record",
     "region",
+    "region_graph",
     "seriate",
     "smoothness",
     "supported_ops",

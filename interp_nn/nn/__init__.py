@@ -5,6 +5,7 @@ from interp_nn.nn.conv import SummaryConv2d
 from interp_nn.nn.gated.from_relu import DualNetwork, to_dgn
 from interp_nn.nn.gated.gates import GatedConv2d, GatedLinear, HardGate, SoftGate
 from interp_nn.nn.gated.networks import DGN, DLGN, DLGNValueTensor, GatedNetwork, GateWeights
+from interp_nn.nn.gated.oblique_tree import ObliqueTree
 from interp_nn.nn.gated.regimes import copy_gates, fix_gates, permute_gates
 from interp_nn.nn.gated.strongest_paths import Paths
 from interp_nn.nn.heads import SummaryClassifier, SummaryHead, SummaryLayer
@@ -24,6 +25,7 @@ __all__ = [
     "GatedLinear",
     "GatedNetwork",
     "HardGate",
+    "ObliqueTree",
     "Paths",
     "SoftGate",
     "SummaryClassifier",

@@ -66,8 +66,11 @@ class LinearForm(nn.Module):
         raise ValueError(READ_ONLY)
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """Register a parameter, as nn.Module does. Raises ValueError for `weight`, which is computed from b."""
-        if name == "weight":
+        """Register a parameter, as nn.Module does. Raises ValueError for `weight`, which is computed from b.
+
+        Pruning registers the weight that it has read under another name.
+        """
+        if name == "weight" or isinstance(param, EffectiveWeight):
             raise ValueError(READ_ONLY)
         super().register_parameter(name, param)
 

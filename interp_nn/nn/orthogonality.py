@@ -12,7 +12,7 @@ from torch.nn.utils import parametrizations, parametrize
 from interp_nn import linalg
 from interp_nn.nn import diagnosis
 from interp_nn.nn.base import LinearForm, as_parameter
-from interp_nn.nn.weights import tied_parameters
+from interp_nn.nn.weights import remove_parametrizations, tied_parameters
 from interp_nn.ops.library import is_dtensor
 
 CONSTRAINTS = ("penalty", "retract", "parametrization")
@@ -57,7 +57,7 @@ def constrain(model: nn.Module, constraint: str | None) -> nn.Module:
         _check_parametrizable(model, layers)
     for layer in layers.values():
         if layer.constraint == "parametrization":
-            parametrize.remove_parametrizations(layer, "b")
+            remove_parametrizations(layer, "b")
             layer.constraint = None
         if constraint in ("retract", "parametrization"):
             layer.orthogonalize_()

@@ -19,6 +19,7 @@ from interp_nn.ops.library import is_dtensor, is_wrapped
 POWER_ITERATIONS = 10  # after a step of the optimizer, as published for PC layers
 _MOST_ITERATIONS, _CHANGE = 100, 1e-3  # until the norm converges
 _SAME = 0.05  # a loaded norm that is so near was the one of training, and stays
+_UNIT = 4e-3  # bfloat16 rounds the length of a loaded `v` by less
 Normalize = bool | Literal["restore"]
 
 
@@ -110,7 +111,7 @@ class PolynomialLayer(Freezable):
         b, groups = self.b, self.groups
         if options.gain:
             vars(self).pop("gain", None)
-            self.gain = nn.Parameter(b.new_ones(groups))
+            self.gain = nn.Parameter(b.new_ones(groups), requires_grad=b.requires_grad)
         else:
             vars(self)["gain"] = None  # no entry of the parameters: the layer has those of nn.Linear
         if options.normalize:
@@ -191,6 +192,12 @@ class PolynomialLayer(Freezable):
         return super().effective_weight()
 
     @torch.no_grad()
+    def exact_weight(self) -> Tensor:
+        """Compute `weight` in float64, without gradient."""
+        self._warn_if_stale()
+        return super().exact_weight()
+
+    @torch.no_grad()
     def set_weight_(self, weight: Tensor) -> None:
         """Set b so that the effective weight is `weight`, computed in float64, and with it the gain and the spectral norm.
 
@@ -239,7 +246,8 @@ class PolynomialLayer(Freezable):
 
         Args:
             known: The norm (groups,), if it is known: only its singular vectors are computed then.
-            keep: If True, and `scale` is about that of the norm, it stays as it is.
+            keep: If True, and `scale` is about that of the norm, it stays as it is; not in an average of states, whose `v` is
+                shorter than 1.
         """
         if not self.normalize or self.b.is_meta or self.b.numel() == 0:
             return
@@ -250,6 +258,9 @@ class PolynomialLayer(Freezable):
             largest = torch.linalg.vector_norm(b, dim=-2).argmax(-1)
             u = b.gather(-1, largest[..., None, None].expand(*b.shape[:-1], 1)).squeeze(-1)
         held = (1 / whole(self.scale)).to(b.dtype).flatten().view(b.shape[:-2])
+        if keep:
+            length = torch.linalg.vector_norm(whole(self.v).to(b.dtype), dim=-1)
+            keep = bool((((length - 1).abs() <= _UNIT) | (length == 0)).all())
         before = held if keep else b.new_zeros(())
         for i in range(_MOST_ITERATIONS):
             u, v, norm = _power_iteration(b, u)
@@ -291,18 +302,25 @@ class PolynomialLayer(Freezable):
         self._norm_of = _version(self.b) or False
 
     def _warn_if_stale(self) -> None:
-        """Warn once if b has changed, in a way that PyTorch records, and `scale` is not one over its norm."""
+        """Warn once if b has changed, in a way that PyTorch records, and `scale` is not one over its norm.
+
+        A b that is pruned or parametrized since is one that has changed.
+        """
         known = self._norm_of
-        if not self.normalize or not self.training or known is False or torch.compiler.is_compiling():
+        if not self.normalize or known is False or torch.compiler.is_compiling():
             return
-        now = _version(self._parameters.get("b"))
-        if now is None or (known is not None and (now[0] != known[0] or now[1] == known[1])):
+        b = self._parameters.get("b")
+        now = _version(b)
+        if b is None and is_wrapped(self.b):
+            return
+        if b is not None and (now is None or (known is not None and (now[0] != known[0] or now[1] == known[1]))):
             return
         with torch.no_grad():
             _, _, norm = _power_iteration(self._norm_matrix(), self.u.to(linalg.accumulation_dtype(self.u.dtype)))
-            same = (norm * self.scale.view(norm.shape) - 1).abs() <= _CHANGE + torch.finfo(self.scale.dtype).eps
+            error = (norm * self.scale.view(norm.shape) - 1).abs()
+            same = error <= (_SAME if known is None else _CHANGE + torch.finfo(self.scale.dtype).eps)
             stale = not bool((same | (norm == 0)).all())
-        self._norm_of = False if stale else now
+        self._norm_of = False if stale or now is None else now
         if stale:
             warnings.warn(
                 f"{type(self).__name__}({self.extra_repr()}): b has changed since its spectral norm was computed; call "
@@ -324,6 +342,10 @@ class PolynomialLayer(Freezable):
         # A loaded norm that is that of the loaded b stays as it is, to the last bit.
         self.reset_norm(keep=args[1] + "scale" in args[0])
 
+    def _save_to_state_dict(self, *args: Any) -> None:
+        self._warn_if_stale()
+        super()._save_to_state_dict(*args)
+
     def _sources(self) -> list[Tensor]:
         others = (self.gain, self.scale if self.normalize else None)
         return super()._sources() + [t for t in others if t is not None]
@@ -335,7 +357,15 @@ class PolynomialLayer(Freezable):
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        return super().__getstate__() | {"_norm_of": None, "_cache": None}
+        then, now = self._norm_of, _version(self._parameters.get("b"))
+        known = (0, now[1] - then[1]) if then and now and then[0] == now[0] else None  # changes of b since
+        return super().__getstate__() | {"_norm_of": known, "_cache": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if self._norm_of:  # the copy's b has an address and a version of its own
+            now = _version(self._parameters.get("b"))
+            self._norm_of = now and (now[0], now[1] - self._norm_of[1])
 
     def _note(self) -> str:
         shown = {"polynomial": self.polynomial, "normalize": self.normalize, "gain": self.gain is not None}

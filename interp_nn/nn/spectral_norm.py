@@ -46,7 +46,7 @@ def follow(optimizer: torch.optim.Optimizer, model: nn.Module) -> RemovableHandl
     step, so that constraints may be set later. A step that a GradScaler skips changes nothing.
 
     Args:
-        optimizer: The optimizer of the model's parameters.
+        optimizer: The optimizer of the model's parameters, or accelerate's wrapper of it.
         model: The model, or a part of it. Under FSDP2 and DistributedDataParallel every rank calls.
 
     Returns:
@@ -67,6 +67,14 @@ def follow(optimizer: torch.optim.Optimizer, model: nn.Module) -> RemovableHandl
         raise TypeError(f"optimizer: got {type(optimizer).__name__}, want a torch.optim.Optimizer")
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: got {type(model).__name__}, want an nn.Module")
+
+    while not hasattr(optimizer, "_optimizer_step_post_hooks"):  # a wrapper, which has no hooks
+        inner = getattr(optimizer, "optimizer", None)
+        if not isinstance(inner, torch.optim.Optimizer):
+            raise TypeError(
+                f"optimizer: got {type(optimizer).__name__}, which has no hooks; want the optimizer inside of it"
+            )
+        optimizer = inner
 
     def after_step(*_: Any) -> None:
         retract_(model)

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from interp_nn import linalg
 from interp_nn.nn import diagnosis
@@ -19,7 +20,12 @@ def own_name(layer: nn.Module) -> str:
 
 
 def copy_parameters(source: nn.Module, to: nn.Module, value: Tensor) -> None:
-    """Copy `value` into the b or weight of `to`, and the bias, requires_grad flags and training mode of `source`."""
+    """Copy `value` into the b or weight of `to`, and the bias, requires_grad flags and training mode of `source`.
+
+    A gain gets the flag of the weight.
+    """
+    if getattr(to, "gain", None) is not None:
+        to.get_parameter("gain").requires_grad_(getattr(source, own_name(source)).requires_grad)
     for name, target, new in ((own_name(source), own_name(to), value), ("bias", "bias", source.bias)):
         if new is not None:
             trains = getattr(source, name).requires_grad  # a parametrized b has the flag only outside of no_grad
@@ -33,6 +39,18 @@ def tied_parameters(model: nn.Module, layer: nn.Module, name: str) -> list[str]:
     parameter = layer._parameters.get(name)
     others = ((path, m) for path, m in model.named_modules() if m is not layer and parameter is not None)
     return [f"{path}.{of}".lstrip(".") for path, m in others for of, p in m._parameters.items() if p is parameter]
+
+
+def remove_parametrizations(layer: Any, name: str) -> None:
+    """Remove the parametrizations of a layer's parameter, whose value stays.
+
+    PyTorch shares the class that it makes for a parametrized module with the module's deep copies, and here changes it for all of
+    them. So the layer first gets a class of its own.
+    """
+    made = type(layer)
+    members = {key: value for key, value in vars(made).items() if key not in ("__dict__", "__weakref__")}
+    layer.__class__ = type(made.__name__, made.__bases__, members)
+    parametrize.remove_parametrizations(layer, name)
 
 
 def check_preserve(preserve: str) -> None:

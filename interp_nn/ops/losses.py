@@ -3,6 +3,9 @@
 w1 CE(o1, t) + w2 CE(o2, t) + w3 MSE(o1, o2), with (o1, o2) = (P, Y), or (P Aᵀ + c, Y Aᵀ + c) behind an output layer. One
 call gives the loss and its gradients for an upstream of 1, scaled when the upstream arrives. Where that scaling would
 come too late (fp16, whose small gradients underflow; one upstream a row) the backward computes them with the upstream.
+
+Given coefficients, and a scale or None, they compute the loss of a polynomial, on engines with kernels; the eager engine's is
+an expression under PyTorch's autograd. `needs` then has a fifth entry, the coefficients.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ from interp_nn.engines.eager_polynomial import Polynomial
 from interp_nn.engines.problem import LossOptions, Plan, plan_from_text, plan_to_text
 from interp_nn.linalg import accumulation_dtype, is_column_major
 from interp_nn.ops.library import apply, define, implement, is_batched, loses_derivatives, transforming
-from interp_nn.ops.summary import as_rows, ordered, row_count, spread
+from interp_nn.ops.summary import as_rows, checked_polynomial, ordered, row_count, spread
 
 
 def _loss(
@@ -35,35 +38,28 @@ def _loss(
     plan: str,
     needs: Sequence[bool],
     transposed: bool,
+    coefficients: Tensor | None = None,
+    scale: Tensor | None = None,
+    *,
+    upstream: Tensor | None = None,
 ) -> tuple[Tensor, list[Tensor]]:
     chosen = plan_from_text(plan)
     options = LossOptions((weights[0], weights[1], weights[2]), ignore_index, reduction)
-    value, grads = engines.get(chosen.engine).loss(
-        as_rows(x), b, a, c, target.reshape(-1), options, chosen, None, needs
-    )
+    loss = engines.get(chosen.engine).loss
+    if coefficients is None:
+        value, grads = loss(as_rows(x), b, a, c, target.reshape(-1), options, chosen, upstream, needs)
+    else:
+        if chosen.engine == "eager":
+            raise ValueError("plan: got the eager engine for the loss of a polynomial, want one with kernels")
+        q = checked_polynomial(coefficients, scale)
+        value, grads = loss(as_rows(x), b, a, c, target.reshape(-1), options, chosen, upstream, needs, q)
+        if needs[4]:
+            grads[-1] = grads[-1].to(coefficients.dtype)
     return value.view(target.shape) if reduction == "none" else value, _shaped(grads, x, needs, transposed)
 
 
-def _loss_backward(
-    upstream: Tensor,
-    x: Tensor,
-    b: Tensor,
-    a: Tensor | None,
-    c: Tensor | None,
-    target: Tensor,
-    weights: Sequence[float],
-    ignore_index: int,
-    reduction: str,
-    plan: str,
-    needs: Sequence[bool],
-    transposed: bool,
-) -> list[Tensor]:
-    chosen = plan_from_text(plan)
-    options = LossOptions((weights[0], weights[1], weights[2]), ignore_index, reduction)
-    _, grads = engines.get(chosen.engine).loss(
-        as_rows(x), b, a, c, target.reshape(-1), options, chosen, upstream.reshape(-1), needs
-    )
-    return _shaped(grads, x, needs, transposed)
+def _loss_backward(upstream: Tensor, *arguments: Any) -> list[Tensor]:
+    return _loss(*arguments, upstream=upstream.reshape(-1))[1]
 
 
 def _shaped(grads: list[Tensor], x: Tensor, needs: Sequence[bool], transposed: bool) -> list[Tensor]:
@@ -75,29 +71,36 @@ def _shaped(grads: list[Tensor], x: Tensor, needs: Sequence[bool], transposed: b
     return grads
 
 
-def _fake_gradients(
-    x: Tensor, b: Tensor, a: Tensor | None, c: Tensor | None, needs: Sequence[bool], transposed: bool
-) -> list[Tensor]:
-    grads = [t.new_empty(t.shape) for t, need in zip((x, b, a, c), needs, strict=True) if need and t is not None]
-    return _shaped(grads, x, needs, transposed)
-
-
 def _fake_loss(
-    x: Tensor, b: Tensor, a: Tensor | None, c: Tensor | None, target: Tensor, *rest: Any
+    x: Tensor,
+    b: Tensor,
+    a: Tensor | None,
+    c: Tensor | None,
+    target: Tensor,
+    weights: Sequence[float],
+    ignore_index: int,
+    reduction: str,
+    plan: str,
+    needs: Sequence[bool],
+    transposed: bool,
+    coefficients: Tensor | None = None,
+    scale: Tensor | None = None,
 ) -> tuple[Tensor, list[Tensor]]:
-    shape = target.shape if rest[2] == "none" else ()
-    return x.new_empty(shape, dtype=accumulation_dtype(x.dtype)), _fake_gradients(x, b, a, c, *rest[-2:])
+    tensors = (x, b, a, c, coefficients)
+    grads = [t.new_empty(t.shape) for t, need in zip(tensors, needs, strict=False) if need and t is not None]
+    shape = target.shape if reduction == "none" else ()
+    return x.new_empty(shape, dtype=accumulation_dtype(x.dtype)), _shaped(grads, x, needs, transposed)
 
 
-def _fake_loss_backward(
-    upstream: Tensor, x: Tensor, b: Tensor, a: Tensor | None, c: Tensor | None, target: Tensor, *rest: Any
-) -> list[Tensor]:
-    return _fake_gradients(x, b, a, c, *rest[-2:])
+def _fake_loss_backward(upstream: Tensor, *arguments: Any) -> list[Tensor]:
+    return _fake_loss(*arguments)[1]
 
 
+# needs: of x, b, output_weight and output_bias, and with coefficients also of these
 _ARGUMENTS = (
     "Tensor x, Tensor b, Tensor? output_weight, Tensor? output_bias, Tensor target, float[3] weights, "
-    "int ignore_index, str reduction, str plan, bool[4] needs, bool transposed"
+    "int ignore_index, str reduction, str plan, bool[] needs, bool transposed, "
+    "Tensor? coefficients=None, Tensor? scale=None"
 )
 loss_operator = define(f"summary_cross_entropy({_ARGUMENTS}) -> (Tensor, Tensor[])", _loss, _fake_loss)
 loss_backward_operator = define(
@@ -154,19 +157,23 @@ def _batched_loss_backward(
     plan: str,
     needs: Sequence[bool],
     transposed: bool,
+    coefficients: Tensor | None = None,
+    scale: Tensor | None = None,
 ) -> list[Tensor]:
     """Compute the backward under autograd.grad(is_grads_batched=True), whose vmap sees operators and not Functions."""
     options = LossOptions((weights[0], weights[1], weights[2]), ignore_index, reduction)
-    tensors = (x, b, a, c)
+    tensors = (x, b, a, c, coefficients)
+    needed = [t for t, need in zip(tensors, needs, strict=False) if need and t is not None]
 
     def value(*parameters: Tensor) -> Tensor:
         given = iter(parameters)
-        x, b, a, c = (next(given) if need else t for t, need in zip(tensors, needs, strict=True))
+        # An output layer's `needs` are false where it is None.
+        x, b, a, c, numbers = (next(given) if need else t for t, need in zip(tensors, (*needs, False)[:5], strict=True))
         assert x is not None and b is not None
-        return expression(x, b, a, c, target, options, plan_from_text(plan))
+        q = None if numbers is None else Polynomial(numbers, scale)
+        return expression(x, b, a, c, target, options, plan_from_text(plan), q=q)
 
-    wanted = [t for t, need in zip(tensors, needs, strict=True) if need and t is not None]
-    return list(torch.func.vjp(value, *wanted)[1](upstream))
+    return list(torch.func.vjp(value, *needed)[1](upstream))
 
 
 implement("summary_cross_entropy_backward", _batched_loss_backward, "Batched")
@@ -181,47 +188,49 @@ class CrossEntropyFunction(Function):
         b: Tensor,
         a: Tensor | None,
         c: Tensor | None,
+        coefficients: Tensor | None,
+        scale: Tensor | None,
         target: Tensor,
         options: LossOptions,
         plan: Plan,
         needs: tuple[bool, ...],
     ) -> tuple[Tensor, ...]:
-        value, grads = loss_operator(
-            x, b, a, c, target, *_unpack(options), plan_to_text(plan), needs, is_column_major(b)
-        )
+        rest = (*_unpack(options), plan_to_text(plan), needs, is_column_major(b), coefficients, scale)
+        value, grads = loss_operator(x, b, a, c, target, *rest)
         return (value, *grads)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        x, b, a, c, target, ctx.options, ctx.plan, _ = inputs
+        *tensors, ctx.options, ctx.plan, _ = inputs
         grads = output[1:]
         ctx.mark_non_differentiable(*grads)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, b, a, c, target, *grads)
+        ctx.save_for_backward(*tensors, *grads)
         ctx.spent = False
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         if upstream is None:
-            return (None,) * 8
-        x, b, a, c, target, *grads = ctx.saved_tensors
+            return (None,) * 10
+        x, b, a, c, coefficients, scale, target, *grads = ctx.saved_tensors
         if ctx.spent:
             grads = []  # of a retained graph: handed out by an earlier backward, and scaled in place by some engines
-        needs = tuple(ctx.needs_input_grad[:4])
+        needs = tuple(ctx.needs_input_grad[: 4 if coefficients is None else 5])
         plain = not (
             torch.compiler.is_compiling()
             or torch.is_grad_enabled()
-            or transforming(upstream, x, b, a, c)
+            or transforming(upstream, x, b, a, c, coefficients, scale)
             or is_batched(upstream)
         )
         if grads and plain:
             ctx.spent = True
             # By .data, which has a version of its own: what their owner does to them then is no harm to a retained graph.
-            scaled = [g.data for g in engines.get(ctx.plan.engine).scale(grads, upstream)]
-            return (*spread(scaled, needs), *(None,) * 4)
-        ones = (*grads, None, None, None, None)[:4]
-        found = apply(CrossEntropyBackwardFunction, upstream, x, b, a, c, target, *ones, ctx.options, ctx.plan, needs)
-        return (*spread(found, needs), *(None,) * 4)
+            found = [g.data for g in engines.get(ctx.plan.engine).scale(grads, upstream)]
+        else:
+            ones = (*grads, *(None,) * 5)[:5]
+            tensors = upstream, x, b, a, c, coefficients, scale, target
+            found = apply(CrossEntropyBackwardFunction, *tensors, *ones, ctx.options, ctx.plan, needs)
+        return (*spread(found, needs), *(None,) * (10 - len(needs)))
 
 
 class CrossEntropyBackwardFunction(Function):
@@ -234,27 +243,27 @@ class CrossEntropyBackwardFunction(Function):
         b: Tensor,
         a: Tensor | None,
         c: Tensor | None,
+        coefficients: Tensor | None,
+        scale: Tensor | None,
         target: Tensor,
         g0: Tensor | None,
         g1: Tensor | None,
         g2: Tensor | None,
         g3: Tensor | None,
+        g4: Tensor | None,
         options: LossOptions,
         plan: Plan,
         needs: tuple[bool, ...],
     ) -> tuple[Tensor, ...]:
         if g0 is not None:
-            return tuple(g * upstream for g in (g0, g1, g2, g3) if g is not None)
-        return tuple(
-            loss_backward_operator(
-                upstream, x, b, a, c, target, *_unpack(options), plan_to_text(plan), needs, is_column_major(b)
-            )
-        )
+            return tuple(g * upstream for g in (g0, g1, g2, g3, g4) if g is not None)
+        rest = (*_unpack(options), plan_to_text(plan), needs, is_column_major(b), coefficients, scale)
+        return tuple(loss_backward_operator(upstream, x, b, a, c, target, *rest))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.options, ctx.plan, ctx.needs = inputs[10:]
-        ctx.save_for_backward(*inputs[:6])
+        ctx.options, ctx.plan, ctx.needs = inputs[13:]
+        ctx.save_for_backward(*inputs[:8])
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
@@ -264,16 +273,17 @@ class CrossEntropyBackwardFunction(Function):
         def value(*parameters: Tensor) -> Tensor:
             given = iter(parameters)
             x, b = next(given), next(given)
-            a, c = (None if t is None else next(given) for t in tensors[2:])
-            return expression(x, b, a, c, target, ctx.options, ctx.plan)
+            a, c, coefficients, scale = (None if t is None else next(given) for t in tensors[2:])
+            q = None if coefficients is None else Polynomial(coefficients, scale)
+            return expression(x, b, a, c, target, ctx.options, ctx.plan, q=q)
 
         def gradients(upstream: Tensor, *parameters: Tensor) -> list[Tensor]:
             found = iter(torch.func.vjp(value, *parameters)[1](upstream))
             by_place = [None if t is None else next(found) for t in tensors]
-            return [g for g, need in zip(by_place, ctx.needs, strict=True) if need and g is not None]
+            return [g for g, need in zip(by_place, ctx.needs, strict=False) if need and g is not None]
 
         second = iter(torch.func.vjp(gradients, upstream, *present)[1](list(cotangents)))
-        return (next(second), *(None if t is None else next(second) for t in tensors), *(None,) * 8)
+        return (next(second), *(None if t is None else next(second) for t in tensors), *(None,) * 9)
 
 
 def _unpack(options: LossOptions) -> tuple[list[float], int, str]:
@@ -291,13 +301,16 @@ def cross_entropy(
 ) -> Tensor:
     """Return the three-term loss for checked arguments; a and c are None for a pair's own loss, q for the summary."""
     enabled = torch.is_grad_enabled()
-    needs = tuple(enabled and t is not None and t.requires_grad for t in (x, b, a, c))
+    coefficients, scale = q or (None, None)
+    needs = tuple(enabled and t is not None and t.requires_grad for t in (x, b, a, c, coefficients, scale))
     head, classes = a is not None, (b if a is None else a.mT).shape[1]
     d, k = b.shape
     degree = None if q is None else q.degree
-    plan = select.choose(select.problem_of(x, row_count(x), d, k, not head, (needs[0], needs[1]), classes, degree))
+    shape = row_count(x), d, k, not head
+    plan = select.choose(select.problem_of(x, *shape, (needs[0], needs[1]), classes, degree, needs[5]))
     compiling = torch.compiler.is_compiling()
-    unread = q is not None and (compiling or not x.is_cpu)  # the target's values: a graph break, a synchronisation
+    by_eager = q is not None and plan.engine == "eager"
+    unread = by_eager and (compiling or not x.is_cpu)  # the target's values: a graph break, a synchronisation
     if unread or (loses_derivatives() if compiling else transforming(x, b, a, c, *(q or ()))):
         return expression(x, b, a, c, target, options, plan, q=q)
     if plan.autograd:
@@ -307,5 +320,6 @@ def cross_entropy(
             eager.check_target(target, classes, options.ignore_index)
             raise
     late = x.dtype == torch.float16 or options.reduction == "none"
-    now = (False,) * 4 if late else needs
-    return apply(CrossEntropyFunction, x, b, a, c, target, options, plan, now)[0]
+    asked = needs[: 4 if q is None else 5]
+    now = (False,) * len(asked) if late else asked
+    return apply(CrossEntropyFunction, x, b, a, c, coefficients, scale, target, options, plan, now)[0]

@@ -60,14 +60,17 @@ def _forward(
         if scale is not None:
             raise ValueError("scale: got a tensor without coefficients, want both or None")
         return *engines.get(value.engine).forward(as_rows(x), b, bias, value, pair), names
-    q = _polynomial(coefficients, scale, value)
-    return *eager_polynomial.forward(as_rows(x), b, bias, q, value, pair), names
+    q = checked_polynomial(coefficients, scale)
+    if value.engine == "eager":
+        return *eager_polynomial.forward(as_rows(x), b, bias, q, value, pair), names
+    return *engines.get(value.engine).forward(as_rows(x), b, bias, value, pair, q), names
 
 
-def _polynomial(coefficients: Tensor, scale: Tensor | None, plan: Plan) -> Polynomial:
-    if plan.engine != "eager" or coefficients.dim() != 1 or not 2 <= len(coefficients) <= MOST_COEFFICIENTS:
-        got = f"{plan.engine} and {tuple(coefficients.shape)}"
-        raise ValueError(f"coefficients: got {got}, want the eager engine and (2,) to ({MOST_COEFFICIENTS},)")
+def checked_polynomial(coefficients: Tensor, scale: Tensor | None) -> Polynomial:
+    """Return the polynomial of an operator's arguments."""
+    if coefficients.dim() != 1 or not 2 <= len(coefficients) <= MOST_COEFFICIENTS:
+        got = tuple(coefficients.shape)
+        raise ValueError(f"coefficients: got shape {got}, want (2,) to ({MOST_COEFFICIENTS},)")
     return Polynomial(coefficients, scale)
 
 
@@ -108,11 +111,21 @@ def _summary_backward(
     dp, dy = _rows_if_any(dp), _rows_if_any(dy)
     saved = list(map(as_rows, saved))  # a pair's own P may have batch dimensions
     dc = da = None
+    need_x, need_b, need_bias, *more = needs
     if coefficients is None:
-        dx, db, dbias = engines.get(value.engine).backward(dp, dy, as_rows(x), b, saved, value, *needs)
-    else:
-        q = _polynomial(coefficients, scale, value)
+        backward = engines.get(value.engine).backward
+        dx, db, dbias = backward(dp, dy, as_rows(x), b, saved, value, need_x, need_b, need_bias)
+    elif value.engine == "eager":
+        q = checked_polynomial(coefficients, scale)
         dx, db, dbias, dc, da = eager_polynomial.backward(dp, dy, as_rows(x), b, q, saved, value, needs)
+    else:
+        need_c, need_a = more
+        if need_a:
+            raise ValueError(f"needs: got a gradient of the scale for the {value.engine} engine, want the eager engine")
+        q = checked_polynomial(coefficients, scale)
+        backward = engines.get(value.engine).backward
+        dx, db, dbias, dc = backward(dp, dy, as_rows(x), b, saved, value, need_x, need_b, need_bias, need_c, q)
+        dc = None if dc is None else dc.to(coefficients.dtype)
     out = [] if dx is None else [dx.view(x.shape)]
     if db is not None:
         out.append(ordered(db, transposed))
@@ -477,14 +490,19 @@ def _batch_rows(t: Tensor) -> Tensor:
     return t.unsqueeze(1) if t.dim() == 2 else t.flatten(1, -2)
 
 
-def choose(x: Tensor, b: Tensor, pair: bool, degree: int | None = None, need_b: bool = False) -> Plan:
-    """Return the plan for checked x and b, and a polynomial's degree; need_b: b's products need a gradient in any case."""
+def choose(
+    x: Tensor, b: Tensor, pair: bool, degree: int | None = None, need_b: bool = False, need_scale: bool = False
+) -> Plan:
+    """Return the plan for checked x and b, and a polynomial's degree.
+
+    need_b: b's products need a gradient in any case. need_scale: the scale requires a gradient.
+    """
     if is_dtensor(b):
         return BY_AUTOGRAD if degree is None else BY_AUTOGRAD._replace(order="(Xb)q")
     graph = torch.is_grad_enabled()
     needs = graph and x.requires_grad, graph and (need_b or b.requires_grad)
     d, k = b.shape
-    return select.choose(select.problem_of(x, row_count(x), d, k, pair, needs, None, degree))
+    return select.choose(select.problem_of(x, row_count(x), d, k, pair, needs, None, degree, graph and need_scale))
 
 
 def summary(x: Tensor, b: Tensor, bias: Tensor | None, plan: Plan) -> tuple[Tensor, list[Tensor]]:

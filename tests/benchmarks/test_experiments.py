@@ -141,6 +141,16 @@ def test_the_gates_of_a_dlgn_become_the_trees_hyperplanes(tmp_path):
     assert results["trainings"][0]["gates"]["mean_best_cosine_of_random_gates"] < 0.7
 
 
+def test_gated_tables(run):
+    results = run("gated_tables")["results"]
+    assert set(results) == {"breast cancer", "wine", "titanic", "SDI"}
+    for found in results.values():
+        assert found["pruned tree"]["leaves"]["mean"] <= min(16, found["tree"]["leaves"]["mean"])
+        assert all(0.3 < one["accuracy"]["mean"] <= 1 for one in found.values())
+        assert 0.5 < found["tree"]["fidelity"]["mean"] <= 1
+    assert results["titanic"]["tree"]["fidelity"]["mean"] > 0.95
+
+
 def test_gated_digits(run):
     found = run("gated_digits", "--epochs", "1")["results"]
     assert len(found["regimes"]) == 11 and all(row["meaning"] for row in found["regimes"].values())

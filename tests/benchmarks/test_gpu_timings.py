@@ -79,7 +79,7 @@ def test_launches_are_counted(log, lines, monkeypatch):
     for seen in (["kernel"], [], ["kernel", "kernel"]):
         monkeypatch.setattr(kernels, "launches", lambda name, seen=seen: contextlib.nullcontext(seen))
         runs.count_launches("cuda", CPU, log)
-    assert [line["status"] for line in lines()] == ["ok"] * 8 + ["wrong"] * 16
+    assert [line["status"] for line in lines()] == ["ok"] * 12 + ["wrong"] * 24
     runs._count("a loss", "cuda", ["cuda_loss"], ["loss_kernel", "Memset"], runs.TINY, log)
     assert lines()[-1]["why"] == "2 on the device, 1 of the engine's, want 1"
 

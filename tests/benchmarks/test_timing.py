@@ -1,5 +1,6 @@
 """The timing harness: wrong results, errors and slow providers are rows, and the clocks, bytes and operations are right."""
 
+import contextlib
 import itertools
 import json
 import subprocess
@@ -18,6 +19,7 @@ from benchmarks.timing import (
     compare,
     explain_suite,
     footprint,
+    layer_providers,
     measure,
     operator_suite,
     problems,
@@ -29,6 +31,7 @@ from benchmarks.timing.measure import Asked
 from benchmarks.timing.problems import Problem
 from benchmarks.timing.roofline import Ceiling
 from interp_nn import functional
+from interp_nn.nn import SummaryLinear
 
 SMALL = ("ours", "linear", "unfused", "assoc-a", "assoc-b", "assoc-c", "best-eager", "multi-dot", *providers.INVERSES)
 ASKED = Asked(CPU, "wall", seconds=0.0, samples=3)
@@ -93,10 +96,57 @@ def test_an_engine_called_directly_computes_the_same(problem, monkeypatch):
     assert {(row["status"], row["saved_mb"]) for row in found.values()} == {("ok", None)}
 
 
+@pytest.mark.parametrize("op", problems.LAYERS)
+def test_every_layer_is_right_or_says_why_not(op):
+    names = [name for name in layer_providers.NAMES if not name.startswith("compile")]
+    found = measured(Problem(op, 20, 16, 6, dtype="fp64"), modes := problems.MODES[op], names)
+    assert {row["status"] for row in found.values()} == {"ok", "unsupported"}
+    expected = {"ours"} if modes == ("update",) else {"ours", "linear", "unfused", "spectral-norm"}
+    expected |= {"ours-cached"} if modes == ("step",) else {"orthogonal"} if modes != ("update",) else set()
+    expected |= {"pc-layer"} if "pc" in op else set(providers.INVERSES) if op == "layer-summary" else set()
+    for mode in modes:
+        assert {name for name in names if found[mode, name]["status"] == "ok"} == expected
+    for (mode, name), row in found.items():
+        if row["status"] == "ok":
+            assert row["gflop"] > 0 and row["least_mb"] > 0 and row["peak_delta_mb"] > 0
+            assert (row["plan"] is not None) is (name.startswith("ours") and mode != "update")
+
+
+@pytest.mark.parametrize(
+    ("op", "name", "what", "noted"),
+    [
+        ("layer-pc-4", "ours", "forward", "value: Frobenius error"),
+        ("microbatches", "ours-cached", "cached_weights", "db: relative error 0.01"),
+        ("update_spectral_norms", "ours", "update_spectral_norms", "value: relative error"),
+    ],
+)
+def test_a_wrong_layer_is_a_row_that_says_so(op, name, what, noted, monkeypatch):
+    @contextlib.contextmanager
+    def scaling(layer):
+        yield
+        layer.b.grad.mul_(1.01)
+
+    forward = SummaryLinear.forward
+    wrong = {
+        "forward": lambda layer, x: (1 + 1e-5) * forward(layer, x),
+        "cached_weights": scaling,
+        "update_spectral_norms": lambda layer: layer.scale.mul_(1.01),
+    }
+    place = SummaryLinear if what == "forward" else layer_providers
+    monkeypatch.setattr(place, what, wrong[what])
+    (row,) = measured(Problem(op, 20, 16, 6), problems.MODES[op][-1:], (name,)).values()
+    assert (row["status"], row["ms_p50"]) == ("wrong", None) and row["note"].startswith(noted)
+
+
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*autograd.function.Function.* should not be instantiated")
 def test_compiled_providers_are_right():
     found = measured(TINY, ("fwdbwd", "bwd"), ("assoc-b", "compile"))
     assert {row["status"] for row in found.values()} == {"ok"} and found["bwd", "compile"]["plan"] == "assoc-b"
+    for op in ("layer-pc-4", "microbatches"):
+        problem = Problem(op, 20, 16, 6, dtype="fp64")
+        found = measured(problem, problems.MODES[op][-1:], ("compile", "compile-ours"))
+        assert {row["status"] for row in found.values()} == {"ok"}
 
 
 def test_a_wrong_provider_is_a_row_that_says_so(monkeypatch):
@@ -171,7 +221,7 @@ def test_nothing_begins_when_the_time_is_over(rated, tmp_path, monkeypatch, caps
     assert main(["run", *arguments, "--out", str(file)]) == 0
     timed = [row for row in rows.read([file]) if row["op"] != "ceiling"]
     assert {(row["status"], row["note"]) for row in timed} == {("skipped", "out of time: 0 minutes")}
-    suites = ("train_cnn", "train_vgg11", "linearize_cnn", "linearize_vgg11", "group_patterns")
+    suites = ("train_cnn", "train_vgg11", "linearize_cnn", "linearize_vgg11", "group_patterns", *problems.LAYERS)
     assert {row["op"] for row in timed} == {"summary", "cross_entropy", *suites} and all(row["d"] for row in timed)
     assert "- (8, 4, 2): out of time: 0 minutes" in capsys.readouterr().out
     limit, said = Limit(), itertools.chain([None], itertools.repeat("out of time"))  # or between two modes
@@ -280,6 +330,12 @@ def test_operations_and_bytes_are_those_written_out_by_hand():
     assert problems.least_bytes(summary, "fwdbwd") == 4 * (2 * inputs + 2 * output) == 448
     assert problems.least_bytes(summary._replace(dtype="bf16"), "bwd") == 2 * (2 * inputs + output) == 192
     assert problems.least_bytes(Problem("head", 8, 4, 2, 3), "loss") == 4 * 2 * (inputs + 3 * 2) == 368
+    layer = summary._replace(op="layer-newton-schulz")  # W = b (3 I - G) / 2 costs what W = b G does
+    assert problems.useful_flops(layer, "fwdbwd") == forward + backward
+    # two products of 2 x 2 more for q of degree 4, and four for its gradient
+    assert problems.useful_flops(layer._replace(op="layer-pc-4"), "fwdbwd") == forward + backward + 6 * 2 * 2**3
+    assert problems.useful_flops(layer, "update") == 10 * 2 * 2 * 4 * 2  # ten iterations of b v and bᵀu
+    assert problems.least_bytes(layer, "update") == 4 * 4 * 2
 
 
 @pytest.mark.parametrize(("mode", "precision"), [("tf32", "tf32"), ("fp32", "ieee"), ("bf16", "ieee")])

@@ -11,7 +11,7 @@ from torch.nn.utils import parametrizations, parametrize, prune
 
 from interp_nn import linalg
 from interp_nn.convert import fold, summarize
-from interp_nn.nn import SummaryClassifier, SummaryConv2d, SummaryHead, SummaryLayer, SummaryLinear, weights
+from interp_nn.nn import SummaryClassifier, SummaryConv2d, SummaryHead, SummaryLayer, SummaryLinear, constrain, weights
 
 FLOATS = [(torch.float64, 1e-11), (torch.float32, 1e-5), (torch.bfloat16, 5e-2), (torch.float16, 1e-2)]
 
@@ -75,8 +75,24 @@ def test_a_zero_and_a_rank_deficient_weight_keep_their_outputs():
         model[0].weight[1:] = model[0].weight[:1]
         model[1].weight.zero_()
     before = model(x)
-    report = summarize(model)
+    with pytest.warns(
+        RuntimeWarning, match=r"^1: the weight is zero.* would never train; take polynomial='newton-schulz'"
+    ):
+        report = summarize(model)
     assert error(model(x), before) <= 1e-12 and report.converted[1].error == 0
+    model(x).square().sum().backward()
+    assert not model[1].b.grad.any()
+
+
+def test_a_zero_weight_that_trains_or_is_frozen():
+    model, x = nn.Linear(6, 5), torch.randn(9, 6)
+    nn.init.zeros_(model.weight)
+    summarize(model, polynomial="newton-schulz")
+    model(x).square().sum().backward()
+    assert model.gain.grad.any()
+    fold(model)
+    model.weight.requires_grad_(False)
+    summarize(model)
 
 
 @pytest.mark.parametrize("sizes", [(0, 3), (3, 0), (1, 1), (7, 13)])
@@ -229,6 +245,17 @@ def test_fold_ends_parametrizations():
     assert error(model[0](x), before) <= 1e-12 and list(model[0].state_dict()) == ["bias", "weight"]
 
 
+@pytest.mark.parametrize("end", [fold, lambda model: constrain(model, None)], ids=["fold", "constrain"])
+def test_a_copy_that_ends_its_parametrization_leaves_the_original(end):
+    model, x = constrain(nn.Sequential(SummaryLinear(6, 4)), "parametrization"), torch.randn(5, 6)
+    before, copied = model(x), copy.deepcopy(model)
+    end(copied)
+    assert parametrize.is_parametrized(model[0], "b") and torch.equal(model(x), before)
+    assert not parametrize.is_parametrized(copied[0]) and error(copied(x), before) <= 1e-6
+    fold(model)
+    assert error(model(x), before) <= 1e-6
+
+
 def test_fold_of_parametrized_layers_beside_others():
     model = nn.Sequential(*(SummaryLinear(4, 4) for _ in range(6)), SummaryConv2d(1, 4, 3)).double()
     for layer in model:
@@ -312,6 +339,31 @@ def test_the_report_counts_and_prints():
     lines = str(report).splitlines()
     assert lines[0] == f"summarize, function kept: 6 layers, {wanted:,} parameters"
     assert lines[1].split() == ["layer", "was", "now", "b", "parameters", "plan", "error"]
-    assert lines[-1].startswith("fc ") and "Linear  SummaryLinear  4 x 7 " in lines[-1]
-    assert f"eager {rows['fc'].plan.order}" in lines[-1] and "36 x 2, 2 groups" in str(report)
+    (fc,) = (line for line in lines if line.startswith("fc "))
+    assert "Linear  SummaryLinear  4 x 7 " in fc
+    assert f"eager {rows['fc'].plan.order}" in fc and "36 x 2, 2 groups" in str(report)
     assert max(row.error for row in report.converted) == report.error < 1e-6
+
+
+def test_the_report_says_what_is_slower_and_what_training_needs():
+    model = ResNet().bfloat16()
+    layers, polynomial = summarize(copy.deepcopy(model), dry_run=True), "newton-schulz"
+    slower, approximate, training = layers.notes
+    assert slower.startswith("slower: each forward of 5 convolutions forms the weight")
+    assert approximate.startswith("approximate: b is rounded to torch.bfloat16")
+    assert training.startswith("training: whole networks of summaries diverge")
+    assert str(layers).splitlines()[-4:] == ["notes:", *layers.notes]
+    *_, gains, norms = summarize(model, polynomial=polynomial).notes
+    assert gains == "training: 6 new parameters `gain`; make the optimizer after the conversion"
+    assert norms.startswith("training: call interp_nn.nn.follow(optimizer, model) once")
+    assert fold(model).notes == ()
+    frozen = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2)).requires_grad_(False)
+    assert summarize(frozen, polynomial=polynomial).notes == () and summarize(nn.Linear(4, 3)).notes == ()
+
+
+def test_a_gain_is_frozen_where_the_weight_is():
+    model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
+    model[0].weight.requires_grad_(False)
+    assert not SummaryLinear.from_linear(model[0], polynomial="newton-schulz").gain.requires_grad
+    summarize(model, polynomial="newton-schulz")
+    assert [layer.gain.requires_grad for layer in model] == [False, True]

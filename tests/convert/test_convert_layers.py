@@ -318,6 +318,38 @@ def test_code_that_reads_a_weight_reads_the_effective_weight(kind):
     assert all(p.grad is not None for name, p in model.named_parameters() if name.endswith(".b"))
 
 
+class Elsewhere(nn.Module):
+    """Reads weights in a property, in a method whose first argument is not self, in a list and in a comprehension."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(3))
+        self.fc, self.kept = nn.Linear(4, 4), [nn.Linear(4, 4)]
+        self.other = self.kept[0]
+
+    @property
+    def kernel(self):
+        return self.fc.weight
+
+    def read(this, x):  # noqa: N805
+        return F.linear(x, this.other.weight)
+
+    def forward(self, x):
+        stacked = torch.stack([layer.weight for layer in self.layers])
+        biases = sum(map(lambda m: m.bias, self.layers))
+        return self.read(x) @ self.kernel + (x @ stacked).sum(0) + biases + x @ sum([m.weight for m in self.kept])
+
+
+def test_a_weight_is_read_wherever_it_is_read():
+    model, x = Elsewhere().double(), torch.randn(3, 4).double()
+    before = model(x)
+    assert len(summarize(model).converted) == 5 and error(model(x), before) <= 1e-12
+    model(x).square().sum().backward()
+    assert all(p.grad.any() for name, p in model.named_parameters() if name.endswith(".b"))
+    fold(model)
+    assert error(model(x), before) <= 1e-12
+
+
 class Normalizes(nn.Module):
     """Writes its layer's weight in forward, as metric learning does."""
 

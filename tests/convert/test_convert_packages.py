@@ -1,4 +1,4 @@
-"""Models of torchvision, timm and transformers, small ones of random weights: the same outputs converted, and folded again."""
+"""Small models of packages, of random weights: the same outputs converted and folded again, and what packages do to weights."""
 
 from functools import partial
 
@@ -106,6 +106,106 @@ def test_transformers_bert_saved_and_loaded(tmp_path):
         loaded = load(tmp_path).eval()
         torch.testing.assert_close(loaded(TOKENS).pooler_output, model(TOKENS).pooler_output)
     assert [name for name, m in loaded.named_modules() if type(m) is SummaryLinear] == converted
+
+
+READ_ONLY = r"^weight: is computed from b"
+
+
+@pytest.mark.parametrize("polynomial", ["summary", "newton-schulz"])
+def test_peft_before_and_after_the_conversion(polynomial):
+    peft = pytest.importorskip("peft")
+    transformers = pytest.importorskip("transformers")
+
+    def bert():
+        return transformers.BertForSequenceClassification(transformers.BertConfig(vocab_size=50, **SMALL)).eval()
+
+    lora = peft.LoraConfig(target_modules=["query", "value"])
+    converted = bert()
+    summarize(converted, polynomial=polynomial)
+    with pytest.raises(ValueError, match=r"Target module SummaryLinear\(.*is not supported.*`torch.nn.Linear`"):
+        peft.get_peft_model(converted, lora)
+    adapted = peft.get_peft_model(bert(), lora)
+    before = adapted(TOKENS).logits
+    if polynomial == "summary":
+        with pytest.warns(RuntimeWarning, match=r"query.lora_B.default, .*: the weight is zero.* never train"):
+            summarize(adapted, dry_run=True)
+    summarize(adapted, select="*base_layer", polynomial=polynomial)
+    torch.testing.assert_close(adapted(TOKENS).logits, before, rtol=1e-4, atol=1e-5)
+    trained = {name for name, p in adapted.named_parameters() if p.requires_grad}
+    assert len(trained) == 8 and all("lora" in name for name in trained)  # no gain of a frozen layer
+    optimizer = torch.optim.Adam([p for p in adapted.parameters() if p.requires_grad], 0.1)
+    for _ in range(2):
+        adapted(TOKENS, labels=torch.tensor([0, 1])).loss.backward()
+        optimizer.step()
+    wanted = adapted(TOKENS).logits
+    assert (wanted - before).norm() > 1e-3 * before.norm()
+    with pytest.raises(ValueError, match=READ_ONLY):
+        adapted.merge_and_unload()
+    fold(adapted)
+    torch.testing.assert_close(adapted.merge_and_unload()(TOKENS).logits, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_torchao_leaves_the_layers_or_is_refused_and_takes_folded_ones():
+    quantization = pytest.importorskip("torchao.quantization")
+    model, x = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64)), torch.randn(4, 64)
+    summarize(model)
+    wanted, config = model(x), quantization.Int8WeightOnlyConfig()
+    quantization.quantize_(model, config)
+    assert torch.equal(model(x), wanted)
+    with pytest.raises(ValueError, match=READ_ONLY):
+        quantization.quantize_(model, config, filter_fn=lambda module, name: hasattr(module, "weight"))
+    fold(model)
+    quantization.quantize_(model, config)
+    assert type(model[0].weight) is not nn.Parameter and (model(x) - wanted).norm() < 5e-2 * wanted.norm()
+    assert all("sharded or quantized" in row.reason for row in summarize(model).skipped)
+
+
+@pytest.mark.parametrize("polynomial", ["summary", "newton-schulz"])
+def test_transformers_prunes_a_layer(polynomial):
+    utilities = pytest.importorskip("transformers.pytorch_utils")
+    model, x = nn.Sequential(nn.Linear(8, 6)), torch.randn(3, 8)
+    summarize(model, polynomial=polynomial)
+    pruned = utilities.prune_linear_layer(model[0], torch.tensor([0, 2, 5]))
+    assert type(pruned) is nn.Linear
+    torch.testing.assert_close(pruned(x), model(x)[:, [0, 2, 5]])
+
+
+def llama(transformers, tied, **options):
+    model = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(vocab_size=50, tie_word_embeddings=tied, **SMALL)
+    ).eval()
+    summarize(model, **options)
+    return model
+
+
+def test_transformers_resizes_and_ties_embeddings():
+    transformers = pytest.importorskip("transformers")
+    model = llama(transformers, tied=True)  # whose lm_head is tied, and stays plain
+    before = model(TOKENS).logits
+    model.resize_token_embeddings(60)
+    assert type(model.lm_head) is nn.Linear and model.lm_head.weight is model.model.embed_tokens.weight
+    torch.testing.assert_close(model(TOKENS).logits[..., :50], before)
+    model = llama(transformers, tied=False)
+    with pytest.raises(TypeError, match=r"head is of type <class 'interp_nn.nn.linear.SummaryLinear'>, which is not"):
+        model.resize_token_embeddings(60)
+    model = llama(transformers, tied=False)
+    model.config.tie_word_embeddings = True
+    with pytest.raises(ValueError, match=READ_ONLY):
+        model.tie_weights()
+    model = llama(transformers, tied=False, select="model.*")
+    before = model(TOKENS).logits
+    model.resize_token_embeddings(60)
+    torch.testing.assert_close(model(TOKENS).logits[..., :50], before)
+
+
+@pytest.mark.parametrize("polynomial", ["summary", "newton-schulz"])
+def test_transformers_names_what_it_does_not_load_of_a_model_saved_unfolded(polynomial, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    llama(transformers, tied=False, polynomial=polynomial).save_pretrained(tmp_path)
+    model, info = transformers.LlamaForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    layers = {name for name, m in model.named_modules() if type(m) is nn.Linear}
+    assert {f"{name}.weight" for name in layers} == set(info["missing_keys"])
+    assert {f"{name}.b" for name in layers} <= set(info["unexpected_keys"])
 
 
 def test_peft_merges_no_adapter_into_a_summary_layer():

@@ -19,7 +19,15 @@ from sklearn.utils.validation import check_is_fitted
 from torch import nn
 from torch.nn import functional as F
 
-from interp_nn.explain import ActivationClusters, Descrambler, NotFittedError, NPKMachine, ParametricTSNE
+from interp_nn.explain import (
+    ActivationClusters,
+    Descrambler,
+    DLGNClassifier,
+    DLGNRegressor,
+    NotFittedError,
+    NPKMachine,
+    ParametricTSNE,
+)
 from interp_nn.explain.estimator import to_tensor
 
 F64 = torch.float64
@@ -43,6 +51,8 @@ ESTIMATORS = {
     "ParametricTSNE": lambda: ParametricTSNE(perplexity=2, epochs=2),
     "ActivationClusters": lambda: ActivationClusters(network(width=8)),
     "NPKMachine": lambda: NPKMachine(network()),
+    "DLGNClassifier": lambda: DLGNClassifier((8, 8), epochs=30, batch_size=16, learning_rate=0.05),
+    "DLGNRegressor": lambda: DLGNRegressor((8, 8), epochs=30, batch_size=16, learning_rate=0.05),
 }
 _COPIED = (
     "joblib hashes a copy of an nn.Module otherwise than the module; the test of unchanged parameters is in this file"

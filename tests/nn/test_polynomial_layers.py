@@ -8,6 +8,8 @@ import warnings
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrizations, prune
+from torch.optim import swa_utils
 from torch.utils.checkpoint import checkpoint
 
 import interp_nn
@@ -410,6 +412,27 @@ def test_follow_retracts_too_and_skips_skipped_steps():
         follow(sgd, sgd)
 
 
+class Wrapper(torch.optim.Optimizer):
+    """A wrapper that has not called its base's constructor, as accelerate's."""
+
+    def __init__(self, optimizer):
+        self.optimizer = optimizer
+
+    def step(self):
+        self.optimizer.step()
+
+
+def test_follow_takes_a_wrapper_of_an_optimizer():
+    layer = SummaryLinear(6, 4, polynomial="newton-schulz")
+    wrapper = Wrapper(Wrapper(torch.optim.SGD(layer.parameters(), 0.5)))
+    follow(wrapper, layer)
+    layer(torch.randn(3, 6)).square().sum().backward()
+    wrapper.step()
+    assert float(layer.scale) != 1 and norm_errors([layer])[0] < 1e-2
+    with pytest.raises(TypeError, match="optimizer: got Wrapper, which has no hooks; want the optimizer inside of it"):
+        follow(Wrapper(layer), layer)
+
+
 @pytest.mark.parametrize("size", [1e-18, 1e18])
 def test_norm_of_large_and_small_b(size):
     layer = SummaryLinear(6, 4, polynomial="newton-schulz")
@@ -568,3 +591,75 @@ def test_code_that_reads_the_weight_gets_it():
     for write in (nn.init.zeros_, lambda w: w.mul_(2), lambda w: w.copy_(w)):
         with pytest.raises(ValueError, match="set_weight_"):
             write(encoder.linear1.weight)
+
+
+# ---- averages of models
+
+
+def trajectory(steps=30):
+    torch.manual_seed(0)
+    model = nn.Sequential(SummaryLinear(20, 12, polynomial="newton-schulz"), SummaryLinear(12, 4, polynomial="pc-1"))
+    adam = torch.optim.Adam(model.parameters(), 0.05)
+    follow(adam, model)
+    for _ in range(steps):
+        adam.zero_grad()
+        x = torch.randn(16, 20)
+        (model(x) - 2 * x[:, :4]).square().mean().backward()
+        adam.step()
+        yield model
+
+
+def norm_errors(model):
+    return [abs(float(torch.linalg.matrix_norm(layer.b.detach(), 2) * layer.scale.detach()) - 1) for layer in model]
+
+
+@pytest.mark.parametrize("use_buffers", [False, True])
+@pytest.mark.parametrize("kind", ["swa", "ema"])
+def test_an_average_of_models_whose_norms_are_not_its_own_warns(kind, use_buffers):
+    average = None
+    for model in trajectory():
+        if average is None:
+            options = {"multi_avg_fn": swa_utils.get_ema_multi_avg_fn(0.9)} if kind == "ema" else {}
+            average = swa_utils.AveragedModel(model, use_buffers=use_buffers, **options).eval()
+        average.update_parameters(model)
+    assert max(norm_errors(average.module)) > 1e-2
+    x = torch.randn(3, 20)
+    for use in (lambda m: m(x), lambda m: m.state_dict(), convert.fold, lambda m: m.module[1].weight):
+        with pytest.warns(UserWarning, match=r"b has changed.*update_spectral_norms\(model\) after each change"):
+            use(copy.deepcopy(average))
+    for _ in range(5):
+        update_spectral_norms(average)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        average(x)
+    assert max(norm_errors(average.module)) < 1e-2
+
+
+def test_an_average_of_states_is_loaded_with_the_norms_of_its_own():
+    models = [copy.deepcopy(model) for model in trajectory()]
+    states = [models[9].state_dict(), models[-1].state_dict()]
+    average = {name: (states[0][name] + states[1][name]) / 2 for name in states[0]}
+    models[0].load_state_dict(average)
+    assert max(norm_errors(models[0])) < 1e-2
+    assert not torch.equal(models[0][0].scale, average["0.scale"])
+    for dtype in (torch.float32, torch.bfloat16):  # a state that is no average keeps its norms
+        state = {name: t.to(dtype) for name, t in states[1].items()}
+        models[0].load_state_dict(state)
+        kept = ("scale",) if dtype == torch.bfloat16 else ("b", "gain", "u", "v", "scale")
+        for name, value in models[0].state_dict().items():
+            assert torch.equal(value, state[name].float()) or not name.endswith(kept)
+
+
+@pytest.mark.parametrize("how", ["pruned", "parametrized"])
+def test_a_norm_from_before_b_was_pruned_or_parametrized_warns(how):
+    layer = trained(SummaryLinear(12, 5, polynomial="newton-schulz")).eval()
+    x = torch.randn(3, 12)
+    if how == "pruned":
+        prune.ln_structured(layer, "b", 4, n=2, dim=0)
+    else:
+        parametrizations.orthogonal(layer, "b")
+    with pytest.warns(UserWarning, match=r"b has changed since its spectral norm was computed"):
+        layer(x)
+    update_spectral_norms(layer)
+    assert norm_errors([layer])[0] < 1e-2
+    layer(x)

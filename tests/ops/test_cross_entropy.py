@@ -62,7 +62,7 @@ def loss_in(plan, target, weights=(1.0, 1.0, 1.0), ignore_index=-100, reduction=
         late = x.dtype == torch.float16 or reduction == "none"
         return ops.apply(
             ops.CrossEntropyFunction,
-            *(x, b, a, c, target, LossOptions(weights, ignore_index, reduction), plan),
+            *(x, b, a, c, None, None, target, LossOptions(weights, ignore_index, reduction), plan),
             (False,) * 4 if late else tuple(enabled),
         )[0]
 

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import interp_nn
 from interp_nn import functional
-from interp_nn.engines import orders
+from interp_nn.engines import devices, limits, orders
 from interp_nn.engines.eager_polynomial import Polynomial
 from interp_nn.engines.problem import POLYNOMIAL_ORDERS, Plan, Problem, plan_from_text, plan_to_text
 from interp_nn.ops import polynomial as ops
@@ -318,8 +318,9 @@ def test_fake_tensors_agree_with_real(plan):
     [
         ("eager:(Xb)G", (torch.ones(2), None), r"plan: got order \(Xb\)G, want one of \(Xb\)q saves, X\(bq\), "),
         ("eager:X(bq)", (), r"plan: got order X\(bq\), want one of \(Xb\)G, "),
-        ("triton:X(bq)", (torch.ones(2), None), r"coefficients: got triton and \(2,\), want the eager engine"),
-        ("eager:X(bq)", (torch.ones(1), None), r"coefficients: got eager and \(1,\), want .* \(2,\) to \(5,\)"),
+        ("triton:X(bq)", (torch.ones(2), None), r"plan: got order X\(bq\), want one of \(Xb\)q, \(Xb\)q saves"),
+        ("eager:(Xb)q", (torch.ones(2), None), r"plan: got order \(Xb\)q, want one of \(Xb\)q saves, X\(bq\), "),
+        ("eager:X(bq)", (torch.ones(1), None), r"coefficients: got shape \(1,\), want \(2,\) to \(5,\)"),
         ("eager:X(bG)", (None, torch.ones(())), "scale: got a tensor without coefficients"),
     ],
 )
@@ -398,8 +399,6 @@ def test_a_plan_shows_its_polynomial_order():
     assert "MFLOP in 10 products; cost of the others: X(bq)" in str(plan) and "saves P" in str(plan)
     assert interp_nn.plan(300, 768, 256, degree=0).order == "X(bq)"
     assert interp_nn.plan(300, 768, 256, degree=4, pair=True, classes=256).autograd
-    on_gpu = interp_nn.plan(65536, 512, 64, degree=2, dtype=torch.bfloat16, device="sm_90")
-    assert on_gpu.engine == "eager" and "not triton: its kernels compute polynomial=(0, 1)" in on_gpu.reason
     for plan in PLANS:
         assert plan_from_text(plan_to_text(plan)) == plan and plan_to_text(plan).isascii()
     for degree in (5, -1, True, "2"):
@@ -407,17 +406,46 @@ def test_a_plan_shows_its_polynomial_order():
             interp_nn.plan(3, 2, 2, degree=degree)
 
 
+def test_a_plan_for_a_gpu_has_the_kernels_where_they_compute_the_polynomial(monkeypatch):
+    def plan(k=64, degree=2, n=65536, **options):
+        return interp_nn.plan(n, 512, k, degree=degree, dtype=torch.bfloat16, device="sm_90", **options)
+
+    for options in ({}, {"pair": True}, {"pair": True, "classes": 64}):
+        found = plan(**options)
+        assert (found.engine, found.order, found.saves) == ("triton", "(Xb)q", bool(options)) and found.tiles
+    head = plan(classes=10)
+    assert (head.engine, head.order) == ("triton", "logits_from_x")
+    assert interp_nn.plan(65536, 512, 64, dtype=torch.bfloat16, device="sm_90", classes=10).seconds == head.seconds
+    for options, reason in (
+        ({"degree": 0}, "not triton: its kernels compute polynomials of degree 1 to 4: degree 0 has no Gram matrix"),
+        ({"k": 129, "pair": True, "classes": 129}, "not triton: its polynomials have at most 128 columns, not 129"),
+        ({"k": 129}, "cuBLAS is faster than a kernel of one launch for k > 128"),
+    ):
+        found = plan(**options)
+        assert found.engine == "eager" and reason in found.reason
+    problem = Problem(8, 4, 3, spec=devices.spec_for((9, 0)), device="sm_90", degree=2, need_scale=True)
+    assert limits.unsupported_reason("triton", problem) == "its kernels have no gradient of a polynomial's scale"
+    assert limits.unsupported_reason("triton", problem._replace(need_scale=False)) is None
+    monkeypatch.setattr(interp_nn.engines.select, "requested", lambda: "triton")
+    for pair in (False, True):
+        found = interp_nn.engines.select.choose(problem._replace(need_scale=False, pair=pair), any_rows=True)
+        assert found == Plan("triton", "(Xb)q", pair)
+
+
 @pytest.mark.parametrize("engine", ["triton", "cuda"])
 def test_an_engine_without_kernels_for_a_polynomial_names_it(engine, monkeypatch):
     monkeypatch.setattr(interp_nn.engines.select, "requested", lambda: engine)
     x, b, target = torch.randn(3, 2), torch.randn(2, 2), torch.zeros(3, dtype=torch.int64)
-    for call in (
-        lambda: functional.summary(x, b, polynomial=(1, 2)),
-        lambda: functional.summary(x, b, scale=0.5),
-        lambda: functional.summary_pair(x, b, polynomial=torch.tensor([0.0, 1.0])),
-        lambda: functional.summary_cross_entropy(x, b, target, polynomial=(1, 2)),
+    for call, reason in (
+        (lambda: functional.summary(x, b, polynomial=(2.0,)), "degree 0 has no Gram matrix"),
+        (lambda: functional.summary(x, torch.randn(2, 129), scale=0.5), "at most 128 columns, not 129"),
+        (
+            lambda: functional.summary_pair(x, b, scale=torch.ones((), requires_grad=True)),
+            "no gradient of a polynomial's",
+        ),
+        (lambda: functional.summary_cross_entropy(x, b, target, polynomial=(1.0,)), "degree 0 has no Gram matrix"),
     ):
-        with pytest.raises(RuntimeError, match=rf"the {engine} engine was asked for, but .* polynomial=\(0, 1\)"):
+        with pytest.raises(RuntimeError, match=f"the {engine} engine was asked for, but .*{reason}"):
             call()
 
 
@@ -530,3 +558,16 @@ def test_bad_polynomials_and_scales(function, options, error, message):
 def test_a_tensor_may_hold_nan():
     """Its values are read on its device alone."""
     assert functional.summary(X, B, polynomial=torch.tensor([1.0, math.nan])).isnan().all()
+
+
+@pytest.mark.parametrize("sizes", [(0, 4, 3), (5, 0, 3), (5, 4, 0), (0, 0, 0)], ids=str)
+@pytest.mark.parametrize("pair", [False, True])
+def test_gradients_of_nothing(sizes, pair):
+    n, d, k = sizes
+    x, b, c = leaves(torch.randn(2, n, d), torch.randn(d, k), torch.tensor([1.0, 0.5, 0.25]))
+    call = functional.summary_pair if pair else functional.summary
+    y = call(x, b, polynomial=c)
+    total = sum(t.square().sum() for t in y) if pair else y.square().sum()
+    first = torch.autograd.grad(total, (x, b, c), create_graph=True)
+    assert [g.shape for g in first] == [x.shape, b.shape, c.shape] and not any(g.count_nonzero() for g in first)
+    torch.autograd.grad(sum(g.square().sum() for g in first), (x, b), allow_unused=True)

@@ -9,6 +9,9 @@ P         (n, K)         projection X b
 G         (K, K)         Gram matrix bᵀb
 Y         (n, K)         summary P G
 W         (d, K)         effective weight b G
+Q         (K, K)         q(G) of a polynomial, in the place of G in Y and W; P = a X b and G = a² bᵀb then
+C_Q       (DEGREE + 1,)  coefficients of q, in fp32; DQ their gradient
+SCALE     ()             the scale a, in fp32; None for 1
 DX, ...                  D before a name: the gradient of the loss with respect to it
 D         (n, K)         gradient of the projection through both outputs, dP + dY G
 S         (d, K)         Xᵀ dY
@@ -20,6 +23,7 @@ BN, BD                   rows and features of a tile; BN_A and BD_A in a kernel'
 BC                       features of a tile in the phase that stores db
 EVEN_D                   every tile of features is full, so no mask is needed
 PRECISION                how products round fp32 operands: "tf32" or "tf32x3"
+DEGREE                   degree of q, 1 to 4; None for the summary
 ========  =============  ===============================================================================
 
 Operands keep the inputs' dtype. Products and sums accumulate in fp32. Row offsets are 64-bit. Padded rows and columns load as

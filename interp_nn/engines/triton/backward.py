@@ -1,5 +1,11 @@
 """Backward for up to 128 columns: of the pair, through D = dP + dY G, and of the summary alone, through S = Xᵀ dY.
 
+A polynomial has Q = q(G) in the place of G, the scale a, and in that of T + Tᵀ the derivative M of q at G along T + Tᵀ:
+
+    D = dP + dY Q, dX = a D bᵀ, db = a Xᵀ D + a² b M,   or   W = a b Q, db = a S Q + a² b M, T = a bᵀ S,   dc_i = <T, Gⁱ>
+
+M is never formed: each tile of db takes b M from its rows of b by Horner's rule (see `add_derivative`).
+
 Both kernels end in jobs of one feature tile and one split of the rows. A job reads its rows once, accumulates its part of a
 (d, K) gradient in registers, and stores its columns of dX. The losses use these jobs too.
 """
@@ -8,7 +14,17 @@ import triton
 import triton.language as tl
 
 from interp_nn.engines.triton.grid import add_parts, barrier, store_column_sums
-from interp_nn.engines.triton.tiles import load_b, load_rows, load_square, load_x, store_b, store_rows, store_x
+from interp_nn.engines.triton.tiles import (
+    load_a,
+    load_b,
+    load_rows,
+    load_square,
+    load_x,
+    scaled,
+    store_b,
+    store_rows,
+    store_x,
+)
 
 
 @triton.jit
@@ -88,6 +104,98 @@ def symmetrized(T, BK: tl.constexpr):
 
 
 @triton.jit
+def _times_symmetrized(
+    r, acc, T, U2, A, M: tl.constexpr, K: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr
+):
+    """Return acc + r (T + Tᵀ); of a head T is U2ᵀ A."""
+    if U2 is None:
+        acc = tl.dot(r, symmetrized(T, BK), acc, input_precision=PRECISION)
+    else:
+        rk, rm = tl.arange(0, BK), tl.arange(0, BM)
+        u2 = tl.load(U2 + rm[:, None] * BK + rk[None, :])
+        a = load_a(A, rm, rk, M, K).to(tl.float32)
+        acc = tl.dot(tl.dot(r, tl.trans(u2), input_precision=PRECISION), a, acc, input_precision=PRECISION)
+        acc = tl.dot(tl.dot(r, tl.trans(a), input_precision=PRECISION), u2, acc, input_precision=PRECISION)
+    return acc
+
+
+@triton.jit
+def add_derivative(
+    db,
+    B,
+    rd,
+    d,
+    T,
+    U2,
+    A,
+    G,
+    C_Q,
+    SCALE,
+    K: tl.constexpr,
+    M: tl.constexpr,
+    BK: tl.constexpr,
+    BM: tl.constexpr,
+    WIDTH: tl.constexpr,
+    B_T: tl.constexpr,
+    EVEN_D: tl.constexpr,
+    DEGREE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Return db + a b M for the features rd of b and the derivative M of q at G (WIDTH, WIDTH) along T + Tᵀ.
+
+    Horner's rule for q and its derivative, applied to rows of b: 3 DEGREE - 2 products of a tile with a BK x BK matrix, where
+    the summary has one. Each loads its matrix anew, 64 KiB of it for more than 64 columns: two of them in fp32 do not fit in
+    shared memory.
+    """
+    rk = tl.arange(0, BK)
+    b = load_b(B, rd, rk, d, K, B_T, EVEN_D).to(tl.float32)
+    r = b * tl.load(C_Q + DEGREE)
+    out = _times_symmetrized(r, tl.zeros(b.shape, tl.float32), T, U2, A, M, K, BM, BK, PRECISION)
+    for i in tl.range(DEGREE - 1, 0, -1, num_stages=1):
+        tl.debug_barrier()  # or the compiler would keep both matrices
+        g = load_square(G, rk, WIDTH).to(tl.float32)
+        out = tl.dot(out, g, input_precision=PRECISION)
+        r = tl.dot(r, g, input_precision=PRECISION) + b * tl.load(C_Q + i)
+        tl.debug_barrier()
+        out = _times_symmetrized(r, out, T, U2, A, M, K, BM, BK, PRECISION)
+    return db + scaled(out, SCALE)
+
+
+@triton.jit
+def store_dq(
+    DQ,
+    L,
+    A,
+    G,
+    scale,
+    M: tl.constexpr,
+    K: tl.constexpr,
+    ROWS: tl.constexpr,
+    BK: tl.constexpr,
+    WIDTH: tl.constexpr,
+    DEGREE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Store DQ_i = scale <L, A Gⁱ> by the last program, which has the least to do: <T, Gⁱ> for L = T and no A.
+
+    L is (ROWS, BK) in fp32; sixteen rows at a time take DEGREE products.
+    """
+    if tl.program_id(0) == tl.num_programs(0) - 1:
+        rk, ri = tl.arange(0, BK), tl.arange(0, 8)
+        g = load_square(G, rk, WIDTH).to(tl.float32)
+        total = tl.zeros((8,), tl.float32)
+        for first in range(0, ROWS, 16):
+            rm = first + tl.arange(0, 16)
+            left = tl.load(L + rm[:, None] * BK + rk[None, :])
+            v = tl.where(rm[:, None] == rk[None, :], 1.0, 0.0) if A is None else load_a(A, rm, rk, M, K).to(tl.float32)
+            for i in tl.static_range(DEGREE + 1):
+                if i > 0:
+                    v = tl.dot(v, g, input_precision=PRECISION)
+                total += tl.where(ri == i, tl.sum(tl.sum(left * v, axis=1), axis=0), 0.0)
+        tl.store(DQ + ri, total * scale, mask=ri <= DEGREE)
+
+
+@triton.jit
 def store_db_tile(
     DB,
     B,
@@ -126,11 +234,28 @@ def store_db(
     EVEN_D: tl.constexpr,
     PRECISION: tl.constexpr,
     BATCH: tl.constexpr = 4,
+    T=None,
+    U2=None,
+    A=None,
+    G=None,
+    C_Q=None,
+    SCALE=None,
+    M: tl.constexpr = 1,
+    BM: tl.constexpr = 16,
+    WIDTH: tl.constexpr = 1,
+    DEGREE: tl.constexpr = None,
 ):
-    """Store db = scale (the sum of PARTS (splits, d, BK) + b t), the last phase of most kernels."""
+    """Store db = scale (the sum of PARTS (splits, d, BK) + b t), the last phase of most kernels.
+
+    Of a polynomial t is None, and what follows BATCH are the arguments of `add_derivative`; nothing is added without T and U2.
+    """
     for tile in range(tl.program_id(0), tl.cdiv(d, BC), tl.num_programs(0)):
         rd = tile * BC + tl.arange(0, BC)
         db = add_splits(PARTS, rd, d, splits, BK, BC, BATCH)
+        if DEGREE is not None and (T is not None or U2 is not None):
+            db = add_derivative(
+                db, B, rd, d, T, U2, A, G, C_Q, SCALE, K, M, BK, BM, WIDTH, B_T, EVEN_D, DEGREE, PRECISION
+            )
         store_db_tile(DB, B, db, t, scale, rd, d, K, BK, B_T, EVEN_D, PRECISION)
 
 
@@ -156,11 +281,15 @@ def pair_backward(
     X,
     B,
     P,
-    G,
+    Q,
     DP,
     DY,
     DX,
     DB,
+    G,
+    C_Q,
+    SCALE,
+    DQ,
     D,
     WORK,
     COUNTER,
@@ -172,6 +301,7 @@ def pair_backward(
     EVEN_D: tl.constexpr,
     PRECISION: tl.constexpr,
     PHASES: tl.constexpr,
+    DEGREE: tl.constexpr,
     WIDTH: tl.constexpr,
     BK: tl.constexpr,
     BN_A: tl.constexpr,
@@ -180,7 +310,7 @@ def pair_backward(
     BC: tl.constexpr,
     BATCH: tl.constexpr,
 ):
-    """Store dX = D bᵀ and db = Xᵀ D + b (T + Tᵀ).
+    """Store dX = D bᵀ and db = Xᵀ D + b (T + Tᵀ), and of a polynomial DQ. Q is G itself for the summary, which has no G besides.
 
     Phases: 1 D and parts of T; 2 dX, parts of Xᵀ D, and T; 4 db. Without DY, D is dP itself and phase 1 is left out.
     Workspace D: (n, WIDTH), X's dtype.
@@ -190,7 +320,7 @@ def pair_backward(
     T_PARTS, T, _ = pair_backward_workspace(WORK, splits, d, programs, BK)
     if PHASES & 1:
         rn = tl.arange(0, BN_A)
-        g = load_square(G, rk, K)
+        g = load_square(Q, rk, K)
         t = tl.zeros((BK, BK), tl.float32)
         for tile in range(program, tl.cdiv(n, BN_A), programs):
             row = tl.cast(tile, tl.int64) * BN_A
@@ -208,7 +338,24 @@ def pair_backward(
         barrier(COUNTER)
     if PHASES & 2:
         backprop_projection(
-            X, B, D, DX, WORK, n, d, splits, 1.0, K, WIDTH, BK, BN, BD, B_T, EVEN_D, DB is not None, PRECISION
+            X,
+            B,
+            D,
+            DX,
+            WORK,
+            n,
+            d,
+            splits,
+            scaled(1.0, SCALE),
+            K,
+            WIDTH,
+            BK,
+            BN,
+            BD,
+            B_T,
+            EVEN_D,
+            DB is not None,
+            PRECISION,
         )
         if DB is not None and DY is not None:
             add_parts(T_PARTS, T, programs, BK * BK, BK * BK, 256, BATCH)
@@ -216,9 +363,16 @@ def pair_backward(
         barrier(COUNTER)
     if PHASES & 4:
         t = None
-        if DY is not None:
+        if DY is None:
+            T = None
+        elif DEGREE is None:
             t = symmetrized(T, BK)
-        store_db(DB, B, WORK, t, 1.0, d, splits, K, BK, BC, B_T, EVEN_D, PRECISION)
+        store_db(
+            DB, B, WORK, t, scaled(1.0, SCALE), d, splits, K, BK, BC, B_T, EVEN_D, PRECISION, 4,
+            T, None, None, G, C_Q, SCALE, 1, 16, K, DEGREE,
+        )  # fmt: skip
+        if DQ is not None:
+            store_dq(DQ, T, None, G, 1.0, 1, K, BK, BK, K, DEGREE, PRECISION)
 
 
 @triton.jit
@@ -228,7 +382,7 @@ def summary_backward_workspace(WORK, splits, d, parts, BK: tl.constexpr):
     ==========  ===============  ================================================================
     array       shape            content
     ==========  ===============  ================================================================
-    WORK        (splits, d, BK)  parts of S; then S G in the place of the first
+    WORK        (splits, d, BK)  parts of S; then S Q in the place of the first
     T_PARTS     (parts, BK, BK)  parts of T; `parts` is min(programs, feature tiles of BD * splits)
     BIAS_PARTS  (splits, BK)     parts of dbias
     T           (BK, BK)         T
@@ -244,11 +398,15 @@ def summary_backward_workspace(WORK, splits, d, parts, BK: tl.constexpr):
 def summary_backward(
     X,
     B,
-    G,
+    Q,
     DY,
     DX,
     DB,
     DBIAS,
+    G,
+    C_Q,
+    SCALE,
+    DQ,
     WORK,
     COUNTER,
     n,
@@ -259,6 +417,7 @@ def summary_backward(
     EVEN_D: tl.constexpr,
     PRECISION: tl.constexpr,
     PHASES: tl.constexpr,
+    DEGREE: tl.constexpr,
     BK: tl.constexpr,
     BN: tl.constexpr,
     BD: tl.constexpr,
@@ -266,6 +425,8 @@ def summary_backward(
     BATCH: tl.constexpr,
 ):
     """Store dX = dY Wᵀ, db = S G + b (T + Tᵀ), and dbias, the column sums of dY. The only (n, K) matrix is dY.
+
+    Of a polynomial also DQ. Q is G itself for the summary, which has no G besides.
 
     Phases: 1 dX, parts of S, T and dbias; 2 T and dbias; 4 db.
     """
@@ -281,7 +442,7 @@ def summary_backward(
             rd = (job % feature_tiles) * BD + tl.arange(0, BD)
             b = load_b(B, rd, rk, d, K, B_T, EVEN_D)
             if DX is not None:
-                w = tl.dot(b, load_square(G, rk, K), input_precision=PRECISION)
+                w = scaled(tl.dot(b, load_square(Q, rk, K), input_precision=PRECISION), SCALE)
                 w = tl.trans(w.to(X.dtype.element_ty))
             s = tl.zeros((BD, BK), tl.float32)
             columns = tl.zeros((BK,), tl.float32)
@@ -298,7 +459,7 @@ def summary_backward(
                         columns += tl.sum(dy.to(tl.float32), axis=0)
             if DB is not None:
                 tl.store(WORK + (split * d + rd[:, None]) * BK + rk[None, :], s, mask=rd[:, None] < d)
-                t = tl.dot(tl.trans(b.to(tl.float32)), s, input_precision=PRECISION)
+                t = scaled(tl.dot(tl.trans(b.to(tl.float32)), s, input_precision=PRECISION), SCALE)
                 add_to_part(T_PARTS + program * BK * BK, t, job == program, BK, BK)
             if DBIAS is not None:
                 if job % feature_tiles == 0:
@@ -314,12 +475,20 @@ def summary_backward(
     if (PHASES & 6) == 6:
         barrier(COUNTER)
     if PHASES & 4:
-        # S G first, in S's place, then b (T + Tᵀ): G and T in fp32 do not both fit in shared memory.
-        g = load_square(G, rk, K).to(tl.float32)
+        # S Q first, in S's place, then b (T + Tᵀ): Q and T in fp32 do not both fit in shared memory.
+        g = load_square(Q, rk, K).to(tl.float32)
         for tile in range(program, tl.cdiv(d, BC), programs):
             rd = tile * BC + tl.arange(0, BC)
             s = tl.dot(add_splits(WORK, rd, d, splits, BK, BC, 4), g, input_precision=PRECISION)
             tl.debug_barrier()
             tl.store(WORK + rd[:, None] * BK + rk[None, :], s, mask=rd[:, None] < d)
         tl.debug_barrier()
-        store_db(DB, B, WORK, symmetrized(T, BK), 1.0, d, 1, K, BK, BC, B_T, EVEN_D, PRECISION, 1)
+        t = None
+        if DEGREE is None:
+            t = symmetrized(T, BK)
+        store_db(
+            DB, B, WORK, t, scaled(1.0, SCALE), d, 1, K, BK, BC, B_T, EVEN_D, PRECISION, 1,
+            T, None, None, G, C_Q, SCALE, 1, 16, K, DEGREE,
+        )  # fmt: skip
+        if DQ is not None:
+            store_dq(DQ, T, None, G, 1.0, 1, K, BK, BK, K, DEGREE, PRECISION)

@@ -40,6 +40,7 @@ TILES = {
 # The kernel of a loss.
 LOSS_KERNELS: dict[Order, str] = {
     "(Xb)G": "pair_loss",
+    "(Xb)q": "pair_loss",
     "logits_from_latent": "latent_loss",
     "logits_from_x": "flat_loss",
 }

@@ -9,6 +9,8 @@ T       (K, K)  Pᵀ E2
 VALUE           the loss: a scalar, or (n,) for reduction "none"
 ======  ======  ========================================================
 
+A polynomial has Q = q(G) in the place of G, P = a X b, and the derivative of q at G for that of T + Tᵀ (see `backward`).
+
 Gradients are kept without the factor upstream / kept rows, which would make 16-bit ones underflow. They are multiplied with it
 in fp32 when they are stored. Reduction "none" has one upstream a row, which is applied at once.
 """
@@ -16,9 +18,9 @@ in fp32 when they are stored. Reduction "none" has one upstream a row, which is 
 import triton
 import triton.language as tl
 
-from interp_nn.engines.triton.backward import backprop_projection, store_db, symmetrized
+from interp_nn.engines.triton.backward import backprop_projection, store_db, store_dq, symmetrized
 from interp_nn.engines.triton.grid import add_parts, add_scalars, barrier, store_column_sums
-from interp_nn.engines.triton.tiles import gram, inside, load_rows, project, store_rows
+from interp_nn.engines.triton.tiles import evaluate, gram, inside, load_rows, project, scaled, store_rows, store_square
 
 
 @triton.jit
@@ -115,13 +117,15 @@ def pair_loss_workspace(WORK, splits, d, programs, BK: tl.constexpr):
     T        (BK, BK)            T
     LOSSES   (programs,)         parts of the loss
     COUNTS   (programs,)         parts of the number of kept rows
+    G        (BK, BK)            G of a polynomial
     =======  ==================  =========================================
     """
     T_PARTS = WORK + splits * d * BK
     T = T_PARTS + programs * BK * BK
     LOSSES = T + BK * BK
     COUNTS = LOSSES + programs
-    return T_PARTS, T, LOSSES, COUNTS, COUNTS + programs
+    G = COUNTS + programs
+    return T_PARTS, T, LOSSES, COUNTS, G, G + BK * BK
 
 
 @triton.jit(do_not_specialize=["n", "splits", "ignore_index"])
@@ -133,6 +137,9 @@ def pair_loss(
     VALUE,
     DX,
     DB,
+    C_Q,
+    SCALE,
+    DQ,
     D,
     P_SCRATCH,
     E_SCRATCH,
@@ -151,6 +158,7 @@ def pair_loss(
     PRECISION: tl.constexpr,
     PHASES: tl.constexpr,
     REDUCTION: tl.constexpr,
+    DEGREE: tl.constexpr,
     WIDTH: tl.constexpr,
     BK: tl.constexpr,
     BN_A: tl.constexpr,
@@ -160,7 +168,7 @@ def pair_loss(
     BC: tl.constexpr,
     BATCH: tl.constexpr,
 ):
-    """Store the loss, dX = D bᵀ and db = Xᵀ D + b (T + Tᵀ). The logits stay in registers.
+    """Store the loss, dX = D bᵀ and db = Xᵀ D + b (T + Tᵀ), and DQ of a polynomial. The logits stay in registers.
 
     Phases: 1 D, parts of T and of the loss; 2 dX, parts of Xᵀ D, T, and the loss; 4 db.
     Workspaces D, P_SCRATCH (P) and E_SCRATCH (E2): (n, WIDTH), X's dtype. With the last two, T is summed in a second pass over
@@ -169,16 +177,22 @@ def pair_loss(
     """
     program, programs = tl.program_id(0), tl.num_programs(0)
     rk = tl.arange(0, BK)
-    T_PARTS, T, LOSSES, COUNTS, _ = pair_loss_workspace(WORK, splits, d, programs, BK)
+    T_PARTS, T, LOSSES, COUNTS, G, _ = pair_loss_workspace(WORK, splits, d, programs, BK)
     if PHASES & 1:
         rn = tl.arange(0, BN_A)
-        g = gram(B, d, K, BK, BD_A, B_T, EVEN_D, PRECISION).to(X.dtype.element_ty)
+        g = gram(B, d, K, BK, BD_A, B_T, EVEN_D, PRECISION)
+        if DEGREE is not None:
+            g = scaled(scaled(g, SCALE), SCALE)
+            if program == 0:
+                store_square(G, g, rk, BK)
+            g = evaluate(g, C_Q, X.dtype.element_ty, BK, DEGREE, PRECISION)
+        g = g.to(X.dtype.element_ty)
         t = tl.zeros((BK, BK), tl.float32)
         total, count = 0.0, 0.0
         for tile in range(program, tl.cdiv(n, BN_A), programs):
             row = tl.cast(tile, tl.int64) * BN_A
             target, kept = load_targets(TARGET, row, rn, n, ignore_index, K)
-            p = project(X, B, row, n, d, K, BK, BN_A, BD_A, B_T, EVEN_D, PRECISION)
+            p = scaled(project(X, B, row, n, d, K, BK, BN_A, BD_A, B_T, EVEN_D, PRECISION), SCALE)
             p16 = p.to(X.dtype.element_ty)
             y = tl.dot(p16, g, input_precision=PRECISION)
             loss, e1, e2 = loss_terms(p, y, target, kept, UPSTREAM, row, rn, w1, w2, w3, K, BK, REDUCTION)
@@ -212,7 +226,24 @@ def pair_loss(
         if D is not None:
             scale = gradient_scale(COUNTS, UPSTREAM, programs, REDUCTION, BATCH)
             backprop_projection(
-                X, B, D, DX, WORK, n, d, splits, scale, K, WIDTH, BK, BN, BD, B_T, EVEN_D, DB is not None, PRECISION
+                X,
+                B,
+                D,
+                DX,
+                WORK,
+                n,
+                d,
+                splits,
+                scaled(scale, SCALE),
+                K,
+                WIDTH,
+                BK,
+                BN,
+                BD,
+                B_T,
+                EVEN_D,
+                DB is not None,
+                PRECISION,
             )
             if DB is not None:
                 add_parts(T_PARTS, T, programs, BK * BK, BK * BK, 256, BATCH)
@@ -221,7 +252,15 @@ def pair_loss(
         barrier(COUNTER)
     if PHASES & 4:
         scale = gradient_scale(COUNTS, UPSTREAM, programs, REDUCTION, BATCH)
-        store_db(DB, B, WORK, symmetrized(T, BK), scale, d, splits, K, BK, BC, B_T, EVEN_D, PRECISION)
+        t = None
+        if DEGREE is None:
+            t = symmetrized(T, BK)
+        store_db(
+            DB, B, WORK, t, scaled(scale, SCALE), d, splits, K, BK, BC, B_T, EVEN_D, PRECISION, 4,
+            T, None, None, G, C_Q, SCALE, 1, 16, BK, DEGREE,
+        )  # fmt: skip
+        if DQ is not None:
+            store_dq(DQ, T, None, G, scale, 1, K, BK, BK, BK, DEGREE, PRECISION)
 
 
 @triton.jit
@@ -234,12 +273,13 @@ def _scale_one(G, size, scale, BLOCK: tl.constexpr):
             tl.store(G + i, g.to(G.dtype.element_ty), mask=i < size)
 
 
-@triton.jit(do_not_specialize=["size0", "size1", "size2", "size3"])
-def scale_gradients(UPSTREAM, G0, G1, G2, G3, size0, size1, size2, size3, BLOCK: tl.constexpr):
-    """Multiply up to four gradients by UPSTREAM in place; an UPSTREAM of 1, the usual case, leaves memory untouched."""
+@triton.jit(do_not_specialize=["size0", "size1", "size2", "size3", "size4"])
+def scale_gradients(UPSTREAM, G0, G1, G2, G3, G4, size0, size1, size2, size3, size4, BLOCK: tl.constexpr):
+    """Multiply up to five gradients by UPSTREAM in place; an UPSTREAM of 1, the usual case, leaves memory untouched."""
     scale = tl.load(UPSTREAM).to(tl.float32)
     if scale != 1.0:
         _scale_one(G0, size0, scale, BLOCK)
         _scale_one(G1, size1, scale, BLOCK)
         _scale_one(G2, size2, scale, BLOCK)
         _scale_one(G3, size3, scale, BLOCK)
+        _scale_one(G4, size4, scale, BLOCK)

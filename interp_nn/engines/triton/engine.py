@@ -1,11 +1,11 @@
 """The Triton engine: `forward`, `backward` and `loss` in one launch each, by the kernels beside this file.
 
 Plans: up to 128 columns a summary is "(Xb)G" (saves G) and a pair also saves P. Beyond, a pair is "(Xb)G" with P, and a
-    summary the
-same for n <= d, else "X(bG)" (saves G and W). Losses need at most 128 columns and classes. Products take operands in the inputs'
-dtype and accumulate in fp32. fp32 operands are rounded to tf32 where PyTorch's own switch for matrix products allows it.
-Otherwise, and in the widest heads, they are split in two such parts ("tf32x3"). Rounded are: P, G and W as operands and as
-results, D = dP + dY G and the logits' gradients as operands, results.
+summary the same for n <= d, else "X(bG)" (saves G and W). A polynomial is "(Xb)q" (saves G and q(G), and P for a pair), up to
+128 columns. Losses need at most 128 columns and classes. Products take operands in the inputs' dtype and accumulate in fp32; the
+products of a polynomial's derivative take them in fp32. fp32 operands are rounded to tf32 where PyTorch's own switch for matrix
+products allows it. Otherwise, and in the widest heads, they are split in two such parts ("tf32x3"). Rounded are: P, G and W as
+operands and as results, D = dP + dY G and the logits' gradients as operands, results.
 
 Workspaces come from PyTorch's allocator. Kernels with phases wait at a barrier counter of their own (see `barrier.counter`). They
 are launched cooperatively: a grid that does not fit fails instead of waiting for ever.
@@ -23,6 +23,7 @@ from torch import Tensor
 from interp_nn.engines import eager
 from interp_nn.engines.barrier import counter, workspace
 from interp_nn.engines.devices import DeviceSpec, spec_of
+from interp_nn.engines.eager_polynomial import Polynomial
 from interp_nn.engines.limits import MOST_COLUMNS, output_layer_fits, padded, single_tf32_fits
 from interp_nn.engines.problem import Config, LossOptions, Order, Plan
 from interp_nn.engines.triton import backward as backward_kernels
@@ -98,6 +99,13 @@ def _common(
     return config, {"BK": padded(k), **configs.tiles_of(kernel, config)}
 
 
+def _numbers(q: Polynomial | None) -> tuple[Tensor | None, Tensor | None]:
+    """Return the coefficients and the scale as kernels read them, on the device."""
+    if q is None:
+        return None, None
+    return q.coefficients.float().contiguous(), None if q.scale is None else q.scale.float()
+
+
 def _even(d: int, tiles: dict[str, int]) -> bool:
     """Return True if every tile of features is full."""
     return all(d % tiles[name] == 0 for name in ("BD_A", "BD", "BC") if name in tiles)
@@ -114,10 +122,11 @@ def _programs(spec: DeviceSpec, config: Config, *jobs: int) -> int:
 
 @configs.remembered
 def _stream_launch(
-    tuned: Tuned, spec: DeviceSpec, dtype: torch.dtype, n: int, d: int, k: int, transposed: bool, precision: str
-) -> Launch:
+    tuned: Tuned, spec: DeviceSpec, dtype: torch.dtype, n: int, d: int, k: int, transposed: bool, precision: str,
+    degree: int | None,
+) -> Launch:  # fmt: skip
     config, tiles = _common(tuned, dtype, n, d, k, "stream", spec)
-    constants = {"K": k, "B_T": transposed, "EVEN_D": _even(d, tiles), "PRECISION": precision}
+    constants = {"K": k, "B_T": transposed, "EVEN_D": _even(d, tiles), "PRECISION": precision, "DEGREE": degree}
     programs = _programs(spec, config, _cdiv(n, tiles["BN"]))
     return Launch(forward_kernels.stream, programs, 1, constants | tiles | _options(config, False))
 
@@ -145,23 +154,34 @@ def _phased_launch(
     return Launch(kernel, programs, 1, constants | tiles | _options(config, True))
 
 
+def _of_zeros(plan: Plan, q: Polynomial | None) -> Plan:
+    """Return the plan of the summary, which computes a polynomial of empty tensors too: P is zero, whatever q is."""
+    return plan if q is None or plan.order != "(Xb)q" else plan._replace(order="(Xb)G")
+
+
+def _zeros(q: Polynomial) -> Tensor:
+    return torch.zeros(q.degree + 1, dtype=torch.float32, device=q.coefficients.device)
+
+
 def forward(
-    x: Tensor, b: Tensor, bias: Tensor | None, plan: Plan, pair: bool
+    x: Tensor, b: Tensor, bias: Tensor | None, plan: Plan, pair: bool, q: Polynomial | None = None
 ) -> tuple[Tensor | None, Tensor, list[Tensor]]:
     """Compute `Engine.forward`."""
     (n, d), k = x.shape, b.shape[1]
     if n * d * k == 0:
-        return eager.forward(x, b, bias, plan, pair)
+        p, y, saved = eager.forward(x, b, bias, _of_zeros(plan, q), pair)
+        return p, y, saved if q is None else [*saved, saved[-1]]
     device, spec, precision = x.device, _spec(x.device), _precision(x.dtype)
     x, (b, transposed) = x.contiguous(), _matrix(b)
     bias = None if bias is None else bias.contiguous()
     y, g = workspace((n, k), x.dtype, x.device), workspace((k, k), x.dtype, x.device)
     if k <= MOST_COLUMNS:
         p = workspace((n, k), x.dtype, x.device) if plan.saves else None
-        launch(
-            _stream_launch(plan.tiles, spec, x.dtype, n, d, k, transposed, precision), device, x, b, bias, p, y, g, n, d
-        )
-        return p, y, [g] if p is None else [p, g]
+        qg = None if q is None else workspace((k, k), x.dtype, x.device)
+        degree = None if q is None else q.degree
+        made = _stream_launch(plan.tiles, spec, x.dtype, n, d, k, transposed, precision, degree)
+        launch(made, device, x, b, bias, p, y, g, qg, *_numbers(q), n, d)
+        return p, y, [t for t in (p, g, qg) if t is not None]
     p = workspace((n, k), x.dtype, x.device) if plan.saves or pair else None
     w = workspace((d, k), x.dtype, x.device) if plan.order == "X(bG)" else None
     phases = 7 if plan.order == "X(bG)" else 3
@@ -183,25 +203,33 @@ def backward(
     need_x: bool,
     need_b: bool,
     need_bias: bool = False,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    need_c: bool = False,
+    q: Polynomial | None = None,
+) -> tuple[Tensor | None, ...]:
     """Compute `Engine.backward`."""
     (n, d), k = x.shape, b.shape[1]
-    if n * d * k == 0 or not (need_x or need_b):
-        return eager.backward(dp, dy, x, b, saved, plan, need_x, need_b, need_bias)
+    if n * d * k == 0 or not (need_x or need_b or need_c):
+        grads = eager.backward(
+            dp, dy, x, b, saved if q is None else saved[:-1], _of_zeros(plan, q), need_x, need_b, need_bias
+        )
+        return grads if q is None else (*grads, _zeros(q) if need_c else None)
     x, (b, transposed) = x.contiguous(), _matrix(b)
     dp, dy = (None if g is None else g.contiguous() for g in (dp, dy))
     dx = workspace((n, d), x.dtype, x.device) if need_x else None
-    db = _like(b, transposed) if need_b else None
+    db = _like(b, transposed) if need_b or need_c else None  # the phase of db forms dc too
     dbias = workspace((k,), b.dtype, b.device) if need_bias else None
+    dc = workspace((q.degree + 1,), torch.float32, x.device) if q is not None and need_c else None
     if k > MOST_COLUMNS:
         _phased_backward(dp, dy, x, b, saved, plan, dx, db, dbias)
     elif not plan.saves:
         assert dy is not None
-        _summary_backward(dy, x, b, saved[0], plan.tiles, transposed, dx, db, dbias)
+        _summary_backward(dy, x, b, saved, plan.tiles, transposed, dx, db, dbias, q, dc)
     else:
         assert dbias is None
-        _pair_backward(dp, dy, x, b, saved, plan.tiles, transposed, dx, db)
-    return dx, db, dbias
+        _pair_backward(dp, dy, x, b, saved, plan.tiles, transposed, dx, db, q, dc)
+    if q is None:
+        return dx, db, dbias
+    return dx, db if need_b else None, dbias, dc
 
 
 @configs.remembered
@@ -215,6 +243,7 @@ def _summary_backward_launch(
     transposed: bool,
     precision: str,
     phases: int,
+    degree: int | None,
 ) -> tuple[Launch, int]:
     config, tiles = _common(tuned, dtype, n, d, k, "summary_backward", spec)
     bk, tiles_of_d, splits = tiles["BK"], _cdiv(d, tiles["BD"]), _splits(spec, config, n, d, tiles["BD"])
@@ -225,6 +254,7 @@ def _summary_backward_launch(
         "EVEN_D": _even(d, tiles),
         "PRECISION": precision,
         "PHASES": phases,
+        "DEGREE": degree,
         "BATCH": 32,
     }
     parts = min(programs, tiles_of_d * splits)
@@ -232,17 +262,26 @@ def _summary_backward_launch(
     return Launch(backward_kernels.summary_backward, programs, splits, constants | tiles | _options(config, True)), work
 
 
+def _squares(saved: Sequence[Tensor], q: Polynomial | None) -> tuple[Tensor | None, Tensor]:
+    """Return (G or None, q(G)) of the saved tensors, contiguous; (None, G) of the summary."""
+    *_, gram, last = (None, *(t.contiguous() for t in saved))
+    assert last is not None
+    return None if q is None else gram, last
+
+
 def _summary_backward(
-    dy: Tensor, x: Tensor, b: Tensor, g: Tensor, tuned: Tuned, transposed: bool,
-    dx: Tensor | None, db: Tensor | None, dbias: Tensor | None,
+    dy: Tensor, x: Tensor, b: Tensor, saved: Sequence[Tensor], tuned: Tuned, transposed: bool,
+    dx: Tensor | None, db: Tensor | None, dbias: Tensor | None, q: Polynomial | None, dc: Tensor | None,
 ) -> None:  # fmt: skip
     (n, d), k, device = x.shape, b.shape[1], x.device
     phases = 7 if db is not None else 3 if dbias is not None else 1
     made, size = _summary_backward_launch(
-        tuned, _spec(device), x.dtype, n, d, k, transposed, _precision(x.dtype), phases
+        tuned, _spec(device), x.dtype, n, d, k, transposed, _precision(x.dtype), phases, None if q is None else q.degree
     )  # fmt: skip
+    g, qg = _squares(saved, q)
     work = workspace((size,), torch.float32, device)
-    launch(made, device, x, b, g, dy, dx, db, dbias, work, counter(device), n, d, made.splits)
+    given = x, b, qg, dy, dx, db, dbias, g, *_numbers(q), dc
+    launch(made, device, *given, work, counter(device), n, d, made.splits)
 
 
 @configs.remembered
@@ -256,6 +295,7 @@ def _pair_backward_launch(
     transposed: bool,
     precision: str,
     phases: int,
+    degree: int | None,
 ) -> tuple[Launch, int]:
     config, tiles = _common(tuned, dtype, n, d, k, "pair_backward", spec)
     bk, tiles_of_d, splits = tiles["BK"], _cdiv(d, tiles["BD"]), _splits(spec, config, n, d, tiles["BD"])
@@ -267,7 +307,7 @@ def _pair_backward_launch(
     programs = _programs(spec, config, *jobs)
     constants = {
         "K": k, "B_T": transposed, "EVEN_D": _even(d, tiles), "PRECISION": precision, "PHASES": phases,
-        "WIDTH": _width(k) if phases & 1 else k, "BATCH": 32,
+        "DEGREE": degree, "WIDTH": _width(k) if phases & 1 else k, "BATCH": 32,
     }  # fmt: skip
     work = backward_kernels.pair_backward_workspace.fn(0, splits, d, programs, bk)[-1]
     return Launch(backward_kernels.pair_backward, programs, splits, constants | tiles | _options(config, True)), work
@@ -281,15 +321,21 @@ def _width(k: int) -> int:
 def _pair_backward(
     dp: Tensor | None, dy: Tensor | None, x: Tensor, b: Tensor, saved: Sequence[Tensor], tuned: Tuned,
     transposed: bool,
-    dx: Tensor | None, db: Tensor | None,
+    dx: Tensor | None, db: Tensor | None, q: Polynomial | None, dc: Tensor | None,
 ) -> None:  # fmt: skip
     (n, d), k, device = x.shape, b.shape[1], x.device
-    p, g = (t.contiguous() for t in saved)
+    p, (g, qg) = saved[0].contiguous(), _squares(saved, q)
     phases = (2 if dy is None else 3) | (0 if db is None else 4)
-    made, size = _pair_backward_launch(tuned, _spec(device), x.dtype, n, d, k, transposed, _precision(x.dtype), phases)
+    degree = None if q is None else q.degree
+    made, size = _pair_backward_launch(
+        tuned, _spec(device), x.dtype, n, d, k, transposed, _precision(x.dtype), phases, degree
+    )
     rows = dp if dy is None else workspace((n, _width(k)), x.dtype, device)
     work = workspace((size,), torch.float32, device)
-    launch(made, device, x, b, p, g, dp, dy, dx, db, rows, work, counter(device), n, d, made.splits)
+    if dy is None and dc is not None:
+        dc.zero_()
+    given = x, b, p, qg, dp, dy, dx, db, g, *_numbers(q), None if dy is None else dc
+    launch(made, device, *given, rows, work, counter(device), n, d, made.splits)
 
 
 def _phased_backward(
@@ -318,7 +364,7 @@ def _phased_backward(
 @configs.remembered
 def _loss_launch(
     tuned: Tuned, spec: DeviceSpec, dtype: torch.dtype, n: int, d: int, k: int, m: int | None, order: Order, transposed: bool,
-    precision: str, reduction: str, gradients: bool, parameters: bool,
+    precision: str, reduction: str, gradients: bool, parameters: bool, degree: int | None,
 ) -> tuple[Launch, int]:  # fmt: skip
     """Return (launch, numbers in its fp32 workspace) of the loss of a pair (m None) or of a head."""
     name = configs.LOSS_KERNELS[order]
@@ -337,6 +383,7 @@ def _loss_launch(
     last = gradients or reduction != "none"
     constants = {
         "K": k, "B_T": transposed, "EVEN_D": _even(d, tiles), "PRECISION": precision, "REDUCTION": reduction, "BATCH": 32,
+        "DEGREE": degree,
     }  # fmt: skip
     if m is not None:
         constants |= {"M": m, "BM": bm}
@@ -367,27 +414,32 @@ def loss(
     plan: Plan,
     upstream: Tensor | None = None,
     needs: Sequence[bool] | None = None,
+    q: Polynomial | None = None,
 ) -> tuple[Tensor, list[Tensor]]:
     """Compute `Engine.loss`. On a GPU a target out of range stops the kernel, as it stops PyTorch's own losses."""
     (n, d), k = x.shape, b.shape[1]
     if n * d * k == 0:
-        return eager.loss(x, b, a, c, target, options, plan, upstream, needs)
+        wanted = None if needs is None else needs[:4]
+        value, grads = eager.loss(x, b, a, c, target, options, _of_zeros(plan, q), upstream, wanted)
+        return value, grads if q is None or needs is None or not needs[4] else [*grads, _zeros(q)]
     device, spec = x.device, _spec(x.device)
     m = None if a is None else a.shape[0]
     if device.type == "cpu":
         eager.check_target(target, m or k, options.ignore_index)
-    need_x, need_b, need_a, need_c = needs or (False,) * 4
+    need_x, need_b, need_a, need_c, need_q = (*(needs or ()), *(False,) * 5)[:5]
     x, (b, transposed), target = x.contiguous(), _matrix(b), target.contiguous()
     if upstream is not None:
         upstream = upstream.contiguous()
-    parameters = need_b or need_a
+    parameters = need_b or need_a or need_q
     made, size = _loss_launch(
         plan.tiles, spec, x.dtype, n, d, k, m, plan.order, transposed, _precision(x.dtype), options.reduction,
-        need_x or parameters or need_c, parameters,
+        need_x or parameters or need_c, parameters, None if q is None else q.degree,
     )  # fmt: skip
     value = workspace((n,) if options.reduction == "none" else (), torch.float32, device)
     dx = workspace((n, d), x.dtype, x.device) if need_x else None
-    db = _like(b, transposed) if need_b else None
+    db = _like(b, transposed) if need_b or need_q else None  # the phase of db forms dq too
+    dq = workspace((q.degree + 1,), torch.float32, device) if q is not None and need_q else None
+    numbers = (*_numbers(q), dq)
     work = workspace((size,), torch.float32, device)
     tail = (work, counter(device), n, d, made.splits, options.ignore_index, *options.weights)
 
@@ -395,11 +447,11 @@ def loss(
         return workspace((n, width), x.dtype, device) if wanted else None
 
     width, scratch = _width(k), made.scratch and parameters
-    through_d = need_x or need_b
+    through_d = need_x or db is not None
     if a is None or m is None:
         spaces = rows(width, through_d), rows(width, scratch), rows(width, scratch)
-        launch(made, device, x, b, target, upstream, value, dx, db, *spaces, *tail)
-        return value, [g for g in (dx, db) if g is not None]
+        launch(made, device, x, b, target, upstream, value, dx, db, *numbers, *spaces, *tail)
+        return value, [g for g in (dx, db if need_b else None, dq) if g is not None]
     a, c = a.contiguous(), None if c is None else c.contiguous()
     da = workspace((m, k), a.dtype, device) if need_a else None
     dc = workspace((m,), a.dtype, device) if need_c else None
@@ -409,8 +461,8 @@ def loss(
         own = workspace((2, d, padded(m)), x.dtype, device), rows(both, need_x or parameters)
     else:
         own = rows(width, through_d), rows(width, scratch), rows(both, scratch)
-    launch(made, device, x, b, a, c, target, upstream, value, dx, db, da, dc, *own, *tail)
-    return value, [g for g in (dx, db, da, dc) if g is not None]
+    launch(made, device, x, b, a, c, target, upstream, value, dx, db, da, dc, *numbers, *own, *tail)
+    return value, [g for g in (dx, db if need_b else None, da, dc, dq) if g is not None]
 
 
 _SCALE_BLOCK = 4096
@@ -426,6 +478,6 @@ def scale(grads: Sequence[Tensor], upstream: Tensor) -> list[Tensor]:
     programs = max(1, min(4 * _spec(device).multiprocessors, _cdiv(max(sizes), _SCALE_BLOCK)))
     options = {"BLOCK": _SCALE_BLOCK, "num_warps": 8, "enable_fp_fusion": True}
     plan = Launch(cross_entropy.scale_gradients, programs, 1, options)
-    rest = 4 - len(sizes)
+    rest = 5 - len(sizes)
     launch(plan, device, upstream, *grads, *(None,) * rest, *sizes, *(0,) * rest)
     return list(grads)

@@ -1,9 +1,17 @@
-"""The forward for up to 128 columns: Y = (X b) G + bias, and optionally P and G."""
+"""The forward for up to 128 columns: Y = (X b) G + bias or Y = a (X b) q(G) + bias, and optionally P, G and q(G)."""
 
 import triton
 import triton.language as tl
 
-from interp_nn.engines.triton.tiles import gram, project, project_and_gram, store_rows, store_square
+from interp_nn.engines.triton.tiles import (
+    evaluate,
+    gram,
+    project,
+    project_and_gram,
+    scaled,
+    store_rows,
+    store_square,
+)
 
 
 @triton.jit
@@ -18,6 +26,29 @@ def _store_tile(P, Y, BIAS, p, g, row, n, K: tl.constexpr, BK: tl.constexpr, BN:
     store_rows(Y, y, row, rn, rk, n, K)
 
 
+@triton.jit
+def _gram_to_q(
+    G,
+    Q,
+    g,
+    C_Q,
+    SCALE,
+    DTYPE: tl.constexpr,
+    K: tl.constexpr,
+    BK: tl.constexpr,
+    DEGREE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Return q(a² g) in DTYPE of g = bᵀb. The first program stores G = a² g and q(G)."""
+    rk = tl.arange(0, BK)
+    g = scaled(scaled(g, SCALE), SCALE)
+    q = evaluate(g, C_Q, DTYPE, BK, DEGREE, PRECISION).to(DTYPE)
+    if tl.program_id(0) == 0:
+        store_square(G, g, rk, K)
+        store_square(Q, q, rk, K)
+    return q
+
+
 @triton.jit(do_not_specialize=["n"])
 def stream(
     X,
@@ -26,35 +57,44 @@ def stream(
     P,
     Y,
     G,
+    Q,
+    C_Q,
+    SCALE,
     n,
     d,
     K: tl.constexpr,
     B_T: tl.constexpr,
     EVEN_D: tl.constexpr,
     PRECISION: tl.constexpr,
+    DEGREE: tl.constexpr,
     BK: tl.constexpr,
     BN: tl.constexpr,
     BD: tl.constexpr,
 ):
-    """Store Y, and P and G in X's dtype; BIAS (K,), P and G may be None.
+    """Store Y, and P and G in X's dtype; BIAS (K,), P and G may be None. Of a polynomial store Q = q(G) too.
 
     Each program takes row tiles in turn. At its first it also forms G from the same tiles of b: recomputing G in every program
-    costs about as much as a grid barrier.
+    costs about as much as a grid barrier. q(G) adds DEGREE - 1 products of BK x BK matrices to that.
     """
     program, programs = tl.program_id(0), tl.num_programs(0)
     row = tl.cast(program, tl.int64) * BN
-    if PRECISION == "tf32x3":  # two parts of each operand leave no registers for two products
+    # Two parts of each operand leave no registers for two products, nor do the powers of G.
+    if PRECISION == "tf32x3" or (DEGREE is not None and DEGREE > 1):
         g = gram(B, d, K, BK, BD, B_T, EVEN_D, PRECISION)
+        if DEGREE is not None and DEGREE > 1:
+            g = _gram_to_q(G, Q, g, C_Q, SCALE, X.dtype.element_ty, K, BK, DEGREE, PRECISION)
         p = project(X, B, row, n, d, K, BK, BN, BD, B_T, EVEN_D, PRECISION)
     else:
         p, g = project_and_gram(X, B, row, n, d, K, BK, BN, BD, B_T, EVEN_D, PRECISION)
+    if DEGREE == 1:
+        g = _gram_to_q(G, Q, g, C_Q, SCALE, X.dtype.element_ty, K, BK, DEGREE, PRECISION)
     g = g.to(X.dtype.element_ty)
-    if G is not None:
+    if DEGREE is None and G is not None:
         if program == 0:
             rk = tl.arange(0, BK)
             store_square(G, g, rk, K)
-    _store_tile(P, Y, BIAS, p, g, row, n, K, BK, BN, PRECISION)
+    _store_tile(P, Y, BIAS, scaled(p, SCALE), g, row, n, K, BK, BN, PRECISION)
     for tile in range(program + programs, tl.cdiv(n, BN), programs):
         row = tl.cast(tile, tl.int64) * BN
         p = project(X, B, row, n, d, K, BK, BN, BD, B_T, EVEN_D, PRECISION)
-        _store_tile(P, Y, BIAS, p, g, row, n, K, BK, BN, PRECISION)
+        _store_tile(P, Y, BIAS, scaled(p, SCALE), g, row, n, K, BK, BN, PRECISION)

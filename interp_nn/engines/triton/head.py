@@ -19,31 +19,38 @@ Flat form, for few classes: with W1 = b Aᵀ, W2 = b Hᵀ (d, M) and V1 = Xᵀ E
     O1 = X W1 + c,   O2 = X W2 + c,   dX = E1 W1ᵀ + E2 W2ᵀ,   U1 = V1ᵀ b,   U2 = V2ᵀ b,   Xᵀ D = V1 A + V2 H,
 
 so no (n, K) matrix exists.
+
+A polynomial has H = A q(G), by Horner's rule on the rows of A, and dA = U1 + U2 q(G) in the same way; P = a X b, W = a b Aᵀ and
+U = a Vᵀ b have the scale a. T + Tᵀ becomes the derivative of q at G along it (see `backward`).
 """
 
 import triton
 import triton.language as tl
 
-from interp_nn.engines.triton.backward import add_splits, add_to_part, backprop_projection, store_db, store_db_tile
+from interp_nn.engines.triton.backward import (
+    add_derivative,
+    add_splits,
+    add_to_part,
+    backprop_projection,
+    store_db,
+    store_db_tile,
+    store_dq,
+)
 from interp_nn.engines.triton.cross_entropy import gradient_scale, load_targets, loss_terms, store_value_and_dc
 from interp_nn.engines.triton.grid import add_parts, barrier
 from interp_nn.engines.triton.tiles import (
     gram,
     inside,
+    load_a,
     load_b,
     load_rows,
     load_x,
     project,
+    rows_times_q,
+    scaled,
     store_rows,
     store_x,
 )
-
-
-@triton.jit
-def _load_a(A, rm, rk, M: tl.constexpr, K: tl.constexpr):
-    """Load A[rm, rk], zeros outside."""
-    mask = (rm[:, None] < M) & (rk[None, :] < K)
-    return tl.load(A + rm[:, None] * K + rk[None, :], mask=mask, other=0.0)
 
 
 @triton.jit
@@ -64,8 +71,28 @@ def _symmetrized(U, a, BK: tl.constexpr, BM: tl.constexpr, PRECISION: tl.constex
 
 
 @triton.jit
+def _form_h(a, g, C_Q, DTYPE: tl.constexpr, DEGREE: tl.constexpr, PRECISION: tl.constexpr):
+    """Return H = A G, or A q(G), in fp32; operands in DTYPE."""
+    if DEGREE is None:
+        h = tl.dot(a, g.to(DTYPE), input_precision=PRECISION)
+    else:
+        h = rows_times_q(a.to(tl.float32), g.to(DTYPE), C_Q, DEGREE, PRECISION)
+    return h
+
+
+@triton.jit
 def _store_da(
-    DA, U, G, scale, M: tl.constexpr, K: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr
+    DA,
+    U,
+    G,
+    C_Q,
+    scale,
+    M: tl.constexpr,
+    K: tl.constexpr,
+    BM: tl.constexpr,
+    BK: tl.constexpr,
+    DEGREE: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     """Store dA = scale (U1 + U2 G): sixteen classes a program, the last programs first, because they have less to do."""
     program, programs = tl.program_id(0), tl.num_programs(0)
@@ -74,7 +101,10 @@ def _store_da(
     for block in range(programs - 1 - program, BM // 16, programs):
         rm = block * 16 + tl.arange(0, 16)
         at = U + rm[:, None] * BK + rk[None, :]
-        da = tl.dot(tl.load(at + BM * BK), g, tl.load(at), input_precision=PRECISION) * scale
+        if DEGREE is None:
+            da = tl.dot(tl.load(at + BM * BK), g, tl.load(at), input_precision=PRECISION) * scale
+        else:
+            da = (tl.load(at) + rows_times_q(tl.load(at + BM * BK), g, C_Q, DEGREE, PRECISION)) * scale
         mask = (rm[:, None] < M) & (rk[None, :] < K)
         tl.store(DA + rm[:, None] * K + rk[None, :], da.to(DA.dtype.element_ty), mask=mask)
 
@@ -117,6 +147,9 @@ def latent_loss(
     DB,
     DA,
     DC,
+    C_Q,
+    SCALE,
+    DQ,
     D,
     P_SCRATCH,
     E_SCRATCH,
@@ -136,6 +169,7 @@ def latent_loss(
     PRECISION: tl.constexpr,
     PHASES: tl.constexpr,
     REDUCTION: tl.constexpr,
+    DEGREE: tl.constexpr,
     WIDTH: tl.constexpr,
     RELOAD_OPERANDS: tl.constexpr,
     BK: tl.constexpr,
@@ -159,12 +193,12 @@ def latent_loss(
     U_PARTS, U, G, C_PARTS, LOSSES, COUNTS, _ = latent_loss_workspace(WORK, splits, d, programs, BK, BM)
     if PHASES & 1:
         rn = tl.arange(0, BN_A)
-        g = gram(B, d, K, BK, BD_A, B_T, EVEN_D, PRECISION)
-        if DA is not None:
+        g = scaled(scaled(gram(B, d, K, BK, BD_A, B_T, EVEN_D, PRECISION), SCALE), SCALE)
+        if (DA is not None) or (DEGREE is not None):
             if program == 0:
                 tl.store(G + rk[:, None] * BK + rk[None, :], g)
-        a = _load_a(A, rm, rk, M, K)
-        h = tl.dot(a, g.to(a.dtype), input_precision=PRECISION).to(a.dtype)
+        a = load_a(A, rm, rk, M, K)
+        h = _form_h(a, g, C_Q, a.dtype, DEGREE, PRECISION).to(a.dtype)
         c = _load_c(C, rm, M, BM)
         u1, u2 = tl.zeros((BM, BK), tl.float32), tl.zeros((BM, BK), tl.float32)
         dc = tl.zeros((BM,), tl.float32)
@@ -172,7 +206,7 @@ def latent_loss(
         for tile in range(program, tl.cdiv(n, BN_A), programs):
             row = tl.cast(tile, tl.int64) * BN_A
             target, kept = load_targets(TARGET, row, rn, n, ignore_index, M)
-            p = project(X, B, row, n, d, K, BK, BN_A, BD_A, B_T, EVEN_D, PRECISION).to(a.dtype)
+            p = scaled(project(X, B, row, n, d, K, BK, BN_A, BD_A, B_T, EVEN_D, PRECISION), SCALE).to(a.dtype)
             if RELOAD_OPERANDS:  # the compiler keeps in shared memory only what it sees to be the same for every tile
                 a, h = tl.where(tile >= 0, a, 0.0), tl.where(tile >= 0, h, 0.0)
             o1 = tl.dot(p, tl.trans(a), input_precision=PRECISION) + c[None, :]
@@ -219,7 +253,24 @@ def latent_loss(
         scale = gradient_scale(COUNTS, UPSTREAM, programs, REDUCTION, BATCH)
         if D is not None:
             backprop_projection(
-                X, B, D, DX, WORK, n, d, splits, scale, K, WIDTH, BK, BN, BD, B_T, EVEN_D, DB is not None, PRECISION
+                X,
+                B,
+                D,
+                DX,
+                WORK,
+                n,
+                d,
+                splits,
+                scaled(scale, SCALE),
+                K,
+                WIDTH,
+                BK,
+                BN,
+                BD,
+                B_T,
+                EVEN_D,
+                DB is not None,
+                PRECISION,
             )
         if (DB is not None) or (DA is not None):
             add_parts(U_PARTS, U, programs, 2 * BM * BK, 2 * BM * BK, 256, BATCH)
@@ -229,10 +280,17 @@ def latent_loss(
     if PHASES & 4:
         scale = gradient_scale(COUNTS, UPSTREAM, programs, REDUCTION, BATCH)
         if DB is not None:
-            t = _symmetrized(U, _load_a(A, rm, rk, M, K).to(tl.float32), BK, BM, PRECISION)
-            store_db(DB, B, WORK, t, scale, d, splits, K, BK, BC, B_T, EVEN_D, PRECISION)
+            t = None
+            if DEGREE is None:
+                t = _symmetrized(U, load_a(A, rm, rk, M, K).to(tl.float32), BK, BM, PRECISION)
+            store_db(
+                DB, B, WORK, t, scaled(scale, SCALE), d, splits, K, BK, BC, B_T, EVEN_D, PRECISION, 4,
+                None, U + BM * BK, A, G, C_Q, SCALE, M, BM, BK, DEGREE,
+            )  # fmt: skip
+        if DQ is not None:
+            store_dq(DQ, U + BM * BK, A, G, scale, M, K, BM, BK, BK, DEGREE, PRECISION)
         if DA is not None:
-            _store_da(DA, U, G, scale, M, K, BM, BK, PRECISION)
+            _store_da(DA, U, G, C_Q, scale, M, K, BM, BK, DEGREE, PRECISION)
 
 
 @triton.jit
@@ -244,6 +302,7 @@ def _backprop_flat(
     DX,
     PARTS,
     U_PARTS,
+    SCALE,
     n,
     d,
     splits,
@@ -289,8 +348,8 @@ def _backprop_flat(
             b = load_b(B, rd, rk, d, K, B_T, EVEN_D).to(tl.float32)
             first = job == program
             u = U_PARTS + program * 2 * BM * BK
-            add_to_part(u, tl.dot(tl.trans(v1), b, input_precision=PRECISION), first, BM, BK)
-            add_to_part(u + BM * BK, tl.dot(tl.trans(v2), b, input_precision=PRECISION), first, BM, BK)
+            add_to_part(u, scaled(tl.dot(tl.trans(v1), b, input_precision=PRECISION), SCALE), first, BM, BK)
+            add_to_part(u + BM * BK, scaled(tl.dot(tl.trans(v2), b, input_precision=PRECISION), SCALE), first, BM, BK)
 
 
 @triton.jit
@@ -331,6 +390,9 @@ def flat_loss(
     DB,
     DA,
     DC,
+    C_Q,
+    SCALE,
+    DQ,
     W,
     E,
     WORK,
@@ -349,6 +411,7 @@ def flat_loss(
     PRECISION: tl.constexpr,
     PHASES: tl.constexpr,
     REDUCTION: tl.constexpr,
+    DEGREE: tl.constexpr,
     BK: tl.constexpr,
     BM: tl.constexpr,
     BN_A: tl.constexpr,
@@ -368,17 +431,20 @@ def flat_loss(
     parts = tl.minimum(programs, tl.cdiv(d, BD) * splits)
     U_PARTS, U, G, C_PARTS, LOSSES, COUNTS, _ = flat_loss_workspace(WORK, splits, d, parts, programs, BK, BM)
     if PHASES & 1:
-        g = gram(B, d, K, BK, BD_A, B_T, EVEN_D, PRECISION)
+        g = scaled(scaled(gram(B, d, K, BK, BD_A, B_T, EVEN_D, PRECISION), SCALE), SCALE)
         if program == 0:
             tl.store(G + rk[:, None] * BK + rk[None, :], g)
-        a = _load_a(A, rm, rk, M, K)
-        h = tl.dot(a, g.to(a.dtype), input_precision=PRECISION).to(a.dtype)
+        a = load_a(A, rm, rk, M, K)
+        h = _form_h(a, g, C_Q, a.dtype, DEGREE, PRECISION).to(a.dtype)
         for tile in range(program, tl.cdiv(d, BC), programs):
             rd = tile * BC + tl.arange(0, BC)
             b = load_b(B, rd, rk, d, K, B_T, EVEN_D)
             at = W + rd[:, None] * BM + rm[None, :]
-            tl.store(at, tl.dot(b, tl.trans(a), input_precision=PRECISION).to(a.dtype), mask=rd[:, None] < d)
-            tl.store(at + d * BM, tl.dot(b, tl.trans(h), input_precision=PRECISION).to(a.dtype), mask=rd[:, None] < d)
+            mask = rd[:, None] < d
+            tl.store(at, scaled(tl.dot(b, tl.trans(a), input_precision=PRECISION), SCALE).to(a.dtype), mask=mask)
+            tl.store(
+                at + d * BM, scaled(tl.dot(b, tl.trans(h), input_precision=PRECISION), SCALE).to(a.dtype), mask=mask
+            )
     if (PHASES & 3) == 3:
         barrier(COUNTER)
     if PHASES & 2:
@@ -418,7 +484,27 @@ def flat_loss(
         if E is not None:
             need_v: tl.constexpr = (DB is not None) or (DA is not None)
             _backprop_flat(
-                X, B, W, E, DX, WORK, U_PARTS, n, d, splits, scale, K, BK, BM, BN, BD, B_T, EVEN_D, need_v, PRECISION
+                X,
+                B,
+                W,
+                E,
+                DX,
+                WORK,
+                U_PARTS,
+                SCALE,
+                n,
+                d,
+                splits,
+                scale,
+                K,
+                BK,
+                BM,
+                BN,
+                BD,
+                B_T,
+                EVEN_D,
+                need_v,
+                PRECISION,
             )
         store_value_and_dc(VALUE, LOSSES, COUNTS, DC, C_PARTS, scale, programs, REDUCTION, M, BM, BATCH)
     if (PHASES & 12) == 12:
@@ -430,16 +516,25 @@ def flat_loss(
     if PHASES & 16:
         scale = gradient_scale(COUNTS, UPSTREAM, programs, REDUCTION, BATCH)
         if DB is not None:
-            a = _load_a(A, rm, rk, M, K)
+            a = load_a(A, rm, rk, M, K)
             g = tl.load(G + rk[:, None] * BK + rk[None, :])
-            h = tl.dot(a.to(tl.float32), g, input_precision=PRECISION)
+            h = _form_h(a.to(tl.float32), g, C_Q, tl.float32, DEGREE, PRECISION)
             a = a.to(tl.float32)
-            t = _symmetrized(U, a, BK, BM, PRECISION)
+            t = None
+            if DEGREE is None:
+                t = _symmetrized(U, a, BK, BM, PRECISION)
             for tile in range(program, tl.cdiv(d, BC), programs):
                 rd = tile * BC + tl.arange(0, BC)
                 v1 = add_splits(WORK, rd, d, splits, BM, BC, 4)
                 v2 = add_splits(WORK + splits * d * BM, rd, d, splits, BM, BC, 4)
                 db = tl.dot(v2, h, tl.dot(v1, a, input_precision=PRECISION), input_precision=PRECISION)
-                store_db_tile(DB, B, db, t, scale, rd, d, K, BK, B_T, EVEN_D, PRECISION)
+                if DEGREE is not None:
+                    db = add_derivative(
+                        db, B, rd, d, None, U + BM * BK, A, G, C_Q, SCALE, K, M, BK, BM, BK, B_T, EVEN_D, DEGREE,
+                        PRECISION,
+                    )  # fmt: skip
+                store_db_tile(DB, B, db, t, scaled(scale, SCALE), rd, d, K, BK, B_T, EVEN_D, PRECISION)
+        if DQ is not None:
+            store_dq(DQ, U + BM * BK, A, G, scale, M, K, BM, BK, BK, DEGREE, PRECISION)
         if DA is not None:
-            _store_da(DA, U, G, scale, M, K, BM, BK, PRECISION)
+            _store_da(DA, U, G, C_Q, scale, M, K, BM, BK, DEGREE, PRECISION)

@@ -84,6 +84,49 @@ def store_b(B, value, rd, rk, d, K: tl.constexpr, B_T: tl.constexpr):
 
 
 @triton.jit
+def scaled(value, SCALE):
+    """Return the scale times a value; the value itself without a scale."""
+    if SCALE is not None:
+        value = value * tl.load(SCALE)
+    return value
+
+
+@triton.jit
+def horner(h, v, g, C_Q, FIRST: tl.constexpr, PRECISION: tl.constexpr):
+    """Return h g^(FIRST + 1) + v (c_0 I + ... + c_FIRST g^FIRST) in fp32, for fp32 h and v.
+
+    So v q(g) is that of h = c_n v and FIRST = n - 1. Products take h in g's dtype.
+    """
+    for i in tl.range(FIRST, -1, -1, num_stages=1):
+        h = tl.dot(h.to(g.dtype), g, input_precision=PRECISION) + v * tl.load(C_Q + i)
+    return h
+
+
+@triton.jit
+def rows_times_q(v, g, C_Q, DEGREE: tl.constexpr, PRECISION: tl.constexpr):
+    """Return v q(g) in fp32, of fp32 rows v."""
+    return horner(v * tl.load(C_Q + DEGREE), v, g, C_Q, DEGREE - 1, PRECISION)
+
+
+@triton.jit
+def evaluate(g, C_Q, DTYPE: tl.constexpr, BK: tl.constexpr, DEGREE: tl.constexpr, PRECISION: tl.constexpr):
+    """Return q(g) (BK, BK) in fp32, of g in fp32, by DEGREE - 1 products of operands in DTYPE."""
+    rk = tl.arange(0, BK)
+    one = tl.where(rk[:, None] == rk[None, :], 1.0, 0.0)
+    h = g * tl.load(C_Q + DEGREE) + one * tl.load(C_Q + DEGREE - 1)
+    if DEGREE > 1:
+        h = horner(h, one, g.to(DTYPE), C_Q, DEGREE - 2, PRECISION)
+    return h
+
+
+@triton.jit
+def load_a(A, rm, rk, M: tl.constexpr, K: tl.constexpr):
+    """Load A[rm, rk] of an output layer, zeros outside."""
+    mask = (rm[:, None] < M) & (rk[None, :] < K)
+    return tl.load(A + rm[:, None] * K + rk[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
 def gram(
     B,
     d,

@@ -29,6 +29,7 @@ from interp_nn.explain.clusters.piecewise_affine import PiecewiseAffine, Unseen,
 from interp_nn.explain.clusters.tree import ClusterTree, cluster_tree
 from interp_nn.explain.estimator import Estimator, check_network, in_parameters_dtype, not_fitted, to_tensor
 from interp_nn.explain.following.gate_record import record, supported_ops
+from interp_nn.explain.following.scikit_learn import as_network, check_columns
 from interp_nn.explain.linear.affine_map import AffineMap, linearize
 from interp_nn.explain.linear.regions import Region, region
 from interp_nn.gates.patterns import ActivationPatterns
@@ -49,7 +50,8 @@ class ActivationClusters(PiecewiseAffine, Estimator):
     `margin_`.
 
     Args:
-        model: The network, from (n, *input) to (n, *output), in evaluation mode. Explain logits, not probabilities.
+        model: The network, from (n, *input) to (n, *output), in evaluation mode, or scikit-learn's, see `from_sklearn`. Explain
+            logits, not probabilities.
         min_size: A pattern of fewer samples is no cluster; its samples have label -1. Large networks have about as many
             patterns as there are samples.
         chunk_size: Number of samples that the model gets at a time. Use 1 for a model that reorders samples, see `record`.
@@ -103,7 +105,8 @@ class ActivationClusters(PiecewiseAffine, Estimator):
                 that leaves no cluster.
             TypeError: A model that is no `nn.Module` or does not return one tensor, or samples that are sparse or no numbers.
         """
-        check_network(self.model, "model")
+        check_network(self._network, "model")
+        check_columns(self.model, x)
         if self.min_size < 1:
             raise ValueError(f"min_size: got {self.min_size}, want at least 1")
         x = self._samples(x, reset=True)
@@ -137,13 +140,13 @@ class ActivationClusters(PiecewiseAffine, Estimator):
 
         The model must not change between `fit` and the first use.
         """
-        maps = [linearize(self.model, part) for part in self.inputs_[self.first_].split(self.chunk_size)]
+        maps = [linearize(self._network, part) for part in self.inputs_[self.first_].split(self.chunk_size)]
         return AffineMap.from_tensors(torch.cat([m.weight for m in maps]), torch.cat([m.bias for m in maps]))
 
     def region(self, cluster: int) -> Region:
         """Return the region of a cluster's pattern, in which its map holds."""
         first = int(self.first_[cluster])
-        return region(self.model, self.inputs_[first : first + 1])
+        return region(self._network, self.inputs_[first : first + 1])
 
     def layer_patterns(self, layer: int | str) -> ActivationPatterns:
         """Return the clusters' patterns in one layer of gates, an index or name of `sites_`. Raises ValueError for others."""
@@ -209,12 +212,16 @@ class ActivationClusters(PiecewiseAffine, Estimator):
         )
         return f"{type(self).__name__}({fitted})"
 
+    @property
+    def _network(self) -> nn.Module:
+        return as_network(self.model)
+
     def _samples(self, values: object, *, reset: bool) -> Tensor:
         """Return samples in the dtype and on the device of the model's parameters."""
-        return in_parameters_dtype(self._validated(values, reset=reset), self.model)
+        return in_parameters_dtype(self._validated(values, reset=reset), self._network)
 
     def _warn_of_secants(self, x: Tensor) -> None:
-        report = supported_ops(self.model, x)
+        report = supported_ops(self._network, x)
         found = [
             f"{', '.join(names)} {text}"
             for text, treatments in (
@@ -237,9 +244,9 @@ class ActivationClusters(PiecewiseAffine, Estimator):
         packed: list[Tensor] = []
         outputs, margins = [], []
         sites: tuple[GateSite, ...] = ()
-        width = 0
+        width, network = 0, self._network
         for part in x.split(self.chunk_size):
-            gates = record(self.model, part, check=check and not packed)
+            gates = record(network, part, check=check and not packed)
             if sites and gates.sites != sites:
                 raise ValueError(
                     "model: samples go through different gates; want a forward that makes the same calls for all samples"

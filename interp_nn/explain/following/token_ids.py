@@ -13,12 +13,15 @@ from torch import Tensor, nn
 from interp_nn.explain.following.calls import tensors
 from interp_nn.explain.following.dependence import storage_of
 from interp_nn.explain.following.replay import Inputs, check_model
+from interp_nn.explain.following.scikit_learn import from_estimator
 
 
 def from_embeddings(
     model: nn.Module, x: Tensor | Inputs, embedding: str | None = None
 ) -> tuple[nn.Module, Tensor | Inputs]:
     """Return the model as a function of its embeddings, and the embeddings of x, for token ids x; else both as they are.
+
+    Models of scikit-learn and their samples are converted first.
 
     Args:
         model: The network.
@@ -32,6 +35,7 @@ def from_embeddings(
         ValueError: A layer that does not exist, is not called, or returns no embeddings of x; or no ids.
         TypeError: No nn.Embedding looks x up.
     """
+    model, x = from_estimator(model, x)
     if not isinstance(x, Tensor) or x.dtype not in _IDS:
         if embedding is not None:
             got = x.dtype if isinstance(x, Tensor) else type(x).__name__

@@ -76,7 +76,7 @@ def linearize(
     trained further. A write by `.data` or to a buffer is not detected.
 
     Args:
-        model: The network, in evaluation mode.
+        model: The network, in evaluation mode, or scikit-learn's, see `from_sklearn`; then x may be an array or a data frame.
         x: Samples (n, ...) of a floating-point dtype, or a tuple of inputs with n samples each. For token ids (n, ...) of an
             integer dtype, the map is that of their embeddings e: F = W e + b, and the result's `x` is e.
         target: The outputs to explain: None for all, an int or slice along the first dimension of a sample's output, a tensor

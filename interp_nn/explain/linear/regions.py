@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from interp_nn.explain.following.replay import replay_at
+from interp_nn.explain.following.scikit_learn import from_estimator
 from interp_nn.explain.linear.affine_map import AffineMap
 from interp_nn.explain.linear.operators import JacobianOperator
 
@@ -129,10 +130,7 @@ class Region:
             ValueError: Balls of any size fit in the region, or none does.
             ImportError: scipy is not installed.
         """
-        try:
-            from scipy.optimize import linprog  # type: ignore[import-untyped, unused-ignore]
-        except ImportError as error:
-            raise ImportError("the largest ball of a region needs scipy: pip install interp_nn[explain]") from error
+        linprog = scipys_linprog("the largest ball of a region")
         sides = self.to_halfspaces().detach().double().cpu()
         if box is not None:
             unit = torch.eye(sides.shape[1] - 1, dtype=torch.float64)
@@ -175,7 +173,7 @@ def region(model: nn.Module, x: Tensor) -> Region:
     the operations: the region's boundaries are then not all of the map's, or only approximate.
 
     Args:
-        model: The network, in evaluation mode.
+        model: The network, in evaluation mode, or scikit-learn's, see `from_sklearn`.
         x: One sample (1, ...).
 
     Returns:
@@ -192,6 +190,7 @@ def region(model: nn.Module, x: Tensor) -> Region:
         >>> region(network, torch.tensor([[4.0]])).margins(torch.tensor([4.0]))
         tensor([3.])
     """
+    model, x = from_estimator(model, x)
     if not isinstance(x, Tensor):
         raise TypeError(f"x: got {type(x).__name__}, want a torch.Tensor (1, ...)")
     if x.shape[:1] != (1,):
@@ -214,3 +213,12 @@ def region(model: nn.Module, x: Tensor) -> Region:
         normals, offsets = units.weight[0].flatten(1), units.bias[0]
         real = offsets.isfinite()  # a window of max-pooling has no candidates beyond the border
         return Region(normals[real], offsets[real], on[real])
+
+
+def scipys_linprog(what: str) -> Any:
+    """Import scipy.optimize.linprog. Raises an ImportError with the command that installs it."""
+    try:
+        from scipy.optimize import linprog  # type: ignore[import-untyped, unused-ignore]
+    except ImportError as error:
+        raise ImportError(f"{what} needs scipy: pip install interp_nn[explain]") from error
+    return linprog

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from interp_nn.explain.estimator import Estimator, check_network, in_parameters_dtype, to_array, to_tensor
+from interp_nn.explain.following.scikit_learn import as_network
 from interp_nn.explain.paths.path_kernel import npk
 
 
@@ -88,7 +89,7 @@ class NPKMachine(Estimator):
         n = len(kernel)
         if kernel.shape != (n, n):
             raise ValueError(f"x: got a kernel of shape {tuple(kernel.shape)}, want (n, n) with n > 0")
-        classes, targets = _targets(y, n)
+        classes, targets = read_targets(y, n)
         targets = targets.to(kernel.device)
         intercept = targets.mean(0)
         system = kernel.clone()
@@ -215,7 +216,7 @@ class NPKMachine(Estimator):
 
     def _plain(self, x: object) -> Tensor:
         if self.network is not None:
-            return in_parameters_dtype(to_tensor(x, "x"), check_network(self.network, "network"))
+            return in_parameters_dtype(to_tensor(x, "x"), check_network(as_network(self.network), "network"))
         kernel = to_tensor(x, "x")
         return kernel if kernel.is_floating_point() else kernel.to(torch.get_default_dtype())
 
@@ -266,7 +267,7 @@ def kernel_alignment(kernel: Tensor, target: Tensor, *, centered: bool = True) -
     return float((matrices[0] * matrices[1]).sum())
 
 
-def _targets(y: object, n: int) -> tuple[np.ndarray | None, Tensor]:
+def read_targets(y: object, n: int) -> tuple[np.ndarray | None, Tensor]:
     """Return the classes (None for regression) and the targets (n,) or (n, targets) in float64."""
     values = to_array(y, "y")
     if values.ndim not in (1, 2) or len(values) != n:

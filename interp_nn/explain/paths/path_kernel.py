@@ -14,6 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from interp_nn.explain.following.scikit_learn import from_estimator
 from interp_nn.explain.paths.covariances import Propagation
 from interp_nn.explain.paths.monte_carlo import npk_montecarlo
 from interp_nn.explain.paths.path_network import PathNetwork
@@ -48,7 +49,8 @@ def npk(
 
     Args:
         model: For "closed", a network of linear layers, convolutions, batch norm, ReLU, max- and average-pooling, flattening,
-            sums and concatenations, or a `GatedNetwork`. For "montecarlo", any model that `frozen` takes.
+            sums and concatenations, a `GatedNetwork`, or scikit-learn's, see `from_sklearn`. For "montecarlo", any model that
+            `frozen` takes.
         x: Samples of shape (n, ...), floating-point, finite, n > 0.
         other_x: Samples of shape (m, ...). Default: x.
         method: "closed" is exact and takes one pass through the graph. "montecarlo" is the mean over `draws` networks with random
@@ -79,6 +81,9 @@ def npk(
 
     Source: Lakshminarayanan & Singh (2020), arXiv 2006.10529.
     """
+    if other_x is not None:
+        _, other_x = from_estimator(model, other_x)
+    model, x = from_estimator(model, x)
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: got {type(model).__name__}, want an nn.Module; npk_from_gates takes gates")
     for name, samples in (("x", x), *((("other_x", other_x),) if other_x is not None else ())):

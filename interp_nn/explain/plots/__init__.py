@@ -7,7 +7,7 @@ values. The figures need matplotlib (`pip install interp_nn[plot]`).
 
 from interp_nn.explain.plots.attribution import attribution_maps, bias_bars, bias_map
 from interp_nn.explain.plots.clusters import cluster_coefficients, coverage_curve, region_plot
-from interp_nn.explain.plots.gated import alignment_curves, gate_hyperplanes, kernel_matrix, regime_bars
+from interp_nn.explain.plots.gated import alignment_curves, gate_hyperplanes, kernel_matrix, regime_bars, tree_diagram
 from interp_nn.explain.plots.spectra import ambiguity_strips, descrambled_weights, null_bars, spectrum_curves
 
 __all__ = [
@@ -25,4 +25,5 @@ __all__ = [
     "regime_bars",
     "region_plot",
     "spectrum_curves",
+    "tree_diagram",
 ]

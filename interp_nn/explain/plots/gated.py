@@ -1,4 +1,4 @@
-"""Figures of gated networks: their hyperplanes, path kernels, kernel alignment over training, and training regimes."""
+"""Figures of gated networks: their hyperplanes and trees, path kernels, kernel alignment over training, and training regimes."""
 
 from __future__ import annotations
 
@@ -10,9 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from interp_nn.explain.plots.canvas import SIGNED, array, new_axes, scale
+from interp_nn.nn.gated.oblique_tree import ObliqueTree
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+
+_CLASS_COLOURS = ("#a6cde8", "#f7d08a", "#a9dfc9", "#e3b7d2", "#f2b48c", "#dcdcdc")  # Okabe and Ito's, light
 
 
 def gate_hyperplanes(found: Tensor, truth: Tensor, *, level: float = 0.99, axes: Axes | None = None) -> Axes:
@@ -199,6 +202,72 @@ def regime_bars(
     axes.set_yticks(range(len(names)), names, fontsize=9)
     axes.invert_yaxis()
     axes.set(xlabel="accuracy, %")
+    return axes
+
+
+def tree_diagram(
+    tree: ObliqueTree,
+    feature_names: Sequence[str] | None = None,
+    class_names: Sequence[str] | None = None,
+    *,
+    terms: int = 2,
+    axes: Axes | None = None,
+) -> Axes:
+    """Draw an oblique tree from left to right, with the text of `ObliqueTree.label` in each node.
+
+    A split's upper branch is yes. The width of a branch is the share of the samples in it. Leaves of a classification have the
+    colour of their class.
+
+    Args:
+        tree: The tree; prune it to 16 leaves or fewer to read it.
+        feature_names: Names of the inputs; by default x0, x1, ...
+        class_names: Names of the classes; by default 0, 1, ...
+        terms: Number of terms of each hyperplane.
+        axes: Axes to draw on; by default new ones.
+
+    Returns:
+        The axes.
+
+    Raises:
+        ValueError: Another number of names.
+        ImportError: matplotlib is not installed.
+
+    Example:
+        >>> from interp_nn.nn import DLGN
+        >>> axes = tree_diagram(DLGN((2, 3, 2)).to_tree(torch.randn(50, 2)).prune(1))
+        >>> len(axes.texts)
+        1
+    """
+    axes = new_axes(axes, (3.4 * tree.depth + 3, 0.55 * tree.leaves + 1))
+    no, yes, coverage = tree.no.tolist(), tree.yes.tolist(), tree.coverage.tolist()
+    places: dict[int, tuple[float, float]] = {}
+    leaves = 0
+
+    def place(node: int, depth: int) -> float:
+        nonlocal leaves
+        if no[node] < 0:
+            leaves += 1
+            height = 1.0 - leaves
+        else:
+            height = (place(yes[node], depth + 1) + place(no[node], depth + 1)) / 2
+        places[node] = (depth, height)
+        return height
+
+    place(0, 0)
+    for node, (x, y) in places.items():
+        for child, answer in ((yes[node], "yes"), (no[node], "no")) if no[node] >= 0 else ():
+            x1, y1 = places[child]
+            axes.plot([x, x1], [y, y1], color="0.7", linewidth=0.5 + 7 * coverage[child], zorder=1)
+            middle = ((x + x1) / 2, (y + y1) / 2)
+            axes.annotate(answer, middle, fontsize=7, color="0.3", ha="center", va="center")
+        best = int(tree.value[node].argmax())
+        coloured = no[node] < 0 and tree.task == "classification"
+        colour = _CLASS_COLOURS[best % len(_CLASS_COLOURS)] if coloured else "white"
+        text = tree.label(node, feature_names, class_names, terms=terms).replace("  [", "\n[")
+        box = {"boxstyle": "round", "facecolor": colour, "edgecolor": "0.5"}
+        axes.text(x, y, text, ha="center", va="center", fontsize=8, bbox=box, zorder=2)
+    axes.set(xlim=(-0.5, tree.depth + 0.5), ylim=(0.5 - leaves, 0.5))
+    axes.axis("off")
     return axes
 
 

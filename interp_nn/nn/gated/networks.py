@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from interp_nn.gates.graph import apply_gates
 from interp_nn.gates.record import GateRecord, GateSite
 from interp_nn.nn.gated.gates import SoftGate
+from interp_nn.nn.gated.oblique_tree import ObliqueTree, Task, grow
 from interp_nn.nn.gated.strongest_paths import Paths, strongest_paths
 
 _MAX_ENTRIES = 1 << 28  # of a value tensor: 1 GiB in fp32, four times that when Adam trains it
@@ -271,6 +272,41 @@ class _FullyConnected(GatedNetwork):
                 weight, bias = weight @ found[-1].weight, weight @ found[-1].bias + bias
             found.append(GateWeights(weight, bias))
         return found
+
+    def to_tree(self, x: Tensor, *, task: Task = "classification", min_samples: int = 1) -> ObliqueTree:
+        """Read the network back as an oblique decision tree, whose splits are hyperplanes of its gates.
+
+        Each node is divided by the gate across whose hyperplane the network's response jumps most, at the samples of the node.
+        The tree grows until the response is constant in each leaf, or no gate divides its samples. Prune it to read it.
+
+        With hard gates and `min_samples=1`, the tree is equal to the network at the samples. Elsewhere, and with soft gates, it
+        approximates the network: see `ObliqueTree.fidelity`.
+
+        Args:
+            x: Samples (n, d_in) in the network's dtype: the data that the tree is for.
+            task: 'classification': the tree approximates the largest output, or the sign of a single one. 'regression': it
+                approximates the outputs.
+            min_samples: Smallest number of samples in a leaf.
+
+        Returns:
+            The tree.
+
+        Raises:
+            TypeError: Samples of another dtype.
+            ValueError: The gating is 'relu', or the value network's input is 'x', so that outputs vary between gates; samples
+                that do not fit, or another task.
+        """
+        hyperplanes = self.effective_gate_weights()
+        if self.value_input != "ones":
+            raise ValueError(
+                "value_input: is 'x', with which the output varies where no gate changes; a tree needs value_input='ones'"
+            )
+        return grow(self, self._hard_output, hyperplanes, x, task, min_samples)
+
+    def _hard_output(self, x: Tensor) -> Tensor:
+        """Compute the output with gates that are 0 or open."""
+        seen, ceiling = self.gating(x), getattr(self.gate, "ceiling", 1.0)
+        return self.value(self._value_input(x), [ceiling * (seen[i] > 0).to(x.dtype) for i in self.gate_order])
 
     def extra_repr(self) -> str:
         """Return the settings for repr."""

@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 from interp_nn.explain import plots
+from interp_nn.nn import DLGN, HardGate
 
 matplotlib = pytest.importorskip("matplotlib")
 plt = pytest.importorskip("matplotlib.pyplot")
@@ -97,3 +98,24 @@ def test_gates_in_training_are_drawn_without_their_gradients():
     layer = nn.Linear(3, 4)
     plots.gate_hyperplanes(layer.weight, torch.eye(3))
     plots.kernel_matrix(layer.weight @ layer.weight.T)
+
+
+def test_a_tree_has_the_text_of_each_node_and_the_colours_of_its_classes():
+    torch.manual_seed(0)
+    tree = DLGN((2, 6, 6, 3), gate=HardGate()).to_tree(torch.randn(300, 2)).prune(5)
+    axes = plots.tree_diagram(tree, ["age", "fare"], ["a", "b", "c"], terms=1)
+    texts = [text for text in axes.texts if text.get_text() not in ("yes", "no")]
+    wanted = [
+        tree.label(i, ["age", "fare"], ["a", "b", "c"], terms=1).replace("  [", "\n[") for i in range(len(tree.no))
+    ]
+    assert sorted(text.get_text() for text in texts) == sorted(wanted)
+    assert len(axes.lines) == len(axes.texts) - len(texts) == 2 * (tree.leaves - 1) > 0
+    shares = sorted((line.get_linewidth() - 0.5) / 7 for line in axes.lines)
+    np.testing.assert_allclose(shares, sorted(tree.coverage[1:].tolist()), rtol=1e-6)
+    leaves = {text.get_text()[0]: text.get_bbox_patch().get_facecolor() for text in texts if "%" in text.get_text()}
+    assert len(set(leaves.values())) == len(leaves) > 1
+    heights = [text.get_position()[1] for text in texts if "%" in text.get_text()]
+    assert sorted(heights) == [-float(i) for i in reversed(range(tree.leaves))]
+    axes.figure.canvas.draw()
+    with pytest.raises(ValueError, match="feature_names: got 1 names, want 2"):
+        plots.tree_diagram(tree, ["age"])

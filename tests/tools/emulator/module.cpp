@@ -7,6 +7,7 @@
 #include <cstring>
 #include <limits>
 #include <string>
+#include <type_traits>
 #include <vector>
 
 #include "emulator.h"
@@ -33,11 +34,22 @@ struct Sizes {
     int d, k;
     int64_t b_feature, b_column;  // strides of b; its gradient is transposed where b is
     Kind kind;
+    Polynomial q{};
+    void* q_of_g = nullptr;
+    float* dcoefficients = nullptr;
 };
 
 template <class Arguments> void set(Arguments& a, const Sizes& sizes) {
-    a.n = sizes.n, a.d = sizes.d, a.k = sizes.k, a.kind = sizes.kind;
+    a.n = sizes.n, a.d = sizes.d, a.k = sizes.k, a.kind = sizes.kind, a.q = sizes.q;
     a.b_feature = sizes.b_feature, a.b_column = sizes.b_column;
+    if constexpr (std::is_base_of_v<Gradients, Arguments>) a.dcoefficients = sizes.dcoefficients;
+}
+
+// The squares that a backward reads: the summary's G is its own q(G).
+template <class Arguments> void set_squares(Arguments& a, const py::object& g, const Sizes& sizes) {
+    const bool polynomial = sizes.q.coefficients != nullptr;
+    a.g = polynomial ? at(g) : nullptr;
+    a.q_of_g = polynomial ? sizes.q_of_g : at(g);
 }
 
 // Run with workspaces full of NaN. The counter must be ready for the next launch: only its sign may differ.
@@ -72,11 +84,18 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
     py::class_<Sizes>(m, "Sizes")
         .def(py::init([](int64_t n, int d, int k, int64_t b_feature, int64_t b_column, Kind kind) {
             return Sizes{n, d, k, b_feature, b_column, kind};
-        }));
+        }))
+        .def("polynomial",
+             [](Sizes sizes, py::object coefficients, py::object scale, py::object q_of_g, py::object dcoefficients) {
+                 sizes.q = {at<const float>(coefficients), at<const float>(scale),
+                            static_cast<int>(py::len(coefficients)) - 1};
+                 sizes.q_of_g = at(q_of_g), sizes.dcoefficients = at<float>(dcoefficients);
+                 return sizes;
+             });
     m.def("forward", [](py::object x, py::object b, py::object bias, py::object p, py::object y, py::object g,
                         const Sizes& sizes, const DeviceSpec& device, unsigned seed) {
         Forward a{};
-        a.x = at(x), a.b = at(b), a.bias = at(bias), a.p = at(p), a.y = at(y), a.g = at(g);
+        a.x = at(x), a.b = at(b), a.bias = at(bias), a.p = at(p), a.y = at(y), a.g = at(g), a.q_of_g = sizes.q_of_g;
         set(a, sizes);
         raise(forward(a, device, of_seed(seed)));
     });
@@ -84,18 +103,18 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
                               py::object dx, py::object db, bool db_transposed, const Sizes& sizes,
                               const DeviceSpec& device, unsigned seed) {
         PairBackward a{};
-        a.x = at(x), a.b = at(b), a.p = at(p), a.g = at(g), a.dp = at(dp), a.dy = at(dy), a.dx = at(dx), a.db = at(db);
+        a.x = at(x), a.b = at(b), a.p = at(p), a.dp = at(dp), a.dy = at(dy), a.dx = at(dx), a.db = at(db);
         a.db_transposed = db_transposed;
-        set(a, sizes);
+        set(a, sizes), set_squares(a, g, sizes);
         with_workspace(a, pair_backward_workspace(a, device), [&] { return pair_backward(a, device, of_seed(seed)); });
     });
     m.def("summary_backward",
           [](py::object x, py::object b, py::object g, py::object dy, py::object dx, py::object db, py::object dbias,
              bool db_transposed, const Sizes& sizes, const DeviceSpec& device, unsigned seed) {
               SummaryBackward a{};
-              a.x = at(x), a.b = at(b), a.g = at(g), a.dy = at(dy), a.dx = at(dx), a.db = at(db), a.dbias = at(dbias);
+              a.x = at(x), a.b = at(b), a.dy = at(dy), a.dx = at(dx), a.db = at(db), a.dbias = at(dbias);
               a.db_transposed = db_transposed;
-              set(a, sizes);
+              set(a, sizes), set_squares(a, g, sizes);
               with_workspace(a, summary_backward_workspace(a, device),
                              [&] { return summary_backward(a, device, of_seed(seed)); });
           });
@@ -138,6 +157,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
               for (size_t i = 0; i < gradients.size(); ++i) {
                   a.gradients[i] = at(gradients[i]);
                   a.sizes[i] = py::array(gradients[i]).size();
+                  a.wide[i] = py::array(gradients[i]).itemsize() == 4;
               }
               raise(scale(a, device, of_seed(1)));
           });

@@ -49,7 +49,8 @@ const char* pair_backward(void* x, void* b, void* p, void* g, void* dp, void* dy
     uint32_t counter = 0;
     PairBackward a{};
     set(a, x, b, n, d, k);
-    a.p = p, a.g = g, a.dp = dp, a.dy = dy, a.dx = dx, a.db = db, a.rows = rows, a.work = work, a.counter = &counter;
+    a.p = p, a.q_of_g = g, a.dp = dp, a.dy = dy, a.dx = dx, a.db = db, a.rows = rows, a.work = work,
+    a.counter = &counter;
     return guarded([&] { return PairBackwardInstance<Products16, 64>::call(a, DEVICE_SPEC, of_seed(seed)); });
 }
 

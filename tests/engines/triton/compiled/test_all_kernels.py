@@ -12,6 +12,7 @@ from recording import recording
 
 from interp_nn.engines import limits, select
 from interp_nn.engines.devices import spec_for
+from interp_nn.engines.eager_polynomial import Polynomial
 from interp_nn.engines.problem import LossOptions, Plan, Problem
 from interp_nn.engines.triton import configs, engine
 
@@ -24,8 +25,8 @@ SUMMARY, PAIR, WEIGHT = Plan("triton", "(Xb)G"), Plan("triton", "(Xb)G", saves=T
 HEADS = {"latent_loss": Plan("triton", "logits_from_latent"), "flat_loss": Plan("triton", "logits_from_x")}
 
 
-def problem(name, dtype, n, k, m, transposed=True, needs=(True,) * 4, reduction="mean", d=512):
-    """Launches one kernel for tensors on the meta device."""
+def problem(name, dtype, n, k, m, transposed=True, needs=(True,) * 4, reduction="mean", d=512, degree=None):
+    """Launches one kernel for tensors on the meta device. degree: that of a polynomial, with a scale and all gradients."""
 
     def empty(*shape, of=dtype):
         return torch.empty(shape, dtype=of, device="meta")
@@ -35,12 +36,15 @@ def problem(name, dtype, n, k, m, transposed=True, needs=(True,) * 4, reduction=
     options = LossOptions((1.0, 1.0, 1.0), -100, reduction)
     upstream = empty(n if reduction == "none" else 1, of=torch.float32) if reduction != "mean" else None
     target = empty(n, of=torch.int64)
+    q, more, both = None, (), [g]
+    if degree is not None:
+        q, more, both = Polynomial(empty(degree + 1, of=torch.float32), empty(of=torch.float32)), (True,), [g, g]
     if name == "stream":
-        engine.forward(x, b, empty(k), SUMMARY, False)
+        engine.forward(x, b, empty(k), SUMMARY, False, q)
     elif name == "summary_backward":
-        engine.backward(None, p, x, b, [g], SUMMARY, *needs[:3])
+        engine.backward(None, p, x, b, both, SUMMARY, *needs[:3], *more, q=q)
     elif name == "pair_backward":
-        engine.backward(p, p, x, b, [p, g], PAIR, *needs[:2])
+        engine.backward(p, p, x, b, [p, *both], PAIR, *needs[:2], False, *more, q=q)
     elif name == "phased_forward":
         engine.forward(x, b, empty(k), WEIGHT, False)
         engine.forward(x, b, None, PAIR, True)
@@ -48,9 +52,9 @@ def problem(name, dtype, n, k, m, transposed=True, needs=(True,) * 4, reduction=
         engine.backward(None, p, x, b, [g, empty(d, k)], WEIGHT, True, True, True)
         engine.backward(p, p, x, b, [p, g], PAIR, True, True)
     elif name == "pair_loss":
-        engine.loss(x, b, None, None, target, options, PAIR, upstream, (*needs[:2], False, False))
+        engine.loss(x, b, None, None, target, options, PAIR, upstream, (*needs[:2], False, False, *more), q)
     else:
-        engine.loss(x, b, empty(m, k), empty(m), target, options, HEADS[name], upstream, needs)
+        engine.loss(x, b, empty(m, k), empty(m), target, options, HEADS[name], upstream, (*needs, *more), q)
 
 
 NAMES = (
@@ -95,6 +99,17 @@ TIGHT = [
     (80, "head", BF16, 128, 100, None, ALL),
     (80, "stream", FP32, 128, 1, "ieee", ALL),
 ]
+# Polynomials of degree 1, whose products are the summary's, and 4: (capability, kernel, dtype, k, degree).
+POLYNOMIALS = [
+    *((capability, name, BF16, 128, 4) for capability in (80, 90, 100) for name in ("stream", "summary_backward")),
+    *((capability, "pair_backward", BF16, 128, degree) for capability, degree in ((80, 1), (90, 4), (100, 1))),
+    *((capability, "pair_loss", BF16, 128, degree) for capability, degree in ((80, 4), (90, 1))),
+    *((capability, "latent_loss", BF16, 128, degree) for capability, degree in ((80, 1), (90, 4))),
+    *((capability, "flat_loss", BF16, 128, degree) for capability, degree in ((80, 4), (90, 1))),
+    (90, "stream", FP32, 128, 4),
+    (90, "summary_backward", FP32, 128, 1),
+    (86, "summary_backward", BF16, 128, 4),
+]
 # Instructions that move registers to memory and back: most of them outside of the loops over features.
 MOST_SPILLS = {2: 220, 4: 400}
 # What a version of Triton cannot compile, and dispatch therefore leaves to another engine: heads for sm_100 before 3.9.
@@ -132,6 +147,10 @@ def wanted():
         with recording(capability, precision) as launches:
             problem(name, dtype, n, k, m, needs=needs, d=d)
         yield f"{name} tight {str(dtype)[6:]} {precision or ''} k{k} m{m} {needs}", capability, launches[0]
+    for capability, name, dtype, k, degree in POLYNOMIALS if not WARN else []:
+        with recording(capability, "ieee" if dtype == FP32 else None) as launches:
+            problem(name, dtype, 65536, k, 10, degree=degree)
+        yield f"{name} {str(dtype)[6:]} k{k} degree {degree}", capability, launches[0]
 
 
 @pytest.fixture(scope="module")

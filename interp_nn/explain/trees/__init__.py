@@ -1,0 +1,1 @@
+"""Trees that are read from gated networks."""
