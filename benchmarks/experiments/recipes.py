@@ -6,6 +6,7 @@ An MLP with nn.Linear, with a summary as its head, and with Newton-Schulz layers
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -149,8 +150,9 @@ def measure(kind: str, name: str, seed: int, epochs: int, images: datasets.Image
     row: dict[str, Any] = {"kind": kind, "way": name, "seed": seed, **shares, "accuracy": _right(network, images)}
     row["norm_of_b"] = _norms(network) if math.isfinite(row["loss"]) else None
     if average is not None:
-        stale = _right(average, images)
-        weights = _weights(average)
+        with warnings.catch_warnings():  # of an old norm, which is measured here
+            warnings.simplefilter("ignore")
+            stale, weights = _right(average, images), _weights(average)
         update_spectral_norms(average)
         row["average"] = {
             "accuracy": _right(average, images),
