@@ -30,7 +30,7 @@ MEANINGS = {
     "nn.Linear": "plain layers, for comparison",
     "free": "summary layers, orthonormal at first and free afterwards",
     "penalty": f"and {PENALTY:g} times the penalty in the loss",
-    "retract": "and a Newton-Schulz step after each step of the optimizer",
+    "retract": "and the nearest orthonormal matrix after each step of the optimizer",
     "parametrization": "and torch.nn.utils.parametrizations.orthogonal",
 }
 

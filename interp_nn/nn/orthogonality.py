@@ -107,7 +107,8 @@ def retract_(model: nn.Module) -> None:
     """Replace b by its nearest orthonormal matrix, in place, for the layers with the constraint "retract".
 
     After a step of an optimizer that keeps the singular values between 0.3 and 1.4, that takes two products of 2 d k² operations
-    each (2 d² k where k > d) and a few of k³; after a larger step more. A 16-bit b is computed in float32.
+    each (2 d² k where k > d) and a few of k³; after a larger step more. A 16-bit b is computed in float32. A sharded b is
+    gathered, so every rank must call.
 
     Args:
         model: A model with layers that `constrain(model, "retract")` has marked; their b is changed.
@@ -123,10 +124,10 @@ def retract_(model: nn.Module) -> None:
     for layer in _constrained(model, "retract"):
         parameter = layer.b
         with linalg.autocast_off(parameter.device):
-            b = layer.matrix().to(linalg.accumulation_dtype(parameter.dtype))
+            b = layer.whole_matrix().to(linalg.accumulation_dtype(parameter.dtype))
             if parameter.is_cpu and not torch.compiler.is_compiling():  # a GPU would have to wait at each step
                 diagnosis.look(layer, model)
-            parameter.copy_(as_parameter(linalg.retract(b), parameter.shape))
+            layer._write(as_parameter(linalg.retract(b).to(parameter.dtype), parameter.shape))
 
 
 class _CachedGram(Function):

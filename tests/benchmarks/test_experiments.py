@@ -164,7 +164,7 @@ def test_gated_digits(run):
 def test_orthogonality(run):
     found = run("orthogonality", "--epochs", "1")["results"]
     defect = {name: row["defect"]["mean"] for name, row in found["ways"].items() if name != "nn.Linear"}
-    assert defect["parametrization"] < 1e-5 < defect["retract"] < 0.05 < defect["penalty"] < defect["free"]
+    assert max(defect["parametrization"], defect["retract"]) < 1e-5 and 0.05 < defect["penalty"] < defect["free"]
     assert all(row["step"]["ms_p50"] > 0 and row["last_accuracy"]["mean"] > 0.2 for row in found["ways"].values())
 
 

@@ -92,13 +92,21 @@ def private_calls(device, dtype, transposed):
     x, b = made(9, 16), made(5, 16).mT if transposed else made(16, 5)
     p, g, a, c = made(9, 5), made(5, 5), made(3, 5), made(3)
     target, counter = made(9, dtype=torch.int64), made(1, dtype=torch.int32)
-    needs, loss = (True, True, True, transposed, False), (1.0, 1.0, 1.0, -100, 1)
+    loss, layout = (1.0, 1.0, 1.0, -100, 1), (transposed, False)
+    q = made(3, dtype=torch.float32), made(dtype=torch.float32)  # coefficients and scale of a polynomial
     return {
-        "forward": (x, b, c.new_zeros(5), True, False),
-        "backward": (None, p, x, b, None, g, counter, False, *needs),
-        "loss": (x, b, a, c, target, None, counter, *loss, True, *needs),
+        "forward": (x, b, c.new_zeros(5), None, None, True, False),
+        "forward of a polynomial": (x, b, c.new_zeros(5), *q, True, False),
+        "backward": (None, p, x, b, None, g, None, None, None, counter, False, True, True, True, False, *layout),
+        "backward of a polynomial": (None, p, x, b, None, g, g, *q, counter, False, True, True, True, True, *layout),
+        "loss": (x, b, a, c, None, None, target, None, counter, *loss, True, True, True, True, False, *layout),
+        "loss of a polynomial": (x, b, a, c, *q, target, None, counter, *loss, True, True, True, True, True, *layout),
         "scale": (made(dtype=torch.float32), [x, p]),
     }
+
+
+def called(name):
+    return getattr(torch.ops.interp_nn, f"cuda_{name.split()[0]}").default
 
 
 @pytest.mark.parametrize("transposed", [True, False])
@@ -109,16 +117,20 @@ def test_private_operators_have_fake_kernels(device, dtype, transposed):
 
     with FakeTensorMode():  # needs no GPU
         for name, arguments in private_calls(device, dtype, transposed).items():
-            results = getattr(torch.ops.interp_nn, f"cuda_{name}").default(*arguments)
+            results = called(name)(*arguments)
             if name == "scale":
                 assert results is None
                 continue
             assert all(r.device.type == device for r in results)
-            x, b = arguments[:2] if name != "backward" else arguments[2:4]
-            if name == "forward":
-                assert [tuple(r.shape) for r in results] == [(9, 5), (5, 5), (9, 5)]
+            x, b = arguments[2:4] if "backward" in name else arguments[:2]
+            polynomial = "polynomial" in name
+            if "forward" in name:
+                wanted = [(9, 5), (5, 5), (9, 5), (5, 5)][: 4 if polynomial else 3]
+                assert [tuple(r.shape) for r in results] == wanted
                 continue
-            dx, db = results[-4:-2] if name == "loss" else results[:2]
+            if polynomial:
+                assert (results[-1].shape, results[-1].dtype) == ((3,), torch.float32)
+            dx, db = results[1:3] if "loss" in name else results[:2]
             assert dx.shape == x.shape and (db.shape, db.stride()) == (b.shape, b.stride()) and db.dtype == dtype
 
 
@@ -126,9 +138,9 @@ def test_private_operators_have_fake_kernels(device, dtype, transposed):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_opcheck_of_the_private_operators(dtype):
-    assert engines.unavailable("cuda") is None
+    assert engines.unsupported_reason("cuda") is None
     for name, arguments in private_calls("cuda", dtype, True).items():
-        torch.library.opcheck(getattr(torch.ops.interp_nn, f"cuda_{name}").default, arguments)
+        torch.library.opcheck(called(name), arguments)
 
 
 @with_library
