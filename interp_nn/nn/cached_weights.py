@@ -116,7 +116,8 @@ class _Cache:
     """
 
     def __init__(self, layer: PolynomialLayer, name: str, model: nn.Module) -> None:
-        self.layer, self.name, self.model = layer, name, model
+        self.layer, self.name = layer, name
+        self._ddp = model if isinstance(model, nn.parallel.DistributedDataParallel) else None
         with torch.enable_grad(), linalg.autocast_off(layer.b.device):
             self.formed = layer.effective_weight().contiguous()
         self.leaf = self.formed.detach().requires_grad_(self.formed.requires_grad)
@@ -125,9 +126,9 @@ class _Cache:
 
     def weight(self) -> Tensor | None:
         """Return the weight for a forward; None where it has to be computed as outside of the block."""
-        if not torch.is_grad_enabled() or torch.compiler.is_compiling() or transforming(self.layer.b):
+        if not torch.is_grad_enabled() or torch.compiler.is_compiling() or transforming(self.leaf):
             return None
-        if not self.leaf.requires_grad or not self._synchronises():
+        if self._ddp is None or not self._ddp.require_backward_grad_sync or not self.leaf.requires_grad:
             return self.leaf
         if self.pulled:
             raise RuntimeError(
@@ -153,7 +154,3 @@ class _Cache:
         if self.pulled:
             raise RuntimeError(f"cached_weights: the microbatch of {self.name} that synchronises was not the last one")
         torch.autograd.backward(self.formed, self.leaf.grad)
-
-    def _synchronises(self) -> bool:
-        model: Any = self.model
-        return isinstance(model, nn.parallel.DistributedDataParallel) and bool(model.require_backward_grad_sync)

@@ -183,8 +183,7 @@ class PolynomialLayer(Freezable):
 
     def formed_weight(self) -> Tensor | None:
         """Return the effective weight that `freeze` or `cached_weights` holds; None if there is none."""
-        frozen = self.frozen_weight()
-        return self._cache.weight() if frozen is None and self._cache is not None else frozen
+        return self.frozen_weight() if self._cache is None else self._cache.weight()
 
     def effective_weight(self) -> Tensor:
         """Compute `weight` as a plain tensor, differentiable: the weight of the plain layer with the same outputs."""
