@@ -77,10 +77,14 @@ class cached_weights:  # noqa: N801 - used like a function, as torch.no_grad is
                 )
             if layer._cache is not None:
                 raise RuntimeError(f"cached_weights: {where} is in another block already")
-        for layer, name in layers.items():
-            if layer.frozen_weight() is None:
-                layer._cache = _Cache(layer, f"{name or 'model'} ({type(layer).__name__})", self._model)
-                self._caches.append(layer._cache)
+        caches = [
+            _Cache(layer, f"{name or 'model'} ({type(layer).__name__})", self._model)
+            for layer, name in layers.items()
+            if layer.frozen_weight() is None
+        ]
+        for cache in caches:  # once all are formed
+            cache.layer._cache = cache
+        self._caches = caches
         self._handle = register_optimizer_step_pre_hook(self._before_step)
         return self
 
