@@ -162,7 +162,7 @@ def weight_backward(
     c, left, need_scaled = q.coefficients.unbind(), b.shape[1] > b.shape[0], need_b or need_a
     if b.dtype in _EXACT:
         m, dc = _derivative(g, _twice_symmetric(dw @ scaled.mT if left else scaled.mT @ dw), c, need_c)
-        db = mul_gram(dw, terms).addmm_(*((m, scaled) if left else (scaled, m))) if need_scaled else None
+        db = _add_product(mul_gram(dw, terms), *((m, scaled) if left else (scaled, m))) if need_scaled else None
     else:
         db, dc = _through_weight(dw, scaled, (g, terms), c, left, need_scaled, need_c)
     da = None

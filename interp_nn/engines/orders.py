@@ -128,7 +128,9 @@ def _count_of_polynomial(plan: Plan, problem: Problem, degree: int) -> Products:
     need_x, need_b = problem.need_x, problem.need_b
     either = need_x or need_b
     each = 1 + need_x + need_b
-    backward = _POWERS_BY_AUTOGRAD if plan.autograd else _POWERS_BACKWARD
+    # A weight has a backward of its own, whatever computes that of the product with X.
+    by_autograd = plan.autograd and (problem.pair or plan.order == "(Xb)q")
+    backward = _POWERS_BY_AUTOGRAD if by_autograd else _POWERS_BACKWARD
     powers = _POWERS[degree] + need_b * backward[degree]
     if degree == 0:  # X (c0 b), or P alone
         return Products(each, 0, 0, 0, 0)
@@ -137,7 +139,7 @@ def _count_of_polynomial(plan: Plan, problem: Problem, degree: int) -> Products:
     if plan.order == "(Xb)q":  # P, G, P q | D = dP + dY q, dX = D bᵀ | T = Pᵀ dY, Xᵀ D, b (M + Mᵀ)
         return Products(each, 1 + need_b * (1 + plan.autograd), 0, 1 + either + need_b, 0, powers)
     ndk = each * (1 + problem.pair)  # also P | dP bᵀ | Xᵀ dP of a pair
-    narrow = 2 + need_b * (3 + plan.autograd)
+    narrow = 2 + need_b * (3 + by_autograd)
     if plan.order == "X(bq)":  # G, W, X W | dY Wᵀ | S = Xᵀ dY, T = bᵀ S, S q, b (M + Mᵀ)
         return Products(ndk, narrow, 0, 0, 0, powers)
     return Products(ndk, 0, narrow, 0, 0, 0, powers)  # K, W, X W | dY Wᵀ | S = Xᵀ dY, N = S bᵀ, q S, (M + Mᵀ) b

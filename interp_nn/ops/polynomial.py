@@ -111,6 +111,8 @@ def _products(x: Tensor, b: Tensor, bias: Tensor | None, q: Polynomial, plan: Pl
 def summary(x: Tensor, b: Tensor, bias: Tensor | None, q: Polynomial, plan: Plan) -> Tensor:
     """Return X b q(bᵀb) + bias for checked arguments."""
     if _products(x, b, bias, q, plan):
+        if plan.order in ("X(bq)", "X(q(K)b)") and q.degree:
+            return torch.nn.functional.linear(x, weight(b, q).mT, bias)  # whose backward has fewer products
         y = eager_polynomial.forward(as_rows(x), b, bias, q, plan, False)[1]
         return y if x.dim() == 2 else y.view(*x.shape[:-1], b.shape[1])
     return apply(PolynomialFunction, x, b, bias, *q, plan, False)[0]
