@@ -1,4 +1,4 @@
-"""What reads or replaces a layer's weight from outside: the rows of the table in docs/converting.md that need PyTorch alone."""
+"""Readers and replacers of a layer's weight: the rows of the table in docs/converting.md that need PyTorch alone."""
 
 import copy
 import warnings

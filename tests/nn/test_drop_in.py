@@ -1,4 +1,4 @@
-"""What people do to models that hold nn.Linear: the same on our layers, or refused in words."""
+"""Uses of models that hold nn.Linear: the same on our layers, or refused in words."""
 
 import copy
 import io

@@ -50,7 +50,7 @@ def data(step):
 
 
 class Recipe:
-    """What one process holds: a sharded model, its optimizer and schedule."""
+    """The state of one process: a sharded model, its optimizer and schedule."""
 
     def __init__(self, kind):
         torch.manual_seed(0)

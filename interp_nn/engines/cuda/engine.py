@@ -4,7 +4,7 @@ Plans: a summary is "(Xb)G" (saves G), a pair also saves P, a polynomial is "(Xb
 "logits_from_latent"; all have at most 128 columns and classes. b may have any strides. Products take operands in the inputs'
 dtype and accumulate in fp32; fp32 operands are rounded to tf32 where PyTorch's own switch for matrix products allows it, and are
 split in two such parts otherwise (below compute capability 8.0, which has no such products, they are multiplied as they are).
-What is rounded: P, G, q(G) and W as operands and as results, D = dP + dY q(G) and the logits' gradients as operands, results.
+Rounded are: P, G, q(G) and W as operands and as results, D = dP + dY q(G) and the logits' gradients as operands, results.
 
 The library has private operators, whose schemas and fake kernels are here; the public operators of `interp_nn.ops` end in
 them. They allocate their results and workspaces themselves, and are launched on the current stream. What they count on is
