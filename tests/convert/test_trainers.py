@@ -6,6 +6,7 @@ import pytest
 import torch
 from convertible import error
 from torch import nn
+from torchvision_names import make_torchvision_importable
 
 from interp_nn.convert import fold, summarize
 from interp_nn.nn import SummaryLinear, follow
@@ -14,6 +15,11 @@ pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]  # of pack
 STEPS, HALF = 4, 2
 KINDS = ["head", "whole"]  # a summary head, and newton-schulz in every layer with `follow`
 by_kind = pytest.mark.parametrize("kind", KINDS)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def torchvision():
+    make_torchvision_importable()
 
 
 def convert(model, kind, head):
