@@ -281,8 +281,7 @@ class PolynomialLayer(Freezable):
         b = self._norm_matrix()
         scale = whole(self.scale).to(b.dtype)
         w = b * scale  # b / σ of the last step: nothing over- or underflows
-        u = whole(self.u).to(b.dtype)
-        u = torch.where(_is_direction(u), u, u.shape[-1] ** -0.5).unsqueeze(-1)
+        u = _direction(whole(self.u).to(b.dtype)).unsqueeze(-1)
         for _ in range(POWER_ITERATIONS - 1):
             v = w.mT @ u
             u = w @ v
@@ -448,12 +447,17 @@ def _weight(matrix: Tensor, c: Sequence[float], scale: Tensor | None, multiplier
 def _power_iteration(b: Tensor, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return the next (u, v) of norm 1 (or zeros), and the norm of bᵀu, for b (..., d, k) and u (..., d) of any norm."""
     tiny = torch.finfo(b.dtype).tiny
-    u = nn.functional.normalize(u, dim=-1, eps=tiny)
-    u = torch.where(_is_direction(u), u, u.shape[-1] ** -0.5)
+    u = _direction(u)
     v = nn.functional.normalize((b.mT @ u.unsqueeze(-1)).squeeze(-1), dim=-1, eps=tiny)
     u = (b @ v.unsqueeze(-1)).squeeze(-1)
     norm = torch.linalg.vector_norm(u, dim=-1)
     return nn.functional.normalize(u, dim=-1, eps=tiny), v, norm
+
+
+def _direction(u: Tensor) -> Tensor:
+    """Return vectors (..., d) with a norm of 1, also of the mean of several; equal entries for one that is zero or not finite."""
+    u = nn.functional.normalize(u, dim=-1, eps=torch.finfo(u.dtype).tiny)
+    return torch.where(_is_direction(u), u, u.shape[-1] ** -0.5)
 
 
 def _is_direction(u: Tensor) -> Tensor:
