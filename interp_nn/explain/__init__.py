@@ -21,6 +21,8 @@ from interp_nn.explain.estimator import NotFittedError
 from interp_nn.explain.following.calls import UnsupportedOperation
 from interp_nn.explain.following.gate_record import OperationReport, frozen, record, supported_ops
 from interp_nn.explain.following.scikit_learn import from_sklearn
+from interp_nn.explain.heads.head_reading import HeadReading, KeptLatents, TopSamples, read_head
+from interp_nn.explain.heads.head_table import HeadTable
 from interp_nn.explain.linear.affine_map import AffineMap, SingularTriplets, linearize
 from interp_nn.explain.linear.instance_linearization import InstanceLinearization
 from interp_nn.explain.linear.region_graph import Facets, RegionGraph, facets, region_graph
@@ -52,7 +54,10 @@ __all__ = [
     "FourierView",
     "GateRecord",
     "GateSite",
+    "HeadReading",
+    "HeadTable",
     "InstanceLinearization",
+    "KeptLatents",
     "MergedClusters",
     "NPKMachine",
     "NotFittedError",
@@ -67,6 +72,7 @@ __all__ = [
     "Seriation",
     "SingularTriplets",
     "Spectrum",
+    "TopSamples",
     "UnsupportedOperation",
     "brockett_min",
     "derivative_operator",
@@ -83,6 +89,7 @@ __all__ = [
     "npk_montecarlo",
     "ntk",
     "path_features",
+    "read_head",
     "record",
     "region",
     "region_graph",

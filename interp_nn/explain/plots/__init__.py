@@ -8,6 +8,7 @@ values. The figures need matplotlib (`pip install interp_nn[plot]`).
 from interp_nn.explain.plots.attribution import attribution_maps, bias_bars, bias_map
 from interp_nn.explain.plots.clusters import cluster_coefficients, coverage_curve, region_plot
 from interp_nn.explain.plots.gated import alignment_curves, gate_hyperplanes, kernel_matrix, regime_bars, tree_diagram
+from interp_nn.explain.plots.head_contributions import head_contributions
 from interp_nn.explain.plots.spectra import ambiguity_strips, descrambled_weights, null_bars, spectrum_curves
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "coverage_curve",
     "descrambled_weights",
     "gate_hyperplanes",
+    "head_contributions",
     "kernel_matrix",
     "null_bars",
     "regime_bars",
