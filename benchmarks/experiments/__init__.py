@@ -22,7 +22,7 @@ COMMANDS: dict[str, tuple[str, ...]] = {
         "two_regimes", "oblique_trees", "gated_digits", "gated_tables",
     )},
     "orthogonality": ("digits_constraints",),
-    **{name: (name,) for name in ("learning_rates", "recipes", "fine_tuning")},
+    **{name: (name,) for name in ("learning_rates", "recipes", "fine_tuning", "readable_heads")},
     **{name: (name,) for name in ("descent", "descramble_linear", "descramble_signals", "descramble_digits")},
     "dlgn_cifar10": ("dlgn_recovery", "--dataset", "cifar10"),
     "dlgn_cifar100": ("dlgn_recovery", "--dataset", "cifar100"),

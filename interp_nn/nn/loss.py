@@ -82,8 +82,9 @@ class SummaryLoss(nn.Module):
             return loss
         if features is None or b is None:
             raise ValueError("features, b: got None, want the layer's input and its b for a reconstruction")
-        options = {"target": target, "ignore_index": self.ignore_index, "reduction": self.reduction}
-        return loss + self.reconstruction * reconstruction_loss(features.detach(), b, **options)
+        return loss + self.reconstruction * reconstruction_loss(
+            features.detach(), b, target=target, ignore_index=self.ignore_index, reduction=self.reduction
+        )
 
     def extra_repr(self) -> str:
         """Return the options for repr."""

@@ -114,11 +114,11 @@ def test_bad_arguments() -> None:
     x, b, target = torch.randn(4, 3), torch.randn(3, 2), torch.zeros(4, dtype=torch.int64)
     with pytest.raises(ValueError, match="x, b: got shapes"):
         reconstruction_loss(x, b.t())
-    with pytest.raises(TypeError, match="b: got dtype torch.float64, want torch.float32"):
+    with pytest.raises(TypeError, match=r"b: got dtype torch.float64, want torch.float32"):
         reconstruction_loss(x, b.double())
-    with pytest.raises(ValueError, match="reduction: got 'max'"):
+    with pytest.raises(ValueError, match=r"reduction: got 'max'"):
         reconstruction_loss(x, b, reduction="max")
-    with pytest.raises(ValueError, match="reconstruction: got -1.0"):
+    with pytest.raises(ValueError, match=r"reconstruction: got -1.0"):
         SummaryLoss(reconstruction=-1.0)
     with pytest.raises(TypeError, match="reconstruction: got None"):
         SummaryHead(3, 2, 2).loss(x, target, reconstruction=None)  # type: ignore[arg-type]

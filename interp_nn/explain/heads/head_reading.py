@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 
 _ROTATIONS = {"variance": to_variance, "classes": to_classes, "varimax": to_varimax}
 _SILENT = 1e-6  # importance of a latent that rounding alone gives weights
-Coordinates = Literal["variance", "classes", "varimax"]
 
 
 class KeptLatents(NamedTuple):
@@ -162,7 +161,7 @@ class HeadReading:
         scale = self._run.outputs.abs().max()
         return float((made - self._run.outputs).abs().max() / torch.where(scale > 0, scale, 1))
 
-    def rotate(self, to: Coordinates | Tensor) -> HeadReading:
+    def rotate(self, to: str | Tensor) -> HeadReading:
         """Return the reading in other coordinates, of the network's own; its outputs are the same.
 
         Args:

@@ -49,7 +49,7 @@ class HeadTable:
 
     def to_pandas(self) -> Any:
         """Return the table as a pandas.DataFrame, one row for each latent. Raises ImportError without pandas."""
-        import pandas
+        import pandas  # type: ignore[import-untyped, unused-ignore]
 
         return pandas.DataFrame(self._columns()).set_index("latent")
 

@@ -186,6 +186,8 @@ class LinearPair:
 class Encoder(nn.Module):
     """The part of a model that computes a pair's codes, in rotated coordinates."""
 
+    rotation: Tensor
+
     def __init__(self, pair: LinearPair, rotation: Tensor) -> None:
         super().__init__()
         self.model, self._pair = pair.model, pair
@@ -200,7 +202,7 @@ class Encoder(nn.Module):
 def _weight(layer: nn.Module) -> Tensor:
     """Return the weight (out, in) of a linear layer, without gradient."""
     weight = layer.effective_weight() if isinstance(layer, SummaryLinear) else layer.weight
-    return weight.detach()  # type: ignore[operator, union-attr, return-value]
+    return weight.detach()  # type: ignore[operator]
 
 
 def _find(model: nn.Module, argument: str, layer: Layer) -> tuple[str, Any]:

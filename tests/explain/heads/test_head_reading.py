@@ -47,7 +47,7 @@ def test_rotations_keep_the_function(case: tuple[nn.Sequential, Tensor, Tensor, 
     model, x, y, output = case
     expected, own = model(x).detach(), read_head(model, "2", x, y, output=output)
     assert own.check() < 1e-14
-    rotated = own.rotate(to)  # type: ignore[arg-type]
+    rotated = own.rotate(to)
     assert rotated.check() < 1e-13
     k = own.codes.shape[1]
     torch.testing.assert_close(rotated.rotation.mT @ rotated.rotation, torch.eye(k, dtype=torch.float64))
@@ -56,7 +56,7 @@ def test_rotations_keep_the_function(case: tuple[nn.Sequential, Tensor, Tensor, 
     assert rotated.explained_variance == pytest.approx(own.explained_variance)
 
     written = copy.deepcopy(model)
-    read = read_head(written, "2", x, y, output=output).rotate(to).apply_()  # type: ignore[arg-type]
+    read = read_head(written, "2", x, y, output=output).rotate(to).apply_()
     torch.testing.assert_close(written(x), expected, rtol=0, atol=1e-12 * float(expected.abs().max()))
     torch.testing.assert_close(read.codes, rotated.codes, rtol=0, atol=1e-12 * float(rotated.codes.abs().max()))
     if isinstance(written[2], SummaryHead):  # both codes
@@ -189,14 +189,14 @@ def test_refusals() -> None:
     with pytest.raises(ValueError, match="y: got shape"):
         read_head(network(*pair), "2", x, torch.full((9,), M), output="3")
     with pytest.raises(ValueError, match="to: got 'x'"):
-        read_head(network(*pair), "2", x, output="3").rotate("x")  # type: ignore[arg-type]
+        read_head(network(*pair), "2", x, output="3").rotate("x")
 
 
 def test_apply_refuses_what_it_cannot_write() -> None:
     torch.manual_seed(0)
     x = torch.randn(9, 5).double()
     parametrized = network(weight_norm(nn.Linear(D, K)), nn.Linear(K, M))
-    with pytest.raises(ValueError, match="2.weight is parametrized"):
+    with pytest.raises(ValueError, match=r"2.weight is parametrized"):
         read_head(parametrized, "2", x, output="3").rotate("variance").apply_()
     tied = network(nn.Linear(D, D), nn.Linear(D, D), nn.Linear(D, D))
     tied[3].weight = tied[2].weight
