@@ -280,7 +280,7 @@ def flipped(reading: HeadReading) -> float:
 
 
 def stability(readings: list[HeadReading]) -> float:
-    """Return how well seeds agree: the mean over pairs and latents of the largest absolute correlation with a latent of the other."""
+    """Return the mean, over pairs of seeds and latents, of the largest absolute correlation with a latent of the other seed."""
     found = []
     for i, one in enumerate(readings):
         for j, other in enumerate(readings):

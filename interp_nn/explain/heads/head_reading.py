@@ -77,8 +77,8 @@ def read_head(
 
     Raises:
         TypeError: A layer of another type, or a y that is not int64.
-        ValueError: A layer that the model does not have or does not call once, something between the layers, a model whose outputs
-            are not those of the second layer, or arguments of other shapes.
+        ValueError: A layer that the model does not have or does not call once, something between the layers, a model that does
+            not return the outputs of the second layer, or arguments of other shapes.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3), nn.Linear(3, 2)).double()
