@@ -99,16 +99,37 @@ def test_reparametrizations(how, polynomial):
     assert not parametrize.is_parametrized(layer)
 
 
+BY_HOOKS = {
+    name: (getattr(nn.utils, name), getattr(nn.utils, f"remove_{name}")) for name in ("weight_norm", "spectral_norm")
+}
+
+
 @pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated:FutureWarning")
-@pytest.mark.parametrize("how", [nn.utils.weight_norm, nn.utils.spectral_norm])
-def test_the_old_reparametrizations_by_hooks(how):
+@pytest.mark.parametrize(("how", "undo"), BY_HOOKS.values(), ids=BY_HOOKS)
+def test_the_old_reparametrizations_by_hooks(how, undo):
     layer = converted()[0]
     with pytest.raises(KeyError, match="weight"):
         how(layer, "weight")
+    with pytest.raises(ValueError, match=r"_norm of 'weight' not found in SummaryLinear"):
+        undo(layer, "weight")
     is_its_weight(layer)  # nothing has changed
     y = how(layer, "b").eval()(X)  # the hook sets b in a forward
     assert error(nn.functional.linear(X, layer.weight, layer.bias), y) <= 1e-5
     assert fold(nn.Sequential(layer)).skipped
+    undo(layer, "b")
+    assert error(layer(X), y) <= 1e-5
+    is_its_weight(layer)
+
+
+@by_polynomial
+def test_parameters_as_a_vector(polynomial):
+    model = converted(polynomial)
+    model[0].freeze()
+    before = model(X)
+    nn.utils.vector_to_parameters(1.5 * nn.utils.parameters_to_vector(model.parameters()), model.parameters())
+    update_spectral_norms(model)
+    assert error(model(X), before) > 0.1
+    is_its_weight(model[0])  # the frozen weight is a new one
 
 
 # torch.ao
