@@ -1,4 +1,4 @@
-"""Helpers of the figures: matplotlib, axes, arrays and colour scales."""
+"""Helpers of the figures: matplotlib, axes, arrays, colours and their scales."""
 
 from __future__ import annotations
 
@@ -13,6 +13,10 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 SIGNED = "RdBu_r"
+POSITIVE, NEGATIVE, NEUTRAL = "#b2182b", "#2166ac", "0.35"  # the ends of SIGNED
+# Okabe and Ito's colours, which colour-blind readers can tell apart; yellow is last, because it is weak on white.
+PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000", "#F0E442")
+LIGHT = ("#a6cde8", "#f7d08a", "#a9dfc9", "#e3b7d2", "#f2b48c", "#dcdcdc")  # the same, as areas behind text and lines
 
 
 def pyplot() -> Any:
@@ -71,5 +75,11 @@ def heat_map(
         colour = "white" if abs(value) > 0.6 * limit else "black"
         axes.text(j, i, f"{round(float(value), 2) + 0.0:.2f}", ha="center", va="center", fontsize=8, color=colour)
     axes.set_yticks(range(len(rows)), rows, fontsize=9)
-    axes.set_xticks(range(len(columns)), columns, fontsize=9)
+    slanted = {"rotation": 30, "ha": "right", "rotation_mode": "anchor"} if max(map(len, columns)) > 8 else {}
+    axes.set_xticks(range(len(columns)), columns, fontsize=9, **slanted)
     axes.figure.colorbar(shown, ax=axes, label=label, extend=extend)
+
+
+def signed_colours(values: np.ndarray[Any, Any]) -> list[str]:
+    """Return the colour of each value's bar: red for positive, blue for negative."""
+    return [POSITIVE if value > 0 else NEGATIVE for value in values]
