@@ -8,7 +8,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import Tensor
 
-from interp_nn.explain.plots.canvas import NEUTRAL, SIGNED, array, heat_map, new_axes, pyplot, scale, signed_colours
+from interp_nn.explain.plots.canvas import (
+    NEUTRAL,
+    SIGNED,
+    array,
+    heat_map,
+    new_axes,
+    number,
+    pyplot,
+    scale,
+    set_title,
+    signed_colours,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -97,9 +108,9 @@ def attribution_maps(
             if "predicted" in notes[i, j - first] or "true" in notes[i, j - first]:
                 axes.spines[:].set(linewidth=2.5)
         if i == 0 and j >= first and columns is not None:
-            axes.set_title(columns[j - first], fontsize=10)
+            set_title(axes, columns[j - first])
         if i == 0 and j < first:
-            axes.set_title("input", fontsize=10)
+            set_title(axes, "input")
         if j == 0 and rows is not None:
             axes.set_ylabel(rows[i], fontsize=10)
     figure.colorbar(mappable, ax=grid[:, first:], label=label, shrink=0.8, aspect=30, extend=extend)
@@ -150,8 +161,10 @@ def bias_bars(
     axes.margins(x=0.18)
     title = f"Constant of output {output}: {total:.{_DIGITS}g}"
     if value is not None:
-        title += f" of {float(value):.{_DIGITS}g}" + (f" ({total / float(value):.0%})" if float(value) else "")
-    axes.set(xlabel="part of the constant b, in the output's units", ylabel="layer", title=title)
+        whole = number(value, "value")
+        title += f" of {whole:.{_DIGITS}g}" + (f" ({total / whole:.0%})" if whole else "")
+    axes.set(xlabel="part of the constant b, in the output's units", ylabel="layer")
+    set_title(axes, title)
     return axes
 
 
@@ -183,10 +196,10 @@ def bias_map(
     k = parts.shape[1]
     columns = [str(j) for j in range(k)] if outputs is None else list(outputs)
     axes = new_axes(axes, (0.62 * k + 3.2, 0.36 * len(names) + 1.5))
-    heat_map(axes, parts, names, columns, "part of the constant b, in the output's units")
+    heat_map(axes, parts, names, columns, "part of b, in the output's units")
     largest = np.unravel_index(np.abs(parts).argmax(), parts.shape)
     title = f"Constants by layer: largest in layer {names[largest[0]]}, for output {columns[largest[1]]}"
-    axes.set_title(title, fontsize=10)
+    set_title(axes, title)
     axes.set(xlabel="output", ylabel="layer")
     return axes
 

@@ -33,6 +33,20 @@ def new_axes(axes: Axes | None, size: tuple[float, float]) -> Axes:
     return pyplot().figure(figsize=size, layout="constrained").subplots() if axes is None else axes
 
 
+def set_title(axes: Axes, text: str) -> None:
+    """Set a title that breaks its line at the edges of the figure."""
+    axes.set_title(text, fontsize=10, wrap=True)
+
+
+def number(value: float | Tensor, name: str) -> float:
+    """Return a number, or a tensor of one, as a float. Raises ValueError for other tensors."""
+    if isinstance(value, Tensor):
+        if value.numel() != 1:
+            raise ValueError(f"{name}: got shape {tuple(value.shape)}, want one number")
+        return float(value.detach())
+    return float(value)
+
+
 def array(values: Tensor) -> np.ndarray[Any, np.dtype[Any]]:
     """Convert a tensor to numpy; 16-bit dtypes become fp32."""
     values = values.detach().cpu()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from interp_nn.explain.following.gate_record import record
-from interp_nn.explain.plots.canvas import LIGHT, PALETTE, SIGNED, array, heat_map, new_axes
+from interp_nn.explain.plots.canvas import LIGHT, PALETTE, SIGNED, array, heat_map, new_axes, set_title
 from interp_nn.explain.plots.contributions import feature_list
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ def cluster_coefficients(
     hidden = [f"{count} {what}" for count, what in (
         (len(sizes) - len(order), "smaller clusters"), (len(names) - len(columns), "features of smaller coefficients")
     ) if count]  # fmt: skip
-    axes.set_title("Coefficients by cluster" + (f" (not shown: {', '.join(hidden)})" if hidden else ""), fontsize=10)
+    set_title(axes, "Coefficients by cluster" + (f" (not shown: {', '.join(hidden)})" if hidden else ""))
     return axes
 
 
@@ -120,7 +120,7 @@ def coverage_curve(coverage: Tensor, *, level: float = 0.9, axes: Axes | None = 
 
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set(ylim=(0, 104), xlabel="number of clusters, largest first", ylabel="samples covered, %")
-    axes.set_title(f"{reached} of {len(shares)} clusters hold {shares[reached - 1]:.1%} of the samples", fontsize=10)
+    set_title(axes, f"{reached} of {len(shares)} clusters hold {shares[reached - 1]:.1%} of the samples")
     return axes
 
 
@@ -214,7 +214,8 @@ def region_plot(
         axes.scatter(*array(s_t).T, s=14, color="black", edgecolor="white", linewidth=0.6, zorder=3)
     axes.locator_params(nbins=5)
     xlabel, ylabel = ("x0", "x1") if own else ("s, in units of u", "t, in units of v")
-    axes.set(xlim=extent[:2], ylim=extent[2:], xlabel=xlabel, ylabel=ylabel, title=f"{count} activation regions")
+    axes.set(xlim=extent[:2], ylim=extent[2:], xlabel=xlabel, ylabel=ylabel)
+    set_title(axes, f"{count} activation regions")
     return axes
 
 
@@ -284,7 +285,7 @@ def region_polygon(
     xlabel, ylabel = ("x0", "x1") if own else ("s, in units of u", "t, in units of v")
     title = f"{len(bounding)} of {len(lines)} units bound{'s' * (len(bounding) == 1)} the region here"
     axes.set(xlim=extent[:2], ylim=extent[2:], xlabel=xlabel, ylabel=ylabel)
-    axes.set_title(title if corners else "The region does not meet this part of the plane")
+    set_title(axes, title if corners else "The region does not meet this part of the plane")
     return axes
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from torch import Tensor
 
-from interp_nn.explain.plots.canvas import NEUTRAL, array, new_axes, signed_colours
+from interp_nn.explain.plots.canvas import NEUTRAL, array, new_axes, number, set_title, signed_colours
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -62,7 +62,7 @@ def contribution_bars(
         (['fare', 'age', 'constant', 'sum'], [-3.0, 1.0, 0.5, -1.5])
     """
     parts = _parts(contributions, constant, x, features, most)
-    names, values = [*parts.names, "constant", "sum"], [*parts.values, float(constant), parts.output]
+    names, values = [*parts.names, "constant", "sum"], [*parts.values, number(constant, "constant"), parts.output]
     axes = new_axes(axes, (6.0, 0.32 * len(names) + 1.4))
     bars = axes.barh(range(len(names)), values, color=[*parts.colours, NEUTRAL, NEUTRAL])
     axes.bar_label(bars, [f"{value:+.3g}" for value in values], padding=3, fontsize=8)
@@ -109,7 +109,7 @@ def contribution_waterfall(
         'output -1.5 = constant 0.5 + contributions -2'
     """
     parts = _parts(contributions, constant, x, features, most)
-    constant = float(constant)
+    constant = number(constant, "constant")
     names = ["constant", *parts.names, output]
     ends = constant + np.cumsum(parts.values)
     starts = np.concatenate([[0.0, constant], ends[:-1], [0.0]])
@@ -166,6 +166,7 @@ def contribution_beeswarm(
     values, inputs = array(contributions), array(x)
     if values.ndim != 2 or not values.size or inputs.shape != values.shape:
         raise ValueError(f"contributions, x: got shapes {values.shape} and {inputs.shape}, want (n, d), twice")
+    _check_finite(values)
     names = feature_list(features, values.shape[1])
     _check_most(most)
     sizes = np.abs(values).mean(0)
@@ -204,8 +205,7 @@ def _parts(
         raise ValueError(
             f"contributions: got shape {values.shape}, want (d,): of one output of one sample, as contributions[0, 3] is"
         )
-    if isinstance(constant, Tensor) and constant.numel() != 1:
-        raise ValueError(f"constant: got shape {tuple(constant.shape)}, want one number")
+    _check_finite(values)
     names = feature_list(features, len(values))
     _check_most(most)
     if x is not None:
@@ -218,7 +218,14 @@ def _parts(
     bars, labels = values[shown], [names[j] for j in shown]
     if len(rest):
         bars, labels = np.append(bars, values[rest].sum()), [*labels, f"{len(rest)} others"]
-    return _Parts(labels, bars, signed_colours(bars), float(constant) + float(values.sum(dtype=np.float64)))
+    return _Parts(
+        labels, bars, signed_colours(bars), number(constant, "constant") + float(values.sum(dtype=np.float64))
+    )
+
+
+def _check_finite(values: np.ndarray[Any, Any]) -> None:
+    if not np.isfinite(values).all():
+        raise ValueError("contributions: has values that are not finite, want finite ones")
 
 
 def _check_most(most: int) -> None:
@@ -240,6 +247,6 @@ def _finish(axes: Axes, names: Sequence[str], xlabel: str, title: str) -> None:
     axes.axvline(0, color="black", linewidth=0.8)
     axes.set_yticks(range(len(names)), names, fontsize=9)
     axes.set_ylim(len(names) - 0.4, -0.6)
-    axes.margins(x=0.14)
+    axes.margins(x=0.18)
     axes.set_xlabel(xlabel)
-    axes.set_title(title, fontsize=10)
+    set_title(axes, title)

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from interp_nn.explain.plots.canvas import LIGHT, PALETTE, SIGNED, array, new_axes, scale
+from interp_nn.explain.plots.canvas import LIGHT, PALETTE, SIGNED, array, new_axes, scale, set_title
 from interp_nn.nn.gated.oblique_tree import ObliqueTree
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ def gate_hyperplanes(found: Tensor, truth: Tensor, *, level: float = 0.99, axes:
     axes.figure.colorbar(shown, ax=axes, label="|cos|")
     axes.set_yticks(range(len(best)), [f"{i}: {value:.3f}" for i, value in enumerate(best)], fontsize=8)
     axes.set(xlabel="gate", ylabel="hyperplane: its best |cos|", xticks=[])
-    axes.set_title(f"{int((best >= level).sum())} of {len(best)} hyperplanes found at |cos| ≥ {level:g}")
+    set_title(axes, f"{int((best >= level).sum())} of {len(best)} hyperplanes found at |cos| ≥ {level:g}")
     return axes
 
 
@@ -106,7 +106,7 @@ def kernel_matrix(kernel: Tensor, labels: Tensor | None = None, *, axes: Axes | 
     if labels is not None:
         same = np.equal.outer(array(labels)[order], array(labels)[order])
         within, between = values[same].mean(), values[~same].mean() if (~same).any() else np.nan
-        axes.set_title(f"mean within classes {within:.3g}, between {between:.3g}", fontsize=10)
+        set_title(axes, f"mean within classes {within:.3g}, between {between:.3g}")
     return axes
 
 
@@ -202,15 +202,16 @@ def regime_bars(
     axes.set_axisbelow(True)
     if others:
         axes.plot(list(others.values()), [names.index(name) for name in others], "kx", markersize=6, label="published")
-        axes.legend(fontsize=8)
+        axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.08, 1))
     every = [100 * float(v) for values in accuracies.values() for v in values] + list(others.values())
     low, high = min(every), max(every)
     room = max(high - low, 1.0)
     axes.set_xlim(max(0.0, low - 0.25 * room), high + 0.1 * room)
     axes.set_yticks(range(len(names)), names, fontsize=9)
-    axes.invert_yaxis()
+    axes.set_ylim(len(names) - 0.4, -0.6)
     best = names[int(np.argmax(means))]
-    axes.set(xlabel="accuracy, %", title=f"{best} is most accurate: {max(means):.1f} %")
+    axes.set(xlabel="accuracy, %")
+    set_title(axes, f"{best} is most accurate: {max(means):.1f} %")
     return axes
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from torch import Tensor
 
 from interp_nn.explain.descramble.fourier import fft_view
-from interp_nn.explain.plots.canvas import PALETTE, SIGNED, array, new_axes, pyplot, scale
+from interp_nn.explain.plots.canvas import PALETTE, SIGNED, array, new_axes, pyplot, scale, set_title
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -84,7 +84,7 @@ def descrambled_weights(
         top.set(title=title, xlabel=columns, ylabel=rows)
         share = _slow_share(array(view.amplitudes), np.asarray(y))
         bottom.set(xlabel=f"cycles over all {columns}s", ylabel=f"cycles over all {rows}s")
-        bottom.set_title(f"{share:.0%} of the energy varies slowly along {rows}s", fontsize=9)
+        set_title(bottom, f"{share:.0%} of the energy is slow")
     figure.colorbar(shown, ax=images, label="weight", extend=extend)
     figure.colorbar(bright, ax=waves, label="Fourier amplitude")
     return figure
@@ -155,7 +155,7 @@ def spectrum_curves(
     chance = float(mode_costs.mean() * energies.sum())
     left = f": {float(mode_costs @ energies) / chance:.2g} of a random P's loss is left" if chance else ""
     axes.set(xlabel="mode and component, in the order of the pairing", ylabel="share of the energy")
-    axes.set_title(f"Energetic components get cheap modes{left}", fontsize=10)
+    set_title(axes, f"Energetic components get cheap modes{left}")
     twin.set_ylabel("cost of the mode / largest cost")
     return axes
 
