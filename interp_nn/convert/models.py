@@ -21,6 +21,7 @@ from interp_nn.nn.conv import SummaryConv2d
 from interp_nn.nn.linear import SummaryLinear
 from interp_nn.nn.polynomial_layer import Normalize, Options, PolynomialLayer, Solved, options_of, solved_weight
 from interp_nn.nn.weights import check_preserve, own_name, remove_parametrizations, solved_from
+from interp_nn.progress import track
 
 _SUMMARY: dict[type, type] = {nn.Linear: SummaryLinear, nn.Conv2d: SummaryConv2d}
 _PLAIN: dict[type, type] = {summary: plain for plain, summary in _SUMMARY.items()}
@@ -129,6 +130,7 @@ def summarize(
     gain: bool | None = None,
     dry_run: bool = False,
     rows: int = 1024,
+    progress: bool | None = None,
 ) -> Report:
     """Make each nn.Linear of a model a SummaryLinear and each nn.Conv2d a SummaryConv2d, in place.
 
@@ -163,6 +165,7 @@ def summarize(
         gain: As in `SummaryLinear`.
         dry_run: Compute the same report and change nothing.
         rows: Number of rows (batch times positions) that the report's plans are for.
+        progress: Show a progress bar. None shows one in a terminal or a notebook, where tqdm is installed.
 
     Returns:
         A report of the converted and skipped layers, with notes on what will be slower and on training.
@@ -182,7 +185,7 @@ def summarize(
     if not isinstance(rows, int) or rows < 0:
         raise ValueError(f"rows: got {rows!r}, want an integer >= 0")
     options = options_of(polynomial, normalize, gain)
-    return _convert(f"summarize, {preserve} kept", model, select, _SUMMARY, preserve, dry_run, rows, options)
+    return _convert(f"summarize, {preserve} kept", model, select, _SUMMARY, preserve, dry_run, rows, options, progress)
 
 
 def fold(model: nn.Module) -> Report:
@@ -220,6 +223,7 @@ def _convert(
     dry_run: bool,
     rows: int,
     options: Options | None = None,
+    progress: bool | None = False,
 ) -> Report:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: got {type(model).__name__}, want a torch.nn.Module")
@@ -233,7 +237,7 @@ def _convert(
     converted, written = [], {}
     ties: dict[nn.Module, object] = {}
     errors: dict[object, float | None] = {}  # tied weights are computed and written once
-    for layer in layers:  # everything that can fail, before anything changes
+    for layer in track(layers, "converting", progress, "layer"):  # everything that can fail, before anything changes
         name, held = found.paths[layer][0], getattr(layer, own_name(layer))
         tie = ties[layer] = layer if parametrize.is_parametrized(layer) else memory(held)
         if tie not in errors:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from interp_nn.explain.plots.canvas import (
@@ -20,12 +21,16 @@ from interp_nn.explain.plots.canvas import (
     set_title,
     signed_colours,
 )
+from interp_nn.explain.plots.contributions import contribution_beeswarm, contribution_waterfall
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+    from interp_nn.explain.linear.affine_map import AffineMap
+
 _DIGITS = 3
+_MOST_ROWS = 8
 _LUMA = (0.299, 0.587, 0.114)  # the grey of red, green and blue
 
 
@@ -227,14 +232,14 @@ def _notes(
     n: int, k: int, predicted: Tensor | None, true: Tensor | None, constants: Tensor | None
 ) -> np.ndarray[Any, Any]:
     """Return what is written below each map, (n, k) of str."""
-    notes = [[[] for _ in range(k)] for _ in range(n)]
+    notes: list[list[list[str]]] = [[[] for _ in range(k)] for _ in range(n)]
     for name, index in (("predicted", predicted), ("true", true)):
         if index is None:
             continue
         if index.shape != (n,) or index.is_floating_point() or not bool(((index >= 0) & (index < k)).all()):
             raise ValueError(f"{name}: got {index.dtype} of shape {tuple(index.shape)}, want ({n},) indices below {k}")
-        for row, column in enumerate(index.tolist()):
-            notes[row][column].append(name)
+        for i, column in enumerate(index.tolist()):
+            notes[i][column].append(name)
     if constants is not None:
         if constants.shape != (n, k):
             raise ValueError(f"constants: got shape {tuple(constants.shape)}, want ({n}, {k})")
@@ -266,3 +271,50 @@ def _layers(by_layer: Mapping[str, Tensor], sample: int) -> tuple[list[str], np.
         if part.ndim != 2 or not -len(part) <= sample < len(part):
             raise ValueError(f"by_layer: {name} has shape {part.shape}, want (n, k) with sample {sample} in it")
     return list(parts), np.stack([part[sample] for part in parts.values()])
+
+
+def affine_plot(
+    affine: AffineMap, x: Tensor, sample: int | None, output: int | None, features: Sequence[str] | None
+) -> Axes | Figure:
+    """Draw the contributions of an affine map, as `AffineMap.plot` says."""
+    if not isinstance(x, Tensor) or not isinstance(affine.shape, torch.Size):
+        raise ValueError(
+            "plot: got a map of several inputs, want one; plot its contributions by interp_nn.explain.plots"
+        )
+    n, dims = len(affine), x.dim() - 1
+    contributions = affine.contributions(x).detach().reshape(n, -1, *x.shape[1:])
+    constants = affine.bias.reshape(n, -1)
+    values = constants + contributions.flatten(2).sum(2)
+    k = constants.shape[1]
+    for name, index, size in (("sample", sample, n), ("output", output, k)):
+        if index is not None and not -size <= index < size:
+            raise ValueError(f"{name}: got {index}, want an index below {size}")
+    samples = list(range(n)) if sample is None else [sample % n]
+    outputs = list(range(k)) if output is None else [output % k]
+    if dims < 2:
+        if len(outputs) > 1:
+            raise ValueError(f"output: got None for {k} outputs, want the index of one")
+        (column,) = outputs
+        name = f"output {column}" if k > 1 else "output"
+        parts = contributions[:, column].reshape(n, -1)
+        if len(samples) > 1:
+            return contribution_beeswarm(parts, x.reshape(n, -1), features=features, output=name)
+        (row,) = samples
+        return contribution_waterfall(
+            parts[row], constants[row, column], x=x.reshape(n, -1)[row], features=features, output=name
+        )
+    if dims > 3:
+        raise ValueError(
+            f"plot: got inputs of shape {tuple(x.shape)}, want features (n, d) or images (n, [channels,] h, w)"
+        )
+    samples = samples[:_MOST_ROWS]
+    pictures = x if dims == 2 or x.shape[1] in (1, 3) else None
+    shown = contributions[samples][:, outputs]
+    return attribution_maps(
+        shown.unsqueeze(2) if dims == 2 else shown,
+        None if pictures is None else pictures[samples],
+        rows=[f"sample {i}" for i in samples],
+        columns=[f"output {j}" for j in outputs],
+        predicted=values[samples].argmax(1) if len(outputs) > 1 else None,
+        constants=constants[samples][:, outputs],
+    )

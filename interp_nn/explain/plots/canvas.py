@@ -89,8 +89,9 @@ def heat_map(
         colour = "white" if abs(value) > 0.6 * limit else "black"
         axes.text(j, i, f"{round(float(value), 2) + 0.0:.2f}", ha="center", va="center", fontsize=8, color=colour)
     axes.set_yticks(range(len(rows)), rows, fontsize=9)
-    slanted = {"rotation": 30, "ha": "right", "rotation_mode": "anchor"} if max(map(len, columns)) > 8 else {}
-    axes.set_xticks(range(len(columns)), columns, fontsize=9, **slanted)
+    axes.set_xticks(range(len(columns)), columns, fontsize=9)
+    if max(map(len, columns)) > 8:
+        pyplot().setp(axes.get_xticklabels(), rotation=30, ha="right", rotation_mode="anchor")
     axes.figure.colorbar(shown, ax=axes, label=label, extend=extend)
 
 

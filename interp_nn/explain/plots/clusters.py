@@ -27,6 +27,7 @@ def cluster_coefficients(
     responses: Tensor | None = None,
     most: int = 20,
     most_features: int = 10,
+    total: int | None = None,
     axes: Axes | None = None,
 ) -> Axes:
     """Draw the coefficients of the largest clusters as a table in colour and digits, one row for each cluster.
@@ -39,6 +40,7 @@ def cluster_coefficients(
         most: Largest number of rows; the largest clusters are first.
         most_features: Largest number of columns. Of more, those with the largest mean |coefficient| over the samples are shown,
             largest first.
+        total: Number of all samples, of which the sizes are shares; by default the sum of `counts`.
         axes: Axes to draw on; by default new ones.
 
     Returns:
@@ -65,7 +67,7 @@ def cluster_coefficients(
         columns = np.argsort(-(sizes @ np.abs(values)), kind="stable")[:most_features]
     rows = []
     for c in order:
-        row = f"cluster {c}: {int(sizes[c]):,} ({sizes[c] / sizes.sum():.1%})"
+        row = f"cluster {c}: {int(sizes[c]):,} ({sizes[c] / (total or sizes.sum()):.1%})"
         rows.append(row if responses is None else f"{row}, mean {float(array(responses)[c]):.2f}")
     axes = new_axes(axes, (0.85 * len(columns) + 4.2, 0.32 * len(rows) + 1.8))
     heat_map(
@@ -210,8 +212,8 @@ def region_plot(
             axes.contour(array(s), array(t), preactivations[:, :, unit], [0.0], colors="black", linewidths=0.6)
     count = len(groups.counts)
     if points is not None:
-        s_t = in_plane(points, plane)
-        axes.scatter(*array(s_t).T, s=14, color="black", edgecolor="white", linewidth=0.6, zorder=3)
+        s_t = array(in_plane(points, plane))
+        axes.scatter(s_t[:, 0], s_t[:, 1], s=14, color="black", edgecolor="white", linewidth=0.6, zorder=3)
     axes.locator_params(nbins=5)
     xlabel, ylabel = ("x0", "x1") if own else ("s, in units of u", "t, in units of v")
     axes.set(xlim=extent[:2], ylim=extent[2:], xlabel=xlabel, ylabel=ylabel)
@@ -281,7 +283,8 @@ def region_polygon(
             box = {"facecolor": "white", "edgecolor": "none", "pad": 1, "alpha": 0.8}
             axes.annotate(f"unit {owner}", middle, fontsize=7, ha="center", va="center", bbox=box)
     if points is not None:
-        axes.scatter(*array(in_plane(points, plane)).T, s=14, color="black", edgecolor="white", linewidth=0.6, zorder=3)
+        s_t = array(in_plane(points, plane))
+        axes.scatter(s_t[:, 0], s_t[:, 1], s=14, color="black", edgecolor="white", linewidth=0.6, zorder=3)
     xlabel, ylabel = ("x0", "x1") if own else ("s, in units of u", "t, in units of v")
     title = f"{len(bounding)} of {len(lines)} units bound{'s' * (len(bounding) == 1)} the region here"
     axes.set(xlim=extent[:2], ylim=extent[2:], xlabel=xlabel, ylabel=ylabel)
@@ -315,7 +318,8 @@ def _cut(
             sides.append(owners[i])
         if (value <= 0) != (values[j] <= 0):
             share = value / (value - values[j])
-            kept.append(tuple(a + share * (b - a) for a, b in zip(here, corners[j], strict=True)))
+            ahead = corners[j]
+            kept.append((here[0] + share * (ahead[0] - here[0]), here[1] + share * (ahead[1] - here[1])))
             sides.append(unit if value <= 0 else owners[i])
     return kept, sides
 
