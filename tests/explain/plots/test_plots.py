@@ -1,5 +1,6 @@
 import builtins
 import itertools
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -331,3 +332,8 @@ def test_a_missing_matplotlib_is_explained(monkeypatch):
         patch.setattr(builtins, "__import__", without)
         with pytest.raises(ImportError, match=r"pip install interp_nn\[plot\]"):
             plots.coverage_curve(torch.ones(3))
+
+
+def test_the_guide_names_every_plot():
+    page = (Path(__file__).parents[3] / "docs" / "plots.md").read_text(encoding="utf-8")
+    assert [name for name in plots.__all__ if f"plots.{name}" not in page] == []
