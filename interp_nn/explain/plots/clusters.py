@@ -75,7 +75,7 @@ def cluster_coefficients(
         values[np.ix_(order, columns)],
         rows,
         [names[j] for j in columns],
-        "output per unit of the feature",
+        "output per unit",
         sizes[order],
     )
     hidden = [f"{count} {what}" for count, what in (
