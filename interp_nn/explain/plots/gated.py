@@ -202,7 +202,7 @@ def regime_bars(
     axes.set_axisbelow(True)
     if others:
         axes.plot(list(others.values()), [names.index(name) for name in others], "kx", markersize=6, label="published")
-        axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.08, 1))
+        axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.22), ncols=2)
     every = [100 * float(v) for values in accuracies.values() for v in values] + list(others.values())
     low, high = min(every), max(every)
     room = max(high - low, 1.0)
