@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from interp_nn.convert.eligible import Convertible, Select, memory
+from interp_nn.display import html_table, track
 from interp_nn.engines.problem import Plan
 from interp_nn.engines.select import plan
 from interp_nn.nn import diagnosis
@@ -21,7 +22,6 @@ from interp_nn.nn.conv import SummaryConv2d
 from interp_nn.nn.linear import SummaryLinear
 from interp_nn.nn.polynomial_layer import Normalize, Options, PolynomialLayer, Solved, options_of, solved_weight
 from interp_nn.nn.weights import check_preserve, own_name, remove_parametrizations, solved_from
-from interp_nn.progress import track
 
 _SUMMARY: dict[type, type] = {nn.Linear: SummaryLinear, nn.Conv2d: SummaryConv2d}
 _PLAIN: dict[type, type] = {summary: plain for plain, summary in _SUMMARY.items()}
@@ -105,19 +105,30 @@ class Report:
         return max((row.error for row in self.converted if row.error is not None), default=0.0)
 
     def __str__(self) -> str:
+        lines = [self._head()]
+        lines += _columns(self._cells()) if self.converted else []
+        lines += ["skipped:"] if self.skipped else []
+        lines += _columns([(r.name or "(model)", r.kind, r.reason) for r in self.skipped])
+        lines += ["notes:", *self.notes] if self.notes else []
+        return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        header, *rows = self._cells()
+        skipped = [f"skipped: {r.name or '(model)'} {r.kind}, {r.reason}" for r in self.skipped]
+        return html_table(header, rows, above=[self._head()], below=[*skipped, *self.notes])
+
+    def _head(self) -> str:
         parameters = sum(row.parameters for row in self.converted)
-        lines = [f"{self.title}: {len(self.converted)} layers, {parameters:,} parameters"]
-        rows = [("layer", "was", "now", "b", "parameters", "plan", "error")]
+        return f"{self.title}: {len(self.converted)} layers, {parameters:,} parameters"
+
+    def _cells(self) -> list[tuple[str, ...]]:
+        rows: list[tuple[str, ...]] = [("layer", "was", "now", "b", "parameters", "plan", "error")]
         for r in self.converted:
             shape = f"{r.shape[0]} x {r.shape[1]}" + (f", {r.groups} groups" if r.groups > 1 else "")
             how = f"{r.plan.engine} {r.plan.order}" if r.plan else "-"
             error = "-" if r.error is None else f"{r.error:.1e}"
             rows.append((r.name or "(model)", r.was, r.now, shape, f"{r.parameters:,}", how, error))
-        lines += _columns(rows) if self.converted else []
-        lines += ["skipped:"] if self.skipped else []
-        lines += _columns([(r.name or "(model)", r.kind, r.reason) for r in self.skipped])
-        lines += ["notes:", *self.notes] if self.notes else []
-        return "\n".join(lines)
+        return rows
 
 
 def summarize(

@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from interp_nn.display import track
 from interp_nn.explain.estimator import Transformer, as_given, check_network, in_parameters_dtype
 from interp_nn.explain.linear.affine_map import AffineMap, linearize
-from interp_nn.progress import track
 
 _BRACKET = 40.0  # of the logarithm of the precision
 _TABLE_POINTS = 4096  # so many points have their distances computed once for all epochs: 64 MiB in fp32

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from interp_nn.display import track
 from interp_nn.explain.clusters.merging import (
     by_distance,
     by_functions,
@@ -34,7 +35,6 @@ from interp_nn.explain.linear.affine_map import AffineMap, linearize
 from interp_nn.explain.linear.regions import Region, region
 from interp_nn.gates.patterns import ActivationPatterns
 from interp_nn.gates.record import GateSite
-from interp_nn.progress import track
 
 By = Literal["affine", "coef", "hamming", "npk"]
 _READABLE = 12  # clusters: the most that `merge` makes unless it is asked for more

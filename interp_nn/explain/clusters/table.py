@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from html import escape
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from interp_nn.display import html_table
 from interp_nn.explain.clusters.importance import GlobalImportance
 
 if TYPE_CHECKING:
@@ -67,13 +67,7 @@ class ClusterTable:
     __repr__ = __str__
 
     def _repr_html_(self) -> str:
-        header, rows = self._cells()
-        lines = [
-            f"<tr>{''.join(f'<{tag}>{escape(cell.strip())}</{tag}>' for cell in row)}</tr>"
-            for tag, row in (("th", header), *(("td", row) for row in rows))
-        ]
-        facts, legend = ("<br>".join(map(escape, text)) for text in (self._facts(), self._legend()))
-        return f"<p>{facts}</p><table>{''.join(lines)}</table><p>{legend}</p>"
+        return html_table(*self._cells(), above=self._facts(), below=self._legend())
 
     def to_pandas(self) -> Any:
         """Return the clusters as a data frame of pandas: a row for each, and all features, the most important one first.

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast, get_args
 import torch
 from torch import Tensor, nn
 
+from interp_nn.display import track
 from interp_nn.explain.descramble.brockett import OperatorLike, operator_on
 from interp_nn.explain.descramble.derivatives import DerivativeOperator
 from interp_nn.explain.descramble.diagonal import DiagonalCriterion, asymmetry, in_units_of_norm, most_diagonal
@@ -54,7 +55,6 @@ from interp_nn.explain.following.layer_values import (
 )
 from interp_nn.explain.following.replay import check_model
 from interp_nn.linalg import GramAccumulator, check_real
-from interp_nn.progress import track
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

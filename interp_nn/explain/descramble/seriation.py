@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from interp_nn import linalg
+from interp_nn.display import track
 from interp_nn.explain.descramble.brockett import OperatorLike, operator_on
 from interp_nn.explain.descramble.derivatives import DerivativeOperator
 from interp_nn.explain.estimator import all_finite, to_tensor
-from interp_nn.progress import track
 
 _MAX_BY_PATHS, _MAX_BY_TRIAL = 15, 9  # the largest numbers of features that are solved exactly
 _CHUNK_ORDERS = 1 << 16  # orders that are tried at a time

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from interp_nn.display import track
 from interp_nn.explain.following.gate_record import check_mode
 from interp_nn.explain.following.replay import (
     ModelFunction,
@@ -32,7 +33,6 @@ from interp_nn.explain.linear.operators import (
     Vectors,
 )
 from interp_nn.gates.patterns import as_index
-from interp_nn.progress import track
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -138,7 +138,9 @@ def linearize(
     check_independence(function, recording.inputs, output.detach())
     if not secant:
         operator = JacobianOperator(function, recording.inputs, output, affine=False, check=check)
-        return AffineMap(operator, function, chunk_size, progress=progress)
+        affine = AffineMap(operator, function, chunk_size, progress=progress)
+        affine._layer = layer
+        return affine
     replay = Replay(recording, select)
 
     def replayed(*v: Tensor) -> Tensor:
@@ -154,7 +156,9 @@ def linearize(
         parts=lambda: replay.constants_by_layer(gate_call),
     )
     exact = all(treatment in ("affine", "gate") for *_, treatment in recording.recorder.rows)
-    return AffineMap(operator, function, chunk_size, _same_gates(recording) if exact else None, progress)
+    affine = AffineMap(operator, function, chunk_size, _same_gates(recording) if exact else None, progress)
+    affine._layer = layer
+    return affine
 
 
 def _same_gates(recording: Recording) -> SameGates:
@@ -214,6 +218,7 @@ class AffineMap:
             raise ValueError(f"chunk_size: got {chunk_size}, want at least 1")
         self._operator, self._function, self._chunk_size = operator, function, chunk_size
         self._same_gates, self._progress = same_gates, progress
+        self._layer: str | int | None = None
 
     @classmethod
     def from_tensors(cls, weight: Tensor | tuple[Tensor, ...], bias: Tensor) -> AffineMap:
@@ -509,6 +514,7 @@ class AffineMap:
         inputs = ", ".join(str(tuple(shape)) for shape in operator.inputs)
         text = f"AffineMap({operator.n} samples, {inputs} -> {tuple(operator.output)}"
         if isinstance(operator, JacobianOperator):
+            text += "" if self._layer is None else f", layer {self._layer!r}"
             text += ", exact" if self._same_gates is not None else ", exact at x"
         return f"{text})"
 

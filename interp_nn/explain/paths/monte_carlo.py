@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
+from interp_nn.display import track
 from interp_nn.explain.following.gate_record import frozen
 from interp_nn.explain.following.replay import check_model
 from interp_nn.nn.base import LinearForm
 from interp_nn.nn.gated.networks import GatedNetwork
-from interp_nn.progress import track
 
 _CHUNK_SIZE = 256
 

@@ -8,7 +8,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from interp_nn.progress import track
+from interp_nn.display import track
 
 _Side = TypeVar("_Side")
 

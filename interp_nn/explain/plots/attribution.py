@@ -113,9 +113,9 @@ def attribution_maps(
             if "predicted" in notes[i, j - first] or "true" in notes[i, j - first]:
                 axes.spines[:].set(linewidth=2.5)
         if i == 0 and j >= first and columns is not None:
-            set_title(axes, columns[j - first])
+            axes.set_title(columns[j - first], fontsize=10)
         if i == 0 and j < first:
-            set_title(axes, "input")
+            axes.set_title("input", fontsize=10)
         if j == 0 and rows is not None:
             axes.set_ylabel(rows[i], fontsize=10)
     figure.colorbar(mappable, ax=grid[:, first:], label=label, shrink=0.8, aspect=30, extend=extend)

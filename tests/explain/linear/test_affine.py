@@ -279,6 +279,7 @@ def test_composition_contrast_selection_and_dtype():
         repr(whole) == "AffineMap(3 samples, (5,) -> (3,), exact)"
         and repr(both) == "AffineMap(3 samples, (5,) -> (3,))"
     )
+    assert repr(linearize(inner, x, layer="1")) == "AffineMap(3 samples, (5,) -> (8,), layer '1', exact)"
     assert repr(linearize(inner, x, mode="tangent")) == "AffineMap(3 samples, (5,) -> (4,), exact at x)"
 
 

@@ -1,10 +1,11 @@
-"""Progress bars by tqdm, for calls that may take seconds."""
+"""What terminals and notebooks show: progress bars by tqdm, for calls that may take seconds, and tables as HTML."""
 
 from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from html import escape
 from typing import Any, TypeVar
 
 _T = TypeVar("_T")
@@ -42,6 +43,34 @@ def track(steps: Iterable[_T], what: str, progress: bool | None, unit: str = "st
             raise ImportError("progress=True needs tqdm: pip install interp_nn[explain]")
         return steps
     return _shown(bar(steps, desc=what, unit=unit, delay=0.0 if progress else _DELAY, leave=bool(progress)))
+
+
+def html_table(
+    header: Sequence[str], rows: Iterable[Sequence[str]], *, above: Iterable[str] = (), below: Iterable[str] = ()
+) -> str:
+    """Return a table as HTML, with lines of text above and below it.
+
+    Args:
+        header: Titles of the columns.
+        rows: Cells of each row.
+        above: Lines above the table.
+        below: Lines below the table.
+
+    Returns:
+        HTML, in which the texts are escaped.
+
+    Example:
+        >>> html_table(["layer"], [["fc1"]])
+        '<table><tr><th>layer</th></tr><tr><td>fc1</td></tr></table>'
+    """
+    cells = "".join(
+        f"<tr>{''.join(f'<{tag}>{escape(cell.strip())}</{tag}>' for cell in row)}</tr>"
+        for tag, row in (("th", header), *(("td", row) for row in rows))
+    )
+    before, after = (
+        f"<p>{'<br>'.join(map(escape, lines))}</p>" if (lines := list(part)) else "" for part in (above, below)
+    )
+    return f"{before}<table>{cells}</table>{after}"
 
 
 def _shown(bar: Any) -> Iterator[Any]:

@@ -1,4 +1,4 @@
-"""Bars are shown where they are asked for or watched, and nowhere else."""
+"""Bars are shown where they are asked for or watched, and nowhere else; tables are HTML in notebooks."""
 
 import builtins
 import io
@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from interp_nn import convert, progress
-from interp_nn.explain import ActivationClusters, Descrambler, linearize, npk, seriate
+from interp_nn import convert, display
+from interp_nn.explain import ActivationClusters, Descrambler, linearize, npk, seriate, supported_ops
 
 
 class Terminal(io.StringIO):
@@ -19,18 +19,18 @@ class Terminal(io.StringIO):
 
 def test_steps_are_passed_on_without_a_bar(capsys):
     steps = range(3)
-    assert progress.track(steps, "x", None) is steps and progress.track(steps, "x", False) is steps
+    assert display.track(steps, "x", None) is steps and display.track(steps, "x", False) is steps
     assert not capsys.readouterr().err
 
 
 def test_a_terminal_and_a_notebook_are_watched(monkeypatch):
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
-    monkeypatch.setattr(progress, "_DELAY", 0.0)
-    assert list(progress.track(range(3), "counting", None)) == [0, 1, 2]
+    monkeypatch.setattr(display, "_DELAY", 0.0)
+    assert list(display.track(range(3), "counting", None)) == [0, 1, 2]
     assert "counting" in terminal.getvalue()
     monkeypatch.setattr(sys, "stderr", io.StringIO())
-    assert not progress._watched()
+    assert not display._watched()
 
     class Notebook:
         kernel = None
@@ -40,11 +40,11 @@ def test_a_terminal_and_a_notebook_are_watched(monkeypatch):
             return cls()
 
     monkeypatch.setitem(sys.modules, "IPython", Notebook)
-    assert progress._watched()
+    assert display._watched()
 
 
 def test_a_loop_that_ends_early_closes_its_bar(capsys):
-    for step in progress.track(range(100), "counting", True):
+    for step in display.track(range(100), "counting", True):
         if step == 3:
             break
     assert capsys.readouterr().err.endswith("\n")
@@ -60,11 +60,11 @@ def test_a_missing_tqdm_is_named_where_a_bar_was_asked_for(monkeypatch):
 
     monkeypatch.setattr(builtins, "__import__", without)
     monkeypatch.setattr(sys, "stderr", Terminal())
-    assert list(progress.track(range(2), "x", None)) == [0, 1]
+    assert list(display.track(range(2), "x", None)) == [0, 1]
     with pytest.raises(ImportError, match=r"progress=True needs tqdm: pip install interp_nn\[explain\]"):
-        progress.track(range(2), "x", True)
+        display.track(range(2), "x", True)
     with pytest.raises(TypeError, match="progress: got str, want True, False or None"):
-        progress.track(range(2), "x", "yes")
+        display.track(range(2), "x", "yes")
 
 
 torch.manual_seed(0)
@@ -92,3 +92,13 @@ def test_long_calls_have_a_bar(call, name, capsys):
     assert not capsys.readouterr().err
     call(True)
     assert f"{name}: " in capsys.readouterr().err
+
+
+def test_tables_are_html_in_notebooks():
+    assert display.html_table(["<a>"], [["1 & 2"]], above=["x < y"], below=["last"]) == (
+        "<p>x &lt; y</p><table><tr><th>&lt;a&gt;</th></tr><tr><td>1 &amp; 2</td></tr></table><p>last</p>"
+    )
+    report = supported_ops(NETWORK, X)._repr_html_()
+    assert report.count("<tr>") == 4 and "<td>relu</td><td>1</td><td>gate</td>" in report
+    converted = convert.summarize(nn.Sequential(nn.Linear(3, 2), nn.Bilinear(2, 2, 2)), dry_run=True)._repr_html_()
+    assert "<td>SummaryLinear</td>" in converted and "skipped: 1 Bilinear" in converted
