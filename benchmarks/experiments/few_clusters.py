@@ -47,7 +47,7 @@ def main(arguments: list[str]) -> int:
     for name in (*TABLES, "digits"):
         rows = []
         for seed in range(given.seed, given.seed + given.seeds):
-            task = _digits(given.quick) if name == "digits" else _table(name, seed)
+            task = _digits(given.quick) if name == "digits" else _table(name, seed, given.quick)
             network = _trained(task, seed, 40 if given.quick else STEPS.get(name, STEPS["table"]), name)
             clusters, row = _clusters(network, task)
             rows.append(row)
@@ -62,7 +62,7 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def _table(name: str, seed: int) -> Task:
+def _table(name: str, seed: int, quick: bool) -> Task:
     """Load a table of scikit-learn's, standardised by its fitted rows; a response is standardised too."""
     from sklearn import datasets as tables
 
@@ -71,6 +71,7 @@ def _table(name: str, seed: int) -> Task:
     x, y = torch.tensor(bunch.data, dtype=torch.float64), torch.tensor(bunch.target)
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
     new, fitted = order[: len(x) // 4], order[len(x) // 4 :]
+    fitted = fitted[:100] if quick else fitted
     x = (x - x[fitted].mean(0)) / x[fitted].std(0)
     if name == "diabetes":
         y = (y.double() - y[fitted].double().mean()) / y[fitted].double().std()
@@ -80,7 +81,7 @@ def _table(name: str, seed: int) -> Task:
 def _digits(quick: bool) -> Task:
     images = datasets.digits()
     x_train, x_test = ((x.double() + 1) / 2 for x in (images.x_train, images.x_test))
-    few = slice(200 if quick else None)
+    few = slice(60 if quick else None)
     return Task(x_train[few], images.y_train[few], x_test, images.y_test, None)
 
 

@@ -109,6 +109,7 @@ def test_two_regimes(run):
         assert median == pytest.approx(found["truth"][name], abs=0.3)
 
 
+@pytest.mark.slow
 def test_few_clusters(run):
     found = run("few_clusters")["results"]
     assert list(found) == ["breast cancer", "wine", "diabetes", "digits"]

@@ -111,7 +111,7 @@ def attribution_maps(
             mappable = axes.imshow(values, cmap=SIGNED, vmin=-limit, vmax=limit, **drawn)
             axes.set_xlabel(notes[i, j - first], fontsize=8, labelpad=3)
             if "predicted" in notes[i, j - first] or "true" in notes[i, j - first]:
-                axes.spines[:].set(linewidth=2.5)
+                axes.spines[:].set(linewidth=2.5, linestyle="-" if "predicted" in notes[i, j - first] else ":")
         if i == 0 and j >= first and columns is not None:
             axes.set_title(columns[j - first], fontsize=10)
         if i == 0 and j < first:
@@ -239,16 +239,14 @@ def _notes(
         if index.shape != (n,) or index.is_floating_point() or not bool(((index >= 0) & (index < k)).all()):
             raise ValueError(f"{name}: got {index.dtype} of shape {tuple(index.shape)}, want ({n},) indices below {k}")
         for i, column in enumerate(index.tolist()):
-            notes[i][column].append(name)
+            notes[i][column] = [", ".join([*notes[i][column], name])]
     if constants is not None:
         if constants.shape != (n, k):
             raise ValueError(f"constants: got shape {tuple(constants.shape)}, want ({n}, {k})")
         for row, values in zip(notes, constants.tolist(), strict=True):
             for note, value in zip(row, values, strict=True):
                 note.append(f"b = {value:.2g}")
-    return np.array(
-        [[", ".join(note[:2]) + "".join(f"\n{more}" for more in note[2:]) for note in row] for row in notes]
-    )
+    return np.array([["\n".join(note) for note in row] for row in notes])
 
 
 def _pictures(images: Tensor, n: int) -> np.ndarray[Any, Any]:
@@ -314,7 +312,7 @@ def affine_plot(
         shown.unsqueeze(2) if dims == 2 else shown,
         None if pictures is None else pictures[samples],
         rows=[f"sample {i}" for i in samples],
-        columns=[f"output {j}" for j in outputs],
+        columns=[f"output {j}" if k > 1 else "output" for j in outputs],
         predicted=values[samples].argmax(1) if len(outputs) > 1 else None,
         constants=constants[samples][:, outputs],
     )

@@ -213,7 +213,7 @@ def region_plot(
     count = len(groups.counts)
     if points is not None:
         s_t = array(in_plane(points, plane))
-        axes.scatter(s_t[:, 0], s_t[:, 1], s=14, color="black", edgecolor="white", linewidth=0.6, zorder=3)
+        axes.scatter(s_t[:, 0], s_t[:, 1], s=24, color="black", edgecolor="white", linewidth=0.6, zorder=3)
     axes.locator_params(nbins=5)
     xlabel, ylabel = ("x0", "x1") if own else ("s, in units of u", "t, in units of v")
     axes.set(xlim=extent[:2], ylim=extent[2:], xlabel=xlabel, ylabel=ylabel)
@@ -284,7 +284,7 @@ def region_polygon(
             axes.annotate(f"unit {owner}", middle, fontsize=7, ha="center", va="center", bbox=box)
     if points is not None:
         s_t = array(in_plane(points, plane))
-        axes.scatter(s_t[:, 0], s_t[:, 1], s=14, color="black", edgecolor="white", linewidth=0.6, zorder=3)
+        axes.scatter(s_t[:, 0], s_t[:, 1], s=24, color="black", edgecolor="white", linewidth=0.6, zorder=3)
     xlabel, ylabel = ("x0", "x1") if own else ("s, in units of u", "t, in units of v")
     title = f"{len(bounding)} of {len(lines)} units bound{'s' * (len(bounding) == 1)} the region here"
     axes.set(xlim=extent[:2], ylim=extent[2:], xlabel=xlabel, ylabel=ylabel)

@@ -188,7 +188,7 @@ def test_maps_are_marked_and_laid_over_the_images():
     notes = [axes.get_xlabel() for axes in figure.axes[:8]]
     assert notes == [
         *("", "b = 0", "predicted, true\nb = 1", "b = 2"),
-        *("", "true, b = 3", "b = 4", "predicted, b = 5"),
+        *("", "true\nb = 3", "b = 4", "predicted\nb = 5"),
     ]
     below, above = figure.axes[1].images
     assert below.get_array().shape == above.get_alpha().shape == (4, 4)
