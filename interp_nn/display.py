@@ -83,7 +83,12 @@ def _watched() -> bool:
     """Return True in a terminal or a notebook."""
     ipython = sys.modules.get("IPython")
     shell = None if ipython is None else ipython.get_ipython()
-    return hasattr(shell, "kernel") or (sys.stderr is not None and sys.stderr.isatty())
+    if hasattr(shell, "kernel"):
+        return True
+    try:
+        return sys.stderr.isatty()
+    except (AttributeError, ValueError):  # there is none, it is another object, or it is closed
+        return False
 
 
 def _tqdm() -> Any:

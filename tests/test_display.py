@@ -14,7 +14,7 @@ from interp_nn.explain import ActivationClusters, Descrambler, linearize, npk, s
 
 class Terminal(io.StringIO):
     def isatty(self):
-        return True
+        return not super().isatty()  # which raises where it is closed
 
 
 def test_steps_are_passed_on_without_a_bar(capsys):
@@ -29,8 +29,11 @@ def test_a_terminal_and_a_notebook_are_watched(monkeypatch):
     monkeypatch.setattr(display, "_DELAY", 0.0)
     assert list(display.track(range(3), "counting", None)) == [0, 1, 2]
     assert "counting" in terminal.getvalue()
-    monkeypatch.setattr(sys, "stderr", io.StringIO())
-    assert not display._watched()
+    closed = Terminal()
+    closed.close()
+    for other in (io.StringIO(), None, object(), closed):
+        monkeypatch.setattr(sys, "stderr", other)
+        assert not display._watched()
 
     class Notebook:
         kernel = None
