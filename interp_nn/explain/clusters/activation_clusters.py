@@ -167,7 +167,12 @@ class ActivationClusters(PiecewiseAffine, Estimator):
         return ActivationPatterns.from_gates(self.patterns_.unpack().split(sizes, 1)[index])
 
     def merge(
-        self, n_clusters: int | None = None, by: By | Tensor = "coef", *, refit: bool = True, target: float = 0.95
+        self,
+        n_clusters: int | None = None,
+        by: By | Tensor = "coef",
+        *,
+        refit: bool = True,
+        target: float | None = None,
     ) -> MergedClusters:
         """Merge clusters; the maps of merged clusters approximate the network, see `fidelity` of the result.
 
@@ -186,7 +191,7 @@ class ActivationClusters(PiecewiseAffine, Estimator):
                 such as a level of `tree` or the groups of `layer_patterns`.
             refit: Correct each merged map, the mean of its clusters' maps, to the model's outputs by ridge regression. The
                 penalty of each cluster minimises the leave-one-out error.
-            target: R² with the network to reach on held-out samples, in (0, 1), where `merge` chooses the number.
+            target: R² with the network to reach on held-out samples, in (0, 1), where `merge` chooses the number. None: 0.95.
 
         Returns:
             The merged clusters.
@@ -198,13 +203,15 @@ class ActivationClusters(PiecewiseAffine, Estimator):
         Source: "coef": Sudjianto et al., arXiv 2011.04041. "npk": Lakshminarayanan & Singh, arXiv 2006.10529.
         """
         held_out = None
+        if target is not None and (n_clusters is not None or isinstance(by, Tensor) or by == "affine"):
+            raise ValueError(f"target: got {target}, but the number of clusters is given; want None")
         if isinstance(by, Tensor) or by == "affine":
             if n_clusters is not None:
                 raise ValueError(f"n_clusters: got {n_clusters}, but by={by!r} determines the number; want None")
             groups = self._checked(by) if isinstance(by, Tensor) else equal_maps(self._functions(constants=1.0))
         else:
             if n_clusters is None:
-                n_clusters, held_out = self._fewest(by, refit, target)
+                n_clusters, held_out = self._fewest(by, refit, 0.95 if target is None else target)
             groups = self._grouped(by, n_clusters)
         equal = isinstance(by, str) and by == "affine"
         return MergedClusters(self, by_size(groups, self.counts_), refit and not equal, held_out)

@@ -473,7 +473,7 @@ class AffineMap:
         Args:
             x: Samples (n, *input); by default those at which the model was linearized.
             sample: Index of one sample. None: all; of images, the first 8.
-            output: Index among the flattened outputs. None: all, for images and for a map with one output.
+            output: Index among the flattened outputs. None: the only one, or all of an image's outputs, at most 12.
             features: Names of the features; by default x0, x1, ...
 
         Returns:

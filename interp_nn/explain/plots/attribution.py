@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from interp_nn.explain.linear.affine_map import AffineMap
 
 _DIGITS = 3
-_MOST_ROWS = 8
+_MOST_ROWS, _MOST_COLUMNS = 8, 12
 _LUMA = (0.299, 0.587, 0.114)  # the grey of red, green and blue
 
 
@@ -280,18 +280,18 @@ def affine_plot(
             "plot: got a map of several inputs, want one; plot its contributions by interp_nn.explain.plots"
         )
     n, dims = len(affine), x.dim() - 1
-    contributions = affine.contributions(x).detach().reshape(n, -1, *x.shape[1:])
     constants = affine.bias.reshape(n, -1)
-    values = constants + contributions.flatten(2).sum(2)
     k = constants.shape[1]
     for name, index, size in (("sample", sample, n), ("output", output, k)):
         if index is not None and not -size <= index < size:
             raise ValueError(f"{name}: got {index}, want an index below {size}")
+    if output is None and k > (1 if dims < 2 else _MOST_COLUMNS):
+        raise ValueError(f"output: got None for {k} outputs, want the index of one")
+    contributions = affine.contributions(x).detach().reshape(n, -1, *x.shape[1:])
+    values = constants + contributions.flatten(2).sum(2)
     samples = list(range(n)) if sample is None else [sample % n]
     outputs = list(range(k)) if output is None else [output % k]
     if dims < 2:
-        if len(outputs) > 1:
-            raise ValueError(f"output: got None for {k} outputs, want the index of one")
         (column,) = outputs
         name = f"output {column}" if k > 1 else "output"
         parts = contributions[:, column].reshape(n, -1)

@@ -500,6 +500,7 @@ NAN = torch.tensor([[0.0, 1.0, 2.0], [0.0, torch.nan, 1.0], [torch.inf, 0.0, 0.0
         (lambda c: c.table(feature_names=["a"]), ValueError, "feature_names: got 1 names, want 3"),
         (lambda c: c.merge(10**6), ValueError, r"n_clusters: got 1000000, want 1 to \d+"),
         (lambda c: c.merge(target=1.0), ValueError, "target: got 1.0, want an R² between 0 and 1"),
+        (lambda c: c.merge(3, target=0.9), ValueError, "target: got 0.9, but the number of clusters is given"),
         (lambda c: c.merge(0), ValueError, "n_clusters: got 0, want 1 to"),
         (lambda c: c.merge(2, by="affine"), ValueError, "n_clusters: got 2, but by='affine' determines the number"),
         (lambda c: c.merge(2, by="colour"), ValueError, "by: got 'colour', want one of affine, coef, hamming, npk, or a tensor"),

@@ -54,6 +54,10 @@ def test_regions_and_descramblers():
     ("call", "text"),
     [
         (lambda: linearize(NETWORK, X).plot(), "output: got None for 2 outputs, want the index of one"),
+        (
+            lambda: linearize(nn.Sequential(nn.Conv2d(1, 13, 2), nn.Flatten()), torch.ones(1, 1, 2, 2)).plot(),
+            "output: got None for 13 outputs",
+        ),
         (lambda: linearize(NETWORK, X).plot(output=2), "output: got 2, want an index below 2"),
         (lambda: linearize(NETWORK, X).plot(sample=6, output=0), "sample: got 6, want an index below 6"),
         (lambda: AffineMap.from_tensors(torch.ones(1, 2), torch.ones(1)).plot(), "x: got a map without its inputs"),
