@@ -8,11 +8,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from interp_nn.display import track
 from interp_nn.explain.following.gate_record import check_mode
 from interp_nn.explain.following.replay import (
     ModelFunction,
@@ -32,6 +33,10 @@ from interp_nn.explain.linear.operators import (
     Vectors,
 )
 from interp_nn.gates.patterns import as_index
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 Target = int | slice | Tensor | Callable[[Any], Tensor] | None
 SameGates = Callable[[tuple[Tensor, ...]], Tensor]
@@ -68,6 +73,7 @@ def linearize(
     held: str = "activated",
     embedding: str | None = None,
     chunk_size: int | None = None,
+    progress: bool | None = None,
 ) -> AffineMap:
     """Compute the affine map F(x) = W x + b of a model at each sample.
 
@@ -91,6 +97,7 @@ def linearize(
         embedding: For token ids, the path of the layer that looks them up. By default, the nn.Embedding that the model calls
             with x. The values of other layers that look x up are constants.
         chunk_size: Number of rows or columns of W to compute at a time. By default, 4 million entries.
+        progress: Show a progress bar while W is computed. None shows one in a terminal or a notebook, where tqdm is installed.
 
     Returns:
         The maps of the n samples.
@@ -131,7 +138,9 @@ def linearize(
     check_independence(function, recording.inputs, output.detach())
     if not secant:
         operator = JacobianOperator(function, recording.inputs, output, affine=False, check=check)
-        return AffineMap(operator, function, chunk_size)
+        affine = AffineMap(operator, function, chunk_size, progress=progress)
+        affine._layer = layer
+        return affine
     replay = Replay(recording, select)
 
     def replayed(*v: Tensor) -> Tensor:
@@ -147,7 +156,9 @@ def linearize(
         parts=lambda: replay.constants_by_layer(gate_call),
     )
     exact = all(treatment in ("affine", "gate") for *_, treatment in recording.recorder.rows)
-    return AffineMap(operator, function, chunk_size, _same_gates(recording) if exact else None)
+    affine = AffineMap(operator, function, chunk_size, _same_gates(recording) if exact else None, progress)
+    affine._layer = layer
+    return affine
 
 
 def _same_gates(recording: Recording) -> SameGates:
@@ -184,6 +195,7 @@ class AffineMap:
         function: The model, which `check` compares with.
         chunk_size: Number of rows or columns of W to compute at a time. By default, 4 million entries.
         same_gates: Finds the samples of other inputs (n, ...) at which the map holds as well, (n,) bool; for `check`.
+        progress: Show a progress bar while W is computed, as in `linearize`.
 
     Raises:
         ValueError: A `chunk_size` below 1.
@@ -200,11 +212,13 @@ class AffineMap:
         function: Callable[..., Tensor] | None = None,
         chunk_size: int | None = None,
         same_gates: SameGates | None = None,
+        progress: bool | None = None,
     ) -> None:
         if chunk_size is not None and chunk_size < 1:
             raise ValueError(f"chunk_size: got {chunk_size}, want at least 1")
         self._operator, self._function, self._chunk_size = operator, function, chunk_size
-        self._same_gates = same_gates
+        self._same_gates, self._progress = same_gates, progress
+        self._layer: str | int | None = None
 
     @classmethod
     def from_tensors(cls, weight: Tensor | tuple[Tensor, ...], bias: Tensor) -> AffineMap:
@@ -444,6 +458,41 @@ class AffineMap:
                     break
         return errors
 
+    def plot(
+        self,
+        x: Tensor | None = None,
+        *,
+        sample: int | None = None,
+        output: int | None = None,
+        features: Sequence[str] | None = None,
+    ) -> Axes | Figure:
+        """Draw the contributions: images as maps, features of one sample as a waterfall, those of several as a beeswarm.
+
+        `interp_nn.explain.plots` has these functions, with more arguments.
+
+        Args:
+            x: Samples (n, *input); by default those at which the model was linearized.
+            sample: Index of one sample. None: all; of images, the first 8.
+            output: Index among the flattened outputs. None: the only one, or all of an image's outputs, at most 12.
+            features: Names of the features; by default x0, x1, ...
+
+        Returns:
+            The figure of images, or the axes.
+
+        Raises:
+            ValueError: A map of several inputs, an x of another shape, no output where there are several, or an index out of
+                range.
+            ImportError: matplotlib is not installed.
+
+        Example:
+            >>> affine = AffineMap.from_tensors(torch.tensor([[[2.0, -1.0]]]), torch.tensor([[1.0]]))
+            >>> affine.plot(torch.tensor([[3.0, 4.0]])).get_title()
+            'output 3 = constant 1 + contributions 2'
+        """
+        from interp_nn.explain.plots.attribution import affine_plot
+
+        return affine_plot(self, self.x if x is None else x, sample, output, features)
+
     def to(self, dtype: torch.dtype) -> AffineMap:
         """Return the map in another dtype; forms W."""
         return AffineMap(DenseOperator(tuple(w.to(dtype) for w in _several(self.weight)), self.bias.to(dtype)))
@@ -463,7 +512,11 @@ class AffineMap:
     def __repr__(self) -> str:
         operator = self._operator
         inputs = ", ".join(str(tuple(shape)) for shape in operator.inputs)
-        return f"AffineMap({operator.n} samples, {inputs} -> {tuple(operator.output)})"
+        text = f"AffineMap({operator.n} samples, {inputs} -> {tuple(operator.output)}"
+        if isinstance(operator, JacobianOperator):
+            text += "" if self._layer is None else f", layer {self._layer!r}"
+            text += ", exact" if self._same_gates is not None else ", exact at x"
+        return f"{text})"
 
     def _vectors(self, v: Tensor | tuple[Tensor, ...]) -> Vectors:
         vectors, operator = _several(v), self._operator
@@ -500,7 +553,8 @@ class AffineMap:
 
     def _chunks(self, total: int, width: int) -> Iterator[tuple[int, int]]:
         size = self._chunk_size or max(1, _ENTRIES_PER_CHUNK // max(1, self._operator.n * width))
-        return ((start, min(size, total - start)) for start in range(0, total, size))
+        for start in track(range(0, total, size), "weight", self._progress, "chunk"):
+            yield start, min(size, total - start)
 
 
 def _selector(target: Target) -> Callable[[Any], Tensor]:

@@ -276,7 +276,12 @@ def test_composition_contrast_selection_and_dtype():
     assert len(whole) == 3 and [len(one) for one in whole] == [1, 1, 1]
     single = whole.to(torch.float32)
     assert single.weight.dtype == single.bias.dtype == torch.float32
-    assert repr(whole) == "AffineMap(3 samples, (5,) -> (3,))"
+    assert (
+        repr(whole) == "AffineMap(3 samples, (5,) -> (3,), exact)"
+        and repr(both) == "AffineMap(3 samples, (5,) -> (3,))"
+    )
+    assert repr(linearize(inner, x, layer="1")) == "AffineMap(3 samples, (5,) -> (8,), layer '1', exact)"
+    assert repr(linearize(inner, x, mode="tangent")) == "AffineMap(3 samples, (5,) -> (4,), exact at x)"
 
 
 def test_singular_triplets():
