@@ -23,6 +23,12 @@ from interp_nn.explain.following.gate_record import OperationReport, frozen, rec
 from interp_nn.explain.following.scikit_learn import from_sklearn
 from interp_nn.explain.linear.affine_map import AffineMap, SingularTriplets, linearize
 from interp_nn.explain.linear.instance_linearization import InstanceLinearization
+from interp_nn.explain.linear.language_models import (
+    SingularDirections,
+    TokenContributions,
+    singular_directions,
+    token_contributions,
+)
 from interp_nn.explain.linear.region_graph import Facets, RegionGraph, facets, region_graph
 from interp_nn.explain.linear.regions import Ball, Boundary, Region, region
 from interp_nn.explain.paths.enumeration import PathFeatures, path_features
@@ -65,8 +71,10 @@ __all__ = [
     "RegionGraph",
     "SampledKernel",
     "Seriation",
+    "SingularDirections",
     "SingularTriplets",
     "Spectrum",
+    "TokenContributions",
     "UnsupportedOperation",
     "brockett_min",
     "derivative_operator",
@@ -87,6 +95,8 @@ __all__ = [
     "region",
     "region_graph",
     "seriate",
+    "singular_directions",
     "smoothness",
     "supported_ops",
+    "token_contributions",
 ]
