@@ -161,7 +161,7 @@ class JacobianOperator(AffineOperator):
         W v is the derivative by u of vᵀ Wᵀ u, in reverse mode, which does not run the model again. Where autograd cannot
         differentiate twice, it is `columns`.
         """
-        x, out = self._graph(keep=True)
+        x, out = self._graph(keep=False)
         pull = self._pullback(x, out)
         if not out.requires_grad:
             return self.columns, pull
