@@ -29,7 +29,7 @@ from interp_nn.explain.linear.language_models import (
     singular_directions,
     token_contributions,
 )
-from interp_nn.explain.linear.region_graph import Facets, RegionGraph, facets, region_graph
+from interp_nn.explain.linear.region_graph import Facets, RegionGraph, RegionStatistics, facets, region_graph
 from interp_nn.explain.linear.regions import Ball, Boundary, Region, region
 from interp_nn.explain.paths.enumeration import PathFeatures, path_features
 from interp_nn.explain.paths.kernel_machine import NPKMachine, kernel_alignment
@@ -69,6 +69,7 @@ __all__ = [
     "PatternGroups",
     "Region",
     "RegionGraph",
+    "RegionStatistics",
     "SampledKernel",
     "Seriation",
     "SingularDirections",
