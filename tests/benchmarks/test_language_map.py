@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 
 from benchmarks import experiments
 from benchmarks.experiments import language_map
@@ -20,7 +21,8 @@ def true_of(results, size):
     assert 0 < formed["directions of W"]["share_of_the_squares"] < 1
 
 
-def test_language_map(tmp_path):
+def test_language_map(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch, "set_num_threads", lambda n: None)
     assert experiments.find("language_map")(["--quick", "--output", str(tmp_path)]) == 0
     record = json.loads((tmp_path / "language_map.json").read_text(), parse_constant=pytest.fail)
     true_of(record["results"], language_map.QUICK)

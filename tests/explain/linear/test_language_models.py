@@ -101,6 +101,15 @@ def test_the_logit_and_the_position():
     assert token_contributions(model, IDS.to(torch.int32), 3).contributions.dtype == F64
 
 
+def test_constants_that_reach_held_factors_alone():
+    model = with_biases()
+    for block in model.blocks:
+        block["value"].bias = None  # those of queries and keys are left
+    found = token_contributions(model, IDS, 7)
+    assert found.check() <= 1e-13 and found.constants and not any(part.any() for part in found.constants.values())
+    assert "constant" not in set(found.to_pandas().part)
+
+
 def test_the_table_of_contributions():
     found = token_contributions(with_biases(), IDS, 7, tokenizer=TEXT)
     table = found.to_pandas(2)
