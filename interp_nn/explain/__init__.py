@@ -25,7 +25,13 @@ from interp_nn.explain.heads.head_reading import HeadReading, KeptLatents, TopSa
 from interp_nn.explain.heads.head_table import HeadTable
 from interp_nn.explain.linear.affine_map import AffineMap, SingularTriplets, linearize
 from interp_nn.explain.linear.instance_linearization import InstanceLinearization
-from interp_nn.explain.linear.region_graph import Facets, RegionGraph, facets, region_graph
+from interp_nn.explain.linear.language_models import (
+    SingularDirections,
+    TokenContributions,
+    singular_directions,
+    token_contributions,
+)
+from interp_nn.explain.linear.region_graph import Facets, RegionGraph, RegionStatistics, facets, region_graph
 from interp_nn.explain.linear.regions import Ball, Boundary, Region, region
 from interp_nn.explain.paths.enumeration import PathFeatures, path_features
 from interp_nn.explain.paths.kernel_machine import NPKMachine, kernel_alignment
@@ -68,10 +74,13 @@ __all__ = [
     "PatternGroups",
     "Region",
     "RegionGraph",
+    "RegionStatistics",
     "SampledKernel",
     "Seriation",
+    "SingularDirections",
     "SingularTriplets",
     "Spectrum",
+    "TokenContributions",
     "TopSamples",
     "UnsupportedOperation",
     "brockett_min",
@@ -94,6 +103,8 @@ __all__ = [
     "region",
     "region_graph",
     "seriate",
+    "singular_directions",
     "smoothness",
     "supported_ops",
+    "token_contributions",
 ]

@@ -200,7 +200,7 @@ class Replay(nn.Module):
             mode = SampleScaledReplayer(self._steps, n)
             output, _ = self._follow(zeros, mode=mode)
         layers, rows = list(mode.scales), output.shape[1:].numel()
-        if not layers or not mode.by_sample or rows > len(layers):
+        if not output.requires_grad or not mode.by_sample or rows > len(layers):
             return None
         found = []
         for start in range(0, rows, _ROWS_AT_ONCE):

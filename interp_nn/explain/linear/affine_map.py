@@ -25,6 +25,7 @@ from interp_nn.explain.following.replay import (
     run_recorded,
 )
 from interp_nn.explain.following.token_ids import from_embeddings
+from interp_nn.explain.linear.krylov import leading_triplets
 from interp_nn.explain.linear.operators import (
     AffineOperator,
     ComposedOperator,
@@ -365,17 +366,21 @@ class AffineMap:
             ComposedOperator(DenseOperator((row,), row.new_zeros(len(row))), self._operator), None, self._chunk_size
         )
 
-    def svd(self, k: int) -> SingularTriplets:
-        """Compute the k largest singular values and their vectors of each sample's W; forms W.
+    def svd(self, k: int, *, form_weight: bool = True) -> SingularTriplets:
+        """Compute the k largest singular values and their vectors of each sample's W.
 
         Args:
             k: Number of singular values.
+            form_weight: Form W, and decompose it. If False, compute products with W and Wᵀ, k at a time, until the residuals
+                |W Wᵀ u - σ² u| / σ₁² are at most the square root of the dtype's eps. This holds the results of all products,
+                at most 64 k vectors of the input's size, in place of W.
 
         Returns:
             Singular values (n, k) and vectors (n, k, ...).
 
         Raises:
             ValueError: A map of several inputs, or k out of range.
+            RuntimeError: Without W, the residuals do not fall so far in 32 products of k vectors.
         """
         operator = self._operator
         if len(operator.inputs) != 1:
@@ -383,7 +388,10 @@ class AffineMap:
         rows, columns = operator.output.numel(), operator.inputs[0].numel()
         if not 1 <= k <= min(rows, columns):
             raise ValueError(f"k: got {k}, want between 1 and {min(rows, columns)}")
-        left, values, right = torch.linalg.svd(self.weight.reshape(operator.n, rows, columns), full_matrices=False)
+        if form_weight:
+            left, values, right = torch.linalg.svd(self.weight.reshape(operator.n, rows, columns), full_matrices=False)
+        else:
+            left, values, right = leading_triplets(operator, k)
         shape = (operator.n, k)
         return SingularTriplets(
             left.mT[:, :k].reshape(*shape, *operator.output),

@@ -164,6 +164,25 @@ class Region:
 
         return region_polygon(self, **options)
 
+    def bounded(self) -> bool:
+        """Return True if the region is bounded, by a linear program; needs scipy.
+
+        Raises:
+            ImportError: scipy is not installed.
+            RuntimeError: scipy's solver failed.
+        """
+        linprog = scipys_linprog("whether a region is bounded")
+        sides = self.to_halfspaces().detach().double().cpu()[:, :-1]
+        sides = torch.nn.functional.normalize(sides[sides.any(1)])
+        d = sides.shape[1]
+        if int(torch.linalg.matrix_rank(sides)) < d:
+            return False
+        # Stiemke: N y <= 0 has no solution with N y != 0 if and only if Nᵀ z = 0 for some z > 0.
+        found = linprog([0.0] * len(sides), A_eq=sides.T.numpy(), b_eq=[0.0] * d, bounds=(1, None))
+        if found.status not in (0, 2):  # found, or there is none
+            raise RuntimeError(f"scipy's linear program for a bounded region failed: {found.message}")
+        return bool(found.success)
+
     def __repr__(self) -> str:
         units, d = self.normals.shape
         return f"Region({units} units, {int(self.on.sum())} of them on, {d} inputs)"
