@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import sys
+import time
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Sized
 from html import escape
+from itertools import chain
 from typing import Any, TypeVar
 
 _T = TypeVar("_T")
@@ -37,12 +39,12 @@ def track(steps: Iterable[_T], what: str, progress: bool | None, unit: str = "st
         raise TypeError(f"progress: got {type(progress).__name__}, want True, False or None")
     if progress is False or (progress is None and not _watched()):
         return steps
+    if not progress:
+        return _after_delay(steps, what, unit)
     bar = _tqdm()
     if bar is None:
-        if progress:
-            raise ImportError("progress=True needs tqdm: pip install interp_nn[explain]")
-        return steps
-    return _shown(bar(steps, desc=what, unit=unit, delay=0.0 if progress else _DELAY, leave=bool(progress)))
+        raise ImportError("progress=True needs tqdm: pip install interp_nn[explain]")
+    return _shown(steps, bar, desc=what, unit=unit)
 
 
 def html_table(
@@ -73,10 +75,21 @@ def html_table(
     return f"{before}<table>{cells}</table>{after}"
 
 
-def _shown(bar: Any) -> Iterator[Any]:
-    """Take the steps of a bar, and close it also where the loop ends early."""
-    with bar:
-        yield from bar
+def _shown(steps: Iterable[_T], bar: Any, **options: Any) -> Iterator[_T]:
+    """Take the steps with a bar, which is closed also where the loop ends early."""
+    with bar(steps, **options) as shown:
+        yield from shown
+
+
+def _after_delay(steps: Iterable[_T], what: str, unit: str) -> Iterator[_T]:
+    """Take the steps, from the first one on that begins after the delay with a bar, so that short calls do not import tqdm."""
+    start, rest = time.monotonic(), iter(steps)
+    for done, step in enumerate(rest):
+        if time.monotonic() - start >= _DELAY and (bar := _tqdm()) is not None:
+            total = len(steps) if isinstance(steps, Sized) else None
+            yield from _shown(chain([step], rest), bar, desc=what, unit=unit, total=total, initial=done, leave=False)
+            return
+        yield step
 
 
 def _watched() -> bool:

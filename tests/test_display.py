@@ -29,6 +29,9 @@ def test_a_terminal_and_a_notebook_are_watched(monkeypatch):
     monkeypatch.setattr(display, "_DELAY", 0.0)
     assert list(display.track(range(3), "counting", None)) == [0, 1, 2]
     assert "counting" in terminal.getvalue()
+    monkeypatch.setattr(sys, "stderr", short := Terminal())
+    monkeypatch.setattr(display, "_DELAY", 3600.0)
+    assert list(display.track(range(3), "counting", None)) == [0, 1, 2] and not short.getvalue()
     closed = Terminal()
     closed.close()
     for other in (io.StringIO(), None, object(), closed):
@@ -63,6 +66,7 @@ def test_a_missing_tqdm_is_named_where_a_bar_was_asked_for(monkeypatch):
 
     monkeypatch.setattr(builtins, "__import__", without)
     monkeypatch.setattr(sys, "stderr", Terminal())
+    monkeypatch.setattr(display, "_DELAY", 0.0)
     assert list(display.track(range(2), "x", None)) == [0, 1]
     with pytest.raises(ImportError, match=r"progress=True needs tqdm: pip install interp_nn\[explain\]"):
         display.track(range(2), "x", True)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from interp_nn.display import track
+from interp_nn.explain.estimator import feature_names
 from interp_nn.explain.following.gate_record import check_mode
 from interp_nn.explain.following.replay import (
     ModelFunction,
@@ -122,6 +123,8 @@ def linearize(
     Source: Li et al., arXiv 2310.16295.
     """
     select, secant = _selector(target), check_mode(mode, held) == "secant"
+    columns = feature_names(x)
+    features = None if columns is None else columns.tolist()
     model, x = from_embeddings(model, x, embedding)
     if layer is not None and target is not None:
         raise ValueError(f"target, layer: got {target!r} and {layer!r}, want one of them")
@@ -140,7 +143,7 @@ def linearize(
     if not secant:
         operator = JacobianOperator(function, recording.inputs, output, affine=False, check=check)
         affine = AffineMap(operator, function, chunk_size, progress=progress)
-        affine._layer = layer
+        affine._layer, affine._features = layer, features
         return affine
     replay = Replay(recording, select)
 
@@ -158,7 +161,7 @@ def linearize(
     )
     exact = all(treatment in ("affine", "gate") for *_, treatment in recording.recorder.rows)
     affine = AffineMap(operator, function, chunk_size, _same_gates(recording) if exact else None, progress)
-    affine._layer = layer
+    affine._layer, affine._features = layer, features
     return affine
 
 
@@ -220,6 +223,7 @@ class AffineMap:
         self._operator, self._function, self._chunk_size = operator, function, chunk_size
         self._same_gates, self._progress = same_gates, progress
         self._layer: str | int | None = None
+        self._features: Sequence[str] | None = None
 
     @classmethod
     def from_tensors(cls, weight: Tensor | tuple[Tensor, ...], bias: Tensor) -> AffineMap:
@@ -482,7 +486,7 @@ class AffineMap:
             x: Samples (n, *input); by default those at which the model was linearized.
             sample: Index of one sample. None: all; of images, the first 8.
             output: Index among the flattened outputs. None: the only one, or all of an image's outputs, at most 12.
-            features: Names of the features; by default x0, x1, ...
+            features: Names of the features; by default those of the data frame that was linearized, else x0, x1, ...
 
         Returns:
             The figure of images, or the axes.
@@ -499,7 +503,8 @@ class AffineMap:
         """
         from interp_nn.explain.plots.attribution import affine_plot
 
-        return affine_plot(self, self.x if x is None else x, sample, output, features)
+        names = self._features if features is None else features
+        return affine_plot(self, self.x if x is None else x, sample, output, names)
 
     def to(self, dtype: torch.dtype) -> AffineMap:
         """Return the map in another dtype; forms W."""

@@ -1,7 +1,10 @@
 """Objects draw themselves by the functions of `plots`."""
 
+import numpy as np
+import pandas
 import pytest
 import torch
+from sklearn.neural_network import MLPRegressor
 from torch import nn
 
 from interp_nn.explain import AffineMap, Descrambler, linearize, region
@@ -26,6 +29,15 @@ def test_features_of_one_sample_are_a_waterfall_and_of_several_a_beeswarm():
     swarm = affine.plot(output=0)
     assert sorted(names(swarm)) == ["x0", "x1", "x2"] and len(swarm.collections) >= 3
     assert names(affine.contrast(0, 1).plot(X, sample=-1))[-1] == "output"
+
+
+def test_a_data_frame_names_the_features():
+    table = np.random.default_rng(0).normal(size=(60, 3))
+    frame = pandas.DataFrame(table, columns=["age", "fare", "weight"])
+    model = MLPRegressor(hidden_layer_sizes=(4,), solver="lbfgs", max_iter=5000, random_state=0).fit(frame, table[:, 0])
+    affine = linearize(model, frame)
+    assert sorted(names(affine.plot())) == ["age", "fare", "weight"]
+    assert sorted(names(affine.plot(features=["a", "b", "c"]))) == ["a", "b", "c"]
 
 
 def test_images_are_maps_with_channels_summed_and_constants():
