@@ -38,6 +38,8 @@ from interp_nn.explain.paths.kernel_machine import NPKMachine, kernel_alignment
 from interp_nn.explain.paths.monte_carlo import SampledKernel, npk_montecarlo
 from interp_nn.explain.paths.path_kernel import npk, npk_from_gates
 from interp_nn.explain.paths.tangent_kernel import ntk
+from interp_nn.explain.report.network_report import Report, report, report_sections
+from interp_nn.explain.report.page import Section
 from interp_nn.explain.trees.dlgn_estimators import DLGNClassifier, DLGNRegressor
 from interp_nn.explain.tsne import ParametricTSNE
 from interp_nn.gates.patterns import ActivationPatterns, PatternGroups
@@ -75,7 +77,9 @@ __all__ = [
     "Region",
     "RegionGraph",
     "RegionStatistics",
+    "Report",
     "SampledKernel",
+    "Section",
     "Seriation",
     "SingularDirections",
     "SingularTriplets",
@@ -102,6 +106,8 @@ __all__ = [
     "record",
     "region",
     "region_graph",
+    "report",
+    "report_sections",
     "seriate",
     "singular_directions",
     "smoothness",

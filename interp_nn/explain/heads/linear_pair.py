@@ -92,8 +92,8 @@ class LinearPair:
             moved = torch.randn(codes.shape, generator=torch.Generator().manual_seed(0)).to(codes)
             if not (torch.equal(codes, read) and torch.equal(self._calls(x, moved)[2], moved)):
                 raise ValueError(
-                    f"layer, output: the codes change between {self.name!r} and {self.output_name!r}, want two linear layers with "
-                    "nothing between them"
+                    f"layer, output: the codes change between {self.name!r} and {self.output_name!r}, want two linear layers "
+                    "with nothing between them"
                 )
         if not (isinstance(result, Tensor) and torch.equal(result, outputs)):
             raise ValueError(

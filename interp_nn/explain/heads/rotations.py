@@ -36,7 +36,7 @@ def to_varimax(codes: Tensor, decoder: Tensor) -> Tensor:
 
 
 def _varimax(loadings: Tensor) -> Tensor:
-    m, r = loadings.shape
+    r = loadings.shape[1]
     rotation, value = torch.eye(r, dtype=loadings.dtype), loadings.new_zeros(())
     for _ in range(_MOST_ITERATIONS if r > 1 else 0):
         turned = loadings @ rotation

@@ -64,7 +64,9 @@ class Facts:
         given = features if features is not None else None if named is None else list(named)
         self.features = None if given is None else [str(name) for name in given]
         if self.features is not None and (self.kind != "table" or len(self.features) != self.x.shape[1]):
-            raise ValueError(f"feature_names: got {len(self.features)}, want one for each feature of x {tuple(self.x.shape)}")
+            raise ValueError(
+                f"feature_names: got {len(self.features)}, want one for each feature of x {tuple(self.x.shape)}"
+            )
         m = self.outputs.shape[1]
         self.classes = [str(i) for i in range(m)] if classes is None else [str(name) for name in classes]
         binary = m == 1 and len(self.classes) == 2
@@ -83,7 +85,9 @@ class Facts:
                 found = found if isinstance(found, Tensor) else getattr(found, "logits", None)
                 if not isinstance(found, Tensor):
                     raise TypeError("model: returned no tensor of outputs and no `logits`, want one of them")
-                parts.append(found[:, -1] if self.kind == "tokens" and found.dim() == 3 else found.reshape(len(part), -1))
+                parts.append(
+                    found[:, -1] if self.kind == "tokens" and found.dim() == 3 else found.reshape(len(part), -1)
+                )
         return torch.cat(parts)
 
     @property

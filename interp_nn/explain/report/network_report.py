@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -61,9 +62,8 @@ class Report:
         return "\n".join([f"Report({self.title!r}, {len(self.html):,} characters)", *lines])
 
     def _repr_html_(self) -> str:
-        from html import escape
-
-        return f'<iframe srcdoc="{escape(self.html)}" style="width:100%;height:40rem;border:0" title="{escape(self.title)}"></iframe>'
+        style = "width:100%;height:40rem;border:0"
+        return f'<iframe srcdoc="{escape(self.html)}" style="{style}" title="{escape(self.title)}"></iframe>'
 
 
 def report(
@@ -89,8 +89,8 @@ def report(
         class_names: Names of the outputs.
         tokenizer: For token ids, as in `token_contributions`.
         title: Title of the page; by default the class of the model.
-        sections: Names of the sections to make, of `report_sections()`; or sections by name, where a value of your own is a function
-            of `Facts` that returns a `Section`, or a sentence on why there is none. By default all.
+        sections: Names of sections to make, those of `report_sections()`; or functions by name, of your own too: each takes the
+            facts and returns a `Section`, or a sentence on why there is none. By default all.
 
     Returns:
         The report.
@@ -129,7 +129,10 @@ def report(
             made.append(found)
     made.append(Section("What was not done", _left_out(left), notes=left))
     n = len(facts.x)
-    about = f"{type(facts.model).__name__} with {_parameters(facts.model):,} parameters, at {n:,} samples of shape {tuple(facts.x.shape[1:])}."
+    about = (
+        f"{type(facts.model).__name__} with {_parameters(facts.model):,} parameters, at {n:,} samples of shape "
+        f"{tuple(facts.x.shape[1:])}."
+    )
     return Report(title or type(facts.model).__name__, about, made)
 
 

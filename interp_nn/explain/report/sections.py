@@ -55,14 +55,16 @@ def predictions(facts: Facts) -> Section | str:
         share = float(counts[top]) / n
         return Section(
             title,
-            f"{facts.class_name(top)} is predicted for {share:.0%} of {n} samples; without y, this page cannot say whether that is "
+            f"{facts.class_name(top)} is predicted for {share:.0%} of {n} samples; without y, this page cannot say "
+            f"whether that is "
             "right.",
         )
     right = facts.predicted == facts.y
     accuracy, frequent = float(right.double().mean()), float(torch.bincount(facts.y).max()) / n
     spread = (frequent * (1 - frequent) / n) ** 0.5
     verdict = (
-        f"This is no better than always answering the most frequent class ({frequent:.1%}): do not trust the rest of this page as an "
+        f"This is no better than always answering the most frequent class ({frequent:.1%}): do not trust the rest of "
+        f"this page as an "
         "account of the classes."
         if accuracy <= frequent + 2 * spread
         else f"Always answering the most frequent class would be right for {frequent:.1%}."
@@ -88,11 +90,12 @@ def exactness(facts: Facts) -> Section | str:
     if not found.supported:
         names = ", ".join(dict.fromkeys(f"{row[0]} in {row[1]}" for row in rows if row[2] == "not treated"))
         return Section(title, f"The network has operations that have no affine map: {names}.", tables=[table])
-    secants = dict.fromkeys(row[0] for row in rows if row[2] not in ("affine", "gate"))
+    secants = dict.fromkeys(str(row[0]) for row in rows if row[2] not in ("affine", "gate"))
     exact = (
         "Every operation is affine or a gate: around each sample the network is F(x) = W x + b, exactly."
         if found.exact
-        else f"At each sample F(x) = W x + b, exactly, but W holds {', '.join(secants)} at the sample, so it is not the derivative."
+        else f"At each sample F(x) = W x + b, exactly, but W holds {', '.join(secants)} at the sample, so it is not "
+        f"the derivative."
     )
     if facts.kind == "tokens":
         return Section(title, exact, tables=[table])
@@ -127,10 +130,12 @@ def reach(facts: Facts) -> Section | str:
     apart = "are alone in their region" if ratio < 1 else "may have neighbours in their region"
     radius = float(torch.tensor([row[1] for row in rows], dtype=torch.float64).median())
     finding = (
-        f"In the median a sample can move {radius:.2g} before a unit flips, {ratio:.2g} times the distance to its nearest other sample: "
+        f"In the median a sample can move {radius:.2g} before a unit flips, {ratio:.2g} times the distance to its "
+        f"nearest other sample: "
         f"most samples {apart}."
         if radius > 0
-        else "The median sample lies on a boundary: a unit is at 0, or two candidates of a maximum are equal, as in an image's empty parts."
+        else "The median sample lies on a boundary: a unit is at 0, or two candidates of a maximum are equal, as in "
+        "an image's empty parts."
     )
     return Section(
         "How far around a sample", finding,
@@ -156,25 +161,27 @@ def importance(facts: Facts) -> Section | str:
         axes = plots.contribution_beeswarm(facts.contributions, facts.x[facts.some], features=names, output=name)
         rows = [[names[j], float(means[j]), float(parts[j]), float(facts.contributions[:, j].mean())] for j in order]
         finding = (
-            f"{few} of {len(order)} features make half of all contributions: {', '.join(names[j] for j in order[:min(few, 5)])}. The "
+            f"{few} of {len(order)} features make half of all contributions: "
+            f"{', '.join(names[j] for j in order[: min(few, 5)])}. The "
             f"constant is {share:.0%} of the median sample's terms."
         )
         return Section(
-            title, finding, [(_figure(axes), f"Contributions of the largest features to {name}; {names[order[0]]} is the largest.")],
+            title, finding,
+            [(_figure(axes), f"Contributions of the largest features to {name}; {names[order[0]]} is the largest.")],
             [Table("Mean contributions", ("feature", "mean |contribution|", "share", "mean"), rows)],
             [f"Contributions W x of {len(facts.some)} samples, each to {name}."],
         )  # fmt: skip
     if facts.kind == "image":
         half = _half(size.sum(1).flatten(1).mean(0))
-        finding = (
-            f"Half of all contributions come from {half:.0%} of the pixels. The constant is {share:.0%} of the median sample's terms."
-        )
+        finding = f"Half of all contributions come from {half:.0%} of the pixels. The constant is {share:.0%} of the "
+        "median sample's terms."
         return Section(title, finding, notes=[f"Contributions W x of {len(facts.some)} samples, each to {name}."])
     return "what counts: inputs of this shape have no figure"
 
 
 def _tokens(facts: Facts) -> Section:
-    rows, figures, largest = [], [], []
+    rows, largest = [], []
+    figures: list[tuple[Figure, str]] = []
     for why, i in facts.shown.items():
         found = token_contributions(facts.model, facts.x[i : i + 1], tokenizer=facts.tokenizer)
         parts = found.contributions[0]
@@ -189,7 +196,8 @@ def _tokens(facts: Facts) -> Section:
     back = sorted(largest)[len(largest) // 2]
     columns = ("sample", "index", "logit", "largest token", "its contribution", "constants", "error")
     return Section(
-        "What counts", f"The token that adds most to the predicted logit is {back} places before the last one, in the median of {len(rows)} "
+        "What counts",
+        f"The token that adds most to the predicted logit is {back} places before the last one, in the median of {len(rows)} "
         "samples.", figures, [Table("Tokens", columns, rows)], ["By token_contributions(model, ids)."],
     )  # fmt: skip
 
@@ -198,15 +206,27 @@ def samples(facts: Facts) -> Section | str:
     """Show typical, borderline, wrong and right samples, each as an exact sum."""
     if facts.kind == "tokens":
         return "single samples: tokens are in the section before"
-    rows, figures = [], []
+    rows: list[list[object]] = []
+    figures: list[tuple[Figure, str]] = []
     if facts.kind == "image":
-        figures.append((_maps(facts), f"Where the pixels of {len(facts.shown)} samples add to the predicted class and take from it."))
+        figures.append(
+            (
+                _maps(facts),
+                f"Where the pixels of {len(facts.shown)} samples add to the predicted class and take from it.",
+            )
+        )
     for why, i in facts.shown.items():
         place, output = facts.place(i), int(facts.explained_output[i])
         parts = facts.contributions[place]
         value, constant = float(facts.outputs[i, output]), float(facts.maps.bias[place])
         predicted = facts.class_name(int(facts.predicted[i])) if facts.classifies else f"{value:.3g}"
-        true = "-" if facts.y is None else facts.class_name(int(facts.y[i])) if facts.classifies else f"{float(facts.y[i]):.3g}"
+        true = (
+            "-"
+            if facts.y is None
+            else facts.class_name(int(facts.y[i]))
+            if facts.classifies
+            else f"{float(facts.y[i]):.3g}"
+        )
         label = f"output for {facts.class_name(output)}" if facts.outputs.shape[1] > 1 else "output"
         if facts.kind == "table":
             names = facts.feature_list()
@@ -217,9 +237,21 @@ def samples(facts: Facts) -> Section | str:
             top = "-"
         error = abs(float(parts.sum()) + constant - value) / (abs(value) or 1.0)
         rows.append([why, i, predicted, true, float(facts.margin[i]), value, constant, top, error])
-    columns = ("sample", "index", "predicted", "true", "margin", "value", "constant", "largest input", "error of the sum")
+    columns = (
+        "sample",
+        "index",
+        "predicted",
+        "true",
+        "margin",
+        "value",
+        "constant",
+        "largest input",
+        "error of the sum",
+    )
     borderline = facts.shown["borderline"]
-    finding = f"Sample {borderline} is the nearest to another answer, with a margin of {float(facts.margin[borderline]):.2g}."
+    finding = (
+        f"Sample {borderline} is the nearest to another answer, with a margin of {float(facts.margin[borderline]):.2g}."
+    )
     if "wrong" in facts.shown:
         wrong = facts.shown["wrong"]
         finding += f" Sample {wrong} is wrong with the largest margin, {float(facts.margin[wrong]):.2g}."
@@ -268,6 +300,8 @@ def few_maps(facts: Facts) -> Section | str:
         return f"a few maps for all samples: {len(facts.x)} samples of {d} features are too few or too wide"
     if not facts.operations.exact:
         return "a few maps for all samples: the network has secants"
+    if not any(treatment == "gate" for _, _, treatment, _ in facts.operations.rows):
+        return "a few maps for all samples: the network has no gates, so one map holds everywhere"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         clusters = ActivationClusters(facts.model, progress=False).fit(facts.x)
@@ -275,13 +309,18 @@ def few_maps(facts: Facts) -> Section | str:
     kept = merged.held_out_
     assert kept is not None  # merge() chose the number
     number, all_of_them = len(merged.counts_), len(clusters.counts_)
-    stands = ("stands" if number == 1 else "stand") if kept.r2 >= 0.9 else ("does not stand" if number == 1 else "do not stand")
+    stands = (
+        ("stands" if number == 1 else "stand")
+        if kept.r2 >= 0.9
+        else ("does not stand" if number == 1 else "do not stand")
+    )
     maps = f"{number} affine map{'s' * (number > 1)}"
     output = int(torch.bincount(facts.explained_output).argmax())
     axes = merged.table(output, feature_names=facts.feature_list()).plot()
     return Section(
-        "A few maps for all samples", f"{all_of_them} patterns merge to {maps}, which {stands} for the network: R² {kept.r2:.3f} and the same answer "
-        f"for {kept.agreement:.1%} of samples that were held out.",
+        "A few maps for all samples",
+        f"{all_of_them} patterns merge to {maps}, which {stands} for the network: R² {kept.r2:.3f} and the same answer for "
+        f"{kept.agreement:.1%} of samples that were held out.",
         [(_figure(axes), f"Coefficients of the {maps} for {facts.class_name(output)}.")],
         notes=["By ActivationClusters(model).fit(x).merge()."],
     )  # fmt: skip
@@ -298,7 +337,8 @@ def head(facts: Facts) -> Section | str:
     agreement = table.agreement.tolist()
     enough = next(i for i, value in enumerate(agreement, 1) if value >= 0.99)
     finding = (
-        f"{enough} of {len(agreement)} latents give the network's answer for 99 % of samples; {silent} change no output. The codes explain "
+        f"{enough} of {len(agreement)} latents give the network's answer for 99 % of samples; {silent} change no "
+        f"output. The codes explain "
         f"{turned.explained_variance:.0%} of the features' variance."
     )
     rows = [list(row) for row in zip(*table._columns().values(), strict=True)]
@@ -313,7 +353,9 @@ def _last_pair(facts: Facts) -> HeadReading | None:
     if facts.kind == "tokens" or facts.outputs.shape[1] < 2:
         return None
     y = facts.y if facts.y is not None and not facts.y.dtype.is_floating_point else None
-    layers = [(name, m) for name, m in facts.model.named_modules() if isinstance(m, nn.Linear | SummaryLinear | SummaryHead)]
+    layers = [
+        (name, m) for name, m in facts.model.named_modules() if isinstance(m, nn.Linear | SummaryLinear | SummaryHead)
+    ]
     tries: list[tuple[str, str | None]] = [(name, None) for name, m in layers if isinstance(m, SummaryHead)]
     tries += [(a, b) for (a, _), (b, _) in zip(layers[-2:-1], layers[-1:], strict=False)]
     for layer, output in tries:
@@ -327,16 +369,22 @@ def _last_pair(facts: Facts) -> HeadReading | None:
 def summary_layers(facts: Facts) -> Section | str:
     """Say how far the b of each summary layer is from orthonormal columns."""
     rows: list[list[object]] = []
+    found = []
     for name, module in facts.model.named_modules():
         if isinstance(module, LinearForm) and module.b.numel():
             values = module.spectrum()
-            rows.append([name or "(model)", str(tuple(module.b.shape)), float(values.max()), float(values.min()), module.orthogonality_defect()])
+            found.append(module.orthogonality_defect())
+            shape = str(tuple(module.b.shape))
+            rows.append([name or "(model)", shape, float(values.max()), float(values.min()), found[-1]])
     if not rows:
         return "summary layers: the network has none"
-    worst = max(rows, key=lambda row: float(row[4]))  # type: ignore[arg-type]
+    defects = {str(row[0]): defect for row, defect in zip(rows, found, strict=True)}
+    worst = max(defects, key=lambda name: defects[name])
+    differ = (
+        "projection and summary differ there" if defects[worst] > 0.1 else "projections and summaries are nearly equal"
+    )
     return Section(
-        "Summary layers", f"The largest orthogonality defect is {float(worst[4]):.2g}, in {worst[0]}"  # type: ignore[arg-type]
-        f"{': projection and summary differ there' if float(worst[4]) > 0.1 else ': projections and summaries are nearly equal'}.",  # type: ignore[arg-type]
+        "Summary layers", f"The largest orthogonality defect is {defects[worst]:.2g}, in {worst}: {differ}.",
         tables=[Table("Singular values of b", ("layer", "shape of b", "largest", "smallest", "defect"), rows)],
     )  # fmt: skip
 
@@ -363,7 +411,12 @@ def gates(facts: Facts) -> Section | str:
             finding += f" The path kernel's alignment with the classes is {value:.2f}."
         except (ValueError, TypeError, NotImplementedError) as error:
             notes.append(f"No path kernel: {error}")
-    return Section("Gates", finding, tables=[Table("Units", ("layer", "units", "never on", "always on", "mean on"), rows)], notes=notes)
+    return Section(
+        "Gates",
+        finding,
+        tables=[Table("Units", ("layer", "units", "never on", "always on", "mean on"), rows)],
+        notes=notes,
+    )
 
 
 DEFAULT: dict[str, SectionOf] = {
@@ -390,5 +443,3 @@ def _figure(axes: Axes) -> Figure:
     figure = axes.figure
     assert figure is not None
     return figure  # type: ignore[return-value]
-
-
