@@ -32,3 +32,16 @@ def test_the_record():
     record = json.loads((ROOT / "benchmarks/results/cpu/experiments/language_map.json").read_text())
     assert not record["dirty"] and not record["quick"]
     true_of(record["results"], language_map.Size())
+    results = record["results"]
+    formed, products = results["256 tokens"], results["2048 tokens, by products"]
+    contributions, by_products = products["token contributions"], formed["directions by products"]
+    by_weight = [formed[name] for name in ("W of a state", "directions of W")]
+    said = (
+        f"contributions take {contributions['over_gradient']:.1f} times the CPU time of a gradient and "
+        f"{contributions['peak_mb'] / 1e3:.1f} GB, a gradient {products['gradient']['peak_mb'] / 1e3:.1f} GB.",
+        f"take {by_products['cpu_seconds']:.0f} CPU seconds and {by_products['peak_mb'] / 1e3:.1f} GB by products, and "
+        f"{sum(row['cpu_seconds'] for row in by_weight):.0f} and {max(row['peak_mb'] for row in by_weight) / 1e3:.1f} GB by W.",
+        f"is {results['error_of_the_state']['float32']:.1e}, and {results['error_of_the_state']['float64']:.1e} in double",
+    )
+    page = " ".join((ROOT / "docs" / "explaining.md").read_text(encoding="utf-8").split())
+    assert all(text.replace("e-0", "e-") in page for text in said)

@@ -259,7 +259,8 @@ def singular_directions(
         k: Number of directions.
         position: The position whose state it is; by default the last.
         tokenizer: As for `token_contributions`.
-        unembedding: Path of the layer that turns states into logits. By default, the layer whose output the logits are.
+        unembedding: Path of the layer that turns states into logits. By default, the layer whose output the logits are, or the
+            one that `get_output_embeddings` of transformers' models returns.
         held: The factor that a product holds: 'activated', 'left' or 'right', see `linearize`.
         embedding: Path of the layer that looks the ids up, if it is not found, see `linearize`.
 
@@ -397,7 +398,8 @@ def _unembedding(model: nn.Module, ids: Tensor, path: str | None) -> nn.Module:
                 hook = layer.register_forward_hook(lambda module, args, output: returned.append((module, output)))
                 hooks.callback(hook.remove)
         logits = _logits(model(ids.detach().long()))
-    found = next((layer for layer, output in returned if output is logits), None)
+    named = getattr(model, "get_output_embeddings", lambda: None)()
+    found = next((layer for layer, output in returned if output is logits), named)
     if found is None:
         raise ValueError("unembedding: got None, but no layer returns the model's logits; want the path of one")
     return found

@@ -184,6 +184,8 @@ def test_the_unembedding_is_found_or_named():
     found = singular_directions(model, IDS, 2, unembedding="head")
     assert relative(found.logits, singular_directions(plain, IDS, 2).logits) <= 1e-13
     assert token_contributions(model, IDS, 2).check() <= 1e-13
+    model.get_output_embeddings = lambda: model.head
+    assert torch.equal(singular_directions(model, IDS, 2).logits, found.logits)
     with pytest.raises(ValueError, match="unembedding: got 'heads', want the path of a layer"):
         singular_directions(model, IDS, unembedding="heads")
     curved = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 4), nn.Sequential(nn.Tanh(), nn.Linear(4, 5))).eval()
