@@ -65,7 +65,8 @@ def _components(codes: Tensor) -> Tensor:
 
 def _signed(rotation: Tensor, codes: Tensor, decoder: Tensor) -> Tensor:
     """Return the rotation with signs by which each latent's largest weight, or without one its largest code, is positive."""
-    for values in (codes.double() @ rotation, decoder.double() @ rotation):
+    for matrix in (codes, decoder):
+        values = matrix.double() @ rotation
         largest = values.gather(0, values.abs().argmax(0, keepdim=True))[0]
         weak = largest.abs() <= 1e-9 * values.abs().max()
         rotation = rotation * torch.where(weak | (largest > 0), 1.0, -1.0)

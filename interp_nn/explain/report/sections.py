@@ -133,7 +133,7 @@ def reach(facts: Facts) -> Section | str:
         f"In the median a sample can move {radius:.2g} before a unit flips, {ratio:.2g} times the distance to its "
         f"nearest other sample: "
         f"most samples {apart}."
-        if radius > 0
+        if ratio > 1e-5  # beyond rounding
         else "The median sample lies on a boundary: a unit is at 0, or two candidates of a maximum are equal, as in "
         "an image's empty parts."
     )
@@ -265,7 +265,7 @@ def _maps(facts: Facts) -> Figure:
     rows = []
     for why, i in facts.shown.items():
         true = "" if facts.y is None or not facts.classifies else f"\ntrue {facts.class_name(int(facts.y[i]))}"
-        rows.append(f"{why} {i}\n{facts.class_name(int(facts.predicted[i]))}{true}")
+        rows.append(f"{why} {i}\npredicted {facts.class_name(int(facts.predicted[i]))}{true}")
     shown = images if images.shape[1] in (1, 3) else None
     return plots.attribution_maps(facts.contributions[places].unsqueeze(1), shown, rows=rows, columns=["contributions"])
 

@@ -49,6 +49,8 @@ def test_rotations_keep_the_function(case: tuple[nn.Sequential, Tensor, Tensor, 
     assert own.check() < 1e-14
     rotated = own.rotate(to)
     assert rotated.check() < 1e-13
+    largest = rotated.weight.gather(0, rotated.weight.abs().argmax(0, keepdim=True))[0]
+    assert bool((largest > -1e-12).all())
     k = own.codes.shape[1]
     torch.testing.assert_close(rotated.rotation.mT @ rotated.rotation, torch.eye(k, dtype=torch.float64))
     made = rotated.contributions().sum(1) + rotated.bias
