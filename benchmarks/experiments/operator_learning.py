@@ -1,0 +1,496 @@
+"""Networks that learn solution operators, descrambled: are their modes the operator's, and is their spectrum?
+
+The operators are those of the heat and the Poisson equation on an interval and on a ring, by second differences. A last network
+solves one Poisson equation by its residual. Every measure stands beside that of untrained networks, which gives its p-value.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from matplotlib import pyplot as plt
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from benchmarks.command_line import users_input
+from benchmarks.experiments import common, training
+from benchmarks.records import report
+from interp_nn.explain.descramble.derivatives import derivative_operator
+from interp_nn.explain.descramble.descrambler import Descrambler
+
+NAME = "operator_learning"
+POINTS, WIDTH, LEADING = 32, 64, 8  # places, hidden units, modes that are judged
+TIME, LENGTH = 0.005, 0.1  # of the heat equation; of the smooth inputs' covariance
+SAMPLES, TEST = 8192, 2000
+RECIPE = training.Recipe(epochs=40, batch=128, learning_rate=3e-3, decay=True)
+SEEDS, UNTRAINED = 3, 99
+ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {"linear": nn.Identity, "tanh": nn.Tanh, "ReLU": nn.ReLU}
+LAYERS = ("input filters", "output functions")
+# The rule of the verdicts, the same for all networks: p in each seed, and the mean over seeds of the measure.
+P_AT_MOST, OVERLAP_AT_LEAST, GAIN_ERROR_AT_MOST = 0.05, 0.9, 0.1
+STEPS, COLLOCATED, UNITS = 3000, 128, 32  # of the physics-informed network
+BLUE, ORANGE, GREEN = "#0072B2", "#E69F00", "#009E73"  # Okabe & Ito's, which colour-blind people tell apart
+
+
+class Problem(NamedTuple):
+    """A solution operator: its modes (POINTS, POINTS), one a column, largest gain first; their gains, the first of which is 1.
+
+    kind: of the derivative whose modes P takes. leading: the number of modes that are judged, whole eigenspaces. spaces: of each
+    of them, the modes of the same gain [start, stop).
+    """
+
+    kind: str
+    modes: Tensor
+    gains: Tensor
+    leading: int
+    spaces: list[tuple[int, int]]
+
+
+def problem(equation: str, domain: str) -> Problem:
+    """Return the solution operator of the "heat" or "Poisson" equation on an "interval" or a "ring" of length 1."""
+    differences = derivative_operator(POINTS, "diff1_dirichlet" if domain == "interval" else "diff1_periodic")
+    step = 1 / (POINTS + 1) if domain == "interval" else 1 / POINTS
+    rates = differences.eigenvalues / step**2
+    # Around a ring Poisson's equation has a solution for f of mean 0; the constant is left out.
+    gains = (-TIME * rates).exp() if equation == "heat" else torch.where(rates > 1e-9, 1 / rates, 0.0)
+    gains, order = gains.sort(descending=True, stable=True)
+    spaces = [
+        (int((gains > value * (1 + 1e-9)).sum()), int((gains >= value * (1 - 1e-9)).sum())) for value in gains.tolist()
+    ]
+    leading = next(stop for _, stop in spaces if stop >= LEADING)
+    kind = "dst" if domain == "interval" else "fourier2"
+    return Problem(kind, differences.eigenvectors()[:, order], gains / gains[0], leading, spaces[:leading])
+
+
+PROBLEMS = {
+    f"{equation}, {domain}": (equation, domain) for equation in ("Poisson", "heat") for domain in ("interval", "ring")
+}
+
+
+def inputs(kind: str, domain: str, n: int, generator: torch.Generator) -> Tensor:
+    """Return n right-hand sides: "white", or "smooth", a Gaussian process whose covariance knows no boundary condition."""
+    drawn = torch.randn(n, POINTS, generator=generator, dtype=torch.float64)
+    if kind == "white":
+        return drawn
+    place = torch.arange(POINTS, dtype=torch.float64) / POINTS
+    distance = (place - place[:, None]).abs()
+    if domain == "ring":
+        distance = (torch.pi * distance).sin() / torch.pi
+    values, vectors = torch.linalg.eigh((-(distance**2) / (2 * LENGTH**2)).exp())
+    return drawn @ (vectors * values.clamp_min(0).sqrt()).mT
+
+
+def network(activation: str) -> nn.Sequential:
+    """Build a network with one hidden layer; the linear one has no biases."""
+    bias = activation != "linear"
+    return nn.Sequential(nn.Linear(POINTS, WIDTH, bias), ACTIVATIONS[activation](), nn.Linear(WIDTH, POINTS, bias))
+
+
+class Reading(NamedTuple):
+    """What descrambling reads from a network.
+
+    overlaps: of each layer and leading component, the share of it that lies in the operator's eigenspace of the same place.
+    gains: of the network along each leading input filter. exponent: the energies of the components before the activation grow
+    as this power of the operator's gains. squared: squared cosines of the first 12 input filters (rows) and modes (columns).
+    """
+
+    overlaps: dict[str, Tensor]
+    gains: Tensor
+    exponent: float
+    squared: Tensor
+
+    def measures(self, task: Problem) -> dict[str, float]:
+        """Return the measures of the verdicts: overlaps are best at 1, the error of the gains at 0."""
+        found = {f"overlap of {layer}": float(own.mean()) for layer, own in self.overlaps.items()}
+        errors = (self.gains / task.gains[: task.leading] - 1).abs()
+        return {**found, "gain error": float(errors.median())}
+
+
+@torch.no_grad()
+def read(net: nn.Sequential, x: Tensor, task: Problem, unit: float) -> Reading:
+    """Descramble the hidden layer before and after its activation; unit: of the network's outputs.
+
+    P turns component i of the hidden layer into mode i of D. So row i of Tᵀ P W is the filter of component i along the inputs,
+    and column i of W Pᵀ T of the next layer its function of the place.
+    """
+    operator = derivative_operator(WIDTH, task.kind)
+    first, last = net[0], net[2]
+    z = first(x)
+    rows, energies = [], []
+    for values in (z, net[1](z)):
+        with warnings.catch_warnings():  # of the rank, which is that of the inputs
+            warnings.simplefilter("ignore")
+            fit = Descrambler(operator=task.kind, center=True).fit(values)
+        weights = fit.weights(first, last)
+        assert weights.following is not None
+        turned = weights.weight if not rows else weights.following.mT
+        rows.append(nn.functional.normalize(operator.transform(turned)))
+        energies.append(fit.spectrum_.energies)
+    squared = [(own @ task.modes).square() for own in rows]
+    overlaps = {
+        layer: torch.stack([own[i, slice(*space)].sum() for i, space in enumerate(task.spaces)])
+        for layer, own in zip(LAYERS, squared, strict=True)
+    }
+    step = rows[0][: task.leading].to(x)
+    beside = torch.stack([net(x + one) - net(x - one) for one in step]).mean(1) / 2
+    gains = unit * beside.double().norm(dim=1)
+    logs = task.gains[: task.leading].log(), energies[0][: task.leading].log()
+    exponent = float(np.polyfit(logs[0].numpy(), logs[1].numpy(), 1)[0])
+    return Reading(overlaps, gains, exponent, squared[0][:12, :12])
+
+
+def main(arguments: list[str]) -> int:
+    """Run the command line and return the exit status."""
+    options = common.parser(NAME, __doc__)
+    options.add_argument("--page", type=Path, metavar="FILE", help="write the tables between the marks of this file")
+    given = options.parse_args(arguments)
+    torch.set_num_threads(1)
+    run = common.Run(NAME, given)
+    recipe, samples = (RECIPE._replace(epochs=1), 640) if given.quick else (RECIPE, SAMPLES)
+    seeds = range(given.seed, given.seed + (1 if given.quick else SEEDS))
+    untrained = 3 if given.quick else UNTRAINED
+    chosen = ["Poisson, ring"] if given.quick else list(PROBLEMS)
+    cells = [
+        Cell(name, kind, activation, seed)
+        for name in chosen for kind in ("white", "smooth", "shuffled") for activation in ACTIVATIONS
+        for seed in (seeds if kind != "shuffled" else seeds[:1])
+    ]  # fmt: skip
+    rows = [measured(cell, samples, recipe, untrained) for cell in tqdm(cells, mininterval=10)]
+    results: dict[str, Any] = {
+        "rule": {
+            "p at most": P_AT_MOST,
+            "overlap at least": OVERLAP_AT_LEAST,
+            "gain error at most": GAIN_ERROR_AT_MOST,
+        },
+        "operators": list(summaries(rows)),
+        "physics-informed": physics_informed(seeds, 5 if given.quick else STEPS, untrained),
+        "trainings": [{key: value for key, value in row.items() if key != "squared"} for row in rows],
+    }
+    _draw(run, rows, chosen)
+    _draw_physics(run, results["physics-informed"])
+    given.seeds = len(seeds)
+    budget = {
+        **recipe._asdict(), "samples": samples, "points": POINTS, "width": WIDTH, "time": TIME, "length": LENGTH,
+        "untrained": untrained, "steps": STEPS, "collocation_points": COLLOCATED, "units": UNITS,
+    }  # fmt: skip
+    run.finish(budget, results, recipe.epochs)
+    if given.page is not None:
+        with users_input():
+            report.between(given.page, f"experiments {NAME}", markdown(results))
+    return 0
+
+
+class Cell(NamedTuple):
+    """A training: the problem, the inputs ("shuffled": white ones, each with the solution of another), and the network."""
+
+    problem: str
+    inputs: str
+    activation: str
+    seed: int
+
+
+def measured(cell: Cell, samples: int, recipe: training.Recipe, untrained: int) -> dict[str, Any]:
+    """Train a network, descramble it and as many untrained ones as are asked for, and return its row."""
+    equation, domain = PROBLEMS[cell.problem]
+    task = problem(equation, domain)
+    generator = torch.Generator().manual_seed(cell.seed)
+    f = inputs("white" if cell.inputs == "shuffled" else cell.inputs, domain, samples + TEST, generator)
+    u = f @ task.modes * task.gains @ task.modes.mT
+    unit = float(u.std())
+    x, y = f.float(), (u / unit).float()
+    x_train, x_test = x.split((samples, TEST))
+    y_train, y_test = y.split((samples, TEST))
+    if cell.inputs == "shuffled":
+        y_train = y_train[torch.randperm(samples, generator=generator)]
+    torch.manual_seed(cell.seed)
+    net = network(cell.activation)
+    training.train(net, x_train, y_train, recipe, label=", ".join(map(str, cell)), seed=cell.seed, loss=_squared_error)
+    with torch.no_grad():
+        error = float((net(x_test) - y_test).square().sum() / y_test.square().sum())
+    reading = read(net, x_test, task, unit)
+    own = reading.measures(task)
+    nulls = [read(network(cell.activation), x_test, task, unit).measures(task) for _ in range(untrained)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        layers = {
+            tap: Descrambler(operator=task.kind, center=True).fit_layer(net, "0", x_test, tap=tap) for tap in _TAPS
+        }
+    return {
+        **cell._asdict(),
+        "test_error": error,
+        "measures": own,
+        "untrained": {key: common.spread([null[key] for null in nulls]) for key in own},
+        "p": {key: _p(own[key], [null[key] for null in nulls], key == "gain error") for key in own},
+        "overlaps": {layer: values.tolist() for layer, values in reading.overlaps.items()},
+        "gains": reading.gains.tolist(),
+        "operator_gains": task.gains[: task.leading].tolist(),
+        "energy_exponent": reading.exponent,
+        "nulls": {tap: fit.nulls_._asdict() for tap, fit in layers.items()},
+        "squared": (reading.squared, read(network(cell.activation), x_test, task, unit).squared),
+    }
+
+
+_TAPS = ("pre", "post")
+
+
+def _squared_error(net: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    return nn.functional.mse_loss(net(x), y)
+
+
+def _p(own: float, nulls: list[float], less: bool) -> float:
+    """Return the share of a network and the untrained ones that are as good as it is."""
+    return (1 + sum((null <= own) if less else (null >= own) for null in nulls)) / (1 + len(nulls))
+
+
+def verdict(values: list[float], ps: list[float], enough: Callable[[float], bool]) -> str:
+    """Return "yes", "partly" (beyond chance in each seed, but not enough) or "no"."""
+    if max(ps) > P_AT_MOST:
+        return "no"
+    return "yes" if enough(sum(values) / len(values)) else "partly"
+
+
+def summaries(rows: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Yield mean and spread over seeds, and the verdicts, of each problem, kind of inputs and network."""
+    for key in dict.fromkeys((row["problem"], row["inputs"], row["activation"]) for row in rows):
+        own = [row for row in rows if (row["problem"], row["inputs"], row["activation"]) == key]
+        verdicts = {}
+        for measure in own[0]["measures"]:
+
+            def enough(value: float, gain: bool = measure == "gain error") -> bool:
+                return value <= GAIN_ERROR_AT_MOST if gain else value >= OVERLAP_AT_LEAST
+
+            verdicts[measure] = verdict([r["measures"][measure] for r in own], [r["p"][measure] for r in own], enough)
+        yield {
+            **dict(zip(("problem", "inputs", "activation"), key, strict=True)),
+            "test_error": common.spread([row["test_error"] for row in own]),
+            "measures": {m: common.spread([row["measures"][m] for row in own]) for m in own[0]["measures"]},
+            "untrained": {m: common.spread([row["untrained"][m]["mean"] for row in own]) for m in own[0]["measures"]},
+            "largest_p": {m: max(row["p"][m] for row in own) for m in own[0]["measures"]},
+            "energy_exponent": common.spread([row["energy_exponent"] for row in own]),
+            "verdicts": verdicts,
+        }
+
+
+# The physics-informed network
+
+
+class Solution(nn.Module):
+    """u(x) = x (1 - x) v(x), which is 0 at both ends, with a network v of two hidden layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.v = nn.Sequential(nn.Linear(1, UNITS), nn.Tanh(), nn.Linear(UNITS, UNITS), nn.Tanh(), nn.Linear(UNITS, 1))
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Compute u (n, 1) at places x (n, 1)."""
+        return x * (1 - x) * self.v(x)
+
+
+WAVES = {1: 1.0, 3: 0.5, 5: 0.25}  # u = sum of a sin(k pi x)
+
+
+def _u(x: Tensor, power: int = 0) -> Tensor:
+    """Return u at places, or with power=2 the right-hand side -u''."""
+    return torch.stack([a * (k * torch.pi) ** power * (k * torch.pi * x).sin() for k, a in WAVES.items()]).sum(0)
+
+
+def residual(net: nn.Module, x: Tensor) -> Tensor:
+    """Return the mean square of -u'' - f, with both derivatives by autograd."""
+    x = x.clone().requires_grad_()
+    (slope,) = torch.autograd.grad(net(x).sum(), x, create_graph=True)
+    (curvature,) = torch.autograd.grad(slope.sum(), x, create_graph=True)
+    return (curvature + _u(x, 2)).square().mean()
+
+
+def bases(place: Tensor) -> dict[str, Tensor]:
+    """Return the first functions of three bases at places on the interval, one a column; the sines are the operator's modes."""
+    k = torch.arange(LEADING, dtype=place.dtype)
+    angle = torch.pi * place[:, None]
+    powers = torch.linalg.qr((2 * place[:, None] - 1) ** k).Q  # Legendre's
+    found = {"sines": (angle * (k + 1)).sin(), "cosines": (angle * k).cos(), "polynomials": powers}
+    return {name: nn.functional.normalize(own, dim=0) for name, own in found.items()}
+
+
+FUNCTIONS = ("hidden layer 1", "hidden layer 2", "functions that u sums")
+
+
+@torch.no_grad()
+def read_functions(net: Solution, place: Tensor) -> dict[str, dict[str, float]]:
+    """Return how far the leading components of each hidden layer, as functions of the place, are those of each basis.
+
+    It is the mean squared cosine of components and functions in the best pairs, whatever their order. The functions that u sums
+    are those of the second layer times x (1 - x). energy exponent: the energies of the components grow as this power of the
+    operator's gains 1 / (k pi)²; components without energy are left out.
+    """
+    known, found = bases(place), {}
+    second = net.v[:4](place[:, None])
+    layers = (net.v[:2](place[:, None]), second, second * (place * (1 - place))[:, None])
+    for layer, values in zip(FUNCTIONS, layers, strict=True):
+        with warnings.catch_warnings():  # of the rank
+            warnings.simplefilter("ignore")
+            fit = Descrambler(operator="dst").fit(values)
+        turned = derivative_operator(UNITS, "dst").transform(fit.transform(values).mT)[:LEADING]
+        turned = nn.functional.normalize(turned)
+        energies = fit.spectrum_.energies[:LEADING]
+        energies = energies[energies > 0]
+        gains = -2 * torch.arange(1, len(energies) + 1).double().log()
+        found[layer] = {
+            **{name: _paired((turned @ own).square()) for name, own in known.items()},
+            "energy exponent": float(np.polyfit(gains.numpy(), energies.log().numpy(), 1)[0]),
+        }
+    return found
+
+
+def _paired(squared: Tensor) -> float:
+    """Return the mean of the entries of the best pairs of rows and columns."""
+    rows, columns = linear_sum_assignment(squared.numpy(), maximize=True)
+    return float(squared[rows, columns].mean())
+
+
+def physics_informed(seeds: Sequence[int], steps: int, untrained: int) -> dict[str, Any]:
+    """Train networks on the residual of -u'' = f, and the same networks on u itself; descramble both and untrained ones."""
+    place = (torch.arange(1, 257, dtype=torch.float64)) / 257
+    x = ((torch.arange(COLLOCATED, dtype=torch.float64) + 0.5) / COLLOCATED)[:, None]
+    losses: dict[str, Callable[[nn.Module], Tensor]] = {
+        "residual": lambda net: residual(net, x),
+        "values of u": lambda net: (net(x) - _u(x)).square().mean(),
+    }
+    found: dict[str, Any] = {}
+    torch.manual_seed(seeds[0])
+    nulls = [read_functions(Solution(), place) for _ in range(untrained)]
+    for name, loss in losses.items():
+        readings, errors = [], []
+        for seed in seeds:
+            torch.manual_seed(seed)
+            net = Solution()
+            adam = torch.optim.Adam(net.parameters(), 3e-3)
+            rates = torch.optim.lr_scheduler.LinearLR(adam, 1.0, 0.01, steps)
+            for _ in range(steps):
+                adam.zero_grad()
+                loss(net).backward()
+                adam.step()
+                rates.step()
+            readings.append(read_functions(net, place))
+            with torch.no_grad():
+                wanted = _u(place)
+                errors.append(float((net(place[:, None]).squeeze(1) - wanted).norm() / wanted.norm()))
+        found[name] = {"error_of_u": common.spread(errors), "layers": {}}
+        for layer in readings[0]:
+            ps = [_p(one[layer]["sines"], [null[layer]["sines"] for null in nulls], False) for one in readings]
+            overlaps = [one[layer]["sines"] for one in readings]
+            found[name]["layers"][layer] = {
+                **{key: common.spread([one[layer][key] for one in readings]) for key in readings[0][layer]},
+                "p of sines": ps,
+                "modes are sines": verdict(overlaps, ps, lambda value: value >= OVERLAP_AT_LEAST),
+            }
+    found["untrained"] = {
+        "layers": {
+            layer: {key: common.spread([n[layer][key] for n in nulls]) for key in own}
+            for layer, own in nulls[0].items()
+        }
+    }
+    return found
+
+
+# Tables and figures
+
+
+def markdown(results: dict[str, Any]) -> str:
+    """Return the tables of the guide."""
+    lines = [
+        "| operator | network | test error | input filters | output functions | untrained | gain error | modes, spectrum |",
+        "|---" * 8 + "|",
+    ]
+    for row in results["operators"]:
+        if row["inputs"] == "white":
+            lines.append(_line(row))
+    lines += [
+        "",
+        "| inputs | operator | input filters | untrained | largest p | gain error | modes, spectrum |",
+        "|---" * 7 + "|",
+    ]
+    for row in results["operators"]:
+        if row["inputs"] != "white" and row["activation"] == "tanh":
+            own, null, key = row["measures"], row["untrained"], f"overlap of {LAYERS[0]}"
+            lines.append(
+                f"| {row['inputs']} | {row['problem']} | {own[key]['mean']:.2f} | {null[key]['mean']:.2f} | "
+                f"{row['largest_p'][key]:.2f} | {100 * own['gain error']['mean']:.0f} % | {_verdicts(row)} |"
+            )
+    lines += [
+        "",
+        "| trained on | layer | error of u | sines | p | cosines | polynomials | modes are sines |",
+        "|---" * 8 + "|",
+    ]
+    for name, row in results["physics-informed"].items():
+        for layer, own in row["layers"].items():
+            error = f"{row['error_of_u']['mean']:.1e}" if "error_of_u" in row else "-"
+            p = f"{max(own['p of sines']):.2f}" if "p of sines" in own else "-"
+            cells = [f"{own[key]['mean']:.2f}" for key in ("sines", "cosines", "polynomials")]
+            shown, said = "nothing" if name == "untrained" else name, own.get("modes are sines", "-")
+            lines.append(f"| {shown} | {layer} | {error} | {cells[0]} | {p} | {cells[1]} | {cells[2]} | {said} |")
+    return "\n".join(lines)
+
+
+def _line(row: dict[str, Any]) -> str:
+    own, null = row["measures"], row["untrained"]
+    overlaps = " | ".join(f"{own[f'overlap of {layer}']['mean']:.2f}" for layer in LAYERS)
+    chance = ", ".join(f"{null[f'overlap of {layer}']['mean']:.2f}" for layer in LAYERS)
+    return (
+        f"| {row['problem']} | {row['activation']} | {100 * row['test_error']['mean']:.2g} % | {overlaps} | {chance} | "
+        f"{100 * own['gain error']['mean']:.2g} % | {_verdicts(row)} |"
+    )
+
+
+def _verdicts(row: dict[str, Any]) -> str:
+    found = row["verdicts"]
+    modes = [found[f"overlap of {layer}"] for layer in LAYERS]
+    both = modes[0] if modes[0] == modes[1] else f"{modes[0]} / {modes[1]}"
+    return f"{both}, {found['gain error']}"
+
+
+def _draw(run: common.Run, rows: list[dict[str, Any]], chosen: list[str]) -> None:
+    figure, panels = plt.subplots(3, len(chosen), figsize=(3.4 * len(chosen), 9), squeeze=False, layout="constrained")
+    for column, name in zip(panels.T, chosen, strict=True):
+        own = [row for row in rows if row["problem"] == name and row["inputs"] == "white"]
+        shown = next(row for row in own if row["activation"] == "tanh")
+        for axes, squared, title in zip(column, shown["squared"], ("tanh, trained", "tanh, untrained"), strict=False):
+            image = axes.imshow(squared, cmap="cividis", vmin=0, vmax=1, extent=(0.5, 12.5, 12.5, 0.5))
+            axes.set(title=f"{name}: {title}", xlabel="mode of the operator", ylabel="component")
+        styles = zip(ACTIVATIONS, (BLUE, ORANGE, GREEN), ("o", "s", "^"), strict=True)
+        places = range(1, len(shown["operator_gains"]) + 1)
+        column[2].plot(places, shown["operator_gains"], color="black", label="operator")
+        for activation, colour, marker in styles:
+            row = next(row for row in own if row["activation"] == activation)
+            column[2].plot(places, row["gains"], marker, color=colour, fillstyle="none", label=activation)
+        column[2].set(yscale="log", xlabel="component", ylabel="gain, largest of the operator = 1", title="spectrum")
+        column[2].legend(fontsize=8)
+    figure.colorbar(image, ax=panels[:2], label="squared cosine of input filter and mode")
+    figure.suptitle("White inputs: the input filters become the operator's modes by training")
+    run.figure(figure, "modes")
+
+
+def _draw_physics(run: common.Run, found: dict[str, Any]) -> None:
+    names = ("sines", "cosines", "polynomials")
+    figure, panels = plt.subplots(1, 3, figsize=(13, 4), sharey=True, layout="constrained")
+    for axes, layer in zip(panels, FUNCTIONS, strict=True):
+        styles = zip(found, (BLUE, ORANGE, "0.6"), ("residual", "values of u", "untrained"), strict=True)
+        for i, (kind, colour, label) in enumerate(styles):
+            own = [found[kind]["layers"][layer][name] for name in names]
+            at = np.arange(len(names)) + 0.27 * (i - 1)
+            spans = [one["std"] for one in own]
+            axes.bar(at, [one["mean"] for one in own], 0.25, yerr=spans, color=colour, label=label)
+        axes.set(title=layer.capitalize(), xlabel="basis on the interval", ylim=(0, 1), xticks=range(len(names)))
+        axes.set_xticklabels(names)
+    panels[0].set_ylabel(f"overlap with the first {LEADING} functions (1: equal)")
+    panels[0].legend()
+    figure.suptitle(
+        "A physics-informed network's hidden layers are no sines; they are nearer to polynomials, trained or not"
+    )
+    run.figure(figure, "physics-informed")
