@@ -29,7 +29,7 @@ POINTS, WIDTH, LEADING = 32, 64, 8  # places, hidden units, modes that are judge
 TIME, LENGTH = 0.005, 0.1  # of the heat equation; of the smooth inputs' covariance
 SAMPLES, TEST = 8192, 2000
 RECIPE = training.Recipe(epochs=40, batch=128, learning_rate=3e-3, decay=True)
-SEEDS, UNTRAINED = 3, 99
+SEEDS, UNTRAINED = 3, 39
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {"linear": nn.Identity, "tanh": nn.Tanh, "ReLU": nn.ReLU}
 LAYERS = ("input filters", "output functions")
 # The rule of the verdicts, the same for all networks: p in each seed, and the mean over seeds of the measure.
@@ -86,10 +86,15 @@ def inputs(kind: str, domain: str, n: int, generator: torch.Generator) -> Tensor
     return drawn @ (vectors * values.clamp_min(0).sqrt()).mT
 
 
-def network(activation: str) -> nn.Sequential:
-    """Build a network with one hidden layer; the linear one has no biases."""
+def network(activation: str, kind: str) -> nn.Sequential:
+    """Build a network with one hidden layer; the linear one has no biases. For "small start" its weights start at a tenth."""
     bias = activation != "linear"
-    return nn.Sequential(nn.Linear(POINTS, WIDTH, bias), ACTIVATIONS[activation](), nn.Linear(WIDTH, POINTS, bias))
+    net = nn.Sequential(nn.Linear(POINTS, WIDTH, bias), ACTIVATIONS[activation](), nn.Linear(WIDTH, POINTS, bias))
+    if kind == "small start":
+        with torch.no_grad():
+            for parameter in net.parameters():
+                parameter.mul_(0.1)
+    return net
 
 
 class Reading(NamedTuple):
@@ -158,7 +163,7 @@ def main(arguments: list[str]) -> int:
     chosen = ["Poisson, ring"] if given.quick else list(PROBLEMS)
     cells = [
         Cell(name, kind, activation, seed)
-        for name in chosen for kind in ("white", "smooth", "shuffled") for activation in ACTIVATIONS
+        for name in chosen for kind in ("white", "small start", "smooth", "shuffled") for activation in ACTIVATIONS
         for seed in (seeds if kind != "shuffled" else seeds[:1])
     ]  # fmt: skip
     rows = [measured(cell, samples, recipe, untrained) for cell in tqdm(cells, mininterval=10)]
@@ -187,7 +192,11 @@ def main(arguments: list[str]) -> int:
 
 
 class Cell(NamedTuple):
-    """A training: the problem, the inputs ("shuffled": white ones, each with the solution of another), and the network."""
+    """A training: the problem, the inputs, the network and the seed.
+
+    inputs: "white"; "small start", white ones and weights that start at a tenth; "smooth"; "shuffled", white ones, each with the
+    solution of another.
+    """
 
     problem: str
     inputs: str
@@ -200,7 +209,7 @@ def measured(cell: Cell, samples: int, recipe: training.Recipe, untrained: int) 
     equation, domain = PROBLEMS[cell.problem]
     task = problem(equation, domain)
     generator = torch.Generator().manual_seed(cell.seed)
-    f = inputs("white" if cell.inputs == "shuffled" else cell.inputs, domain, samples + TEST, generator)
+    f = inputs("smooth" if cell.inputs == "smooth" else "white", domain, samples + TEST, generator)
     u = f @ task.modes * task.gains @ task.modes.mT
     unit = float(u.std())
     x, y = f.float(), (u / unit).float()
@@ -209,13 +218,13 @@ def measured(cell: Cell, samples: int, recipe: training.Recipe, untrained: int) 
     if cell.inputs == "shuffled":
         y_train = y_train[torch.randperm(samples, generator=generator)]
     torch.manual_seed(cell.seed)
-    net = network(cell.activation)
+    net = network(cell.activation, cell.inputs)
     training.train(net, x_train, y_train, recipe, label=", ".join(map(str, cell)), seed=cell.seed, loss=_squared_error)
     with torch.no_grad():
         error = float((net(x_test) - y_test).square().sum() / y_test.square().sum())
     reading = read(net, x_test, task, unit)
     own = reading.measures(task)
-    nulls = [read(network(cell.activation), x_test, task, unit).measures(task) for _ in range(untrained)]
+    nulls = [read(network(cell.activation, cell.inputs), x_test, task, unit).measures(task) for _ in range(untrained)]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         layers = {
@@ -232,7 +241,7 @@ def measured(cell: Cell, samples: int, recipe: training.Recipe, untrained: int) 
         "operator_gains": task.gains[: task.leading].tolist(),
         "energy_exponent": reading.exponent,
         "nulls": {tap: fit.nulls_._asdict() for tap, fit in layers.items()},
-        "squared": (reading.squared, read(network(cell.activation), x_test, task, unit).squared),
+        "squared": (reading.squared, read(network(cell.activation, cell.inputs), x_test, task, unit).squared),
     }
 
 
@@ -456,23 +465,28 @@ def _verdicts(row: dict[str, Any]) -> str:
 
 
 def _draw(run: common.Run, rows: list[dict[str, Any]], chosen: list[str]) -> None:
-    figure, panels = plt.subplots(3, len(chosen), figsize=(3.4 * len(chosen), 9), squeeze=False, layout="constrained")
+    figure, panels = plt.subplots(4, len(chosen), figsize=(3.4 * len(chosen), 12), squeeze=False, layout="constrained")
     for column, name in zip(panels.T, chosen, strict=True):
-        own = [row for row in rows if row["problem"] == name and row["inputs"] == "white"]
-        shown = next(row for row in own if row["activation"] == "tanh")
-        for axes, squared, title in zip(column, shown["squared"], ("tanh, trained", "tanh, untrained"), strict=False):
+        found = {(row["inputs"], row["activation"]): row for row in reversed(rows) if row["problem"] == name}
+        plain, small = (found[start, "tanh"]["squared"] for start in ("white", "small start"))
+        shown = {"untrained": plain[1], "trained": plain[0], "trained from a small start": small[0]}
+        for axes, (title, squared) in zip(column, shown.items(), strict=False):
             image = axes.imshow(squared, cmap="cividis", vmin=0, vmax=1, extent=(0.5, 12.5, 12.5, 0.5))
-            axes.set(title=f"{name}: {title}", xlabel="mode of the operator", ylabel="component")
+            axes.set(title=f"{name}\ntanh, {title}", xlabel="mode of the operator", ylabel="component")
         styles = zip(ACTIVATIONS, (BLUE, ORANGE, GREEN), ("o", "s", "^"), strict=True)
-        places = range(1, len(shown["operator_gains"]) + 1)
-        column[2].plot(places, shown["operator_gains"], color="black", label="operator")
+        gains = found["small start", "tanh"]["operator_gains"]
+        column[3].plot(range(1, len(gains) + 1), gains, color="black", label="operator")
         for activation, colour, marker in styles:
-            row = next(row for row in own if row["activation"] == activation)
-            column[2].plot(places, row["gains"], marker, color=colour, fillstyle="none", label=activation)
-        column[2].set(yscale="log", xlabel="component", ylabel="gain, largest of the operator = 1", title="spectrum")
-        column[2].legend(fontsize=8)
-    figure.colorbar(image, ax=panels[:2], label="squared cosine of input filter and mode")
-    figure.suptitle("White inputs: the input filters become the operator's modes by training")
+            own = found["small start", activation]["gains"]
+            column[3].plot(range(1, len(own) + 1), own, marker, color=colour, fillstyle="none", label=activation)
+        column[3].set(
+            yscale="log", xlabel="component", ylabel="gain (largest of the operator: 1)", title="small start: spectrum"
+        )
+        column[3].legend(fontsize=8)
+    figure.colorbar(image, ax=panels[:3], label="squared cosine of input filter and mode")
+    figure.suptitle(
+        "Input filters become the operator's modes; the first ones from PyTorch's start, all from a small start"
+    )
     run.figure(figure, "modes")
 
 
