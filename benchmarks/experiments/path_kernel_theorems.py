@@ -10,6 +10,7 @@ import time
 from collections.abc import Sequence
 from itertools import combinations
 from math import comb
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from torch.nn import functional as F
 
 from benchmarks.command_line import users_input
 from benchmarks.experiments import common, datasets, training
+from benchmarks.records import report
 from interp_nn.explain.paths.kernel_machine import kernel_alignment
 from interp_nn.explain.paths.path_kernel import npk, npk_from_gates
 from interp_nn.gates.graph import apply_gates
@@ -41,6 +43,7 @@ def main(arguments: list[str]) -> int:
     options = common.parser(NAME, __doc__)
     about = "folder with MNIST, for the 16 x 16 images (default: digits, enlarged; the environment's INTERP_NN_DATA)"
     datasets.add_folder(options, about)
+    options.add_argument("--page", type=Path, metavar="FILE", help="write the tables between the marks of this file")
     given = options.parse_args(arguments)
     torch.set_num_threads(1)
     run = common.Run(NAME, given)
@@ -71,6 +74,9 @@ def main(arguments: list[str]) -> int:
     }  # fmt: skip
     results = {"shifts": shifts, "skips": skips, "alignment": aligned, "cost": cost}
     run.finish(budget, results, recipe.epochs)
+    if given.page is not None:
+        with users_input():
+            report.between(given.page, f"experiments {NAME}", markdown(results))
     return 0
 
 
@@ -307,7 +313,42 @@ def _peak_mib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # which Linux gives in KiB
 
 
-# Figures
+# Tables and figures
+
+
+def markdown(results: dict[str, Any]) -> str:
+    """Return the tables of the guide."""
+    lines = ["| change of the kernel | 1 pixel | 2 pixels | 3 pixels | 4 pixels | largest |", "|---" * 6 + "|"]
+    for name, row in results["shifts"].items():
+        cells = " | ".join(f"{value:.1e}" for value in (*row["mean_by_pixels"], row["largest"]))
+        lines.append(f"| {name} | {cells} |")
+    lines += ["", "| residual network | blocks | sub-networks | relative error | from gates alone |", "|---" * 5 + "|"]
+    for name, row in results["skips"].items():
+        gates = row["relative_error_by_gates"]
+        cells = f"{row['sub_networks']} | {row['relative_error']:.0e} | {'-' if gates is None else f'{gates:.0e}'}"
+        lines.append(f"| {name} | {row['blocks']} | {cells} |")
+    aligned = results["alignment"]
+    lines += [
+        "",
+        "| alignment with the classes | mean | 95 % interval | gain, 95 % interval | test accuracy |",
+        "|---" * 5 + "|",
+    ]
+    lines.append(f"| before training | {_in_words(aligned['before'])} | - | - |")
+    for kind in ("labels", "shuffled labels"):
+        row, gain = aligned[kind], aligned[kind]["gain"]
+        cells = f"{gain['low']:.3f} to {gain['high']:.3f} | {100 * row['accuracy']['mean']:.1f} %"
+        lines.append(f"| trained on {kind} | {_in_words(row['after'])} | {cells} |")
+    cost = results["cost"]
+    lines += ["", "| kernel of | processor time | time | peak memory | before | relative error |", "|---" * 6 + "|"]
+    lines.append(
+        f"| {cost['images']} | {cost['cpu_seconds']:.0f} s | {cost['seconds']:.0f} s | {cost['peak_memory_mib']:.0f} MiB | "
+        f"{cost['peak_memory_before_mib']:.0f} MiB | {cost['relative_error']:.0e} |"
+    )
+    return "\n".join(lines)
+
+
+def _in_words(value: dict[str, float]) -> str:
+    return f"{value['mean']:.3f} | {value['low']:.3f} to {value['high']:.3f}"
 
 
 def _draw_shifts(run: common.Run, shifts: dict[str, Any]) -> None:
