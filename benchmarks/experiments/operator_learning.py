@@ -1,20 +1,19 @@
 """Networks that learn solution operators, descrambled: are their modes the operator's, and is their spectrum?
 
-The operators are those of the heat and the Poisson equation on an interval and on a ring, by second differences. A last network
-solves one Poisson equation by its residual. Every measure stands beside that of untrained networks, which gives its p-value.
+The operators are those of the heat and the Poisson equation on an interval and on a ring, by second differences. Every
+measure stands beside that of untrained networks, which gives its p-value.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from matplotlib import pyplot as plt
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -23,6 +22,7 @@ from benchmarks.experiments import common, training
 from benchmarks.records import report
 from interp_nn.explain.descramble.derivatives import derivative_operator
 from interp_nn.explain.descramble.descrambler import Descrambler
+from interp_nn.explain.following.layer_values import Tap
 
 NAME = "operator_learning"
 POINTS, WIDTH, LEADING = 32, 64, 8  # places, hidden units, modes that are judged
@@ -32,9 +32,9 @@ RECIPE = training.Recipe(epochs=25, batch=128, learning_rate=3e-3, decay=True)
 SEEDS, UNTRAINED = 3, 39
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {"linear": nn.Identity, "tanh": nn.Tanh, "ReLU": nn.ReLU}
 LAYERS = ("input filters", "output functions")
+_TAPS: tuple[Tap, ...] = ("pre", "post")
 # The rule of the verdicts, the same for all networks: p in each seed, and the mean over seeds of the measure.
 P_AT_MOST, OVERLAP_AT_LEAST, GAIN_ERROR_AT_MOST = 0.05, 0.9, 0.1
-STEPS, COLLOCATED, UNITS = 2000, 64, 32  # of the physics-informed network
 BLUE, ORANGE, GREEN = "#0072B2", "#E69F00", "#009E73"  # Okabe & Ito's, which colour-blind people tell apart
 
 
@@ -127,7 +127,8 @@ def read(net: nn.Sequential, x: Tensor, task: Problem, unit: float) -> Reading:
     operator = derivative_operator(WIDTH, task.kind)
     first, last = net[0], net[2]
     z = first(x)
-    rows, energies = [], []
+    rows: list[Tensor] = []
+    energies: list[Tensor] = []
     for values in (z, net[1](z)):
         with warnings.catch_warnings():  # of the rank, which is that of the inputs
             warnings.simplefilter("ignore")
@@ -178,16 +179,14 @@ def main(arguments: list[str]) -> int:
             "gain error at most": GAIN_ERROR_AT_MOST,
         },
         "operators": list(summaries(rows)),
-        "physics-informed": physics_informed(seeds, 5 if given.quick else STEPS, untrained),
         "trainings": [{key: value for key, value in row.items() if key != "squared"} for row in rows],
     }
     _draw(run, rows, chosen)
-    _draw_physics(run, results["physics-informed"])
     given.seeds = len(seeds)
     budget = {
         **recipe._asdict(), "samples": sizes[0], "test_samples": sizes[1], "points": POINTS, "width": WIDTH,
         "time": TIME, "length": LENGTH,
-        "untrained": untrained, "steps": STEPS, "collocation_points": COLLOCATED, "units": UNITS,
+        "untrained": untrained,
     }  # fmt: skip
     run.finish(budget, results, recipe.epochs)
     if given.page is not None:
@@ -240,7 +239,7 @@ def measured(cell: Cell, sizes: tuple[int, int], recipe: training.Recipe, untrai
         "test_error": error,
         "measures": own,
         "untrained": {key: common.spread([null[key] for null in nulls]) for key in own},
-        "p": {key: _p(own[key], [null[key] for null in nulls], key == "gain error") for key in own},
+        "p": {key: p_value(own[key], [null[key] for null in nulls], key == "gain error") for key in own},
         "overlaps": {layer: values.tolist() for layer, values in reading.overlaps.items()},
         "gains": reading.gains.tolist(),
         "operator_gains": task.gains[: task.leading].tolist(),
@@ -250,14 +249,11 @@ def measured(cell: Cell, sizes: tuple[int, int], recipe: training.Recipe, untrai
     }
 
 
-_TAPS = ("pre", "post")
-
-
 def _squared_error(net: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     return nn.functional.mse_loss(net(x), y)
 
 
-def _p(own: float, nulls: list[float], less: bool) -> float:
+def p_value(own: float, nulls: list[float], less: bool) -> float:
     """Return the share of a network and the untrained ones that are as good as it is."""
     return (1 + sum((null <= own) if less else (null >= own) for null in nulls)) / (1 + len(nulls))
 
@@ -289,128 +285,6 @@ def summaries(rows: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
             "energy_exponent": common.spread([row["energy_exponent"] for row in own]),
             "verdicts": verdicts,
         }
-
-
-# The physics-informed network
-
-
-class Solution(nn.Module):
-    """u(x) = x (1 - x) v(x), which is 0 at both ends, with a network v of two hidden layers."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.v = nn.Sequential(nn.Linear(1, UNITS), nn.Tanh(), nn.Linear(UNITS, UNITS), nn.Tanh(), nn.Linear(UNITS, 1))
-        self.double()
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Compute u (n, 1) at places x (n, 1)."""
-        return x * (1 - x) * self.v(x)
-
-
-WAVES = {1: 1.0, 3: 0.5, 5: 0.25}  # u = sum of a sin(k pi x)
-
-
-def _u(x: Tensor, power: int = 0) -> Tensor:
-    """Return u at places, or with power=2 the right-hand side -u''."""
-    return torch.stack([a * (k * torch.pi) ** power * (k * torch.pi * x).sin() for k, a in WAVES.items()]).sum(0)
-
-
-def residual(net: nn.Module, x: Tensor) -> Tensor:
-    """Return the mean square of -u'' - f, with both derivatives by autograd."""
-    x = x.clone().requires_grad_()
-    (slope,) = torch.autograd.grad(net(x).sum(), x, create_graph=True)
-    (curvature,) = torch.autograd.grad(slope.sum(), x, create_graph=True)
-    return (curvature + _u(x, 2)).square().mean()
-
-
-def bases(place: Tensor) -> dict[str, Tensor]:
-    """Return the first functions of three bases at places on the interval, one a column; the sines are the operator's modes."""
-    k = torch.arange(LEADING, dtype=place.dtype)
-    angle = torch.pi * place[:, None]
-    powers = torch.linalg.qr((2 * place[:, None] - 1) ** k).Q  # Legendre's
-    found = {"sines": (angle * (k + 1)).sin(), "cosines": (angle * k).cos(), "polynomials": powers}
-    return {name: nn.functional.normalize(own, dim=0) for name, own in found.items()}
-
-
-FUNCTIONS = ("hidden layer 1", "hidden layer 2", "functions that u sums")
-
-
-@torch.no_grad()
-def read_functions(net: Solution, place: Tensor) -> dict[str, dict[str, float]]:
-    """Return how far the leading components of each hidden layer, as functions of the place, are those of each basis.
-
-    It is the mean squared cosine of components and functions in the best pairs, whatever their order. The functions that u sums
-    are those of the second layer times x (1 - x). energy exponent: the energies of the components grow as this power of the
-    operator's gains 1 / (k pi)²; components without energy are left out.
-    """
-    known, found = bases(place), {}
-    second = net.v[:4](place[:, None])
-    layers = (net.v[:2](place[:, None]), second, second * (place * (1 - place))[:, None])
-    for layer, values in zip(FUNCTIONS, layers, strict=True):
-        with warnings.catch_warnings():  # of the rank
-            warnings.simplefilter("ignore")
-            fit = Descrambler(operator="dst").fit(values)
-        turned = derivative_operator(UNITS, "dst").transform(fit.transform(values).mT)[:LEADING]
-        turned = nn.functional.normalize(turned)
-        energies = fit.spectrum_.energies[:LEADING]
-        energies = energies[energies > 0]
-        gains = -2 * torch.arange(1, len(energies) + 1).double().log()
-        found[layer] = {
-            **{name: _paired((turned @ own).square()) for name, own in known.items()},
-            "energy exponent": float(np.polyfit(gains.numpy(), energies.log().numpy(), 1)[0]),
-        }
-    return found
-
-
-def _paired(squared: Tensor) -> float:
-    """Return the mean of the entries of the best pairs of rows and columns."""
-    rows, columns = linear_sum_assignment(squared.numpy(), maximize=True)
-    return float(squared[rows, columns].mean())
-
-
-def physics_informed(seeds: Sequence[int], steps: int, untrained: int) -> dict[str, Any]:
-    """Train networks on the residual of -u'' = f, and the same networks on u itself; descramble both and untrained ones."""
-    place = (torch.arange(1, 257, dtype=torch.float64)) / 257
-    x = ((torch.arange(COLLOCATED, dtype=torch.float64) + 0.5) / COLLOCATED)[:, None]
-    losses: dict[str, Callable[[nn.Module], Tensor]] = {
-        "residual": lambda net: residual(net, x),
-        "values of u": lambda net: (net(x) - _u(x)).square().mean(),
-    }
-    found: dict[str, Any] = {}
-    torch.manual_seed(seeds[0])
-    nulls = [read_functions(Solution(), place) for _ in range(untrained)]
-    for name, loss in losses.items():
-        readings, errors = [], []
-        for seed in seeds:
-            torch.manual_seed(seed)
-            net = Solution()
-            adam = torch.optim.Adam(net.parameters(), 3e-3)
-            rates = torch.optim.lr_scheduler.LinearLR(adam, 1.0, 0.01, steps)
-            for _ in range(steps):
-                adam.zero_grad()
-                loss(net).backward()
-                adam.step()
-                rates.step()
-            readings.append(read_functions(net, place))
-            with torch.no_grad():
-                wanted = _u(place)
-                errors.append(float((net(place[:, None]).squeeze(1) - wanted).norm() / wanted.norm()))
-        found[name] = {"error_of_u": common.spread(errors), "layers": {}}
-        for layer in readings[0]:
-            ps = [_p(one[layer]["sines"], [null[layer]["sines"] for null in nulls], False) for one in readings]
-            overlaps = [one[layer]["sines"] for one in readings]
-            found[name]["layers"][layer] = {
-                **{key: common.spread([one[layer][key] for one in readings]) for key in readings[0][layer]},
-                "p of sines": ps,
-                "modes are sines": verdict(overlaps, ps, lambda value: value >= OVERLAP_AT_LEAST),
-            }
-    found["untrained"] = {
-        "layers": {
-            layer: {key: common.spread([n[layer][key] for n in nulls]) for key in own}
-            for layer, own in nulls[0].items()
-        }
-    }
-    return found
 
 
 # Tables and figures
@@ -445,18 +319,6 @@ def markdown(results: dict[str, Any]) -> str:
                 f"{row['measures'][key]['mean']:.2f} | {row['untrained'][key]['mean']:.2f} | {row['largest_p'][key]:.2f} | "
                 f"{row['verdicts'][key]} |"
             )
-    lines += [
-        "",
-        "| trained on | functions | error of u | sines | largest p | cosines | polynomials | modes are sines |",
-        "|---" * 8 + "|",
-    ]
-    for name, row in results["physics-informed"].items():
-        for layer, own in row["layers"].items():
-            error = f"{row['error_of_u']['mean']:.0e}" if "error_of_u" in row else "-"
-            p = f"{max(own['p of sines']):.2f}" if "p of sines" in own else "-"
-            cells = [f"{own[key]['mean']:.2f}" for key in ("sines", "cosines", "polynomials")]
-            shown, said = "nothing" if name == "untrained" else name, own.get("modes are sines", "-")
-            lines.append(f"| {shown} | {layer} | {error} | {cells[0]} | {p} | {cells[1]} | {cells[2]} | {said} |")
     return "\n".join(lines)
 
 
@@ -488,26 +350,6 @@ def _draw(run: common.Run, rows: list[dict[str, Any]], chosen: list[str]) -> Non
         column[3].legend(fontsize=8)
     figure.colorbar(image, ax=panels[:3], label="squared cosine of input filter and mode")
     figure.suptitle(
-        "Input filters become the operator's modes; the first ones from PyTorch's start, all from a small start"
+        "Input filters become the operator's modes: the first few from PyTorch's start, nearly all from a small start"
     )
     run.figure(figure, "modes")
-
-
-def _draw_physics(run: common.Run, found: dict[str, Any]) -> None:
-    names = ("sines", "cosines", "polynomials")
-    figure, panels = plt.subplots(1, 3, figsize=(13, 4), sharey=True, layout="constrained")
-    for axes, layer in zip(panels, FUNCTIONS, strict=True):
-        styles = zip(found, (BLUE, ORANGE, "0.6"), ("residual", "values of u", "untrained"), strict=True)
-        for i, (kind, colour, label) in enumerate(styles):
-            own = [found[kind]["layers"][layer][name] for name in names]
-            at = np.arange(len(names)) + 0.27 * (i - 1)
-            spans = [one["std"] for one in own]
-            axes.bar(at, [one["mean"] for one in own], 0.25, yerr=spans, color=colour, label=label)
-        axes.set(title=layer.capitalize(), xlabel="basis on the interval", ylim=(0, 1), xticks=range(len(names)))
-        axes.set_xticklabels(names)
-    panels[0].set_ylabel(f"overlap with the first {LEADING} functions (1: equal)")
-    panels[0].legend()
-    figure.suptitle(
-        "A physics-informed network's hidden layers are no sines; they are nearer to polynomials, trained or not"
-    )
-    run.figure(figure, "physics-informed")

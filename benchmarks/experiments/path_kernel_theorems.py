@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from itertools import combinations
 from math import comb
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from matplotlib import pyplot as plt
@@ -30,6 +30,7 @@ from interp_nn.nn.gated.networks import GatedNetwork
 
 NAME = "path_kernel_theorems"
 CHANNELS = 16
+Padding = Literal["circular", "zeros"]
 RECIPE = training.Recipe(epochs=15, batch=32, learning_rate=3e-3, decay=True)
 SEEDS, ALIGNED = 8, 120  # trainings, test digits
 SHIFTED = 10  # digits, each at all 64 shifts
@@ -83,7 +84,7 @@ def main(arguments: list[str]) -> int:
 # Shifts
 
 
-def pooled_cnn(padding: str = "circular", pooled: bool = True) -> nn.Sequential:
+def pooled_cnn(padding: Padding = "circular", pooled: bool = True) -> nn.Sequential:
     """Build three convolutions for 8 x 8 images and a linear layer, with a mean over the positions before it or without."""
     body: list[nn.Module] = []
     for channels in (1, CHANNELS, CHANNELS):
@@ -101,12 +102,13 @@ def shifted(trained: nn.Sequential, x: Tensor) -> dict[str, Any]:
     places = [(down, right) for down in range(8) for right in range(8)]
     distance = torch.tensor([max(min(step, 8 - step) for step in place) for place in places])
     moved = torch.cat([x.roll(place, (2, 3)) for place in places])
+    networks: dict[str, tuple[Padding, bool]] = {
+        "circular padding, mean over positions": ("circular", True),
+        "zero padding, mean over positions": ("zeros", True),
+        "circular padding, no mean": ("circular", False),
+    }
     found = {}
-    for name, padding, pooled in (
-        ("circular padding, mean over positions", "circular", True),
-        ("zero padding, mean over positions", "zeros", True),
-        ("circular padding, no mean", "circular", False),
-    ):
+    for name, (padding, pooled) in networks.items():
         network = pooled_cnn(padding, pooled)
         kept = {key: value for key, value in trained.state_dict().items() if key.startswith(("0.", "2.", "4."))}
         network.load_state_dict(kept, strict=False)

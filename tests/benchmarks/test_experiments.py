@@ -20,6 +20,7 @@ from benchmarks.experiments import (
     operator_learning,
     papers,
     path_kernel_theorems,
+    physics_informed,
     tabular,
 )
 from benchmarks.records import rows
@@ -218,7 +219,10 @@ def test_operator_learning(run):
     for row in found["trainings"]:
         assert all(0 < p <= 1 for p in row["p"].values())
         assert row["operator_gains"] == sorted(row["operator_gains"], reverse=True) and row["operator_gains"][0] == 1
-    layers = found["physics-informed"]["residual"]["layers"]
+
+
+def test_physics_informed(run):
+    layers = run("physics_informed")["results"]["residual"]["layers"]
     assert all(0 < row[basis]["mean"] <= 1 for row in layers.values() for basis in ("sines", "polynomials"))
 
 
@@ -242,7 +246,8 @@ def test_path_kernel_theorems(run):
 
 
 @pytest.mark.parametrize(
-    ("module", "page"), [(operator_learning, "operators.md"), (path_kernel_theorems, "path_kernel.md")]
+    ("module", "page"),
+    [(operator_learning, "operators.md"), (physics_informed, "operators.md"), (path_kernel_theorems, "path_kernel.md")],
 )
 def test_a_page_has_the_tables_of_its_record(module, page):
     record = ROOT / "benchmarks" / "results" / "cpu" / "experiments" / f"{module.NAME}.json"
