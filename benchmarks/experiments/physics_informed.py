@@ -41,9 +41,9 @@ def main(arguments: list[str]) -> int:
     iterations, untrained = (2, 3) if given.quick else (ITERATIONS, UNTRAINED)
     results = {
         "rule": {"p at most": P_AT_MOST, "overlap at least": OVERLAP_AT_LEAST},
-        **physics_informed(seeds, iterations, untrained),
+        "networks": physics_informed(seeds, iterations, untrained),
     }
-    _draw(run, results)
+    _draw(run, results["networks"])
     given.seeds = len(seeds)
     budget = {
         "iterations": iterations, "optimizer": "L-BFGS", "collocation_points": COLLOCATED, "units": UNITS, "waves": WAVES,
@@ -191,8 +191,8 @@ def markdown(results: dict[str, Any]) -> str:
         "| trained on | functions | error of u | sines | largest p | cosines | polynomials | modes are sines |",
         "|---" * 8 + "|",
     ]
-    for name, row in results.items():
-        for layer, own in row.get("layers", {}).items():
+    for name, row in results["networks"].items():
+        for layer, own in row["layers"].items():
             error = f"{row['error_of_u']['mean']:.0e}" if "error_of_u" in row else "-"
             p = f"{max(own['p of sines']):.2f}" if "p of sines" in own else "-"
             cells = [f"{own[key]['mean']:.2f}" for key in ("sines", "cosines", "polynomials")]
@@ -216,6 +216,6 @@ def _draw(run: common.Run, found: dict[str, Any]) -> None:
     panels[0].set_ylabel(f"overlap with the first {LEADING} functions (1: equal)")
     panels[0].legend()
     figure.suptitle(
-        "A physics-informed network's hidden layers are no sines; they are nearer to polynomials, trained or not"
+        "The functions of a physics-informed network's layers are no nearer to the equation's sines than untrained ones"
     )
     run.figure(figure, "bases")

@@ -222,7 +222,7 @@ def test_operator_learning(run):
 
 
 def test_physics_informed(run):
-    layers = run("physics_informed")["results"]["residual"]["layers"]
+    layers = run("physics_informed")["results"]["networks"]["residual"]["layers"]
     assert all(0 < row[basis]["mean"] <= 1 for row in layers.values() for basis in ("sines", "polynomials"))
 
 
