@@ -215,7 +215,5 @@ def _draw(run: common.Run, found: dict[str, Any]) -> None:
         axes.set_xticklabels(names)
     panels[0].set_ylabel(f"overlap with the first {LEADING} functions (1: equal)")
     panels[0].legend()
-    figure.suptitle(
-        "The functions of a physics-informed network's layers are no nearer to the equation's sines than untrained ones"
-    )
+    figure.suptitle("A physics-informed network's layers do not become the equation's sines")
     run.figure(figure, "bases")
