@@ -336,7 +336,7 @@ def _draw(run: common.Run, rows: list[dict[str, Any]], chosen: list[str]) -> Non
         plain, small = (found[start, "tanh"]["squared"] for start in ("white", "small start"))
         shown = {"untrained": plain[1], "trained": plain[0], "trained from a small start": small[0]}
         for axes, (title, squared) in zip(column, shown.items(), strict=False):
-            image = axes.imshow(squared, cmap="cividis", vmin=0, vmax=1, extent=(0.5, 12.5, 12.5, 0.5))
+            image = axes.imshow(squared.numpy(), cmap="cividis", vmin=0, vmax=1, extent=(0.5, 12.5, 12.5, 0.5))
             axes.set(title=f"{name}\ntanh, {title}", xlabel="mode of the operator", ylabel="component")
         styles = zip(ACTIVATIONS, (BLUE, ORANGE, GREEN), ("o", "s", "^"), strict=True)
         gains = found["small start", "tanh"]["operator_gains"]

@@ -13,6 +13,7 @@ from math import comb
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from matplotlib import pyplot as plt
 from scipy import stats
@@ -370,9 +371,9 @@ def _draw_shifts(run: common.Run, shifts: dict[str, Any]) -> None:
 
 def _draw_skips(run: common.Run, found: dict[str, Any]) -> None:
     figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
-    lengths = torch.arange(found["blocks"] + 1)
-    shares = 100 * torch.tensor(found["share_of_trace_by_length"])
-    counts = 100 * torch.tensor(found["sub_networks_by_length"]) / found["sub_networks"]
+    lengths = np.arange(found["blocks"] + 1)
+    shares = 100 * np.array(found["share_of_trace_by_length"])
+    counts = 100 * np.array(found["sub_networks_by_length"]) / found["sub_networks"]
     axes.bar(lengths - 0.2, shares, 0.4, color=BLUE, label="share of the kernel's trace")
     axes.bar(lengths + 0.2, counts, 0.4, color=ORANGE, label=f"share of the {found['sub_networks']} sub-networks")
     axes.set(
