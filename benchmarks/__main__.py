@@ -53,7 +53,6 @@ def main(arguments: list[str] | None = None) -> int:
     table = command("table", _table, "print records as Markdown")
     table.add_argument("file", type=Path, nargs="+")
     papers_table = command("papers", _papers, "print what the papers published beside the experiments' records")
-    papers_table.add_argument("--brief", action="store_true", help="only published results and their baselines")
     for page in (table, papers_table):
         page.add_argument("--page", type=Path, metavar="FILE", help="write the table into this file, between its marks")
 
@@ -102,12 +101,12 @@ def _table(given: argparse.Namespace) -> None:
 def _papers(given: argparse.Namespace) -> None:
     with users_input():
         records = papers.read()
-    text = papers.markdown(records, given.brief)
+    text = papers.markdown(records)
     if given.page is None:
         print(text)
         return
     with users_input():
-        report.between(given.page, "papers --brief" if given.brief else "papers", text)
+        report.between(given.page, "papers", text)
 
 
 def _plot(given: argparse.Namespace) -> None:
