@@ -221,7 +221,7 @@ def _records(base: Path, head: Path) -> int:
 
 # Ours beside what cannot have changed, and the latter among themselves.
 _JUDGED = tuple(Column(f"ours / {name}", "ours", name, True) for name in ("linear", "backwards", "unique"))
-_UNCHANGED = tuple(Column(f"{name} / linear", name, "linear") for name in ("unfused", *ASSOCIATIONS, "inverse"))
+_UNCHANGED = tuple(Column(f"{name} / linear", name, "linear") for name in ("unfused", *ASSOCIATIONS))
 
 
 class _Change(NamedTuple):
