@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from benchmarks.records import files
 from benchmarks.records.report import CHEAPER, Column, Problems, columns, ratio
 from benchmarks.records.rows import Row, grouped
 
-_MODES = ("infer", "fwd", "bwd", "fwdbwd")
+_MODES = ("infer", "fwd", "bwd", "fwdbwd", "loss")  # of the summary; the last one is of the loss of a pair
 # Colours that the colour-blind tell apart (Okabe and Ito, Tol); a user's provider has the next of _OWN.
 _COLOURS = {
     "ours": "#0072b2", "ours-triton": "#56b4e9", "ours-cuda": "#009e73", "linear": "#000000", "unfused": "#d55e00",
@@ -40,15 +41,18 @@ def draw(rows: Sequence[Row], folder: Path) -> list[Path]:
     problems, known = grouped(rows), columns(rows)
     ratios = [column for column in known if column.title in ("ours / linear", "unfused / ours")]
     ratios += [column for column in known if column.title not in {one.title for one in columns([])}]
-    figures: dict[str, Callable[[], Any]] = {
-        "latency": lambda: _latency(plt, problems, _colours(rows)),
-        "roofline": lambda: _roofline(plt, rows, problems, _colours(rows)),
-        "memory": lambda: _memory(plt, problems, _colours(rows)),
-    }
+    figures: dict[str, Callable[[], Any]] = {}
+    for before, mode in (("", _longest(problems)), ("loss-", "loss")):
+        timed = _of(problems, mode)
+        figures |= {
+            f"{before}latency": partial(_latency, plt, timed, mode, _colours(rows)),
+            f"{before}roofline": partial(_roofline, plt, rows, timed, mode, _colours(rows)),
+            f"{before}memory": partial(_memory, plt, timed, mode, _colours(rows)),
+        }
     for column in ratios:
         over, under = column.title.split(" / ")
         name = f"to-{over if under == 'ours' else under}"
-        figures[name] = lambda column=column: _ratios(plt, problems, column)
+        figures[name] = partial(_ratios, plt, problems, column)
     folder.mkdir(parents=True, exist_ok=True)
     written = []
     for name, make in figures.items():
@@ -81,18 +85,22 @@ def _colours(rows: Sequence[Row]) -> dict[str, str]:
 
 
 def _of(problems: Problems, mode: str) -> Problems:
-    """Return the summary's problems that were timed in a mode."""
+    """Return the problems of the summary, or of the loss of a pair, that were timed in a mode."""
+    op = "cross_entropy" if mode == "loss" else "summary"
     return {
         key: found
         for key, found in problems.items()
-        if key[:2] == ("summary", mode) and any(row["ms_p50"] for row in found.values())
+        if key[:2] == (op, mode) and any(row["ms_p50"] for row in found.values())
     }
 
 
-def _most_timed(problems: Problems) -> tuple[str, Problems]:
-    """Return the problems of forward and backward, or those of the first other mode that was timed."""
-    mode = next((mode for mode in reversed(_MODES) if _of(problems, mode)), "fwdbwd")
-    return mode, _of(problems, mode)
+def _longest(problems: Problems) -> str:
+    """Return the mode of the summary to draw: forward and backward, or the first other one that was timed."""
+    return next((mode for mode in reversed(_MODES[:-1]) if _of(problems, mode)), "fwdbwd")
+
+
+def _what(mode: str) -> str:
+    return "the loss of a pair" if mode == "loss" else f"the summary ({mode})"
 
 
 def _panels(plt: Any, count: int, title: str) -> tuple[Any, list[Any]]:
@@ -117,14 +125,13 @@ def _legend(figure: Any, axes: Sequence[Any]) -> None:
     figure.legend(handles.values(), handles.keys(), loc="outside right center", fontsize=8, frameon=False)
 
 
-def _latency(plt: Any, problems: Problems, colours: dict[str, str]) -> Any:
+def _latency(plt: Any, timed: Problems, mode: str, colours: dict[str, str]) -> Any:
     """Draw milliseconds over n, a panel for each dtype, d and k with several n; bars are 20 % and 80 % quantiles."""
-    mode, timed = _most_timed(problems)
     counts = Counter((key[2], *key[4:6]) for key in timed)
     widths = [width for width, count in counts.items() if count > 1 or max(counts.values()) == 1]
     if not widths:
         return None
-    figure, axes = _panels(plt, len(widths), f"Time of the summary ({mode}) over rows n, at fixed d and k")
+    figure, axes = _panels(plt, len(widths), f"Time of {_what(mode)} over rows n, at fixed d and k")
     for axis, (dtype, d, k) in zip(axes, widths, strict=True):
         for name, colour in colours.items():
             points = sorted(
@@ -142,14 +149,13 @@ def _latency(plt: Any, problems: Problems, colours: dict[str, str]) -> Any:
     return figure
 
 
-def _roofline(plt: Any, rows: Sequence[Row], problems: Problems, colours: dict[str, str]) -> Any:
+def _roofline(plt: Any, rows: Sequence[Row], timed: Problems, mode: str, colours: dict[str, str]) -> Any:
     """Draw operations a second over operations a byte, below the rates that were measured; a panel for each dtype."""
-    mode, timed = _most_timed(problems)
     rates = {row["dtype"]: (row["gbps"], 1e3 * row["tflops"]) for row in rows if row["op"] == "ceiling"}
     dtypes = [dtype for dtype in dict.fromkeys(key[2] for key in timed) if dtype in rates]
     if not dtypes:
         return None
-    figure, axes = _panels(plt, len(dtypes), f"Roofline of the summary ({mode}): the cheapest order's operations")
+    figure, axes = _panels(plt, len(dtypes), f"Roofline of {_what(mode)}: the cheapest order's operations")
     for axis, dtype in zip(axes, dtypes, strict=True):
         bandwidth, flops = rates[dtype]
         seen = [flops / bandwidth]
@@ -188,11 +194,11 @@ def _ratios(plt: Any, problems: Problems, column: Column) -> Any:
     if not keys:
         return None
     better = "less" if column.below_one else "more"
-    figure, (axis,) = _panels(plt, 1, f"Summary: {column.title} with 95 % intervals ({better} is better for interp_nn)")
+    figure, (axis,) = _panels(plt, 1, f"{column.title} with 95 % intervals ({better} is better for interp_nn)")
     figure.set_size_inches(max(7.5, 2 + 0.8 * len(keys)), 4.5)
     for i, (mode, found) in enumerate(shown.items()):
         at = [keys.index(key) + 0.6 * ((i + 0.5) / len(shown) - 0.5) for key in found]
-        colour = list(_COLOURS.values())[(0, 4, 5, 2)[i]]
+        colour = list(_COLOURS.values())[(0, 4, 5, 2, 6)[i]]
         axis.scatter(at, [one.value for one in found.values()], s=20, color=colour, label=mode)
         for x, one in zip(at, found.values(), strict=True):
             if one.ends is not None:
@@ -204,16 +210,15 @@ def _ratios(plt: Any, problems: Problems, column: Column) -> Any:
     return figure
 
 
-def _memory(plt: Any, problems: Problems, colours: dict[str, str]) -> Any:
+def _memory(plt: Any, timed: Problems, mode: str, colours: dict[str, str]) -> Any:
     """Draw the memory that a call holds besides its inputs, for every problem."""
-    mode, timed = _most_timed(problems)
     heights = {
         name: [found.get(name, {}).get("peak_delta_mb") or math.nan for found in timed.values()] for name in colours
     }
     heights = {name: values for name, values in heights.items() if not all(map(math.isnan, values))}
     if not heights:
         return None
-    figure, (axis,) = _panels(plt, 1, f"Memory of the summary ({mode}) besides its inputs, at most")
+    figure, (axis,) = _panels(plt, 1, f"Memory of {_what(mode)} besides its inputs, at most")
     figure.set_size_inches(max(7.5, 3 + len(timed)), 4.5)
     for i, (name, values) in enumerate(heights.items()):
         at = [j + 0.84 * (i + 0.5) / len(heights) - 0.42 for j in range(len(timed))]

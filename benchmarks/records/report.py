@@ -123,7 +123,11 @@ def markdown(rows: Sequence[Row], brief: bool = False) -> str:
         if not brief or mode in ("fwdbwd", "loss"):
             of = {key: found for key, found in problems.items() if key[:2] == (op, mode)}
             parts.append(f"**{_title(op, mode)}**\n\n{_details(of)}")
-    parts += [text for text in (_wrong(rows), _few(rows), _too_fast(rows), _skipped(rows), _regret(problems)) if text]
+    parts += [
+        text
+        for text in (_wrong(rows), _unsupported(rows), _few(rows), _too_fast(rows), _skipped(rows), _regret(problems))
+        if text
+    ]
     parts += [text for text in (_noise(problems), _where(rows)) if text]
     return "\n\n".join(parts)
 
@@ -185,6 +189,12 @@ def _named(row: Row) -> str:
 
 def _listed(heading: str, lines: Sequence[str]) -> str:
     return "\n".join([heading, "", *lines]) if lines else ""
+
+
+def _unsupported(rows: Sequence[Row]) -> str:
+    """Return why a user's provider was not timed."""
+    left = [row for row in rows if row["status"] == "unsupported" and row["about"]]
+    return _listed("Not timed:", [f"- {_named(row)}: {row['note']}" for row in left])
 
 
 def _few(rows: Sequence[Row]) -> str:

@@ -72,6 +72,16 @@ def provider(name: str, *, about: str, reference: Callable[..., Any] | None = No
     return mark
 
 
+def op_of(name: str) -> str | None:
+    """Return the op of a user's provider; None for another provider."""
+    return FOUND[name].op if name in FOUND else None
+
+
+def about(name: str) -> dict[str, str]:
+    """Return the field of a record that says what a user's provider is; nothing for another provider."""
+    return {"about": FOUND[name].about} if name in FOUND else {}
+
+
 def load(text: str, taken: frozenset[str]) -> str:
     """Run the file of "FILE.py:NAME", and return the provider's name.
 

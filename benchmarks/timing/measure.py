@@ -15,7 +15,7 @@ from torch import Tensor
 
 from benchmarks.records.report import CHEAPER, REPEAT
 from benchmarks.records.rows import Writer
-from benchmarks.timing import clocks, footprint, layer_providers, providers
+from benchmarks.timing import clocks, custom, footprint, layer_providers, providers
 from benchmarks.timing.clocks import Limit, Sampler, Timing, rounds
 from benchmarks.timing.cuda_graphs import capture, synchronize
 from benchmarks.timing.fp64_reference import Fp64Reference, value_and_gradients
@@ -91,7 +91,7 @@ def measure(
         found = left_out(names, asked) or _measure(problem, mode, names, asked, sets, reference)
         share = {"gflop": useful_flops(problem, mode) / 1e9, "least_mb": least_bytes(problem, mode) / 1e6}
         for name in names:
-            row = found[name] | providers.about_custom(name)
+            row = found[name] | custom.about(name)
             if ceiling is not None and row.get("ms_p50") and name not in CHEAPER:
                 row["sol_frac"] = 1e3 * ceiling.seconds(problem, mode) / row["ms_p50"]
             writer.write(**fixed, **share, mode=mode, provider=name, **row)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from typing import NamedTuple
 
 import torch
@@ -83,14 +83,15 @@ NAMES = tuple(name for name in ABOUT if name != "compile-tuned")  # when none is
 _MOST_ORTHOGONAL = 2**26
 
 
+def chosen(names: Sequence[str], known: Container[str]) -> list[str]:
+    """Return the names that a suite knows; none where "repeat" has nothing to repeat."""
+    found = [name for name in names if name in known]
+    return found if any(name != REPEAT for name in found) else []
+
+
 def repeated(names: Sequence[str]) -> str:
     """Return the provider that "repeat" times once more."""
     return next((name for name in ("ours", *names) if name in names and name not in (REPEAT, "best-eager")), "ours")
-
-
-def about_custom(name: str) -> dict[str, str]:
-    """Return the field of a record that says what a user's provider is; nothing for the others."""
-    return {"about": custom.FOUND[name].about} if name in custom.FOUND else {}
 
 
 class UnsupportedError(Exception):
@@ -158,8 +159,6 @@ def build(name: str, problem: Problem, mode: str, sets: Sequence[Data], engine: 
 
 def _custom(given: custom.Custom, problem: Problem, mode: str, sets: Sequence[Data]) -> Provider:
     """Make a provider of a user's function, after a call that shows what it returns; raises ValueError if that does not fit."""
-    if problem.op != given.op:
-        raise UnsupportedError(f"its function is one of the op {given.op}")
     infer, shape = mode == "infer", () if problem.loss else (problem.n, problem.k)
 
     def arguments(t: Data) -> tuple[Tensor, ...]:

@@ -32,7 +32,7 @@ from benchmarks.timing.problems import (
     SELECTION,
     SHAPES,
 )
-from benchmarks.timing.providers import ABOUT, ASSOCIATIONS, NAMES
+from benchmarks.timing.providers import ABOUT, ASSOCIATIONS, NAMES, chosen
 from interp_nn.engines import ENGINES
 
 SUITES = {
@@ -156,10 +156,10 @@ def run(given: argparse.Namespace) -> int:
     with users_input():
         writer = Writer(out, common(device.type, given.revision))
     names = given.provider or PROVIDERS
-    if all(name in custom.FOUND for name in names):
+    if alone := all(name in custom.FOUND for name in names):
         names = [*_BESIDE, *names]
     names = list(dict.fromkeys((*names, REPEAT)))
-    suites = given.suite or (["ops"] if given.quick else [suite for suite in SUITES if suite != "selection"])
+    suites = given.suite or (["ops"] if given.quick or alone else [suite for suite in SUITES if suite != "selection"])
     budget = given.budget or (operator_suite.CPU_BUDGET if device.type == "cpu" else None)
     dtypes = given.dtype or (("fp32",) if device.type == "cpu" else ("bf16", "fp32"))
     for suite in [suite for suite in SUITES if suite in suites]:
@@ -182,13 +182,14 @@ def _wanted(
     suite: str, given: argparse.Namespace, names: Sequence[str], dtypes: Sequence[str], budget: float | None
 ) -> operator_suite.Wanted:
     """Return the problems, modes and providers of a suite of the operator."""
+    ops: Sequence[str]
     ops, known = (tuple(LAYERS), layer_providers.NAMES) if suite == "polynomials" else (OPS, (*ABOUT, *custom.FOUND))
     modes, shapes = given.mode, given.shape
     if suite == "selection":
         ops, modes, shapes = OPS[:1], modes or ("infer", "fwdbwd"), shapes or SELECTION
         names = [*_CHOICE, *(name for name in names if name in custom.FOUND)]
-    chosen_ops, chosen = [op for op in given.op or ops if op in ops], [name for name in names if name in known]
-    return operator_suite.Wanted(chosen_ops, modes, shapes, dtypes, chosen, budget, given.quick)
+    ops = [op for op in given.op or ops if op in ops]
+    return operator_suite.Wanted(ops, modes, shapes, dtypes, chosen(names, known), budget, given.quick)
 
 
 def listing() -> str:

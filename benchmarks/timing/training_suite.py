@@ -21,7 +21,7 @@ from benchmarks.timing import footprint, tolerances
 from benchmarks.timing.clocks import on_events, on_wall
 from benchmarks.timing.measure import Asked, time_calls
 from benchmarks.timing.problems import Problem, products
-from benchmarks.timing.providers import OURS, UnsupportedError, planned, repeated
+from benchmarks.timing.providers import OURS, UnsupportedError, chosen, planned, repeated
 from benchmarks.timing.reference_networks import ARCHITECTURES, CLASSES, LinearNetwork, SummaryNetwork
 
 PROVIDERS = (*OURS, "linear", "unfused", REPEAT)
@@ -35,9 +35,10 @@ def run(
     names: Sequence[str], asked: Asked, writer: Writer, architectures: Sequence[str] = tuple(ARCHITECTURES)
 ) -> None:
     """Time a step of each network with each head."""
+    found = chosen([name for name in PROVIDERS if name in names], PROVIDERS)
     for architecture in tqdm(architectures, unit="network", desc="train"):
         with products("fp32"):
-            _measure(architecture, [name for name in PROVIDERS if name in names], asked, writer)
+            _measure(architecture, found, asked, writer)
 
 
 def _measure(architecture: str, names: Sequence[str], asked: Asked, writer: Writer) -> None:
