@@ -47,6 +47,7 @@ COLUMNS = (
     Column("spectral-norm / ours", "spectral-norm", "ours"), Column("pc-layer / ours", "pc-layer", "ours"),
     Column("compile-ours / linear", "compile-ours", "linear", True),
     Column("ours-cached / linear", "ours-cached", "linear", True),
+    Column("ours / base-head", "ours", "base-head", True),
     Column("ours / backwards", "ours", "backwards", True), Column("jacrev / ours", "jacrev", "ours"),
     Column("unique / ours", "unique", "ours"),
 )  # fmt: skip
@@ -203,7 +204,10 @@ def _few(rows: Sequence[Row]) -> str:
     for row in rows:
         if row["status"] == "ok" and row["op"] != "ceiling" and row["samples"] < ENOUGH:
             few.setdefault(_problem(row), []).append(row["provider"])
-    lines = [f"- {problem}: {', '.join(names)}" for problem, names in few.items()]
+    lines = [
+        f"- {problem}: {', '.join(names[:3])}{f' and {len(names) - 3} others' if len(names) > 3 else ''}"
+        for problem, names in few.items()
+    ]
     return _listed(f"Fewer than {ENOUGH} samples, and so not in the ratios:", lines)
 
 

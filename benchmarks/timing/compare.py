@@ -72,7 +72,7 @@ def run(given: argparse.Namespace) -> int:
     """Compare and print; the exit status is 1 where HEAD is slower, 2 where there is nothing to compare."""
     files = [Path(name) for name in (given.base, given.head) if name is not None]
     if all(file.is_file() for file in files) and len(files) == 2:
-        return _records(*files)
+        return _records(*files, given.threshold / 100)
     shapes = given.shape or QUICK
     modes = given.mode or ("fwdbwd", "infer", "loss")
     problems = [
@@ -190,7 +190,7 @@ def _ends(ratio: Ratio) -> tuple[float, float]:
     return ratio.ends
 
 
-def _records(base: Path, head: Path) -> int:
+def _records(base: Path, head: Path, threshold: float) -> int:
     """Compare the ratios of two records of one device; the exit status is 1 where HEAD is slower beyond the noise."""
     with users_input():
         one, other = grouped(read([base])), grouped(read([head]))
@@ -199,12 +199,13 @@ def _records(base: Path, head: Path) -> int:
         raise UserInputError("got two records without a common problem that both have timed")
     unchanged = [change.ratio for change in changes if change.column in _UNCHANGED]
     floor = noise_floor([*noise(one), *noise(other), *unchanged])
-    verdicts = [(change, change.verdict(floor)) for change in changes if change.column in _JUDGED]
+    verdicts = [(change, change.verdict(max(floor, threshold))) for change in changes if change.column in _JUDGED]
     if verdicts:
         print(f"{'HEAD / BASE of the ratio, 95 % interval':60}{'':24}{'change':>20}  verdict")
     for change, verdict in verdicts:
         print(f"{change.name:60}{change.column.title:24}{change.ratio!s:>20}  {verdict}")
-    print(f"\nnoise floor: {floor:.1%}, which 95 % of the pairs of identical or unchanged providers keep\n")
+    print(f"\nnoise floor: {floor:.1%}, which 95 % of the pairs of identical or unchanged providers keep")
+    print(f"slower: the whole interval is above {max(floor, threshold):.1%}, the larger one of floor and threshold\n")
     off: dict[str, list[float]] = {}
     for change in changes:
         if change.column in COLUMNS:

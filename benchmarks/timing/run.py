@@ -57,7 +57,7 @@ PATHS = {
     "selection": _OPERATOR,
 }
 _CHOICE = ("ours", *ASSOCIATIONS, "best-eager", "linear", "unfused", "inverse-inv", "inverse-cholesky", REPEAT)
-PROVIDERS = tuple(dict.fromkeys((*NAMES, *layer_providers.NAMES)))
+PROVIDERS = tuple(dict.fromkeys((*NAMES, *layer_providers.NAMES, *training_suite.PROVIDERS)))
 _BESIDE = ("ours", "linear", "unfused")  # of a user's provider
 _BY_NAME = frozenset((*PROVIDERS, *ABOUT, *peers.NAMES))
 ALL_MODES = tuple(dict.fromkeys(mode for modes in MODES.values() for mode in modes))
@@ -197,7 +197,8 @@ def listing() -> str:
     lines = ["suites"]
     lines += [f"  {name:18}{about}" for name, about in SUITES.items()]
     lines += ["", "ops and their modes", *(f"  {op:23}{', '.join(modes)}" for op, modes in MODES.items())]
-    lines += ["", "providers", *(f"  {name:18}{about}" for name, about in {**ABOUT, **layer_providers.ABOUT}.items())]
+    abouts = {**ABOUT, **layer_providers.ABOUT, **training_suite.ABOUT}
+    lines += ["", "providers", *(f"  {name:18}{about}" for name, about in abouts.items())]
     lines += ["", "providers of other packages, only by --provider", *(f"  {line}" for line in peers.listing())]
     lines += ["", "experiments (`python -m benchmarks experiments NAME`)"]
     lines += [f"  {line}" for line in experiments.listing().splitlines()]

@@ -1,7 +1,7 @@
 """Suite `train`: training steps of the reference networks on random images, with forward, backward and Adam at batch 32.
 
-"ours" is the network with a summary head, "unfused" the same head in PyTorch's operations, and "linear" the same body with two
-plain layers of as many parameters.
+"ours" is the network with a summary head, "unfused" the same head in PyTorch's operations, "linear" the same body with two plain
+layers of as many parameters, and "base-head" the one with the published head, an MLP of more parameters.
 """
 
 from __future__ import annotations
@@ -22,12 +22,13 @@ from benchmarks.timing.clocks import on_events, on_wall
 from benchmarks.timing.measure import Asked, time_calls
 from benchmarks.timing.problems import Problem, products
 from benchmarks.timing.providers import OURS, UnsupportedError, chosen, planned, repeated
-from benchmarks.timing.reference_networks import ARCHITECTURES, CLASSES, LinearNetwork, SummaryNetwork
+from benchmarks.timing.reference_networks import ARCHITECTURES, CLASSES, LinearNetwork, MLPNetwork, SummaryNetwork
 
-PROVIDERS = (*OURS, "linear", "unfused", REPEAT)
+ABOUT = {"base-head": "the published head of the reference networks, an MLP with more parameters; in training steps"}
+PROVIDERS = (*OURS, "linear", "unfused", *ABOUT, REPEAT)
 BATCH, CHANNELS, SIZE = 32, 3, 32
 _RATE = 1e-5  # hundreds of steps on the same images then change almost nothing
-_Network = LinearNetwork | SummaryNetwork
+_Network = LinearNetwork | MLPNetwork | SummaryNetwork
 _Loss = Callable[[_Network, Tensor, Tensor], Tensor]
 
 
@@ -70,7 +71,7 @@ class _Step:
             raise UnsupportedError("a step with its optimizer is timed by events")
         torch.manual_seed(0)
         self._engine = (OURS[name] or asked.engine) if name in OURS else "auto"
-        kind = LinearNetwork if name == "linear" else SummaryNetwork
+        kind = {"linear": LinearNetwork, "base-head": MLPNetwork}.get(name, SummaryNetwork)
         self._network: _Network = kind(CHANNELS, SIZE, architecture).to(asked.device)
         self._loss: _Loss = _unfused if name == "unfused" else _own
         self._inputs, self._asked = (images, target), asked

@@ -301,10 +301,11 @@ def test_nothing_begins_when_the_time_is_over(rated, tmp_path, monkeypatch, caps
 def test_training_steps(out, monkeypatch):
     seen, step = [], training_suite._own
     wrong = lambda *given: seen.append(torch.backends.cudnn.conv.fp32_precision) or 1.001 * step(*given)  # noqa: E731
-    training_suite.run(("ours", "linear", "unfused", "ours-cuda", "repeat"), ASKED, out, ("cnn",))
+    training_suite.run(("ours", "linear", "base-head", "ours-cuda", "repeat"), ASKED, out, ("cnn",))
     status = {row["provider"]: row["status"] for row in out.rows}
-    assert status == {"ours": "ok", "linear": "ok", "unfused": "ok", "ours-cuda": "unsupported", "repeat": "ok"}
-    assert len({row["parameters"] for row in out.rows if row["status"] == "ok"}) == 1  # the same size
+    assert status == {"ours": "ok", "linear": "ok", "base-head": "ok", "ours-cuda": "unsupported", "repeat": "ok"}
+    sizes = {row["provider"]: row["parameters"] for row in out.rows}
+    assert sizes["linear"] == sizes["ours"] == sizes["repeat"] != sizes["base-head"]
     assert {tuple(row[name] for name in ("op", "n", "d", "k", "m")) for row in out.rows} == {
         ("train_cnn", 32, 1600, 120, 10)
     }
@@ -433,6 +434,7 @@ def test_commands(rated, tmp_path, capsys):
     assert [row["provider"] for row in rows.read([file])] == ["device", "ours", "linear", "repeat", "device"]
     assert main(["list"]) == 0
     printed = capsys.readouterr().out
+    assert "(quack is not installed)" in printed
     assert all(f"  {name} " in printed for name in (*providers.ABOUT, *peers.NAMES, *SUITES, *experiments.COMMANDS))
     assert main(["experiments"]) == 0
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == list(experiments.COMMANDS)
