@@ -164,7 +164,7 @@ def _roofline(plt: Any, rows: Sequence[Row], timed: Problems, mode: str, colours
             points = [
                 (row["gflop"] / row["least_mb"] * 1e3, 1e3 * row["gflop"] / row["ms_p50"])
                 for row in found
-                if row["ms_p50"] and row["gflop"] and row["least_mb"] and name not in CHEAPER
+                if row["ms_p50"] and row["gflop"] and row["sol_frac"] and name not in CHEAPER
             ]
             if points:
                 axis.scatter(*zip(*points, strict=True), s=18, color=colour, label=name)

@@ -72,7 +72,7 @@ def run(given: argparse.Namespace) -> int:
     """Compare and print; the exit status is 1 where HEAD is slower, 2 where there is nothing to compare."""
     files = [Path(name) for name in (given.base, given.head) if name is not None]
     if all(file.is_file() for file in files) and len(files) == 2:
-        return _records(*files, given.threshold / 100)
+        return _records(files[0], files[1], given.threshold / 100)
     shapes = given.shape or QUICK
     modes = given.mode or ("fwdbwd", "infer", "loss")
     problems = [

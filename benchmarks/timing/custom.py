@@ -77,6 +77,11 @@ def op_of(name: str) -> str | None:
     return FOUND[name].op if name in FOUND else None
 
 
+def is_summary(name: str) -> bool:
+    """Return False for a user's provider that computes something else than the summary or its loss."""
+    return name not in FOUND or FOUND[name].reference is None
+
+
 def about(name: str) -> dict[str, str]:
     """Return the field of a record that says what a user's provider is; nothing for another provider."""
     return {"about": FOUND[name].about} if name in FOUND else {}

@@ -92,7 +92,7 @@ def measure(
         share = {"gflop": useful_flops(problem, mode) / 1e9, "least_mb": least_bytes(problem, mode) / 1e6}
         for name in names:
             row = found[name] | custom.about(name)
-            if ceiling is not None and row.get("ms_p50") and name not in CHEAPER:
+            if ceiling is not None and row.get("ms_p50") and name not in CHEAPER and custom.is_summary(name):
                 row["sol_frac"] = 1e3 * ceiling.seconds(problem, mode) / row["ms_p50"]
             writer.write(**fixed, **share, mode=mode, provider=name, **row)
 

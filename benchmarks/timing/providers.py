@@ -175,7 +175,7 @@ def _custom(given: custom.Custom, problem: Problem, mode: str, sets: Sequence[Da
     if (reference := given.reference) is not None:
         family, plain = f"reference of {given.name}", lambda t: reference(*arguments(t))
     made = _of(family, lambda t: given.function(*arguments(t)), problem, sets, plain)
-    return made._replace(strict=True)
+    return made._replace(strict=given.file is not None)
 
 
 def _of(

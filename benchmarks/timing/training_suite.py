@@ -71,7 +71,8 @@ class _Step:
             raise UnsupportedError("a step with its optimizer is timed by events")
         torch.manual_seed(0)
         self._engine = (OURS[name] or asked.engine) if name in OURS else "auto"
-        kind = {"linear": LinearNetwork, "base-head": MLPNetwork}.get(name, SummaryNetwork)
+        kinds: dict[str, type[LinearNetwork] | type[MLPNetwork]] = {"linear": LinearNetwork, "base-head": MLPNetwork}
+        kind = kinds.get(name, SummaryNetwork)
         self._network: _Network = kind(CHANNELS, SIZE, architecture).to(asked.device)
         self._loss: _Loss = _unfused if name == "unfused" else _own
         self._inputs, self._asked = (images, target), asked

@@ -110,7 +110,7 @@ def p(x, b): return {} * (x @ b)
         custom.FOUND.clear()
         (tmp_path / "own.py").write_text(own.format(factor))
         _, found = timed(tmp_path, "--provider", f"{tmp_path / 'own.py'}:p", "--mode", "fwdbwd")
-        assert [row["status"] for row in found if row["provider"] == "p"][-1] == status
+        assert [(row["status"], row["sol_frac"]) for row in found if row["provider"] == "p"][-1] == (status, None)
 
 
 @pytest.mark.parametrize(

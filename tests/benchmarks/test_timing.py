@@ -32,7 +32,7 @@ from benchmarks.timing.clocks import Limit
 from benchmarks.timing.measure import Asked
 from benchmarks.timing.problems import Problem
 from benchmarks.timing.roofline import Ceiling
-from benchmarks.timing.run import SUITES
+from benchmarks.timing.run import PATHS, SUITES
 from interp_nn import functional
 from interp_nn.nn import SummaryLinear
 
@@ -440,6 +440,20 @@ def test_commands(rated, tmp_path, capsys):
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == list(experiments.COMMANDS)
     assert main(["env"]) == 0 and json.loads(capsys.readouterr().out).keys() == environment.facts().keys()
     assert main(["experiments", "summary-vg"]) == 2 and "did you mean summary_vgg" in capsys.readouterr().err
+
+
+def test_the_suite_of_the_selection_prints_its_regret(rated, tmp_path, capsys):
+    file = tmp_path / "record.jsonl"
+    arguments = ["--device", "cpu", "--shape", "16,8,4", "--samples", "5", "--seconds", "0.01", "--out", str(file)]
+    assert main(["run", "--suite", "selection", *arguments]) == 0
+    printed = capsys.readouterr().out
+    assert "Regret of the choice of an order: ours / best-eager" in printed and "problems and modes" in printed
+    found = [row for row in rows.read([file]) if row["op"] != "ceiling"]
+    assert {row["mode"] for row in found} == {"infer", "fwdbwd"} and {row["op"] for row in found} == {"summary"}
+    assert {"ours", "best-eager", "linear", "inverse-inv", *providers.ASSOCIATIONS} <= {
+        row["provider"] for row in found
+    }
+    assert found[0]["paths"] == list(PATHS["selection"])
 
 
 @pytest.mark.parametrize(
