@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.records import files
-from benchmarks.records.report import CHEAPER, Column, Problems, columns, ratio
+from benchmarks.records.report import CHEAPER, COLUMNS, Column, Problems, columns, noise, noise_floor, ratio
 from benchmarks.records.rows import Row, grouped
 
 _MODES = ("infer", "fwd", "bwd", "fwdbwd", "loss")  # of the summary; the last one is of the loss of a pair
@@ -19,7 +19,7 @@ _COLOURS = {
     "ours": "#0072b2", "ours-triton": "#56b4e9", "ours-cuda": "#009e73", "linear": "#000000", "unfused": "#d55e00",
     "best-eager": "#e69f00", "compile": "#cc79a7", "inverse-cholesky": "#999999", "orthogonal": "#bbaa88",
 }  # fmt: skip
-_OWN = ("#882255", "#44aa99", "#ddcc77", "#332288", "#117733", "#aa4499")
+_OWN = ("#882255", "#44aa99", "#ddcc77", "#332288", "#117733", "#aa4499", "#661100", "#6699cc")
 _ACROSS = 3  # panels in a line
 
 
@@ -40,7 +40,7 @@ def draw(rows: Sequence[Row], folder: Path) -> list[Path]:
 
     problems, known = grouped(rows), columns(rows)
     ratios = [column for column in known if column.title in ("ours / linear", "unfused / ours")]
-    ratios += [column for column in known if column.title not in {one.title for one in columns([])}]
+    ratios += [column for column in known if column not in COLUMNS]
     figures: dict[str, Callable[[], Any]] = {}
     for before, mode in (("", _longest(problems)), ("loss-", "loss")):
         timed = _of(problems, mode)
@@ -80,7 +80,7 @@ def _conditions(rows: Sequence[Row]) -> str:
 
 def _colours(rows: Sequence[Row]) -> dict[str, str]:
     """Return the colours of the providers that are drawn, in the order of the legend."""
-    own = list(dict.fromkeys(row["provider"] for row in rows if row["about"]))
+    own = [column.over for column in columns(rows) if column not in COLUMNS]
     return {**_COLOURS, **{name: _OWN[i % len(_OWN)] for i, name in enumerate(own)}}
 
 
@@ -204,6 +204,8 @@ def _ratios(plt: Any, problems: Problems, column: Column) -> Any:
             if one.ends is not None:
                 axis.vlines(x, *one.ends, color=colour, linewidth=1.5)
     axis.axhline(1, color="black", linewidth=0.8)
+    if floor := noise_floor(noise(problems)):
+        axis.axhspan(1 / (1 + floor), 1 + floor, color="#dddddd", label="noise floor", zorder=0)
     axis.set(ylabel=column.title, xlabel="n, d, k")
     _labels(axis, keys)
     _legend(figure, [axis])

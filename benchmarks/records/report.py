@@ -15,6 +15,7 @@ from benchmarks.records import files
 from benchmarks.records.intervals import ENOUGH, interval, resampled
 from benchmarks.records.rows import Row, grouped, read
 
+_FEW = 8  # providers, which have a column each
 REPEAT = "repeat"  # a provider that is another one once more
 CHEAPER = ("linear", "cached")  # they need fewer operations than the summary, and so no share of the speed of light
 BEGIN, END = "<!-- begin: python -m benchmarks", "<!-- end -->"
@@ -93,9 +94,12 @@ def _fastest(found: dict[str, Row], provider: str) -> Row | None:
 
 
 def columns(rows: Iterable[Row]) -> list[Column]:
-    """Return the columns, with one for each provider of a user's file."""
-    own = dict.fromkeys(row["provider"] for row in rows if row["about"])
-    return [*COLUMNS, *(Column(f"{name} / ours", name, "ours") for name in own)]
+    """Return the columns, with one for each provider of a user's file, and for each other one where few were timed."""
+    timed = {row["provider"]: row for row in rows if row["status"] == "ok" and row["op"] != "ceiling"}
+    shown = {name for column in COLUMNS for name in (column.over, column.under)} | {REPEAT}
+    others = {name for name in timed if name not in shown and not name.startswith("inverse-")}
+    more = [name for name, row in timed.items() if row["about"] or (name in others and len(timed) <= _FEW)]
+    return [*COLUMNS, *(Column(f"{name} / ours", name, "ours") for name in more)]
 
 
 def noise(problems: Problems) -> list[Ratio]:
