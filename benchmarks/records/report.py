@@ -217,11 +217,13 @@ def _few(rows: Sequence[Row]) -> str:
 
 def _too_fast(rows: Sequence[Row]) -> str:
     """Return which timings are shorter than the device's measured rates allow."""
-    fast = [
-        row for row in rows if row["status"] == "ok" and (row["sol_frac"] or 0) > 1 and row["provider"] not in CHEAPER
-    ]
-    lines = [f"- {_named(row)}: {row['sol_frac']:.2f} of the speed of light" for row in fast]
-    return _listed("Faster than the measured rates allow, so a rate, a count of operations or a clock is wrong:", lines)
+    fast: dict[str, list[str]] = {}
+    for row in rows:
+        if row["status"] == "ok" and (row["sol_frac"] or 0) > 1 and row["provider"] not in CHEAPER:
+            fast.setdefault(_problem(row), []).append(f"{row['provider']} {row['sol_frac']:.2f}")
+    lines = [f"- {problem}: {', '.join(found)}" for problem, found in fast.items()]
+    heading = "Above 1 of the speed of light, so a measured rate, a count of operations or a clock is wrong:"
+    return _listed(heading, lines)
 
 
 def _noise(problems: Problems) -> str:

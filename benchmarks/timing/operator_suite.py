@@ -50,7 +50,8 @@ def problems(wanted: Wanted) -> Iterator[Problem]:
         "head": tuple((*shape, CLASSES) for shape in HEADS),
     }  # fmt: skip
     for op in wanted.ops:
-        for shape in wanted.shapes or (QUICK if wanted.quick and op != "head" else own.get(op, SHAPES)):
+        quick = own["head"][-1:] if op == "head" else QUICK
+        for shape in wanted.shapes or (quick if wanted.quick else own.get(op, SHAPES)):
             if len(shape) == (4 if op == "head" else 3):
                 for dtype in wanted.dtypes:
                     yield Problem.of(op, shape, dtype)
