@@ -16,16 +16,3 @@ def test_plans_are_remembered_after_thousands_of_shapes(monkeypatch):
     for n in range(1, 8):
         functional.summary(torch.randn(n, 3), b)
     assert any(key[0] == (7, 3) for key in functional._plans)
-
-
-@known
-def test_channels_of_an_image_are_not_outputs():
-    """One map for each sample of RGB images, and not one for each channel."""
-    from matplotlib import pyplot
-
-    from interp_nn.explain.plots import attribution_maps
-
-    figure = attribution_maps(torch.randn(2, 3, 8, 8))
-    images = [axes for axes in figure.axes if axes.images]
-    pyplot.close(figure)
-    assert len(images) == 2

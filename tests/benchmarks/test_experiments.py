@@ -111,6 +111,16 @@ def test_two_regimes(run):
         assert median == pytest.approx(found["truth"][name], abs=0.3)
 
 
+@pytest.mark.slow
+def test_few_clusters(run):
+    found = run("few_clusters")["results"]
+    assert list(found) == ["breast cancer", "wine", "diabetes", "digits"]
+    for one in found.values():
+        (row,) = one["rows"]
+        assert row["check"] <= 1e-11 and row["single"] <= row["clusters"] <= row["samples"]
+        assert 1 <= row["merged_0.95"] <= row["merged_0.99"] <= 12 and 0.6 < row["r2_0.95"] <= 1
+
+
 def test_titanic(run, folder):
     found = run("clusters_titanic", "--data", folder, record="titanic")["results"]
     counts, people = found["counts"], found["passengers"]
