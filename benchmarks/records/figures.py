@@ -12,12 +12,13 @@ from typing import Any
 from benchmarks.records import files
 from benchmarks.records.report import CHEAPER, COLUMNS, Column, Problems, columns, noise, noise_floor, ratio
 from benchmarks.records.rows import Row, grouped
+from interp_nn.explain.plots.canvas import PALETTE
 
 _MODES = ("infer", "fwd", "bwd", "fwdbwd", "loss")  # of the summary; the last one is of the loss of a pair
-# Colours that the colour-blind tell apart (Okabe and Ito, Tol); a user's provider has the next of _OWN.
+# A user's provider has the next colour of _OWN (Paul Tol's muted scheme).
 _COLOURS = {
-    "ours": "#0072b2", "ours-triton": "#56b4e9", "ours-cuda": "#009e73", "linear": "#000000", "unfused": "#d55e00",
-    "best-eager": "#e69f00", "compile": "#cc79a7", "inverse-cholesky": "#999999", "orthogonal": "#bbaa88",
+    "ours": PALETTE[0], "ours-triton": PALETTE[4], "ours-cuda": PALETTE[2], "linear": PALETTE[6], "unfused": PALETTE[5],
+    "best-eager": PALETTE[1], "compile": PALETTE[3], "inverse-cholesky": "#999999", "orthogonal": "#bbaa88",
 }  # fmt: skip
 _OWN = ("#882255", "#44aa99", "#ddcc77", "#332288", "#117733", "#aa4499", "#661100", "#6699cc")
 _ACROSS = 3  # panels in a line
@@ -198,7 +199,7 @@ def _ratios(plt: Any, problems: Problems, column: Column) -> Any:
     figure.set_size_inches(max(7.5, 2 + 0.8 * len(keys)), 4.5)
     for i, (mode, found) in enumerate(shown.items()):
         at = [keys.index(key) + 0.6 * ((i + 0.5) / len(shown) - 0.5) for key in found]
-        colour = list(_COLOURS.values())[(0, 4, 5, 2, 6)[i]]
+        colour = PALETTE[(0, 5, 1, 2, 3)[i]]
         axis.scatter(at, [one.value for one in found.values()], s=20, color=colour, label=mode)
         for x, one in zip(at, found.values(), strict=True):
             if one.ends is not None:
