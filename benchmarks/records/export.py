@@ -44,6 +44,8 @@ def to_pandas(*files: str | os.PathLike[str]) -> pd.DataFrame:
         >>> from benchmarks import to_pandas
         >>> to_pandas("benchmarks/results/cpu/suites.jsonl")  # doctest: +SKIP
     """
-    import pandas as pd
-
+    try:
+        import pandas as pd
+    except ImportError as error:
+        raise ImportError("to_pandas needs pandas: pip install pandas") from error
     return pd.DataFrame(read(map(Path, files)), columns=list(FIELDS))

@@ -169,6 +169,8 @@ def _custom(given: custom.Custom, problem: Problem, mode: str, sets: Sequence[Da
     if not isinstance(got, Tensor) or got.shape != shape:
         what = f"a tensor of shape {tuple(got.shape)}" if isinstance(got, Tensor) else type(got).__name__
         raise ValueError(f"{given.name} returned {what}, want a tensor of shape {shape}")
+    if not problem.loss and got.dtype != sets[0].x.dtype:
+        raise ValueError(f"{given.name} returned {got.dtype}, want the dtype of x, {sets[0].x.dtype}")
     if not infer and not got.requires_grad:
         raise UnsupportedError("its result has no gradient: time --mode infer, or write a torch.autograd.Function")
     family, plain = "summary", None

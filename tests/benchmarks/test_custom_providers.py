@@ -89,6 +89,11 @@ assert tolerances.errors(function(x, w.mT), tolerances.naive(x.double(), w.doubl
             "failed",
             "ValueError: mine returned a tensor of shape (16, 8), want a tensor of shape (16, 4)",
         ),
+        (
+            "(x, b): return (x @ b @ (b.mT @ b)).double()",
+            "failed",
+            "ValueError: mine returned torch.float64, want the dtype of",
+        ),
         ("(x, b): return None", "failed", "ValueError: mine returned NoneType, want a tensor of shape (16, 4)"),
         ("(x, b, target): return torch.nn.functional.cross_entropy(x @ b, target)", "wrong", "value: relative error"),
     ],
