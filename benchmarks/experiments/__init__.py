@@ -25,6 +25,7 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "orthogonality": ("digits_constraints",),
     **{name: (name,) for name in ("learning_rates", "recipes", "fine_tuning", "readable_heads")},
     **{name: (name,) for name in ("descent", "descramble_linear", "descramble_signals", "descramble_digits")},
+    **{name: (name,) for name in ("operator_learning", "physics_informed", "path_kernel_theorems")},
     "dlgn_cifar10": ("dlgn_recovery", "--dataset", "cifar10"),
     "dlgn_cifar100": ("dlgn_recovery", "--dataset", "cifar100"),
     "clusters_titanic": ("titanic",),
