@@ -80,11 +80,12 @@ docs: $(READY)docs
 gpu:
 	$(PYTHON) -m benchmarks gpu $(ARGS)
 
-## make lint      ruff and mypy
+## make lint      ruff and mypy; names the records of benchmarks/results that are older than what they measure
 lint: $(READY)lint
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
+	@$(PY) benchmarks/records/stale.py
 
 ## make wheel     the source archive and the wheel, with the CUDA library where nvcc is, into dist/
 wheel: $(READY)build

@@ -37,7 +37,7 @@ def _timings(lines: Sequence[Row]) -> list[str]:
     for (op, mode, dtype, n, d, k, m, timer, _), found in problems.items():
         sizes = ", ".join(str(size) for size in (n, d, k, m) if size is not None)
         cells = [1e3 * found[name]["ms_p50"] if (found.get(name) or {}).get("ms_p50") else None for name in _OURS]
-        cells += [ratio(found, column) for column in ratios]
+        cells += [one and one.value for one in (ratio(found, column) for column in ratios)]
         told = "".join(f"{'-':>17}" if cell is None else f"{cell:17.4g}" for cell in cells)
         out.append(f"{f'{op} {mode} ({sizes}) {dtype} {timer}':46}{told}  {(found.get('ours') or {}).get('plan')}")
     return out if problems else []
