@@ -37,7 +37,7 @@ def load_targets(TARGET, row, rn, n, ignore_index, M: tl.constexpr):
     exists = inside(row, rn, n)
     target = tl.load(TARGET + row + rn, mask=exists, other=0)
     kept = exists & (target != ignore_index)
-    tl.device_assert((not kept) | ((target >= 0) & (target < M)), "target: class index out of range")
+    tl.device_assert((~kept) | ((target >= 0) & (target < M)), "target: class index out of range")
     return target, kept
 
 

@@ -12,7 +12,8 @@ def barrier(COUNTER):
     counter needs no reset: it is ready for the next barrier, the next launch, or a replayed graph.
     """
     tl.debug_barrier()  # the program's own stores come before its arrival
-    step = tl.where(tl.program_id(0) == 0, -2147483647 - tl.num_programs(0), 1)
+    first = (1 - tl.num_programs(0)) ^ -2147483648  # a sum would overflow, which TRITON_DEBUG=1 does not allow
+    step = tl.where(tl.program_id(0) == 0, first, 1)
     before = tl.atomic_add(COUNTER, step, sem="acq_rel", scope="gpu")
     now = tl.atomic_add(COUNTER, 0, sem="acquire", scope="gpu")
     while (before ^ now) >= 0:

@@ -115,7 +115,7 @@ def test_dots_keep_infinities_nans_and_the_poison(precision):
 def barrier(counter):
     """A grid barrier: together the programs add 2^31, which flips the sign bit; the next barrier flips it back."""
     tl.debug_barrier()
-    step = tl.where(tl.program_id(0) == 0, -2147483647 - tl.num_programs(0), 1)
+    step = tl.where(tl.program_id(0) == 0, (1 - tl.num_programs(0)) ^ -2147483648, 1)
     old = tl.atomic_add(counter, step, sem="acq_rel", scope="gpu")
     now = tl.atomic_add(counter, 0, sem="acquire", scope="gpu")
     while (old ^ now) >= 0:
