@@ -25,7 +25,7 @@ SHARED := -n auto --dist worksteal
 # What runs from here does without the CUDA library, which takes nvcc minutes.
 EDITABLE := INTERP_NN_BUILD_CUDA=0 $(PY) $(PIP) --quiet --no-build-isolation --editable
 
-.PHONY: help demo test test-all kernels interpreted compiled emulated emulated-kernels emulated-mutants newest-triton models \
+.PHONY: help demo test test-all kernels interpreted compiled every-tile emulated emulated-kernels emulated-mutants newest-triton models \
         docs gpu lint wheel clean
 help:
 	@sed -n 's/^## //p' Makefile
@@ -49,6 +49,10 @@ interpreted: $(READY)test
 # The tests that compile share the work out to processes of their own.
 compiled: $(READY)test
 	INTERP_NN_COMPILE_TESTS=1 $(PY) -m pytest tests/engines/triton/compiled $(ARGS)
+
+## make every-tile  each tile of the Triton table compiled for each kind of GPU, in an hour; ARGS="-k sm_100" for one kind
+every-tile: $(READY)test
+	INTERP_NN_COMPILE_TESTS=1 INTERP_NN_EVERY_TILE=1 $(PY) -m pytest tests/engines/triton/compiled/test_every_tile.py $(ARGS)
 
 ## make emulated  the CUDA C++ kernels under an emulator on the CPU, and mutants of them; needs g++
 emulated: $(READY)test

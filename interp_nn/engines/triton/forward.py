@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 from interp_nn.engines.triton.tiles import (
+    dot,
     evaluate,
     gram,
     project,
@@ -20,7 +21,7 @@ def _store_tile(P, Y, BIAS, p, g, row, n, K: tl.constexpr, BK: tl.constexpr, BN:
     rn, rk = tl.arange(0, BN), tl.arange(0, BK)
     if P is not None:
         store_rows(P, p, row, rn, rk, n, K)
-    y = tl.dot(p.to(g.dtype), g, input_precision=PRECISION)
+    y = dot(p.to(g.dtype), g, None, PRECISION)
     if BIAS is not None:
         y += tl.load(BIAS + rk, mask=rk < K, other=0.0).to(tl.float32)[None, :]
     store_rows(Y, y, row, rn, rk, n, K)

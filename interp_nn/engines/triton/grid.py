@@ -22,6 +22,12 @@ def barrier(COUNTER):
 
 
 @triton.jit
+def blocks(size, BLOCK: tl.constexpr):
+    """Return the number of blocks of a size that may be just below 2^31, where `tl.cdiv` overflows."""
+    return tl.cdiv(tl.cast(size, tl.int64), BLOCK)
+
+
+@triton.jit
 def add_parts(PARTS, OUT, parts, size, SIZE: tl.constexpr, BLOCK: tl.constexpr, BATCH: tl.constexpr):
     """Store OUT[i] = the sum of PARTS[:parts, i] in a fixed order, for i < size <= SIZE; the grid shares the i.
 

@@ -151,6 +151,11 @@ def wanted():
         with recording(capability, "ieee" if dtype == FP32 else None) as launches:
             problem(name, dtype, 65536, k, 10, degree=degree)
         yield f"{name} {str(dtype)[6:]} k{k} degree {degree}", capability, launches[0]
+    for name in NAMES[1:] if not WARN else []:  # as with TRITON_DEBUG=1
+        with recording(90) as launches:
+            problem(name, BF16, 4096, 256 if name.startswith("phased") else 64, 10)
+        made = launches[0]
+        yield f"{name} debug", 90, made._replace(options={**made.options, "debug": True})
 
 
 @pytest.fixture(scope="module")
@@ -193,7 +198,7 @@ def test_shared_memory_is_within_the_limit_of_the_chip(compiled):
 
 
 def test_spills_are_bounded(compiled):
-    usual = {key: o for key, o in good(compiled).items() if " tight " not in key[0]}
+    usual = {key: o for key, o in good(compiled).items() if " tight " not in key[0] and " debug" not in key[0]}
     most = {key: o.spills for key, o in usual.items() if o.spills > MOST_SPILLS[4 if o.dtype == "fp32" else 2]}
     expect(most, "too many spills")
 
