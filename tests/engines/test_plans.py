@@ -429,3 +429,25 @@ def test_a_counter_for_each_stream_and_for_each_captured_launch(monkeypatch):
     state.capturing = False
     assert word() == first and state.blocks == 4 and len(state.free[device]) == 1024
     assert {(address - first) % 16 for address in (second, *captured)} == {0}
+
+
+def test_a_device_at_hand_is_read_and_its_carve_out_kept(monkeypatch):
+    found = types.SimpleNamespace(
+        major=9, minor=0, multi_processor_count=66, shared_memory_per_block_optin=1000, memory_clock_rate=3201000,
+        memory_bus_width=6144,
+    )  # fmt: skip
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: found)
+    monkeypatch.setattr(devices, "_specs", {})
+    device, known = torch.device("cuda", 0), devices.spec_for((9, 0))
+    expected = DeviceSpec((9, 0), 66, 1000, pytest.approx(4.917e12, rel=1e-3), known.matrix_rate / 2)
+    assert devices.spec_of(device) == expected
+    before = torch._C._get_sm_carveout_experimental()
+    try:
+        torch._C._set_sm_carveout_experimental(10)
+        assert devices.spec_of(device).multiprocessors == 56
+    finally:
+        torch._C._set_sm_carveout_experimental(before)
+    assert devices.spec_of(device).multiprocessors == 66
+    del found.memory_clock_rate  # an older PyTorch
+    devices._specs.clear()
+    assert devices.spec_of(device).bandwidth == known.bandwidth

@@ -27,7 +27,7 @@ def refused(capability, name, dtype, n, k, m):
 
 def wanted(capability):
     """Return {tag: launch}, one for each kernel, dtype, width and config."""
-    spec, found, launches = spec_for(divmod(capability, 10)), {}, []
+    spec, found = spec_for(divmod(capability, 10)), {}
     for dtype, precision in ((BF16, None), (FP32, "ieee"), (FP32, "tf32")):
         for name in NAMES:
             for k in (256,) if name.startswith("phased") else (16, 32, 64, 128):

@@ -11,7 +11,8 @@ from torch.utils._python_dispatch import _disable_current_modes
 import interp_nn
 from interp_nn import functional
 from interp_nn.engines import eager, select
-from interp_nn.engines.problem import HEAD_ORDERS, LossOptions, Plan
+from interp_nn.engines.devices import spec_for
+from interp_nn.engines.problem import HEAD_ORDERS, Config, LossOptions, Plan
 from interp_nn.engines.triton import engine as triton_engine
 
 
@@ -87,6 +88,17 @@ def test_opcheck_of_the_flat_loss(transposed, engine):
 @pytest.mark.filterwarnings("ignore:.*autograd.function.Function.* should not be instantiated")
 def test_compiled_without_a_break_for_many_columns(engine):
     engine_contract.check_compiled(engine, (40, 48, 140))
+
+
+@pytest.mark.parametrize("d", [100, 512, 1600, 5760, 8192, 8704, 9216, 12288, 17408, 50000, 10**7])
+def test_backwards_occupy_the_gpu(d):
+    """Column tiles of 128 features on 132 multiprocessors: at most a sixth of the places is idle."""
+    strips, spec = -(-d // 128), spec_for((9, 0))
+    splits = triton_engine._splits(spec, Config((64, 128, 16)), 65536, d, 128)
+    turns = -(-strips * splits // spec.multiprocessors)
+    assert strips * splits / (turns * spec.multiprocessors) > 5 / 6
+    assert splits * d * 128 < 2**31  # kernels address the parts in 32 bits
+    assert triton_engine._splits(spec, Config((64, 128, 16)), 300, d, 128) <= 2
 
 
 def test_nothing_needs_to_be_patched():
