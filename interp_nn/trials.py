@@ -58,7 +58,7 @@ class Group(NamedTuple):
 
 def engine_call(group: Group, n: int, device: torch.device, config: Config) -> Callable[[], object]:
     """Return a call of the triton engine that launches the group's kernel, with n rows and a layer's transposed weight."""
-    engine = engines.get("triton")
+    engine = engines.unverified("triton")
     (d, k, m), dtype = group.sizes, _DTYPES[group.itemsize]
     tiles = ((group.kernel, config),)
     x = torch.randn(n, d, dtype=dtype, device=device)

@@ -33,7 +33,10 @@ from interp_nn.engines.triton.configs import Bucket
 from interp_nn.linalg import is_column_major
 
 _ROWS_A_SPLIT = 256
-_MANY_TURNS, _MOST_TURNS = 4, 8  # column tiles for each place on the GPU that need no parts; most parts for the sake of balance
+_MANY_TURNS, _MOST_TURNS = (
+    4,
+    8,
+)  # column tiles for each place on the GPU that need no parts; most parts for the sake of balance
 
 Tuned = tuple[tuple[str, Config], ...]  # `Plan.tiles`
 

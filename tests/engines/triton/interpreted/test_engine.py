@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 import interp_nn
 from interp_nn import functional
-from interp_nn.engines import eager, select
+from interp_nn.engines import eager, select, verify
 from interp_nn.engines.devices import spec_for
 from interp_nn.engines.problem import HEAD_ORDERS, Config, LossOptions, Plan
 from interp_nn.engines.triton import engine as triton_engine
@@ -122,3 +122,32 @@ print("done")
 """
     result = python("-c", code, TRITON_INTERPRET="1")
     assert result.returncode == 0 and result.stdout.endswith("done\n"), result.stderr
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("degree", [None, 2])
+def test_its_kernels_pass_their_verification(dtype, degree, monkeypatch):
+    monkeypatch.setattr(verify, "_MOST_ROWS", 150)
+    cpu, d, k = torch.device("cpu"), 96, 20
+    polynomial = None if degree is None else (degree, True)
+    order, more = ("(Xb)G", ()) if degree is None else ("(Xb)q", (True,))
+    alone, pair = Plan("triton", order), Plan("triton", order, saves=True)
+    asked = [
+        ("forward", alone, (True, False), (d, k)),
+        ("backward", alone, (False, True, True, True, True, degree is not None), (d, k)),
+        ("forward", pair, (False, True), (d, k)),
+        ("backward", pair, (True, True, True, True, False, degree is not None), (d, k)),
+        ("loss", pair, (False, True, True, True, False, False, *more), (d, k)),
+        ("loss", Plan("triton", "logits_from_latent"), (True, True, True, True, True, True, *more), (d, k, 7)),
+        ("loss", Plan("triton", "logits_from_x"), (True, True, True, True, True, True, *more), (d, k, 7)),
+    ]
+    for call, plan, flags, sizes in asked:
+        flags = (*flags, *(False,) * (7 - len(flags))) if call == "loss" else flags
+        reduction = "mean" if call == "loss" else ""
+        variant = verify.variant_of(
+            "triton", call, dtype, 4096, sizes, True, plan, flags, cpu, reduction, polynomial, "ieee"
+        )  # fmt: skip
+        assert len(variant.plan.tiles) == 1
+        assert verify.compare(variant, cpu, triton_engine) is None, variant
+    scale = verify.Variant("triton", "scale", (torch.float32, dtype, torch.float32))
+    assert verify.compare(scale, cpu, triton_engine) is None

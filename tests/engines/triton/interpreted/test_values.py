@@ -10,8 +10,8 @@ import triton.language as tl
 from harness import Launches, forced, inputs, targets
 from support import check_law, naive, naive_pair
 
-from benchmarks.timing.tolerances import SPLIT_ULPS
 from interp_nn.engines import orders, select
+from interp_nn.engines.accuracy import SPLIT_ULPS, TF32_ULPS
 from interp_nn.engines.triton import grid
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -30,7 +30,6 @@ SHAPES = [
 ]
 WIDE = [(1, 7, 129), (17, 64, 200), (150, 100, 131), (129, 1, 160)]  # beyond 128 columns, n below and above d
 WEIGHTS = (0.7, 1.3, 0.9)
-TF32_ULPS = 2**13  # one of tf32
 
 
 def law(function, reference, given, outputs, dtype, kernels, monkeypatch, precision="exact"):
