@@ -25,8 +25,8 @@ from torch import Tensor
 from interp_nn.engines import accuracy, plain, select, verified_files
 from interp_nn.engines.devices import spec_of
 from interp_nn.engines.eager_polynomial import Polynomial
-from interp_nn.engines.limits import MOST_COLUMNS, padded
-from interp_nn.engines.problem import EngineName, LossOptions, Plan
+from interp_nn.engines.limits import MOST_COLUMNS, can_form_logits_from_x, padded, unsupported_reason
+from interp_nn.engines.problem import ENGINES, EngineName, LossOptions, Plan, Problem
 from interp_nn.engines.triton import configs
 from interp_nn.engines.triton.configs import Bucket
 from interp_nn.linalg import is_column_major
@@ -378,6 +378,59 @@ def _results(engine: Any, variant: Variant, given: dict[str, Any]) -> dict[str, 
 
 
 # What users call
+
+
+def standard(device: torch.device) -> list[Variant]:
+    """Return the variants of the usual problems for each engine that is there: 512 features, 64 and 128 columns, 10 classes."""
+    d, n, m, spec, found = 512, 65536, 10, spec_of(device), list[Variant]()
+    for engine in ENGINES[1:]:
+        if unsupported_reason(engine) is not None:
+            continue
+        for dtype in (torch.bfloat16, torch.float16, torch.float32):
+            precision = torch.backends.cuda.matmul.fp32_precision if dtype == torch.float32 else ""
+            reduction = "mean"
+            found.append(Variant(engine, "scale", (torch.float32, dtype, dtype)))
+            for k in (64, 128):
+                alone, pair = Plan(engine, "(Xb)G"), Plan(engine, "(Xb)G", True)
+                latent, flat = Plan(engine, "logits_from_latent"), Plan(engine, "logits_from_x")
+                asked: list[tuple[str, Plan, int | None, str, str]] = [
+                    ("forward", alone, None, "bias", ""),
+                    ("backward", alone, None, "dY dX db dbias", ""),
+                    ("forward", pair, None, "P", ""),
+                    ("backward", pair, None, "dP dY dX db", ""),
+                    ("loss", pair, k, "dX db", reduction),
+                    ("loss", latent, m, "c dX db dA dc", reduction),
+                    ("loss", flat, m, "c dX db dA dc", reduction),
+                ]
+                for call, plan, classes, words, reduced in asked:
+                    head, is_pair = classes == m, plan is pair
+                    problem = Problem(n, d, k, is_pair, True, True, classes, head, dtype, spec, device.type)
+                    flat_fits = plan is not flat or can_form_logits_from_x(engine, problem)
+                    if flat_fits and unsupported_reason(engine, problem) is None:
+                        flags = tuple(name in words.split() for name in _FLAGS[call])
+                        sizes = (d, k, m) if head else (d, k)
+                        found.append(
+                            variant_of(
+                                engine, call, dtype, n, sizes, True, plan, flags, device, reduced, None, precision
+                            )
+                        )
+    return found
+
+
+def judge_apart(device: torch.device, precision: str, variant: Variant) -> tuple[str, float, float]:
+    """Return (why a variant fails or "", seconds with its compilation, seconds without), in a process for nothing else."""
+    from interp_nn.engines import unverified
+
+    torch.backends.cuda.matmul.fp32_precision = precision
+    engine, start = unverified(variant.engine), time.perf_counter()
+    reason = judge(variant, device, engine)
+    first = time.perf_counter() - start
+    if reason != "":
+        return reason or "memory is short", first, 0.0
+    start = time.perf_counter()
+    with torch.no_grad():
+        reason = compare(variant, device, engine) or ""
+    return reason, first, time.perf_counter() - start
 
 
 def verify(group: Any = None) -> dict[str, str]:

@@ -11,6 +11,7 @@ from processes import python
 import interp_nn
 from interp_nn import engines
 from interp_nn.engines import plain, select, verified_files, verify
+from interp_nn.engines.devices import spec_for
 from interp_nn.engines.eager_polynomial import Polynomial
 from interp_nn.engines.problem import LossOptions, Plan
 from interp_nn.ops import summary
@@ -86,12 +87,17 @@ def test_a_right_kernel_is_compared_once_and_then_used():
 
 @pytest.mark.parametrize(
     ("change", "reason"),
-    [(off_by_a_percent, "dX: Frobenius error 0.01, PyTorch's"), (out_of_bounds, "RuntimeError: CUDA error: an illegal")],
+    [
+        (off_by_a_percent, "dX: Frobenius error 0.01, PyTorch's"),
+        (out_of_bounds, "RuntimeError: CUDA error: an illegal"),
+    ],
 )
 def test_a_wrong_kernel_is_named_once_and_left(change, reason):
     kernels = Kernels(change)
     engine = verify.Verified("triton", kernels)
-    with pytest.warns(RuntimeWarning, match=f"triton backward in float32, d = 12, k = 4, .* fails on this GPU: {reason}"):
+    with pytest.warns(
+        RuntimeWarning, match=f"triton backward in float32, d = 12, k = 4, .* fails on this GPU: {reason}"
+    ):
         found, expected = backward(engine)
     assert equal(found, expected) and kernels.calls == 1
     with warnings.catch_warnings():
@@ -105,9 +111,10 @@ def test_a_wrong_kernel_is_named_once_and_left(change, reason):
 
 def test_a_failure_is_an_error_where_the_engine_was_asked_for(monkeypatch):
     monkeypatch.setattr(select, "unsupported_reason", lambda *_: None)
-    with interp_nn.use_engine("triton"), pytest.warns(RuntimeWarning, match="fails"):
-        with pytest.raises(RuntimeError, match="triton engine was asked for, but triton backward in float32.*Frobenius"):
-            backward(verify.Verified("triton", Kernels(off_by_a_percent)))
+    engine = verify.Verified("triton", Kernels(off_by_a_percent))
+    asked = pytest.raises(RuntimeError, match=r"triton engine was asked for, but triton backward in float32.*Frobenius")
+    with interp_nn.use_engine("triton"), pytest.warns(RuntimeWarning, match="fails"), asked:
+        backward(engine)
 
 
 def test_a_kernel_of_the_wrong_shape_or_of_nan_fails():
@@ -140,7 +147,9 @@ def test_every_function_and_its_stand_in_pass(dtype):
     engine.loss(x, b, a, c, target, OPTIONS._replace(reduction="none"), LATENT, torch.ones(N), ALL)
     _, grads = engine.loss(x, b, a, None, target, OPTIONS, LATENT, upstream, (True, False, True, False))
     assert len(grads) == 2
-    value, grads = engine.loss(x, b, None, None, target, OPTIONS, QUADRATIC, upstream, (True, True, False, False, True), q)
+    value, grads = engine.loss(
+        x, b, None, None, target, OPTIONS, QUADRATIC, upstream, (True, True, False, False, True), q
+    )
     assert value.dim() == 0 and [g.shape for g in grads] == [x.shape, b.shape, (3,)]
     engine.loss(x, b, a, c, target, OPTIONS, LATENT, None, None, q)
     engine.scale([x.clone(), b.clone()], upstream)
@@ -149,10 +158,10 @@ def test_every_function_and_its_stand_in_pass(dtype):
 
 def test_a_polynomial_is_left_to_pytorch_too():
     q = Polynomial(torch.tensor([1.0, 0.5, -0.25]), None)
-    x, b, dy = tensors()
+    x, b, _ = tensors()
     plan = QUADRATIC._replace(saves=True)
-    with pytest.warns(RuntimeWarning, match="polynomial of degree 2, .* fails"):
-        failing = verify.Verified("triton", Kernels(lambda out: (out[0], out[1] * 2, out[2]), "forward"))
+    failing = verify.Verified("triton", Kernels(lambda out: (out[0], out[1] * 2, out[2]), "forward"))
+    with pytest.warns(RuntimeWarning, match=r"polynomial of degree 2, .* fails"):
         _, y, saved = failing.forward(x, b, None, plan, True, q)
     g = b.mT @ b
     torch.testing.assert_close(saved[2], torch.eye(K) + 0.5 * g - 0.25 * g @ g)
@@ -280,7 +289,9 @@ def test_a_kernel_that_ended_its_process_is_not_tried_again_by_itself(tmp_path):
 
     assert run("crash").returncode == 3
     second = run("crash")
-    assert second.returncode == 0 and "ended while it verified this" in second.stderr and "verify tries" in second.stdout
+    assert (
+        second.returncode == 0 and "ended while it verified this" in second.stderr and "verify tries" in second.stdout
+    )
     verified_files.forget_the_dead()
     third = run("right")
     assert third.returncode == 0 and third.stdout == "['passed']\n"
@@ -328,3 +339,46 @@ def test_it_can_be_turned_off(monkeypatch):
     engines._engines.clear()
     monkeypatch.setenv("INTERP_NN_VERIFY", "0")
     assert engines.get("triton") == types.SimpleNamespace(name="triton")
+
+
+def judged(outcomes):
+    """Workers that return these outcomes."""
+
+    class Pool:
+        def __init__(self, count, function, limit):
+            assert function.func is verify.judge_apart
+
+        def run(self, tasks, seconds):
+            return [outcomes.get(variant.call, ("", 2.0, 0.01)) for variant in tasks]
+
+    return Pool
+
+
+def test_the_command_prints_a_table(monkeypatch, capsys):
+    from interp_nn import __main__ as command
+
+    monkeypatch.setattr(verify, "unsupported_reason", lambda engine, problem=None: "no" if engine == "cuda" else None)
+    monkeypatch.setattr(verify, "spec_of", lambda device: spec_for((9, 0)))
+    monkeypatch.setattr(command, "Workers", judged({}))
+    assert command.verify_all(["--device", "cpu"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1] == "45 of 45 kernels passed on cpu"
+    assert lines[1].startswith(
+        "passed    2.0 s, again   10.0 ms  triton forward in bfloat16, d = 512, k = 64, (Xb)G, bias, stream"
+    )
+    monkeypatch.setattr(command, "Workers", judged({"loss": ("db: wrong", 2.0, 0.0), "scale": "not done within 120 s"}))
+    assert command.verify_all(["--device", "cpu"]) == 1
+    out = capsys.readouterr().out
+    assert "24 of 45 kernels passed" in out and "  db: wrong\n" in out and "  not done within 120 s\n" in out
+    assert command.verify_all([]) == 2 and "no CUDA device" in capsys.readouterr().err
+
+
+def test_a_variant_is_judged_apart(monkeypatch):
+    monkeypatch.setattr(engines, "unverified", lambda name: plain)
+    (variant, *_) = [verify.Variant("triton", "scale", (torch.float32, torch.float16))]
+    before = torch.backends.cuda.matmul.fp32_precision
+    reason, first, again = verify.judge_apart(CPU, before, variant)
+    assert reason == "" and first > 0 < again
+    monkeypatch.setattr(engines, "unverified", lambda name: Kernels(lambda grads: [g + 1 for g in grads], "scale"))
+    verified_files.file_of(repr(variant), "triton", CPU).unlink()
+    assert verify.judge_apart(CPU, before, variant)[0].startswith("gradient 0: Frobenius")
