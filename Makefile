@@ -80,9 +80,10 @@ models: $(READY)test
 docs: $(READY)docs
 	$(PY) -m mkdocs --quiet build
 
-## make gpu       on a GPU: correctness, launches, repeats, streams, graphs, tuning and timings, in ten minutes; installs nothing
+## make gpu       on a GPU, stages 1 to 3 in nine minutes: kernels right once; streams, graphs, repeats; six shapes timed.
+##                PART=4: tune, 5: host and training, 6: ncu; see docs/gpu.md. Installs nothing
 gpu:
-	$(PYTHON) -m benchmarks gpu $(ARGS)
+	$(PYTHON) -m benchmarks gpu $(PART) $(ARGS)
 
 ## make lint      ruff and mypy
 lint: $(READY)lint

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -18,8 +19,9 @@ from benchmarks.gpu.cases import Case
 from benchmarks.gpu.log import Log
 from benchmarks.timing import footprint, tolerances
 from benchmarks.timing.problems import DTYPES, products
+from interp_nn import engines as engines_of
 from interp_nn import functional
-from interp_nn.engines import orders
+from interp_nn.engines import orders, verify
 
 WEIGHTS = (0.7, 1.3, 0.9)
 _TILE_ROWS = 128  # the most rows in a tile: a read without a mask finds NaN in guards of as many
@@ -79,6 +81,34 @@ def poisoned() -> Iterator[None]:
     finally:
         torch.set_deterministic_debug_mode(mode)
         fill.fill_uninitialized_memory = filled
+
+
+def check_variant(variant: verify.Variant, device: torch.device, log: Log) -> None:
+    """Verify a kernel as at its first use; the second comparison, without compilation, is timed."""
+    engine = engines_of.unverified(variant.engine)
+    facts: dict[str, Any] = {
+        "engine": variant.engine,
+        "call": variant.call,
+        "rows": verify.rows_of(max(variant.sizes, default=1)),
+    }
+    with torch.no_grad():
+        start = time.perf_counter()
+        reason = verify.compare(variant, device, engine)
+        first = time.perf_counter()
+        reason = reason or verify.compare(variant, device, engine)
+        again = time.perf_counter() - first
+    log.check(f"verify {variant}", reason, first_s=round(first - start, 3), again_ms=round(1e3 * again, 3), **facts)
+
+
+def check_first_use(device: torch.device, log: Log) -> None:
+    """Use layers as a user does: `auto` chooses, kernels are verified, and a captured call before that is eager."""
+    x = torch.randn(65536, 512, device=device, dtype=torch.bfloat16)
+    layer = interp_nn.nn.SummaryLinear(512, 64, device=device, dtype=torch.bfloat16)
+    layer(x).sum().backward()
+    found = interp_nn.verify()
+    failed = {name: verdict for name, verdict in found.items() if verdict != "passed"}
+    plan = interp_nn.plan(65536, 512, 64, dtype=torch.bfloat16, device=device)
+    log.check("first use", str(failed) if failed else None, verdicts=found, plan=str(plan))
 
 
 def check_poison(engines: Sequence[str], device: torch.device, log: Log) -> None:
