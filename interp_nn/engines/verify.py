@@ -33,7 +33,7 @@ from interp_nn.linalg import is_column_major
 
 _MOST_ROWS, _FEWEST_ROWS, _ELEMENTS = 4093, 37, 2**22  # rows without a factor in common with a tile, and elements of X
 _MOST_CALLS = 4096
-_DEVICES = ("cuda",)
+_everywhere = False  # verify on CPUs too, where tests have engines
 # The arguments and results that the flags of a function stand for.
 _FLAGS = {
     "forward": ("bias", "P"),
@@ -108,7 +108,7 @@ class Verified:
     ) -> tuple[Tensor | None, Tensor, list[Tensor]]:
         """Compute `Engine.forward`."""
         engine = self._engine
-        if x.device.type in _DEVICES:
+        if x.is_cuda or _everywhere:
             flags = bias is not None, pair
             engine = self._judged("forward", flags, x, b, plan, q)
         found: tuple[Tensor | None, Tensor, list[Tensor]] = engine.forward(x, b, bias, plan, pair, q)
@@ -130,7 +130,7 @@ class Verified:
     ) -> tuple[Tensor | None, ...]:
         """Compute `Engine.backward`."""
         engine, needs = self._engine, (need_x, need_b, need_bias, need_c)
-        if x.device.type in _DEVICES and any(needs):
+        if (x.is_cuda or _everywhere) and any(needs):
             engine = self._judged("backward", (dp is not None, dy is not None, *needs), x, b, plan, q)
         grads: tuple[Tensor | None, ...] = engine.backward(dp, dy, x, b, saved, plan, *needs, q)
         return grads
@@ -150,7 +150,7 @@ class Verified:
     ) -> tuple[Tensor, list[Tensor]]:
         """Compute `Engine.loss`."""
         engine = self._engine
-        if x.device.type in _DEVICES:
+        if x.is_cuda or _everywhere:
             flags = c is not None, upstream is not None, *(*(needs or ()), *(False,) * 5)[:5]
             m = None if a is None else a.shape[0]
             engine = self._judged("loss", flags, x, b, plan, q, m, options.reduction)
@@ -160,8 +160,8 @@ class Verified:
     def scale(self, grads: Sequence[Tensor], upstream: Tensor) -> list[Tensor]:
         """Compute `Engine.scale`."""
         engine = self._engine
-        if upstream.device.type in _DEVICES:
-            call = self._name, upstream.device, upstream.dtype, *(g.dtype for g in grads)
+        if upstream.is_cuda or _everywhere:
+            call = self._name, upstream.get_device(), upstream.dtype, *(g.dtype for g in grads)
             if call not in _passed:
                 variant = Variant(self._name, "scale", (upstream.dtype, *(g.dtype for g in grads)))
                 engine = self._chosen(call, variant, upstream.device)
@@ -173,10 +173,11 @@ class Verified:
         m: int | None = None, reduction: str = "",
     ) -> Any:  # fmt: skip
         """Return what computes a call: the engine, or `plain`."""
-        precision = torch.backends.cuda.matmul.fp32_precision if x.dtype == torch.float32 else ""
+        dtype = x.dtype
+        precision = torch.backends.cuda.matmul.fp32_precision if dtype is torch.float32 else ""
         polynomial = None if q is None else (q.degree, q.scale is not None)
         call = (
-            self._name, name, flags, x.device, x.shape, x.dtype, b.shape, b.stride(), plan, m, reduction, polynomial,
+            self._name, name, flags, x.get_device(), x.shape, dtype, b.shape, b.stride(), plan, m, reduction, polynomial,
             precision,
         )  # fmt: skip
         if call in _passed or x.numel() == 0 or b.numel() == 0:
@@ -184,7 +185,7 @@ class Verified:
         (n, d), k = x.shape, b.shape[1]
         sizes = (d, k) if m is None else (d, k, m)
         variant = variant_of(
-            self._name, name, x.dtype, n, sizes, is_column_major(b), plan, flags, x.device, reduction, polynomial,
+            self._name, name, dtype, n, sizes, is_column_major(b), plan, flags, x.device, reduction, polynomial,
             precision,
         )  # fmt: skip
         return self._chosen(call, variant, x.device)

@@ -51,7 +51,7 @@ def out_of_bounds(_):
 @pytest.fixture(autouse=True)
 def _fresh(monkeypatch, tmp_path):
     """Kernels run on the CPU; nothing is known of any variant, and the folder is empty."""
-    monkeypatch.setattr(verify, "_DEVICES", ("cpu",))
+    monkeypatch.setattr(verify, "_everywhere", True)
     monkeypatch.setattr(verify, "_MOST_ROWS", 61)
     monkeypatch.setattr(verify, "verdicts", {})
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
@@ -267,7 +267,7 @@ CRASH = """
 import os, sys, torch
 from interp_nn.engines import plain, verify
 from interp_nn.engines.problem import Plan
-verify._DEVICES, verify._MOST_ROWS = ("cpu",), 61
+verify._everywhere, verify._MOST_ROWS = True, 61
 plan = Plan("triton", "(Xb)G")
 class Kernels:
     def forward(self, x, b, bias, plan, pair, q):
