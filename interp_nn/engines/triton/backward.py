@@ -74,14 +74,13 @@ def backprop_projection(
 
 @triton.jit
 def add_splits(PARTS, rd, d, splits, BK: tl.constexpr, BC: tl.constexpr, BATCH: tl.constexpr):
-    """Sum PARTS[split, rd, :] over the splits in a fixed order: a (BC, BK) tile."""
+    """Sum PARTS[split, rd, :] over the splits in their order: a (BC, BK) tile. BATCH loads are in flight at a time."""
     rk = tl.arange(0, BK)
     total = tl.zeros((BC, BK), tl.float32)
     for first in range(0, splits, BATCH):
-        q = first + tl.arange(0, BATCH)
-        at = PARTS + (q[:, None, None] * d + rd[None, :, None]) * BK + rk[None, None, :]
-        mask = (q[:, None, None] < splits) & (rd[None, :, None] < d)
-        total += tl.sum(tl.load(at, mask=mask, other=0.0), axis=0)
+        for i in tl.static_range(BATCH):
+            at = PARTS + ((first + i) * d + rd[:, None]) * BK + rk[None, :]
+            total += tl.load(at, mask=(first + i < splits) & (rd[:, None] < d), other=0.0)
     return total
 
 
@@ -234,7 +233,7 @@ def store_db(
     B_T: tl.constexpr,
     EVEN_D: tl.constexpr,
     PRECISION: tl.constexpr,
-    BATCH: tl.constexpr = 4,
+    BATCH: tl.constexpr = 8,
     T=None,
     U2=None,
     A=None,
@@ -309,7 +308,6 @@ def pair_backward(
     BN: tl.constexpr,
     BD: tl.constexpr,
     BC: tl.constexpr,
-    BATCH: tl.constexpr,
 ):
     """Store dX = D bᵀ and db = Xᵀ D + b (T + Tᵀ), and of a polynomial DQ. Q is G itself for the summary, which has no G besides.
 
@@ -359,7 +357,7 @@ def pair_backward(
             PRECISION,
         )
         if DB is not None and DY is not None:
-            add_parts(T_PARTS, T, programs, BK * BK, BK * BK, 256, BATCH)
+            add_parts(T_PARTS, T, programs, BK * BK, BK * BK)
     if (PHASES & 6) == 6:
         barrier(COUNTER)
     if PHASES & 4:
@@ -369,7 +367,7 @@ def pair_backward(
         elif DEGREE is None:
             t = symmetrized(T, BK)
         store_db(
-            DB, B, WORK, t, scaled(1.0, SCALE), d, splits, K, BK, BC, B_T, EVEN_D, PRECISION, 4,
+            DB, B, WORK, t, scaled(1.0, SCALE), d, splits, K, BK, BC, B_T, EVEN_D, PRECISION, 8,
             T, None, None, G, C_Q, SCALE, 1, 16, K, DEGREE,
         )  # fmt: skip
         if DQ is not None:
@@ -423,7 +421,6 @@ def summary_backward(
     BN: tl.constexpr,
     BD: tl.constexpr,
     BC: tl.constexpr,
-    BATCH: tl.constexpr,
 ):
     """Store dX = dY Wᵀ, db = S G + b (T + Tᵀ), and dbias, the column sums of dY. The only (n, K) matrix is dY.
 
@@ -469,7 +466,7 @@ def summary_backward(
         barrier(COUNTER)
     if PHASES & 2:
         if DB is not None:
-            add_parts(T_PARTS, T, parts, BK * BK, BK * BK, 256, BATCH)
+            add_parts(T_PARTS, T, parts, BK * BK, BK * BK)
         if DBIAS is not None:
             if program == programs - 1:
                 store_column_sums(DBIAS, BIAS_PARTS, splits, 1.0, K, BK)
@@ -480,7 +477,7 @@ def summary_backward(
         g = load_square(Q, rk, K).to(tl.float32)
         for tile in range(program, tl.cdiv(d, BC), programs):
             rd = tile * BC + tl.arange(0, BC)
-            s = dot(add_splits(WORK, rd, d, splits, BK, BC, 4), g, None, PRECISION)
+            s = dot(add_splits(WORK, rd, d, splits, BK, BC, 8), g, None, PRECISION)
             tl.debug_barrier()
             tl.store(WORK + rd[:, None] * BK + rk[None, :], s, mask=rd[:, None] < d)
         tl.debug_barrier()

@@ -256,7 +256,7 @@ def pair_loss(
                 PRECISION,
             )
             if DB is not None:
-                add_parts(T_PARTS, T, programs, BK * BK, BK * BK, 256, BATCH)
+                add_parts(T_PARTS, T, programs, BK * BK, BK * BK)
         store_value_and_dc(VALUE, LOSSES, COUNTS, None, None, 1.0, programs, REDUCTION, K, BK, BATCH)
     if (PHASES & 6) == 6:
         barrier(COUNTER)
@@ -266,7 +266,7 @@ def pair_loss(
         if DEGREE is None:
             t = symmetrized(T, BK)
         store_db(
-            DB, B, WORK, t, scaled(scale, SCALE), d, splits, K, BK, BC, B_T, EVEN_D, PRECISION, 4,
+            DB, B, WORK, t, scaled(scale, SCALE), d, splits, K, BK, BC, B_T, EVEN_D, PRECISION, 8,
             T, None, None, G, C_Q, SCALE, 1, 16, BK, DEGREE,
         )  # fmt: skip
         if DQ is not None:

@@ -270,7 +270,6 @@ def _summary_backward_launch(
         "PRECISION": precision,
         "PHASES": phases,
         "DEGREE": degree,
-        "BATCH": 32,
     }
     parts = min(programs, tiles_of_d * splits)
     work = backward_kernels.summary_backward_workspace.fn(0, splits, d, parts, bk)[-1]
@@ -322,7 +321,7 @@ def _pair_backward_launch(
     programs = _programs(spec, config, *jobs)
     constants = {
         "K": k, "B_T": transposed, "EVEN_D": _even(d, tiles), "PRECISION": precision, "PHASES": phases,
-        "DEGREE": degree, "WIDTH": _width(k) if phases & 1 else k, "BATCH": 32,
+        "DEGREE": degree, "WIDTH": _width(k) if phases & 1 else k,
     }  # fmt: skip
     work = backward_kernels.pair_backward_workspace.fn(0, splits, d, programs, bk)[-1]
     return Launch(backward_kernels.pair_backward, programs, splits, constants | tiles | _options(config, True)), work

@@ -28,11 +28,14 @@ def blocks(size, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def add_parts(PARTS, OUT, parts, size, SIZE: tl.constexpr, BLOCK: tl.constexpr, BATCH: tl.constexpr):
+def add_parts(PARTS, OUT, parts, size, SIZE: tl.constexpr):
     """Store OUT[i] = the sum of PARTS[:parts, i] in a fixed order, for i < size <= SIZE; the grid shares the i.
 
-    PARTS has rows of SIZE. BATCH rows are loaded together, because one at a time would wait for memory each time.
+    PARTS has rows of SIZE. Many rows are loaded together, because one at a time would wait for memory each time, and blocks are
+    small, because each program then has about one.
     """
+    BLOCK: tl.constexpr = 32 if SIZE <= 4096 else 64
+    BATCH: tl.constexpr = 128
     for block in range(tl.program_id(0), tl.cdiv(size, BLOCK), tl.num_programs(0)):
         i = block * BLOCK + tl.arange(0, BLOCK)
         total = tl.zeros((BLOCK,), tl.float32)

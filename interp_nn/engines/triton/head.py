@@ -274,7 +274,7 @@ def latent_loss(
                 PRECISION,
             )
         if (DB is not None) or (DA is not None):
-            add_parts(U_PARTS, U, programs, 2 * BM * BK, 2 * BM * BK, 256, BATCH)
+            add_parts(U_PARTS, U, programs, 2 * BM * BK, 2 * BM * BK)
         store_value_and_dc(VALUE, LOSSES, COUNTS, DC, C_PARTS, scale, programs, REDUCTION, M, BM, BATCH)
     if (PHASES & 6) == 6:
         barrier(COUNTER)
@@ -285,7 +285,7 @@ def latent_loss(
             if DEGREE is None:
                 t = _symmetrized(U, load_a(A, rm, rk, M, K).to(tl.float32), BK, BM, PRECISION)
             store_db(
-                DB, B, WORK, t, scaled(scale, SCALE), d, splits, K, BK, BC, B_T, EVEN_D, PRECISION, 4,
+                DB, B, WORK, t, scaled(scale, SCALE), d, splits, K, BK, BC, B_T, EVEN_D, PRECISION, 8,
                 None, U + BM * BK, A, G, C_Q, SCALE, M, BM, BK, DEGREE,
             )  # fmt: skip
         if DQ is not None:
@@ -509,7 +509,7 @@ def flat_loss(
     if (PHASES & 12) == 12:
         barrier(COUNTER)
     if PHASES & 8:
-        add_parts(U_PARTS, U, parts, 2 * BM * BK, 2 * BM * BK, 256, BATCH)
+        add_parts(U_PARTS, U, parts, 2 * BM * BK, 2 * BM * BK)
     if (PHASES & 24) == 24:
         barrier(COUNTER)
     if PHASES & 16:
@@ -524,8 +524,8 @@ def flat_loss(
                 t = _symmetrized(U, a, BK, BM, PRECISION)
             for tile in range(program, tl.cdiv(d, BC), programs):
                 rd = tile * BC + tl.arange(0, BC)
-                v1 = add_splits(WORK, rd, d, splits, BM, BC, 4)
-                v2 = add_splits(WORK + splits * d * BM, rd, d, splits, BM, BC, 4)
+                v1 = add_splits(WORK, rd, d, splits, BM, BC, 8)
+                v2 = add_splits(WORK + splits * d * BM, rd, d, splits, BM, BC, 8)
                 db = dot(v2, h, dot(v1, a, None, PRECISION), PRECISION)
                 if DEGREE is not None:
                     db = add_derivative(
