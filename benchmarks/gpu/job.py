@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 from benchmarks.command_line import at_least, not_negative, users_input
 from benchmarks.gpu.job_table import short_table, table
 from benchmarks.gpu.kernels import WITH_KERNELS
-from benchmarks.gpu.log import BAD, Log, read
+from benchmarks.gpu.log import BAD, OUT_OF_TIME, Log, read
 from benchmarks.records import files
 from benchmarks.records.environment import ROOT
 
@@ -63,6 +63,7 @@ STAGES = {
 }
 _FIRST_STAGES = (1, 2, 3)
 _BUILDING = 100.0  # seconds for the CUDA library
+_KILLED = "killed: the time of its part was over"
 _GRACE = 15.0  # seconds for the current step when a part's time is over
 _PROGRESS = 10.0
 
@@ -180,7 +181,8 @@ def _run(
     if not target.exists():
         for engine, why in without.items():
             Log(target, "engines", 0.0, {}).write(engine, "skipped", why=why)
-    lines, ran = read(target), 0
+    # What an earlier run had no time for is done now, or noted again.
+    lines, ran = [line for line in read(target) if line.get("why") not in (_KILLED, OUT_OF_TIME)], 0
     parts = in_order(asked)
     while parts:
         found = run_part(parts[0], asked, allotted(parts, end - time.monotonic()), talk, target)
@@ -275,7 +277,7 @@ class Worker:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
-            self._note("killed: the time of its part was over", self._at())
+            self._note(_KILLED, self._at())
 
     def _at(self) -> int | None:
         try:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 import interp_nn
 from benchmarks.gpu import kernels
-from benchmarks.gpu.log import Log, read
+from benchmarks.gpu.log import OUT_OF_TIME, Log, read
 from benchmarks.records.environment import ROOT
 from benchmarks.timing import footprint
 from benchmarks.timing.cuda_graphs import captured, synchronize
@@ -201,7 +201,7 @@ def repeat(engine: str, shape: Shape, times: int, device: torch.device, log: Log
         for name, call in admitted(engine, shape, device, log, wide).items():
             label = f"{times} repeats of {'wide ' * wide}{name} {shape.name}, {engine}"
             if log.left() < 0:
-                log.write(label, "skipped", why="out of time")
+                log.write(label, "skipped", why=OUT_OF_TIME)
                 continue
             with log.guarded(label), interp_nn.use_engine(engine):
                 first = call()

@@ -21,7 +21,7 @@ import torch
 
 import interp_nn
 from benchmarks.gpu import cases, checks, kernels, runs
-from benchmarks.gpu.log import Log, common
+from benchmarks.gpu.log import OUT_OF_TIME, Log, common
 from benchmarks.records import files
 from benchmarks.timing.problems import Problem
 from interp_nn.engines import devices, verify
@@ -55,6 +55,10 @@ def _verify(settings: Settings) -> list[Step]:
     return [
         *(Step(f"verify {variant}", partial(checks.check_variant, variant, settings.device)) for variant in variants),
         Step("first use", partial(checks.check_first_use, settings.device)),
+        *(
+            Step(f"first use in a graph, {name}", partial(checks.check_capture, name, settings.device))
+            for name in (settings.engines if settings.device.type == "cuda" else ())
+        ),
     ]
 
 
@@ -285,7 +289,7 @@ def work(
         if position is not None:
             files.write_text(position, str(place))
         if log.left() < 0:
-            log.write(step.name, "skipped", why="out of time")
+            log.write(step.name, "skipped", why=OUT_OF_TIME)
             continue
         faulthandler.dump_traceback_later(step.seconds, exit=True, file=sys.__stderr__ or sys.stderr)
         bad, start = log.bad, time.monotonic()
