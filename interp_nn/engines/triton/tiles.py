@@ -190,31 +190,3 @@ def project(
         b = load_b(B, rd, rk, d, K, B_T, EVEN_D)
         p = dot(x, b, p, PRECISION)
     return p
-
-
-@triton.jit
-def project_and_gram(
-    X,
-    B,
-    row,
-    n,
-    d,
-    K: tl.constexpr,
-    BK: tl.constexpr,
-    BN: tl.constexpr,
-    BD: tl.constexpr,
-    B_T: tl.constexpr,
-    EVEN_D: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """Return `project` and `gram` from one pass over b."""
-    rn, rk = tl.arange(0, BN), tl.arange(0, BK)
-    p = tl.zeros((BN, BK), tl.float32)
-    g = tl.zeros((BK, BK), tl.float32)
-    for j in range(0, d, BD):
-        rd = j + tl.arange(0, BD)
-        x = load_x(X, row, rn, rd, n, d, EVEN_D)
-        b = load_b(B, rd, rk, d, K, B_T, EVEN_D)
-        p = dot(x, b, p, PRECISION)
-        g = dot(tl.trans(b), b, g, PRECISION)
-    return p, g
