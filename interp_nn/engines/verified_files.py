@@ -32,11 +32,23 @@ def folder() -> Path | None:
         return None
 
 
+def has_passed(file: Path | None) -> bool:
+    """Return True if the file is there, and False where the folder may not be read."""
+    try:
+        return file is not None and file.exists()
+    except OSError:
+        return False
+
+
 def passed_before(device: torch.device) -> list[str]:
     """Return the variants that have passed on this machine, with these versions."""
     where = folder()
-    found = []
-    for file in sorted(where.glob("*.json")) if where is not None and where.is_dir() else []:
+    found: list[str] = []
+    try:
+        files = sorted(where.glob("*.json")) if where is not None and where.is_dir() else []
+    except OSError:
+        return found
+    for file in files:
         try:
             content = json.loads(file.read_text(encoding="utf-8"))
             name, _ = content.pop("variant"), content.pop("seconds")

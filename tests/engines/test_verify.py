@@ -209,6 +209,16 @@ def test_a_folder_that_cannot_be_written_costs_nothing_but_time(monkeypatch, tmp
     assert not (tmp_path / "part").exists()
 
 
+def test_a_folder_that_may_not_be_read_is_no_verdict(monkeypatch):
+    def denied(self, *_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    for name in ("exists", "is_dir"):
+        monkeypatch.setattr(f"pathlib.Path.{name}", denied)
+    assert not verified_files.has_passed(verified_files.folder() / "file")
+    assert verified_files.passed_before(CPU) == []
+
+
 def test_a_broken_file_is_no_verdict():
     verified_files.folder().mkdir(parents=True)
     (verified_files.folder() / "broken.json").write_text("{")
