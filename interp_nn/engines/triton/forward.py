@@ -73,8 +73,8 @@ def stream(
 ):
     """Store Y, and P and G in X's dtype; BIAS (K,), P and G may be None. Of a polynomial store Q = q(G) too.
 
-    Each program forms G itself, which costs about as much as a grid barrier. q(G) adds DEGREE - 1 products of BK x BK matrices to
-    that. Then it takes row tiles in turn. Their loops over features are one loop: loads of the next tile run while the last one is
+    Each program forms G itself, which costs about as much as a grid barrier. q(G) adds DEGREE - 1 products of BK x BK matrices.
+    Then it takes row tiles in turn. Their loops over features are one loop: loads of the next tile run while the last one is
     stored. fp32 operands leave no memory for that.
     """
     FLAT: tl.constexpr = X.dtype.element_ty != tl.float32
