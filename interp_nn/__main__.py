@@ -1,7 +1,8 @@
 """Print versions, devices, the CUDA library, each engine with the reason where it is off, and what has been verified.
 
 `python -m interp_nn verify` verifies the usual kernels on a GPU, in processes of their own (see `interp_nn.engines.verify`).
-`python -m interp_nn tune` measures, on a GPU, a table of kernel configurations (see `interp_nn.tuning`).
+`python -m interp_nn tune` measures, on a GPU, a table of kernel configurations (see `interp_nn.tuning`). `python -m interp_nn
+report` writes a page about a network (see `interp_nn.explain.report`).
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import torch
 from interp_nn import __version__, engines
 from interp_nn.engines import select, verified_files, verify
 from interp_nn.engines.cuda import compiled_library, fatbin
-from interp_nn.workers import Workers
+from interp_nn.engines.workers import Workers
 
 
 def main() -> None:
@@ -83,11 +84,18 @@ if __name__ == "__main__":
         sys.exit(tuning.main(sys.argv[2:]))
     if sys.argv[1:2] == ["verify"]:
         sys.exit(verify_all(sys.argv[2:]))
+    if sys.argv[1:2] == ["report"]:
+        from interp_nn.explain.report import report_command
+
+        sys.exit(report_command.main(sys.argv[2:]))
     parser = argparse.ArgumentParser(
         "python -m interp_nn", description="With no command: versions, devices and engines."
     )
     parser.add_argument(
-        "command", nargs="?", choices=["tune", "verify"], help="on a GPU: measure a table of tiles; verify the kernels"
+        "command",
+        nargs="?",
+        choices=["tune", "verify", "report"],
+        help="tune: measure a table of tiles on a GPU; verify: compare its kernels with PyTorch; report: a page about a network",
     )
     parser.parse_args()
     main()

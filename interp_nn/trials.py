@@ -22,7 +22,7 @@ from interp_nn.engines.limits import unsupported_reason
 from interp_nn.engines.problem import ENGINES, Config, EngineName, LossOptions, Plan, Problem
 from interp_nn.engines.triton import configs
 from interp_nn.engines.triton.configs import Bucket
-from interp_nn.workers import Workers
+from interp_nn.engines.workers import Workers
 
 ITEMSIZES = {2: "bf16", 4: "fp32"}
 _DTYPES = {2: torch.bfloat16, 4: torch.float32}

@@ -17,9 +17,9 @@ from interp_nn.engines.devices import spec_for
 from interp_nn.engines.limits import unsupported_reason
 from interp_nn.engines.triton import configs, engine
 from interp_nn.engines.triton.configs import TILES, Bucket, fits
+from interp_nn.engines.workers import Workers
 from interp_nn.trials import Group
 from interp_nn.tuning import LEVELS
-from interp_nn.workers import Workers
 
 HOPPER = spec_for((9, 0))
 STREAM = Group("stream", 2, 128)

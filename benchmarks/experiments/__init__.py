@@ -19,10 +19,11 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "summary_cnn": ("head_comparison", "summary_cnn"),
     **{name: (name,) for name in (
         "gated_images", "titanic", "linearize_cifar10", "descramble_cifar10", "mnist_tsne", "digits_attribution", "digits_tsne",
-        "two_regimes", "oblique_trees", "gated_digits", "gated_tables",
+        "two_regimes", "few_clusters", "oblique_trees", "gated_digits", "gated_tables", "language_map",
+        "report_pages",
     )},
     "orthogonality": ("digits_constraints",),
-    **{name: (name,) for name in ("learning_rates", "recipes", "fine_tuning")},
+    **{name: (name,) for name in ("learning_rates", "recipes", "fine_tuning", "readable_heads")},
     **{name: (name,) for name in ("descent", "descramble_linear", "descramble_signals", "descramble_digits")},
     "dlgn_cifar10": ("dlgn_recovery", "--dataset", "cifar10"),
     "dlgn_cifar100": ("dlgn_recovery", "--dataset", "cifar100"),

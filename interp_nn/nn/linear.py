@@ -84,6 +84,7 @@ class SummaryLinear(PolynomialLayer):
         """Compute y (..., out_features) for the input x (..., in_features)."""
         if (call := call_in_graph(self, input)) is not None:
             return call
+        self._refuse_quantized("input", input)
         formed = self.formed_weight()
         if formed is not None:
             return nn.functional.linear(input, formed, self.bias)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -14,6 +15,9 @@ try:
     from torch._functorch import eager_transforms
 except ImportError:
     eager_transforms = None  # type: ignore[assignment]
+
+# True while the calls of a model are followed one by one: operators and Functions of our own would be opaque.
+followed: ContextVar[bool] = ContextVar("followed", default=False)
 
 _LIBRARY = torch.library.Library("interp_nn", "DEF")
 

@@ -15,6 +15,7 @@ from benchmarks.experiments import descent, dlgn_recovery, gated_images, head_co
 from benchmarks.records import rows
 from benchmarks.records.environment import ROOT
 from benchmarks.timing import reference_networks
+from interp_nn.explain.descramble.descrambler import Descrambler
 
 KEYS = {
     "experiment", "git_sha", "device", "torch", "seeds", "epochs", "quick", "seconds", "budget", "figures", "results",
@@ -25,9 +26,10 @@ PASSENGERS = "survived,pclass,name,sex,age,sibsp,parch,ticket,fare,cabin,embarke
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch):
-    """No data from outside; no rendering, which is half of the time; a vgg11 of few channels."""
+    """No data from outside; no rendering, which is half of the time; few shuffles; a vgg11 of few channels."""
     monkeypatch.delenv("INTERP_NN_DATA", raising=False)
     monkeypatch.setattr(Figure, "savefig", lambda self, path, **_: Path(path).touch())
+    monkeypatch.setattr(Descrambler.nulls, "__defaults__", (4, 0))
     thin = [width if isinstance(width, str) else max(8, width // 32) for width in reference_networks._VGG11]
     monkeypatch.setattr(reference_networks, "_VGG11", tuple(thin))
 
@@ -107,6 +109,16 @@ def test_two_regimes(run):
     assert sum(found["merged"]["samples"]) == found["samples"] == 500 and 0.9 < found["merged"]["r2"] <= 1
     for name, median in found["median_coefficients"].items():
         assert median == pytest.approx(found["truth"][name], abs=0.3)
+
+
+@pytest.mark.slow
+def test_few_clusters(run):
+    found = run("few_clusters")["results"]
+    assert list(found) == ["breast cancer", "wine", "diabetes", "digits"]
+    for one in found.values():
+        (row,) = one["rows"]
+        assert row["check"] <= 1e-11 and row["single"] <= row["clusters"] <= row["samples"]
+        assert 1 <= row["merged_0.95"] <= row["merged_0.99"] <= 12 and 0.6 < row["r2_0.95"] <= 1
 
 
 def test_titanic(run, folder):
