@@ -5,6 +5,7 @@ import pytest
 import torch
 from engine_contract import *  # noqa: F403 - the tests of every engine
 from harness import forced, inputs, targets
+from interpreter import mutated
 from processes import python
 from torch.utils._python_dispatch import _disable_current_modes
 
@@ -13,6 +14,7 @@ from interp_nn import functional
 from interp_nn.engines import eager, select, verify
 from interp_nn.engines.devices import spec_for
 from interp_nn.engines.problem import HEAD_ORDERS, Config, LossOptions, Plan
+from interp_nn.engines.triton import backward
 from interp_nn.engines.triton import engine as triton_engine
 
 
@@ -151,3 +153,12 @@ def test_its_kernels_pass_their_verification(dtype, degree, monkeypatch):
         assert verify.compare(variant, cpu, triton_engine) is None, variant
     scale = verify.Variant("triton", "scale", (torch.float32, dtype, torch.float32))
     assert verify.compare(scale, cpu, triton_engine) is None
+
+
+def test_a_wrong_kernel_fails_its_verification(monkeypatch):
+    monkeypatch.setattr(verify, "_MOST_ROWS", 150)
+    cpu, plan, flags = torch.device("cpu"), Plan("triton", "(Xb)G"), (False, True, True, True, False, False)
+    variant = verify.variant_of("triton", "backward", torch.bfloat16, 4096, (96, 20), True, plan, flags, cpu)
+    with mutated(backward.symmetrized, "tl.load(T + at) + tl.trans(tl.load(T + at))", "2 * tl.load(T + at)"):
+        assert verify.compare(variant, cpu, triton_engine).startswith("db: Frobenius error")
+    assert verify.compare(variant, cpu, triton_engine) is None
