@@ -28,7 +28,7 @@ def short_table(stage: int, lines: Sequence[Row]) -> str:
     counts = ", ".join(f"{count} {status}" for status, count in sorted(counted.items()))
     found = [f"stage {stage}: {counts or 'nothing'}"]
     where = _where(lines)
-    measured = [*_shapes(lines), *_measures(lines)[1:], *_training(lines)]
+    measured = [*_shapes(lines), *_measures([line for line in lines if "fastest" not in line])[1:], *_training(lines)]
     room = _LINES - len(found) - len(where)
     bad = [line for line in _bad(lines)[1:-1] if not line.startswith("skipped")]
     shown = [*bad[: room if not measured else 3], *measured]
