@@ -56,7 +56,8 @@ def test_gains_are_those_of_the_records():
     assert "28 of 28 optimizers and rates, a CNN at 9 of 9, a transformer at 6 of 6" in README.replace("\n  ", " ")
     assert "| summary | 18 of 28, 26 failed |" in sweep and "18 of the same 28 cells, with 26 runs" in README
 
-    heads = json.loads((RESULTS / "experiments" / "readable_heads.json").read_text(encoding="utf-8"))["results"]["digits"]["heads"]
+    heads = json.loads((RESULTS / "experiments" / "readable_heads.json").read_text(encoding="utf-8"))["results"]
+    heads = heads["digits"]["heads"]
     own, turned = (heads["summary"][name]["sparsity"]["mean"] for name in ("own", "varimax"))
     assert f"sparsity from\n  {own:.2f} to {turned:.2f}" in README
 
