@@ -86,8 +86,11 @@ lint: $(READY)lint
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 
-## make wheel     the source archive and the wheel, with the CUDA library where nvcc is, into dist/
+## make wheel     the source archive, and the wheel with the CUDA library, into dist/; INTERP_NN_BUILD_CUDA=0: without it
+wheel: export INTERP_NN_BUILD_CUDA ?= 1
+wheel: export SOURCE_DATE_EPOCH ?= $(or $(shell git log -1 --format=%ct 2>/dev/null),315532800)
 wheel: $(READY)build
+	@$(PY) setup.py --quiet --version >/dev/null
 	rm -rf dist
 	$(ON_PATH) $(PY) -m build --no-isolation
 	if ls dist/*-linux_*.whl 2>/dev/null; then \
