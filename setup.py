@@ -199,9 +199,10 @@ def cuda_library() -> dict[str, Any]:
     if wanted == "0":
         return without_library("INTERP_NN_BUILD_CUDA=0 left it out")
     given = [name for name in ("INTERP_NN_CUDA_ARCHS", "TORCH_CUDA_ARCH_LIST", "CUDA_HOME") if os.environ.get(name)]
-    list_of_torch = os.environ.get("TORCH_CUDA_ARCH_LIST")
-    default = archs_of_torch(list_of_torch) if list_of_torch else ARCHS
-    archs = parse_archs(os.environ.get("INTERP_NN_CUDA_ARCHS", default))
+    text = os.environ.get("INTERP_NN_CUDA_ARCHS")
+    if text is None:
+        text = archs_of_torch(os.environ["TORCH_CUDA_ARCH_LIST"]) if os.environ.get("TORCH_CUDA_ARCH_LIST") else ARCHS
+    archs = parse_archs(text)
     toolkit = find_toolkit()
     reason = unsupported_reason(toolkit, archs)
     if reason is None:
