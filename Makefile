@@ -55,7 +55,7 @@ emulated: $(READY)test
 	$(MAKE) --jobs 2 emulated-kernels emulated-mutants
 emulated-kernels emulated-mutants: export INTERP_NN_EMULATOR_TESTS := 1
 emulated-kernels: $(READY)test
-	$(ON_PATH) $(PY) -m pytest tests/engines/cuda/emulated -k "not mutants and not sanitized" $(ARGS)
+	$(ON_PATH) $(PY) -m pytest tests/engines/cuda/emulated -m "slow or not slow" -k "not mutants and not sanitized" $(ARGS)
 emulated-mutants: $(READY)test
 	$(ON_PATH) $(PY) -m pytest tests/engines/cuda/emulated -k "mutants or sanitized" $(ARGS)
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from matplotlib.figure import Figure
+from support import needs_records
 
 from benchmarks import experiments
 from benchmarks.experiments import descent, dlgn_recovery, gated_images, head_comparison, oblique_trees, papers, tabular
@@ -340,6 +341,7 @@ def test_dlgn_of_images_that_are_not_there(capsys):
     assert "not run, no data: cifar100: no folder given; pass --data DIR" in capsys.readouterr().err
 
 
+@needs_records
 @pytest.mark.parametrize(("page", "arguments"), [("README.md", ["--brief"]), ("docs/papers.md", [])])
 def test_pages_say_what_the_records_say(page, arguments, tmp_path, capsys):
     from benchmarks.__main__ import main
@@ -353,6 +355,7 @@ def test_pages_say_what_the_records_say(page, arguments, tmp_path, capsys):
     assert "has no lines '<!-- begin: python -m benchmarks papers" in capsys.readouterr().err
 
 
+@needs_records
 @pytest.mark.parametrize(
     ("file", "change", "told"),
     [

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from support import needs_records
 
 from benchmarks.__main__ import main
 from benchmarks.records import environment, figures, report, rows
@@ -110,6 +111,7 @@ def test_a_table_is_written_between_its_marks(tmp_path):
         report.fill(page, path, tmp_path)
 
 
+@needs_records
 def test_pages_say_what_their_record_says():
     marks = {}
     for page in (environment.ROOT / "README.md", *(environment.ROOT / "docs").glob("*.md")):
