@@ -3,6 +3,8 @@
 // Only this file differs between the two. The kernels themselves are plain C++.
 #pragma once
 
+#undef NDEBUG  // for the declaration of __assert_fail
+#include <cassert>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
