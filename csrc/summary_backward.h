@@ -178,7 +178,7 @@ DEVICE void summary_phases(const P& products, const SummaryBackward& arguments, 
     grid_barrier(arguments.counter);
     if (need_sums) {
         add_parts(work.t_parts, work.t, work.parts, BK * BK);
-        if (arguments.db != nullptr) add_parts(work.s, work.s, splits, int64_t{arguments.d} * BK);
+        if (arguments.db != nullptr && splits > 1) add_parts(work.s, work.s, splits, int64_t{arguments.d} * BK);
         widen_gram<BK, T>(products.mode, arguments, arguments.g, work.derivative().g);
     }
     if (need_bias && program() == programs() - 1) {
