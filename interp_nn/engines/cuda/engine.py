@@ -170,7 +170,8 @@ def forward(
     if x.numel() * b.shape[1] == 0 or _given_up(x.device):
         if q is None:
             return eager.forward(x, b, bias, plan, pair)
-        p, y, kept = eager_polynomial.forward(x, b, bias, q, plan, pair)  # `backward` reads none of them then
+        p, y, kept = eager_polynomial.forward(x, b, bias, q, plan, pair)
+        kept[2].diagonal().add_(q.coefficients[0])  # the eager engine saves q(G) without it
         return (p, y, kept) if plan.saves else (None, y, kept[1:])
     try:
         y, g, *more = launch(

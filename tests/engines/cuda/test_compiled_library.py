@@ -1,5 +1,6 @@
 import sys
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -179,6 +180,11 @@ POLYNOMIAL = Plan("cuda", "(Xb)q", saves=True)
 OPTIONS, NEEDS = LossOptions((1.0, 1.0, 1.0), -100, "mean"), (True,) * 4
 
 
+def eager_forward_of_polynomial():
+    p, y, (_, g, terms) = eager_polynomial.forward(X, B, None, Q, POLYNOMIAL, True)
+    return p, y, [p, g, terms + Q.coefficients[0] * torch.eye(4)]  # what a kernel saves
+
+
 def eager_backward_of_polynomial():
     kept = eager_polynomial.forward(X, B, None, Q, eager_polynomial.SAVING, True)[2]
     return eager_polynomial.backward(DY, DY, X, B, Q, kept, eager_polynomial.SAVING, (True, True, False, True, False))[
@@ -190,7 +196,7 @@ CALLS = {
     "forward": (lambda: engine.forward(X, B, None, SUMMARY, False), lambda: eager.forward(X, B, None, SUMMARY, False)),
     "forward of a polynomial": (
         lambda: engine.forward(X, B, None, POLYNOMIAL, True, Q),
-        lambda: eager_polynomial.forward(X, B, None, Q, POLYNOMIAL, True),
+        eager_forward_of_polynomial,
     ),
     "backward": (
         lambda: engine.backward(None, DY, X, B, [B.T @ B], SUMMARY, True, True, True),
@@ -243,4 +249,6 @@ def test_an_engine_that_was_asked_for_raises_the_error_of_its_launch(refused, fr
         for _ in range(2):
             with pytest.raises(engine.LaunchError, match=r"^no kernel image is available for execution on the device$"):
                 CALLS["forward"][0]()
+        with ThreadPoolExecutor(1) as autograd, pytest.raises(engine.LaunchError):
+            autograd.submit(CALLS["backward"][0]).result()
     assert not compiled_library.launch_failures
