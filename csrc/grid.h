@@ -10,11 +10,12 @@ namespace interp_nn {
 DEVICE float add_strided(const float* from, int64_t stride, int count) {
     constexpr int UNDER_WAY = 8;
     float sums[UNDER_WAY] = {};
-    NO_UNROLL for (int first = 0; first < count; first += UNDER_WAY) {
-        UNROLL for (int q = 0; q < UNDER_WAY; ++q) {
-            if (first + q < count) sums[q] += from[q * stride];
-        }
+    NO_UNROLL for (; count >= UNDER_WAY; count -= UNDER_WAY) {
+        UNROLL for (int q = 0; q < UNDER_WAY; ++q) sums[q] += from[q * stride];
         from += UNDER_WAY * stride;
+    }
+    UNROLL for (int q = 0; q < UNDER_WAY - 1; ++q) {  // the rest, in two waits: a condition takes one of six predicates
+        if (q < count) sums[q] += from[q * stride];
     }
     UNROLL for (int half = UNDER_WAY / 2; half > 0; half /= 2) {
         UNROLL for (int q = 0; q < half; ++q) sums[q] += sums[q + half];

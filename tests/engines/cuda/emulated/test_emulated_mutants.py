@@ -139,8 +139,8 @@ MUTANTS = {
     ),
     "a_part_too_many_is_added": (
         "grid.h",
-        "if (first + q < count)",
-        "if (first + q <= count)",
+        "if (q < count) sums",
+        "if (q <= count) sums",
         "backward",
         "wrong numbers",
     ),
