@@ -59,7 +59,7 @@ emulated: $(READY)test
 	$(MAKE) --jobs 2 emulated-kernels emulated-mutants
 emulated-kernels emulated-mutants: export INTERP_NN_EMULATOR_TESTS := 1
 emulated-kernels: $(READY)test
-	$(ON_PATH) $(PY) -m pytest tests/engines/cuda/emulated -k "not mutants and not sanitized" $(ARGS)
+	$(ON_PATH) $(PY) -m pytest tests/engines/cuda/emulated -m "slow or not slow" -k "not mutants and not sanitized" $(ARGS)
 emulated-mutants: $(READY)test
 	$(ON_PATH) $(PY) -m pytest tests/engines/cuda/emulated -k "mutants or sanitized" $(ARGS)
 
@@ -92,8 +92,11 @@ lint: $(READY)lint
 	$(PY) -m mypy
 	@$(PY) benchmarks/records/stale.py
 
-## make wheel     the source archive and the wheel, with the CUDA library where nvcc is, into dist/
+## make wheel     the source archive, and the wheel with the CUDA library, into dist/; INTERP_NN_BUILD_CUDA=0: without it
+wheel: export INTERP_NN_BUILD_CUDA ?= 1
+wheel: export SOURCE_DATE_EPOCH ?= $(or $(shell git log -1 --format=%ct 2>/dev/null),315532800)
 wheel: $(READY)build
+	@$(PY) setup.py --quiet --version >/dev/null
 	rm -rf dist
 	$(ON_PATH) $(PY) -m build --no-isolation
 	if ls dist/*-linux_*.whl 2>/dev/null; then \

@@ -16,7 +16,8 @@ using interp_nn::Kind;
 using torch::stable::Tensor;
 using MaybeTensor = std::optional<Tensor>;
 
-void check(const char* error) { STD_TORCH_CHECK(error == nullptr, error != nullptr ? error : ""); }
+// engine.py knows an error of a launch by these words.
+void check(const char* error) { STD_TORCH_CHECK(error == nullptr, "not launched: ", error != nullptr ? error : ""); }
 
 int32_t dtype_of(const Tensor& t) {
     int32_t dtype = 0;

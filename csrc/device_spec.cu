@@ -1,13 +1,38 @@
 // The properties of devices, and the versions of CUDA.
+#include <cuda.h>
+#include <cuda_runtime.h>
+
 #include <map>
 #include <mutex>
 #include <utility>
 
-#include "primitives.h"
+#include "launch.h"
 
 namespace interp_nn {
 
-static DeviceSpec failed(cudaError_t error) { return {0, 0, 0, cudaGetErrorString(error)}; }
+static DeviceSpec failed(const char* error) { return {0, 0, 0, error}; }
+
+// A function of the driver, or nullptr where the driver is older. The library is not linked to the driver.
+template <class Function> static Function of_driver(const char* name) {
+    void* function = nullptr;
+    cudaDriverEntryPointQueryResult found{};
+    const cudaError_t error =
+        cudaGetDriverEntryPointByVersion(name, &function, CUDA_VERSION, cudaEnableDefault, &found);
+    return reinterpret_cast<Function>(error == cudaSuccess && found == cudaDriverEntryPointSuccess ? function
+                                                                                                   : nullptr);
+}
+
+// The multiprocessors of the current context: fewer than the device's in a green context. 0 if they cannot be read.
+static int multiprocessors_of_context() {
+    static const auto current = of_driver<decltype(&cuCtxGetCurrent)>("cuCtxGetCurrent");
+    static const auto resource_of = of_driver<decltype(&cuCtxGetDevResource)>("cuCtxGetDevResource");
+    CUcontext context = nullptr;
+    CUdevResource resource{};
+    if (current == nullptr || resource_of == nullptr || current(&context) != CUDA_SUCCESS || context == nullptr)
+        return 0;
+    if (resource_of(context, &resource, CU_DEV_RESOURCE_TYPE_SM) != CUDA_SUCCESS) return 0;
+    return static_cast<int>(resource.sm.smCount);
+}
 
 static DeviceSpec read_spec(int device) {
     DeviceSpec spec{};
@@ -19,7 +44,9 @@ static DeviceSpec read_spec(int device) {
         {&minor, cudaDevAttrComputeCapabilityMinor},
     };
     for (const auto& [value, attribute] : wanted) {
-        if (const cudaError_t error = cudaDeviceGetAttribute(value, attribute, device)) return failed(error);
+        if (const cudaError_t error = cudaDeviceGetAttribute(value, attribute, device)) {
+            return failed(cudaGetErrorString(error));
+        }
     }
     spec.capability = 10 * major + minor;
     return spec;
@@ -28,13 +55,24 @@ static DeviceSpec read_spec(int device) {
 DeviceSpec use_device(int device) {
     static std::mutex mutex;
     static std::map<int, DeviceSpec> specs;  // of devices that could be read
-    // This library contains its own CUDA runtime, with its own current device. The error may come from an earlier
-    // launch, so its text is returned.
-    if (const cudaError_t error = cudaSetDevice(device)) return failed(error);
-    const std::lock_guard<std::mutex> lock(mutex);
-    if (const auto known = specs.find(device); known != specs.end()) return known->second;
-    const DeviceSpec spec = read_spec(device);
-    if (spec.error == nullptr) specs[device] = spec;
+    // This library contains its own CUDA runtime. Setting the device would replace a context that the caller has made
+    // current. The error may come from an earlier launch, so its text is returned.
+    int current = -1;
+    cudaError_t error = cudaGetDevice(&current);
+    if (error == cudaSuccess && current != device) error = cudaSetDevice(device);
+    if (error != cudaSuccess) return failed(cudaGetErrorString(error));
+    DeviceSpec spec{};
+    {
+        const std::lock_guard<std::mutex> lock(mutex);
+        const auto known = specs.find(device);
+        spec = known != specs.end() ? known->second : read_spec(device);
+        if (spec.error == nullptr) specs[device] = spec;
+    }
+    // The default streams of two contexts would share a barrier's counter, and both launches could wait for ever.
+    const int multiprocessors = spec.error == nullptr ? multiprocessors_of_context() : 0;
+    if (multiprocessors != 0 && multiprocessors < spec.multiprocessors) {
+        return failed("the current CUDA context has only a part of the device's multiprocessors (a green context)");
+    }
     return spec;
 }
 

@@ -87,7 +87,7 @@ template <class P, int BK> DEVICE void forward_rows(const P& products, const For
 }
 
 template <class P, int BK> KERNEL forward_kernel(Forward arguments, Mode mode, int stages) {
-    if constexpr (P::available) forward_rows<P, BK>(P{mode}, arguments, stages);
+    RUN_IF_AVAILABLE(P, forward_rows<P, BK>(P{mode}, arguments, stages))
 }
 
 template <class P, int BK> struct ForwardInstance {

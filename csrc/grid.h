@@ -5,26 +5,30 @@
 
 namespace interp_nn {
 
-// out[i] = the sum of parts[q, i] over q < count in a fixed order, for i < size; the grid shares the i.
-NOINLINE void add_parts(const float* parts, float* out, int count, int size) {
-    NO_UNROLL for (int i = program() * THREADS + thread(); i < size; i += programs() * THREADS) {
-        float sums[4] = {};  // four loads at a time, because one would wait for memory each time
-        NO_UNROLL for (int first = 0; first < count; first += 4) {
-            UNROLL for (int q = 0; q < 4; ++q) {
-                if (first + q < count) sums[q] += parts[static_cast<int64_t>(first + q) * size + i];
-            }
-        }
-        out[i] = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+// The sum of from[q * stride] over q < count in a fixed order, with eight loads under way: one would wait for memory
+// each time.
+DEVICE float add_strided(const float* from, int64_t stride, int count) {
+    constexpr int UNDER_WAY = 8;
+    float sums[UNDER_WAY] = {};
+    NO_UNROLL for (; count >= UNDER_WAY; count -= UNDER_WAY) {
+        UNROLL for (int q = 0; q < UNDER_WAY; ++q) sums[q] += from[q * stride];
+        from += UNDER_WAY * stride;
     }
+    UNROLL for (int q = 0; q < UNDER_WAY - 1; ++q) {  // the rest, in two waits: a condition takes one of six predicates
+        if (q < count) sums[q] += from[q * stride];
+    }
+    UNROLL for (int half = UNDER_WAY / 2; half > 0; half /= 2) {
+        UNROLL for (int q = 0; q < half; ++q) sums[q] += sums[q + half];
+    }
+    return sums[0];
 }
 
-// The sum of parts[split, feature, column] over the splits in a fixed order, for parts of (d, BK).
-template <int BK> DEVICE float add_splits(const float* parts, int splits, int feature, int column, int d) {
-    float sum = 0.f;
-    if (feature < d) {
-        NO_UNROLL for (int q = 0; q < splits; ++q) sum += parts[(int64_t{q} * d + feature) * BK + column];
+// out[i] = the sum of parts[q, i] over q < count in a fixed order, for i < size; the grid shares the i. `out` may be
+// parts[0].
+NOINLINE void add_parts(const float* parts, float* out, int count, int64_t size) {
+    NO_UNROLL for (int64_t i = program() * THREADS + thread(); i < size; i += programs() * THREADS) {
+        out[i] = add_strided(parts + i, size, count);
     }
-    return sum;
 }
 
 // For the last phase: a square matrix of fp32 in shared memory, and a slice of sixteen rows at a time that is
@@ -95,13 +99,27 @@ template <int GROUPS, class Tile> DEVICE float add_rows(const Mode& mode, const 
     return sum;
 }
 
+// The sum over a block's groups of BK threads, thread i of each, for thread i < BK. It overwrites shared memory.
+template <int BK> DEVICE float add_groups(float value) {
+    auto* const values = reinterpret_cast<float*>(shared_memory());
+    values[thread()] = value;
+    block_barrier();
+    float sum = 0.f;
+    if (thread() < BK) {
+        UNROLL for (int group = 0; group < THREADS / BK; ++group) sum += values[group * BK + thread()];
+    }
+    block_barrier();
+    return sum;
+}
+
 // to[column] = scale times the sum of parts[q, column] over q < count, for parts of (count, BK). One program calls it.
 template <int BK, class T>
 DEVICE void store_columns(const Mode& mode, T* to, int columns, const float* parts, int count, float scale) {
-    if (thread() >= columns) return;
-    float sum = 0.f;
-    NO_UNROLL for (int q = 0; q < count; ++q) sum += parts[q * BK + thread()];
-    to[thread()] = round_to<T>(sum * scale, mode.is_bf16);
+    constexpr int GROUPS = THREADS / BK;
+    const int group = thread() / BK;
+    const float part = add_strided(parts + thread(), THREADS, (count - group + GROUPS - 1) / GROUPS);
+    const float sum = add_groups<BK>(part);
+    if (thread() < columns) to[thread()] = round_to<T>(sum * scale, mode.is_bf16);
 }
 
 // Store db = scale (sums + b square), where sums adds up parts of (splits, d, BK); the grid shares the features.
@@ -118,7 +136,7 @@ DEVICE void store_db(const Mode& mode, const Gradients& arguments, const SliceTi
         multiply_slice(tiles, of_b, [&](int row, int column, float product) {
             const int64_t f = feature + row;
             if (f >= d || column >= k) return;
-            const float sum = add_splits<BK>(parts, splits, feature + row, column, d);
+            const float sum = add_strided(parts + f * BK + column, int64_t{d} * BK, splits);
             db[arguments.db_transposed ? column * int64_t{d} + f : f * k + column] =
                 round_to<T>((sum + product) * scale, mode.is_bf16);
         });

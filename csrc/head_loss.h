@@ -46,7 +46,7 @@ template <class P, int BK, int BM> struct HeadTiles : ProjectionTiles<P, BK, hea
 //     floats: s (splits, d, BK)                   parts of Xᵀ D
 //             u_parts (programs, 2, BM, BK)
 //             u (2, BM, BK)                       U1 and U2
-//             columns (programs, GROUPS, BM)      parts of dc
+//             columns (programs, BM)              parts of dc
 //             losses (programs), counts (programs)
 //             g (BK, BK)                          G, the first of DerivativeWork
 //     rows:   d, p (n, width), X's type           D and P
@@ -69,7 +69,7 @@ template <class T, int BK, int BM> struct HeadWork {
         s = floats.take(int64_t{splits} * arguments.d * BK);
         u_parts = floats.take(int64_t{programs} * 2 * BM * BK);
         u = floats.take(2 * BM * BK);
-        columns = floats.take(int64_t{programs} * THREADS);
+        columns = floats.take(int64_t{programs} * BM);
         losses = floats.take(width_of(programs));
         counts = floats.take(width_of(programs));
         const int more = DerivativeWork<BK>::size(arguments);
@@ -214,7 +214,8 @@ DEVICE void head_correlations(const P& products, int64_t n, const HeadWork<T, BK
                                            [&](int, const auto& tile) {
                                                column_sum += add_rows<Tiles::GROUPS>(products.mode, tile, group, column);
                                            });
-    work.columns[program() * THREADS + thread()] = column_sum;
+    column_sum = add_groups<BM>(column_sum);
+    if (thread() < BM) work.columns[program() * BM + thread()] = column_sum;
     if (!Piece::warp_active()) return;
     UNROLL for (int i = 0; i < 2; ++i) {
         float* const part = work.u_parts + (program() * int64_t{2} + i) * BM * BK;
@@ -284,7 +285,6 @@ DEVICE void store_output_weight(const Mode& mode, const SliceTiles<BK>& tiles, c
 
 template <int BK, int BM, class P>
 DEVICE void head_phases(const P& products, const HeadLoss& arguments, int splits, int stages) {
-    using Tiles = HeadTiles<P, BK, BM>;
     using T = typename P::Element;
     const Matrix<T> x = matrix<T>(arguments.x, arguments.n, arguments.d), b = matrix_b<T>(arguments);
     const HeadWork<T, BK, BM> work(arguments, splits, programs());
@@ -301,8 +301,8 @@ DEVICE void head_phases(const P& products, const HeadLoss& arguments, int splits
     if (program() == programs() - 1) {
         store_value(arguments.terms, work.losses, work.counts);
         if (arguments.dc != nullptr) {
-            store_columns<BM>(products.mode, static_cast<T*>(arguments.dc), arguments.m, work.columns,
-                              programs() * Tiles::GROUPS, loss_scale);
+            store_columns<BM>(products.mode, static_cast<T*>(arguments.dc), arguments.m, work.columns, programs(),
+                              loss_scale);
         }
     }
     if (work.need_d) {
@@ -324,7 +324,7 @@ DEVICE void head_phases(const P& products, const HeadLoss& arguments, int splits
 }
 
 template <class P, int BK, int BM> KERNEL head_loss_kernel(HeadLoss arguments, Mode mode, int splits, int stages) {
-    if constexpr (P::available) head_phases<BK, BM>(P{mode}, arguments, splits, stages);
+    RUN_IF_AVAILABLE(P, head_phases<BK, BM>(P{mode}, arguments, splits, stages))
 }
 
 template <class P, int BK, int BM> struct HeadLossInstance : PhasedLaunch<HeadLossInstance<P, BK, BM>, HeadLoss> {

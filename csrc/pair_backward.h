@@ -147,7 +147,7 @@ DEVICE void pair_phases(const P& products, const PairBackward& arguments, int sp
 }
 
 template <class P, int BK> KERNEL pair_backward_kernel(PairBackward arguments, Mode mode, int splits, int stages) {
-    if constexpr (P::available) pair_phases<BK>(P{mode}, arguments, splits, stages);
+    RUN_IF_AVAILABLE(P, pair_phases<BK>(P{mode}, arguments, splits, stages))
 }
 
 inline const char* invalid(const PairBackward& arguments, const DeviceSpec& device) {

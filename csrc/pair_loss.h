@@ -140,7 +140,7 @@ DEVICE void pair_loss_phases(const P& products, const PairLoss& arguments, int s
 }
 
 template <class P, int BK> KERNEL pair_loss_kernel(PairLoss arguments, Mode mode, int splits, int stages) {
-    if constexpr (P::available) pair_loss_phases<BK>(P{mode}, arguments, splits, stages);
+    RUN_IF_AVAILABLE(P, pair_loss_phases<BK>(P{mode}, arguments, splits, stages))
 }
 
 template <class P, int BK> struct PairLossInstance : PhasedLaunch<PairLossInstance<P, BK>, PairLoss> {

@@ -3,7 +3,7 @@
 // Only this file differs between the two. The kernels themselves are plain C++.
 #pragma once
 
-#undef NDEBUG  // a kernel checks targets in every build
+#undef NDEBUG  // for the declaration of __assert_fail
 #include <cassert>
 #include <cmath>
 #include <cstddef>
@@ -24,6 +24,7 @@
 #define NO_UNROLL _Pragma("unroll 1")
 #define PRAGMA(text) _Pragma(#text)
 #define UNROLL_BY(count) PRAGMA(unroll(count))
+#define TRAP() __trap()
 #else
 #include "emulator.h"
 
@@ -34,7 +35,17 @@
 #define UNROLL
 #define NO_UNROLL
 #define UNROLL_BY(count)
+#define TRAP()
 #endif
+
+// The body of a kernel for products P. Code that was compiled for a GPU without their instructions traps. Without the
+// trap the launch would succeed and compute nothing.
+#define RUN_IF_AVAILABLE(P, ...)  \
+    if constexpr (P::available) { \
+        __VA_ARGS__;              \
+    } else {                      \
+        TRAP();                   \
+    }
 
 namespace interp_nn {
 
@@ -145,7 +156,7 @@ template <bool TRANSPOSED> DEVICE void load_matrices(uint32_t (&r)[4], const voi
                  : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                                             \
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]))
 #else
-#define INTERP_NN_MULTIPLY(SHAPE_AND_TYPES) __trap()
+#define INTERP_NN_MULTIPLY(SHAPE_AND_TYPES) TRAP()
 #endif
 template <bool IS_BF16> DEVICE void multiply_16(float (&c)[4], const uint32_t* a, const uint32_t* b) {
     if constexpr (IS_BF16) {
@@ -175,8 +186,11 @@ DEVICE void in_order() { asm volatile("" ::: "memory"); }
 
 DEVICE float shuffle(float value, int lane) { return __shfl_sync(0xFFFFFFFFu, value, lane); }
 
-// Stop the launch where a condition does not hold, as PyTorch's own kernels do.
-DEVICE void demand(bool holds, const char*) { assert(holds); }
+// Stop the launch where a condition does not hold, as PyTorch's own kernels do. assert() would also store this file's
+// path, and builds in two folders would differ.
+DEVICE void demand(bool holds, const char* what) {
+    if (!holds) __assert_fail(what, "interp_nn", 0, "demand");
+}
 
 DEVICE uint32_t add_and_order(uint32_t* word, uint32_t value) {
     uint32_t before;

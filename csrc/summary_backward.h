@@ -3,7 +3,7 @@
 //
 //     Phase  computes                                left out
 //     1      dX, parts of S, bᵀ S and dbias
-//     2      bᵀ S and dbias
+//     2      S, bᵀ S and dbias
 //     3      S q(G), M, the gradients of q           a phase of its own with need_derivative alone
 //     4      db                                      without db
 #pragma once
@@ -34,9 +34,9 @@ template <class P, int BK> struct SummaryTiles {
 };
 
 // The workspace.
-//     floats: s (splits, d, BK)              parts of S; then S q(G) in the place of the first
+//     floats: s (splits, d, BK)              parts of S; in the place of the first S, and then S q(G)
 //             t_parts (parts, BK, BK)        parts of bᵀ S, for as many programs as have jobs
-//             columns (splits, GROUPS, BK)   parts of dbias
+//             columns (splits, BK)           parts of dbias
 //             t (BK, BK)                     bᵀ S
 //             derivative                     of DerivativeWork
 template <class P, int BK> struct SummaryWork {
@@ -53,7 +53,7 @@ template <class P, int BK> struct SummaryWork {
         parts = jobs < programs ? jobs : programs;
         s = floats.take(int64_t{splits} * arguments.d * BK);
         t_parts = floats.take(int64_t{parts} * BK * BK);
-        columns = floats.take(int64_t{splits} * THREADS);
+        columns = floats.take(int64_t{splits} * BK);
         t = floats.take(BK * BK + DerivativeWork<BK>::size(arguments));
     }
 };
@@ -136,7 +136,10 @@ DEVICE void summary_jobs(const P& products, const SummaryBackward& arguments, co
                                 shared_memory() + Tiles::W::BYTES, stages, [&](const auto& tile) {
                                     if (need_bias) total += add_rows<Tiles::GROUPS>(products.mode, tile, group, column);
                                 });
-        if (need_bias) work.columns[(job.split * Tiles::GROUPS + group) * BK + column] = total;
+        if (need_bias) {
+            total = add_groups<BK>(total);
+            if (thread() < BK) work.columns[job.split * BK + thread()] = total;
+        }
         if (need_sums) {
             store_sum<Shape, BK>(work.s, job, sum, d);
             add_square<BK>(products, b, job, work.t_parts + int64_t{program()} * BK * BK, i == program(), sum);
@@ -144,17 +147,19 @@ DEVICE void summary_jobs(const P& products, const SummaryBackward& arguments, co
     }
 }
 
-// S q(G), in the place of S's first part, before M, so that one square at a time is in shared memory.
+// S q(G), in the place of S, before M, so that one square at a time is in shared memory.
 template <int BK, class P>
 DEVICE void summary_by_q(const P& products, const SummaryBackward& arguments, const SliceTiles<BK>& tiles,
-                         const SummaryWork<P, BK>& work, int splits) {
+                         const SummaryWork<P, BK>& work) {
     const int d = arguments.d, k = arguments.k;
     const auto* const g = static_cast<const typename P::Element*>(arguments.q_of_g);
     fill(tiles.square, [&](int row, int column) {
         return row < k && column < k ? widen(g[row * k + column], products.mode.is_bf16) : 0.f;
     });
     NO_UNROLL for (int feature = program() * SLICE; feature < d; feature += programs() * SLICE) {
-        const auto of_s = [&](int row, int column) { return add_splits<BK>(work.s, splits, feature + row, column, d); };
+        const auto of_s = [&](int row, int column) {
+            return feature + row < d ? work.s[int64_t{feature + row} * BK + column] : 0.f;
+        };
         multiply_slice(tiles, of_s, [&](int row, int column, float product) {
             if (feature + row < d) work.s[int64_t{feature + row} * BK + column] = product;
         });
@@ -164,7 +169,6 @@ DEVICE void summary_by_q(const P& products, const SummaryBackward& arguments, co
 
 template <int BK, class P>
 DEVICE void summary_phases(const P& products, const SummaryBackward& arguments, int splits, int stages) {
-    using Tiles = SummaryTiles<P, BK>;
     using T = typename P::Element;
     const bool need_sums = need_t(arguments), need_bias = arguments.dbias != nullptr;
     const Matrix<T> b = matrix_b<T>(arguments);
@@ -174,16 +178,16 @@ DEVICE void summary_phases(const P& products, const SummaryBackward& arguments, 
     grid_barrier(arguments.counter);
     if (need_sums) {
         add_parts(work.t_parts, work.t, work.parts, BK * BK);
+        if (arguments.db != nullptr && splits > 1) add_parts(work.s, work.s, splits, int64_t{arguments.d} * BK);
         widen_gram<BK, T>(products.mode, arguments, arguments.g, work.derivative().g);
     }
     if (need_bias && program() == programs() - 1) {
-        store_columns<BK>(products.mode, static_cast<T*>(arguments.dbias), arguments.k, work.columns,
-                          splits * Tiles::GROUPS, 1.f);
+        store_columns<BK>(products.mode, static_cast<T*>(arguments.dbias), arguments.k, work.columns, splits, 1.f);
     }
     if (!need_sums) return;
     grid_barrier(arguments.counter);  // before db
     const SliceTiles<BK> tiles(shared_memory());
-    if (arguments.db != nullptr) summary_by_q<BK>(products, arguments, tiles, work, splits);
+    if (arguments.db != nullptr) summary_by_q<BK>(products, arguments, tiles, work);
     const float scale = scale_of(arguments.q);
     fill_derivative(arguments, tiles, work.derivative(), scale, 1.f,
                     [&](float factor) { fill_symmetrized(tiles, work.t, factor); });
@@ -192,7 +196,7 @@ DEVICE void summary_phases(const P& products, const SummaryBackward& arguments, 
 
 template <class P, int BK>
 KERNEL summary_backward_kernel(SummaryBackward arguments, Mode mode, int splits, int stages) {
-    if constexpr (P::available) summary_phases<BK>(P{mode}, arguments, splits, stages);
+    RUN_IF_AVAILABLE(P, summary_phases<BK>(P{mode}, arguments, splits, stages))
 }
 
 template <class P, int BK>

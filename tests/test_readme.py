@@ -4,6 +4,8 @@ import json
 import re
 from pathlib import Path
 
+from support import needs_records
+
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 RESULTS = ROOT / "benchmarks" / "results" / "cpu"
@@ -26,6 +28,7 @@ def test_length():
     assert len(README.encode()) <= 9_000
 
 
+@needs_records
 def test_costs_are_those_of_the_record():
     cost = rows("README.md", "## Cost")
     both = rows("docs/performance.md", "**summary, forward + backward**")
@@ -41,6 +44,7 @@ def test_costs_are_those_of_the_record():
     )
 
 
+@needs_records
 def test_gains_are_those_of_the_records():
     demo = json.loads((RESULTS / "demo-digits.json").read_text(encoding="utf-8"))["results"]["runs"]
     for head, text in (("summary", "{:.1f} ± {:.1f} % on digits"), ("mlp", "{:.1f} ± {:.1f} % of an MLP head")):

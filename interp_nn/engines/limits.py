@@ -43,6 +43,8 @@ def unsupported_reason(engine: EngineName, problem: Problem | None = None) -> st
             return reason
     if problem is None or not problem.device.startswith("sm_"):
         reason = _machine_reason(engine)
+        if reason is None and engine == "cuda":
+            reason = _library_reason(problem)
         if reason is not None or problem is None:
             return reason
     spec = problem.spec
@@ -135,6 +137,17 @@ def _triton_machine_reason() -> str | None:
 
 def _cuda_machine_reason() -> str | None:
     return _no_device_reason("cuda") or compiled_library.load() or compiled_library.driver_reason()
+
+
+def _library_reason(problem: Problem | None) -> str | None:
+    """Return why the library cannot compute on a problem's GPU or, without a problem, on any of this machine."""
+    if problem is not None:
+        on_gpu = problem.device == "cuda" and problem.spec is not None
+        return compiled_library.device_reason(problem.spec.capability) if on_gpu and problem.spec else None
+    specs = [spec_of(torch.device("cuda", i)) for i in range(torch.cuda.device_count())]
+    able = [spec.capability for spec in specs if spec is not None and spec.capability >= _OLDEST_CAPABILITY["cuda"]]
+    reasons = [compiled_library.device_reason(capability) for capability in able]
+    return reasons[0] if reasons and None not in reasons else None
 
 
 def _no_device_reason(engine: EngineName) -> str | None:

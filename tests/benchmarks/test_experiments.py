@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from matplotlib.figure import Figure
+from support import needs_records
 
 from benchmarks import experiments
 from benchmarks.experiments import (
@@ -405,6 +406,7 @@ def test_dlgn_of_images_that_are_not_there(capsys):
     assert "not run, no data: cifar100: no folder given; pass --data DIR" in capsys.readouterr().err
 
 
+@needs_records
 def test_the_page_of_papers_says_what_the_records_say(tmp_path, capsys):
     from benchmarks.__main__ import main
 
@@ -417,6 +419,7 @@ def test_the_page_of_papers_says_what_the_records_say(tmp_path, capsys):
     assert "has no lines '<!-- begin: python -m benchmarks papers" in capsys.readouterr().err
 
 
+@needs_records
 @pytest.mark.parametrize(
     ("file", "change", "told"),
     [

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from matplotlib import pyplot as plt
+from support import needs_records
 from torch import nn
 
 from benchmarks.__main__ import main
@@ -299,6 +300,7 @@ def places(tmp_path):
     return {"a file": tmp_path / "file", "below a file": tmp_path / "file" / "x", "no folder": Path("/proc/nowhere/x")}
 
 
+@needs_records
 @pytest.mark.parametrize("place", ["a file", "below a file", "no folder"])
 @pytest.mark.parametrize(
     ("arguments", "work"),

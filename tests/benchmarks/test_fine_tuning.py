@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from support import needs_records
 
 from benchmarks import experiments
 from benchmarks.experiments import fine_tuning, recipes
@@ -72,6 +73,7 @@ def test_the_step_of_a_weight_is_divided_by_directions():
     assert found["step"] == pytest.approx(5 / 10**0.5)
 
 
+@needs_records
 @pytest.mark.parametrize("module", [recipes, fine_tuning], ids=lambda module: module.NAME)
 def test_the_guide_has_the_table(module):
     record = json.loads((ROOT / f"benchmarks/results/cpu/experiments/{module.NAME}.json").read_text())

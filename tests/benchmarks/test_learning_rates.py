@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from matplotlib.figure import Figure
+from support import needs_records
 from torch import nn
 
 from benchmarks import experiments
@@ -141,6 +142,7 @@ def test_a_finished_cell_is_not_trained_again(tmp_path, monkeypatch):
     assert found == by_name["cnn", "summary"]["accuracy"]
 
 
+@needs_records
 def test_the_guide_has_the_tables_of_the_record():
     record = json.loads((ROOT / "benchmarks/results/cpu/experiments/learning_rates.json").read_text())
     page = (ROOT / "docs" / "polynomials.md").read_text(encoding="utf-8")

@@ -9,6 +9,7 @@ import subprocess
 import numpy as np
 import pytest
 import torch
+from support import needs_records
 
 from benchmarks import to_pandas
 from benchmarks.__main__ import main
@@ -116,6 +117,7 @@ def test_a_table_is_written_between_its_marks(tmp_path):
         report.fill(page, path, tmp_path)
 
 
+@needs_records
 def test_pages_say_what_their_record_says():
     marks = {}
     for page in (environment.ROOT / "README.md", *(environment.ROOT / "docs").glob("*.md")):

@@ -1,7 +1,9 @@
 """The formulas in plain PyTorch, the operator in any form, and the tolerance of every comparison of values."""
 
+import pytest
 import torch
 
+from benchmarks.records.environment import ROOT
 from benchmarks.timing.tolerances import (  # noqa: F401 - tests take the formulas from here
     errors,
     exceeds,
@@ -17,6 +19,9 @@ from interp_nn.engines.problem import SUMMARY_ORDERS, Plan
 from interp_nn.ops import summary as ops_summary
 from interp_nn.ops.library import apply
 
+needs_records = pytest.mark.skipif(
+    not (ROOT / "benchmarks" / "results").is_dir(), reason="a source archive has no records"
+)
 OPERATOR_PLANS = orders.OPERATOR_PLANS
 AUTOGRAD_PLANS = tuple(Plan("eager", order, autograd=True) for order in SUMMARY_ORDERS)
 # A pair returns its projection, so the plan that does not save it does not exist for one.

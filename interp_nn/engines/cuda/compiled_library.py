@@ -6,14 +6,21 @@ compiled on this machine instead, from the same sources, for its GPU.
 
 from __future__ import annotations
 
+import functools
 import os
+import sys
 from pathlib import Path
 
 import torch
 
+from interp_nn.engines.cuda import fatbin
+
 _PACKAGE = Path(__file__).resolve().parents[2]
 _LIBRARY = _PACKAGE / "_C.abi3.so"
+_REASON = _PACKAGE / "_no_library.txt"  # where a wheel was built without the library
 _OLDEST_DRIVER = {13: "driver 580"}  # that serves a major version of CUDA
+# setup.py compresses the kernels with CUDA 12.8 and newer. Drivers before 550.54 cannot read that.
+_COMPRESSING, _OLDEST_DRIVER_OF_COMPRESSED = 12080, 12040
 _SCHEMAS = torch.library.Library("interp_nn", "FRAGMENT")
 _SCHEMAS.define("cuda_versions() -> int[]")
 
@@ -25,7 +32,7 @@ def load() -> str | None:
     return _load()[1]
 
 
-load._dynamo_marked_constant = True  # type: ignore[attr-defined] # see chips.chip_of
+load._dynamo_marked_constant = True  # type: ignore[attr-defined] # see devices.spec_of
 
 
 def path() -> Path:
@@ -42,7 +49,7 @@ def versions() -> tuple[int, int, bool]:
     return built, served, bool(streams)
 
 
-versions._dynamo_marked_constant = True  # type: ignore[attr-defined] # see chips.chip_of
+versions._dynamo_marked_constant = True  # type: ignore[attr-defined] # see devices.spec_of
 
 
 def driver_reason() -> str | None:
@@ -51,6 +58,11 @@ def driver_reason() -> str | None:
     if served == 0:
         return "there is no CUDA driver"
     if served // 1000 >= built // 1000:
+        if path() == _LIBRARY and built >= _COMPRESSING and served < _OLDEST_DRIVER_OF_COMPRESSED:
+            return (
+                f"the driver serves CUDA {dotted(served)} and cannot read the library's compressed kernels "
+                f"(driver 550.54 or newer, or INTERP_NN_JIT=1)"
+            )
         return None
     major = built // 1000
     return (
@@ -59,7 +71,34 @@ def driver_reason() -> str | None:
     )
 
 
-driver_reason._dynamo_marked_constant = True  # type: ignore[attr-defined] # see chips.chip_of
+driver_reason._dynamo_marked_constant = True  # type: ignore[attr-defined] # see devices.spec_of
+
+
+launch_failures: dict[torch.device, str] = {}  # of the engine: the error of a device, which it then leaves alone
+
+
+def device_reason(capability: tuple[int, int]) -> str | None:
+    """Return why the loaded library has nothing for this machine's GPUs of a compute capability; None if it has."""
+    for device, error in launch_failures.items():
+        if device.type == "cuda" and torch.cuda.get_device_capability(device) == capability:
+            return f"a launch failed on {device}: {error}"
+    reason = load()
+    if reason is not None or fatbin.serves(*_codes(path()), capability):
+        return reason
+    sass, ptx = (" ".join(f"{arch // 10}.{arch % 10}" for arch in sorted(archs)) for archs in _codes(path()))
+    has = " and ".join([f"code for {sass}"] * bool(sass) + [f"PTX of {ptx}"] * bool(ptx)) or "no code"
+    return (
+        f"the library has {has}, which a GPU of compute capability {capability[0]}.{capability[1]} cannot run "
+        f"(build it with INTERP_NN_CUDA_ARCHS={capability[0]}{capability[1]}, or INTERP_NN_JIT=1)"
+    )
+
+
+device_reason._dynamo_marked_constant = True  # type: ignore[attr-defined] # see devices.spec_of
+
+
+@functools.cache
+def _codes(library: Path) -> tuple[set[int], set[int]]:
+    return fatbin.codes(library.read_bytes())
 
 
 def dotted(version: int) -> str:
@@ -77,14 +116,24 @@ def _load() -> tuple[Path, str | None]:
 def _attempt_once() -> tuple[Path, str | None]:
     jit = os.environ.get("INTERP_NN_JIT") == "1"
     if not jit and not _LIBRARY.exists():
-        how = "where nvcc is: INTERP_NN_BUILD_CUDA=1 pip install --no-build-isolation --no-binary interp_nn interp_nn"
-        return _LIBRARY, f"this wheel was built without the CUDA library ({how})"
+        return _LIBRARY, _missing_reason()
     try:
         file = _compile() if jit else _LIBRARY
         torch.ops.load_library(str(file))
     except Exception as error:  # whatever a compiler or a linker dislikes, PyTorch's own operators still compute
         return _LIBRARY, _reason(error)
     return file, None
+
+
+def _missing_reason() -> str:
+    if sys.platform != "linux":
+        return f"the CUDA library is for Linux, and this is {sys.platform}"
+    if torch.version.hip is not None:
+        return "the CUDA library is for CUDA, and this PyTorch is of ROCm"
+    here = "interp_nn was built without the CUDA library"
+    if _REASON.exists():
+        here += f": {_REASON.read_text(encoding='utf-8').strip()}"
+    return f"{here} (to build it, in a copy of the source: INTERP_NN_BUILD_CUDA=1 pip install --no-build-isolation .)"
 
 
 def _reason(error: Exception) -> str:
@@ -110,7 +159,7 @@ def _compile() -> Path:
         "interp_nn_cuda",
         sorted(str(file) for file in folder.iterdir() if file.suffix in (".cpp", ".cu")),
         extra_cflags=["-O2", "-DTORCH_TARGET_VERSION=0x020a000000000000"],  # as in setup.py
-        extra_cuda_cflags=["-O3", "-std=c++17", f"-gencode=arch=compute_{arch},code=sm_{arch}"],
+        extra_cuda_cflags=["-O3", "-std=c++17", "-lineinfo", f"-gencode=arch=compute_{arch},code=sm_{arch}"],
         is_python_module=False,
     )
     return Path(built)

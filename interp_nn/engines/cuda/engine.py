@@ -13,14 +13,16 @@ the kernels' own business (see `memory.counter`), so the schemas do not call it 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from interp_nn.engines import eager, eager_polynomial
+from interp_nn.engines import eager, eager_polynomial, select
 from interp_nn.engines.barrier import counter
+from interp_nn.engines.cuda.compiled_library import launch_failures
 from interp_nn.engines.eager_polynomial import Polynomial
 from interp_nn.engines.problem import LossOptions, Plan
 from interp_nn.linalg import is_column_major
@@ -101,17 +103,49 @@ _loss = _define(
 _scale = _define("cuda_scale(Tensor upstream, Tensor(a!)[] gradients) -> ()", _fake_scale)
 
 
+class LaunchError(RuntimeError):
+    """CUDA, or the library, refused a launch."""
+
+
+_LAUNCH_ERROR = "not launched: "  # as csrc/binding.cpp begins it
+
+
 def launch(operator: Callable[..., Any], *arguments: Any) -> Any:
     """Call an operator of the library, with PyTorch's own error where memory is short. Every launch passes here."""
     try:
         return operator(*arguments)
     except RuntimeError as error:
+        if _LAUNCH_ERROR in str(error):
+            raise LaunchError(str(error).partition(_LAUNCH_ERROR)[2].partition("\n")[0]) from error
         if "aoti_torch_empty_strided" not in str(error):
             raise
         # The stable ABI tells the library that an allocation failed, and neither why nor by which kind of error.
         raise torch.OutOfMemoryError(
             f"CUDA out of memory: no room for the results or workspaces of {operator}"
         ) from error
+
+
+def _asked_for() -> bool:
+    # A backward runs in a thread of autograd's, where no engine was requested.
+    return "cuda" in (select.requested(), select._latest)
+
+
+def _given_up(device: torch.device) -> bool:
+    """Return True if `auto` leaves a device to the eager engine since a launch failed there."""
+    return device in launch_failures and not _asked_for()
+
+
+def _give_up(device: torch.device, error: LaunchError) -> None:
+    """Leave a device to the eager engine from now on, with one warning. An engine that was asked for raises the error."""
+    if _asked_for():
+        raise error
+    launch_failures[device] = str(error)
+    warnings.warn(
+        f"the cuda engine could not launch a kernel on {device}: {error}. The eager engine computes there from now on "
+        "(interp_nn.use_engine('eager') avoids the attempt)",
+        RuntimeWarning,
+        stacklevel=3,
+    )
 
 
 def _tf32(dtype: torch.dtype) -> bool:
@@ -133,14 +167,19 @@ def forward(
     x: Tensor, b: Tensor, bias: Tensor | None, plan: Plan, pair: bool, q: Polynomial | None = None
 ) -> tuple[Tensor | None, Tensor, list[Tensor]]:
     """Compute `Engine.forward`."""
-    if x.numel() * b.shape[1] == 0:
+    if x.numel() * b.shape[1] == 0 or _given_up(x.device):
         if q is None:
             return eager.forward(x, b, bias, plan, pair)
-        p, y, kept = eager_polynomial.forward(x, b, bias, q, plan, pair)  # `backward` reads none of them then
+        p, y, kept = eager_polynomial.forward(x, b, bias, q, plan, pair)
+        kept[2].diagonal().add_(q.coefficients[0])  # the eager engine saves q(G) without it
         return (p, y, kept) if plan.saves else (None, y, kept[1:])
-    y, g, *more = launch(
-        _forward, x.contiguous(), b, _contiguous(bias), *_on_device(q), plan.saves, _tf32(x.dtype)
-    )  # fmt: skip
+    try:
+        y, g, *more = launch(
+            _forward, x.contiguous(), b, _contiguous(bias), *_on_device(q), plan.saves, _tf32(x.dtype)
+        )  # fmt: skip
+    except LaunchError as error:
+        _give_up(x.device, error)
+        return forward(x, b, bias, plan, pair, q)
     projection = more.pop(0) if plan.saves else None
     return projection, y, [g, *more] if projection is None else [projection, g, *more]
 
@@ -160,21 +199,28 @@ def backward(
 ) -> tuple[Tensor | None, ...]:
     """Compute `Engine.backward`."""
     needs = need_x, need_b, need_bias, need_c
-    if x.numel() * b.shape[1] == 0 or not (need_x or need_b or need_c):
+    empty = x.numel() * b.shape[1] == 0 or not (need_x or need_b or need_c)
+    if empty or _given_up(x.device):
         if q is None:
             return eager.backward(dp, dy, x, b, saved, plan, need_x, need_b, need_bias)
+        if not empty:
+            saved = eager_polynomial.forward(x, b, None, q, eager_polynomial.SAVING, True)[2]
+            return eager_polynomial.backward(dp, dy, x, b, q, saved, eager_polynomial.SAVING, (*needs, False))[:4]
         dbias = x.new_zeros(b.shape[1]) if dy is None else dy.sum(0)
         zeros = torch.zeros_like(x), torch.zeros_like(b), dbias, torch.zeros_like(q.coefficients, dtype=torch.float32)
         return tuple(t if need else None for t, need in zip(zeros, needs, strict=True))
     p, *squares = saved if plan.saves else (None, *saved)
     g, q_of_g = squares if q is not None else (*squares, None)
-    found = iter(
-        launch(
+    try:
+        made = launch(
             _backward, _contiguous(dp), _contiguous(dy), x.contiguous(), b, _contiguous(p), _contiguous(g),
             _contiguous(q_of_g), *_on_device(q), counter(x.device), plan.saves, *needs, is_column_major(b),
             _tf32(x.dtype),
-        )
-    )  # fmt: skip
+        )  # fmt: skip
+    except LaunchError as error:
+        _give_up(x.device, error)
+        return backward(dp, dy, x, b, saved, plan, *needs, q)
+    found = iter(made)
     gradients = tuple(next(found) if need else None for need in needs)
     return gradients[:3] if q is None else gradients
 
@@ -192,25 +238,29 @@ def loss(
     q: Polynomial | None = None,
 ) -> tuple[Tensor, list[Tensor]]:
     """Compute `Engine.loss`. A target out of range stops the kernel, as it stops PyTorch's own losses."""
-    if x.numel() * b.shape[1] == 0:
+    if x.numel() * b.shape[1] == 0 or _given_up(x.device):
         if q is None:
             return eager.loss(x, b, a, c, target, options, plan, upstream, needs)
-        return _loss_of_nothing(x, b, a, c, q, target, options, plan, upstream, needs)
+        return _loss_by_autograd(x, b, a, c, q, target, options, plan, upstream, needs)
     if upstream is not None:
         upstream = upstream.float().contiguous()
-    value, *grads = launch(
-        _loss, x.contiguous(), b, _contiguous(a), _contiguous(c), *_on_device(q), target.contiguous(), upstream,
-        counter(x.device), *options.weights, options.ignore_index, _REDUCTIONS.index(options.reduction),
-        *(*(needs or ()), *(False,) * 5)[:5], is_column_major(b), _tf32(x.dtype),
-    )  # fmt: skip
+    try:
+        value, *grads = launch(
+            _loss, x.contiguous(), b, _contiguous(a), _contiguous(c), *_on_device(q), target.contiguous(), upstream,
+            counter(x.device), *options.weights, options.ignore_index, _REDUCTIONS.index(options.reduction),
+            *(*(needs or ()), *(False,) * 5)[:5], is_column_major(b), _tf32(x.dtype),
+        )  # fmt: skip
+    except LaunchError as error:
+        _give_up(x.device, error)
+        return loss(x, b, a, c, target, options, plan, upstream, needs, q)
     return value, grads
 
 
-def _loss_of_nothing(
+def _loss_by_autograd(
     x: Tensor, b: Tensor, a: Tensor | None, c: Tensor | None, q: Polynomial, target: Tensor, options: LossOptions,
     plan: Plan, upstream: Tensor | None, needs: Sequence[bool] | None,
 ) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
-    """The loss of a polynomial without rows, features or columns, by autograd."""
+    """The loss of a polynomial without rows, features or columns, or without kernels, by autograd."""
     given = [None if t is None else t.detach() for t in (x, b, a, c, q.coefficients.float())]
     wanted = [t.requires_grad_() for t, need in zip(given, needs or (), strict=False) if need and t is not None]
     x, b, a, c, coefficients = given  # type: ignore[assignment]
@@ -233,5 +283,11 @@ def scale(grads: Sequence[Tensor], upstream: Tensor) -> list[Tensor]:
 
     The kernel reads the upstream on the device, and returns early when it is 1: no host sync.
     """
-    launch(_scale, upstream.float(), list(grads))
+    if _given_up(upstream.device):
+        return eager.scale(grads, upstream)
+    try:
+        launch(_scale, upstream.float(), list(grads))
+    except LaunchError as error:
+        _give_up(upstream.device, error)
+        return eager.scale(grads, upstream)
     return list(grads)

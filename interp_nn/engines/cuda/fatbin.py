@@ -13,6 +13,22 @@ _PTX, _SASS = 1, 2
 
 def archs(blob: bytes) -> str:
     """Return the compute capabilities of all machine code and PTX in the library, as setup.py spells them: "80;90+PTX"."""
+    sass, ptx = codes(blob)
+    return ";".join(f"{arch}+PTX" if arch in ptx else f"{arch}" for arch in sorted(sass | ptx))
+
+
+def serves(sass: set[int], ptx: set[int], capability: tuple[int, int]) -> bool:
+    """Return True if a GPU can run the library: by machine code of its generation that is not newer, or by PTX.
+
+    From 8.0 on a GPU uses other kernels, and older PTX lacks them.
+    """
+    gpu = 10 * capability[0] + capability[1]
+    by_sass = any(arch // 10 == capability[0] and arch <= gpu for arch in sass)
+    return by_sass or any(arch <= gpu and (arch >= 80 or gpu < 80) for arch in ptx)
+
+
+def codes(blob: bytes) -> tuple[set[int], set[int]]:
+    """Return the compute capabilities of the library's machine code and of its PTX, as 10 major + minor."""
     found: dict[int, set[int]] = {_PTX: set(), _SASS: set()}
     at = -1
     while 0 <= (at := blob.find(_MAGIC, at + 1)) <= len(blob) - _HEADER.size:
@@ -25,4 +41,4 @@ def archs(blob: bytes) -> str:
             if kind in found:
                 found[kind].update(struct.unpack_from("<I", blob, entry + _ARCH_AT))
             entry += max(header + size, _ENTRY.size)
-    return ";".join(f"{arch}+PTX" if arch in found[_PTX] else f"{arch}" for arch in sorted(found[_SASS] | found[_PTX]))
+    return found[_SASS], found[_PTX]

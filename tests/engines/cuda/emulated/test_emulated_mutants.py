@@ -137,6 +137,13 @@ MUTANTS = {
         "backward",
         "wrong numbers",
     ),
+    "a_part_too_many_is_added": (
+        "grid.h",
+        "if (q < count) sums",
+        "if (q <= count) sums",
+        "backward",
+        "wrong numbers",
+    ),
     "barrier_of_the_losses_removed": (
         "pair_loss.h",
         "    grid_barrier(arguments.counter);\n    if (program()",
