@@ -22,22 +22,25 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from numbers import Real
+from threading import Lock
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
-from torch.compiler import is_dynamo_compiling
+from torch import Tensor, is_grad_enabled
+from torch.compiler import is_compiling
 from torch.nn import Parameter
 
 from interp_nn import linalg
 from interp_nn.engines import eager, select
 from interp_nn.engines.eager_polynomial import MOST_COEFFICIENTS, Polynomial
 from interp_nn.engines.problem import LossOptions, Plan
+from interp_nn.engines.select import requested_now
 from interp_nn.linalg import Orthogonalized, autocast_available
+from interp_nn.ops import direct
 from interp_nn.ops import losses as _cross_entropy
 from interp_nn.ops import polynomial as _polynomial
 from interp_nn.ops import summary as _summary
-from interp_nn.ops.library import any_autocast_enabled, cast, is_dtensor, is_wrapped
+from interp_nn.ops.library import any_autocast_enabled, cast, is_batched, is_dtensor, is_wrapped, ordinary
 
 __all__ = [
     "Orthogonalized",
@@ -55,7 +58,8 @@ __all__ = [
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _PLAIN = (Tensor, Parameter)
 _MOST_PLANS = 4096
-_plans: dict[tuple[object, ...], Plan] = {}
+_plans: dict[tuple[object, ...], Any] = {}
+_remembering = Lock()
 _REDUCTIONS = ("mean", "sum", "none")
 # The polynomial and the scale of the summary. Calls without either are known by `is`, the scale first: in Dynamo, which cannot
 # trace `is` of tuples, no two floats are the same object.
@@ -123,9 +127,11 @@ def summary(
     if scale is not _ONE or polynomial is not _SUMMARY:
         given = _given(polynomial, scale)
         if given is not None:
-            x, b, bias, plan = _planned(x, b, bias, False, given)
+            x, b, bias, plan, _ = _planned(x, b, bias, False, given)
             return _polynomial.summary(x, b, bias, _as_tensors(given, x), plan)
-    x, b, bias, plan = _planned(x, b, bias, False)
+    x, b, bias, plan, plain = _planned(x, b, bias, False)
+    if plain:
+        return direct.summary(x, b, bias, plan)
     if type(b) not in _PLAIN and is_dtensor(b):
         from interp_nn.ops import sharding
 
@@ -135,7 +141,7 @@ def summary(
 
 def summary_and_gram(x: Tensor, b: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
     """Return `summary`, and the smaller of bᵀb and bbᵀ, without gradient, if its launch has formed that; else None."""
-    x, b, bias, plan = _planned(x, b, bias, False)
+    x, b, bias, plan, _ = _planned(x, b, bias, False)
     y, saved = _summary.summary(x, b, bias, plan)
     return y, _summary.small_gram(plan, saved, b)
 
@@ -172,9 +178,11 @@ def summary_pair(
     if scale is not _ONE or polynomial is not _SUMMARY:
         given = _given(polynomial, scale)
         if given is not None:
-            x, b, _, plan = _planned(x, b, None, True, given)
+            x, b, _, plan, _ = _planned(x, b, None, True, given)
             return SummaryPair(*_polynomial.summary_pair(x, b, _as_tensors(given, x), plan))
-    x, b, _, plan = _planned(x, b, None, True)
+    x, b, _, plan, plain = _planned(x, b, None, True)
+    if plain:
+        return SummaryPair(*direct.summary_pair(x, b, plan))
     return SummaryPair(*_summary.summary_pair(x, b, plan))
 
 
@@ -520,30 +528,42 @@ def _planned(
     bias: Tensor | None,
     pair: bool,
     given: tuple[_Coefficients, float | Tensor] | None = None,
-) -> tuple[Tensor, Tensor, Tensor | None, Plan]:
-    """Return checked x, b and bias, and the plan. The plan is remembered by everything that it depends on."""
+) -> tuple[Tensor, Tensor, Tensor | None, Plan, bool]:
+    """Return checked x, b and bias, the plan, and True if the call may pass the operators by.
+
+    The plan is remembered by everything that it and the checks depend on.
+    """
     key: tuple[object, ...] | None = None
     plain = type(x) in _PLAIN and type(b) in _PLAIN and (bias is None or type(bias) in _PLAIN)
-    if plain and not is_dynamo_compiling() and not any_autocast_enabled():
+    passes = plain and ordinary() and not (is_batched(x) or is_batched(b) or (bias is not None and is_batched(bias)))
+    if passes or (plain and not is_compiling() and not any_autocast_enabled()):
         key = (
             x.shape, b.shape, x.dtype, b.dtype, x.device, b.device, x.layout, b.layout, x.requires_grad, b.requires_grad,
-            torch.is_grad_enabled(), pair, select.requested(),
+            is_grad_enabled(), pair, requested_now(),
             None if bias is None else (bias.shape, bias.dtype, bias.device, bias.layout),
         )  # fmt: skip
         if given is not None:
             key = (*key, *_degree(given))
         plan = _plans.get(key)
         if plan is not None:
-            return x, b, bias, plan
+            return x, b, bias, plan, passes
     x, b = _matrices(x, b, sharded=True)
     if bias is not None:
         _, bias = _operands(b, "b", True, bias=bias)
         if bias.dim() != 1 or bias.shape[0] != b.shape[1]:
             raise ValueError(f"bias: got shape {_shape(bias)}, want ({b.shape[1]},) for b of shape {_shape(b)}")
     plan = _summary.choose(x, b, pair, *(() if given is None else _degree(given)))
-    if key is not None and len(_plans) < _MOST_PLANS:
-        _plans[key] = plan
-    return x, b, bias, plan
+    if key is not None:
+        _remember(key, plan)
+    return x, b, bias, plan, passes
+
+
+def _remember(key: tuple[object, ...], value: Any) -> None:
+    """Remember the plan of a call, in the place of the oldest one where there are many."""
+    with _remembering:
+        while len(_plans) >= _MOST_PLANS:
+            del _plans[next(iter(_plans))]
+        _plans[key] = value
 
 
 def _degree(given: tuple[_Coefficients, float | Tensor]) -> tuple[int, bool, bool]:

@@ -62,25 +62,32 @@ def forward(
 
     With a bias, x and b must be matrices. For a plan with `autograd`, PyTorch's autograd differentiates this function.
     """
-    order, b = plan.order, _columns(x, b)
-    if order == "(Xb)G":
-        p, g = x @ b, gram(b)
-        return p, _affine(p, g, bias), [p, g] if plan.saves else [g]
-    if order == "((Xb)bᵀ)b":
-        p = x @ b
-        q = p @ b.mT
-        return p, _affine(q, b, bias), [p, q]
-    projection = x @ b if pair else None
-    if order == "X(bG)":
-        g = gram(b)
-        w = (g @ b.mT).mT if is_column_major(b) else b @ g
-        return projection, _affine(x, w, bias), [g, w]
-    outer = gram(b.mT)
-    if order == "X((bbᵀ)b)":
-        w = (b.mT @ outer).mT if is_column_major(b) else outer @ b
-        return projection, _affine(x, w, bias), [outer, w]
-    r = x @ outer
-    return projection, _affine(r, b, bias), [outer, r]
+    order = plan.order
+    if b.shape[-1] < _FEW_COLUMNS:
+        b = _columns(x, b)
+    if order in ("(Xb)G", "((Xb)bᵀ)b"):
+        p = left = x @ b
+        if order == "(Xb)G":
+            right = gram(b)
+            saved = [p, right] if plan.saves else [right]
+        else:
+            left, right = p @ b.mT, b
+            saved = [p, left]
+    else:
+        p, left = x @ b if pair else None, x
+        if order == "X(bG)":
+            g = gram(b)
+            right = (g @ b.mT).mT if is_column_major(b) else b @ g
+            saved = [g, right]
+        else:
+            outer = gram(b.mT)
+            if order == "X((bbᵀ)b)":
+                right = (b.mT @ outer).mT if is_column_major(b) else outer @ b
+                saved = [outer, right]
+            else:
+                left, right = x @ outer, b
+                saved = [outer, left]
+    return p, left @ right if bias is None else torch.addmm(bias, left, right), saved
 
 
 def backward(

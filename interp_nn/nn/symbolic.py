@@ -15,6 +15,8 @@ _symbolic_trace: Any = fx._symbolic_trace
 
 def call_in_graph(layer: nn.Module, input: Tensor) -> Any:
     """Return the proxy of a layer's call while torch.fx traces it symbolically; None at any other time."""
+    if type(input) is Tensor and not getattr(_symbolic_trace, "_is_fx_tracing_flag", False):
+        return None
     given: Any = input
     tracer: Any = given.tracer if isinstance(given, fx.Proxy) else _tracer(layer)
     return tracer and tracer.create_proxy("call_module", tracer.path_of_module(layer), (given,), {})

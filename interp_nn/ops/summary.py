@@ -306,7 +306,7 @@ class SummaryFunction(Function):
         x, b, *saved = ctx.saved_tensors
         first, second = (*saved, None, None)[:2]
         need_x, need_b, need_bias = ctx.needs_input_grad[:3]
-        found = iter(apply(_backward_function(), dp, dy, x, b, first, second, ctx.plan, need_x, need_b, need_bias))
+        found = iter(apply(backward_function(), dp, dy, x, b, first, second, ctx.plan, need_x, need_b, need_bias))
         dx = next(found) if need_x else None
         db = next(found) if need_b else None
         return dx, db, next(found) if need_bias else None, None, None
@@ -470,7 +470,7 @@ def _summary_function() -> type[SummaryFunction]:
     return SummaryFunction if torch.compiler.is_compiling() else _ForwardModeFunction
 
 
-def _backward_function() -> type[SummaryBackwardFunction]:
+def backward_function() -> type[SummaryBackwardFunction]:
     return SummaryBackwardFunction if torch.compiler.is_compiling() else _ForwardModeBackwardFunction
 
 
