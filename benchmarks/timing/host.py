@@ -325,7 +325,8 @@ def _head_by_hand(x: Tensor, b: Tensor, a: Tensor, c: Tensor, target: Tensor) ->
     h = a @ b.t() @ b
     z, both = torch.cat((a, h)), torch.cat((c, c))
     o = torch.addmm(both, x @ b, z.t()).view(-1, 2, m)
-    return _three_terms(*o.unbind(1), target)
+    first, second = o.unbind(1)
+    return _three_terms(first, second, target)
 
 
 # Polynomials of the eager engine

@@ -10,13 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-_symbolic_trace: Any = fx._symbolic_trace
+fx_state: Any = fx._symbolic_trace
 
 
 def call_in_graph(layer: nn.Module, input: Tensor) -> Any:
     """Return the proxy of a layer's call while torch.fx traces it symbolically; None at any other time."""
-    if type(input) is Tensor and not getattr(_symbolic_trace, "_is_fx_tracing_flag", False):
-        return None
     given: Any = input
     tracer: Any = given.tracer if isinstance(given, fx.Proxy) else _tracer(layer)
     return tracer and tracer.create_proxy("call_module", tracer.path_of_module(layer), (given,), {})
@@ -30,7 +28,7 @@ def weight_in_graph(layer: nn.Module) -> Any:
 
 def _tracer(layer: nn.Module) -> Any:
     """Return the tracer that makes proxies of the layer's parameters now, or None."""
-    if not getattr(_symbolic_trace, "_is_fx_tracing_flag", False) or torch.compiler.is_compiling():
+    if not getattr(fx_state, "_is_fx_tracing_flag", False) or torch.compiler.is_compiling():
         return None
     values = (getattr(layer, name) for name in layer._parameters)
     return next((value.tracer for value in values if isinstance(value, fx.Proxy)), None)
