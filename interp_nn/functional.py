@@ -60,6 +60,7 @@ _PLAIN = (Tensor, Parameter)
 _MOST_PLANS = 4096
 _plans: dict[tuple[object, ...], Any] = {}
 _remembering = Lock()
+_NUMBERS = frozenset((int, float))
 _REDUCTIONS = ("mean", "sum", "none")
 # The polynomial and the scale of the summary. Calls without either are known by `is`, the scale first: in Dynamo, which cannot
 # trace `is` of tuples, no two floats are the same object.
@@ -229,11 +230,13 @@ def summary_cross_entropy(
     Source:
         Banh, "Representing information as linear combinations of signals", section 2.1.
     """
-    given = _given(polynomial, scale)
+    given = None if scale is _ONE and polynomial is _SUMMARY else _given(polynomial, scale)
+    key = None if given is not None else _loss_key(x, b, None, None, target, weights, ignore_index, reduction)
+    if key is not None and (found := _plans.get(key)) is not None:
+        return direct.cross_entropy(x, b, None, None, target, *found)
     x, b = _matrices(x, b)
     options = _loss_options(x, target, b.shape[1], weights, ignore_index, reduction)
-    q = None if given is None else _as_tensors(given, x)
-    return _cross_entropy.cross_entropy(x, b, None, None, target, options, q)
+    return _loss(x, b, None, None, target, options, given, key)
 
 
 def summary_head_cross_entropy(
@@ -281,7 +284,11 @@ def summary_head_cross_entropy(
     Source:
         AskExplain, Interpretable-Neural-Net.
     """
-    given = _given(polynomial, scale)
+    given = None if scale is _ONE and polynomial is _SUMMARY else _given(polynomial, scale)
+    a, c = output_weight, output_bias
+    key = None if given is not None else _loss_key(x, b, a, c, target, weights, ignore_index, reduction)
+    if key is not None and (found := _plans.get(key)) is not None:
+        return direct.cross_entropy(x, b, a, c, target, *found)
     x, b = _matrices(x, b)
     _, a, c = _operands(b, "b", output_weight=output_weight, output_bias=output_bias)
     if a is None or a.dim() != 2 or a.shape[1] != b.shape[1]:
@@ -291,8 +298,7 @@ def summary_head_cross_entropy(
     if c is not None and (c.dim() != 1 or c.shape[0] != a.shape[0]):
         raise ValueError(f"output_bias: got shape {_shape(c)}, want ({a.shape[0]},) for output_weight {_shape(a)}")
     options = _loss_options(x, target, a.shape[0], weights, ignore_index, reduction)
-    q = None if given is None else _as_tensors(given, x)
-    return _cross_entropy.cross_entropy(x, b, a, c, target, options, q)
+    return _loss(x, b, a, c, target, options, given, key)
 
 
 def gram(b: Tensor) -> Tensor:
@@ -659,6 +665,58 @@ def _loss_options(
     if not -(2**63) <= ignore_index < 2**63:
         raise ValueError(f"ignore_index: got {ignore_index}, want an int of 64 bits")
     return LossOptions(loss_weights(weights), ignore_index, reduction)
+
+
+def _loss_key(
+    x: Tensor,
+    b: Tensor,
+    a: Tensor | None,
+    c: Tensor | None,
+    target: Tensor,
+    weights: Sequence[float],
+    ignore_index: int,
+    reduction: str,
+) -> tuple[object, ...] | None:
+    """Return all that the checks and the plan of a loss depend on; None for a call that has to go by the operators.
+
+    So do options of other types, which are checked each time: a tensor among the weights may change, and True == 1.
+    """
+    if type(weights) is not tuple or not _NUMBERS.issuperset(map(type, weights)):
+        return None
+    if type(ignore_index) is not int or type(reduction) is not str or type(target) is not Tensor or not ordinary():
+        return None
+    if type(x) not in _PLAIN or type(b) not in _PLAIN or is_batched(x) or is_batched(b) or is_batched(target):
+        return None
+    if (a is not None and (type(a) not in _PLAIN or is_batched(a))) or (
+        c is not None and (type(c) not in _PLAIN or is_batched(c))
+    ):
+        return None
+    return (
+        x.shape, b.shape, x.dtype, b.dtype, x.device, b.device, x.layout, b.layout, x.requires_grad, b.requires_grad,
+        is_grad_enabled(), requested_now(), target.shape, target.dtype, target.device, target.layout,
+        weights, *map(type, weights), ignore_index, reduction,
+        None if a is None else (a.shape, a.dtype, a.device, a.layout),
+        None if c is None else (c.shape, c.dtype, c.device, c.layout),
+    )  # fmt: skip
+
+
+def _loss(
+    x: Tensor,
+    b: Tensor,
+    a: Tensor | None,
+    c: Tensor | None,
+    target: Tensor,
+    options: LossOptions,
+    given: tuple[_Coefficients, float | Tensor] | None,
+    key: tuple[object, ...] | None,
+) -> Tensor:
+    """Return the loss of checked arguments, and remember options and plan under the key if there is one."""
+    q = None if given is None else _as_tensors(given, x)
+    plan = _cross_entropy.choose(x, b, a, q)
+    if key is None:
+        return _cross_entropy.cross_entropy(x, b, a, c, target, options, plan, q)
+    _remember(key, (options, plan))
+    return direct.cross_entropy(x, b, a, c, target, options, plan)
 
 
 def loss_weights(weights: Sequence[float]) -> tuple[float, float, float]:

@@ -275,6 +275,8 @@ def _layer_calls() -> Calls:
     """The difference to the products by hand is plans, checks and the freezing of weights."""
     n, d, k = _LAYER_SHAPE
     assert interp_nn.plan(n, d, k).order == interp_nn.plan(n, d, k, grad=()).order == "((Xb)bᵀ)b"
+    assert interp_nn.plan(n, d, k, pair=True, classes=k).order == "((Xb)bᵀ)b"
+    assert interp_nn.plan(n, d, k, classes=_CLASSES).order == "logits_from_x"
     x, leaf, dy = torch.randn(n, d), torch.randn(n, d, requires_grad=True), torch.randn(n, k)
     classes, target = torch.randint(k, (n,)), torch.randint(_CLASSES, (n,))
     layers = {"nn.Linear": nn.Linear(d, k), "by hand": _ByHand(d, k), "SummaryLinear": SummaryLinear(d, k)}
@@ -313,18 +315,15 @@ def _three_terms(o1: Tensor, o2: Tensor, target: Tensor) -> Tensor:
 
 def _pair_by_hand(x: Tensor, b: Tensor, target: Tensor) -> Tensor:
     """The products of the loss's plan at this shape."""
-    n, d, k = _LAYER_SHAPE
     p = x @ b
-    order = interp_nn.plan(n, d, k, pair=True, classes=k).order
-    return _three_terms(p, (p @ b.t()) @ b if order == "((Xb)bᵀ)b" else p @ (b.t() @ b), target)
+    return _three_terms(p, (p @ b.t()) @ b, target)
 
 
 def _head_by_hand(x: Tensor, b: Tensor, a: Tensor, c: Tensor, target: Tensor) -> Tensor:
-    """The products of the head's plan at this shape, both logits from one product."""
-    m, k = a.shape
-    h = a @ b.t() @ b
-    z, both = torch.cat((a, h)), torch.cat((c, c))
-    o = torch.addmm(both, x @ b, z.t()).view(-1, 2, m)
+    """The products of the head's plan at this shape: both logits from x, with a weight of both output layers."""
+    f = a @ b.t()
+    h = f @ b
+    o = torch.addmm(torch.cat((c, c)), x, torch.cat((f, h @ b.t())).t()).view(-1, 2, len(a))
     first, second = o.unbind(1)
     return _three_terms(first, second, target)
 

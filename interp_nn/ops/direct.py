@@ -6,16 +6,19 @@ that has to see an operator, or the backward is differentiated again.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, is_grad_enabled
 from torch.autograd import Function
 
 from interp_nn import engines
-from interp_nn.engines.problem import Plan
+from interp_nn.engines import eager
+from interp_nn.engines.problem import LossOptions, Plan
 from interp_nn.linalg import is_column_major
 from interp_nn.ops.library import apply, is_batched, ordinary
-from interp_nn.ops.summary import as_rows, backward_function, ordered
+from interp_nn.ops.losses import CrossEntropyBackwardFunction, any_ignored, computed_late, expression
+from interp_nn.ops.summary import as_rows, backward_function, ordered, spread
 
 
 class SummaryDirect(Function):
@@ -65,7 +68,8 @@ def summary(x: Tensor, b: Tensor, bias: Tensor | None, plan: Plan) -> Tensor:
     if not plan.autograd and is_grad_enabled() and (x.requires_grad or b.requires_grad or (bias is not None and bias.requires_grad)):
         found: Tensor = _apply_summary(x, b, bias, plan, False)
         return found
-    y = engines.get(plan.engine).forward(x if x.dim() == 2 else as_rows(x), b, bias, plan, False)[1]
+    engine = eager if plan.engine == "eager" else engines.get(plan.engine)
+    y: Tensor = engine.forward(x if x.dim() == 2 else as_rows(x), b, bias, plan, False)[1]
     return y if x.dim() == 2 else y.view(*x.shape[:-1], b.shape[1])
 
 
@@ -80,3 +84,95 @@ def summary_pair(x: Tensor, b: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
         return p, y
     shape = (*x.shape[:-1], b.shape[1])
     return p.view(shape), y.view(shape)
+
+
+class CrossEntropyDirect(Function):
+    """The three-term loss, of a pair where a is None, else of an output layer a and c."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        b: Tensor,
+        a: Tensor | None,
+        c: Tensor | None,
+        target: Tensor,
+        options: LossOptions,
+        plan: Plan,
+    ) -> Tensor:
+        needs = (False,) * 4 if computed_late(x, options) else ctx.needs_input_grad[:4]
+        value, grads = _loss(x, b, a, c, target, options, plan, None, needs)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, b, a, c, target, *grads)
+        ctx.options, ctx.plan, ctx.spent = options, plan, False
+        return value
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor | None) -> tuple[Tensor | None, ...]:
+        if upstream is None:
+            return (None,) * 7
+        x, b, a, c, target, *grads = ctx.saved_tensors
+        if ctx.spent:
+            grads = []  # of a retained graph: handed out by an earlier backward, and scaled in place by some engines
+        options, plan, needs = ctx.options, ctx.plan, ctx.needs_input_grad[:4]
+        if is_grad_enabled() or not ordinary() or is_batched(upstream):
+            ones = (*grads, *(None,) * 5)[:5]
+            tensors = upstream, x, b, a, c, None, None, target
+            found = apply(CrossEntropyBackwardFunction, *tensors, *ones, options, plan, needs)
+        elif grads:
+            ctx.spent = True
+            # By .data, which has a version of its own: what their owner does to them then is no harm to a retained graph.
+            found = [g.data for g in engines.get(plan.engine).scale(grads, upstream)]
+        else:
+            found = _loss(x, b, a, c, target, options, plan, upstream.reshape(-1), needs)[1]
+        return (*spread(found, needs), None, None, None)
+
+
+_apply_cross_entropy = super(Function, CrossEntropyDirect).apply
+
+
+def _loss(
+    x: Tensor,
+    b: Tensor,
+    a: Tensor | None,
+    c: Tensor | None,
+    target: Tensor,
+    options: LossOptions,
+    plan: Plan,
+    upstream: Tensor | None,
+    needs: Sequence[bool],
+) -> tuple[Tensor, list[Tensor]]:
+    """Return an engine's loss, and the needed gradients in the shapes and memory orders of x and b."""
+    rows = x if x.dim() == 2 else as_rows(x)
+    classes = target if target.dim() == 1 else target.reshape(-1)
+    value, grads = engines.get(plan.engine).loss(rows, b, a, c, classes, options, plan, upstream, needs)
+    if needs[0] and x.dim() != 2:
+        grads[0] = grads[0].view(x.shape)
+    if needs[1] and grads[needs[0]].stride() != b.stride():
+        grads[needs[0]] = ordered(grads[needs[0]], is_column_major(b))
+    if options.reduction == "none" and target.dim() != 1:
+        value = value.view(target.shape)
+    return value, grads
+
+
+def cross_entropy(
+    x: Tensor,
+    b: Tensor,
+    a: Tensor | None,
+    c: Tensor | None,
+    target: Tensor,
+    options: LossOptions,
+    plan: Plan,
+) -> Tensor:
+    """Return the loss."""
+    if plan.autograd:
+        try:
+            return expression(x, b, a, c, target, options, plan, any_ignored(target, options.ignore_index))
+        except IndexError:  # of PyTorch's loss, which spares the check where all is well
+            eager.check_target(target, b.shape[1] if a is None else a.shape[0], options.ignore_index)
+            raise
+    needs = any(t is not None and t.requires_grad for t in (x, b, a, c))
+    if needs and is_grad_enabled():
+        found: Tensor = _apply_cross_entropy(x, b, a, c, target, options, plan)
+        return found
+    return _loss(x, b, a, c, target, options, plan, None, (False,) * 4)[0]
