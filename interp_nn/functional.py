@@ -19,10 +19,10 @@ and what it wants.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Sequence
 from numbers import Real
-from threading import Lock
 from typing import Any, NamedTuple
 
 import torch
@@ -31,7 +31,7 @@ from torch.compiler import is_compiling
 from torch.nn import Parameter
 
 from interp_nn import linalg
-from interp_nn.engines import eager, select
+from interp_nn.engines import eager
 from interp_nn.engines.eager_polynomial import MOST_COEFFICIENTS, Polynomial
 from interp_nn.engines.problem import LossOptions, Plan
 from interp_nn.engines.select import requested_now
@@ -59,7 +59,6 @@ _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _PLAIN = (Tensor, Parameter)
 _MOST_PLANS = 4096
 _plans: dict[tuple[object, ...], Any] = {}
-_remembering = Lock()
 _NUMBERS = frozenset((int, float))
 _REDUCTIONS = ("mean", "sum", "none")
 # The polynomial and the scale of the summary. Calls without either are known by `is`, the scale first: in Dynamo, which cannot
@@ -566,10 +565,10 @@ def _planned(
 
 def _remember(key: tuple[object, ...], value: Any) -> None:
     """Remember the plan of a call, in the place of the oldest one where there are many."""
-    with _remembering:
-        while len(_plans) >= _MOST_PLANS:
+    while len(_plans) >= _MOST_PLANS:
+        with contextlib.suppress(KeyError, RuntimeError, StopIteration):  # of another thread that does the same
             del _plans[next(iter(_plans))]
-        _plans[key] = value
+    _plans[key] = value
 
 
 def _degree(given: tuple[_Coefficients, float | Tensor]) -> tuple[int, bool, bool]:

@@ -161,8 +161,8 @@ def _stubbed_launches() -> Iterator[None]:
             mock.patch.object(JITFunction, "_do_compile", compile_nothing),
             mock.patch.dict(devices._specs, {cpu: devices.spec_for((9, 0))}),
             mock.patch.dict(limits._machine_reasons, {"triton": None}),
-            mock.patch.object(select, "interpreting", lambda: True),
-            mock.patch.object(engine, "counter", lambda _: counter),
+            mock.patch.object(select, "interpreting", partial(bool, True)),
+            mock.patch.object(engine, "counter", {cpu: counter}.__getitem__),
             mock.patch.object(eager, "check_target", _nothing),  # on a GPU the kernel checks the targets
             interp_nn.use_engine("triton"),
         ):
@@ -298,7 +298,9 @@ def _layer_calls() -> Calls:
         return torch.autograd.grad(head.loss(leaf, target), (leaf, *parameters))
 
     modes = {"forward": lambda layer: layer(x), "no gradients": inference, "forward and backward": both}
-    calls: Calls = {f"{name}, {mode}": partial(call, layer) for mode, call in modes.items() for name, layer in layers.items()}
+    calls: Calls = {
+        f"{name}, {mode}": partial(call, layer) for mode, call in modes.items() for name, layer in layers.items()
+    }
     return calls | {
         "pair loss and backward": pair_loss,
         "pair loss by hand and backward": lambda: torch.autograd.grad(_pair_by_hand(leaf, b, classes), (leaf, b)),

@@ -97,9 +97,9 @@ class SummaryLinear(PolynomialLayer):
             y, gram = functional.summary_and_gram(input, self.b, self.bias)
             self._cache_gram(gram)
             return y
-        held = self._parameters  # a tenth of the time of an attribute
-        b: Any = held["b"] if "b" in held else self.b
-        return functional.summary(input, b, held["bias"] if "bias" in held else self.bias)
+        # Attributes of a module that are parameters take a long search.
+        b, bias = self._parameters.get("b"), self._parameters.get("bias")
+        return functional.summary(input, self.b if b is None else b, self.bias if bias is None else bias)
 
     def fold(self) -> nn.Linear:
         """Return a plain nn.Linear that computes the same function, with the weight formed in float64."""

@@ -65,7 +65,8 @@ _apply_summary = super(Function, SummaryDirect).apply  # without the step that b
 
 def summary(x: Tensor, b: Tensor, bias: Tensor | None, plan: Plan) -> Tensor:
     """Return X b (bᵀb) + bias."""
-    if not plan.autograd and is_grad_enabled() and (x.requires_grad or b.requires_grad or (bias is not None and bias.requires_grad)):
+    needed = is_grad_enabled() and (x.requires_grad or b.requires_grad or (bias is not None and bias.requires_grad))
+    if needed and not plan.autograd:
         found: Tensor = _apply_summary(x, b, bias, plan, False)
         return found
     engine = eager if plan.engine == "eager" else engines.get(plan.engine)

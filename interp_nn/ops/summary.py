@@ -471,6 +471,7 @@ def _summary_function() -> type[SummaryFunction]:
 
 
 def backward_function() -> type[SummaryBackwardFunction]:
+    """Return the Function of a backward that can be differentiated again."""
     return SummaryBackwardFunction if torch.compiler.is_compiling() else _ForwardModeBackwardFunction
 
 
