@@ -40,7 +40,7 @@ from interp_nn.ops import direct
 from interp_nn.ops import losses as _cross_entropy
 from interp_nn.ops import polynomial as _polynomial
 from interp_nn.ops import summary as _summary
-from interp_nn.ops.library import any_autocast_enabled, cast, is_batched, is_dtensor, is_wrapped, ordinary
+from interp_nn.ops.library import any_autocast_enabled, cast, is_batched, is_dtensor, is_tracing, is_wrapped, ordinary
 
 __all__ = [
     "Orthogonalized",
@@ -541,7 +541,7 @@ def _planned(
     key: tuple[object, ...] | None = None
     plain = type(x) in _PLAIN and type(b) in _PLAIN and (bias is None or type(bias) in _PLAIN)
     passes = plain and ordinary() and not (is_batched(x) or is_batched(b) or (bias is not None and is_batched(bias)))
-    if passes or (plain and not is_compiling() and not any_autocast_enabled()):
+    if passes or (plain and not (is_compiling() or is_tracing() or any_autocast_enabled())):
         key = (
             x.shape, b.shape, x.dtype, b.dtype, x.device, b.device, x.layout, b.layout, x.requires_grad, b.requires_grad,
             is_grad_enabled(), pair, requested_now(),

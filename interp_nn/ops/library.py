@@ -80,7 +80,7 @@ is_wrapped: Callable[[Tensor], bool] = getattr(
 
 _dispatch_modes: Callable[[], int] = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
 _function_modes: Callable[[], int] = getattr(torch._C, "_len_torch_function_stack", lambda: 1)
-_tracing: Callable[[], bool] = getattr(torch._C, "_is_tracing", lambda: True)
+is_tracing: Callable[[], bool] = getattr(torch._C, "_is_tracing", lambda: True)
 
 
 def ordinary() -> bool:
@@ -94,7 +94,7 @@ def ordinary() -> bool:
         or _dispatch_modes()
         or _function_modes()
         or _transforms_active()
-        or _tracing()
+        or is_tracing()
         or any_autocast_enabled()
         or getattr(forward_ad, "_current_level", 0) >= 0
     )

@@ -126,7 +126,7 @@ def test_a_mode_sees_the_operators(where, operators_only):
         assert not seen.names
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.trace.*:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace.*:DeprecationWarning", "ignore::torch.jit.TracerWarning")
 def test_nothing_else_is_passed_by(operators_only, monkeypatch):
     """Each way that PyTorch may look into a call leaves the direct path alone."""
     x, b = torch.randn(5, 4), torch.randn(4, 3)
