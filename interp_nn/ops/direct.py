@@ -26,8 +26,10 @@ class SummaryDirect(Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, b: Tensor, bias: Tensor | None, plan: Plan, pair: bool) -> Any:
-        p, y, saved = engines.get(plan.engine).forward(as_rows(x), b, bias, plan, pair)
-        if x.dim() != 2:
+        if x.dim() == 2:
+            p, y, saved = engines.get(plan.engine).forward(x, b, bias, plan, pair)
+        else:
+            p, y, saved = engines.get(plan.engine).forward(as_rows(x), b, bias, plan, pair)
             shape = (*x.shape[:-1], b.shape[1])
             y = y.view(shape)
             p = p if p is None else p.view(shape)

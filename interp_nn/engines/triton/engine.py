@@ -264,14 +264,18 @@ def forward(
     device, spec, precision = x.device, _spec(x.device), _precision(x.dtype)
     x, (b, transposed) = x.contiguous(), _matrix(b)
     bias = None if bias is None else bias.contiguous()
-    y, g = workspace((n, k), x.dtype, x.device), workspace((k, k), x.dtype, x.device)
+    y, g = workspace((n, k), x.dtype, device), workspace((k, k), x.dtype, device)
     if k <= MOST_COLUMNS:
-        p = workspace((n, k), x.dtype, x.device) if plan.saves else None
-        qg = None if q is None else workspace((k, k), x.dtype, x.device)
-        degree = None if q is None else q.degree
-        made = _stream_launch(plan.tiles, spec, x.dtype, n, d, k, transposed, precision, degree)
+        p = workspace((n, k), x.dtype, device) if plan.saves else None
+        made = _stream_launch(
+            plan.tiles, spec, x.dtype, n, d, k, transposed, precision, None if q is None else q.degree
+        )  # fmt: skip
+        if q is None:
+            launch(made, device, x, b, bias, p, y, g, None, None, None, n, d)
+            return p, y, [g] if p is None else [p, g]
+        qg = workspace((k, k), x.dtype, device)
         launch(made, device, x, b, bias, p, y, g, qg, *_numbers(q), n, d)
-        return p, y, [t for t in (p, g, qg) if t is not None]
+        return p, y, [g, qg] if p is None else [p, g, qg]
     p = workspace((n, k), x.dtype, x.device) if plan.saves or pair else None
     w = workspace((d, k), x.dtype, x.device) if plan.order == "X(bG)" else None
     phases = 7 if plan.order == "X(bG)" else 3
