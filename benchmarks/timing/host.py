@@ -2,16 +2,19 @@
 
 With few rows this time is the time of a layer. The triton engine runs with its kernels replaced by nothing below Triton's own
 Python, on CPU tensors that stand for those of an H100: a launch is counted, a kernel is not. Layers, losses and polynomials of
-the eager engine run on the CPU beside the same products written by hand. All calls run on one thread, interleaved.
+the eager engine run on the CPU beside the same products written by hand. All calls run on one thread, interleaved, and are
+timed by that thread's CPU time, which other programs on the machine lengthen less than the wall clock's.
 """
 
 from __future__ import annotations
 
 import contextlib
+import sys
+import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
+from types import FrameType, SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -21,6 +24,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 
 import interp_nn
+from benchmarks.command_line import UserInputError
 from benchmarks.records import environment, rows
 from benchmarks.timing.clocks import Timing, interleave
 from interp_nn import functional
@@ -34,7 +38,8 @@ _KERNEL_SHAPE = 64, 64, 16  # an n at which a kernel takes less time than its la
 _LAYER_SHAPE = 32, 512, 100  # the fastest of the shapes in the tables
 _CLASSES = 10
 _POLYNOMIAL_SHAPE = 4096, 512, 64
-_MICROBATCHES = 8
+_MICROBATCHES, _MICROBATCH_SHAPE = 8, (32, 512, 100)
+_CALLS = 4  # in a sample
 Calls = dict[str, Callable[[], Any]]
 
 
@@ -66,14 +71,14 @@ _LAYER_BOUNDS = (
 )
 _POLYNOMIAL_BOUNDS = (
     Ratio("newton-schulz, forward and backward", "nn.Linear, forward and backward", 1.10),
-    Ratio(
-        f"newton-schulz, {_MICROBATCHES} microbatches, cached", f"nn.Linear, {_MICROBATCHES} microbatches of 512", 1.65
-    ),
+    Ratio("newton-schulz, microbatches, cached", "nn.Linear, microbatches", 1.65),
 )
 
 
 def run(output: Path | None) -> dict[str, Any]:
     """Measure median microseconds of the triton engine's calls, of layers and losses, and of polynomials."""
+    if limits.triton_version() < limits.OLDEST_TRITON or devices.interpreting():
+        raise UserInputError("host: needs Triton, and that TRITON_INTERPRET is not set")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -84,7 +89,14 @@ def run(output: Path | None) -> dict[str, Any]:
     finally:
         torch.set_num_threads(threads)
     parts = {"kernels": kernels, "layers": layers, "polynomials": polynomials}
-    result = {**environment.facts(), "unit": "us", "threads": 1, **parts}
+    result = {
+        **environment.facts(),
+        "unit": "us",
+        "threads": 1,
+        "calls a sample": _CALLS,
+        **parts,
+        "functions": functions(),
+    }
     if output is not None:
         rows.write_json(output, result)
     return result
@@ -101,11 +113,49 @@ def table(result: dict[str, Any]) -> str:
             f"  {bound['call']} to {bound['to']}: {bound['value']} {bound['unit']} (bound {bound['bound']})"
             for bound in part["compared"]
         ]
+    lines += [f"Python functions of this library in {call}: {count}" for call, count in result["functions"].items()]
     return "\n".join(lines)
 
 
+def functions() -> dict[str, int]:
+    """Count the Python functions of this library that warm calls on a CPU pass."""
+    n, d, k = _LAYER_SHAPE
+    layer, head, x, target = SummaryLinear(d, k), SummaryHead(d, k, _CLASSES), torch.randn(n, d), torch.zeros(n).long()
+    calls: Calls = {"SummaryLinear(x)": lambda: layer(x), "SummaryHead.loss": lambda: head.loss(x, target)}
+    return {name: len(passed(call)) for name, call in calls.items()}
+
+
+def passed(call: Callable[[], object]) -> list[str]:
+    """Return the names of the Python functions of this library that a call passes, once it is warm."""
+    for _ in range(2):
+        call()
+    names: list[str] = []
+    folder = str(Path(interp_nn.__file__).parent)
+
+    def note(frame: FrameType, event: str, _: object) -> None:
+        if event == "call" and frame.f_code.co_filename.startswith(folder):
+            names.append(frame.f_code.co_name)
+
+    sys.setprofile(note)
+    try:
+        call()
+    finally:
+        sys.setprofile(None)
+    return names
+
+
+def _on_thread(call: Callable[[], object], _: int) -> Callable[[], float]:
+    def sample() -> float:
+        start = time.thread_time()
+        for _ in range(_CALLS):
+            call()
+        return 1e3 * (time.thread_time() - start) / _CALLS
+
+    return sample
+
+
 def _timed(calls: Calls, shape: tuple[int, int, int], bounds: tuple[Ratio, ...]) -> dict[str, Any]:
-    taken: dict[str, Timing] = interleave(calls, seconds=_SECONDS, least=2, most=_ROUNDS)
+    taken: dict[str, Timing] = interleave(calls, seconds=_SECONDS, least=2, most=_ROUNDS, clock=_on_thread)
     medians = {name: round(1e3 * timing.p50, 2) for name, timing in taken.items()}
     fast = {name: round(1e3 * timing.p20, 2) for name, timing in taken.items()}
     return {
@@ -337,25 +387,25 @@ def _polynomial_calls() -> Calls:
     n, d, k = _POLYNOMIAL_SHAPE
     leaf, dy = torch.randn(n, d, requires_grad=True), torch.randn(n, k)
     linear, ours = nn.Linear(d, k), SummaryLinear(d, k, polynomial="newton-schulz")
-    parts, upstream = torch.randn(512 * _MICROBATCHES, d).split(512), torch.randn(512, k)
+    rows, features, columns = _MICROBATCH_SHAPE
+    small, summary = nn.Linear(features, columns), SummaryLinear(features, columns, polynomial="newton-schulz")
+    parts = [torch.randn(rows, features, requires_grad=True) for _ in range(_MICROBATCHES)]
+    upstream = torch.randn(rows, columns)
 
     def both(layer: nn.Module) -> None:
         torch.autograd.grad(layer(leaf), (leaf, *layer.parameters()), dy)
 
-    def accumulate(layer: nn.Module) -> None:
+    def accumulate(layer: nn.Module, cached: bool) -> None:
         for part in parts:
-            layer(part).backward(upstream)
-        layer.zero_grad()
-
-    def cached() -> None:
-        with cached_weights(ours):
+            part.grad = None
+        with cached_weights(layer) if cached else contextlib.nullcontext():
             for part in parts:
-                ours(part).backward(upstream)
-        ours.zero_grad()
+                layer(part).backward(upstream)
+        layer.zero_grad()
 
     return {
         "nn.Linear, forward and backward": lambda: both(linear),
         "newton-schulz, forward and backward": lambda: both(ours),
-        f"nn.Linear, {_MICROBATCHES} microbatches of 512": lambda: accumulate(linear),
-        f"newton-schulz, {_MICROBATCHES} microbatches, cached": cached,
+        "nn.Linear, microbatches": lambda: accumulate(small, False),
+        "newton-schulz, microbatches, cached": lambda: accumulate(summary, True),
     }
