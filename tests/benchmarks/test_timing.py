@@ -18,6 +18,7 @@ from benchmarks.timing import (
     compare,
     explain_suite,
     footprint,
+    host,
     layer_providers,
     measure,
     operator_suite,
