@@ -127,8 +127,11 @@ def summary(
     if scale is not _ONE or polynomial is not _SUMMARY:
         given = _given(polynomial, scale)
         if given is not None:
-            x, b, bias, plan, _ = _planned(x, b, bias, False, given)
-            return _polynomial.summary(x, b, bias, _as_tensors(given, x), plan)
+            x, b, bias, plan, plain = _planned(x, b, bias, False, given)
+            q = _as_tensors(given, x)
+            if plain and not plan.autograd:
+                return direct.polynomial_summary(x, b, bias, q, plan, False)[1]
+            return _polynomial.summary(x, b, bias, q, plan)
     x, b, bias, plan, plain = _planned(x, b, bias, False)
     if plain:
         return direct.summary(x, b, bias, plan)
@@ -178,8 +181,13 @@ def summary_pair(
     if scale is not _ONE or polynomial is not _SUMMARY:
         given = _given(polynomial, scale)
         if given is not None:
-            x, b, _, plan, _ = _planned(x, b, None, True, given)
-            return SummaryPair(*_polynomial.summary_pair(x, b, _as_tensors(given, x), plan))
+            x, b, _, plan, plain = _planned(x, b, None, True, given)
+            q = _as_tensors(given, x)
+            if plain and not plan.autograd:
+                projection, y = direct.polynomial_summary(x, b, None, q, plan, True)
+                assert projection is not None
+                return SummaryPair(projection, y)
+            return SummaryPair(*_polynomial.summary_pair(x, b, q, plan))
     x, b, _, plan, plain = _planned(x, b, None, True)
     if plain:
         return SummaryPair(*direct.summary_pair(x, b, plan))
@@ -549,6 +557,9 @@ def _planned(
         )  # fmt: skip
         if given is not None:
             key = (*key, *_degree(given))
+            passes = passes and not any(
+                isinstance(t, Tensor) and (type(t) not in _PLAIN or is_batched(t)) for t in given
+            )
         plan = _plans.get(key)
         if plan is not None:
             return x, b, bias, plan, passes

@@ -13,28 +13,40 @@ from torch import Tensor, is_grad_enabled
 from torch.autograd import Function
 
 from interp_nn import engines
-from interp_nn.engines import eager
+from interp_nn.engines import eager, eager_polynomial
+from interp_nn.engines.eager_polynomial import Polynomial
 from interp_nn.engines.problem import LossOptions, Plan
 from interp_nn.linalg import is_column_major
+from interp_nn.ops import polynomial
 from interp_nn.ops.library import apply, is_batched, ordinary
 from interp_nn.ops.losses import CrossEntropyBackwardFunction, any_ignored, computed_late, expression
 from interp_nn.ops.summary import as_rows, backward_function, ordered, spread
 
 
 class SummaryDirect(Function):
-    """Y of x (..., d), b (d, k) and bias (k,) or None by a plan, or (P, Y) of a pair."""
+    """Y of x (..., d), b (d, k) and bias (k,) or None by a plan, or (P, Y) of a pair. Without coefficients, of the summary."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, b: Tensor, bias: Tensor | None, plan: Plan, pair: bool) -> Any:
-        if x.dim() == 2:
-            p, y, saved = engines.get(plan.engine).forward(x, b, bias, plan, pair)
-        else:
-            p, y, saved = engines.get(plan.engine).forward(as_rows(x), b, bias, plan, pair)
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        b: Tensor,
+        bias: Tensor | None,
+        coefficients: Tensor | None,
+        scale: Tensor | None,
+        plan: Plan,
+        pair: bool,
+    ) -> Any:
+        rows = x if x.dim() == 2 else as_rows(x)
+        p, y, saved = _forward(
+            rows, b, bias, None if coefficients is None else Polynomial(coefficients, scale), plan, pair
+        )
+        if rows is not x:
             shape = (*x.shape[:-1], b.shape[1])
             y = y.view(shape)
             p = p if p is None else p.view(shape)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, b, *saved)
+        ctx.save_for_backward(x, b, coefficients, scale, *saved)
         ctx.plan, ctx.pair = plan, pair
         return (p, y) if pair else y
 
@@ -43,43 +55,92 @@ class SummaryDirect(Function):
         dp, dy = grads if ctx.pair else (None, grads[0])
         given = dy if dp is None else dp
         if given is None:
-            return (None,) * 5
-        x, b, *saved = ctx.saved_tensors
-        plan, needs = ctx.plan, ctx.needs_input_grad[:3]
+            return (None,) * 7
+        x, b, coefficients, scale, *saved = ctx.saved_tensors
+        plan, needs = ctx.plan, ctx.needs_input_grad[:5]
+        q = None if coefficients is None else Polynomial(coefficients, scale)
         if is_grad_enabled() or not ordinary() or is_batched(given):
+            if q is not None:
+                return (*polynomial.backward(dp, dy, x, b, q, saved, plan, needs), None, None)
             first, second = (*saved, None, None)[:2]
-            found = iter(apply(backward_function(), dp, dy, x, b, first, second, plan, *needs))
-            return (*(next(found) if need else None for need in needs), None, None)
+            found = apply(backward_function(), dp, dy, x, b, first, second, plan, *needs[:3])
+            return (*spread(found, needs), None, None)
         rows = x
         if x.dim() != 2:
             rows = as_rows(x)
             dp, dy = (None if g is None else as_rows(g) for g in (dp, dy))
-        dx, db, dbias = engines.get(plan.engine).backward(dp, dy, rows, b, saved, plan, *needs)[:3]
-        if dx is not None and x.dim() != 2:
+        dx, db, *rest = _backward(dp, dy, rows, b, q, saved, plan, needs)
+        if dx is not None and rows is not x:
             dx = dx.view(x.shape)
         if db is not None and db.stride() != b.stride():
             db = ordered(db, is_column_major(b))
-        return dx, db, dbias, None, None
+        return dx, db, *rest, None, None
 
 
 _apply_summary = super(Function, SummaryDirect).apply  # without the step that binds arguments for transforms
+
+
+def _forward(
+    rows: Tensor, b: Tensor, bias: Tensor | None, q: Polynomial | None, plan: Plan, pair: bool
+) -> tuple[Tensor | None, Tensor, list[Tensor]]:
+    if q is None:
+        return engines.get(plan.engine).forward(rows, b, bias, plan, pair)
+    if plan.engine == "eager":
+        return eager_polynomial.forward(rows, b, bias, q, plan, pair)
+    return engines.get(plan.engine).forward(rows, b, bias, plan, pair, q)
+
+
+def _backward(
+    dp: Tensor | None,
+    dy: Tensor | None,
+    rows: Tensor,
+    b: Tensor,
+    q: Polynomial | None,
+    saved: Sequence[Tensor],
+    plan: Plan,
+    needs: Sequence[bool],
+) -> tuple[Tensor | None, ...]:
+    """Return the needed ones of (dX, db, dbias, dc, da), None for the others."""
+    if q is not None and plan.engine == "eager":
+        return eager_polynomial.backward(dp, dy, rows, b, q, saved, plan, needs)
+    need_x, need_b, need_bias, need_c, _ = needs
+    backward = engines.get(plan.engine).backward
+    if q is None:
+        return *backward(dp, dy, rows, b, saved, plan, need_x, need_b, need_bias), None, None
+    *found, dc = backward(dp, dy, rows, b, saved, plan, need_x, need_b, need_bias, need_c, q)
+    return *found, None if dc is None else dc.to(q.coefficients.dtype), None
 
 
 def summary(x: Tensor, b: Tensor, bias: Tensor | None, plan: Plan) -> Tensor:
     """Return X b (bᵀb) + bias."""
     needed = is_grad_enabled() and (x.requires_grad or b.requires_grad or (bias is not None and bias.requires_grad))
     if needed and not plan.autograd:
-        found: Tensor = _apply_summary(x, b, bias, plan, False)
+        found: Tensor = _apply_summary(x, b, bias, None, None, plan, False)
         return found
     engine = eager if plan.engine == "eager" else engines.get(plan.engine)
     y: Tensor = engine.forward(x if x.dim() == 2 else as_rows(x), b, bias, plan, False)[1]
     return y if x.dim() == 2 else y.view(*x.shape[:-1], b.shape[1])
 
 
+def polynomial_summary(
+    x: Tensor, b: Tensor, bias: Tensor | None, q: Polynomial, plan: Plan, pair: bool
+) -> tuple[Tensor | None, Tensor]:
+    """Return (a X b or None, X b q(bᵀb) + bias) by a plan without `autograd`; the projection where it is a pair's."""
+    needed = is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, b, bias, *q))
+    if needed:
+        found = _apply_summary(x, b, bias, *q, plan, pair)
+        return found if pair else (None, found)
+    p, y, _ = _forward(as_rows(x), b, bias, q, plan, pair)
+    if x.dim() == 2:
+        return p, y
+    shape = (*x.shape[:-1], b.shape[1])
+    return None if p is None else p.view(shape), y.view(shape)
+
+
 def summary_pair(x: Tensor, b: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
     """Return (X b, X b (bᵀb))."""
     if not plan.autograd and is_grad_enabled() and (x.requires_grad or b.requires_grad):
-        pair: tuple[Tensor, Tensor] = _apply_summary(x, b, None, plan, True)
+        pair: tuple[Tensor, Tensor] = _apply_summary(x, b, None, None, None, plan, True)
         return pair
     p, y, _ = engines.get(plan.engine).forward(as_rows(x), b, None, plan, True)
     assert p is not None

@@ -19,8 +19,9 @@ from torch.utils.flop_counter import FlopCounterMode
 import interp_nn
 from benchmarks.timing import host
 from interp_nn import engines, functional
-from interp_nn.engines import eager, orders, select
-from interp_nn.engines.problem import LossOptions
+from interp_nn.engines import eager, eager_polynomial, orders, select
+from interp_nn.engines.eager_polynomial import Polynomial
+from interp_nn.engines.problem import LossOptions, Plan
 from interp_nn.nn import SummaryLinear
 from interp_nn.ops import direct
 
@@ -63,6 +64,27 @@ def test_first_and_second_derivatives(plan, pair, shape):
     function = direct.summary_pair if pair else direct.summary
     assert gradcheck(lambda *given: function(*given, plan), inputs, check_batched_grad=True)
     assert gradgradcheck(lambda *given: function(*given, plan), inputs, check_batched_grad=True)
+
+
+@pytest.mark.parametrize("shape", [(3, 4, 2), (2, 2, 3)], ids=str)
+@pytest.mark.parametrize("pair", [False, True])
+def test_first_and_second_derivatives_of_a_polynomial(pair, shape):
+    n, d, k = shape
+    plan = Plan("eager", "X(bq)" if k <= d else "X(q(K)b)") if not pair else Plan("eager", "(Xb)q", saves=True)
+    inputs = (
+        randn(n, d),
+        randn(d, k),
+        None if pair else randn(k),
+        randn(3),
+        torch.tensor(0.7, dtype=torch.float64, requires_grad=True),
+    )
+
+    def function(x, b, bias, coefficients, scale):
+        found = direct.polynomial_summary(x, b, bias, Polynomial(coefficients, scale), plan, pair)
+        return found if pair else found[1]
+
+    assert gradcheck(function, inputs, check_batched_grad=True)
+    assert gradgradcheck(function, inputs)
 
 
 @pytest.mark.parametrize(("head", "reduction"), [(False, "mean"), (True, "none")])
@@ -191,12 +213,25 @@ class Probe:
     def __init__(self):
         self.calls = []
 
-    def __getattr__(self, name):
-        def call(*args, **kwargs):
-            self.calls.append(name)
-            return getattr(eager, name)(*args, **kwargs)
+    def forward(self, x, b, bias, plan, pair, q=None):
+        self.calls.append("forward")
+        if q is None:
+            return eager.forward(x, b, bias, plan, pair)
+        return eager_polynomial.forward(x, b, bias, q, plan._replace(saves=True), True)
 
-        return call
+    def backward(self, dp, dy, x, b, saved, plan, need_x, need_b, need_bias=False, need_c=False, q=None):
+        self.calls.append("backward")
+        if q is None:
+            return eager.backward(dp, dy, x, b, saved, plan, need_x, need_b, need_bias)
+        return eager_polynomial.backward(dp, dy, x, b, q, saved, plan, (need_x, need_b, need_bias, need_c, False))[:4]
+
+    def loss(self, *args):
+        self.calls.append("loss")
+        return eager.loss(*args)
+
+    def scale(self, *args):
+        self.calls.append("scale")
+        return eager.scale(*args)
 
 
 CHANGES = {
@@ -214,7 +249,9 @@ CHANGES = {
     "grad mode": [True, False],
     "autocast": [False, True],
     "engine": ["auto", "eager", "cuda"],
-    "op": ["summary", "pair", "loss", "head"],
+    "op": ["summary", "pair", "loss", "head", "polynomial"],
+    "polynomial": [(0, 1), (1.5, -0.5), [1, 0, 2], "tensor", "parameter"],
+    "scale": [1.0, 0.5, "tensor", "parameter"],
     "target": ["right", "ignored", "out of range", "int32"],
     "weights": [(1.0, 1.0, 1.0), (1, 1, 1), (True, 1.0, 1.0), (0.5, 2.0, 1.0), [1.0, 1.0, 1.0]],
     "ignore_index": [-100, 1, True],
@@ -254,6 +291,13 @@ def outcome(state, probe):
         ):
             if state["op"] == "summary":
                 out = (functional.summary(x, b, bias),)
+            elif state["op"] == "polynomial":
+                made = {
+                    "polynomial": torch.tensor([1.0, 2.0, -1.0], requires_grad=state["polynomial"] == "parameter"),
+                    "scale": torch.tensor(0.5, requires_grad=state["scale"] == "parameter"),
+                }
+                chosen = {name: made[name] if state[name] in ("tensor", "parameter") else state[name] for name in made}
+                out = (functional.summary(x, b, bias, **chosen), *functional.summary_pair(x, b, **chosen))
             elif state["op"] == "pair":
                 out = tuple(functional.summary_pair(x, b))
             elif state["op"] == "loss":
