@@ -549,7 +549,12 @@ def _planned(
     key: tuple[object, ...] | None = None
     plain = type(x) in _PLAIN and type(b) in _PLAIN and (bias is None or type(bias) in _PLAIN)
     passes = plain and ordinary() and not (is_batched(x) or is_batched(b) or (bias is not None and is_batched(bias)))
-    if passes or (plain and not (is_compiling() or is_tracing() or any_autocast_enabled())):
+    autocast = not is_compiling() and any_autocast_enabled()
+    if autocast:
+        passes = passes and given is None and all(t is None or t.dtype in _DTYPES for t in (x, b, bias))
+        if passes and _autocast_enabled(x):  # it does not change the products of tensors that are cast already
+            x, b, bias = cast(x.device.type, x, b, bias)
+    if passes or (plain and not (autocast or is_compiling() or is_tracing())):
         key = (
             x.shape, b.shape, x.dtype, b.dtype, x.device, b.device, x.layout, b.layout, x.requires_grad, b.requires_grad,
             is_grad_enabled(), pair, requested_now(),
@@ -694,6 +699,8 @@ def _loss_key(
     if type(weights) is not tuple or not _NUMBERS.issuperset(map(type, weights)):
         return None
     if type(ignore_index) is not int or type(reduction) is not str or type(target) is not Tensor or not ordinary():
+        return None
+    if any_autocast_enabled():
         return None
     if type(x) not in _PLAIN or type(b) not in _PLAIN or is_batched(x) or is_batched(b) or is_batched(target):
         return None

@@ -18,7 +18,7 @@ from interp_nn.engines.eager_polynomial import Polynomial
 from interp_nn.engines.problem import LossOptions, Plan
 from interp_nn.linalg import is_column_major
 from interp_nn.ops import polynomial
-from interp_nn.ops.library import apply, is_batched, ordinary
+from interp_nn.ops.library import any_autocast_enabled, apply, is_batched, ordinary
 from interp_nn.ops.losses import CrossEntropyBackwardFunction, any_ignored, computed_late, expression
 from interp_nn.ops.summary import as_rows, backward_function, ordered, spread
 
@@ -59,7 +59,7 @@ class SummaryDirect(Function):
         x, b, coefficients, scale, *saved = ctx.saved_tensors
         plan, needs = ctx.plan, ctx.needs_input_grad[:5]
         q = None if coefficients is None else Polynomial(coefficients, scale)
-        if is_grad_enabled() or not ordinary() or is_batched(given):
+        if is_grad_enabled() or not ordinary() or any_autocast_enabled() or is_batched(given):
             if q is not None:
                 return (*polynomial.backward(dp, dy, x, b, q, saved, plan, needs), None, None)
             first, second = (*saved, None, None)[:2]
@@ -179,7 +179,7 @@ class CrossEntropyDirect(Function):
         if ctx.spent:
             grads = []  # of a retained graph: handed out by an earlier backward, and scaled in place by some engines
         options, plan, needs = ctx.options, ctx.plan, ctx.needs_input_grad[:4]
-        if is_grad_enabled() or not ordinary() or is_batched(upstream):
+        if is_grad_enabled() or not ordinary() or any_autocast_enabled() or is_batched(upstream):
             ones = (*grads, *(None,) * 5)[:5]
             tensors = upstream, x, b, a, c, None, None, target
             found = apply(CrossEntropyBackwardFunction, *tensors, *ones, options, plan, needs)

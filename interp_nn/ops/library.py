@@ -86,8 +86,8 @@ is_tracing: Callable[[], bool] = getattr(torch._C, "_is_tracing", lambda: True)
 def ordinary() -> bool:
     """Return True if a call on plain tensors may pass the operators by.
 
-    So no dispatch or function mode, transform, forward-mode AD, tracing, compilation or autocast is active, which would not see
-    what an engine does. A batched tensor of `is_batched` is not noticed.
+    So no dispatch or function mode, transform, forward-mode AD, tracing or compilation is active, which would not see what an
+    engine does. A batched tensor of `is_batched` and autocast are not noticed.
     """
     return not (
         is_compiling()
@@ -95,7 +95,6 @@ def ordinary() -> bool:
         or _function_modes()
         or _transforms_active()
         or is_tracing()
-        or any_autocast_enabled()
         or getattr(forward_ad, "_current_level", 0) >= 0
     )
 

@@ -1,5 +1,6 @@
 """Eager calls that pass the operators by: nothing else may notice, and no plan is stale."""
 
+import contextlib
 import os
 import sys
 import threading
@@ -154,8 +155,6 @@ def test_nothing_else_is_passed_by(operators_only, monkeypatch):
     """Each way that PyTorch may look into a call leaves the direct path alone."""
     x, b = torch.randn(5, 4), torch.randn(4, 3)
     monkeypatch.setattr(direct, "summary", lambda *_: pytest.fail("an operator was passed by"))
-    with torch.autocast("cpu", torch.bfloat16):
-        functional.summary(x, b)
     with BaseTorchFunctionMode():
         functional.summary(x, b)
     with torch.autograd.forward_ad.dual_level():
@@ -183,6 +182,21 @@ def test_linearize(operators_only):
     tangents = tuple(map(torch.randn_like, given))
     value, jvp = torch.func.linearize(functional.summary, *given)
     torch.testing.assert_close((value, jvp(*tangents)), torch.func.jvp(naive, given, tangents))
+
+
+@pytest.mark.parametrize("where", ["forward", "backward", "both"])
+def test_autocast(where, operators_only):
+    """A forward's products are of cast tensors, and a backward's of what it saved, whatever the state then."""
+    x, b, bias = randn(5, 4, dtype=torch.float32), randn(4, 3, dtype=torch.float32), randn(3, dtype=torch.float32)
+    found = []
+    for mode in (contextlib.nullcontext(), Seen()):  # the direct path, and that of the operators
+        with mode:
+            with torch.autocast("cpu", torch.bfloat16, enabled=where != "backward"):
+                y = functional.summary(x, b, bias)
+            with torch.autocast("cpu", torch.bfloat16, enabled=where != "forward"):
+                found.append((y, *torch.autograd.grad(y.float().square().sum(), (x, b, bias))))
+    assert found[0][0].dtype == (torch.float32 if where == "backward" else torch.bfloat16)
+    assert all(torch.equal(one, other) and one.dtype == other.dtype for one, other in zip(*found, strict=True))
 
 
 def test_an_old_batched_tensor_is_not_passed_by(monkeypatch):
@@ -242,7 +256,7 @@ CHANGES = {
     "x": ["contiguous", "transposed", "strided", "sparse"],
     "b": ["contiguous", "transposed", "strided"],
     "dtype": [torch.float32, torch.float64, torch.bfloat16],
-    "dtype of b": [None, torch.float64],
+    "dtype of b": [None, torch.float64, torch.float8_e5m2],
     "x needs": [False, True],
     "b needs": [False, True],
     "bias": [None, "right", "long", "float64"],
@@ -272,7 +286,7 @@ def outcome(state, probe):
     torch.default_generator.manual_seed(0)
     n, d, k, dtype = state["n"], state["d"], state["k"], state["dtype"]
     x = laid_out(torch.randn(*state["leading"], n, d, dtype=dtype), state["x"])
-    b = laid_out(torch.randn(d, k, dtype=state["dtype of b"] or dtype), state["b"])
+    b = laid_out(torch.randn(d, k, dtype=dtype), state["b"]).to(state["dtype of b"] or dtype)
     x, b = x.requires_grad_(state["x needs"]), b.requires_grad_(state["b needs"])
     kind = state["bias"]
     bias = (

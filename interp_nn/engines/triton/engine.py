@@ -14,6 +14,8 @@ are launched cooperatively: a grid that does not fit fails instead of waiting fo
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import reduce
+from operator import or_
 from typing import Any, NamedTuple
 
 import torch
@@ -89,25 +91,19 @@ def launch(made: Launch, device: torch.device, *arguments: Any) -> None:
         return
     kept, key = made.constants, None
     if type(kept) is Constants and kept.pointers:
-        tensors, bits, given = arguments[: kept.pointers], 0, []
-        found: list[Any] = [device, *arguments[kept.pointers : kept.integers]]
-        for t in tensors:
-            if t is None:
-                given.append(0)
-                found.append(None)
-            else:
-                address = t.data_ptr()
-                bits |= address
-                given.append(address)
-                found.append(t.dtype if t.is_cuda is on_gpu else _ELSEWHERE)
-        key = tuple(found) if not bits & 15 else None
-        handle = kept.handles.get(key) if key is not None else None
-        if handle is not None and not (handle.hooks.launch_enter_hook.calls or handle.hooks.launch_exit_hook.calls):
-            run, function, metadata, constants, stream, _ = handle
-            rest = arguments[kept.pointers :]
-            index = device.index or 0
-            run(made.programs, 1, 1, stream(index), function, metadata, None, None, None, *given, *rest, *constants)
-            return
+        tensors = arguments[: kept.pointers]
+        given = [0 if t is None else t.data_ptr() for t in tensors]
+        if not reduce(or_, given) & 15:
+            kinds = [t if t is None else t.dtype if t.is_cuda is on_gpu else _ELSEWHERE for t in tensors]
+            key = (device, *arguments[kept.pointers : kept.integers], *kinds)
+            handle = kept.handles.get(key)
+            if handle is not None:
+                run, function, metadata, constants, stream, hooks = handle
+                if not (hooks.launch_enter_hook.calls or hooks.launch_exit_hook.calls):
+                    rest = arguments[kept.pointers :]
+                    at = stream(device.index or 0)
+                    run(made.programs, 1, 1, at, function, metadata, None, None, None, *given, *rest, *constants)
+                    return
     compiled = made.kernel[(made.programs,)](*arguments, **kept)
     if _TESTED and type(kept) is Constants and compiled is not None:
         _keep(made, key, compiled, arguments)
