@@ -549,7 +549,7 @@ def _planned(
     key: tuple[object, ...] | None = None
     plain = type(x) in _PLAIN and type(b) in _PLAIN and (bias is None or type(bias) in _PLAIN)
     passes = plain and ordinary() and not (is_batched(x) or is_batched(b) or (bias is not None and is_batched(bias)))
-    autocast = not is_compiling() and any_autocast_enabled()
+    autocast = (passes or not is_compiling()) and any_autocast_enabled()
     if autocast:
         passes = passes and given is None and all(t is None or t.dtype in _DTYPES for t in (x, b, bias))
         if passes and _autocast_enabled(x):  # it does not change the products of tensors that are cast already
