@@ -24,7 +24,10 @@ from interp_nn.ops.summary import as_rows, backward_function, ordered, spread
 
 
 class SummaryDirect(Function):
-    """Y of x (..., d), b (d, k) and bias (k,) or None by a plan, or (P, Y) of a pair. Without coefficients, of the summary."""
+    """Y of x (n, d), b (d, k) and bias (k,) or None by a plan, or (P, Y) of a pair. Without coefficients, of the summary.
+
+    Further dimensions of x are flattened outside of it: a view that a Function returns cannot be written in place.
+    """
 
     @staticmethod
     def forward(
@@ -37,14 +40,8 @@ class SummaryDirect(Function):
         plan: Plan,
         pair: bool,
     ) -> Any:
-        rows = x if x.dim() == 2 else as_rows(x)
-        p, y, saved = _forward(
-            rows, b, bias, None if coefficients is None else Polynomial(coefficients, scale), plan, pair
-        )
-        if rows is not x:
-            shape = (*x.shape[:-1], b.shape[1])
-            y = y.view(shape)
-            p = p if p is None else p.view(shape)
+        q = None if coefficients is None else Polynomial(coefficients, scale)
+        p, y, saved = _forward(x, b, bias, q, plan, pair)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, b, coefficients, scale, *saved)
         ctx.plan, ctx.pair = plan, pair
@@ -65,13 +62,7 @@ class SummaryDirect(Function):
             first, second = (*saved, None, None)[:2]
             found = apply(backward_function(), dp, dy, x, b, first, second, plan, *needs[:3])
             return (*spread(found, needs), None, None)
-        rows = x
-        if x.dim() != 2:
-            rows = as_rows(x)
-            dp, dy = (None if g is None else as_rows(g) for g in (dp, dy))
-        dx, db, *rest = _backward(dp, dy, rows, b, q, saved, plan, needs)
-        if dx is not None and rows is not x:
-            dx = dx.view(x.shape)
+        dx, db, *rest = _backward(dp, dy, x, b, q, saved, plan, needs)
         if db is not None and db.stride() != b.stride():
             db = ordered(db, is_column_major(b))
         return dx, db, *rest, None, None
@@ -81,19 +72,19 @@ _apply_summary = super(Function, SummaryDirect).apply  # without the step that b
 
 
 def _forward(
-    rows: Tensor, b: Tensor, bias: Tensor | None, q: Polynomial | None, plan: Plan, pair: bool
+    x: Tensor, b: Tensor, bias: Tensor | None, q: Polynomial | None, plan: Plan, pair: bool
 ) -> tuple[Tensor | None, Tensor, list[Tensor]]:
     if q is None:
-        return engines.get(plan.engine).forward(rows, b, bias, plan, pair)
+        return engines.get(plan.engine).forward(x, b, bias, plan, pair)
     if plan.engine == "eager":
-        return eager_polynomial.forward(rows, b, bias, q, plan, pair)
-    return engines.get(plan.engine).forward(rows, b, bias, plan, pair, q)
+        return eager_polynomial.forward(x, b, bias, q, plan, pair)
+    return engines.get(plan.engine).forward(x, b, bias, plan, pair, q)
 
 
 def _backward(
     dp: Tensor | None,
     dy: Tensor | None,
-    rows: Tensor,
+    x: Tensor,
     b: Tensor,
     q: Polynomial | None,
     saved: Sequence[Tensor],
@@ -102,56 +93,57 @@ def _backward(
 ) -> tuple[Tensor | None, ...]:
     """Return the needed ones of (dX, db, dbias, dc, da), None for the others."""
     if q is not None and plan.engine == "eager":
-        return eager_polynomial.backward(dp, dy, rows, b, q, saved, plan, needs)
+        return eager_polynomial.backward(dp, dy, x, b, q, saved, plan, needs)
     need_x, need_b, need_bias, need_c, _ = needs
     backward = engines.get(plan.engine).backward
     if q is None:
-        return *backward(dp, dy, rows, b, saved, plan, need_x, need_b, need_bias), None, None
-    *found, dc = backward(dp, dy, rows, b, saved, plan, need_x, need_b, need_bias, need_c, q)
+        return *backward(dp, dy, x, b, saved, plan, need_x, need_b, need_bias), None, None
+    *found, dc = backward(dp, dy, x, b, saved, plan, need_x, need_b, need_bias, need_c, q)
     return *found, None if dc is None else dc.to(q.coefficients.dtype), None
 
 
 def summary(x: Tensor, b: Tensor, bias: Tensor | None, plan: Plan) -> Tensor:
     """Return X b (bᵀb) + bias."""
+    rows = x if x.dim() == 2 else as_rows(x)
     needed = is_grad_enabled() and (x.requires_grad or b.requires_grad or (bias is not None and bias.requires_grad))
+    y: Tensor
     if needed and not plan.autograd:
-        found: Tensor = _apply_summary(x, b, bias, None, None, plan, False)
-        return found
-    engine = eager if plan.engine == "eager" else engines.get(plan.engine)
-    y: Tensor = engine.forward(x if x.dim() == 2 else as_rows(x), b, bias, plan, False)[1]
-    return y if x.dim() == 2 else y.view(*x.shape[:-1], b.shape[1])
+        y = _apply_summary(rows, b, bias, None, None, plan, False)
+    else:
+        engine = eager if plan.engine == "eager" else engines.get(plan.engine)
+        y = engine.forward(rows, b, bias, plan, False)[1]
+    return y if rows is x else y.view(*x.shape[:-1], b.shape[1])
+
+
+def summary_pair(x: Tensor, b: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
+    """Return (X b, X b (bᵀb))."""
+    rows = as_rows(x)
+    if is_grad_enabled() and (x.requires_grad or b.requires_grad) and not plan.autograd:
+        p, y = _apply_summary(rows, b, None, None, None, plan, True)
+    else:
+        p, y, _ = engines.get(plan.engine).forward(rows, b, None, plan, True)
+    return (p, y) if rows is x else (_shaped_as(x, p), _shaped_as(x, y))
 
 
 def polynomial_summary(
     x: Tensor, b: Tensor, bias: Tensor | None, q: Polynomial, plan: Plan, pair: bool
 ) -> tuple[Tensor | None, Tensor]:
     """Return (a X b or None, X b q(bᵀb) + bias) by a plan without `autograd`; the projection where it is a pair's."""
-    needed = is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, b, bias, *q))
-    if needed:
-        found = _apply_summary(x, b, bias, *q, plan, pair)
-        return found if pair else (None, found)
-    p, y, _ = _forward(as_rows(x), b, bias, q, plan, pair)
-    if x.dim() == 2:
-        return p, y
-    shape = (*x.shape[:-1], b.shape[1])
-    return None if p is None else p.view(shape), y.view(shape)
+    rows = as_rows(x)
+    if is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, b, bias, *q)):
+        found = _apply_summary(rows, b, bias, *q, plan, pair)
+        p, y = found if pair else (None, found)
+    else:
+        p, y, _ = _forward(rows, b, bias, q, plan, pair)
+    return (p, y) if rows is x else (None if p is None else _shaped_as(x, p), _shaped_as(x, y))
 
 
-def summary_pair(x: Tensor, b: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
-    """Return (X b, X b (bᵀb))."""
-    if not plan.autograd and is_grad_enabled() and (x.requires_grad or b.requires_grad):
-        pair: tuple[Tensor, Tensor] = _apply_summary(x, b, None, None, None, plan, True)
-        return pair
-    p, y, _ = engines.get(plan.engine).forward(as_rows(x), b, None, plan, True)
-    assert p is not None
-    if x.dim() == 2:
-        return p, y
-    shape = (*x.shape[:-1], b.shape[1])
-    return p.view(shape), y.view(shape)
+def _shaped_as(x: Tensor, rows: Tensor) -> Tensor:
+    return rows.view(*x.shape[:-1], rows.shape[1])
 
 
 class CrossEntropyDirect(Function):
-    """The three-term loss, of a pair where a is None, else of an output layer a and c."""
+    """The three-term loss of x (n, d), of a pair where a is None, else of an output layer a and c."""
 
     @staticmethod
     def forward(
@@ -206,16 +198,10 @@ def _loss(
     upstream: Tensor | None,
     needs: Sequence[bool],
 ) -> tuple[Tensor, list[Tensor]]:
-    """Return an engine's loss, and the needed gradients in the shapes and memory orders of x and b."""
-    rows = x if x.dim() == 2 else as_rows(x)
-    classes = target if target.dim() == 1 else target.reshape(-1)
-    value, grads = engines.get(plan.engine).loss(rows, b, a, c, classes, options, plan, upstream, needs)
-    if needs[0] and x.dim() != 2:
-        grads[0] = grads[0].view(x.shape)
+    """Return an engine's loss, and the needed gradients, that of b in its memory order."""
+    value, grads = engines.get(plan.engine).loss(x, b, a, c, target, options, plan, upstream, needs)
     if needs[1] and grads[needs[0]].stride() != b.stride():
         grads[needs[0]] = ordered(grads[needs[0]], is_column_major(b))
-    if options.reduction == "none" and target.dim() != 1:
-        value = value.view(target.shape)
     return value, grads
 
 
@@ -235,8 +221,10 @@ def cross_entropy(
         except IndexError:  # of PyTorch's loss, which spares the check where all is well
             eager.check_target(target, b.shape[1] if a is None else a.shape[0], options.ignore_index)
             raise
-    needs = any(t is not None and t.requires_grad for t in (x, b, a, c))
-    if needs and is_grad_enabled():
-        found: Tensor = _apply_cross_entropy(x, b, a, c, target, options, plan)
-        return found
-    return _loss(x, b, a, c, target, options, plan, None, (False,) * 4)[0]
+    rows, classes = as_rows(x), target if target.dim() == 1 else target.reshape(-1)
+    value: Tensor
+    if is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, b, a, c)):
+        value = _apply_cross_entropy(rows, b, a, c, classes, options, plan)
+    else:
+        value, _ = _loss(rows, b, a, c, classes, options, plan, None, (False,) * 4)
+    return value.view(target.shape) if options.reduction == "none" and target.dim() != 1 else value

@@ -83,7 +83,7 @@ def _summary(
     scale: Tensor | None = None,
 ) -> tuple[Tensor, list[Tensor]]:
     _, y, saved, _ = _forward(x, b, bias, plan, False, coefficients, scale)
-    return y.view(*x.shape[:-1], b.shape[1]), _contiguous(saved)
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], b.shape[1]), _contiguous(saved)
 
 
 def _summary_pair(
@@ -91,8 +91,9 @@ def _summary_pair(
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     p, y, saved, names = _forward(x, b, None, plan, True, coefficients, scale)
     assert p is not None
-    shape = (*x.shape[:-1], b.shape[1])
-    return p.view(shape), y.view(shape), _contiguous(saved[1:] if names[0] == "P" else saved)
+    if x.dim() != 2:
+        p, y = (t.view(*x.shape[:-1], b.shape[1]) for t in (p, y))
+    return p, y, _contiguous(saved[1:] if names[0] == "P" else saved)
 
 
 def _summary_backward(

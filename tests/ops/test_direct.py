@@ -117,6 +117,20 @@ def test_other_dimensions_and_strides(plan, dims):
         assert got.stride() == want.stride()
 
 
+@pytest.mark.parametrize("shape", [(5, 4), (2, 5, 4), (4,)], ids=str)
+def test_results_may_be_written_in_place(shape, operators_only):
+    """As by nn.ReLU(inplace=True)."""
+    x, b, bias = randn(*shape), randn(4, 3), randn(3)
+    calls = {
+        lambda: functional.summary(x, b, bias): naive(x, b, bias),
+        lambda: functional.summary_pair(x, b).summary: naive(x, b),
+        lambda: functional.summary(x, b, bias, polynomial=(0, 1, 0)): naive(x, b, bias),
+    }
+    for call, want in calls.items():
+        got = torch.autograd.grad(call().relu_().square().sum(), (x, b))
+        torch.testing.assert_close(got, torch.autograd.grad(want.relu().square().sum(), (x, b)))
+
+
 def test_a_retained_graph_and_half_of_a_pair(operators_only):
     x, b = randn(5, 4), randn(4, 3)
     p, y = functional.summary_pair(x, b)
