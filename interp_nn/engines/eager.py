@@ -207,7 +207,7 @@ class _Head(NamedTuple):
 
 def _head(b: Tensor, a: Tensor, plan: Plan) -> _Head:
     """Form a head's matrices by products with m rows, never with m columns (see `_columns`)."""
-    g = f = w = None
+    g = f = None
     d, k = b.shape
     if head_by_gram(d, k, a.shape[0]):
         g = gram(b)
@@ -215,11 +215,12 @@ def _head(b: Tensor, a: Tensor, plan: Plan) -> _Head:
     else:
         f = a @ b.mT
         h = f @ b
-    z = None
-    if plan.order != "logits_from_x" or f is None or not plan.autograd:
+    if plan.order == "logits_from_x" and f is not None:
+        w = torch.cat((f, h @ b.mT)).mT
+        z = None if plan.autograd else torch.cat((a, h))
+    else:
         z = torch.cat((a, h))
-    if plan.order == "logits_from_x":
-        w = (torch.cat((f, h @ b.mT)) if f is not None else torch.cat((a, h)) @ b.mT).mT
+        w = (z @ b.mT).mT if plan.order == "logits_from_x" else None
     return _Head(a, g, f, z, w)
 
 
