@@ -69,7 +69,7 @@ newest-triton: $(READY)test
 ## make models    models of torchvision, timm and transformers, converted, trained, linearized; keeps the PyTorch that is there
 models: $(READY)test
 	$(EDITABLE) ".[models]" accelerate lightning peft skorch torchao "torch==$$($(PY) -c 'import torch; print(torch.__version__)')"
-	$(PY) -m pytest -m slow tests/convert/test_convert_packages.py tests/convert/test_trainers.py \
+	$(PY) -m pytest -m slow tests/convert/test_convert_packages.py tests/convert/test_model_zoos.py tests/convert/test_trainers.py \
 	  tests/explain/linear/test_linearize_packages.py $(SHARED) $(ARGS)
 
 ## make docs      the guide as a site, into build/docs

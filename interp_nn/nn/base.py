@@ -250,6 +250,14 @@ class LinearForm(nn.Module):
             "plain layers of the same function, or use torch.jit.trace or torch.export.export"
         )
 
+    def _refuse_quantized(self, name: str, value: Tensor) -> None:
+        """Raise TypeError for an input of torch.ao's quantization in eager mode, which leaves these layers as they are."""
+        if getattr(value, "is_quantized", False):
+            raise TypeError(
+                f"{name}: got a quantized tensor, {value.dtype}, for {type(self).__name__}({self.extra_repr()}), which torch.ao "
+                "leaves in floating point; call interp_nn.convert.fold(model) before `prepare`, or put a DeQuantStub before it"
+            )
+
     def _note(self) -> str:
         return f", constraint={self.constraint!r}" if self.constraint else ""
 

@@ -106,6 +106,7 @@ class SummaryConv2d(PolynomialLayer, _ConvNd):
         """Compute the convolution (n, out_channels, h, w) of the input (n, in_channels, h, w), or both without n."""
         if (call := call_in_graph(self, input)) is not None:
             return call
+        self._refuse_quantized("input", input)
         weight = self.formed_weight()
         if weight is None:
             kernels: Tensor = self.b

@@ -1,7 +1,8 @@
 """Warn, once for a layer, of a parameter b that is not finite or is far from orthonormal.
 
 No forward looks: `eval`, `state_dict`, `fold`, `freeze`, `spectrum` and the retraction do. All but `spectrum` look at whether
-b is finite alone, because a converted layer may have any singular values.
+b is finite alone: a converted layer may have any singular values, and no layer knows whether its b came by conversion, by
+training or from a state, so each converted model would warn of layers that are right.
 """
 
 from __future__ import annotations

@@ -53,10 +53,12 @@ class SummaryLayer(LinearForm):
         """Compute the `SummaryPair` of x (..., in_features), each (..., out_features)."""
         if (call := call_in_graph(self, x)) is not None:
             return call
+        self._refuse_quantized("x", x)
         return functional.summary_pair(x, self.b)
 
     def projection(self, x: Tensor) -> Tensor:
         """Compute the projection x b alone, (..., out_features), for x (..., in_features)."""
+        self._refuse_quantized("x", x)
         return x @ self.b
 
     def extra_repr(self) -> str:

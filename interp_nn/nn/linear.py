@@ -86,6 +86,8 @@ class SummaryLinear(PolynomialLayer):
             call = call_in_graph(self, input)
             if call is not None:
                 return call
+        if getattr(input, "is_quantized", False):
+            self._refuse_quantized("input", input)
         if self._cache is not None or self._frozen is not None:
             formed = self.formed_weight()
             if formed is not None:

@@ -15,6 +15,7 @@ from benchmarks.experiments import descent, dlgn_recovery, gated_images, head_co
 from benchmarks.records import rows
 from benchmarks.records.environment import ROOT
 from benchmarks.timing import reference_networks
+from interp_nn.explain.descramble.descrambler import Descrambler
 
 KEYS = {
     "experiment", "git_sha", "device", "torch", "seeds", "epochs", "quick", "seconds", "budget", "figures", "results",
@@ -25,9 +26,10 @@ PASSENGERS = "survived,pclass,name,sex,age,sibsp,parch,ticket,fare,cabin,embarke
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch):
-    """No data from outside; no rendering, which is half of the time; a vgg11 of few channels."""
+    """No data from outside; no rendering, which is half of the time; few shuffles; a vgg11 of few channels."""
     monkeypatch.delenv("INTERP_NN_DATA", raising=False)
     monkeypatch.setattr(Figure, "savefig", lambda self, path, **_: Path(path).touch())
+    monkeypatch.setattr(Descrambler.nulls, "__defaults__", (4, 0))
     thin = [width if isinstance(width, str) else max(8, width // 32) for width in reference_networks._VGG11]
     monkeypatch.setattr(reference_networks, "_VGG11", tuple(thin))
 

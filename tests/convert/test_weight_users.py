@@ -11,7 +11,7 @@ from torch.nn.utils import parametrizations, parametrize, prune
 from torch.optim import swa_utils
 
 from interp_nn.convert import fold, summarize
-from interp_nn.nn import SummaryLinear, follow, update_spectral_norms
+from interp_nn.nn import SummaryClassifier, SummaryLayer, SummaryLinear, follow, update_spectral_norms
 
 READ_ONLY = r"^weight: is computed from b .*`layer\.fold\(\)` for a plain layer"
 POLYNOMIALS = ["summary", "newton-schulz"]
@@ -99,16 +99,37 @@ def test_reparametrizations(how, polynomial):
     assert not parametrize.is_parametrized(layer)
 
 
+BY_HOOKS = {
+    name: (getattr(nn.utils, name), getattr(nn.utils, f"remove_{name}")) for name in ("weight_norm", "spectral_norm")
+}
+
+
 @pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated:FutureWarning")
-@pytest.mark.parametrize("how", [nn.utils.weight_norm, nn.utils.spectral_norm])
-def test_the_old_reparametrizations_by_hooks(how):
+@pytest.mark.parametrize(("how", "undo"), BY_HOOKS.values(), ids=BY_HOOKS)
+def test_the_old_reparametrizations_by_hooks(how, undo):
     layer = converted()[0]
     with pytest.raises(KeyError, match="weight"):
         how(layer, "weight")
+    with pytest.raises(ValueError, match=r"_norm of 'weight' not found in SummaryLinear"):
+        undo(layer, "weight")
     is_its_weight(layer)  # nothing has changed
     y = how(layer, "b").eval()(X)  # the hook sets b in a forward
     assert error(nn.functional.linear(X, layer.weight, layer.bias), y) <= 1e-5
     assert fold(nn.Sequential(layer)).skipped
+    undo(layer, "b")
+    assert error(layer(X), y) <= 1e-5
+    is_its_weight(layer)
+
+
+@by_polynomial
+def test_parameters_as_a_vector(polynomial):
+    model = converted(polynomial)
+    model[0].freeze()
+    before = model(X)
+    nn.utils.vector_to_parameters(1.5 * nn.utils.parameters_to_vector(model.parameters()), model.parameters())
+    update_spectral_norms(model)
+    assert error(model(X), before) > 0.1
+    is_its_weight(model[0])  # the frozen weight is a new one
 
 
 # torch.ao
@@ -136,28 +157,67 @@ def test_dynamic_quantization_leaves_the_layers_and_takes_folded_ones(which, pol
     assert "quantized" in type(quantized[0]).__module__ and error(quantized(X), wanted) <= 5e-2
 
 
-@pytest.mark.parametrize("folded", [False, True])
-def test_static_quantization_refuses_the_layers_and_takes_folded_ones(folded):
+def quantized_in_eager_mode(model, x):
     from torch.ao import quantization
 
+    wrapped = quantization.QuantWrapper(model)
+    wrapped.qconfig = quantization.get_default_qconfig("x86")
+    quantization.prepare(wrapped, inplace=True)
+    wrapped(x)
+    return quantization.convert(wrapped, inplace=True)
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape"), [(nn.Linear(6, 5), (3, 6)), (nn.Conv2d(2, 3, 2), (3, 2, 4, 4))], ids=["linear", "conv"]
+)
+def test_static_quantization_names_the_layer_that_it_leaves(layer, shape):
+    model, x = nn.Sequential(copy.deepcopy(layer)).eval(), torch.randn(shape)
+    summarize(model)
+    quantized = quietly(quantized_in_eager_mode, model, x)
+    for _ in range(2):
+        with pytest.raises(
+            TypeError, match=r"^input: got a quantized tensor, torch.quint8, for Summary\w+\(.*fold\(model\)"
+        ):
+            quantized(x)
+        quantized.module[0].freeze()
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("head", [SummaryLayer(6, 3), SummaryClassifier(6, 3)], ids=["layer", "classifier"])
+def test_heads_refuse_quantized_inputs(head, training):
+    with pytest.raises(
+        TypeError, match=rf"^x: got a quantized tensor, torch.quint8, for {type(head).__name__}\(in_f.*fold"
+    ):
+        head.train(training)(torch.quantize_per_tensor(X, 0.1, 3, torch.quint8))
+
+
+def test_static_quantization_takes_folded_layers():
     model = converted()
     wanted = model(X)
-    if folded:
-        fold(model)
+    fold(model)
+    assert error(quietly(quantized_in_eager_mode, model, X)(X), wanted) <= 5e-2
+
+
+@pytest.mark.slow  # seconds of imports
+@by_polynomial
+def test_static_quantization_in_graph_mode_keeps_the_layers_in_floating_point(polynomial):
+    from torch.ao.quantization import get_default_qconfig_mapping, quantize_fx
+
+    model = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 4)).eval()
+    summarize(model, select="2", polynomial=polynomial)
+    wanted = model(X)
 
     def quantize():
-        wrapped = quantization.QuantWrapper(model)
-        wrapped.qconfig = quantization.get_default_qconfig("x86")
-        quantization.prepare(wrapped, inplace=True)
-        wrapped(X)
-        quantization.convert(wrapped, inplace=True)
-        return wrapped(X)
+        prepared = quantize_fx.prepare_fx(model, get_default_qconfig_mapping("x86"), (X,))
+        prepared(X)
+        return quantize_fx.convert_fx(prepared)
 
-    if folded:
-        assert error(quietly(quantize), wanted) <= 5e-2
-    else:
-        with pytest.raises(TypeError, match=r"^x: got dtype torch.quint8, want float64"):
-            quietly(quantize)
+    quantized = quietly(quantize)
+    assert (
+        type(quantized.get_submodule("2")) is SummaryLinear
+        and "quantized" in type(quantized.get_submodule("0")).__module__
+    )
+    assert error(quietly(quantized, X), wanted) <= 5e-2
 
 
 def test_equalization_and_module_fusion_refuse_the_layers_and_take_folded_ones():
