@@ -208,6 +208,8 @@ class _Head(NamedTuple):
 def _head(b: Tensor, a: Tensor, plan: Plan) -> _Head:
     """Form a head's matrices by products with m rows, never with m columns (see `_columns`)."""
     g = f = None
+    w: Tensor | None
+    z: Tensor | None
     d, k = b.shape
     if head_by_gram(d, k, a.shape[0]):
         g = gram(b)

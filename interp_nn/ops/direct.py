@@ -24,9 +24,10 @@ from interp_nn.ops.summary import as_rows, backward_function, ordered, spread
 
 
 class SummaryDirect(Function):
-    """Y of x (n, d), b (d, k) and bias (k,) or None by a plan, or (P, Y) of a pair. Without coefficients, of the summary.
+    """Y (n, k) of x (..., d), b (d, k) and bias (k,) or None by a plan, or (P, Y) of a pair; without coefficients the summary.
 
-    Further dimensions of x are flattened outside of it: a view that a Function returns cannot be written in place.
+    Results have two dimensions, because a view that a Function returns cannot be written in place. What is saved has the
+    shapes of what the operators' Function saves: a checkpoint may call the one and then the other.
     """
 
     @staticmethod
@@ -41,7 +42,10 @@ class SummaryDirect(Function):
         pair: bool,
     ) -> Any:
         q = None if coefficients is None else Polynomial(coefficients, scale)
-        p, y, saved = _forward(x, b, bias, q, plan, pair)
+        rows = as_rows(x)
+        p, y, saved = _forward(rows, b, bias, q, plan, pair)
+        if rows is not x and saved and saved[0] is p:
+            saved[0] = _shaped_as(x, p)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, b, coefficients, scale, *saved)
         ctx.plan, ctx.pair = plan, pair
@@ -57,12 +61,18 @@ class SummaryDirect(Function):
         plan, needs = ctx.plan, ctx.needs_input_grad[:5]
         q = None if coefficients is None else Polynomial(coefficients, scale)
         if is_grad_enabled() or not ordinary() or any_autocast_enabled() or is_batched(given):
+            dp, dy = (None if g is None else _shaped_as(x, g) for g in (dp, dy))
             if q is not None:
                 return (*polynomial.backward(dp, dy, x, b, q, saved, plan, needs), None, None)
             first, second = (*saved, None, None)[:2]
             found = apply(backward_function(), dp, dy, x, b, first, second, plan, *needs[:3])
             return (*spread(found, needs), None, None)
-        dx, db, *rest = _backward(dp, dy, x, b, q, saved, plan, needs)
+        rows = as_rows(x)
+        if rows is not x:
+            saved = [as_rows(t) for t in saved]
+        dx, db, *rest = _backward(dp, dy, rows, b, q, saved, plan, needs)
+        if dx is not None and rows is not x:
+            dx = dx.view(x.shape)
         if db is not None and db.stride() != b.stride():
             db = ordered(db, is_column_major(b))
         return dx, db, *rest, None, None
@@ -104,38 +114,35 @@ def _backward(
 
 def summary(x: Tensor, b: Tensor, bias: Tensor | None, plan: Plan) -> Tensor:
     """Return X b (bᵀb) + bias."""
-    rows = x if x.dim() == 2 else as_rows(x)
     needed = is_grad_enabled() and (x.requires_grad or b.requires_grad or (bias is not None and bias.requires_grad))
     y: Tensor
     if needed and not plan.autograd:
-        y = _apply_summary(rows, b, bias, None, None, plan, False)
+        y = _apply_summary(x, b, bias, None, None, plan, False)
     else:
         engine = eager if plan.engine == "eager" else engines.get(plan.engine)
-        y = engine.forward(rows, b, bias, plan, False)[1]
-    return y if rows is x else y.view(*x.shape[:-1], b.shape[1])
+        y = engine.forward(x if x.dim() == 2 else as_rows(x), b, bias, plan, False)[1]
+    return y if x.dim() == 2 else _shaped_as(x, y)
 
 
 def summary_pair(x: Tensor, b: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
     """Return (X b, X b (bᵀb))."""
-    rows = as_rows(x)
     if is_grad_enabled() and (x.requires_grad or b.requires_grad) and not plan.autograd:
-        p, y = _apply_summary(rows, b, None, None, None, plan, True)
+        p, y = _apply_summary(x, b, None, None, None, plan, True)
     else:
-        p, y, _ = engines.get(plan.engine).forward(rows, b, None, plan, True)
-    return (p, y) if rows is x else (_shaped_as(x, p), _shaped_as(x, y))
+        p, y, _ = engines.get(plan.engine).forward(as_rows(x), b, None, plan, True)
+    return (p, y) if x.dim() == 2 else (_shaped_as(x, p), _shaped_as(x, y))
 
 
 def polynomial_summary(
     x: Tensor, b: Tensor, bias: Tensor | None, q: Polynomial, plan: Plan, pair: bool
 ) -> tuple[Tensor | None, Tensor]:
     """Return (a X b or None, X b q(bᵀb) + bias) by a plan without `autograd`; the projection where it is a pair's."""
-    rows = as_rows(x)
     if is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, b, bias, *q)):
-        found = _apply_summary(rows, b, bias, *q, plan, pair)
+        found = _apply_summary(x, b, bias, *q, plan, pair)
         p, y = found if pair else (None, found)
     else:
-        p, y, _ = _forward(rows, b, bias, q, plan, pair)
-    return (p, y) if rows is x else (None if p is None else _shaped_as(x, p), _shaped_as(x, y))
+        p, y, _ = _forward(as_rows(x), b, bias, q, plan, pair)
+    return (p, y) if x.dim() == 2 else (None if p is None else _shaped_as(x, p), _shaped_as(x, y))
 
 
 def _shaped_as(x: Tensor, rows: Tensor) -> Tensor:
@@ -143,7 +150,7 @@ def _shaped_as(x: Tensor, rows: Tensor) -> Tensor:
 
 
 class CrossEntropyDirect(Function):
-    """The three-term loss of x (n, d), of a pair where a is None, else of an output layer a and c."""
+    """The three-term loss of x (..., d), of a pair where a is None, else of an output layer a and c; for "none" of shape (n,)."""
 
     @staticmethod
     def forward(
@@ -173,6 +180,7 @@ class CrossEntropyDirect(Function):
         options, plan, needs = ctx.options, ctx.plan, ctx.needs_input_grad[:4]
         if is_grad_enabled() or not ordinary() or any_autocast_enabled() or is_batched(upstream):
             ones = (*grads, *(None,) * 5)[:5]
+            upstream = upstream.view(target.shape) if options.reduction == "none" else upstream
             tensors = upstream, x, b, a, c, None, None, target
             found = apply(CrossEntropyBackwardFunction, *tensors, *ones, options, plan, needs)
         elif grads:
@@ -198,8 +206,11 @@ def _loss(
     upstream: Tensor | None,
     needs: Sequence[bool],
 ) -> tuple[Tensor, list[Tensor]]:
-    """Return an engine's loss, and the needed gradients, that of b in its memory order."""
-    value, grads = engines.get(plan.engine).loss(x, b, a, c, target, options, plan, upstream, needs)
+    """Return an engine's loss, and the needed gradients in the shape of x and the memory order of b."""
+    rows, classes = as_rows(x), target if target.dim() == 1 else target.reshape(-1)
+    value, grads = engines.get(plan.engine).loss(rows, b, a, c, classes, options, plan, upstream, needs)
+    if needs[0] and rows is not x:
+        grads[0] = grads[0].view(x.shape)
     if needs[1] and grads[needs[0]].stride() != b.stride():
         grads[needs[0]] = ordered(grads[needs[0]], is_column_major(b))
     return value, grads
@@ -221,10 +232,9 @@ def cross_entropy(
         except IndexError:  # of PyTorch's loss, which spares the check where all is well
             eager.check_target(target, b.shape[1] if a is None else a.shape[0], options.ignore_index)
             raise
-    rows, classes = as_rows(x), target if target.dim() == 1 else target.reshape(-1)
     value: Tensor
     if is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, b, a, c)):
-        value = _apply_cross_entropy(rows, b, a, c, classes, options, plan)
+        value = _apply_cross_entropy(x, b, a, c, target, options, plan)
     else:
-        value, _ = _loss(rows, b, a, c, classes, options, plan, None, (False,) * 4)
+        value, _ = _loss(x, b, a, c, target, options, plan, None, (False,) * 4)
     return value.view(target.shape) if options.reduction == "none" and target.dim() != 1 else value

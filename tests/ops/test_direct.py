@@ -15,6 +15,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.overrides import BaseTorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 import interp_nn
@@ -86,6 +87,14 @@ def test_first_and_second_derivatives_of_a_polynomial(pair, shape):
 
     assert gradcheck(function, inputs, check_batched_grad=True)
     assert gradgradcheck(function, inputs)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_second_derivatives_with_more_dimensions(reduction, operators_only):
+    target = torch.zeros(2, 3, dtype=torch.int64)
+    inputs = randn(2, 3, 4), randn(4, 2)
+    assert gradgradcheck(lambda x, b: sum(functional.summary_pair(x, b)), inputs, check_batched_grad=True)
+    assert gradgradcheck(lambda x, b: functional.summary_cross_entropy(x, b, target, reduction=reduction), inputs)
 
 
 @pytest.mark.parametrize(("head", "reduction"), [(False, "mean"), (True, "none")])
@@ -196,6 +205,27 @@ def test_linearize(operators_only):
     tangents = tuple(map(torch.randn_like, given))
     value, jvp = torch.func.linearize(functional.summary, *given)
     torch.testing.assert_close((value, jvp(*tangents)), torch.func.jvp(naive, given, tangents))
+
+
+@pytest.mark.parametrize("where", ["forward", "backward"])
+@pytest.mark.parametrize("shape", [(5, 4), (2, 5, 4)], ids=str)
+def test_a_checkpoint_under_a_mode_at_one_of_two_times(shape, where, operators_only):
+    """It computes by operators one time and without them the other time, and the two have to save the same."""
+    x, b, c = randn(*shape), randn(4, 3), torch.tensor([1.0, 0.5], dtype=torch.float64)
+    target = torch.zeros(shape[:-1], dtype=torch.int64)
+    calls = (
+        lambda x, b: functional.summary(x.sin(), b).cos(),
+        lambda x, b: sum(functional.summary_pair(x.sin(), b)).cos(),
+        lambda x, b: sum(functional.summary_pair(x.sin(), b, polynomial=c)).cos(),
+        lambda x, b: functional.summary_cross_entropy(x.sin(), b, target).cos(),
+        lambda x, b: functional.summary_cross_entropy(x.sin(), b, target, reduction="none").cos(),
+    )
+    for call in calls:
+        with Seen() if where == "forward" else contextlib.nullcontext():
+            out = checkpoint(call, x, b, use_reentrant=False).sum()
+        with Seen() if where == "backward" else contextlib.nullcontext():
+            got = torch.autograd.grad(out, (x, b))
+        torch.testing.assert_close(got, torch.autograd.grad(call(x, b).sum(), (x, b)))
 
 
 @pytest.mark.parametrize("where", ["forward", "backward", "both"])
