@@ -114,14 +114,15 @@ def _backward(
 
 def summary(x: Tensor, b: Tensor, bias: Tensor | None, plan: Plan) -> Tensor:
     """Return X b (bᵀb) + bias."""
-    needed = is_grad_enabled() and (x.requires_grad or b.requires_grad or (bias is not None and bias.requires_grad))
+    rows = x if x.dim() == 2 else as_rows(x)
     y: Tensor
-    if needed and not plan.autograd:
+    if plan.autograd:
+        y = eager.forward(rows, b, bias, plan, False)[1]
+    elif is_grad_enabled() and (x.requires_grad or b.requires_grad or (bias is not None and bias.requires_grad)):
         y = _apply_summary(x, b, bias, None, None, plan, False)
     else:
-        engine = eager if plan.engine == "eager" else engines.get(plan.engine)
-        y = engine.forward(x if x.dim() == 2 else as_rows(x), b, bias, plan, False)[1]
-    return y if x.dim() == 2 else _shaped_as(x, y)
+        y = engines.get(plan.engine).forward(rows, b, bias, plan, False)[1]
+    return y if rows is x else _shaped_as(x, y)
 
 
 def summary_pair(x: Tensor, b: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
