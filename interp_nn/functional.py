@@ -40,7 +40,7 @@ from interp_nn.ops import direct
 from interp_nn.ops import losses as _cross_entropy
 from interp_nn.ops import polynomial as _polynomial
 from interp_nn.ops import summary as _summary
-from interp_nn.ops.library import any_autocast_enabled, cast, is_batched, is_dtensor, is_tracing, is_wrapped, ordinary
+from interp_nn.ops.library import any_autocast_enabled, cast, is_dtensor, is_tracing, is_wrapped, ordinary
 
 __all__ = [
     "Orthogonalized",
@@ -59,6 +59,7 @@ _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _PLAIN = (Tensor, Parameter)
 _MOST_PLANS = 4096
 _plans: dict[tuple[object, ...], Any] = {}
+EQUAL_WEIGHTS = (1.0, 1.0, 1.0)
 _NUMBERS = frozenset((int, float))
 _REDUCTIONS = ("mean", "sum", "none")
 # The polynomial and the scale of the summary. Calls without either are known by `is`, the scale first: in Dynamo, which cannot
@@ -199,7 +200,7 @@ def summary_cross_entropy(
     b: Tensor,
     target: Tensor,
     *,
-    weights: Sequence[float] = (1.0, 1.0, 1.0),
+    weights: Sequence[float] = EQUAL_WEIGHTS,
     ignore_index: int = -100,
     reduction: str = "mean",
     polynomial: Sequence[float] | Tensor = _SUMMARY,
@@ -253,7 +254,7 @@ def summary_head_cross_entropy(
     output_bias: Tensor | None,
     target: Tensor,
     *,
-    weights: Sequence[float] = (1.0, 1.0, 1.0),
+    weights: Sequence[float] = EQUAL_WEIGHTS,
     ignore_index: int = -100,
     reduction: str = "mean",
     polynomial: Sequence[float] | Tensor = _SUMMARY,
@@ -548,7 +549,7 @@ def _planned(
     """
     key: tuple[object, ...] | None = None
     plain = type(x) in _PLAIN and type(b) in _PLAIN and (bias is None or type(bias) in _PLAIN)
-    passes = plain and ordinary() and not (is_batched(x) or is_batched(b) or (bias is not None and is_batched(bias)))
+    passes = plain and ordinary()
     autocast = (passes or not is_compiling()) and any_autocast_enabled()
     if autocast:
         passes = passes and given is None and all(t is None or t.dtype in _DTYPES for t in (x, b, bias))
@@ -562,9 +563,7 @@ def _planned(
         )  # fmt: skip
         if given is not None:
             key = (*key, *_degree(given))
-            passes = passes and not any(
-                isinstance(t, Tensor) and (type(t) not in _PLAIN or is_batched(t)) for t in given
-            )
+            passes = passes and not any(isinstance(t, Tensor) and type(t) not in _PLAIN for t in given)
         plan = _plans.get(key)
         if plan is not None:
             return x, b, bias, plan, passes
@@ -696,22 +695,20 @@ def _loss_key(
 
     So do options of other types, which are checked each time: a tensor among the weights may change, and True == 1.
     """
-    if type(weights) is not tuple or not _NUMBERS.issuperset(map(type, weights)):
+    if not ordinary() or any_autocast_enabled():
         return None
-    if type(ignore_index) is not int or type(reduction) is not str or type(target) is not Tensor or not ordinary():
+    if weights is not EQUAL_WEIGHTS and (type(weights) is not tuple or not _NUMBERS.issuperset(map(type, weights))):
         return None
-    if any_autocast_enabled():
+    if type(ignore_index) is not int or type(reduction) is not str or type(target) is not Tensor:
         return None
-    if type(x) not in _PLAIN or type(b) not in _PLAIN or is_batched(x) or is_batched(b) or is_batched(target):
+    if type(x) not in _PLAIN or type(b) not in _PLAIN:
         return None
-    if (a is not None and (type(a) not in _PLAIN or is_batched(a))) or (
-        c is not None and (type(c) not in _PLAIN or is_batched(c))
-    ):
+    if (a is not None and type(a) not in _PLAIN) or (c is not None and type(c) not in _PLAIN):
         return None
     return (
         x.shape, b.shape, x.dtype, b.dtype, x.device, b.device, x.layout, b.layout, x.requires_grad, b.requires_grad,
         is_grad_enabled(), requested_now(), target.shape, target.dtype, target.device, target.layout,
-        weights, *map(type, weights), ignore_index, reduction,
+        weights is EQUAL_WEIGHTS or (weights, *map(type, weights)), ignore_index, reduction,
         None if a is None else (a.shape, a.dtype, a.device, a.layout),
         None if c is None else (c.shape, c.dtype, c.device, c.layout),
     )  # fmt: skip

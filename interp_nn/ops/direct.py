@@ -17,7 +17,8 @@ from interp_nn.engines import eager, eager_polynomial
 from interp_nn.engines.eager_polynomial import Polynomial
 from interp_nn.engines.problem import LossOptions, Plan
 from interp_nn.linalg import is_column_major
-from interp_nn.ops import polynomial
+from interp_nn.ops import losses, polynomial
+from interp_nn.ops import summary as operators
 from interp_nn.ops.library import any_autocast_enabled, apply, is_batched, ordinary
 from interp_nn.ops.losses import CrossEntropyBackwardFunction, any_ignored, computed_late, expression
 from interp_nn.ops.summary import as_rows, backward_function, ordered, spread
@@ -118,6 +119,8 @@ def summary(x: Tensor, b: Tensor, bias: Tensor | None, plan: Plan) -> Tensor:
     y: Tensor
     if plan.autograd:
         y = eager.forward(rows, b, bias, plan, False)[1]
+    elif _any_batched(x, b, bias):
+        return operators.summary(x, b, bias, plan)[0]
     elif is_grad_enabled() and (x.requires_grad or b.requires_grad or (bias is not None and bias.requires_grad)):
         y = _apply_summary(x, b, bias, None, None, plan, False)
     else:
@@ -127,6 +130,8 @@ def summary(x: Tensor, b: Tensor, bias: Tensor | None, plan: Plan) -> Tensor:
 
 def summary_pair(x: Tensor, b: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
     """Return (X b, X b (bᵀb))."""
+    if _any_batched(x, b):
+        return operators.summary_pair(x, b, plan)
     if is_grad_enabled() and (x.requires_grad or b.requires_grad) and not plan.autograd:
         p, y = _apply_summary(x, b, None, None, None, plan, True)
     else:
@@ -138,12 +143,19 @@ def polynomial_summary(
     x: Tensor, b: Tensor, bias: Tensor | None, q: Polynomial, plan: Plan, pair: bool
 ) -> tuple[Tensor | None, Tensor]:
     """Return (a X b or None, X b q(bᵀb) + bias) by a plan without `autograd`; the projection where it is a pair's."""
+    if _any_batched(x, b, bias, *q):
+        return polynomial.summary_pair(x, b, q, plan) if pair else (None, polynomial.summary(x, b, bias, q, plan))
     if is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, b, bias, *q)):
         found = _apply_summary(x, b, bias, *q, plan, pair)
         p, y = found if pair else (None, found)
     else:
         p, y, _ = _forward(as_rows(x), b, bias, q, plan, pair)
     return (p, y) if x.dim() == 2 else (None if p is None else _shaped_as(x, p), _shaped_as(x, y))
+
+
+def _any_batched(*tensors: Tensor | None) -> bool:
+    """Return True if a tensor is one of `is_batched`, which has no memory for a kernel to read."""
+    return any(t is not None and is_batched(t) for t in tensors)
 
 
 def _shaped_as(x: Tensor, rows: Tensor) -> Tensor:
@@ -233,6 +245,8 @@ def cross_entropy(
         except IndexError:  # of PyTorch's loss, which spares the check where all is well
             eager.check_target(target, b.shape[1] if a is None else a.shape[0], options.ignore_index)
             raise
+    if _any_batched(x, b, a, c, target):
+        return losses.cross_entropy(x, b, a, c, target, options, plan)
     value: Tensor
     if is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, b, a, c)):
         value = _apply_cross_entropy(x, b, a, c, target, options, plan)

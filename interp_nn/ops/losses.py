@@ -290,9 +290,14 @@ def _unpack(options: LossOptions) -> tuple[list[float], int, str]:
     return list(options.weights), options.ignore_index, options.reduction
 
 
+_FEW = 256  # a list of so many takes less time than two operations
+
+
 def any_ignored(target: Tensor, ignore_index: int) -> bool:
     """Return True if a class is the ignored one, which costs a synchronisation on a GPU."""
-    if ignore_index < 0 and target.numel() and int(target.min()) >= 0:  # of one pass where no class is negative
+    if target.numel() <= _FEW:
+        return ignore_index in (target if target.dim() == 1 else target.flatten()).tolist()
+    if ignore_index < 0 and int(target.min()) >= 0:  # of one pass where no class is negative
         return False
     return bool((target == ignore_index).any())
 

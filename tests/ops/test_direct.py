@@ -243,8 +243,9 @@ def test_autocast(where, operators_only):
     assert all(torch.equal(one, other) and one.dtype == other.dtype for one, other in zip(*found, strict=True))
 
 
-def test_an_old_batched_tensor_is_not_passed_by(monkeypatch):
-    """is_grads_batched=True gives plain tensors a hidden dimension."""
+@pytest.mark.parametrize("kernel", [False, True])
+def test_an_old_batched_tensor_reaches_no_engine(kernel, monkeypatch):
+    """is_grads_batched=True gives plain tensors a hidden dimension, which plain products know and operators refuse."""
 
     class Through(torch.autograd.Function):
         @staticmethod
@@ -255,11 +256,14 @@ def test_an_old_batched_tensor_is_not_passed_by(monkeypatch):
         def backward(ctx, dx):
             return functional.summary(dx, torch.eye(4))
 
-    monkeypatch.setattr(direct, "summary", lambda *_: pytest.fail("an operator was passed by"))
-    x = torch.randn(5, 4, requires_grad=True)
-    upstream = torch.randn(2, 5, 4)
-    (got,) = torch.autograd.grad(Through.apply(x), x, upstream, is_grads_batched=True)
-    torch.testing.assert_close(got, upstream)
+    if kernel:
+        monkeypatch.setattr(orders, "OPERATOR_OVERHEAD", 0)
+        monkeypatch.setattr(functional, "_plans", {})
+        monkeypatch.setattr(eager, "forward", lambda *_: pytest.fail("an operator was passed by"))
+    x, upstream = torch.randn(5, 4, requires_grad=True), torch.randn(2, 5, 4)
+    with pytest.raises(RuntimeError, match="interp_nn::summary") if kernel else contextlib.nullcontext():
+        (got,) = torch.autograd.grad(Through.apply(x), x, upstream, is_grads_batched=True)
+        torch.testing.assert_close(got, upstream)
 
 
 # Plans
