@@ -22,9 +22,11 @@ from benchmarks.timing import tolerances
 from benchmarks.timing.measure import TIMERS, Asked, measure
 from benchmarks.timing.problems import Problem
 from benchmarks.timing.reference_networks import NETWORKS, Network, SummaryNetwork
+from interp_nn.explain import report
 
 BATCH = 64
 LEARNING_RATE = 1e-3
+_EXPLAINED = 500  # images of the page
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -81,7 +83,20 @@ def run(given: argparse.Namespace) -> int:
     write_json(json_file, whole)
     _draw(whole, spectrum, figure)
     print(f"\nwrote {json_file} and {figure}; {whole['seconds']:.0f} s in all")
+    _explain(trained, images, output / f"demo-{images.name}.html")
     return 0 if gradients["passed"] else 1
+
+
+def _explain(network: SummaryNetwork, images: datasets.Images, file: Path) -> None:
+    """Write the page about the summary network, and print its place and three findings."""
+    page = report(
+        network.cpu().eval(), images.x_test[:_EXPLAINED].cpu(), images.y_test[:_EXPLAINED].cpu(),
+        title=f"{images.name}: a small CNN with a summary head",
+    )  # fmt: skip
+    page.save(file)
+    print(f"\nwrote {file}: one page about this network. It says:")
+    for title in ("How good it is", "Single samples", "The head"):
+        print(f"- {page.findings[title]}")
 
 
 def _train(name: str, seed: int, images: datasets.Images, epochs: int, device: str) -> tuple[dict[str, Any], Network]:

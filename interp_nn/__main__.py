@@ -1,6 +1,7 @@
 """Print versions, devices, the CUDA library, and each engine with the reason where it is off: `python -m interp_nn`.
 
-`python -m interp_nn tune` measures, on a GPU, a table of kernel configurations (see `interp_nn.tuning`).
+`python -m interp_nn tune` measures, on a GPU, a table of kernel configurations (see `interp_nn.tuning`). `python -m interp_nn
+report` writes a page about a network (see `interp_nn.explain.report`).
 """
 
 from __future__ import annotations
@@ -44,11 +45,18 @@ if __name__ == "__main__":
         from interp_nn import tuning
 
         sys.exit(tuning.main(sys.argv[2:]))
+    if sys.argv[1:2] == ["report"]:
+        from interp_nn.explain.report import report_command
+
+        sys.exit(report_command.main(sys.argv[2:]))
     parser = argparse.ArgumentParser(
         "python -m interp_nn", description="With no command: versions, devices and engines."
     )
     parser.add_argument(
-        "command", nargs="?", choices=["tune"], help="measure a table of kernel configurations on a GPU"
+        "command",
+        nargs="?",
+        choices=["tune", "report"],
+        help="tune: measure a table of kernel configurations on a GPU; report: a page about a network and a table",
     )
     parser.parse_args()
     main()

@@ -19,9 +19,9 @@ and what it wants.
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from numbers import Real
 from typing import Any, NamedTuple
 
@@ -39,8 +39,9 @@ from interp_nn.linalg import Orthogonalized, autocast_available
 from interp_nn.ops import direct
 from interp_nn.ops import losses as _cross_entropy
 from interp_nn.ops import polynomial as _polynomial
+from interp_nn.ops import reconstruction as _reconstruction
 from interp_nn.ops import summary as _summary
-from interp_nn.ops.library import any_autocast_enabled, cast, is_dtensor, is_tracing, is_wrapped, ordinary
+from interp_nn.ops.library import any_autocast_enabled, cast, followed, is_dtensor, is_tracing, is_wrapped, ordinary
 
 __all__ = [
     "Orthogonalized",
@@ -49,6 +50,7 @@ __all__ = [
     "gram",
     "inverse_summary",
     "orthogonalize",
+    "reconstruction_loss",
     "summary",
     "summary_cross_entropy",
     "summary_head_cross_entropy",
@@ -425,6 +427,61 @@ def inverse_summary(x: Tensor, b: Tensor) -> Tensor:
     return linalg.inverse_summary(x, b)
 
 
+def reconstruction_loss(
+    x: Tensor, b: Tensor, *, target: Tensor | None = None, ignore_index: int = -100, reduction: str = "mean"
+) -> Tensor:
+    """Compute the share ‖X - X b bᵀ‖² / ‖X‖² of X that the tied reconstruction from the codes X b misses.
+
+    It is computed from P = X b as (‖X‖² - 2 ‖P‖² + <PᵀP, bᵀb>) / ‖X‖², and no matrix of X's size is formed. Products are those of
+    float32 (float64 for float64), also for 16-bit inputs and under autocast. For codes that explain X without training of X, pass
+    `x.detach()`, as the layers' losses do.
+
+    Args:
+        x: Features of shape (..., d).
+        b: Weight of shape (d, k). A 16-bit x may have a float32 b.
+        target: Class indices of shape (...), int64, by which `ignore_index` leaves rows out; None keeps all rows.
+        ignore_index: Rows with this target are left out.
+        reduction: "mean" returns the share, "sum" the share times the number of kept rows, "none" what each row adds to that.
+
+    Returns:
+        Scalar, or a tensor of shape (...) for "none"; float32 for 16-bit features, else in x's dtype. At least 0; 0 if no row is
+        kept.
+
+    Raises:
+        TypeError: A dtype that is not supported or differs between the arguments.
+        ValueError: Shapes, devices or a reduction that do not fit. The message names the argument.
+
+    Example:
+        >>> x, b = torch.tensor([[3.0, 4.0]]), torch.tensor([[1.0], [0.0]])
+        >>> reconstruction_loss(x, b)  # 4² / (3² + 4²)
+        tensor(0.6400)
+    """
+    _check_tensor("x", x)
+    _check_tensor("b", b)
+    wide = linalg.accumulation_dtype(x.dtype)
+    if b.dtype not in (x.dtype, wide):
+        raise TypeError(f"b: got dtype {b.dtype}, want {x.dtype}, the dtype of x" + f", or {wide}" * (wide != x.dtype))
+    if b.dim() != 2 or x.dim() == 0 or x.shape[-1] != b.shape[0]:
+        raise ValueError(f"x, b: got shapes {_shape(x)} and {_shape(b)}, want (..., d) and (d, k)")
+    if b.device != x.device:
+        raise ValueError(f"b: got device {b.device}, want {x.device}, the device of x")
+    kept = None
+    if target is not None:
+        _loss_options(x, target, 1, (0, 0, 0), ignore_index, reduction)
+        kept = target != ignore_index
+    elif reduction not in _REDUCTIONS:
+        raise ValueError(f"reduction: got {reduction!r}, want one of {_REDUCTIONS}")
+    return _reconstruction.missed_share(x, b, kept, reduction)
+
+
+def reconstruction_weight(value: float) -> float:
+    """Return the weight of a loss's reconstruction term, checked."""
+    wanted = "want a finite number >= 0, the weight of the reconstruction"
+    if (weight := _finite("reconstruction", value, value, wanted)) < 0:
+        raise ValueError(f"reconstruction: got {value!r}, {wanted}")
+    return weight
+
+
 def three_term_loss(
     logits: Sequence[Tensor],
     target: Tensor,
@@ -442,6 +499,16 @@ def three_term_loss(
     o1, o2, *pair = (t.to(work).reshape(len(classes), t.shape[-1]) for t in (*logits, *codes))
     loss = eager.three_terms(o1, o2, classes, options, masked=True, codes=pair)
     return loss.view(target.shape) if reduction == "none" else loss
+
+
+@contextmanager
+def calls_followed() -> Iterator[None]:
+    """Compute by plain PyTorch calls in the block, the same ones whichever tensors need gradients, for modes that follow them."""
+    token = followed.set(True)
+    try:
+        yield
+    finally:
+        followed.reset(token)
 
 
 def _matrices(x: Tensor, b: Tensor, sharded: bool = False) -> tuple[Tensor, Tensor]:
@@ -555,7 +622,7 @@ def _planned(
         passes = passes and given is None and all(t is None or t.dtype in _DTYPES for t in (x, b, bias))
         if passes and _autocast_enabled(x):  # it does not change the products of tensors that are cast already
             x, b, bias = cast(x.device.type, x, b, bias)
-    if passes or (plain and not (autocast or is_compiling() or is_tracing())):
+    if passes or (plain and not (autocast or is_compiling() or is_tracing() or followed.get())):
         key = (
             x.shape, b.shape, x.dtype, b.dtype, x.device, b.device, x.layout, b.layout, x.requires_grad, b.requires_grad,
             is_grad_enabled(), pair, requested_now(),
@@ -581,7 +648,7 @@ def _planned(
 def _remember(key: tuple[object, ...], value: Any) -> None:
     """Remember the plan of a call, in the place of the oldest one where there are many."""
     while len(_plans) >= _MOST_PLANS:
-        with contextlib.suppress(KeyError, RuntimeError, StopIteration):  # of another thread that does the same
+        with suppress(KeyError, RuntimeError, StopIteration):  # of another thread that does the same
             del _plans[next(iter(_plans))]
     _plans[key] = value
 

@@ -3,6 +3,7 @@
 import doctest
 import importlib
 import inspect
+import sys
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,8 @@ def test_examples_run(path):
     parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
     module = importlib.import_module(".".join(part for part in parts if part != "__init__"))
     failed, attempted = doctest.testmod(module, optionflags=doctest.ELLIPSIS)
+    if plots := sys.modules.get("matplotlib.pyplot"):
+        plots.close("all")
     assert not failed
     assert attempted == path.read_text(encoding="utf-8").count(">>> "), "doctest does not find all of the examples"
 

@@ -1,6 +1,7 @@
 """The Python of README and of the guide runs, a page from top to bottom, and their links lead somewhere."""
 
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,8 @@ def test_python_runs(page, capsys):
     with interp_nn.use_engine("auto"), torch.random.fork_rng():
         exec(compile(blocks(page), str(page), "exec"), {"torch": torch, "interp_nn": interp_nn})
     capsys.readouterr()
+    if plots := sys.modules.get("matplotlib.pyplot"):
+        plots.close("all")
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)

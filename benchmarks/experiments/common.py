@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
+from cycler import cycler
 from matplotlib import pyplot as plt
 from torch import Tensor, nn
 
 from benchmarks.command_line import Parser, at_least, device, not_negative, seed, users_input
 from benchmarks.experiments import training
 from benchmarks.records import environment, files, rows
+from interp_nn.explain.plots.canvas import PALETTE
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -146,6 +148,7 @@ class Run:
 
     def __init__(self, name: str, given: argparse.Namespace) -> None:
         plt.switch_backend("Agg")
+        plt.rcParams["axes.prop_cycle"] = cycler(color=PALETTE)
         self.name, self.given, self.start = name, given, time.perf_counter()
         self.device: str = getattr(given, "device", "cpu")
         self.figures: list[str] = []

@@ -235,7 +235,7 @@ def _row(n: int, operator: str, trials: list[dict[str, Any]]) -> dict[str, Any]:
 
 def _draw(run: common.Run, trials: list[dict[str, Any]], rows: list[dict[str, Any]]) -> None:
     sizes = list(dict.fromkeys(trial["n"] for trial in trials))
-    colours = dict(zip(OPERATORS, ("tab:blue", "tab:orange"), strict=True))
+    colours = dict(zip(OPERATORS, ("C0", "C1"), strict=True))
     figure, panels = plt.subplots(
         1, len(sizes), figsize=(3.4 * len(sizes), 3.6), sharey=True, squeeze=False, layout="constrained"
     )

@@ -111,14 +111,16 @@ def _draw(
     shown = [int((y == digit).nonzero()[0]) for digit in (0, 2, 3, 5, 8, 9)]
     figure = plots.attribution_maps(
         contributions[shown], x[shown], rows=[f"a {int(y[i])}, called {int(predicted[i])}" for i in shown],
-        columns=[f"logit {k}" for k in range(10)],
+        columns=[f"logit {k}" for k in range(10)], predicted=predicted[shown], true=y[shown],
     )  # fmt: skip
     figure.suptitle("What each pixel adds to each logit")
     run.figure(figure, "maps")
 
     sample = shown[2]
     figure, (left, right) = plt.subplots(1, 2, figsize=(14, 4.2), layout="constrained", width_ratios=(2, 3))
-    plots.bias_bars(layers, sample=sample, output=int(predicted[sample]), axes=left)
+    output = int(predicted[sample])
+    logit = contributions[sample, output].sum() + sum(part[sample, output] for part in layers.values())
+    plots.bias_bars(layers, sample=sample, output=output, value=logit, axes=left)
     plots.bias_map(layers, sample=sample, axes=right)
     run.figure(figure, "constants")
 

@@ -18,6 +18,7 @@ from benchmarks.experiments import common, datasets
 from benchmarks.experiments.training import Recipe, accuracy, cross_entropy
 from benchmarks.timing import clocks
 from benchmarks.timing.reference_networks import cnn_body
+from interp_nn.explain.plots.canvas import PALETTE
 from interp_nn.nn import SummaryLinear
 from interp_nn.nn.base import LinearForm
 from interp_nn.nn.orthogonality import constrain, orthogonality_penalty, retract_
@@ -138,13 +139,18 @@ def _draw(run: common.Run, trainer: common.Trainer, times: dict[str, clocks.Timi
     defects.set(
         yscale="log", xlabel="epoch", ylabel="max |s - 1| over the singular values of b", title="Orthogonality defect"
     )
-    defects.legend(frameon=False)
+    defects.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2)
     names = list(MEANINGS)
-    bars.barh(names, [times[way].p50 for way in names], color="#7a9cc6")
+    bars.barh(names, [times[way].p50 for way in names], color=PALETTE[0])
     for i, way in enumerate(names):
         accuracy = common.spread([100 * share for share in trainer.of(way, "last_accuracy")])
-        bars.text(0, i, f" {accuracy['mean']:.2f} ± {accuracy['std']:.2f} % right", va="center")
+        text = f"  {times[way].p50:.1f} ms, {accuracy['mean']:.1f} ± {accuracy['std']:.1f} % right"
+        bars.text(times[way].p50, i, text, va="center", fontsize=9)
     bars.invert_yaxis()
-    bars.set(xlabel="milliseconds a training step", title="Time, and test accuracy")
+    bars.set(
+        xlabel="milliseconds a training step",
+        title="Time, and test accuracy",
+        xlim=(0, 2.0 * max(one.p50 for one in times.values())),
+    )
     figure.suptitle("Two hidden summary layers of a digits CNN under each constraint")
     run.figure(figure, "constraints")

@@ -79,7 +79,7 @@ def draw_plane(
     """Draw points (n, 2) with their classes, and the divergence in each epoch."""
     figure, (plane, curve) = plt.subplots(1, 2, figsize=(11.5, 6), layout="constrained", width_ratios=(5, 2))
     for digit in range(10):
-        colour = f"C{digit}"
+        colour = plt.get_cmap("tab10")(digit)  # the palette has fewer
         for (points, labels), style in ((fitted, {"s": 8, "alpha": 0.25}), (new, {"s": 16, "edgecolors": "black"})):
             chosen = points[labels == digit]
             plane.scatter(chosen[:, 0], chosen[:, 1], color=colour, linewidths=0.4, **style)

@@ -15,6 +15,7 @@ from benchmarks.command_line import at_least, users_input
 from benchmarks.experiments import common, datasets
 from benchmarks.experiments.training import Recipe, accuracy
 from interp_nn.explain import plots
+from interp_nn.explain.plots.canvas import PALETTE
 
 
 class Budget(NamedTuple):
@@ -86,15 +87,22 @@ def settings(images: datasets.Images) -> dict[str, Any]:
 def draw(run: common.Run, trainer: common.Trainer, published: dict[str, float], suffix: str, title: str) -> None:
     """Draw accuracies after the last epoch as bars, with published ones, and after each epoch as curves."""
     names = list(dict.fromkeys(row["network"] for row in trainer.rows))
-    figure, (bars, curves) = plt.subplots(1, 2, figsize=(12, 4.2), layout="constrained")
+    epochs = max(row["epochs"] for row in trainer.rows)
+    figure, panels = plt.subplots(
+        1, 2 if epochs > 1 else 1, figsize=(12 if epochs > 1 else 7, 4.2), layout="constrained", squeeze=False
+    )
+    bars = panels[0][0]
     plots.regime_bars({name: trainer.of(name, "last_accuracy") for name in names}, published=published, axes=bars)
     bars.set(xlabel="test accuracy, %", title=title)
-    for i, name in enumerate(names):
+    for i, name in enumerate(names if epochs > 1 else ()):
         for seed, history in enumerate(trainer.of(name, "history")):
             percent = [100 * share for share in history["accuracy"]]
             label = name if seed == 0 else None
-            curves.plot(range(1, len(percent) + 1), percent, color=f"C{i}", marker=".", linewidth=1, label=label)
-    curves.set(xlabel="epoch", ylabel="test accuracy, %", xlim=(0.5, max(row["epochs"] for row in trainer.rows) + 0.5))
-    curves.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    curves.legend(fontsize=8)
+            style = {"color": f"C{i}", "linestyle": "-" if i < len(PALETTE) else "--", "marker": ".", "linewidth": 1}
+            panels[0][1].plot(range(1, len(percent) + 1), percent, label=label, **style)
+    if epochs > 1:
+        curves = panels[0][1]
+        curves.set(xlabel="epoch", ylabel="test accuracy, %", xlim=(0.5, epochs + 0.5), title="Accuracy over training")
+        curves.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        curves.legend(fontsize=8)
     run.figure(figure, suffix)

@@ -173,6 +173,7 @@ def _draw_maps(run: common.Run, network: nn.Module, x: Tensor, y: Tensor, predic
     figure = plots.attribution_maps(
         linearize(network, x).contributions(x).cpu(), (x.cpu() + 1) / 2,
         rows=[f"{CLASSES[int(y[i])]},\ncalled {CLASSES[int(predicted[i])]}" for i in range(len(x))], columns=CLASSES,
+        predicted=predicted.cpu(), true=y.cpu(),
     )  # fmt: skip
     figure.suptitle("What each pixel adds to each logit")
     run.figure(figure, "maps")

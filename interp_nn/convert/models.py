@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from interp_nn.convert.eligible import Convertible, Select, memory
+from interp_nn.display import html_table, track
 from interp_nn.engines.problem import Plan
 from interp_nn.engines.select import plan
 from interp_nn.nn import diagnosis
@@ -104,19 +105,30 @@ class Report:
         return max((row.error for row in self.converted if row.error is not None), default=0.0)
 
     def __str__(self) -> str:
+        lines = [self._head()]
+        lines += _columns(self._cells()) if self.converted else []
+        lines += ["skipped:"] if self.skipped else []
+        lines += _columns([(r.name or "(model)", r.kind, r.reason) for r in self.skipped])
+        lines += ["notes:", *self.notes] if self.notes else []
+        return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        header, *rows = self._cells()
+        skipped = [f"skipped: {r.name or '(model)'} {r.kind}, {r.reason}" for r in self.skipped]
+        return html_table(header, rows, above=[self._head()], below=[*skipped, *self.notes])
+
+    def _head(self) -> str:
         parameters = sum(row.parameters for row in self.converted)
-        lines = [f"{self.title}: {len(self.converted)} layers, {parameters:,} parameters"]
-        rows = [("layer", "was", "now", "b", "parameters", "plan", "error")]
+        return f"{self.title}: {len(self.converted)} layers, {parameters:,} parameters"
+
+    def _cells(self) -> list[tuple[str, ...]]:
+        rows: list[tuple[str, ...]] = [("layer", "was", "now", "b", "parameters", "plan", "error")]
         for r in self.converted:
             shape = f"{r.shape[0]} x {r.shape[1]}" + (f", {r.groups} groups" if r.groups > 1 else "")
             how = f"{r.plan.engine} {r.plan.order}" if r.plan else "-"
             error = "-" if r.error is None else f"{r.error:.1e}"
             rows.append((r.name or "(model)", r.was, r.now, shape, f"{r.parameters:,}", how, error))
-        lines += _columns(rows) if self.converted else []
-        lines += ["skipped:"] if self.skipped else []
-        lines += _columns([(r.name or "(model)", r.kind, r.reason) for r in self.skipped])
-        lines += ["notes:", *self.notes] if self.notes else []
-        return "\n".join(lines)
+        return rows
 
 
 def summarize(
@@ -129,6 +141,7 @@ def summarize(
     gain: bool | None = None,
     dry_run: bool = False,
     rows: int = 1024,
+    progress: bool | None = None,
 ) -> Report:
     """Make each nn.Linear of a model a SummaryLinear and each nn.Conv2d a SummaryConv2d, in place.
 
@@ -163,6 +176,7 @@ def summarize(
         gain: As in `SummaryLinear`.
         dry_run: Compute the same report and change nothing.
         rows: Number of rows (batch times positions) that the report's plans are for.
+        progress: Show a progress bar. None shows one in a terminal or a notebook, where tqdm is installed.
 
     Returns:
         A report of the converted and skipped layers, with notes on what will be slower and on training.
@@ -182,7 +196,7 @@ def summarize(
     if not isinstance(rows, int) or rows < 0:
         raise ValueError(f"rows: got {rows!r}, want an integer >= 0")
     options = options_of(polynomial, normalize, gain)
-    return _convert(f"summarize, {preserve} kept", model, select, _SUMMARY, preserve, dry_run, rows, options)
+    return _convert(f"summarize, {preserve} kept", model, select, _SUMMARY, preserve, dry_run, rows, options, progress)
 
 
 def fold(model: nn.Module) -> Report:
@@ -220,6 +234,7 @@ def _convert(
     dry_run: bool,
     rows: int,
     options: Options | None = None,
+    progress: bool | None = False,
 ) -> Report:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: got {type(model).__name__}, want a torch.nn.Module")
@@ -233,7 +248,7 @@ def _convert(
     converted, written = [], {}
     ties: dict[nn.Module, object] = {}
     errors: dict[object, float | None] = {}  # tied weights are computed and written once
-    for layer in layers:  # everything that can fail, before anything changes
+    for layer in track(layers, "converting", progress, "layer"):  # everything that can fail, before anything changes
         name, held = found.paths[layer][0], getattr(layer, own_name(layer))
         tie = ties[layer] = layer if parametrize.is_parametrized(layer) else memory(held)
         if tie not in errors:

@@ -220,6 +220,11 @@ def choose(problem: Problem, any_rows: bool = False) -> Plan:
     return _eager_plan(problem, not torch.compiler.is_compiling())
 
 
+def choose_followed(problem: Problem) -> Plan:
+    """Return the plan of plain PyTorch products, the same whichever tensors need gradients."""
+    return orders.cheapest(problem._replace(need_x=True, need_b=True), False, True)
+
+
 def _plan_for_any_rows(name: EngineName, problem: Problem) -> Plan:
     """The plan of a large n. An exported program serves every n, and a choice by n would guard on it."""
     d, k, pair = problem.d, problem.k, problem.pair

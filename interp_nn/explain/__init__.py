@@ -21,15 +21,25 @@ from interp_nn.explain.estimator import NotFittedError
 from interp_nn.explain.following.calls import UnsupportedOperation
 from interp_nn.explain.following.gate_record import OperationReport, frozen, record, supported_ops
 from interp_nn.explain.following.scikit_learn import from_sklearn
+from interp_nn.explain.heads.head_reading import HeadReading, KeptLatents, TopSamples, read_head
+from interp_nn.explain.heads.head_table import HeadTable
 from interp_nn.explain.linear.affine_map import AffineMap, SingularTriplets, linearize
 from interp_nn.explain.linear.instance_linearization import InstanceLinearization
-from interp_nn.explain.linear.region_graph import Facets, RegionGraph, facets, region_graph
+from interp_nn.explain.linear.language_models import (
+    SingularDirections,
+    TokenContributions,
+    singular_directions,
+    token_contributions,
+)
+from interp_nn.explain.linear.region_graph import Facets, RegionGraph, RegionStatistics, facets, region_graph
 from interp_nn.explain.linear.regions import Ball, Boundary, Region, region
 from interp_nn.explain.paths.enumeration import PathFeatures, path_features
 from interp_nn.explain.paths.kernel_machine import NPKMachine, kernel_alignment
 from interp_nn.explain.paths.monte_carlo import SampledKernel, npk_montecarlo
 from interp_nn.explain.paths.path_kernel import npk, npk_from_gates
 from interp_nn.explain.paths.tangent_kernel import ntk
+from interp_nn.explain.report.network_report import Report, report, report_sections
+from interp_nn.explain.report.page import Section
 from interp_nn.explain.trees.dlgn_estimators import DLGNClassifier, DLGNRegressor
 from interp_nn.explain.tsne import ParametricTSNE
 from interp_nn.gates.patterns import ActivationPatterns, PatternGroups
@@ -52,7 +62,10 @@ __all__ = [
     "FourierView",
     "GateRecord",
     "GateSite",
+    "HeadReading",
+    "HeadTable",
     "InstanceLinearization",
+    "KeptLatents",
     "MergedClusters",
     "NPKMachine",
     "NotFittedError",
@@ -63,10 +76,16 @@ __all__ = [
     "PatternGroups",
     "Region",
     "RegionGraph",
+    "RegionStatistics",
+    "Report",
     "SampledKernel",
+    "Section",
     "Seriation",
+    "SingularDirections",
     "SingularTriplets",
     "Spectrum",
+    "TokenContributions",
+    "TopSamples",
     "UnsupportedOperation",
     "brockett_min",
     "derivative_operator",
@@ -83,10 +102,15 @@ __all__ = [
     "npk_montecarlo",
     "ntk",
     "path_features",
+    "read_head",
     "record",
     "region",
     "region_graph",
+    "report",
+    "report_sections",
     "seriate",
+    "singular_directions",
     "smoothness",
     "supported_ops",
+    "token_contributions",
 ]

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from interp_nn.display import track
 from interp_nn.explain.estimator import Transformer, as_given, check_network, in_parameters_dtype
 from interp_nn.explain.linear.affine_map import AffineMap, linearize
 
@@ -163,7 +164,7 @@ class ParametricTSNE(Transformer):
         early_exaggeration: Factor of the attraction in the first epochs, so that clusters can pass each other.
         exaggeration_epochs: Number of these epochs.
         seed: Seed of the initial weights, the batches and dropout.
-        progress: Show a progress bar (needs tqdm).
+        progress: Show a progress bar. None shows one in a terminal or a notebook, where tqdm is installed.
 
     Attributes:
         encoder_: The trained copy of the encoder, in evaluation mode.
@@ -195,7 +196,7 @@ class ParametricTSNE(Transformer):
         early_exaggeration: float = 4.0,
         exaggeration_epochs: int = 20,
         seed: int = 0,
-        progress: bool = False,
+        progress: bool | None = None,
     ) -> None:
         self.encoder, self.perplexity, self.batch_size, self.epochs = encoder, perplexity, batch_size, epochs
         self.learning_rate, self.seed, self.progress = learning_rate, seed, progress
@@ -298,7 +299,7 @@ class ParametricTSNE(Transformer):
             table = _squared_distances(in_parameters_dtype(x, encoder).flatten(1).double()).to(dtype)
         divergences: list[float] = []
         precisions: Tensor | None = None  # the last epoch's precision of each point, from which the search starts
-        for epoch in self._epochs():
+        for epoch in track(range(self.epochs), "t-SNE", self.progress, "epoch"):
             exaggeration = self.early_exaggeration if epoch < self.exaggeration_epochs else 1.0
             total, fresh = (
                 torch.zeros((), dtype=dtype, device=device),
@@ -329,15 +330,6 @@ class ParametricTSNE(Transformer):
                 )
             precisions = fresh
         return divergences
-
-    def _epochs(self) -> Iterator[int]:
-        if not self.progress:
-            return iter(range(self.epochs))
-        try:
-            from tqdm import tqdm
-        except ImportError as error:
-            raise ImportError("progress=True needs tqdm: pip install interp_nn[explain]") from error
-        return iter(tqdm(range(self.epochs), desc="t-SNE", unit="epoch"))
 
 
 def _at_least_fp32(dtype: torch.dtype) -> torch.dtype:

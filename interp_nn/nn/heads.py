@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from interp_nn import functional
+from interp_nn import functional, linalg
 from interp_nn.functional import EQUAL_WEIGHTS, SummaryPair
 from interp_nn.nn.base import LinearForm
 from interp_nn.nn.loss import SummaryLoss
@@ -61,6 +61,69 @@ class SummaryLayer(LinearForm):
         self._refuse_quantized("x", x)
         return x @ self.b
 
+    def reconstruct(self, codes: Tensor) -> Tensor:
+        """Reconstruct features from codes: codes b⁺ (..., in_features), which is codes bᵀ where b has orthonormal columns.
+
+        Args:
+            codes: (..., out_features), for example a projection x b.
+
+        Returns:
+            The features of least norm among those whose projections are nearest to the codes.
+
+        Raises:
+            ValueError: A last dimension that does not fit.
+
+        Example:
+            >>> layer, x = SummaryLayer(3, 3), torch.ones(2, 3)
+            >>> torch.allclose(layer.reconstruct(layer.projection(x)), x, atol=1e-5)
+            True
+        """
+        if codes.dim() == 0 or codes.shape[-1] != self.out_features:
+            raise ValueError(f"codes: got shape {tuple(codes.shape)}, want (..., {self.out_features})")
+        wide = linalg.accumulation_dtype(self.b.dtype)
+        with linalg.autocast_off(self.b.device):
+            return codes @ torch.linalg.pinv(self.b.to(wide)).to(codes.dtype)
+
+    @torch.no_grad()
+    def explained_variance(self, x: Tensor) -> float:
+        """Compute the share of the features' variance that `reconstruct` gives back from their projection.
+
+        It is 1 - ‖E - mean E‖² / ‖X - mean X‖² with E = X - X b b⁺: in [0, 1], and scikit-learn's `explained_variance_score` with
+        variance-weighted outputs.
+
+        Args:
+            x: Features of shape (..., in_features), at least two different rows.
+
+        Raises:
+            ValueError: A last dimension that does not fit, or features without variance.
+
+        Example:
+            >>> SummaryLayer(3, 3).explained_variance(torch.eye(3)) > 0.9999
+            True
+        """
+        if x.dim() == 0 or x.shape[-1] != self.in_features:
+            raise ValueError(f"x: got shape {tuple(x.shape)}, want (..., {self.in_features})")
+        rows = x.reshape(-1, self.in_features).to(linalg.accumulation_dtype(self.b.dtype))
+        rows = rows - rows.mean(0)
+        total = rows.square().sum()
+        if not total > 0:
+            raise ValueError("x: got features without variance, want at least two different rows")
+        with linalg.autocast_off(x.device):
+            b = self.whole_matrix().to(rows.dtype)
+            missed = rows - rows @ b @ torch.linalg.pinv(b)
+        return float(1 - missed.square().sum() / total)
+
+    def _with_reconstruction(
+        self, loss: Tensor, weight: float, x: Tensor, target: Tensor, ignore_index: int, reduction: str
+    ) -> Tensor:
+        """Return a loss plus the weighted reconstruction loss, whose features get no gradient."""
+        if weight == 0:
+            return loss
+        weight = functional.reconstruction_weight(weight)
+        return loss + weight * functional.reconstruction_loss(
+            x.detach(), self.b, target=target, ignore_index=ignore_index, reduction=reduction
+        )
+
     def extra_repr(self) -> str:
         """Return the sizes and the constraint for repr."""
         return f"in_features={self.in_features}, out_features={self.out_features}{self._note()}"
@@ -109,6 +172,7 @@ class SummaryClassifier(SummaryLayer):
         weights: Sequence[float] = EQUAL_WEIGHTS,
         ignore_index: int = -100,
         reduction: str = "mean",
+        reconstruction: float = 0.0,
     ) -> Tensor:
         """Compute `functional.summary_cross_entropy` with this layer's b.
 
@@ -121,6 +185,8 @@ class SummaryClassifier(SummaryLayer):
             weights: Weights of the three terms: cross entropy of the projection, of the summary, and their MSE.
             ignore_index: Rows with this target are left out of all terms.
             reduction: "mean" over the rows that are left, "sum", or "none".
+            reconstruction: The weight w of a fourth term, w times `functional.reconstruction_loss`, by which the codes come to
+                explain the features. The features get no gradient from it.
 
         Returns:
             A scalar, or (...) for reduction "none"; float32 for 16-bit features, else in x's dtype.
@@ -129,9 +195,10 @@ class SummaryClassifier(SummaryLayer):
             TypeError: A dtype that is not supported or differs between the arguments.
             ValueError: Shapes, devices or options that do not fit. The message names the argument.
         """
-        return functional.summary_cross_entropy(
+        loss = functional.summary_cross_entropy(
             x, self.b, target, weights=weights, ignore_index=ignore_index, reduction=reduction
         )
+        return self._with_reconstruction(loss, reconstruction, x, target, ignore_index, reduction)
 
 
 class SummaryHead(SummaryLayer):
@@ -185,6 +252,7 @@ class SummaryHead(SummaryLayer):
         consistency: str = "logits",
         ignore_index: int = -100,
         reduction: str = "mean",
+        reconstruction: float = 0.0,
     ) -> Tensor:
         """Compute w1 CE(o1, t) + w2 CE(o2, t) + w3 MSE from the features, in fewer passes than forward and `SummaryLoss`.
 
@@ -199,6 +267,8 @@ class SummaryHead(SummaryLayer):
                 codes, as its paper does.
             ignore_index: Rows with this target are left out of all terms.
             reduction: "mean" over the rows that are left, "sum", or "none".
+            reconstruction: The weight w of a fourth term, w times `functional.reconstruction_loss`, by which the codes come to
+                explain the features. The features get no gradient from it.
 
         Returns:
             A scalar, or (...) for reduction "none"; float32 for 16-bit features, else in x's dtype.
@@ -208,7 +278,7 @@ class SummaryHead(SummaryLayer):
             ValueError: Shapes, devices or options that do not fit. The message names the argument.
         """
         if consistency == "logits":
-            return functional.summary_head_cross_entropy(
+            loss = functional.summary_head_cross_entropy(
                 x,
                 self.b,
                 self.output.weight,
@@ -218,9 +288,11 @@ class SummaryHead(SummaryLayer):
                 ignore_index=ignore_index,
                 reduction=reduction,
             )
-        criterion = SummaryLoss(weights, consistency, ignore_index, reduction)
-        codes = functional.summary_pair(x, self.b)
-        return criterion(tuple(map(self.output, codes)), target, codes)
+        else:
+            criterion = SummaryLoss(weights, consistency, ignore_index, reduction)
+            codes = functional.summary_pair(x, self.b)
+            loss = criterion(tuple(map(self.output, codes)), target, codes)
+        return self._with_reconstruction(loss, reconstruction, x, target, ignore_index, reduction)
 
 
 def _check_classes(num_classes: int) -> None:

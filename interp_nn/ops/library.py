@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -15,6 +16,9 @@ try:
     from torch._functorch import eager_transforms
 except ImportError:
     eager_transforms = None  # type: ignore[assignment]
+
+# True while the calls of a model are followed one by one: operators and Functions of our own would be opaque.
+followed: ContextVar[bool] = ContextVar("followed", default=False)
 
 _LIBRARY = torch.library.Library("interp_nn", "DEF")
 
@@ -86,8 +90,8 @@ is_tracing: Callable[[], bool] = getattr(torch._C, "_is_tracing", lambda: True)
 def ordinary() -> bool:
     """Return True if a call on plain tensors may pass the operators by.
 
-    So no dispatch or function mode, transform, forward-mode AD, tracing or compilation is active, which would not see what an
-    engine does. A batched tensor of `is_batched` and autocast are not noticed.
+    So no dispatch or function mode, transform, forward-mode AD, tracing, compilation or following of calls is active, which
+    would not see what an engine does. A batched tensor of `is_batched` and autocast are not noticed.
     """
     return not (
         is_compiling()
@@ -95,6 +99,7 @@ def ordinary() -> bool:
         or _function_modes()
         or _transforms_active()
         or is_tracing()
+        or followed.get()
         or getattr(forward_ad, "_current_level", 0) >= 0
     )
 

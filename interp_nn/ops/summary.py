@@ -20,7 +20,7 @@ from interp_nn.engines.eager_polynomial import MOST_COEFFICIENTS, Polynomial
 from interp_nn.engines.orders import saved_names
 from interp_nn.engines.problem import Plan, plan_from_text, plan_to_text
 from interp_nn.linalg import gram, is_column_major
-from interp_nn.ops.library import apply, define, implement, is_dtensor, loses_derivatives
+from interp_nn.ops.library import apply, define, followed, implement, is_dtensor, loses_derivatives
 
 BY_AUTOGRAD = Plan("eager", "(Xb)G", autograd=True)  # the plan of DTensors
 _SAVING = Plan("eager", "(Xb)G", saves=True)
@@ -504,7 +504,8 @@ def choose(
     graph = torch.is_grad_enabled()
     needs = graph and x.requires_grad, graph and (need_b or b.requires_grad)
     d, k = b.shape
-    return select.choose(select.problem_of(x, row_count(x), d, k, pair, needs, None, degree, graph and need_scale))
+    problem = select.problem_of(x, row_count(x), d, k, pair, needs, None, degree, graph and need_scale)
+    return select.choose_followed(problem) if followed.get() else select.choose(problem)
 
 
 def summary(x: Tensor, b: Tensor, bias: Tensor | None, plan: Plan) -> tuple[Tensor, list[Tensor]]:

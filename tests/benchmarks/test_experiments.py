@@ -11,7 +11,18 @@ import torch
 from matplotlib.figure import Figure
 
 from benchmarks import experiments
-from benchmarks.experiments import descent, dlgn_recovery, gated_images, head_comparison, oblique_trees, papers, tabular
+from benchmarks.experiments import (
+    descent,
+    dlgn_recovery,
+    gated_images,
+    head_comparison,
+    oblique_trees,
+    operator_learning,
+    papers,
+    path_kernel_theorems,
+    physics_informed,
+    tabular,
+)
 from benchmarks.records import rows
 from benchmarks.records.environment import ROOT
 from benchmarks.timing import reference_networks
@@ -111,6 +122,16 @@ def test_two_regimes(run):
         assert median == pytest.approx(found["truth"][name], abs=0.3)
 
 
+@pytest.mark.slow
+def test_few_clusters(run):
+    found = run("few_clusters")["results"]
+    assert list(found) == ["breast cancer", "wine", "diabetes", "digits"]
+    for one in found.values():
+        (row,) = one["rows"]
+        assert row["check"] <= 1e-11 and row["single"] <= row["clusters"] <= row["samples"]
+        assert 1 <= row["merged_0.95"] <= row["merged_0.99"] <= 12 and 0.6 < row["r2_0.95"] <= 1
+
+
 def test_titanic(run, folder):
     found = run("clusters_titanic", "--data", folder, record="titanic")["results"]
     counts, people = found["counts"], found["passengers"]
@@ -202,6 +223,48 @@ def test_descrambling_a_network_of_signals(run):
         assert 0 < nulls["fitted"] < nulls["shuffled"] < 1 and nulls["fitted"] <= 1.001 * nulls["held_out"]
         assert sum(found["waves"][layer]["descrambled"]["energies"]) == pytest.approx(1)
         assert abs(found["waves"][layer]["by random P"]["order"]["mean"]) < 0.15
+
+
+def test_operator_learning(run):
+    found = run("operator_learning")["results"]
+    assert {row["inputs"] for row in found["trainings"]} == {"white", "small start", "smooth", "shuffled"}
+    for row in found["trainings"]:
+        assert all(0 < p <= 1 for p in row["p"].values())
+        assert row["operator_gains"] == sorted(row["operator_gains"], reverse=True) and row["operator_gains"][0] == 1
+
+
+def test_physics_informed(run):
+    layers = run("physics_informed")["results"]["networks"]["residual"]["layers"]
+    assert all(0 < row[basis]["mean"] <= 1 for row in layers.values() for basis in ("sines", "polynomials"))
+
+
+@pytest.mark.slow
+def test_a_linear_network_from_a_small_start_has_the_operators_modes_and_spectrum():
+    cell = operator_learning.Cell("Poisson, ring", "small start", "linear", 0)
+    row = operator_learning.measured(cell, (8192, 500), operator_learning.RECIPE, 9)
+    assert row["measures"]["overlap of input filters"] > 0.95 and row["energy_exponent"] == pytest.approx(1, abs=0.15)
+    assert row["gains"][:4] == pytest.approx(row["operator_gains"][:4], rel=0.05) and row["test_error"] < 1e-6
+
+
+def test_path_kernel_theorems(run):
+    found = run("path_kernel_theorems")["results"]
+    invariant, *others = found["shifts"].values()
+    assert invariant["largest"] <= 1e-12 and all(row["largest"] > 1e-3 for row in others)
+    for row in found["skips"].values():
+        assert row["relative_error"] <= 1e-12 < row["without_the_longest"]
+        assert sum(row["share_of_trace_by_length"]) == pytest.approx(1)
+    assert found["skips"]["dense"]["relative_error_by_gates"] <= 1e-12
+    assert found["cost"]["relative_error"] <= 1e-5 and found["alignment"]["samples"] == 30
+
+
+@pytest.mark.parametrize(
+    ("module", "page"),
+    [(operator_learning, "operators.md"), (physics_informed, "operators.md"), (path_kernel_theorems, "path_kernel.md")],
+)
+def test_a_page_has_the_tables_of_its_record(module, page):
+    record = ROOT / "benchmarks" / "results" / "cpu" / "experiments" / f"{module.NAME}.json"
+    results = json.loads(record.read_text(encoding="utf-8"))["results"]
+    assert module.markdown(results) in (ROOT / "docs" / page).read_text(encoding="utf-8")
 
 
 def test_descrambling_digits(run):

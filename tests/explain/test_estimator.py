@@ -31,6 +31,7 @@ from interp_nn.explain import (
 from interp_nn.explain.estimator import to_tensor
 
 F64 = torch.float64
+pytestmark = pytest.mark.filterwarnings("ignore:x. .* clusters hold a single sample:UserWarning")
 
 
 class ToEight(nn.Module):

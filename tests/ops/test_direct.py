@@ -182,6 +182,8 @@ def test_nothing_else_is_passed_by(operators_only, monkeypatch):
         functional.summary(x, b)
     with torch.autograd.forward_ad.dual_level():
         functional.summary(x, b)
+    with functional.calls_followed():
+        functional.summary(x, b)
     torch.func.vmap(functional.summary, (0, None))(x, b)
     torch.func.grad(lambda b: functional.summary(x, b).sum())(b)
     with FakeTensorMode(allow_non_fake_inputs=True):

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from interp_nn.display import track
 from interp_nn.explain.clusters.merging import (
     by_distance,
     by_functions,
@@ -25,7 +26,7 @@ from interp_nn.explain.clusters.merging import (
     path_distances,
     refit,
 )
-from interp_nn.explain.clusters.piecewise_affine import PiecewiseAffine, Unseen, apply_maps
+from interp_nn.explain.clusters.piecewise_affine import Fidelity, PiecewiseAffine, Unseen, apply_maps, fidelity_of
 from interp_nn.explain.clusters.tree import ClusterTree, cluster_tree
 from interp_nn.explain.estimator import Estimator, check_network, in_parameters_dtype, not_fitted, to_tensor
 from interp_nn.explain.following.gate_record import record, supported_ops
@@ -36,6 +37,8 @@ from interp_nn.gates.patterns import ActivationPatterns
 from interp_nn.gates.record import GateSite
 
 By = Literal["affine", "coef", "hamming", "npk"]
+_READABLE = 12  # clusters: the most that `merge` makes unless it is asked for more
+_HELD_OUT = 5  # one of so many samples is
 _BITS_OF = np.array([i.bit_count() for i in range(256)], dtype=np.uint8)  # by byte
 
 
@@ -46,15 +49,18 @@ class ActivationClusters(PiecewiseAffine, Estimator):
     (for example a GELU or a final sigmoid) and of pieces that are not gates (for example a rounding): with them, the samples
     of a cluster may have several maps, and `check` is larger than rounding.
 
+    Large networks have about as many patterns as there are samples. `fit` then warns, and `merge()` makes a few clusters that
+    approximate the network.
+
     Use fp64 if the labels must be reproducible. A preactivation near 0 may change its sign with the chunk size or device; see
     `margin_`.
 
     Args:
         model: The network, from (n, *input) to (n, *output), in evaluation mode, or scikit-learn's, see `from_sklearn`. Explain
             logits, not probabilities.
-        min_size: A pattern of fewer samples is no cluster; its samples have label -1. Large networks have about as many
-            patterns as there are samples.
+        min_size: A pattern of fewer samples is no cluster; its samples have label -1.
         chunk_size: Number of samples that the model gets at a time. Use 1 for a model that reorders samples, see `record`.
+        progress: Show progress bars. None shows them in a terminal or a notebook, where tqdm is installed.
 
     Attributes:
         labels_: Cluster of each sample, (n,) int64, or -1. The largest cluster is 0.
@@ -85,8 +91,10 @@ class ActivationClusters(PiecewiseAffine, Estimator):
     sites_: tuple[GateSite, ...]
     _kind, _fitted = "clusterer", "labels_"
 
-    def __init__(self, model: nn.Module, *, min_size: int = 1, chunk_size: int = 1024) -> None:
-        self.model, self.min_size, self.chunk_size = model, min_size, chunk_size
+    def __init__(
+        self, model: nn.Module, *, min_size: int = 1, chunk_size: int = 1024, progress: bool | None = None
+    ) -> None:
+        self.model, self.min_size, self.chunk_size, self.progress = model, min_size, chunk_size, progress
 
     def fit(self, x: object, y: object = None) -> ActivationClusters:
         """Find the clusters of samples.
@@ -128,6 +136,7 @@ class ActivationClusters(PiecewiseAffine, Estimator):
         self.margin_, self.sites_ = margin, sites
         for lazy in ("affine_", "rank_"):
             vars(self).pop(lazy, None)
+        self._warn_of_single_samples()
         return self
 
     def fit_predict(self, x: object, y: object = None) -> Tensor:
@@ -140,7 +149,8 @@ class ActivationClusters(PiecewiseAffine, Estimator):
 
         The model must not change between `fit` and the first use.
         """
-        maps = [linearize(self._network, part) for part in self.inputs_[self.first_].split(self.chunk_size)]
+        parts = track(self.inputs_[self.first_].split(self.chunk_size), "maps of clusters", self.progress, "chunk")
+        maps = [linearize(self._network, part, progress=False) for part in parts]
         return AffineMap.from_tensors(torch.cat([m.weight for m in maps]), torch.cat([m.bias for m in maps]))
 
     def region(self, cluster: int) -> Region:
@@ -156,38 +166,55 @@ class ActivationClusters(PiecewiseAffine, Estimator):
             raise ValueError(f"layer: got {layer!r}, want one of {', '.join(names)}, or its index")
         return ActivationPatterns.from_gates(self.patterns_.unpack().split(sizes, 1)[index])
 
-    def merge(self, n_clusters: int | None = None, by: By | Tensor = "coef", *, refit: bool = True) -> MergedClusters:
+    def merge(
+        self,
+        n_clusters: int | None = None,
+        by: By | Tensor = "coef",
+        *,
+        refit: bool = True,
+        target: float | None = None,
+    ) -> MergedClusters:
         """Merge clusters; the maps of merged clusters approximate the network, see `fidelity` of the result.
+
+        Without a number, `merge` makes the fewest clusters, at most 12, whose R² with the network reaches `target` on a fifth of
+        the samples, which it holds out to choose the number. Where none does, it makes the number with the largest R² and warns.
+        `held_out_` of the result has the fidelity on these samples. The result is then merged from all samples.
 
         "hamming" and "npk" need memory for all pairs of clusters. k-means may give a group to a few clusters with a steep
         map; then try another method.
 
         Args:
-            n_clusters: Number of merged clusters, for by="coef", "hamming" and "npk".
+            n_clusters: Number of merged clusters, for by="coef", "hamming" and "npk". None: the fewest that reach `target`.
             by: "coef": k-means on the maps as functions of standardised inputs, weighted by size. "hamming": agglomeration
                 by the number of gates that differ. "npk": agglomeration by the share of active paths that two patterns do
                 not share. "affine": merge equal maps, which loses nothing. A tensor (clusters,) of integers: the groups,
                 such as a level of `tree` or the groups of `layer_patterns`.
             refit: Correct each merged map, the mean of its clusters' maps, to the model's outputs by ridge regression. The
                 penalty of each cluster minimises the leave-one-out error.
+            target: R² with the network to reach on held-out samples, in (0, 1), where `merge` chooses the number. None: 0.95.
 
         Returns:
             The merged clusters.
 
         Raises:
-            ValueError: Another `by`, or a number of clusters that cannot be made.
+            ValueError: Another `by`, a `target` out of range, or a number of clusters that cannot be made.
             ImportError: scikit-learn is not installed; "coef", "hamming" and "npk" need it.
 
         Source: "coef": Sudjianto et al., arXiv 2011.04041. "npk": Lakshminarayanan & Singh, arXiv 2006.10529.
         """
+        held_out = None
+        if target is not None and (n_clusters is not None or isinstance(by, Tensor) or by == "affine"):
+            raise ValueError(f"target: got {target}, but the number of clusters is given; want None")
         if isinstance(by, Tensor) or by == "affine":
             if n_clusters is not None:
                 raise ValueError(f"n_clusters: got {n_clusters}, but by={by!r} determines the number; want None")
             groups = self._checked(by) if isinstance(by, Tensor) else equal_maps(self._functions(constants=1.0))
         else:
+            if n_clusters is None:
+                n_clusters, held_out = self._fewest(by, refit, 0.95 if target is None else target)
             groups = self._grouped(by, n_clusters)
         equal = isinstance(by, str) and by == "affine"
-        return MergedClusters(self, by_size(groups, self.counts_), refit and not equal)
+        return MergedClusters(self, by_size(groups, self.counts_), refit and not equal, held_out)
 
     def tree(self, depth: int | None = None) -> ClusterTree:
         """Nest the clusters: by the gates of the first layer, then of the second, and so on to `depth` layers.
@@ -234,6 +261,54 @@ class ActivationClusters(PiecewiseAffine, Estimator):
             text = "samples of one cluster may have several maps, see check()"
             warnings.warn(f"model: {'; '.join([*found, text])}", stacklevel=3)
 
+    def _warn_of_single_samples(self) -> None:
+        single, clusters = int((self.counts_ == 1).sum()), len(self.counts_)
+        if clusters > _READABLE and 2 * single > clusters:
+            warnings.warn(
+                f"x: {single} of {clusters} clusters hold a single sample, whose maps say little about other samples; merge() "
+                "makes a few clusters that approximate the network",
+                stacklevel=3,
+            )
+
+    def _fewest(self, by: By, refit: bool, target: float) -> tuple[int, Fidelity]:
+        """Find the smallest number of merged clusters that reaches the target on held-out samples, and its fidelity there."""
+        if not 0 < target < 1:
+            raise ValueError(f"target: got {target}, want an R² between 0 and 1")
+        inside = (self.labels_ >= 0).nonzero().squeeze(1)
+        order = inside[torch.randperm(len(inside), generator=torch.Generator().manual_seed(0)).to(inside.device)]
+        rest, rows = order.tensor_split([-(-len(order) // _HELD_OUT)])
+        if not len(rows):
+            raise ValueError(
+                f"n_clusters: got None, but {len(inside)} samples are too few to hold some out; want the number of clusters"
+            )
+        part = self._of_samples(rows)
+        near = nearest(part.patterns_, self.patterns_[self.labels_[rest]])
+        x, wanted = self.inputs_[rest], self.outputs_[rest]
+        found: dict[int, Fidelity] = {}
+        for n in track(range(1, min(_READABLE, len(part.counts_)) + 1), "merging", self.progress, "cluster"):
+            merged = MergedClusters(part, by_size(part._grouped(by, n), part.counts_), refit)
+            got = merged._apply(x, merged.members_[near])
+            found[n] = fidelity_of(got, wanted)
+            if found[n].r2 >= target or torch.allclose(got, wanted):  # R² is NaN for a constant network
+                return n, found[n]
+        best = max(found, key=lambda n: -torch.inf if found[n].r2 != found[n].r2 else found[n].r2)
+        warnings.warn(
+            f"target: {best} clusters reach an R² of {found[best].r2:.3f} with the network on held-out samples, below {target}; "
+            "for a closer approximation ask for more, merge(n_clusters)",
+            stacklevel=3,
+        )
+        return best, found[best]
+
+    def _of_samples(self, rows: Tensor) -> ActivationClusters:
+        """Return the clusters that some samples are in, with these samples alone."""
+        part = copy(self)
+        kept, part.labels_ = self.labels_[rows].unique(return_inverse=True)
+        part.counts_, part.patterns_ = part.labels_.bincount(), self.patterns_[kept]
+        part.inputs_, part.outputs_ = self.inputs_[rows], self.outputs_[rows]
+        vars(part).pop("rank_", None)
+        vars(part)["affine_"] = self.affine_[kept]
+        return part
+
     def _record(
         self, x: Tensor, check: bool = False
     ) -> tuple[ActivationPatterns, Tensor, Tensor, tuple[GateSite, ...]]:
@@ -245,7 +320,7 @@ class ActivationClusters(PiecewiseAffine, Estimator):
         outputs, margins = [], []
         sites: tuple[GateSite, ...] = ()
         width, network = 0, self._network
-        for part in x.split(self.chunk_size):
+        for part in track(x.split(self.chunk_size), "patterns", self.progress, "chunk"):
             gates = record(network, part, check=check and not packed)
             if sites and gates.sites != sites:
                 raise ValueError(
@@ -350,6 +425,7 @@ class MergedClusters(PiecewiseAffine):
         clusters: The clusters to merge.
         members: The merged cluster of each cluster, (clusters,) int64.
         refitted: Correct the maps to the network's outputs.
+        held_out: Fidelity on samples that were held out to choose the number of clusters.
 
     Attributes:
         labels_: Merged cluster of each sample, (n,) int64, or -1. The largest is 0.
@@ -358,6 +434,8 @@ class MergedClusters(PiecewiseAffine):
         outputs_: The network's outputs (n, *output).
         response_: The observed y (n,), or None.
         members_: As given.
+        held_out_: As given: the fidelity of as many clusters, merged from four fifths of the samples, on the other fifth. None
+            where the number was given.
 
     Example:
         >>> network = nn.Sequential(nn.Linear(1, 1), nn.ReLU())
@@ -367,9 +445,14 @@ class MergedClusters(PiecewiseAffine):
         MergedClusters(2 clusters merged into 1)
     """
 
-    def __init__(self, clusters: ActivationClusters, members: Tensor, refitted: bool) -> None:
+    def __init__(
+        self, clusters: ActivationClusters, members: Tensor, refitted: bool, held_out: Fidelity | None = None
+    ) -> None:
         # A copy, because `clusters` may be fitted again.
         self._clusters, self.members_, self._refitted = copy(clusters), members, refitted
+        self.held_out_: Fidelity | None = held_out
+        if "feature_names_in_" in vars(clusters):
+            self.feature_names_in_ = clusters.feature_names_in_
         self._means = [mean_maps(part, members, clusters.counts_) for part in clusters._maps()]
         self.inputs_, self.outputs_, self.response_ = clusters.inputs_, clusters.outputs_, clusters.response_
         self.labels_ = self._merged(clusters.labels_)
@@ -388,7 +471,10 @@ class MergedClusters(PiecewiseAffine):
         return AffineMap.from_tensors(weight.view(-1, *outputs_, *inputs), bias.view(-1, *outputs_))
 
     def __repr__(self) -> str:
-        return f"MergedClusters({len(self.members_)} clusters merged into {len(self.counts_)})"
+        text = f"{len(self.members_)} clusters merged into {len(self.counts_)}"
+        if self.held_out_ is not None:
+            text += f"; on held-out samples R² {self.held_out_.r2:.3f}, agreement {self.held_out_.agreement:.1%}"
+        return f"MergedClusters({text})"
 
     def _merged(self, labels: Tensor) -> Tensor:
         return torch.where(labels < 0, -1, self.members_[labels])

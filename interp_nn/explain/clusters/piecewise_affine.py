@@ -89,10 +89,7 @@ class PiecewiseAffine(ABC):
             R² and agreement of the maps with the network.
         """
         samples, wanted, labels = self._inside() if x is None else self._assign(x, "nearest")
-        n = len(samples)
-        got, wanted = self._apply(samples, labels).reshape(n, -1), wanted.reshape(n, -1)
-        same = wanted.argmax(1) == got.argmax(1) if wanted.shape[1] > 1 else ((wanted > 0) == (got > 0)).squeeze(1)
-        return Fidelity(r2(got, wanted), float(same.double().mean()))
+        return fidelity_of(self._apply(samples, labels), wanted)
 
     def check(self) -> float:
         """Compute max |W_c x + b_c - F(x)| / max |F(x)| over the clusters' samples; it is rounding for exact clusters."""
@@ -171,7 +168,7 @@ class PiecewiseAffine(ABC):
 
         Args:
             output: Index of the output, among the flattened outputs.
-            feature_names: Names of the inputs; by default x0, x1, ...
+            feature_names: Names of the inputs; by default those of the data frame that `fit` got, else x0, x1, ...
             rows: Number of clusters.
             project: As in `importance`. The scores are those of the maps before the projection.
             centre: As in `importance`.
@@ -184,7 +181,9 @@ class PiecewiseAffine(ABC):
             ValueError: Another number of names than inputs.
         """
         x = self.inputs_.flatten(1)
-        names = tuple(feature_names) if feature_names is not None else tuple(f"x{j}" for j in range(x.shape[1]))
+        if feature_names is None:
+            feature_names = vars(self).get("feature_names_in_", [f"x{j}" for j in range(x.shape[1])])
+        names = tuple(map(str, feature_names))
         if len(names) != x.shape[1]:
             raise ValueError(f"feature_names: got {len(names)} names, want {x.shape[1]}")
         coefficients = self.importance(output, project=project, centre=centre).flatten(1)[:rows]
@@ -247,6 +246,13 @@ class PiecewiseAffine(ABC):
     def _apply(self, x: Tensor, labels: Tensor) -> Tensor:
         """Apply the maps of the given clusters to x (n, *input): (n, *output)."""
         return apply_maps(*self._maps(), x.flatten(1), labels).view(-1, *self.outputs_.shape[1:])
+
+
+def fidelity_of(got: Tensor, wanted: Tensor) -> Fidelity:
+    """Compare values of maps with the network's outputs, (n, *output) each."""
+    got, wanted = got.reshape(len(got), -1), wanted.reshape(len(wanted), -1)
+    same = wanted.argmax(1) == got.argmax(1) if wanted.shape[1] > 1 else ((wanted > 0) == (got > 0)).squeeze(1)
+    return Fidelity(r2(got, wanted), float(same.double().mean()))
 
 
 def apply_maps(weight: Tensor, bias: Tensor, x: Tensor, labels: Tensor) -> Tensor:

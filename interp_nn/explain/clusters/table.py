@@ -4,19 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from interp_nn.display import html_table
 from interp_nn.explain.clusters.importance import GlobalImportance
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 _COVERAGE_AT = (1, 2, 5, 10, 20, 50, 100, 1000)
 _FEATURES = 8  # printed columns
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class ClusterTable:
-    """The m largest of the clusters, one row each; `str` gives the table.
+    """The m largest of the clusters, one row each, and the most important features first.
+
+    `str` gives the table with an explanation of its columns; notebooks show it as HTML. `to_pandas` has all features.
 
     Attributes:
         samples: Number of fitted samples.
@@ -51,27 +58,93 @@ class ClusterTable:
     check: float
 
     def __str__(self) -> str:
-        shown = self._features()
-        lines = [f"{self.samples} samples in {self.clusters} clusters, max |W x + b - F| / max |F| = {self.check:.1e}"]
+        header, rows = self._cells()
+        rows = [header, *rows]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        table = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+        return "\n".join([*self._facts(), *table, *self._legend()])
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        return html_table(*self._cells(), above=self._facts(), below=self._legend())
+
+    def to_pandas(self) -> Any:
+        """Return the clusters as a data frame of pandas: a row for each, and all features, the most important one first.
+
+        Raises ImportError where pandas is not installed.
+        """
+        try:
+            from pandas import DataFrame
+        except ImportError as error:
+            raise ImportError("to_pandas needs pandas: pip install pandas") from error
+        columns = {"samples": self.count, "share": self.count / self.samples, "response": self.mean, "std": self.std}
+        if self.score:
+            columns |= {f"{self.score} here": self.local, f"{self.score} on all": self.overall}
+        columns["rank"] = self.rank
+        frame = DataFrame({name: values.cpu().numpy() for name, values in columns.items()})
+        for j in self._order():  # a feature may have the name of a column
+            frame.insert(
+                len(frame.columns), self.features[j], self.coefficients[:, j].cpu().numpy(), allow_duplicates=True
+            )
+        frame.index.name = "cluster"
+        return frame
+
+    def plot(self, **options: Any) -> Axes:
+        """Draw the coefficients of the most important features, by `plots.cluster_coefficients`, and return the axes.
+
+        Args:
+            options: Of `plots.cluster_coefficients`, such as `axes`.
+        """
+        from interp_nn.explain.plots.clusters import cluster_coefficients
+
+        shown = self._order()[:_FEATURES]
+        axes = cluster_coefficients(
+            self.coefficients[:, shown], self.count, features=[self.features[j] for j in shown],
+            responses=self.mean, total=self.samples, **options,
+        )  # fmt: skip
+        return axes
+
+    def _order(self) -> list[int]:
+        """Return the indices of the features, the most important one first."""
+        return self.importance.mean.argsort(descending=True, stable=True).tolist()
+
+    def _facts(self) -> list[str]:
         marks = [m for m in _COVERAGE_AT if m < self.clusters] + [self.clusters]
-        lines.append("  ".join(f"largest {m}: {100 * self.coverage[m - 1].item():.1f} %" for m in marks))
+        return [
+            f"{self.samples} samples in {self.clusters} clusters, max |W x + b - F| / max |F| = {self.check:.1e}",
+            "  ".join(f"largest {m}: {100 * self.coverage[m - 1].item():.1f} %" for m in marks),
+        ]
+
+    def _cells(self) -> tuple[list[str], list[list[str]]]:
+        """Return the header and the rows."""
+        shown = self._order()[:_FEATURES]
         scores = [f"{self.score} here", f"{self.score} on all"] if self.score else []
-        header = ["cluster", "count", "response", "std", *scores, "rank", *(self.features[j] for j in shown)]
-        rows = [header, *(self._row(i, shown) for i in range(len(self.count)))]
+        header = ["cluster", "samples", "response", "std", *scores, "rank", *(self.features[j] for j in shown)]
+        rows = [self._row(i, shown) for i in range(len(self.count))]
         blank = [""] * (len(header) - len(shown) - 1)
         for name, values in zip(("share", "  ±"), self.importance, strict=True):
             rows.append([name, *blank, *(f"{values[j].item():.3f}" for j in shown)])
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines += ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+        return header, rows
+
+    def _legend(self) -> list[str]:
+        """Return what is not shown, and what the columns are."""
+        lines = []
         if left := self.clusters - len(self.count):
             lines.append(f"and {left} smaller clusters")
-        if left := len(self.features) - len(shown):
-            lines.append(f"and {left} inputs of less importance")
-        return "\n".join(lines)
-
-    def _features(self) -> list[int]:
-        """Return the indices of the most important features, in the order of the inputs."""
-        return sorted(self.importance.mean.argsort(descending=True, stable=True)[:_FEATURES].tolist())
+        if (left := len(self.features) - _FEATURES) > 0:
+            lines.append(f"and {left} features of less importance")
+        lines.append("response, std: mean and standard deviation in the cluster, of y or else of the network's output")
+        if self.score:
+            lines.append(
+                f"{self.score} here, on all: of the cluster's map against y, on its own samples and on all samples"
+            )
+        full = len(self.features) + 1
+        lines.append(f"rank: below {full}, the cluster's samples alone do not determine its map")
+        lines.append(
+            "features: output per unit of the feature; share: part of |coefficient| x std, ± its spread over clusters"
+        )
+        return lines
 
     def _row(self, i: int, shown: list[int]) -> list[str]:
         scores = [_number(column[i]) for column in (self.local, self.overall)] if self.score else []

@@ -11,14 +11,16 @@ Such a P exists for any data and any network, and P H always looks smooth. So re
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterable
 from functools import cached_property
 from itertools import chain
 from math import nan
-from typing import Any, Literal, NamedTuple, cast, get_args
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast, get_args
 
 import torch
 from torch import Tensor, nn
 
+from interp_nn.display import track
 from interp_nn.explain.descramble.brockett import OperatorLike, operator_on
 from interp_nn.explain.descramble.derivatives import DerivativeOperator
 from interp_nn.explain.descramble.diagonal import DiagonalCriterion, asymmetry, in_units_of_norm, most_diagonal
@@ -53,6 +55,9 @@ from interp_nn.explain.following.layer_values import (
 )
 from interp_nn.explain.following.replay import check_model
 from interp_nn.linalg import GramAccumulator, check_real
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 Criterion = Literal["smooth", "diag_sum", "diag_normsq"]
 _ROUNDING = 1e-9  # relative difference of losses that counts as none
@@ -118,6 +123,7 @@ class Descrambler(Transformer):
         center: Subtract the mean of each feature first.
         canonical: Make the largest entry of each principal component positive, so that P does not depend on the solver's signs.
         features_first: `fit`, `partial_fit` and `transform` take and return H (n, samples) instead of x (samples, n).
+        progress: Show a progress bar for `nulls`. None shows one in a terminal or a notebook, where tqdm is installed.
 
     Attributes:
         P_: The descrambler P, (n, n) float64.
@@ -163,7 +169,9 @@ class Descrambler(Transformer):
         canonical: bool = True,
         *,
         features_first: bool = False,
+        progress: bool | None = None,
     ) -> None:
+        self.progress = progress
         self.criterion, self.operator, self.group = criterion, operator, group
         self.center, self.canonical, self.features_first = center, canonical, features_first
 
@@ -335,13 +343,15 @@ class Descrambler(Transformer):
             criterion, W = cast(DiagonalCriterion, self.criterion), self._matrix
             generator = torch.Generator(W.device).manual_seed(seed)
             losses = [self.loss_]
-            losses += [most_diagonal(shuffled(W, generator), criterion, self.group).loss for _ in range(shuffles)]
+            losses += [most_diagonal(shuffled(W, generator), criterion, self.group).loss for _ in self._draws(shuffles)]
             fitted, *reached = (in_units_of_norm(value, W, criterion) for value in losses)
             return Nulls(fitted, *_mean_and_rest(losses, reached))
         samples = self._seen()
         least = [
             self._over_chance(smallest_loss(gram, self._derivative, self.group), gram)
-            for gram in samples.kept_and_shuffled(shuffles, seed, self.center)
+            for gram, _ in zip(
+                samples.kept_and_shuffled(shuffles, seed, self.center), self._draws(shuffles + 1), strict=True
+            )
         ]
         rest, held_out = (half.gram(self.center) for half in samples.halves)
         gram = samples.all.gram(self.center)
@@ -442,6 +452,16 @@ class Descrambler(Transformer):
         gap = abs(best.loss - best.lower_bound)
         return max(defect, gap / abs(best.lower_bound) if best.lower_bound else gap)
 
+    def plot(self, **options: Any) -> Axes:
+        """Draw `nulls_` by `plots.null_bars`, and return the axes.
+
+        Args:
+            options: Of that function, such as `axes`.
+        """
+        from interp_nn.explain.plots.spectra import null_bars
+
+        return null_bars({vars(self).get("layer_", "features"): self.nulls_}, **options)
+
     def __repr__(self) -> str:
         given = f"Descrambler(criterion={self.criterion!r}, group={self.group!r}"
         if not self.__sklearn_is_fitted__():
@@ -498,6 +518,9 @@ class Descrambler(Transformer):
             want = "(features, samples)" if self.features_first else "(samples, features)"
             raise ValueError(f"x: got shape {tuple(samples.shape)}, want {want} with at least one of each")
         return (samples if samples.is_floating_point() else samples.double()).mT
+
+    def _draws(self, count: int) -> Iterable[int]:
+        return track(range(count), "null models", self.progress, "shuffle")
 
     def _over_chance(self, reached: float, gram: Tensor) -> float:
         """Return a loss divided by its mean over random P; NaN if the mean is zero."""

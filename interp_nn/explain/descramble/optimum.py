@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,6 +11,9 @@ from interp_nn import linalg
 from interp_nn.explain.descramble.derivatives import DerivativeOperator
 from interp_nn.explain.descramble.seriation import seriate_gram
 from interp_nn.linalg import Blocks
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 Group = Literal["orthogonal", "special", "permutation"]
 _CHUNK_ENTRIES = 1 << 22  # entries of D P that are computed at a time
@@ -36,6 +39,16 @@ class Spectrum(NamedTuple):
     mode_costs: Tensor
     energies: Tensor
 
+    def plot(self, **options: Any) -> Axes:
+        """Draw energies and costs by `plots.spectrum_curves`, and return the axes.
+
+        Args:
+            options: Of that function, such as `axes`.
+        """
+        from interp_nn.explain.plots.spectra import spectrum_curves
+
+        return spectrum_curves(self, **options)
+
 
 class Ambiguity(NamedTuple):
     """The directions in which an optimal P is arbitrary, beyond the sign of each component, which always is.
@@ -56,6 +69,16 @@ class Ambiguity(NamedTuple):
     data_blocks: Blocks
     rank: int
     features: int
+
+    def plot(self, **options: Any) -> Axes:
+        """Draw what is arbitrary by `plots.ambiguity_strips`, and return the axes.
+
+        Args:
+            options: Of that function, such as `axes`.
+        """
+        from interp_nn.explain.plots.spectra import ambiguity_strips
+
+        return ambiguity_strips(self, **options)
 
 
 class Optimum(NamedTuple):

@@ -7,13 +7,14 @@ are improved until no exchange lowers the loss. A lower bound limits the distanc
 
 from __future__ import annotations
 
-from itertools import permutations
+from itertools import count, permutations
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from interp_nn import linalg
+from interp_nn.display import track
 from interp_nn.explain.descramble.brockett import OperatorLike, operator_on
 from interp_nn.explain.descramble.derivatives import DerivativeOperator
 from interp_nn.explain.estimator import all_finite, to_tensor
@@ -47,7 +48,9 @@ class Seriation(NamedTuple):
     exact: bool
 
 
-def seriate(x: object, operator: OperatorLike = "diff1", *, features_first: bool = False) -> Seriation:
+def seriate(
+    x: object, operator: OperatorLike = "diff1", *, features_first: bool = False, progress: bool | None = None
+) -> Seriation:
     """Find the order of features that minimises |D x[:, order]ᵀ|², in float64.
 
     With "diff1" and "diff1_periodic" the result is exact for up to 15 features, in O(2ⁿ n²) (Held & Karp 1962). With other
@@ -57,6 +60,7 @@ def seriate(x: object, operator: OperatorLike = "diff1", *, features_first: bool
         x: Samples (samples, n) of n features, real, finite: a tensor, an array or a data frame of numbers.
         operator: D, as in `Descrambler`.
         features_first: x is (n, samples).
+        progress: Show a progress bar. None shows one in a terminal or a notebook, where tqdm is installed.
 
     Returns:
         `Seriation` with the order on x's device.
@@ -74,10 +78,10 @@ def seriate(x: object, operator: OperatorLike = "diff1", *, features_first: bool
     features = as_features(x, features_first)
     samples = linalg.GramAccumulator(len(features), features.device)
     samples.update(features)
-    return seriate_gram(samples.gram(), operator_on(operator, len(features)))
+    return seriate_gram(samples.gram(), operator_on(operator, len(features)), progress)
 
 
-def seriate_gram(gram: Tensor, operator: DerivativeOperator) -> Seriation:
+def seriate_gram(gram: Tensor, operator: DerivativeOperator, progress: bool | None = False) -> Seriation:
     """Find the order as `seriate` does, from the Gram matrix H Hᵀ (n, n) of the features."""
     n, device = len(gram), gram.device
     gram = gram.cpu()
@@ -85,12 +89,20 @@ def seriate_gram(gram: Tensor, operator: DerivativeOperator) -> Seriation:
     distance = (gram.diagonal().unsqueeze(1) + gram.diagonal() - 2 * gram).clamp_min(0).fill_diagonal_(0)
     if operator.kind in ("diff1", "diff1_periodic"):
         closed, exact = operator.kind == "diff1_periodic", n <= _MAX_BY_PATHS
-        order = _shortest(distance, closed) if exact else _reversed_while_shorter(distance, fiedler(distance), closed)
+        order = (
+            _shortest(distance, closed)
+            if exact
+            else _reversed_while_shorter(distance, fiedler(distance), closed, progress)
+        )
         order = _named(order, closed)
         loss = _length(distance, order, closed)
     else:
         penalty, exact = linalg.gram(operator.matrix()), n <= _MAX_BY_TRIAL
-        order = _best_of_all(penalty, gram) if exact else _exchanged_while_cheaper(penalty, gram, fiedler(distance))
+        order = (
+            _best_of_all(penalty, gram)
+            if exact
+            else _exchanged_while_cheaper(penalty, gram, fiedler(distance), progress)
+        )
         loss = float((penalty * gram[order][:, order]).sum())
     return Seriation(order.to(device), loss, min(bound, loss), exact)
 
@@ -168,7 +180,7 @@ def _shortest(distance: Tensor, closed: bool) -> Tensor:
     return torch.tensor(order)
 
 
-def _reversed_while_shorter(distance: Tensor, order: Tensor, closed: bool) -> Tensor:
+def _reversed_while_shorter(distance: Tensor, order: Tensor, closed: bool, progress: bool | None = False) -> Tensor:
     """Reverse parts of the path while that shortens it: 2-opt (Croes 1958)."""
     n = len(distance)
     if not closed:  # a path is a cycle through one more point, at distance 0 from all others
@@ -176,8 +188,7 @@ def _reversed_while_shorter(distance: Tensor, order: Tensor, closed: bool) -> Te
         padded[:n, :n] = distance
         distance, order = padded, torch.cat((order, torch.tensor([n])))
     least = _MIN_GAIN * float(distance.max())
-    improved = True
-    while improved:
+    for _ in track(count(), "seriation", progress, "pass"):
         improved = False
         for i in range(len(order) - 1):
             # A reversal replaces the steps at places i and j > i by a step between their starts and one between their ends.
@@ -188,6 +199,8 @@ def _reversed_while_shorter(distance: Tensor, order: Tensor, closed: bool) -> Te
             if float(change[j]) < -least:
                 order[i + 1 : i + j + 1] = order[i + 1 : i + j + 1].flip(0)
                 improved = True
+        if not improved:
+            break
     return order if closed else order.roll(-1 - int((order == n).nonzero()))[:-1]
 
 
@@ -200,15 +213,14 @@ def _best_of_all(penalty: Tensor, gram: Tensor) -> Tensor:
     return best
 
 
-def _exchanged_while_cheaper(penalty: Tensor, gram: Tensor, order: Tensor) -> Tensor:
+def _exchanged_while_cheaper(penalty: Tensor, gram: Tensor, order: Tensor, progress: bool | None = False) -> Tensor:
     """Exchange pairs of features while that lowers the loss.
 
     One matrix product gives the change of the loss for all partners of a feature, in O(n²) (Taillard 1991).
     """
     g, cost = gram[order][:, order], penalty.diagonal()
     least = _MIN_GAIN * float((penalty.abs() * g.abs()).sum())
-    improved = True
-    while improved:
+    for _ in track(count(), "seriation", progress, "pass"):
         improved = False
         for i in range(len(order)):
             own, size = (penalty * g).sum(1), g.diagonal()
@@ -222,4 +234,6 @@ def _exchanged_while_cheaper(penalty: Tensor, gram: Tensor, order: Tensor) -> Te
                 order[pair], g[pair] = order[swapped], g[swapped]
                 g[:, pair] = g[:, swapped]
                 improved = True
+        if not improved:
+            break
     return order

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from interp_nn.display import html_table
 from interp_nn.explain.following.calls import tensors
 from interp_nn.explain.following.recorder import GateCall
 from interp_nn.explain.following.replay import (
@@ -64,14 +65,21 @@ class OperationReport:
         return all(treatment != "not treated" for _, _, treatment, _ in self.rows)
 
     def __str__(self) -> str:
-        head = ("operation", "layer", "treatment", "calls")
-        table = [head, *((a, b or "(model)", c, str(d)) for a, b, c, d in self.rows)]
+        table = self._cells()
         widths = [max(len(row[i]) for row in table) for i in range(4)]
         return "\n".join(
             "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in table
         )
 
     __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        header, *rows = self._cells()
+        return html_table(header, rows)
+
+    def _cells(self) -> list[tuple[str, str, str, str]]:
+        head = ("operation", "layer", "treatment", "calls")
+        return [head, *((a, b or "(model)", c, str(d)) for a, b, c, d in self.rows)]
 
 
 def record(

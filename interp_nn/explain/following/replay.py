@@ -17,6 +17,7 @@ from interp_nn.explain.following import operations
 from interp_nn.explain.following.calls import UnsupportedOperation, map_tensors
 from interp_nn.explain.following.recorder import DerivativesKept, Layers, Recorder, UnseenCalls
 from interp_nn.explain.following.replayer import ConstantFinder, Replayer, SampleScaledReplayer, ScaledReplayer
+from interp_nn.functional import calls_followed
 from interp_nn.gates.jvp import jvp
 from interp_nn.gates.record import place_of
 
@@ -199,7 +200,7 @@ class Replay(nn.Module):
             mode = SampleScaledReplayer(self._steps, n)
             output, _ = self._follow(zeros, mode=mode)
         layers, rows = list(mode.scales), output.shape[1:].numel()
-        if not layers or not mode.by_sample or rows > len(layers):
+        if not output.requires_grad or not mode.by_sample or rows > len(layers):
             return None
         found = []
         for start in range(0, rows, _ROWS_AT_ONCE):
@@ -444,7 +445,7 @@ def _eager(model: nn.Module) -> Iterator[None]:
     hooks = torch.autograd.graph.disable_saved_tensors_hooks(
         "a replay keeps what it saves; want no activation checkpointing"
     )
-    with _forced_eager(), _without_backward_hooks(model), hooks:
+    with _forced_eager(), _without_backward_hooks(model), hooks, calls_followed():
         yield
 
 

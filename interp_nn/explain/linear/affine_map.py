@@ -8,11 +8,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from interp_nn.display import track
+from interp_nn.explain.estimator import feature_names
 from interp_nn.explain.following.gate_record import check_mode
 from interp_nn.explain.following.replay import (
     ModelFunction,
@@ -24,6 +26,7 @@ from interp_nn.explain.following.replay import (
     run_recorded,
 )
 from interp_nn.explain.following.token_ids import from_embeddings
+from interp_nn.explain.linear.krylov import leading_triplets
 from interp_nn.explain.linear.operators import (
     AffineOperator,
     ComposedOperator,
@@ -32,6 +35,10 @@ from interp_nn.explain.linear.operators import (
     Vectors,
 )
 from interp_nn.gates.patterns import as_index
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 Target = int | slice | Tensor | Callable[[Any], Tensor] | None
 SameGates = Callable[[tuple[Tensor, ...]], Tensor]
@@ -68,6 +75,7 @@ def linearize(
     held: str = "activated",
     embedding: str | None = None,
     chunk_size: int | None = None,
+    progress: bool | None = None,
 ) -> AffineMap:
     """Compute the affine map F(x) = W x + b of a model at each sample.
 
@@ -91,6 +99,7 @@ def linearize(
         embedding: For token ids, the path of the layer that looks them up. By default, the nn.Embedding that the model calls
             with x. The values of other layers that look x up are constants.
         chunk_size: Number of rows or columns of W to compute at a time. By default, 4 million entries.
+        progress: Show a progress bar while W is computed. None shows one in a terminal or a notebook, where tqdm is installed.
 
     Returns:
         The maps of the n samples.
@@ -114,6 +123,8 @@ def linearize(
     Source: Li et al., arXiv 2310.16295.
     """
     select, secant = _selector(target), check_mode(mode, held) == "secant"
+    columns = feature_names(x)
+    features = None if columns is None else columns.tolist()
     model, x = from_embeddings(model, x, embedding)
     if layer is not None and target is not None:
         raise ValueError(f"target, layer: got {target!r} and {layer!r}, want one of them")
@@ -131,7 +142,9 @@ def linearize(
     check_independence(function, recording.inputs, output.detach())
     if not secant:
         operator = JacobianOperator(function, recording.inputs, output, affine=False, check=check)
-        return AffineMap(operator, function, chunk_size)
+        affine = AffineMap(operator, function, chunk_size, progress=progress)
+        affine._layer, affine._features = layer, features
+        return affine
     replay = Replay(recording, select)
 
     def replayed(*v: Tensor) -> Tensor:
@@ -147,7 +160,9 @@ def linearize(
         parts=lambda: replay.constants_by_layer(gate_call),
     )
     exact = all(treatment in ("affine", "gate") for *_, treatment in recording.recorder.rows)
-    return AffineMap(operator, function, chunk_size, _same_gates(recording) if exact else None)
+    affine = AffineMap(operator, function, chunk_size, _same_gates(recording) if exact else None, progress)
+    affine._layer, affine._features = layer, features
+    return affine
 
 
 def _same_gates(recording: Recording) -> SameGates:
@@ -184,6 +199,7 @@ class AffineMap:
         function: The model, which `check` compares with.
         chunk_size: Number of rows or columns of W to compute at a time. By default, 4 million entries.
         same_gates: Finds the samples of other inputs (n, ...) at which the map holds as well, (n,) bool; for `check`.
+        progress: Show a progress bar while W is computed, as in `linearize`.
 
     Raises:
         ValueError: A `chunk_size` below 1.
@@ -200,11 +216,14 @@ class AffineMap:
         function: Callable[..., Tensor] | None = None,
         chunk_size: int | None = None,
         same_gates: SameGates | None = None,
+        progress: bool | None = None,
     ) -> None:
         if chunk_size is not None and chunk_size < 1:
             raise ValueError(f"chunk_size: got {chunk_size}, want at least 1")
         self._operator, self._function, self._chunk_size = operator, function, chunk_size
-        self._same_gates = same_gates
+        self._same_gates, self._progress = same_gates, progress
+        self._layer: str | int | None = None
+        self._features: Sequence[str] | None = None
 
     @classmethod
     def from_tensors(cls, weight: Tensor | tuple[Tensor, ...], bias: Tensor) -> AffineMap:
@@ -351,17 +370,21 @@ class AffineMap:
             ComposedOperator(DenseOperator((row,), row.new_zeros(len(row))), self._operator), None, self._chunk_size
         )
 
-    def svd(self, k: int) -> SingularTriplets:
-        """Compute the k largest singular values and their vectors of each sample's W; forms W.
+    def svd(self, k: int, *, form_weight: bool = True) -> SingularTriplets:
+        """Compute the k largest singular values and their vectors of each sample's W.
 
         Args:
             k: Number of singular values.
+            form_weight: Form W, and decompose it. If False, compute products with W and Wᵀ, k at a time, until the residuals
+                |W Wᵀ u - σ² u| / σ₁² are at most the square root of the dtype's eps. This holds the results of all products,
+                at most 64 k vectors of the input's size, in place of W.
 
         Returns:
             Singular values (n, k) and vectors (n, k, ...).
 
         Raises:
             ValueError: A map of several inputs, or k out of range.
+            RuntimeError: Without W, the residuals do not fall so far in 32 products of k vectors.
         """
         operator = self._operator
         if len(operator.inputs) != 1:
@@ -369,7 +392,10 @@ class AffineMap:
         rows, columns = operator.output.numel(), operator.inputs[0].numel()
         if not 1 <= k <= min(rows, columns):
             raise ValueError(f"k: got {k}, want between 1 and {min(rows, columns)}")
-        left, values, right = torch.linalg.svd(self.weight.reshape(operator.n, rows, columns), full_matrices=False)
+        if form_weight:
+            left, values, right = torch.linalg.svd(self.weight.reshape(operator.n, rows, columns), full_matrices=False)
+        else:
+            left, values, right = leading_triplets(operator, k)
         shape = (operator.n, k)
         return SingularTriplets(
             left.mT[:, :k].reshape(*shape, *operator.output),
@@ -444,6 +470,42 @@ class AffineMap:
                     break
         return errors
 
+    def plot(
+        self,
+        x: Tensor | None = None,
+        *,
+        sample: int | None = None,
+        output: int | None = None,
+        features: Sequence[str] | None = None,
+    ) -> Axes | Figure:
+        """Draw the contributions: images as maps, features of one sample as a waterfall, those of several as a beeswarm.
+
+        `interp_nn.explain.plots` has these functions, with more arguments.
+
+        Args:
+            x: Samples (n, *input); by default those at which the model was linearized.
+            sample: Index of one sample. None: all; of images, the first 8.
+            output: Index among the flattened outputs. None: the only one, or all of an image's outputs, at most 12.
+            features: Names of the features; by default those of the data frame that was linearized, else x0, x1, ...
+
+        Returns:
+            The figure of images, or the axes.
+
+        Raises:
+            ValueError: A map of several inputs, an x of another shape, no output where there are several, or an index out of
+                range.
+            ImportError: matplotlib is not installed.
+
+        Example:
+            >>> affine = AffineMap.from_tensors(torch.tensor([[[2.0, -1.0]]]), torch.tensor([[1.0]]))
+            >>> affine.plot(torch.tensor([[3.0, 4.0]])).get_title()
+            'output 3 = constant 1 + contributions 2'
+        """
+        from interp_nn.explain.plots.attribution import affine_plot
+
+        names = self._features if features is None else features
+        return affine_plot(self, self.x if x is None else x, sample, output, names)
+
     def to(self, dtype: torch.dtype) -> AffineMap:
         """Return the map in another dtype; forms W."""
         return AffineMap(DenseOperator(tuple(w.to(dtype) for w in _several(self.weight)), self.bias.to(dtype)))
@@ -463,7 +525,11 @@ class AffineMap:
     def __repr__(self) -> str:
         operator = self._operator
         inputs = ", ".join(str(tuple(shape)) for shape in operator.inputs)
-        return f"AffineMap({operator.n} samples, {inputs} -> {tuple(operator.output)})"
+        text = f"AffineMap({operator.n} samples, {inputs} -> {tuple(operator.output)}"
+        if isinstance(operator, JacobianOperator):
+            text += "" if self._layer is None else f", layer {self._layer!r}"
+            text += ", exact" if self._same_gates is not None else ", exact at x"
+        return f"{text})"
 
     def _vectors(self, v: Tensor | tuple[Tensor, ...]) -> Vectors:
         vectors, operator = _several(v), self._operator
@@ -500,7 +566,8 @@ class AffineMap:
 
     def _chunks(self, total: int, width: int) -> Iterator[tuple[int, int]]:
         size = self._chunk_size or max(1, _ENTRIES_PER_CHUNK // max(1, self._operator.n * width))
-        return ((start, min(size, total - start)) for start in range(0, total, size))
+        for start in track(range(0, total, size), "weight", self._progress, "chunk"):
+            yield start, min(size, total - start)
 
 
 def _selector(target: Target) -> Callable[[Any], Tensor]:

@@ -45,6 +45,10 @@ class AffineOperator(ABC):
     def bias(self) -> Tensor:
         """Return b (n, *output)."""
 
+    def products(self) -> tuple[Callable[[Vectors], Tensor], Callable[[Tensor], Vectors]]:
+        """Return the functions v -> W v and u -> Wᵀ u, as `columns` and `pullback` have them, for many products."""
+        return self.columns, self.pullback()
+
     def bias_by_layer(self) -> dict[str, Tensor]:
         """Return b's parts by layer. Raises ValueError for an operator without a model."""
         raise ValueError("bias_by_layer: got a map without layers, want one that `linearize` returned in secant mode")
@@ -149,15 +153,51 @@ class JacobianOperator(AffineOperator):
 
     def pullback(self, keep: bool = False) -> Callable[[Tensor], Vectors]:
         """Return the function u -> Wᵀ u; with `keep`, a later call gets the same graph."""
+        return self._pullback(*self._graph(keep))
+
+    def products(self) -> tuple[Callable[[Vectors], Tensor], Callable[[Tensor], Vectors]]:
+        """Return the functions v -> W v and u -> Wᵀ u, on one graph.
+
+        W v is the derivative by u of vᵀ Wᵀ u, in reverse mode, which does not run the model again. Where autograd cannot
+        differentiate twice, it is `columns`.
+        """
+        x, out = self._graph(keep=False)
+        pull = self._pullback(x, out)
+        if not out.requires_grad:
+            return self.columns, pull
+        with torch.inference_mode(False), torch.enable_grad():
+            u = torch.zeros_like(out, requires_grad=True)
+            rows = torch.autograd.grad(out, x, u, create_graph=True, materialize_grads=True)
+
+        def push(v: Vectors) -> Tensor:
+            return torch.autograd.grad(rows, u, v, retain_graph=True, is_grads_batched=True, materialize_grads=True)[
+                0
+            ].expand(len(v[0]), *out.shape)
+
+        probe = torch.randn(out.shape, generator=torch.Generator().manual_seed(0)).to(out)
+        try:
+            terms = probe * push(tuple(t.unsqueeze(0) for t in self.x))[0]
+        except RuntimeError:
+            return self.columns, pull
+        pulled = sum(float((row[0] * t).sum()) for row, t in zip(pull(probe.unsqueeze(0)), self.x, strict=True))
+        # A backward written by hand may hide its own derivative from autograd.
+        close = abs(float(terms.sum()) - pulled) <= torch.finfo(out.dtype).eps ** 0.5 * (
+            float(terms.abs().sum()) + abs(pulled)
+        )
+        return push if close else self.columns, pull
+
+    def _graph(self, keep: bool) -> tuple[Vectors, Tensor]:
+        """Return leaf tensors x and the function's value with its graph; with `keep`, a later call gets the same."""
         self._check()
         if self._start is not None:
             x, out = self._start
             self._start = self._start if keep else None
-        else:
-            with torch.inference_mode(False), torch.enable_grad():
-                x = tuple(t.clone().requires_grad_() for t in self.x)
-                out = self._function(*x)
+            return x, out
+        with torch.inference_mode(False), torch.enable_grad():
+            x = tuple(t.clone().requires_grad_() for t in self.x)
+            return x, self._function(*x)
 
+    def _pullback(self, x: Vectors, out: Tensor) -> Callable[[Tensor], Vectors]:
         def pull(u: Tensor) -> Vectors:
             if not out.requires_grad:  # the output does not depend on the input
                 return tuple(t.new_zeros(len(u), *t.shape) for t in x)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from interp_nn.explain.following.scikit_learn import from_estimator
+from interp_nn.explain.linear.affine_map import linearize
 from interp_nn.explain.linear.regions import Region, region, scipys_linprog
 
 Box = tuple[Tensor | float, Tensor | float]
@@ -75,6 +76,53 @@ def facets(around: Region, *, box: Box | None = None) -> Facets:
     )
 
 
+@dataclass(frozen=True, eq=False)
+class RegionStatistics:
+    """Statistics of each of r regions; `str` gives their spread.
+
+    Attributes:
+        facets: Number of facets within the box, (r,).
+        neighbours: Number of regions found that share a facet with it, (r,).
+        radii: Radius of the largest ball in the region within the box, (r,).
+        bounded: True where the region is bounded without the box, (r,).
+        ranks: Rank of W, (r,).
+        shares: Share of the samples in the region, (r,).
+        distances: Mean distance of these samples to the nearest facet, (r,); NaN without samples.
+
+    Example:
+        >>> one = torch.ones(1)
+        >>> RegionStatistics(one, one, one, one > 0, one, one, one).bounded
+        tensor([True])
+    """
+
+    facets: Tensor
+    neighbours: Tensor
+    radii: Tensor
+    bounded: Tensor
+    ranks: Tensor
+    shares: Tensor
+    distances: Tensor
+
+    def __str__(self) -> str:
+        lines = [
+            f"{len(self.facets)} regions within the box, {int(self.bounded.sum())} of them bounded without it; "
+            f"the regions have {100 * float(self.shares.sum()):.1f} % of the samples",
+            f"{'':22}{'least':>7}{'median':>8}{'most':>7}",
+        ]
+        for name, values in (
+            ("facets", self.facets),
+            ("neighbours", self.neighbours),
+            ("radius of largest ball", self.radii),
+            ("rank of the map", self.ranks),
+            ("share of the samples", self.shares),
+            ("distance to a facet", self.distances[self.distances.isfinite()]),
+        ):
+            if len(values):
+                least, median, most = (f"{float(v):.3g}" for v in (values.min(), values.median(), values.max()))
+                lines.append(f"{name:22}{least:>7}{median:>8}{most:>7}")
+        return "\n".join(lines)
+
+
 @dataclass(frozen=True)
 class RegionGraph:
     """The regions that a walk found, and which of them share a facet.
@@ -83,6 +131,8 @@ class RegionGraph:
         regions: The regions; the first is that of the start.
         points: A point inside each region, (regions, d).
         edges: Pairs of regions that share a facet, (edges, 2) int64, the smaller index first.
+        facets: The facets of each region, within the box.
+        box: Lowest and highest input, as given.
         complete: True if the walk ended because no region was left, and not because of its budget. Regions that touch the
             others in less than a facet are not reached.
 
@@ -97,7 +147,56 @@ class RegionGraph:
     regions: tuple[Region, ...]
     points: Tensor
     edges: Tensor
+    facets: tuple[Facets, ...]
+    box: Box
     complete: bool
+
+    def statistics(self, model: nn.Module, x: Tensor) -> RegionStatistics:
+        """Compute statistics of each region that need no volume: by linear programs, the region's map, and samples.
+
+        Args:
+            model: The network that the graph was made from.
+            x: Samples (n, ...) to count in the regions, in double precision.
+
+        Returns:
+            The statistics.
+
+        Raises:
+            ValueError: Samples of another shape or dtype, or as `linearize` raises it.
+            ImportError: scipy is not installed.
+
+        Example:
+            >>> network = nn.Sequential(nn.Linear(1, 2), nn.ReLU(), nn.Linear(2, 1)).double()
+            >>> _ = nn.init.ones_(network[0].weight), network[0].bias.data.copy_(torch.tensor([0.0, -1.0]))
+            >>> graph = region_graph(network, torch.tensor([[0.5]]).double(), box=(-2.0, 2.0))
+            >>> print(graph.statistics(network, torch.tensor([[0.5], [0.75], [1.5], [-1.0]]).double()))
+            3 regions within the box, 1 of them bounded without it; the regions have 100.0 % of the samples
+                                    least  median   most
+            facets                      1       1      2
+            neighbours                  1       1      2
+            radius of largest ball    0.5     0.5      1
+            rank of the map             0       1      1
+            share of the samples     0.25    0.25    0.5
+            distance to a facet     0.375     0.5      1
+        """
+        model, x = from_estimator(model, x)
+        d = self.points.shape[1]
+        if not isinstance(x, Tensor) or x.dtype != self.points.dtype or not len(x) or x[0].numel() != d:
+            got = (x.dtype, tuple(x.shape)) if isinstance(x, Tensor) else type(x).__name__
+            raise ValueError(f"x: got {got}, want samples (n, ...) of {d} entries, {self.points.dtype}")
+        rows = x.flatten(1)
+        inside = torch.stack([around.contains(rows) for around in self.regions])
+        margins = torch.stack([around.radius(rows) for around in self.regions])
+        weight = linearize(model, self.points.view(-1, *x.shape[1:])).weight.detach()
+        return RegionStatistics(
+            facets=torch.tensor([len(one.units) for one in self.facets]),
+            neighbours=torch.bincount(self.edges.flatten(), minlength=len(self.regions)),
+            radii=torch.tensor([around.chebyshev(self.box).radius for around in self.regions], dtype=torch.float64),
+            bounded=torch.tensor([around.bounded() for around in self.regions]),
+            ranks=torch.linalg.matrix_rank(weight.reshape(len(self.points), -1, d)),
+            shares=inside.double().mean(1),
+            distances=torch.where(inside, margins, 0.0).sum(1) / inside.sum(1),
+        )
 
 
 def region_graph(model: nn.Module, x: Tensor, *, box: Box, budget: int = 1000) -> RegionGraph:
@@ -134,12 +233,13 @@ def region_graph(model: nn.Module, x: Tensor, *, box: Box, budget: int = 1000) -
     if not bool(((x.flatten() > low) & (x.flatten() < high)).all()):
         raise ValueError("x: lies outside of the box; want a sample inside")
     start = region(model, x)
-    found, points, edges = [start], [x.flatten()], set[tuple[int, int]]()
+    found, points, edges, bounds = [start], [x.flatten()], set[tuple[int, int]](), list[Facets]()
     known = {_key(start): 0}
     waiting, complete = deque([0]), True
     while waiting:
         here = waiting.popleft()
         sides = facets(found[here], box=box)
+        bounds.append(sides)  # regions leave the queue in the order of their indices
         for unit, point, radius in zip(sides.units.tolist(), sides.points, sides.radii.tolist(), strict=True):
             normal = found[here].normals[unit]
             outward = (-1.0 if bool(found[here].on[unit]) else 1.0) * normal / normal.norm()
@@ -157,7 +257,7 @@ def region_graph(model: nn.Module, x: Tensor, *, box: Box, budget: int = 1000) -
             if known[key] != here:
                 edges.add((min(here, known[key]), max(here, known[key])))
     pairs = torch.tensor(sorted(edges), dtype=torch.int64).reshape(-1, 2)
-    return RegionGraph(tuple(found), torch.stack(points), pairs, complete)
+    return RegionGraph(tuple(found), torch.stack(points), pairs, tuple(bounds), box, complete)
 
 
 def _key(around: Region) -> bytes:

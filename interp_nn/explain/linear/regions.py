@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,9 @@ from interp_nn.explain.following.replay import replay_at
 from interp_nn.explain.following.scikit_learn import from_estimator
 from interp_nn.explain.linear.affine_map import AffineMap
 from interp_nn.explain.linear.operators import JacobianOperator
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 
 class Boundary(NamedTuple):
@@ -150,6 +153,35 @@ class Region:
         if not found.success:
             raise ValueError(f"box: got {box}, but no ball fits in the region within it: {found.message}")
         return Ball(torch.from_numpy(found.x[:-1]).to(self.normals), float(found.x[-1]))
+
+    def plot(self, **options: Any) -> Axes:
+        """Draw where the region meets a plane, by `plots.region_polygon`, and return the axes.
+
+        Args:
+            options: Of `plots.region_polygon`, such as `plane`, `extent` and `points`.
+        """
+        from interp_nn.explain.plots.clusters import region_polygon
+
+        return region_polygon(self, **options)
+
+    def bounded(self) -> bool:
+        """Return True if the region is bounded, by a linear program; needs scipy.
+
+        Raises:
+            ImportError: scipy is not installed.
+            RuntimeError: scipy's solver failed.
+        """
+        linprog = scipys_linprog("whether a region is bounded")
+        sides = self.to_halfspaces().detach().double().cpu()[:, :-1]
+        sides = torch.nn.functional.normalize(sides[sides.any(1)])
+        d = sides.shape[1]
+        if int(torch.linalg.matrix_rank(sides)) < d:
+            return False
+        # Stiemke: N y <= 0 has no solution with N y != 0 if and only if Nᵀ z = 0 for some z > 0.
+        found = linprog([0.0] * len(sides), A_eq=sides.T.numpy(), b_eq=[0.0] * d, bounds=(1, None))
+        if found.status not in (0, 2):  # found, or there is none
+            raise RuntimeError(f"scipy's linear program for a bounded region failed: {found.message}")
+        return bool(found.success)
 
     def __repr__(self) -> str:
         units, d = self.normals.shape

@@ -229,9 +229,14 @@ def covariances(
     if step.offsets is None:
         total = None
         for row in step.window:
-            picked = z.index_select(1, row).index_select(3, row)
-            total = picked if total is None else total.add_(picked)
+            picked = _picked(z, row, buffers)
+            if total is None:
+                total = picked
+            else:
+                total.add_(picked)
+                buffers.give(picked)
         assert total is not None
+        buffers.give(z)
         z = _placed(total, step.output)
     else:
         flat = z.reshape(-1)
@@ -259,7 +264,9 @@ def _value(
         buffers.give(product)
         return _placed(total, step.value)
     if covariances is not None:
-        product *= covariances.index_select(1, source.places).index_select(3, source.places)
+        picked = _picked(covariances, source.places, buffers)
+        product *= picked
+        buffers.give(picked)
     n, entries, m, _ = product.shape
     positions = len(step.value.places)
     if source.width:
@@ -281,6 +288,18 @@ def _products(a: Tensor, b: Tensor, buffers: Buffers) -> Tensor:
     else:
         torch.mm(left, right.T, out=flat)
     return flat.view(a.shape[0], a.shape[1], b.shape[0], b.shape[1])
+
+
+def _picked(z: Tensor, places: Tensor, buffers: Buffers) -> Tensor:
+    """Return the covariances (n, Q, m, Q) of places of z (n, P, m, P). PyTorch selects columns of a matrix faster than of z."""
+    n, before, m, _ = z.shape
+    after = len(places)
+    rows = buffers.take(n * after * m * before).view(n, after, m * before)
+    torch.index_select(z.reshape(n, before, m * before), 1, places, out=rows)
+    picked = buffers.take(n * after * m * after).view(n * after * m, after)
+    torch.index_select(rows.view(-1, before), 1, places, out=picked)
+    buffers.give(rows)
+    return picked.view(n, after, m, after)
 
 
 def _placed(z: Tensor, grid: Grid) -> Tensor:

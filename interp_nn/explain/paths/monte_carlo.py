@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
+from interp_nn.display import track
 from interp_nn.explain.following.gate_record import frozen
 from interp_nn.explain.following.replay import check_model
 from interp_nn.nn.base import LinearForm
@@ -49,6 +50,7 @@ def npk_montecarlo(
     seed: int = 0,
     normalize: bool = True,
     chunk_size: int | None = None,
+    progress: bool | None = None,
 ) -> SampledKernel:
     """Estimate the neural path kernel as the mean of f(x) f(x') over random draws of the weights, with the gates fixed.
 
@@ -64,6 +66,7 @@ def npk_montecarlo(
         normalize: Divide the parameters of two and more dimensions by sqrt(fan-in), the square root of the number of entries for
             each output. Biases, and the scales and shifts of norms, keep magnitude 1.
         chunk_size: Number of samples that run through the model at a time. Default: 256.
+        progress: Show a progress bar. None shows one in a terminal or a notebook, where tqdm is installed.
 
     Returns:
         `SampledKernel` of the kernel and its standard error, (n, m) each, float64.
@@ -94,10 +97,12 @@ def npk_montecarlo(
             raise ValueError(
                 f"model: layer {name!r} computes its weight from another parameter; want a plain layer, as `fold` makes it"
             )
-    left = torch.cat([_outputs(model, part, draws, seed, normalize) for part in x.split(size)], 1)
+    chunks = track(x.split(size), "draws", progress, "chunk")
+    left = torch.cat([_outputs(model, part, draws, seed, normalize) for part in chunks], 1)
     right = left
     if other_x is not None:
-        right = torch.cat([_outputs(model, part, draws, seed, normalize) for part in other_x.split(size)], 1)
+        chunks = track(other_x.split(size), "draws", progress, "chunk")
+        right = torch.cat([_outputs(model, part, draws, seed, normalize) for part in chunks], 1)
     mean, squares = left.new_zeros(len(x), right.shape[1]), left.new_zeros(len(x), right.shape[1])
     for i, (a, b) in enumerate(zip(left, right, strict=True), 1):
         change = a @ b.T / a.shape[1] - mean

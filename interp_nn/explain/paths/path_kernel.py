@@ -36,6 +36,7 @@ def npk(
     normalize: bool = True,
     chunk_size: int | None = None,
     dtype: torch.dtype | None = None,
+    progress: bool | None = None,
 ) -> Tensor:
     """Compute the neural path kernel H(x, x') = E[f(x) f(x')] of a network f with the gates that it has at the samples.
 
@@ -62,6 +63,7 @@ def npk(
             Default: tiles of 256 MiB; for "montecarlo", 256.
         dtype: Dtype of the arithmetic and of H: torch.float32 or torch.float64. Default: float64 for float64 samples, else
             float32. "montecarlo" computes in float64.
+        progress: Show a progress bar. None shows one in a terminal or a notebook, where tqdm is installed.
 
     Returns:
         Tensor of shape (n, m).
@@ -90,7 +92,9 @@ def npk(
         _check_samples(samples, name)
     work = dtype or torch.promote_types(x.dtype, torch.float32)
     if method == "montecarlo":
-        sampled = npk_montecarlo(model, x, other_x, draws=draws, seed=seed, normalize=normalize, chunk_size=chunk_size)
+        sampled = npk_montecarlo(
+            model, x, other_x, draws=draws, seed=seed, normalize=normalize, chunk_size=chunk_size, progress=progress
+        )
         return sampled.kernel.to(work)
     if method != "closed":
         raise ValueError(f"method: got {method!r}, want 'closed' or 'montecarlo'")
@@ -104,6 +108,7 @@ def npk(
         propagation.tile,
         work,
         x.device,
+        progress=progress,
     )
 
 

@@ -8,6 +8,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from interp_nn.display import track
+
 _Side = TypeVar("_Side")
 
 
@@ -20,6 +22,7 @@ def tiled(
     dtype: torch.dtype,
     device: torch.device,
     want: tuple[str, str] = ("normalize=True, or dtype=torch.float64", "dtype=torch.float64"),
+    progress: bool | None = False,
 ) -> Tensor:
     """Compute a matrix whose tile at some rows and columns is tile(left(rows), right(columns)).
 
@@ -33,6 +36,7 @@ def tiled(
         dtype: Dtype of the matrix.
         device: Device of the matrix.
         want: Two remedies for error messages: for entries that are too large or NaN, and for entries that are too small.
+        progress: Show a progress bar, as `track` takes it.
 
     Returns:
         Tensor of this shape.
@@ -44,7 +48,7 @@ def tiled(
         raise ValueError(f"chunk_size: got {chunk_size}, want at least 1")
     kernel = torch.empty(shape, dtype=dtype, device=device)
     largest = 0.0
-    for top in range(0, shape[0], chunk_size):
+    for top in track(range(0, shape[0], chunk_size), "kernel", progress, "row of tiles"):
         rows = slice(top, top + chunk_size)
         a = left(rows)
         for start in range(0 if right else top, shape[1], chunk_size):

@@ -1,4 +1,4 @@
-"""Helpers of the figures: matplotlib, axes, arrays and colour scales."""
+"""Helpers of the figures: matplotlib, axes, arrays, colours and their scales."""
 
 from __future__ import annotations
 
@@ -13,6 +13,10 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 SIGNED = "RdBu_r"
+POSITIVE, NEGATIVE, NEUTRAL = "#b2182b", "#2166ac", "0.35"  # the ends of SIGNED
+# Okabe and Ito's colours, which colour-blind readers can tell apart; yellow is last, because it is weak on white.
+PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000", "#F0E442")
+LIGHT = ("#a6cde8", "#f7d08a", "#a9dfc9", "#e3b7d2", "#f2b48c", "#dcdcdc")  # the same, as areas behind text and lines
 
 
 def pyplot() -> Any:
@@ -27,6 +31,20 @@ def pyplot() -> Any:
 def new_axes(axes: Axes | None, size: tuple[float, float]) -> Axes:
     """Return the given axes, or those of a new figure of a size in inches."""
     return pyplot().figure(figsize=size, layout="constrained").subplots() if axes is None else axes
+
+
+def set_title(axes: Axes, text: str) -> None:
+    """Set a title that breaks its line at the edges of the figure."""
+    axes.set_title(text, fontsize=10, wrap=True)
+
+
+def number(value: float | Tensor, name: str) -> float:
+    """Return a number, or a tensor of one, as a float. Raises ValueError for other tensors."""
+    if isinstance(value, Tensor):
+        if value.numel() != 1:
+            raise ValueError(f"{name}: got shape {tuple(value.shape)}, want one number")
+        return float(value.detach())
+    return float(value)
 
 
 def array(values: Tensor) -> np.ndarray[Any, np.dtype[Any]]:
@@ -72,4 +90,11 @@ def heat_map(
         axes.text(j, i, f"{round(float(value), 2) + 0.0:.2f}", ha="center", va="center", fontsize=8, color=colour)
     axes.set_yticks(range(len(rows)), rows, fontsize=9)
     axes.set_xticks(range(len(columns)), columns, fontsize=9)
+    if max(map(len, columns)) > 8:
+        pyplot().setp(axes.get_xticklabels(), rotation=30, ha="right", rotation_mode="anchor")
     axes.figure.colorbar(shown, ax=axes, label=label, extend=extend)
+
+
+def signed_colours(values: np.ndarray[Any, Any]) -> list[str]:
+    """Return the colour of each value's bar: red for positive, blue for negative."""
+    return [POSITIVE if value > 0 else NEGATIVE for value in values]

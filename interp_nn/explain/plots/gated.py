@@ -9,13 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from interp_nn.explain.plots.canvas import SIGNED, array, new_axes, scale
+from interp_nn.explain.plots.canvas import LIGHT, PALETTE, SIGNED, array, new_axes, scale, set_title
 from interp_nn.nn.gated.oblique_tree import ObliqueTree
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-_CLASS_COLOURS = ("#a6cde8", "#f7d08a", "#a9dfc9", "#e3b7d2", "#f2b48c", "#dcdcdc")  # Okabe and Ito's, light
 
 
 def gate_hyperplanes(found: Tensor, truth: Tensor, *, level: float = 0.99, axes: Axes | None = None) -> Axes:
@@ -54,7 +52,7 @@ def gate_hyperplanes(found: Tensor, truth: Tensor, *, level: float = 0.99, axes:
     axes.figure.colorbar(shown, ax=axes, label="|cos|")
     axes.set_yticks(range(len(best)), [f"{i}: {value:.3f}" for i, value in enumerate(best)], fontsize=8)
     axes.set(xlabel="gate", ylabel="hyperplane: its best |cos|", xticks=[])
-    axes.set_title(f"{int((best >= level).sum())} of {len(best)} hyperplanes found at |cos| ≥ {level:g}")
+    set_title(axes, f"{int((best >= level).sum())} of {len(best)} hyperplanes found at |cos| ≥ {level:g}")
     return axes
 
 
@@ -101,10 +99,14 @@ def kernel_matrix(kernel: Tensor, labels: Tensor | None = None, *, axes: Axes | 
     signed = bool((values < 0).any())
     low, colours = (-limit, SIGNED) if signed else (0.0, "Greys")
     shown = axes.imshow(values, cmap=colours, vmin=low, vmax=limit, interpolation="nearest")
-    axes.figure.colorbar(shown, ax=axes, label="kernel", extend=extend)
+    axes.figure.colorbar(shown, ax=axes, label="kernel" if signed else "kernel (no entry is negative)", extend=extend)
     axes.set_xticks(*ticks)
     axes.set_yticks(*ticks)
     axes.set(xlabel="sample" if labels is None else "class of the sample")
+    if labels is not None:
+        same = np.equal.outer(array(labels)[order], array(labels)[order])
+        within, between = values[same].mean(), values[~same].mean() if (~same).any() else np.nan
+        set_title(axes, f"mean within classes {within:.3g}, between {between:.3g}")
     return axes
 
 
@@ -140,9 +142,14 @@ def alignment_curves(curves: Mapping[str, Tensor], *, axes: Axes | None = None) 
             )
         epochs = np.arange(lines.shape[1])
         if len(lines) > 1:
-            axes.plot(epochs, lines.T, color=f"C{i}", linewidth=0.6, alpha=0.5)
+            axes.plot(epochs, lines.T, color=PALETTE[i % len(PALETTE)], linewidth=0.6, alpha=0.5)
         axes.plot(
-            epochs, lines.mean(0), color=f"C{i}", linewidth=1.8, marker="." if len(epochs) < 4 else "", label=name
+            epochs,
+            lines.mean(0),
+            color=PALETTE[i % len(PALETTE)],
+            linewidth=1.8,
+            marker="." if len(epochs) < 4 else "",
+            label=name,
         )
     axes.set(xlabel="epoch", ylabel="alignment with the classes")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -156,7 +163,7 @@ def regime_bars(
     published: Mapping[str, float] | None = None,
     axes: Axes | None = None,
 ) -> Axes:
-    """Draw the mean accuracy of each training regime as a bar, in percent, with a dot for each seed.
+    """Draw the mean accuracy of each training regime as a line, in percent, and a dot for each seed; numbers are the means.
 
     The axis does not start at zero, so that small differences are visible.
 
@@ -186,22 +193,25 @@ def regime_bars(
     names = list(accuracies)
     means = [100 * float(np.mean(accuracies[name])) for name in names]
     axes = new_axes(axes, (6.4, 0.34 * len(names) + 1.5))
-    axes.barh(range(len(names)), means, color="tab:blue", alpha=0.6)
+    axes.plot(means, range(len(names)), "|", color=PALETTE[0], markersize=14, markeredgewidth=2.5, label="mean")
     for i, name in enumerate(names):
         dots = 100 * np.asarray(accuracies[name], dtype=np.float64)
-        axes.plot(dots, [i] * len(dots), "o", color="tab:blue", markersize=3)
-        # At the start of its bar, away from the dots.
-        axes.text(0.01, i, f"{means[i]:.1f}", transform=axes.get_yaxis_transform(), va="center", fontsize=8)
+        axes.plot(dots, [i] * len(dots), "o", color=PALETTE[0], alpha=0.6, markersize=4)
+        axes.text(1.01, i, f"{means[i]:.1f}", transform=axes.get_yaxis_transform(), va="center", fontsize=8)
+    axes.grid(axis="y", color="0.9")
+    axes.set_axisbelow(True)
     if others:
         axes.plot(list(others.values()), [names.index(name) for name in others], "kx", markersize=6, label="published")
-        axes.legend(loc="lower left", fontsize=8)
+        axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.22), ncols=2)
     every = [100 * float(v) for values in accuracies.values() for v in values] + list(others.values())
     low, high = min(every), max(every)
     room = max(high - low, 1.0)
-    axes.set_xlim(max(0.0, low - 0.25 * room), high + 0.2 * room)
+    axes.set_xlim(max(0.0, low - 0.25 * room), high + 0.1 * room)
     axes.set_yticks(range(len(names)), names, fontsize=9)
-    axes.invert_yaxis()
+    axes.set_ylim(len(names) - 0.4, -0.6)
+    best = names[int(np.argmax(means))]
     axes.set(xlabel="accuracy, %")
+    set_title(axes, f"{best} is most accurate: {max(means):.1f} %")
     return axes
 
 
@@ -262,7 +272,7 @@ def tree_diagram(
             axes.annotate(answer, middle, fontsize=7, color="0.3", ha="center", va="center")
         best = int(tree.value[node].argmax())
         coloured = no[node] < 0 and tree.task == "classification"
-        colour = _CLASS_COLOURS[best % len(_CLASS_COLOURS)] if coloured else "white"
+        colour = LIGHT[best % len(LIGHT)] if coloured else "white"
         text = tree.label(node, feature_names, class_names, terms=terms).replace("  [", "\n[")
         box = {"boxstyle": "round", "facecolor": colour, "edgecolor": "0.5"}
         axes.text(x, y, text, ha="center", va="center", fontsize=8, bbox=box, zorder=2)

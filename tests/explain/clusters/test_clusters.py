@@ -1,8 +1,10 @@
 import math
 import pickle
 import time
+import warnings
 
 import numpy as np
+import pandas
 import pytest
 import torch
 from sklearn.base import clone
@@ -17,6 +19,9 @@ from interp_nn.explain.estimator import NotFittedError
 from interp_nn.explain.following.gate_record import supported_ops
 from interp_nn.explain.linear.regions import region
 from interp_nn.gates.patterns import ActivationPatterns
+
+SINGLE = "ignore:x. .* clusters hold a single sample:UserWarning"
+pytestmark = pytest.mark.filterwarnings(SINGLE)
 
 
 def fitted(*widths, n=300, y=None, seed=0, **options):
@@ -314,10 +319,14 @@ def test_a_table_of_regression():
     lines = str(table).splitlines()
     assert lines[0].startswith(f"300 samples in {len(clusters.counts_)} clusters, max |W x + b - F| / max |F| = ")
     assert lines[1].startswith("largest 1: ") and lines[1].endswith(f"largest {len(clusters.counts_)}: 100.0 %")
-    header = "cluster count response std R² here R² on all rank age fare sex"
+    order = table.importance.mean.argsort(descending=True).tolist()
+    names = " ".join(("age", "fare", "sex")[j] for j in order)
+    header = f"cluster samples response std R² here R² on all rank {names}"
     assert " ".join(lines[2].split()) == header
-    assert lines[3].split()[:2] == ["0", str(int(clusters.counts_[0]))] and len(lines) == 3 + 4 + 2 + 1
-    assert lines[-1] == f"and {len(clusters.counts_) - 4} smaller clusters"
+    assert lines[3].split()[:2] == ["0", str(int(clusters.counts_[0]))]
+    assert lines[9] == f"and {len(clusters.counts_) - 4} smaller clusters"
+    legend = " ".join(lines[10:])
+    assert all(f"{column}" in legend for column in ("response", "std", "R² here", "on all", "rank", "share", "±"))
 
 
 def test_a_table_of_classes():
@@ -334,9 +343,79 @@ def test_a_table_of_classes():
         assert table.local[c] == pytest.approx(roc_auc_score(y[own] == 1, score[own]))
         assert table.overall[c] == pytest.approx(roc_auc_score(y == 1, score))
         assert table.mean[c] == pytest.approx((y[own] == 1).double().mean().item())
-    assert "and 4 inputs of less importance" in str(table)
+    assert "and 4 features of less importance" in str(table)
     alone = clusters.fit(x, torch.where(clusters.labels_ == 0, 1, y)).table(1)
     assert math.isnan(alone.local[0]) and str(alone).splitlines()[3].split()[4] == "-"
+
+
+def test_a_table_of_a_data_frame_keeps_its_names():
+    x = pandas.DataFrame(np.random.default_rng(0).normal(size=(300, 10)), columns=[f"column {j}" for j in "abcdefghij"])
+    clusters = ActivationClusters(mlp(10, 3, 1)).fit(x)
+    for made in (clusters, clusters.merge(2)):
+        table = made.table(rows=2)
+        frame = table.to_pandas()
+        order = table.importance.mean.argsort(descending=True).tolist()
+        assert list(frame.columns[5:]) == [x.columns[j] for j in order] and frame.index.name == "cluster"
+        np.testing.assert_allclose(frame.iloc[:, 5:], table.coefficients[:, order])
+        np.testing.assert_allclose(frame["share"] * 300, frame["samples"])
+        shown = [name for name in str(table).splitlines()[2].split("  ") if name.startswith("column")]
+        assert shown == [x.columns[j] for j in order[:8]] and str(table) == repr(table)
+    html = clusters.table(feature_names=[f"<{j}>" for j in range(10)])._repr_html_()
+    assert html.count("<tr>") == 1 + len(clusters.counts_[:10]) + 2 and "&lt;0&gt;" in html and "<0>" not in html
+
+
+def test_a_table_is_drawn():
+    plt = pytest.importorskip("matplotlib.pyplot")
+    plt.switch_backend("Agg")
+    clusters, _, _ = fitted(3, 5, 1)
+    table = clusters.table(feature_names=["age", "fare", "sex"], rows=4)
+    axes = table.plot()
+    order = table.importance.mean.argsort(descending=True).tolist()
+    np.testing.assert_allclose(axes.images[0].get_array(), table.coefficients[:, order])
+    share = int(table.count[0]) / 300
+    assert f"({share:.1%})" in axes.get_yticklabels()[0].get_text()
+    plt.close(axes.figure)
+
+
+@pytest.mark.filterwarnings("default:x. .* clusters hold a single sample:UserWarning")
+def test_most_clusters_of_one_sample_are_warned_of():
+    with pytest.warns(UserWarning, match=r"x: \d+ of \d+ clusters hold a single sample, .* merge\(\)"):
+        fitted(20, 24, 1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fitted(20, 24, 1, n=12)  # no more than one reads
+        fitted(3, 5, 1)
+        fitted(3, 12, 8, 2, n=400, min_size=2)
+
+
+def test_merge_makes_the_fewest_clusters_that_reach_the_target():
+    clusters, _, _ = fitted(3, 12, 8, 1, n=600)
+    merged = clusters.merge()
+    few, closer = len(merged.counts_), clusters.merge(target=0.99)
+    assert 1 < few < len(closer.counts_) <= 12
+    for one, target in ((merged, 0.95), (closer, 0.99)):
+        assert one.held_out_.r2 >= target and f"R² {one.held_out_.r2:.3f}" in repr(one)
+    fixed = clusters.merge(few)
+    assert fixed.held_out_ is None and torch.equal(fixed.labels_, merged.labels_)
+    new = torch.randn(2000, 3, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
+    assert merged.fidelity(new).r2 == pytest.approx(merged.held_out_.r2, abs=0.05)
+    assert torch.equal(clusters.merge().labels_, merged.labels_)
+
+
+def test_merge_says_when_no_few_clusters_reach_the_target():
+    clusters, _, _ = fitted(3, 40, 40, 1, n=200)
+    with pytest.warns(UserWarning, match=r"target: \d+ clusters reach an R² of 0\.\d+ .* below 0.9999"):
+        merged = clusters.merge(by="hamming", target=0.9999)
+    assert len(merged.counts_) <= 12 and merged.held_out_.r2 < 0.9999
+
+
+def test_merge_of_a_constant_network_and_of_too_few_samples():
+    model = mlp(2, 3, 1)
+    with torch.no_grad():
+        model[-1].weight.zero_()
+    assert len(ActivationClusters(model).fit(torch.randn(50, 2).double()).merge().counts_) == 1
+    with pytest.raises(ValueError, match="n_clusters: got None, but 1 samples are too few"):
+        ActivationClusters(model).fit(torch.randn(1, 2).double()).merge()
 
 
 def test_a_table_of_the_networks_own_output():
@@ -349,7 +428,7 @@ def test_a_table_of_the_networks_own_output():
 
 def test_what_scikit_learn_expects():
     clusters, model, x = fitted(3, 6, 1, min_size=2, chunk_size=50)
-    assert clusters.get_params() == {"model": model, "min_size": 2, "chunk_size": 50}
+    assert clusters.get_params() == {"model": model, "min_size": 2, "chunk_size": 50, "progress": None}
     copy = clone(clusters)
     assert copy.min_size == 2 and copy.model is not model and not hasattr(copy, "labels_")
     assert torch.equal(copy.fit(x.numpy()).labels_, clusters.labels_)
@@ -420,7 +499,9 @@ NAN = torch.tensor([[0.0, 1.0, 2.0], [0.0, torch.nan, 1.0], [torch.inf, 0.0, 0.0
         (lambda c: c.importance(1), IndexError, "output: got 1, want one of 1 outputs"),
         (lambda c: c.table(feature_names=["a"]), ValueError, "feature_names: got 1 names, want 3"),
         (lambda c: c.merge(10**6), ValueError, r"n_clusters: got 1000000, want 1 to \d+"),
-        (lambda c: c.merge(), ValueError, "n_clusters: got None, want 1 to"),
+        (lambda c: c.merge(target=1.0), ValueError, "target: got 1.0, want an R² between 0 and 1"),
+        (lambda c: c.merge(3, target=0.9), ValueError, "target: got 0.9, but the number of clusters is given"),
+        (lambda c: c.merge(0), ValueError, "n_clusters: got 0, want 1 to"),
         (lambda c: c.merge(2, by="affine"), ValueError, "n_clusters: got 2, but by='affine' determines the number"),
         (lambda c: c.merge(2, by="colour"), ValueError, "by: got 'colour', want one of affine, coef, hamming, npk, or a tensor"),
         (lambda c: c.merge(by=torch.zeros(2)), ValueError, r"by: got torch.float32 of shape \(2,\), want integers of shape"),

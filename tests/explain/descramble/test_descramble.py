@@ -540,6 +540,7 @@ def test_parameters_and_clone():
         "center": True,
         "canonical": True,
         "features_first": True,
+        "progress": None,
     }
     assert clone(d.fit(randn(3, 9))).get_params() == d.get_params()
     assert d.set_params(operator="diff1") is d and d.operator == "diff1"

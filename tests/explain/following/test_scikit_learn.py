@@ -123,6 +123,7 @@ def test_passthrough_and_no_scaler():
         assert [type(layer) for layer in from_sklearn(model)] == [nn.Linear, nn.ReLU, nn.Linear]
 
 
+@pytest.mark.filterwarnings("ignore:x. .* clusters hold a single sample:UserWarning")
 def test_regions_clusters_and_kernels_of_the_pipeline():
     model = pipeline(StandardScaler())
     network, x = from_sklearn(model), torch.from_numpy(X)

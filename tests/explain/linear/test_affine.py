@@ -12,6 +12,7 @@ from interp_nn.explain.following.gate_record import frozen, record, supported_op
 from interp_nn.explain.linear import affine_map
 from interp_nn.explain.linear.affine_map import AffineMap, linearize
 from interp_nn.explain.linear.regions import region
+from interp_nn.nn import SummaryLinear
 
 DTYPE = torch.float64
 NETWORKS = {"resnet": (resnet, (3, 32, 32)), "functional": (functional, (6,)), "transformer": (transformer, (5, 8))}
@@ -275,7 +276,12 @@ def test_composition_contrast_selection_and_dtype():
     assert len(whole) == 3 and [len(one) for one in whole] == [1, 1, 1]
     single = whole.to(torch.float32)
     assert single.weight.dtype == single.bias.dtype == torch.float32
-    assert repr(whole) == "AffineMap(3 samples, (5,) -> (3,))"
+    assert (
+        repr(whole) == "AffineMap(3 samples, (5,) -> (3,), exact)"
+        and repr(both) == "AffineMap(3 samples, (5,) -> (3,))"
+    )
+    assert repr(linearize(inner, x, layer="1")) == "AffineMap(3 samples, (5,) -> (8,), layer '1', exact)"
+    assert repr(linearize(inner, x, mode="tangent")) == "AffineMap(3 samples, (5,) -> (4,), exact at x)"
 
 
 def test_singular_triplets():
@@ -607,3 +613,15 @@ def test_a_region_takes_the_image_that_it_was_made_from():
         here.contains(image[..., :5])
     with pytest.raises(TypeError, match=r"x: got tuple, want a torch\.Tensor"):
         region(model, (image,))
+
+
+@pytest.mark.parametrize("polynomial", ["summary", "newton-schulz"])
+@pytest.mark.parametrize("sizes", [(5, 16, 7), (1024, 512, 512)])
+def test_layers_whose_plan_depends_on_gradients(polynomial: str, sizes: tuple[int, int, int]) -> None:
+    """A summary layer's products are the same ones in recording and replay, also where an operator computes it."""
+    n, d, k = sizes
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Linear(6, d), nn.ReLU(), SummaryLinear(d, k, polynomial=polynomial), nn.ReLU(), nn.Linear(k, 2)
+    )
+    assert linearize(model.eval(), torch.randn(n, 6)).check() < 1e-5

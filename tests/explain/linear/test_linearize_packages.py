@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torchvision_names import make_torchvision_importable
 
-from interp_nn.explain import frozen, linearize, supported_ops
+from interp_nn.explain import frozen, linearize, singular_directions, supported_ops, token_contributions
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]  # of packages that are not ours
 
@@ -78,3 +78,16 @@ def test_models_of_transformers(name, attention):
         parts = affine.bias_by_layer()
         assert not parts or float((sum(parts.values()) - affine.bias).abs().max()) <= bound * float(wanted.abs().max())
         without_single_precision(model, name)
+
+
+@pytest.mark.parametrize("name", [name for name in MODELS if name not in ("BERT", "ViT")])
+def test_contributions_and_directions_of_models_of_transformers(name):
+    model, ids = model_of(name, "eager")
+    found = token_contributions(model, ids, 5)
+    assert found.check() <= 1e-6 and len(found.to_pandas(3)) >= 8
+    directions = singular_directions(model, ids, 2)  # Gemma 2 caps its logits; Mamba's are in single precision
+    states = []
+    handle = model.lm_head.register_forward_pre_hook(lambda module, args: states.append(args[0]))
+    affine = linearize(model, ids, lambda output: states.pop()[:, -1])
+    assert torch.allclose(directions.values, affine.svd(2).values, rtol=1e-5)
+    handle.remove()

@@ -83,6 +83,13 @@ def test_a_null_that_no_layer_has_is_left_out():
     draw(axes.figure)
 
 
+def test_the_legend_of_one_layer_is_inside_the_figure():
+    axes = plots.null_bars({"fc": NULLS})
+    draw(axes.figure)
+    legend, figure = axes.get_legend().get_window_extent(), axes.figure.bbox
+    assert figure.x0 <= legend.x0 < legend.x1 <= figure.x1 and figure.y0 <= legend.y0 < legend.y1 <= figure.y1
+
+
 def test_arbitrary_modes_are_marked():
     axes = plots.ambiguity_strips(Ambiguity(((1, 3), (3, 5)), ((0, 2),), 4, 6))
     np.testing.assert_array_equal(axes.images[0].get_array(), [[0, 1, 1, 2, 2, 0], [1, 1, 0, 0, 3, 3]])

@@ -1,0 +1,1 @@
+"""Reading a head: two linear layers without a nonlinearity between them, whose coordinates are free."""

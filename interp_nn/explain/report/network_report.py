@@ -1,0 +1,149 @@
+"""`report`: one HTML page about a network."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from interp_nn.explain.following.calls import UnsupportedOperation
+from interp_nn.explain.report.facts import Facts
+from interp_nn.explain.report.page import Section, png, render
+from interp_nn.explain.report.sections import DEFAULT, SectionOf
+
+_FIGURES = 12
+
+
+class Report:
+    """One page about a network, as `report` makes it.
+
+    Attributes:
+        title: Title of the page.
+        sections: The sections, in order.
+        html: The page.
+    """
+
+    def __init__(self, title: str, about: str, sections: Sequence[Section]) -> None:
+        self.title, self.sections = title, tuple(sections)
+        left = _FIGURES
+        parts = []
+        for section in self.sections:
+            shown = section.figures[:left]
+            left -= len(shown)
+            parts.append((section, [(png(figure), alt) for figure, alt in shown]))
+        self.html = render(title, about, parts)
+
+    @property
+    def findings(self) -> dict[str, str]:
+        """The finding of each section, by its title."""
+        return {section.title: section.finding for section in self.sections}
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write the page in one step, so that a file is never half a page; return its path.
+
+        Raises:
+            OSError: The file cannot be written.
+        """
+        target = Path(path)
+        part = target.with_name(f".{target.name}-{os.getpid()}.part")
+        try:
+            part.write_text(self.html, encoding="utf-8")
+            part.replace(target)
+        finally:
+            part.unlink(missing_ok=True)
+        return target
+
+    def __repr__(self) -> str:
+        lines = [f"  {title}: {finding}" for title, finding in self.findings.items()]
+        return "\n".join([f"Report({self.title!r}, {len(self.html):,} characters)", *lines])
+
+    def _repr_html_(self) -> str:
+        style = "width:100%;height:40rem;border:0"
+        return f'<iframe srcdoc="{escape(self.html)}" style="{style}" title="{escape(self.title)}"></iframe>'
+
+
+def report(
+    model: nn.Module,
+    x: Any,
+    y: Any = None,
+    *,
+    feature_names: Sequence[str] | None = None,
+    class_names: Sequence[str] | None = None,
+    tokenizer: Any = None,
+    title: str | None = None,
+    sections: Sequence[str] | Mapping[str, SectionOf] | None = None,
+) -> Report:
+    """Explain a network on one page: what is exact, what counts, where it fails, and what was not done.
+
+    Needs matplotlib.
+
+    Args:
+        model: The network, in evaluation mode, or scikit-learn's, see `from_sklearn`.
+        x: Samples: a table (n, d) or a data frame, images (n, channels, h, w), or token ids (n, t) of an integer dtype.
+        y: Classes (n,) of an integer dtype, values (n,) of a floating dtype, or None.
+        feature_names: Names of a table's features. A data frame has its own.
+        class_names: Names of the outputs.
+        tokenizer: For token ids, as in `token_contributions`.
+        title: Title of the page; by default the class of the model.
+        sections: Names of sections to make, those of `report_sections()`; or functions by name, of your own too: each takes the
+            facts and returns a `Section`, or a sentence on why there is none. By default all.
+
+    Returns:
+        The report.
+
+    Raises:
+        TypeError: A model or samples of another type.
+        ValueError: Shapes, names or sections that do not fit.
+        ImportError: matplotlib is not installed.
+
+    Example:
+        >>> import torch
+        >>> network = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)).eval()
+        >>> page = report(network, torch.randn(20, 4), sections=["exactness", "constants"])
+        >>> list(page.findings)
+        ['What is exact', 'The constant, by layer', 'What was not done']
+    """
+    chosen: dict[str, SectionOf]
+    if sections is None or isinstance(sections, Mapping):
+        chosen = dict(DEFAULT if sections is None else sections)
+    else:
+        unknown = [name for name in sections if name not in DEFAULT]
+        if unknown or isinstance(sections, str):
+            raise ValueError(f"sections: got {sections!r}, want names of {list(DEFAULT)}")
+        chosen = {name: DEFAULT[name] for name in sections}
+    facts = Facts(model, x, y, feature_names, class_names, tokenizer)
+    made: list[Section] = []
+    left = [f"{name}: not asked for" for name in DEFAULT if name not in chosen]
+    for name, section in chosen.items():
+        try:
+            found = section(facts)
+        except UnsupportedOperation as error:
+            found = f"{name}: {error}"
+        if isinstance(found, str):
+            left.append(found)
+        else:
+            made.append(found)
+    made.append(Section("What was not done", _left_out(left), notes=left))
+    n = len(facts.x)
+    about = (
+        f"{type(facts.model).__name__} with {_parameters(facts.model):,} parameters, at {n:,} samples of shape "
+        f"{tuple(facts.x.shape[1:])}."
+    )
+    return Report(title or type(facts.model).__name__, about, made)
+
+
+def report_sections() -> dict[str, SectionOf]:
+    """Return the sections that `report` makes by default, by name; add your own and pass the result to `report`."""
+    return dict(DEFAULT)
+
+
+def _left_out(left: Sequence[str]) -> str:
+    return f"{len(left)} sections have nothing to say here." if left else "Every section was made."
+
+
+def _parameters(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())

@@ -1,0 +1,445 @@
+"""The sections of a report. Each is a function of the facts that returns a section, or a reason why it has nothing to say."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from interp_nn.explain import plots
+from interp_nn.explain.clusters.activation_clusters import ActivationClusters
+from interp_nn.explain.following.gate_record import record
+from interp_nn.explain.heads.head_reading import HeadReading, read_head
+from interp_nn.explain.linear.language_models import token_contributions
+from interp_nn.explain.linear.regions import region
+from interp_nn.explain.paths.kernel_machine import kernel_alignment
+from interp_nn.explain.paths.path_kernel import npk
+from interp_nn.explain.report.facts import Facts
+from interp_nn.explain.report.page import Section, Table
+from interp_nn.nn import SummaryHead, SummaryLinear
+from interp_nn.nn.base import LinearForm
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+SectionOf = Callable[[Facts], "Section | str"]
+_REGIONS, _KERNEL_SAMPLES, _CLUSTER_FEATURES = 12, 200, 200
+_UNITS_TIMES_INPUTS = 50_000_000  # numbers that a region may hold
+
+
+def predictions(facts: Facts) -> Section | str:
+    """Say how often the network is right, and whether that is more than always answering the most frequent class."""
+    n = len(facts.x)
+    counts = torch.bincount(facts.predicted)
+    rows: list[list[object]] = []
+    title, average = "How good it is", facts.outputs.mean(0)
+    if not facts.classifies:
+        if facts.y is None:
+            values = facts.outputs[:, 0]
+            return Section(
+                title, f"The output goes from {float(values.min()):.3g} to {float(values.max()):.3g} on {n} samples; without y, "
+                "this page cannot say whether it is right.",
+            )  # fmt: skip
+        y = facts.y.to(facts.outputs)
+        r2 = float(1 - (facts.outputs[:, 0] - y).square().sum() / (y - y.mean()).square().sum())
+        worse = " It is no better than the mean." if r2 <= 0.05 else ""
+        return Section(title, f"R² is {r2:.3f} on {n} samples.{worse}", tables=[
+            Table("Prediction errors", ("R²", "mean y", "mean prediction"), [[r2, float(y.mean()), float(average[0])]])
+        ])  # fmt: skip
+    if facts.y is None:
+        top = int(counts.argmax())
+        share = float(counts[top]) / n
+        return Section(
+            title,
+            f"{facts.class_name(top)} is predicted for {share:.0%} of {n} samples; without y, this page cannot say "
+            f"whether that is "
+            "right.",
+        )
+    right = facts.predicted == facts.y
+    accuracy, frequent = float(right.double().mean()), float(torch.bincount(facts.y).max()) / n
+    spread = (frequent * (1 - frequent) / n) ** 0.5
+    verdict = (
+        f"This is no better than always answering the most frequent class ({frequent:.1%}): do not trust the rest of "
+        f"this page as an "
+        "account of the classes."
+        if accuracy <= frequent + 2 * spread
+        else f"Always answering the most frequent class would be right for {frequent:.1%}."
+    )
+    for c in torch.unique(facts.y).tolist():
+        own = facts.y == c
+        taken = facts.predicted[own & ~right]
+        confused = facts.class_name(int(torch.bincount(taken).argmax())) if len(taken) else "-"
+        rows.append([facts.class_name(c), int(own.sum()), float(right[own].double().mean()), confused])
+    rows.sort(key=lambda row: row[2])  # type: ignore[arg-type, return-value]
+    return Section(
+        title, f"The network is right for {accuracy:.1%} of {n} samples. {verdict}",
+        tables=[Table("By class, the worst first", ("class", "samples", "right", "most often taken for"), rows)],
+    )  # fmt: skip
+
+
+def exactness(facts: Facts) -> Section | str:
+    """Say which operations are affine or gates, which are secants, and the error of the maps."""
+    found = facts.operations
+    rows = [[operation, layer or "(model)", treatment, count] for operation, layer, treatment, count in found.rows]
+    table = Table("Operations", ("operation", "layer", "treatment", "calls"), rows)
+    title = "What is exact"
+    if not found.supported:
+        names = ", ".join(dict.fromkeys(f"{row[0]} in {row[1]}" for row in rows if row[2] == "not treated"))
+        return Section(title, f"The network has operations that have no affine map: {names}.", tables=[table])
+    secants = dict.fromkeys(str(row[0]) for row in rows if row[2] not in ("affine", "gate"))
+    exact = (
+        "Every operation is affine or a gate: around each sample the network is F(x) = W x + b, exactly."
+        if found.exact
+        else f"At each sample F(x) = W x + b, exactly, but W holds {', '.join(secants)} at the sample, so it is not "
+        f"the derivative."
+    )
+    if facts.kind == "tokens":
+        return Section(title, exact, tables=[table])
+    error = facts.maps.check()
+    return Section(
+        title, f"{exact} The largest error, relative to the largest output, is {error:.1e}.", tables=[table],
+        notes=[f"Error by AffineMap.check() over {len(facts.some)} samples."],
+    )  # fmt: skip
+
+
+def reach(facts: Facts) -> Section | str:
+    """Say how far around a sample its map holds."""
+    if not facts.operations.exact:
+        return "how far a map holds: the network has secants, whose maps change with every step"
+    if facts.kind == "tokens":
+        return "how far a map holds: tokens have no distances"
+    gates = record(facts.model, facts.x[:1])
+    units, d = sum(site.shape.numel() for site in gates.sites), facts.x[0].numel()
+    if not units:
+        return "how far a map holds: the network has no gates, so one map holds everywhere"
+    if units * d > _UNITS_TIMES_INPUTS:
+        return f"how far a map holds: {units} units times {d} inputs are too many numbers for a region"
+    chosen = facts.some[torch.linspace(0, len(facts.some) - 1, min(_REGIONS, len(facts.some))).long()]
+    flat = facts.x.flatten(1)
+    rows = []
+    for i in chosen.tolist():
+        radius = abs(float(region(facts.model, facts.x[i : i + 1]).radius(flat[i])))
+        others = (flat - flat[i]).norm(dim=1)
+        others[i] = torch.inf
+        rows.append([i, radius, float(others.min()), radius / float(others.min())])
+    ratio = float(torch.tensor([row[3] for row in rows], dtype=torch.float64).median())
+    apart = "are alone in their region" if ratio < 1 else "may have neighbours in their region"
+    radius = float(torch.tensor([row[1] for row in rows], dtype=torch.float64).median())
+    finding = (
+        f"In the median a sample can move {radius:.2g} before a unit flips, {ratio:.2g} times the distance to its "
+        f"nearest other sample: "
+        f"most samples {apart}."
+        if ratio > 1e-5  # beyond rounding
+        else "The median sample lies on a boundary: a unit is at 0, or two candidates of a maximum are equal, as in "
+        "an image's empty parts."
+    )
+    return Section(
+        "How far around a sample", finding,
+        tables=[Table("Distance to the nearest gate", ("sample", "distance", "nearest sample", "ratio"), rows)],
+        notes=[f"By region(model, x).radius(x), for {len(rows)} evenly spaced samples."],
+    )  # fmt: skip
+
+
+def importance(facts: Facts) -> Section | str:
+    """Say which inputs count, over the samples."""
+    if facts.kind == "tokens":
+        return _tokens(facts)
+    size = facts.contributions.abs()
+    constant, total = facts.maps.bias.abs(), size.flatten(1).sum(1)
+    share = float((constant / (constant + total)).median())
+    name = "the predicted class's output" if facts.outputs.shape[1] > 1 else "the output"
+    title = "What counts"
+    if facts.kind == "table":
+        names, means = facts.feature_list(), size.mean(0)
+        order = means.argsort(descending=True).tolist()
+        parts = means / means.sum()
+        few = next(i for i in range(1, len(order) + 1) if float(parts[order[:i]].sum()) >= 0.5 - 1e-9)
+        axes = plots.contribution_beeswarm(facts.contributions, facts.x[facts.some], features=names, output=name)
+        rows = [[names[j], float(means[j]), float(parts[j]), float(facts.contributions[:, j].mean())] for j in order]
+        finding = (
+            f"{few} of {len(order)} features make half of all contributions: "
+            f"{', '.join(names[j] for j in order[: min(few, 5)])}. The "
+            f"constant is {share:.0%} of the median sample's terms."
+        )
+        return Section(
+            title, finding,
+            [(_figure(axes), f"Contributions of the largest features to {name}; {names[order[0]]} is the largest.")],
+            [Table("Mean contributions", ("feature", "mean |contribution|", "share", "mean"), rows)],
+            [f"Contributions W x of {len(facts.some)} samples, each to {name}."],
+        )  # fmt: skip
+    if facts.kind == "image":
+        half = _half(size.sum(1).flatten(1).mean(0))
+        finding = f"Half of all contributions come from {half:.0%} of the pixels. The constant is {share:.0%} of the "
+        "median sample's terms."
+        return Section(title, finding, notes=[f"Contributions W x of {len(facts.some)} samples, each to {name}."])
+    return "what counts: inputs of this shape have no figure"
+
+
+def _tokens(facts: Facts) -> Section:
+    rows, largest = [], []
+    figures: list[tuple[Figure, str]] = []
+    for why, i in facts.shown.items():
+        found = token_contributions(facts.model, facts.x[i : i + 1], tokenizer=facts.tokenizer)
+        parts = found.contributions[0]
+        constant = torch.stack(list(found.constants.values())).sum() if found.constants else parts.new_zeros(())
+        place = int(parts.abs().argmax())
+        largest.append(len(parts) - 1 - place)
+        names = [f"{t} {token}" for t, token in enumerate(found.tokens[0])]
+        if len(figures) < 2:
+            axes = plots.contribution_bars(parts, constant, features=names, output=f"logit {found.names[0]}")
+            figures.append((_figure(axes), f"The {why} sample: what each token adds to logit {found.names[0]}."))
+        rows.append([why, i, found.names[0], names[place], float(parts[place]), float(constant), found.check()])
+    back = sorted(largest)[len(largest) // 2]
+    columns = ("sample", "index", "logit", "largest token", "its contribution", "constants", "error")
+    return Section(
+        "What counts",
+        f"The token that adds most to the predicted logit is {back} places before the last one, in the median of {len(rows)} "
+        "samples.", figures, [Table("Tokens", columns, rows)], ["By token_contributions(model, ids)."],
+    )  # fmt: skip
+
+
+def samples(facts: Facts) -> Section | str:
+    """Show typical, borderline, wrong and right samples, each as an exact sum."""
+    if facts.kind == "tokens":
+        return "single samples: tokens are in the section before"
+    rows: list[list[object]] = []
+    figures: list[tuple[Figure, str]] = []
+    if facts.kind == "image":
+        figures.append(
+            (
+                _maps(facts),
+                f"Where the pixels of {len(facts.shown)} samples add to the predicted class and take from it.",
+            )
+        )
+    for why, i in facts.shown.items():
+        place, output = facts.place(i), int(facts.explained_output[i])
+        parts = facts.contributions[place]
+        value, constant = float(facts.outputs[i, output]), float(facts.maps.bias[place])
+        predicted = facts.class_name(int(facts.predicted[i])) if facts.classifies else f"{value:.3g}"
+        true = (
+            "-"
+            if facts.y is None
+            else facts.class_name(int(facts.y[i]))
+            if facts.classifies
+            else f"{float(facts.y[i]):.3g}"
+        )
+        label = f"output for {facts.class_name(output)}" if facts.outputs.shape[1] > 1 else "output"
+        if facts.kind == "table":
+            names = facts.feature_list()
+            top = names[int(parts.abs().argmax())]
+            axes = plots.contribution_waterfall(parts, constant, x=facts.x[i], features=names, output=label)
+            figures.append((_figure(axes), f"The {why} sample, {i}: {top} adds most to the {label}."))
+        else:
+            top = "-"
+        error = abs(float(parts.sum()) + constant - value) / (abs(value) or 1.0)
+        rows.append([why, i, predicted, true, float(facts.margin[i]), value, constant, top, error])
+    columns = (
+        "sample",
+        "index",
+        "predicted",
+        "true",
+        "margin",
+        "value",
+        "constant",
+        "largest input",
+        "error of the sum",
+    )
+    borderline = facts.shown["borderline"]
+    finding = (
+        f"Sample {borderline} is the nearest to another answer, with a margin of {float(facts.margin[borderline]):.2g}."
+    )
+    if "wrong" in facts.shown:
+        wrong = facts.shown["wrong"]
+        finding += f" Sample {wrong} is wrong with the largest margin, {float(facts.margin[wrong]):.2g}."
+    rule = "Typical: the median margin. Borderline: the smallest. Wrong and right: the largest among wrong and right predictions."
+    return Section("Single samples", finding, figures, [Table("Samples", columns, rows)], [rule])
+
+
+def _maps(facts: Facts) -> Figure:
+    places = [facts.place(i) for i in facts.shown.values()]
+    images = facts.x[list(facts.shown.values())]
+    rows = []
+    for why, i in facts.shown.items():
+        true = "" if facts.y is None or not facts.classifies else f"\ntrue {facts.class_name(int(facts.y[i]))}"
+        rows.append(f"{why} {i}\npredicted {facts.class_name(int(facts.predicted[i]))}{true}")
+    shown = images if images.shape[1] in (1, 3) else None
+    return plots.attribution_maps(facts.contributions[places].unsqueeze(1), shown, rows=rows, columns=["contributions"])
+
+
+def constants(facts: Facts) -> Section | str:
+    """Say which layers make the constant."""
+    if facts.kind == "tokens":
+        return "constants by layer: tokens have them in the section on what counts"
+    parts = facts.maps.bias_by_layer()
+    if not parts:
+        return "constants by layer: the network has none"
+    sizes = {name: float(part.abs().mean()) for name, part in parts.items()}
+    largest = max(sizes, key=lambda name: sizes[name])
+    typical = facts.place(next(iter(facts.shown.values())))
+    by_layer = {name: part.reshape(-1, 1)[typical : typical + 1] for name, part in parts.items()}
+    axes = plots.bias_bars(by_layer)
+    rows = [[name, size, float(parts[name].mean())] for name, size in sizes.items()]
+    error = float((torch.stack(list(parts.values())).sum(0) - facts.maps.bias).abs().max())
+    return Section(
+        "The constant, by layer", f"Layer {largest} adds most to the constant: {sizes[largest]:.2g} in the mean.",
+        [(_figure(axes), f"What each layer adds to the constant of a typical sample; {largest} adds most in the mean.")],
+        [Table("Constants", ("layer", "mean |part|", "mean"), rows)], [f"The parts sum to the constant to {error:.1e}."],
+    )  # fmt: skip
+
+
+def few_maps(facts: Facts) -> Section | str:
+    """Approximate the network by a few affine maps."""
+    if facts.kind != "table":
+        return "a few maps for all samples: the inputs are not a table"
+    d = facts.x.shape[1]
+    if d > _CLUSTER_FEATURES or len(facts.x) < 30:
+        return f"a few maps for all samples: {len(facts.x)} samples of {d} features are too few or too wide"
+    if not facts.operations.exact:
+        return "a few maps for all samples: the network has secants"
+    if not any(treatment == "gate" for _, _, treatment, _ in facts.operations.rows):
+        return "a few maps for all samples: the network has no gates, so one map holds everywhere"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        clusters = ActivationClusters(facts.model, progress=False).fit(facts.x)
+        merged = clusters.merge()
+    kept = merged.held_out_
+    assert kept is not None  # merge() chose the number
+    number, all_of_them = len(merged.counts_), len(clusters.counts_)
+    stands = (
+        ("stands" if number == 1 else "stand")
+        if kept.r2 >= 0.9
+        else ("does not stand" if number == 1 else "do not stand")
+    )
+    maps = f"{number} affine map{'s' * (number > 1)}"
+    output = int(torch.bincount(facts.explained_output).argmax())
+    axes = merged.table(output, feature_names=facts.feature_list()).plot()
+    return Section(
+        "A few maps for all samples",
+        f"{all_of_them} patterns merge to {maps}, which {stands} for the network: R² {kept.r2:.3f} and the same answer for "
+        f"{kept.agreement:.1%} of samples that were held out.",
+        [(_figure(axes), f"Coefficients of the {maps} for {facts.class_name(output)}.")],
+        notes=["By ActivationClusters(model).fit(x).merge()."],
+    )  # fmt: skip
+
+
+def head(facts: Facts) -> Section | str:
+    """Read the last two linear layers, if nothing is between them."""
+    reading = _last_pair(facts)
+    if reading is None:
+        return "the head's coordinates: the network does not end with two linear layers that have nothing between them"
+    turned = reading.rotate("varimax")
+    table = turned.summary()
+    silent = int((table.importance < 1e-6).sum())
+    agreement = table.agreement.tolist()
+    enough = next(i for i, value in enumerate(agreement, 1) if value >= 0.99)
+    finding = (
+        f"{enough} of {len(agreement)} latents give the network's answer for 99 % of samples; {silent} change no "
+        f"output. The codes explain "
+        f"{turned.explained_variance:.0%} of the features' variance."
+    )
+    rows = [list(row) for row in zip(*table._columns().values(), strict=True)]
+    return Section(
+        "The head", finding, [(_figure(turned.plot()), f"What the latents add to the classes; {enough} are enough for 99 %.")],
+        [Table("Latents, in varimax coordinates", list(table._columns()), rows)],
+        [f"By read_head(model, layer, x).rotate('varimax'); contributions sum to the outputs to {turned.check():.1e}."],
+    )  # fmt: skip
+
+
+def _last_pair(facts: Facts) -> HeadReading | None:
+    if facts.kind == "tokens" or facts.outputs.shape[1] < 2:
+        return None
+    y = facts.y if facts.y is not None and not facts.y.dtype.is_floating_point else None
+    layers = [
+        (name, m) for name, m in facts.model.named_modules() if isinstance(m, nn.Linear | SummaryLinear | SummaryHead)
+    ]
+    tries: list[tuple[str, str | None]] = [(name, None) for name, m in layers if isinstance(m, SummaryHead)]
+    tries += [(a, b) for (a, _), (b, _) in zip(layers[-2:-1], layers[-1:], strict=False)]
+    for layer, output in tries:
+        try:
+            return read_head(facts.model, layer, facts.x, y, output=output, class_names=facts.classes)
+        except (ValueError, TypeError):
+            continue
+    return None
+
+
+def summary_layers(facts: Facts) -> Section | str:
+    """Say how far the b of each summary layer is from orthonormal columns."""
+    rows: list[list[object]] = []
+    found = []
+    for name, module in facts.model.named_modules():
+        if isinstance(module, LinearForm) and module.b.numel():
+            values = module.spectrum()
+            found.append(module.orthogonality_defect())
+            shape = str(tuple(module.b.shape))
+            rows.append([name or "(model)", shape, float(values.max()), float(values.min()), found[-1]])
+    if not rows:
+        return "summary layers: the network has none"
+    defects = {str(row[0]): defect for row, defect in zip(rows, found, strict=True)}
+    worst = max(defects, key=lambda name: defects[name])
+    differ = (
+        "projection and summary differ there" if defects[worst] > 0.1 else "projections and summaries are nearly equal"
+    )
+    return Section(
+        "Summary layers", f"The largest orthogonality defect is {defects[worst]:.2g}, in {worst}: {differ}.",
+        tables=[Table("Singular values of b", ("layer", "shape of b", "largest", "smallest", "defect"), rows)],
+    )  # fmt: skip
+
+
+def gates(facts: Facts) -> Section | str:
+    """Count units that never or always pass, and measure the path kernel's alignment with the classes."""
+    if not facts.operations.exact or facts.kind == "tokens":
+        return "gates: the network has secants, or no inputs with gates"
+    found = record(facts.model, facts.x[facts.some])
+    rows: list[list[object]] = []
+    never = always = units = 0
+    for site in found.sites:
+        on = found.gates(site.name).flatten(1).double().mean(0)
+        rows.append([site.name, len(on), int((on == 0).sum()), int((on == 1).sum()), float(on.mean())])
+        never, always, units = never + int((on == 0).sum()), always + int((on == 1).sum()), units + len(on)
+    if not units:
+        return "gates: the network has none"
+    finding = f"Of {units} units, {never} are off and {always} are on for all of {len(facts.some)} samples."
+    notes = []
+    if facts.y is not None and facts.classifies and facts.kind == "table":
+        index = facts.some[:_KERNEL_SAMPLES]
+        try:
+            value = kernel_alignment(npk(facts.model, facts.x[index]), facts.y[index])
+            finding += f" The path kernel's alignment with the classes is {value:.2f}."
+        except (ValueError, TypeError, NotImplementedError) as error:
+            notes.append(f"No path kernel: {error}")
+    return Section(
+        "Gates",
+        finding,
+        tables=[Table("Units", ("layer", "units", "never on", "always on", "mean on"), rows)],
+        notes=notes,
+    )
+
+
+DEFAULT: dict[str, SectionOf] = {
+    "predictions": predictions,
+    "exactness": exactness,
+    "reach": reach,
+    "importance": importance,
+    "samples": samples,
+    "constants": constants,
+    "few_maps": few_maps,
+    "head": head,
+    "summary_layers": summary_layers,
+    "gates": gates,
+}
+
+
+def _half(values: Tensor) -> float:
+    """Return the share of the entries that make half of the sum, the largest first."""
+    ordered = values.sort(descending=True).values.cumsum(0)
+    return float((ordered < 0.5 * ordered[-1]).sum() + 1) / len(ordered)
+
+
+def _figure(axes: Axes) -> Figure:
+    figure = axes.figure
+    assert figure is not None
+    return figure  # type: ignore[return-value]

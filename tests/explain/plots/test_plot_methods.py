@@ -1,0 +1,88 @@
+"""Objects draw themselves by the functions of `plots`."""
+
+import numpy as np
+import pandas
+import pytest
+import torch
+from sklearn.neural_network import MLPRegressor
+from torch import nn
+
+from interp_nn.explain import AffineMap, Descrambler, linearize, region
+
+pytest.importorskip("matplotlib")
+torch.manual_seed(0)
+NETWORK = nn.Sequential(nn.Linear(3, 5), nn.ReLU(), nn.Linear(5, 2)).double().eval()
+CONVOLUTION = nn.Sequential(nn.Conv2d(3, 2, 3), nn.ReLU(), nn.Flatten(), nn.Linear(32, 4)).eval()
+X, IMAGES = torch.randn(6, 3, dtype=torch.float64), torch.rand(9, 3, 6, 6)
+
+
+def names(axes):
+    return [label.get_text().split(" = ")[0] for label in axes.get_yticklabels()]
+
+
+def test_features_of_one_sample_are_a_waterfall_and_of_several_a_beeswarm():
+    affine = linearize(NETWORK, X)
+    axes = affine.plot(sample=4, output=1, features=["a", "b", "c"])
+    bars = [bar.get_width() for bar in axes.patches]
+    assert names(axes)[0] == "constant" and names(axes)[-1] == "output 1"
+    assert bars[-1] == pytest.approx(NETWORK(X)[4, 1].item()) and bars[0] == pytest.approx(affine.bias[4, 1].item())
+    swarm = affine.plot(output=0)
+    assert sorted(names(swarm)) == ["x0", "x1", "x2"] and len(swarm.collections) >= 3
+    assert names(affine.contrast(0, 1).plot(X, sample=-1))[-1] == "output"
+
+
+def test_a_data_frame_names_the_features():
+    table = np.random.default_rng(0).normal(size=(60, 3))
+    frame = pandas.DataFrame(table, columns=["age", "fare", "weight"])
+    model = MLPRegressor(hidden_layer_sizes=(4,), solver="lbfgs", max_iter=5000, random_state=0).fit(frame, table[:, 0])
+    affine = linearize(model, frame)
+    assert sorted(names(affine.plot())) == ["age", "fare", "weight"]
+    assert sorted(names(affine.plot(features=["a", "b", "c"]))) == ["a", "b", "c"]
+
+
+def test_images_are_maps_with_channels_summed_and_constants():
+    affine = linearize(CONVOLUTION, IMAGES)
+    figure = affine.plot()
+    panels = [axes for axes in figure.axes if axes.images]
+    assert len(panels) == 8 * 5  # of the first eight images: the image and four outputs
+    predicted = CONVOLUTION(IMAGES[:1]).argmax(1).item()
+    assert panels[1 + predicted].get_xlabel().startswith("predicted")
+    chosen = linearize(CONVOLUTION, IMAGES, torch.zeros(9, dtype=torch.int64))
+    panels = [axes for axes in chosen.plot(sample=2).axes if axes.images]
+    assert len(panels) == 2 and panels[1].images[0].get_array().shape == (6, 6)
+    assert panels[1].get_xlabel() == f"b = {chosen.bias[2].item():.2g}"
+
+
+def test_regions_and_descramblers():
+    around = region(NETWORK, X[:1])
+    axes = around.plot(plane=(X[0], X[1] - X[0], X[2] - X[0]), points=X[:3])
+    assert axes.patches and axes.collections[0].get_offsets()[1].tolist() == pytest.approx([1, 0])
+    found = Descrambler(operator="diff1").fit(torch.randn(50, 4).double())
+    assert found.plot().get_xticklabels()[0].get_text() == "features"
+    assert "cheap modes" in found.spectrum_.plot().get_title() and found.ambiguity_.plot().images
+
+
+@pytest.mark.parametrize(
+    ("call", "text"),
+    [
+        (lambda: linearize(NETWORK, X).plot(), "output: got None for 2 outputs, want the index of one"),
+        (
+            lambda: linearize(nn.Sequential(nn.Conv2d(1, 13, 2), nn.Flatten()), torch.ones(1, 1, 2, 2)).plot(),
+            "output: got None for 13 outputs",
+        ),
+        (lambda: linearize(NETWORK, X).plot(output=2), "output: got 2, want an index below 2"),
+        (lambda: linearize(NETWORK, X).plot(sample=6, output=0), "sample: got 6, want an index below 6"),
+        (lambda: AffineMap.from_tensors(torch.ones(1, 2), torch.ones(1)).plot(), "x: got a map without its inputs"),
+        (
+            lambda: AffineMap.from_tensors((torch.ones(1, 2),) * 2, torch.ones(1)).plot(X),
+            "plot: got a map of several inputs",
+        ),
+        (
+            lambda: AffineMap.from_tensors(torch.ones(1, 1, 1, 1, 2), torch.ones(1)).plot(torch.ones(1, 1, 1, 1, 2)),
+            r"plot: got inputs of shape \(1, 1, 1, 1, 2\)",
+        ),
+    ],
+)
+def test_bad_input_is_named(call, text):
+    with pytest.raises(ValueError, match=text):
+        call()

@@ -1,0 +1,268 @@
+"""A report: valid HTML that loads nothing, numbers that are those of the calls it names, and findings that follow them."""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from interp_nn.explain import Section, linearize, read_head, record, report, report_sections
+from interp_nn.explain.report.page import Table
+from interp_nn.nn import SummaryHead
+
+VOID = {"meta", "link", "img"}
+
+
+class Page(HTMLParser):
+    """Checks that elements nest, and collects anchors, links, sources and tables."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__(convert_charrefs=True)
+        self.open: list[str] = []
+        self.ids: list[str] = []
+        self.links: list[str] = []
+        self.sources: list[str] = []
+        self.images: list[dict[str, str | None]] = []
+        self.tables: dict[str, list[list[str]]] = {}
+        self._summary = self._text = ""
+        self.feed(html)
+        self.close()
+        assert not self.open
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        given = dict(attrs)
+        assert len(given) == len(attrs), "an attribute twice"
+        assert tag != "script"
+        if tag not in VOID:
+            self.open.append(tag)
+        if "id" in given:
+            self.ids.append(str(given["id"]))
+        for name in ("src", "href"):
+            if name in given:
+                (self.links if str(given[name]).startswith("#") else self.sources).append(str(given[name]))
+        if tag == "img":
+            self.images.append(given)
+        self._text = ""
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+        if tag == "summary":
+            self._summary = self._text.removesuffix(", as CSV")
+        if tag == "pre":
+            self.tables[self._summary] = list(csv.reader(io.StringIO(self._text)))
+        self._text = ""
+
+    def handle_data(self, data: str) -> None:
+        self._text += data
+
+
+def checked(html: str) -> Page:
+    page = Page(html)
+    assert len(set(page.ids)) == len(page.ids)
+    assert {link[1:] for link in page.links} <= set(page.ids)
+    assert all(source.startswith("data:") for source in page.sources)
+    assert not re.search(r"url\(|@import|https?://", html)
+    assert all(image["alt"] for image in page.images)
+    assert len(html) < 1_000_000
+    return page
+
+
+@pytest.fixture(scope="module")
+def table() -> tuple[nn.Sequential, Tensor, Tensor, list[str]]:
+    """A trained network of three features, of which the last does not count."""
+    torch.manual_seed(0)
+    x = torch.randn(120, 3, dtype=torch.float64)
+    y = (x[:, 0] - x[:, 1] > 0).long()
+    model = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 4), nn.Linear(4, 2)).double()
+    adam = torch.optim.Adam(model.parameters(), 0.03)
+    for _ in range(60):
+        adam.zero_grad()
+        nn.functional.cross_entropy(model(x), y).backward()
+        adam.step()
+    return model.eval(), x, y, ["<age>", "fare & fee", "luck"]
+
+
+def test_numbers_are_those_of_the_calls(table: tuple[nn.Sequential, Tensor, Tensor, list[str]]) -> None:
+    model, x, y, names = table
+    made = report(model, x, y, feature_names=names, class_names=["no", "yes"])
+    page = checked(made.html)
+    predicted = model(x).argmax(1)
+    by_class = {row[0]: row for row in page.tables["By class, the worst first"][1:]}
+    for c, name in enumerate(("no", "yes")):
+        assert int(by_class[name][1]) == int((y == c).sum())
+        assert float(by_class[name][2]) == pytest.approx(float((predicted == y)[y == c].double().mean()))
+    assert f"right for {float((predicted == y).double().mean()):.1%} of 120" in made.findings["How good it is"]
+
+    affine = linearize(model, x, predicted)
+    contributions = affine.contributions(x)
+    means = {row[0]: float(row[1]) for row in page.tables["Mean contributions"][1:]}
+    assert means == pytest.approx(dict(zip(names, contributions.abs().mean(0).tolist(), strict=True)))
+    assert list(means)[-1] == "luck"
+    for _, index, _, _, margin, value, constant, largest, error in page.tables["Samples"][1:]:
+        outputs = model(x)[int(index)].detach()
+        assert float(value) == pytest.approx(float(outputs.max()))
+        assert float(margin) == pytest.approx(float(outputs.max() - outputs.min()))
+        assert float(constant) == pytest.approx(float(affine.bias[int(index)]))
+        assert largest == names[int(contributions[int(index)].abs().argmax())]
+        assert float(error) < 1e-12
+    parts = {row[0]: float(row[1]) for row in page.tables["Constants"][1:]}
+    assert parts == pytest.approx({name: float(part.abs().mean()) for name, part in affine.bias_by_layer().items()})
+    units = page.tables["Units"][1:]
+    on = record(model, x).gates(0).double().mean(0)
+    assert (int(units[0][2]), int(units[0][3])) == (int((on == 0).sum()), int((on == 1).sum()))
+    head = read_head(model, "2", x, y, output="3").rotate("varimax").summary()
+    latents = page.tables["Latents, in varimax coordinates"][1:]
+    assert [float(row[2]) for row in latents] == pytest.approx(head.importance.tolist())
+    assert "Every operation is affine or a gate" in made.findings["What is exact"]
+    assert len(page.images) <= 12
+    assert "&lt;age&gt;" in made.html
+
+
+def test_wrong_labels_are_called_out(table: tuple[nn.Sequential, Tensor, Tensor, list[str]]) -> None:
+    model, x, y, _ = table
+    shuffled = y[torch.randperm(len(y), generator=torch.Generator().manual_seed(1))]
+    found = report(model, x, shuffled, sections=["predictions"]).findings["How good it is"]
+    assert "no better than always answering the most frequent class" in found
+    assert "no better" not in report(model, x, y, sections=["predictions"]).findings["How good it is"]
+
+
+def test_images_with_a_summary_head() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Flatten(), nn.Linear(32, 8), nn.ReLU(), SummaryHead(8, 4, 3)
+    ).eval()
+    made = report(model, torch.randn(12, 1, 6, 6), torch.randint(0, 3, (12,)))
+    page = checked(made.html)
+    assert {"The head", "Summary layers", "Single samples"} <= set(made.findings)
+    assert "nearly equal" in made.findings["Summary layers"]
+    assert float(page.tables["Singular values of b"][1][4]) < 1e-5
+
+
+class LanguageModel(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.up, self.gate = nn.Embedding(11, 6), nn.Linear(6, 6), nn.Linear(6, 6)
+        self.unembedding = nn.Linear(6, 11)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        e = self.embedding(ids)
+        return self.unembedding((e + self.up(e) * nn.functional.silu(self.gate(e))).cumsum(1))
+
+
+def test_tokens_and_secants() -> None:
+    torch.manual_seed(0)
+    made = report(LanguageModel().eval(), torch.randint(0, 11, (4, 5)), tokenizer="abcdefghijk".__getitem__)
+    checked(made.html)
+    assert "silu" in made.findings["What is exact"]
+    assert "places before the last one" in made.findings["What counts"]
+    assert any("secants" in note for note in made.sections[-1].notes)
+
+
+def test_regression_and_what_cannot_be_done() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(40, 2)
+    linear = nn.Linear(2, 1).eval()
+    with torch.no_grad():
+        y = linear(x)[:, 0].clone()
+    made = report(linear, x, y)
+    checked(made.html)
+    assert made.findings["How good it is"].startswith("R² is 1.000")
+    assert report(linear, x, torch.randn(40)).findings["How good it is"].endswith("no better than the mean.")
+
+    class Odd(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.fft.rfft(x).abs() @ x.new_ones(2, 2)
+
+    odd = report(Odd().eval(), x)
+    checked(odd.html)
+    assert "no affine map" in odd.findings["What is exact"]
+    assert len(odd.sections[-1].notes) >= 5
+
+
+def test_sections_of_ones_own(table: tuple[nn.Sequential, Tensor, Tensor, list[str]]) -> None:
+    model, x, _, _ = table
+    own = report_sections() | {
+        "mine": lambda facts: Section("Mine", f"{len(facts.x)} samples.", tables=[Table("T", "ab", [[1, 2]])])
+    }
+    chosen = {name: own[name] for name in ("mine", "exactness")}
+    made = report(model, x, sections=chosen)
+    assert list(made.findings) == ["Mine", "What is exact", "What was not done"]
+    assert checked(made.html).tables["T"] == [["a", "b"], ["1", "2"]]
+    with pytest.raises(ValueError, match=r"sections: got \['reaches'\]"):
+        report(model, x, sections=["reaches"])
+
+
+def test_bad_arguments(table: tuple[nn.Sequential, Tensor, Tensor, list[str]]) -> None:
+    model, x, y, _ = table
+    with pytest.raises(TypeError, match="model: got int"):
+        report(3, x)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"y: got shape \(5,\)"):
+        report(model, x, y[:5])
+    with pytest.raises(ValueError, match="feature_names: got 2"):
+        report(model, x, feature_names=["a", "b"])
+    with pytest.raises(ValueError, match="class_names: got 3, want 2"):
+        report(model, x, class_names="abc")
+    with pytest.raises(ValueError, match="y: got classes 0 to 2, want 0 to 1"):
+        report(model, x, y + (y == y.max()) * (torch.arange(len(y)) == int(y.argmax())))
+
+
+def test_save_is_whole_or_nothing(table: tuple[nn.Sequential, Tensor, Tensor, list[str]], tmp_path: Path) -> None:
+    model, x, _, _ = table
+    made = report(model, x, sections=["exactness"])
+    assert made.save(tmp_path / "page.html").read_text(encoding="utf-8") == made.html
+    assert [file.name for file in tmp_path.iterdir()] == ["page.html"]
+    with pytest.raises(OSError, match="no_folder"):
+        made.save(tmp_path / "no_folder" / "page.html")
+
+
+def test_command(tmp_path: Path) -> None:
+    (tmp_path / "networks.py").write_text(
+        "import torch\n\ndef make():\n    torch.manual_seed(0)\n    return torch.nn.Sequential(torch.nn.Linear(2, 4), "
+        "torch.nn.ReLU(), "
+        "torch.nn.Linear(4, 2))\n"
+    )
+    (tmp_path / "data.csv").write_text("age,fare,survived\n" + "".join(f"{i},{i % 7},{i % 2}\n" for i in range(40)))
+
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "interp_nn", "report", *arguments]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+
+    done = run("networks:make", "--data", "data.csv", "--target", "survived", "--output", "page.html")
+    assert done.returncode == 0, done.stderr
+    assert "How good it is" in done.stdout
+    checked((tmp_path / "page.html").read_text(encoding="utf-8"))
+    wrong = run("networks:nothing", "--data", "data.csv")
+    assert (wrong.returncode, wrong.stderr.count("\n")) == (2, 1)
+    assert "networks:nothing is NoneType" in wrong.stderr
+
+
+def test_tables_of_the_command(tmp_path: Path) -> None:
+    from interp_nn.explain.report.report_command import load_model, load_table
+
+    file = tmp_path / "data.csv"
+    file.write_text("a,b\n1,2\n3,x\n")
+    with pytest.raises(ValueError, match=r"data.csv, line 3, b: got 'x'"):
+        load_table(file, None)
+    file.write_text("a,b\n1,2.5\n3,4\n")
+    names, x, y = load_table(file, "b")
+    assert (names, x.tolist()) == (["a"], [[1.0], [3.0]])
+    assert y is not None
+    assert y.tolist() == [2.5, 4.0]
+    with pytest.raises(ValueError, match="--target: got 'c', want one of a, b"):
+        load_table(file, "c")
+    with pytest.raises(ValueError, match="want MODULE:NAME"):
+        load_model("nothing")
+    program = torch.export.export(
+        nn.Linear(1, 2).eval(), (torch.ones(3, 1),), dynamic_shapes=({0: torch.export.Dim.AUTO},)
+    )
+    torch.export.save(program, tmp_path / "model.pt2")
+    loaded = load_model(str(tmp_path / "model.pt2"))
+    assert report(loaded, x.float(), sections=["exactness"]).findings["What is exact"].startswith("Every operation")
