@@ -33,13 +33,13 @@ from interp_nn.engines.problem import LossOptions, Plan
 from interp_nn.nn import SummaryHead, SummaryLinear, cached_weights
 
 _ROUNDS = 3000
-_SECONDS = 60.0
+_SECONDS = 50.0
 _KERNEL_SHAPE = 64, 64, 16  # an n at which a kernel takes less time than its launch
 _LAYER_SHAPE = 32, 512, 100  # the fastest of the shapes in the tables
 _CLASSES = 10
 _POLYNOMIAL_SHAPE = 4096, 512, 64
 _MICROBATCHES, _MICROBATCH_SHAPE = 8, (32, 512, 100)
-_CALLS = 4  # in a sample
+_CALLS = 10  # in a sample
 Calls = dict[str, Callable[[], Any]]
 
 
