@@ -25,7 +25,7 @@ SHARED := -n auto --dist worksteal
 # What runs from here does without the CUDA library, which takes nvcc minutes.
 EDITABLE := INTERP_NN_BUILD_CUDA=0 $(PY) $(PIP) --quiet --no-build-isolation --editable
 
-.PHONY: help demo test test-all kernels interpreted compiled emulated emulated-kernels emulated-mutants newest-triton models \
+.PHONY: help demo test test-all kernels interpreted compiled every-tile emulated emulated-kernels emulated-mutants newest-triton models \
         docs gpu lint wheel clean
 help:
 	@sed -n 's/^## //p' Makefile
@@ -49,6 +49,10 @@ interpreted: $(READY)test
 # The tests that compile share the work out to processes of their own.
 compiled: $(READY)test
 	INTERP_NN_COMPILE_TESTS=1 $(PY) -m pytest tests/engines/triton/compiled $(ARGS)
+
+## make every-tile  each tile of the Triton table compiled for each kind of GPU, in an hour; ARGS="-k sm_100" for one kind
+every-tile: $(READY)test
+	INTERP_NN_COMPILE_TESTS=1 INTERP_NN_EVERY_TILE=1 $(PY) -m pytest tests/engines/triton/compiled/test_every_tile.py $(ARGS)
 
 ## make emulated  the CUDA C++ kernels under an emulator on the CPU, and mutants of them; needs g++
 emulated: $(READY)test
@@ -76,15 +80,17 @@ models: $(READY)test
 docs: $(READY)docs
 	$(PY) -m mkdocs --quiet build
 
-## make gpu       on a GPU: correctness, launches, repeats, streams, graphs, tuning and timings, in ten minutes; installs nothing
+## make gpu       on a GPU, stages 1 to 3 in nine minutes: kernels right once; streams, graphs, repeats; six shapes timed.
+##                PART=4: tune, 5: host and training, 6: ncu; see docs/gpu.md. Installs nothing
 gpu:
-	$(PYTHON) -m benchmarks gpu $(ARGS)
+	$(PYTHON) -m benchmarks gpu $(PART) $(ARGS)
 
-## make lint      ruff and mypy
+## make lint      ruff and mypy; names the records of benchmarks/results that are older than what they measure
 lint: $(READY)lint
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
+	@$(PY) benchmarks/records/stale.py
 
 ## make wheel     the source archive and the wheel, with the CUDA library where nvcc is, into dist/
 wheel: $(READY)build

@@ -14,8 +14,8 @@ from benchmarks import command_line, demo, experiments
 from benchmarks.command_line import users_input
 from benchmarks.experiments import papers
 from benchmarks.gpu import job
-from benchmarks.records import environment, figures, files, report, rows
-from benchmarks.timing import compare, host, operator_suite, roofline, run
+from benchmarks.records import environment, export, figures, files, report, rows
+from benchmarks.timing import compare, host, kernel_profile, operator_suite, roofline, run
 from benchmarks.timing.problems import DTYPES, OPS, products
 
 
@@ -45,15 +45,15 @@ def main(arguments: list[str] | None = None) -> int:
     )
 
     run.add_arguments(command("run", run.run, "time the operator, its losses and training steps against baselines"))
-    command("list", lambda _: print(run.listing()), "list the suites, the providers and the shapes")
+    command("list", lambda _: print(run.listing()), "list the suites, the providers, the shapes and the experiments")
     compare.add_arguments(
         command("compare", compare.run, "time two git revisions side by side, or compare the ratios of two records")
     )
 
     table = command("table", _table, "print records as Markdown")
     table.add_argument("file", type=Path, nargs="+")
+    table.add_argument("--csv", action="store_true", help="print every row and field as CSV instead")
     papers_table = command("papers", _papers, "print what the papers published beside the experiments' records")
-    papers_table.add_argument("--brief", action="store_true", help="only published results and their baselines")
     for page in (table, papers_table):
         page.add_argument("--page", type=Path, metavar="FILE", help="write the table into this file, between its marks")
 
@@ -66,6 +66,12 @@ def main(arguments: list[str] | None = None) -> int:
     light.add_argument("--dtype", choices=DTYPES, action="append", help="repeatable (default: fp32)")
     light.add_argument("--op", choices=OPS, action="append", help="repeatable (default: all)")
     light.add_argument("--shape", type=run.shape, action="append", metavar="N,D,K[,M]", help="repeatable")
+
+    kernel_profile.add_arguments(
+        command(
+            "profile", kernel_profile.run, "print the command that profiles our kernels with ncu or nsys, and run it"
+        )
+    )
 
     overhead = command(
         "host",
@@ -92,6 +98,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _table(given: argparse.Namespace) -> None:
+    if given.csv:
+        print(export.to_csv(_read(given.file)), end="")
+        return
     if given.page is None:
         print(report.markdown(_read(given.file)))
     for file in given.file if given.page is not None else ():
@@ -102,12 +111,12 @@ def _table(given: argparse.Namespace) -> None:
 def _papers(given: argparse.Namespace) -> None:
     with users_input():
         records = papers.read()
-    text = papers.markdown(records, given.brief)
+    text = papers.markdown(records)
     if given.page is None:
         print(text)
         return
     with users_input():
-        report.between(given.page, "papers --brief" if given.brief else "papers", text)
+        report.between(given.page, "papers", text)
 
 
 def _plot(given: argparse.Namespace) -> None:
@@ -116,7 +125,9 @@ def _plot(given: argparse.Namespace) -> None:
         files.check_folder(folder)
     drawn = figures.draw(found, folder)
     if not drawn:
-        raise command_line.UserInputError(f"{', '.join(map(str, given.file))}: no timing of the summary to draw")
+        raise command_line.UserInputError(
+            f"{', '.join(map(str, given.file))}: no timing of the summary or a loss to draw"
+        )
     for path in drawn:
         print(path)
 

@@ -1,5 +1,6 @@
-"""Print versions, devices, the CUDA library, and each engine with the reason where it is off: `python -m interp_nn`.
+"""Print versions, devices, the CUDA library, each engine with the reason where it is off, and what has been verified.
 
+`python -m interp_nn verify` verifies the usual kernels on a GPU, in processes of their own (see `interp_nn.engines.verify`).
 `python -m interp_nn tune` measures, on a GPU, a table of kernel configurations (see `interp_nn.tuning`). `python -m interp_nn
 report` writes a page about a network (see `interp_nn.explain.report`).
 """
@@ -7,14 +8,18 @@ report` writes a page about a network (see `interp_nn.explain.report`).
 from __future__ import annotations
 
 import argparse
+import functools
+import os
 import platform
 import sys
+from collections.abc import Sequence
 
 import torch
 
 from interp_nn import __version__, engines
-from interp_nn.engines import select
+from interp_nn.engines import select, verified_files, verify
 from interp_nn.engines.cuda import compiled_library, fatbin
+from interp_nn.engines.workers import Workers
 
 
 def main() -> None:
@@ -27,6 +32,9 @@ def main() -> None:
     for name, state in engines.availability().items():
         print(f"engine    {name}: {state}")
     print(f"library   {_library()}")
+    for i in range(len(devices)):
+        passed = verified_files.passed_before(torch.device("cuda", i))
+        print(f"verified  on cuda:{i}: {len(passed)} kernels{''.join(f'{chr(10)}          {name}' for name in passed)}")
     print(f"requested {select.requested()} (INTERP_NN_ENGINE or interp_nn.use_engine)")
 
 
@@ -40,11 +48,42 @@ def _library() -> str:
     return f"{file}, CUDA {compiled_library.dotted(built)}, for {fatbin.archs(file.read_bytes())}; {driver}"
 
 
+def verify_all(arguments: Sequence[str]) -> int:
+    """Verify the usual kernels, print a table, and return 1 if one fails, 2 if none can run."""
+    parser = argparse.ArgumentParser(
+        "python -m interp_nn verify", description="Compare the usual kernels with PyTorch."
+    )
+    parser.add_argument("--minutes", type=float, default=4.0, help="stop after so many (default: 4)")
+    parser.add_argument("--device", default="cuda", help="which GPU (default: the current one)")
+    given = parser.parse_args(arguments)
+    device = torch.device(given.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        print("interp_nn verify: there is no CUDA device", file=sys.stderr)
+        return 2
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
+    verified_files.forget_the_dead()
+    variants = verify.standard(device)
+    judge = functools.partial(verify.judge_apart, device, torch.backends.cuda.matmul.fp32_precision)
+    found = Workers(min(8, os.cpu_count() or 1), judge, 120.0).run(variants, 60 * given.minutes)
+    failed = 0
+    for variant, outcome in zip(variants, found, strict=True):
+        reason, first, again = (outcome, 0.0, 0.0) if isinstance(outcome, str) else outcome
+        failed += reason != ""
+        print(
+            f"{'FAILED' if reason else 'passed'} {first:6.1f} s, again {1e3 * again:6.1f} ms  {variant}  {reason}".rstrip()
+        )
+    print(f"{len(variants) - failed} of {len(variants)} kernels passed on {device}")
+    return 1 if failed else 0 if variants else 2
+
+
 if __name__ == "__main__":
     if sys.argv[1:2] == ["tune"]:
         from interp_nn import tuning
 
         sys.exit(tuning.main(sys.argv[2:]))
+    if sys.argv[1:2] == ["verify"]:
+        sys.exit(verify_all(sys.argv[2:]))
     if sys.argv[1:2] == ["report"]:
         from interp_nn.explain.report import report_command
 
@@ -55,8 +94,8 @@ if __name__ == "__main__":
     parser.add_argument(
         "command",
         nargs="?",
-        choices=["tune", "report"],
-        help="tune: measure a table of kernel configurations on a GPU; report: a page about a network and a table",
+        choices=["tune", "verify", "report"],
+        help="tune: measure a table of tiles on a GPU; verify: compare its kernels with PyTorch; report: a page about a network",
     )
     parser.parse_args()
     main()

@@ -1,17 +1,15 @@
-"""Time kernel configs on a device for `interp_nn.tuning`, after worker processes have compiled them."""
+"""Time kernel configs on a device for `interp_nn.tuning`. On a GPU other processes compile, run and time them: they may hang."""
 
 from __future__ import annotations
 
 import contextlib
 import datetime
 import importlib
-import multiprocessing
 import os
 import statistics
 import time
-from collections import deque
-from collections.abc import Callable, Hashable, Mapping, Sequence
-from multiprocessing.connection import wait
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
@@ -24,11 +22,13 @@ from interp_nn.engines.limits import unsupported_reason
 from interp_nn.engines.problem import ENGINES, Config, EngineName, LossOptions, Plan, Problem
 from interp_nn.engines.triton import configs
 from interp_nn.engines.triton.configs import Bucket
+from interp_nn.engines.workers import Workers
 
 ITEMSIZES = {2: "bf16", 4: "fp32"}
 _DTYPES = {2: torch.bfloat16, 4: torch.float32}
 _FEW_ROWS = 256  # to see whether a candidate compiles and launches
-_COMPILING = 90.0  # seconds that this may take
+_LIMIT = 90.0  # seconds that one config may take to compile and launch, or some configs to be timed
+_TENSOR_MEMORY = 512  # columns of a multiprocessor
 _OPTIONS = LossOptions((1.0, 1.0, 1.0), -100, "mean")
 
 Key = TypeVar("Key", bound=Hashable)
@@ -58,7 +58,7 @@ class Group(NamedTuple):
 
 def engine_call(group: Group, n: int, device: torch.device, config: Config) -> Callable[[], object]:
     """Return a call of the triton engine that launches the group's kernel, with n rows and a layer's transposed weight."""
-    engine = engines.get("triton")
+    engine = engines.unverified("triton")
     (d, k, m), dtype = group.sizes, _DTYPES[group.itemsize]
     tiles = ((group.kernel, config),)
     x = torch.randn(n, d, dtype=dtype, device=device)
@@ -196,26 +196,27 @@ class DeviceBench:
         self.origin = _origin(device, spec)
         cuda = device.type == "cuda"
         count = min(12, os.cpu_count() or 1) if workers is None else workers
-        self._compilers = Compilers(count, device) if cuda and count else None
+        precision = torch.backends.cuda.matmul.fp32_precision
+        self._workers = Workers(count, partial(_task, device, precision), _LIMIT) if cuda and count else None
 
     def prepare(self, group: Group, tried: Sequence[Config], seconds: float) -> dict[Config, str | None]:
         """Compile each config; see `Bench.prepare`."""
-        if self._compilers is None:
+        if self._workers is None:
             return {config: attempt(group, config, self.device) for config in tried}
-        found = self._compilers.run([(group, config) for config in tried], seconds)
+        found = self._workers.run([(group, _FEW_ROWS, [config]) for config in tried], seconds)
         return dict(zip(tried, found, strict=True))
 
     def kernel_times(self, group: Group, n: int, tried: Sequence[Config]) -> dict[int, list[float]]:
         """Time each config; see `Bench.kernel_times`."""
-        calls = dict[int, Callable[[], object]]()
-        for place, config in enumerate(tried):
-            # A config that compiles for few rows may not launch for many: twice the programs, more memory.
-            with contextlib.suppress(Exception):
-                call = engine_call(group, n, self.device, config)
-                call()
-                _synchronize(self.device)
-                calls[place] = call
-        return device_clock(calls, self.device) if self.device.type == "cuda" else host_clock(calls, self.device)
+        if self._workers is None:
+            return timed(group, n, dict(enumerate(tried)), self.device)
+        # A config that ran with few rows may fail, or wait for ever, with many: more programs, more memory.
+        found = self._workers.run([(group, n, [config]) for config in tried], _LIMIT * len(tried))
+        alive = {place: config for place, config in enumerate(tried) if found[place] is None}
+        (taken,) = self._workers.run([(group, n, alive)], 2 * _LIMIT)
+        if not isinstance(taken, dict):
+            raise RuntimeError(taken)
+        return taken
 
     def _able(self, kind: str, itemsize: int, columns: int, n: int) -> list[EngineName]:
         """The engines that can compute a problem."""
@@ -242,10 +243,27 @@ class DeviceBench:
         return host_clock(calls, self.device)
 
 
-def attempt(group: Group, config: Config, device: torch.device) -> str | None:
-    """Launch the group's kernel on few rows; return an error message if that fails."""
+def timed(group: Group, n: int, tried: Mapping[int, Config], device: torch.device) -> dict[int, list[float]]:
+    """Return milliseconds of each config that launches, by its place."""
+    calls = dict[int, Callable[[], object]]()
+    for place, config in tried.items():
+        with contextlib.suppress(Exception):
+            call = engine_call(group, n, device, config)
+            call()
+            _synchronize(device)
+            calls[place] = call
+    return device_clock(calls, device) if device.type == "cuda" else host_clock(calls, device)
+
+
+def attempt(group: Group, config: Config, device: torch.device, n: int = _FEW_ROWS) -> str | None:
+    """Launch the group's kernel on n rows; return an error message if that fails."""
     try:
-        engine_call(group, _FEW_ROWS, device, config)()
+        call = engine_call(group, n, device, config)
+        if config.blocks_per_sm > 1:
+            columns = config.blocks_per_sm * _tensor_memory(call)
+            if columns > _TENSOR_MEMORY:  # a block that finds none waits, and so would the grid barrier, for ever
+                return f"{columns} columns of tensor memory, and a multiprocessor has {_TENSOR_MEMORY}"
+        call()
         _synchronize(device)
     except Exception as error:  # whatever a compiler or a driver raises
         return f"{type(error).__name__}: {error}".splitlines()[0][:200]
@@ -261,67 +279,36 @@ def _origin(device: torch.device, spec: DeviceSpec) -> str:
     return f"python -m interp_nn tune on {name} ({spec.name}), {today}, {versions}"
 
 
-def _serve(connection: Any, device: torch.device, precision: str) -> None:
-    """Compile-worker loop: receives (group, config), sends back an error message or None, exits on EOF."""
+def _task(device: torch.device, precision: str, task: tuple[Group, int, Any]) -> Any:
+    """Launch a config and return what `attempt` does, or time configs by their places, in a process of its own."""
     torch.backends.cuda.matmul.fp32_precision = precision
-    while True:
-        try:
-            group, config = connection.recv()
-        except EOFError:
-            return
-        why = attempt(group, config, device)
-        if why is not None:
-            _synchronize(device)  # raises, and so ends the process, where the failure has cost it the device
-        connection.send(why)
+    group, n, tried = task
+    if isinstance(tried, dict):
+        return timed(group, n, tried, device)
+    why = attempt(group, tried[0], device, n)
+    if why is not None:
+        _synchronize(device)  # raises, and so ends the process, where the failure has cost it the device
+    return why
 
 
-class Compilers:
-    """A pool of compile workers, which fill Triton's cache on disk. A worker that dies or hangs is replaced."""
+@contextlib.contextmanager
+def _compiled_only() -> Iterator[list[Any]]:
+    """Compile what the triton engine would launch, without launching it, and collect the compiled kernels."""
+    engine: Any = engines.unverified("triton")
+    found: list[Any] = []
 
-    def __init__(self, count: int, device: torch.device) -> None:
-        self._device, self._free = device, count
-        self._precision = torch.backends.cuda.matmul.fp32_precision
-        self._idle: list[tuple[Any, Any]] = []
+    def compile_only(made: Any, device: torch.device, *arguments: Any) -> None:
+        found.append(made.kernel.warmup(*arguments, grid=(made.programs,), **made.constants))
 
-    def run(self, tasks: Sequence[tuple[Group, Config]], seconds: float) -> list[str | None]:
-        """Return an error message or None for each task."""
-        end = time.monotonic() + seconds
-        found: list[str | None] = ["out of time"] * len(tasks)
-        waiting = deque(range(len(tasks)))
-        busy: dict[Any, tuple[Any, int, float]] = {}
-        while waiting or busy:
-            now = time.monotonic()
-            for connection, (process, place, since) in list(busy.items()):
-                if now > end or now - since > _COMPILING:
-                    process.kill()
-                    del busy[connection]
-                    self._free += 1
-                    found[place] = "out of time" if now > end else f"not compiled within {_COMPILING:.0f} s"
-            if now > end:
-                break
-            while waiting and (self._idle or self._free):
-                process, connection = self._idle.pop() if self._idle else self._started()
-                place = waiting.popleft()
-                busy[connection] = process, place, time.monotonic()
-                with contextlib.suppress(OSError):  # it has died since: seen below
-                    connection.send(tasks[place])
-            ready: list[Any] = list(wait(list(busy), timeout=0.5))
-            for connection in ready:
-                process, place, _ = busy.pop(connection)
-                try:
-                    found[place] = connection.recv()
-                    self._idle.append((process, connection))
-                except (EOFError, OSError):
-                    found[place] = "the process that tried it died"
-                    self._free += 1
-        return found
+    launch, engine.launch = engine.launch, compile_only
+    try:
+        yield found
+    finally:
+        engine.launch = launch
 
-    def _started(self) -> tuple[Any, Any]:
-        """Start a worker; return its process and the connection to it."""
-        context = multiprocessing.get_context("spawn")
-        ours, theirs = context.Pipe()
-        process = context.Process(target=_serve, args=(theirs, self._device, self._precision), daemon=True)
-        process.start()
-        theirs.close()
-        self._free -= 1
-        return process, ours
+
+def _tensor_memory(call: Callable[[], object]) -> int:
+    """Return the most columns of tensor memory that a block of the call's kernels takes."""
+    with _compiled_only() as kernels:
+        call()
+    return max((getattr(kernel.metadata, "tmem_size", None) or 0 for kernel in kernels), default=0)

@@ -4,6 +4,8 @@ import json
 import os
 import textwrap
 import time
+import types
+from functools import partial
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from interp_nn.engines.devices import spec_for
 from interp_nn.engines.limits import unsupported_reason
 from interp_nn.engines.triton import configs, engine
 from interp_nn.engines.triton.configs import TILES, Bucket, fits
+from interp_nn.engines.workers import Workers
 from interp_nn.trials import Group
 from interp_nn.tuning import LEVELS
 
@@ -339,17 +342,53 @@ class Endless:
         return time.sleep, (600,)
 
 
-def test_a_compiler_that_dies_or_hangs_costs_its_task_only():
+def test_a_process_that_dies_or_hangs_costs_its_task_only():
     """Without an interpreter a kernel cannot run on the CPU: that is what comes back."""
     config = configs.choose(HOPPER, STREAM.bucket(0))
-    compilers = trials.Compilers(1, torch.device("cpu"))
-    good = STREAM, config
+    workers = Workers(1, partial(trials._task, torch.device("cpu"), "none"), 90.0)
+    good = STREAM, 256, [config]
     start = time.monotonic()
-    assert compilers.run([Endless(), good], 0.5) == ["out of time"] * 2
+    assert workers.run([Endless(), good], 0.5) == ["out of time"] * 2
     assert time.monotonic() - start < 10
-    found = compilers.run([Deadly(), good], 60.0)
+    found = workers.run([Deadly(), good], 60.0)
     assert found[0] == "the process that tried it died"
     assert "the triton engine was given a tensor on cpu" in found[1]
+
+
+class Hanging:
+    """A config's stand-in that hangs with many rows."""
+
+    def run(self, tasks, seconds):
+        self.ran = [*getattr(self, "ran", []), *tasks]
+        if isinstance(tasks[0][2], dict):
+            return [{place: [1.0] for place in tasks[0][2]}]
+        return ["not done within 90 s" if task[1] > 1000 and task[2][0].warps == 4 else None for task in tasks]
+
+
+def test_a_config_that_hangs_with_many_rows_is_not_timed():
+    bench, config = object.__new__(trials.DeviceBench), configs.choose(HOPPER, STREAM.bucket(0))
+    bench._workers, bench.device = Hanging(), torch.device("cuda", 0)
+    tried = [config, config._replace(warps=4)]
+    assert bench.prepare(STREAM, tried, 9.0) == dict.fromkeys(tried)
+    assert bench.kernel_times(STREAM, 65536, tried) == {0: [1.0]}
+    assert bench._workers.ran[-1] == (STREAM, 65536, {0: config})
+
+
+@pytest.mark.parametrize(
+    ("blocks", "columns", "fits"), [(1, 512, True), (2, 256, True), (2, 512, False), (2, None, True)]
+)
+def test_more_tensor_memory_than_there_is_is_refused(blocks, columns, fits, monkeypatch):
+    """A block that finds no tensor memory would wait for ever, and the grid barrier with it."""
+    compiled = types.SimpleNamespace(metadata=types.SimpleNamespace(tmem_size=columns))
+    kernel = types.SimpleNamespace(warmup=lambda *_, grid, **__: compiled)
+    launched = []
+    monkeypatch.setattr(engine, "launch", lambda *_: launched.append(True))
+    monkeypatch.setattr(trials, "engine_call", lambda *_: lambda: engine.launch(engine.Launch(kernel, 1, 1, {}), None))
+    config = configs.choose(HOPPER, STREAM.bucket(0))._replace(blocks_per_sm=blocks)
+    why = trials.attempt(STREAM, config, torch.device("cpu"))
+    assert (why, bool(launched)) == (
+        (None, True) if fits else ("1024 columns of tensor memory, and a multiprocessor has 512", False)
+    )
 
 
 @pytest.mark.slow

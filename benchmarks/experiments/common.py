@@ -16,7 +16,7 @@ from matplotlib import pyplot as plt
 from torch import Tensor, nn
 
 from benchmarks.command_line import Parser, at_least, device, not_negative, seed, users_input
-from benchmarks.experiments import training
+from benchmarks.experiments import COMMANDS, training
 from benchmarks.records import environment, files, rows
 from interp_nn.explain.plots.canvas import PALETTE
 
@@ -184,6 +184,7 @@ class Run:
             {
                 "experiment": self.name,
                 **environment.facts(self.device),
+                "paths": [_source(self.name)],
                 **({"seed": first} if "seed" in self.given else {}),
                 "seeds": list(range(first, first + getattr(self.given, "seeds", 1))),
                 "epochs": epochs,
@@ -195,6 +196,13 @@ class Run:
             },
         )
         print(f"\nwrote {file} and {len(self.figures)} figures; {seconds:.0f} s in all")
+
+
+def _source(name: str) -> str:
+    """Return the path of an experiment's module, by the name of its record."""
+    module, *_ = COMMANDS.get(name.partition("-")[0], (name,))
+    path = f"benchmarks/experiments/{module}"
+    return path if (environment.ROOT / path).is_dir() else f"{path}.py"
 
 
 def relative_error(found: Tensor, wanted: Tensor) -> float:

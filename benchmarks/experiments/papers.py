@@ -18,13 +18,12 @@ Record = dict[str, Any]
 
 
 class Line(NamedTuple):
-    """A line of the table, without the experiment's name, its budget and its device; brief: it is in the brief table too."""
+    """A line of the table, without the experiment's name, its budget and its device."""
 
     what: str
     published: str
     ours: str
     epochs: float | None = None
-    brief: bool = True
 
 
 class Full(NamedTuple):
@@ -67,14 +66,13 @@ def _record(file: Path) -> Record:
     return found
 
 
-def markdown(records: list[Record], brief: bool = False) -> str:
+def markdown(records: list[Record]) -> str:
     """Return the table, and the experiments without a record of the full budget."""
     rows = ["| experiment | what | published | ours | budget | device |", "|---|---|--:|--:|---|---|"]
     for one in records:
         for line in _READERS[one["experiment"]](one):
-            if line.brief or not brief:
-                cells = (line.what, line.published or "-", line.ours, _budget(one, line.epochs), one["device"])
-                rows.append(f"| `{one['experiment']}` | {' | '.join(cells)} |")
+            cells = (line.what, line.published or "-", line.ours, _budget(one, line.epochs), one["device"])
+            rows.append(f"| `{one['experiment']}` | {' | '.join(cells)} |")
     done = {one["experiment"] for one in records if _whole(one)}
     missing = [f"`{n}` ({f.epochs} epochs of {f.images:,} images{f.more})" for n, f in FULL.items() if n not in done]
     return "\n".join(rows) + (f"\n\nBudget of a GPU not yet run: {', '.join(missing)}." if missing else "")
@@ -154,21 +152,20 @@ def _heads(one: Record) -> Iterator[Line]:
 
 
 def _regimes(one: Record) -> Iterator[Line]:
-    brief = one["budget"]["train_images"] >= FULL[one["experiment"]].images  # a part of the images tests nothing
     for name, row in one["results"]["regimes"].items():
         published = _published(row["published_best_accuracy"])
-        yield Line(f"{name}, best epoch, %", published, _percent(row["best_accuracy"]), row["epochs"]["mean"], brief)
+        yield Line(f"{name}, best epoch, %", published, _percent(row["best_accuracy"]), row["epochs"]["mean"])
     more = _published(one["results"].get("published_dlgn_over_relu_more_than"))
     for name, ratio in one["results"]["dlgn_over_relu"].items():
         epochs = one["results"]["compared_after_epoch"]
-        yield Line(f"{name} of ReLU, last epoch, %", more and f"> {more}", f"{100 * ratio:.1f}", epochs, brief)
+        yield Line(f"{name} of ReLU, last epoch, %", more and f"> {more}", f"{100 * ratio:.1f}", epochs)
 
 
 def _trees(one: Record) -> Iterator[Line]:
     for tree in ("SDI", "SDII", "SDIII"):
         for name, row in one["results"].get(tree, {}).items():
             known = _published(row.get("published_accuracy"))
-            yield Line(f"{tree}, {name}, %", known, _percent(row["last_accuracy"]), row["epochs"]["mean"], bool(known))
+            yield Line(f"{tree}, {name}, %", known, _percent(row["last_accuracy"]), row["epochs"]["mean"])
 
 
 def _passengers(one: Record) -> Iterator[Line]:
@@ -180,7 +177,7 @@ def _passengers(one: Record) -> Iterator[Line]:
         yield Line(f"{name}, held out, %", "", ours)
     name, share = max(found["importance"].items(), key=lambda pair: pair[1])
     ours = f"{found['clusters']}; {name} has {100 * share:.0f} % of their importance"
-    yield Line(f"exact clusters of {found['passengers']['fitted']} passengers", "", ours, brief=False)
+    yield Line(f"exact clusters of {found['passengers']['fitted']} passengers", "", ours)
 
 
 def _attributions(one: Record) -> Iterator[Line]:
@@ -193,7 +190,7 @@ def _attributions(one: Record) -> Iterator[Line]:
     for kind in ("deletion", "insertion"):
         areas = {name: _over_seeds(networks, "curves", name, kind, "area") for name in networks[0]["curves"]}
         ours = ", ".join(f"{name} {_number(area, '.3f')}" for name, area in areas.items())
-        yield Line(f"area under the {kind} curve", "", ours, epochs, False)
+        yield Line(f"area under the {kind} curve", "", ours, epochs)
 
 
 def _layers(one: Record) -> Iterator[Line]:
@@ -202,18 +199,18 @@ def _layers(one: Record) -> Iterator[Line]:
         path = ("layers", name, "loss_over_that_of_a_random_P")
         losses = {kind: _over_seeds(networks, *path, kind) for kind in row[path[-1]]}
         ours = ", ".join(f"{kind.replace('_', ' ')} {_number(value, '.3g')}" for kind, value in losses.items())
-        yield Line(f"{name}, loss over a random P's", "", ours, _epochs(one), False)
+        yield Line(f"{name}, loss over a random P's", "", ours, _epochs(one))
 
 
 def _plane(one: Record) -> Iterator[Line]:
     planes, epochs = one["results"]["planes"], _reached(one)
     for name in planes[0]["neighbour_accuracy"]:
         ours = _percent(_over_seeds(planes, "neighbour_accuracy", name))
-        yield Line(f"nearest neighbours, {name}, %", "", ours, epochs, name == "new points")
+        yield Line(f"nearest neighbours, {name}, %", "", ours, epochs)
     ours = _number(_over_seeds(planes, "trustworthiness_of_new_points"), ".3f")
-    yield Line("trustworthiness of new points", "", ours, epochs, False)
+    yield Line("trustworthiness of new points", "", ours, epochs)
     error = max(plane["exactness_float64"]["at_x"] for plane in planes)
-    yield Line("\\|F - (W x + b)\\| / \\|F\\|, float64", "", f"{error:.1e}", epochs, False)
+    yield Line("\\|F - (W x + b)\\| / \\|F\\|, float64", "", f"{error:.1e}", epochs)
 
 
 _READERS: dict[str, Callable[[Record], Iterator[Line]]] = {

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from benchmarks.command_line import users_input
@@ -27,6 +28,7 @@ from interp_nn.nn.orthogonality import constrain
 NAME = "readable_heads"
 FEATURES, LATENTS, CLASSES, SEEDS = 128, 24, 10, 3
 WITHIN = 0.01  # of the accuracy with all latents
+SHOWN = "summary, reconstruction"  # the head of the figure
 ROTATIONS = ("variance", "classes", "varimax")
 
 
@@ -291,14 +293,15 @@ def stability(readings: list[HeadReading]) -> float:
     return float(torch.stack(found).mean()) if found else float("nan")
 
 
-def study(data: datasets.Images, settings: Study, seeds: int) -> dict[str, Any]:
-    """Train the network and the heads on a data set, and return the results."""
+def study(data: datasets.Images, settings: Study, seeds: int) -> tuple[dict[str, Any], HeadReading]:
+    """Train the network and the heads on a data set; return the results, and the reading of the last reconstructing head."""
     torch.manual_seed(0)
     x, y = data.x_train[: settings.images], data.y_train[: settings.images]
     net = network(x.shape[1], x.shape[2])
     net(x[:2])
     train(net, x, y, Recipe(settings.network_epochs, settings.batch, 1e-3), label=data.name)
     features, held_out = features_of(net, x), features_of(net, data.x_test)
+    shown: HeadReading | None = None
     out: dict[str, Any] = {"accuracy_of_the_network": accuracy(net, data.x_test, data.y_test), "heads": {}}
     for name, build in HEADS.items():
         found, readings = [], []
@@ -308,11 +311,14 @@ def study(data: datasets.Images, settings: Study, seeds: int) -> dict[str, Any]:
             step = fit(head, features, y, settings, seed)
             found.append({"ms_per_step": step, **measures(head, held_out, data.y_test, features)})
             readings.append(head.read(held_out, data.y_test))
+        if name == SHOWN:
+            shown = readings[-1].rotate("varimax")
         stable = {"own": stability(readings)}
         if head.rotates:
             stable |= {r: stability([one.rotate(r) for one in readings]) for r in ROTATIONS}
         out["heads"][name] = {**means(found), "stability": stable}
-    return out
+    assert shown is not None
+    return out, shown
 
 
 def means(found: list[dict[str, Any]]) -> dict[str, Any]:
@@ -329,7 +335,7 @@ def means(found: list[dict[str, Any]]) -> dict[str, Any]:
     return out
 
 
-def draw(results: dict[str, Any]) -> Any:
+def draw(results: dict[str, Any]) -> Figure:
     """Draw the accuracy over the latents that are kept, one panel for each data set."""
     figure, panels = plt.subplots(
         1, len(results), figsize=(4.2 * len(results) + 1.6, 3.6), layout="constrained", squeeze=False
@@ -387,7 +393,11 @@ def main(arguments: list[str]) -> int:
     for name in names:
         settings = STUDIES[name]._replace(images=300, network_epochs=2, head_epochs=2) if given.quick else STUDIES[name]
         data = datasets.digits() if name == "digits" else datasets.load(name, given.data)
-        results[name] = study(data, settings, given.seeds)
+        results[name], shown = study(data, settings, given.seeds)
+        if name == "digits":
+            figure = shown.plot().figure
+            assert isinstance(figure, Figure)
+            run.figure(figure, "head")
     run.figure(draw(results), "latents")
     budget = {name: STUDIES[name]._asdict() for name in names} | {"features": FEATURES, "latents": LATENTS}
     run.finish(budget, results)

@@ -41,10 +41,11 @@ def digits(epochs: int) -> Report:
     body = nn.Sequential(
         nn.Conv2d(1, 12, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(192, 64), nn.ReLU()
     )
-    network = nn.Sequential(*body, SummaryHead(64, 16, 10))
+    head = SummaryHead(64, 16, 10)
+    network = nn.Sequential(*body, head)
 
     def loss(_: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-        return network[-1].loss(body(x), y, reconstruction=1.0)
+        return head.loss(body(x), y, reconstruction=1.0)
 
     train(network, images.x_train, images.y_train, Recipe(epochs, 64, 1e-3), label="digits", loss=loss)
     return report(network, images.x_test, images.y_test, title="Digits: a CNN with a summary head")
@@ -52,7 +53,7 @@ def digits(epochs: int) -> Report:
 
 def resnet18(_: int) -> Report:
     """Explain ResNet-18 with random weights at 64 x 64 pixels."""
-    import torchvision  # type: ignore[import-untyped, unused-ignore]
+    import torchvision  # type: ignore[import-not-found, import-untyped, unused-ignore]
 
     network = torchvision.models.resnet18().eval()
     return report(network, torch.randn(8, 3, 64, 64), title="ResNet-18, random weights")

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import math
+import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 from unittest import mock
 
 import torch
@@ -15,11 +16,13 @@ from torch import Tensor
 import interp_nn
 from benchmarks.gpu import kernels
 from benchmarks.gpu.cases import Case
-from benchmarks.gpu.log import Log
+from benchmarks.gpu.log import OUT_OF_TIME, Log
 from benchmarks.timing import footprint, tolerances
 from benchmarks.timing.problems import DTYPES, products
+from interp_nn import engines as engines_of
 from interp_nn import functional
-from interp_nn.engines import orders
+from interp_nn.engines import orders, verify
+from interp_nn.engines.problem import EngineName, Plan
 
 WEIGHTS = (0.7, 1.3, 0.9)
 _TILE_ROWS = 128  # the most rows in a tile: a read without a mask finds NaN in guards of as many
@@ -79,6 +82,54 @@ def poisoned() -> Iterator[None]:
     finally:
         torch.set_deterministic_debug_mode(mode)
         fill.fill_uninitialized_memory = filled
+
+
+def check_variant(variant: verify.Variant, device: torch.device, log: Log) -> None:
+    """Verify a kernel as at its first use; the second comparison, without compilation, is timed."""
+    engine = engines_of.unverified(variant.engine)
+    facts: dict[str, Any] = {
+        "engine": variant.engine,
+        "call": variant.call,
+        "rows": verify.rows_of(max(variant.sizes, default=1)),
+    }
+    with torch.no_grad():
+        start = time.perf_counter()
+        reason = verify.compare(variant, device, engine)
+        first = time.perf_counter()
+        reason = reason or verify.compare(variant, device, engine)
+        again = time.perf_counter() - first
+    log.check(f"verify {variant}", reason, first_s=round(first - start, 3), again_ms=round(1e3 * again, 3), **facts)
+
+
+def check_first_use(device: torch.device, log: Log) -> None:
+    """Use a layer as a user does: `auto` chooses, and each kernel is verified at its first call."""
+    x = torch.randn(65536, 512, device=device, dtype=torch.bfloat16)
+    layer = interp_nn.nn.SummaryLinear(512, 64, device=device, dtype=torch.bfloat16)
+    start = time.perf_counter()
+    layer(x).sum().backward()
+    seconds = time.perf_counter() - start
+    found = interp_nn.verify()
+    failed = {name: verdict for name, verdict in found.items() if verdict != "passed"}
+    plan = interp_nn.plan(65536, 512, 64, dtype=torch.bfloat16, device=device)
+    log.check("first use", str(failed) if failed else None, verdicts=found, plan=str(plan), first_s=round(seconds, 2))
+
+
+def check_capture(engine: str, device: torch.device, log: Log) -> None:
+    """Capture a kernel that is not verified yet: the graph has PyTorch's operations, and no verdict is made."""
+    x = torch.randn(65536, 512, device=device, dtype=torch.bfloat16)
+    b = torch.randn(512, 48, device=device, dtype=torch.bfloat16) / 512**0.5
+    plan = Plan(cast(EngineName, engine), "(Xb)G")
+    exact, same = tolerances.naive(x.double(), b.double()), tolerances.naive(x, b)  # cuBLAS is ready then
+    before = interp_nn.verify()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = engines_of.get(cast(EngineName, engine)).forward(x, b, None, plan, False)[1]
+    graph.replay()
+    torch.cuda.synchronize()
+    why = tolerances.exceeds(
+        tolerances.errors(y, exact), tolerances.errors(same, exact), _floor(Case("summary", "bf16", (), 0, 0))
+    )
+    log.check(f"first use in a graph, {engine}", "it was verified" if interp_nn.verify() != before else why)
 
 
 def check_poison(engines: Sequence[str], device: torch.device, log: Log) -> None:
@@ -167,7 +218,7 @@ def check_case(case: Case, engines: Sequence[str], device: torch.device, log: Lo
     dtype = DTYPES[case.mode]
     for n in case.rows:
         if log.left() < 0:
-            log.write(f"{case.name}, n {n}", "skipped", why="out of time")
+            log.write(f"{case.name}, n {n}", "skipped", why=OUT_OF_TIME)
             continue
         with log.guarded(f"{case.name}, n {n}", n=n, **_facts(case)), products(case.mode):
             asked = setup(case, n, device)

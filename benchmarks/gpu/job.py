@@ -1,11 +1,10 @@
-"""The job divides its time among the parts, runs each in processes of its own, and prints a table at the end.
+"""The job has six stages of two to four minutes. A stage has parts, which run in processes of their own.
 
-It covers the engines that are on: triton, and cuda where its library is built. It builds nothing itself. To build the library
-for an H100 or H200 where nvcc is:
+`python -m benchmarks gpu 1` runs one stage, and without a number the first three run. A stage that is run again does the steps
+that it has not done yet. Each stage leaves `stage-N.jsonl` and prints a table of ten lines (see docs/gpu.md).
 
-    INTERP_NN_CUDA_ARCHS=90 python setup.py build_ext --inplace
-
-An engine that is off is a line of the record. `--parts` and `--engines` divide the job into shorter ones.
+The job covers the engines that are on: triton, and cuda where its library is built. Stage 1 builds the library first, for the
+GPU at hand, where nvcc is. An engine that is off is a line of the record. `--parts` runs parts by name instead of a stage.
 """
 
 from __future__ import annotations
@@ -20,27 +19,51 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks.command_line import at_least, not_negative, users_input
-from benchmarks.gpu.job_table import table
+from benchmarks.gpu.job_table import short_table, table
 from benchmarks.gpu.kernels import WITH_KERNELS
-from benchmarks.gpu.log import BAD, Log, read
+from benchmarks.gpu.log import BAD, OUT_OF_TIME, Log, read
 from benchmarks.records import files
 from benchmarks.records.environment import ROOT
 
 # The parts with their shares of the time. The later parts share what a part leaves.
 SHARES = {
-    "correctness": 35, "compile runs": 8, "launches": 4, "repeats": 8, "streams": 4, "graphs": 4, "sanitizer": 12,
-    "tune": 18, "compile times": 6, "time": 25,
+    "verify": 20, "compile runs": 8, "launches": 4, "correctness": 35, "streams": 6, "repeats": 8, "graphs": 6, "sanitizer": 8,
+    "compile shapes": 6, "shapes": 30, "tune": 18, "host": 4, "training": 10, "compile times": 6, "time": 25, "profile": 10,
 }  # fmt: skip
 # Compilations by several processes, before the parts that run in one.
-_COMPILED = {"compile runs": ("launches", "repeats", "streams", "graphs", "sanitizer"), "compile times": ("time",)}
+_COMPILED = {
+    "compile runs": ("launches", "repeats", "streams", "graphs", "sanitizer"),
+    "compile shapes": ("shapes",),
+    "compile times": ("time",),
+}
 PARTS = tuple(name for name in SHARES if name not in _COMPILED)
-_ABREAST = ("correctness", *_COMPILED)  # parts whose steps several processes share
+_ABREAST = ("verify", "correctness", *_COMPILED)  # parts whose steps several processes share
+
+
+class Stage(NamedTuple):
+    """The parts of a stage, and its minutes."""
+
+    parts: tuple[str, ...]
+    minutes: float
+
+
+STAGES = {
+    1: Stage(("verify", "launches", "correctness"), 4.0),
+    2: Stage(("streams", "repeats", "graphs", "sanitizer"), 2.0),
+    3: Stage(("shapes",), 3.0),
+    4: Stage(("tune",), 4.0),
+    5: Stage(("host", "training"), 4.0),
+    6: Stage(("profile",), 4.0),
+}
+_FIRST_STAGES = (1, 2, 3)
+_BUILDING = 100.0  # seconds for the CUDA library
+_KILLED = "killed: the time of its part was over"
 _GRACE = 15.0  # seconds for the current step when a part's time is over
 _PROGRESS = 10.0
 
@@ -50,23 +73,34 @@ class Settings(NamedTuple):
 
     parts: tuple[str, ...]
     output: Path
-    minutes: float
+    minutes: float | None
     workers: int
     device: str = "cuda"
     tiny: bool = False
     revision: str | None = None
     engines: tuple[str, ...] = WITH_KERNELS
+    stages: tuple[int, ...] = ()
+
+    @property
+    def done(self) -> Path:
+        """The names of the steps that are done, a line each."""
+        return self.output / "done.txt"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `python -m benchmarks gpu`."""
-    parts, engines = f"of {','.join(PARTS)} (default: all)", f"of {','.join(WITH_KERNELS)} (default: those that are on)"
+    parts, engines = (
+        f"of {','.join(PARTS)}, instead of a stage",
+        f"of {','.join(WITH_KERNELS)} (default: those that are on)",
+    )
     records = "for the records; a table.json there, written by `tune`, is used"
+    stages = "; ".join(f"{number}: {', '.join(stage.parts)}" for number, stage in STAGES.items())
     add = parser.add_argument
-    add("--parts", type=partial(_among, PARTS, "part"), default=PARTS, metavar="A,B", help=parts)
+    add("stage", nargs="?", type=int, choices=STAGES, help=f"{stages} (default: 1, 2, then 3)")
+    add("--parts", type=partial(_among, PARTS, "part"), metavar="A,B", help=parts)
     add("--engines", type=partial(_among, WITH_KERNELS, "engine"), default=WITH_KERNELS, metavar="A,B", help=engines)
     add("--output", type=Path, default=Path("results") / "gpu", metavar="DIR", help=records)
-    add("--minutes", type=not_negative, default=10.0, help="for the whole job (default: 10)")
+    add("--minutes", type=not_negative, help="for a stage, or for all parts together (default: the stage's own, or 10)")
     add("--workers", type=at_least(1), default=_workers(), help="processes that check at the same time")
     add("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: with TRITON_INTERPRET=1 only")
     add("--tiny", action="store_true", help="tiny problems, to test this command")
@@ -88,9 +122,10 @@ def _workers() -> int:
 
 def settings(given: argparse.Namespace) -> Settings:
     """Return the settings of parsed arguments."""
+    stages = () if given.parts else _FIRST_STAGES if given.stage is None else (given.stage,)
     return Settings(
-        given.parts, given.output.resolve(), given.minutes, given.workers, given.device, given.tiny, given.revision,
-        given.engines,
+        given.parts or (), given.output.resolve(), given.minutes, given.workers, given.device, given.tiny, given.revision,
+        given.engines, stages,
     )  # fmt: skip
 
 
@@ -107,9 +142,11 @@ def allotted(parts: Sequence[str], left: float) -> float:
 
 
 def run(asked: Settings) -> int:
-    """Run the parts and print the table; the exit status is 0 if all is well, 1 if not, 2 if no engine is on."""
+    """Run stages or parts and print a table of each; the exit status is 0 if all is well, 1 if not, 2 if no engine is on."""
     with users_input():
         files.check_folder(asked.output)
+    if 1 in asked.stages and asked.device == "cuda" and "cuda" in asked.engines:
+        _build()
     off = _off(asked.device)
     on = tuple(engine for engine in asked.engines if off[engine] is None)
     without = {engine: f"the {engine} engine is off: {off[engine]}" for engine in asked.engines if engine not in on}
@@ -118,21 +155,68 @@ def run(asked: Settings) -> int:
     if not on:
         return 2
     asked = asked._replace(engines=on)
-    target = asked.output / "gpu.jsonl"
-    target.unlink(missing_ok=True)
-    for engine, why in without.items():
-        Log(target, "engines", 0.0, {}).write(engine, "skipped", why=why)
-    end = time.monotonic() + 60 * asked.minutes - _GRACE
-    lines, ran = read(target), 0
+    with (asked.output / "gpu.log").open("a", encoding="utf-8") as talk:
+        if not asked.stages:
+            return _run(asked, "gpu.jsonl", 10.0, without, talk, table)
+        statuses = [
+            _run(
+                asked._replace(parts=STAGES[number].parts), f"stage-{number}.jsonl", STAGES[number].minutes, without, talk,
+                partial(short_table, number),
+            )
+            for number in asked.stages
+        ]  # fmt: skip
+    return max(statuses)
+
+
+def _run(
+    asked: Settings, name: str, minutes: float, without: dict[str, str], talk: Any,
+    printed: Callable[[Sequence[dict[str, Any]]], str],
+) -> int:  # fmt: skip
+    """Run parts, print a table of all that their record has, and return the exit status. A record of parts by name is new."""
+    target = asked.output / name
+    if not asked.stages:
+        target.unlink(missing_ok=True)
+        asked.done.unlink(missing_ok=True)
+    end = time.monotonic() + 60 * (minutes if asked.minutes is None else asked.minutes) - _GRACE
+    if not target.exists():
+        for engine, why in without.items():
+            Log(target, "engines", 0.0, {}).write(engine, "skipped", why=why)
+    # What an earlier run had no time for is done now, or noted again.
+    lines, ran = [line for line in read(target) if line.get("why") not in (_KILLED, OUT_OF_TIME)], 0
     parts = in_order(asked)
-    with (asked.output / "gpu.log").open("w", encoding="utf-8") as talk:
-        while parts:
-            found = run_part(parts[0], asked, allotted(parts, end - time.monotonic()), talk)
-            lines, ran = lines + found, ran + len(found)
-            parts = parts[1:]
-    print("\n" + table(lines))
-    print(f"\nrecords: {target}")
-    return int(any(line["status"] in BAD for line in lines) or not ran)
+    while parts:
+        found = run_part(parts[0], asked, allotted(parts, end - time.monotonic()), talk, target)
+        lines, ran = lines + found, ran + len(found)
+        parts = parts[1:]
+    print("\n" + printed(lines))
+    print(f"\nrecords: {target}", flush=True)
+    return int(any(line["status"] in BAD for line in lines) or not (ran or asked.stages))
+
+
+def _build() -> None:
+    """Build the CUDA library for the GPU at hand, where nvcc is and none is built; its log is printed where it fails."""
+    code = (
+        "import torch; from torch.utils import cpp_extension; from interp_nn.engines.cuda import compiled_library as c; "
+        "print('' if c.load() is None or cpp_extension.CUDA_HOME is None else '%d%d' % torch.cuda.get_device_capability())"
+    )
+    asked = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    arch = asked.stdout.strip()
+    if asked.returncode or not arch:
+        return
+    start = time.monotonic()
+    command = [sys.executable, "setup.py", "build_ext", "--inplace"]
+    own = {**os.environ, "INTERP_NN_CUDA_ARCHS": arch, "INTERP_NN_BUILD_CUDA": "1"}
+    try:
+        built = subprocess.run(
+            command, cwd=ROOT, env=own, capture_output=True, text=True, check=False, timeout=_BUILDING
+        )  # fmt: skip
+        why = None if built.returncode == 0 else built.stdout[-1500:] + built.stderr[-1500:]
+    except subprocess.TimeoutExpired:
+        why = f"not done within {_BUILDING:.0f} s"
+    print(
+        f"the CUDA library for sm_{arch}: {time.monotonic() - start:.0f} s{'' if why is None else f': {why}'}",
+        flush=True,
+    )
 
 
 def _off(device: str) -> dict[str, str | None]:
@@ -163,6 +247,7 @@ class Worker:
             *("--seconds", f"{seconds:.3f}", "--output", str(self._asked.output), "--device", self._asked.device),
             *("--engines", ",".join(self._asked.engines)),
             *("--share", self.share, "--first", str(first), "--position", str(self._position)),
+            *("--done", str(self._asked.done)),
             *(("--tiny",) if self._asked.tiny else ()),
             *(("--revision", self._asked.revision) if self._asked.revision else ()),
         ]
@@ -192,7 +277,7 @@ class Worker:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
-            self._note("killed: the time of its part was over", self._at())
+            self._note(_KILLED, self._at())
 
     def _at(self) -> int | None:
         try:
@@ -211,12 +296,14 @@ def environment(output: Path, part: str) -> dict[str, str]:
     """Return the environment of the processes: this checkout and, except for tuning, the tuned table if there is one."""
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     own = {**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
+    if part != "verify":
+        own["INTERP_NN_VERIFY"] = "0"  # they check by themselves
     tuned = output / "table.json"
     return {**own, "INTERP_NN_TABLE": str(tuned)} if tuned.exists() and part != "tune" else own
 
 
-def run_part(part: str, asked: Settings, seconds: float, talk: Any) -> list[dict[str, Any]]:
-    """Run one part within so many seconds, append its lines to the job's record, and return them."""
+def run_part(part: str, asked: Settings, seconds: float, talk: Any, target: Path) -> list[dict[str, Any]]:
+    """Run one part within so many seconds, append its lines to a record, and return them."""
     print(f"{part}: at most {seconds:.0f} s", flush=True)
     start, spoke = time.monotonic(), 0.0
     count = asked.workers if part in _ABREAST and not asked.tiny else 1
@@ -235,7 +322,7 @@ def run_part(part: str, asked: Settings, seconds: float, talk: Any) -> list[dict
             for worker in workers:
                 worker.kill()
         lines = _lines(workers)
-        with (asked.output / "gpu.jsonl").open("a", encoding="utf-8") as file:
+        with target.open("a", encoding="utf-8") as file:
             for worker in workers:
                 if worker.log.exists():
                     file.write(worker.log.read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""The short table at the end of a GPU job."""
+"""The tables at the end of a GPU job: one of all that it has found, and one of ten lines for a stage."""
 
 from __future__ import annotations
 
@@ -19,6 +19,42 @@ def table(lines: Sequence[Row]) -> str:
     return "\n".join([*_parts(lines), *_timings(lines), *_measures(lines), *_bad(lines), *_where(lines)])
 
 
+_LINES = 10
+
+
+def short_table(stage: int, lines: Sequence[Row]) -> str:
+    """Return ten lines at most: the counts, what is bad or else what was measured, the device and the commit."""
+    counted = Counter(line["status"] for line in lines)
+    counts = ", ".join(f"{count} {status}" for status, count in sorted(counted.items()))
+    found = [f"stage {stage}: {counts or 'nothing'}"]
+    where = _where(lines)
+    measured = [*_shapes(lines), *_measures([line for line in lines if "fastest" not in line])[1:], *_training(lines)]
+    room = _LINES - len(found) - len(where)
+    bad = [line for line in _bad(lines)[1:-1] if not line.startswith("skipped")]
+    shown = [*bad[: room if not measured else 3], *measured]
+    return "\n".join([*found, *(line[:_WIDTH] for line in shown[:room]), *where])
+
+
+def _shapes(lines: Sequence[Row]) -> list[str]:
+    """Return a line for each problem and clock: microseconds of ours and of its rivals, the clock of graphs first."""
+    out = []
+    problems = grouped([line for line in lines if "op" in line and line.get("part") in ("shapes", "host")])
+    for (op, mode, _, n, d, k, m, timer, _), found in sorted(problems.items(), key=lambda item: item[0][7] != "graph"):
+        sizes = ", ".join(str(size) for size in (n, d, k, m) if size is not None)
+        times = [f"{name} {1e3 * row['ms_p50']:.4g}" for name, row in found.items() if row.get("ms_p50")]
+        out.append(f"{op} {mode} ({sizes}) {timer}, us: {', '.join(times) or 'none'}")
+    return out
+
+
+def _training(lines: Sequence[Row]) -> list[str]:
+    problems = grouped([line for line in lines if "op" in line and line.get("part") == "training"])
+    return [
+        f"{key[0]}, us a step: "
+        + ", ".join(f"{name} {1e3 * row['ms_p50']:.4g}" for name, row in found.items() if row.get("ms_p50"))
+        for key, found in problems.items()
+    ]
+
+
 def _parts(lines: Sequence[Row]) -> list[str]:
     statuses = ("ok", "wrong", "failed", "skipped", "info", "unsupported")
     out = [f"{'part':14}" + "".join(f"{status:>12}" for status in statuses)]
@@ -37,7 +73,7 @@ def _timings(lines: Sequence[Row]) -> list[str]:
     for (op, mode, dtype, n, d, k, m, timer, _), found in problems.items():
         sizes = ", ".join(str(size) for size in (n, d, k, m) if size is not None)
         cells = [1e3 * found[name]["ms_p50"] if (found.get(name) or {}).get("ms_p50") else None for name in _OURS]
-        cells += [ratio(found, column) for column in ratios]
+        cells += [one and one.value for one in (ratio(found, column) for column in ratios)]
         told = "".join(f"{'-':>17}" if cell is None else f"{cell:17.4g}" for cell in cells)
         out.append(f"{f'{op} {mode} ({sizes}) {dtype} {timer}':46}{told}  {(found.get('ours') or {}).get('plan')}")
     return out if problems else []

@@ -17,6 +17,7 @@ from interp_nn.engines.cuda import compiled_library
 from interp_nn.engines.devices import interpreting
 from interp_nn.engines.limits import unsupported_reason
 
+OUT_OF_TIME = "out of time"  # why a step was skipped
 BAD = ("wrong", "failed")  # the statuses that make the job fail; the others are "ok", "skipped" and "info"
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 import interp_nn
 from benchmarks.gpu import kernels
-from benchmarks.gpu.log import Log, read
+from benchmarks.gpu.log import OUT_OF_TIME, Log, read
 from benchmarks.records.environment import ROOT
 from benchmarks.timing import footprint
 from benchmarks.timing.cuda_graphs import captured, synchronize
@@ -201,7 +201,7 @@ def repeat(engine: str, shape: Shape, times: int, device: torch.device, log: Log
         for name, call in admitted(engine, shape, device, log, wide).items():
             label = f"{times} repeats of {'wide ' * wide}{name} {shape.name}, {engine}"
             if log.left() < 0:
-                log.write(label, "skipped", why="out of time")
+                log.write(label, "skipped", why=OUT_OF_TIME)
                 continue
             with log.guarded(label), interp_nn.use_engine(engine):
                 first = call()
@@ -329,12 +329,55 @@ def run_small(engine: str, device: torch.device, log: Log) -> None:
                     log.check(label, None if finite else "not finite", engine=engine, shape=shape.name)
 
 
+PROFILED = ("stream", "summary_backward", "pair_loss", "flat_loss")
+
+
+def run_once(engine: str, shape: Shape, device: torch.device, log: Log) -> None:
+    """Run each call twice, for the profiler: the second time nothing is compiled."""
+    for name, call in admitted(engine, shape, device, log).items():
+        with interp_nn.use_engine(engine):
+            call()
+            call()
+        log.write(f"{name} {shape.name}, {engine}")
+
+
+def profile_kernel(kernel: str, device: torch.device, output: Path, log: Log) -> None:
+    """Write what Nsight Compute says of the second launch of a kernel into `ncu-KERNEL.txt`."""
+    program, file = tool("ncu"), output / f"ncu-{kernel}.txt"
+    if program is None:
+        log.write(f"profile {kernel}", "skipped", why="tool not found: ncu in PATH, CUDA_HOME or /usr/local/cuda")
+        return
+    part = ["-m", "benchmarks.gpu.worker", "profiled", "--log", str(output / "profiled.jsonl"), "--seconds", "60"]
+    options = ["--set", "full", "--kernel-name", f"regex:{kernel}", "--launch-skip", "1", "--launch-count", "1"]
+    command = [program, *options, "--target-processes", "all", sys.executable, *part, "--device", device.type]
+    try:
+        done = subprocess.run(
+            command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=max(1.0, log.left())
+        )  # fmt: skip
+    except subprocess.TimeoutExpired:
+        log.write(f"profile {kernel}", "skipped", why="not done in time")
+        return
+    file.write_text(done.stdout, encoding="utf-8")
+    allowed = "ERR_NVGPUCTRPERM" not in done.stdout
+    why = (
+        None
+        if done.returncode == 0 and allowed
+        else f"exit status {done.returncode}: {(done.stdout + done.stderr)[-300:]}"
+    )
+    log.write(f"profile {kernel}", "ok" if why is None else "skipped", why=why, file=str(file))
+
+
 def sanitizer() -> str | None:
     """Return the path of compute-sanitizer, from PATH or a CUDA toolkit."""
+    return tool("compute-sanitizer")
+
+
+def tool(name: str) -> str | None:
+    """Return the path of a tool of CUDA's, from PATH or a toolkit."""
     toolkits = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
     places = [os.environ.get("PATH", ""), *(f"{root}/bin" for root in toolkits if root)]
     places += [f"{root}/compute-sanitizer" for root in toolkits if root]
-    return shutil.which("compute-sanitizer", path=os.pathsep.join(places))
+    return shutil.which(name, path=os.pathsep.join(places))
 
 
 def sanitize(tool: str, engines: Sequence[str], device: torch.device, seconds: float, log: Log) -> None:

@@ -16,11 +16,12 @@ from torch import Tensor
 
 from benchmarks.gpu.log import Log
 from benchmarks.records.rows import Row
-from benchmarks.timing import clocks, cuda_graphs, providers
+from benchmarks.timing import clocks, cuda_graphs, providers, training_suite
 from benchmarks.timing.clocks import Limit
 from benchmarks.timing.measure import Asked, calling, measure
 from benchmarks.timing.operator_suite import ceiling
 from benchmarks.timing.problems import DTYPES, Problem, datasets, products
+from benchmarks.timing.reference_networks import ARCHITECTURES
 from interp_nn import engines
 from interp_nn.engines import barrier as barrier_counters
 from interp_nn.engines.devices import spec_of, table_capability
@@ -34,6 +35,15 @@ SHAPES = ((65536, 1024, 128), (65536, 512, 64), (4096, 512, 100), (32, 512, 100)
 HEADS = ((65536, 512, 100, 10), (4096, 512, 100, 10))
 TINY = [(Problem("summary", 9, 20, 6), mode) for mode in ("infer", "bwd", "fwdbwd")]
 TINY += [(Problem("cross_entropy", 9, 20, 6), "loss"), (Problem("head", 9, 20, 6, 3), "loss")]
+# The first problems to be timed on a GPU, and their rivals.
+SIX = (
+    (Problem("summary", 65536, 512, 64, None, "bf16"), "infer"), (Problem("summary", 65536, 512, 64, None, "bf16"), "fwdbwd"),
+    (Problem("cross_entropy", 65536, 512, 64, None, "bf16"), "loss"),
+    (Problem("summary", 65536, 1024, 128, None, "bf16"), "fwdbwd"),
+    (Problem("summary", 4096, 512, 100, None, "bf16"), "fwdbwd"), (Problem("head", 65536, 512, 100, 10, "bf16"), "loss"),
+)  # fmt: skip
+RIVALS = ("ours", "kernel-triton", "kernel-cuda", "linear", "unfused", "inverse-inv", "compile")
+NETWORKS = tuple(ARCHITECTURES)
 HOST = tuple((Problem("summary", 32, 512, 100, None, "bf16"), mode) for mode in ("infer", "fwdbwd"))
 _TABLE = {"fwdbwd": "summary", "cross_entropy": "pair_loss", "head": "head_loss"}  # kinds of problems in a tuned table
 
@@ -50,14 +60,23 @@ def problems() -> list[tuple[Problem, str]]:
     return out
 
 
-def names_of(on: Sequence[str]) -> list[str]:
+def names_of(on: Sequence[str], names: Sequence[str] = NAMES) -> list[str]:
     """Return the providers of the engines that are on, and the baselines."""
     off = {name for name in engines.ENGINES[1:] if name not in on}
-    return [name for name in NAMES if not name.endswith(tuple(f"-{engine}" for engine in off))]
+    return [name for name in names if not name.endswith(tuple(f"-{engine}" for engine in off))]
+
+
+def train(name: str, on: Sequence[str], device: torch.device, tiny: bool, log: Log) -> None:
+    """Time training steps of a reference network."""
+    timer = "wall" if device.type == "cpu" else "events"
+    asked = Asked(device, timer, seconds=0.0 if tiny else 6.0, samples=3, limit=Limit(log.left() / 60))
+    names = ("ours", "linear", "unfused") if tiny else training_suite.PROVIDERS  # not in Triton's interpreter
+    training_suite.run(names_of(on, names), asked, log, [name])
 
 
 def time_problem(
-    problem: Problem, mode: str, on: Sequence[str], device: torch.device, timers: Sequence[str], seconds: float, log: Log
+    problem: Problem, mode: str, on: Sequence[str], device: torch.device, timers: Sequence[str], seconds: float, log: Log,
+    names: Sequence[str] = NAMES,
 ) -> None:  # fmt: skip
     """Time every provider of a problem by each clock, then write which engine is the fastest by the first one."""
     first = len(log.rows)
@@ -67,7 +86,7 @@ def time_problem(
             limit=Limit(log.left() / 60), profile=False,
         )  # fmt: skip
         with products(problem.dtype):
-            measure(problem, (mode,), names_of(on), asked, None, log)
+            measure(problem, (mode,), names_of(on, names), asked, None, log)
     timed = [row for row in log.rows[first:] if row["timer"] == timers[0] and row["status"] == "ok"]
     found = fastest({engine: row for row in timed if (engine := providers.OURS.get(row["provider"]))})
     log.write(f"{problem.name} {mode}, {timers[0]}", "info", **found, entry=table_entry(problem, mode, device, found))
@@ -118,7 +137,7 @@ def empty_launch(some: Tensor, phases: int) -> None:
     """
     from interp_nn.engines.triton import phased
 
-    engine: Any = engines.get("triton")
+    engine: Any = engines.unverified("triton")
     device = some.device
     spec = spec_of(device)
     assert spec is not None

@@ -21,10 +21,10 @@ import torch
 
 import interp_nn
 from benchmarks.gpu import cases, checks, kernels, runs
-from benchmarks.gpu.log import Log, common
+from benchmarks.gpu.log import OUT_OF_TIME, Log, common
 from benchmarks.records import files
 from benchmarks.timing.problems import Problem
-from interp_nn.engines import devices
+from interp_nn.engines import devices, verify
 
 LOST = 3  # the exit status of a process that has lost its device
 _STEP_SECONDS = 180.0  # far more than a step with its compilations needs
@@ -45,6 +45,21 @@ class Step(NamedTuple):
     name: str
     run: Callable[[Log], None]
     seconds: float = _STEP_SECONDS
+
+
+def _verify(settings: Settings) -> list[Step]:
+    """Each usual kernel once, as at its first use; then the use itself."""
+    variants = [variant for variant in verify.standard(settings.device) if variant.engine in settings.engines]
+    if settings.tiny:
+        verify._MOST_ROWS, variants = 61, variants[-7:-5]
+    return [
+        *(Step(f"verify {variant}", partial(checks.check_variant, variant, settings.device)) for variant in variants),
+        Step("first use", partial(checks.check_first_use, settings.device)),
+        *(
+            Step(f"first use in a graph, {name}", partial(checks.check_capture, name, settings.device))
+            for name in (settings.engines if settings.device.type == "cuda" else ())
+        ),
+    ]
 
 
 def _correctness(settings: Settings) -> list[Step]:
@@ -151,6 +166,63 @@ def _time(settings: Settings) -> list[Step]:
     ]
 
 
+def _shapes(settings: Settings) -> list[Step]:
+    """Six shapes against their baselines, beside the device's rates."""
+    from benchmarks.gpu import timings
+
+    engines, device, problems = settings.engines, settings.device, timings.TINY if settings.tiny else timings.SIX
+    timers = ("wall",) if device.type == "cpu" else ("graph", "events")
+
+    def step(place: int, problem: Problem, mode: str) -> Step:
+        def run(log: Log) -> None:
+            seconds = 0.0 if settings.tiny else max(0.2, 0.3 * log.left() / (len(problems) - place))
+            timings.time_problem(problem, mode, engines, device, timers, seconds, log, timings.RIVALS)
+
+        return Step(f"shape {problem.name} {mode}", run)
+
+    return [
+        *([] if settings.tiny else [Step("shapes: rates", partial(timings.rates, device, "start"))]),
+        *(step(place, *pair) for place, pair in enumerate(problems)),
+        *([Step("shapes: barrier", partial(timings.barrier, device))] * ("triton" in engines and not settings.tiny)),
+    ]
+
+
+def _host(settings: Settings) -> list[Step]:
+    from benchmarks.gpu import timings
+
+    def timed(problem: Problem, mode: str) -> Step:
+        timers = ("wall",) if settings.device.type == "cpu" else ("host",)
+        seconds = 0.0 if settings.tiny else 4.0
+        return Step(
+            f"host {problem.name} {mode}",
+            lambda log: timings.time_problem(problem, mode, settings.engines, settings.device, timers, seconds, log),
+        )
+
+    return [timed(*pair) for pair in (timings.TINY[:1] if settings.tiny else timings.HOST)]
+
+
+def _training(settings: Settings) -> list[Step]:
+    from benchmarks.gpu import timings
+
+    return [
+        Step(f"training {name}", partial(timings.train, name, settings.engines, settings.device, settings.tiny))
+        for name in timings.NETWORKS[: 1 if settings.tiny else None]
+    ]
+
+
+def _profile(settings: Settings) -> list[Step]:
+    return [
+        Step(f"profile {kernel}", partial(runs.profile_kernel, kernel, settings.device, settings.output), 1e6)
+        for kernel in runs.PROFILED
+    ]
+
+
+def _profiled(settings: Settings) -> list[Step]:
+    """Run the calls that `ncu` looks at."""
+    shape = runs.TINY if settings.tiny else runs.LARGE
+    return [Step(f"calls, {name}", partial(runs.run_once, name, shape, settings.device)) for name in settings.engines]
+
+
 def _compile_runs(settings: Settings) -> list[Step]:
     """Compile Triton's kernels of the parts that run in one process, in several processes."""
     if "triton" not in settings.engines:
@@ -174,34 +246,50 @@ def _compile_runs(settings: Settings) -> list[Step]:
     return [step(*task) for task in tasks]
 
 
-def _compile_times(settings: Settings) -> list[Step]:
+def _compile_times(settings: Settings, everything: bool = True) -> list[Step]:
     from benchmarks.gpu import timings
 
     if "triton" not in settings.engines:
         return []
+    rest = [pair for pair in timings.problems() if pair[1] in ("loss", "fwdbwd")]
     return [
-        Step(f"{problem.name} {mode}", partial(timings.compile_kernels, problem, mode, settings.device))
-        for problem, mode in timings.problems()
-        if mode in ("loss", "fwdbwd")
+        Step(f"compile {problem.name} {mode}", partial(timings.compile_kernels, problem, mode, settings.device))
+        for problem, mode in (rest if everything else timings.SIX)
     ]
 
 
 PARTS: dict[str, Callable[[Settings], list[Step]]] = {
+    "verify": _verify, "shapes": _shapes, "host": _host, "training": _training, "profile": _profile, "profiled": _profiled,
     "correctness": _correctness, "launches": _launches, "repeats": _repeats, "streams": _streams, "graphs": _graphs,
     "sanitizer": _sanitizer, "small": _small, "tune": _tune, "time": _time, "compile runs": _compile_runs,
-    "compile times": _compile_times,
+    "compile times": _compile_times, "compile shapes": partial(_compile_times, everything=False),
 }  # fmt: skip
 
 
-def work(steps: list[Step], log: Log, device: torch.device, first: int, position: Path | None) -> int:
-    """Run the steps from the first on and return the exit status; `position` holds the number of the current step."""
+def work(
+    steps: list[Step], log: Log, device: torch.device, first: int, position: Path | None, done: Path | None = None
+) -> int:  # fmt: skip
+    """Run the steps from the first on and return the exit status.
+
+    `position` holds the number of the current step. Steps whose names are in `done` are left out, and others added to it: also
+    the one before the first, which has ended an earlier process.
+    """
+    names = set(done.read_text(encoding="utf-8").splitlines()) if done is not None and done.exists() else set()
+
+    def note(step: Step) -> None:
+        if done is not None:
+            with done.open("a", encoding="utf-8") as file:
+                file.write(f"{step.name}\n")
+
+    if 0 < first <= len(steps):
+        note(steps[first - 1])
     for place, step in enumerate(steps):
-        if place < first:
+        if place < first or step.name in names:
             continue
         if position is not None:
             files.write_text(position, str(place))
         if log.left() < 0:
-            log.write(step.name, "skipped", why="out of time")
+            log.write(step.name, "skipped", why=OUT_OF_TIME)
             continue
         faulthandler.dump_traceback_later(step.seconds, exit=True, file=sys.__stderr__ or sys.stderr)
         bad, start = log.bad, time.monotonic()
@@ -211,6 +299,7 @@ def work(steps: list[Step], log: Log, device: torch.device, first: int, position
         print(f"{step.name}: {time.monotonic() - start:.1f} s{' BAD' * (log.bad > bad)}", flush=True)
         if log.bad > bad and _lost(device, log, step.name):
             return LOST
+        note(step)
     return 0
 
 
@@ -240,6 +329,7 @@ def main(arguments: list[str] | None = None) -> int:
     add("--share", default="0/1", help="i/n: every n-th step, from the i-th on")
     add("--first", type=int, default=0, help="the first step of the share to run")
     add("--position", type=Path)
+    add("--done", type=Path, help="names of steps, a line each, that are left out; completed ones are added")
     add("--revision")
     add("--tiny", action="store_true")
     given = parser.parse_args(arguments)
@@ -252,7 +342,7 @@ def main(arguments: list[str] | None = None) -> int:
     engines = kernels.at_hand(device.type) if given.engines is None else tuple(given.engines.split(","))
     steps = PARTS[given.part](Settings(device, given.output, given.tiny, engines))[share::shares]
     print(f"{given.part} {given.share}: {len(steps)} steps, pid {os.getpid()}", flush=True)
-    return work(steps, log, device, given.first, given.position)
+    return work(steps, log, device, given.first, given.position, given.done)
 
 
 if __name__ == "__main__":

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from statistics import geometric_mean
 from typing import Any, NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
+
 from benchmarks.records import files
+from benchmarks.records.intervals import ENOUGH, interval, resampled
 from benchmarks.records.rows import Row, grouped, read
 
+_FEW = 8  # providers, which have a column each
+REPEAT = "repeat"  # a provider that is another one once more
+CHEAPER = ("linear", "cached")  # they need fewer operations than the summary, and so no share of the speed of light
 BEGIN, END = "<!-- begin: python -m benchmarks", "<!-- end -->"
 _MODE = {
     "fwd": "forward", "bwd": "backward", "fwdbwd": "forward + backward", "infer": "inference", "loss": "loss and gradients",
@@ -41,21 +48,74 @@ COLUMNS = (
     Column("spectral-norm / ours", "spectral-norm", "ours"), Column("pc-layer / ours", "pc-layer", "ours"),
     Column("compile-ours / linear", "compile-ours", "linear", True),
     Column("ours-cached / linear", "ours-cached", "linear", True),
+    Column("ours / base-head", "ours", "base-head", True),
     Column("ours / backwards", "ours", "backwards", True), Column("jacrev / ours", "jacrev", "ours"),
     Column("unique / ours", "unique", "ours"),
 )  # fmt: skip
 
 
-def ratio(found: dict[str, Row], column: Column) -> float | None:
-    """Return a column's ratio for one problem and mode, None where one of the two has no correct result."""
-    over, under = (_median(found, name) for name in (column.over, column.under))
-    return None if over is None or under is None else over / under
+class Ratio(NamedTuple):
+    """A ratio of medians, and ratios of rounds drawn with replacement; None for a record without its rounds."""
+
+    value: float
+    draws: NDArray[np.float64] | None
+
+    def __str__(self) -> str:
+        return f"{self.value:.2f}" + ("" if self.draws is None else " [{:.2f}, {:.2f}]".format(*interval(self.draws)))
+
+    @property
+    def ends(self) -> tuple[float, float] | None:
+        """Return the 95 % interval."""
+        return None if self.draws is None else interval(self.draws)
 
 
-def _median(found: dict[str, Row], provider: str) -> float | None:
-    """Return the median of a provider; "inverse" is the fastest of the inverse-based forms."""
+def ratio(found: dict[str, Row], column: Column) -> Ratio | None:
+    """Return a column's ratio for one problem and mode, None where one of the two has no correct result of five samples."""
+    over, under = (_fastest(found, name) for name in (column.over, column.under))
+    if over is None or under is None:
+        return None
+    rounds = over["ms_groups"], under["ms_groups"]
+    draws = resampled(*rounds) if all(one and len(one) >= ENOUGH for one in rounds) else None
+    return Ratio(over["ms_p50"] / under["ms_p50"], draws)
+
+
+def mean(ratios: Sequence[Ratio]) -> Ratio:
+    """Return the geometric mean."""
+    draws = [one.draws for one in ratios if one.draws is not None]
+    together = np.exp(np.mean(np.log(draws), axis=0)) if len(draws) == len(ratios) else None
+    return Ratio(geometric_mean([one.value for one in ratios]), together)
+
+
+def _fastest(found: dict[str, Row], provider: str) -> Row | None:
+    """Return the row of a provider; "inverse" is the fastest of the inverse-based forms."""
     names = [name for name in found if name == provider or (provider == "inverse" and name.startswith("inverse-"))]
-    return min((found[name]["ms_p50"] for name in names if found[name]["status"] == "ok"), default=None)
+    right = [found[name] for name in names if found[name]["status"] == "ok" and found[name]["samples"] >= ENOUGH]
+    return min(right, key=lambda row: row["ms_p50"], default=None)
+
+
+def columns(rows: Iterable[Row]) -> list[Column]:
+    """Return the columns, with one for each provider of a user's file, and for each other one where few were timed."""
+    timed = {row["provider"]: row for row in rows if row["status"] == "ok" and row["op"] != "ceiling"}
+    shown = {name for column in COLUMNS for name in (column.over, column.under)} | {REPEAT}
+    others = {name for name in timed if name not in shown and not name.startswith("inverse-")}
+    more = [name for name, row in timed.items() if row["about"] or (name in others and len(timed) <= _FEW)]
+    return [*COLUMNS, *(Column(f"{name} / ours", name, "ours") for name in more)]
+
+
+def noise(problems: Problems) -> list[Ratio]:
+    """Return the ratios of providers that are the same calls: 1 but for noise."""
+    found = []
+    for rows in problems.values():
+        twin = (rows.get(REPEAT) or {}).get("plan")
+        for over, under in ((REPEAT, twin), ("assoc-a", "unfused")):
+            if (one := ratio(rows, Column("", over, under or ""))) is not None:
+                found.append(one)
+    return found
+
+
+def noise_floor(ratios: Sequence[Ratio]) -> float:
+    """Return the difference that 95 % of pairs of identical providers keep."""
+    return float(np.exp(np.quantile(np.abs(np.log([one.value for one in ratios])), 0.95)) - 1) if ratios else 0.0
 
 
 def markdown(rows: Sequence[Row], brief: bool = False) -> str:
@@ -68,7 +128,12 @@ def markdown(rows: Sequence[Row], brief: bool = False) -> str:
         if not brief or mode in ("fwdbwd", "loss"):
             of = {key: found for key, found in problems.items() if key[:2] == (op, mode)}
             parts.append(f"**{_title(op, mode)}**\n\n{_details(of)}")
-    parts += [text for text in (_wrong(rows), _skipped(rows), _where(rows)) if text]
+    parts += [
+        text
+        for text in (_wrong(rows), _unsupported(rows), _few(rows), _too_fast(rows), _skipped(rows), _regret(problems))
+        if text
+    ]
+    parts += [text for text in (_noise(problems), _where(rows)) if text]
     return "\n\n".join(parts)
 
 
@@ -78,61 +143,126 @@ def _title(op: str, mode: str) -> str:
 
 
 def _overview(problems: Problems, kinds: Sequence[tuple[str, str]]) -> str:
-    columns = _present([found for key, found in problems.items() if key[:2] in kinds])
+    shown = _present([found for key, found in problems.items() if key[:2] in kinds])
     lines = [
-        f"| geometric mean (worst) | {' | '.join(column.title for column in columns)} |",
-        "|---|" + "--:|" * len(columns),
+        f"| geometric mean (worst) | {' | '.join(column.title for column in shown)} |",
+        "|---|" + "--:|" * len(shown),
     ]
     for op, mode in kinds:
         of = [found for key, found in problems.items() if key[:2] == (op, mode)]
         cells = []
-        for column in columns:
+        for column in shown:
             found = [value for value in (ratio(one, column) for one in of) if value is not None]
-            worst = (max if column.below_one else min)(found, default=None)
-            cells.append(f"{geometric_mean(found):.2f} ({worst:.2f})" if worst is not None else "-")
+            worst = (max if column.below_one else min)((one.value for one in found), default=None)
+            cells.append(f"{mean(found)} ({worst:.2f})" if worst is not None else "-")
         lines.append(f"| {_title(op, mode)} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def _present(problems: Sequence[dict[str, Row]]) -> list[Column]:
     """Return the columns that have a ratio for any of the problems."""
-    return [column for column in COLUMNS if any(ratio(found, column) is not None for found in problems)]
+    known = columns(row for found in problems for row in found.values())
+    return [column for column in known if any(ratio(found, column) is not None for found in problems)]
 
 
 def _details(problems: Problems) -> str:
     """Return a line for each problem that was timed: the milliseconds of ours, and the ratios."""
-    columns = _present(list(problems.values()))
+    shown = _present(list(problems.values()))
     several = len({key[2] for key in problems}) > 1
     lines = [
-        f"| {'dtype | ' * several}n, d, k | plan | ours, ms | {' | '.join(column.title for column in columns)} |",
-        f"|{'---|' * (2 + several)}" + "--:|" * (1 + len(columns)),
+        f"| {'dtype | ' * several}n, d, k | plan | ours, ms | {' | '.join(column.title for column in shown)} |",
+        f"|{'---|' * (2 + several)}" + "--:|" * (1 + len(shown)),
     ]
     for key, found in problems.items():
-        ours = _median(found, "ours")
+        ours = _fastest(found, "ours")
         if ours is None:
             continue
         sizes = ", ".join(str(size) for size in key[3:7] if size is not None)
-        ratios = ["-" if value is None else f"{value:.2f}" for value in (ratio(found, column) for column in columns)]
+        ratios = ["-" if value is None else str(value) for value in (ratio(found, column) for column in shown)]
         dtype = f"{key[2]} | " * several
-        lines.append(f"| {dtype}{sizes} | {found['ours']['plan'] or '-'} | {ours:.3g} | {' | '.join(ratios)} |")
+        lines.append(f"| {dtype}{sizes} | {ours['plan'] or '-'} | {ours['ms_p50']:.3g} | {' | '.join(ratios)} |")
     return "\n".join(lines)
 
 
-def _wrong(rows: Sequence[Row]) -> str:
-    bad = [
-        f"- {row['provider']}, {_title(row['op'], row['mode'])}, ({row['n']}, {row['d']}, {row['k']}) {row['dtype']}: "
-        f"{row['status']}: {row['note']}"
-        for row in rows
-        if row["status"] in ("wrong", "failed", "oom")
+def _problem(row: Row) -> str:
+    return f"{_title(row['op'], row['mode'])}, ({row['n']}, {row['d']}, {row['k']}) {row['dtype']}"
+
+
+def _named(row: Row) -> str:
+    return f"{row['provider']}, {_problem(row)}"
+
+
+def _listed(heading: str, lines: Sequence[str]) -> str:
+    return "\n".join([heading, "", *lines]) if lines else ""
+
+
+def _unsupported(rows: Sequence[Row]) -> str:
+    """Return why a user's provider was not timed."""
+    left = [row for row in rows if row["status"] == "unsupported" and row["about"]]
+    return _listed("Not timed:", [f"- {_named(row)}: {row['note']}" for row in left])
+
+
+def _few(rows: Sequence[Row]) -> str:
+    """Return which providers have too few samples for a ratio, a line for each problem and mode."""
+    few: dict[str, list[str]] = {}
+    for row in rows:
+        if row["status"] == "ok" and row["op"] != "ceiling" and row["samples"] < ENOUGH:
+            few.setdefault(_problem(row), []).append(row["provider"])
+    lines = [
+        f"- {problem}: {', '.join(names[:3])}{f' and {len(names) - 3} others' if len(names) > 3 else ''}"
+        for problem, names in few.items()
     ]
-    return "\n".join(["Not right, and so not in the ratios:", "", *bad]) if bad else ""
+    return _listed(f"Fewer than {ENOUGH} samples, and so not in the ratios:", lines)
+
+
+def _too_fast(rows: Sequence[Row]) -> str:
+    """Return which timings are shorter than the device's measured rates allow."""
+    fast: dict[str, list[str]] = {}
+    for row in rows:
+        if row["status"] == "ok" and (row["sol_frac"] or 0) > 1 and row["provider"] not in CHEAPER:
+            fast.setdefault(_problem(row), []).append(f"{row['provider']} {row['sol_frac']:.2f}")
+    lines = [f"- {problem}: {', '.join(found)}" for problem, found in fast.items()]
+    heading = "Above 1 of the speed of light, so a measured rate, a count of operations or a clock is wrong:"
+    return _listed(heading, lines)
+
+
+def _noise(problems: Problems) -> str:
+    """Return how far providers that make the same calls are apart."""
+    if not (found := noise(problems)):
+        return ""
+    off = np.exp(np.abs(np.log([one.value for one in found]))) - 1
+    ends = [one.ends for one in found if one.ends is not None]
+    inside = f"; {sum(low <= 1 <= high for low, high in ends)} of {len(ends)} intervals hold 1" if ends else ""
+    return (
+        f"Noise floor: identical providers differ by {np.median(off):.1%} at the median, {noise_floor(found):.1%} at the 95th "
+        f"percentile and {off.max():.1%} at most ({len(found)} pairs{inside}). A smaller difference says nothing."
+    )
+
+
+def _regret(problems: Problems) -> str:
+    """Return what the choice of an order costs: ours over the fastest order, for the summary."""
+    column = Column("ours / best-eager", "ours", "best-eager", True)
+    found = [one for key, rows in problems.items() if key[0] == "summary" and (one := ratio(rows, column)) is not None]
+    if not found or any(one.draws is None for one in found):
+        return ""
+    lows = [one.ends[0] for one in found if one.ends is not None]
+    return (
+        f"Regret of the choice of an order: {column.title} {mean(found)} as geometric mean of {len(found)} problems and modes; "
+        f"the lower end of the worst interval is {max(lows):.2f}."
+    )
+
+
+def _wrong(rows: Sequence[Row]) -> str:
+    bad = [row for row in rows if row["status"] in ("wrong", "failed", "oom")]
+    lines = [f"- {_named(row)}: {row['status']}: {row['note']}" for row in bad]
+    return _listed("Not right, and so not in the ratios:", lines)
 
 
 def _skipped(rows: Sequence[Row]) -> str:
     """Return what was left out over a limit: shapes with every provider, or single providers."""
     notes = Counter(((row["n"], row["d"], row["k"]), row["note"]) for row in rows if row["status"] == "skipped")
     lines = [f"- ({', '.join(map(str, shape))}): {note} ({count} rows)" for (shape, note), count in notes.items()]
-    return "\n".join(["Skipped:", "", *lines]) if lines else ""
+    return _listed("Skipped:", lines)
 
 
 def _where(rows: Sequence[Row]) -> str:
@@ -150,7 +280,8 @@ def _where(rows: Sequence[Row]) -> str:
     ]
     where = (
         f"{heads['device']}; torch {heads['torch']}; commit {' and '.join(commits)}; "
-        f"{heads['timer']} clock, {heads['l2']} cache; medians of interleaved rounds."
+        f"{heads['timer']} clock, {heads['l2']} cache; medians of interleaved rounds with "
+        f"95 % intervals of a bootstrap over rounds."
     )
     return where + (f" Measured rates: {'; '.join(rates)}." if rates else "")
 

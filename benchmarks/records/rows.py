@@ -12,7 +12,7 @@ from typing import Any
 
 from benchmarks.records import environment, files
 
-SCHEMA = 1
+SCHEMA = 2
 # "wrong": not equal to the fp64 reference within `benchmarks.timing.tolerances`. "skipped": over a limit that the note names.
 STATUSES = ("ok", "wrong", "unsupported", "oom", "skipped", "failed")
 
@@ -20,21 +20,19 @@ Row = dict[str, Any]
 
 _TEXT, _WHOLE, _NUMBER = (str,), (int,), (int, float)
 _NONE = (type(None),)
-# A timing has every field. ms: milliseconds of a call. launches: of kernels, on a GPU. peak_delta_mb: the most memory that a
-# call holds besides its inputs; saved_mb: the memory that it keeps for a backward (both 10^6 bytes). err_fro: the largest
-# relative Frobenius error of its results against fp64; err_ratio: the largest ratio to the error of the same expression in
-# PyTorch at the same precision. gflop, least_mb: operations of the cheapest order, fewest bytes moved; sol_frac: the time that
-# they need at the rates measured on the device, as a share of the median. gbps, tflops: the rates of a "ceiling" row.
+# A timing has every field; docs/benchmarks.md says what each is, and its unit.
 FIELDS: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("schema", "samples", "n", "d", "k"), _WHOLE),
     **dict.fromkeys(("run_id", "utc", "device", "torch", "python", "interp_nn", "op", "provider", "mode"), _TEXT),
     **dict.fromkeys(("dtype", "timer", "l2", "status"), _TEXT),
-    **dict.fromkeys(("git_sha", "driver", "cuda", "triton", "plan", "note"), _TEXT + _NONE),
+    **dict.fromkeys(("git_sha", "driver", "cuda", "triton", "plan", "about", "note"), _TEXT + _NONE),
     "dirty": (bool, *_NONE),
-    **dict.fromkeys(("m", "launches"), _WHOLE + _NONE),
+    **dict.fromkeys(("m", "parameters", "launches"), _WHOLE + _NONE),
+    **dict.fromkeys(("paths", "ms_groups"), (list, *_NONE)),
     **dict.fromkeys(("ms_p50", "ms_p20", "ms_p80", "peak_delta_mb", "saved_mb", "err_fro", "err_ratio"), _NUMBER + _NONE),
     **dict.fromkeys(("gflop", "least_mb", "sol_frac", "gbps", "tflops"), _NUMBER + _NONE),
 }  # fmt: skip
+_SINCE_2 = ("about", "parameters", "paths", "ms_groups")  # fields that schema 1 had not
 _OF_THE_JOB = frozenset(("part", "name", "at_s", "share", "table", "cuda_library"))  # what a GPU job adds to a timing
 
 
@@ -50,6 +48,10 @@ class Writer:
         self.path, self.rows, self._shared = path, list[Row](), dict(shared)
         if path is not None:
             files.check_writable(path)
+
+    def share(self, **fields: Any) -> None:
+        """Give the rows from now on these fields too."""
+        self._shared |= fields
 
     def write(self, **fields: Any) -> None:
         """Write a row. One with an `op` is a timing: missing fields are null, and `validate` checks it."""
@@ -146,10 +148,13 @@ def read(paths: Iterable[Path]) -> list[Row]:
         for number, row in _numbered(path):
             if "op" not in row and "part" in row:
                 continue  # a check of a GPU job
+            old = row.get("schema") == 1
             try:
-                validate(row)
+                validate(row := {**dict.fromkeys(_SINCE_2), **row, "schema": SCHEMA} if old else row)
             except ValueError as error:
                 raise ValueError(f"{path}, line {number}: {error}") from error
+            if old and row["op"].startswith("train_") and row["provider"] == "linear":
+                row["provider"] = "base-head"  # with ten times the parameters of today's
             found.append(_renamed(row))
         if len(found) == before:
             raise ValueError(f"{path}: has no timings")

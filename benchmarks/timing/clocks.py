@@ -11,26 +11,35 @@ import math
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
+from benchmarks.records.intervals import ENOUGH
+
 Sampler = Callable[[], float]  # milliseconds a call
-_ENOUGH = 3  # rounds of slow calls
+_GROUPS = 32  # of rounds, in a record
+_TRIALS, _ALIKE = 5, 1.5
 
 
 class Timing(NamedTuple):
-    """Milliseconds: the median and the 20 % and 80 % quantiles of `samples` rounds."""
+    """Milliseconds: the median and the 20 % and 80 % quantiles of `samples` rounds, and the medians of groups of rounds.
+
+    A group has consecutive rounds, because neighbours share the noise of the machine. `resampled` draws groups.
+    """
 
     p50: float
     p20: float
     p80: float
     samples: int
+    groups: tuple[float, ...]
 
-    def fields(self) -> dict[str, float]:
+    def fields(self) -> dict[str, Any]:
         """Return the values under their names in a record."""
-        return {"ms_p50": self.p50, "ms_p20": self.p20, "ms_p80": self.p80, "samples": self.samples}
+        return {
+            "ms_p50": self.p50, "ms_p20": self.p20, "ms_p80": self.p80, "samples": self.samples, "ms_groups": self.groups,
+        }  # fmt: skip
 
 
 class Limit:
@@ -47,7 +56,22 @@ class Limit:
 def summary(taken: Sequence[float]) -> Timing:
     """Return the quantiles of samples."""
     p50, p20, p80 = np.quantile(taken, (0.5, 0.2, 0.8)).tolist()
-    return Timing(p50, p20, p80, len(taken))
+    groups = [float(np.median(part)) for part in np.array_split(taken, min(len(taken), _GROUPS))]
+    return Timing(p50, p20, p80, len(taken), tuple(groups))
+
+
+def settled(call: Callable[[], object]) -> list[float]:
+    """Repeat a call, made once before, until what happens once is over: imports, compilation, autotuning, growth of memory.
+
+    Returns:
+        Seconds of the last two calls, which took about the same time; of calls four and five if none did before.
+    """
+    taken: list[float] = []
+    while len(taken) < _TRIALS and not (len(taken) > 1 and taken[-2] <= _ALIKE * taken[-1]):
+        start = time.perf_counter()
+        call()
+        taken.append(time.perf_counter() - start)
+    return taken[-2:]
 
 
 def rounds(
@@ -55,7 +79,7 @@ def rounds(
 ) -> dict[str, list[float]]:
     """Take milliseconds by name, in rounds of all samplers in a random order: for some seconds, within `least` and `most`.
 
-    After `patience` seconds three rounds are enough.
+    After `patience` seconds five rounds are enough.
     """
     draw, names = random.Random(0), list(samplers)
     taken: dict[str, list[float]] = {name: [] for name in names}
@@ -63,7 +87,7 @@ def rounds(
     with _no_collection():
         for done in range(most):
             passed = time.monotonic() - start
-            if (done >= least and passed > seconds) or (done >= _ENOUGH and passed > patience):
+            if (done >= least and passed > seconds) or (done >= ENOUGH and passed > patience):
                 break
             for name in draw.sample(names, len(names)):
                 taken[name].append(samplers[name]())

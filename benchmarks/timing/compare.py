@@ -29,9 +29,11 @@ from tqdm import tqdm
 from benchmarks.command_line import UserInputError, at_least, not_negative, users_input
 from benchmarks.command_line import device as present
 from benchmarks.records.environment import ROOT
-from benchmarks.records.report import COLUMNS, ratio
+from benchmarks.records.intervals import ENOUGH, resampled
+from benchmarks.records.report import COLUMNS, Column, Problems, Ratio, noise, noise_floor, ratio
 from benchmarks.records.rows import grouped, read
 from benchmarks.timing.problems import MODES, OPS, QUICK, Problem
+from benchmarks.timing.providers import ASSOCIATIONS
 from benchmarks.timing.run import ALL_MODES, shape
 
 _NAMES = ("ours", "linear")
@@ -41,8 +43,8 @@ class Verdict(NamedTuple):
     """A problem in a mode: the ratios of HEAD's medians to BASE's, for ours and nn.Linear; slower: whether ours is slower."""
 
     name: str
-    ours: float
-    linear: float
+    ours: Ratio
+    linear: Ratio
     slower: bool
 
 
@@ -63,14 +65,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--shape", type=shape, action="append", metavar="N,D,K[,M]", help="repeatable")
     parser.add_argument("--device", type=present, default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--rounds", type=at_least(1), default=60, help="samples of each (default: 60)")
+    parser.add_argument("--rounds", type=at_least(ENOUGH), default=60, help="samples of each (default: 60)")
 
 
 def run(given: argparse.Namespace) -> int:
     """Compare and print; the exit status is 1 where HEAD is slower, 2 where there is nothing to compare."""
     files = [Path(name) for name in (given.base, given.head) if name is not None]
     if all(file.is_file() for file in files) and len(files) == 2:
-        return _records(*files)
+        return _records(files[0], files[1], given.threshold / 100)
     shapes = given.shape or QUICK
     modes = given.mode or ("fwdbwd", "infer", "loss")
     problems = [
@@ -85,9 +87,9 @@ def run(given: argparse.Namespace) -> int:
             "no problem has the ops, modes and shapes asked for; a head's shape is N,D,K,M, the others' N,D,K"
         )
     verdicts = revisions(given.base, given.head, problems, given.device, given.rounds, given.threshold / 100)
-    print(f"\n{'HEAD / BASE':46}{'ours':>8}{'linear':>8}")
+    print(f"\n{'HEAD / BASE, 95 % interval':46}{'ours':>20}{'linear':>20}")
     for verdict in verdicts:
-        print(f"{verdict.name:46}{verdict.ours:8.3f}{verdict.linear:8.3f}{'  SLOWER' * verdict.slower}")
+        print(f"{verdict.name:46}{verdict.ours!s:>20}{verdict.linear!s:>20}{'  SLOWER' * verdict.slower}")
     return int(any(verdict.slower for verdict in verdicts))
 
 
@@ -174,29 +176,84 @@ def _compared(problem: Problem, mode: str, workers: Sequence[_Worker], rounds: i
     for _ in range(rounds):
         for i, name in draw.sample(order, len(order)):
             taken[i, name].append(workers[i].ask(sample=name))
-    ours, linear = (float(np.median(taken[1, name]) / np.median(taken[0, name])) for name in _NAMES)
-    # Slower by the medians, by most of the samples, and by more than nn.Linear, which cannot have changed.
-    clear = bool(np.quantile(taken[1, "ours"], 0.2) > np.median(taken[0, "ours"]))
-    return Verdict(f"{problem.name} {mode}", ours, linear, clear and ours > (1 + threshold) * max(1.0, linear))
+    ours, linear = (
+        Ratio(float(np.median(taken[1, name]) / np.median(taken[0, name])), resampled(taken[1, name], taken[0, name]))
+        for name in _NAMES
+    )
+    # Slower by the whole interval, which is above the threshold and above that of nn.Linear, which cannot have changed.
+    low, noise = _ends(ours)[0], _ends(linear)[1]
+    return Verdict(f"{problem.name} {mode}", ours, linear, low > max(1 + threshold, noise))
 
 
-def _records(base: Path, head: Path) -> int:
-    """Print how far the ratios of two records of one device are apart: the spread where nothing has changed."""
+def _ends(ratio: Ratio) -> tuple[float, float]:
+    assert ratio.ends is not None
+    return ratio.ends
+
+
+def _records(base: Path, head: Path, threshold: float) -> int:
+    """Compare the ratios of two records of one device; the exit status is 1 where HEAD is slower beyond the noise."""
     with users_input():
         one, other = grouped(read([base])), grouped(read([head]))
-    changes: dict[str, list[float]] = {}
-    for key in one.keys() & other.keys():
-        for column in COLUMNS:
-            before, after = ratio(one[key], column), ratio(other[key], column)
-            if before is not None and after is not None:
-                changes.setdefault(column.title, []).append(after / before)
+    changes = list(_common(one, other))
     if not changes:
         raise UserInputError("got two records without a common problem that both have timed")
+    unchanged = [change.ratio for change in changes if change.column in _UNCHANGED]
+    floor = noise_floor([*noise(one), *noise(other), *unchanged])
+    verdicts = [(change, change.verdict(max(floor, threshold))) for change in changes if change.column in _JUDGED]
+    if verdicts:
+        print(f"{'HEAD / BASE of the ratio, 95 % interval':60}{'':24}{'change':>20}  verdict")
+    for change, verdict in verdicts:
+        print(f"{change.name:60}{change.column.title:24}{change.ratio!s:>20}  {verdict}")
+    print(f"\nnoise floor: {floor:.1%}, which 95 % of the pairs of identical or unchanged providers keep")
+    print(f"slower: the whole interval is above {max(floor, threshold):.1%}, the larger one of floor and threshold\n")
+    off: dict[str, list[float]] = {}
+    for change in changes:
+        if change.column in COLUMNS:
+            off.setdefault(change.column.title, []).append(change.ratio.value)
     print(
         f"{'HEAD / BASE of the ratio':28}{'geomean':>9}{'median off':>12}{'80 % off':>10}{'most off':>10}{'count':>7}"
     )
-    for title, values in {**changes, "all": [v for found in changes.values() for v in found]}.items():
-        off = np.exp(np.abs(np.log(values))) - 1
-        median, most = np.quantile(off, (0.5, 0.8)).tolist()
-        print(f"{title:28}{geometric_mean(values):9.3f}{median:12.1%}{most:10.1%}{off.max():10.1%}{len(values):7}")
-    return 0
+    for title, values in {**off, "all": [value for found in off.values() for value in found]}.items():
+        far = np.exp(np.abs(np.log(values))) - 1
+        median, most = np.quantile(far, (0.5, 0.8)).tolist()
+        print(f"{title:28}{geometric_mean(values):9.3f}{median:12.1%}{most:10.1%}{far.max():10.1%}{len(values):7}")
+    return int(any(verdict == "SLOWER" for _, verdict in verdicts))
+
+
+# Ours beside what cannot have changed, and the latter among themselves.
+_JUDGED = tuple(Column(f"ours / {name}", "ours", name, True) for name in ("linear", "backwards", "unique"))
+_UNCHANGED = tuple(Column(f"{name} / linear", name, "linear") for name in ("unfused", *ASSOCIATIONS))
+
+
+class _Change(NamedTuple):
+    """A ratio of one record and of another one."""
+
+    key: tuple[Any, ...]
+    column: Column
+    before: Ratio
+    after: Ratio
+
+    @property
+    def name(self) -> str:
+        op, mode, dtype, *sizes = self.key[:7]
+        return f"{op} ({', '.join(str(size) for size in sizes if size is not None)}) {dtype} {mode}"
+
+    @property
+    def ratio(self) -> Ratio:
+        both = self.before.draws, self.after.draws
+        draws = None if both[0] is None or both[1] is None else both[1] / both[0]
+        return Ratio(self.after.value / self.before.value, draws)
+
+    def verdict(self, floor: float) -> str:
+        if (ends := self.ratio.ends) is None:
+            return "not known: a record has no rounds"
+        low, high = ends
+        return "SLOWER" if low > 1 + floor else "faster" if high < 1 / (1 + floor) else "same within the noise"
+
+
+def _common(one: Problems, other: Problems) -> Iterator[_Change]:
+    for key in [key for key in one if key in other]:
+        for column in dict.fromkeys((*COLUMNS, *_JUDGED, *_UNCHANGED)):
+            before, after = ratio(one[key], column), ratio(other[key], column)
+            if before is not None and after is not None:
+                yield _Change(key, column, before, after)

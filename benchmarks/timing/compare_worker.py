@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from benchmarks.timing import providers
-from benchmarks.timing.clocks import on_events, on_wall
+from benchmarks.timing.clocks import on_events, on_wall, settled
 from benchmarks.timing.measure import calling
 from benchmarks.timing.problems import Problem, datasets
 
@@ -40,6 +40,7 @@ def _sampler(call: Callable[[int], object], device: torch.device) -> Callable[[]
     clock = on_events if device.type == "cuda" else on_wall
     once = clock(lambda: call(0), 1)
     once()
+    settled(once)
     calls = max(1, round(_SAMPLE_MS / max(once(), 1e-4)))
 
     def work() -> None:

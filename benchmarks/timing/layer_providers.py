@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
 from benchmarks.experiments.learning_rates.layers import CANDIDATES, Linear
+from benchmarks.records.report import REPEAT
 from benchmarks.timing import providers, tolerances
 from benchmarks.timing.problems import LAYERS, MICROBATCHES, Data, Problem
 from benchmarks.timing.providers import OURS, Provider, UnsupportedError
@@ -24,7 +25,7 @@ ABOUT = {
     "pc-layer": "PC-layer's module (arXiv 2606.06470): Horner's rule on the smaller Gram matrix, σ = uᵀWv differentiated",
     "spectral-norm": "nn.Linear with torch's spectral_norm, which takes a power iteration in each forward",
 }
-NAMES = (*OURS, "linear", "unfused", "compile", "orthogonal", *providers.INVERSES, *ABOUT)
+NAMES = (*OURS, "linear", "unfused", "compile", "orthogonal", *providers.INVERSES, *ABOUT, REPEAT)
 
 
 class Unfused(nn.Module):

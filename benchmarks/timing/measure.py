@@ -7,15 +7,15 @@ from __future__ import annotations
 
 import functools
 import itertools
-import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from benchmarks.records.report import CHEAPER, REPEAT
 from benchmarks.records.rows import Writer
-from benchmarks.timing import clocks, footprint, layer_providers, providers
+from benchmarks.timing import clocks, custom, footprint, layer_providers, providers
 from benchmarks.timing.clocks import Limit, Sampler, Timing, rounds
 from benchmarks.timing.cuda_graphs import capture, synchronize
 from benchmarks.timing.fp64_reference import Fp64Reference, value_and_gradients
@@ -28,8 +28,8 @@ TIMERS = {"cpu": ("wall",), "cuda": ("events", "graph", "host")}
 _SAMPLE_MS = 1.0  # the shortest sample on a GPU: events of a shorter one time the host
 _HOST_CALLS = 50  # calls in a sample of the host, fewer than the driver queues
 _MOST = 500  # samples
-_FAR, _LONG = 5, 0.5  # a call slower than both, times the fastest and seconds, is timed once
-_PATIENCE = 6  # times the seconds of a run, after which three rounds are enough
+_FAR, _LONG = 5, 0.5  # a call slower than both, times the fastest and seconds, has its trials as its samples
+_PATIENCE = 6  # times the seconds of a run, after which five rounds are enough
 
 
 class Asked(NamedTuple):
@@ -55,12 +55,16 @@ class Asked(NamedTuple):
 
 
 class _Entrant(NamedTuple):
-    """A provider that is right so far, its call on the i-th set of inputs, and its clock."""
+    """A provider that is right so far, its call on the i-th set of inputs, seconds of its trials, and its clock."""
 
     provider: Provider
     call: Callable[[int], list[Tensor]]
-    seconds: float
+    trials: list[float]
     sampler: Sampler
+
+    @property
+    def seconds(self) -> float:
+        return min(self.trials)
 
 
 class WrongError(Exception):
@@ -87,8 +91,8 @@ def measure(
         found = left_out(names, asked) or _measure(problem, mode, names, asked, sets, reference)
         share = {"gflop": useful_flops(problem, mode) / 1e9, "least_mb": least_bytes(problem, mode) / 1e6}
         for name in names:
-            row = found[name]
-            if ceiling is not None and row.get("ms_p50"):
+            row = found[name] | custom.about(name)
+            if ceiling is not None and row.get("ms_p50") and name not in CHEAPER and custom.is_summary(name):
                 row["sol_frac"] = 1e3 * ceiling.seconds(problem, mode) / row["ms_p50"]
             writer.write(**fixed, **share, mode=mode, provider=name, **row)
 
@@ -124,26 +128,28 @@ def _measure(
     """Return the row of each provider, by name."""
     found: dict[str, dict[str, Any]] = {}
     ready: dict[str, _Entrant] = {}
-    eager = [name for name in providers.ASSOCIATIONS if name in names]
+    eager, twin = [name for name in providers.ASSOCIATIONS if name in names], providers.repeated(names)
     best: str | None = None
     # Providers that take the fastest association are tried after the others.
-    for name in sorted(names, key=lambda name: name in ("compile", "graphed")):
+    for name in sorted(names, key=lambda name: name in providers.OF_THE_BEST):
         if name == "best-eager":
             continue
-        if name in ("compile", "graphed") and best is None:
+        if name in providers.OF_THE_BEST and best is None:
             best = min((n for n in eager if n in ready), key=lambda n: ready[n].seconds, default="assoc-a")
         try:
-            ready[name] = _enter(name, problem, mode, asked, sets, reference, best)
+            ready[name] = _enter(twin if name == REPEAT else name, problem, mode, asked, sets, reference, best)
         except Exception as error:
             found[name] = said(error)
     fastest = min((entrant.seconds for entrant in ready.values()), default=0.0)
     slow = {name for name, entrant in ready.items() if entrant.seconds > max(_FAR * fastest, _LONG)}
-    timings = _time({name: entrant.sampler for name, entrant in ready.items() if name not in slow}, asked)
-    timings |= {name: clocks.summary([1e3 * ready[name].seconds]) for name in slow}
+    timings = _time({name: entrant for name, entrant in ready.items() if name not in slow}, asked)
+    timings |= {name: clocks.summary([1e3 * seconds for seconds in ready[name].trials]) for name in slow}
     for name, timing in timings.items():
         found[name] = _row(ready[name], mode, timing, reference, asked)
+        if name == REPEAT:
+            found[name]["plan"] = twin
         if name in slow and found[name]["status"] == "ok":
-            found[name]["note"] = f"timed once: over {_FAR} times the fastest"
+            found[name]["note"] = f"timed in its trials alone: over {_FAR} times the fastest"
     if "best-eager" in names:
         medians = {name: found[name]["ms_p50"] for name in eager if found[name]["status"] == "ok"}
         found["best-eager"] = {"status": "skipped", "note": "no association was timed"}
@@ -168,24 +174,20 @@ def _enter(
     if name == "graphed":
         call = _replaying(call, len(sets), asked.device)
     with provider.using():
-        start = time.perf_counter()
-        got = call(0)
-        synchronize(asked.device)
-        seconds = time.perf_counter() - start
-        if wrong := reference.exceeds(provider, mode, reference.errors(provider, mode, got)):
+        if wrong := reference.exceeds(provider, mode, reference.errors(provider, mode, call(0))):
             raise WrongError(wrong)
-        del got
         for i in range(1, len(sets)):
             call(i)
-        if seconds < asked.seconds or name.startswith("compile"):  # otherwise the first call was long enough to warm up
-            synchronize(asked.device)
-            start = time.perf_counter()
+
+        def one() -> None:
             call(0)
             synchronize(asked.device)
-            seconds = time.perf_counter() - start
+
+        trials = clocks.settled(one)
+    seconds = min(trials)
     if seconds > asked.call_limit:
         raise _SkippedError(f"a call takes {seconds:.0f} s, over the limit of {asked.call_limit:.0f} s")
-    return _Entrant(provider, call, seconds, _sampler(provider, call, seconds, len(sets), asked))
+    return _Entrant(provider, call, trials, _sampler(provider, call, seconds, len(sets), asked))
 
 
 def said(error: Exception) -> dict[str, Any]:
@@ -219,13 +221,13 @@ def calling(provider: Provider, mode: str, sets: Sequence[Data]) -> Callable[[in
     return provider.direct or {"fwd": forward, "infer": infer, "bwd": backward}.get(mode, both)
 
 
-def _time(samplers: dict[str, Sampler], asked: Asked) -> dict[str, Timing]:
-    if not samplers:
-        return {}
-    if asked.device.type == "cuda":  # whose clocks rise with the load
+def _time(entrants: dict[str, _Entrant], asked: Asked) -> dict[str, Timing]:
+    samplers = {name: entrant.sampler for name, entrant in entrants.items()}
+    # A GPU's clocks rise with the load, and quick calls share an allocator that still grows.
+    if asked.device.type == "cuda" or sum(entrant.seconds for entrant in entrants.values()) < asked.seconds:
         rounds(samplers, 0.0, least=1, most=1)
     taken = rounds(samplers, asked.seconds, asked.samples, max(asked.samples, _MOST), _PATIENCE * asked.seconds)
-    return {name: clocks.summary(samples) for name, samples in taken.items()}
+    return {name: clocks.summary(samples) for name, samples in taken.items() if samples}
 
 
 def _sampler(

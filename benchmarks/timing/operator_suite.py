@@ -8,6 +8,7 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 from benchmarks.records.rows import Writer
+from benchmarks.timing import custom
 from benchmarks.timing.measure import Asked, measure
 from benchmarks.timing.problems import (
     CLASSES,
@@ -23,7 +24,7 @@ from benchmarks.timing.problems import (
     products,
     useful_flops,
 )
-from benchmarks.timing.providers import NAMES
+from benchmarks.timing.providers import NAMES, chosen
 from benchmarks.timing.roofline import Ceiling
 from benchmarks.timing.roofline import measure as measure_rates
 
@@ -49,7 +50,8 @@ def problems(wanted: Wanted) -> Iterator[Problem]:
         "head": tuple((*shape, CLASSES) for shape in HEADS),
     }  # fmt: skip
     for op in wanted.ops:
-        for shape in wanted.shapes or (QUICK if wanted.quick and op != "head" else own.get(op, SHAPES)):
+        quick = own["head"][-1:] if op == "head" else QUICK
+        for shape in wanted.shapes or (quick if wanted.quick else own.get(op, SHAPES)):
             if len(shape) == (4 if op == "head" else 3):
                 for dtype in wanted.dtypes:
                     yield Problem.of(op, shape, dtype)
@@ -64,14 +66,17 @@ def run(wanted: Wanted, asked: Asked, writer: Writer) -> None:
         for problem in progress:
             progress.set_description(problem.name)
             modes = [mode for mode in MODES[problem.op] if wanted.modes is None or mode in wanted.modes]
+            names = chosen(
+                [name for name in wanted.providers if custom.op_of(name) in (None, problem.op)], wanted.providers
+            )
             if why := over(problem, wanted.budget) or asked.limit.over():
                 for mode in modes:
-                    for name in wanted.providers:
+                    for name in names:
                         fields = {**problem._asdict(), **asked.fields(), "mode": mode, "provider": name}
                         writer.write(**fields, status="skipped", note=why)
                 continue
             with products(problem.dtype):
-                measure(problem, modes, wanted.providers, asked, rates[problem.dtype], writer)
+                measure(problem, modes, names, asked, rates[problem.dtype], writer)
     for dtype in dtypes:
         ceiling(dtype, "end", asked, writer)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from typing import NamedTuple
 
 import torch
@@ -17,6 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import interp_nn
+from benchmarks.records.report import REPEAT
+from benchmarks.timing import custom
 from benchmarks.timing.problems import DTYPES, Data, Problem
 from interp_nn import engines, functional
 from interp_nn.engines.problem import EngineName, LossOptions
@@ -65,17 +67,31 @@ ABOUT = {
     "assoc-d": "(x (b bᵀ)) b, only for k > d", "assoc-e": "x ((b bᵀ) b), only for k > d",
     "best-eager": "the fastest of these by its median",
     "compile": "torch.compile of the fastest of these in a first trial",
+    "compile-tuned": 'the same with mode="max-autotune", which takes minutes: only by --provider',
     "graphed": "a CUDA graph of the fastest of these in a first trial",
     "multi-dot": "torch.linalg.multi_dot([x, b, b.T, b])", "inverse-inv": "x b (bᵀb)⁻¹ by torch.linalg.inv",
     "inverse-cholesky": "the same by Cholesky", "inverse-lstsq": "the same by least squares",
     "orthogonal": "nn.Linear with torch's orthogonal parametrization",
     "cached": "nn.Linear with the effective weight b (bᵀb), kept: inference only",
+    REPEAT: "the same provider once more, ours or the first one: the ratio of the two, 1 but for noise, is the run's noise floor",
 }  # fmt: skip
-NAMES = tuple(ABOUT)
+OF_THE_BEST = ("compile", "compile-tuned", "graphed")  # they take the fastest association
+NAMES = tuple(name for name in ABOUT if name != "compile-tuned")  # when none is asked for
 
 
 # The backward of "orthogonal" updates a matrix for each column: over a minute at d = 4096, k = 256 on a CPU.
 _MOST_ORTHOGONAL = 2**26
+
+
+def chosen(names: Sequence[str], known: Container[str]) -> list[str]:
+    """Return the names that a suite knows; none where "repeat" has nothing to repeat."""
+    found = [name for name in names if name in known]
+    return found if any(name != REPEAT for name in found) else []
+
+
+def repeated(names: Sequence[str]) -> str:
+    """Return the provider that "repeat" times once more."""
+    return next((name for name in ("ours", *names) if name in names and name not in (REPEAT, "best-eager")), "ours")
 
 
 class UnsupportedError(Exception):
@@ -86,8 +102,9 @@ class Provider(NamedTuple):
     """A provider of one problem: its output (y, or the loss) for the i-th set of inputs, and the leaves of its gradients.
 
     Providers of a `family` compute the same function. `plain` is that function in PyTorch at the same precision, whose error
-    sets the tolerance; `exact` returns it in fp64, with its leaves. `engine` is in use meanwhile, None for a baseline. `direct`
-    computes all results of a set by itself. `gradients` names those of the leaves.
+    sets the tolerance; `exact` returns it in fp64, with its leaves. `engine` is in use meanwhile, None for a baseline. A
+    `strict` provider has the tolerances of interp_nn's own. `direct` computes all results of a set by itself. `gradients` names
+    those of the leaves.
     """
 
     output: Callable[[int], Tensor]
@@ -96,6 +113,7 @@ class Provider(NamedTuple):
     plain: Function
     exact: Callable[[], tuple[Callable[[], Tensor], tuple[Tensor, ...]]]
     engine: str | None = None
+    strict: bool = False
     plan: str | None = None
     direct: Callable[[int], list[Tensor]] | None = None
     gradients: Sequence[str] = ("dx", "dw", "da", "dc")
@@ -106,7 +124,9 @@ class Provider(NamedTuple):
 
 
 def build(name: str, problem: Problem, mode: str, sets: Sequence[Data], engine: str, best: str | None) -> Provider:
-    """Build one of NAMES, "ours" by an engine, "compile" and "graphed" of the association `best`; raises UnsupportedError."""
+    """Build one of ABOUT, "ours" by an engine, those of OF_THE_BEST of the association `best`; raises UnsupportedError."""
+    if name in custom.FOUND:
+        return _custom(custom.FOUND[name], problem, mode, sets)
     if name in OURS:
         return _ours(OURS[name] or engine, problem, mode, sets)
     if name in KERNELS:
@@ -128,18 +148,46 @@ def build(name: str, problem: Problem, mode: str, sets: Sequence[Data], engine: 
         return _of("inverse", lambda t: INVERSES[name](t.x, t.w.mT), problem, sets)
     if name in ("assoc-d", "assoc-e") and problem.k <= problem.d:
         raise UnsupportedError("never the cheapest for k <= d")
-    plan = (best or "assoc-a") if name in ("compile", "graphed") else None
+    plan = (best or "assoc-a") if name in OF_THE_BEST else None
     function = _expression(problem, plan or name)
-    if name == "compile":
-        made = compiled(problem, plan or "", lambda *inputs: function(Data(*inputs)))
+    if name.startswith("compile"):
+        tuned = "max-autotune" if name == "compile-tuned" else None
+        made = compiled(problem, f"{name} {plan}", lambda *inputs: function(Data(*inputs)), tuned)
         return _of("summary", lambda t: made(*t), problem, sets)._replace(plan=plan)
     return _of("summary", function, problem, sets)._replace(plan=plan)
 
 
-def _of(family: str, function: Function, problem: Problem, sets: Sequence[Data]) -> Provider:
-    """Make a provider of a function of a set of inputs."""
-    plain = {"summary": _expression(problem, "unfused"), "linear": _linear(problem)}.get(family) or (
-        lambda t: INVERSES["inverse-inv"](t.x, t.w.mT)
+def _custom(given: custom.Custom, problem: Problem, mode: str, sets: Sequence[Data]) -> Provider:
+    """Make a provider of a user's function, after a call that shows what it returns; raises ValueError if that does not fit."""
+    infer, shape = mode == "infer", () if problem.loss else (problem.n, problem.k)
+
+    def arguments(t: Data) -> tuple[Tensor, ...]:
+        return (t.x, t.w.mT, t.target) if problem.loss else (t.x, t.w.mT)
+
+    with torch.set_grad_enabled(not infer):
+        got = given.function(*arguments(sets[0]))
+    if not isinstance(got, Tensor) or got.shape != shape:
+        what = f"a tensor of shape {tuple(got.shape)}" if isinstance(got, Tensor) else type(got).__name__
+        raise ValueError(f"{given.name} returned {what}, want a tensor of shape {shape}")
+    if not problem.loss and got.dtype != sets[0].x.dtype:
+        raise ValueError(f"{given.name} returned {got.dtype}, want the dtype of x, {sets[0].x.dtype}")
+    if not infer and not got.requires_grad:
+        raise UnsupportedError("its result has no gradient: time --mode infer, or write a torch.autograd.Function")
+    family, plain = "summary", None
+    if (reference := given.reference) is not None:
+        family, plain = f"reference of {given.name}", lambda t: reference(*arguments(t))
+    made = _of(family, lambda t: given.function(*arguments(t)), problem, sets, plain)
+    return made._replace(strict=given.file is not None)
+
+
+def _of(
+    family: str, function: Function, problem: Problem, sets: Sequence[Data], plain: Function | None = None
+) -> Provider:
+    """Make a provider of a function of a set of inputs; `plain` is needed for another family than those here."""
+    plain = (
+        plain
+        or {"summary": _expression(problem, "unfused"), "linear": _linear(problem)}.get(family)
+        or (lambda t: INVERSES["inverse-inv"](t.x, t.w.mT))
     )
 
     def exact() -> tuple[Callable[[], Tensor], tuple[Tensor, ...]]:
@@ -213,7 +261,7 @@ def planned(engine: str, problem: Problem, mode: str, device: torch.device) -> s
 
 def _kernel_calls(name: EngineName, problem: Problem, mode: str, sets: Sequence[Data]) -> Callable[[int], list[Tensor]]:
     """Return an engine's own calls of a mode on the i-th set of inputs."""
-    engine = engines.get(name)
+    engine = engines.unverified(name)
     kept: dict[int, list[Tensor]] = {}
     options = LossOptions((1.0, 1.0, 1.0), -100, "mean")
     n, d, k, m = problem[1:5]
@@ -244,7 +292,9 @@ def _kernel_calls(name: EngineName, problem: Problem, mode: str, sets: Sequence[
     return call
 
 
-def compiled(problem: Problem, key: str, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def compiled(
+    problem: Problem, key: str, function: Callable[..., Tensor], compile_mode: str | None = None
+) -> Callable[..., Tensor]:
     """Return a function of a problem compiled, once for all modes."""
     if problem not in _compilations:  # compilations for another one count towards PyTorch's limits
         torch._dynamo.reset()
@@ -254,7 +304,7 @@ def compiled(problem: Problem, key: str, function: Callable[..., Tensor]) -> Cal
     if key not in made:
         # "bwd" walks a graph again and again: its buffers must not be donated.
         torch._functorch.config.donated_buffer = False
-        made[key] = torch.compile(function, fullgraph=True, dynamic=False)
+        made[key] = torch.compile(function, fullgraph=True, dynamic=False, mode=compile_mode)
     return made[key]
 
 

@@ -101,6 +101,25 @@ class SummaryNetwork(nn.Module):
         return self.head.loss(self.body(images), target)
 
 
+class LinearNetwork(nn.Module):
+    """The same body and two layers with as many parameters as the summary head's, features-latent-classes, without a ReLU."""
+
+    def __init__(self, channels: int, size: int, architecture: str = "cnn", classes: int = CLASSES) -> None:
+        super().__init__()
+        found = ARCHITECTURES[architecture]
+        self.body = found.body(channels, size)
+        features = _features(self.body, channels, size)
+        self.head = nn.Sequential(nn.Linear(features, found.latent, bias=False), nn.Linear(found.latent, classes))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return the logits."""
+        return self.head(self.body(images))
+
+    def loss(self, images: Tensor, target: Tensor) -> Tensor:
+        """Return the cross entropy of the logits."""
+        return nn.functional.cross_entropy(self(images), target)
+
+
 Network = MLPNetwork | SummaryNetwork
 NETWORKS: dict[str, type[MLPNetwork] | type[SummaryNetwork]] = {"mlp": MLPNetwork, "summary": SummaryNetwork}
 

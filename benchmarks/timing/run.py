@@ -3,20 +3,36 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
+from benchmarks import experiments
 from benchmarks.command_line import UserInputError, at_least, not_negative, positive, users_input
 from benchmarks.command_line import device as present
 from benchmarks.records import environment, report
+from benchmarks.records.intervals import ENOUGH
+from benchmarks.records.report import REPEAT
 from benchmarks.records.rows import Writer, common
-from benchmarks.timing import explain_suite, layer_providers, operator_suite, training_suite
+from benchmarks.timing import custom, explain_suite, layer_providers, operator_suite, peers, training_suite
 from benchmarks.timing.clocks import Limit
 from benchmarks.timing.measure import TIMERS, Asked
-from benchmarks.timing.problems import CLASSES, DTYPES, HEADS, LAYER_SHAPES, LAYERS, MODES, OPS, QUICK, SHAPES
-from benchmarks.timing.providers import ABOUT, NAMES
+from benchmarks.timing.problems import (
+    CLASSES,
+    DTYPES,
+    HEADS,
+    LAYER_SHAPES,
+    LAYERS,
+    MODES,
+    OPS,
+    QUICK,
+    SELECTION,
+    SHAPES,
+)
+from benchmarks.timing.providers import ABOUT, ASSOCIATIONS, NAMES, chosen
 from interp_nn.engines import ENGINES
 
 SUITES = {
@@ -24,8 +40,26 @@ SUITES = {
     "polynomials": "layers with a polynomial and a spectral norm: forward, backward, both, microbatches, updates of the norm",
     "train": "training steps of the reference networks with each head",
     "explain": "the affine maps of networks, the grouping of activation patterns",
+    "selection": "the choice of an order over n and k, beside every order, nn.Linear and the inverse; only by --suite",
 }
-PROVIDERS = tuple(dict.fromkeys((*NAMES, *layer_providers.NAMES)))
+# What a suite measures: a record is stale when these have changed since its commit.
+_OPERATOR = ("benchmarks/timing", "interp_nn/engines", "interp_nn/functional.py", "interp_nn/ops")
+PATHS = {
+    "ops": _OPERATOR,
+    "polynomials": (*_OPERATOR, "interp_nn/nn"),
+    "train": (*_OPERATOR, "interp_nn/nn"),
+    "explain": (
+        "benchmarks/timing",
+        "interp_nn/explain/clusters",
+        "interp_nn/explain/following",
+        "interp_nn/explain/linear",
+    ),
+    "selection": _OPERATOR,
+}
+_CHOICE = ("ours", *ASSOCIATIONS, "best-eager", "linear", "unfused", "inverse-inv", "inverse-cholesky", REPEAT)
+PROVIDERS = tuple(dict.fromkeys((*NAMES, *layer_providers.NAMES, *training_suite.PROVIDERS)))
+_BESIDE = ("ours", "linear", "unfused")  # of a user's provider
+_BY_NAME = frozenset((*PROVIDERS, *ABOUT, *peers.NAMES))
 ALL_MODES = tuple(dict.fromkeys(mode for modes in MODES.values() for mode in modes))
 
 
@@ -40,7 +74,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--shape", type=shape, action="append", metavar="N,D,K[,M]", help="repeatable; with M classes for the op 'head'"
     )
     add("--dtype", choices=DTYPES, action="append", help="repeatable (default: fp32; on a GPU bf16 too)")
-    add("--provider", choices=PROVIDERS, action="append", help="not of explain; repeatable (default: all)")
+    add("--provider", type=named, metavar="NAME", action="append", help=_PROVIDER_HELP)
     add("--engine", choices=("auto", *ENGINES), default="auto", help="the engine of `ours`")
     add("--device", type=present, choices=TIMERS, help="default: cuda where there is one")
     add("--timer", choices=names, help=_TIMER_HELP)
@@ -49,7 +83,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("cold", "hot"),
         help="cold: sets of inputs in turn that the last cache does not hold (default on a GPU)",
     )
-    add("--samples", type=at_least(1), help="of each provider, fewer for slow calls (default: 7)")
+    add("--samples", type=at_least(ENOUGH), help="of each provider, at least (default: 7)")
     add("--seconds", type=positive, help="of each problem and mode (default: 1.5)")
     largest = (
         f"leave out larger forwards and backwards (default: {operator_suite.CPU_BUDGET:.0f} on a CPU, none on a GPU)"
@@ -57,7 +91,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--budget", type=positive, metavar="GFLOP", help=largest)
     late = "skip the problems and modes that are left after this time, with rows that say so (default: no limit)"
     add("--minutes", type=not_negative, default=math.inf, help=late)
-    add("--quick", action="store_true", help="one minute: two shapes, few samples, the suite ops alone")
+    add("--quick", action="store_true", help="less than a minute: two shapes, few samples, the suite ops alone")
     file = "JSON lines, appended to (default: benchmarks/results/DEVICE/TIME.jsonl)"
     add("--out", type=Path, metavar="FILE", help=file)
     add("--revision", metavar="SHA", help="the commit to record where there is no git")
@@ -67,6 +101,31 @@ _TIMER_HELP = (
     "wall on a CPU; on a GPU events (calls as a program makes them; default), graph (replayed, without the host) "
     "or host (its share alone); there explain always uses events, and train has no other timer"
 )
+
+
+_PROVIDER_HELP = (
+    "one of `python -m benchmarks list`, or FILE.py:NAME for a function that the file makes a provider, beside ours, linear and "
+    "unfused if no others are named; not of explain; repeatable (default: all)"
+)
+
+
+def named(text: str) -> str:
+    """Read the name of a provider; that of a user's file, FILE.py:NAME, becomes known."""
+    if ":" in text:
+        try:
+            return custom.load(text, _BY_NAME)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
+    if text in peers.NAMES:
+        try:
+            peers.find(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
+    elif text not in _BY_NAME:
+        near = difflib.get_close_matches(text, _BY_NAME)
+        hint = f"did you mean {' or '.join(near)}?" if near else "`python -m benchmarks list` has them"
+        raise argparse.ArgumentTypeError(f"invalid choice: {text!r}; {hint}")
+    return text
 
 
 def shape(text: str) -> tuple[int, ...]:
@@ -89,7 +148,7 @@ def run(given: argparse.Namespace) -> int:
     cold = (given.l2 or ("cold" if device.type == "cuda" else "hot")) == "cold"
     asked = Asked(
         device, timer, cold, given.engine,
-        given.seconds or (0.3 if given.quick else 1.5), given.samples or (3 if given.quick else 7),
+        given.seconds or (0.3 if given.quick else 1.5), given.samples or (ENOUGH if given.quick else 7),
         limit=Limit(given.minutes),
     )  # fmt: skip
     results = environment.ROOT / "benchmarks" / "results" / environment.device_slug(device.type)
@@ -97,18 +156,21 @@ def run(given: argparse.Namespace) -> int:
     with users_input():
         writer = Writer(out, common(device.type, given.revision))
     names = given.provider or PROVIDERS
-    suites = given.suite or (["ops"] if given.quick else list(SUITES))
+    if alone := all(name in custom.FOUND for name in names):
+        names = [*_BESIDE, *names]
+    names = list(dict.fromkeys((*names, REPEAT)))
+    suites = given.suite or (["ops"] if given.quick or alone else [suite for suite in SUITES if suite != "selection"])
     budget = given.budget or (operator_suite.CPU_BUDGET if device.type == "cpu" else None)
     dtypes = given.dtype or (("fp32",) if device.type == "cpu" else ("bf16", "fp32"))
-    for suite, ops, known in (("ops", OPS, NAMES), ("polynomials", tuple(LAYERS), layer_providers.NAMES)):
-        if suite in suites:
-            asked_ops, chosen = [op for op in given.op or ops if op in ops], [name for name in names if name in known]
-            wanted = operator_suite.Wanted(asked_ops, given.mode, given.shape, dtypes, chosen, budget, given.quick)
+    for suite in [suite for suite in SUITES if suite in suites]:
+        writer.share(paths=PATHS[suite])
+        if suite == "train":
+            training_suite.run(names, asked, writer)
+        elif suite == "explain":
+            explain_suite.run(asked, writer, given.quick)
+        else:
+            wanted = _wanted(suite, given, names, dtypes, budget)
             operator_suite.run(wanted, asked, writer)
-    if "train" in suites:
-        training_suite.run(names, asked, writer)
-    if "explain" in suites:
-        explain_suite.run(asked, writer, given.quick)
     if all(row["op"] == "ceiling" for row in writer.rows):
         raise UserInputError("no suite has a problem with this op, mode, shape and provider together")
     print("\n" + report.markdown(writer.rows))
@@ -116,14 +178,33 @@ def run(given: argparse.Namespace) -> int:
     return int(any(row["status"] in ("wrong", "failed") and row["provider"].startswith("ours") for row in writer.rows))
 
 
+def _wanted(
+    suite: str, given: argparse.Namespace, names: Sequence[str], dtypes: Sequence[str], budget: float | None
+) -> operator_suite.Wanted:
+    """Return the problems, modes and providers of a suite of the operator."""
+    ops: Sequence[str]
+    ops, known = (tuple(LAYERS), layer_providers.NAMES) if suite == "polynomials" else (OPS, (*ABOUT, *custom.FOUND))
+    modes, shapes = given.mode, given.shape
+    if suite == "selection":
+        ops, modes, shapes = OPS[:1], modes or ("infer", "fwdbwd"), shapes or SELECTION
+        names = [*_CHOICE, *(name for name in names if name in custom.FOUND)]
+    ops = [op for op in given.op or ops if op in ops]
+    return operator_suite.Wanted(ops, modes, shapes, dtypes, chosen(names, known), budget, given.quick)
+
+
 def listing() -> str:
     """Return suites, ops, modes, providers and shapes as text."""
     lines = ["suites"]
     lines += [f"  {name:18}{about}" for name, about in SUITES.items()]
     lines += ["", "ops and their modes", *(f"  {op:23}{', '.join(modes)}" for op, modes in MODES.items())]
-    lines += ["", "providers", *(f"  {name:18}{about}" for name, about in {**ABOUT, **layer_providers.ABOUT}.items())]
+    abouts = {**ABOUT, **layer_providers.ABOUT, **training_suite.ABOUT}
+    lines += ["", "providers", *(f"  {name:18}{about}" for name, about in abouts.items())]
+    lines += ["", "providers of other packages, only by --provider", *(f"  {line}" for line in peers.listing())]
+    lines += ["", "experiments (`python -m benchmarks experiments NAME`)"]
+    lines += [f"  {line}" for line in experiments.listing().splitlines()]
     lines += ["", f"dtypes: {', '.join(DTYPES)}", "shapes (n, d, k), and heads with m classes"]
     lines += [f"  {given}" for given in [*SHAPES, *((*head, CLASSES) for head in HEADS)]]
+    lines += [f"  selection: n, 512, k for {len(SELECTION)} pairs of n and k"]
     lines += [f"  layers: {', '.join(map(str, LAYER_SHAPES))}"]
     lines += [f"  --quick: {', '.join(map(str, QUICK))}"]
     return "\n".join(lines)

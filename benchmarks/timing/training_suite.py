@@ -1,7 +1,7 @@
 """Suite `train`: training steps of the reference networks on random images, with forward, backward and Adam at batch 32.
 
-"linear" is the network with its base head of plain layers, "ours" the one with a summary head, "unfused" the same head in
-PyTorch's operations.
+"ours" is the network with a summary head, "unfused" the same head in PyTorch's operations, "linear" the same body with two plain
+layers of as many parameters, and "base-head" the one with the published head, an MLP of more parameters.
 """
 
 from __future__ import annotations
@@ -15,27 +15,31 @@ from torch import Tensor
 from tqdm import tqdm
 
 import interp_nn
+from benchmarks.records.report import REPEAT
 from benchmarks.records.rows import Writer
 from benchmarks.timing import footprint, tolerances
 from benchmarks.timing.clocks import on_events, on_wall
 from benchmarks.timing.measure import Asked, time_calls
 from benchmarks.timing.problems import Problem, products
-from benchmarks.timing.providers import OURS, UnsupportedError, planned
-from benchmarks.timing.reference_networks import ARCHITECTURES, CLASSES, MLPNetwork, Network, SummaryNetwork
+from benchmarks.timing.providers import OURS, UnsupportedError, chosen, planned, repeated
+from benchmarks.timing.reference_networks import ARCHITECTURES, CLASSES, LinearNetwork, MLPNetwork, SummaryNetwork
 
-PROVIDERS = (*OURS, "linear", "unfused")
+ABOUT = {"base-head": "the published head of the reference networks, an MLP with more parameters; in training steps"}
+PROVIDERS = (*OURS, "linear", "unfused", *ABOUT, REPEAT)
 BATCH, CHANNELS, SIZE = 32, 3, 32
 _RATE = 1e-5  # hundreds of steps on the same images then change almost nothing
-_Loss = Callable[[Network, Tensor, Tensor], Tensor]
+_Network = LinearNetwork | MLPNetwork | SummaryNetwork
+_Loss = Callable[[_Network, Tensor, Tensor], Tensor]
 
 
 def run(
     names: Sequence[str], asked: Asked, writer: Writer, architectures: Sequence[str] = tuple(ARCHITECTURES)
 ) -> None:
     """Time a step of each network with each head."""
+    found = chosen([name for name in PROVIDERS if name in names], PROVIDERS)
     for architecture in tqdm(architectures, unit="network", desc="train"):
         with products("fp32"):
-            _measure(architecture, [name for name in PROVIDERS if name in names], asked, writer)
+            _measure(architecture, found, asked, writer)
 
 
 def _measure(architecture: str, names: Sequence[str], asked: Asked, writer: Writer) -> None:
@@ -43,11 +47,11 @@ def _measure(architecture: str, names: Sequence[str], asked: Asked, writer: Writ
     images = torch.randn(BATCH, CHANNELS, SIZE, SIZE, generator=draw).to(asked.device)
     target = torch.randint(CLASSES, (BATCH,), generator=draw).to(asked.device)
 
-    features = SummaryNetwork(CHANNELS, SIZE, architecture).head.in_features
+    features, twin = SummaryNetwork(CHANNELS, SIZE, architecture).head.in_features, repeated(names)
 
     def enter(name: str) -> tuple[_Step, Callable[[], dict[str, Any]]]:
-        step = _Step(name, architecture, features, images, target, asked)
-        return step, step.facts
+        step = _Step(twin if name == REPEAT else name, architecture, features, images, target, asked)
+        return step, lambda: step.facts() | ({"plan": twin} if name == REPEAT else {})
 
     found = time_calls(names, enter, on_events if asked.timer == "events" else on_wall, asked)
     for name in names:
@@ -67,8 +71,9 @@ class _Step:
             raise UnsupportedError("a step with its optimizer is timed by events")
         torch.manual_seed(0)
         self._engine = (OURS[name] or asked.engine) if name in OURS else "auto"
-        kind = MLPNetwork if name == "linear" else SummaryNetwork
-        self._network: Network = kind(CHANNELS, SIZE, architecture).to(asked.device)
+        kinds: dict[str, type[LinearNetwork] | type[MLPNetwork]] = {"linear": LinearNetwork, "base-head": MLPNetwork}
+        kind = kinds.get(name, SummaryNetwork)
+        self._network: _Network = kind(CHANNELS, SIZE, architecture).to(asked.device)
         self._loss: _Loss = _unfused if name == "unfused" else _own
         self._inputs, self._asked = (images, target), asked
         self._optimizer = torch.optim.Adam(self._network.parameters(), lr=_RATE)
@@ -94,7 +99,8 @@ class _Step:
         theirs = tolerances.errors(self._gradients(self._network, plain, images), exact)
         why = tolerances.exceeds(ours, theirs, tolerances.floor(torch.float32, tolerances.SPLIT_ULPS))
         return {
-            "plan": self._plan, "err_fro": ours[0], "err_ratio": ours[0] / theirs[0] if theirs[0] else None,
+            "plan": self._plan, "parameters": sum(p.numel() for p in self._network.parameters()),
+            "err_fro": ours[0], "err_ratio": ours[0] / theirs[0] if theirs[0] else None,
             "peak_delta_mb": self._peak() / 1e6, "launches": footprint.launches(self, self._asked.device),
             "status": "ok" if why is None else "wrong", "note": why,
         }  # fmt: skip
@@ -103,7 +109,7 @@ class _Step:
         self._optimizer.zero_grad()  # so that a step only adds to the memory in use
         return footprint.peak_bytes(self, self._asked.device)[0]
 
-    def _gradients(self, network: Network, loss: _Loss, images: Tensor) -> Tensor:
+    def _gradients(self, network: _Network, loss: _Loss, images: Tensor) -> Tensor:
         """Return all gradients in one vector, without dropout: its masks differ between precisions."""
         network.eval()
         value = loss(network, images, self._inputs[1])
@@ -112,11 +118,11 @@ class _Step:
         return torch.cat([gradient.flatten() for gradient in found])
 
 
-def _own(network: Network, images: Tensor, target: Tensor) -> Tensor:
+def _own(network: _Network, images: Tensor, target: Tensor) -> Tensor:
     return network.loss(images, target)
 
 
-def _unfused(network: Network, images: Tensor, target: Tensor) -> Tensor:
+def _unfused(network: _Network, images: Tensor, target: Tensor) -> Tensor:
     assert isinstance(network, SummaryNetwork)
     head, output = network.head, network.head.output
     return tolerances.naive_head_cross_entropy(network.body(images), head.b, output.weight, output.bias, target)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import importlib
+import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol, cast
 
 from torch import Tensor
 
-from interp_nn.engines import eager
+from interp_nn.engines import eager, verify
 from interp_nn.engines.devices import interpreting
 from interp_nn.engines.eager_polynomial import Polynomial
 from interp_nn.engines.limits import unsupported_reason
@@ -83,10 +84,19 @@ if TYPE_CHECKING:  # mypy compares each module with the protocol
 
 
 def get(name: EngineName) -> Engine:
-    """Return an engine's module. It is imported when it is first needed."""
+    """Return an engine. It is imported when it is first needed, and its kernels are verified at their first use."""
     if name not in _engines:
-        _engines[name] = cast(Engine, importlib.import_module(f"interp_nn.engines.{name}.engine"))
+        module = unverified(name)
+        _engines[name] = module if os.environ.get("INTERP_NN_VERIFY") == "0" else verify.Verified(name, module)
     return _engines[name]
+
+
+def unverified(name: EngineName) -> Engine:
+    """Return an engine's module, whose kernels run as they are."""
+    return cast(
+        Engine,
+        importlib.import_module("interp_nn.engines.eager" if name == "eager" else f"interp_nn.engines.{name}.engine"),
+    )
 
 
 def availability() -> dict[str, str]:

@@ -11,11 +11,12 @@ import torch
 class DeviceSpec(NamedTuple):
     """Figures of a GPU.
 
-    The two rates are datasheet figures of a common part with that compute capability. They serve predictions only.
+    The two rates serve predictions only. Those of a GPU that is not at hand are datasheet figures of a common part with that
+    compute capability. At hand the bandwidth is read, and the matrix rate is the common part's for so many multiprocessors.
 
     Attributes:
         capability: Compute capability (major, minor).
-        multiprocessors: Number of streaming multiprocessors.
+        multiprocessors: Number of streaming multiprocessors that kernels may use.
         shared: Shared memory that a block may use, in bytes.
         bandwidth: Memory bandwidth in bytes/s.
         matrix_rate: Rate of 16-bit matrix products in FLOP/s.
@@ -71,10 +72,15 @@ _specs: dict[torch.device, DeviceSpec | None] = {}
 
 
 def spec_of(device: torch.device) -> DeviceSpec | None:
-    """Return the figures of a CUDA device; of an invented GPU where Triton interprets on the CPU; else None."""
+    """Return the figures of a CUDA device; of an invented GPU where Triton interprets on the CPU; else None.
+
+    Multiprocessors that PyTorch's carve-out keeps for other work, such as NCCL's, do not count: kernels with a grid barrier
+    need all theirs at once.
+    """
     if device not in _specs:
         _specs[device] = _read(device)
-    return _specs[device]
+    spec, kept = _specs[device], torch._C._get_sm_carveout_experimental()
+    return spec if spec is None or not kept else spec._replace(multiprocessors=max(1, spec.multiprocessors - kept))
 
 
 spec_of._dynamo_marked_constant = True  # type: ignore[attr-defined] # as assume_constant_result, without its import
@@ -90,4 +96,8 @@ def _read(device: torch.device) -> DeviceSpec | None:
     if spec is None:
         return DeviceSpec((properties.major, properties.minor), properties.multi_processor_count, 0, 0.0, 0.0)
     shared = getattr(properties, "shared_memory_per_block_optin", spec.shared)
-    return spec._replace(multiprocessors=properties.multi_processor_count, shared=shared)
+    kilohertz, bits = (getattr(properties, name, 0) for name in ("memory_clock_rate", "memory_bus_width"))
+    bandwidth = 2e3 * kilohertz * bits / 8 or spec.bandwidth  # two transfers a clock
+    count = properties.multi_processor_count
+    rate = spec.matrix_rate * count / spec.multiprocessors
+    return spec._replace(multiprocessors=count, shared=shared, bandwidth=bandwidth, matrix_rate=rate)

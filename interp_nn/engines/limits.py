@@ -17,9 +17,9 @@ from interp_nn.engines.devices import DeviceSpec, interpreting, spec_of
 from interp_nn.engines.problem import EngineName, Problem
 
 OLDEST_TRITON = (3, 6)
+_LARGEST_TILE = 1024  # rows; kernels count tiles of n rows in 32 bits
 MOST_COLUMNS = 128  # of b, and classes, that a kernel holds in one tile
 _OLDEST_CAPABILITY = {"triton": (8, 0), "cuda": (7, 5)}
-_TRITON_OF_BLACKWELL_HEADS = (3, 9)  # older ones cannot compile the loss of a head for compute capability 10
 interpreter_has_bfloat16 = (
     False  # Triton's own does not: its products of bfloat16 are wrong by many orders of magnitude
 )
@@ -81,9 +81,7 @@ def _triton_reason(problem: Problem, spec: DeviceSpec) -> str | None:
         if classes is not None and classes > 64 and spec.shared < _THREE_SQUARES:
             needed = _THREE_SQUARES >> 10
             return f"fp32 heads of more than 64 columns and 64 classes need {needed} KiB of shared memory in a block"
-    if problem.head and spec.capability[0] == 10 and triton_version() < _TRITON_OF_BLACKWELL_HEADS:
-        return f"Triton before {_dotted(_TRITON_OF_BLACKWELL_HEADS)} cannot compile the loss of a head for {spec.name}"
-    if max(n, d * max(k, MOST_COLUMNS)) >= 2**31:
+    if max(n + _LARGEST_TILE, d * max(k, MOST_COLUMNS)) > 2**31:
         return "n or d k is beyond 32-bit offsets"
     return None
 

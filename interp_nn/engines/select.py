@@ -1,8 +1,8 @@
 """Choose an engine and an order for a problem. Pure arithmetic on shapes and a device's figures.
 
 `eager` takes the order with the least cost (see `interp_nn.engines.orders`). Where a GPU has kernels of one launch, "auto"
-takes them if a tuned table says so. Without a table it takes them if `interp_nn.engines.cost` predicts that they are no
-slower. Then Triton's come before those of the compiled library, because they use the faster matrix products of newer GPUs.
+takes them if a tuned table says so. Without a table it takes Triton's if `interp_nn.engines.cost` predicts that they are no
+slower, but not for losses in fp32, whose prediction is not trusted. It takes the compiled library's only by a table.
 """
 
 from __future__ import annotations
@@ -29,10 +29,7 @@ _logged: set[str] = set()
 _requested = ContextVar("interp_nn_engine", default=os.environ.get("INTERP_NN_ENGINE") or "auto")
 requested_now = _requested.get  # `requested` where nothing is compiled
 _latest = requested_now()  # the engine requested last, in any thread: compiled code is guarded by it
-_WITH_KERNELS: tuple[EngineName, ...] = (
-    "triton",
-    "cuda",
-)  # of one launch; the first comes first where nothing was measured
+_WITH_KERNELS: tuple[EngineName, ...] = ("triton", "cuda")  # of one launch
 
 
 class use_engine:  # noqa: N801 - used like a function, as torch.no_grad is
@@ -147,10 +144,14 @@ def choose_engine(problem: Problem) -> tuple[EngineName, str]:
     for name in ("eager", *able):
         if name == measured:
             return name, "measured faster on this kind of GPU"
-    ours = cost.predict_fused(problem, _kernel_plan(problem, able[0]), spec).seconds
+    if "triton" not in able:
+        return "eager", f"not triton: {reasons['triton']}; not cuda: no table measured it for this problem"
+    if problem.classes is not None and problem.dtype == torch.float32:
+        return "eager", "no table measured the kernels of fp32 losses for this problem"
+    ours = cost.predict_fused(problem, _kernel_plan(problem, "triton"), spec).seconds
     theirs = cost.predict_eager(problem, _eager_plan(problem, False), spec).seconds
     verdict = f"predicted {ours * 1e6:.3g} µs in one launch each, {theirs * 1e6:.3g} µs in PyTorch's operations"
-    return (able[0] if ours <= theirs else "eager"), verdict
+    return ("triton" if ours <= theirs else "eager"), verdict
 
 
 def _log_if_slow(problem: Problem, forced: EngineName) -> None:

@@ -505,7 +505,9 @@ def choose(
     needs = graph and x.requires_grad, graph and (need_b or b.requires_grad)
     d, k = b.shape
     problem = select.problem_of(x, row_count(x), d, k, pair, needs, None, degree, graph and need_scale)
-    return select.choose_followed(problem) if followed.get() else select.choose(problem)
+    if not torch.compiler.is_compiling() and followed.get():  # Dynamo cannot trace a context variable
+        return select.choose_followed(problem)
+    return select.choose(problem)
 
 
 def summary(x: Tensor, b: Tensor, bias: Tensor | None, plan: Plan) -> tuple[Tensor, list[Tensor]]:

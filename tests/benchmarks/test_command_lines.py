@@ -34,8 +34,8 @@ def outcome(command, arguments, capsys):
         pytest.param(["run", "--device", "cuda"], "--device: got 'cuda', want a device", marks=NO_CUDA),
         pytest.param(["roofline", "--device", "cuda"], "--device: got 'cuda', want a device", marks=NO_CUDA),
         pytest.param(["compare", "HEAD", "--device", "cuda"], "--device: got 'cuda', want a device", marks=NO_CUDA),
-        ([*RUN, "--samples", "-1"], "--samples: got -1, want at least 1"),
-        ([*RUN, "--samples", "0"], "--samples: got 0, want at least 1"),
+        ([*RUN, "--samples", "-1"], "--samples: got -1, want at least 5"),
+        ([*RUN, "--samples", "4"], "--samples: got 4, want at least 5"),
         ([*RUN, "--seconds", "nan"], "--seconds: got nan, want a number above 0"),
         ([*RUN, "--seconds", "0"], "--seconds: got 0, want a number above 0"),
         ([*RUN, "--minutes", "-1"], "--minutes: got -1, want a number from 0 on"),
@@ -50,6 +50,7 @@ def outcome(command, arguments, capsys):
         ([*RUN, "--shape", "1,2"], "--shape: got '1,2', want N,D,K"),
         (["compare", "HEAD", "--threshold", "nan"], "--threshold: got nan, want a number from 0 on"),
         (["compare", "nowhere", "HEAD"], "nowhere: "),
+        (["profile", "--op", "head"], "head: want a mode of loss, and a shape N,D,K, or N,D,K,M for head"),
         (["roofline", "--op", "head", "--shape", "8,4,2"], "no problem has this op and shape together"),
         (["gpu", "--minutes", "nan"], "--minutes: got nan, want a number from 0 on"),
         (["gpu", "--workers", "0"], "--workers: got 0, want at least 1"),
@@ -121,3 +122,22 @@ def test_a_mistake_of_tuning_is_one_line(arguments, message, tmp_path, capsys):
     status, told = outcome(tuning.main, [text.format(folder=tmp_path) for text in arguments], capsys)
     assert status == 2 and message in told and told.count("\n") == 1
     assert [file.name for file in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "kernels"),
+    [
+        ([], "regex:^(stream|summary_backward)$"),
+        (["--mode", "infer"], "regex:^(stream)$"),
+        (["--op", "head", "--shape", "32,64,16,10", "--engine", "cuda"], "regex:^(head_loss_kernel)$"),
+        (["--tool", "nsys", "--op", "cross_entropy"], "--capture-range=cudaProfilerApi"),
+    ],
+    ids=" ".join,
+)
+@NO_CUDA
+def test_the_command_of_a_profile_names_our_kernels(arguments, kernels, monkeypatch, capsys):
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    assert main(["profile", *arguments]) == 0
+    told = capsys.readouterr()
+    assert kernels in told.out and "benchmarks.timing.kernel_profile" in told.out
+    assert told.err.startswith("not run: ") and told.err.endswith(" is not on the PATH\n")

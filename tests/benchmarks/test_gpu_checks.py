@@ -12,7 +12,7 @@ import interp_nn
 from benchmarks.gpu import cases, checks, job_table, kernels, runs
 from benchmarks.timing import footprint, tolerances
 from interp_nn import engines, functional
-from interp_nn.engines import barrier
+from interp_nn.engines import barrier, plain, verify
 
 EAGER = kernels.EAGER
 
@@ -120,7 +120,7 @@ def test_an_engine_that_launches_nothing_is_wrong_and_one_that_is_off_has_failed
 
 
 def test_memory_is_poisoned_and_missing_poison_is_noticed(log, lines, any_engine, monkeypatch):
-    engine = engines.get("triton")
+    engine = engines.unverified("triton")
     with checks.poisoned():
         assert engine.workspace((2, 3), torch.float32, CPU).isnan().all() and not barrier.counter(CPU).any()
     assert not torch.are_deterministic_algorithms_enabled()
@@ -144,3 +144,23 @@ def test_far_rows(right, log, lines, any_engine, monkeypatch):
     checks.check_far_rows(BOTH, CPU, log, 2**12, 8, torch.float32)
     assert [(line["engine"], line["status"]) for line in lines()] == [(e, "ok" if right else "wrong") for e in BOTH * 2]
     assert set(lines()[0]["errors"]) == {"db", *(f"{t}[{at}:]" for t in ("y", "dx") for at in (0, 12, 1012))}
+
+
+@pytest.mark.parametrize("right", [True, False])
+def test_a_variant_is_compared_twice(right, log, lines, monkeypatch):
+    class Kernels:
+        def scale(self, grads, upstream):
+            return [g if right else g + 1 for g in plain.scale(grads, upstream)]
+
+    monkeypatch.setattr(engines, "unverified", lambda name: Kernels())
+    checks.check_variant(verify.Variant("triton", "scale", (torch.float32, torch.float16)), CPU, log)
+    (line,) = lines()
+    assert line["name"].startswith("verify triton scale in float32, float16")
+    assert (line["status"], "why" in line) == (("ok", False) if right else ("wrong", True)) and line["again_ms"] >= 0
+
+
+def test_the_first_use_of_a_layer_is_a_line(log, lines):
+    checks.check_first_use(CPU, log)
+    (line,) = lines()
+    assert (line["name"], line["status"], line["verdicts"]) == ("first use", "ok", {})
+    assert line["plan"].startswith("eager")

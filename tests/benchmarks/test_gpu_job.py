@@ -47,6 +47,17 @@ def test_a_worker_without_its_device_ends(log, lines, monkeypatch):
     assert worker.work(bad, log, CPU, 0, None) == worker.LOST and len(lines()) == 1
 
 
+def test_a_step_that_is_done_is_left_out_later(log, lines, tmp_path):
+    done, ran = tmp_path / "done", []
+    made = steps(*(lambda log, i=i: ran.append(i) for i in range(4)))
+    out_of_time = Log(tmp_path / "other", "part", -1.0, {})
+    assert worker.work(made, out_of_time, CPU, 0, None, done) == 0 and not done.exists()
+    assert worker.work(made[:2], log, CPU, 0, None, done) == 0
+    worker.work(made, log, CPU, 3, None, done)  # step 2 has ended an earlier process
+    worker.work(made, log, CPU, 0, None, done)
+    assert ran == [0, 1, 3] and done.read_text() == "step 0\nstep 1\nstep 2\nstep 3\n"
+
+
 def test_steps_after_the_time_are_skipped(tmp_path):
     log = Log(tmp_path / "log", "part", -1.0, {})
     assert worker.work(steps(lambda log: 1 / 0, lambda log: 1 / 0), log, CPU, 0, None) == 0
@@ -96,11 +107,13 @@ def parsed(*arguments):
 
 def test_arguments(capsys):
     asked = parsed()
-    assert (asked.parts, asked.engines, asked.minutes, asked.device) == (job.PARTS, BOTH, 10, "cuda")
-    assert parsed("--parts", "time,launches").parts == ("launches", "time")
+    assert (asked.stages, asked.engines, asked.minutes, asked.device) == ((1, 2, 3), BOTH, None, "cuda")
+    assert parsed("4").stages == (4,)
+    asked = parsed("--parts", "time,launches")
+    assert (asked.parts, asked.stages) == (("launches", "time"), ())
     assert parsed("--engines", "cuda").engines == ("cuda",)
     for given, message in (
-        (("--parts", "time,tume"), "unknown part tume; there are correctness, launches"),
+        (("--parts", "time,tume"), "unknown part tume; there are verify, launches, correctness"),
         (("--engines", "cublas"), "unknown engine cublas; there are triton, cuda"),
     ):
         with pytest.raises(SystemExit):
@@ -108,13 +121,20 @@ def test_arguments(capsys):
         assert message in capsys.readouterr().err
 
 
+def test_stages_have_all_parts_and_nine_minutes_for_the_first_three():
+    named = [part for stage in job.STAGES.values() for part in stage.parts]
+    assert sorted(named) == sorted(set(job.PARTS) - {"time"})
+    minutes = [stage.minutes for stage in job.STAGES.values()]
+    assert sum(minutes[:3]) <= 9 and max(minutes) <= 4
+
+
 def test_kernels_are_compiled_first_and_time_is_shared():
     assert job.in_order(parsed("--parts", "correctness,tune")) == ["correctness", "tune"]
     assert job.in_order(parsed("--parts", "graphs,time")) == ["compile runs", "graphs", "compile times", "time"]
     assert job.in_order(parsed("--parts", "graphs,time", "--tiny")) == ["graphs", "time"]
     assert job.in_order(parsed("--parts", "graphs,time", "--engines", "cuda")) == ["graphs", "time"]
-    parts, left = job.in_order(parsed()), 600.0
-    assert set(parts) == set(worker.PARTS) - {"small"} == set(job.SHARES)
+    parts, left = job.in_order(parsed("--parts", ",".join(job.PARTS))), 600.0
+    assert set(parts) == set(worker.PARTS) - {"small", "profiled"} == set(job.SHARES)
     for place, part in enumerate(parts):
         given = job.allotted(parts[place:], left)
         assert given == pytest.approx(600 * job.SHARES[part] / sum(job.SHARES.values()))
@@ -154,8 +174,9 @@ def stub(tmp_path, monkeypatch):
 
 def run(tmp_path, *arguments):
     """The exit status of a job, and its lines."""
-    status = job.run(parsed("--output", str(tmp_path), "--minutes", "1", *arguments))
-    return status, read(tmp_path / "gpu.jsonl")
+    asked = parsed("--output", str(tmp_path), "--minutes", "1", *arguments)
+    name = f"stage-{asked.stages[0]}.jsonl" if asked.stages else "gpu.jsonl"
+    return job.run(asked), read(tmp_path / name)
 
 
 def test_a_process_that_dies_costs_one_step(stub, tmp_path, capsys):
@@ -197,6 +218,76 @@ def test_the_job_goes_on_with_the_engine_that_is_there(missing, stub, tmp_path, 
     (other,) = set(BOTH) - {missing}
     assert [(line["part"], line["name"]) for line in found] == [("engines", missing), ("launches", other)]
     assert run(tmp_path, "--parts", "launches", "--tiny", "--engines", missing)[0] == 2
+
+
+def test_a_stage_goes_on_where_it_ended(stub, tmp_path, capsys):
+    """The second run adds to the record, and finds the names of the steps that are done."""
+    stub(
+        """
+        import os
+        done = option("--done")
+        write("again" if os.path.exists(done) else "first", "ok", verify=os.environ.get("INTERP_NN_VERIFY"))
+        open(done, "a").write("step")
+        """
+    )
+    for count in (1, 2):
+        status, found = run(tmp_path, "4")
+        assert status == 0 and [line["name"] for line in found] == ["first", "again"][:count]
+        assert f"stage 4: {count} ok" in capsys.readouterr().out
+    assert found[0]["verify"] == "0"
+    _, found = run(tmp_path, "1")
+    assert {line["part"]: line["verify"] for line in found} == {
+        "verify": None, "compile runs": "0", "launches": "0", "correctness": "0"
+    }  # fmt: skip
+
+
+def test_a_table_of_a_stage_has_ten_lines(shared, tmp_path):
+    log = Log(tmp_path / "log", "shapes", 60.0, {**shared, "git_sha": "abc", "dirty": True})
+    log.write("barrier", "info", barrier_us=1.25)
+    for place in range(6):
+        problem = {
+            "op": "summary",
+            "mode": "infer",
+            "dtype": "bf16",
+            "n": place,
+            "d": 8,
+            "k": 4,
+            "m": None,
+            "l2": "cold",
+        }
+        for timer in ("events", "graph"):
+            for name, ms in (("ours", 0.02), ("linear", 0.01)):
+                log.write(**problem, timer=timer, provider=name, ms_p50=ms, samples=5, plan="triton")
+    printed = job_table.short_table(3, log.rows).splitlines()
+    assert len(printed) == 10 and printed[0] == "stage 3: 1 info, 24 ok" and "commit abc and changes" in printed[-1]
+    assert printed[1] == "summary infer (0, 8, 4) graph, us: ours 20, linear 10"
+    for place in range(30):
+        log.write(f"case {place}", "wrong", why="far off")
+    printed = job_table.short_table(3, log.rows).splitlines()
+    assert len(printed) == 10 and [line.startswith("wrong: shapes: case") for line in printed[1:5]] == [True] * 3 + [
+        False
+    ]
+    assert job_table.short_table(1, []) == "stage 1: nothing"
+
+
+def test_the_library_is_built_once_for_the_gpu_at_hand(stub, tmp_path, capsys, monkeypatch):
+    stub(
+        """
+        import os
+        if "-c" in sys.argv:
+            print(90 if "compiled_library" in sys.argv[2] else "")
+        elif "setup.py" in sys.argv:
+            assert os.environ["INTERP_NN_CUDA_ARCHS"] == "90"
+            print("error: no nvcc")
+            sys.exit(1)
+        else:
+            write("first", "ok")
+        """.replace("option(", "option(")
+    )
+    head = (tmp_path / "python").read_text()
+    (tmp_path / "python").write_text(head.replace("part, first", "if '--log' in sys.argv: part, first"))
+    job._build()
+    assert "the CUDA library for sm_90: " in (told := capsys.readouterr().out) and "error: no nvcc" in told
 
 
 def test_another_process_finds_out_which_engines_are_on(tmp_path, monkeypatch, capsys):
@@ -243,8 +334,8 @@ def test_the_command_of_a_worker(tmp_path):
 @pytest.mark.slow
 def test_every_part_on_the_interpreter(tmp_path):
     """A job from its start to its table."""
-    parts = "correctness,launches,repeats,sanitizer,time"
-    arguments = ["--device", "cpu", "--tiny", "--output", str(tmp_path), "--minutes", "4", "--parts", parts]
+    parts = "verify,correctness,launches,repeats,sanitizer,shapes,host,training,profile,time"
+    arguments = ["--device", "cpu", "--tiny", "--output", str(tmp_path), "--minutes", "8", "--parts", parts]
     done = python("-m", "benchmarks", "gpu", *arguments, TRITON_INTERPRET="1")
     assert done.returncode == 0, done.stdout + done.stderr + (tmp_path / "gpu.log").read_text()
     off, *found = read(tmp_path / "gpu.jsonl")

@@ -1,25 +1,31 @@
 """Records keep to their schema, survive interruptions, and tables and figures say what they hold."""
 
+import csv
 import json
 import math
+import re
+import subprocess
 
+import numpy as np
 import pytest
 import torch
 
+from benchmarks import to_pandas
 from benchmarks.__main__ import main
-from benchmarks.records import environment, figures, report, rows
+from benchmarks.records import environment, figures, intervals, report, rows, stale
 
 MISSING = {"samples": 0, "ms_p50": None, "ms_p20": None, "ms_p80": None}
 
 
-def written(tmp_path, *given, name="record.jsonl"):
+def written(tmp_path, *given, name="record.jsonl", spread=None):
     """A record whose rows are of the summary's forward and backward, in milliseconds by provider for each n."""
     writer = rows.Writer(tmp_path / name, rows.common())
     for n, times in given:
         for provider, ms in times.items():
             writer.write(
-                op="summary", provider=provider, mode="fwdbwd", dtype="fp32", n=n, d=8, k=4, plan="A", status="ok", samples=7,
+                op="summary", provider=provider, mode="fwdbwd", dtype="fp32", n=n, d=8, k=4, status="ok", samples=7,
                 timer="wall", l2="hot", ms_p50=ms, ms_p20=0.9 * ms, ms_p80=1.1 * ms, peak_delta_mb=1.0, sol_frac=0.5,
+                plan="ours" if provider == "repeat" else "A", ms_groups=spread and [ms * (1 + spread * i) for i in range(-3, 4)],
             )  # fmt: skip
     return tmp_path / name
 
@@ -124,8 +130,11 @@ def test_figures_are_drawn_of_what_there_is(tmp_path):
     path = written(tmp_path, (16, {"ours": 2.0, "linear": 1.0, "unfused": 3.0}), (64, {"ours": 3.0, "linear": 2.0}))
     assert main(["plot", str(path), "--output", str(tmp_path / "figures")]) == 0
     names = {file.name for file in (tmp_path / "figures").iterdir()}
-    assert names == {f"{n}.png" for n in ("latency", "to-linear", "to-unfused", "speed-of-light", "memory")}
+    assert names == {f"{n}.png" for n in ("latency", "to-linear", "to-unfused", "memory")}
     assert (tmp_path / "figures" / "latency.png").read_bytes().startswith(b"\x89PNG")
+    ceiling = rows.read([path])[0] | {"op": "ceiling", "provider": "device", "gbps": 10.0, "tflops": 0.1}
+    of = [row | {"gflop": 0.01, "least_mb": 1.0} for row in rows.read([path])]
+    assert tmp_path / "more" / "roofline.png" in figures.draw([ceiling, *of], tmp_path / "more")
     assert figures.draw([], tmp_path / "none") == []
 
 
@@ -138,6 +147,114 @@ def test_two_records_are_compared_by_their_ratios(tmp_path, capsys):
     assert line.split()[3:] == ["1.059", "6.0%", "8.4%", "10.0%", "2"]
     (tmp_path / "empty.jsonl").write_text("")
     assert main(["compare", str(one), str(tmp_path / "empty.jsonl")]) == 2
+
+
+def test_intervals_hold_the_ratio_and_are_wider_with_more_noise():
+    draw, widths, held = np.random.default_rng(0), [], 0
+    for spread in (0.02, 0.1):
+        for _ in range(50):
+            over, under = (scale * (1 + spread * draw.standard_normal(25)) for scale in (3.0, 2.0))
+            low, high = intervals.interval(intervals.resampled(over, under))
+            widths.append((spread, high - low))
+            held += low <= 1.5 <= high
+    assert 88 <= held <= 100
+    means = [np.mean([width for given, width in widths if given == spread]) for spread in (0.02, 0.1)]
+    assert means[1] > 3 * means[0]
+    slower = np.linspace(1, 2, 9)  # a machine that slows down: the same rounds are drawn for both
+    assert intervals.interval(intervals.resampled(3 * slower, 2 * slower)) == pytest.approx((1.5, 1.5))
+    assert str(report.mean([report.Ratio(2.0, None), report.Ratio(0.5, None)])) == "1.00"
+
+
+def test_the_table_has_intervals_the_noise_and_what_to_doubt(tmp_path):
+    times = {"ours": 2.0, "linear": 1.0, "repeat": 2.1, "best-eager": 1.9, "inverse-inv": 3.0, "mine": 4.0}
+    found = rows.read([written(tmp_path, (16, times), spread=0.01)])
+    for row in found:
+        row |= {"mine": {"about": "a rival", "sol_frac": 1.2}}.get(row["provider"], {})
+        row |= {"inverse-inv": {"samples": 4}, "linear": {"sol_frac": 2.0}}.get(row["provider"], {})
+    text = report.markdown(found)
+    assert "| 16, 8, 4 | A | 2 | 2.00 [2.00, 2.00] | 0.95 [0.95, 0.95] | 2.00 [2.00, 2.00] |" in text
+    assert "best-eager / ours | mine / ours |" in text and "inverse / ours" not in text
+    assert "Noise floor: identical providers differ by 5.0% at the median, 5.0% at the 95th percentile and 5.0%" in text
+    assert (
+        "Fewer than 5 samples, and so not in the ratios:\n\n- summary, forward + backward, (16, 8, 4) fp32: inverse-inv"
+        in text
+    )
+    assert "is wrong:\n\n- summary, forward + backward, (16, 8, 4) fp32: mine 1.20\n" in text
+    assert "ours / best-eager 1.05 [1.05, 1.05] as geometric mean of 1 problems" in text
+
+
+def test_a_record_of_schema_1_is_read(tmp_path):
+    """Its training steps compared with another network, which now has another name."""
+    path = written(tmp_path, (16, {"ours": 1.0, "linear": 1.0}))
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    for line in lines:
+        line |= {"schema": 1, "op": "train_cnn"}
+        for name in ("about", "parameters", "paths", "ms_groups"):
+            del line[name]
+    path.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    found = rows.read([path])
+    assert [row["provider"] for row in found] == ["ours", "base-head"] and found[0]["ms_groups"] is None
+
+
+def test_records_are_judged_by_intervals_beyond_the_noise(tmp_path, capsys):
+    before = {"ours": 2.0, "linear": 1.0, "unfused": 2.0, "repeat": 2.02}
+    one = written(tmp_path, (16, before), (64, before), name="one.jsonl", spread=0.002)
+    for slower, status in ((1.01, 0), (1.3, 1), (0.7, 0)):
+        after = before | {"ours": slower * 2.0, "repeat": slower * 2.02}
+        other = written(tmp_path, (16, after), (64, before), name=f"{slower}.jsonl", spread=0.002)
+        assert main(["compare", str(one), str(other)]) == status
+        printed = capsys.readouterr().out
+        line = next(line for line in printed.splitlines() if line.startswith("summary (16, 8, 4) fp32 fwdbwd"))
+        assert line.endswith({1.01: "same within the noise", 1.3: "SLOWER", 0.7: "faster"}[slower])
+        assert f"{slower:.2f} [{slower:.2f}, {slower:.2f}]" in line and "noise floor: " in printed
+
+
+def test_a_record_as_csv_and_as_a_data_frame(tmp_path, capsys):
+    path = written(tmp_path, (16, {"ours": 1.0, "linear": 2.0}), spread=0.1)
+    assert main(["table", str(path), "--csv"]) == 0
+    read = list(csv.DictReader(capsys.readouterr().out.splitlines()))
+    assert [row["ms_p50"] for row in read] == ["1.0", "2.0"] and read[0].keys() == rows.FIELDS.keys()
+    assert read[0]["ms_groups"].split()[0] == "0.7" and read[0]["note"] == ""
+    frame = to_pandas(path)
+    assert list(frame.ms_p50) == [1.0, 2.0] and frame.ms_groups[0][0] == 0.7
+
+
+def test_the_page_of_records_has_every_field():
+    text = (environment.ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
+    table = text.partition("## Fields of a record")[2]
+    documented = {
+        name
+        for line in table.splitlines()
+        if line.startswith("| `")
+        for name in re.findall(r"`(\w+)`", line.split("|")[1])
+    }
+    assert documented == set(rows.FIELDS)
+
+
+def test_a_record_older_than_what_it_measures_is_named(tmp_path):
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=test", "-c", "user.email=test@example.org"]
+
+    def commit(name):
+        (tmp_path / name).write_text(name)
+        for arguments in (["add", name], ["commit", "--quiet", "--message", name]):
+            subprocess.run([*git, *arguments], check=True)
+        return subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout.strip()
+
+    subprocess.run(["git", "init", "--quiet", str(tmp_path)], check=True)
+    made, record = commit("kernels.py"), tmp_path / "record.jsonl"
+    record.write_text(
+        json.dumps({"git_sha": made, "paths": ["kernels.py"]}) + "\n" + json.dumps({"git_sha": made}) + "\n"
+    )
+    commit("other.py")
+    assert list(stale.stale(record, tmp_path)) == []
+    (tmp_path / "kernels.py").unlink()
+    commit("kernels.py.new")
+    subprocess.run([*git, "commit", "--quiet", "--all", "--message", "changed"], check=True)
+    assert list(stale.stale(record, tmp_path)) == [
+        f"stale: record.jsonl: 1 commits since {made[:7]} have changed kernels.py"
+    ]
+    record.write_text(json.dumps({"git_sha": 40 * "0", "paths": ["kernels.py"]}))  # of no known commit
+    assert list(stale.stale(record, tmp_path)) == []
 
 
 def test_the_environment_without_git(monkeypatch):

@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import json
+import random
 import subprocess
 import time
 
@@ -22,6 +23,7 @@ from benchmarks.timing import (
     layer_providers,
     measure,
     operator_suite,
+    peers,
     problems,
     providers,
     training_suite,
@@ -30,6 +32,7 @@ from benchmarks.timing.clocks import Limit
 from benchmarks.timing.measure import Asked
 from benchmarks.timing.problems import Problem
 from benchmarks.timing.roofline import Ceiling
+from benchmarks.timing.run import PATHS, SUITES
 from interp_nn import functional
 from interp_nn.nn import SummaryLinear
 
@@ -103,13 +106,15 @@ def test_every_layer_is_right_or_says_why_not(op):
     assert {row["status"] for row in found.values()} == {"ok", "unsupported"}
     expected = {"ours"} if modes == ("update",) else {"ours", "linear", "unfused", "spectral-norm"}
     expected |= {"ours-cached"} if modes == ("step",) else {"orthogonal"} if modes != ("update",) else set()
-    expected |= {"pc-layer"} if "pc" in op else set(providers.INVERSES) if op == "layer-summary" else set()
+    expected |= {"repeat"} | (
+        {"pc-layer"} if "pc" in op else set(providers.INVERSES) if op == "layer-summary" else set()
+    )
     for mode in modes:
         assert {name for name in names if found[mode, name]["status"] == "ok"} == expected
     for (mode, name), row in found.items():
         if row["status"] == "ok":
             assert row["gflop"] > 0 and row["least_mb"] > 0 and row["peak_delta_mb"] > 0
-            assert (row["plan"] is not None) is (name.startswith("ours") and mode != "update")
+            assert (row["plan"] is not None) is (name == "repeat" or (name.startswith("ours") and mode != "update"))
 
 
 @pytest.mark.parametrize(
@@ -185,14 +190,16 @@ def test_errors_and_slow_calls_are_rows(monkeypatch):
         raise RuntimeError("no such kernel\nat line 3")
 
     def slow(x, b):
-        time.sleep(0.51)
+        time.sleep(0.05)
         return x @ (b @ (b.mT @ b))
+
+    monkeypatch.setattr(measure, "_LONG", 0.04)
 
     for name, function in (("assoc-a", slow), ("assoc-b", out_of_memory), ("assoc-c", broken)):
         monkeypatch.setitem(providers.ASSOCIATIONS, name, function)
     found = measured(TINY, ("infer",), ("ours", "assoc-a", "assoc-b", "assoc-c"))
     assert [(row["status"], row["note"], row["samples"]) for row in list(found.values())[1:]] == [
-        ("ok", "timed once: over 5 times the fastest", 1),
+        ("ok", "timed in its trials alone: over 5 times the fastest", 2),
         ("oom", "tried to allocate 1 PB", 0),
         ("failed", "RuntimeError: no such kernel", 0),
     ]
@@ -200,6 +207,64 @@ def test_errors_and_slow_calls_are_rows(monkeypatch):
     monkeypatch.setattr(measure, "datasets", out_of_memory)
     found = measured(TINY, ("infer", "fwd"))
     assert {row["status"] for row in found.values()} == {"oom"} and len(found) == 2 * len(SMALL)
+
+
+# What happens once
+
+
+class PlayedClock:
+    """Seconds that pass by what is called: one for each sample, and many where something is imported for the first time."""
+
+    def __init__(self, monkeypatch, costs, once):
+        self.now, self.once = 0.0, once
+        monkeypatch.setattr(time, "perf_counter", lambda: self.now)
+        for name, cost in costs.items():
+            monkeypatch.setitem(providers.ASSOCIATIONS, name, self.taking(cost))
+
+    def taking(self, seconds):
+        def function(x, b):
+            self.now += seconds * (1 + 0.01 * random.random()) + self.once
+            self.once = 0.0
+            return x @ (b @ (b.mT @ b))
+
+        return function
+
+
+def test_the_order_of_providers_does_not_change_their_ratios(monkeypatch):
+    """The first call of the process imports for a second, whichever provider makes it."""
+    costs = {"assoc-a": 1e-3, "assoc-b": 2e-3, "assoc-c": 4e-3}
+    for names in (
+        ("assoc-a", "assoc-b", "assoc-c"),
+        ("assoc-b", "assoc-c", "assoc-a"),
+        ("assoc-c", "assoc-a", "assoc-b"),
+    ):
+        PlayedClock(monkeypatch, costs, once=1.2)
+        for mode in ("infer", "fwd"):
+            found = measured(TINY, (mode,), names, ASKED._replace(samples=5))
+            times = [found[mode, name]["ms_p50"] for name in costs]
+            assert times == pytest.approx([1, 2, 4], rel=0.02) and {row["samples"] for row in found.values()} == {5}
+
+
+def test_a_first_call_is_not_taken_for_a_calls_time(monkeypatch):
+    """A first call may import or compile, and a second one may tune."""
+    for slow in ({1}, {1, 2}):
+        clock, calls = PlayedClock(monkeypatch, {"assoc-a": 1e-3}, 0.0), itertools.count(1)
+
+        def slow_at_first(x, b, clock=clock, calls=calls, slow=slow):
+            clock.now += 0.6 if next(calls) in slow else 1e-3
+            return x @ (b @ (b.mT @ b))
+
+        monkeypatch.setitem(providers.ASSOCIATIONS, "assoc-b", slow_at_first)
+        found = measured(TINY, ("infer",), ("assoc-a", "assoc-b"))
+        assert found["infer", "assoc-b"]["ms_p50"] == pytest.approx(1, rel=0.02)
+        assert found["infer", "assoc-b"]["samples"] == 3
+
+
+def test_a_provider_is_timed_twice_for_the_noise():
+    for names, twin in ((("linear", "ours", "repeat"), "ours"), (("best-eager", "assoc-b", "repeat"), "assoc-b")):
+        found = measured(TINY, ("fwd",), names)
+        row = found["fwd", "repeat"]
+        assert (row["status"], row["plan"], row["err_fro"]) == ("ok", twin, found["fwd", twin]["err_fro"])
 
 
 # Limits
@@ -236,9 +301,11 @@ def test_nothing_begins_when_the_time_is_over(rated, tmp_path, monkeypatch, caps
 def test_training_steps(out, monkeypatch):
     seen, step = [], training_suite._own
     wrong = lambda *given: seen.append(torch.backends.cudnn.conv.fp32_precision) or 1.001 * step(*given)  # noqa: E731
-    training_suite.run(("ours", "linear", "unfused", "ours-cuda"), ASKED, out, ("cnn",))
+    training_suite.run(("ours", "linear", "base-head", "ours-cuda", "repeat"), ASKED, out, ("cnn",))
     status = {row["provider"]: row["status"] for row in out.rows}
-    assert status == {"ours": "ok", "linear": "ok", "unfused": "ok", "ours-cuda": "unsupported"}
+    assert status == {"ours": "ok", "linear": "ok", "base-head": "ok", "ours-cuda": "unsupported", "repeat": "ok"}
+    sizes = {row["provider"]: row["parameters"] for row in out.rows}
+    assert sizes["linear"] == sizes["ours"] == sizes["repeat"] != sizes["base-head"]
     assert {tuple(row[name] for name in ("op", "n", "d", "k", "m")) for row in out.rows} == {
         ("train_cnn", 32, 1600, 120, 10)
     }
@@ -361,18 +428,33 @@ def test_the_overhead_of_a_layer(monkeypatch, tmp_path):
 
 def test_commands(rated, tmp_path, capsys):
     file = tmp_path / "record.jsonl"
-    arguments = ["run", "--suite", "ops", "--op", "summary", "--shape", "16,8,4", "--mode", "fwdbwd", "--samples", "3"]
+    arguments = ["run", "--suite", "ops", "--op", "summary", "--shape", "16,8,4", "--mode", "fwdbwd", "--samples", "5"]
     arguments += ["--seconds", "0.01", "--provider", "ours", "--provider", "linear"]
     arguments += ["--device", "cpu", "--out", str(file)]
     assert main(arguments) == 0 and "| 16, 8, 4 |" in capsys.readouterr().out
-    assert [row["provider"] for row in rows.read([file])] == ["device", "ours", "linear", "device"]
+    assert [row["provider"] for row in rows.read([file])] == ["device", "ours", "linear", "repeat", "device"]
     assert main(["list"]) == 0
     printed = capsys.readouterr().out
-    assert all(f"  {name} " in printed for name in providers.NAMES)
+    assert "(quack is not installed)" in printed
+    assert all(f"  {name} " in printed for name in (*providers.ABOUT, *peers.NAMES, *SUITES, *experiments.COMMANDS))
     assert main(["experiments"]) == 0
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == list(experiments.COMMANDS)
     assert main(["env"]) == 0 and json.loads(capsys.readouterr().out).keys() == environment.facts().keys()
     assert main(["experiments", "summary-vg"]) == 2 and "did you mean summary_vgg" in capsys.readouterr().err
+
+
+def test_the_suite_of_the_selection_prints_its_regret(rated, tmp_path, capsys):
+    file = tmp_path / "record.jsonl"
+    arguments = ["--device", "cpu", "--shape", "16,8,4", "--samples", "5", "--seconds", "0.01", "--out", str(file)]
+    assert main(["run", "--suite", "selection", *arguments]) == 0
+    printed = capsys.readouterr().out
+    assert "Regret of the choice of an order: ours / best-eager" in printed and "problems and modes" in printed
+    found = [row for row in rows.read([file]) if row["op"] != "ceiling"]
+    assert {row["mode"] for row in found} == {"infer", "fwdbwd"} and {row["op"] for row in found} == {"summary"}
+    assert {"ours", "best-eager", "linear", "inverse-inv", *providers.ASSOCIATIONS} <= {
+        row["provider"] for row in found
+    }
+    assert found[0]["paths"] == list(PATHS["selection"])
 
 
 @pytest.mark.parametrize(
@@ -387,7 +469,7 @@ def test_commands(rated, tmp_path, capsys):
             "no problem has the ops, modes and shapes asked for",
         ),
         (["compare", "HEAD", "--mode", "fast"], "argument --mode: "),
-        (["compare", "HEAD", "--rounds", "0"], "argument --rounds: "),
+        (["compare", "HEAD", "--rounds", "4"], "argument --rounds: got 4, want at least 5"),
         (["demo", "--seeds", "0"], "argument --seeds: got 0, want at least 1"),
         (["demo", "--dataset", "mnist", "--data", "nowhere"], "mnist: not found in nowhere"),
     ],
@@ -437,6 +519,7 @@ def test_slower_is_by_the_medians_by_most_samples_and_beyond_the_noise():
 
     assert slower((1.0, 1.0), (1.2, 1.0)) and not slower((1.0, 1.0), (1.04, 1.0))
     assert not slower((1.0, 1.0), (1.2, 1.2)) and not slower((1.2, 1.0), (1.0, 1.0))
+    assert not slower((1.0, 1.0), (1.1, 1.3))  # nn.Linear, which cannot have changed, is slower still
 
 
 @pytest.mark.slow

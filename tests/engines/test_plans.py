@@ -82,6 +82,7 @@ def test_the_order_and_the_kernels_of_a_problem(arguments, order, saves, kernels
         ({"k": 200, "pair": True, "classes": 200}, "at most 128 columns and classes, not 200 and 200"),
         ({"classes": 1000}, "at most 128 columns and classes, not 64 and 1000"),
         ({"d": 2**30}, "beyond 32-bit offsets"),
+        ({"n": 2**31 - 1023}, "not triton: n or d k is beyond 32-bit offsets"),
         ({"device": "sm_75"}, "not cuda: below compute capability 8.0 it has only fp32 kernels of at most 64 columns"),
         ({"k": 100, "dtype": torch.float32, "device": "sm_86"}, "fp32 kernels for more than 64 columns need 160 KiB"),
         ({"k": 65, "classes": 65, "dtype": torch.float32, "device": "sm_80"}, "64 columns and 64 classes need 200 KiB"),
@@ -100,14 +101,15 @@ def test_a_gpu_that_no_kernel_serves_cannot_be_planned_for(device):
         interp_nn.plan(8, 4, 2, device=device)
 
 
-def test_heads_on_blackwell_need_a_newer_triton(monkeypatch):
-    for version, engine in (((3, 6), "cuda"), ((3, 9), "triton")):
-        monkeypatch.setattr(limits, "triton_version", lambda version=version: version)
-        plan = interp_nn.plan(4096, 512, 64, classes=10, dtype=torch.bfloat16, device="sm_100")
-        assert plan.engine == engine
-    assert (
-        interp_nn.plan(4096, 512, 64, pair=True, classes=64, dtype=torch.bfloat16, device="sm_100").engine == "triton"
-    )
+def test_losses_on_blackwell_have_tiles_that_every_triton_compiles():
+    """Triton 3.6 and 3.7 compile no first phase of a loss with more than 32 rows for compute capability 10."""
+    for n, k, m in itertools.product((16384, 65536), (16, 64, 128), (10, 128)):
+        given = {"dtype": torch.bfloat16, "device": "sm_100"}
+        for plan in (
+            interp_nn.plan(n, 512, k, classes=m, **given), interp_nn.plan(n, 512, k, pair=True, classes=k, **given)
+        ):  # fmt: skip
+            ((_, config),) = plan.tiles
+            assert plan.engine == "triton" and config.tiles[0] == 32
 
 
 def test_logits_come_from_the_latent_code_where_shared_memory_is_small():
@@ -429,3 +431,25 @@ def test_a_counter_for_each_stream_and_for_each_captured_launch(monkeypatch):
     state.capturing = False
     assert word() == first and state.blocks == 4 and len(state.free[device]) == 1024
     assert {(address - first) % 16 for address in (second, *captured)} == {0}
+
+
+def test_a_device_at_hand_is_read_and_its_carve_out_kept(monkeypatch):
+    found = types.SimpleNamespace(
+        major=9, minor=0, multi_processor_count=66, shared_memory_per_block_optin=1000, memory_clock_rate=3201000,
+        memory_bus_width=6144,
+    )  # fmt: skip
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: found)
+    monkeypatch.setattr(devices, "_specs", {})
+    device, known = torch.device("cuda", 0), devices.spec_for((9, 0))
+    expected = DeviceSpec((9, 0), 66, 1000, pytest.approx(4.917e12, rel=1e-3), known.matrix_rate / 2)
+    assert devices.spec_of(device) == expected
+    before = torch._C._get_sm_carveout_experimental()
+    try:
+        torch._C._set_sm_carveout_experimental(10)
+        assert devices.spec_of(device).multiprocessors == 56
+    finally:
+        torch._C._set_sm_carveout_experimental(before)
+    assert devices.spec_of(device).multiprocessors == 66
+    del found.memory_clock_rate  # an older PyTorch
+    devices._specs.clear()
+    assert devices.spec_of(device).bandwidth == known.bandwidth

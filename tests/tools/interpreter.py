@@ -1,8 +1,8 @@
 """Correct Triton's CPU interpreter so that kernels can be tested on it.
 
-Triton's own version computes bf16 on raw bit patterns and ignores tf32. It runs programs one after another, so a grid barrier
-never opens, and it ignores accesses out of bounds. This module has the corrections (`install`), interleaved programs
-(`schedule`), tensors that detect stray accesses (`guarded`), and mutants of kernels (`replaced`, `mutated`).
+Triton's own version computes bf16 on raw bit patterns, and tf32 products in fp32. It runs programs one after another, so a
+grid barrier never opens, and it ignores accesses out of bounds. This module has the corrections (`install`), interleaved
+programs (`schedule`), tensors that detect stray accesses (`guarded`), and mutants of kernels (`replaced`, `mutated`).
 
 Set TRITON_INTERPRET=1 before Triton is imported: a process either interprets kernels or compiles them.
 """
@@ -53,6 +53,12 @@ def to_tf32(values: np.ndarray) -> np.ndarray:
     return round_mantissa(values, 13)
 
 
+def cut_to_tf32(values: np.ndarray) -> np.ndarray:
+    """Set the last 13 bits of fp32 to zero, as the matrix units do with an operand that is not rounded before; keep NaN."""
+    bits = np.asarray(values, np.float32).view(np.uint32) & np.uint32(0xFFFFE000)
+    return np.where(np.isnan(values), values, bits.view(np.float32)).astype(np.float32)
+
+
 def to_bf16(values: np.ndarray) -> np.ndarray:
     """Round fp32 to bf16 and return the bit patterns as uint16."""
     one_nan = np.where(np.isnan(values), np.nan, values)  # other NaNs may have bits in the lower half only
@@ -72,9 +78,12 @@ def tf32x3_product(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def product(a: np.ndarray, b: np.ndarray, precision: object) -> np.ndarray:
-    """Multiply fp32 matrices as tensor cores do at an input precision, accumulating in fp32."""
+    """Multiply fp32 matrices as tensor cores do at an input precision, accumulating in fp32.
+
+    The compiler rounds the parts of split operands ("tf32x3"), but not the operands of a single tf32 product.
+    """
     if precision == TF32:
-        return to_tf32(a) @ to_tf32(b)
+        return cut_to_tf32(a) @ cut_to_tf32(b)
     if precision == TF32X3:
         return tf32x3_product(a, b)
     return a @ b

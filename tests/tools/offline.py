@@ -88,12 +88,14 @@ class Failed(Result):
 class Compiled(Result):
     """Counts of instructions in the code, and memory in bytes: `stack` per thread, `shared` per program.
 
-    `spills` counts LDL and STL, which move registers to memory and back.
+    `spills` counts LDL and STL, which move registers to memory and back. `tensor_memory` is in columns; a multiprocessor of
+    compute capability 10 has 512.
     """
 
     registers: int
     stack: int
     shared: int
+    tensor_memory: int
     spills: int
     hgmma: int
     hmma: int
@@ -286,6 +288,7 @@ def _measure(tag: str, job: Specialised, built: triton.compiler.CompiledKernel, 
         registers=int(usage[1]),
         stack=int(usage[2]),
         shared=built.metadata.shared,
+        tensor_memory=getattr(built.metadata, "tmem_size", None) or 0,
         spills=_count(instructions, "LDL|STL"),
         hgmma=_count(instructions, "HGMMA"),
         hmma=_count(instructions, "HMMA"),
@@ -321,7 +324,7 @@ def _count(instructions: Counter[str], name: str, modifier: str | None = None) -
 
 
 _IDENTITY = ("kernel", "tag", "capability", "dtype")
-_MEASURED = ("registers", "stack", "spills", "shared", "matrix_instructions", "ldgsts_16")
+_MEASURED = ("registers", "stack", "spills", "shared", "tensor_memory", "matrix_instructions", "ldgsts_16")
 
 
 def write_table(path: str | Path, outcomes: Iterable[Outcome]) -> None:

@@ -15,6 +15,7 @@ import triton.language as tl
 
 from interp_nn.engines.triton.grid import add_parts, barrier, store_column_sums
 from interp_nn.engines.triton.tiles import (
+    dot,
     load_a,
     load_b,
     load_rows,
@@ -63,9 +64,9 @@ def backprop_projection(
             g = load_rows(D, row, rn, rk, n, WIDTH)
             if NEED_B:
                 x = load_x(X, row, rn, rd, n, d, EVEN_D)
-                s = tl.dot(tl.trans(x), g, s, input_precision=PRECISION)
+                s = dot(tl.trans(x), g, s, PRECISION)
             if DX is not None:
-                store_x(DX, tl.dot(g, b, input_precision=PRECISION) * scale, row, rn, rd, n, d, EVEN_D)
+                store_x(DX, dot(g, b, None, PRECISION) * scale, row, rn, rd, n, d, EVEN_D)
         if NEED_B:
             at = PARTS + (split * d + rd[:, None]) * BK + rk[None, :]
             tl.store(at, s, mask=rd[:, None] < d)
@@ -73,14 +74,13 @@ def backprop_projection(
 
 @triton.jit
 def add_splits(PARTS, rd, d, splits, BK: tl.constexpr, BC: tl.constexpr, BATCH: tl.constexpr):
-    """Sum PARTS[split, rd, :] over the splits in a fixed order: a (BC, BK) tile."""
+    """Sum PARTS[split, rd, :] over the splits in their order: a (BC, BK) tile. BATCH loads are in flight at a time."""
     rk = tl.arange(0, BK)
     total = tl.zeros((BC, BK), tl.float32)
     for first in range(0, splits, BATCH):
-        q = first + tl.arange(0, BATCH)
-        at = PARTS + (q[:, None, None] * d + rd[None, :, None]) * BK + rk[None, None, :]
-        mask = (q[:, None, None] < splits) & (rd[None, :, None] < d)
-        total += tl.sum(tl.load(at, mask=mask, other=0.0), axis=0)
+        for i in tl.static_range(BATCH):
+            at = PARTS + ((first + i) * d + rd[:, None]) * BK + rk[None, :]
+            total += tl.load(at, mask=(first + i < splits) & (rd[:, None] < d), other=0.0)
     return total
 
 
@@ -109,13 +109,13 @@ def _times_symmetrized(
 ):
     """Return acc + r (T + Tᵀ); of a head T is U2ᵀ A."""
     if U2 is None:
-        acc = tl.dot(r, symmetrized(T, BK), acc, input_precision=PRECISION)
+        acc = dot(r, symmetrized(T, BK), acc, PRECISION)
     else:
         rk, rm = tl.arange(0, BK), tl.arange(0, BM)
         u2 = tl.load(U2 + rm[:, None] * BK + rk[None, :])
         a = load_a(A, rm, rk, M, K).to(tl.float32)
-        acc = tl.dot(tl.dot(r, tl.trans(u2), input_precision=PRECISION), a, acc, input_precision=PRECISION)
-        acc = tl.dot(tl.dot(r, tl.trans(a), input_precision=PRECISION), u2, acc, input_precision=PRECISION)
+        acc = dot(dot(r, tl.trans(u2), None, PRECISION), a, acc, PRECISION)
+        acc = dot(dot(r, tl.trans(a), None, PRECISION), u2, acc, PRECISION)
     return acc
 
 
@@ -154,8 +154,8 @@ def add_derivative(
     for i in tl.range(DEGREE - 1, 0, -1, num_stages=1):
         tl.debug_barrier()  # or the compiler would keep both matrices
         g = load_square(G, rk, WIDTH).to(tl.float32)
-        out = tl.dot(out, g, input_precision=PRECISION)
-        r = tl.dot(r, g, input_precision=PRECISION) + b * tl.load(C_Q + i)
+        out = dot(out, g, None, PRECISION)
+        r = dot(r, g, None, PRECISION) + b * tl.load(C_Q + i)
         tl.debug_barrier()
         out = _times_symmetrized(r, out, T, U2, A, M, K, BM, BK, PRECISION)
     return db + scaled(out, SCALE)
@@ -190,7 +190,7 @@ def store_dq(
             v = tl.where(rm[:, None] == rk[None, :], 1.0, 0.0) if A is None else load_a(A, rm, rk, M, K).to(tl.float32)
             for i in tl.static_range(DEGREE + 1):
                 if i > 0:
-                    v = tl.dot(v, g, input_precision=PRECISION)
+                    v = dot(v, g, None, PRECISION)
                 total += tl.where(ri == i, tl.sum(tl.sum(left * v, axis=1), axis=0), 0.0)
         tl.store(DQ + ri, total * scale, mask=ri <= DEGREE)
 
@@ -214,7 +214,7 @@ def store_db_tile(
     rk = tl.arange(0, BK)
     if t is not None:
         b = load_b(B, rd, rk, d, K, B_T, EVEN_D).to(tl.float32)
-        db = tl.dot(b, t, db, input_precision=PRECISION)
+        db = dot(b, t, db, PRECISION)
     store_b(DB, db * scale, rd, rk, d, K, B_T)
 
 
@@ -233,7 +233,7 @@ def store_db(
     B_T: tl.constexpr,
     EVEN_D: tl.constexpr,
     PRECISION: tl.constexpr,
-    BATCH: tl.constexpr = 4,
+    BATCH: tl.constexpr = 8,
     T=None,
     U2=None,
     A=None,
@@ -308,7 +308,6 @@ def pair_backward(
     BN: tl.constexpr,
     BD: tl.constexpr,
     BC: tl.constexpr,
-    BATCH: tl.constexpr,
 ):
     """Store dX = D bᵀ and db = Xᵀ D + b (T + Tᵀ), and of a polynomial DQ. Q is G itself for the summary, which has no G besides.
 
@@ -325,13 +324,13 @@ def pair_backward(
         for tile in range(program, tl.cdiv(n, BN_A), programs):
             row = tl.cast(tile, tl.int64) * BN_A
             dy = load_rows(DY, row, rn, rk, n, K)
-            gradient = tl.dot(dy, g, input_precision=PRECISION)
+            gradient = dot(dy, g, None, PRECISION)
             if DP is not None:
                 gradient += load_rows(DP, row, rn, rk, n, K).to(tl.float32)
             store_rows(D, gradient, row, rn, rk, n, WIDTH)
             if DB is not None:
                 p = load_rows(P, row, rn, rk, n, K)
-                t = tl.dot(tl.trans(p), dy, t, input_precision=PRECISION)
+                t = dot(tl.trans(p), dy, t, PRECISION)
         if DB is not None:
             tl.store(T_PARTS + program * BK * BK + rk[:, None] * BK + rk[None, :], t)
     if (PHASES & 3) == 3:
@@ -358,7 +357,7 @@ def pair_backward(
             PRECISION,
         )
         if DB is not None and DY is not None:
-            add_parts(T_PARTS, T, programs, BK * BK, BK * BK, 256, BATCH)
+            add_parts(T_PARTS, T, programs, BK * BK, BK * BK)
     if (PHASES & 6) == 6:
         barrier(COUNTER)
     if PHASES & 4:
@@ -368,7 +367,7 @@ def pair_backward(
         elif DEGREE is None:
             t = symmetrized(T, BK)
         store_db(
-            DB, B, WORK, t, scaled(1.0, SCALE), d, splits, K, BK, BC, B_T, EVEN_D, PRECISION, 4,
+            DB, B, WORK, t, scaled(1.0, SCALE), d, splits, K, BK, BC, B_T, EVEN_D, PRECISION, 8,
             T, None, None, G, C_Q, SCALE, 1, 16, K, DEGREE,
         )  # fmt: skip
         if DQ is not None:
@@ -422,7 +421,6 @@ def summary_backward(
     BN: tl.constexpr,
     BD: tl.constexpr,
     BC: tl.constexpr,
-    BATCH: tl.constexpr,
 ):
     """Store dX = dY Wᵀ, db = S G + b (T + Tᵀ), and dbias, the column sums of dY. The only (n, K) matrix is dY.
 
@@ -442,7 +440,7 @@ def summary_backward(
             rd = (job % feature_tiles) * BD + tl.arange(0, BD)
             b = load_b(B, rd, rk, d, K, B_T, EVEN_D)
             if DX is not None:
-                w = scaled(tl.dot(b, load_square(Q, rk, K), input_precision=PRECISION), SCALE)
+                w = scaled(dot(b, load_square(Q, rk, K), None, PRECISION), SCALE)
                 w = tl.trans(w.to(X.dtype.element_ty))
             s = tl.zeros((BD, BK), tl.float32)
             columns = tl.zeros((BK,), tl.float32)
@@ -451,15 +449,15 @@ def summary_backward(
                 dy = load_rows(DY, row, rn, rk, n, K)
                 if DB is not None:
                     x = load_x(X, row, rn, rd, n, d, EVEN_D)
-                    s = tl.dot(tl.trans(x), dy, s, input_precision=PRECISION)
+                    s = dot(tl.trans(x), dy, s, PRECISION)
                 if DX is not None:
-                    store_x(DX, tl.dot(dy, w, input_precision=PRECISION), row, rn, rd, n, d, EVEN_D)
+                    store_x(DX, dot(dy, w, None, PRECISION), row, rn, rd, n, d, EVEN_D)
                 if DBIAS is not None:
                     if job % feature_tiles == 0:
                         columns += tl.sum(dy.to(tl.float32), axis=0)
             if DB is not None:
                 tl.store(WORK + (split * d + rd[:, None]) * BK + rk[None, :], s, mask=rd[:, None] < d)
-                t = scaled(tl.dot(tl.trans(b.to(tl.float32)), s, input_precision=PRECISION), SCALE)
+                t = scaled(dot(tl.trans(b.to(tl.float32)), s, None, PRECISION), SCALE)
                 add_to_part(T_PARTS + program * BK * BK, t, job == program, BK, BK)
             if DBIAS is not None:
                 if job % feature_tiles == 0:
@@ -468,7 +466,7 @@ def summary_backward(
         barrier(COUNTER)
     if PHASES & 2:
         if DB is not None:
-            add_parts(T_PARTS, T, parts, BK * BK, BK * BK, 256, BATCH)
+            add_parts(T_PARTS, T, parts, BK * BK, BK * BK)
         if DBIAS is not None:
             if program == programs - 1:
                 store_column_sums(DBIAS, BIAS_PARTS, splits, 1.0, K, BK)
@@ -479,7 +477,7 @@ def summary_backward(
         g = load_square(Q, rk, K).to(tl.float32)
         for tile in range(program, tl.cdiv(d, BC), programs):
             rd = tile * BC + tl.arange(0, BC)
-            s = tl.dot(add_splits(WORK, rd, d, splits, BK, BC, 4), g, input_precision=PRECISION)
+            s = dot(add_splits(WORK, rd, d, splits, BK, BC, 8), g, None, PRECISION)
             tl.debug_barrier()
             tl.store(WORK + rd[:, None] * BK + rk[None, :], s, mask=rd[:, None] < d)
         tl.debug_barrier()

@@ -19,8 +19,18 @@ import triton
 import triton.language as tl
 
 from interp_nn.engines.triton.backward import backprop_projection, store_db, store_dq, symmetrized
-from interp_nn.engines.triton.grid import add_parts, add_scalars, barrier, store_column_sums
-from interp_nn.engines.triton.tiles import evaluate, gram, inside, load_rows, project, scaled, store_rows, store_square
+from interp_nn.engines.triton.grid import add_parts, add_scalars, barrier, blocks, store_column_sums
+from interp_nn.engines.triton.tiles import (
+    dot,
+    evaluate,
+    gram,
+    inside,
+    load_rows,
+    project,
+    scaled,
+    store_rows,
+    store_square,
+)
 
 
 @triton.jit
@@ -37,7 +47,7 @@ def load_targets(TARGET, row, rn, n, ignore_index, M: tl.constexpr):
     exists = inside(row, rn, n)
     target = tl.load(TARGET + row + rn, mask=exists, other=0)
     kept = exists & (target != ignore_index)
-    tl.device_assert((not kept) | ((target >= 0) & (target < M)), "target: class index out of range")
+    tl.device_assert((~kept) | ((target >= 0) & (target < M)), "target: class index out of range")
     return target, kept
 
 
@@ -194,7 +204,7 @@ def pair_loss(
             target, kept = load_targets(TARGET, row, rn, n, ignore_index, K)
             p = scaled(project(X, B, row, n, d, K, BK, BN_A, BD_A, B_T, EVEN_D, PRECISION), SCALE)
             p16 = p.to(X.dtype.element_ty)
-            y = tl.dot(p16, g, input_precision=PRECISION)
+            y = dot(p16, g, None, PRECISION)
             loss, e1, e2 = loss_terms(p, y, target, kept, UPSTREAM, row, rn, w1, w2, w3, K, BK, REDUCTION)
             total += tl.sum(loss, axis=0)
             count += tl.sum(tl.where(kept, 1.0, 0.0), axis=0)
@@ -202,13 +212,13 @@ def pair_loss(
                 tl.store(VALUE + row + rn, loss, mask=inside(row, rn, n))
             if D is not None:
                 e2 = e2.to(X.dtype.element_ty)
-                store_rows(D, tl.dot(e2, g, e1, input_precision=PRECISION), row, rn, rk, n, WIDTH)
+                store_rows(D, dot(e2, g, e1, PRECISION), row, rn, rk, n, WIDTH)
                 if DB is not None:
                     if P_SCRATCH is not None:
                         store_rows(P_SCRATCH, p16, row, rn, rk, n, WIDTH)
                         store_rows(E_SCRATCH, e2, row, rn, rk, n, WIDTH)
                     else:
-                        t = tl.dot(tl.trans(p16), e2, t, input_precision=PRECISION)
+                        t = dot(tl.trans(p16), e2, t, PRECISION)
         if DB is not None:
             if P_SCRATCH is not None:
                 tl.debug_barrier()
@@ -216,7 +226,7 @@ def pair_loss(
                     row = tl.cast(tile, tl.int64) * BN_A
                     p16 = load_rows(P_SCRATCH, row, rn, rk, n, WIDTH)
                     e2 = load_rows(E_SCRATCH, row, rn, rk, n, WIDTH)
-                    t = tl.dot(tl.trans(p16), e2, t, input_precision=PRECISION)
+                    t = dot(tl.trans(p16), e2, t, PRECISION)
             tl.store(T_PARTS + program * BK * BK + rk[:, None] * BK + rk[None, :], t)
         tl.store(LOSSES + program, total)
         tl.store(COUNTS + program, count)
@@ -246,7 +256,7 @@ def pair_loss(
                 PRECISION,
             )
             if DB is not None:
-                add_parts(T_PARTS, T, programs, BK * BK, BK * BK, 256, BATCH)
+                add_parts(T_PARTS, T, programs, BK * BK, BK * BK)
         store_value_and_dc(VALUE, LOSSES, COUNTS, None, None, 1.0, programs, REDUCTION, K, BK, BATCH)
     if (PHASES & 6) == 6:
         barrier(COUNTER)
@@ -256,7 +266,7 @@ def pair_loss(
         if DEGREE is None:
             t = symmetrized(T, BK)
         store_db(
-            DB, B, WORK, t, scaled(scale, SCALE), d, splits, K, BK, BC, B_T, EVEN_D, PRECISION, 4,
+            DB, B, WORK, t, scaled(scale, SCALE), d, splits, K, BK, BC, B_T, EVEN_D, PRECISION, 8,
             T, None, None, G, C_Q, SCALE, 1, 16, BK, DEGREE,
         )  # fmt: skip
         if DQ is not None:
@@ -267,7 +277,7 @@ def pair_loss(
 def _scale_one(G, size, scale, BLOCK: tl.constexpr):
     """Multiply `size` elements of memory by `scale` in place."""
     if G is not None:
-        for block in range(tl.program_id(0), tl.cdiv(size, BLOCK), tl.num_programs(0)):
+        for block in range(tl.program_id(0), blocks(size, BLOCK), tl.num_programs(0)):
             i = tl.cast(block, tl.int64) * BLOCK + tl.arange(0, BLOCK)
             g = tl.load(G + i, mask=i < size, other=0.0).to(tl.float32) * scale
             tl.store(G + i, g.to(G.dtype.element_ty), mask=i < size)

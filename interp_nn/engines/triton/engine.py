@@ -33,7 +33,10 @@ from interp_nn.engines.triton import forward as forward_kernels
 from interp_nn.engines.triton.configs import Bucket
 
 _ROWS_A_SPLIT = 256
-
+_MANY_TURNS, _MOST_TURNS = (
+    4,
+    8,
+)  # column tiles for each place on the GPU that need no parts; most parts for the sake of balance
 
 Tuned = tuple[tuple[str, Config], ...]  # `Plan.tiles`
 
@@ -198,8 +201,20 @@ def _even(d: int, tiles: dict[str, int]) -> bool:
 
 
 def _splits(spec: DeviceSpec, config: Config, n: int, d: int, depth: int) -> int:
-    """Return the number of parts that the rows of a column tile are split into: enough to occupy the GPU, each with some rows."""
-    return max(1, min(spec.multiprocessors * config.blocks_per_sm // _cdiv(d, depth), _cdiv(n, _ROWS_A_SPLIT)))
+    """Return the number of parts that the rows of a column tile are split into: enough to occupy the GPU, each with some rows.
+
+    Where as many parts as fit at once leave part of the GPU idle, more parts in several turns occupy more of it.
+    """
+    strips, slots, most = _cdiv(d, depth), spec.multiprocessors * config.blocks_per_sm, _cdiv(n, _ROWS_A_SPLIT)
+    fewest = max(1, slots // strips)
+    if fewest >= most or strips > _MANY_TURNS * slots:
+        return min(fewest, most)
+    candidates = range(fewest, min(most, max(fewest, _MOST_TURNS)) + 1)
+
+    def occupied(splits: int) -> float:
+        return strips * splits / (_cdiv(strips * splits, slots) * slots)
+
+    return next((splits for splits in candidates if occupied(splits) >= 0.9), max(candidates, key=occupied))
 
 
 def _programs(spec: DeviceSpec, config: Config, *jobs: int) -> int:
@@ -345,7 +360,6 @@ def _summary_backward_launch(
         "PRECISION": precision,
         "PHASES": phases,
         "DEGREE": degree,
-        "BATCH": 32,
     }
     parts = min(programs, tiles_of_d * splits)
     work = backward_kernels.summary_backward_workspace.fn(0, splits, d, parts, bk)[-1]
@@ -399,7 +413,7 @@ def _pair_backward_launch(
     programs = _programs(spec, config, *jobs)
     constants = {
         "K": k, "B_T": transposed, "EVEN_D": _even(d, tiles), "PRECISION": precision, "PHASES": phases,
-        "DEGREE": degree, "WIDTH": _width(k) if phases & 1 else k, "BATCH": 32,
+        "DEGREE": degree, "WIDTH": _width(k) if phases & 1 else k,
     }  # fmt: skip
     work = backward_kernels.pair_backward_workspace.fn(0, splits, d, programs, bk)[-1]
     return Launch(

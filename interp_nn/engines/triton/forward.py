@@ -4,10 +4,10 @@ import triton
 import triton.language as tl
 
 from interp_nn.engines.triton.tiles import (
+    dot,
     evaluate,
     gram,
     project,
-    project_and_gram,
     scaled,
     store_rows,
     store_square,
@@ -20,7 +20,7 @@ def _store_tile(P, Y, BIAS, p, g, row, n, K: tl.constexpr, BK: tl.constexpr, BN:
     rn, rk = tl.arange(0, BN), tl.arange(0, BK)
     if P is not None:
         store_rows(P, p, row, rn, rk, n, K)
-    y = tl.dot(p.to(g.dtype), g, input_precision=PRECISION)
+    y = dot(p.to(g.dtype), g, None, PRECISION)
     if BIAS is not None:
         y += tl.load(BIAS + rk, mask=rk < K, other=0.0).to(tl.float32)[None, :]
     store_rows(Y, y, row, rn, rk, n, K)
@@ -73,28 +73,21 @@ def stream(
 ):
     """Store Y, and P and G in X's dtype; BIAS (K,), P and G may be None. Of a polynomial store Q = q(G) too.
 
-    Each program takes row tiles in turn. At its first it also forms G from the same tiles of b: recomputing G in every program
-    costs about as much as a grid barrier. q(G) adds DEGREE - 1 products of BK x BK matrices to that.
+    Each program forms G itself, which costs about as much as a grid barrier. q(G) adds DEGREE - 1 products of BK x BK matrices.
+    Then it takes row tiles in turn. Their loops over features are one loop: loads of the next tile run while the last one is
+    stored. fp32 operands leave no memory for that.
     """
+    FLAT: tl.constexpr = X.dtype.element_ty != tl.float32
     program, programs = tl.program_id(0), tl.num_programs(0)
-    row = tl.cast(program, tl.int64) * BN
-    # Two parts of each operand leave no registers for two products, nor do the powers of G.
-    if PRECISION == "tf32x3" or (DEGREE is not None and DEGREE > 1):
-        g = gram(B, d, K, BK, BD, B_T, EVEN_D, PRECISION)
-        if DEGREE is not None and DEGREE > 1:
-            g = _gram_to_q(G, Q, g, C_Q, SCALE, X.dtype.element_ty, K, BK, DEGREE, PRECISION)
-        p = project(X, B, row, n, d, K, BK, BN, BD, B_T, EVEN_D, PRECISION)
-    else:
-        p, g = project_and_gram(X, B, row, n, d, K, BK, BN, BD, B_T, EVEN_D, PRECISION)
-    if DEGREE == 1:
+    g = gram(B, d, K, BK, BD, B_T, EVEN_D, PRECISION)
+    if DEGREE is not None:
         g = _gram_to_q(G, Q, g, C_Q, SCALE, X.dtype.element_ty, K, BK, DEGREE, PRECISION)
     g = g.to(X.dtype.element_ty)
     if DEGREE is None and G is not None:
         if program == 0:
             rk = tl.arange(0, BK)
             store_square(G, g, rk, K)
-    _store_tile(P, Y, BIAS, scaled(p, SCALE), g, row, n, K, BK, BN, PRECISION)
-    for tile in range(program + programs, tl.cdiv(n, BN), programs):
+    for tile in tl.range(program, tl.cdiv(n, BN), programs, flatten=FLAT):
         row = tl.cast(tile, tl.int64) * BN
         p = project(X, B, row, n, d, K, BK, BN, BD, B_T, EVEN_D, PRECISION)
         _store_tile(P, Y, BIAS, scaled(p, SCALE), g, row, n, K, BK, BN, PRECISION)

@@ -12,7 +12,8 @@ def barrier(COUNTER):
     counter needs no reset: it is ready for the next barrier, the next launch, or a replayed graph.
     """
     tl.debug_barrier()  # the program's own stores come before its arrival
-    step = tl.where(tl.program_id(0) == 0, -2147483647 - tl.num_programs(0), 1)
+    first = (1 - tl.num_programs(0)) ^ -2147483648  # a sum would overflow, which TRITON_DEBUG=1 does not allow
+    step = tl.where(tl.program_id(0) == 0, first, 1)
     before = tl.atomic_add(COUNTER, step, sem="acq_rel", scope="gpu")
     now = tl.atomic_add(COUNTER, 0, sem="acquire", scope="gpu")
     while (before ^ now) >= 0:
@@ -21,11 +22,20 @@ def barrier(COUNTER):
 
 
 @triton.jit
-def add_parts(PARTS, OUT, parts, size, SIZE: tl.constexpr, BLOCK: tl.constexpr, BATCH: tl.constexpr):
+def blocks(size, BLOCK: tl.constexpr):
+    """Return the number of blocks of a size that may be just below 2^31, where `tl.cdiv` overflows."""
+    return tl.cdiv(tl.cast(size, tl.int64), BLOCK)
+
+
+@triton.jit
+def add_parts(PARTS, OUT, parts, size, SIZE: tl.constexpr):
     """Store OUT[i] = the sum of PARTS[:parts, i] in a fixed order, for i < size <= SIZE; the grid shares the i.
 
-    PARTS has rows of SIZE. BATCH rows are loaded together, because one at a time would wait for memory each time.
+    PARTS has rows of SIZE. Many rows are loaded together, because one at a time would wait for memory each time, and blocks are
+    small, because each program then has about one.
     """
+    BLOCK: tl.constexpr = 32 if SIZE <= 4096 else 64
+    BATCH: tl.constexpr = 128
     for block in range(tl.program_id(0), tl.cdiv(size, BLOCK), tl.num_programs(0)):
         i = block * BLOCK + tl.arange(0, BLOCK)
         total = tl.zeros((BLOCK,), tl.float32)

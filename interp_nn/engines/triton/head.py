@@ -39,6 +39,7 @@ from interp_nn.engines.triton.backward import (
 from interp_nn.engines.triton.cross_entropy import gradient_scale, load_targets, loss_terms, store_value_and_dc
 from interp_nn.engines.triton.grid import add_parts, barrier
 from interp_nn.engines.triton.tiles import (
+    dot,
     gram,
     inside,
     load_a,
@@ -66,15 +67,15 @@ def _load_c(C, rm, M: tl.constexpr, BM: tl.constexpr):
 def _symmetrized(U, a, BK: tl.constexpr, BM: tl.constexpr, PRECISION: tl.constexpr):
     """Return T + Tᵀ for T = U2ᵀ A, from the workspace U (2, BM, BK) and A in fp32."""
     u2 = tl.load(U + BM * BK + tl.arange(0, BM)[:, None] * BK + tl.arange(0, BK)[None, :])
-    t = tl.dot(tl.trans(u2), a, input_precision=PRECISION)
-    return tl.dot(tl.trans(a), u2, t, input_precision=PRECISION)
+    t = dot(tl.trans(u2), a, None, PRECISION)
+    return dot(tl.trans(a), u2, t, PRECISION)
 
 
 @triton.jit
 def _form_h(a, g, C_Q, DTYPE: tl.constexpr, DEGREE: tl.constexpr, PRECISION: tl.constexpr):
     """Return H = A G, or A q(G), in fp32; operands in DTYPE."""
     if DEGREE is None:
-        h = tl.dot(a, g.to(DTYPE), input_precision=PRECISION)
+        h = dot(a, g.to(DTYPE), None, PRECISION)
     else:
         h = rows_times_q(a.to(tl.float32), g.to(DTYPE), C_Q, DEGREE, PRECISION)
     return h
@@ -102,7 +103,7 @@ def _store_da(
         rm = block * 16 + tl.arange(0, 16)
         at = U + rm[:, None] * BK + rk[None, :]
         if DEGREE is None:
-            da = tl.dot(tl.load(at + BM * BK), g, tl.load(at), input_precision=PRECISION) * scale
+            da = dot(tl.load(at + BM * BK), g, tl.load(at), PRECISION) * scale
         else:
             da = (tl.load(at) + rows_times_q(tl.load(at + BM * BK), g, C_Q, DEGREE, PRECISION)) * scale
         mask = (rm[:, None] < M) & (rk[None, :] < K)
@@ -209,8 +210,8 @@ def latent_loss(
             p = scaled(project(X, B, row, n, d, K, BK, BN_A, BD_A, B_T, EVEN_D, PRECISION), SCALE).to(a.dtype)
             if RELOAD_OPERANDS:  # the compiler keeps in shared memory only what it sees to be the same for every tile
                 a, h = tl.where(tile >= 0, a, 0.0), tl.where(tile >= 0, h, 0.0)
-            o1 = tl.dot(p, tl.trans(a), input_precision=PRECISION) + c[None, :]
-            o2 = tl.dot(p, tl.trans(h), input_precision=PRECISION) + c[None, :]
+            o1 = dot(p, tl.trans(a), None, PRECISION) + c[None, :]
+            o2 = dot(p, tl.trans(h), None, PRECISION) + c[None, :]
             loss, e1, e2 = loss_terms(o1, o2, target, kept, UPSTREAM, row, rn, w1, w2, w3, M, BM, REDUCTION)
             total += tl.sum(loss, axis=0)
             count += tl.sum(tl.where(kept, 1.0, 0.0), axis=0)
@@ -220,7 +221,7 @@ def latent_loss(
                 dc += tl.sum(e1 + e2, axis=0)
             e1, e2 = e1.to(a.dtype), e2.to(a.dtype)
             if D is not None:
-                projected = tl.dot(e2, h, tl.dot(e1, a, input_precision=PRECISION), input_precision=PRECISION)
+                projected = dot(e2, h, dot(e1, a, None, PRECISION), PRECISION)
                 store_rows(D, projected, row, rn, rk, n, WIDTH)
             if (DB is not None) or (DA is not None):
                 if P_SCRATCH is not None:
@@ -228,8 +229,8 @@ def latent_loss(
                     store_rows(E_SCRATCH, e1, row, rn, rm, n, 2 * BM)
                     store_rows(E_SCRATCH, e2, row, rn, BM + rm, n, 2 * BM)
                 else:
-                    u1 = tl.dot(tl.trans(e1), p, u1, input_precision=PRECISION)
-                    u2 = tl.dot(tl.trans(e2), p, u2, input_precision=PRECISION)
+                    u1 = dot(tl.trans(e1), p, u1, PRECISION)
+                    u2 = dot(tl.trans(e2), p, u2, PRECISION)
         if (DB is not None) or (DA is not None):
             if P_SCRATCH is not None:
                 tl.debug_barrier()
@@ -238,8 +239,8 @@ def latent_loss(
                     p = load_rows(P_SCRATCH, row, rn, rk, n, WIDTH)
                     e1 = load_rows(E_SCRATCH, row, rn, rm, n, 2 * BM)
                     e2 = load_rows(E_SCRATCH, row, rn, BM + rm, n, 2 * BM)
-                    u1 = tl.dot(tl.trans(e1), p, u1, input_precision=PRECISION)
-                    u2 = tl.dot(tl.trans(e2), p, u2, input_precision=PRECISION)
+                    u1 = dot(tl.trans(e1), p, u1, PRECISION)
+                    u2 = dot(tl.trans(e2), p, u2, PRECISION)
             at = U_PARTS + program * 2 * BM * BK + rm[:, None] * BK + rk[None, :]
             tl.store(at, u1)
             tl.store(at + BM * BK, u2)
@@ -273,7 +274,7 @@ def latent_loss(
                 PRECISION,
             )
         if (DB is not None) or (DA is not None):
-            add_parts(U_PARTS, U, programs, 2 * BM * BK, 2 * BM * BK, 256, BATCH)
+            add_parts(U_PARTS, U, programs, 2 * BM * BK, 2 * BM * BK)
         store_value_and_dc(VALUE, LOSSES, COUNTS, DC, C_PARTS, scale, programs, REDUCTION, M, BM, BATCH)
     if (PHASES & 6) == 6:
         barrier(COUNTER)
@@ -284,7 +285,7 @@ def latent_loss(
             if DEGREE is None:
                 t = _symmetrized(U, load_a(A, rm, rk, M, K).to(tl.float32), BK, BM, PRECISION)
             store_db(
-                DB, B, WORK, t, scaled(scale, SCALE), d, splits, K, BK, BC, B_T, EVEN_D, PRECISION, 4,
+                DB, B, WORK, t, scaled(scale, SCALE), d, splits, K, BK, BC, B_T, EVEN_D, PRECISION, 8,
                 None, U + BM * BK, A, G, C_Q, SCALE, M, BM, BK, DEGREE,
             )  # fmt: skip
         if DQ is not None:
@@ -336,10 +337,10 @@ def _backprop_flat(
             e2 = load_rows(E, row, rn, BM + rm, n, 2 * BM)
             if NEED_V:
                 x = tl.trans(load_x(X, row, rn, rd, n, d, EVEN_D))
-                v1 = tl.dot(x, e1, v1, input_precision=PRECISION)
-                v2 = tl.dot(x, e2, v2, input_precision=PRECISION)
+                v1 = dot(x, e1, v1, PRECISION)
+                v2 = dot(x, e2, v2, PRECISION)
             if DX is not None:
-                dx = tl.dot(e2, w2, tl.dot(e1, w1, input_precision=PRECISION), input_precision=PRECISION)
+                dx = dot(e2, w2, dot(e1, w1, None, PRECISION), PRECISION)
                 store_x(DX, dx * scale, row, rn, rd, n, d, EVEN_D)
         if NEED_V:
             at = PARTS + (split * d + rd[:, None]) * BM + rm[None, :]
@@ -348,8 +349,8 @@ def _backprop_flat(
             b = load_b(B, rd, rk, d, K, B_T, EVEN_D).to(tl.float32)
             first = job == program
             u = U_PARTS + program * 2 * BM * BK
-            add_to_part(u, scaled(tl.dot(tl.trans(v1), b, input_precision=PRECISION), SCALE), first, BM, BK)
-            add_to_part(u + BM * BK, scaled(tl.dot(tl.trans(v2), b, input_precision=PRECISION), SCALE), first, BM, BK)
+            add_to_part(u, scaled(dot(tl.trans(v1), b, None, PRECISION), SCALE), first, BM, BK)
+            add_to_part(u + BM * BK, scaled(dot(tl.trans(v2), b, None, PRECISION), SCALE), first, BM, BK)
 
 
 @triton.jit
@@ -441,10 +442,8 @@ def flat_loss(
             b = load_b(B, rd, rk, d, K, B_T, EVEN_D)
             at = W + rd[:, None] * BM + rm[None, :]
             mask = rd[:, None] < d
-            tl.store(at, scaled(tl.dot(b, tl.trans(a), input_precision=PRECISION), SCALE).to(a.dtype), mask=mask)
-            tl.store(
-                at + d * BM, scaled(tl.dot(b, tl.trans(h), input_precision=PRECISION), SCALE).to(a.dtype), mask=mask
-            )
+            tl.store(at, scaled(dot(b, tl.trans(a), None, PRECISION), SCALE).to(a.dtype), mask=mask)
+            tl.store(at + d * BM, scaled(dot(b, tl.trans(h), None, PRECISION), SCALE).to(a.dtype), mask=mask)
     if (PHASES & 3) == 3:
         barrier(COUNTER)
     if PHASES & 2:
@@ -460,8 +459,8 @@ def flat_loss(
                 rd = j + tl.arange(0, BD_A)
                 x = load_x(X, row, rn, rd, n, d, EVEN_D)
                 at = W + rd[:, None] * BM + rm[None, :]
-                o1 = tl.dot(x, tl.load(at, mask=rd[:, None] < d, other=0.0), o1, input_precision=PRECISION)
-                o2 = tl.dot(x, tl.load(at + d * BM, mask=rd[:, None] < d, other=0.0), o2, input_precision=PRECISION)
+                o1 = dot(x, tl.load(at, mask=rd[:, None] < d, other=0.0), o1, PRECISION)
+                o2 = dot(x, tl.load(at + d * BM, mask=rd[:, None] < d, other=0.0), o2, PRECISION)
             o1, o2 = o1 + c[None, :], o2 + c[None, :]
             loss, e1, e2 = loss_terms(o1, o2, target, kept, UPSTREAM, row, rn, w1, w2, w3, M, BM, REDUCTION)
             total += tl.sum(loss, axis=0)
@@ -510,7 +509,7 @@ def flat_loss(
     if (PHASES & 12) == 12:
         barrier(COUNTER)
     if PHASES & 8:
-        add_parts(U_PARTS, U, parts, 2 * BM * BK, 2 * BM * BK, 256, BATCH)
+        add_parts(U_PARTS, U, parts, 2 * BM * BK, 2 * BM * BK)
     if (PHASES & 24) == 24:
         barrier(COUNTER)
     if PHASES & 16:
@@ -525,9 +524,9 @@ def flat_loss(
                 t = _symmetrized(U, a, BK, BM, PRECISION)
             for tile in range(program, tl.cdiv(d, BC), programs):
                 rd = tile * BC + tl.arange(0, BC)
-                v1 = add_splits(WORK, rd, d, splits, BM, BC, 4)
-                v2 = add_splits(WORK + splits * d * BM, rd, d, splits, BM, BC, 4)
-                db = tl.dot(v2, h, tl.dot(v1, a, input_precision=PRECISION), input_precision=PRECISION)
+                v1 = add_splits(WORK, rd, d, splits, BM, BC, 8)
+                v2 = add_splits(WORK + splits * d * BM, rd, d, splits, BM, BC, 8)
+                db = dot(v2, h, dot(v1, a, None, PRECISION), PRECISION)
                 if DEGREE is not None:
                     db = add_derivative(
                         db, B, rd, d, None, U + BM * BK, A, G, C_Q, SCALE, K, M, BK, BM, BK, B_T, EVEN_D, DEGREE,

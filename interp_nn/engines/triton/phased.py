@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 from interp_nn.engines.triton.grid import barrier
+from interp_nn.engines.triton.tiles import dot
 
 
 @triton.jit
@@ -46,7 +47,7 @@ def multiply_and_sum(
         rhs = tl.load(at_r, mask=left[:, None] & (rk[None, :] < columns), other=0.0)
         if L.dtype != R.dtype:
             lhs, rhs = lhs.to(tl.float32), rhs.to(tl.float32)
-        acc = tl.dot(lhs, rhs, acc, input_precision=PRECISION)
+        acc = dot(lhs, rhs, acc, PRECISION)
         if SUMS:
             sums += tl.sum(rhs.to(tl.float32), axis=0)
         at_l += BD * l_inner

@@ -5,6 +5,26 @@ import triton.language as tl
 
 
 @triton.jit
+def to_tf32(x):
+    """Round fp32 to the nearest tf32, ties away from zero; keep NaN and every other dtype."""
+    if x.dtype == tl.float32:
+        rounded = tl.add(x.to(tl.int32, bitcast=True), 0x1000, sanitize_overflow=False) & -0x2000
+        x = tl.where(x == x, rounded.to(tl.float32, bitcast=True), x)
+    return x
+
+
+@triton.jit
+def dot(a, b, acc, PRECISION: tl.constexpr):
+    """Return acc + a b in fp32; a b where acc is None.
+
+    "tf32" rounds fp32 operands here, because the matrix units cut their last 13 bits off, which would shrink every product.
+    """
+    if PRECISION == "tf32":
+        a, b = to_tf32(a), to_tf32(b)
+    return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@triton.jit
 def inside(row, rn, n):
     """Return row + rn < n. `row` and n may be 64-bit; the elements are compared in 32 bits."""
     return rn < tl.cast(tl.minimum(n - row, 65536), tl.int32)
@@ -98,7 +118,7 @@ def horner(h, v, g, C_Q, FIRST: tl.constexpr, PRECISION: tl.constexpr):
     So v q(g) is that of h = c_n v and FIRST = n - 1. Products take h in g's dtype.
     """
     for i in tl.range(FIRST, -1, -1, num_stages=1):
-        h = tl.dot(h.to(g.dtype), g, input_precision=PRECISION) + v * tl.load(C_Q + i)
+        h = dot(h.to(g.dtype), g, None, PRECISION) + v * tl.load(C_Q + i)
     return h
 
 
@@ -142,7 +162,7 @@ def gram(
     g = tl.zeros((BK, BK), tl.float32)
     for j in range(0, d, BD):
         b = load_b(B, j + tl.arange(0, BD), rk, d, K, B_T, EVEN_D)
-        g = tl.dot(tl.trans(b), b, g, input_precision=PRECISION)
+        g = dot(tl.trans(b), b, g, PRECISION)
     return g
 
 
@@ -168,33 +188,5 @@ def project(
         rd = j + tl.arange(0, BD)
         x = load_x(X, row, rn, rd, n, d, EVEN_D)
         b = load_b(B, rd, rk, d, K, B_T, EVEN_D)
-        p = tl.dot(x, b, p, input_precision=PRECISION)
+        p = dot(x, b, p, PRECISION)
     return p
-
-
-@triton.jit
-def project_and_gram(
-    X,
-    B,
-    row,
-    n,
-    d,
-    K: tl.constexpr,
-    BK: tl.constexpr,
-    BN: tl.constexpr,
-    BD: tl.constexpr,
-    B_T: tl.constexpr,
-    EVEN_D: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """Return `project` and `gram` from one pass over b."""
-    rn, rk = tl.arange(0, BN), tl.arange(0, BK)
-    p = tl.zeros((BN, BK), tl.float32)
-    g = tl.zeros((BK, BK), tl.float32)
-    for j in range(0, d, BD):
-        rd = j + tl.arange(0, BD)
-        x = load_x(X, row, rn, rd, n, d, EVEN_D)
-        b = load_b(B, rd, rk, d, K, B_T, EVEN_D)
-        p = tl.dot(x, b, p, input_precision=PRECISION)
-        g = tl.dot(tl.trans(b), b, g, input_precision=PRECISION)
-    return p, g

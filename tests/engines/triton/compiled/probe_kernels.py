@@ -25,7 +25,7 @@ def product(x, b, y, n, d, K: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.cons
 def _grid_barrier(counter):
     """Every program arrives, and waits until the counter's sign has flipped, which it does when the last has come."""
     tl.debug_barrier()
-    step = tl.where(tl.program_id(0) == 0, -2147483647 - tl.num_programs(0), 1)
+    step = tl.where(tl.program_id(0) == 0, (1 - tl.num_programs(0)) ^ -2147483648, 1)
     before = tl.atomic_add(counter, step, sem="acq_rel", scope="gpu")
     now = tl.atomic_add(counter, 0, sem="acquire", scope="gpu")
     while (before ^ now) >= 0:

@@ -5,13 +5,16 @@ import pytest
 import torch
 from engine_contract import *  # noqa: F403 - the tests of every engine
 from harness import forced, inputs, targets
+from interpreter import mutated
 from processes import python
 from torch.utils._python_dispatch import _disable_current_modes
 
 import interp_nn
 from interp_nn import functional
-from interp_nn.engines import eager, select
-from interp_nn.engines.problem import HEAD_ORDERS, LossOptions, Plan
+from interp_nn.engines import eager, select, verify
+from interp_nn.engines.devices import spec_for
+from interp_nn.engines.problem import HEAD_ORDERS, Config, LossOptions, Plan
+from interp_nn.engines.triton import backward
 from interp_nn.engines.triton import engine as triton_engine
 
 
@@ -89,6 +92,17 @@ def test_compiled_without_a_break_for_many_columns(engine):
     engine_contract.check_compiled(engine, (40, 48, 140))
 
 
+@pytest.mark.parametrize("d", [100, 512, 1600, 5760, 8192, 8704, 9216, 12288, 17408, 50000, 10**7])
+def test_backwards_occupy_the_gpu(d):
+    """Column tiles of 128 features on 132 multiprocessors: at most a sixth of the places is idle."""
+    strips, spec = -(-d // 128), spec_for((9, 0))
+    splits = triton_engine._splits(spec, Config((64, 128, 16)), 65536, d, 128)
+    turns = -(-strips * splits // spec.multiprocessors)
+    assert strips * splits / (turns * spec.multiprocessors) > 5 / 6
+    assert splits * d * 128 < 2**31  # kernels address the parts in 32 bits
+    assert triton_engine._splits(spec, Config((64, 128, 16)), 300, d, 128) <= 2
+
+
 def test_nothing_needs_to_be_patched():
     """With TRITON_INTERPRET=1 alone: grids of one program, on Triton's interpreter as it is."""
     code = """
@@ -110,3 +124,41 @@ print("done")
 """
     result = python("-c", code, TRITON_INTERPRET="1")
     assert result.returncode == 0 and result.stdout.endswith("done\n"), result.stderr
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("degree", [None, 2])
+def test_its_kernels_pass_their_verification(dtype, degree, monkeypatch):
+    monkeypatch.setattr(verify, "_MOST_ROWS", 150)
+    cpu, d, k = torch.device("cpu"), 96, 20
+    polynomial = None if degree is None else (degree, True)
+    order, more = ("(Xb)G", ()) if degree is None else ("(Xb)q", (True,))
+    alone, pair = Plan("triton", order), Plan("triton", order, saves=True)
+    asked = [
+        ("forward", alone, (True, False), (d, k)),
+        ("backward", alone, (False, True, True, True, True, degree is not None), (d, k)),
+        ("forward", pair, (False, True), (d, k)),
+        ("backward", pair, (True, True, True, True, False, degree is not None), (d, k)),
+        ("loss", pair, (False, True, True, True, False, False, *more), (d, k)),
+        ("loss", Plan("triton", "logits_from_latent"), (True, True, True, True, True, True, *more), (d, k, 7)),
+        ("loss", Plan("triton", "logits_from_x"), (True, True, True, True, True, True, *more), (d, k, 7)),
+    ]
+    for call, plan, flags, sizes in asked:
+        flags = (*flags, *(False,) * (7 - len(flags))) if call == "loss" else flags
+        reduction = "mean" if call == "loss" else ""
+        variant = verify.variant_of(
+            "triton", call, dtype, 4096, sizes, True, plan, flags, cpu, reduction, polynomial, "ieee"
+        )  # fmt: skip
+        assert len(variant.plan.tiles) == 1
+        assert verify.compare(variant, cpu, triton_engine) is None, variant
+    scale = verify.Variant("triton", "scale", (torch.float32, dtype, torch.float32))
+    assert verify.compare(scale, cpu, triton_engine) is None
+
+
+def test_a_wrong_kernel_fails_its_verification(monkeypatch):
+    monkeypatch.setattr(verify, "_MOST_ROWS", 150)
+    cpu, plan, flags = torch.device("cpu"), Plan("triton", "(Xb)G"), (False, True, True, True, False, False)
+    variant = verify.variant_of("triton", "backward", torch.bfloat16, 4096, (96, 20), True, plan, flags, cpu)
+    with mutated(backward.symmetrized, "tl.load(T + at) + tl.trans(tl.load(T + at))", "2 * tl.load(T + at)"):
+        assert verify.compare(variant, cpu, triton_engine).startswith("db: Frobenius error")
+    assert verify.compare(variant, cpu, triton_engine) is None
