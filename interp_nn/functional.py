@@ -21,25 +21,27 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from numbers import Real
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
-from torch.compiler import is_dynamo_compiling
+from torch import Tensor, is_grad_enabled
+from torch.compiler import is_compiling
 from torch.nn import Parameter
 
 from interp_nn import linalg
-from interp_nn.engines import eager, select
+from interp_nn.engines import eager
 from interp_nn.engines.eager_polynomial import MOST_COEFFICIENTS, Polynomial
 from interp_nn.engines.problem import LossOptions, Plan
+from interp_nn.engines.select import requested_now
 from interp_nn.linalg import Orthogonalized, autocast_available
+from interp_nn.ops import direct
 from interp_nn.ops import losses as _cross_entropy
 from interp_nn.ops import polynomial as _polynomial
 from interp_nn.ops import reconstruction as _reconstruction
 from interp_nn.ops import summary as _summary
-from interp_nn.ops.library import any_autocast_enabled, cast, followed, is_dtensor, is_wrapped
+from interp_nn.ops.library import any_autocast_enabled, cast, followed, is_dtensor, is_tracing, is_wrapped, ordinary
 
 __all__ = [
     "Orthogonalized",
@@ -58,7 +60,9 @@ __all__ = [
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _PLAIN = (Tensor, Parameter)
 _MOST_PLANS = 4096
-_plans: dict[tuple[object, ...], Plan] = {}
+_plans: dict[tuple[object, ...], Any] = {}
+EQUAL_WEIGHTS = (1.0, 1.0, 1.0)
+_NUMBERS = frozenset((int, float))
 _REDUCTIONS = ("mean", "sum", "none")
 # The polynomial and the scale of the summary. Calls without either are known by `is`, the scale first: in Dynamo, which cannot
 # trace `is` of tuples, no two floats are the same object.
@@ -126,9 +130,14 @@ def summary(
     if scale is not _ONE or polynomial is not _SUMMARY:
         given = _given(polynomial, scale)
         if given is not None:
-            x, b, bias, plan = _planned(x, b, bias, False, given)
-            return _polynomial.summary(x, b, bias, _as_tensors(given, x), plan)
-    x, b, bias, plan = _planned(x, b, bias, False)
+            x, b, bias, plan, plain = _planned(x, b, bias, False, given)
+            q = _as_tensors(given, x)
+            if plain and not plan.autograd:
+                return direct.polynomial_summary(x, b, bias, q, plan, False)[1]
+            return _polynomial.summary(x, b, bias, q, plan)
+    x, b, bias, plan, plain = _planned(x, b, bias, False)
+    if plain:
+        return direct.summary(x, b, bias, plan)
     if type(b) not in _PLAIN and is_dtensor(b):
         from interp_nn.ops import sharding
 
@@ -138,7 +147,7 @@ def summary(
 
 def summary_and_gram(x: Tensor, b: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
     """Return `summary`, and the smaller of bᵀb and bbᵀ, without gradient, if its launch has formed that; else None."""
-    x, b, bias, plan = _planned(x, b, bias, False)
+    x, b, bias, plan, _ = _planned(x, b, bias, False)
     y, saved = _summary.summary(x, b, bias, plan)
     return y, _summary.small_gram(plan, saved, b)
 
@@ -175,9 +184,16 @@ def summary_pair(
     if scale is not _ONE or polynomial is not _SUMMARY:
         given = _given(polynomial, scale)
         if given is not None:
-            x, b, _, plan = _planned(x, b, None, True, given)
-            return SummaryPair(*_polynomial.summary_pair(x, b, _as_tensors(given, x), plan))
-    x, b, _, plan = _planned(x, b, None, True)
+            x, b, _, plan, plain = _planned(x, b, None, True, given)
+            q = _as_tensors(given, x)
+            if plain and not plan.autograd:
+                projection, y = direct.polynomial_summary(x, b, None, q, plan, True)
+                assert projection is not None
+                return SummaryPair(projection, y)
+            return SummaryPair(*_polynomial.summary_pair(x, b, q, plan))
+    x, b, _, plan, plain = _planned(x, b, None, True)
+    if plain:
+        return SummaryPair(*direct.summary_pair(x, b, plan))
     return SummaryPair(*_summary.summary_pair(x, b, plan))
 
 
@@ -186,7 +202,7 @@ def summary_cross_entropy(
     b: Tensor,
     target: Tensor,
     *,
-    weights: Sequence[float] = (1.0, 1.0, 1.0),
+    weights: Sequence[float] = EQUAL_WEIGHTS,
     ignore_index: int = -100,
     reduction: str = "mean",
     polynomial: Sequence[float] | Tensor = _SUMMARY,
@@ -224,11 +240,13 @@ def summary_cross_entropy(
     Source:
         Banh, "Representing information as linear combinations of signals", section 2.1.
     """
-    given = _given(polynomial, scale)
+    given = None if scale is _ONE and polynomial is _SUMMARY else _given(polynomial, scale)
+    key = None if given is not None else _loss_key(x, b, None, None, target, weights, ignore_index, reduction)
+    if key is not None and (found := _plans.get(key)) is not None:
+        return direct.cross_entropy(x, b, None, None, target, *found)
     x, b = _matrices(x, b)
     options = _loss_options(x, target, b.shape[1], weights, ignore_index, reduction)
-    q = None if given is None else _as_tensors(given, x)
-    return _cross_entropy.cross_entropy(x, b, None, None, target, options, q)
+    return _loss(x, b, None, None, target, options, given, key)
 
 
 def summary_head_cross_entropy(
@@ -238,7 +256,7 @@ def summary_head_cross_entropy(
     output_bias: Tensor | None,
     target: Tensor,
     *,
-    weights: Sequence[float] = (1.0, 1.0, 1.0),
+    weights: Sequence[float] = EQUAL_WEIGHTS,
     ignore_index: int = -100,
     reduction: str = "mean",
     polynomial: Sequence[float] | Tensor = _SUMMARY,
@@ -276,7 +294,11 @@ def summary_head_cross_entropy(
     Source:
         AskExplain, Interpretable-Neural-Net.
     """
-    given = _given(polynomial, scale)
+    given = None if scale is _ONE and polynomial is _SUMMARY else _given(polynomial, scale)
+    a, c = output_weight, output_bias
+    key = None if given is not None else _loss_key(x, b, a, c, target, weights, ignore_index, reduction)
+    if key is not None and (found := _plans.get(key)) is not None:
+        return direct.cross_entropy(x, b, a, c, target, *found)
     x, b = _matrices(x, b)
     _, a, c = _operands(b, "b", output_weight=output_weight, output_bias=output_bias)
     if a is None or a.dim() != 2 or a.shape[1] != b.shape[1]:
@@ -286,8 +308,7 @@ def summary_head_cross_entropy(
     if c is not None and (c.dim() != 1 or c.shape[0] != a.shape[0]):
         raise ValueError(f"output_bias: got shape {_shape(c)}, want ({a.shape[0]},) for output_weight {_shape(a)}")
     options = _loss_options(x, target, a.shape[0], weights, ignore_index, reduction)
-    q = None if given is None else _as_tensors(given, x)
-    return _cross_entropy.cross_entropy(x, b, a, c, target, options, q)
+    return _loss(x, b, a, c, target, options, given, key)
 
 
 def gram(b: Tensor) -> Tensor:
@@ -588,30 +609,48 @@ def _planned(
     bias: Tensor | None,
     pair: bool,
     given: tuple[_Coefficients, float | Tensor] | None = None,
-) -> tuple[Tensor, Tensor, Tensor | None, Plan]:
-    """Return checked x, b and bias, and the plan. The plan is remembered by everything that it depends on."""
+) -> tuple[Tensor, Tensor, Tensor | None, Plan, bool]:
+    """Return checked x, b and bias, the plan, and True if the call may pass the operators by.
+
+    The plan is remembered by everything that it and the checks depend on.
+    """
     key: tuple[object, ...] | None = None
     plain = type(x) in _PLAIN and type(b) in _PLAIN and (bias is None or type(bias) in _PLAIN)
-    if plain and not is_dynamo_compiling() and not any_autocast_enabled() and not followed.get():
+    passes = plain and ordinary()
+    autocast = (passes or not is_compiling()) and any_autocast_enabled()
+    if autocast:
+        passes = passes and given is None and all(t is None or t.dtype in _DTYPES for t in (x, b, bias))
+        if passes and _autocast_enabled(x):  # it does not change the products of tensors that are cast already
+            x, b, bias = cast(x.device.type, x, b, bias)
+    if passes or (plain and not (autocast or is_compiling() or is_tracing() or followed.get())):
         key = (
             x.shape, b.shape, x.dtype, b.dtype, x.device, b.device, x.layout, b.layout, x.requires_grad, b.requires_grad,
-            torch.is_grad_enabled(), pair, select.requested(),
+            is_grad_enabled(), pair, requested_now(),
             None if bias is None else (bias.shape, bias.dtype, bias.device, bias.layout),
         )  # fmt: skip
         if given is not None:
             key = (*key, *_degree(given))
+            passes = passes and not any(isinstance(t, Tensor) and type(t) not in _PLAIN for t in given)
         plan = _plans.get(key)
         if plan is not None:
-            return x, b, bias, plan
+            return x, b, bias, plan, passes
     x, b = _matrices(x, b, sharded=True)
     if bias is not None:
         _, bias = _operands(b, "b", True, bias=bias)
         if bias.dim() != 1 or bias.shape[0] != b.shape[1]:
             raise ValueError(f"bias: got shape {_shape(bias)}, want ({b.shape[1]},) for b of shape {_shape(b)}")
     plan = _summary.choose(x, b, pair, *(() if given is None else _degree(given)))
-    if key is not None and len(_plans) < _MOST_PLANS:
-        _plans[key] = plan
-    return x, b, bias, plan
+    if key is not None:
+        _remember(key, plan)
+    return x, b, bias, plan, passes
+
+
+def _remember(key: tuple[object, ...], value: Any) -> None:
+    """Remember the plan of a call, in the place of the oldest one where there are many."""
+    while len(_plans) >= _MOST_PLANS:
+        with suppress(KeyError, RuntimeError, StopIteration):  # of another thread that does the same
+            del _plans[next(iter(_plans))]
+    _plans[key] = value
 
 
 def _degree(given: tuple[_Coefficients, float | Tensor]) -> tuple[int, bool, bool]:
@@ -707,6 +746,58 @@ def _loss_options(
     if not -(2**63) <= ignore_index < 2**63:
         raise ValueError(f"ignore_index: got {ignore_index}, want an int of 64 bits")
     return LossOptions(loss_weights(weights), ignore_index, reduction)
+
+
+def _loss_key(
+    x: Tensor,
+    b: Tensor,
+    a: Tensor | None,
+    c: Tensor | None,
+    target: Tensor,
+    weights: Sequence[float],
+    ignore_index: int,
+    reduction: str,
+) -> tuple[object, ...] | None:
+    """Return all that the checks and the plan of a loss depend on; None for a call that has to go by the operators.
+
+    So do options of other types, which are checked each time: a tensor among the weights may change, and True == 1.
+    """
+    if not ordinary() or any_autocast_enabled():
+        return None
+    if weights is not EQUAL_WEIGHTS and (type(weights) is not tuple or not _NUMBERS.issuperset(map(type, weights))):
+        return None
+    if type(ignore_index) is not int or type(reduction) is not str or type(target) is not Tensor:
+        return None
+    if type(x) not in _PLAIN or type(b) not in _PLAIN:
+        return None
+    if (a is not None and type(a) not in _PLAIN) or (c is not None and type(c) not in _PLAIN):
+        return None
+    return (
+        x.shape, b.shape, x.dtype, b.dtype, x.device, b.device, x.layout, b.layout, x.requires_grad, b.requires_grad,
+        is_grad_enabled(), requested_now(), target.shape, target.dtype, target.device, target.layout,
+        weights is EQUAL_WEIGHTS or (weights, *map(type, weights)), ignore_index, reduction,
+        None if a is None else (a.shape, a.dtype, a.device, a.layout),
+        None if c is None else (c.shape, c.dtype, c.device, c.layout),
+    )  # fmt: skip
+
+
+def _loss(
+    x: Tensor,
+    b: Tensor,
+    a: Tensor | None,
+    c: Tensor | None,
+    target: Tensor,
+    options: LossOptions,
+    given: tuple[_Coefficients, float | Tensor] | None,
+    key: tuple[object, ...] | None,
+) -> Tensor:
+    """Return the loss of checked arguments, and remember options and plan under the key if there is one."""
+    q = None if given is None else _as_tensors(given, x)
+    plan = _cross_entropy.choose(x, b, a, q)
+    if key is None:
+        return _cross_entropy.cross_entropy(x, b, a, c, target, options, plan, q)
+    _remember(key, (options, plan))
+    return direct.cross_entropy(x, b, a, c, target, options, plan)
 
 
 def loss_weights(weights: Sequence[float]) -> tuple[float, float, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
@@ -15,7 +16,9 @@ def workspace(
 ) -> Tensor:
     """Return memory that a kernel writes before anything reads it: results, and values that pass between phases."""
     if stride is None:
-        return torch.empty(shape, dtype=dtype, device=device)
+        if len(shape) != 2:
+            return torch.empty(shape, dtype=dtype, device=device)
+        stride = (shape[1], 1)  # torch.empty takes half as long again
     return torch.empty_strided(shape, stride, dtype=dtype, device=device)
 
 
@@ -37,11 +40,17 @@ def counter(device: torch.device) -> Tensor:
         # Without a spare one: a counter of the graph's own, which every replay sets to zero first.
         return free.pop() if free else torch.zeros(_LINE, dtype=torch.int32, device=device)
     free = spare_counters(device)
-    stream = torch.cuda.current_stream(device).cuda_stream
+    stream = _current_stream(device.index)
     found = _in_use.get((device, stream))
     if found is None:
         found = _in_use[device, stream] = free.pop()
     return found
+
+
+# The handle of a device's current stream, without the object that torch.cuda.current_stream makes.
+_current_stream: Callable[[int], int] = getattr(
+    torch._C, "_cuda_getCurrentRawStream", lambda index: torch.cuda.current_stream(index).cuda_stream
+)
 
 
 def spare_counters(device: torch.device, least: int = _WORDS // 2) -> list[Tensor]:

@@ -62,25 +62,33 @@ def forward(
 
     With a bias, x and b must be matrices. For a plan with `autograd`, PyTorch's autograd differentiates this function.
     """
-    order, b = plan.order, _columns(x, b)
-    if order == "(Xb)G":
-        p, g = x @ b, gram(b)
-        return p, _affine(p, g, bias), [p, g] if plan.saves else [g]
-    if order == "((Xb)bᵀ)b":
-        p = x @ b
-        q = p @ b.mT
-        return p, _affine(q, b, bias), [p, q]
-    projection = x @ b if pair else None
-    if order == "X(bG)":
-        g = gram(b)
-        w = (g @ b.mT).mT if is_column_major(b) else b @ g
-        return projection, _affine(x, w, bias), [g, w]
-    outer = gram(b.mT)
-    if order == "X((bbᵀ)b)":
-        w = (b.mT @ outer).mT if is_column_major(b) else outer @ b
-        return projection, _affine(x, w, bias), [outer, w]
-    r = x @ outer
-    return projection, _affine(r, b, bias), [outer, r]
+    order = plan.order
+    p: Tensor | None
+    if b.shape[-1] < _FEW_COLUMNS:
+        b = _columns(x, b)
+    if order in ("(Xb)G", "((Xb)bᵀ)b"):
+        p = left = x @ b
+        if order == "(Xb)G":
+            right = gram(b)
+            saved = [p, right] if plan.saves else [right]
+        else:
+            left, right = left @ b.mT, b
+            saved = [p, left]
+    else:
+        p, left = x @ b if pair else None, x
+        if order == "X(bG)":
+            g = gram(b)
+            right = (g @ b.mT).mT if is_column_major(b) else b @ g
+            saved = [g, right]
+        else:
+            outer = gram(b.mT)
+            if order == "X((bbᵀ)b)":
+                right = (b.mT @ outer).mT if is_column_major(b) else outer @ b
+                saved = [outer, right]
+            else:
+                left, right = x @ outer, b
+                saved = [outer, left]
+    return p, left @ right if bias is None else torch.addmm(bias, left, right), saved
 
 
 def backward(
@@ -187,19 +195,21 @@ class _Head(NamedTuple):
     """The output layer of a head on both logits at once: Z = [A; H] (2m x k) with H = A G.
 
     Logits from X have the weight W = b Zᵀ (d x 2m). H is formed from G or, where that takes less, from F = A bᵀ (m x d),
-    without G.
+    without G. Z is None where PyTorch's autograd has no use of it.
     """
 
     a: Tensor
     g: Tensor | None
     f: Tensor | None
-    z: Tensor
+    z: Tensor | None
     w: Tensor | None
 
 
-def _head(b: Tensor, a: Tensor, order: Order) -> _Head:
+def _head(b: Tensor, a: Tensor, plan: Plan) -> _Head:
     """Form a head's matrices by products with m rows, never with m columns (see `_columns`)."""
-    g = f = w = None
+    g = f = None
+    w: Tensor | None
+    z: Tensor | None
     d, k = b.shape
     if head_by_gram(d, k, a.shape[0]):
         g = gram(b)
@@ -207,9 +217,12 @@ def _head(b: Tensor, a: Tensor, order: Order) -> _Head:
     else:
         f = a @ b.mT
         h = f @ b
-    z = torch.cat((a, h))
-    if order == "logits_from_x":
-        w = (z @ b.mT if f is None else torch.cat((f, h @ b.mT))).mT
+    if plan.order == "logits_from_x" and f is not None:
+        w = torch.cat((f, h @ b.mT)).mT
+        z = None if plan.autograd else torch.cat((a, h))
+    else:
+        z = torch.cat((a, h))
+        w = (z @ b.mT).mT if plan.order == "logits_from_x" else None
     return _Head(a, g, f, z, w)
 
 
@@ -221,14 +234,15 @@ def logits(
         p, y, saved = forward(x, b, None, plan, True)
         assert p is not None
         return torch.stack((p, y), 1), (p, saved, None)
-    head = _head(b, a, plan.order)
-    both = None if c is None else torch.cat((c, c))
+    head = _head(b, a, plan)
     p = None
-    if head.w is None:
-        p = x @ b
-        o = _affine(p, head.z.mT, both)
+    if head.w is not None:
+        left, right = x, head.w
     else:
-        o = _affine(x, head.w, both)
+        assert head.z is not None
+        p = left = x @ b
+        right = head.z.mT
+    o = left @ right if c is None else torch.addmm(torch.cat((c, c)), left, right)
     return o.view(x.shape[0], 2, a.shape[0]), (p, [], head)
 
 
@@ -257,17 +271,18 @@ def three_terms(
         masked: Rows may be ignored.
         codes: Two tensors (n, k) to take the MSE between, in place of the logits.
     """
-    w1, w2, w3 = options.weights
+    (w1, w2, w3), ignore_index, reduction = options
     p, y = codes or (o1, o2)
-    first, second = (
-        F.cross_entropy(o, target, ignore_index=options.ignore_index, reduction=options.reduction) for o in (o1, o2)
-    )
-    entropy = w1 * first + w2 * second
-    if options.reduction == "mean" and not masked:
-        return entropy + w3 * F.mse_loss(p, y)
-    kept = target != options.ignore_index
-    difference = torch.where(kept, (p - y).square().mean(1), 0.0)
-    return entropy + w3 * reduce_rows(difference, kept, options.reduction)
+    first = F.cross_entropy(o1, target, ignore_index=ignore_index, reduction=reduction)
+    second = F.cross_entropy(o2, target, ignore_index=ignore_index, reduction=reduction)
+    if reduction == "mean" and not masked:
+        third = torch.ops.aten.mse_loss.default(p, y)  # F.mse_loss first broadcasts, which takes longer than this
+    else:
+        kept = target != ignore_index
+        third = reduce_rows(torch.where(kept, (p - y).square().mean(1), 0.0), kept, reduction)
+    # A factor of 1 is left out: with its backward it takes as long as a cross entropy of few rows.
+    first = first if w1 == 1 else w1 * first
+    return first + (second if w2 == 1 else w2 * second) + (third if w3 == 1 else w3 * third)
 
 
 def reduce_rows(rows: Tensor, kept: Tensor, reduction: str) -> Tensor:
@@ -326,6 +341,7 @@ def _head_gradients(
 ) -> list[Tensor]:
     """Return the needed gradients. With E = [E1 E2], U = [U1 U2] = Pᵀ E: T = U2 A, dA = U1ᵀ + U2ᵀ G, Xᵀ D = Xᵀ E Z."""
     a, z, w = head.a, head.z, head.w
+    assert z is not None
     need_x, need_b, need_a, need_c = needs
     m = a.shape[0]
     out: list[Tensor] = []

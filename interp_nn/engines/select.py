@@ -27,7 +27,8 @@ _logger = logging.getLogger("interp_nn")
 _logged: set[str] = set()
 # Checked at use: an import never fails.
 _requested = ContextVar("interp_nn_engine", default=os.environ.get("INTERP_NN_ENGINE") or "auto")
-_latest = _requested.get()  # the engine requested last, in any thread: compiled code is guarded by it
+requested_now = _requested.get  # `requested` where nothing is compiled
+_latest = requested_now()  # the engine requested last, in any thread: compiled code is guarded by it
 _WITH_KERNELS: tuple[EngineName, ...] = ("triton", "cuda")  # of one launch
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from interp_nn import functional, linalg
-from interp_nn.functional import SummaryPair
+from interp_nn.functional import EQUAL_WEIGHTS, SummaryPair
 from interp_nn.nn.base import LinearForm
 from interp_nn.nn.loss import SummaryLoss
 from interp_nn.nn.symbolic import call_in_graph
@@ -169,7 +169,7 @@ class SummaryClassifier(SummaryLayer):
         x: Tensor,
         target: Tensor,
         *,
-        weights: Sequence[float] = (1.0, 1.0, 1.0),
+        weights: Sequence[float] = EQUAL_WEIGHTS,
         ignore_index: int = -100,
         reduction: str = "mean",
         reconstruction: float = 0.0,
@@ -248,7 +248,7 @@ class SummaryHead(SummaryLayer):
         x: Tensor,
         target: Tensor,
         *,
-        weights: Sequence[float] = (1.0, 1.0, 1.0),
+        weights: Sequence[float] = EQUAL_WEIGHTS,
         consistency: str = "logits",
         ignore_index: int = -100,
         reduction: str = "mean",

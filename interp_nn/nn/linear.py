@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from interp_nn import functional
 from interp_nn.nn.polynomial_layer import Normalize, PolynomialLayer, options_of
-from interp_nn.nn.symbolic import call_in_graph
+from interp_nn.nn.symbolic import call_in_graph, fx_state
 from interp_nn.nn.weights import copy_parameters, folded_weight, meta_arguments, solved_from
 
 
@@ -82,20 +82,26 @@ class SummaryLinear(PolynomialLayer):
 
     def forward(self, input: Tensor) -> Tensor:
         """Compute y (..., out_features) for the input x (..., in_features)."""
-        if (call := call_in_graph(self, input)) is not None:
-            return call
-        self._refuse_quantized("input", input)
-        formed = self.formed_weight()
-        if formed is not None:
-            return nn.functional.linear(input, formed, self.bias)
-        if not self._is_summary():
+        if type(input) is not Tensor or getattr(fx_state, "_is_fx_tracing_flag", True):
+            call = call_in_graph(self, input)
+            if call is not None:
+                return call
+        if getattr(input, "is_quantized", False):
+            self._refuse_quantized("input", input)
+        if self._cache is not None or self._frozen is not None:
+            formed = self.formed_weight()
+            if formed is not None:
+                return nn.functional.linear(input, formed, self.bias)
+        if not self._plain:
             self._warn_if_stale()
             return functional.summary(input, self.b, self.bias, **self._functional_options())
         if self.constraint == "penalty":
             y, gram = functional.summary_and_gram(input, self.b, self.bias)
             self._cache_gram(gram)
             return y
-        return functional.summary(input, self.b, self.bias)
+        # Attributes of a module that are parameters take a long search.
+        b, bias = self._parameters.get("b"), self._parameters.get("bias")
+        return functional.summary(input, self.b if b is None else b, self.bias if bias is None else bias)
 
     def fold(self) -> nn.Linear:
         """Return a plain nn.Linear that computes the same function, with the weight formed in float64."""

@@ -97,6 +97,7 @@ class PolynomialLayer(Freezable):
     v: Tensor
     scale: Tensor
     _coefficients: tuple[float, ...]
+    _plain: bool  # the summary itself
     _cache: Any = None  # of `cached_weights`, inside of its block
     # Address and version of the b whose norm `scale` has; None if that is to be checked, False if it is not.
     _norm_of: tuple[int, int] | Literal[False] | None = None
@@ -108,6 +109,7 @@ class PolynomialLayer(Freezable):
             options.coefficients,
             options.normalize,
         )
+        self._plain = options.plain
         b, groups = self.b, self.groups
         if options.gain:
             vars(self).pop("gain", None)
@@ -123,7 +125,7 @@ class PolynomialLayer(Freezable):
 
     def _clear_options(self) -> None:
         """Remove what `_set_options` has set."""
-        for name in ("polynomial", "_coefficients", "normalize", "gain", "_norm_of"):
+        for name in ("polynomial", "_coefficients", "_plain", "normalize", "gain", "_norm_of"):
             vars(self).pop(name, None)
         self._parameters.pop("gain", None)
         for name in ("u", "v", "scale"):
@@ -146,7 +148,7 @@ class PolynomialLayer(Freezable):
         )
 
     def _is_summary(self) -> bool:
-        return self._coefficients == SUMMARY and not self.normalize and self.gain is None
+        return self._plain
 
     def _factors(self, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
         """Return a and m in a dtype, () or (groups, 1, 1); None is 1."""

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-_symbolic_trace: Any = fx._symbolic_trace
+fx_state: Any = fx._symbolic_trace
 
 
 def call_in_graph(layer: nn.Module, input: Tensor) -> Any:
@@ -28,7 +28,7 @@ def weight_in_graph(layer: nn.Module) -> Any:
 
 def _tracer(layer: nn.Module) -> Any:
     """Return the tracer that makes proxies of the layer's parameters now, or None."""
-    if not getattr(_symbolic_trace, "_is_fx_tracing_flag", False) or torch.compiler.is_compiling():
+    if not getattr(fx_state, "_is_fx_tracing_flag", False) or torch.compiler.is_compiling():
         return None
     values = (getattr(layer, name) for name in layer._parameters)
     return next((value.tracer for value in values if isinstance(value, fx.Proxy)), None)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import Function, forward_ad
+from torch.compiler import is_compiling
 
 try:
     from torch._functorch import eager_transforms
@@ -79,6 +80,28 @@ is_batched: Callable[[Tensor], bool] = getattr(torch._C._functorch, "is_legacy_b
 is_wrapped: Callable[[Tensor], bool] = getattr(
     torch._C._functorch, "is_functorch_wrapped_tensor", lambda t: transforming(t)
 )
+
+
+_dispatch_modes: Callable[[], int] = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
+_function_modes: Callable[[], int] = getattr(torch._C, "_len_torch_function_stack", lambda: 1)
+is_tracing: Callable[[], bool] = getattr(torch._C, "_is_tracing", lambda: True)
+
+
+def ordinary() -> bool:
+    """Return True if a call on plain tensors may pass the operators by.
+
+    So no dispatch or function mode, transform, forward-mode AD, tracing, compilation or following of calls is active, which
+    would not see what an engine does. A batched tensor of `is_batched` and autocast are not noticed.
+    """
+    return not (
+        is_compiling()
+        or _dispatch_modes()
+        or _function_modes()
+        or _transforms_active()
+        or is_tracing()
+        or followed.get()
+        or getattr(forward_ad, "_current_level", 0) >= 0
+    )
 
 
 def is_dtensor(t: Tensor) -> bool:

@@ -126,21 +126,21 @@ def expression(
 
     It serves plans with `autograd`, torch.func, second derivatives and polynomials. masked: rows may be ignored.
     """
-    rows = as_rows(x)
+    rows = x if x.dim() == 2 else as_rows(x)
+    o1: Tensor | None
     if a is None:
-        forward = (
-            eager.forward(rows, b, None, plan, True)
-            if q is None
-            else eager_polynomial.forward(rows, b, None, q, plan, True)
-        )
-        o1, o2, _ = forward
+        if q is None:
+            o1, o2, _ = eager.forward(rows, b, None, plan, True)
+        else:
+            o1, o2, _ = eager_polynomial.forward(rows, b, None, q, plan, True)
         assert o1 is not None
     elif q is not None:
         o1, o2 = eager_polynomial.logits(rows, b, a, c, q, plan)
     else:
         o1, o2 = eager.logits(rows, b, a, c, plan)[0].unbind(1)
-    wide = accumulation_dtype(x.dtype)
-    value = eager.three_terms(o1.to(wide), o2.to(wide), target.reshape(-1), options, masked)
+    if o1.dtype in (torch.float16, torch.bfloat16):
+        o1, o2 = o1.float(), o2.float()
+    value = eager.three_terms(o1, o2, target if target.dim() == 1 else target.reshape(-1), options, masked)
     return value.view(target.shape) if options.reduction == "none" else value
 
 
@@ -290,6 +290,34 @@ def _unpack(options: LossOptions) -> tuple[list[float], int, str]:
     return list(options.weights), options.ignore_index, options.reduction
 
 
+_FEW = 256  # a list of so many takes less time than two operations
+
+
+def any_ignored(target: Tensor, ignore_index: int) -> bool:
+    """Return True if a class is the ignored one, which costs a synchronisation on a GPU."""
+    if target.numel() <= _FEW:
+        return ignore_index in (target if target.dim() == 1 else target.flatten()).tolist()
+    if ignore_index < 0 and int(target.min()) >= 0:  # of one pass where no class is negative
+        return False
+    return bool((target == ignore_index).any())
+
+
+def choose(x: Tensor, b: Tensor, a: Tensor | None, q: Polynomial | None) -> Plan:
+    """Return the plan of a loss for checked arguments."""
+    enabled = torch.is_grad_enabled()
+    scale = None if q is None else q.scale
+    needs = enabled and x.requires_grad, enabled and b.requires_grad
+    need_scale = enabled and scale is not None and scale.requires_grad
+    d, k = b.shape
+    classes, degree = k if a is None else a.shape[0], None if q is None else q.degree
+    return select.choose(select.problem_of(x, row_count(x), d, k, a is None, needs, classes, degree, need_scale))
+
+
+def computed_late(x: Tensor, options: LossOptions) -> bool:
+    """Return True where a loss's gradients are computed with the upstream: scaled later, those of fp16 have underflowed."""
+    return x.dtype == torch.float16 or options.reduction == "none"
+
+
 def cross_entropy(
     x: Tensor,
     b: Tensor,
@@ -297,17 +325,10 @@ def cross_entropy(
     c: Tensor | None,
     target: Tensor,
     options: LossOptions,
+    plan: Plan,
     q: Polynomial | None = None,
 ) -> Tensor:
     """Return the three-term loss for checked arguments; a and c are None for a pair's own loss, q for the summary."""
-    enabled = torch.is_grad_enabled()
-    coefficients, scale = q or (None, None)
-    needs = tuple(enabled and t is not None and t.requires_grad for t in (x, b, a, c, coefficients, scale))
-    head, classes = a is not None, (b if a is None else a.mT).shape[1]
-    d, k = b.shape
-    degree = None if q is None else q.degree
-    shape = row_count(x), d, k, not head
-    plan = select.choose(select.problem_of(x, *shape, (needs[0], needs[1]), classes, degree, needs[5]))
     compiling = torch.compiler.is_compiling()
     by_eager = q is not None and plan.engine == "eager"
     unread = by_eager and (compiling or not x.is_cpu)  # the target's values: a graph break, a synchronisation
@@ -315,11 +336,13 @@ def cross_entropy(
         return expression(x, b, a, c, target, options, plan, q=q)
     if plan.autograd:
         try:
-            return expression(x, b, a, c, target, options, plan, bool((target == options.ignore_index).any()), q)
+            return expression(x, b, a, c, target, options, plan, any_ignored(target, options.ignore_index), q)
         except IndexError:  # of PyTorch's loss, which spares the check where all is well
-            eager.check_target(target, classes, options.ignore_index)
+            eager.check_target(target, b.shape[1] if a is None else a.shape[0], options.ignore_index)
             raise
-    late = x.dtype == torch.float16 or options.reduction == "none"
-    asked = needs[: 4 if q is None else 5]
-    now = (False,) * len(asked) if late else asked
+    enabled = torch.is_grad_enabled()
+    coefficients, scale = q or (None, None)
+    tensors = (x, b, a, c) if q is None else (x, b, a, c, coefficients)
+    needs = tuple(enabled and t is not None and t.requires_grad for t in tensors)
+    now = (False,) * len(needs) if computed_late(x, options) else needs
     return apply(CrossEntropyFunction, x, b, a, c, coefficients, scale, target, options, plan, now)[0]

@@ -6,11 +6,13 @@ operator's place, so that PyTorch has the derivatives of every order.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
+from torch.compiler import is_compiling
 
 from interp_nn.engines import eager_polynomial
 from interp_nn.engines.eager_polynomial import Polynomial
@@ -19,6 +21,8 @@ from interp_nn.engines.problem import Plan, plan_to_text
 from interp_nn.linalg import is_column_major
 from interp_nn.ops.library import apply, is_batched, is_dtensor, transforming
 from interp_nn.ops.summary import as_rows, backward_operator, pair_operator, spread, summary_operator
+
+_FEW_COLUMNS, _MANY_WITH_FEW_COLUMNS, _MANY = 16, 2**15, 2**19
 
 
 class PolynomialFunction(Function):
@@ -62,11 +66,25 @@ class PolynomialFunction(Function):
         if dp is None and dy is None:
             return (None,) * 7
         x, b, coefficients, scale, *saved = ctx.saved_tensors
-        needs = ctx.needs_input_grad[:5]
-        if torch.compiler.is_compiling() or not (torch.is_grad_enabled() or transforming(dp, dy, x, b)):
-            arguments = plan_to_text(ctx.plan), needs, is_column_major(b), coefficients, scale
-            return (*spread(backward_operator(dp, dy, x, b, saved, *arguments), needs), None, None)
-        return (*eager_polynomial.gradient(dp, dy, x, b, Polynomial(coefficients, scale), needs), None, None)
+        q = Polynomial(coefficients, scale)
+        return (*backward(dp, dy, x, b, q, saved, ctx.plan, ctx.needs_input_grad[:5]), None, None)
+
+
+def backward(
+    dp: Tensor | None,
+    dy: Tensor | None,
+    x: Tensor,
+    b: Tensor,
+    q: Polynomial,
+    saved: Sequence[Tensor],
+    plan: Plan,
+    needs: Sequence[bool],
+) -> Sequence[Tensor | None]:
+    """Return the needed ones of (dX, db, dbias, dc, da), None for the others, by the operator or differentiable products."""
+    if is_compiling() or not (torch.is_grad_enabled() or transforming(dp, dy, x, b)):
+        arguments = plan_to_text(plan), needs, is_column_major(b), *q
+        return spread(backward_operator(dp, dy, x, b, saved, *arguments), needs)
+    return eager_polynomial.gradient(dp, dy, x, b, q, needs)
 
 
 class WeightFunction(Function):
@@ -97,10 +115,16 @@ class WeightFunction(Function):
 
 def weight(b: Tensor, q: Polynomial) -> Tensor:
     """Return the effective weight a b q(a² bᵀb) of b (d, k)."""
-    if q.degree == 0 or torch.compiler.is_compiling() or is_dtensor(b) or is_batched(b) or transforming(b, *q):
+    if q.degree == 0 or is_compiling() or is_dtensor(b) or is_batched(b) or transforming(b, *q):
         return eager_polynomial.weight(b, q)
     w: Tensor = apply(WeightFunction, b, *q)[0]
     return w
+
+
+def _as_layer(w: Tensor, x: Tensor) -> Tensor:
+    """Return wᵀ, contiguous as an nn.Linear's weight where that is faster: for many numbers of x on a CPU."""
+    many = _MANY_WITH_FEW_COLUMNS if w.shape[1] < _FEW_COLUMNS else _MANY
+    return w.mT.contiguous() if not is_compiling() and x.is_cpu and x.numel() >= many else w.mT
 
 
 def _products(x: Tensor, b: Tensor, bias: Tensor | None, q: Polynomial, plan: Plan) -> bool:
@@ -112,7 +136,7 @@ def summary(x: Tensor, b: Tensor, bias: Tensor | None, q: Polynomial, plan: Plan
     """Return X b q(bᵀb) + bias for checked arguments."""
     if _products(x, b, bias, q, plan):
         if plan.order in ("X(bq)", "X(q(K)b)") and q.degree:
-            return torch.nn.functional.linear(x, weight(b, q).mT, bias)  # whose backward has fewer products
+            return torch.nn.functional.linear(x, _as_layer(weight(b, q), x), bias)  # whose backward has fewer products
         y = eager_polynomial.forward(as_rows(x), b, bias, q, plan, False)[1]
         return y if x.dim() == 2 else y.view(*x.shape[:-1], b.shape[1])
     return apply(PolynomialFunction, x, b, bias, *q, plan, False)[0]

@@ -83,7 +83,7 @@ def _summary(
     scale: Tensor | None = None,
 ) -> tuple[Tensor, list[Tensor]]:
     _, y, saved, _ = _forward(x, b, bias, plan, False, coefficients, scale)
-    return y.view(*x.shape[:-1], b.shape[1]), _contiguous(saved)
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], b.shape[1]), _contiguous(saved)
 
 
 def _summary_pair(
@@ -91,8 +91,9 @@ def _summary_pair(
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     p, y, saved, names = _forward(x, b, None, plan, True, coefficients, scale)
     assert p is not None
-    shape = (*x.shape[:-1], b.shape[1])
-    return p.view(shape), y.view(shape), _contiguous(saved[1:] if names[0] == "P" else saved)
+    if x.dim() != 2:
+        p, y = (t.view(*x.shape[:-1], b.shape[1]) for t in (p, y))
+    return p, y, _contiguous(saved[1:] if names[0] == "P" else saved)
 
 
 def _summary_backward(
@@ -306,7 +307,7 @@ class SummaryFunction(Function):
         x, b, *saved = ctx.saved_tensors
         first, second = (*saved, None, None)[:2]
         need_x, need_b, need_bias = ctx.needs_input_grad[:3]
-        found = iter(apply(_backward_function(), dp, dy, x, b, first, second, ctx.plan, need_x, need_b, need_bias))
+        found = iter(apply(backward_function(), dp, dy, x, b, first, second, ctx.plan, need_x, need_b, need_bias))
         dx = next(found) if need_x else None
         db = next(found) if need_b else None
         return dx, db, next(found) if need_bias else None, None, None
@@ -470,7 +471,8 @@ def _summary_function() -> type[SummaryFunction]:
     return SummaryFunction if torch.compiler.is_compiling() else _ForwardModeFunction
 
 
-def _backward_function() -> type[SummaryBackwardFunction]:
+def backward_function() -> type[SummaryBackwardFunction]:
+    """Return the Function of a backward that can be differentiated again."""
     return SummaryBackwardFunction if torch.compiler.is_compiling() else _ForwardModeBackwardFunction
 
 

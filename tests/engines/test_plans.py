@@ -406,6 +406,7 @@ def test_a_counter_for_each_stream_and_for_each_captured_launch(monkeypatch):
     monkeypatch.setattr(torch, "zeros", zeros)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: state.capturing)
     monkeypatch.setattr(torch.cuda, "current_stream", stream)
+    monkeypatch.setattr(barrier, "_current_stream", lambda index: state.stream)
     device = torch.device("cuda", 0)
 
     def word():

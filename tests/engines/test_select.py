@@ -169,10 +169,10 @@ def test_a_plan_explains_itself():
 
 def test_a_plan_is_what_functional_takes(monkeypatch):
     from interp_nn import functional
-    from interp_nn.ops import summary
+    from interp_nn.ops import direct
 
-    taken, original = [], summary.summary
-    monkeypatch.setattr(summary, "summary", lambda *args: taken.append(args[3]) or original(*args))
+    taken, original = [], direct.summary
+    monkeypatch.setattr(direct, "summary", lambda *args: taken.append(args[3]) or original(*args))
     for n, d, k in ((64, 32, 8), (8, 64, 32), (300, 768, 256)):
         functional.summary(*operands(n, d, k, (True, True)))
         assert taken[-1][:4] == select.plan(n, d, k)[:4]

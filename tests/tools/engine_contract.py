@@ -4,6 +4,7 @@ A test file takes them with `from engine_contract import *` and has two fixtures
 that gets the name of each launch.
 """
 
+import contextlib
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import NamedTuple
@@ -67,11 +68,12 @@ def differentiable(tensors, dtype=None):
     return [t.detach().to(dtype or t.dtype).requires_grad_() for t in tensors]
 
 
+@pytest.mark.parametrize("mode", [OnlyLaunches, contextlib.nullcontext], ids=["operators", "direct"])
 @pytest.mark.parametrize("bias", [True, False])
-def test_forward_and_backward_of_a_layer_are_one_launch_each(bias, engine, launched):
+def test_forward_and_backward_of_a_layer_are_one_launch_each(bias, mode, engine, launched):
     layer = SummaryLinear(48, 20, bias=bias)
     x, upstream = torch.randn(40, 48, requires_grad=True), torch.randn(40, 20)
-    with engine.forced(), OnlyLaunches():
+    with engine.forced(), mode():
         y = layer(x)
         assert launched == [engine.forward]
         y.backward(upstream)
@@ -81,11 +83,12 @@ def test_forward_and_backward_of_a_layer_are_one_launch_each(bias, engine, launc
 
 @pytest.mark.parametrize("name", ["classifier", "head"])
 @pytest.mark.parametrize("gradients", [True, False])
-def test_a_loss_with_its_gradients_is_one_launch(name, gradients, engine, launched):
+@pytest.mark.parametrize("mode", [OnlyLaunches, contextlib.nullcontext], ids=["operators", "direct"])
+def test_a_loss_with_its_gradients_is_one_launch(mode, name, gradients, engine, launched):
     """The backward adds at most one launch, which multiplies by the upstream gradient, here 1."""
     layer = SummaryClassifier(48, 7) if name == "classifier" else SummaryHead(48, latent=30, num_classes=7)
     x, target = torch.randn(40, 48, requires_grad=True), targets(40, 7)
-    with engine.forced(), torch.set_grad_enabled(gradients), OnlyLaunches():
+    with engine.forced(), torch.set_grad_enabled(gradients), mode():
         loss = layer.loss(x, target)
         assert launched == [engine.pair_loss if name == "classifier" else engine.head_loss]
         if gradients:
