@@ -29,6 +29,11 @@ class KeptLatents(NamedTuple):
         latents: The latents, most important first, (k,) int64.
         agreement: Share of the samples whose predicted class is the network's, with the first 0, 1, ..., k latents, (k + 1,).
         accuracy: Share whose predicted class is y, (k + 1,); None without y.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2))
+        >>> float(read_head(model, "0", torch.randn(9, 3), output="1").kept_latents().agreement[-1])
+        1.0
     """
 
     latents: Tensor
@@ -42,6 +47,12 @@ class TopSamples(NamedTuple):
     Attributes:
         largest: Indices of the samples with the largest codes, largest first.
         smallest: Indices of the samples with the smallest codes, smallest first.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 2))
+        >>> _ = nn.init.ones_(model[0].weight)
+        >>> read_head(model, "0", torch.tensor([[2.0], [5.0], [3.0]]), output="1").top_samples(0, 2)
+        TopSamples(largest=tensor([1, 2]), smallest=tensor([0, 2]))
     """
 
     largest: Tensor
@@ -112,6 +123,12 @@ class HeadReading:
         coordinates: Name of the coordinates.
         class_names: The m names of the outputs.
         y: Classes of the samples, (n,), or None.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2))
+        >>> reading = read_head(model, "0", torch.randn(9, 3), output="1").rotate("classes")
+        >>> reading.coordinates, reading.weight.shape, reading.check() < 1e-5
+        ('classes', torch.Size([2, 2]), True)
     """
 
     def __init__(

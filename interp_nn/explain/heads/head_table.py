@@ -25,6 +25,13 @@ class HeadTable:
         agreement: Share of the samples whose predicted class is that of the network, with the latents up to this one alone, (k,).
         accuracy: The same with the given classes y, (k,); None without y.
         heading: One line about the head.
+
+    Example:
+        >>> from interp_nn.explain import read_head
+        >>> model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.Linear(2, 2))
+        >>> table = read_head(model, "0", torch.randn(9, 3), output="1", class_names=["no", "yes"]).summary()
+        >>> sorted(table.latents.tolist()), str(table).splitlines()[1].split()
+        ([0, 1], ['latent', 'variance', 'importance', 'supports', 'opposes', 'agreement'])
     """
 
     latents: Tensor

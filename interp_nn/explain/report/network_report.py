@@ -25,6 +25,11 @@ class Report:
         title: Title of the page.
         sections: The sections, in order.
         html: The page.
+
+    Example:
+        >>> page = Report("A network", "It is small.", [Section("Size", "It has 100 parameters.")])
+        >>> page.findings, page.html.startswith("<!DOCTYPE html>")
+        ({'Size': 'It has 100 parameters.'}, True)
     """
 
     def __init__(self, title: str, about: str, sections: Sequence[Section]) -> None:
@@ -137,7 +142,12 @@ def report(
 
 
 def report_sections() -> dict[str, SectionOf]:
-    """Return the sections that `report` makes by default, by name; add your own and pass the result to `report`."""
+    """Return the sections that `report` makes by default, by name; add your own and pass the result to `report`.
+
+    Example:
+        >>> list(report_sections())[:2]
+        ['predictions', 'exactness']
+    """
     return dict(DEFAULT)
 
 

@@ -80,6 +80,10 @@ class Section:
         figures: Figures, each with a text that says what it shows.
         tables: Tables.
         notes: Further sentences: how the numbers were made, and their checks.
+
+    Example:
+        >>> Section("Size", "The network has 100 parameters.").title
+        'Size'
     """
 
     title: str
