@@ -257,6 +257,7 @@ def test_the_fastest_engine_beats_every_other(medians, name):
 
 def test_engines_that_refuse_a_problem_are_not_timed(monkeypatch):
     monkeypatch.setattr(limits, "_machine_reason", lambda engine: None)
+    monkeypatch.setattr(limits, "_library_reason", lambda problem: None)
     bench = object.__new__(trials.DeviceBench)
     bench.device, bench.spec = torch.device("cuda", 0), spec_for((7, 5))
     assert bench._able("summary", 4, 64, 8) == ["eager", "cuda"]

@@ -5,13 +5,13 @@ from __future__ import annotations
 import csv
 import io
 import re
-import subprocess
-import sys
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from processes import python
 from torch import Tensor, nn
 
 from interp_nn.explain import Section, linearize, read_head, record, report, report_sections
@@ -231,15 +231,15 @@ def test_command(tmp_path: Path) -> None:
     )
     (tmp_path / "data.csv").write_text("age,fare,survived\n" + "".join(f"{i},{i % 7},{i % 2}\n" for i in range(40)))
 
-    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "interp_nn", "report", *arguments]
-        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    def run(model: str, *more: str) -> Any:
+        data = ("--data", str(tmp_path / "data.csv"), "--output", str(tmp_path / "page.html"))
+        return python("-m", "interp_nn", "report", model, *data, *more, PYTHONPATH=str(tmp_path))
 
-    done = run("networks:make", "--data", "data.csv", "--target", "survived", "--output", "page.html")
+    done = run("networks:make", "--target", "survived")
     assert done.returncode == 0, done.stderr
     assert "How good it is" in done.stdout
     checked((tmp_path / "page.html").read_text(encoding="utf-8"))
-    wrong = run("networks:nothing", "--data", "data.csv")
+    wrong = run("networks:nothing")
     assert (wrong.returncode, wrong.stderr.count("\n")) == (2, 1)
     assert "networks:nothing is NoneType" in wrong.stderr
 
