@@ -110,9 +110,20 @@ class Facts:
         return top[:, 0] - top[:, 1]
 
     @property
-    def explained_output(self) -> Tensor:
-        """Index of the output that is explained for each sample, (n,): the predicted class."""
-        return self.predicted if self.outputs.shape[1] > 1 else torch.zeros_like(self.predicted)
+    def explained(self) -> Tensor:
+        """What is explained, (n,): of several outputs the predicted class's less the next one's; else the output."""
+        return self.margin if self.outputs.shape[1] > 1 else self.outputs[:, 0]
+
+    @cached_property
+    def next_class(self) -> Tensor:
+        """The class with the second largest output, (n,) int64; with one output, the other one."""
+        return 1 - self.predicted if self.outputs.shape[1] == 1 else self.outputs.topk(2, 1).indices[:, 1]
+
+    def explained_name(self, sample: int) -> str:
+        """Return the name of what is explained for a sample."""
+        if self.outputs.shape[1] == 1:
+            return "the output"
+        return f"{self.class_name(int(self.predicted[sample]))} over {self.class_name(int(self.next_class[sample]))}"
 
     @cached_property
     def operations(self) -> OperationReport:
@@ -152,12 +163,16 @@ class Facts:
 
     @cached_property
     def maps(self) -> AffineMap:
-        """The maps of the samples `some` to their explained output."""
-        return linearize(self.model, self.x[self.some], self.explained_output[self.some])
+        """The maps of the samples `some` to what is explained."""
+        x = self.x[self.some]
+        if self.outputs.shape[1] == 1:
+            return linearize(self.model, x, lambda output: output.reshape(len(output)))
+        rows, first, second = torch.arange(len(x)), self.predicted[self.some], self.next_class[self.some]
+        return linearize(self.model, x, lambda output: output[rows, first] - output[rows, second])
 
     @cached_property
     def contributions(self) -> Tensor:
-        """What each input adds to the explained output, (len(some), *input)."""
+        """What each input adds to what is explained, (len(some), *input)."""
         return self.maps.contributions(self.x[self.some])
 
     def place(self, sample: int) -> int:

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 SectionOf = Callable[[Facts], "Section | str"]
 _REGIONS, _KERNEL_SAMPLES, _CLUSTER_FEATURES = 12, 200, 200
+_ROUNDING = 1e-5  # of the distance to the nearest other sample
 _UNITS_TIMES_INPUTS = 50_000_000  # numbers that a region may hold
 
 
@@ -63,9 +64,8 @@ def predictions(facts: Facts) -> Section | str:
     accuracy, frequent = float(right.double().mean()), float(torch.bincount(facts.y).max()) / n
     spread = (frequent * (1 - frequent) / n) ** 0.5
     verdict = (
-        f"This is no better than always answering the most frequent class ({frequent:.1%}): do not trust the rest of "
-        f"this page as an "
-        "account of the classes."
+        f"This is no better than always answering the most frequent class ({frequent:.1%}): do not trust the rest of this "
+        "page as an account of the classes."
         if accuracy <= frequent + 2 * spread
         else f"Always answering the most frequent class would be right for {frequent:.1%}."
     )
@@ -75,9 +75,17 @@ def predictions(facts: Facts) -> Section | str:
         confused = facts.class_name(int(torch.bincount(taken).argmax())) if len(taken) else "-"
         rows.append([facts.class_name(c), int(own.sum()), float(right[own].double().mean()), confused])
     rows.sort(key=lambda row: row[2])  # type: ignore[arg-type, return-value]
+    margin = 2 * (accuracy * (1 - accuracy) / n) ** 0.5
+    finding = f"The network is right for {accuracy:.1%} (± {margin:.1%}) of {n} samples. {verdict}"
+    if wrong := n - int(right.sum()):
+        pairs, counted = torch.stack((facts.y[~right], facts.predicted[~right])).unique(dim=1, return_counts=True)
+        true, taken = pairs[:, counted.argmax()].tolist()
+        often = f"{int(counted.max())} of {wrong} errors"
+        finding += f" The most frequent error takes {facts.class_name(true)} for {facts.class_name(taken)} ({often})."
     return Section(
-        title, f"The network is right for {accuracy:.1%} of {n} samples. {verdict}",
+        title, finding,
         tables=[Table("By class, the worst first", ("class", "samples", "right", "most often taken for"), rows)],
+        notes=["This page does not know whether these samples were used in training. ± is two standard errors."],
     )  # fmt: skip
 
 
@@ -126,21 +134,22 @@ def reach(facts: Facts) -> Section | str:
         others = (flat - flat[i]).norm(dim=1)
         others[i] = torch.inf
         rows.append([i, radius, float(others.min()), radius / float(others.min())])
-    ratio = float(torch.tensor([row[3] for row in rows], dtype=torch.float64).median())
-    apart = "are alone in their region" if ratio < 1 else "may have neighbours in their region"
-    radius = float(torch.tensor([row[1] for row in rows], dtype=torch.float64).median())
+    distance, ratio = (float(torch.tensor([row[j] for row in rows], dtype=torch.float64).quantile(0.5)) for j in (1, 3))
+    ties = sum(row[3] < _ROUNDING for row in rows)
     finding = (
-        f"In the median a sample can move {radius:.2g} before a unit flips, {ratio:.2g} times the distance to its "
-        f"nearest other sample: "
-        f"most samples {apart}."
-        if ratio > 1e-5  # beyond rounding
-        else "The median sample lies on a boundary: a unit is at 0, or two candidates of a maximum are equal, as in "
-        "an image's empty parts."
+        f"A unit flips, and with it the map, {distance:.2g} away from a sample, in the median of {len(rows)} samples: "
+        f"{ratio:.2g} times the distance to the nearest other sample."
     )
+    if ties:
+        finding += (
+            f" {ties} of them lie on a boundary to rounding: a unit is at 0, or two candidates of a maximum are equal."
+        )
     return Section(
         "How far around a sample", finding,
         tables=[Table("Distance to the nearest gate", ("sample", "distance", "nearest sample", "ratio"), rows)],
-        notes=[f"By region(model, x).radius(x), for {len(rows)} evenly spaced samples."],
+        notes=[
+            f"By region(model, x).radius(x), for {len(rows)} evenly spaced samples. Euclidean, in the inputs' units."
+        ],
     )  # fmt: skip
 
 
@@ -151,7 +160,7 @@ def importance(facts: Facts) -> Section | str:
     size = facts.contributions.abs()
     constant, total = facts.maps.bias.abs(), size.flatten(1).sum(1)
     share = float((constant / (constant + total)).median())
-    name = "the predicted class's output" if facts.outputs.shape[1] > 1 else "the output"
+    name = "predicted over next class" if facts.outputs.shape[1] > 1 else "the output"
     title = "What counts"
     if facts.kind == "table":
         names, means = facts.feature_list(), size.mean(0)
@@ -169,14 +178,22 @@ def importance(facts: Facts) -> Section | str:
             title, finding,
             [(_figure(axes), f"Contributions of the largest features to {name}; {names[order[0]]} is the largest.")],
             [Table("Mean contributions", ("feature", "mean |contribution|", "share", "mean"), rows)],
-            [f"Contributions W x of {len(facts.some)} samples, each to {name}."],
+            [_what_is_explained(facts)],
         )  # fmt: skip
     if facts.kind == "image":
         half = _half(size.sum(1).flatten(1).mean(0))
-        finding = f"Half of all contributions come from {half:.0%} of the pixels. The constant is {share:.0%} of the "
-        "median sample's terms."
-        return Section(title, finding, notes=[f"Contributions W x of {len(facts.some)} samples, each to {name}."])
+        finding = (
+            f"Half of all contributions come from {half:.0%} of the pixels. The constant is {share:.0%} of the median "
+            "sample's terms."
+        )
+        return Section(title, finding, notes=[_what_is_explained(facts)])
     return "what counts: inputs of this shape have no figure"
+
+
+def _what_is_explained(facts: Facts) -> str:
+    several = "the predicted class's output less the next one's, which is the margin"
+    what = several if facts.outputs.shape[1] > 1 else "the output"
+    return f"Contributions W x of {len(facts.some)} samples, inputs times coefficients, to {what}."
 
 
 def _tokens(facts: Facts) -> Section:
@@ -212,42 +229,30 @@ def samples(facts: Facts) -> Section | str:
         figures.append(
             (
                 _maps(facts),
-                f"Where the pixels of {len(facts.shown)} samples add to the predicted class and take from it.",
+                f"Where the pixels of {len(facts.shown)} samples add to the predicted class over the next one, and take from it.",
             )
         )
     for why, i in facts.shown.items():
-        place, output = facts.place(i), int(facts.explained_output[i])
-        parts = facts.contributions[place]
-        value, constant = float(facts.outputs[i, output]), float(facts.maps.bias[place])
+        place, value = facts.place(i), float(facts.explained[i])
+        parts, constant = facts.contributions[place], float(facts.maps.bias[place])
         predicted = facts.class_name(int(facts.predicted[i])) if facts.classifies else f"{value:.3g}"
-        true = (
-            "-"
-            if facts.y is None
-            else facts.class_name(int(facts.y[i]))
-            if facts.classifies
-            else f"{float(facts.y[i]):.3g}"
-        )
-        label = f"output for {facts.class_name(output)}" if facts.outputs.shape[1] > 1 else "output"
+        true = "-"
+        if facts.y is not None:
+            true = facts.class_name(int(facts.y[i])) if facts.classifies else f"{float(facts.y[i]):.3g}"
+        label, top = facts.explained_name(i), "-"
         if facts.kind == "table":
             names = facts.feature_list()
-            top = names[int(parts.abs().argmax())]
+            largest = int(parts.abs().argmax())
+            top, does = names[largest], "adds most to" if float(parts[largest]) > 0 else "takes most from"
             axes = plots.contribution_waterfall(parts, constant, x=facts.x[i], features=names, output=label)
-            figures.append((_figure(axes), f"The {why} sample, {i}: {top} adds most to the {label}."))
-        else:
-            top = "-"
+            figures.append(
+                (_figure(axes), f"The {why} sample, {i}: {top} {does} {label} ({float(parts[largest]):+.2g}).")
+            )
         error = abs(float(parts.sum()) + constant - value) / (abs(value) or 1.0)
-        rows.append([why, i, predicted, true, float(facts.margin[i]), value, constant, top, error])
+        rows.append([why, i, predicted, true, label, value, constant, top, error])
     columns = (
-        "sample",
-        "index",
-        "predicted",
-        "true",
-        "margin",
-        "value",
-        "constant",
-        "largest input",
-        "error of the sum",
-    )
+        "sample", "index", "predicted", "true", "explained", "value", "constant", "largest |contribution|", "error of the sum",
+    )  # fmt: skip
     borderline = facts.shown["borderline"]
     finding = (
         f"Sample {borderline} is the nearest to another answer, with a margin of {float(facts.margin[borderline]):.2g}."
@@ -255,7 +260,10 @@ def samples(facts: Facts) -> Section | str:
     if "wrong" in facts.shown:
         wrong = facts.shown["wrong"]
         finding += f" Sample {wrong} is wrong with the largest margin, {float(facts.margin[wrong]):.2g}."
-    rule = "Typical: the median margin. Borderline: the smallest. Wrong and right: the largest among wrong and right predictions."
+    rule = (
+        "The margin is the predicted class's output less the next one's. Typical: the median margin of right predictions. "
+        "Borderline: the smallest margin. Wrong and right: the largest among wrong and right predictions."
+    )
     return Section("Single samples", finding, figures, [Table("Samples", columns, rows)], [rule])
 
 
@@ -265,7 +273,7 @@ def _maps(facts: Facts) -> Figure:
     rows = []
     for why, i in facts.shown.items():
         true = "" if facts.y is None or not facts.classifies else f"\ntrue {facts.class_name(int(facts.y[i]))}"
-        rows.append(f"{why} {i}\npredicted {facts.class_name(int(facts.predicted[i]))}{true}")
+        rows.append(f"{why} {i}\n{facts.explained_name(i)}{true}")
     shown = images if images.shape[1] in (1, 3) else None
     return plots.attribution_maps(facts.contributions[places].unsqueeze(1), shown, rows=rows, columns=["contributions"])
 
@@ -282,6 +290,7 @@ def constants(facts: Facts) -> Section | str:
     typical = facts.place(next(iter(facts.shown.values())))
     by_layer = {name: part.reshape(-1, 1)[typical : typical + 1] for name, part in parts.items()}
     axes = plots.bias_bars(by_layer)
+    axes.set_title(f"Constant of {facts.explained_name(next(iter(facts.shown.values())))}, by layer")
     rows = [[name, size, float(parts[name].mean())] for name, size in sizes.items()]
     error = float((torch.stack(list(parts.values())).sum(0) - facts.maps.bias).abs().max())
     return Section(
@@ -309,20 +318,18 @@ def few_maps(facts: Facts) -> Section | str:
     kept = merged.held_out_
     assert kept is not None  # merge() chose the number
     number, all_of_them = len(merged.counts_), len(clusters.counts_)
-    stands = (
-        ("stands" if number == 1 else "stand")
-        if kept.r2 >= 0.9
-        else ("does not stand" if number == 1 else "do not stand")
-    )
     maps = f"{number} affine map{'s' * (number > 1)}"
-    output = int(torch.bincount(facts.explained_output).argmax())
+    output = int(torch.bincount(facts.predicted).argmax()) if facts.outputs.shape[1] > 1 else 0
     axes = merged.table(output, feature_names=facts.feature_list()).plot()
     return Section(
         "A few maps for all samples",
-        f"{all_of_them} patterns merge to {maps}, which {stands} for the network: R² {kept.r2:.3f} and the same answer for "
-        f"{kept.agreement:.1%} of samples that were held out.",
+        f"{all_of_them} patterns merge to {maps}: on a held-out fifth of the samples R² with the network is {kept.r2:.3f}, "
+        f"and the answer is the network's for {kept.agreement:.1%}.",
         [(_figure(axes), f"Coefficients of the {maps} for {facts.class_name(output)}.")],
-        notes=["By ActivationClusters(model).fit(x).merge()."],
+        notes=[
+            "By ActivationClusters(model).fit(x).merge(): the fewest maps with R² of at least 0.95, or the best number. "
+            "Coefficients are per unit of a feature; the contributions above are coefficients times values."
+        ],
     )  # fmt: skip
 
 
@@ -345,7 +352,9 @@ def head(facts: Facts) -> Section | str:
     return Section(
         "The head", finding, [(_figure(turned.plot()), f"What the latents add to the classes; {enough} are enough for 99 %.")],
         [Table("Latents, in varimax coordinates", list(table._columns()), rows)],
-        [f"By read_head(model, layer, x).rotate('varimax'); contributions sum to the outputs to {turned.check():.1e}."],
+        [f"By read_head(model, layer, x).rotate('varimax'); contributions sum to the outputs to {turned.check():.1e}.",
+         "Variance: of the codes. Importance: standard deviation of a code times the size of its weights. Agreement: with the "
+         "latents down to this row alone."],
     )  # fmt: skip
 
 
@@ -380,11 +389,10 @@ def summary_layers(facts: Facts) -> Section | str:
         return "summary layers: the network has none"
     defects = {str(row[0]): defect for row, defect in zip(rows, found, strict=True)}
     worst = max(defects, key=lambda name: defects[name])
-    differ = (
-        "projection and summary differ there" if defects[worst] > 0.1 else "projections and summaries are nearly equal"
-    )
     return Section(
-        "Summary layers", f"The largest orthogonality defect is {defects[worst]:.2g}, in {worst}: {differ}.",
+        "Summary layers",
+        f"The singular values of b are within {defects[worst]:.2g} of 1; {worst} is the farthest. Where they are 1, "
+        "projection x b and summary x b (bᵀb) are equal.",
         tables=[Table("Singular values of b", ("layer", "shape of b", "largest", "smallest", "defect"), rows)],
     )  # fmt: skip
 
@@ -399,16 +407,17 @@ def gates(facts: Facts) -> Section | str:
     for site in found.sites:
         on = found.gates(site.name).flatten(1).double().mean(0)
         rows.append([site.name, len(on), int((on == 0).sum()), int((on == 1).sum()), float(on.mean())])
-        never, always, units = never + int((on == 0).sum()), always + int((on == 1).sum()), units + len(on)
+        if "max" not in site.operation:  # whose gates are candidates
+            never, always, units = never + int((on == 0).sum()), always + int((on == 1).sum()), units + len(on)
     if not units:
         return "gates: the network has none"
     finding = f"Of {units} units, {never} are off and {always} are on for all of {len(facts.some)} samples."
-    notes = []
+    notes = ["A maximum has a gate for each candidate; these are in the table, not in the sentence."]
     if facts.y is not None and facts.classifies and facts.kind == "table":
         index = facts.some[:_KERNEL_SAMPLES]
         try:
             value = kernel_alignment(npk(facts.model, facts.x[index]), facts.y[index])
-            finding += f" The path kernel's alignment with the classes is {value:.2f}."
+            finding += f" The path kernel's alignment with the classes is {value:.2f} (0: none, 1: full)."
         except (ValueError, TypeError, NotImplementedError) as error:
             notes.append(f"No path kernel: {error}")
     return Section(
