@@ -30,6 +30,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--classes", nargs="+", metavar="NAME", help="names of the outputs")
     parser.add_argument("--output", type=Path, default=Path("report.html"), metavar="FILE.html")
     given = parser.parse_args(arguments)
+    existed = given.output.exists()
     try:
         with open(given.output, "a", encoding="utf-8"):  # tried before the work begins
             pass
@@ -39,6 +40,8 @@ def main(arguments: list[str]) -> int:
         page.save(given.output)
     except (OSError, ImportError, ValueError, TypeError, AttributeError) as error:
         print(f"python -m interp_nn report: {error}", file=sys.stderr)
+        if not existed:
+            given.output.unlink(missing_ok=True)
         return 2
     print(page)
     print(f"wrote {given.output}")

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from interp_nn.explain import Section, linearize, read_head, record, report, report_sections
 from interp_nn.explain.report.page import Table
+from interp_nn.explain.report.report_command import load_model, load_table, main
 from interp_nn.nn import SummaryHead
 
 VOID = {"meta", "link", "img"}
@@ -224,6 +225,14 @@ def test_save_is_whole_or_nothing(table: tuple[nn.Sequential, Tensor, Tensor, li
         made.save(tmp_path / "no_folder" / "page.html")
 
 
+def test_a_users_mistake_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = ["--data", str(tmp_path / "nothing.csv"), "--output", str(tmp_path / "page.html")]
+    assert main(["torch.nn:Identity", *data]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
 def test_command(tmp_path: Path) -> None:
     (tmp_path / "networks.py").write_text(
         "import torch\n\ndef make():\n    torch.manual_seed(0)\n    return torch.nn.Sequential(torch.nn.Linear(2, 4), "
@@ -246,8 +255,6 @@ def test_command(tmp_path: Path) -> None:
 
 
 def test_tables_of_the_command(tmp_path: Path) -> None:
-    from interp_nn.explain.report.report_command import load_model, load_table
-
     file = tmp_path / "data.csv"
     file.write_text("a,b\n1,2\n3,x\n")
     with pytest.raises(ValueError, match=r"data.csv, line 3, b: got 'x'"):
