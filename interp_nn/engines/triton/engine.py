@@ -143,6 +143,11 @@ def _spec(device: torch.device) -> DeviceSpec:
     return spec
 
 
+# Classes of a head in 16 bits up to which fp32 sums are rounded before they are multiplied: beyond, rounding takes registers
+# that the kernels do not have, and cutting the sums off shrinks db by less than its own rounding to 16 bits.
+_MOST_ROUNDED = 16
+
+
 def _precision(dtype: torch.dtype) -> str:
     """Return the rounding of fp32 operands in products. fp32 sums of 16-bit products may always go through tf32."""
     return "tf32x3" if dtype == torch.float32 and _fp32_precision("cuda", "matmul") != "tf32" else "tf32"
@@ -481,6 +486,8 @@ def _loss_launch(
     bk, bm, tiles_of_d = tiles["BK"], padded(m or 1), _cdiv(d, tiles["BD"])
     if dtype == torch.float32 and not single_tf32_fits(spec, bk, bm):
         precision = "tf32x3"
+    if dtype.itemsize == 2 and bm > _MOST_ROUNDED:
+        precision = "tf32 cut"
     splits = _splits(spec, config, n, d, tiles["BD"])
     jobs = [_cdiv(n, tiles["BN_A"])]
     if gradients:

@@ -18,10 +18,11 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
     """Return acc + a b in fp32; a b where acc is None.
 
     "tf32" rounds fp32 operands here, because the matrix units cut their last 13 bits off, which would shrink every product.
+    "tf32 cut" lets them.
     """
     if PRECISION == "tf32":
         a, b = to_tf32(a), to_tf32(b)
-    return tl.dot(a, b, acc, input_precision=PRECISION)
+    return tl.dot(a, b, acc, input_precision="tf32" if PRECISION == "tf32 cut" else PRECISION)
 
 
 @triton.jit
