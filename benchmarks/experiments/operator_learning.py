@@ -98,7 +98,7 @@ def network(activation: str, kind: str) -> nn.Sequential:
 
 
 class Reading(NamedTuple):
-    """What descrambling reads from a network.
+    """Results of descrambling a network.
 
     overlaps: of each layer and leading component, the share of it that lies in the operator's eigenspace of the same place.
     gains: of the network along each leading input filter. exponent: the energies of the components before the activation grow

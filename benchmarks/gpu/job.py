@@ -181,7 +181,7 @@ def _run(
     if not target.exists():
         for engine, why in without.items():
             Log(target, "engines", 0.0, {}).write(engine, "skipped", why=why)
-    # What an earlier run had no time for is done now, or noted again.
+    # Steps that an earlier run had no time for are done now, or noted again.
     lines, ran = [line for line in read(target) if line.get("why") not in (_KILLED, OUT_OF_TIME)], 0
     parts = in_order(asked)
     while parts:

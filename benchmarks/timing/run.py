@@ -42,7 +42,7 @@ SUITES = {
     "explain": "the affine maps of networks, the grouping of activation patterns",
     "selection": "the choice of an order over n and k, beside every order, nn.Linear and the inverse; only by --suite",
 }
-# What a suite measures: a record is stale when these have changed since its commit.
+# The paths that a suite measures: a record is stale when these have changed since its commit.
 _OPERATOR = ("benchmarks/timing", "interp_nn/engines", "interp_nn/functional.py", "interp_nn/ops")
 PATHS = {
     "ops": _OPERATOR,
