@@ -109,6 +109,31 @@ def test_a_wrong_kernel_is_named_once_and_left(change, reason):
     assert not [path for path in verified_files.folder().iterdir() if path.suffix != ".json"]
 
 
+@pytest.mark.parametrize("name", ["forward", "backward", "loss", "scale"])
+def test_only_what_has_passed_is_prepared(name):
+    """A prepared call goes to the kernels past this class."""
+    x, b, dy = tensors()
+    given = {
+        "forward": (x, b, None, SUMMARY),
+        "backward": (dy, x, b, plain.forward(x, b, None, SUMMARY, False)[2], SUMMARY, (True, True, False)),
+        "loss": (x, b, torch.zeros(N, dtype=torch.int64), OPTIONS, PAIR, (True, True)),
+        "scale": ([x, b.contiguous()], torch.ones(())),
+    }[name]
+    for change in (None, out_of_bounds):
+        kernels = Kernels(change, name)
+        setattr(kernels, f"prepared_{name}", lambda *_: "prepared")
+        prepare = getattr(verify.Verified("triton", kernels), f"prepared_{name}")
+        if change is None:
+            assert prepare(*given) == "prepared"
+        else:
+            with pytest.warns(RuntimeWarning, match=f"triton {name}.*fails on this GPU"):
+                assert prepare(*given) is None
+        verify.verdicts.clear()
+        verify._passed.clear()
+        for file in verified_files.folder().iterdir():
+            file.unlink()
+
+
 def test_a_failure_is_an_error_where_the_engine_was_asked_for(monkeypatch):
     monkeypatch.setattr(select, "unsupported_reason", lambda *_: None)
     engine = verify.Verified("triton", Kernels(off_by_a_percent))
