@@ -42,4 +42,4 @@ def test_links_to_files_lead_somewhere(page):
 
 def test_the_guide_has_its_pages():
     index = (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
-    assert {page.name for page in GUIDE} == {"index.md", *re.findall(r"\]\((\w+\.md)\)", index)}
+    assert {page.name for page in GUIDE} == {"index.md", *re.findall(r"\]\(([\w-]+\.md)\)", index)}
