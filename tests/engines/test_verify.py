@@ -380,6 +380,11 @@ def test_the_command_prints_a_table(monkeypatch, capsys):
     assert command.verify_all(["--device", "cpu"]) == 1
     out = capsys.readouterr().out
     assert "24 of 45 kernels passed" in out and "  db: wrong\n" in out and "  not done within 120 s\n" in out
+    assert out.count("FAILED") == 21
+    monkeypatch.setattr(command, "Workers", judged({"loss": "out of time"}))
+    assert command.verify_all(["--device", "cpu"]) == 1
+    out = capsys.readouterr().out
+    assert out.count("missed") == 18 and "FAILED" not in out
     assert command.verify_all([]) == 2 and "no CUDA device" in capsys.readouterr().err
 
 
