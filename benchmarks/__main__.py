@@ -17,6 +17,7 @@ from benchmarks.gpu import job
 from benchmarks.records import environment, export, figures, files, report, rows
 from benchmarks.timing import compare, host, kernel_profile, operator_suite, performance_model, roofline, run
 from benchmarks.timing.problems import DTYPES, OPS, products
+from interp_nn.engines.limits import triton_version
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -116,6 +117,8 @@ def _papers(given: argparse.Namespace) -> None:
 
 
 def _model(given: argparse.Namespace) -> None:
+    if triton_version() == (0, 0):
+        raise command_line.UserInputError("it reads the triton engine's tiles, and Triton is not installed")
     _print_or_write(given, performance_model.markdown())
 
 

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import __main__ as command
 from benchmarks.__main__ import main
 from benchmarks.timing import performance_model
 from benchmarks.timing.performance_model import GPUS, Kernels, linear, predict
@@ -66,3 +67,8 @@ def test_the_page_says_what_it_is_and_has_what_the_command_writes(tmp_path, caps
     assert copied.read_text(encoding="utf-8") == text, "python -m benchmarks model --page docs/performance-model.md"
     assert main(["model"]) == 0
     assert capsys.readouterr().out.strip() in text
+
+
+def test_without_triton_it_is_one_sentence(monkeypatch, capsys):
+    monkeypatch.setattr(command, "triton_version", lambda: (0, 0))
+    assert main(["model"]) == 2 and "Triton is not installed" in capsys.readouterr().err
