@@ -301,8 +301,8 @@ def _capturing(device: torch.device) -> bool:
 
 def _warn(variant: Variant, reason: str) -> None:
     warnings.warn(
-        f"{variant} fails on this GPU: {reason}. PyTorch's operations compute it in this process from now on. Please report it, "
-        "with the output of python -m interp_nn.",
+        f"{variant} fails on this GPU: {reason}. The auto engine leaves it to PyTorch's operations in this process from now on. "
+        "Please report it, with the output of python -m interp_nn.",
         RuntimeWarning,
         stacklevel=2,
     )

@@ -64,6 +64,7 @@ def outcome(command, arguments, capsys):
         (["plot", "{folder}/empty.jsonl"], "empty.jsonl: has no timings"),
         (["compare", "{folder}/empty.jsonl", "{folder}/empty.jsonl"], "empty.jsonl: has no timings"),
         (["papers", "--page", "{folder}/nowhere.md"], "No such file"),
+        (["model", "--page", "{folder}/nowhere.md"], "No such file"),
         (["experiments", "nothing"], "nothing: no such experiment"),
         (["experiments", "gated_digits", "--minutes", "nan"], "--minutes: got nan, want a number from 0 on"),
         (["experiments", "gated_digits", "--minutes", "-1"], "--minutes: got -1, want a number from 0 on"),
