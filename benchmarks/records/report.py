@@ -97,7 +97,8 @@ def columns(rows: Iterable[Row]) -> list[Column]:
     """Return the columns, with one for each provider of a user's file, and for each other one where few were timed."""
     timed = {row["provider"]: row for row in rows if row["status"] == "ok" and row["op"] != "ceiling"}
     shown = {name for column in COLUMNS for name in (column.over, column.under)} | {REPEAT}
-    others = {name for name in timed if name not in shown and not name.startswith("inverse-")}
+    covered = ("inverse-", "assoc-") if "best-eager" in timed else ("inverse-",)  # by a column of the fastest
+    others = {name for name in timed if name not in shown and not name.startswith(covered)}
     more = [name for name, row in timed.items() if row["about"] or (name in others and len(timed) <= _FEW)]
     return [*COLUMNS, *(Column(f"{name} / ours", name, "ours") for name in more)]
 
@@ -108,6 +109,8 @@ def noise(problems: Problems) -> list[Ratio]:
     for rows in problems.values():
         twin = (rows.get(REPEAT) or {}).get("plan")
         for over, under in ((REPEAT, twin), ("assoc-a", "unfused")):
+            if (rows.get(str(under)) or {}).get("plan") == over:
+                continue  # one timing under two names
             if (one := ratio(rows, Column("", over, under or ""))) is not None:
                 found.append(one)
     return found

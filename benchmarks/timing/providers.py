@@ -62,7 +62,7 @@ ABOUT = {
     "kernel-triton": "the triton engine called directly, without operator and autograd",
     "kernel-cuda": "the cuda engine called directly",
     "linear": "nn.Linear of the same size, the floor; behind cross entropy where a loss is timed",
-    "unfused": "x @ b @ (b.T @ b) under autograd; the same calls as assoc-a, so that their difference is noise",
+    "unfused": "x @ b @ (b.T @ b) under autograd; the same calls as assoc-a, and timed once with it",
     "assoc-a": "(x b)(bᵀb)", "assoc-b": "x (b (bᵀb))", "assoc-c": "((x b) bᵀ) b",
     "assoc-d": "(x (b bᵀ)) b, only for k > d", "assoc-e": "x ((b bᵀ) b), only for k > d",
     "best-eager": "the fastest of these by its median",

@@ -160,7 +160,6 @@ def run(given: argparse.Namespace) -> int:
         names = [*_BESIDE, *names]
     names = list(dict.fromkeys((*names, REPEAT)))
     suites = given.suite or (["ops"] if given.quick or alone else [suite for suite in SUITES if suite != "selection"])
-    budget = given.budget or (operator_suite.CPU_BUDGET if device.type == "cpu" else None)
     dtypes = given.dtype or (("fp32",) if device.type == "cpu" else ("bf16", "fp32"))
     for suite in [suite for suite in SUITES if suite in suites]:
         writer.share(paths=PATHS[suite])
@@ -169,7 +168,7 @@ def run(given: argparse.Namespace) -> int:
         elif suite == "explain":
             explain_suite.run(asked, writer, given.quick)
         else:
-            wanted = _wanted(suite, given, names, dtypes, budget)
+            wanted = _wanted(suite, given, names, dtypes, device.type == "cpu")
             operator_suite.run(wanted, asked, writer)
     if all(row["op"] == "ceiling" for row in writer.rows):
         raise UserInputError("no suite has a problem with this op, mode, shape and provider together")
@@ -179,7 +178,7 @@ def run(given: argparse.Namespace) -> int:
 
 
 def _wanted(
-    suite: str, given: argparse.Namespace, names: Sequence[str], dtypes: Sequence[str], budget: float | None
+    suite: str, given: argparse.Namespace, names: Sequence[str], dtypes: Sequence[str], cpu: bool
 ) -> operator_suite.Wanted:
     """Return the problems, modes and providers of a suite of the operator."""
     ops: Sequence[str]
@@ -189,7 +188,12 @@ def _wanted(
         ops, modes, shapes = OPS[:1], modes or ("infer", "fwdbwd"), shapes or SELECTION
         names = [*_CHOICE, *(name for name in names if name in custom.FOUND)]
     ops = [op for op in given.op or ops if op in ops]
-    return operator_suite.Wanted(ops, modes, shapes, dtypes, chosen(names, known), budget, given.quick)
+    ordinary = suite == "ops" and not given.provider
+    if ordinary and given.quick:
+        names = operator_suite.QUICK_NAMES
+    budget = given.budget or (operator_suite.CPU_BUDGET if cpu else None)
+    large = operator_suite.LARGE if ordinary and cpu else None
+    return operator_suite.Wanted(ops, modes, shapes, dtypes, chosen(names, known), budget, given.quick, large)
 
 
 def listing() -> str:
