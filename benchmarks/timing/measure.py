@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks.records.report import CHEAPER, REPEAT
+from benchmarks.records.report import BEST_PLAN, CHEAPER, REPEAT
 from benchmarks.records.rows import Writer
 from benchmarks.timing import clocks, custom, footprint, layer_providers, providers
 from benchmarks.timing.clocks import Limit, Sampler, Timing, rounds
@@ -133,7 +133,7 @@ def _measure(
     best: str | None = None
     # Providers that take the fastest association are tried after the others.
     for name in sorted(names, key=lambda name: name in providers.OF_THE_BEST):
-        if name == "best-eager" or (same and name == "unfused"):
+        if name in ("best-eager", BEST_PLAN) or (same and name == "unfused"):
             continue
         if name in providers.OF_THE_BEST and best is None:
             best = min((n for n in eager if n in ready), key=lambda n: ready[n].seconds, default="assoc-a")
@@ -154,12 +154,20 @@ def _measure(
     if same:
         found["unfused"] = {**found["assoc-a"], "plan": "assoc-a"}
     if "best-eager" in names:
-        medians = {name: found[name]["ms_p50"] for name in eager if found[name]["status"] == "ok"}
-        found["best-eager"] = {"status": "skipped", "note": "no association was timed"}
-        if medians:
-            winner = min(medians, key=lambda name: medians[name])
-            found["best-eager"] = {**found[winner], "plan": winner}
+        found["best-eager"] = _fastest(found, eager)
+    if BEST_PLAN in names:
+        best_plan = _fastest(found, [name for name in ("ours", *providers.PLAN_NAMES) if name in names])
+        found[BEST_PLAN] = best_plan | {"plan": found.get(str(best_plan.get("plan")), {}).get("plan")}
     return found
+
+
+def _fastest(found: dict[str, dict[str, Any]], names: Sequence[str]) -> dict[str, Any]:
+    """Return the row of the fastest of some providers, with its name as the plan."""
+    medians = {name: found[name]["ms_p50"] for name in names if found[name]["status"] == "ok"}
+    if not medians:
+        return {"status": "skipped", "note": "none of them was timed"}
+    winner = min(medians, key=lambda name: medians[name])
+    return {**found[winner], "plan": winner}
 
 
 def _enter(

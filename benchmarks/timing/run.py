@@ -15,7 +15,7 @@ from benchmarks.command_line import UserInputError, at_least, not_negative, posi
 from benchmarks.command_line import device as present
 from benchmarks.records import environment, report
 from benchmarks.records.intervals import ENOUGH
-from benchmarks.records.report import REPEAT
+from benchmarks.records.report import BEST_PLAN, REPEAT
 from benchmarks.records.rows import Writer, common
 from benchmarks.timing import custom, explain_suite, layer_providers, operator_suite, peers, training_suite
 from benchmarks.timing.clocks import Limit
@@ -32,7 +32,7 @@ from benchmarks.timing.problems import (
     SELECTION,
     SHAPES,
 )
-from benchmarks.timing.providers import ABOUT, ASSOCIATIONS, NAMES, chosen
+from benchmarks.timing.providers import ABOUT, NAMES, PLAN_NAMES, chosen
 from interp_nn.engines import ENGINES
 
 SUITES = {
@@ -40,7 +40,7 @@ SUITES = {
     "polynomials": "layers with a polynomial and a spectral norm: forward, backward, both, microbatches, updates of the norm",
     "train": "training steps of the reference networks with each head",
     "explain": "the affine maps of networks, the grouping of activation patterns",
-    "selection": "the choice of an order over n and k, beside every order, nn.Linear and the inverse; only by --suite",
+    "selection": "the choice of a plan over n and k, beside every plan, nn.Linear, unfused and the inverse; only by --suite",
 }
 # The paths that a suite measures: a record is stale when these have changed since its commit.
 _OPERATOR = ("benchmarks/timing", "interp_nn/engines", "interp_nn/functional.py", "interp_nn/ops")
@@ -56,7 +56,7 @@ PATHS = {
     ),
     "selection": _OPERATOR,
 }
-_CHOICE = ("ours", *ASSOCIATIONS, "best-eager", "linear", "unfused", "inverse-inv", "inverse-cholesky", REPEAT)
+_CHOICE = ("ours", *PLAN_NAMES, BEST_PLAN, "linear", "unfused", "inverse-inv", REPEAT)
 PROVIDERS = tuple(dict.fromkeys((*NAMES, *layer_providers.NAMES, *training_suite.PROVIDERS)))
 _BESIDE = ("ours", "linear", "unfused")  # of a user's provider
 _BY_NAME = frozenset((*PROVIDERS, *ABOUT, *peers.NAMES))

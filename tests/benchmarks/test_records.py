@@ -182,7 +182,13 @@ def test_the_table_has_intervals_the_noise_and_what_to_doubt(tmp_path):
         in text
     )
     assert "is wrong:\n\n- summary, forward + backward, (16, 8, 4) fp32: mine 1.20\n" in text
-    assert "ours / best-eager 1.05 [1.05, 1.05] as geometric mean of 1 problems" in text
+    plan = [row | {"provider": "best-plan", "plan": "X"} for row in found if row["provider"] == "best-eager"]
+    text = report.markdown([*found, *plan])
+    assert (
+        "ours / best-plan 1.05 [1.05, 1.05] as geometric mean of 1 problems and modes, with the fastest plan in 0"
+        in text
+    )
+    assert "- summary, forward + backward, (16, 8, 4) fp32: 1.05 [1.05, 1.05], A; fastest X" in text
 
 
 def test_a_record_of_schema_1_is_read(tmp_path):

@@ -503,15 +503,22 @@ def test_commands(rated, tmp_path, capsys):
 
 def test_the_suite_of_the_selection_prints_its_regret(rated, tmp_path, capsys):
     file = tmp_path / "record.jsonl"
-    arguments = ["--device", "cpu", "--shape", "16,8,4", "--samples", "5", "--seconds", "0.01", "--out", str(file)]
+    arguments = ["--device", "cpu", "--shape", "3,8,4", "--samples", "5", "--seconds", "0.01", "--out", str(file)]
     assert main(["run", "--suite", "selection", *arguments]) == 0
     printed = capsys.readouterr().out
-    assert "Regret of the choice of an order: ours / best-eager" in printed and "problems and modes" in printed
+    assert "Regret of the choice of a plan: ours / best-plan" in printed and "problems and modes" in printed
     found = [row for row in rows.read([file]) if row["op"] != "ceiling"]
     assert {row["mode"] for row in found} == {"infer", "fwdbwd"} and {row["op"] for row in found} == {"summary"}
-    assert {"ours", "best-eager", "linear", "inverse-inv", *providers.ASSOCIATIONS} <= {
-        row["provider"] for row in found
-    }
+    of = {(row["mode"], row["provider"]): row for row in found}
+    assert {name for mode, name in of if mode == "infer"} >= {"linear", "unfused", "inverse-inv", *providers.PLAN_NAMES}
+    for mode, hows in (("infer", [" by autograd"]), ("fwdbwd", ["", " by autograd"])):
+        timed = {
+            of[mode, name]["plan"]: of[mode, name]["ms_p50"]
+            for name in ("ours", *providers.PLAN_NAMES)
+            if of[mode, name]["ms_p50"]
+        }
+        assert timed.keys() == {f"eager {order}{how}" for order in ("(Xb)G", "X(bG)", "((Xb)bᵀ)b") for how in hows}
+        assert of[mode, "best-plan"]["ms_p50"] == min(timed.values()) == timed[of[mode, "best-plan"]["plan"]]
     assert found[0]["paths"] == list(PATHS["selection"])
 
 
