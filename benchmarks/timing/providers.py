@@ -75,9 +75,6 @@ ABOUT = {
     "assoc-a": "(x b)(bᵀb)", "assoc-b": "x (b (bᵀb))", "assoc-c": "((x b) bᵀ) b",
     "assoc-d": "(x (b bᵀ)) b, only for k > d", "assoc-e": "x ((b bᵀ) b), only for k > d",
     "best-eager": "the fastest of these by its median",
-    **{name: f"ours with the plan {PLANS[name[:6]]}{' by autograd' * (len(name) > 6)}, where it is not chosen; suite selection"
-       for name in PLAN_NAMES},
-    BEST_PLAN: "the fastest of ours and of these by its median; suite selection",
     "compile": "torch.compile of the fastest of these in a first trial",
     "compile-tuned": 'the same with mode="max-autotune", which takes minutes: only by --provider',
     "graphed": "a CUDA graph of the fastest of these in a first trial",
@@ -85,6 +82,12 @@ ABOUT = {
     "inverse-cholesky": "the same by Cholesky", "inverse-lstsq": "the same by least squares",
     "orthogonal": "nn.Linear with torch's orthogonal parametrization",
     "cached": "nn.Linear with the effective weight b (bᵀb), kept: inference only",
+    **{
+        f"{name}{how}": f"ours by {order}{', its backward by autograd' * (how != '')}; suite selection"
+        for name, order in PLANS.items()
+        for how in ("", _BY_AUTOGRAD)
+    },
+    BEST_PLAN: "the fastest of these and ours by its median; suite selection",
     REPEAT: "the same provider once more, ours or the first one: the ratio of the two, 1 but for noise, is the run's noise floor",
 }  # fmt: skip
 OF_THE_BEST = ("compile", "compile-tuned", "graphed")  # they take the fastest association

@@ -14,6 +14,7 @@ from support import needs_records
 from benchmarks import to_pandas
 from benchmarks.__main__ import main
 from benchmarks.records import environment, figures, intervals, report, rows, stale
+from benchmarks.timing import compare
 
 MISSING = {"samples": 0, "ms_p50": None, "ms_p20": None, "ms_p80": None}
 
@@ -126,6 +127,11 @@ def test_pages_say_what_their_record_says():
     assert marks
     for name, text in marks.items():
         assert report.markdown(rows.read([environment.ROOT / name]), brief=True) in text
+    (names,) = re.findall(rf"{report.BEGIN} compare (.*) (.*) -->", marks["benchmarks/results/cpu/suites.jsonl"])
+    assert (
+        compare.differences(*(environment.ROOT / name for name in names))
+        in marks["benchmarks/results/cpu/suites.jsonl"]
+    )
 
 
 def test_figures_are_drawn_of_what_there_is(tmp_path):
@@ -140,13 +146,19 @@ def test_figures_are_drawn_of_what_there_is(tmp_path):
     assert figures.draw([], tmp_path / "none") == []
 
 
-def test_two_records_are_compared_by_their_ratios(tmp_path, capsys):
+def test_two_records_are_compared_by_their_ratios(tmp_path, monkeypatch, capsys):
     one = written(tmp_path, (16, {"ours": 2.0, "linear": 1.0}), (64, {"ours": 1.0, "linear": 1.0}), name="one.jsonl")
     # 2 % and 10 % off
     other = written(tmp_path, (16, {"ours": 4.08, "linear": 2.0}), (64, {"ours": 1.1, "linear": 1.0}), name="two.jsonl")
     assert main(["compare", str(one), str(other)]) == 0
-    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("ours / linear"))
-    assert line.split()[3:] == ["1.059", "6.0%", "8.4%", "10.0%", "2"]
+    line = "| ours / linear | 1.059 | 6.0% | 8.4% | 10.0% | 2 |"
+    assert line in capsys.readouterr().out
+    page, marks = tmp_path / "page.md", "<!-- begin: python -m benchmarks compare {} {} -->\nold\n<!-- end -->\n"
+    monkeypatch.setattr(compare, "ROOT", tmp_path)
+    page.write_text(marks.format("one.jsonl", "two.jsonl"))
+    assert main(["compare", str(one), str(other), "--page", str(page)]) == 0
+    assert line in page.read_text() and "old" not in page.read_text()
+    assert main(["compare", str(other), str(one), "--page", str(page)]) == 2  # it has no such marks
     (tmp_path / "empty.jsonl").write_text("")
     assert main(["compare", str(one), str(tmp_path / "empty.jsonl")]) == 2
 
