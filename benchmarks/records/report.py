@@ -15,6 +15,7 @@ from benchmarks.records import files
 from benchmarks.records.intervals import ENOUGH, interval, resampled
 from benchmarks.records.rows import Row, grouped, read
 
+_BRIEF = 12  # lines of a table in a page that people read
 _FEW = 8  # providers, which have a column each
 REPEAT = "repeat"  # a provider that is another one once more
 _LOST = 1.02  # a larger regret is listed
@@ -125,14 +126,17 @@ def noise_floor(ratios: Sequence[Ratio]) -> float:
 
 
 def markdown(rows: Sequence[Row], brief: bool = False) -> str:
-    """Return all tables: means with worst cases, each op and mode (`brief`: with a backward), and what was not timed."""
+    """Return all tables: means with worst cases, each op and mode, and what was not timed.
+
+    `brief`: of modes with a backward, and of at most `_BRIEF` lines.
+    """
     problems = grouped(rows)
     kinds = list(dict.fromkeys((key[0], key[1]) for key in problems))
     halves = [[kind for kind in kinds if (kind[1] == "explain") is explaining] for explaining in (False, True)]
     parts = [_overview(problems, some) for some in halves if some]
     for op, mode in kinds:
-        if not brief or mode in ("fwdbwd", "loss"):
-            of = {key: found for key, found in problems.items() if key[:2] == (op, mode)}
+        of = {key: found for key, found in problems.items() if key[:2] == (op, mode)}
+        if not brief or (mode in ("fwdbwd", "loss") and len(of) <= _BRIEF):
             parts.append(f"**{_title(op, mode)}**\n\n{_details(of)}")
     parts += [
         text
