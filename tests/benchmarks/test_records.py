@@ -146,6 +146,17 @@ def test_figures_are_drawn_of_what_there_is(tmp_path):
     assert figures.draw([], tmp_path / "none") == []
 
 
+def test_the_ratios_of_many_problems_are_panels_over_rows(tmp_path):
+    from matplotlib import pyplot as plt
+
+    found = rows.read([written(tmp_path, *((2**i, {"ours": 2.0, "linear": 1.0}) for i in range(7)), spread=0.1)])
+    found += [row | {"k": 16} for row in found]
+    figure = figures._ratios(plt, rows.grouped(found), report.COLUMNS[0])
+    assert [axis.get_title() for axis in figure.axes] == ["d = 8, k = 4, fp32", "d = 8, k = 16, fp32"]
+    assert [len(axis.collections[0].get_offsets()) for axis in figure.axes] == [7, 7]
+    plt.close(figure)
+
+
 def test_two_records_are_compared_by_their_ratios(tmp_path, monkeypatch, capsys):
     one = written(tmp_path, (16, {"ours": 2.0, "linear": 1.0}), (64, {"ours": 1.0, "linear": 1.0}), name="one.jsonl")
     # 2 % and 10 % off
