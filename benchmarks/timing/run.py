@@ -91,7 +91,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--budget", type=positive, metavar="GFLOP", help=largest)
     late = "skip the problems and modes that are left after this time, with rows that say so (default: no limit)"
     add("--minutes", type=not_negative, default=math.inf, help=late)
-    add("--quick", action="store_true", help="less than a minute: two shapes, few samples, the suite ops alone")
+    quick = "less than a minute: two shapes, few samples, the main providers, the suite ops alone"
+    add("--quick", action="store_true", help=quick)
     file = "JSON lines, appended to (default: benchmarks/results/DEVICE/TIME.jsonl)"
     add("--out", type=Path, metavar="FILE", help=file)
     add("--revision", metavar="SHA", help="the commit to record where there is no git")
@@ -105,7 +106,7 @@ _TIMER_HELP = (
 
 _PROVIDER_HELP = (
     "one of `python -m benchmarks list`, or FILE.py:NAME for a function that the file makes a provider, beside ours, linear and "
-    "unfused if no others are named; not of explain; repeatable (default: all)"
+    "unfused if no others are named; not of explain; repeatable (default: all, but the main ones for large problems on a CPU)"
 )
 
 
