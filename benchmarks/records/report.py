@@ -270,8 +270,15 @@ def _regret(problems: Problems) -> str:
 
 
 def _wrong(rows: Sequence[Row]) -> str:
-    bad = [row for row in rows if row["status"] in ("wrong", "failed", "oom")]
-    lines = [f"- {_named(row)}: {row['status']}: {row['note']}" for row in bad]
+    bad: dict[tuple[Any, ...], list[Row]] = {}
+    for row in rows:
+        if row["status"] in ("wrong", "failed", "oom"):
+            bad.setdefault(tuple(row[name] for name in ("provider", "op", "dtype", "d", "k", "status")), []).append(row)
+    lines = [
+        f"- {_named(row)}: {row['status']}: {row['note']}"
+        + f" ({len(more)} more with d = {row['d']}, k = {row['k']})" * bool(more)
+        for row, *more in bad.values()
+    ]
     return _listed("Not right, and so not in the ratios:", lines)
 
 

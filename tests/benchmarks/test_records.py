@@ -96,13 +96,14 @@ def test_the_table_has_geometric_means_worst_cases_and_what_is_left_out(tmp_path
     found = rows.read([path])
     found += [
         found[-1] | MISSING | {"provider": "compile", "status": "wrong", "note": "dx: off"},
+        found[-1] | MISSING | {"provider": "compile", "status": "wrong", "note": "dx: off", "n": 16},
         found[-1] | MISSING | {"n": 99, "status": "skipped", "note": "over the FLOP budget: 206 of 150 GFLOP"},
     ]
     text = report.markdown(found)
     # 2/1 and 1/2: mean 1, worst 2; 6/2 and 1.5/1: mean sqrt(4.5), worst 1.5; the fastest inverse 3/2
     assert "| summary, forward + backward | 1.00 (2.00) | 2.12 (1.50) | 1.50 (1.50) |" in text
     assert "| 16, 8, 4 | A | 2 | 2.00 | 3.00 | 1.50 |" in text
-    assert "- compile, summary, forward + backward, (64, 8, 4) fp32: wrong: dx: off" in text
+    assert "- compile, summary, forward + backward, (64, 8, 4) fp32: wrong: dx: off (1 more with d = 8, k = 4)" in text
     assert "- (99, 8, 4): over the FLOP budget: 206 of 150 GFLOP (1 rows)" in text and "| 99," not in text
 
 
