@@ -19,7 +19,8 @@ _BRIEF = 12  # lines of a table in a page that people read
 _FEW = 8  # providers, which have a column each
 REPEAT = "repeat"  # a provider that is another one once more
 _LOST = 1.02  # a larger regret is listed
-BEST_PLAN = "best-plan"  # the fastest plan of ours
+PLAN = "plan-"  # begins the providers that are ours by another plan; far slower ones have few samples
+BEST_PLAN = "best-plan"  # the fastest of ours and of these
 CHEAPER = ("linear", "cached")  # they need fewer operations than the summary, and so no share of the speed of light
 BEGIN, END = "<!-- begin: python -m benchmarks", "<!-- end -->"
 _MODE = {
@@ -216,7 +217,8 @@ def _few(rows: Sequence[Row]) -> str:
     """Return which providers have too few samples for a ratio, a line for each problem and mode."""
     few: dict[str, list[str]] = {}
     for row in rows:
-        if row["status"] == "ok" and row["op"] != "ceiling" and row["samples"] < ENOUGH:
+        enough = row["op"] == "ceiling" or row["samples"] >= ENOUGH or row["provider"].startswith(PLAN)
+        if row["status"] == "ok" and not enough:
             few.setdefault(_problem(row), []).append(row["provider"])
     lines = [
         f"- {problem}: {', '.join(names[:3])}{f' and {len(names) - 3} others' if len(names) > 3 else ''}"

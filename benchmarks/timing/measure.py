@@ -29,6 +29,7 @@ _SAMPLE_MS = 1.0  # the shortest sample on a GPU: events of a shorter one time t
 _HOST_CALLS = 50  # calls in a sample of the host, fewer than the driver queues
 _MOST = 500  # samples
 _FAR, _LONG = 5, 0.5  # a call slower than both, times the fastest and seconds, has its trials as its samples
+_LONG_PLAN = 1e-3  # the same for a plan that is not chosen, beside the fastest plan
 _PATIENCE = 6  # times the seconds of a run, after which five rounds are enough
 
 
@@ -141,8 +142,9 @@ def _measure(
             ready[name] = _enter(twin if name == REPEAT else name, problem, mode, asked, sets, reference, best)
         except Exception as error:
             found[name] = said(error)
-    fastest = min((entrant.seconds for entrant in ready.values()), default=0.0)
-    slow = {name for name, entrant in ready.items() if entrant.seconds > max(_FAR * fastest, _LONG)}
+    seconds = {name: entrant.seconds for name, entrant in ready.items()}
+    plans = {name: seconds[name] for name in ("ours", *providers.PLAN_NAMES) if name in seconds}
+    slow = _slow(seconds, _LONG) | (_slow(plans, _LONG_PLAN) - {"ours"})
     timings = _time({name: entrant for name, entrant in ready.items() if name not in slow}, asked)
     timings |= {name: clocks.summary([1e3 * seconds for seconds in ready[name].trials]) for name in slow}
     for name, timing in timings.items():
@@ -159,6 +161,11 @@ def _measure(
         best_plan = _fastest(found, [name for name in ("ours", *providers.PLAN_NAMES) if name in names])
         found[BEST_PLAN] = best_plan | {"plan": found.get(str(best_plan.get("plan")), {}).get("plan")}
     return found
+
+
+def _slow(seconds: dict[str, float], long: float) -> set[str]:
+    least = max(_FAR * min(seconds.values(), default=0.0), long)
+    return {name for name, taken in seconds.items() if taken > least}
 
 
 def _fastest(found: dict[str, dict[str, Any]], names: Sequence[str]) -> dict[str, Any]:

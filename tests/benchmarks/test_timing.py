@@ -204,6 +204,11 @@ def test_errors_and_slow_calls_are_rows(monkeypatch):
         ("failed", "RuntimeError: no such kernel", 0),
     ]
     assert measured(TINY, ("infer",), ("ours",), ASKED._replace(call_limit=0.0))["infer", "ours"]["status"] == "skipped"
+    monkeypatch.setattr(measure, "_LONG_PLAN", 0.0)
+    monkeypatch.setattr(providers, "_planned_as", lambda name, *given: providers.build("assoc-a", *given, None))
+    found = measured(TINY, ("infer",), ("ours", "plan-a", "best-plan"))  # far slower than ours, however short
+    assert found["infer", "plan-a"]["samples"] == 2 and found["infer", "ours"]["samples"] == 3
+    assert "plan-a" not in report._few(list(found.values()))
     monkeypatch.setattr(measure, "datasets", out_of_memory)
     found = measured(TINY, ("infer", "fwd"))
     assert {row["status"] for row in found.values()} == {"oom"} and len(found) == 2 * len(SMALL)
