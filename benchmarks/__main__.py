@@ -100,6 +100,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _table(given: argparse.Namespace) -> None:
+    if given.csv and given.page is not None:
+        raise command_line.UserInputError("--csv: got it with --page, which takes the tables in Markdown")
     if given.csv:
         print(export.to_csv(_read(given.file)), end="")
         return
