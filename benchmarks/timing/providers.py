@@ -292,9 +292,11 @@ def _planned_as(name: str, problem: Problem, mode: str, sets: Sequence[Data], en
     if label == planned(engine, problem, mode, device):
         raise UnsupportedError("the plan of ours")
 
+    call = direct.Call(plans[0])
+
     def function(t: Data) -> Tensor:
         x, b, *_ = functional._planned(t.x, t.w.mT, None, False)
-        return direct.summary(x, b, None, plans[0])
+        return direct.summary(x, b, None, call)
 
     return _of("summary", function, problem, sets)._replace(engine=engine, plan=label)
 
