@@ -57,7 +57,7 @@ class Page(HTMLParser):
         assert self.open.pop() == tag
         if tag == "summary":
             self._summary = self._text.removesuffix(", as CSV")
-        if tag == "pre":
+        if tag == "textarea":
             self.tables[self._summary] = list(csv.reader(io.StringIO(self._text)))
         self._text = ""
 
