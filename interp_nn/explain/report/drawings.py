@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from textwrap import wrap
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,6 +16,13 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 WIDTH = 4.7  # inches
+_LETTERS = 24  # of a line of a label
+
+
+def in_two_lines(name: str) -> str:
+    """Return a name in lines of 24 letters; of more than two, the first and the last."""
+    lines = wrap(name, _LETTERS)
+    return "\n".join(lines if len(lines) < 3 else [f"{lines[0]} …", lines[-1]])
 
 
 def whole(axes: Axes) -> Figure:
@@ -24,8 +32,12 @@ def whole(axes: Axes) -> Figure:
 
 
 def narrow(axes: Axes) -> Figure:
-    """Return the figure of axes, as wide as a phone can show."""
+    """Return the figure of axes, as wide as a phone can show; long labels get two lines."""
     figure = whole(axes)
+    axes.xaxis.label.set_wrap(True)
+    for axis in (axes.xaxis, axes.yaxis):
+        if any(len(label.get_text()) > _LETTERS for label in axis.get_ticklabels()):
+            axis.set_ticks(axis.get_ticklocs(), [in_two_lines(label.get_text()) for label in axis.get_ticklabels()])
     figure.set_size_inches(WIDTH, figure.get_size_inches()[1])
     return figure
 
@@ -33,7 +45,8 @@ def narrow(axes: Axes) -> Figure:
 def confusion(counts: Tensor, names: Sequence[str], title: str) -> Figure:
     """Draw how often each class (rows) gets each answer (columns); errors are coloured."""
     values = array(counts)
-    axes = new_axes(None, (WIDTH, 0.3 * len(names) + 1.5))
+    long = max(map(len, names)) > _LETTERS
+    axes = new_axes(None, (WIDTH, (0.5 if long else 0.3) * len(names) + (2.2 if long else 1.5)))
     errors = np.where(np.eye(len(names), dtype=bool), 0, values)
     axes.imshow(errors, cmap="Oranges", vmin=0, vmax=max(1, errors.max()) * 1.5, aspect="auto")
     for (i, j), value in np.ndenumerate(values):
@@ -88,7 +101,10 @@ def pixels(sizes: Tensor, title: str) -> Figure:
 
 def shares(on: Tensor, title: str) -> Figure:
     """Draw how many units pass for which share of the samples."""
+    from matplotlib.ticker import MaxNLocator
+
     axes = new_axes(None, (WIDTH, 2.6))
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
     axes.hist(100 * array(on), bins=20, range=(0, 100), color=PALETTE[0])
     axes.set(xlabel="samples for which a unit is on, %", ylabel="units", xlim=(0, 100))
     set_title(axes, title)

@@ -40,7 +40,7 @@ figcaption { margin-top: 0.3rem; font-size: 0.9rem; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: 0.9rem; }
 caption { text-align: left; padding: 0.2rem 0; font-weight: 600; }
 th, td { border-bottom: 1px solid var(--line); padding: 0.2rem 0.5rem; text-align: left; vertical-align: bottom; }
-td { vertical-align: top; } .number { text-align: right; } td.number { white-space: nowrap; }
+td { vertical-align: top; min-width: 4rem; } .number { text-align: right; } td.number { white-space: nowrap; }
 textarea { width: 100%; height: 10rem; font: 0.8rem/1.4 monospace; color: var(--ink); background: var(--soft);
   border: 1px solid var(--line); }
 @media print { details { display: none; } body { max-width: none; padding: 0; } h2, caption { break-after: avoid; }

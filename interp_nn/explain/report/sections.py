@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 SectionOf = Callable[[Facts], "Section | str"]
 _RULE = (
-    "The margin is the predicted class's output less the next one's; with one output, its size. Typical: the median margin "
+    "The margin is the predicted class's output less the next class's; with one output, its size. Typical: the median margin "
     "of right predictions (of all, without true answers). Borderline: the smallest margin. Wrong and right: the largest among "
     "wrong and right predictions."
 )
@@ -302,9 +302,10 @@ def samples(facts: Facts) -> Section | str:
                 (narrow(axes), f"The {why} sample, {i}: {top} {does} {label} ({float(parts[largest]):+.2g}).")
             )
         error = abs(float(parts.sum()) + constant - value) / (abs(value) or 1.0)
-        rows.append([why, i, predicted, true, label, value, constant, top, error])
+        second = facts.class_name(int(facts.next_class[i])) if facts.classifies else "-"
+        rows.append([why, i, predicted, second, true, value, constant, top, error])
     columns = (
-        "sample", "index", "predicted", "true", "explained", "value", "constant", "largest |contribution|", "error of the sum",
+        "sample", "index", "predicted", "next class", "true", "value", "constant", "largest |contribution|", "error of the sum",
     )  # fmt: skip
     borderline = facts.shown["borderline"]
     finding = f"Sample {borderline} is the nearest to another answer: {facts.explained_name(borderline)} by "
@@ -389,6 +390,7 @@ def few_maps(facts: Facts) -> Section | str:
     maps = f"{number} affine maps" if number > 1 else "one affine map"
     output = int(torch.bincount(facts.predicted).argmax()) if facts.outputs.shape[1] > 1 else 0
     table = merged.table(output, feature_names=facts.feature_list())
+    short = merged.table(output, feature_names=[drawings.in_two_lines(feature) for feature in table.features])
     name = facts.class_name(output) if facts.outputs.shape[1] > 1 else "the output"
     c, j = divmod(int(table.coefficients.abs().argmax()), len(table.features))
     largest = f"{table.features[j]} has the largest, {float(table.coefficients[c, j]):+.2g}"
@@ -402,7 +404,7 @@ def few_maps(facts: Facts) -> Section | str:
         "A few maps for all samples",
         f"{maps[0].upper()}{maps[1:]} can stand for the {all_of_them} activation patterns: on a held-out fifth of the samples R² "
         f"with the network is {kept.r2:.3f}, and the answer is the network's for {kept.agreement:.1%}.{near}",
-        [(whole(table.plot()), f"Coefficients of {maps} for {name}: {largest}.")],
+        [(whole(short.plot()), f"Coefficients of {maps} for {name}: {largest}.")],
         [Table(f"Coefficients for {name}", columns, rows)],
         ["By ActivationClusters(model).fit(x).merge(): the fewest maps with R² of at least 0.95, or the best number. "
          "Coefficients are per unit of a feature; the contributions above are coefficients times values."],

@@ -24,6 +24,12 @@ FIGURES = """[...document.querySelectorAll("img, svg")].filter(figure => {
   const box = figure.getBoundingClientRect();
   return !(box.width > 0 && box.height > 0 && (figure.tagName != "IMG" || figure.naturalWidth > 0));
 }).map(figure => figure.alt)"""
+# Text of 8 points has 8 pixels where an inch has 72; figures have 144 dots per inch.
+SMALL = (
+    """[...document.images].filter(figure => figure.width / figure.naturalWidth * 144 < 70).map(figure => figure.alt)"""
+)
+BROKEN = """[...document.querySelectorAll(".whole")].filter(number => number.getClientRects().length > 1)
+  .map(number => number.textContent)"""
 # A link has scrolled when its target is at the top of the window, or the page is at its end.
 CONTENTS = """[...document.querySelectorAll('a[href^="#"]')].filter(link => {
   scrollTo(0, 0);
@@ -77,11 +83,13 @@ def problems(browser: Browser, file: Path) -> list[str]:
     found += [f"link: {link}" for link in browser.evaluate(CONTENTS)]
 
     browser.evaluate("document.querySelectorAll('details').forEach(details => details.open = true)")
-    backgrounds = set()
+    backgrounds: set[str] = set()
     for width in (1280, 375):
         browser.resize(width)
         wide = browser.evaluate(f"{FRAMES}.then(() => document.documentElement.scrollWidth)")
         found += [f"wide: {wide} px at {width}"] * (wide > width)
+        found += [f"small: {alt}" for alt in browser.evaluate(SMALL)]
+        found += [f"broken: {text}" for text in browser.evaluate(BROKEN)]
         if width == 375:  # where most scrolls sideways
             for _ in range(browser.evaluate(STOPS) + 1):
                 browser.press("Tab")
@@ -142,12 +150,14 @@ def test_a_fresh_page(browser: Browser, tmp_path: Path) -> None:
 def test_what_is_wrong_is_found(browser: Browser, tmp_path: Path) -> None:
     (tmp_path / "page.html").write_text(
         '<!DOCTYPE html><html lang="en"><title>Wrong</title><body style="background: white"><script>console.error("no")'
-        '</script><img src="missing.png" alt="none"><a href="#nowhere" style="outline: none">Nowhere</a>'
+        '</script><img src="missing.png" alt="none"><img src="data:image/svg+xml,'
+        "%3Csvg xmlns='http://www.w3.org/2000/svg' width='800' height='9'/%3E\" alt=\"small\" width=\"100\">"
+        '<span class="whole">1<br>2</span><a href="#nowhere" style="outline: none">Nowhere</a>'
         '<p tabindex="-1" style="width: 2000px; color: #999">Wide and pale</p></body></html>',
         encoding="utf-8",
     )
     found = problems(browser, tmp_path / "page.html")
     assert {line.partition(":")[0] for line in found} == {
-        "console", "request", "figure", "link", "wide", "keyboard", "contrast", "dark",
+        "broken", "console", "contrast", "dark", "figure", "keyboard", "link", "request", "small", "wide",
     }  # fmt: skip
     assert len([line for line in found if line.startswith("keyboard")]) >= 2
