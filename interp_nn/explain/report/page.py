@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _ROWS = 12  # of a table that a page shows; the copy as CSV has all
-_DOTS, _COLOURS = 144, 128  # of a figure: per inch, and in all
+_DOTS, _COLOURS = 144, 256  # of a figure: per inch, and in all
 _WIDTH, _LEAST_WIDTH = 100, 72  # of a figure in CSS pixels per inch; text of 8 points has then 11 and 8 pixels
 _PHONE = 340  # pixels that a phone has for a figure
 _UNBROKEN = re.compile(r"± \S+|\d[\d.]*e-\d+")

@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 SectionOf = Callable[[Facts], "Section | str"]
 _RULE = (
     "The margin is the predicted class's output less the next class's; with one output, its size. Typical: the median margin "
-    "of right predictions (of all, without true answers). Borderline: the smallest margin. Wrong and right: the largest among "
-    "wrong and right predictions."
+    "of right predictions. Borderline: the smallest margin. Wrong and right: the largest among wrong and right predictions. "
+    "Without true answers, typical is the median of all, and the largest margin stands for right."
 )
 _NO_Y = "No true answers were given, so this page cannot say whether that is right."
 _REGIONS, _KERNEL_SAMPLES, _CLUSTER_FEATURES = 12, 200, 200
@@ -153,35 +153,41 @@ def reach(facts: Facts) -> Section | str:
         return f"how far a map holds: {units} units times {d} inputs are too many numbers for a region"
     chosen = facts.some[torch.linspace(0, len(facts.some) - 1, min(_REGIONS, len(facts.some))).long()]
     flat = facts.x.flatten(1)
+    if not bool((flat != flat[0]).any()):
+        return "how far a map holds: all samples are equal, so there is no distance to compare with"
     rows = []
     for i in chosen.tolist():
         radius = abs(float(region(facts.model, facts.x[i : i + 1]).radius(flat[i])))
         others = (flat - flat[i]).norm(dim=1)
-        others[i] = torch.inf
-        rows.append([i, radius, float(others.min()), radius / float(others.min())])
-    distance, ratio = (float(torch.tensor([row[j] for row in rows], dtype=torch.float64).quantile(0.5)) for j in (1, 3))
-    ties = sum(row[3] < _ROUNDING for row in rows)
+        nearest = float(others[others > 0].min())
+        rows.append([i, radius, nearest, radius / nearest])
+    ratios = [row[3] for row in rows]
+    inside = [row for row in rows if row[3] >= _ROUNDING] or rows
+    distance, ratio = (float(torch.tensor([row[j] for row in inside]).double().quantile(0.5)) for j in (1, 3))
     verdict = (
         "the map reaches the nearest other sample" if ratio >= 1
         else "the map ends before the nearest other sample" if ratio >= 0.1
         else "nearly every sample has a map of its own"
     )  # fmt: skip
-    finding = (
-        f"In the median of {len(rows)} samples, the map holds up to a distance of {distance:.2g}. There the first unit flips. "
-        f"This is {ratio:.2g} times the distance to the nearest other sample, so {verdict}."
-    )
+    ties = sum(value < _ROUNDING for value in ratios)
+    finding = ""
     if ties:
-        finding += (
-            f" {ties} of the samples {'lies' if ties == 1 else 'lie'} on a boundary to rounding: a unit is at 0, or two "
-            "candidates of a maximum are equal."
+        finding = (
+            f"{ties} of {len(rows)} samples {'lies' if ties == 1 else 'lie'} on a boundary to rounding: a unit is at 0, or two "
+            "candidates of a maximum are equal. "
         )
-    names, (radii, nearest) = [str(row[0]) for row in rows], zip(*(row[1:3] for row in rows), strict=True)
-    said = f"The nearest gate is {ratio:.2g} times as far as the nearest other sample, in the median"
-    ratios = [row[3] for row in rows]
+    if ties < len(rows):
+        finding += (
+            f"In the median of {'the other ' if ties else ''}{len(inside)} samples, the map holds up to a distance of "
+            f"{distance:.2g}. There the first unit flips. This is {ratio:.2g} times the distance to the nearest other sample, so "
+            f"{verdict}."
+        )
+    names, (radii, neighbours) = [str(row[0]) for row in rows], zip(*(row[1:3] for row in rows), strict=True)
+    said = f"The nearest gate is {ratio:.2g} times as far as the nearest other sample, in the median of {len(inside)}"
     alt = f"The distance to the nearest gate is {min(ratios):.2g} to {max(ratios):.2g} times that to the nearest other sample."
     return Section(
-        "How far around a sample", finding,
-        [(drawings.distances(names, radii, nearest, said), alt)],
+        "How far around a sample", finding.strip(),
+        [(drawings.distances(names, radii, neighbours, said), alt)],
         [Table("Distance to the nearest gate", ("sample", "distance", "nearest sample", "ratio"), rows)],
         [f"By region(model, x).radius(x), for {len(rows)} evenly spaced samples. Euclidean, in the inputs' units."],
     )  # fmt: skip
@@ -358,10 +364,11 @@ def constants(facts: Facts) -> Section | str:
     axes.set_title(f"Constant of {facts.explained_name(sample)}, sample {sample}", fontsize=10)
     rows = [[name, size, float(parts[name].mean())] for name, size in sizes.items()]
     error = float((torch.stack(list(parts.values())).sum(0) - facts.maps.bias).abs().max())
+    share = sizes[largest] / (sum(sizes.values()) or 1)
+    how_much = f"{share:.0%} of the constant's parts" if len(parts) > 1 else "all of the constant"
     return Section(
         "The constant, by layer",
-        f"Over {len(facts.some)} samples, layer {largest} makes {sizes[largest] / (sum(sizes.values()) or 1):.0%} of the "
-        f"constant's parts, {sizes[largest]:.2g} in the mean.",
+        f"Over {len(facts.some)} samples, layer {largest} makes {how_much}, {sizes[largest]:.2g} in the mean.",
         [(narrow(axes), f"The {why} sample, {sample}: layer {first} makes the largest part, {float(one[first]):+.2g}.")],
         [Table("Constants", ("layer", "mean |part|", "mean"), rows)],
         ["By AffineMap.bias_by_layer(). The parts sum to the constant "

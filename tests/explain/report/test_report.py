@@ -156,6 +156,21 @@ def test_findings_follow_the_numbers() -> None:
     assert "25% of the right answers have a smaller one" in said[2]["Single samples"]
 
 
+def test_samples_that_are_equal_or_on_a_boundary() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2)).eval()
+    with torch.no_grad():
+        model[0].weight.copy_(torch.eye(2))
+        model[0].bias.zero_()
+    x = torch.tensor([[1.0, 3.0], [1.0, 3.0], [0.0, 3.0], [1.0, 5.0]])
+    made = report(model, x, sections=["reach"])
+    rows = [[float(value) for value in row] for row in checked(made.html).tables["Distance to the nearest gate"][1:]]
+    assert [row[1] for row in rows] == pytest.approx([1, 1, 0, 1], abs=1e-6)
+    assert [row[2] for row in rows] == pytest.approx([1, 1, 1, 2])
+    assert made.findings["How far around a sample"].startswith("1 of 4 samples lies on a boundary")
+    assert "of the other 3 samples, the map holds up to a distance of 1. " in made.findings["How far around a sample"]
+    assert "all samples are equal" in report(model, x[:2], sections=["reach"]).sections[-1].notes[-1]
+
+
 def test_images_with_a_summary_head() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(
@@ -198,7 +213,8 @@ class LanguageModel(nn.Module):
 def test_tokens_and_secants() -> None:
     torch.manual_seed(0)
     made = report(LanguageModel().eval(), torch.randint(0, 11, (4, 5)), tokenizer="abcdefghijk".__getitem__)
-    checked(made.html)
+    page = checked(made.html)
+    assert "right" not in [row[0] for row in page.tables["Tokens"]]  # nobody knows
     assert "silu and mul (secants)" in made.findings["What is exact"]
     assert "places before the last one" in made.findings["What counts"]
     assert any("secants" in note for note in made.sections[-1].notes)
