@@ -44,7 +44,8 @@ td { vertical-align: top; min-width: 4rem; } .number { text-align: right; } td.n
 textarea { width: 100%; height: 10rem; font: 0.8rem/1.4 monospace; color: var(--ink); background: var(--soft);
   border: 1px solid var(--line); }
 @media print { details { display: none; } body { max-width: none; padding: 0; } h2, caption { break-after: avoid; }
-  figure, tr, .note { break-inside: avoid; } .scroll { overflow: visible; } figure img { min-width: 0 !important; } }
+  figure, tr, .note { break-inside: avoid; } .scroll { overflow: visible; } figure img { min-width: 0 !important; }
+  table { font-size: 0.75rem; } th, td { padding: 0.1rem 0.3rem; min-width: 0; overflow-wrap: anywhere; } }
 """
 
 

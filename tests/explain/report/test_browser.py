@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ FIGURES = """[...document.querySelectorAll("img, svg")].filter(figure => {
   const box = figure.getBoundingClientRect();
   return !(box.width > 0 && box.height > 0 && (figure.tagName != "IMG" || figure.naturalWidth > 0));
 }).map(figure => figure.alt)"""
+TAGS = "[...document.querySelectorAll('*')].map(element => element.localName)"
 # Text of 8 points has 8 pixels where an inch has 72; figures have 144 dots per inch.
 SMALL = (
     """[...document.images].filter(figure => figure.width / figure.naturalWidth * 144 < 70).map(figure => figure.alt)"""
@@ -79,6 +81,8 @@ def problems(browser: Browser, file: Path) -> list[str]:
     found += [f"console: {text}" for text in map(_message, browser.events) if text]
     requests = [e["params"]["request"]["url"] for e in browser.events if e["method"] == "Network.requestWillBeSent"]
     found += [f"request: {url}" for url in requests if url != file.as_uri() and not url.startswith("data:")]
+    tags = re.findall(r"<([a-z][a-z0-9]*)", file.read_text(encoding="utf-8"))
+    found += ["repaired: the browser has other elements"] * (tags != browser.evaluate(TAGS))
     found += [f"figure: {alt}" for alt in browser.evaluate(FIGURES)]
     found += [f"link: {link}" for link in browser.evaluate(CONTENTS)]
 
@@ -101,8 +105,11 @@ def problems(browser: Browser, file: Path) -> list[str]:
         contrasts = browser.evaluate(CONTRASTS)
         found += [f"contrast: {tag} {ratio:.2f}, {scheme}" for tag, ratio in contrasts.items() if ratio < 4.5]
     found += ["dark: the same background"] * (len(backgrounds) == 1)
-    # Paper is white, whatever the reader prefers.
+    # Paper is white, whatever the reader prefers. A4 has 718 pixels between Chromium's margins, and a wider page is shrunk.
     browser.command("Emulation.setEmulatedMedia", media="print")
+    browser.resize(718)
+    wide = browser.evaluate(f"{FRAMES}.then(() => document.documentElement.scrollWidth)")
+    found += [f"paper: {wide} px"] * (wide > 718)
     found += ["paper: it is dark"] * (browser.evaluate(BACKGROUND) not in ("rgb(255, 255, 255)", "rgba(0, 0, 0, 0)"))
     browser.command("Emulation.setEmulatedMedia", media="")
     pdf = base64.b64decode(browser.command("Page.printToPDF", preferCSSPageSize=True)["data"])
@@ -158,6 +165,6 @@ def test_what_is_wrong_is_found(browser: Browser, tmp_path: Path) -> None:
     )
     found = problems(browser, tmp_path / "page.html")
     assert {line.partition(":")[0] for line in found} == {
-        "broken", "console", "contrast", "dark", "figure", "keyboard", "link", "request", "small", "wide",
+        "broken", "console", "contrast", "dark", "figure", "keyboard", "link", "paper", "repaired", "request", "small", "wide",
     }  # fmt: skip
     assert len([line for line in found if line.startswith("keyboard")]) >= 2
