@@ -21,7 +21,7 @@ _LETTERS = 24  # of a line of a label
 
 def in_two_lines(name: str) -> str:
     """Return a name in lines of 24 letters; of more than two, the first and the last."""
-    lines = wrap(name, _LETTERS)
+    lines = wrap(name.replace("= ", "=\N{NO-BREAK SPACE}"), _LETTERS)
     return "\n".join(lines if len(lines) < 3 else [f"{lines[0]} …", lines[-1]])
 
 
