@@ -128,8 +128,8 @@ def exactness(facts: Facts) -> Section | str:
     )
     words = (
         "In F(x) = W x + b, the terms of W x are the contributions: input times coefficient. b is the constant. A gate, such as "
-        "a ReLU, passes or blocks a value. While no gate changes, W and b stay the same."
-    )
+        "a ReLU, passes or blocks a value."
+    ) + (" While no gate changes, W and b stay the same." if found.exact else "")
     if facts.kind == "tokens":
         return Section(title, exact, tables=[table], notes=[words])
     error = facts.maps.check()

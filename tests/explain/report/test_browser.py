@@ -144,7 +144,7 @@ def test_committed_pages(browser: Browser, file: Path) -> None:
 def test_a_fresh_page(browser: Browser, tmp_path: Path) -> None:
     model = nn.Sequential(nn.Linear(2, 4), nn.ReLU(), nn.Linear(4, 2)).eval()
     names = [f"a feature with a name that a phone has no room for, number {i}" for i in range(2)]
-    sections = ["predictions", "exactness", "importance"]
+    sections = ["exactness", "importance"]
     page = report(model, torch.randn(12, 2), torch.randint(0, 2, (12,)), feature_names=names, sections=sections)
     assert problems(browser, page.save(tmp_path / "page.html")) == []
     browser.resize(1280)

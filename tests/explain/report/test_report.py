@@ -147,7 +147,7 @@ def test_findings_follow_the_numbers() -> None:
     for wrong in range(4):
         given = y.clone()
         given[:wrong] = 1
-        said[wrong] = report(model, x, given, sections=["predictions", "samples"]).findings
+        said[wrong] = report(model, x, given, sections=["predictions", *["samples"] * (wrong == 2)]).findings
     assert "There is no error." in said[0]["How good it is"]
     assert "The only error takes 1 for 0." in said[1]["How good it is"]
     assert "Both errors take 1 for 0." in said[2]["How good it is"]
@@ -215,7 +215,7 @@ def test_tokens_and_secants() -> None:
     made = report(LanguageModel().eval(), torch.randint(0, 11, (4, 5)), tokenizer="abcdefghijk".__getitem__)
     page = checked(made.html)
     assert "right" not in [row[0] for row in page.tables["Tokens"]]  # nobody knows
-    assert "silu and mul (secants)" in made.findings["What is exact"]
+    assert "silu and mul (secants)" in made.findings["What is exact"] and "stay the same" not in made.html
     assert "places before the last one" in made.findings["What counts"]
     assert any("secants" in note for note in made.sections[-1].notes)
 
