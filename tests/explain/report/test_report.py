@@ -14,7 +14,20 @@ import torch
 from processes import python
 from torch import Tensor, nn
 
-from interp_nn.explain import Report, Section, linearize, plots, read_head, record, report, report_sections
+from interp_nn.explain import (
+    ActivationClusters,
+    Report,
+    Section,
+    kernel_alignment,
+    linearize,
+    npk,
+    plots,
+    read_head,
+    record,
+    region,
+    report,
+    report_sections,
+)
 from interp_nn.explain.report.page import Table
 from interp_nn.explain.report.report_command import load_model, load_table, main
 from interp_nn.nn import SummaryHead
@@ -120,6 +133,20 @@ def test_numbers_are_those_of_the_calls(table: tuple[nn.Sequential, Tensor, Tens
     units = page.tables["Units"][1:]
     on = record(model, x).gates(0).double().mean(0)
     assert (int(units[0][2]), int(units[0][3])) == (int((on == 0).sum()), int((on == 1).sum()))
+    assert f"with the classes is {kernel_alignment(npk(model, x), y):.2f}" in made.findings["Gates"]
+    for index, radius, nearest, _ in page.tables["Distance to the nearest gate"][1:]:
+        i = int(index)
+        assert float(radius) == pytest.approx(float(region(model, x[i : i + 1]).radius(x[i])))
+        assert float(nearest) == pytest.approx(float((x - x[i]).norm(dim=1).sort().values[1]))
+    merged = ActivationClusters(model, progress=False).fit(x).merge()
+    output = int(predicted.bincount().argmax())
+    coefficients = merged.table(output, feature_names=names).coefficients
+    for name, *row in page.tables[f"Coefficients for {['no', 'yes'][output]}"][1:]:
+        assert [float(value) for value in row] == pytest.approx(coefficients[:, names.index(name)].tolist())
+    assert (
+        merged.held_out_ is not None
+        and f"is {merged.held_out_.r2:.3f}, and" in made.findings["A few maps for all samples"]
+    )
     head = read_head(model, "2", x, y, output="3").rotate("varimax").summary()
     latents = page.tables["Latents, in varimax coordinates"][1:]
     assert [float(row[2]) for row in latents] == pytest.approx(head.importance.tolist())
