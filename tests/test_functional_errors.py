@@ -8,6 +8,7 @@ import torch
 
 import interp_nn
 from interp_nn import functional as f
+from interp_nn.ops import remembered
 
 
 def t(*shape, dtype=torch.float32, device=None):
@@ -228,11 +229,11 @@ def test_a_remembered_problem_on_another_device_stays_there():
 
 
 def test_remembered_problems_are_bounded(monkeypatch):
-    monkeypatch.setattr(f, "_plans", {})
-    monkeypatch.setattr(f, "_MOST_PLANS", 3)
+    monkeypatch.setattr(remembered, "plans", {})
+    monkeypatch.setattr(remembered, "_MOST_PLANS", 3)
     for n in range(6):
         assert f.summary(t(n, 4), t(*B)).shape == (n, 2)
-    assert len(f._plans) == 3
+    assert len(remembered.plans) == 3
 
 
 # Tensors that are not plain

@@ -31,6 +31,7 @@ from interp_nn import functional
 from interp_nn.engines import devices, eager, limits, select
 from interp_nn.engines.problem import LossOptions, Plan
 from interp_nn.nn import SummaryHead, SummaryLinear, cached_weights
+from interp_nn.ops import remembered
 
 _ROUNDS = 3000
 _SECONDS = 50.0
@@ -208,7 +209,7 @@ def _stubbed_launches() -> Iterator[None]:
     counter = torch.zeros(1, dtype=torch.int32)
     before = driver._active
     driver.set_active(stand_in)
-    functional._plans.clear()
+    remembered.plans.clear()
     try:
         with (
             mock.patch.object(JITFunction, "_do_compile", compile_nothing),
@@ -222,7 +223,7 @@ def _stubbed_launches() -> Iterator[None]:
             yield
     finally:
         driver._active = before
-        functional._plans.clear()
+        remembered.plans.clear()
 
 
 def _nothing(*_: Any) -> None:  # a mock would cost more than the calls

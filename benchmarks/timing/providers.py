@@ -24,7 +24,7 @@ from interp_nn import engines, functional
 from interp_nn.engines import orders
 from interp_nn.engines.problem import EngineName, LossOptions, Order
 from interp_nn.engines.problem import Problem as EngineProblem
-from interp_nn.ops import direct
+from interp_nn.ops import direct, remembered
 
 Function = Callable[[Data], Tensor]
 
@@ -295,7 +295,7 @@ def _planned_as(name: str, problem: Problem, mode: str, sets: Sequence[Data], en
     call = direct.Call(plans[0])
 
     def function(t: Data) -> Tensor:
-        x, b, *_ = functional._planned(t.x, t.w.mT, None, False)
+        x, b, *_ = remembered.planned(t.x, t.w.mT, None, False)
         return direct.summary(x, b, None, call)
 
     return _of("summary", function, problem, sets)._replace(engine=engine, plan=label)

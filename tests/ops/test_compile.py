@@ -10,6 +10,7 @@ from torch._dynamo.backends.common import aot_autograd
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from interp_nn import functional
+from interp_nn.ops import remembered
 
 # Dynamo makes an instance of a Function to trace it by, of which PyTorch's own Function warns.
 pytestmark = pytest.mark.filterwarnings("ignore:.*autograd.function.Function.* should not be instantiated")
@@ -202,7 +203,7 @@ def test_selective_checkpointing_by_operator(policy, monkeypatch):
     from interp_nn.engines import eager, orders
 
     monkeypatch.setattr(orders, "OPERATOR_OVERHEAD", 0)  # an operator even at this size
-    monkeypatch.setattr(functional, "_plans", {})
+    monkeypatch.setattr(remembered, "plans", {})
     calls, forward = [], eager.forward
     monkeypatch.setattr(eager, "forward", lambda *args: calls.append(1) or forward(*args))
 

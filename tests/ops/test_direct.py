@@ -25,7 +25,7 @@ from interp_nn.engines import eager, eager_polynomial, orders, select
 from interp_nn.engines.eager_polynomial import Polynomial
 from interp_nn.engines.problem import LossOptions, Plan
 from interp_nn.nn import SummaryLinear
-from interp_nn.ops import direct
+from interp_nn.ops import direct, remembered
 
 LOSS = LossOptions((1.0, 0.5, 2.0), -100, "mean")
 
@@ -39,7 +39,7 @@ def operators_only(monkeypatch):
     """Plans of operators at any size, in a memory of their own."""
     monkeypatch.setattr(orders, "OPERATOR_OVERHEAD", 0)
     monkeypatch.setattr(select, "_prefers_autograd", lambda _: False)
-    monkeypatch.setattr(functional, "_plans", {})
+    monkeypatch.setattr(remembered, "plans", {})
 
 
 class Seen(TorchDispatchMode):
@@ -260,7 +260,7 @@ def test_an_old_batched_tensor_reaches_no_engine(kernel, monkeypatch):
 
     if kernel:
         monkeypatch.setattr(orders, "OPERATOR_OVERHEAD", 0)
-        monkeypatch.setattr(functional, "_plans", {})
+        monkeypatch.setattr(remembered, "plans", {})
         monkeypatch.setattr(eager, "forward", lambda *_: pytest.fail("an operator was passed by"))
     x, upstream = torch.randn(5, 4, requires_grad=True), torch.randn(2, 5, 4)
     with pytest.raises(RuntimeError, match="interp_nn::summary") if kernel else contextlib.nullcontext():
@@ -393,13 +393,13 @@ def check_no_plan_is_stale(data):
         patch.setitem(engines._engines, "cuda", probe)
         patch.setattr(select, "unsupported_reason", lambda *_: None)
         patch.setattr(orders, "OPERATOR_OVERHEAD", 0)
-        remembered = {}
+        kept_plans = {}
         for _ in range(8):
             for name in data.draw(st.lists(st.sampled_from(sorted(CHANGES)), max_size=3)):
                 state[name] = data.draw(st.sampled_from(CHANGES[name]))
-            patch.setattr(functional, "_plans", remembered)
+            patch.setattr(remembered, "plans", kept_plans)
             found = [outcome(state, probe) for _ in range(2)]
-            patch.setattr(functional, "_plans", {})
+            patch.setattr(remembered, "plans", {})
             alone = outcome(state, probe)
             assert all(same(one, alone) for one in found), state
 
@@ -419,18 +419,18 @@ def test_no_plan_is_stale_after_many_changes(data):
 
 def test_plans_are_remembered_after_thousands_of_shapes(monkeypatch):
     """The oldest makes room."""
-    monkeypatch.setattr(functional, "_MOST_PLANS", 4)
-    monkeypatch.setattr(functional, "_plans", {})
+    monkeypatch.setattr(remembered, "_MOST_PLANS", 4)
+    monkeypatch.setattr(remembered, "plans", {})
     b, target = torch.randn(3, 2), torch.zeros(20, dtype=torch.int64)
     for n in range(1, 8):
         functional.summary(torch.randn(n, 3), b)
         functional.summary_cross_entropy(torch.randn(n, 3), b, target[:n])
-    assert [key[0][0] for key in functional._plans] == [6, 6, 7, 7]
+    assert [key[0][0] for key in remembered.plans] == [6, 6, 7, 7]
 
 
 def test_threads_share_a_small_memory_of_plans(monkeypatch):
-    monkeypatch.setattr(functional, "_MOST_PLANS", 3)
-    monkeypatch.setattr(functional, "_plans", {})
+    monkeypatch.setattr(remembered, "_MOST_PLANS", 3)
+    monkeypatch.setattr(remembered, "plans", {})
     failed, b, target = [], torch.randn(3, 2), torch.zeros(40, dtype=torch.int64)
 
     def work(first):
@@ -455,7 +455,7 @@ def test_threads_share_a_small_memory_of_plans(monkeypatch):
             thread.join()
     finally:
         sys.setswitchinterval(interval)
-    assert not failed and len(functional._plans) <= 3 + len(threads)
+    assert not failed and len(remembered.plans) <= 3 + len(threads)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
@@ -466,10 +466,10 @@ def test_a_forked_process_has_its_own_memory_of_plans():
     child = os.fork()
     if not child:
         good = torch.equal(functional.summary(x, b), want)
-        functional._plans.clear()
+        remembered.plans.clear()
         os._exit(0 if good and torch.equal(functional.summary(x, b), want) else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-    assert functional._plans
+    assert remembered.plans
 
 
 # Python
@@ -493,7 +493,7 @@ def test_many_calls_leak_nothing(calls, operators_only):
     for _ in range(2):  # the second is the one that is remembered by its tensors
         call()
     gc.collect()
-    before, plans = len(gc.get_objects()), len(functional._plans)
+    before, plans = len(gc.get_objects()), len(remembered.plans)
     gc.disable()
     try:
         for _ in range(calls):
@@ -501,4 +501,4 @@ def test_many_calls_leak_nothing(calls, operators_only):
         grown = len(gc.get_objects()) - before
     finally:
         gc.enable()
-    assert grown < 50 and len(functional._plans) == plans
+    assert grown < 50 and len(remembered.plans) == plans

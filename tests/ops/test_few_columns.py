@@ -6,16 +6,16 @@ import pytest
 import torch
 from support import AUTOGRAD_PLANS, OPERATOR_PLANS, check_law, naive, summary_by
 
-from interp_nn import functional
 from interp_nn.engines import eager
 from interp_nn.engines.problem import Plan, plan_to_text
 from interp_nn.linalg import is_column_major
+from interp_nn.ops import remembered
 
 
 @pytest.fixture(autouse=True)
 def _at_any_size(monkeypatch):
     monkeypatch.setattr(eager, "_MANY_ELEMENTS", 0)
-    monkeypatch.setattr(functional, "_plans", {})
+    monkeypatch.setattr(remembered, "plans", {})
 
 
 @pytest.mark.parametrize("k", [1, 3, 15])

@@ -13,6 +13,7 @@ import interp_nn
 from interp_nn import engines, functional
 from interp_nn.engines import eager, orders, select
 from interp_nn.engines.problem import Plan, Problem, plan_from_text, plan_to_text
+from interp_nn.ops import remembered
 from interp_nn.ops.summary import SummaryFunction
 
 OPS = torch.ops.interp_nn
@@ -322,7 +323,7 @@ def probe(monkeypatch):
     engine = types.SimpleNamespace(calls=calls, **{name: noted(name) for name in ("forward", "backward", "loss")})
     monkeypatch.setitem(engines._engines, "cuda", engine)
     monkeypatch.setattr(select, "unsupported_reason", lambda *_: None)
-    monkeypatch.setattr(functional, "_plans", {})
+    monkeypatch.setattr(remembered, "plans", {})
     return engine
 
 

@@ -19,6 +19,7 @@ from interp_nn.engines import devices, limits, orders
 from interp_nn.engines.eager_polynomial import Polynomial
 from interp_nn.engines.problem import POLYNOMIAL_ORDERS, Plan, Problem, plan_from_text, plan_to_text
 from interp_nn.ops import polynomial as ops
+from interp_nn.ops import validation
 
 OPS = torch.ops.interp_nn
 PLANS = orders.POLYNOMIAL_PLANS
@@ -484,7 +485,7 @@ def test_losses(shape, reduction, dtype):
 
 
 def test_numbers_become_one_tensor_that_belongs_to_no_mode(monkeypatch):
-    monkeypatch.setattr(functional, "_constants", {})
+    monkeypatch.setattr(validation, "_constants", {})
     x, b = leaves(torch.randn(4, 3), torch.randn(3, 2))
 
     def call(x=x, b=b):
@@ -497,14 +498,14 @@ def test_numbers_become_one_tensor_that_belongs_to_no_mode(monkeypatch):
     torch.func.grad(lambda b: call(b=b).sum())(b)
     vmap(lambda x: call(x))(x.detach())
     call().sum().backward()
-    kept = dict(functional._constants)
+    kept = dict(validation._constants)
     assert [key[:2] for key in kept] == [((3.0, 2.0, 1.0), torch.float32), (0.5, torch.float32)]
     assert all(type(t) is torch.Tensor and not t.is_inference() for t in kept.values())
     call()
-    assert all(functional._constants[key] is t for key, t in kept.items())
-    monkeypatch.setattr(functional, "_MOST_CONSTANTS", 2)
+    assert all(validation._constants[key] is t for key, t in kept.items())
+    monkeypatch.setattr(validation, "_MOST_CONSTANTS", 2)
     close(functional.summary(x, b, polynomial=(1, 1)), formula(x, b, (1, 1))[1])
-    assert len(functional._constants) == 2
+    assert len(validation._constants) == 2
 
 
 # Errors

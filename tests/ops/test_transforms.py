@@ -13,6 +13,7 @@ from torch.func import grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 from interp_nn import functional
 from interp_nn.engines import orders, select
 from interp_nn.engines.problem import plan_to_text
+from interp_nn.ops import remembered
 
 close = torch.testing.assert_close
 
@@ -168,7 +169,7 @@ def test_hessians(form, nesting):
 def operators_only(monkeypatch):
     """Dispatch takes an operator's plan at any size."""
     monkeypatch.setattr(orders, "OPERATOR_OVERHEAD", 0)
-    monkeypatch.setattr(functional, "_plans", {})
+    monkeypatch.setattr(remembered, "plans", {})
     assert not select.plan(3, 3, 2).autograd
 
 

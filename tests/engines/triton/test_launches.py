@@ -14,6 +14,7 @@ from interp_nn import functional
 from interp_nn.engines.devices import interpreting
 from interp_nn.engines.problem import LossOptions, Plan
 from interp_nn.engines.triton import configs, engine
+from interp_nn.ops import remembered
 
 if interpreting():
     pytest.skip("Triton interprets in this process", allow_module_level=True)
@@ -269,15 +270,15 @@ def launched(state, ran, kept):
 
 def check_prepared(states, ran):
     """After each change a call makes the launches that it makes without any memory of other calls."""
-    kept, remembered = {}, {}
+    kept, kept_plans = {}, {}
     with pytest.MonkeyPatch.context() as patch:
         for state, times in states:
-            patch.setattr(functional, "_plans", remembered)
+            patch.setattr(remembered, "plans", kept_plans)
             found = [launched(state, ran, kept) for _ in range(times)]
-            patch.setattr(functional, "_plans", {})
+            patch.setattr(remembered, "plans", {})
             alone = launched(state, ran, kept)
             assert all(one == alone for one in found), state
-    calls = [call for call in remembered.values() if type(call) is not tuple]
+    calls = [call for call in kept_plans.values() if type(call) is not tuple]
     assert any(call.forward or call.loss for call in calls)
 
 

@@ -11,13 +11,13 @@ from engine_contract import inputs, targets
 from torch.library import opcheck
 
 import interp_nn
-from interp_nn import functional
 from interp_nn.engines import eager, eager_polynomial, limits, select
 from interp_nn.engines.cuda import engine as cuda_engine
 from interp_nn.engines.devices import KNOWN, DeviceSpec
 from interp_nn.engines.eager_polynomial import Polynomial
 from interp_nn.engines.limits import unsupported_reason
 from interp_nn.engines.problem import LossOptions, Plan, Problem
+from interp_nn.ops import remembered
 
 DEVICE = DeviceSpec((8, 0), 3, 163 * 1024, 1.0, 1.0)  # what csrc/device.h says
 
@@ -31,10 +31,10 @@ def engine(emulated, monkeypatch):
 
     @contextlib.contextmanager
     def forced():
-        functional._plans.clear()
+        remembered.plans.clear()
         with interp_nn.use_engine("cuda"):
             yield
-        functional._plans.clear()
+        remembered.plans.clear()
 
     names = ("cuda_forward", "cuda_backward", "cuda_loss", "cuda_loss", "cuda_scale")
     return engine_contract.Engine("cuda", forced, *names)

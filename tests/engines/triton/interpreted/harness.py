@@ -12,6 +12,7 @@ from interp_nn import functional
 from interp_nn.engines.devices import DeviceSpec, spec_for
 from interp_nn.engines.problem import Config
 from interp_nn.engines.triton import configs, engine
+from interp_nn.ops import remembered
 
 # Small tiles, so that small problems have several tiles and splits.
 TINY = {
@@ -29,10 +30,10 @@ TINY = {
 @contextlib.contextmanager
 def forced():
     """Force the triton engine, without plans of earlier tests."""
-    functional._plans.clear()
+    remembered.plans.clear()
     with interp_nn.use_engine("triton"):
         yield
-    functional._plans.clear()
+    remembered.plans.clear()
 
 
 @contextlib.contextmanager

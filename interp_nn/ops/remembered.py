@@ -1,0 +1,220 @@
+"""Calls with their plans, remembered by all that a plan and the checks of the arguments depend on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import Any
+
+import torch
+from torch import Tensor, is_grad_enabled
+from torch.autograd import forward_ad
+from torch.compiler import is_compiling
+
+from interp_nn.engines.devices import fp32_precision
+from interp_nn.engines.problem import LossOptions
+from interp_nn.engines.select import requested_now
+from interp_nn.ops import direct, losses, summary
+from interp_nn.ops.library import (
+    any_autocast_enabled,
+    any_batched,
+    cast,
+    followed,
+    function_modes,
+    is_tracing,
+    ordinary,
+    tensor_check,
+)
+from interp_nn.ops.validation import (
+    DTYPES,
+    PLAIN,
+    Coefficients,
+    as_tensors,
+    autocast_enabled,
+    degree_of,
+    matrices,
+    operands,
+    shape_of,
+)
+
+_MOST_PLANS = 4096
+# Calls by all that they depend on; and the latest of each b, with a check of its tensors, by what the check does not see.
+plans: dict[tuple[object, ...], Any] = {}
+EQUAL_WEIGHTS = (1.0, 1.0, 1.0)
+_NUMBERS = frozenset((int, float))
+
+
+def planned(
+    x: Tensor,
+    b: Tensor,
+    bias: Tensor | None,
+    pair: bool,
+    given: tuple[Coefficients, float | Tensor] | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None, direct.Call, bool]:
+    """Return checked x, b and bias, the call with its plan, and True if the call may pass the operators by.
+
+    It is remembered by everything that the plan and the checks depend on, and by the layouts, which engines prepare for.
+    """
+    state: tuple[object, ...] = ()
+    if given is None and not is_compiling():
+        state = id(b), is_grad_enabled(), pair, bias is None, requested_now(), fp32_precision("cuda", "matmul")
+        found = _recalled(state, x, b) if bias is None else _recalled(state, x, b, bias)
+        if found is not None:
+            return x, b, bias, found, True
+    key: tuple[object, ...] | None = None
+    plain = type(x) in PLAIN and type(b) in PLAIN and (bias is None or type(bias) in PLAIN)
+    passes = plain and ordinary() and not any_batched(x, b, bias)
+    autocast = (passes or not is_compiling()) and any_autocast_enabled()
+    if autocast:
+        passes = passes and given is None and all(t is None or t.dtype in DTYPES for t in (x, b, bias))
+        if passes and autocast_enabled(x):  # it does not change the products of tensors that are cast already
+            x, b, bias = cast(x.device.type, x, b, bias)
+    if passes or (plain and not (autocast or is_compiling() or is_tracing() or followed.get())):
+        # The same for all three, or it is an error: by comparison, which is cheaper than a place in the key.
+        dtype, device = x.dtype, x.device
+        alike = x.layout is b.layout is torch.strided and b.dtype is dtype and b.device == device
+        if bias is not None:
+            alike = alike and bias.layout is torch.strided and bias.dtype is dtype and bias.device == device
+        if alike:
+            key = (
+                x.shape, b.shape, x.stride(), b.stride(), dtype, device, x.requires_grad, b.requires_grad,
+                is_grad_enabled(), pair, requested_now(), fp32_precision("cuda", "matmul"),
+                None if bias is None else (bias.shape, bias.is_contiguous()),
+                None if given is None else degree_of(given),
+            )  # fmt: skip
+        call = None if key is None else plans.get(key)
+        if given is not None:
+            tensors = [t for t in given if isinstance(t, Tensor)]
+            passes = passes and PLAIN.issuperset(map(type, tensors)) and not any_batched(*tensors)
+        if call is not None:
+            if passes and not autocast:
+                _keep_recent(state, call, x, b, bias)
+            return x, b, bias, call, passes
+    x, b = matrices(x, b, sharded=True)
+    if bias is not None:
+        _, bias = operands(b, "b", True, bias=bias)
+        if bias.dim() != 1 or bias.shape[0] != b.shape[1]:
+            raise ValueError(f"bias: got shape {shape_of(bias)}, want ({b.shape[1]},) for b of shape {shape_of(b)}")
+    call = direct.Call(summary.choose(x, b, pair, *(() if given is None else degree_of(given))), pair)
+    if key is not None:
+        _remember(key, call)
+    return x, b, bias, call, passes
+
+
+def _recalled(state: tuple[object, ...], *tensors: Tensor) -> direct.Call | None:
+    """Return the last call in a state if nothing else has changed that it depends on, else None.
+
+    PyTorch's guard of compiled functions compares type, dtype, device, sizes, strides and requires_grad of all tensors in one
+    call, and the dispatch keys, among them those of modes, transforms, autocast and tracing.
+
+    Args:
+        state: What else a call depends on, with the identity of b first, so that each layer has its own.
+        tensors: The arguments.
+    """
+    recent = plans.get(state)
+    if recent is None or function_modes() or followed.get() or getattr(forward_ad, "_current_level", 0) >= 0:
+        return None
+    return recent[1] if recent[0](*tensors) else None
+
+
+def _keep_recent(state: tuple[object, ...], call: direct.Call, *tensors: Tensor | None) -> None:
+    """Keep a call for `_recalled`."""
+    check = tensor_check(*(t for t in tensors if t is not None))
+    if state and check is not None:
+        _remember(state, (check, call))
+
+
+def _remember(key: tuple[object, ...], value: object) -> None:
+    """Remember a value, in the place of the oldest one where there are many."""
+    while len(plans) >= _MOST_PLANS:
+        with suppress(KeyError, RuntimeError, StopIteration):  # of another thread that does the same
+            del plans[next(iter(plans))]
+    plans[key] = value
+
+
+def loss_call(
+    x: Tensor,
+    b: Tensor,
+    a: Tensor | None,
+    c: Tensor | None,
+    target: Tensor,
+    weights: Sequence[float],
+    ignore_index: int,
+    reduction: str,
+) -> tuple[direct.Call | None, tuple[object, ...] | None]:
+    """Return a remembered call of a loss or None, and what to remember it by or None."""
+    state: tuple[object, ...] = ()
+    others = [target] if a is None else [target, a] if c is None else [target, a, c]
+    if not is_compiling() and weights is EQUAL_WEIGHTS and type(ignore_index) is int:
+        state = (
+            id(b), is_grad_enabled(), len(others), ignore_index, reduction, requested_now(), fp32_precision("cuda", "matmul")
+        )  # fmt: skip
+        found = _recalled(state, x, b, *others)
+        if found is not None:
+            return found, None
+    key = _loss_key(x, b, a, c, target, weights, ignore_index, reduction)
+    found = None if key is None else plans.get(key)
+    if found is not None:
+        _keep_recent(state, found, x, b, *others)
+    return found, key
+
+
+def _loss_key(
+    x: Tensor,
+    b: Tensor,
+    a: Tensor | None,
+    c: Tensor | None,
+    target: Tensor,
+    weights: Sequence[float],
+    ignore_index: int,
+    reduction: str,
+) -> tuple[object, ...] | None:
+    """Return all that the checks and the plan of a loss depend on; None for a call that has to go by the operators.
+
+    So do options of other types, which are checked each time: a tensor among the weights may change, and True == 1.
+    """
+    if not ordinary() or any_autocast_enabled():
+        return None
+    if weights is not EQUAL_WEIGHTS and (type(weights) is not tuple or not _NUMBERS.issuperset(map(type, weights))):
+        return None
+    if type(ignore_index) is not int or type(reduction) is not str or type(target) is not Tensor:
+        return None
+    if type(x) not in PLAIN or type(b) not in PLAIN:
+        return None
+    if (a is not None and type(a) not in PLAIN) or (c is not None and type(c) not in PLAIN):
+        return None
+    if any_batched(x, b, a, c, target):
+        return None
+    dtype, device = x.dtype, x.device
+    if not x.layout is b.layout is target.layout is torch.strided or b.dtype is not dtype:
+        return None
+    if b.device != device or target.device != device:
+        return None
+    return (
+        x.shape, b.shape, x.stride(), b.stride(), dtype, device, x.requires_grad, b.requires_grad,
+        is_grad_enabled(), requested_now(), fp32_precision("cuda", "matmul"),
+        target.shape, target.is_contiguous(), target.dtype,
+        weights is EQUAL_WEIGHTS or (weights, *map(type, weights)), ignore_index, reduction,
+        None if a is None else (a.shape, a.dtype, a.device, a.layout),
+        None if c is None else (c.shape, c.dtype, c.device, c.layout),
+    )  # fmt: skip
+
+
+def loss(
+    x: Tensor,
+    b: Tensor,
+    a: Tensor | None,
+    c: Tensor | None,
+    target: Tensor,
+    options: LossOptions,
+    given: tuple[Coefficients, float | Tensor] | None,
+    key: tuple[object, ...] | None,
+) -> Tensor:
+    """Return the loss of checked arguments, and remember options and plan under the key if there is one."""
+    q = None if given is None else as_tensors(given, x)
+    plan = losses.choose(x, b, a, q)
+    if key is None:
+        return losses.cross_entropy(x, b, a, c, target, options, plan, q)
+    call = direct.Call(plan, options=options)
+    _remember(key, call)
+    return direct.cross_entropy(x, b, a, c, target, call)
