@@ -4,30 +4,24 @@ import re
 import sys
 from pathlib import Path
 
+import pages
 import pytest
-import torch
-
-import interp_nn
 
 ROOT = Path(__file__).parents[1]
-GUIDE = sorted((ROOT / "docs").glob("*.md"))
+GUIDE = sorted((ROOT / "docs").rglob("*.md"))
 PAGES = [ROOT / "README.md", *GUIDE]
 
 
-def blocks(page):
-    """The page with all but its Python blanked out, so that an error has the page's own line."""
-    kept, python = [], False
-    for line in page.read_text(encoding="utf-8").splitlines():
-        fence = line.startswith("```")
-        python = fence and line == "```python" if fence else python
-        kept.append("" if fence or not python else line)
-    return "\n".join(kept)
-
-
-@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page).strip()], ids=lambda page: page.stem)
-def test_python_runs(page, capsys):
-    with interp_nn.use_engine("auto"), torch.random.fork_rng():
-        exec(compile(blocks(page), str(page), "exec"), {"torch": torch, "interp_nn": interp_nn})
+@pytest.mark.parametrize(
+    "page",
+    [
+        pytest.param(page, id=page.stem, marks=[pytest.mark.slow] * (page.parent.name == "tutorials"))
+        for page in PAGES
+        if any(pages.python_and_output(page))
+    ],
+)
+def test_python_runs_and_prints_what_the_page_says(page, capsys):
+    pages.check(page)
     capsys.readouterr()
     if plots := sys.modules.get("matplotlib.pyplot"):
         plots.close("all")
@@ -42,4 +36,5 @@ def test_links_to_files_lead_somewhere(page):
 
 def test_the_guide_has_its_pages():
     index = (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
-    assert {page.name for page in GUIDE} == {"index.md", *re.findall(r"\]\((\w+\.md)\)", index)}
+    listed = {"index.md", *re.findall(r"\]\(([\w/]+\.md)\)", index)}
+    assert {page.relative_to(ROOT / "docs").as_posix() for page in GUIDE} == listed
