@@ -12,10 +12,14 @@ GUIDE = sorted((ROOT / "docs").rglob("*.md"))
 PAGES = [ROOT / "README.md", *GUIDE]
 
 
+def name(page):
+    return page.relative_to(ROOT).with_suffix("").as_posix()
+
+
 @pytest.mark.parametrize(
     "page",
     [
-        pytest.param(page, id=page.stem, marks=[pytest.mark.slow] * (page.parent.name == "tutorials"))
+        pytest.param(page, id=name(page), marks=[pytest.mark.slow] * (page.parent.name == "tutorials"))
         for page in PAGES
         if any(pages.python_and_output(page))
     ],
@@ -27,9 +31,10 @@ def test_python_runs_and_prints_what_the_page_says(page, capsys):
         plots.close("all")
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", PAGES, ids=name)
 def test_links_to_files_lead_somewhere(page):
-    for link in re.findall(r"\]\(([^)#\s]+)", page.read_text(encoding="utf-8")):
+    prose = "\n".join("\n".join(body) for language, _, body in pages.blocks(page) if not language)
+    for link in re.findall(r"\]\(([^)#\s]+)", prose):
         left_out = "benchmarks/results/" in link and not (ROOT / "benchmarks/results").exists()  # of a source archive
         assert "://" in link or left_out or (page.parent / link).exists(), link
 
