@@ -2,6 +2,7 @@
 
 import re
 import sys
+import tempfile
 from pathlib import Path
 
 import pages
@@ -24,7 +25,8 @@ def name(page):
         if any(pages.python_and_output(page))
     ],
 )
-def test_python_runs_and_prints_what_the_page_says(page, capsys):
+def test_python_runs_and_prints_what_the_page_says(page, capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     pages.check(page)
     capsys.readouterr()
     if plots := sys.modules.get("matplotlib.pyplot"):
@@ -43,3 +45,28 @@ def test_the_guide_has_its_pages():
     index = (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
     listed = {"index.md", *re.findall(r"\]\(([\w/]+\.md)\)", index)}
     assert {page.relative_to(ROOT / "docs").as_posix() for page in GUIDE} == listed
+
+
+@pytest.mark.parametrize(
+    ("wanted", "got", "equal"),
+    [
+        ("98.9 % of 500", "98.8 % of 500", True),
+        ("98.9 % of 500", "90.0 % of 500", False),
+        ("9 layers", "8 layers", False),
+        ("error 2e-16", "error 9e-16", True),
+        ("error 2e-16", "error 3e-08", False),
+        ("-0.0  1,200", " 0.0 1,210", True),
+        ("loss nan", "loss 2.1", False),
+        ("ValueError: x", "TypeError: x", False),
+    ],
+)
+def test_outputs_are_compared_within_a_tolerance(wanted, got, equal, tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text(f"# A page\n\n```python\nprint({got!r})\n```\n\n```text\n{wanted}\n```\n", encoding="utf-8")
+    if equal:
+        return pages.check(page)
+    with pytest.raises(AssertionError, match=r"page\.md:8"):
+        pages.check(page)
+    pages.rewrite(page)
+    pages.check(page)
+    assert page.read_text(encoding="utf-8").endswith(f"```text\n{got}\n```\n")

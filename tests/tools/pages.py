@@ -1,7 +1,7 @@
 """Pages whose Python runs: each block in order, and its output beside the block of text that follows it.
 
-`python tests/tools/pages.py docs/howto/errors.md ...` writes the outputs of pages again. It changes blocks ```text that stand
-directly after a block of Python; a new page begins with empty ones.
+`PYTHONPATH=. python tests/tools/pages.py docs/howto/errors.md ...` writes the outputs of pages again: the blocks ```text that
+stand directly after a block of Python. A new page begins with empty ones.
 """
 
 import contextlib
