@@ -78,4 +78,4 @@ def test_the_step_of_a_weight_is_divided_by_directions():
 def test_the_guide_has_the_table(module):
     record = json.loads((ROOT / f"benchmarks/results/cpu/experiments/{module.NAME}.json").read_text())
     assert not record["dirty"] and not record["quick"]
-    assert module.markdown(record["results"]) in (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
+    assert module.markdown(record["results"]) in (ROOT / "docs" / "training_recipes.md").read_text(encoding="utf-8")
