@@ -1,12 +1,13 @@
 """Hooks of mkdocs: what `make docs` makes of the pages' text. Each page also reads well without them.
 
 - A file of the repository outside of docs/ that a page links to is copied into the site. CONTRIBUTING and CHANGELOG are pages.
-- `plots.md`: its Python runs, and each block is followed by the figures that it draws.
+- `plots*.md`: their Python runs, and each block is followed by the figures that it draws.
 - A block ```help has a command line in each line; the output of its `--help` takes its place.
-- `Example:` of a docstring is doctests, which Griffe expects below `Examples:`.
+- Griffe expects doctests below `Examples:`; our docstrings have them below `Example:`.
 """
 
 import contextlib
+import importlib
 import io
 import os
 import re
@@ -42,7 +43,9 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """Draw figures, print the help of commands, and make links lead to where files are in the site."""
-    if page.file.src_uri == "plots.md":
+    if page.parent is None:  # a section of one page has no list of pages beside it
+        page.meta["hide"] = ["navigation"]
+    if page.file.src_uri.startswith("plots"):
         markdown = _drawn(markdown, config, files)
     markdown = _HELP.sub(lambda block: "\n\n".join(map(_help, block[1].splitlines())) + "\n", markdown)
     return _LINK.sub(lambda link: _moved(page.file, link[0]), markdown)
@@ -71,6 +74,7 @@ def _drawn(markdown: str, config: MkDocsConfig, files: Files) -> str:
     from matplotlib import pyplot
 
     names: dict[str, object] = {}
+    torch.set_num_threads(1)  # networks this small lose more to waking threads than they gain
 
     def figures() -> Iterator[str]:
         for number in pyplot.get_fignums():
@@ -78,8 +82,8 @@ def _drawn(markdown: str, config: MkDocsConfig, files: Files) -> str:
             figure.savefig(png, format="png", dpi=90, bbox_inches="tight")
             place = f"plots/{len([uri for uri in files.src_uris if uri.startswith('plots/')])}.png"
             files.append(File.generated(config, place, content=png.getvalue()))
-            titles = [" ".join(axes.get_title().split()) for axes in figure.axes]
-            yield f"\n![{'; '.join(filter(None, titles))}]({place})\n"
+            says = [" ".join((axes.get_title() or axes.get_ylabel()).split()) for axes in figure.axes]
+            yield f"\n![{'; '.join(filter(None, says))}]({place})\n"
         pyplot.close("all")
 
     def run(block: re.Match[str]) -> str:
@@ -97,7 +101,7 @@ def _help(command: str) -> str:
     printed = io.StringIO()
     with (
         mock.patch.object(sys, "argv", [module, *words, "--help"]),
-        mock.patch.dict(os.environ, COLUMNS="110"),
+        mock.patch.dict(os.environ, COLUMNS="90"),
         contextlib.redirect_stdout(printed),
         contextlib.suppress(SystemExit),
     ):
@@ -105,10 +109,18 @@ def _help(command: str) -> str:
     return f"```text\n{printed.getvalue().strip()}\n```\n"
 
 
-class Examples(griffe.Extension):
-    """Read `Example:` as `Examples:`."""
+class Docstrings(griffe.Extension):
+    """Read `Example:` as `Examples:`, and show the value of a default instead of a private name."""
 
-    def on_instance(self, *, obj: griffe.Object, **_: object) -> None:
+    def on_function(self, *, func: griffe.Function, **_: object) -> None:
+        """Replace defaults such as `_ONE`."""
+        for parameter in func.parameters:
+            name = str(parameter.default)
+            if re.fullmatch(r"_[A-Za-z]\w*", name):
+                value = getattr(importlib.import_module(func.module.path), name)
+                parameter.default = re.sub(r"<object .*>", "...", repr(value))
+
+    def on_object(self, *, obj: griffe.Object, **_: object) -> None:
         """Rename the section of an object's docstring."""
         if obj.docstring:
             obj.docstring.value = re.sub(r"^( *)Example:$", r"\1Examples:", obj.docstring.value, flags=re.MULTILINE)
