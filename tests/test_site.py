@@ -13,6 +13,7 @@ from urllib.parse import unquote, urlsplit
 
 import links
 import pytest
+from support import needs_records
 
 from benchmarks.__main__ import main as benchmarks_main
 
@@ -210,6 +211,7 @@ def site(tmp_path_factory):
     return folder
 
 
+@needs_records
 @pytest.mark.slow
 def test_the_site_needs_no_network_and_its_links_lead_somewhere(site):
     pages = {page: Tags(page) for page in site.rglob("*.html") if "benchmarks/results" not in str(page)}
@@ -235,6 +237,7 @@ def test_the_site_needs_no_network_and_its_links_lead_somewhere(site):
     assert (site / "search" / "search_index.js").exists()
 
 
+@needs_records
 @pytest.mark.slow
 def test_the_site_has_pictures_help_and_names(site):
     pictures = sum(
