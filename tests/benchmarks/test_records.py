@@ -259,6 +259,21 @@ def test_a_record_older_than_what_it_measures_is_named(tmp_path):
     assert list(stale.stale(record, tmp_path)) == []
 
 
+def test_only_changes_outside_the_results_are_dirty(tmp_path, monkeypatch):
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=t", "-c", "user.email=t@t"]
+    figure, code = tmp_path / "benchmarks/results/cpu/figure.png", tmp_path / "code.py"
+    figure.parent.mkdir(parents=True)
+    figure.write_text("")
+    code.write_text("")
+    for command in (["init", "--quiet"], ["add", "."], ["commit", "--quiet", "--message", "first"]):
+        subprocess.run([*git, *command], check=True)
+    monkeypatch.setattr(environment, "ROOT", tmp_path)
+    figure.write_text("drawn again")
+    assert environment.facts()["dirty"] is False
+    code.write_text("changed")
+    assert environment.facts()["dirty"] is True
+
+
 def test_the_environment_without_git(monkeypatch):
     monkeypatch.setattr(environment, "_run", lambda *_: None)
     found = environment.facts(revision="f00d")
