@@ -43,8 +43,6 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """Draw figures, print the help of commands, and make links lead to where files are in the site."""
-    if page.parent is None:  # a section of one page has no list of pages beside it
-        page.meta["hide"] = ["navigation"]
     if page.file.src_uri.startswith("plots"):
         markdown = _drawn(markdown, config, files)
     markdown = _HELP.sub(lambda block: "\n\n".join(map(_help, block[1].splitlines())) + "\n", markdown)
