@@ -76,20 +76,22 @@ models: $(READY)test
 	$(PY) -m pytest -m slow tests/convert/test_convert_packages.py tests/convert/test_model_zoos.py tests/convert/test_trainers.py \
 	  tests/explain/linear/test_linearize_packages.py $(SHARED) $(ARGS)
 
-## make docs      the guide as a site, into build/docs
+## make docs      the guide as a site: open build/docs/index.html; draws the gallery, a minute
 docs: $(READY)docs
-	$(PY) -m mkdocs --quiet build
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs --quiet build
 
 ## make gpu       on a GPU, stages 1 to 3 in nine minutes: kernels right once; streams, graphs, repeats; six shapes timed.
 ##                PART=4: tune, 5: host and training, 6: ncu; see docs/gpu.md. Installs nothing
 gpu:
 	$(PYTHON) -m benchmarks gpu $(PART) $(ARGS)
 
-## make lint      ruff and mypy; names the records of benchmarks/results that are older than what they measure
+## make lint      ruff, mypy, spelling and links; names the records of benchmarks/results that are older than what they measure
 lint: $(READY)lint
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
+	$(PY) -m codespell_lib
+	$(PY) tests/tools/links.py
 	@$(PY) benchmarks/records/stale.py
 
 ## make wheel     the source archive, and the wheel with the CUDA library, into dist/; INTERP_NN_BUILD_CUDA=0: without it
@@ -125,8 +127,8 @@ clean:
 # A given interpreter that has what the target needs is left alone.
 MODULES_bench := matplotlib PIL scipy sklearn tqdm
 MODULES_build := auditwheel build ninja setuptools
-MODULES_docs := mkdocs
-MODULES_lint := mypy ruff
+MODULES_docs := $(MODULES_bench) material mkdocstrings_handlers
+MODULES_lint := codespell_lib mypy ruff
 MODULES_test := $(MODULES_bench) captum expecttest hypothesis ninja onnx onnxruntime onnxscript packaging pandas pybind11 pytest \
                 safetensors setuptools triton xdist
 GIVEN := given-bench given-build given-docs given-lint given-test

@@ -1,46 +1,57 @@
-"""The Python of README and of the guide runs, a page from top to bottom, and their links lead somewhere."""
+"""The Python of README and of the guide runs, a page from top to bottom, and prints what the page says."""
 
-import re
 import sys
+import tempfile
 from pathlib import Path
 
+import pages
 import pytest
-import torch
-
-import interp_nn
 
 ROOT = Path(__file__).parents[1]
-GUIDE = sorted((ROOT / "docs").glob("*.md"))
+GUIDE = sorted((ROOT / "docs").rglob("*.md"))
 PAGES = [ROOT / "README.md", *GUIDE]
 
 
-def blocks(page):
-    """The page with all but its Python blanked out, so that an error has the page's own line."""
-    kept, python = [], False
-    for line in page.read_text(encoding="utf-8").splitlines():
-        fence = line.startswith("```")
-        python = fence and line == "```python" if fence else python
-        kept.append("" if fence or not python else line)
-    return "\n".join(kept)
+def name(page):
+    return page.relative_to(ROOT).with_suffix("").as_posix()
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page).strip()], ids=lambda page: page.stem)
-def test_python_runs(page, capsys):
-    with interp_nn.use_engine("auto"), torch.random.fork_rng():
-        exec(compile(blocks(page), str(page), "exec"), {"torch": torch, "interp_nn": interp_nn})
+@pytest.mark.parametrize(
+    "page",
+    [
+        pytest.param(page, id=name(page), marks=[pytest.mark.slow] * (page.parent.name == "tutorials"))
+        for page in PAGES
+        if any(pages.python_and_output(page))
+    ],
+)
+def test_python_runs_and_prints_what_the_page_says(page, capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    pages.check(page)
     capsys.readouterr()
     if plots := sys.modules.get("matplotlib.pyplot"):
         plots.close("all")
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-def test_links_to_files_lead_somewhere(page):
-    for link in re.findall(r"\]\(([^)#\s]+)", page.read_text(encoding="utf-8")):
-        archived = not (ROOT / "benchmarks/results").exists()  # a source archive, without records and figures
-        left_out = archived and ("benchmarks/results/" in link or link.endswith(".png"))
-        assert "://" in link or left_out or (page.parent / link).exists(), link
-
-
-def test_the_guide_has_its_pages():
-    index = (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
-    assert {page.name for page in GUIDE} == {"index.md", *re.findall(r"\]\(([\w-]+\.md)\)", index)}
+@pytest.mark.parametrize(
+    ("wanted", "got", "equal"),
+    [
+        ("98.9 % of 500", "98.8 % of 500", True),
+        ("98.9 % of 500", "90.0 % of 500", False),
+        ("9 layers", "8 layers", False),
+        ("error 2e-16", "error 9e-16", True),
+        ("error 2e-16", "error 3e-08", False),
+        ("-0.0  1,200", " 0.0 1,210", True),
+        ("loss nan", "loss 2.1", False),
+        ("ValueError: x", "TypeError: x", False),
+    ],
+)
+def test_outputs_are_compared_within_a_tolerance(wanted, got, equal, tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text(f"# A page\n\n```python\nprint({got!r})\n```\n\n```text\n{wanted}\n```\n", encoding="utf-8")
+    if equal:
+        return pages.check(page)
+    with pytest.raises(AssertionError, match=r"page\.md:8"):
+        pages.check(page)
+    pages.rewrite(page)
+    pages.check(page)
+    assert page.read_text(encoding="utf-8").endswith(f"```text\n{got}\n```\n")

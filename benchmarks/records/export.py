@@ -33,7 +33,7 @@ def to_pandas(*files: str | os.PathLike[str]) -> pd.DataFrame:
         *files: Records that `python -m benchmarks run` has written.
 
     Returns:
-        Data frame with a row for each timing. docs/benchmarks.md has the fields and their units.
+        Data frame with a row for each timing. docs/howto/read_a_record.md has the fields and their units.
 
     Raises:
         ImportError: pandas is not installed.

@@ -20,7 +20,7 @@ Row = dict[str, Any]
 
 _TEXT, _WHOLE, _NUMBER = (str,), (int,), (int, float)
 _NONE = (type(None),)
-# A timing has every field; docs/benchmarks.md says what each is, and its unit.
+# A timing has every field; docs/howto/read_a_record.md says what each is, and its unit.
 FIELDS: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("schema", "samples", "n", "d", "k"), _WHOLE),
     **dict.fromkeys(("run_id", "utc", "device", "torch", "python", "interp_nn", "op", "provider", "mode"), _TEXT),

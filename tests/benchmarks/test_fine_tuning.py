@@ -74,8 +74,10 @@ def test_the_step_of_a_weight_is_divided_by_directions():
 
 
 @needs_records
-@pytest.mark.parametrize("module", [recipes, fine_tuning], ids=lambda module: module.NAME)
-def test_the_guide_has_the_table(module):
+@pytest.mark.parametrize(
+    ("module", "page"), [(recipes, "learning_rates"), (fine_tuning, "fine_tune")], ids=["recipes", "fine_tuning"]
+)
+def test_the_guide_has_the_table(module, page):
     record = json.loads((ROOT / f"benchmarks/results/cpu/experiments/{module.NAME}.json").read_text())
     assert not record["dirty"] and not record["quick"]
-    assert module.markdown(record["results"]) in (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
+    assert module.markdown(record["results"]) in (ROOT / "docs" / "howto" / f"{page}.md").read_text(encoding="utf-8")

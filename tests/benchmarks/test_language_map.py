@@ -43,5 +43,5 @@ def test_the_record():
         f"{sum(row['cpu_seconds'] for row in by_weight):.0f} and {max(row['peak_mb'] for row in by_weight) / 1e3:.1f} GB by W.",
         f"is {results['error_of_the_state']['float32']:.1e}, and {results['error_of_the_state']['float64']:.1e} in double",
     )
-    page = " ".join((ROOT / "docs" / "explaining.md").read_text(encoding="utf-8").split())
+    page = " ".join((ROOT / "docs" / "language_models.md").read_text(encoding="utf-8").split())
     assert all(text.replace("e-0", "e-") in page for text in said)

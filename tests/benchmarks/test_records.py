@@ -252,7 +252,7 @@ def test_a_record_as_csv_and_as_a_data_frame(tmp_path, capsys):
 
 
 def test_the_page_of_records_has_every_field():
-    text = (environment.ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
+    text = (environment.ROOT / "docs" / "howto" / "read_a_record.md").read_text(encoding="utf-8")
     table = text.partition("## Fields of a record")[2]
     documented = {
         name
