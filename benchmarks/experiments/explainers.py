@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import importlib
 import importlib.metadata
+import re
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -33,6 +34,7 @@ PACKAGES = ("captum", "shap", "zennit")
 BACKGROUND = 100  # training samples that shap compares with
 NOISE, NOISES = 0.05, 8  # of the features' standard deviation; samples of it
 SECONDS = 60.0  # of the timing at each input
+EQUAL = 1e-4  # of the largest contribution
 OURS = "linearize"
 
 
@@ -473,7 +475,7 @@ def main(arguments: list[str]) -> int:
             case = make(given.quick)
             found, attributions = compare(case, 0.0 if given.quick else SECONDS)
             results["cases"][name] = found
-            _draw(run, name, case, attributions)
+            _draw(run, name, case, found, attributions)
         results["functions"] = functions(case)
     budget = {"background": BACKGROUND, "noise": NOISE, "threads": 1, "dtype": "float64"}
     run.finish(budget, results)
@@ -493,20 +495,23 @@ def _versions() -> dict[str, str | None]:
     return found
 
 
-def _draw(run: common.Run, name: str, case: Case, attributions: dict[str, Tensor]) -> None:
-    titles = [title.replace(" ", "\n", 1) for title in attributions]
+def _draw(
+    run: common.Run, name: str, case: Case, found: dict[str, Any], attributions: dict[str, Tensor]
+) -> None:  # fmt: skip
+    """Draw the attributions of all methods, in one scale."""
+    equal = sum(row.get("difference_to_linearize", 1.0) < EQUAL for row in found["methods"].values()) - 1
+    finding = f"{equal} of {len(attributions) - 1} other methods give linearize's contributions"
+    finding += f" to the logit {found['logit']:.1f} of this {name}"
     values = torch.stack(list(attributions.values()), 1)  # (1, methods, ...)
     if case.features:
         most = values[0].abs().mean(0).argsort(descending=True)[:10]
         figure, axes = plt.subplots(figsize=(11, 5.4), layout="constrained")
         columns = [case.features[i] for i in most]
         heat_map(axes, values[0][:, most].numpy(), list(attributions), columns, "attribution, units of the logit")
-        axes.set_title(
-            f"One {name}, logit {float(case.logit(case.x)):.2f}: its ten largest features, by method", fontsize=10
-        )
+        axes.set_title(finding, fontsize=10)
     else:
-        figure = plots.attribution_maps(values, case.x, columns=titles, label="units of the logit")
-        figure.suptitle(
-            f"One {name}, logit {float(case.logit(case.x)):.2f}: what each pixel gets, by method", fontsize=10
-        )
+        figure = plt.figure(figsize=(14, 2.4), layout="constrained")
+        titles = [re.sub(r" (?!input)|(?<=[a-z])(?=[A-Z])", "\n", title) for title in attributions]
+        plots.attribution_maps(values, case.x, columns=titles, label="units of the logit", figure=figure)
+        figure.suptitle(finding, fontsize=10)
     run.figure(figure, name.replace(" ", "_"))
