@@ -120,8 +120,10 @@ def contribution_waterfall(
         axes.plot([end, end], [i - 0.4, i + 1.4], color="0.5", linewidth=0.8)
     texts = [f"{value:+.3g}" for value in values]
     for bar, text, start, value in zip(bars, texts, starts, values, strict=True):
-        place = (max(start, start + value), bar.get_y() + bar.get_height() / 2)
-        axes.annotate(text, place, (3, 0), textcoords="offset points", va="center", fontsize=8)
+        place = (start + value, bar.get_y() + bar.get_height() / 2)  # beside the end of the step
+        aside, side = (3, "left") if value >= 0 else (-3, "right")
+        axes.annotate(text, place, (aside, 0), textcoords="offset points", ha=side, va="center", fontsize=8)
+    axes.use_sticky_edges = False  # a step's start would be one, without room for the text beside it
     title = f"{output} {parts.output:.3g} = constant {constant:.3g} + contributions {parts.output - constant:.3g}"
     _finish(axes, names, output, title)
     return axes
