@@ -10,6 +10,7 @@ import copy
 import importlib
 import importlib.metadata
 import re
+import time
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -25,7 +26,7 @@ from benchmarks.command_line import users_input
 from benchmarks.experiments import common, datasets
 from benchmarks.experiments.training import Recipe, train
 from benchmarks.records import intervals, report
-from benchmarks.timing.clocks import Timing, interleave
+from benchmarks.timing.clocks import Sampler, Timing, interleave
 from interp_nn.explain import linearize, plots
 from interp_nn.explain.plots.canvas import heat_map
 
@@ -319,10 +320,12 @@ def compare(case: Case, seconds: float) -> tuple[dict[str, Any], dict[str, Tenso
         rows[name] = _claim(case, name, found, float(affine.bias)) | {
             "difference_to_linearize": common.relative_error(found, ours), "change_by_noise": _change(case, explain),
         }  # fmt: skip
-    for name, timing in interleave(
-        {name: partial(explain, case.x) for name, explain in methods.items()}, seconds=seconds, least=5
-    ).items():
-        rows[name] |= _time(timing)
+    calls = {name: partial(explain, case.x) for name, explain in methods.items()}
+    calls["alone"] = lambda: linearize(case.network, case.x, case.target, progress=False).contributions(case.x)
+    times = {name: _time(one) for name, one in interleave(calls, seconds=seconds, least=5, clock=_on_cpu).items()}
+    rows[OURS] |= {f"{key}_without_constants": value for key, value in times.pop("alone").items()}
+    for name, one in times.items():
+        rows[name] |= one
     out = {
         "about": case.about, "accuracy": case.accuracy, "logit": logit, "constants_by_layer": by_layer,
         "error_of_the_constants_sum": abs(sum(by_layer.values()) - float(affine.bias)) / abs(logit),
@@ -376,6 +379,17 @@ def _change(case: Case, explain: Explain) -> float:
     return float(torch.stack(found).mean())
 
 
+def _on_cpu(work: Callable[[], object], calls: int) -> Sampler:
+    """Time the CPU time of `work`, which other programs on the machine lengthen less than the wall clock's."""
+
+    def sample() -> float:
+        start = time.process_time()
+        work()
+        return 1e3 * (time.process_time() - start) / calls
+
+    return sample
+
+
 def _time(timing: Timing) -> dict[str, Any]:
     low, high = intervals.interval(intervals.resampled(timing.groups, [1.0] * len(timing.groups)))
     return {"ms": timing.p50, "ms_interval": [low, high], "rounds": timing.samples}
@@ -402,8 +416,9 @@ def markdown(results: dict[str, Any]) -> str:
     parts = []
     for case in results["cases"].values():
         lines = [
-            f"**{case['about']}** ({100 * case['accuracy']:.1f} % right on held-out data). Logit {case['logit']:.2f}.", "",
-            "| method | error of its own claim | outside the attributions | difference to linearize | change by noise | ms |",
+            f"**{case['about']}** ({100 * case['accuracy']:.1f} % right on held-out data). Logit {case['logit']:.2f}. "
+            f"Without its constants `linearize` takes {_milliseconds(case['methods'][OURS], '_without_constants')} ms.", "",
+            "| method | error of its own claim | outside the attributions | difference to linearize | change by noise | CPU ms |",
             "|---|--:|--:|--:|--:|--:|",
         ]  # fmt: skip
         lines += [f"| {name} | {_cells(row)} |" for name, row in case["methods"].items()]
@@ -420,7 +435,10 @@ def markdown(results: dict[str, Any]) -> str:
 def short(results: dict[str, Any]) -> str:
     """Return the short table of the page on explaining: the share outside the attributions, and time, by input."""
     cases = results["cases"]
-    lines = ["| method | " + " | ".join(f"{name}: outside, ms" for name in cases) + " |", "|---|" + "--:|" * len(cases)]
+    lines = [
+        "| method | " + " | ".join(f"{name}: outside, CPU ms" for name in cases) + " |",
+        "|---|" + "--:|" * len(cases),
+    ]
     for name in (OURS, *(f"captum {one}" for one in ("InputXGradient", "IntegratedGradients", "DeepLift", "LRP"))):
         found = [case["methods"][name] for case in cases.values()]
         cells = [
@@ -437,12 +455,16 @@ def _noted(row: dict[str, Any]) -> str:
 def _cells(row: dict[str, Any]) -> str:
     if "ms" not in row:
         return f"{_noted(row)} | - | - | - | -"
-    low, high = row["ms_interval"]
-    digits = 2 if row["ms"] < 10 else 0
     return (
         f"{_size(row['claim_error'])} | {100 * row['outside']:.1f} % | {_size(row['difference_to_linearize'])} | "
-        f"{100 * row['change_by_noise']:.0f} % | {row['ms']:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
+        f"{100 * row['change_by_noise']:.0f} % | {_milliseconds(row)}"
     )
+
+
+def _milliseconds(row: dict[str, Any], which: str = "") -> str:
+    (low, high), median = row[f"ms_interval{which}"], row[f"ms{which}"]
+    digits = 2 if median < 10 else 0
+    return f"{median:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
 
 
 def _size(value: float | None) -> str:
