@@ -72,3 +72,28 @@ def test_the_pages_have_the_tables():
             if "radient x" in name or "InputX" in name
         ]
         assert len(equal) == 2 and max(equal) < 1e-12
+
+
+@needs_records
+def test_the_sentences_of_the_page_are_of_the_record():
+    page = " ".join((ROOT / "docs" / "comparison.md").read_text(encoding="utf-8").split())
+    cases = json.loads(RECORD.read_text())["results"]["cases"]
+    image = cases["image"]["methods"]
+    noise = {name: 100 * row["change_by_noise"] for name, row in image.items()}
+    shap = sorted(noise[f"shap {kind}Explainer"] for kind in ("Deep", "Gradient"))
+    assert f"On the image they are {100 * image['linearize']['outside']:.0f} % of it" in page
+    assert image["linearize"]["sum"] < 0
+    listing = (ROOT / "docs" / "experiments.md").read_text(encoding="utf-8")
+    shares = [f"{100 * case['methods']['linearize']['outside']:.0f}" for case in cases.values()]
+    assert "Its constants are {}, {} and {} % of the logit".format(*shares) in listing
+    assert (
+        f"changes them by {noise['linearize']:.0f} %, integrated gradients by {noise['captum IntegratedGradients']:.0f} %, "
+        f"shap's means by {shap[0]:.0f} to {shap[1]:.0f} %, EpsilonPlus by {noise['zennit EpsilonPlus']:.0f} %" in page
+    )
+    gradient, ours = ([c["methods"][name] for c in cases.values()] for name in ("captum InputXGradient", "linearize"))
+    for key, text in (
+        ("ms", "takes {:.1f} to {:.1f} times"),
+        ("ms_without_constants", "{:.1f} to {:.1f} times without"),
+    ):
+        ratios = [one[key] / other["ms"] for one, other in zip(ours, gradient, strict=True)]
+        assert text.format(min(ratios), max(ratios)) in page
