@@ -320,7 +320,7 @@ def compare(case: Case, seconds: float) -> tuple[dict[str, Any], dict[str, Tenso
         rows[name] = _claim(case, name, found, float(affine.bias)) | {
             "difference_to_linearize": common.relative_error(found, ours), "change_by_noise": _change(case, explain),
         }  # fmt: skip
-    calls = {name: partial(explain, case.x) for name, explain in methods.items()}
+    calls: dict[str, Callable[[], object]] = {name: partial(explain, case.x) for name, explain in methods.items()}
     calls["alone"] = lambda: linearize(case.network, case.x, case.target, progress=False).contributions(case.x)
     times = {name: _time(one) for name, one in interleave(calls, seconds=seconds, least=5, clock=_on_cpu).items()}
     rows[OURS] |= {f"{key}_without_constants": value for key, value in times.pop("alone").items()}
