@@ -97,3 +97,4 @@ def test_the_sentences_of_the_page_are_of_the_record():
     ):
         ratios = [one[key] / other["ms"] for one, other in zip(ours, gradient, strict=True)]
         assert text.format(min(ratios), max(ratios)) in page
+        assert key != "ms" or text.format(min(ratios), max(ratios)).removeprefix("takes ") in listing
