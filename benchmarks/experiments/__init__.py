@@ -20,7 +20,7 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     **{name: (name,) for name in (
         "gated_images", "titanic", "linearize_cifar10", "descramble_cifar10", "mnist_tsne", "digits_attribution", "digits_tsne",
         "two_regimes", "few_clusters", "oblique_trees", "gated_digits", "gated_tables", "language_map",
-        "report_pages",
+        "report_pages", "explainers",
     )},
     "orthogonality": ("digits_constraints",),
     **{name: (name,) for name in ("learning_rates", "recipes", "fine_tuning", "readable_heads")},

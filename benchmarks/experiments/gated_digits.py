@@ -140,7 +140,7 @@ def _draw_kernels(run: common.Run, kernels: dict[str, Tensor], labels: Tensor) -
     figure, panels = plt.subplots(1, len(kernels), figsize=(4.6 * len(kernels), 3.9), layout="constrained")
     for axes, (name, kernel) in zip(panels, kernels.items(), strict=True):
         plots.kernel_matrix(kernel, labels, axes=axes)
-        axes.set_title(name)
+        axes.set_title(f"{name}: {axes.get_title()}", fontsize=9)
     figure.suptitle(f"Neural path kernels of {len(labels)} test digits")
     run.figure(figure, "kernels")
 
@@ -148,7 +148,6 @@ def _draw_kernels(run: common.Run, kernels: dict[str, Tensor], labels: Tensor) -
 def _draw(run: common.Run, trainer: common.Trainer) -> None:
     figure, (bars, curves) = plt.subplots(1, 2, figsize=(12, 4.6), layout="constrained", width_ratios=(5, 4))
     plots.regime_bars({name: trainer.of(name, "last_accuracy") for name in MEANINGS}, axes=bars)
-    bars.set(xlabel="test accuracy, %", title="Regimes")
+    bars.set(xlabel="test accuracy, %")
     plots.alignment_curves({name: _alignments(trainer, name) for name in ALIGNED}, axes=curves)
-    curves.set_title("Path kernel and classes")
     run.figure(figure, "regimes")

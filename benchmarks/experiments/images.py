@@ -93,7 +93,8 @@ def draw(run: common.Run, trainer: common.Trainer, published: dict[str, float], 
     )
     bars = panels[0][0]
     plots.regime_bars({name: trainer.of(name, "last_accuracy") for name in names}, published=published, axes=bars)
-    bars.set(xlabel="test accuracy, %", title=title)
+    bars.set(xlabel="test accuracy, %")
+    bars.set_title(f"{bars.get_title()}\n{title}", fontsize=10)
     for i, name in enumerate(names if epochs > 1 else ()):
         for seed, history in enumerate(trainer.of(name, "history")):
             percent = [100 * share for share in history["accuracy"]]
@@ -104,5 +105,5 @@ def draw(run: common.Run, trainer: common.Trainer, published: dict[str, float], 
         curves = panels[0][1]
         curves.set(xlabel="epoch", ylabel="test accuracy, %", xlim=(0.5, epochs + 0.5), title="Accuracy over training")
         curves.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-        curves.legend(fontsize=8)
+        curves.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     run.figure(figure, suffix)

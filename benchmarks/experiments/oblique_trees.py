@@ -210,11 +210,12 @@ def _draw_hyperplanes(run: common.Run, name: str, normals: dict[str, Tensor], tr
 
 def _draw_accuracy(run: common.Run, trainer: common.Trainer) -> None:
     figure, panels = plt.subplots(
-        1, len(run.given.datasets), figsize=(4.6 * len(run.given.datasets), 2.6), layout="constrained", squeeze=False
+        1, len(run.given.datasets), figsize=(4.6 * len(run.given.datasets), 2.9), layout="constrained", squeeze=False
     )
     for axes, name in zip(panels[0], run.given.datasets, strict=True):
         accuracies = {network: trainer.of(f"{name}: {network}", "last_accuracy") for network, _, _ in _networks(name)}
         published = {network: known.accuracy for network, known in PUBLISHED[name].items()}
         plots.regime_bars(accuracies, published=published, axes=axes)
-        axes.set(title=name, xlabel="test accuracy, %")
+        axes.set(xlabel="test accuracy, %")
+        axes.set_title(f"{name}: {axes.get_title()}", fontsize=9)
     run.figure(figure, "accuracy")

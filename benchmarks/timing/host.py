@@ -3,7 +3,8 @@
 With few rows this time is the time of a layer. The triton engine runs with its kernels replaced by nothing below Triton's own
 Python, on CPU tensors that stand for those of an H100: a launch is counted, a kernel is not. Layers, losses and polynomials of
 the eager engine run on the CPU beside the same products written by hand. All calls run on one thread, interleaved, and are
-timed by that thread's CPU time, which other programs on the machine lengthen less than the wall clock's.
+timed by that thread's CPU time, which other programs on the machine lengthen less than the wall clock's. The loss of a head is
+also timed with its reconstruction's term.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from torch.autograd import Function
 
 import interp_nn
 from benchmarks.command_line import UserInputError
-from benchmarks.records import environment, rows
+from benchmarks.records import environment, intervals, rows
 from benchmarks.timing.clocks import Timing, interleave
 from interp_nn import functional
 from interp_nn.engines import devices, eager, limits, select
@@ -38,6 +39,7 @@ _SECONDS = 50.0
 _KERNEL_SHAPE = 64, 64, 16  # an n at which a kernel takes less time than its launch
 _LAYER_SHAPE = 32, 512, 100  # the fastest of the shapes in the tables
 _CLASSES = 10
+_HEAD_SHAPE = 32, 128, 16  # the README's head, at batch 32
 _POLYNOMIAL_SHAPE = 4096, 512, 64
 _MICROBATCHES, _MICROBATCH_SHAPE = 8, (32, 512, 100)
 _CALLS = 10  # in a sample
@@ -50,11 +52,15 @@ class Ratio:
     def __init__(self, call: str, other: str, most: float, unit: str = "x") -> None:
         self.call, self.other, self.most, self.unit = call, other, most, unit
 
-    def of(self, medians: dict[str, float]) -> dict[str, Any]:
-        """Return the comparison as a row of the record."""
+    def of(self, medians: dict[str, float], taken: dict[str, Timing]) -> dict[str, Any]:
+        """Return the comparison as a row of the record; the interval is of ratios, by groups of rounds."""
         a, b = medians[self.call], medians[self.other]
         value = round(a / b, 3) if self.unit == "x" else round(a - b, 2)
-        return {"call": self.call, "to": self.other, "value": value, "unit": self.unit, "bound": self.most}
+        found = intervals.interval(intervals.resampled(taken[self.call].groups, taken[self.other].groups))
+        ratio = [round(end, 3) for end in found]
+        return {
+            "call": self.call, "to": self.other, "value": value, "unit": self.unit, "bound": self.most, "ratio": ratio,
+        }  # fmt: skip
 
 
 _KERNEL_BOUNDS = (
@@ -69,6 +75,10 @@ _LAYER_BOUNDS = (
     Ratio("SummaryLinear, forward and backward", "by hand, forward and backward", 9.0, "us"),
     Ratio("pair loss and backward", "pair loss by hand and backward", 1.04),
     Ratio("head loss and backward", "head loss by hand and backward", 1.04),
+)
+_HEAD_BOUNDS = (
+    Ratio("with reconstruction, forward", "loss, forward", 2.6),
+    Ratio("with reconstruction, forward and backward", "loss, forward and backward", 2.0),
 )
 _POLYNOMIAL_BOUNDS = (
     Ratio("newton-schulz, forward and backward", "nn.Linear, forward and backward", 1.10),
@@ -86,10 +96,11 @@ def run(output: Path | None) -> dict[str, Any]:
         with _stubbed_launches():
             kernels = _timed(_kernel_calls(), _KERNEL_SHAPE, _KERNEL_BOUNDS)
         layers = _timed(_layer_calls(), _LAYER_SHAPE, _LAYER_BOUNDS)
+        heads = _timed(_reconstruction_calls(), _HEAD_SHAPE, _HEAD_BOUNDS)
         polynomials = _timed(_polynomial_calls(), _POLYNOMIAL_SHAPE, _POLYNOMIAL_BOUNDS)
     finally:
         torch.set_num_threads(threads)
-    parts = {"kernels": kernels, "layers": layers, "polynomials": polynomials}
+    parts = {"kernels": kernels, "layers": layers, "heads": heads, "polynomials": polynomials}
     result = {
         **environment.facts(),
         "unit": "us",
@@ -106,7 +117,7 @@ def run(output: Path | None) -> dict[str, Any]:
 def table(result: dict[str, Any]) -> str:
     """Return the record as lines of text."""
     lines = []
-    for name in ("kernels", "layers", "polynomials"):
+    for name in ("kernels", "layers", "heads", "polynomials"):
         part = result[name]
         lines.append(f"{name}, n, d, k = {', '.join(map(str, part['shape']))}:")
         lines += [f"  {call:44s} {median:8.1f} us" for call, median in part["median"].items()]
@@ -164,7 +175,7 @@ def _timed(calls: Calls, shape: tuple[int, int, int], bounds: tuple[Ratio, ...])
         "rounds": next(iter(taken.values())).samples,
         "median": medians,
         "quantile of 20 %": fast,
-        "compared": [bound.of(medians) for bound in bounds],
+        "compared": [bound.of(medians, taken) for bound in bounds],
     }
 
 
@@ -382,6 +393,27 @@ def _head_by_hand(x: Tensor, b: Tensor, a: Tensor, c: Tensor, target: Tensor) ->
     o = torch.addmm(torch.cat((c, c)), x, torch.cat((f, h @ b.t())).t()).view(-1, 2, len(a))
     first, second = o.unbind(1)
     return _three_terms(first, second, target)
+
+
+def _reconstruction_calls() -> Calls:
+    """The loss of a head with and without its reconstruction's term, with gradients to the features too."""
+    n, d, k = _HEAD_SHAPE
+    head, leaf, target = (
+        SummaryHead(d, k, _CLASSES),
+        torch.randn(n, d, requires_grad=True),
+        torch.randint(_CLASSES, (n,)),
+    )
+    wanted = (leaf, *head.parameters())
+
+    def both(weight: float) -> Any:
+        return torch.autograd.grad(head.loss(leaf, target, reconstruction=weight), wanted)
+
+    return {
+        "loss, forward": lambda: head.loss(leaf, target),
+        "with reconstruction, forward": lambda: head.loss(leaf, target, reconstruction=1.0),
+        "loss, forward and backward": lambda: both(0.0),
+        "with reconstruction, forward and backward": lambda: both(1.0),
+    }
 
 
 # Polynomials of the eager engine

@@ -10,6 +10,7 @@ import time
 import pytest
 import torch
 from gpu_stand_ins import CPU, Graph
+from support import needs_records
 
 from benchmarks import experiments
 from benchmarks.__main__ import main
@@ -486,7 +487,31 @@ def test_the_overhead_of_a_layer(monkeypatch, tmp_path):
     monkeypatch.setattr(host, "_CALLS", 1)
     printed, record = host.table(host.run(tmp_path / "host.json")), json.loads((tmp_path / "host.json").read_text())
     assert "engine: loss of a head" in printed and "SummaryLinear, forward to by hand, forward" in printed
-    assert len(record["kernels"]["compared"]) == 4 and record["functions"]["SummaryLinear(x)"] <= 6
+    low, high = record["heads"]["compared"][1]["ratio"]
+    assert 0 < low <= high and len(record["kernels"]["compared"]) == 4 and record["functions"]["SummaryLinear(x)"] <= 6
+
+
+@needs_records
+def test_the_pages_have_the_overhead_of_the_record():
+    record = json.loads((environment.ROOT / "benchmarks/results/cpu/host.json").read_text())
+    reading, performance = (
+        " ".join((environment.ROOT / "docs" / page).read_text(encoding="utf-8").split())
+        for page in ("reading.md", "performance.md")
+    )
+    heads, kernels = record["heads"]["median"], record["kernels"]["median"]
+    ms = [f"{heads[f'{way}, {mode}'] / 1000:.2f}" for mode in ("forward and backward", "forward")
+          for way in ("with reconstruction", "loss")]  # fmt: skip
+    found = record["heads"]["compared"][1]
+    assert "take {} ms with it and {} without".format(*ms[:2]) in reading
+    assert "{} and {} ms; one thread".format(*ms[2:]) in reading
+    assert (
+        f"{found['value']:.2f} times as long (95 % interval {found['ratio'][0]:.2f} to {found['ratio'][1]:.2f};"
+        in reading
+    )
+    ours, plain = ([f"{kernels[f'{call}, {mode}']:.0f}" for mode in ("forward", "forward and backward")]
+                   for call in ("summary", "F.linear"))  # fmt: skip
+    assert "a forward takes {} µs and {} µs with its backward".format(*ours) in performance
+    assert "F.linear takes {} and {} µs".format(*plain) in performance
 
 
 def test_commands(rated, tmp_path, capsys):

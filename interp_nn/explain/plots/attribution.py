@@ -200,7 +200,7 @@ def bias_map(
     names, parts = _layers(by_layer, sample)
     k = parts.shape[1]
     columns = [str(j) for j in range(k)] if outputs is None else list(outputs)
-    axes = new_axes(axes, (0.62 * k + 3.2, 0.36 * len(names) + 1.5))
+    axes = new_axes(axes, (max(5.0, 0.62 * k + 3.2), max(2.6, 0.36 * len(names) + 1.5)))
     heat_map(axes, parts, names, columns, "part of b, in the output's units")
     largest = np.unravel_index(np.abs(parts).argmax(), parts.shape)
     title = f"Constants by layer: largest in layer {names[largest[0]]}, for output {columns[largest[1]]}"

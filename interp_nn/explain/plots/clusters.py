@@ -81,7 +81,9 @@ def cluster_coefficients(
     hidden = [f"{count} {what}" for count, what in (
         (len(sizes) - len(order), "smaller clusters"), (len(names) - len(columns), "features of smaller coefficients")
     ) if count]  # fmt: skip
-    set_title(axes, "Coefficients by cluster" + (f" (not shown: {', '.join(hidden)})" if hidden else ""))
+    means = sizes @ np.abs(values) / (sizes.sum() or 1)
+    finding = f"{names[int(means.argmax())]} has the largest mean |coefficient|: {means.max():.2g}"
+    set_title(axes, finding + (f" (not shown: {', '.join(hidden)})" if hidden else ""))
     return axes
 
 

@@ -107,6 +107,9 @@ def kernel_matrix(kernel: Tensor, labels: Tensor | None = None, *, axes: Axes | 
         same = np.equal.outer(array(labels)[order], array(labels)[order])
         within, between = values[same].mean(), values[~same].mean() if (~same).any() else np.nan
         set_title(axes, f"mean within classes {within:.3g}, between {between:.3g}")
+    elif n > 1:
+        inner = np.eye(n, dtype=bool)
+        set_title(axes, f"mean on the diagonal {values[inner].mean():.3g}, off it {values[~inner].mean():.3g}")
     return axes
 
 
@@ -131,7 +134,7 @@ def alignment_curves(curves: Mapping[str, Tensor], *, axes: Axes | None = None) 
     """
     if not curves:
         raise ValueError("curves: got none, want at least one")
-    axes = new_axes(axes, (5.4, 3.8))
+    axes = new_axes(axes, (6.4, 3.8))
     from matplotlib.ticker import MaxNLocator
 
     for i, (name, values) in enumerate(curves.items()):
@@ -153,7 +156,10 @@ def alignment_curves(curves: Mapping[str, Tensor], *, axes: Axes | None = None) 
         )
     axes.set(xlabel="epoch", ylabel="alignment with the classes")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.legend()
+    axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    ends = {name: float(array(torch.atleast_2d(values))[:, -1].mean()) for name, values in curves.items()}
+    best = max(ends, key=lambda name: ends[name])
+    set_title(axes, f"{best} ends {'highest:' if len(ends) > 1 else 'at'} {ends[best]:.2g}")
     return axes
 
 
@@ -202,7 +208,7 @@ def regime_bars(
     axes.set_axisbelow(True)
     if others:
         axes.plot(list(others.values()), [names.index(name) for name in others], "kx", markersize=6, label="published")
-        axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.22), ncols=2)
+        axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, 0.0), borderaxespad=5, ncols=2)
     every = [100 * float(v) for values in accuracies.values() for v in values] + list(others.values())
     low, high = min(every), max(every)
     room = max(high - low, 1.0)
@@ -278,6 +284,9 @@ def tree_diagram(
         axes.text(x, y, text, ha="center", va="center", fontsize=8, bbox=box, zorder=2)
     axes.set(xlim=(-0.5, tree.depth + 0.5), ylim=(0.5 - leaves, 0.5))
     axes.axis("off")
+    ends = [node for node in places if no[node] < 0]
+    share = max(coverage[node] for node in ends)
+    set_title(axes, f"A tree of {len(ends)} leaves: the largest has {100 * share:.0f} % of the samples")
     return axes
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from interp_nn.explain.plots.canvas import array, heat_map, new_axes
+from interp_nn.explain.plots.canvas import array, heat_map, new_axes, set_title
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -39,8 +39,9 @@ def head_contributions(reading: HeadReading, *, most: int = 12, axes: Axes | Non
     order = kept.latents[:most]
     values = array((reading.weight * reading.codes.std(0, correction=0)).mT[order])
     rows = [f"latent {i}: {100 * float(reading.importance[i]):.0f} %" for i in order.tolist()]
-    axes = new_axes(axes, (0.62 * len(reading.class_names) + 3.2, 0.34 * len(rows) + 1.5))
-    heat_map(axes, values, rows, reading.class_names, "contribution of one standard deviation")
+    axes = new_axes(axes, (max(5.0, 0.62 * len(reading.class_names) + 3.2), max(2.6, 0.34 * len(rows) + 1.5)))
+    heat_map(axes, values, rows, reading.class_names, "output per standard deviation")
     alone = 100 * float(kept.agreement[len(rows)])
-    axes.set(xlabel="output", title=f"{len(rows)} latents alone predict as the network in {alone:.0f} % of samples")
+    axes.set(xlabel="output")
+    set_title(axes, f"{len(rows)} latents alone predict as the network in {alone:.0f} % of samples")
     return axes

@@ -150,7 +150,8 @@ def spectrum_curves(
     for each in (axes, twin):
         if any((np.asarray(drawn.get_ydata()) > 0).any() for drawn in each.lines):
             each.set_yscale("log")
-    axes.legend(handles=[*axes.lines, line], fontsize=8, loc="lower center")
+    shown = [*axes.lines, line]
+    axes.legend(handles=shown, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, 0.0), borderaxespad=5, ncols=2)
     energies, mode_costs = (values.double() for values in (spectrum.energies, spectrum.mode_costs))
     chance = float(mode_costs.mean() * energies.sum())
     left = f": {float(mode_costs @ energies) / chance:.2g} of a random P's loss is left" if chance else ""
