@@ -612,6 +612,13 @@ CHECKS = {f.__name__: f for f in (
 )}  # fmt: skip
 
 
+def fork(_, folder):
+    """Run the checks in two forks of this process, so that PyTorch is imported once."""
+    import torch._dynamo  # noqa: F401 - optimizers import it
+
+    torch.multiprocessing.start_processes(run, (folder,), nprocs=2, start_method="fork")
+
+
 def run(rank, folder):
     """Every check on one of the two processes; a file each, empty or with what went wrong."""
     torch.set_num_threads(1)

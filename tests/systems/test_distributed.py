@@ -15,7 +15,7 @@ import ranks
 def said(tmp_path_factory):
     """What each process said of a check; empty where it passed."""
     folder = tmp_path_factory.mktemp("ranks")
-    torch.multiprocessing.spawn(ranks.run, (folder,), nprocs=2)
+    torch.multiprocessing.spawn(ranks.fork, (folder,), nprocs=1)
     return lambda name: [(folder / f"{name}.{rank}").read_text() for rank in range(2)]
 
 
