@@ -232,7 +232,9 @@ def writing(folder, count, name="one"):
     """Start a process that writes a file and a line so often, and prints the number of each."""
     command = [sys.executable, "-c", LOOP, folder / "file.json", folder / "lines.jsonl", str(count), name]
     # `files` stands alone: without its package the process starts without PyTorch.
-    return subprocess.Popen(command, cwd=Path(files.__file__).parent, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        command, cwd=Path(files.__file__).parent, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
 
 
 def whole(path):
