@@ -38,12 +38,14 @@ PASSENGERS = "survived,pclass,name,sex,age,sibsp,parch,ticket,fare,cabin,embarke
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch):
-    """No data from outside; no rendering, which is half of the time; few shuffles; a vgg11 of few channels."""
+    """No data from outside; no rendering, which is half of the time; few shuffles; a vgg11 of few channels and units."""
     monkeypatch.delenv("INTERP_NN_DATA", raising=False)
     monkeypatch.setattr(Figure, "savefig", lambda self, path, **_: Path(path).touch())
     monkeypatch.setattr(Descrambler.nulls, "__defaults__", (4, 0))
     thin = [width if isinstance(width, str) else max(8, width // 32) for width in reference_networks._VGG11]
     monkeypatch.setattr(reference_networks, "_VGG11", tuple(thin))
+    vgg11 = reference_networks.ARCHITECTURES["vgg11"]
+    monkeypatch.setitem(reference_networks.ARCHITECTURES, "vgg11", vgg11._replace(hidden=(64, 64)))
 
 
 @pytest.fixture(scope="module")
