@@ -345,7 +345,9 @@ class Endless:
         return time.sleep, (600,)
 
 
-@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")  # of Python 3.12; these forks count letters
+@pytest.mark.filterwarnings(
+    "ignore:.*multi-threaded.*fork:DeprecationWarning"
+)  # of Python 3.12; these forks count letters
 def test_a_process_that_dies_or_hangs_costs_its_task_only(monkeypatch):
     """Forked, as a process that imports PyTorch takes two seconds to start."""
     fork = multiprocessing.get_context("fork")

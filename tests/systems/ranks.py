@@ -614,7 +614,7 @@ CHECKS = {f.__name__: f for f in (
 
 def fork(_, folder):
     """Run the checks in two forks of this process, so that PyTorch is imported once."""
-    import torch._dynamo  # noqa: F401 - optimizers import it
+    import torch._dynamo  # optimizers import it
 
     torch.multiprocessing.start_processes(run, (folder,), nprocs=2, start_method="fork")
 
