@@ -41,14 +41,15 @@ def integers(*shape, dtype=torch.float64, limit=2):
     return torch.randint(-limit, limit + 1, shape).to(dtype)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize(("plan", "pair"), ALL_CASES)
-def test_every_order_and_dtype_obeys_the_law(plan, pair, shape, dtype):
+def test_every_order_and_dtype_obeys_the_law(plan, pair, shape):
     n, d, k = shape
     inputs = [*scaled(n, d, k)] if pair else [*scaled(n, d, k), randn(k)]
     function = (lambda x, b: pair_by(plan, x, b)) if pair else (lambda x, b, bias: summary_by(plan, x, b, bias))
-    check_law(function, naive_pair if pair else naive, inputs, [randn(n, k), randn(n, k)][: 1 + pair], dtype)
+    upstream = [randn(n, k), randn(n, k)][: 1 + pair]
+    for dtype in DTYPES:
+        check_law(function, naive_pair if pair else naive, inputs, upstream, dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -390,11 +390,14 @@ def placements():
     }
 
 
+SPLIT = ("rows", "inputs", "outputs", "rows and outputs", "partial sums")
+
+
 def dtensors():
-    for shape in ((4, 2, 6), (7, 5, 3)):
+    for shape, names in (((7, 5, 3), placements()), ((4, 2, 6), SPLIT)):
         tensors = operands(*shape)
         wanted = derivatives(functional.summary, *tensors)
-        for name, over in placements().items():
+        for name, over in ((name, placements()[name]) for name in names):
             found = derivatives(functional.summary, *place(tensors, over))
             try:
                 all_same(found, wanted)
@@ -446,7 +449,7 @@ def dtensor_pairs_and_matrices():
         return p.sin() * y + bias
 
     wanted = derivatives(pair, x, b, bias, dy)
-    for over in placements().values():
+    for over in map(placements().get, SPLIT):
         all_same(derivatives(pair, *place((x, b, bias, dy), over)), wanted)
         (shared,) = place((b,), over[1:2])
         same(functional.gram(shared), functional.gram(b), 1e-10)
@@ -468,7 +471,7 @@ def dtensors_of_polynomials():
     c, a = torch.tensor(q["polynomial"], dtype=torch.float64), torch.tensor(0.7, dtype=torch.float64)
     values = derivatives(of_numbers, x, b, bias, dy)
     gradients = learned(x, *(t.clone().requires_grad_() for t in (b, c, a)), dy)
-    for over in placements().values():
+    for over in map(placements().get, SPLIT):
         all_same(derivatives(of_numbers, *place((x, b, bias, dy), over)), values)
         placed = place((x, b, c, a, dy), (*over[:2], Replicate(), Replicate(), over[3]))
         all_same(learned(placed[0], *(t.requires_grad_() for t in placed[1:4]), placed[4]), gradients)
