@@ -138,7 +138,8 @@ def test_fake_and_meta_agree_with_real(plan, pair, make_b):
         return [*out, OPS.summary_backward(dp, dy, x, b, saved, token, [True] * 3, transposed)]
 
     inputs = [*((batch, torch.float32) for batch in ((), (0,), (2, 1), (140,))), ((9,), torch.bfloat16)]
-    for (batch, dtype), (d, k) in itertools.product(inputs, ((6, 4), (4, 4), (3, 5), (1, 4), (4, 1))):
+    whole = itertools.product(inputs, ((6, 4), (3, 5)))
+    for (batch, dtype), (d, k) in (*whole, *zip(inputs[1:4], ((4, 4), (1, 4), (4, 1)), strict=True)):
         x, b = randn(*batch, d).to(dtype), make_b(d, k).to(dtype)
         real = run(x, b)
         agrees(real, run(x.to("meta"), b.to("meta")))
