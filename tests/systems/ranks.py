@@ -5,8 +5,10 @@ Results are compared with the same computation in one process, in fp64 unless a 
 
 import copy
 import re
+import sys
 import traceback
 from datetime import timedelta
+from pathlib import Path
 
 import pytest
 import torch
@@ -602,7 +604,7 @@ def tied_weights_and_shared_modules():
     same(shared["a"](x), wanted)
 
 
-CHECKS = {f.__name__: f for f in (
+CHECKS = [
     ddp, ddp_of_a_head, ddp_of_gated_networks, ddp_without_synchronisation, ddp_with_polynomials,
     ddp_with_cached_weights, fsdp, fsdp_with_polynomials, fsdp_of_a_head, fsdp_in_bfloat16,
     fsdp_state_dict, fsdp_with_a_constraint, sharded_weights_are_constrained,
@@ -612,14 +614,7 @@ CHECKS = {f.__name__: f for f in (
     dtensors_of_polynomials, dtensors_under_autocast_and_without_gradients, dtensors_that_are_refused,
     tensor_parallel, tensor_parallel_with_polynomials, tensor_parallel_over_rows, tensor_parallel_of_a_pair,
     tensor_parallel_that_is_refused,
-)}  # fmt: skip
-
-
-def fork(_, folder):
-    """Run the checks in two forks of this process, so that PyTorch is imported once."""
-    import torch._dynamo  # optimizers import it
-
-    torch.multiprocessing.start_processes(run, (folder,), nprocs=2, start_method="fork")
+]  # fmt: skip
 
 
 def run(rank, folder):
@@ -627,11 +622,18 @@ def run(rank, folder):
     torch.set_num_threads(1)
     store = dist.FileStore(str(folder / "store"), 2)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=120))
-    for name, check in CHECKS.items():
+    for check in CHECKS:
         try:
             check()
             said = ""
         except Exception:
             said = traceback.format_exc()
-        (folder / f"{name}.{rank}").write_text(said)
+        (folder / f"{check.__name__}.{rank}").write_text(said)
     dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    import torch._dynamo  # optimizers import it
+
+    # Forks, so that PyTorch is imported once.
+    torch.multiprocessing.start_processes(run, (Path(sys.argv[1]),), nprocs=2, start_method="fork")
