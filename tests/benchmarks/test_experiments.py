@@ -24,7 +24,7 @@ from benchmarks.experiments import (
     physics_informed,
     tabular,
 )
-from benchmarks.records import rows
+from benchmarks.records import environment, rows
 from benchmarks.records.environment import ROOT
 from benchmarks.timing import reference_networks
 from interp_nn.explain.descramble.descrambler import Descrambler
@@ -34,16 +34,20 @@ KEYS = {
 }  # fmt: skip
 SMALL = ("--train-size", "40", "--test-size", "20", "--batch", "10")
 PASSENGERS = "survived,pclass,name,sex,age,sibsp,parch,ticket,fare,cabin,embarked"
+_run = functools.cache(environment._run)
 
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch):
-    """No data from outside; no rendering, which is half of the time; few shuffles; a vgg11 of few channels."""
+    """No data from outside; no rendering, which is half of the time; few shuffles; a small vgg11; git is asked once."""
     monkeypatch.delenv("INTERP_NN_DATA", raising=False)
     monkeypatch.setattr(Figure, "savefig", lambda self, path, **_: Path(path).touch())
     monkeypatch.setattr(Descrambler.nulls, "__defaults__", (4, 0))
+    monkeypatch.setattr(environment, "_run", _run)
     thin = [width if isinstance(width, str) else max(8, width // 32) for width in reference_networks._VGG11]
     monkeypatch.setattr(reference_networks, "_VGG11", tuple(thin))
+    vgg11 = reference_networks.ARCHITECTURES["vgg11"]
+    monkeypatch.setitem(reference_networks.ARCHITECTURES, "vgg11", vgg11._replace(hidden=(64, 64)))
 
 
 @pytest.fixture(scope="module")

@@ -219,7 +219,7 @@ def test_a_link_stays_and_what_is_no_file_is_not_replaced(tmp_path):
 LOOP = """
 import json, sys
 from pathlib import Path
-from benchmarks.records import files
+import files
 path, lines, count, name = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
 for i in range(count):
     files.write_text(path, json.dumps({"name": name, "value": [i] * 4_000}))
@@ -231,7 +231,10 @@ for i in range(count):
 def writing(folder, count, name="one"):
     """Start a process that writes a file and a line so often, and prints the number of each."""
     command = [sys.executable, "-c", LOOP, folder / "file.json", folder / "lines.jsonl", str(count), name]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    # `files` stands alone: without its package the process starts without PyTorch.
+    return subprocess.Popen(
+        command, cwd=Path(files.__file__).parent, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
 
 
 def whole(path):

@@ -84,7 +84,17 @@ def test_launches_are_counted(log, lines, monkeypatch):
     assert lines()[-1]["why"] == "2 on the device, 1 of the engine's, want 1"
 
 
-@pytest.mark.parametrize(("problem", "mode"), timings.TINY, ids=str)
+# Slow are those that are timed on the wall's clock too, where `test_timing` times every mode.
+@pytest.mark.parametrize(
+    ("problem", "mode"),
+    [
+        pytest.param(
+            problem, mode, marks=[pytest.mark.slow] * (mode in ("infer", "bwd") or problem.op == "cross_entropy")
+        )
+        for problem, mode in timings.TINY
+    ],
+    ids=str,
+)
 def test_every_provider_is_timed_by_each_clock(problem, mode, played, log, lines, monkeypatch):
     for name in BOTH:  # the eager engine computes in the place of those with kernels
         monkeypatch.setitem(providers.KERNELS, f"kernel-{name}", engines.ENGINES[0])

@@ -325,6 +325,7 @@ def test_providers_and_limits_of_a_run(arguments, large, orthogonal, monkeypatch
 
 def test_nothing_begins_when_the_time_is_over(rated, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(explain_suite, "_SAMPLES", 100)
+    monkeypatch.setattr(explain_suite, "_BATCH", {"cnn": 1, "vgg11": 1})
     file = tmp_path / "record.jsonl"
     arguments = ["--device", "cpu", "--minutes", "0", "--dtype", "fp32", "--shape", "8,4,2", "--revision", "f00d"]
     assert main(["run", *arguments, "--out", str(file)]) == 0
@@ -364,6 +365,7 @@ def test_explanations(out, monkeypatch):
     noted = lambda *given: seen.append(torch.backends.cudnn.conv.fp32_precision) or linearize(*given)  # noqa: E731
     monkeypatch.setattr(explain_suite, "linearize", noted)
     monkeypatch.setattr(explain_suite, "ARCHITECTURES", ("cnn",))
+    monkeypatch.setattr(explain_suite, "_BATCH", {"cnn": 2})
     monkeypatch.setattr(explain_suite, "_SAMPLES", 100)
     explain_suite.run(ASKED, out)
     assert set(seen) == {"ieee"} and {row["status"] for row in out.rows} == {"ok"}

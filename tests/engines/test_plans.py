@@ -10,7 +10,7 @@ import types
 
 import pytest
 import torch
-from processes import python
+from processes import python_after_torch
 
 import interp_nn
 from interp_nn.engines import barrier, cost, devices, limits, select
@@ -368,20 +368,18 @@ def test_forcing_an_engine_that_is_off_raises_with_the_reason():
     assert reason in str(caught.value) and select.requested() == "auto"
 
 
-@pytest.mark.parametrize("name", ["triton", "warp"])
-def test_an_engine_of_the_environment_is_checked_at_use_not_at_import(name):
-    if name == "triton" and torch.cuda.is_available():
-        pytest.skip("the engine is on")
+def test_an_engine_of_the_environment_is_checked_at_use_not_at_import():
     code = (
-        "import torch, interp_nn; print('imported'); interp_nn.functional.summary(torch.ones(2, 2), torch.ones(2, 2))"
+        "import os; os.environ['INTERP_NN_ENGINE'] = '{}'; import interp_nn, torch; print('imported', flush=True)\n"
+        "interp_nn.functional.summary(torch.ones(2, 2), torch.ones(2, 2))"
     )
-    result = python("-c", code, INTERP_NN_ENGINE=name)
-    assert result.returncode == 1 and result.stdout == "imported\n"
-    if name == "triton":
-        assert "RuntimeError: the triton engine was asked for, but " in result.stderr
-        assert unsupported_reason("triton") in result.stderr
-    else:
-        assert "ValueError: INTERP_NN_ENGINE: unknown engine 'warp'; this build has eager" in result.stderr
+    triton, warp = python_after_torch(code.format("triton"), code.format("warp"))
+    if not torch.cuda.is_available():  # there the engine is on
+        assert triton.startswith("imported\nTraceback")
+        assert "RuntimeError: the triton engine was asked for, but " in triton
+        assert unsupported_reason("triton") in triton
+    assert warp.startswith("imported\nTraceback")
+    assert "ValueError: INTERP_NN_ENGINE: unknown engine 'warp'; this build has eager" in warp
 
 
 # The counters of the barrier

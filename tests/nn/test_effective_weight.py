@@ -164,14 +164,14 @@ WRITES = {
 
 
 @pytest.mark.parametrize("kind", ["linear", "grouped"])
-@pytest.mark.parametrize("write", WRITES.values(), ids=WRITES)
 @pytest.mark.parametrize("grad", [True, False])
-def test_writes_are_refused(kind, write, grad):
+def test_writes_are_refused(kind, grad):
     layer, x = make(kind)
     before = layer(x)
-    with torch.set_grad_enabled(grad), pytest.raises(ValueError, match=REFUSED):
-        write(layer.weight)
-    assert torch.equal(layer(x), before)
+    for write in WRITES.values():
+        with torch.set_grad_enabled(grad), pytest.raises(ValueError, match=REFUSED):
+            write(layer.weight)
+        assert torch.equal(layer(x), before)
 
 
 @pytest.mark.parametrize("kind", ["linear", "grouped"])

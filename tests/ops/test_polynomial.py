@@ -549,11 +549,11 @@ FUNCTIONS = {
 }
 
 
-@pytest.mark.parametrize("function", FUNCTIONS)
 @pytest.mark.parametrize(("options", "error", "message"), BAD)
-def test_bad_polynomials_and_scales(function, options, error, message):
-    with pytest.raises(error, match="^" + re.escape(message)):
-        FUNCTIONS[function](**options)
+def test_bad_polynomials_and_scales(options, error, message):
+    for function in FUNCTIONS.values():
+        with pytest.raises(error, match="^" + re.escape(message)):
+            function(**options)
 
 
 def test_a_tensor_may_hold_nan():

@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
-from processes import python
+from processes import python_after_torch
 
 import interp_nn
 
@@ -21,27 +21,21 @@ PUBLIC = [
 ]
 
 
-def import_once():
-    """Return the CPU time of an import after torch in a new process, which may write bytecode, and the modules it adds."""
-    code = (
-        "import json, sys, time, torch\n"
-        "before = set(sys.modules)\n"
-        "start = time.process_time()\n"
-        "import interp_nn\n"
-        "seconds = time.process_time() - start\n"
-        "print(json.dumps([seconds, sorted(set(sys.modules) - before)]))"
-    )
-    done = python("-c", code, PYTHONDONTWRITEBYTECODE="")  # an empty one counts as unset
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+IMPORT = """
+import json, sys, time
+sys.dont_write_bytecode = False
+before = set(sys.modules)
+start = time.process_time()
+import interp_nn
+seconds = time.process_time() - start
+print(json.dumps([seconds, sorted(set(sys.modules) - before)]))
+"""
 
 
 def test_import_takes_under_50_ms_of_a_processor_after_torch_and_loads_nothing_heavy():
-    seconds, new = import_once()
-    for _ in range(5):  # the first may have compiled bytecode; the best of six counts
-        if seconds < 0.05:
-            break
-        seconds = min(seconds, import_once()[0])
+    """The best of six counts: the first may have compiled bytecode."""
+    seconds, names = zip(*map(json.loads, python_after_torch(*[IMPORT] * 6)), strict=True)
+    seconds, new = min(seconds), names[0]
     assert seconds < 0.05
     packages = {name.partition(".")[0] for name in new}
     assert "interp_nn" in packages

@@ -57,13 +57,19 @@ def check_training(build, backend="inductor", **options):
 
 @pytest.mark.parametrize(
     ("build", "options"),
-    [(mlp, {}), (cnn, {}), (head, {}), (head, {"consistency": "latent"})],
+    [
+        pytest.param(mlp, {}, marks=pytest.mark.slow),  # the linear layer and tanh are in the cnn
+        (cnn, {}),
+        pytest.param(head, {}, marks=pytest.mark.slow),  # its loss is compiled by tests of the operator
+        (head, {"consistency": "latent"}),
+    ],
     ids=["mlp", "cnn", "head", "latent head"],
 )
 def test_training_on_batches_of_any_size_is_one_graph(build, options):
     check_training(build, "aot_eager", **options)
 
 
+@pytest.mark.slow  # strict export, below, takes no break either
 @networks
 def test_no_graph_breaks(build):
     found = torch._dynamo.explain(build())(batch()[0])

@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 import torch
 from explained_networks import functional, mlp, resnet, transformer
-from hypothesis import given
+from hypothesis import given, settings
 from torch import nn
 from torch.nn import functional as F
 
@@ -443,6 +443,7 @@ class Stack(nn.Module):
         return self.head(h.flatten(1))
 
 
+@settings(max_examples=25)
 @given(
     layers=st.lists(st.tuples(st.sampled_from(sorted(ACTIVATIONS)), st.booleans()), min_size=1, max_size=6),
     n=st.integers(1, 3),

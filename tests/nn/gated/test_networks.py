@@ -272,7 +272,14 @@ def test_state_dict_deepcopy_and_pickle_round_trip(make):
         assert torch.equal(twin(x), model(x))
 
 
-@networks
+# Slow are those whose lines the others have: gating, values of ones, biases, a shallow gating, a tensor of values.
+@pytest.mark.parametrize(
+    "make",
+    [
+        pytest.param(make, id=name, marks=[pytest.mark.slow] * (name in ("dgn", "dlgn", "dlgn x")))
+        for name, make in NETWORKS.items()
+    ],
+)
 def test_compiled_whole_it_computes_the_same(make):
     model, x = make(dtype=torch.float64), inputs()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
