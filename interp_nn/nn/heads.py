@@ -117,8 +117,6 @@ class SummaryLayer(LinearForm):
         self, loss: Tensor, weight: float, x: Tensor, target: Tensor, ignore_index: int, reduction: str
     ) -> Tensor:
         """Return a loss plus the weighted reconstruction loss, whose features get no gradient."""
-        if weight == 0:
-            return loss
         weight = functional.reconstruction_weight(weight)
         return loss + weight * functional.reconstruction_loss(
             x.detach(), self.b, target=target, ignore_index=ignore_index, reduction=reduction
@@ -198,6 +196,8 @@ class SummaryClassifier(SummaryLayer):
         loss = functional.summary_cross_entropy(
             x, self.b, target, weights=weights, ignore_index=ignore_index, reduction=reduction
         )
+        if reconstruction == 0:
+            return loss
         return self._with_reconstruction(loss, reconstruction, x, target, ignore_index, reduction)
 
 
@@ -278,11 +278,12 @@ class SummaryHead(SummaryLayer):
             ValueError: Shapes, devices or options that do not fit. The message names the argument.
         """
         if consistency == "logits":
+            output = self.output  # attributes of a module take a long search
             loss = functional.summary_head_cross_entropy(
                 x,
                 self.b,
-                self.output.weight,
-                self.output.bias,
+                output.weight,
+                output.bias,
                 target,
                 weights=weights,
                 ignore_index=ignore_index,
@@ -292,6 +293,8 @@ class SummaryHead(SummaryLayer):
             criterion = SummaryLoss(weights, consistency, ignore_index, reduction)
             codes = functional.summary_pair(x, self.b)
             loss = criterion(tuple(map(self.output, codes)), target, codes)
+        if reconstruction == 0:
+            return loss
         return self._with_reconstruction(loss, reconstruction, x, target, ignore_index, reduction)
 
 
