@@ -29,7 +29,7 @@ from interp_nn.ops.library import any_autocast_enabled, apply, is_batched, ordin
 from interp_nn.ops.losses import CrossEntropyBackwardFunction, any_ignored, computed_late, expression
 from interp_nn.ops.summary import as_rows, backward_function, ordered, spread
 
-_TRIES = 6  # calls until a kernel is compiled, and Triton's arguments for it are known
+_TRIES = 16  # for all functions of a call: a kernel is known to be compiled, with its arguments, from its third launch on
 
 
 class Call:
@@ -57,6 +57,8 @@ class Call:
 
     def prepared(self, name: str, *given: Any) -> Any:
         """Return what an engine has prepared, or None; after some tries always None."""
+        if self.tries == 0:
+            return None
         prepare = getattr(engines.get(self.plan.engine), name, None)
         self.tries = 0 if prepare is None else self.tries - 1
         return None if prepare is None else prepare(*given)
@@ -164,7 +166,7 @@ def _forward(x: Tensor, b: Tensor, bias: Tensor | None, call: Call) -> tuple[Ten
     if call.forward is not None and (prepared := call.forward(x, b, bias)) is not None:
         return prepared
     found = engines.get(call.plan.engine).forward(x, b, bias, call.plan, False)
-    if call.tries and call.forward is None:
+    if call.forward is None:
         call.forward = call.prepared("prepared_forward", x, b, bias, call.plan)
     return found
 
@@ -314,7 +316,7 @@ def _loss(
         plan, options = call.plan, call.options
         assert options is not None
         found = engines.get(plan.engine).loss(rows, b, a, c, classes, options, plan, upstream, needs)
-        if call.tries and call.loss is None and a is None and upstream is None:
+        if call.loss is None and a is None and upstream is None:
             call.loss = call.prepared("prepared_loss", rows, b, classes, options, plan, needs[:2])
     value, grads = found
     if needs[0] and rows is not x:

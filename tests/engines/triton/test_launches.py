@@ -14,7 +14,7 @@ from interp_nn import functional
 from interp_nn.engines.devices import interpreting
 from interp_nn.engines.problem import LossOptions, Plan
 from interp_nn.engines.triton import configs, engine
-from interp_nn.ops import remembered
+from interp_nn.ops import direct, remembered
 
 if interpreting():
     pytest.skip("Triton interprets in this process", allow_module_level=True)
@@ -303,3 +303,12 @@ def test_a_prepared_call_after_many_changes(data):
     with host._stubbed_launches(), pytest.MonkeyPatch.context() as patch:
         check_prepared(states, Ran(patch))
     configs._forget()
+
+
+def test_what_cannot_be_prepared_is_not_tried_for_ever(ran, monkeypatch):
+    tried = []
+    monkeypatch.setattr(engine, "prepared_forward", lambda *_: tried.append(True))
+    x, b = torch.randn(64, 32), torch.randn(32, 16)
+    for _ in range(40):
+        functional.summary(x, b)
+    assert 0 < len(tried) <= direct._TRIES
