@@ -56,9 +56,7 @@ class Call:
         self.tries = 0 if plan.engine == "eager" else _TRIES
 
     def prepared(self, name: str, *given: Any) -> Any:
-        """Return what an engine has prepared, or None; after some tries always None."""
-        if self.tries == 0:
-            return None
+        """Return what an engine has prepared, or None. To be called while there are tries."""
         prepare = getattr(engines.get(self.plan.engine), name, None)
         self.tries = 0 if prepare is None else self.tries - 1
         return None if prepare is None else prepare(*given)
@@ -166,7 +164,7 @@ def _forward(x: Tensor, b: Tensor, bias: Tensor | None, call: Call) -> tuple[Ten
     if call.forward is not None and (prepared := call.forward(x, b, bias)) is not None:
         return prepared
     found = engines.get(call.plan.engine).forward(x, b, bias, call.plan, False)
-    if call.forward is None:
+    if call.tries and call.forward is None:
         call.forward = call.prepared("prepared_forward", x, b, bias, call.plan)
     return found
 
@@ -189,7 +187,7 @@ def _backward(
     if prepared is not None and (grads := prepared(dy, x, b, saved)) is not None:
         return grads
     grads = engines.get(call.plan.engine).backward(None, dy, x, b, saved, call.plan, *needs)
-    if call.forward is not None and prepared is None:
+    if call.tries and prepared is None:
         prepared = call.prepared("prepared_backward", dy, x, b, saved, call.plan, needs)
         if prepared is not None:
             call.backward[needs] = prepared
@@ -316,7 +314,7 @@ def _loss(
         plan, options = call.plan, call.options
         assert options is not None
         found = engines.get(plan.engine).loss(rows, b, a, c, classes, options, plan, upstream, needs)
-        if call.loss is None and a is None and upstream is None:
+        if call.tries and call.loss is None and a is None and upstream is None:
             call.loss = call.prepared("prepared_loss", rows, b, classes, options, plan, needs[:2])
     value, grads = found
     if needs[0] and rows is not x:
@@ -331,7 +329,7 @@ def _scale(grads: Sequence[Tensor], upstream: Tensor, call: Call) -> list[Tensor
     if call.scale is not None and (prepared := call.scale(grads, upstream)) is not None:
         return prepared
     found = engines.get(call.plan.engine).scale(grads, upstream)
-    if call.loss is not None and call.scale is None:
+    if call.tries and call.loss is not None and call.scale is None:
         call.scale = call.prepared("prepared_scale", grads, upstream)
     return found
 
