@@ -163,10 +163,10 @@ def singular_values(b: Tensor) -> Tensor:
     return torch.linalg.svdvals(b.detach().double())
 
 
-def check_finite(b: Tensor) -> Tensor:
+def check_finite(b: Tensor, name: str = "b") -> Tensor:
     """Return b. Raises ValueError if a value is not finite; on the meta device there are none."""
     if not b.is_meta and not bool(b.isfinite().all()):
-        raise ValueError("b: got a value that is not finite (training has diverged?), want finite values")
+        raise ValueError(f"{name}: got a value that is not finite (training has diverged?), want finite values")
     return b
 
 

@@ -66,6 +66,11 @@ BAD_TWO = {
     "no tensor b": (lambda: (t(*X), None), TypeError, "b: got NoneType, want a torch.Tensor"),
     "numpy b": (lambda: (t(*X), t(*B).numpy()), TypeError, "b: got ndarray, want a torch.Tensor"),
     "sparse x": (lambda: (t(*X).to_sparse(), t(*B)), TypeError, f"x: got layout torch.sparse_coo, {SPARSE}"),
+    "nested x": (
+        lambda: (torch.nested.nested_tensor([t(*X)], layout=torch.jagged), t(*B)),
+        TypeError,
+        "x: got a nested tensor, want a dense tensor (call .to_padded_tensor(0.0))",
+    ),
     "sparse b": (lambda: (t(*X), t(*B).to_sparse()), TypeError, f"b: got layout torch.sparse_coo, {SPARSE}"),
 }
 

@@ -329,10 +329,16 @@ class PolynomialLayer(Freezable):
             )
 
     def spectrum(self, weight: bool = False) -> Tensor:
-        """Compute the singular values of b, or those of the effective weight, (min(in, out),) float64, descending."""
+        """Compute the singular values of b, or those of the effective weight, (min(in, out),) float64, descending.
+
+        Raises ValueError if b is not finite, and with `weight` also if the gain or the scale is not.
+        """
         s = super().spectrum()
         if not weight:
             return s
+        for name in ("gain", "scale"):
+            if (t := getattr(self, name)) is not None:
+                linalg.check_finite(whole(t.detach()), name)
         each = (-1, 1) if self.groups > 1 else ()
         scale, multiplier = (1.0 if t is None else whole(t.detach()).view(each) for t in self._factors(torch.float64))
         return (multiplier * map_of(self._coefficients, scale * s)).abs().sort(-1, descending=True).values

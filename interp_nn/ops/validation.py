@@ -163,6 +163,8 @@ def check_tensor(name: str, t: Tensor, sharded: bool = False) -> None:
         raise TypeError(f"{name}: got {type(t).__name__}, want a torch.Tensor")
     if t.dtype not in DTYPES:
         raise TypeError(f"{name}: got dtype {t.dtype}, want float64, float32, bfloat16 or float16")
+    if t.is_nested:
+        raise TypeError(f"{name}: got a nested tensor, want a dense tensor (call .to_padded_tensor(0.0))")
     if t.layout is not torch.strided:
         raise TypeError(f"{name}: got layout {t.layout}, want a dense tensor (call .to_dense())")
     if not sharded and type(t) not in PLAIN and is_dtensor(t):

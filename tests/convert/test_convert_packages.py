@@ -71,6 +71,19 @@ def test_torchvision(images, build, skipped, count):
     assert is_kept(build(models), images, skipped=skipped) == count
 
 
+def test_torchvisions_feature_extractor():
+    extraction = pytest.importorskip("torchvision.models.feature_extraction")
+    model, x = (
+        nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 5)).eval(),
+        torch.randn(2, 3, 6, 6),
+    )
+    for polynomial in ("summary", "newton-schulz"):
+        summarize(model, polynomial=polynomial)
+        features = extraction.create_feature_extractor(model, ["0", "3"])(x)
+        assert torch.equal(features["0"], model[0](x)) and torch.equal(features["3"], model(x))
+        fold(model)
+
+
 @pytest.mark.parametrize(
     ("name", "options", "skipped", "count"),
     [

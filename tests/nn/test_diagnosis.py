@@ -139,6 +139,9 @@ def test_polynomial_layers():
         layer.gain.fill_(float("nan"))
     with pytest.warns(RuntimeWarning, match=r"^gain of SummaryLinear\(.* not finite"):
         layer.eval()
+    with pytest.raises(ValueError, match=r"^gain: got a value that is not finite"):
+        layer.spectrum(weight=True)
+    assert layer.spectrum().isfinite().all()
 
 
 def test_parametrized_layers_and_those_that_return_pairs():

@@ -251,6 +251,54 @@ def test_a_weight_read_in_a_graph_is_the_layers(frozen):
     assert torch.equal(*grads) and traced.qkv is model.qkv
 
 
+@pytest.mark.parametrize("kind", ["linear", "conv", "head"])
+def test_a_forward_that_a_graph_cannot_hold_is_refused(kind):
+    """The graph has calls of modules by their paths; a subclass's forward would be in it twice, a traced layer has no path."""
+    base, sizes = {
+        "linear": (SummaryLinear, (6, 5)),
+        "conv": (SummaryConv2d, (2, 3, 3)),
+        "head": (SummaryHead, (6, 5, 3)),
+    }[kind]
+
+    class Doubled(base):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    class Derived(base):
+        pass
+
+    class Leaf(fx.Tracer):
+        def is_leaf_module(self, m, module_qualified_name):
+            return isinstance(m, Doubled)
+
+    with pytest.raises(TypeError, match=rf"^torch\.fx: got a {base.__name__} to trace, want a module that holds it"):
+        fx.symbolic_trace(base(*sizes))
+    with pytest.raises(
+        TypeError, match=r"^torch\.fx: cannot trace Doubled with a subclass's forward, .*is_leaf_module"
+    ):
+        fx.symbolic_trace(nn.Sequential(Doubled(*sizes)))
+    assert "0" in {node.target for node in fx.symbolic_trace(nn.Sequential(Derived(*sizes))).graph.nodes}
+    assert "0" in {node.target for node in Leaf().trace(nn.Sequential(Doubled(*sizes))).nodes}
+
+
+HOOKED = {
+    "forward hooks": lambda m: m.register_forward_hook(lambda module, args, y: 2 * y),
+    "forward hooks, before": lambda m: m.register_forward_pre_hook(lambda module, args: (2 * args[0],)),
+    "a replaced forward": lambda m: setattr(m, "forward", lambda x, forward=m.forward: 2 * forward(x)),
+}
+
+
+@by_kind
+@pytest.mark.parametrize(("name", "hook"), HOOKED.items(), ids=HOOKED)
+def test_hooks_that_a_graph_would_run_twice_are_refused(kind, name, hook):
+    model = nn.Sequential(make(kind)[0])
+    hook(model[0])
+    with pytest.raises(
+        TypeError, match=rf"^torch\.fx: cannot trace Summary\w+ with {name.partition(',')[0]}, which would"
+    ):
+        fx.symbolic_trace(model)
+
+
 def test_passes_over_a_graph():
     model, x = Network().eval(), torch.randn(2, 3, 6, 6)
     traced = fx.symbolic_trace(model)
@@ -265,13 +313,6 @@ def test_passes_over_a_graph():
     fused = optimization.fuse(summarized)
     assert not any(isinstance(m, nn.BatchNorm2d) for m in fused.modules())
     torch.testing.assert_close(fused(x), summarized(x), rtol=1e-4, atol=1e-5)
-
-
-def test_torchvisions_feature_extractor():
-    extraction = pytest.importorskip("torchvision.models.feature_extraction")
-    model, x = Network().eval(), torch.randn(2, 3, 6, 6)
-    features = extraction.create_feature_extractor(model, ["body.0", "table"])(x)
-    assert torch.equal(features["body.0"], model.body[0](x)) and features["table"].shape == (1, 64)
 
 
 # TorchScript
