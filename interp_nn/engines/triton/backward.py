@@ -433,10 +433,11 @@ def summary_backward(
     rn, rk = tl.arange(0, BN), tl.arange(0, BK)
     feature_tiles, tiles = tl.cdiv(d, BD), tl.cdiv(n, BN)
     share = tl.cdiv(tiles, splits)
-    SLICE: tl.constexpr = 64 if BK > 64 else BK
+    SLICE: tl.constexpr = min(BK, 64)  # rows of T at a time
     parts = tl.minimum(programs, feature_tiles * splits)
     T_PARTS, BIAS_PARTS, T, _ = summary_backward_workspace(WORK, splits, d, parts, BK)
     if PHASES & 1:
+        # What a job needs at its end is computed there: before the loop it would take registers from the rows.
         for job in tl.range(program, feature_tiles * splits, programs, disable_licm=True):
             split = job // feature_tiles
             rd = (job % feature_tiles) * BD + tl.arange(0, BD)

@@ -1,5 +1,6 @@
 """Every kernel compiles for every known GPU, in the tiles the table gives it, and what comes out is fit to run."""
 
+import itertools
 import os
 import warnings
 from pathlib import Path
@@ -111,6 +112,9 @@ POLYNOMIALS = [
     (90, "summary_backward", FP32, 128, 1),
     (86, "summary_backward", BF16, 128, 4),
 ]
+# What a layer of 100 columns launches in 16 bits, with few rows and with some: (n, k). The larger ones are EVERYWHERE.
+LAYERS = [(32, 100), (4096, 100)]
+WITHOUT_SPILLS = ("stream", "summary_backward", "pair_backward")
 # Instructions that move registers to memory and back: most of them outside of the loops over features.
 MOST_SPILLS = {2: 220, 4: 400}
 
@@ -137,6 +141,10 @@ def wanted():
                     problem(name, dtype, n, k, m, **more)
                 for i, launch in enumerate(launches):
                     yield f"{tag} {i}", capability, launch
+    for capability, name, (n, k) in itertools.product((80, 90, 100), WITHOUT_SPILLS, LAYERS):
+        with recording(capability) as launches:
+            problem(name, BF16, n, k, 10)
+        yield f"{name} layer n{n} k{k}", capability, launches[0]
     for capability, name, dtype, k, m, precision, needs in TIGHT if not WARN else []:
         n, d = 65536, 64
         if name == "head":
@@ -196,6 +204,15 @@ def test_spills_are_bounded(compiled):
     usual = {key: o for key, o in good(compiled).items() if " tight " not in key[0] and " debug" not in key[0]}
     most = {key: o.spills for key, o in usual.items() if o.spills > MOST_SPILLS[4 if o.dtype == "fp32" else 2]}
     expect(most, "too many spills")
+
+
+def test_forwards_and_backwards_in_16_bits_do_not_spill(compiled):
+    """On the GPUs whose tiles were chosen for that, and not those of polynomials, which multiply larger matrices."""
+    usual = {key: o for key, o in good(compiled).items() if key[1] in (80, 90, 100) and o.dtype in ("bf16", "fp16")}
+    plain = {
+        key: o for key, o in usual.items() if not any(word in key[0] for word in (" tight ", " debug", " degree "))
+    }
+    expect({key: o.spills for key, o in plain.items() if o.kernel in WITHOUT_SPILLS and o.spills}, "spills")
 
 
 def test_products_use_the_matrix_units(compiled):
