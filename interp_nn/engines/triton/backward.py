@@ -53,7 +53,8 @@ def backprop_projection(
     rn, rk = tl.arange(0, BN), tl.arange(0, BK)
     feature_tiles, tiles = tl.cdiv(d, BD), tl.cdiv(n, BN)
     share = tl.cdiv(tiles, splits)
-    for job in range(tl.program_id(0), feature_tiles * splits, tl.num_programs(0)):
+    # What a job needs at its end is computed there: before the loop it would take registers from the rows.
+    for job in tl.range(tl.program_id(0), feature_tiles * splits, tl.num_programs(0), disable_licm=True):
         split = job // feature_tiles
         rd = (job % feature_tiles) * BD + tl.arange(0, BD)
         s = tl.zeros((BD, BK), tl.float32)
@@ -437,8 +438,7 @@ def summary_backward(
     parts = tl.minimum(programs, feature_tiles * splits)
     T_PARTS, BIAS_PARTS, T, _ = summary_backward_workspace(WORK, splits, d, parts, BK)
     if PHASES & 1:
-        # What a job needs at its end is computed there: before the loop it would take registers from the rows.
-        for job in tl.range(program, feature_tiles * splits, programs, disable_licm=True):
+        for job in tl.range(program, feature_tiles * splits, programs, disable_licm=True):  # as in backprop_projection
             split = job // feature_tiles
             rd = (job % feature_tiles) * BD + tl.arange(0, BD)
             b = load_b(B, rd, rk, d, K, B_T, EVEN_D)
