@@ -15,8 +15,9 @@ from benchmarks.command_line import users_input
 from benchmarks.experiments import papers
 from benchmarks.gpu import job
 from benchmarks.records import environment, export, figures, files, report, rows
-from benchmarks.timing import compare, host, kernel_profile, operator_suite, roofline, run
+from benchmarks.timing import compare, host, kernel_profile, operator_suite, performance_model, roofline, run
 from benchmarks.timing.problems import DTYPES, OPS, products
+from interp_nn.engines.limits import triton_version
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -54,7 +55,8 @@ def main(arguments: list[str] | None = None) -> int:
     table.add_argument("file", type=Path, nargs="+")
     table.add_argument("--csv", action="store_true", help="print every row and field as CSV instead")
     papers_table = command("papers", _papers, "print what the papers published beside the experiments' records")
-    for page in (table, papers_table):
+    model = command("model", _model, "print predicted times of the kernels on GPUs that are not at hand")
+    for page in (table, papers_table, model):
         page.add_argument("--page", type=Path, metavar="FILE", help="write the table into this file, between its marks")
 
     plot = command("plot", _plot, "draw records")
@@ -98,6 +100,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _table(given: argparse.Namespace) -> None:
+    if given.csv and given.page is not None:
+        raise command_line.UserInputError("--csv: got it with --page, which takes the tables in Markdown")
     if given.csv:
         print(export.to_csv(_read(given.file)), end="")
         return
@@ -111,12 +115,21 @@ def _table(given: argparse.Namespace) -> None:
 def _papers(given: argparse.Namespace) -> None:
     with users_input():
         records = papers.read()
-    text = papers.markdown(records)
+    _print_or_write(given, papers.markdown(records))
+
+
+def _model(given: argparse.Namespace) -> None:
+    if triton_version() == (0, 0):
+        raise command_line.UserInputError("it reads the triton engine's tiles, and Triton is not installed")
+    _print_or_write(given, performance_model.markdown())
+
+
+def _print_or_write(given: argparse.Namespace, text: str) -> None:
     if given.page is None:
         print(text)
         return
     with users_input():
-        report.between(given.page, "papers", text)
+        report.between(given.page, given.command, text)
 
 
 def _plot(given: argparse.Namespace) -> None:

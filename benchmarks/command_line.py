@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import errno
+import os
 import sys
 from collections.abc import Callable, Iterator
 from typing import NoReturn
@@ -31,11 +32,20 @@ def users_input() -> Iterator[None]:
 
 
 def status(name: str, function: Callable[[], int | None]) -> int:
-    """Run a command and return its exit status; a `UserInputError` or a full disk is one line on stderr, and 2."""
+    """Run a command and return its exit status; a `UserInputError` or a full disk is one line on stderr, and 2.
+
+    A reader that has gone, as in `python -m benchmarks list | head`, ends the command with status 1.
+    """
     try:
-        return function() or 0
+        found = function() or 0
+        sys.stdout.flush()
+        return found
     except UserInputError as error:
         message = str(error)
+    except BrokenPipeError:
+        with contextlib.suppress(OSError, ValueError):  # so that Python, when it ends, has somewhere to write the rest
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except OSError as error:
         if error.errno not in _OF_THE_DISK:
             raise

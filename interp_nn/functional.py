@@ -27,13 +27,15 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, is_grad_enabled
+from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 from torch.nn import Parameter
 
 from interp_nn import linalg
 from interp_nn.engines import eager
+from interp_nn.engines.devices import fp32_precision
 from interp_nn.engines.eager_polynomial import MOST_COEFFICIENTS, Polynomial
-from interp_nn.engines.problem import LossOptions, Plan
+from interp_nn.engines.problem import LossOptions
 from interp_nn.engines.select import requested_now
 from interp_nn.linalg import Orthogonalized, autocast_available
 from interp_nn.ops import direct
@@ -41,7 +43,18 @@ from interp_nn.ops import losses as _cross_entropy
 from interp_nn.ops import polynomial as _polynomial
 from interp_nn.ops import reconstruction as _reconstruction
 from interp_nn.ops import summary as _summary
-from interp_nn.ops.library import any_autocast_enabled, cast, followed, is_dtensor, is_tracing, is_wrapped, ordinary
+from interp_nn.ops.library import (
+    any_autocast_enabled,
+    any_batched,
+    cast,
+    followed,
+    function_modes,
+    is_dtensor,
+    is_tracing,
+    is_wrapped,
+    ordinary,
+    tensor_check,
+)
 
 __all__ = [
     "Orthogonalized",
@@ -58,8 +71,9 @@ __all__ = [
 ]
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-_PLAIN = (Tensor, Parameter)
+_PLAIN = frozenset((Tensor, Parameter))
 _MOST_PLANS = 4096
+# Calls by all that they depend on; and the latest of each b, with a check of its tensors, by what the check does not see.
 _plans: dict[tuple[object, ...], Any] = {}
 EQUAL_WEIGHTS = (1.0, 1.0, 1.0)
 _NUMBERS = frozenset((int, float))
@@ -130,26 +144,26 @@ def summary(
     if scale is not _ONE or polynomial is not _SUMMARY:
         given = _given(polynomial, scale)
         if given is not None:
-            x, b, bias, plan, plain = _planned(x, b, bias, False, given)
+            x, b, bias, call, plain = _planned(x, b, bias, False, given)
             q = _as_tensors(given, x)
-            if plain and not plan.autograd:
-                return direct.polynomial_summary(x, b, bias, q, plan, False)[1]
-            return _polynomial.summary(x, b, bias, q, plan)
-    x, b, bias, plan, plain = _planned(x, b, bias, False)
+            if plain and not call.plan.autograd:
+                return direct.polynomial_summary(x, b, bias, q, call)[1]
+            return _polynomial.summary(x, b, bias, q, call.plan)
+    x, b, bias, call, plain = _planned(x, b, bias, False)
     if plain:
-        return direct.summary(x, b, bias, plan)
+        return direct.summary(x, b, bias, call)
     if type(b) not in _PLAIN and is_dtensor(b):
         from interp_nn.ops import sharding
 
         return sharding.summary(x, b, bias)
-    return _summary.summary(x, b, bias, plan)[0]
+    return _summary.summary(x, b, bias, call.plan)[0]
 
 
 def summary_and_gram(x: Tensor, b: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
     """Return `summary`, and the smaller of bᵀb and bbᵀ, without gradient, if its launch has formed that; else None."""
-    x, b, bias, plan, _ = _planned(x, b, bias, False)
-    y, saved = _summary.summary(x, b, bias, plan)
-    return y, _summary.small_gram(plan, saved, b)
+    x, b, bias, call, _ = _planned(x, b, bias, False)
+    y, saved = _summary.summary(x, b, bias, call.plan)
+    return y, _summary.small_gram(call.plan, saved, b)
 
 
 def summary_pair(
@@ -184,17 +198,17 @@ def summary_pair(
     if scale is not _ONE or polynomial is not _SUMMARY:
         given = _given(polynomial, scale)
         if given is not None:
-            x, b, _, plan, plain = _planned(x, b, None, True, given)
+            x, b, _, call, plain = _planned(x, b, None, True, given)
             q = _as_tensors(given, x)
-            if plain and not plan.autograd:
-                projection, y = direct.polynomial_summary(x, b, None, q, plan, True)
+            if plain and not call.plan.autograd:
+                projection, y = direct.polynomial_summary(x, b, None, q, call)
                 assert projection is not None
                 return SummaryPair(projection, y)
-            return SummaryPair(*_polynomial.summary_pair(x, b, q, plan))
-    x, b, _, plan, plain = _planned(x, b, None, True)
+            return SummaryPair(*_polynomial.summary_pair(x, b, q, call.plan))
+    x, b, _, call, plain = _planned(x, b, None, True)
     if plain:
-        return SummaryPair(*direct.summary_pair(x, b, plan))
-    return SummaryPair(*_summary.summary_pair(x, b, plan))
+        return SummaryPair(*direct.summary_pair(x, b, call))
+    return SummaryPair(*_summary.summary_pair(x, b, call.plan))
 
 
 def summary_cross_entropy(
@@ -241,9 +255,11 @@ def summary_cross_entropy(
         Banh, "Representing information as linear combinations of signals", section 2.1.
     """
     given = None if scale is _ONE and polynomial is _SUMMARY else _given(polynomial, scale)
-    key = None if given is not None else _loss_key(x, b, None, None, target, weights, ignore_index, reduction)
-    if key is not None and (found := _plans.get(key)) is not None:
-        return direct.cross_entropy(x, b, None, None, target, *found)
+    key = None
+    if given is None:
+        found, key = _loss_call(x, b, None, None, target, weights, ignore_index, reduction)
+        if found is not None:
+            return direct.cross_entropy(x, b, None, None, target, found)
     x, b = _matrices(x, b)
     options = _loss_options(x, target, b.shape[1], weights, ignore_index, reduction)
     return _loss(x, b, None, None, target, options, given, key)
@@ -296,9 +312,11 @@ def summary_head_cross_entropy(
     """
     given = None if scale is _ONE and polynomial is _SUMMARY else _given(polynomial, scale)
     a, c = output_weight, output_bias
-    key = None if given is not None else _loss_key(x, b, a, c, target, weights, ignore_index, reduction)
-    if key is not None and (found := _plans.get(key)) is not None:
-        return direct.cross_entropy(x, b, a, c, target, *found)
+    key = None
+    if given is None:
+        found, key = _loss_call(x, b, a, c, target, weights, ignore_index, reduction)
+        if found is not None:
+            return direct.cross_entropy(x, b, a, c, target, found)
     x, b = _matrices(x, b)
     _, a, c = _operands(b, "b", output_weight=output_weight, output_bias=output_bias)
     if a is None or a.dim() != 2 or a.shape[1] != b.shape[1]:
@@ -609,44 +627,82 @@ def _planned(
     bias: Tensor | None,
     pair: bool,
     given: tuple[_Coefficients, float | Tensor] | None = None,
-) -> tuple[Tensor, Tensor, Tensor | None, Plan, bool]:
-    """Return checked x, b and bias, the plan, and True if the call may pass the operators by.
+) -> tuple[Tensor, Tensor, Tensor | None, direct.Call, bool]:
+    """Return checked x, b and bias, the call with its plan, and True if the call may pass the operators by.
 
-    The plan is remembered by everything that it and the checks depend on.
+    It is remembered by everything that the plan and the checks depend on, and by the layouts, which engines prepare for.
     """
+    state: tuple[object, ...] = ()
+    if given is None and not is_compiling():
+        state = id(b), is_grad_enabled(), pair, bias is None, requested_now(), fp32_precision("cuda", "matmul")
+        found = _recalled(state, x, b) if bias is None else _recalled(state, x, b, bias)
+        if found is not None:
+            return x, b, bias, found, True
     key: tuple[object, ...] | None = None
     plain = type(x) in _PLAIN and type(b) in _PLAIN and (bias is None or type(bias) in _PLAIN)
-    passes = plain and ordinary()
+    passes = plain and ordinary() and not any_batched(x, b, bias)
     autocast = (passes or not is_compiling()) and any_autocast_enabled()
     if autocast:
         passes = passes and given is None and all(t is None or t.dtype in _DTYPES for t in (x, b, bias))
         if passes and _autocast_enabled(x):  # it does not change the products of tensors that are cast already
             x, b, bias = cast(x.device.type, x, b, bias)
     if passes or (plain and not (autocast or is_compiling() or is_tracing() or followed.get())):
-        key = (
-            x.shape, b.shape, x.dtype, b.dtype, x.device, b.device, x.layout, b.layout, x.requires_grad, b.requires_grad,
-            is_grad_enabled(), pair, requested_now(),
-            None if bias is None else (bias.shape, bias.dtype, bias.device, bias.layout),
-        )  # fmt: skip
+        # The same for all three, or it is an error: by comparison, which is cheaper than a place in the key.
+        dtype, device = x.dtype, x.device
+        alike = x.layout is b.layout is torch.strided and b.dtype is dtype and b.device == device
+        if bias is not None:
+            alike = alike and bias.layout is torch.strided and bias.dtype is dtype and bias.device == device
+        if alike:
+            key = (
+                x.shape, b.shape, x.stride(), b.stride(), dtype, device, x.requires_grad, b.requires_grad,
+                is_grad_enabled(), pair, requested_now(), fp32_precision("cuda", "matmul"),
+                None if bias is None else (bias.shape, bias.is_contiguous()),
+                None if given is None else _degree(given),
+            )  # fmt: skip
+        call = None if key is None else _plans.get(key)
         if given is not None:
-            key = (*key, *_degree(given))
-            passes = passes and not any(isinstance(t, Tensor) and type(t) not in _PLAIN for t in given)
-        plan = _plans.get(key)
-        if plan is not None:
-            return x, b, bias, plan, passes
+            tensors = [t for t in given if isinstance(t, Tensor)]
+            passes = passes and _PLAIN.issuperset(map(type, tensors)) and not any_batched(*tensors)
+        if call is not None:
+            if passes and not autocast:
+                _keep_recent(state, call, x, b, bias)
+            return x, b, bias, call, passes
     x, b = _matrices(x, b, sharded=True)
     if bias is not None:
         _, bias = _operands(b, "b", True, bias=bias)
         if bias.dim() != 1 or bias.shape[0] != b.shape[1]:
             raise ValueError(f"bias: got shape {_shape(bias)}, want ({b.shape[1]},) for b of shape {_shape(b)}")
-    plan = _summary.choose(x, b, pair, *(() if given is None else _degree(given)))
+    call = direct.Call(_summary.choose(x, b, pair, *(() if given is None else _degree(given))), pair)
     if key is not None:
-        _remember(key, plan)
-    return x, b, bias, plan, passes
+        _remember(key, call)
+    return x, b, bias, call, passes
 
 
-def _remember(key: tuple[object, ...], value: Any) -> None:
-    """Remember the plan of a call, in the place of the oldest one where there are many."""
+def _recalled(state: tuple[object, ...], *tensors: Tensor) -> direct.Call | None:
+    """Return the last call in a state if nothing else has changed that it depends on, else None.
+
+    PyTorch's guard of compiled functions compares type, dtype, device, sizes, strides and requires_grad of all tensors in one
+    call, and the dispatch keys, among them those of modes, transforms, autocast and tracing.
+
+    Args:
+        state: What else a call depends on, with the identity of b first, so that each layer has its own.
+        tensors: The arguments.
+    """
+    recent = _plans.get(state)
+    if recent is None or function_modes() or followed.get() or getattr(forward_ad, "_current_level", 0) >= 0:
+        return None
+    return recent[1] if recent[0](*tensors) else None
+
+
+def _keep_recent(state: tuple[object, ...], call: direct.Call, *tensors: Tensor | None) -> None:
+    """Keep a call for `_recalled`."""
+    check = tensor_check(*(t for t in tensors if t is not None))
+    if state and check is not None:
+        _remember(state, (check, call))
+
+
+def _remember(key: tuple[object, ...], value: object) -> None:
+    """Remember a value, in the place of the oldest one where there are many."""
     while len(_plans) >= _MOST_PLANS:
         with suppress(KeyError, RuntimeError, StopIteration):  # of another thread that does the same
             del _plans[next(iter(_plans))]
@@ -748,6 +804,33 @@ def _loss_options(
     return LossOptions(loss_weights(weights), ignore_index, reduction)
 
 
+def _loss_call(
+    x: Tensor,
+    b: Tensor,
+    a: Tensor | None,
+    c: Tensor | None,
+    target: Tensor,
+    weights: Sequence[float],
+    ignore_index: int,
+    reduction: str,
+) -> tuple[direct.Call | None, tuple[object, ...] | None]:
+    """Return a remembered call of a loss or None, and what to remember it by or None."""
+    state: tuple[object, ...] = ()
+    others = [target] if a is None else [target, a] if c is None else [target, a, c]
+    if not is_compiling() and weights is EQUAL_WEIGHTS and type(ignore_index) is int:
+        state = (
+            id(b), is_grad_enabled(), len(others), ignore_index, reduction, requested_now(), fp32_precision("cuda", "matmul")
+        )  # fmt: skip
+        found = _recalled(state, x, b, *others)
+        if found is not None:
+            return found, None
+    key = _loss_key(x, b, a, c, target, weights, ignore_index, reduction)
+    found = None if key is None else _plans.get(key)
+    if found is not None:
+        _keep_recent(state, found, x, b, *others)
+    return found, key
+
+
 def _loss_key(
     x: Tensor,
     b: Tensor,
@@ -772,9 +855,17 @@ def _loss_key(
         return None
     if (a is not None and type(a) not in _PLAIN) or (c is not None and type(c) not in _PLAIN):
         return None
+    if any_batched(x, b, a, c, target):
+        return None
+    dtype, device = x.dtype, x.device
+    if not x.layout is b.layout is target.layout is torch.strided or b.dtype is not dtype:
+        return None
+    if b.device != device or target.device != device:
+        return None
     return (
-        x.shape, b.shape, x.dtype, b.dtype, x.device, b.device, x.layout, b.layout, x.requires_grad, b.requires_grad,
-        is_grad_enabled(), requested_now(), target.shape, target.dtype, target.device, target.layout,
+        x.shape, b.shape, x.stride(), b.stride(), dtype, device, x.requires_grad, b.requires_grad,
+        is_grad_enabled(), requested_now(), fp32_precision("cuda", "matmul"),
+        target.shape, target.is_contiguous(), target.dtype,
         weights is EQUAL_WEIGHTS or (weights, *map(type, weights)), ignore_index, reduction,
         None if a is None else (a.shape, a.dtype, a.device, a.layout),
         None if c is None else (c.shape, c.dtype, c.device, c.layout),
@@ -796,8 +887,9 @@ def _loss(
     plan = _cross_entropy.choose(x, b, a, q)
     if key is None:
         return _cross_entropy.cross_entropy(x, b, a, c, target, options, plan, q)
-    _remember(key, (options, plan))
-    return direct.cross_entropy(x, b, a, c, target, options, plan)
+    call = direct.Call(plan, options=options)
+    _remember(key, call)
+    return direct.cross_entropy(x, b, a, c, target, call)
 
 
 def loss_weights(weights: Sequence[float]) -> tuple[float, float, float]:

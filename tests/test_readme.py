@@ -33,12 +33,13 @@ def test_costs_are_those_of_the_record():
     cost = rows("README.md", "## Cost")
     both = rows("docs/performance.md", "**summary, forward + backward**")
     loss = rows("docs/performance.md", "**cross entropy of the pair, loss and gradients**")
-    assert list(cost) == list(both) == list(loss)
+    assert cost.keys() <= both.keys() and cost.keys() <= loss.keys()
     for shape, row in cost.items():
         wanted = [both[shape][name] for name in ("ours / linear", "unfused / ours", "inverse / ours")]
-        assert list(row.values())[1:] == [*wanted, loss[shape]["ours / linear"]]
+        wanted.append(loss[shape]["ours / linear"])
+        assert list(row.values())[1:] == [cell.partition(" ")[0] for cell in wanted]  # without its interval
     shapes = ("32, 512, 100", "4096, 512, 100", "65536, 512, 64")
-    small, middle, large = (float(both[shape]["ours / linear"]) for shape in shapes)
+    small, middle, large = (float(both[shape]["ours / linear"].partition(" ")[0]) for shape in shapes)
     assert f"{small:.1f} times `nn.Linear`'s time at 32 rows, {middle:.1f} at 4,096, {large:.1f} at 65,536" in README
 
 

@@ -20,11 +20,13 @@ ROOT = Path(__file__).resolve().parents[2]
 def facts(device: str = "cpu", revision: str | None = None) -> dict[str, Any]:
     """Return device, versions, commit and time, for the head of every record; `revision` is the commit without git."""
     sha = _run("git", "rev-parse", "HEAD")
+    # Without what the run itself writes: a figure may be drawn again before its record.
+    changed = "git", "status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results"
     query = "nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"
     return {
         "utc": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "git_sha": sha or revision,
-        "dirty": bool(_run("git", "status", "--porcelain", "--untracked-files=no")) if sha else None,
+        "dirty": bool(_run(*changed)) if sha else None,
         "device": device_name(device),
         "driver": (_run(*query) or "").partition("\n")[0] or None if device.startswith("cuda") else None,
         "cuda": torch.version.cuda,

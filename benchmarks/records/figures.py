@@ -22,6 +22,7 @@ _COLOURS = {
 }  # fmt: skip
 _OWN = ("#882255", "#44aa99", "#ddcc77", "#332288", "#117733", "#aa4499", "#661100", "#6699cc")
 _ACROSS = 3  # panels in a line
+_ONE_PANEL = 12  # problems with a label each
 
 
 def draw(rows: Sequence[Row], folder: Path) -> list[Path]:
@@ -40,7 +41,7 @@ def draw(rows: Sequence[Row], folder: Path) -> list[Path]:
     from matplotlib import pyplot as plt
 
     problems, known = grouped(rows), columns(rows)
-    ratios = [column for column in known if column.title in ("ours / linear", "unfused / ours")]
+    ratios = [column for column in known if column.title in ("ours / linear", "unfused / ours", "ours / best-plan")]
     ratios += [column for column in known if column not in COLUMNS]
     figures: dict[str, Callable[[], Any]] = {}
     for before, mode in (("", _longest(problems)), ("loss-", "loss")):
@@ -187,7 +188,7 @@ def _labels(axis: Any, keys: Sequence[tuple[Any, ...]]) -> None:
 
 
 def _ratios(plt: Any, problems: Problems, column: Column) -> Any:
-    """Draw a ratio for every problem, a point with its 95 % interval for each mode."""
+    """Draw a ratio for every problem, a point with its 95 % interval for each mode; many over n, a panel for each d and k."""
     by_mode = {mode: {key[2:]: ratio(found, column) for key, found in _of(problems, mode).items()} for mode in _MODES}
     shown = {mode: {key: one for key, one in found.items() if one} for mode, found in by_mode.items()}
     shown = {mode: found for mode, found in shown.items() if found}
@@ -195,21 +196,31 @@ def _ratios(plt: Any, problems: Problems, column: Column) -> Any:
     if not keys:
         return None
     better = "less" if column.below_one else "more"
-    figure, (axis,) = _panels(plt, 1, f"{column.title} with 95 % intervals ({better} is better for interp_nn)")
-    figure.set_size_inches(max(7.5, 2 + 0.8 * len(keys)), 4.5)
-    for i, (mode, found) in enumerate(shown.items()):
-        at = [keys.index(key) + 0.6 * ((i + 0.5) / len(shown) - 0.5) for key in found]
-        colour = PALETTE[(0, 5, 1, 2, 3)[i]]
-        axis.scatter(at, [one.value for one in found.values()], s=20, color=colour, label=mode)
-        for x, one in zip(at, found.values(), strict=True):
-            if one.ends is not None:
-                axis.vlines(x, *one.ends, color=colour, linewidth=1.5)
-    axis.axhline(1, color="black", linewidth=0.8)
-    if floor := noise_floor(noise(problems)):
-        axis.axhspan(1 / (1 + floor), 1 + floor, color="#dddddd", label="noise floor", zorder=0)
-    axis.set(ylabel=column.title, xlabel="n, d, k")
-    _labels(axis, keys)
-    _legend(figure, [axis])
+    widths = list(dict.fromkeys((key[0], *key[2:4]) for key in keys)) if len(keys) > _ONE_PANEL else [None]
+    title = f"{column.title} with 95 % intervals ({better} is better for interp_nn)"
+    figure, axes = _panels(plt, len(widths), title)
+    for axis, width in zip(axes, widths, strict=True):
+        for i, (mode, found) in enumerate(shown.items()):
+            of = {key: one for key, one in found.items() if width in (None, (key[0], *key[2:4]))}
+            aside = 0.6 * ((i + 0.5) / len(shown) - 0.5)
+            at = [keys.index(key) + aside if width is None else key[1] * 2**aside for key in of]
+            colour = PALETTE[(0, 5, 1, 2, 3)[i]]
+            axis.scatter(at, [one.value for one in of.values()], s=20, color=colour, label=mode)
+            for x, one in zip(at, of.values(), strict=True):
+                if one.ends is not None:
+                    axis.vlines(x, *one.ends, color=colour, linewidth=1.5)
+        axis.axhline(1, color="black", linewidth=0.8)
+        if floor := noise_floor(noise(problems)):
+            axis.axhspan(1 / (1 + floor), 1 + floor, color="#dddddd", label="noise floor", zorder=0)
+        axis.set(ylabel=column.title)
+        if width is None:
+            figure.set_size_inches(max(7.5, 2 + 0.8 * len(keys)), 4.5)
+            axis.set_xlabel("n, d, k")
+            _labels(axis, keys)
+        else:
+            axis.set(xscale="log", xlabel="rows n")
+            axis.set_title(f"d = {width[1]}, k = {width[2]}, {width[0]}", fontsize=9)
+    _legend(figure, axes)
     return figure
 
 

@@ -15,8 +15,12 @@ from benchmarks.records import files
 from benchmarks.records.intervals import ENOUGH, interval, resampled
 from benchmarks.records.rows import Row, grouped, read
 
+_BRIEF = 12  # lines of a table in a page that people read
 _FEW = 8  # providers, which have a column each
 REPEAT = "repeat"  # a provider that is another one once more
+_LOST = 1.02  # a larger regret is listed
+PLAN = "plan-"  # begins the providers that are ours by another plan; far slower ones have few samples
+BEST_PLAN = "best-plan"  # the fastest of ours and of these
 CHEAPER = ("linear", "cached")  # they need fewer operations than the summary, and so no share of the speed of light
 BEGIN, END = "<!-- begin: python -m benchmarks", "<!-- end -->"
 _MODE = {
@@ -43,6 +47,7 @@ class Column(NamedTuple):
 
 COLUMNS = (
     Column("ours / linear", "ours", "linear", True), Column("unfused / ours", "unfused", "ours"),
+    Column("ours / best-plan", "ours", BEST_PLAN, True),
     Column("best-eager / ours", "best-eager", "ours"), Column("compile / ours", "compile", "ours"),
     Column("inverse / ours", "inverse", "ours"), Column("orthogonal / ours", "orthogonal", "ours"),
     Column("spectral-norm / ours", "spectral-norm", "ours"), Column("pc-layer / ours", "pc-layer", "ours"),
@@ -97,7 +102,8 @@ def columns(rows: Iterable[Row]) -> list[Column]:
     """Return the columns, with one for each provider of a user's file, and for each other one where few were timed."""
     timed = {row["provider"]: row for row in rows if row["status"] == "ok" and row["op"] != "ceiling"}
     shown = {name for column in COLUMNS for name in (column.over, column.under)} | {REPEAT}
-    others = {name for name in timed if name not in shown and not name.startswith("inverse-")}
+    covered = ("inverse-", "assoc-") if "best-eager" in timed else ("inverse-",)  # by a column of the fastest
+    others = {name for name in timed if name not in shown and not name.startswith(covered)}
     more = [name for name, row in timed.items() if row["about"] or (name in others and len(timed) <= _FEW)]
     return [*COLUMNS, *(Column(f"{name} / ours", name, "ours") for name in more)]
 
@@ -108,6 +114,8 @@ def noise(problems: Problems) -> list[Ratio]:
     for rows in problems.values():
         twin = (rows.get(REPEAT) or {}).get("plan")
         for over, under in ((REPEAT, twin), ("assoc-a", "unfused")):
+            if (rows.get(str(under)) or {}).get("plan") == over:
+                continue  # one timing under two names
             if (one := ratio(rows, Column("", over, under or ""))) is not None:
                 found.append(one)
     return found
@@ -119,14 +127,17 @@ def noise_floor(ratios: Sequence[Ratio]) -> float:
 
 
 def markdown(rows: Sequence[Row], brief: bool = False) -> str:
-    """Return all tables: means with worst cases, each op and mode (`brief`: with a backward), and what was not timed."""
+    """Return all tables: means with worst cases, each op and mode, and what was not timed.
+
+    `brief`: of modes with a backward, and of at most `_BRIEF` lines.
+    """
     problems = grouped(rows)
     kinds = list(dict.fromkeys((key[0], key[1]) for key in problems))
     halves = [[kind for kind in kinds if (kind[1] == "explain") is explaining] for explaining in (False, True)]
     parts = [_overview(problems, some) for some in halves if some]
     for op, mode in kinds:
-        if not brief or mode in ("fwdbwd", "loss"):
-            of = {key: found for key, found in problems.items() if key[:2] == (op, mode)}
+        of = {key: found for key, found in problems.items() if key[:2] == (op, mode)}
+        if not brief or (mode in ("fwdbwd", "loss") and len(of) <= _BRIEF):
             parts.append(f"**{_title(op, mode)}**\n\n{_details(of)}")
     parts += [
         text
@@ -206,7 +217,8 @@ def _few(rows: Sequence[Row]) -> str:
     """Return which providers have too few samples for a ratio, a line for each problem and mode."""
     few: dict[str, list[str]] = {}
     for row in rows:
-        if row["status"] == "ok" and row["op"] != "ceiling" and row["samples"] < ENOUGH:
+        enough = row["op"] == "ceiling" or row["samples"] >= ENOUGH or row["provider"].startswith(PLAN)
+        if row["status"] == "ok" and not enough:
             few.setdefault(_problem(row), []).append(row["provider"])
     lines = [
         f"- {problem}: {', '.join(names[:3])}{f' and {len(names) - 3} others' if len(names) > 3 else ''}"
@@ -240,21 +252,35 @@ def _noise(problems: Problems) -> str:
 
 
 def _regret(problems: Problems) -> str:
-    """Return what the choice of an order costs: ours over the fastest order, for the summary."""
-    column = Column("ours / best-eager", "ours", "best-eager", True)
-    found = [one for key, rows in problems.items() if key[0] == "summary" and (one := ratio(rows, column)) is not None]
-    if not found or any(one.draws is None for one in found):
+    """Return what the choice of a plan costs: ours over its fastest plan, for the summary."""
+    column = Column("", "ours", BEST_PLAN)
+    found = {key: one for key, rows in problems.items() if (one := ratio(rows, column)) is not None}
+    if not found:
         return ""
-    lows = [one.ends[0] for one in found if one.ends is not None]
-    return (
-        f"Regret of the choice of an order: {column.title} {mean(found)} as geometric mean of {len(found)} problems and modes; "
-        f"the lower end of the worst interval is {max(lows):.2f}."
+    lows = {key: one.ends[0] if one.ends else one.value for key, one in found.items()}
+    lines = [
+        f"- {_problem(problems[key]['ours'])}: {one}, {problems[key]['ours']['plan']}; fastest {problems[key][BEST_PLAN]['plan']}"
+        for key, one in found.items()
+        if lows[key] > _LOST
+    ]
+    text = (
+        f"Regret of the choice of a plan: ours / best-plan {mean(list(found.values()))} as geometric mean of {len(found)} "
+        f"problems and modes, with the fastest plan in {sum(one.value == 1 for one in found.values())}; "
+        f"the lower end of the worst interval is {max(lows.values()):.2f}."
     )
+    return _listed(f"{text} Lower ends above {_LOST:.2f}:", lines) or text
 
 
 def _wrong(rows: Sequence[Row]) -> str:
-    bad = [row for row in rows if row["status"] in ("wrong", "failed", "oom")]
-    lines = [f"- {_named(row)}: {row['status']}: {row['note']}" for row in bad]
+    bad: dict[tuple[Any, ...], list[Row]] = {}
+    for row in rows:
+        if row["status"] in ("wrong", "failed", "oom"):
+            bad.setdefault(tuple(row[name] for name in ("provider", "op", "dtype", "d", "k", "status")), []).append(row)
+    lines = [
+        f"- {_named(row)}: {row['status']}: {row['note']}"
+        + f" ({len(more)} more with d = {row['d']}, k = {row['k']})" * bool(more)
+        for row, *more in bad.values()
+    ]
     return _listed("Not right, and so not in the ratios:", lines)
 
 

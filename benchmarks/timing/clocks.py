@@ -21,6 +21,7 @@ from benchmarks.records.intervals import ENOUGH
 Sampler = Callable[[], float]  # milliseconds a call
 _GROUPS = 32  # of rounds, in a record
 _TRIALS, _ALIKE = 5, 1.5
+_SHARE = 3  # times its equal share of a run's time, above which a sampler that has enough samples waits for the others
 
 
 class Timing(NamedTuple):
@@ -79,10 +80,12 @@ def rounds(
 ) -> dict[str, list[float]]:
     """Take milliseconds by name, in rounds of all samplers in a random order: for some seconds, within `least` and `most`.
 
-    After `patience` seconds five rounds are enough.
+    After `patience` seconds five rounds are enough. After `least` rounds a slow sampler is left out of some, so that it does not
+    take the time of the others.
     """
     draw, names = random.Random(0), list(samplers)
     taken: dict[str, list[float]] = {name: [] for name in names}
+    spent = dict.fromkeys(names, 0.0)
     start = time.monotonic()
     with _no_collection():
         for done in range(most):
@@ -90,7 +93,11 @@ def rounds(
             if (done >= least and passed > seconds) or (done >= ENOUGH and passed > patience):
                 break
             for name in draw.sample(names, len(names)):
+                if done >= max(least, ENOUGH) and spent[name] * len(names) > _SHARE * passed:
+                    continue
+                begun = time.monotonic()
                 taken[name].append(samplers[name]())
+                spent[name] += time.monotonic() - begun
     return taken
 
 

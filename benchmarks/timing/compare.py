@@ -30,7 +30,7 @@ from benchmarks.command_line import UserInputError, at_least, not_negative, user
 from benchmarks.command_line import device as present
 from benchmarks.records.environment import ROOT
 from benchmarks.records.intervals import ENOUGH, resampled
-from benchmarks.records.report import COLUMNS, Column, Problems, Ratio, noise, noise_floor, ratio
+from benchmarks.records.report import COLUMNS, Column, Problems, Ratio, between, noise, noise_floor, ratio
 from benchmarks.records.rows import grouped, read
 from benchmarks.timing.problems import MODES, OPS, QUICK, Problem
 from benchmarks.timing.providers import ASSOCIATIONS
@@ -65,6 +65,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--shape", type=shape, action="append", metavar="N,D,K[,M]", help="repeatable")
     parser.add_argument("--device", type=present, default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument(
+        "--page", type=Path, metavar="FILE", help="write how far two records are apart, between its marks"
+    )
     parser.add_argument("--rounds", type=at_least(ENOUGH), default=60, help="samples of each (default: 60)")
 
 
@@ -72,7 +75,12 @@ def run(given: argparse.Namespace) -> int:
     """Compare and print; the exit status is 1 where HEAD is slower, 2 where there is nothing to compare."""
     files = [Path(name) for name in (given.base, given.head) if name is not None]
     if all(file.is_file() for file in files) and len(files) == 2:
-        return _records(files[0], files[1], given.threshold / 100)
+        return _records(files[0], files[1], given.threshold / 100, given.page)
+    if given.page is not None:
+        raise UserInputError("--page: got it without two records")
+    for file in files:
+        if file.suffix == ".jsonl":
+            raise UserInputError(f"{file}: {'want two records' if file.is_file() else 'there is no such record'}")
     shapes = given.shape or QUICK
     modes = given.mode or ("fwdbwd", "infer", "loss")
     problems = [
@@ -190,7 +198,7 @@ def _ends(ratio: Ratio) -> tuple[float, float]:
     return ratio.ends
 
 
-def _records(base: Path, head: Path, threshold: float) -> int:
+def _records(base: Path, head: Path, threshold: float, page: Path | None) -> int:
     """Compare the ratios of two records of one device; the exit status is 1 where HEAD is slower beyond the noise."""
     with users_input():
         one, other = grouped(read([base])), grouped(read([head]))
@@ -206,18 +214,38 @@ def _records(base: Path, head: Path, threshold: float) -> int:
         print(f"{change.name:60}{change.column.title:24}{change.ratio!s:>20}  {verdict}")
     print(f"\nnoise floor: {floor:.1%}, which 95 % of the pairs of identical or unchanged providers keep")
     print(f"slower: the whole interval is above {max(floor, threshold):.1%}, the larger one of floor and threshold\n")
+    text = _differences(changes)
+    print(text)
+    with users_input():
+        if page is not None:
+            names = [file.resolve().relative_to(ROOT).as_posix() for file in (base, head)]
+            between(page, f"compare {names[0]} {names[1]}", text)
+    return int(any(verdict == "SLOWER" for _, verdict in verdicts))
+
+
+def differences(base: Path, head: Path) -> str:
+    """Return how far the ratios of two records are apart, as Markdown."""
+    return _differences(list(_common(grouped(read([base])), grouped(read([head])))))
+
+
+def _differences(changes: Sequence[_Change]) -> str:
     off: dict[str, list[float]] = {}
     for change in changes:
         if change.column in COLUMNS:
             off.setdefault(change.column.title, []).append(change.ratio.value)
-    print(
-        f"{'HEAD / BASE of the ratio':28}{'geomean':>9}{'median off':>12}{'80 % off':>10}{'most off':>10}{'count':>7}"
-    )
-    for title, values in {**off, "all": [value for found in off.values() for value in found]}.items():
+    lines = [
+        "| ratio | geometric mean of its change | median change | 80 % below | largest | count |",
+        f"|---|{'--:|' * 5}",
+    ]
+    if off:
+        off["all"] = [value for found in off.values() for value in found]
+    for title, values in off.items():
         far = np.exp(np.abs(np.log(values))) - 1
         median, most = np.quantile(far, (0.5, 0.8)).tolist()
-        print(f"{title:28}{geometric_mean(values):9.3f}{median:12.1%}{most:10.1%}{far.max():10.1%}{len(values):7}")
-    return int(any(verdict == "SLOWER" for _, verdict in verdicts))
+        lines.append(
+            f"| {title} | {geometric_mean(values):.3f} | {median:.1%} | {most:.1%} | {far.max():.1%} | {len(values)} |"
+        )
+    return "\n".join(lines)
 
 
 # Ours beside what cannot have changed, and the latter among themselves.

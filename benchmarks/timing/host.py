@@ -171,9 +171,12 @@ def _timed(calls: Calls, shape: tuple[int, int, int], bounds: tuple[Ratio, ...])
 
 
 class _Kernel:
-    """Stands for a compiled kernel: its launch takes all arguments and does nothing."""
+    """Stands for the kernel compiled for a key of Triton's: its launch takes all arguments and does nothing."""
 
-    function, packed_metadata = 0, ()
+    packed_metadata = ()
+
+    def __init__(self, key: Any) -> None:
+        self.function = key
 
     @staticmethod
     def run(*_: Any) -> None:
@@ -193,7 +196,7 @@ def _stubbed_launches() -> Iterator[None]:
     from interp_nn.engines.triton import engine
 
     def compile_nothing(self: Any, key: Any, *_: Any, **__: Any) -> _Kernel:
-        made: _Kernel = self.device_caches[0][0].setdefault(key, _Kernel())
+        made: _Kernel = self.device_caches[0][0].setdefault(key, _Kernel(key))
         return made
 
     stand_in = SimpleNamespace(

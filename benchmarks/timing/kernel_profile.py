@@ -20,7 +20,7 @@ from benchmarks.records import files
 from benchmarks.records.environment import ROOT
 from benchmarks.timing import providers
 from benchmarks.timing.measure import calling
-from benchmarks.timing.problems import DTYPES, MODES, OPS, Problem, datasets, products
+from benchmarks.timing.problems import CLASSES, DTYPES, MODES, OPS, Problem, datasets, products
 from benchmarks.timing.run import ALL_MODES, shape
 from interp_nn.engines import limits, select
 from interp_nn.engines.devices import spec_for
@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--tool", choices=("ncu", "nsys"), default="ncu", help="ncu: counters of each kernel; nsys: a time line")
     add("--op", choices=OPS, default="summary")
     add("--mode", choices=ALL_MODES, help="default: fwdbwd, or loss")
-    add("--shape", type=shape, default=(65536, 512, 64), metavar="N,D,K[,M]", help="default: 65536,512,64")
+    add("--shape", type=shape, metavar="N,D,K[,M]", help="default: 65536,512,64, and 10 classes for head")
     add("--dtype", choices=DTYPES, default="bf16")
     add("--engine", choices=("triton", "cuda"), default="triton")
     add("--calls", type=at_least(1), default=3, help="default: 3")
@@ -50,11 +50,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(given: argparse.Namespace) -> int:
     """Print the command; run it where the tool and a GPU are, else print what is missing."""
     mode = given.mode or ("loss" if given.op != "summary" else "fwdbwd")
-    if mode not in MODES[given.op] or len(given.shape) != (4 if given.op == "head" else 3):
+    sizes = given.shape or (65536, 512, 64, CLASSES)[: 4 if given.op == "head" else 3]
+    if mode not in MODES[given.op] or len(sizes) != (4 if given.op == "head" else 3):
         raise UserInputError(
             f"{given.op}: want a mode of {', '.join(MODES[given.op])}, and a shape N,D,K, or N,D,K,M for head"
         )
-    problem = Problem.of(given.op, given.shape, given.dtype)
+    problem = Problem.of(given.op, sizes, given.dtype)
     made = command(problem, mode, given.engine, given.tool, given.calls, given.output)
     print(shlex.join(made))
     if shutil.which(given.tool) is None or not torch.cuda.is_available():

@@ -13,13 +13,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks.records.report import CHEAPER, REPEAT
+from benchmarks.records.report import BEST_PLAN, CHEAPER, REPEAT
 from benchmarks.records.rows import Writer
 from benchmarks.timing import clocks, custom, footprint, layer_providers, providers
 from benchmarks.timing.clocks import Limit, Sampler, Timing, rounds
 from benchmarks.timing.cuda_graphs import capture, synchronize
 from benchmarks.timing.fp64_reference import Fp64Reference, value_and_gradients
-from benchmarks.timing.problems import LAYERS, Data, Problem, datasets, least_bytes, rotation, useful_flops
+from benchmarks.timing.problems import LAYERS, OPS, Data, Problem, datasets, least_bytes, rotation, useful_flops
 from benchmarks.timing.providers import Provider, UnsupportedError
 from benchmarks.timing.roofline import Ceiling
 
@@ -29,6 +29,7 @@ _SAMPLE_MS = 1.0  # the shortest sample on a GPU: events of a shorter one time t
 _HOST_CALLS = 50  # calls in a sample of the host, fewer than the driver queues
 _MOST = 500  # samples
 _FAR, _LONG = 5, 0.5  # a call slower than both, times the fastest and seconds, has its trials as its samples
+_LONG_PLAN = 1e-3  # the same for a plan that is not chosen, beside the fastest plan
 _PATIENCE = 6  # times the seconds of a run, after which five rounds are enough
 
 
@@ -129,10 +130,11 @@ def _measure(
     found: dict[str, dict[str, Any]] = {}
     ready: dict[str, _Entrant] = {}
     eager, twin = [name for name in providers.ASSOCIATIONS if name in names], providers.repeated(names)
+    same = problem.op in OPS and {"unfused", "assoc-a"} <= set(names)  # calls, which are timed once
     best: str | None = None
     # Providers that take the fastest association are tried after the others.
     for name in sorted(names, key=lambda name: name in providers.OF_THE_BEST):
-        if name == "best-eager":
+        if name in ("best-eager", BEST_PLAN) or (same and name == "unfused"):
             continue
         if name in providers.OF_THE_BEST and best is None:
             best = min((n for n in eager if n in ready), key=lambda n: ready[n].seconds, default="assoc-a")
@@ -140,8 +142,9 @@ def _measure(
             ready[name] = _enter(twin if name == REPEAT else name, problem, mode, asked, sets, reference, best)
         except Exception as error:
             found[name] = said(error)
-    fastest = min((entrant.seconds for entrant in ready.values()), default=0.0)
-    slow = {name for name, entrant in ready.items() if entrant.seconds > max(_FAR * fastest, _LONG)}
+    seconds = {name: entrant.seconds for name, entrant in ready.items()}
+    plans = {name: seconds[name] for name in ("ours", *providers.PLAN_NAMES) if name in seconds}
+    slow = _slow(seconds, _LONG) | (_slow(plans, _LONG_PLAN) - {"ours"})
     timings = _time({name: entrant for name, entrant in ready.items() if name not in slow}, asked)
     timings |= {name: clocks.summary([1e3 * seconds for seconds in ready[name].trials]) for name in slow}
     for name, timing in timings.items():
@@ -150,13 +153,28 @@ def _measure(
             found[name]["plan"] = twin
         if name in slow and found[name]["status"] == "ok":
             found[name]["note"] = f"timed in its trials alone: over {_FAR} times the fastest"
+    if same:
+        found["unfused"] = {**found["assoc-a"], "plan": "assoc-a"}
     if "best-eager" in names:
-        medians = {name: found[name]["ms_p50"] for name in eager if found[name]["status"] == "ok"}
-        found["best-eager"] = {"status": "skipped", "note": "no association was timed"}
-        if medians:
-            winner = min(medians, key=lambda name: medians[name])
-            found["best-eager"] = {**found[winner], "plan": winner}
+        found["best-eager"] = _fastest(found, eager)
+    if BEST_PLAN in names:
+        best_plan = _fastest(found, [name for name in ("ours", *providers.PLAN_NAMES) if name in names])
+        found[BEST_PLAN] = best_plan | {"plan": found.get(str(best_plan.get("plan")), {}).get("plan")}
     return found
+
+
+def _slow(seconds: dict[str, float], long: float) -> set[str]:
+    least = max(_FAR * min(seconds.values(), default=0.0), long)
+    return {name for name, taken in seconds.items() if taken > least}
+
+
+def _fastest(found: dict[str, dict[str, Any]], names: Sequence[str]) -> dict[str, Any]:
+    """Return the row of the fastest of some providers, with its name as the plan."""
+    medians = {name: found[name]["ms_p50"] for name in names if found[name]["status"] == "ok"}
+    if not medians:
+        return {"status": "skipped", "note": "none of them was timed"}
+    winner = min(medians, key=lambda name: medians[name])
+    return {**found[winner], "plan": winner}
 
 
 def _enter(

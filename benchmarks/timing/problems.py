@@ -46,8 +46,10 @@ SHAPES = (
 )  # fmt: skip
 # The heads of the reference networks at their batch of 32: the small CNN's and the vgg11's, with 10 classes.
 HEADS = ((32, 1600, 120), (32, 512, 100))
-# A sweep over n and k at one d, in which the choice of an order is compared with every order.
-SELECTION = tuple((n, 512, k) for k in (16, 64, 256, 512) for n in (1, 8, 32, 128, 512, 2048, 8192))
+# A sweep over n and k at one d, in which the choice of a plan is compared with every plan; the last k is above d.
+SELECTION = tuple(
+    (n, 512, k) for k in (16, 64, 256, 512, 1024) for n in (1, 8, 32, 128, 512, 2048, 8192) if n * k < 2**23
+)
 QUICK = ((32, 512, 100), (4096, 512, 64))
 CLASSES = 10
 

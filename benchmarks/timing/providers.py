@@ -17,11 +17,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import interp_nn
-from benchmarks.records.report import REPEAT
+from benchmarks.records.report import BEST_PLAN, REPEAT
 from benchmarks.timing import custom
 from benchmarks.timing.problems import DTYPES, Data, Problem
 from interp_nn import engines, functional
-from interp_nn.engines.problem import EngineName, LossOptions
+from interp_nn.engines import orders
+from interp_nn.engines.problem import EngineName, LossOptions, Order
+from interp_nn.engines.problem import Problem as EngineProblem
+from interp_nn.ops import direct
 
 Function = Callable[[Data], Tensor]
 
@@ -41,6 +44,12 @@ _WITH_P: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "assoc-a": lambda p, x, b: p @ (b.mT @ b),
     "assoc-c": lambda p, x, b: (p @ b.mT) @ b,
 }
+# The order of each, as a plan of the eager engine: ours in the place of the chosen one, so that both have the same overhead.
+PLANS: dict[str, Order] = {
+    "plan-a": "(Xb)G", "plan-b": "X(bG)", "plan-c": "((Xb)bᵀ)b", "plan-d": "(X(bbᵀ))b", "plan-e": "X((bbᵀ)b)",
+}  # fmt: skip
+_BY_AUTOGRAD = "-autograd"
+PLAN_NAMES = tuple(f"{name}{how}" for name in PLANS for how in ("", _BY_AUTOGRAD))
 
 
 def _cholesky(x: Tensor, b: Tensor) -> Tensor:
@@ -62,7 +71,7 @@ ABOUT = {
     "kernel-triton": "the triton engine called directly, without operator and autograd",
     "kernel-cuda": "the cuda engine called directly",
     "linear": "nn.Linear of the same size, the floor; behind cross entropy where a loss is timed",
-    "unfused": "x @ b @ (b.T @ b) under autograd; the same calls as assoc-a, so that their difference is noise",
+    "unfused": "x @ b @ (b.T @ b) under autograd; the same calls as assoc-a, and timed once with it",
     "assoc-a": "(x b)(bᵀb)", "assoc-b": "x (b (bᵀb))", "assoc-c": "((x b) bᵀ) b",
     "assoc-d": "(x (b bᵀ)) b, only for k > d", "assoc-e": "x ((b bᵀ) b), only for k > d",
     "best-eager": "the fastest of these by its median",
@@ -73,10 +82,16 @@ ABOUT = {
     "inverse-cholesky": "the same by Cholesky", "inverse-lstsq": "the same by least squares",
     "orthogonal": "nn.Linear with torch's orthogonal parametrization",
     "cached": "nn.Linear with the effective weight b (bᵀb), kept: inference only",
+    **{
+        f"{name}{how}": f"ours by {order}{', its backward by autograd' * (how != '')}; suite selection"
+        for name, order in PLANS.items()
+        for how in ("", _BY_AUTOGRAD)
+    },
+    BEST_PLAN: "the fastest of these and ours by its median; suite selection",
     REPEAT: "the same provider once more, ours or the first one: the ratio of the two, 1 but for noise, is the run's noise floor",
 }  # fmt: skip
 OF_THE_BEST = ("compile", "compile-tuned", "graphed")  # they take the fastest association
-NAMES = tuple(name for name in ABOUT if name != "compile-tuned")  # when none is asked for
+NAMES = tuple(name for name in ABOUT if name not in ("compile-tuned", BEST_PLAN, *PLAN_NAMES))  # when none is asked for
 
 
 # The backward of "orthogonal" updates a matrix for each column: over a minute at d = 4096, k = 256 on a CPU.
@@ -91,7 +106,9 @@ def chosen(names: Sequence[str], known: Container[str]) -> list[str]:
 
 def repeated(names: Sequence[str]) -> str:
     """Return the provider that "repeat" times once more."""
-    return next((name for name in ("ours", *names) if name in names and name not in (REPEAT, "best-eager")), "ours")
+    return next(
+        (name for name in ("ours", *names) if name in names and name not in (REPEAT, BEST_PLAN, "best-eager")), "ours"
+    )
 
 
 class UnsupportedError(Exception):
@@ -129,6 +146,8 @@ def build(name: str, problem: Problem, mode: str, sets: Sequence[Data], engine: 
         return _custom(custom.FOUND[name], problem, mode, sets)
     if name in OURS:
         return _ours(OURS[name] or engine, problem, mode, sets)
+    if name in PLAN_NAMES:
+        return _planned_as(name, problem, mode, sets, engine)
     if name in KERNELS:
         provider = _ours(KERNELS[name], problem, mode, sets)
         return provider._replace(direct=_kernel_calls(KERNELS[name], problem, mode, sets))
@@ -257,6 +276,29 @@ def planned(engine: str, problem: Problem, mode: str, device: torch.device) -> s
     except (RuntimeError, ValueError) as error:
         raise UnsupportedError(str(error)) from error
     return f"{plan.engine} {plan.order}" + (" by autograd" if plan.autograd else "")
+
+
+def _planned_as(name: str, problem: Problem, mode: str, sets: Sequence[Data], engine: str) -> Provider:
+    """Make the provider of ours with another plan: the calls of `functional.summary`, its choice included."""
+    if problem.op != "summary":
+        raise UnsupportedError("a plan of the summary")
+    grad, device = mode != "infer", sets[0].x.device
+    order, autograd = PLANS[name.removesuffix(_BY_AUTOGRAD)], name.endswith(_BY_AUTOGRAD)
+    planned_problem = EngineProblem(problem.n, problem.d, problem.k, False, grad, grad, device=device.type)
+    plans = [plan for plan in orders.candidates(planned_problem) if (plan.order, plan.autograd) == (order, autograd)]
+    if not plans or not (grad or autograd):
+        raise UnsupportedError("not a candidate" if grad or autograd else "without gradients the same as by autograd")
+    label = f"eager {order}{' by autograd' * autograd}"
+    if label == planned(engine, problem, mode, device):
+        raise UnsupportedError("the plan of ours")
+
+    call = direct.Call(plans[0])
+
+    def function(t: Data) -> Tensor:
+        x, b, *_ = functional._planned(t.x, t.w.mT, None, False)
+        return direct.summary(x, b, None, call)
+
+    return _of("summary", function, problem, sets)._replace(engine=engine, plan=label)
 
 
 def _kernel_calls(name: EngineName, problem: Problem, mode: str, sets: Sequence[Data]) -> Callable[[int], list[Tensor]]:

@@ -15,7 +15,7 @@ from benchmarks.command_line import UserInputError, at_least, not_negative, posi
 from benchmarks.command_line import device as present
 from benchmarks.records import environment, report
 from benchmarks.records.intervals import ENOUGH
-from benchmarks.records.report import REPEAT
+from benchmarks.records.report import BEST_PLAN, REPEAT
 from benchmarks.records.rows import Writer, common
 from benchmarks.timing import custom, explain_suite, layer_providers, operator_suite, peers, training_suite
 from benchmarks.timing.clocks import Limit
@@ -32,7 +32,7 @@ from benchmarks.timing.problems import (
     SELECTION,
     SHAPES,
 )
-from benchmarks.timing.providers import ABOUT, ASSOCIATIONS, NAMES, chosen
+from benchmarks.timing.providers import ABOUT, NAMES, PLAN_NAMES, chosen
 from interp_nn.engines import ENGINES
 
 SUITES = {
@@ -40,7 +40,7 @@ SUITES = {
     "polynomials": "layers with a polynomial and a spectral norm: forward, backward, both, microbatches, updates of the norm",
     "train": "training steps of the reference networks with each head",
     "explain": "the affine maps of networks, the grouping of activation patterns",
-    "selection": "the choice of an order over n and k, beside every order, nn.Linear and the inverse; only by --suite",
+    "selection": "the choice of a plan over n and k, beside every plan, nn.Linear, unfused and the inverse; only by --suite",
 }
 # The paths that a suite measures: a record is stale when these have changed since its commit.
 _OPERATOR = ("benchmarks/timing", "interp_nn/engines", "interp_nn/functional.py", "interp_nn/ops")
@@ -56,7 +56,7 @@ PATHS = {
     ),
     "selection": _OPERATOR,
 }
-_CHOICE = ("ours", *ASSOCIATIONS, "best-eager", "linear", "unfused", "inverse-inv", "inverse-cholesky", REPEAT)
+_CHOICE = ("ours", *PLAN_NAMES, BEST_PLAN, "linear", "unfused", "inverse-inv", REPEAT)
 PROVIDERS = tuple(dict.fromkeys((*NAMES, *layer_providers.NAMES, *training_suite.PROVIDERS)))
 _BESIDE = ("ours", "linear", "unfused")  # of a user's provider
 _BY_NAME = frozenset((*PROVIDERS, *ABOUT, *peers.NAMES))
@@ -91,7 +91,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--budget", type=positive, metavar="GFLOP", help=largest)
     late = "skip the problems and modes that are left after this time, with rows that say so (default: no limit)"
     add("--minutes", type=not_negative, default=math.inf, help=late)
-    add("--quick", action="store_true", help="less than a minute: two shapes, few samples, the suite ops alone")
+    quick = "less than a minute: two shapes, few samples, the main providers, the suite ops alone"
+    add("--quick", action="store_true", help=quick)
     file = "JSON lines, appended to (default: benchmarks/results/DEVICE/TIME.jsonl)"
     add("--out", type=Path, metavar="FILE", help=file)
     add("--revision", metavar="SHA", help="the commit to record where there is no git")
@@ -105,7 +106,7 @@ _TIMER_HELP = (
 
 _PROVIDER_HELP = (
     "one of `python -m benchmarks list`, or FILE.py:NAME for a function that the file makes a provider, beside ours, linear and "
-    "unfused if no others are named; not of explain; repeatable (default: all)"
+    "unfused if no others are named; not of explain; repeatable (default: all, but the main ones for large problems on a CPU)"
 )
 
 
@@ -160,7 +161,6 @@ def run(given: argparse.Namespace) -> int:
         names = [*_BESIDE, *names]
     names = list(dict.fromkeys((*names, REPEAT)))
     suites = given.suite or (["ops"] if given.quick or alone else [suite for suite in SUITES if suite != "selection"])
-    budget = given.budget or (operator_suite.CPU_BUDGET if device.type == "cpu" else None)
     dtypes = given.dtype or (("fp32",) if device.type == "cpu" else ("bf16", "fp32"))
     for suite in [suite for suite in SUITES if suite in suites]:
         writer.share(paths=PATHS[suite])
@@ -169,7 +169,7 @@ def run(given: argparse.Namespace) -> int:
         elif suite == "explain":
             explain_suite.run(asked, writer, given.quick)
         else:
-            wanted = _wanted(suite, given, names, dtypes, budget)
+            wanted = _wanted(suite, given, names, dtypes, device.type == "cpu")
             operator_suite.run(wanted, asked, writer)
     if all(row["op"] == "ceiling" for row in writer.rows):
         raise UserInputError("no suite has a problem with this op, mode, shape and provider together")
@@ -179,7 +179,7 @@ def run(given: argparse.Namespace) -> int:
 
 
 def _wanted(
-    suite: str, given: argparse.Namespace, names: Sequence[str], dtypes: Sequence[str], budget: float | None
+    suite: str, given: argparse.Namespace, names: Sequence[str], dtypes: Sequence[str], cpu: bool
 ) -> operator_suite.Wanted:
     """Return the problems, modes and providers of a suite of the operator."""
     ops: Sequence[str]
@@ -189,7 +189,12 @@ def _wanted(
         ops, modes, shapes = OPS[:1], modes or ("infer", "fwdbwd"), shapes or SELECTION
         names = [*_CHOICE, *(name for name in names if name in custom.FOUND)]
     ops = [op for op in given.op or ops if op in ops]
-    return operator_suite.Wanted(ops, modes, shapes, dtypes, chosen(names, known), budget, given.quick)
+    ordinary = suite == "ops" and not given.provider
+    if ordinary and given.quick:
+        names = operator_suite.QUICK_NAMES
+    budget = given.budget or (operator_suite.CPU_BUDGET if cpu else None)
+    large = operator_suite.LARGE if ordinary and cpu else None
+    return operator_suite.Wanted(ops, modes, shapes, dtypes, chosen(names, known), budget, given.quick, large)
 
 
 def listing() -> str:

@@ -15,11 +15,11 @@ from interp_nn.engines.limits import padded
 from interp_nn.engines.orders import count_products, flops_and_products
 from interp_nn.engines.problem import Plan, Problem
 
-_BANDWIDTH = 0.90  # of the datasheet's, reached by anything that streams
-_LIBRARY, _KERNEL, _SPLIT = 0.95, 0.65, 0.3  # of the matrix rate: cuBLAS, a fused kernel, one with fp32 operands
+BANDWIDTH = 0.90  # of the datasheet's, reached by anything that streams
+LIBRARY, _KERNEL, _SPLIT = 0.95, 0.65, 0.3  # of the matrix rate: cuBLAS, a fused kernel, one with fp32 operands
 _WARPS = 0.6  # of Triton's rate: products of single warps, as in csrc, on GPUs that have those of warp groups
 _UNALIGNED = 0.25  # of the bandwidth, where rows of X are no whole vectors: a kernel then loads element by element
-_LAUNCH, _BARRIER = 2e-6, 1.5e-6
+LAUNCH, BARRIER = 2e-6, 1.7e-6
 _HOST_CALL, _HOST_LAUNCH = 5e-6, 12e-6  # of the CPU, for an operation of PyTorch's and for a launch of an engine's
 _LOSS_PASSES = 20  # over both logits in fp32, in a loss written with PyTorch's operations
 
@@ -51,8 +51,8 @@ def predict_eager(problem: Problem, plan: Plan, spec: DeviceSpec) -> Prediction:
     if problem.classes is not None:
         calls += _LOSS_PASSES
         moved += _LOSS_PASSES * 2 * n * problem.classes * 4
-    rate = _LIBRARY * _matrix_rate(spec, problem.dtype, 15)
-    busy = max(moved / (_BANDWIDTH * spec.bandwidth), flops / rate) + calls * _LAUNCH
+    rate = LIBRARY * _matrix_rate(spec, problem.dtype, 15)
+    busy = max(moved / (BANDWIDTH * spec.bandwidth), flops / rate) + calls * LAUNCH
     return Prediction(flops, moved, max(busy, calls * _HOST_CALL))
 
 
@@ -83,8 +83,8 @@ def predict_fused(problem: Problem, plan: Plan, spec: DeviceSpec) -> Prediction:
         moved = xs * (1 + gradients) + 2 * rows
     rate = (_SPLIT if itemsize == 4 else _KERNEL) * _matrix_rate(spec, problem.dtype, 6)
     rate *= _WARPS if plan.engine == "cuda" and spec.has_warpgroup_products else 1
-    bandwidth = _BANDWIDTH * spec.bandwidth * (_UNALIGNED if unaligned(problem) else 1)
-    busy = max(moved / bandwidth, flops / rate) + launches * _LAUNCH + barriers * _BARRIER
+    bandwidth = BANDWIDTH * spec.bandwidth * (_UNALIGNED if unaligned(problem) else 1)
+    busy = max(moved / bandwidth, flops / rate) + launches * LAUNCH + barriers * BARRIER
     return Prediction(flops, moved, max(busy, launches * _HOST_LAUNCH))
 
 

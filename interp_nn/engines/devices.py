@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -51,6 +52,13 @@ KNOWN = (
 )
 
 
+# What torch.backends.cuda.matmul.fp32_precision reads, given "cuda" and "matmul", without its search for the name.
+fp32_precision: Callable[[str, str], str] = getattr(
+    torch._C, "_get_fp32_precision_getter", lambda *_: torch.backends.cuda.matmul.fp32_precision
+)
+sm_carveout: Callable[[], int | None] = torch._C._get_sm_carveout_experimental
+
+
 def interpreting() -> bool:
     """Return True if Triton runs kernels on the CPU in this process (TRITON_INTERPRET=1)."""
     return os.environ.get("TRITON_INTERPRET") == "1"
@@ -79,7 +87,7 @@ def spec_of(device: torch.device) -> DeviceSpec | None:
     """
     if device not in _specs:
         _specs[device] = _read(device)
-    spec, kept = _specs[device], torch._C._get_sm_carveout_experimental()
+    spec, kept = _specs[device], sm_carveout()
     return spec if spec is None or not kept else spec._replace(multiprocessors=max(1, spec.multiprocessors - kept))
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
 import torch
+from torch import Tensor
 
 from interp_nn.engines.devices import DeviceSpec
 
@@ -21,6 +23,14 @@ Order = Literal[
 SUMMARY_ORDERS: tuple[Order, ...] = ("(Xb)G", "X(bG)", "((Xb)bᵀ)b", "(X(bbᵀ))b", "X((bbᵀ)b)")
 POLYNOMIAL_ORDERS: tuple[Order, ...] = ("(Xb)q", "X(bq)", "X(q(K)b)", "((Xb)bᵀ)b...")
 HEAD_ORDERS: tuple[Order, ...] = ("logits_from_x", "logits_from_latent")
+
+# Functions of an engine for calls of one plan and layout. They return None, and do nothing, where the engine itself has to see
+# the call: (x, b, bias) -> (P, Y, saved), (dY, x, b, saved) -> (dX, db, dbias), (x, b, target) -> (loss, gradients), and
+# (gradients, upstream) -> gradients.
+PreparedForward = Callable[[Tensor, Tensor, Tensor | None], tuple[Tensor | None, Tensor, list[Tensor]] | None]
+PreparedBackward = Callable[[Tensor, Tensor, Tensor, Sequence[Tensor]], tuple[Tensor | None, ...] | None]
+PreparedLoss = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, list[Tensor]] | None]
+PreparedScale = Callable[[Sequence[Tensor], Tensor], list[Tensor] | None]
 
 
 class LossOptions(NamedTuple):

@@ -26,7 +26,17 @@ from interp_nn.engines import accuracy, plain, select, verified_files
 from interp_nn.engines.devices import spec_of
 from interp_nn.engines.eager_polynomial import Polynomial
 from interp_nn.engines.limits import MOST_COLUMNS, can_form_logits_from_x, padded, unsupported_reason
-from interp_nn.engines.problem import ENGINES, EngineName, LossOptions, Plan, Problem
+from interp_nn.engines.problem import (
+    ENGINES,
+    EngineName,
+    LossOptions,
+    Plan,
+    PreparedBackward,
+    PreparedForward,
+    PreparedLoss,
+    PreparedScale,
+    Problem,
+)
 from interp_nn.engines.triton import configs
 from interp_nn.engines.triton.configs import Bucket
 from interp_nn.linalg import is_column_major
@@ -161,12 +171,49 @@ class Verified:
         """Compute `Engine.scale`."""
         engine = self._engine
         if upstream.is_cuda or _everywhere:
-            call = self._name, upstream.get_device(), upstream.dtype, *(g.dtype for g in grads)
-            if call not in _passed:
-                variant = Variant(self._name, "scale", (upstream.dtype, *(g.dtype for g in grads)))
-                engine = self._chosen(call, variant, upstream.device)
+            engine = self._judged_scale(grads, upstream)
         found: list[Tensor] = engine.scale(grads, upstream)
         return found
+
+    def prepared_forward(self, x: Tensor, b: Tensor, bias: Tensor | None, plan: Plan) -> PreparedForward | None:
+        """Return the engine's function for these layouts, if it has one and its variant has passed."""
+        engine = self._engine
+        if x.is_cuda or _everywhere:
+            engine = self._judged("forward", (bias is not None, False), x, b, plan, None)
+        return _prepared(engine, "prepared_forward", x, b, bias, plan)
+
+    def prepared_backward(
+        self, dy: Tensor, x: Tensor, b: Tensor, saved: Sequence[Tensor], plan: Plan, needs: tuple[bool, bool, bool]
+    ) -> PreparedBackward | None:
+        """Return the engine's function for these layouts, if it has one and its variant has passed."""
+        engine = self._engine
+        if x.is_cuda or _everywhere:
+            engine = self._judged("backward", (False, True, *needs, False), x, b, plan, None)
+        return _prepared(engine, "prepared_backward", dy, x, b, saved, plan, needs)
+
+    def prepared_loss(
+        self, x: Tensor, b: Tensor, target: Tensor, options: LossOptions, plan: Plan, needs: tuple[bool, bool]
+    ) -> PreparedLoss | None:
+        """Return the engine's function for these layouts, if it has one and its variant has passed."""
+        engine = self._engine
+        if x.is_cuda or _everywhere:
+            flags = False, False, *needs, False, False, False
+            engine = self._judged("loss", flags, x, b, plan, None, None, options.reduction)
+        return _prepared(engine, "prepared_loss", x, b, target, options, plan, needs)
+
+    def prepared_scale(self, grads: Sequence[Tensor], upstream: Tensor) -> PreparedScale | None:
+        """Return the engine's function for these layouts, if it has one and its variant has passed."""
+        engine = self._engine
+        if upstream.is_cuda or _everywhere:
+            engine = self._judged_scale(grads, upstream)
+        return _prepared(engine, "prepared_scale", grads, upstream)
+
+    def _judged_scale(self, grads: Sequence[Tensor], upstream: Tensor) -> Any:
+        call = self._name, upstream.get_device(), upstream.dtype, *(g.dtype for g in grads)
+        if call in _passed:
+            return self._engine
+        variant = Variant(self._name, "scale", (upstream.dtype, *(g.dtype for g in grads)))
+        return self._chosen(call, variant, upstream.device)
 
     def _judged(
         self, name: str, flags: tuple[bool, ...], x: Tensor, b: Tensor, plan: Plan, q: Polynomial | None,
@@ -202,6 +249,11 @@ class Verified:
         if reason is None:
             return self._engine
         raise RuntimeError(f"the {self._name} engine was asked for, but {variant} fails on this GPU: {reason}")
+
+
+def _prepared(engine: Any, name: str, *given: Any) -> Any:
+    prepare = getattr(engine, name, None)
+    return None if prepare is None else prepare(*given)
 
 
 def variant_of(
@@ -249,8 +301,8 @@ def _capturing(device: torch.device) -> bool:
 
 def _warn(variant: Variant, reason: str) -> None:
     warnings.warn(
-        f"{variant} fails on this GPU: {reason}. PyTorch's operations compute it in this process from now on. Please report it, "
-        "with the output of python -m interp_nn.",
+        f"{variant} fails on this GPU: {reason}. The auto engine leaves it to PyTorch's operations in this process from now on. "
+        "Please report it, with the output of python -m interp_nn.",
         RuntimeWarning,
         stacklevel=2,
     )

@@ -10,6 +10,8 @@ from collections.abc import Callable, Sequence
 from multiprocessing.connection import wait
 from typing import Any
 
+OUT_OF_TIME = "out of time"  # the reason of a task that was not done when all the time had passed
+
 
 def _serve(connection: Any, function: Callable[[Any], Any]) -> None:
     """Worker loop: receives a task, sends back the function's result, exits on EOF."""
@@ -37,7 +39,7 @@ class Workers:
     def run(self, tasks: Sequence[Any], seconds: float) -> list[Any]:
         """Return the function's result for each task, or a str with the reason why there is none."""
         end = time.monotonic() + seconds
-        found: list[Any] = ["out of time"] * len(tasks)
+        found: list[Any] = [OUT_OF_TIME] * len(tasks)
         waiting = deque(range(len(tasks)))
         busy: dict[Any, tuple[Any, int, float]] = {}
         while waiting or busy:
@@ -47,7 +49,7 @@ class Workers:
                     process.kill()
                     del busy[connection]
                     self._free += 1
-                    found[place] = "out of time" if now > end else f"not done within {self._limit:.0f} s"
+                    found[place] = OUT_OF_TIME if now > end else f"not done within {self._limit:.0f} s"
             if now > end:
                 break
             while waiting and (self._idle or self._free):

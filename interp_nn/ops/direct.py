@@ -1,7 +1,7 @@
 """The eager path: one autograd Function and one call of an engine, without operators.
 
-Only for checked plain tensors where `library.ordinary` holds. The backward calls the engine too, unless something is active there
-that has to see an operator, or the backward is differentiated again.
+Only for checked plain tensors where `library.ordinary` holds, and none of them is one of `library.is_batched`. The backward
+calls the engine too, unless something is active there that has to see an operator, or the backward is differentiated again.
 """
 
 from __future__ import annotations
@@ -15,21 +15,87 @@ from torch.autograd import Function
 from interp_nn import engines
 from interp_nn.engines import eager, eager_polynomial
 from interp_nn.engines.eager_polynomial import Polynomial
-from interp_nn.engines.problem import LossOptions, Plan
+from interp_nn.engines.problem import (
+    LossOptions,
+    Plan,
+    PreparedBackward,
+    PreparedForward,
+    PreparedLoss,
+    PreparedScale,
+)
 from interp_nn.linalg import is_column_major
-from interp_nn.ops import losses, polynomial
-from interp_nn.ops import summary as operators
+from interp_nn.ops import polynomial
 from interp_nn.ops.library import any_autocast_enabled, apply, is_batched, ordinary
 from interp_nn.ops.losses import CrossEntropyBackwardFunction, any_ignored, computed_late, expression
 from interp_nn.ops.summary import as_rows, backward_function, ordered, spread
 
+_TRIES = 6  # calls until a kernel is compiled, and Triton's arguments for it are known
+
+
+class Call:
+    """A checked call of one layout: its plan, and an engine's functions for it, which do without what the layout decides.
+
+    Attributes:
+        plan: The plan.
+        pair: The projection is returned too.
+        options: A loss's options.
+        forward: `Engine.prepared_forward`, or None.
+        backward: `Engine.prepared_backward` by the needed gradients.
+        loss: `Engine.prepared_loss`, or None.
+        scale: `Engine.prepared_scale`, or None.
+    """
+
+    __slots__ = ("backward", "forward", "loss", "options", "pair", "plan", "scale", "tries")
+
+    def __init__(self, plan: Plan, pair: bool = False, options: LossOptions | None = None) -> None:
+        self.plan, self.pair, self.options = plan, pair, options
+        self.forward: PreparedForward | None = None
+        self.backward: dict[tuple[bool, ...], PreparedBackward] = {}
+        self.loss: PreparedLoss | None = None
+        self.scale: PreparedScale | None = None
+        self.tries = 0 if plan.engine == "eager" else _TRIES
+
+    def prepared(self, name: str, *given: Any) -> Any:
+        """Return what an engine has prepared, or None; after some tries always None."""
+        prepare = getattr(engines.get(self.plan.engine), name, None)
+        self.tries = 0 if prepare is None else self.tries - 1
+        return None if prepare is None else prepare(*given)
+
 
 class SummaryDirect(Function):
-    """Y (n, k) of x (..., d), b (d, k) and bias (k,) or None by a plan, or (P, Y) of a pair; without coefficients the summary.
+    """Y (n, k) of x (..., d), b (d, k) and bias (k,) or None.
 
-    Results have two dimensions, because a view that a Function returns cannot be written in place. What is saved has the
-    shapes of what the operators' Function saves: a checkpoint may call the one and then the other.
+    It has two dimensions, because a view that a Function returns cannot be written in place. What is saved has the shapes of
+    what the operators' Function saves: a checkpoint may call the one and then the other.
     """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, b: Tensor, bias: Tensor | None, call: Call) -> Tensor:
+        rows = x if x.dim() == 2 else as_rows(x)
+        p, y, saved = _forward(rows, b, bias, call)
+        if rows is not x and saved and saved[0] is p:
+            saved[0] = _shaped_as(x, p)
+        ctx.save_for_backward(x, b, *saved)
+        ctx.call = call
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, b, *saved = ctx.saved_tensors
+        call, needs = ctx.call, ctx.needs_input_grad[:3]
+        if _needs_operators(dy):
+            first, second = (*saved, None, None)[:2]
+            found = apply(backward_function(), None, _shaped_as(x, dy), x, b, first, second, call.plan, *needs)
+            return (*spread(found, needs), None)
+        rows = x if x.dim() == 2 else as_rows(x)
+        if rows is not x:
+            saved = [as_rows(t) for t in saved]
+        dx, db, dbias = _backward(dy, rows, b, saved, call, needs)
+        return *_laid_out(dx, db, x, b), dbias, None
+
+
+class PolynomialDirect(Function):
+    """Y (n, k) of a polynomial, or the (P, Y) of a pair; without coefficients those of the summary. See `SummaryDirect`."""
 
     @staticmethod
     def forward(
@@ -39,50 +105,71 @@ class SummaryDirect(Function):
         bias: Tensor | None,
         coefficients: Tensor | None,
         scale: Tensor | None,
-        plan: Plan,
-        pair: bool,
+        call: Call,
     ) -> Any:
         q = None if coefficients is None else Polynomial(coefficients, scale)
         rows = as_rows(x)
-        p, y, saved = _forward(rows, b, bias, q, plan, pair)
+        p, y, saved = _pair_forward(rows, b, bias, q, call.plan, call.pair)
         if rows is not x and saved and saved[0] is p:
             saved[0] = _shaped_as(x, p)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, b, coefficients, scale, *saved)
-        ctx.plan, ctx.pair = plan, pair
-        return (p, y) if pair else y
+        ctx.call = call
+        return (p, y) if call.pair else y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        dp, dy = grads if ctx.pair else (None, grads[0])
+        plan, needs = ctx.call.plan, ctx.needs_input_grad[:5]
+        dp, dy = grads if ctx.call.pair else (None, grads[0])
         given = dy if dp is None else dp
         if given is None:
-            return (None,) * 7
+            return (None,) * 6
         x, b, coefficients, scale, *saved = ctx.saved_tensors
-        plan, needs = ctx.plan, ctx.needs_input_grad[:5]
         q = None if coefficients is None else Polynomial(coefficients, scale)
-        if is_grad_enabled() or not ordinary() or any_autocast_enabled() or is_batched(given):
+        if _needs_operators(given):
             dp, dy = (None if g is None else _shaped_as(x, g) for g in (dp, dy))
             if q is not None:
-                return (*polynomial.backward(dp, dy, x, b, q, saved, plan, needs), None, None)
+                return (*polynomial.backward(dp, dy, x, b, q, saved, plan, needs), None)
             first, second = (*saved, None, None)[:2]
             found = apply(backward_function(), dp, dy, x, b, first, second, plan, *needs[:3])
-            return (*spread(found, needs), None, None)
+            return (*spread(found, needs), None)
         rows = as_rows(x)
         if rows is not x:
             saved = [as_rows(t) for t in saved]
-        dx, db, *rest = _backward(dp, dy, rows, b, q, saved, plan, needs)
-        if dx is not None and rows is not x:
-            dx = dx.view(x.shape)
-        if db is not None and db.stride() != b.stride():
-            db = ordered(db, is_column_major(b))
-        return dx, db, *rest, None, None
+        dx, db, *rest = _pair_backward(dp, dy, rows, b, q, saved, plan, needs)
+        return *_laid_out(dx, db, x, b), *rest, None
 
 
-_apply_summary = super(Function, SummaryDirect).apply  # without the step that binds arguments for transforms
+# Without the step that binds arguments for transforms.
+_apply_summary = super(Function, SummaryDirect).apply
+_apply_polynomial = super(Function, PolynomialDirect).apply
 
 
-def _forward(
+def _needs_operators(upstream: Tensor) -> bool:
+    """Return True where something sees a backward's operators: it is differentiated, or batched, or a mode is active."""
+    return is_grad_enabled() or not ordinary() or any_autocast_enabled() or is_batched(upstream)
+
+
+def _laid_out(dx: Tensor | None, db: Tensor | None, x: Tensor, b: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """Return dX in the shape of x, and db in the memory order of b."""
+    if dx is not None and x.dim() != 2:
+        dx = dx.view(x.shape)
+    if db is not None and db.stride() != b.stride():
+        db = ordered(db, is_column_major(b))
+    return dx, db
+
+
+def _forward(x: Tensor, b: Tensor, bias: Tensor | None, call: Call) -> tuple[Tensor | None, Tensor, list[Tensor]]:
+    """Return (P or None, Y, saved) of the summary of x (n, d)."""
+    if call.forward is not None and (prepared := call.forward(x, b, bias)) is not None:
+        return prepared
+    found = engines.get(call.plan.engine).forward(x, b, bias, call.plan, False)
+    if call.tries and call.forward is None:
+        call.forward = call.prepared("prepared_forward", x, b, bias, call.plan)
+    return found
+
+
+def _pair_forward(
     x: Tensor, b: Tensor, bias: Tensor | None, q: Polynomial | None, plan: Plan, pair: bool
 ) -> tuple[Tensor | None, Tensor, list[Tensor]]:
     if q is None:
@@ -93,6 +180,21 @@ def _forward(
 
 
 def _backward(
+    dy: Tensor, x: Tensor, b: Tensor, saved: Sequence[Tensor], call: Call, needs: tuple[bool, bool, bool]
+) -> tuple[Tensor | None, ...]:
+    """Return the needed ones of (dX, db, dbias) of the summary, None for the others."""
+    prepared = call.backward.get(needs)
+    if prepared is not None and (grads := prepared(dy, x, b, saved)) is not None:
+        return grads
+    grads = engines.get(call.plan.engine).backward(None, dy, x, b, saved, call.plan, *needs)
+    if call.forward is not None and prepared is None:
+        prepared = call.prepared("prepared_backward", dy, x, b, saved, call.plan, needs)
+        if prepared is not None:
+            call.backward[needs] = prepared
+    return grads
+
+
+def _pair_backward(
     dp: Tensor | None,
     dy: Tensor | None,
     x: Tensor,
@@ -113,49 +215,39 @@ def _backward(
     return *found, None if dc is None else dc.to(q.coefficients.dtype), None
 
 
-def summary(x: Tensor, b: Tensor, bias: Tensor | None, plan: Plan) -> Tensor:
+def summary(x: Tensor, b: Tensor, bias: Tensor | None, call: Call) -> Tensor:
     """Return X b (bᵀb) + bias."""
     rows = x if x.dim() == 2 else as_rows(x)
     y: Tensor
-    if plan.autograd:
-        y = eager.forward(rows, b, bias, plan, False)[1]
-    elif _any_batched(x, b, bias):
-        return operators.summary(x, b, bias, plan)[0]
+    if call.plan.autograd:
+        y = eager.forward(rows, b, bias, call.plan, False)[1]
     elif is_grad_enabled() and (x.requires_grad or b.requires_grad or (bias is not None and bias.requires_grad)):
-        y = _apply_summary(x, b, bias, None, None, plan, False)
+        y = _apply_summary(x, b, bias, call)
     else:
-        y = engines.get(plan.engine).forward(rows, b, bias, plan, False)[1]
+        y = _forward(rows, b, bias, call)[1]
     return y if rows is x else _shaped_as(x, y)
 
 
-def summary_pair(x: Tensor, b: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
+def summary_pair(x: Tensor, b: Tensor, call: Call) -> tuple[Tensor, Tensor]:
     """Return (X b, X b (bᵀb))."""
-    if _any_batched(x, b):
-        return operators.summary_pair(x, b, plan)
+    plan = call.plan
     if is_grad_enabled() and (x.requires_grad or b.requires_grad) and not plan.autograd:
-        p, y = _apply_summary(x, b, None, None, None, plan, True)
+        p, y = _apply_polynomial(x, b, None, None, None, call)
     else:
         p, y, _ = engines.get(plan.engine).forward(as_rows(x), b, None, plan, True)
     return (p, y) if x.dim() == 2 else (_shaped_as(x, p), _shaped_as(x, y))
 
 
 def polynomial_summary(
-    x: Tensor, b: Tensor, bias: Tensor | None, q: Polynomial, plan: Plan, pair: bool
+    x: Tensor, b: Tensor, bias: Tensor | None, q: Polynomial, call: Call
 ) -> tuple[Tensor | None, Tensor]:
     """Return (a X b or None, X b q(bᵀb) + bias) by a plan without `autograd`; the projection where it is a pair's."""
-    if _any_batched(x, b, bias, *q):
-        return polynomial.summary_pair(x, b, q, plan) if pair else (None, polynomial.summary(x, b, bias, q, plan))
     if is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, b, bias, *q)):
-        found = _apply_summary(x, b, bias, *q, plan, pair)
-        p, y = found if pair else (None, found)
+        found = _apply_polynomial(x, b, bias, *q, call)
+        p, y = found if call.pair else (None, found)
     else:
-        p, y, _ = _forward(as_rows(x), b, bias, q, plan, pair)
+        p, y, _ = _pair_forward(as_rows(x), b, bias, q, call.plan, call.pair)
     return (p, y) if x.dim() == 2 else (None if p is None else _shaped_as(x, p), _shaped_as(x, y))
-
-
-def _any_batched(*tensors: Tensor | None) -> bool:
-    """Return True if a tensor is one of `is_batched`, which has no memory for a kernel to read."""
-    return any(t is not None and is_batched(t) for t in tensors)
 
 
 def _shaped_as(x: Tensor, rows: Tensor) -> Tensor:
@@ -173,36 +265,33 @@ class CrossEntropyDirect(Function):
         a: Tensor | None,
         c: Tensor | None,
         target: Tensor,
-        options: LossOptions,
-        plan: Plan,
+        call: Call,
     ) -> Tensor:
-        needs = (False,) * 4 if computed_late(x, options) else ctx.needs_input_grad[:4]
-        value, grads = _loss(x, b, a, c, target, options, plan, None, needs)
-        ctx.set_materialize_grads(False)
+        assert call.options is not None
+        needs = (False,) * 4 if computed_late(x, call.options) else ctx.needs_input_grad[:4]
+        value, grads = _loss(x, b, a, c, target, call, None, needs)
         ctx.save_for_backward(x, b, a, c, target, *grads)
-        ctx.options, ctx.plan, ctx.spent = options, plan, False
+        ctx.call, ctx.spent = call, False
         return value
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor | None) -> tuple[Tensor | None, ...]:
-        if upstream is None:
-            return (None,) * 7
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         x, b, a, c, target, *grads = ctx.saved_tensors
         if ctx.spent:
             grads = []  # of a retained graph: handed out by an earlier backward, and scaled in place by some engines
-        options, plan, needs = ctx.options, ctx.plan, ctx.needs_input_grad[:4]
-        if is_grad_enabled() or not ordinary() or any_autocast_enabled() or is_batched(upstream):
-            ones = (*grads, *(None,) * 5)[:5]
+        call, needs = ctx.call, ctx.needs_input_grad[:4]
+        if _needs_operators(upstream):
+            options, plan, ones = call.options, call.plan, (*grads, *(None,) * 5)[:5]
             upstream = upstream.view(target.shape) if options.reduction == "none" else upstream
             tensors = upstream, x, b, a, c, None, None, target
             found = apply(CrossEntropyBackwardFunction, *tensors, *ones, options, plan, needs)
         elif grads:
             ctx.spent = True
             # By .data, which has a version of its own: what their owner does to them then is no harm to a retained graph.
-            found = [g.data for g in engines.get(plan.engine).scale(grads, upstream)]
+            found = [g.data for g in _scale(grads, upstream, call)]
         else:
-            found = _loss(x, b, a, c, target, options, plan, upstream.reshape(-1), needs)[1]
-        return (*spread(found, needs), None, None, None)
+            found = _loss(x, b, a, c, target, call, upstream.reshape(-1), needs)[1]
+        return (*spread(found, needs), None, None)
 
 
 _apply_cross_entropy = super(Function, CrossEntropyDirect).apply
@@ -214,14 +303,20 @@ def _loss(
     a: Tensor | None,
     c: Tensor | None,
     target: Tensor,
-    options: LossOptions,
-    plan: Plan,
+    call: Call,
     upstream: Tensor | None,
-    needs: Sequence[bool],
+    needs: tuple[bool, ...],
 ) -> tuple[Tensor, list[Tensor]]:
     """Return an engine's loss, and the needed gradients in the shape of x and the memory order of b."""
     rows, classes = as_rows(x), target if target.dim() == 1 else target.reshape(-1)
-    value, grads = engines.get(plan.engine).loss(rows, b, a, c, classes, options, plan, upstream, needs)
+    found = call.loss(rows, b, classes) if call.loss is not None and upstream is None else None
+    if found is None:
+        plan, options = call.plan, call.options
+        assert options is not None
+        found = engines.get(plan.engine).loss(rows, b, a, c, classes, options, plan, upstream, needs)
+        if call.tries and call.loss is None and a is None and upstream is None:
+            call.loss = call.prepared("prepared_loss", rows, b, classes, options, plan, needs[:2])
+    value, grads = found
     if needs[0] and rows is not x:
         grads[0] = grads[0].view(x.shape)
     if needs[1] and grads[needs[0]].stride() != b.stride():
@@ -229,27 +324,29 @@ def _loss(
     return value, grads
 
 
-def cross_entropy(
-    x: Tensor,
-    b: Tensor,
-    a: Tensor | None,
-    c: Tensor | None,
-    target: Tensor,
-    options: LossOptions,
-    plan: Plan,
-) -> Tensor:
+def _scale(grads: Sequence[Tensor], upstream: Tensor, call: Call) -> list[Tensor]:
+    """Return the gradients times the upstream, which may overwrite them."""
+    if call.scale is not None and (prepared := call.scale(grads, upstream)) is not None:
+        return prepared
+    found = engines.get(call.plan.engine).scale(grads, upstream)
+    if call.loss is not None and call.scale is None:
+        call.scale = call.prepared("prepared_scale", grads, upstream)
+    return found
+
+
+def cross_entropy(x: Tensor, b: Tensor, a: Tensor | None, c: Tensor | None, target: Tensor, call: Call) -> Tensor:
     """Return the loss."""
+    plan, options = call.plan, call.options
+    assert options is not None
     if plan.autograd:
         try:
             return expression(x, b, a, c, target, options, plan, any_ignored(target, options.ignore_index))
         except IndexError:  # of PyTorch's loss, which spares the check where all is well
             eager.check_target(target, b.shape[1] if a is None else a.shape[0], options.ignore_index)
             raise
-    if _any_batched(x, b, a, c, target):
-        return losses.cross_entropy(x, b, a, c, target, options, plan)
     value: Tensor
     if is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, b, a, c)):
-        value = _apply_cross_entropy(x, b, a, c, target, options, plan)
+        value = _apply_cross_entropy(x, b, a, c, target, call)
     else:
-        value, _ = _loss(x, b, a, c, target, options, plan, None, (False,) * 4)
+        value, _ = _loss(x, b, a, c, target, call, None, (False,) * 4)
     return value.view(target.shape) if options.reduction == "none" and target.dim() != 1 else value

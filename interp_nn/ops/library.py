@@ -83,7 +83,7 @@ is_wrapped: Callable[[Tensor], bool] = getattr(
 
 
 _dispatch_modes: Callable[[], int] = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
-_function_modes: Callable[[], int] = getattr(torch._C, "_len_torch_function_stack", lambda: 1)
+function_modes: Callable[[], int] = getattr(torch._C, "_len_torch_function_stack", lambda: 1)
 is_tracing: Callable[[], bool] = getattr(torch._C, "_is_tracing", lambda: True)
 
 
@@ -96,12 +96,30 @@ def ordinary() -> bool:
     return not (
         is_compiling()
         or _dispatch_modes()
-        or _function_modes()
+        or function_modes()
         or _transforms_active()
         or is_tracing()
         or followed.get()
         or getattr(forward_ad, "_current_level", 0) >= 0
     )
+
+
+def tensor_check(*tensors: Tensor) -> Callable[..., bool] | None:
+    """Return a function that says whether tensors have the metadata of these, and the same dispatch keys; None without it."""
+    try:
+        from torch._C._dynamo.guards import TensorGuards
+
+        sizes, strides = [list(t.shape) for t in tensors], [list(t.stride()) for t in tensors]
+        guards: Any = TensorGuards  # whose stub is not right about these arguments
+        check: Callable[..., bool] = guards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides).check
+    except (ImportError, AttributeError, TypeError, RuntimeError, SystemError):  # of another PyTorch
+        return None
+    return check
+
+
+def any_batched(*tensors: Tensor | None) -> bool:
+    """Return True if a tensor is one of `is_batched`, which has no memory for a kernel to read."""
+    return any(t is not None and is_batched(t) for t in tensors)
 
 
 def is_dtensor(t: Tensor) -> bool:

@@ -50,7 +50,13 @@ def outcome(command, arguments, capsys):
         ([*RUN, "--shape", "1,2"], "--shape: got '1,2', want N,D,K"),
         (["compare", "HEAD", "--threshold", "nan"], "--threshold: got nan, want a number from 0 on"),
         (["compare", "nowhere", "HEAD"], "nowhere: "),
-        (["profile", "--op", "head"], "head: want a mode of loss, and a shape N,D,K, or N,D,K,M for head"),
+        (["compare", "{folder}/nowhere.jsonl", "HEAD"], "nowhere.jsonl: there is no such record"),
+        (["compare", "{folder}/empty.jsonl"], "empty.jsonl: want two records"),
+        (["compare", "HEAD", "--page", "x.md"], "--page: got it without two records"),
+        (
+            ["profile", "--op", "head", "--shape", "8,4,2"],
+            "head: want a mode of loss, and a shape N,D,K, or N,D,K,M for head",
+        ),
         (["roofline", "--op", "head", "--shape", "8,4,2"], "no problem has this op and shape together"),
         (["gpu", "--minutes", "nan"], "--minutes: got nan, want a number from 0 on"),
         (["gpu", "--workers", "0"], "--workers: got 0, want at least 1"),
@@ -60,10 +66,12 @@ def outcome(command, arguments, capsys):
         (["table", "{folder}/checks.jsonl"], "checks.jsonl: has no timings"),
         (["table", "{folder}/other.jsonl"], "other.jsonl, line 1: row: missing fields"),
         (["table", "{folder}/empty.jsonl", "--page", "{folder}/empty.jsonl"], "is not in the subpath"),
+        (["table", "{folder}/empty.jsonl", "--csv", "--page", "x.md"], "--csv: got it with --page"),
         (["plot", "{folder}/nowhere.jsonl"], "No such file"),
         (["plot", "{folder}/empty.jsonl"], "empty.jsonl: has no timings"),
         (["compare", "{folder}/empty.jsonl", "{folder}/empty.jsonl"], "empty.jsonl: has no timings"),
         (["papers", "--page", "{folder}/nowhere.md"], "No such file"),
+        (["model", "--page", "{folder}/nowhere.md"], "No such file"),
         (["experiments", "nothing"], "nothing: no such experiment"),
         (["experiments", "gated_digits", "--minutes", "nan"], "--minutes: got nan, want a number from 0 on"),
         (["experiments", "gated_digits", "--minutes", "-1"], "--minutes: got -1, want a number from 0 on"),
@@ -92,6 +100,14 @@ def test_a_checkpoint_of_something_else_is_a_mistake(tmp_path, capsys):
     file.write_bytes(b"no checkpoint")
     status, told = outcome(main, [*arguments, "--checkpoints", str(tmp_path)], capsys)
     assert status == 2 and f"{file}: not a whole checkpoint" in told and "Traceback" not in told
+
+
+def test_a_reader_that_has_gone_ends_a_command_quietly(monkeypatch, capsys):
+    def gone():
+        raise BrokenPipeError
+
+    monkeypatch.setattr("benchmarks.timing.run.listing", gone)
+    assert outcome(main, ["list"], capsys) == (1, "")
 
 
 @pytest.mark.parametrize("error", [ValueError, RuntimeError, OSError, KeyError])
@@ -130,6 +146,7 @@ def test_a_mistake_of_tuning_is_one_line(arguments, message, tmp_path, capsys):
         ([], "regex:^(stream|summary_backward)$"),
         (["--mode", "infer"], "regex:^(stream)$"),
         (["--op", "head", "--shape", "32,64,16,10", "--engine", "cuda"], "regex:^(head_loss_kernel)$"),
+        (["--op", "head", "--engine", "cuda"], " 65536 512 64 10 bf16"),
         (["--tool", "nsys", "--op", "cross_entropy"], "--capture-range=cudaProfilerApi"),
     ],
     ids=" ".join,

@@ -14,6 +14,7 @@ from support import needs_records
 from benchmarks import to_pandas
 from benchmarks.__main__ import main
 from benchmarks.records import environment, figures, intervals, report, rows, stale
+from benchmarks.timing import compare
 
 MISSING = {"samples": 0, "ms_p50": None, "ms_p20": None, "ms_p80": None}
 
@@ -95,13 +96,14 @@ def test_the_table_has_geometric_means_worst_cases_and_what_is_left_out(tmp_path
     found = rows.read([path])
     found += [
         found[-1] | MISSING | {"provider": "compile", "status": "wrong", "note": "dx: off"},
+        found[-1] | MISSING | {"provider": "compile", "status": "wrong", "note": "dx: off", "n": 16},
         found[-1] | MISSING | {"n": 99, "status": "skipped", "note": "over the FLOP budget: 206 of 150 GFLOP"},
     ]
     text = report.markdown(found)
     # 2/1 and 1/2: mean 1, worst 2; 6/2 and 1.5/1: mean sqrt(4.5), worst 1.5; the fastest inverse 3/2
     assert "| summary, forward + backward | 1.00 (2.00) | 2.12 (1.50) | 1.50 (1.50) |" in text
     assert "| 16, 8, 4 | A | 2 | 2.00 | 3.00 | 1.50 |" in text
-    assert "- compile, summary, forward + backward, (64, 8, 4) fp32: wrong: dx: off" in text
+    assert "- compile, summary, forward + backward, (64, 8, 4) fp32: wrong: dx: off (1 more with d = 8, k = 4)" in text
     assert "- (99, 8, 4): over the FLOP budget: 206 of 150 GFLOP (1 rows)" in text and "| 99," not in text
 
 
@@ -126,6 +128,11 @@ def test_pages_say_what_their_record_says():
     assert marks
     for name, text in marks.items():
         assert report.markdown(rows.read([environment.ROOT / name]), brief=True) in text
+    (names,) = re.findall(rf"{report.BEGIN} compare (.*) (.*) -->", marks["benchmarks/results/cpu/suites.jsonl"])
+    assert (
+        compare.differences(*(environment.ROOT / name for name in names))
+        in marks["benchmarks/results/cpu/suites.jsonl"]
+    )
 
 
 def test_figures_are_drawn_of_what_there_is(tmp_path):
@@ -140,13 +147,30 @@ def test_figures_are_drawn_of_what_there_is(tmp_path):
     assert figures.draw([], tmp_path / "none") == []
 
 
-def test_two_records_are_compared_by_their_ratios(tmp_path, capsys):
+def test_the_ratios_of_many_problems_are_panels_over_rows(tmp_path):
+    from matplotlib import pyplot as plt
+
+    found = rows.read([written(tmp_path, *((2**i, {"ours": 2.0, "linear": 1.0}) for i in range(7)), spread=0.1)])
+    found += [row | {"k": 16} for row in found]
+    figure = figures._ratios(plt, rows.grouped(found), report.COLUMNS[0])
+    assert [axis.get_title() for axis in figure.axes] == ["d = 8, k = 4, fp32", "d = 8, k = 16, fp32"]
+    assert [len(axis.collections[0].get_offsets()) for axis in figure.axes] == [7, 7]
+    plt.close(figure)
+
+
+def test_two_records_are_compared_by_their_ratios(tmp_path, monkeypatch, capsys):
     one = written(tmp_path, (16, {"ours": 2.0, "linear": 1.0}), (64, {"ours": 1.0, "linear": 1.0}), name="one.jsonl")
     # 2 % and 10 % off
     other = written(tmp_path, (16, {"ours": 4.08, "linear": 2.0}), (64, {"ours": 1.1, "linear": 1.0}), name="two.jsonl")
     assert main(["compare", str(one), str(other)]) == 0
-    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("ours / linear"))
-    assert line.split()[3:] == ["1.059", "6.0%", "8.4%", "10.0%", "2"]
+    line = "| ours / linear | 1.059 | 6.0% | 8.4% | 10.0% | 2 |"
+    assert line in capsys.readouterr().out
+    page, marks = tmp_path / "page.md", "<!-- begin: python -m benchmarks compare {} {} -->\nold\n<!-- end -->\n"
+    monkeypatch.setattr(compare, "ROOT", tmp_path)
+    page.write_text(marks.format("one.jsonl", "two.jsonl"))
+    assert main(["compare", str(one), str(other), "--page", str(page)]) == 0
+    assert line in page.read_text() and "old" not in page.read_text()
+    assert main(["compare", str(other), str(one), "--page", str(page)]) == 2  # it has no such marks
     (tmp_path / "empty.jsonl").write_text("")
     assert main(["compare", str(one), str(tmp_path / "empty.jsonl")]) == 2
 
@@ -182,7 +206,13 @@ def test_the_table_has_intervals_the_noise_and_what_to_doubt(tmp_path):
         in text
     )
     assert "is wrong:\n\n- summary, forward + backward, (16, 8, 4) fp32: mine 1.20\n" in text
-    assert "ours / best-eager 1.05 [1.05, 1.05] as geometric mean of 1 problems" in text
+    plan = [row | {"provider": "best-plan", "plan": "X"} for row in found if row["provider"] == "best-eager"]
+    text = report.markdown([*found, *plan])
+    assert (
+        "ours / best-plan 1.05 [1.05, 1.05] as geometric mean of 1 problems and modes, with the fastest plan in 0"
+        in text
+    )
+    assert "- summary, forward + backward, (16, 8, 4) fp32: 1.05 [1.05, 1.05], A; fastest X" in text
 
 
 def test_a_record_of_schema_1_is_read(tmp_path):
@@ -257,6 +287,21 @@ def test_a_record_older_than_what_it_measures_is_named(tmp_path):
     ]
     record.write_text(json.dumps({"git_sha": 40 * "0", "paths": ["kernels.py"]}))  # of no known commit
     assert list(stale.stale(record, tmp_path)) == []
+
+
+def test_only_changes_outside_the_results_are_dirty(tmp_path, monkeypatch):
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=t", "-c", "user.email=t@t"]
+    figure, code = tmp_path / "benchmarks/results/cpu/figure.png", tmp_path / "code.py"
+    figure.parent.mkdir(parents=True)
+    figure.write_text("")
+    code.write_text("")
+    for command in (["init", "--quiet"], ["add", "."], ["commit", "--quiet", "--message", "first"]):
+        subprocess.run([*git, *command], check=True)
+    monkeypatch.setattr(environment, "ROOT", tmp_path)
+    figure.write_text("drawn again")
+    assert environment.facts()["dirty"] is False
+    code.write_text("changed")
+    assert environment.facts()["dirty"] is True
 
 
 def test_the_environment_without_git(monkeypatch):

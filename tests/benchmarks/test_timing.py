@@ -204,6 +204,11 @@ def test_errors_and_slow_calls_are_rows(monkeypatch):
         ("failed", "RuntimeError: no such kernel", 0),
     ]
     assert measured(TINY, ("infer",), ("ours",), ASKED._replace(call_limit=0.0))["infer", "ours"]["status"] == "skipped"
+    monkeypatch.setattr(measure, "_LONG_PLAN", 0.0)
+    monkeypatch.setattr(providers, "_planned_as", lambda name, *given: providers.build("assoc-a", *given, None))
+    found = measured(TINY, ("infer",), ("ours", "plan-a", "best-plan"))  # far slower than ours, however short
+    assert found["infer", "plan-a"]["samples"] == 2 and found["infer", "ours"]["samples"] == 3
+    assert "plan-a" not in report._few(list(found.values()))
     monkeypatch.setattr(measure, "datasets", out_of_memory)
     found = measured(TINY, ("infer", "fwd"))
     assert {row["status"] for row in found.values()} == {"oom"} and len(found) == 2 * len(SMALL)
@@ -260,6 +265,16 @@ def test_a_first_call_is_not_taken_for_a_calls_time(monkeypatch):
         assert found["infer", "assoc-b"]["samples"] == 3
 
 
+def test_the_same_calls_under_two_names_are_timed_once():
+    writer = rows.Writer(None, rows.common())
+    measure.measure(TINY, ("fwd",), ("ours", "assoc-a", "unfused", "best-eager", "repeat"), ASKED, None, writer)
+    timed = {row["provider"]: row for row in writer.rows}
+    assert timed["unfused"] == timed["assoc-a"] | {"provider": "unfused", "plan": "assoc-a"}
+    for row in writer.rows:
+        row["samples"] = 7
+    assert len(report.noise(rows.grouped(writer.rows))) == 1  # ours and repeat
+
+
 def test_a_provider_is_timed_twice_for_the_noise():
     for names, twin in ((("linear", "ours", "repeat"), "ours"), (("best-eager", "assoc-b", "repeat"), "assoc-b")):
         found = measured(TINY, ("fwd",), names)
@@ -275,8 +290,36 @@ def test_problems_over_the_budget_are_rows(rated, out):
     wanted = operator_suite.Wanted(("summary",), ("infer",), shapes, ("fp32",), ("ours",), operator_suite.CPU_BUDGET)
     operator_suite.run(wanted, ASKED, out)
     assert [row["status"] for row in out.rows] == ["ok", "skipped", "ok", "ok"] and out.rows[2]["sol_frac"] > 0
-    assert "over the FLOP budget" in out.rows[1]["note"] and "of 150 GFLOP" in out.rows[1]["note"]
+    assert "over the FLOP budget" in out.rows[1]["note"] and "of 100 GFLOP" in out.rows[1]["note"]
     assert [row["mode"] for row in out.rows if row["op"] == "ceiling"] == ["start", "end"]
+
+
+def test_large_problems_on_a_cpu_have_their_main_providers_and_modes(rated, out):
+    names = ["ours", "assoc-a", "assoc-c", "unfused", "inverse-inv", "inverse-cholesky", "multi-dot", "repeat"]
+    main = {"ours", "assoc-a", "unfused", "inverse-inv", "repeat"}
+    wanted = operator_suite.Wanted(("summary",), None, [(20, 16, 6)], ("fp32",), names, large=1e-9)
+    operator_suite.run(wanted, ASKED, out)
+    found = {(row["mode"], row["provider"]): row for row in out.rows if row["op"] != "ceiling"}
+    assert len(found) == len(names) * 4
+    done = {key for key, row in found.items() if row["status"] == "ok"}
+    assert done == set(itertools.product(("fwdbwd", "infer"), main))
+    notes = {row["note"] for key, row in found.items() if key not in done}
+    assert notes == {"0 GFLOP, of 0 on timed only where --provider or --mode names it"}
+    operator_suite.run(wanted._replace(modes=("bwd",)), ASKED, out)
+    assert {row["provider"] for row in out.rows if row["mode"] == "bwd" and row["status"] == "ok"} == main
+
+
+@pytest.mark.parametrize(
+    ("arguments", "large", "orthogonal"),
+    [([], True, True), (["--quick"], True, False), (["--provider", "orthogonal"], False, True)],
+    ids=["all", "quick", "named"],
+)
+def test_providers_and_limits_of_a_run(arguments, large, orthogonal, monkeypatch, tmp_path):
+    seen = []
+    monkeypatch.setattr(operator_suite, "run", lambda wanted, *_: seen.append(wanted))
+    out = ["--out", str(tmp_path / "record.jsonl")]
+    assert main(["run", "--device", "cpu", "--suite", "ops", *arguments, *out]) == 2  # nothing was timed
+    assert (seen[0].large is not None, "orthogonal" in seen[0].providers) == (large, orthogonal)
 
 
 def test_nothing_begins_when_the_time_is_over(rated, tmp_path, monkeypatch, capsys):
@@ -370,9 +413,29 @@ def test_rounds_take_a_sample_of_each_in_any_order():
     taken = clocks.rounds(samplers, 0.0, least=4, most=60)
     assert {len(samples) for samples in taken.values()} == {4}
     assert [sorted(order[i : i + 3]) for i in range(0, 12, 3)] == [["a", "b", "c"]] * 4
-    assert order != sorted(order, key=order.index) and len(clocks.rounds(samplers, 60.0, 1, 6)["a"]) == 6
+    assert order != sorted(order, key=order.index) and len(clocks.rounds(samplers, 60.0, 5, 6)["a"]) == 6
     timed = clocks.interleave({"short": lambda: time.sleep(0.0005), "long": lambda: time.sleep(0.005)}, seconds=0.0)
     assert timed["short"].p50 < timed["long"].p50 and timed["short"].samples == timed["long"].samples == 7
+
+
+def test_a_slow_provider_does_not_take_the_samples_of_the_others(monkeypatch):
+    now = [0.0]
+
+    def taking(seconds):
+        def sample():
+            now[0] += seconds
+            return 1e3 * seconds
+
+        return sample
+
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    quick = {f"quick {i}": taking(0.001) for i in range(9)}
+    taken = clocks.rounds({**quick, "slow": taking(0.1)}, 2.0, 7, 500)
+    counts = {name: len(samples) for name, samples in taken.items()}
+    assert 7 <= counts.pop("slow") < 15 and set(counts.values()) == {counts["quick 0"]}
+    assert counts["quick 0"] > 100 and now[0] < 2.2
+    even = clocks.rounds({name: taking(0.1) for name in "abc"}, 2.0, 7, 500)
+    assert len({len(samples) for samples in even.values()}) == 1
 
 
 def test_memory_is_counted():
@@ -445,15 +508,22 @@ def test_commands(rated, tmp_path, capsys):
 
 def test_the_suite_of_the_selection_prints_its_regret(rated, tmp_path, capsys):
     file = tmp_path / "record.jsonl"
-    arguments = ["--device", "cpu", "--shape", "16,8,4", "--samples", "5", "--seconds", "0.01", "--out", str(file)]
+    arguments = ["--device", "cpu", "--shape", "3,8,4", "--samples", "5", "--seconds", "0.01", "--out", str(file)]
     assert main(["run", "--suite", "selection", *arguments]) == 0
     printed = capsys.readouterr().out
-    assert "Regret of the choice of an order: ours / best-eager" in printed and "problems and modes" in printed
+    assert "Regret of the choice of a plan: ours / best-plan" in printed and "problems and modes" in printed
     found = [row for row in rows.read([file]) if row["op"] != "ceiling"]
     assert {row["mode"] for row in found} == {"infer", "fwdbwd"} and {row["op"] for row in found} == {"summary"}
-    assert {"ours", "best-eager", "linear", "inverse-inv", *providers.ASSOCIATIONS} <= {
-        row["provider"] for row in found
-    }
+    of = {(row["mode"], row["provider"]): row for row in found}
+    assert {name for mode, name in of if mode == "infer"} >= {"linear", "unfused", "inverse-inv", *providers.PLAN_NAMES}
+    for mode, hows in (("infer", [" by autograd"]), ("fwdbwd", ["", " by autograd"])):
+        timed = {
+            of[mode, name]["plan"]: of[mode, name]["ms_p50"]
+            for name in ("ours", *providers.PLAN_NAMES)
+            if of[mode, name]["ms_p50"]
+        }
+        assert timed.keys() == {f"eager {order}{how}" for order in ("(Xb)G", "X(bG)", "((Xb)bᵀ)b") for how in hows}
+        assert of[mode, "best-plan"]["ms_p50"] == min(timed.values()) == timed[of[mode, "best-plan"]["plan"]]
     assert found[0]["paths"] == list(PATHS["selection"])
 
 

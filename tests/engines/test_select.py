@@ -172,7 +172,7 @@ def test_a_plan_is_what_functional_takes(monkeypatch):
     from interp_nn.ops import direct
 
     taken, original = [], direct.summary
-    monkeypatch.setattr(direct, "summary", lambda *args: taken.append(args[3]) or original(*args))
+    monkeypatch.setattr(direct, "summary", lambda *args: taken.append(args[3].plan) or original(*args))
     for n, d, k in ((64, 32, 8), (8, 64, 32), (300, 768, 256)):
         functional.summary(*operands(n, d, k, (True, True)))
         assert taken[-1][:4] == select.plan(n, d, k)[:4]

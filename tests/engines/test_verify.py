@@ -109,11 +109,36 @@ def test_a_wrong_kernel_is_named_once_and_left(change, reason):
     assert not [path for path in verified_files.folder().iterdir() if path.suffix != ".json"]
 
 
+@pytest.mark.parametrize("name", ["forward", "backward", "loss", "scale"])
+def test_only_what_has_passed_is_prepared(name):
+    """A prepared call goes to the kernels past this class."""
+    x, b, dy = tensors()
+    given = {
+        "forward": (x, b, None, SUMMARY),
+        "backward": (dy, x, b, plain.forward(x, b, None, SUMMARY, False)[2], SUMMARY, (True, True, False)),
+        "loss": (x, b, torch.zeros(N, dtype=torch.int64), OPTIONS, PAIR, (True, True)),
+        "scale": ([x, b.contiguous()], torch.ones(())),
+    }[name]
+    for change in (None, out_of_bounds):
+        kernels = Kernels(change, name)
+        setattr(kernels, f"prepared_{name}", lambda *_: "prepared")
+        prepare = getattr(verify.Verified("triton", kernels), f"prepared_{name}")
+        if change is None:
+            assert prepare(*given) == "prepared"
+        else:
+            with pytest.warns(RuntimeWarning, match=f"triton {name}.*fails on this GPU"):
+                assert prepare(*given) is None
+        verify.verdicts.clear()
+        verify._passed.clear()
+        for file in verified_files.folder().iterdir():
+            file.unlink()
+
+
 def test_a_failure_is_an_error_where_the_engine_was_asked_for(monkeypatch):
     monkeypatch.setattr(select, "unsupported_reason", lambda *_: None)
     engine = verify.Verified("triton", Kernels(off_by_a_percent))
     asked = pytest.raises(RuntimeError, match=r"triton engine was asked for, but triton backward in float32.*Frobenius")
-    with interp_nn.use_engine("triton"), pytest.warns(RuntimeWarning, match="fails"), asked:
+    with interp_nn.use_engine("triton"), pytest.warns(RuntimeWarning, match="fails .* auto engine leaves it"), asked:
         backward(engine)
 
 
@@ -380,7 +405,31 @@ def test_the_command_prints_a_table(monkeypatch, capsys):
     assert command.verify_all(["--device", "cpu"]) == 1
     out = capsys.readouterr().out
     assert "24 of 45 kernels passed" in out and "  db: wrong\n" in out and "  not done within 120 s\n" in out
+    assert out.count("FAILED") == 21
+    monkeypatch.setattr(command, "Workers", judged({"loss": "out of time"}))
+    assert command.verify_all(["--device", "cpu"]) == 1
+    out = capsys.readouterr().out
+    assert out.count("missed") == 18 and "FAILED" not in out
     assert command.verify_all([]) == 2 and "no CUDA device" in capsys.readouterr().err
+
+
+def test_the_command_says_why_it_compares_nothing(monkeypatch, capsys):
+    from interp_nn import __main__ as command
+
+    monkeypatch.setattr(verify, "unsupported_reason", lambda engine, problem=None: "it is not built")
+    monkeypatch.setattr(command.engines, "unsupported_reason", verify.unsupported_reason)
+    assert command.verify_all(["--device", "cpu"]) == 2
+    assert capsys.readouterr().err.strip().endswith("cpu: triton is off: it is not built; cuda is off: it is not built")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    for option, value, wish in (
+        ("--device", "nonsense", "'nonsense', want cuda, or"),
+        ("--device", "cuda:1", "'cuda:1', want an index below 1"),
+        ("--minutes", "-1", "-1, want a number from 0 on"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            command.verify_all([f"{option}={value}"])
+        assert stop.value.code == 2 and f"{option}: got {wish}" in capsys.readouterr().err
 
 
 def test_a_variant_is_judged_apart(monkeypatch):

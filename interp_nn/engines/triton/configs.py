@@ -180,6 +180,7 @@ _ENGINE_FIELDS = {
 
 
 _caches: list[Any] = []
+generation = 0  # another number whenever another table is used
 
 
 def remembered(function: Callable[..., Result]) -> Callable[..., Result]:
@@ -205,6 +206,8 @@ def use_table(path: Path) -> Iterator[None]:
 
 
 def _forget() -> None:
+    global generation
+    generation += 1
     for cached in (_user_table, *_caches):
         cached.cache_clear()
 

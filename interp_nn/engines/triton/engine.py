@@ -13,7 +13,7 @@ are launched cooperatively: a grid that does not fit fails instead of waiting fo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import reduce
 from operator import or_
 from typing import Any, NamedTuple
@@ -23,10 +23,19 @@ from torch import Tensor
 
 from interp_nn.engines import eager
 from interp_nn.engines.barrier import counter, workspace
-from interp_nn.engines.devices import DeviceSpec, spec_of
+from interp_nn.engines.devices import DeviceSpec, fp32_precision, sm_carveout, spec_of
 from interp_nn.engines.eager_polynomial import Polynomial
 from interp_nn.engines.limits import MOST_COLUMNS, output_layer_fits, padded, single_tf32_fits, triton_version
-from interp_nn.engines.problem import Config, LossOptions, Order, Plan
+from interp_nn.engines.problem import (
+    Config,
+    LossOptions,
+    Order,
+    Plan,
+    PreparedBackward,
+    PreparedForward,
+    PreparedLoss,
+    PreparedScale,
+)
 from interp_nn.engines.triton import backward as backward_kernels
 from interp_nn.engines.triton import configs, cross_entropy, head, phased
 from interp_nn.engines.triton import forward as forward_kernels
@@ -150,13 +159,7 @@ _MOST_ROUNDED = 16
 
 def _precision(dtype: torch.dtype) -> str:
     """Return the rounding of fp32 operands in products. fp32 sums of 16-bit products may always go through tf32."""
-    return "tf32x3" if dtype == torch.float32 and _fp32_precision("cuda", "matmul") != "tf32" else "tf32"
-
-
-# What torch.backends.cuda.matmul.fp32_precision reads, without its search for the name.
-_fp32_precision: Callable[[str, str], str] = getattr(
-    torch._C, "_get_fp32_precision_getter", lambda *_: torch.backends.cuda.matmul.fp32_precision
-)
+    return "tf32x3" if dtype == torch.float32 and fp32_precision("cuda", "matmul") != "tf32" else "tf32"
 
 
 def _options(config: Config, cooperative: bool, checked: bool = False) -> dict[str, Any]:
@@ -604,3 +607,166 @@ def _scale_launch(spec: DeviceSpec, size: int) -> Launch:
     programs = max(1, min(4 * spec.multiprocessors, _cdiv(size, _SCALE_BLOCK)))
     options = {"BLOCK": _SCALE_BLOCK, "num_warps": 8, "enable_fp_fusion": True}
     return Launch(cross_entropy.scale_gradients, programs, 1, Constants(options))
+
+
+# Prepared calls: `forward`, `backward`, `loss` and `scale` of tensors whose layouts are known, by kernels that are compiled
+
+
+def _ready(made: Launch, device: torch.device, kinds: Sequence[torch.dtype | None], *rest: Any) -> Any:
+    """Return `launch` as a function of the bitwise or of all addresses, and of each (0 for None); None before it is compiled.
+
+    That returns False, and launches nothing, where `launch` has to look: an address that is not aligned to 16 bytes, hooks,
+    another current device, table of tiles or carve-out of multiprocessors.
+
+    Args:
+        made: The launch.
+        device: Device of the tensors.
+        kinds: Dtype of each tensor among the kernel's arguments, or None.
+        rest: The kernel's other arguments.
+    """
+    kept, on_gpu = made.constants, device.type == "cuda"
+    handle = kept.handles.get((device, *rest[: kept.integers - kept.pointers], *kinds)) if kept.pointers else None
+    if handle is None:
+        return None
+    run, function, metadata, constants, stream, hooks = handle
+    programs, index, last = made.programs, device.index or 0, (*rest, *constants)
+    table, kept_back = configs.generation, sm_carveout()
+
+    def launched(bits: int, *addresses: int) -> bool:
+        if (
+            bits & 15
+            or hooks.launch_enter_hook.calls
+            or hooks.launch_exit_hook.calls
+            or (on_gpu and torch.cuda.current_device() != index)
+            or table != configs.generation
+            or kept_back != sm_carveout()
+        ):
+            return False
+        run(programs, 1, 1, stream(index), function, metadata, None, None, None, *addresses, *last)
+        return True
+
+    return launched
+
+
+def prepared_forward(x: Tensor, b: Tensor, bias: Tensor | None, plan: Plan) -> PreparedForward | None:
+    """Compute `Engine.prepared_forward`."""
+    (n, d), k = x.shape, b.shape[1]
+    b, transposed = _matrix(b)
+    if n * d * k == 0 or k > MOST_COLUMNS or plan.saves or not _all_contiguous(x, bias):
+        return None
+    device, dtype = x.device, x.dtype
+    made = _stream_launch(plan.tiles, _spec(device), dtype, n, d, k, transposed, _precision(dtype), None)
+    kinds = (dtype, dtype, None if bias is None else dtype, None, dtype, dtype, None, None, None)
+    launched = _ready(made, device, kinds, n, d)
+    if launched is None:
+        return None
+
+    def call(x: Tensor, b: Tensor, bias: Tensor | None) -> tuple[None, Tensor, list[Tensor]] | None:
+        y, g = x.new_empty(n, k), x.new_empty(k, k)
+        at_x, at_b, at_bias = x.data_ptr(), b.data_ptr(), 0 if bias is None else bias.data_ptr()
+        at_y, at_g = y.data_ptr(), g.data_ptr()
+        if launched(at_x | at_b | at_bias | at_y | at_g, at_x, at_b, at_bias, 0, at_y, at_g, 0, 0, 0):
+            return None, y, [g]
+        return None
+
+    return call
+
+
+def prepared_backward(
+    dy: Tensor, x: Tensor, b: Tensor, saved: Sequence[Tensor], plan: Plan, needs: tuple[bool, bool, bool]
+) -> PreparedBackward | None:
+    """Compute `Engine.prepared_backward`."""
+    (n, d), k = x.shape, b.shape[1]
+    b, transposed = _matrix(b)
+    need_x, need_b, need_bias = needs
+    if n * d * k == 0 or k > MOST_COLUMNS or plan.saves or not (need_x or need_b) or not _all_contiguous(x, *saved):
+        return None
+    device, dtype = x.device, x.dtype
+    phases = 7 if need_b else 3 if need_bias else 1
+    made, size = _summary_backward_launch(
+        plan.tiles, _spec(device), dtype, n, d, k, transposed, _precision(dtype), phases, None
+    )
+    wanted = (dtype if need else None for need in needs)
+    kinds = (dtype,) * 4 + (*wanted, None, None, None, None, torch.float32, torch.int32)
+    launched = _ready(made, device, kinds, n, d, made.splits)
+    if launched is None:
+        return None
+    stride = (1, d) if transposed else (k, 1)
+
+    def call(dy: Tensor, x: Tensor, b: Tensor, saved: Sequence[Tensor]) -> tuple[Tensor | None, ...] | None:
+        if dy.dtype is not dtype or not dy.is_contiguous():
+            return None
+        dx = x.new_empty(n, d) if need_x else None
+        db = x.new_empty_strided((d, k), stride) if need_b else None
+        dbias = x.new_empty(k) if need_bias else None
+        work = x.new_empty(size, dtype=torch.float32)
+        grads = [0 if t is None else t.data_ptr() for t in (dx, db, dbias)]
+        ours = 0, 0, 0, 0, work.data_ptr(), counter(device).data_ptr()
+        at = x.data_ptr(), b.data_ptr(), saved[0].data_ptr(), dy.data_ptr(), *grads, *ours
+        return (dx, db, dbias) if launched(reduce(or_, at), *at) else None
+
+    return call
+
+
+def prepared_loss(
+    x: Tensor, b: Tensor, target: Tensor, options: LossOptions, plan: Plan, needs: tuple[bool, bool]
+) -> PreparedLoss | None:
+    """Compute `Engine.prepared_loss`."""
+    (n, d), k = x.shape, b.shape[1]
+    b, transposed = _matrix(b)
+    need_x, need_b = needs
+    if n * d * k == 0 or options.reduction == "none" or not _all_contiguous(x, target):
+        return None
+    device, dtype, gradients = x.device, x.dtype, need_x or need_b
+    made, size = _loss_launch(
+        plan.tiles, _spec(device), dtype, n, d, k, None, plan.order, transposed, _precision(dtype), options.reduction,
+        gradients, need_b, None,
+    )  # fmt: skip
+    scratch = made.scratch and need_b
+    rows, more = dtype if gradients else None, dtype if scratch else None
+    wanted = (dtype if need else None for need in needs)
+    kinds = (dtype, dtype, torch.int64, None, torch.float32, *wanted, None, None, None, rows, more, more)
+    last = n, d, made.splits, options.ignore_index, *options.weights
+    launched = _ready(made, device, (*kinds, torch.float32, torch.int32), *last)
+    if launched is None:
+        return None
+    stride, width = (1, d) if transposed else (k, 1), _width(k)
+    none = (0,) * (3 - gradients - 2 * scratch)
+
+    def call(x: Tensor, b: Tensor, target: Tensor) -> tuple[Tensor, list[Tensor]] | None:
+        value, work = x.new_empty((), dtype=torch.float32), x.new_empty(size, dtype=torch.float32)
+        spaces = [x.new_empty(n, width) for _ in range(gradients + 2 * scratch)]
+        grads = []
+        if need_x:
+            grads.append(x.new_empty(n, d))
+        if need_b:
+            grads.append(x.new_empty_strided((d, k), stride))
+        dx = grads[0].data_ptr() if need_x else 0
+        db = grads[-1].data_ptr() if need_b else 0
+        rows = *[t.data_ptr() for t in spaces], *none
+        given = x.data_ptr(), b.data_ptr(), target.data_ptr(), 0, value.data_ptr(), dx, db, 0, 0, 0
+        at = *given, *rows, work.data_ptr(), counter(device).data_ptr()
+        return (value, grads) if launched(reduce(or_, at), *at) else None
+
+    return call
+
+
+def prepared_scale(grads: Sequence[Tensor], upstream: Tensor) -> PreparedScale | None:
+    """Compute `Engine.prepared_scale`."""
+    sizes, device, dtype = [g.numel() for g in grads], upstream.device, upstream.dtype
+    rest = 5 - len(sizes)
+    kinds = (dtype, *(g.dtype for g in grads), *(None,) * rest)
+    launched = _ready(_scale_launch(_spec(device), max(sizes)), device, kinds, *sizes, *(0,) * rest)
+    if launched is None:
+        return None
+    none = (0,) * rest
+
+    def call(grads: Sequence[Tensor], upstream: Tensor) -> list[Tensor] | None:
+        at = upstream.data_ptr(), *[g.data_ptr() for g in grads]
+        return list(grads) if upstream.dtype is dtype and launched(reduce(or_, at), *at, *none) else None
+
+    return call
+
+
+def _all_contiguous(*tensors: Tensor | None) -> bool:
+    return all(t is None or t.is_contiguous() for t in tensors)

@@ -116,12 +116,15 @@ def contribution_waterfall(
     values = np.concatenate([[constant], parts.values, [parts.output]])
     axes = new_axes(axes, (6.4, 0.34 * len(names) + 1.4))
     bars = axes.barh(range(len(names)), values, left=starts, color=[NEUTRAL, *parts.colours, NEUTRAL])
+    for bar in bars:
+        bar.sticky_edges.x[:] = [0.0]  # matplotlib gives no margin beside a bar's start
     for i, end in enumerate((starts + values)[:-1]):
         axes.plot([end, end], [i - 0.4, i + 1.4], color="0.5", linewidth=0.8)
     texts = [f"{value:+.3g}" for value in values]
     for bar, text, start, value in zip(bars, texts, starts, values, strict=True):
-        place = (max(start, start + value), bar.get_y() + bar.get_height() / 2)
-        axes.annotate(text, place, (3, 0), textcoords="offset points", va="center", fontsize=8)
+        place = (start + value, bar.get_y() + bar.get_height() / 2)
+        sign, side = (1, "left") if value >= 0 else (-1, "right")
+        axes.annotate(text, place, (3 * sign, 0), textcoords="offset points", ha=side, va="center", fontsize=8)
     title = f"{output} {parts.output:.3g} = constant {constant:.3g} + contributions {parts.output - constant:.3g}"
     _finish(axes, names, output, title)
     return axes
@@ -247,6 +250,6 @@ def _finish(axes: Axes, names: Sequence[str], xlabel: str, title: str) -> None:
     axes.axvline(0, color="black", linewidth=0.8)
     axes.set_yticks(range(len(names)), names, fontsize=9)
     axes.set_ylim(len(names) - 0.4, -0.6)
-    axes.margins(x=0.18)
+    axes.margins(x=0.25)
     axes.set_xlabel(xlabel)
     set_title(axes, title)

@@ -135,11 +135,12 @@ class Facts:
         """The samples that are shown, by why: the first that a rule finds, each sample once.
 
         Typical: the median margin among right predictions (all, without y). Borderline: the smallest margin. Wrong: the largest
-        margin among wrong predictions. Right: the largest margin among right ones.
+        margin among wrong predictions. Right: the largest margin among right ones; without y its name is "largest margin".
         """
         right = torch.ones_like(self.predicted, dtype=torch.bool)
+        largest = "largest margin"
         if self.y is not None and self.classifies:
-            right = self.predicted == self.y
+            right, largest = self.predicted == self.y, "right"
         order = self.margin.argsort()
         good, bad = order[right[order]], order[~right[order]]
         found: dict[str, int] = {}
@@ -147,7 +148,7 @@ class Facts:
             ("typical", good[len(good) // 2 :]),
             ("borderline", order),
             ("wrong", bad.flip(0)),
-            ("right", good.flip(0)),
+            (largest, good.flip(0)),
         ):
             taken = [int(i) for i in candidates[:3] if int(i) not in found.values()]
             if taken:

@@ -12,7 +12,7 @@ from torch import nn
 
 from interp_nn.explain.following.calls import UnsupportedOperation
 from interp_nn.explain.report.facts import Facts
-from interp_nn.explain.report.page import Section, png, render
+from interp_nn.explain.report.page import Section, image, render
 from interp_nn.explain.report.sections import DEFAULT, SectionOf
 
 _FIGURES = 12
@@ -39,7 +39,9 @@ class Report:
         for section in self.sections:
             shown = section.figures[:left]
             left -= len(shown)
-            parts.append((section, [(png(figure), alt) for figure, alt in shown]))
+            more = len(section.figures) - len(shown)
+            note = f"<p>{more} more figures are left out: a page has at most {_FIGURES}.</p>" if more else ""
+            parts.append((section, "".join(image(figure, alt) for figure, alt in shown) + note))
         self.html = render(title, about, parts)
 
     @property
@@ -132,11 +134,12 @@ def report(
             left.append(found)
         else:
             made.append(found)
-    made.append(Section("What was not done", _left_out(left), notes=left))
-    n = len(facts.x)
+    made.append(Section("What was not done", _left_out(left), notes=[f"{note[0].upper()}{note[1:]}." for note in left]))
+    shape = facts.x.shape[1:]
+    units = {"table": " features", "tokens": " tokens"}.get(facts.kind, " values" if len(shape) == 1 else "")
     about = (
-        f"{type(facts.model).__name__} with {_parameters(facts.model):,} parameters, at {n:,} samples of shape "
-        f"{tuple(facts.x.shape[1:])}."
+        f"{type(facts.model).__name__} with {_parameters(facts.model):,} parameters, at {len(facts.x):,} samples of "
+        f"{' × '.join(map(str, shape))}{units}."
     )
     return Report(title or type(facts.model).__name__, about, made)
 
@@ -152,7 +155,8 @@ def report_sections() -> dict[str, SectionOf]:
 
 
 def _left_out(left: Sequence[str]) -> str:
-    return f"{len(left)} sections have nothing to say here." if left else "Every section was made."
+    names = "; ".join(reason.partition(":")[0] for reason in left)
+    return f"This page has no section on: {names}." if left else "Every section was made."
 
 
 def _parameters(model: nn.Module) -> int:

@@ -15,28 +15,37 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _ROWS = 12  # of a table that a page shows; the copy as CSV has all
+_DOTS, _COLOURS = 144, 256  # of a figure: per inch, and in all
+_WIDTH, _LEAST_WIDTH = 100, 72  # of a figure in CSS pixels per inch; text of 8 points has then 11 and 8 pixels
+_PHONE = 340  # pixels that a phone has for a figure
+_UNBROKEN = re.compile(r"± \S+|\d[\d.]*e-\d+")
 
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1a1a1a; --paper: #ffffff; --line: #d0d0d0; --soft: #f4f4f2; --link: #0b5394; }
-@media (prefers-color-scheme: dark) {
+@media screen and (prefers-color-scheme: dark) {
   :root { --ink: #e8e8e8; --paper: #16181b; --line: #454545; --soft: #23262a; --link: #8ab8f0; }
 }
 * { box-sizing: border-box; }
 body { margin: 0 auto; padding: 1rem; max-width: 56rem; font: 1rem/1.5 system-ui, sans-serif; color: var(--ink);
-  background: var(--paper); }
+  background: var(--paper); overflow-wrap: break-word; }
 a { color: var(--link); }
-a:focus-visible, summary:focus-visible, [tabindex]:focus-visible { outline: 3px solid var(--link); outline-offset: 2px; }
+:focus-visible { outline: 3px solid var(--link); outline-offset: 2px; }
 h1 { line-height: 1.2; } h2 { margin-top: 2.5rem; border-top: 1px solid var(--line); padding-top: 1rem; }
 .finding { font-weight: 600; }
 .note { background: var(--soft); padding: 0.5rem 0.8rem; border-radius: 4px; }
-figure { margin: 1rem 0; } figure img { max-width: 100%; height: auto; background: #ffffff; border-radius: 4px; }
-figcaption { font-size: 0.9rem; }
-.scroll { overflow-x: auto; }
+.whole { white-space: nowrap; }
+figure { margin: 1.5rem 0; } figure img { display: block; max-width: 100%; height: auto; border-radius: 4px; }
+figcaption { margin-top: 0.3rem; font-size: 0.9rem; }
+.scroll { overflow-x: auto; margin-top: 1rem; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: 0.9rem; }
-th, td { border-bottom: 1px solid var(--line); padding: 0.2rem 0.6rem; text-align: right; white-space: nowrap; }
-th:first-child, td:first-child { text-align: left; }
-pre { overflow-x: auto; background: var(--soft); padding: 0.5rem; font-size: 0.8rem; }
-@media print { details { display: none; } body { max-width: none; } h2 { break-after: avoid; } figure { break-inside: avoid; } }
+caption { text-align: left; padding: 0.2rem 0; font-weight: 600; }
+th, td { border-bottom: 1px solid var(--line); padding: 0.2rem 0.5rem; text-align: left; vertical-align: bottom; }
+td { vertical-align: top; min-width: 4rem; } .number { text-align: right; } td.number { white-space: nowrap; }
+textarea { width: 100%; height: 10rem; font: 0.8rem/1.4 monospace; color: var(--ink); background: var(--soft);
+  border: 1px solid var(--line); }
+@media print { details { display: none; } body { max-width: none; padding: 0; } h2, caption { break-after: avoid; }
+  figure, tr, .note { break-inside: avoid; } .scroll { overflow: visible; } figure img { min-width: 0 !important; }
+  table { font-size: 0.75rem; } th, td { padding: 0.1rem 0.3rem; min-width: 0; overflow-wrap: anywhere; } }
 """
 
 
@@ -50,17 +59,27 @@ class Table:
 
     def html(self) -> str:
         """Return the table's first rows, and all of them as CSV to copy."""
-        head = "".join(f'<th scope="col">{escape(name)}</th>' for name in self.columns)
+        kinds = [
+            ' class="number"' * all(isinstance(row[j], int | float) for row in self.rows)
+            for j in range(len(self.columns))
+        ]
+        head = "".join(
+            f'<th scope="col"{kind}>{escape(name)}</th>' for kind, name in zip(kinds, self.columns, strict=True)
+        )
         body = "".join(
-            "<tr>" + "".join(f"<td>{escape(text(value))}</td>" for value in row) + "</tr>" for row in self.rows[:_ROWS]
+            "<tr>"
+            + "".join(f"<td{kind}>{escape(text(value))}</td>" for kind, value in zip(kinds, row, strict=True))
+            + "</tr>"
+            for row in self.rows[:_ROWS]
         )
         left = len(self.rows) - _ROWS
-        more = f"<p>and {left} more rows, in the CSV</p>" if left > 0 else ""
+        more = f"<p>The CSV has {left} more row{'s' * (left > 1)}.</p>" if left > 0 else ""
         caption = escape(self.caption)
         return (
             f'<div class="scroll" role="region" aria-label="{caption}" tabindex="0"><table><caption>{caption}</caption>'
             f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>{more}"
-            f"<details><summary>{caption}, as CSV</summary><pre>{escape(self.csv())}</pre></details>"
+            f"<details><summary>{caption}, as CSV</summary>"
+            f'<textarea readonly aria-label="{caption}, as CSV">{escape(self.csv())}</textarea></details>'
         )
 
     def csv(self) -> str:
@@ -100,14 +119,21 @@ def text(value: Any) -> str:
     return str(value)
 
 
-def png(figure: Figure) -> bytes:
-    """Return a figure as a PNG, and close it."""
+def image(figure: Figure, alt: str) -> str:
+    """Return a figure as HTML with this text, and close it. On a phone a wide one scrolls, so that it stays readable."""
     from matplotlib import pyplot
+    from PIL import Image
 
-    out = io.BytesIO()
-    figure.savefig(out, format="png", dpi=80, facecolor="white")
+    drawn, out = io.BytesIO(), io.BytesIO()
+    figure.savefig(drawn, format="png", dpi=_DOTS, facecolor="white")
     pyplot.close(figure)
-    return out.getvalue()
+    Image.open(drawn).convert("RGB").quantize(_COLOURS).save(out, format="png", optimize=True)  # a third of the size
+    width, least = (round(float(figure.get_size_inches()[0]) * pixels) for pixels in (_WIDTH, _LEAST_WIDTH))
+    text, data = escape(alt), base64.b64encode(out.getvalue()).decode()
+    shown = f'<img src="data:image/png;base64,{data}" alt="{text}" style="width: {width}px; min-width: {least}px">'
+    if least > _PHONE:
+        shown = f'<div class="scroll" role="region" aria-label="{text}" tabindex="0">{shown}</div>'
+    return f"<figure>{shown}<figcaption>{_prose(alt)}</figcaption></figure>"
 
 
 def identifiers(titles: Sequence[str]) -> list[str]:
@@ -115,11 +141,11 @@ def identifiers(titles: Sequence[str]) -> list[str]:
     return [f"{i}-" + re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-") for i, title in enumerate(titles, 1)]
 
 
-def render(title: str, about: str, sections: Sequence[tuple[Section, Sequence[tuple[bytes, str]]]]) -> str:
-    """Return the page; each section comes with its figures as PNGs."""
+def render(title: str, about: str, sections: Sequence[tuple[Section, str]]) -> str:
+    """Return the page; each section comes with the HTML of its figures."""
     anchors = identifiers([section.title for section, _ in sections])
     contents = "".join(
-        f'<li><a href="#{anchor}">{escape(section.title)}</a>: {escape(section.finding)}</li>'
+        f'<li><a href="#{anchor}">{escape(section.title)}</a>: {_prose(section.finding)}</li>'
         for anchor, (section, _) in zip(anchors, sections, strict=True)
     )
     body = "".join(_section(anchor, *part) for anchor, part in zip(anchors, sections, strict=True))
@@ -134,15 +160,15 @@ def render(title: str, about: str, sections: Sequence[tuple[Section, Sequence[tu
     )
 
 
-def _section(anchor: str, section: Section, images: Sequence[tuple[bytes, str]]) -> str:
-    figures = "".join(
-        f'<figure><img src="data:image/png;base64,{base64.b64encode(image).decode()}" alt="{escape(alt)}">'
-        f"<figcaption>{escape(alt)}</figcaption></figure>"
-        for image, alt in images
-    )
+def _section(anchor: str, section: Section, figures: str) -> str:
     tables = "".join(table.html() for table in section.tables)
-    notes = "".join(f'<p class="note">{escape(note)}</p>' for note in section.notes)
+    notes = "".join(f'<p class="note">{_prose(note)}</p>' for note in section.notes)
     return (
         f'<section aria-labelledby="{anchor}"><h2 id="{anchor}">{escape(section.title)}</h2>'
-        f'<p class="finding">{escape(section.finding)}</p>{figures}{tables}{notes}</section>'
+        f'<p class="finding">{_prose(section.finding)}</p>{figures}{tables}{notes}</section>'
     )
+
+
+def _prose(sentences: str) -> str:
+    """Return text as HTML in which no line breaks inside of a number."""
+    return _UNBROKEN.sub(r'<span class="whole">\g<0></span>', escape(sentences))

@@ -1,7 +1,11 @@
 """A launch by a remembered kernel is the launch that Triton itself would make; kernels are replaced by nothing."""
 
+import math
+
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 pytest.importorskip("triton")
 
@@ -165,3 +169,136 @@ def test_the_precision_follows_pytorchs_switch(ran, monkeypatch):
                 assert precision() == wanted
     finally:
         switch.fp32_precision = before
+
+
+# Calls that an engine has prepared
+
+
+@pytest.mark.parametrize("op", [functional.summary, functional.summary_cross_entropy])
+def test_prepared_calls_leave_hooks_and_other_tables_to_triton(op, ran):
+    from triton import knobs
+
+    x, b = torch.randn(64, 32, requires_grad=True), torch.randn(32, 16)
+    given = (x, b) if op is functional.summary else (x, b, torch.zeros(64, dtype=torch.int64))
+    called = []
+
+    def by_triton():
+        before = ran.by_triton
+        op(*given).sum().backward()
+        return ran.by_triton - before
+
+    for _ in range(8):
+        by_triton()
+    assert by_triton() == 0
+    knobs.runtime.launch_enter_hook.add(called.append)
+    try:
+        assert by_triton() == 2
+    finally:
+        knobs.runtime.launch_enter_hook.remove(called.append)
+    assert by_triton() == 0
+    configs._forget()
+    assert by_triton() == 2
+
+
+CHANGES = {
+    "n": [640, 641],
+    "k": [16, 24],
+    "leading": [(), (2,)],
+    "x": ["contiguous", "offset", "strided"],
+    "b": ["contiguous", "transposed", "offset"],
+    "bias": [None, False, True],
+    "dtype": [torch.float32, torch.bfloat16],
+    "x needs": [True, False],
+    "b needs": [True, False],
+    "upstream": ["contiguous", "transposed"],
+    "precision": ["ieee", "tf32"],
+    "carve-out": [None, 131],
+    "op": ["summary", "loss", "no gradients"],
+}
+
+
+def launched(state, ran, kept):
+    """The launches of a call and its backward, addresses as "address"; tensors are `kept` from call to call."""
+    n, d, k, dtype = state["n"], 64, state["k"], state["dtype"]
+
+    def tensor(name, *shape, how="contiguous"):
+        key = name, shape, dtype, how
+        if key not in kept:
+            t = torch.zeros(math.prod(shape) + 1, dtype=dtype)[how == "offset" :][: math.prod(shape)].view(shape)
+            t = t.mT.contiguous().mT if how == "transposed" else t
+            kept[key] = t.repeat_interleave(2, -1)[..., ::2] if how == "strided" else t
+        return kept[key]
+
+    x = tensor("x", *state["leading"], n, d, how=state["x"]).requires_grad_(state["x needs"])
+    b = tensor("b", d, k, how=state["b"]).requires_grad_(state["b needs"])
+    bias = None if state["bias"] is None else tensor("bias", k).requires_grad_(state["bias"])
+    ran.given.clear()
+    switch, before = torch.backends.cuda.matmul, torch.backends.cuda.matmul.fp32_precision
+    switch.fp32_precision = state["precision"]
+    torch._C._set_sm_carveout_experimental(state["carve-out"])
+    own = {t.data_ptr(): name for name, t in {"x": x, "b": b, "bias": bias}.items() if t is not None}
+
+    def taken():
+        launches = [(given[:5], [address(a) for a in given[9:]]) for given in ran.given]
+        ran.given.clear()
+        return launches
+
+    def address(a):
+        a = a.data_ptr() if isinstance(a, torch.Tensor) else 0 if a is None else a
+        return own.get(a, ("another", a % 16)) if type(a) is int and a > 2**20 else a
+
+    try:
+        with torch.set_grad_enabled(state["op"] != "no gradients"):
+            if state["op"] == "loss":
+                out = functional.summary_cross_entropy(x, b, torch.zeros(x.shape[:-1], dtype=torch.int64))
+            else:
+                out = functional.summary(x, b, bias)
+        launches = taken()
+        given = (x, b) if state["op"] == "loss" else (x, b, bias)
+        leaves = [t for t in given if t is not None and t.requires_grad] if out.requires_grad else []
+        if leaves:
+            dy = torch.zeros_like(out)
+            dy = dy.mT.contiguous().mT if state["upstream"] == "transposed" and dy.dim() > 1 else dy
+            own[dy.data_ptr()] = "dY"
+            torch.autograd.grad(out, leaves, dy)
+    finally:
+        switch.fp32_precision = before
+        torch._C._set_sm_carveout_experimental(None)
+    return launches + taken()
+
+
+def check_prepared(states, ran):
+    """After each change a call makes the launches that it makes without any memory of other calls."""
+    kept, remembered = {}, {}
+    with pytest.MonkeyPatch.context() as patch:
+        for state, times in states:
+            patch.setattr(functional, "_plans", remembered)
+            found = [launched(state, ran, kept) for _ in range(times)]
+            patch.setattr(functional, "_plans", {})
+            alone = launched(state, ran, kept)
+            assert all(one == alone for one in found), state
+    calls = [call for call in remembered.values() if type(call) is not tuple]
+    assert any(call.forward or call.loss for call in calls)
+
+
+@pytest.mark.parametrize("op", CHANGES["op"])
+@pytest.mark.parametrize("name", sorted(CHANGES))
+def test_a_prepared_call_after_each_change(name, op, ran):
+    base = {key: values[0] for key, values in CHANGES.items()} | {"op": op}
+    changed = [base | {name: value} for value in CHANGES[name]]
+    check_prepared([(state, 6) for other in changed for state in (base, other, base)], ran)
+
+
+@pytest.mark.slow
+@settings(max_examples=200)
+@given(st.data())
+def test_a_prepared_call_after_many_changes(data):
+    state, states = {name: values[0] for name, values in CHANGES.items()}, []
+    for _ in range(8):
+        names = data.draw(st.lists(st.sampled_from(sorted(CHANGES)), max_size=3))
+        state = state | {name: data.draw(st.sampled_from(CHANGES[name])) for name in names}
+        states.append((state, data.draw(st.sampled_from([1, 6]))))
+    configs._forget()
+    with host._stubbed_launches(), pytest.MonkeyPatch.context() as patch:
+        check_prepared(states, Ran(patch))
+    configs._forget()

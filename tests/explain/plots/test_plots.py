@@ -208,6 +208,7 @@ def test_bars_and_waterfalls_add_up_to_the_output():
     np.testing.assert_allclose(starts, [0, 2, -1, 0, 0])
     np.testing.assert_allclose(ends, [2, -1, 0, 0.75, 0.75])
     assert falls.get_title() == "logit 0.75 = constant 2 + contributions -1.25"
+    assert falls.get_xlim()[0] < -1.3 and falls.get_xlim()[1] > 2.3  # room for numbers beside the bars
     drawn(bars.figure)
     drawn(falls.figure)
 

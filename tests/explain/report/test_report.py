@@ -14,7 +14,20 @@ import torch
 from processes import python
 from torch import Tensor, nn
 
-from interp_nn.explain import Section, linearize, read_head, record, report, report_sections
+from interp_nn.explain import (
+    ActivationClusters,
+    Report,
+    Section,
+    kernel_alignment,
+    linearize,
+    npk,
+    plots,
+    read_head,
+    record,
+    region,
+    report,
+    report_sections,
+)
 from interp_nn.explain.report.page import Table
 from interp_nn.explain.report.report_command import load_model, load_table, main
 from interp_nn.nn import SummaryHead
@@ -57,7 +70,7 @@ class Page(HTMLParser):
         assert self.open.pop() == tag
         if tag == "summary":
             self._summary = self._text.removesuffix(", as CSV")
-        if tag == "pre":
+        if tag == "textarea":
             self.tables[self._summary] = list(csv.reader(io.StringIO(self._text)))
         self._text = ""
 
@@ -108,9 +121,9 @@ def test_numbers_are_those_of_the_calls(table: tuple[nn.Sequential, Tensor, Tens
     means = {row[0]: float(row[1]) for row in page.tables["Mean contributions"][1:]}
     assert means == pytest.approx(dict(zip(names, contributions.abs().mean(0).tolist(), strict=True)))
     assert list(means)[-1] == "luck"
-    for _, index, _, _, what, value, constant, largest, error in page.tables["Samples"][1:]:
+    for _, index, first, second, _, value, constant, largest, error in page.tables["Samples"][1:]:
         outputs = model(x)[int(index)].detach()
-        assert what == ("yes over no" if outputs[1] > outputs[0] else "no over yes")
+        assert (first, second) == (("yes", "no") if outputs[1] > outputs[0] else ("no", "yes"))
         assert float(value) == pytest.approx(float(outputs.max() - outputs.min()))
         assert float(constant) == pytest.approx(float(affine.bias[int(index)]))
         assert largest == names[int(contributions[int(index)].abs().argmax())]
@@ -120,6 +133,20 @@ def test_numbers_are_those_of_the_calls(table: tuple[nn.Sequential, Tensor, Tens
     units = page.tables["Units"][1:]
     on = record(model, x).gates(0).double().mean(0)
     assert (int(units[0][2]), int(units[0][3])) == (int((on == 0).sum()), int((on == 1).sum()))
+    assert f"with the classes is {kernel_alignment(npk(model, x), y):.2f}" in made.findings["Gates"]
+    for index, radius, nearest, _ in page.tables["Distance to the nearest gate"][1:]:
+        i = int(index)
+        assert float(radius) == pytest.approx(float(region(model, x[i : i + 1]).radius(x[i])))
+        assert float(nearest) == pytest.approx(float((x - x[i]).norm(dim=1).sort().values[1]))
+    merged = ActivationClusters(model, progress=False).fit(x).merge()
+    output = int(predicted.bincount().argmax())
+    coefficients = merged.table(output, feature_names=names).coefficients
+    for name, *row in page.tables[f"Coefficients for {['no', 'yes'][output]}"][1:]:
+        assert [float(value) for value in row] == pytest.approx(coefficients[:, names.index(name)].tolist())
+    assert (
+        merged.held_out_ is not None
+        and f"is {merged.held_out_.r2:.3f}, and" in made.findings["A few maps for all samples"]
+    )
     head = read_head(model, "2", x, y, output="3").rotate("varimax").summary()
     latents = page.tables["Latents, in varimax coordinates"][1:]
     assert [float(row[2]) for row in latents] == pytest.approx(head.importance.tolist())
@@ -136,16 +163,67 @@ def test_wrong_labels_are_called_out(table: tuple[nn.Sequential, Tensor, Tensor,
     assert "no better" not in report(model, x, y, sections=["predictions"]).findings["How good it is"]
 
 
+def test_findings_follow_the_numbers() -> None:
+    x = torch.tensor([[1.0, 0.0], [2.0, 0.0], [3.0, 0.0], [0.0, 1.0], [0.0, 2.0], [0.0, 4.0]])
+    y = torch.tensor([0, 0, 0, 1, 1, 1])
+    model = nn.Linear(2, 2).eval()
+    with torch.no_grad():
+        model.weight.copy_(torch.eye(2))
+        model.bias.zero_()
+    said = {}
+    for wrong in range(4):
+        given = y.clone()
+        given[:wrong] = 1
+        said[wrong] = report(model, x, given, sections=["predictions", *["samples"] * (wrong == 2)]).findings
+    assert "There is no error." in said[0]["How good it is"]
+    assert "The only error takes 1 for 0." in said[1]["How good it is"]
+    assert "Both errors take 1 for 0." in said[2]["How good it is"]
+    assert "All 3 errors take 1 for 0." in said[3]["How good it is"]
+    # The wrong sample has a margin of 2, and the right ones have 3, 1, 2 and 4.
+    assert "25% of the right answers have a smaller one" in said[2]["Single samples"]
+
+
+def test_samples_that_are_equal_or_on_a_boundary() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2)).eval()
+    with torch.no_grad():
+        model[0].weight.copy_(torch.eye(2))
+        model[0].bias.zero_()
+    x = torch.tensor([[1.0, 3.0], [1.0, 3.0], [0.0, 3.0], [1.0, 5.0]])
+    made = report(model, x, sections=["reach"])
+    rows = [[float(value) for value in row] for row in checked(made.html).tables["Distance to the nearest gate"][1:]]
+    assert [row[1] for row in rows] == pytest.approx([1, 1, 0, 1], abs=1e-6)
+    assert [row[2] for row in rows] == pytest.approx([1, 1, 1, 2])
+    assert made.findings["How far around a sample"].startswith("1 of 4 samples lies on a boundary")
+    assert "of the other 3 samples, the map holds up to a distance of 1. " in made.findings["How far around a sample"]
+    assert "all samples are equal" in report(model, x[:2], sections=["reach"]).sections[-1].notes[-1]
+
+
 def test_images_with_a_summary_head() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(
         nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Flatten(), nn.Linear(32, 8), nn.ReLU(), SummaryHead(8, 4, 3)
     ).eval()
-    made = report(model, torch.randn(12, 1, 6, 6), torch.randint(0, 3, (12,)))
+    x = torch.randn(12, 1, 6, 6)
+    top = model(x).topk(2, 1).indices
+    rows = torch.arange(12)
+
+    def margin(output: Tensor) -> Tensor:
+        return output[rows, top[:, 0]] - output[rows, top[:, 1]]
+
+    made = report(model, x, torch.randint(0, 3, (12,)))
     page = checked(made.html)
     assert {"The head", "Summary layers", "Single samples"} <= set(made.findings)
     assert "within" in made.findings["Summary layers"]
     assert float(page.tables["Singular values of b"][1][4]) < 1e-5
+    assert "equal to 3 digits" in made.findings["Summary layers"]
+    size = linearize(model, x, margin).contributions(x).abs().sum(1).mean(0)
+    each = [[float(value) for value in row[1:]] for row in page.tables["Mean |contribution| of each pixel"][1:]]
+    torch.testing.assert_close(torch.tensor(each), size, check_dtype=False)
+    row, column = divmod(int(size.argmax()), 6)
+    assert f'alt="The pixel at row {row}, column {column} has the largest' in made.html
+    with torch.no_grad():
+        model[5].b.mul_(1.5)
+    assert "scaled by 2.2 to 2.3" in report(model, x, sections=["summary_layers"]).findings["Summary layers"]
 
 
 class LanguageModel(nn.Module):
@@ -162,8 +240,9 @@ class LanguageModel(nn.Module):
 def test_tokens_and_secants() -> None:
     torch.manual_seed(0)
     made = report(LanguageModel().eval(), torch.randint(0, 11, (4, 5)), tokenizer="abcdefghijk".__getitem__)
-    checked(made.html)
-    assert "silu" in made.findings["What is exact"]
+    page = checked(made.html)
+    assert "right" not in [row[0] for row in page.tables["Tokens"]]  # nobody knows
+    assert "silu and mul (secants)" in made.findings["What is exact"] and "stay the same" not in made.html
     assert "places before the last one" in made.findings["What counts"]
     assert any("secants" in note for note in made.sections[-1].notes)
 
@@ -198,6 +277,9 @@ def test_sections_of_ones_own(table: tuple[nn.Sequential, Tensor, Tensor, list[s
     made = report(model, x, sections=chosen)
     assert list(made.findings) == ["Mine", "What is exact", "What was not done"]
     assert checked(made.html).tables["T"] == [["a", "b"], ["1", "2"]]
+    axes = plots.bias_bars({"0": torch.ones(1, 1)})
+    many = Report("Many", "", [Section("Figures", "", [(axes.figure, f"Figure {i}.") for i in range(14)])])  # type: ignore[misc]
+    assert len(checked(many.html).images) == 12 and "2 more figures are left out" in many.html
     with pytest.raises(ValueError, match=r"sections: got \['reaches'\]"):
         report(model, x, sections=["reaches"])
 
