@@ -434,7 +434,7 @@ def summary_backward(
     rn, rk = tl.arange(0, BN), tl.arange(0, BK)
     feature_tiles, tiles = tl.cdiv(d, BD), tl.cdiv(n, BN)
     share = tl.cdiv(tiles, splits)
-    SLICE: tl.constexpr = min(BK, 64)  # rows of T at a time
+    SLICE: tl.constexpr = 32 if BK > 64 else BK  # rows of T at a time
     parts = tl.minimum(programs, feature_tiles * splits)
     T_PARTS, BIAS_PARTS, T, _ = summary_backward_workspace(WORK, splits, d, parts, BK)
     if PHASES & 1:

@@ -210,18 +210,12 @@ def test_spills_are_bounded(compiled):
 
 
 def test_forwards_and_backwards_in_16_bits_do_not_spill(compiled):
-    """Those of layers, on the GPUs whose tiles were chosen for it; nor do they with a contiguous b, but for one.
-
-    That is the summary's backward of 100 columns on compute capability 8.0: 6 instructions. Two stages would do without them, and
-    would wait for memory in each step. Polynomials multiply larger matrices.
-    """
+    """On the GPUs whose tiles were chosen for it. Polynomials multiply larger matrices."""
     usual = {key: o for key, o in good(compiled).items() if key[1] in (80, 90, 100) and o.dtype in ("bf16", "fp16")}
     plain = {
         key: o for key, o in usual.items() if not any(word in key[0] for word in (" tight ", " debug", " degree "))
     }
-    most = {key: 8 if "'transposed': False" in key[0] else 0 for key in plain}
-    spilled = {key: o.spills for key, o in plain.items() if o.kernel in WITHOUT_SPILLS and o.spills > most[key]}
-    expect(spilled, "spills")
+    expect({key: o.spills for key, o in plain.items() if o.kernel in WITHOUT_SPILLS and o.spills}, "spills")
 
 
 def test_products_use_the_matrix_units(compiled):
