@@ -31,7 +31,7 @@ from interp_nn.engines.triton.configs import TILES, Bucket, fits
 from interp_nn.trials import ITEMSIZES, Bench, DeviceBench, Group
 
 # From so many rows on, and the number of rows where that is measured.
-LEVELS = ((16384, 65536), (1024, 4096), (0, 256))
+LEVELS = ((16384, 65536), (2048, 4096), (0, 256))
 _COLUMNS, _CLASSES = (64, 128), (16, 128)
 _TILES = {
     "BN": (16, 32, 64, 128),
@@ -41,6 +41,7 @@ _TILES = {
     "BC": (16, 32),
     "BK": (64, 128, 256),
 }
+_STAGES = (2, 3, 4, 5)
 _WITH_SCRATCH = ("pair_loss", "latent_loss")
 _ROUNDS = 2  # of neighbours of the best
 _ENGINES_SHARE = 0.25  # of the time, for whole problems
@@ -70,7 +71,9 @@ def neighbours(config: Config, bucket: Bucket, spec: DeviceSpec) -> list[Config]
         for size in _next(_TILES[name], config.tiles[place]):
             found.append(config._replace(tiles=(*config.tiles[:place], size, *config.tiles[place + 1 :])))
     found += [config._replace(warps=warps) for warps in _next((4, 8), config.warps)]
-    found += [config._replace(stages=stages) for stages in _next((2, 3, 4), config.stages)]
+    found += [config._replace(stages=stages) for stages in _next(_STAGES, config.stages)]
+    if "BD_A" in TILES[bucket.kernel]:
+        found += [config._replace(stages_a=stages) for stages in _next(_STAGES, config.stages_a or config.stages)]
     found += [config._replace(blocks_per_sm=blocks_per_sm) for blocks_per_sm in _next((1, 2), config.blocks_per_sm)]
     if bucket.kernel in _WITH_SCRATCH:
         found.append(config._replace(scratch=not config.scratch))

@@ -189,7 +189,7 @@ def padded(size: int) -> int:
 # compiling; operands of exact fp32 products lie there in two parts.
 
 
-def tiles_fit(spec: DeviceSpec, tiles: Mapping[str, int], stages: int, columns: int, itemsize: int) -> bool:
+def tiles_fit(spec: DeviceSpec, tiles: Mapping[str, int], stages: tuple[int, int], columns: int, itemsize: int) -> bool:
     """Return True if a kernel's tiles should fit, by an upper estimate.
 
     Counted are the staged tiles, and a square to change layouts through.
@@ -197,16 +197,17 @@ def tiles_fit(spec: DeviceSpec, tiles: Mapping[str, int], stages: int, columns: 
     Args:
         spec: The GPU.
         tiles: Tile sizes by name, as in `configs.TILES`.
-        stages: Stages of the software pipeline.
+        stages: Stages of the software pipeline, and those of a loss's first loop over features.
         columns: Padded columns of b, for kernels that hold all of them in a tile.
         itemsize: Bytes of an element of X.
     """
     columns = tiles.get("BK", columns)
     rows, depth = tiles["BN"], tiles["BD"]
-    staged = (rows * depth + max(rows, depth) * columns) * itemsize
+    alone = len(tiles) == 2  # the forward: b's tile has as many rows as X's has columns
+    staged = stages[0] * (rows * depth + (depth if alone else max(rows, depth)) * columns)
     if "BD_A" in tiles:
-        staged = max(staged, (tiles["BN_A"] + columns) * tiles["BD_A"] * itemsize)
-    return stages * staged + 2 * columns * columns * itemsize <= spec.shared
+        staged = max(staged, stages[1] * (tiles["BN_A"] + columns) * tiles["BD_A"])
+    return (staged + 2 * columns * columns) * itemsize <= spec.shared
 
 
 def can_form_logits_from_x(engine: EngineName, problem: Problem) -> bool:

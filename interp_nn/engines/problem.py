@@ -90,6 +90,7 @@ class Config(NamedTuple):
         stages: Stages of the software pipeline.
         scratch: A loss stores its rows in scratch memory and reads them again, which needs fewer registers.
         blocks_per_sm: Programs that run on one multiprocessor at a time.
+        stages_a: Stages of a loss's first loop over features, which has the longest waits; None for `stages`.
     """
 
     tiles: tuple[int, ...]
@@ -97,6 +98,7 @@ class Config(NamedTuple):
     stages: int = 3
     scratch: bool = False
     blocks_per_sm: int = 1
+    stages_a: int | None = None
 
     def __str__(self) -> str:
         return "x".join(map(str, self.tiles)) + f", {self.warps} warps, {self.stages} stages"

@@ -103,7 +103,7 @@ def test_a_gpu_that_no_kernel_serves_cannot_be_planned_for(device):
 
 def test_losses_on_blackwell_have_tiles_that_every_triton_compiles():
     """Triton 3.6 and 3.7 compile no first phase of a loss with more than 32 rows for compute capability 10."""
-    for n, k, m in itertools.product((16384, 65536), (16, 64, 128), (10, 128)):
+    for n, k, m in itertools.product((4096, 16384, 65536), (16, 64, 128), (10, 128)):
         given = {"dtype": torch.bfloat16, "device": "sm_100"}
         for plan in (
             interp_nn.plan(n, 512, k, classes=m, **given), interp_nn.plan(n, 512, k, pair=True, classes=k, **given)
@@ -193,6 +193,19 @@ def test_the_table_covers_every_kernel_of_every_known_gpu():
         assert any(e["kernel"] == kernel and configs._matches(e, spec, bucket) for e in configs._own_table().kernels)
 
 
+def test_larger_row_tiles_from_2048_and_16384_rows():
+    for name in ("sm_80", "sm_90", "sm_100"):
+        spec = next(spec for spec in devices.KNOWN if spec.name == name)
+        rows = [configs.choose(spec, Bucket("stream", 2, 128, 16, n)).tiles[0] for n in (2047, 2048, 16383, 16384)]
+        assert rows == [32, 64, 64, 128]
+
+
+def test_only_the_forward_shares_a_multiprocessor():
+    """The others wait at a barrier, where a program that finds no room would be waited for."""
+    shared = {e["kernel"] for e in configs._own_table().kernels if e["blocks_per_sm"] > 1}
+    assert shared == {"stream"}
+
+
 @pytest.mark.parametrize("kernel", configs.TILES)
 def test_the_rule_for_what_the_table_lacks_fits_and_shrinks(kernel, monkeypatch):
     monkeypatch.setattr(configs, "_own_table", configs.Table)
@@ -254,6 +267,7 @@ ENGINE = entry(problem="summary", engine="eager")
         *(("kernels", {"kernel": kernel}, "kernel") for kernel in (["stream"], {}, 1, "warp")),
         *(("kernels", {"scratch": scratch}, "scratch") for scratch in (1, "yes", None)),
         *(("kernels", {"blocks_per_sm": blocks}, "blocks_per_sm") for blocks in (0, 1.5, "1")),
+        *(("kernels", {"stages_a": stages}, "stages_a") for stages in (0, 17, 5.0, "5", True)),
         *(("kernels", {"capabilities": found}, "capabilities") for found in ([], [9, 0], [[9]], [["9", "0"]], "90", 9)),
         *(
             (name, {"rows": rows}, "rows")

@@ -53,7 +53,8 @@ def backprop_projection(
     rn, rk = tl.arange(0, BN), tl.arange(0, BK)
     feature_tiles, tiles = tl.cdiv(d, BD), tl.cdiv(n, BN)
     share = tl.cdiv(tiles, splits)
-    for job in range(tl.program_id(0), feature_tiles * splits, tl.num_programs(0)):
+    # What a job needs at its end is computed there: before the loop it would take registers from the rows.
+    for job in tl.range(tl.program_id(0), feature_tiles * splits, tl.num_programs(0), disable_licm=True):
         split = job // feature_tiles
         rd = (job % feature_tiles) * BD + tl.arange(0, BD)
         s = tl.zeros((BD, BK), tl.float32)
@@ -324,7 +325,8 @@ def pair_backward(
         for tile in range(program, tl.cdiv(n, BN_A), programs):
             row = tl.cast(tile, tl.int64) * BN_A
             dy = load_rows(DY, row, rn, rk, n, K)
-            gradient = dot(dy, g, None, PRECISION)
+            # Transposed, or each warp of a small tile would compute all of its rows.
+            gradient = tl.trans(dot(tl.trans(g), tl.trans(dy), None, PRECISION))
             if DP is not None:
                 gradient += load_rows(DP, row, rn, rk, n, K).to(tl.float32)
             store_rows(D, gradient, row, rn, rk, n, WIDTH)
@@ -432,10 +434,11 @@ def summary_backward(
     rn, rk = tl.arange(0, BN), tl.arange(0, BK)
     feature_tiles, tiles = tl.cdiv(d, BD), tl.cdiv(n, BN)
     share = tl.cdiv(tiles, splits)
+    SLICE: tl.constexpr = 32 if BK > 64 else BK  # rows of T at a time
     parts = tl.minimum(programs, feature_tiles * splits)
     T_PARTS, BIAS_PARTS, T, _ = summary_backward_workspace(WORK, splits, d, parts, BK)
     if PHASES & 1:
-        for job in range(program, feature_tiles * splits, programs):
+        for job in tl.range(program, feature_tiles * splits, programs, disable_licm=True):  # as in backprop_projection
             split = job // feature_tiles
             rd = (job % feature_tiles) * BD + tl.arange(0, BD)
             b = load_b(B, rd, rk, d, K, B_T, EVEN_D)
@@ -457,8 +460,10 @@ def summary_backward(
                         columns += tl.sum(dy.to(tl.float32), axis=0)
             if DB is not None:
                 tl.store(WORK + (split * d + rd[:, None]) * BK + rk[None, :], s, mask=rd[:, None] < d)
-                t = scaled(dot(tl.trans(b.to(tl.float32)), s, None, PRECISION), SCALE)
-                add_to_part(T_PARTS + program * BK * BK, t, job == program, BK, BK)
+                for first in tl.range(0, BK, SLICE, num_stages=1):
+                    part = load_b(B, rd, first + tl.arange(0, SLICE), d, K, B_T, EVEN_D).to(tl.float32)
+                    t = scaled(dot(tl.trans(part), s, None, PRECISION), SCALE)
+                    add_to_part(T_PARTS + (program * BK + first) * BK, t, job == program, SLICE, BK)
             if DBIAS is not None:
                 if job % feature_tiles == 0:
                     tl.store(BIAS_PARTS + split * BK + rk, columns)

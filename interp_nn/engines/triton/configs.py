@@ -98,16 +98,15 @@ def tiles_of(kernel: str, config: Config) -> dict[str, int]:
 
 def fits(spec: DeviceSpec, config: Config, bucket: Bucket) -> bool:
     """Return True if a block should have the shared memory for a config."""
-    return tiles_fit(spec, tiles_of(bucket.kernel, config), config.stages, bucket.columns, bucket.itemsize)
+    stages = config.stages, config.stages_a or config.stages
+    return tiles_fit(spec, tiles_of(bucket.kernel, config), stages, bucket.columns, bucket.itemsize)
 
 
 def choose(spec: DeviceSpec, bucket: Bucket) -> Config:
     """Return the config of a kernel: the first entry of the tables that matches, else the largest one that fits."""
     for entry in _user_table(os.environ.get("INTERP_NN_TABLE")).kernels + _own_table().kernels:
         if entry["kernel"] == bucket.kernel and _matches(entry, spec, bucket):
-            return Config(
-                tuple(entry["tiles"]), entry["warps"], entry["stages"], entry["scratch"], entry["blocks_per_sm"]
-            )
+            return Config(tuple(entry["tiles"]), *(entry[name] for name in Config._fields[1:]))
     sizes = _SIZES[bucket.kernel]
     fitting = (config for config in sizes if fits(spec, config, bucket))
     return next(fitting, sizes[-1])
@@ -171,6 +170,7 @@ _KERNEL_FIELDS = {
     "stages": _whole(1, 16),
     "scratch": _one_of(False, True),
     "blocks_per_sm": _whole(1, 32),
+    "stages_a": _one_of(None, *range(1, 17)),
 }
 _ENGINE_FIELDS = {
     "problem": _one_of("summary", "pair", "pair_loss", "head_loss"),
@@ -239,6 +239,7 @@ def _read(path: Path) -> Table:
             if name == "kernels":
                 entry.setdefault("scratch", False)
                 entry.setdefault("blocks_per_sm", 1)
+                entry.setdefault("stages_a", None)
             for field, (is_right, wish) in wanted.items():
                 if field not in entry:
                     raise ValueError(f"{where}: has no {field}")

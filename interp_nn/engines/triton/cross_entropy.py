@@ -176,6 +176,7 @@ def pair_loss(
     BN: tl.constexpr,
     BD: tl.constexpr,
     BC: tl.constexpr,
+    STAGES_A: tl.constexpr,
     BATCH: tl.constexpr,
 ):
     """Store the loss, dX = D bᵀ and db = Xᵀ D + b (T + Tᵀ), and DQ of a polynomial. The logits stay in registers.
@@ -202,7 +203,7 @@ def pair_loss(
         for tile in range(program, tl.cdiv(n, BN_A), programs):
             row = tl.cast(tile, tl.int64) * BN_A
             target, kept = load_targets(TARGET, row, rn, n, ignore_index, K)
-            p = scaled(project(X, B, row, n, d, K, BK, BN_A, BD_A, B_T, EVEN_D, PRECISION), SCALE)
+            p = scaled(project(X, B, row, n, d, K, BK, BN_A, BD_A, B_T, EVEN_D, PRECISION, STAGES_A), SCALE)
             p16 = p.to(X.dtype.element_ty)
             y = dot(p16, g, None, PRECISION)
             loss, e1, e2 = loss_terms(p, y, target, kept, UPSTREAM, row, rn, w1, w2, w3, K, BK, REDUCTION)

@@ -501,7 +501,7 @@ def _loss_launch(
     last = gradients or reduction != "none"
     constants = {
         "K": k, "B_T": transposed, "EVEN_D": _even(d, tiles), "PRECISION": precision, "REDUCTION": reduction, "BATCH": 32,
-        "DEGREE": degree,
+        "DEGREE": degree, "STAGES_A": config.stages_a or config.stages,
     }  # fmt: skip
     if m is not None:
         constants |= {"M": m, "BM": bm}

@@ -180,6 +180,7 @@ def latent_loss(
     BN: tl.constexpr,
     BD: tl.constexpr,
     BC: tl.constexpr,
+    STAGES_A: tl.constexpr,
     BATCH: tl.constexpr,
 ):
     """Store the loss in its latent form, and the gradients whose pointers are not None.
@@ -207,7 +208,7 @@ def latent_loss(
         for tile in range(program, tl.cdiv(n, BN_A), programs):
             row = tl.cast(tile, tl.int64) * BN_A
             target, kept = load_targets(TARGET, row, rn, n, ignore_index, M)
-            p = scaled(project(X, B, row, n, d, K, BK, BN_A, BD_A, B_T, EVEN_D, PRECISION), SCALE).to(a.dtype)
+            p = scaled(project(X, B, row, n, d, K, BK, BN_A, BD_A, B_T, EVEN_D, PRECISION, STAGES_A), SCALE).to(a.dtype)
             if RELOAD_OPERANDS:  # the compiler keeps in shared memory only what it sees to be the same for every tile
                 a, h = tl.where(tile >= 0, a, 0.0), tl.where(tile >= 0, h, 0.0)
             o1 = dot(p, tl.trans(a), None, PRECISION) + c[None, :]
@@ -420,6 +421,7 @@ def flat_loss(
     BN: tl.constexpr,
     BD: tl.constexpr,
     BC: tl.constexpr,
+    STAGES_A: tl.constexpr,
     BATCH: tl.constexpr,
 ):
     """Store the loss in its flat form, and the gradients whose pointers are not None.
@@ -455,7 +457,7 @@ def flat_loss(
             row = tl.cast(tile, tl.int64) * BN_A
             target, kept = load_targets(TARGET, row, rn, n, ignore_index, M)
             o1, o2 = tl.zeros((BN_A, BM), tl.float32), tl.zeros((BN_A, BM), tl.float32)
-            for j in range(0, d, BD_A):
+            for j in tl.range(0, d, BD_A, num_stages=STAGES_A):
                 rd = j + tl.arange(0, BD_A)
                 x = load_x(X, row, rn, rd, n, d, EVEN_D)
                 at = W + rd[:, None] * BM + rm[None, :]

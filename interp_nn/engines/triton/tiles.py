@@ -181,11 +181,12 @@ def project(
     B_T: tl.constexpr,
     EVEN_D: tl.constexpr,
     PRECISION: tl.constexpr,
+    STAGES: tl.constexpr = None,
 ):
-    """Return P = X b for the BN rows from `row` on, in fp32."""
+    """Return P = X b for the BN rows from `row` on, in fp32. STAGES None: those of the kernel."""
     rn, rk = tl.arange(0, BN), tl.arange(0, BK)
     p = tl.zeros((BN, BK), tl.float32)
-    for j in range(0, d, BD):
+    for j in tl.range(0, d, BD, num_stages=STAGES):
         rd = j + tl.arange(0, BD)
         x = load_x(X, row, rn, rd, n, d, EVEN_D)
         b = load_b(B, rd, rk, d, K, B_T, EVEN_D)

@@ -1,5 +1,6 @@
 """Every kernel compiles for every known GPU, in the tiles the table gives it, and what comes out is fit to run."""
 
+import itertools
 import os
 import warnings
 from pathlib import Path
@@ -41,6 +42,7 @@ def problem(name, dtype, n, k, m, transposed=True, needs=(True,) * 4, reduction=
         q, more, both = Polynomial(empty(degree + 1, of=torch.float32), empty(of=torch.float32)), (True,), [g, g]
     if name == "stream":
         engine.forward(x, b, empty(k), SUMMARY, False, q)
+        engine.forward(x, b, None, PAIR, True, q)  # P is stored too, through more shared memory
     elif name == "summary_backward":
         engine.backward(None, p, x, b, both, SUMMARY, *needs[:3], *more, q=q)
     elif name == "pair_backward":
@@ -99,6 +101,7 @@ TIGHT = [
     (80, "head", FP32, 128, 10, "ieee", ALL),
     (80, "head", BF16, 128, 100, None, ALL),
     (80, "stream", FP32, 128, 1, "ieee", ALL),
+    (86, "stream", BF16, 100, 1, None, ALL),
 ]
 # Polynomials of degree 1, whose products are the summary's, and 4: (capability, kernel, dtype, k, degree).
 POLYNOMIALS = [
@@ -111,6 +114,9 @@ POLYNOMIALS = [
     (90, "summary_backward", FP32, 128, 1),
     (86, "summary_backward", BF16, 128, 4),
 ]
+# Rows and columns of layers in 16 bits, beside those of EVERYWHERE.
+LAYERS = [(32, 100), (4096, 64), (4096, 100), (65536, 100)]
+WITHOUT_SPILLS = ("stream", "summary_backward", "pair_backward")
 # Instructions that move registers to memory and back: most of them outside of the loops over features.
 MOST_SPILLS = {2: 220, 4: 400}
 
@@ -137,13 +143,18 @@ def wanted():
                     problem(name, dtype, n, k, m, **more)
                 for i, launch in enumerate(launches):
                     yield f"{tag} {i}", capability, launch
+    for capability, name, (n, k) in itertools.product((80, 90, 100), WITHOUT_SPILLS, LAYERS):
+        with recording(capability) as launches:
+            problem(name, BF16, n, k, 10)
+        for i, launch in enumerate(launches):
+            yield f"{name} layer n{n} k{k} {i}", capability, launch
     for capability, name, dtype, k, m, precision, needs in TIGHT if not WARN else []:
         n, d = 65536, 64
         if name == "head":
             name = configs.LOSS_KERNELS[select._kernel_plan(head(capability, dtype, n, d, k, m), "triton").order]
         with recording(capability, precision) as launches:
             problem(name, dtype, n, k, m, needs=needs, d=d)
-        yield f"{name} tight {str(dtype)[6:]} {precision or ''} k{k} m{m} {needs}", capability, launches[0]
+        yield f"{name} tight {str(dtype)[6:]} {precision or ''} k{k} m{m} {needs}", capability, launches[-1]
     for capability, name, dtype, k, degree in POLYNOMIALS if not WARN else []:
         with recording(capability, "ieee" if dtype == FP32 else None) as launches:
             problem(name, dtype, 65536, k, 10, degree=degree)
@@ -196,6 +207,15 @@ def test_spills_are_bounded(compiled):
     usual = {key: o for key, o in good(compiled).items() if " tight " not in key[0] and " debug" not in key[0]}
     most = {key: o.spills for key, o in usual.items() if o.spills > MOST_SPILLS[4 if o.dtype == "fp32" else 2]}
     expect(most, "too many spills")
+
+
+def test_forwards_and_backwards_in_16_bits_do_not_spill(compiled):
+    """On the GPUs whose tiles were chosen for it. Polynomials multiply larger matrices."""
+    usual = {key: o for key, o in good(compiled).items() if key[1] in (80, 90, 100) and o.dtype in ("bf16", "fp16")}
+    plain = {
+        key: o for key, o in usual.items() if not any(word in key[0] for word in (" tight ", " debug", " degree "))
+    }
+    expect({key: o.spills for key, o in plain.items() if o.kernel in WITHOUT_SPILLS and o.spills}, "spills")
 
 
 def test_products_use_the_matrix_units(compiled):

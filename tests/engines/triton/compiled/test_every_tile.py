@@ -26,7 +26,7 @@ def refused(capability, name, dtype, n, k, m):
 
 
 def wanted(capability):
-    """Return {tag: launch}, one for each kernel, dtype, width and config."""
+    """Return (tag, launch) of each kernel, dtype, width and config."""
     spec, found = spec_for(divmod(capability, 10)), {}
     for dtype, precision in ((BF16, None), (FP32, "ieee"), (FP32, "tf32")):
         for name in NAMES:
@@ -39,8 +39,9 @@ def wanted(capability):
                             continue
                         with recording(capability, precision) as launches:
                             problem(name, dtype, n, k, m, d=D)
-                        found[key] = f"{name} {str(dtype)[6:]} {precision or ''} n{n} k{k} m{m}", launches[0]
-    return list(found.values())
+                        tag = f"{name} {str(dtype)[6:]} {precision or ''} n{n} k{k} m{m}"
+                        found[key] = [(f"{tag} {i}", launch) for i, launch in enumerate(launches)]
+    return [one for some in found.values() for one in some]
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES, ids="sm_{}".format)
