@@ -29,7 +29,9 @@ from interp_nn.ops.library import any_autocast_enabled, apply, is_batched, ordin
 from interp_nn.ops.losses import CrossEntropyBackwardFunction, any_ignored, computed_late, expression
 from interp_nn.ops.summary import as_rows, backward_function, ordered, spread
 
-_TRIES = 16  # for all functions of a call: a kernel is known to be compiled, with its arguments, from its third launch on
+_TRIES = (
+    16  # for all functions of a call: a kernel is known to be compiled, with its arguments, from its third launch on
+)
 
 
 class Call:
