@@ -122,6 +122,7 @@ def test_every_command_is_in_the_reference(capsys, monkeypatch):
     with pytest.raises(SystemExit):
         benchmarks_main(["--help"])
     commands = {f"benchmarks {name}" for name in re.search(r"{([\w,]+)}", capsys.readouterr().out)[1].split(",")}
+    monkeypatch.delitem(sys.modules, "interp_nn.__main__", raising=False)  # runpy warns if another test has imported it
     monkeypatch.setattr(sys, "argv", ["interp_nn", "--help"])
     with pytest.raises(SystemExit):
         runpy.run_module("interp_nn", run_name="__main__")
