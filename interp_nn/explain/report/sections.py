@@ -168,9 +168,9 @@ def exactness(facts: Facts) -> Section | str:
     secants = dict.fromkeys(str(row[0]) for row in rows if row[2] not in ("affine", "gate"))
     exact = (
         "Every operation is affine or a gate: at each sample, and around it up to the first gate that changes, the network is "
-        "F(x) = W x + c, exactly but for rounding."
+        "F(x) = W x + c, up to rounding."
         if found.exact
-        else f"At each sample F(x) = W x + c, exactly but for rounding. W depends on the sample through {_list(secants)} "
+        else f"At each sample F(x) = W x + c, up to rounding. W depends on the sample through {_list(secants)} "
         "(secants), so it is not the derivative, and holds for this sample alone."
     )
     words = (
@@ -315,7 +315,7 @@ def _decided(facts: Facts) -> str:
     count, n = int(facts.decided.sum()), len(facts.some)
     does = "loses to the class it is explained over" if facts.outputs.shape[1] > 1 else "changes"
     shown = [str(i) for i in facts.shown.values() if facts.decided[facts.place(i)]]
-    among = f", of those shown below in {_list(shown)}" if shown else ""
+    among = f", also in the shown {_list(shown)}" if shown else ""
     return (
         f" Without the constant the answer {does} in {count} of {n} samples{among}."
         if count
@@ -427,8 +427,8 @@ def samples(facts: Facts) -> Section | str:
         assert facts.y is not None
         finding += (
             f" Sample {i} is wrong with the largest margin, {float(facts.margin[i]):.2g}: "
-            f"{facts.class_name(int(facts.y[i]))} is taken for {facts.class_name(int(facts.predicted[i]))}. {below:.0%} of the "
-            "right answers have a smaller margin."
+            f"the true class is {facts.class_name(int(facts.y[i]))}, the answer {facts.class_name(int(facts.predicted[i]))}. "
+            f"{below:.0%} of the right answers have a smaller margin."
         )
     what = (
         "Value: the output of the predicted class less that of the class in the column over"
@@ -581,9 +581,9 @@ def head(facts: Facts) -> Section | str:
     said = f"The {enough} most important of {k} latents give the network's answer for {agreement[enough - 1]:.1%} of {n} samples"
     if enough > 1:
         said += f", {enough - 1} for {agreement[enough - 2]:.1%}"
-    why = f"{'All' if silent == k - m else f'At least {k - m}'} must: {m} outputs depend on at most {m} directions. "
+    why = f"{'This' if silent == k - m else f'At least {k - m}'} must be so: {m} outputs depend on at most {m} directions. "
     finding = (
-        f"{said}. {f'{silent} of them change no output. ' if silent else ''}{why if silent >= k - m > 0 else ''}"
+        f"{said}. {f'{silent} of the {k} change no output. ' if silent else ''}{why if silent >= k - m > 0 else ''}"
         f"A linear map of the latents gives back {turned.explained_variance:.0%} of the variance of the values that enter "
         "the head."
     )

@@ -158,7 +158,7 @@ def test_numbers_are_those_of_the_calls(table: tuple[nn.Sequential, Tensor, Tens
     enough = next(i for i, value in enumerate(head.agreement.tolist(), 1) if value >= 0.99)
     answers = f"give the network's answer for {float(head.agreement[enough - 1]):.1%} of 120 samples"
     assert made.findings["The head"].startswith(f"The {enough} most important of 4 latents {answers}")
-    assert "must: 2 outputs depend on at most 2 directions" in made.findings["The head"]
+    assert "must be so: 2 outputs depend on at most 2 directions" in made.findings["The head"]
     assert "Every operation is affine or a gate" in made.findings["What is exact"]
     assert len(page.images) <= 12
     assert "&lt;age&gt;" in made.html
@@ -206,7 +206,7 @@ def test_errors_are_explained_over_the_true_class() -> None:
     said = made.findings["Single samples"]
     assert "Sample 4 is the nearest to another answer: 2 is ahead of 0 by 0.4." in said
     assert "The answer is wrong: the true class is 0. The constant, 0.5, decides it." in said
-    assert "in 1 of 6 samples, of those shown below in 4." in made.findings["What counts"]
+    assert "in 1 of 6 samples, also in the shown 4." in made.findings["What counts"]
     # 2 for 0, 0 for 2, 1 for 0 and 0 for 1: once each.
     assert "The 4 errors are all different" in made.findings["How good it is"]
     by_class = {row[0]: row for row in checked(made.html).tables["By class, the worst first"][1:]}
