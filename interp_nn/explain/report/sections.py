@@ -13,6 +13,7 @@ from interp_nn.explain import plots
 from interp_nn.explain.clusters.activation_clusters import ActivationClusters
 from interp_nn.explain.following.gate_record import record
 from interp_nn.explain.heads.head_reading import HeadReading, read_head
+from interp_nn.explain.linear.affine_map import linearize
 from interp_nn.explain.linear.language_models import token_contributions
 from interp_nn.explain.linear.regions import region
 from interp_nn.explain.paths.kernel_machine import kernel_alignment
@@ -38,6 +39,7 @@ _BASELINE = (
 _NO_Y = "No true answers were given, so this page cannot say whether that is right."
 _REGIONS, _KERNEL_SAMPLES, _CLUSTER_FEATURES = 12, 200, 200
 _CLASSES, _LAYERS = 12, 8  # that a figure shows
+_ERRORS = 100  # that a table has
 _ROUNDING = 1e-5  # of the distance to the nearest other sample
 _UNITS_TIMES_INPUTS = 50_000_000  # numbers that a region may hold
 
@@ -89,8 +91,9 @@ def predictions(facts: Facts) -> Section | str:
             confused = f"{_first(ties)} ({most}{' each' if len(ties) > 1 else ''})"
         rows.append([facts.class_name(c), int(own.sum()), float(right[own].double().mean()), confused])
     rows.sort(key=lambda row: row[2])  # type: ignore[arg-type, return-value]
-    margin = 2 * (accuracy * (1 - accuracy) / n) ** 0.5
-    finding = f"The network is right for {accuracy:.1%} (± {margin:.1%}) of {n} samples. {verdict}"
+    centre, half = (accuracy + 2 / n) / (1 + 4 / n), 2 * (accuracy * (1 - accuracy) / n + 1 / n**2) ** 0.5 / (1 + 4 / n)
+    interval = f"{max(centre - half, 0):.1%} to {min(centre + half, 1):.1%}"
+    finding = f"The network is right for {accuracy:.1%} of {n} samples (interval {interval}). {verdict}"
     said = "There is no error."
     if wrong := n - int(right.sum()):
         pairs, counted = torch.stack((facts.y[~right], facts.predicted[~right])).unique(dim=1, return_counts=True)
@@ -116,15 +119,30 @@ def predictions(facts: Facts) -> Section | str:
         figures.append(
             (
                 drawings.confusion(table, names, said),
-                f"True classes and answers: {wrong} of {n} samples lie off the diagonal.",
+                f"True classes and answers: {wrong} of {n} samples lie off the diagonal. A darker cell has more errors; right "
+                "answers have no colour.",
             )
         )
     return Section(
         title, f"{finding}{linear} {said}", figures,
-        [Table("By class, the worst first", ("class", "samples", "right", "most often taken for"), rows)],
-        ["This page does not know whether these samples were used in training. ± is two standard errors.",
+        [Table("By class, the worst first", ("class", "samples", "right (share)", "most often taken for"), rows),
+         *[_errors(facts)] * bool(wrong)],
+        ["This page does not know whether these samples were used in training. The interval is Wilson's for two standard errors.",
          *[_BASELINE] * bool(linear)],
     )  # fmt: skip
+
+
+def _errors(facts: Facts) -> Table:
+    """List the errors, those with the largest margins first."""
+    assert facts.y is not None
+    found = facts.wrong.nonzero()[:, 0]
+    found = found[facts.margin[found].argsort(descending=True, stable=True)]
+    rows = [
+        [i, facts.class_name(int(facts.y[i])), facts.class_name(int(facts.predicted[i])), float(facts.margin[i])]
+        for i in found[:_ERRORS].tolist()
+    ]
+    many = f", the first {_ERRORS} of {len(found)}" if len(found) > _ERRORS else ""
+    return Table(f"Errors, the largest margin first{many}", ("sample", "true", "answer", "margin"), rows)
 
 
 def _linear_accuracy(facts: Facts, right: Tensor) -> str:
@@ -159,8 +177,12 @@ def _linear_r2(facts: Facts, y: Tensor) -> str:
 def exactness(facts: Facts) -> Section | str:
     """Say which operations are affine or gates, which are secants, and the error of the maps."""
     found = facts.operations
-    rows = [[operation, layer or "(model)", treatment, count] for operation, layer, treatment, count in found.rows]
-    table = Table("Operations", ("operation", "layer", "treatment", "calls"), rows)
+    modules = dict(facts.model.named_modules())
+    rows = [
+        [operation, layer or "(model)", treatment, count, _sizes(modules.get(layer))]
+        for operation, layer, treatment, count in found.rows
+    ]
+    table = Table("Operations", ("operation", "layer", "treatment", "calls", "sizes"), rows)
     title = "What is exact"
     if not found.supported:
         names = ", ".join(dict.fromkeys(f"{row[0]} in {row[1]}" for row in rows if row[2] == "not treated"))
@@ -186,6 +208,11 @@ def exactness(facts: Facts) -> Section | str:
     )  # fmt: skip
 
 
+def _sizes(module: nn.Module | None) -> str:
+    """Return the arguments of a layer as its repr has them; "-" for a module with children."""
+    return "-" if module is None or any(True for _ in module.children()) else module.extra_repr() or "-"
+
+
 def reach(facts: Facts) -> Section | str:
     """Say how far around a sample its map holds."""
     if not facts.operations.exact:
@@ -199,6 +226,8 @@ def reach(facts: Facts) -> Section | str:
     if units * d > _UNITS_TIMES_INPUTS:
         return f"how far a map holds: {units} units times {d} inputs are too many numbers for a region"
     chosen = facts.some[torch.linspace(0, len(facts.some) - 1, min(_REGIONS, len(facts.some))).long()]
+    spaced = len(chosen)
+    chosen = torch.cat((chosen, torch.tensor(list(facts.shown.values())))).unique()
     flat = facts.x.flatten(1)
     if not bool((flat != flat[0]).any()):
         return "how far a map holds: all samples are equal, so there is no distance to compare with"
@@ -241,8 +270,9 @@ def reach(facts: Facts) -> Section | str:
         "How far around a sample", finding.strip(),
         [(drawings.distances(names, radii, neighbours, said), alt)],
         [Table("Distance to the nearest gate", ("sample", "distance", "nearest sample", "ratio"), rows)],
-        [f"By region(model, x).radius(x), for {len(rows)} evenly spaced samples, since each region takes time. Euclidean, in the "
-         f"inputs' units. 0: less than {_ROUNDING:g} of the distance to the nearest other sample."],
+        [f"By region(model, x).radius(x), for {spaced} evenly spaced samples and those shown one by one, since each region takes "
+         f"time. Euclidean, in the units of the inputs as the network gets them. 0: less than {_ROUNDING:g} of the distance to "
+         "the nearest other sample."],
     )  # fmt: skip
 
 
@@ -258,12 +288,17 @@ def importance(facts: Facts) -> Section | str:
     sum_of = f"The constant is {part} of the median sample's |terms|.{_decided(facts)}"
     title = "What counts"
     if facts.kind == "table":
-        names, means = facts.feature_list(), size.mean(0)
+        names, means, parts_of, mixed = facts.feature_list(), size.mean(0), facts.contributions, ""
+        if facts.outputs.shape[1] == 2:  # one direction for all samples, so that a feature's direction can be read
+            name = f"{facts.class_name(1)} over {facts.class_name(0)}"
+            parts_of = parts_of * (2 * facts.predicted[facts.some] - 1).unsqueeze(1)
+        elif facts.outputs.shape[1] > 2:
+            mixed = " The classes differ between samples, so that the figure does not show for which class a feature speaks."
         order = means.argsort(descending=True).tolist()
         parts = means / means.sum()
         few = next(i for i in range(1, len(order) + 1) if float(parts[order[:i]].sum()) >= 0.5 - 1e-9)
-        axes = plots.contribution_beeswarm(facts.contributions, facts.x[facts.some], features=names, output=name)
-        rows = [[names[j], float(means[j]), float(parts[j]), float(facts.contributions[:, j].mean())] for j in order]
+        axes = plots.contribution_beeswarm(parts_of, facts.x[facts.some], features=names, output=name)
+        rows = [[names[j], float(means[j]), float(parts[j]), float(parts_of[:, j].mean())] for j in order]
         first = _list(names[j] for j in order[: min(few, 5)])
         which = f"; the largest are those of {first}" if few > 5 else f": {first}"
         finding = (
@@ -273,8 +308,8 @@ def importance(facts: Facts) -> Section | str:
         return Section(
             title, finding,
             [(narrow(axes), f"Contributions to {name}: {names[order[0]]} makes {float(parts[order[0]]):.0%} of them, the most.")],
-            [Table("Mean contributions", ("feature", "mean |contribution|", "share", "mean"), rows)],
-            [_what_is_explained(facts), _zero(facts)],
+            [Table(f"Mean contributions to {name}", ("feature", "mean |contribution|", "share", "mean"), rows)],
+            [_what_is_explained(facts) + mixed, _zero(facts)],
         )  # fmt: skip
     if facts.kind == "image":
         each = size.sum(1).mean(0)
@@ -400,7 +435,11 @@ def samples(facts: Facts) -> Section | str:
             top, does = names[largest], "adds most to" if float(parts[largest]) > 0 else "takes most from"
             axes = plots.contribution_waterfall(parts, constant, x=facts.x[i], features=names, output=label)
             figures.append(
-                (narrow(axes), f"The {why} sample, {i}: {top} {does} {label} ({float(parts[largest]):+.2g}).")
+                (
+                    narrow(axes),
+                    f"The {why} sample, {i}: {top} {does} {label} ({float(parts[largest]):+.2g}){_against(parts, names)}. "
+                    "Red adds, blue takes.",
+                )
             )
         error = abs(float(parts.sum()) + constant - value)
         second = facts.class_name(int(facts.other_class[i])) if facts.classifies else "-"
@@ -443,6 +482,13 @@ def samples(facts: Facts) -> Section | str:
     ]
     notes += [_zero(facts)] * (facts.kind == "image")
     return Section("Single samples", finding, figures, [Table("Samples", columns, rows)], notes)
+
+
+def _against(parts: Tensor, names: Sequence[str]) -> str:
+    """Name the largest contribution of the other sign than the largest of all, for the end of a sentence."""
+    signed = parts * -parts[parts.abs().argmax()].sign()
+    j = int(signed.argmax())
+    return f", and {names[j]} speaks most against that ({float(parts[j]):+.2g})" if float(signed[j]) > 0 else ""
 
 
 def _rule(facts: Facts) -> str:
@@ -518,7 +564,8 @@ def constants(facts: Facts) -> Section | str:
     return Section(
         "The constant, by layer",
         f"Over {len(facts.some)} samples, layer {largest} makes {how_much}; the mean size of its part is {sizes[largest]:.2g}.",
-        [(narrow(axes), f"The {why} sample, {sample}: layer {first} makes the largest part, {float(one[first]):+.2g}.")],
+        [(narrow(axes), f"The {why} sample, {sample}: layer {first} makes the largest part, {float(one[first]):+.2g}"
+          f"{'' if first == largest else f'; over all samples layer {largest} does'}.")],
         [Table("Constants", ("layer", "mean |part|", "mean"), rows)],
         ["By AffineMap.bias_by_layer(). The parts sum to the constant "
          + (f"with an error of at most {error:.1e}, in the outputs' units." if error else "without an error.")],
@@ -550,20 +597,35 @@ def few_maps(facts: Facts) -> Section | str:
     name = facts.class_name(output) if facts.outputs.shape[1] > 1 else "the output"
     c, j = divmod(int(table.coefficients.abs().argmax()), len(table.features))
     largest = f"{table.features[j]} has the largest, {float(table.coefficients[c, j]):+.2g}"
-    columns = ["feature", *(f"map of {int(count)} samples" for count in table.count)]
-    rows = [
-        [table.features[j], *table.coefficients[:, j].tolist()]
-        for j in table.importance.mean.argsort(descending=True).tolist()
-    ]
-    near = " So the network is nearly affine on these samples." if number == 1 and kept.r2 >= 0.95 else ""
+    columns = ["feature", *(f"map of {int(count)} samples" for count in table.count), "mean exact", "std exact"]
+    order = table.importance.mean.argsort(descending=True).tolist()
+    rows = [[table.features[j], *table.coefficients[:, j].tolist()] for j in order]
+
+    def centred(out: Tensor) -> Tensor:  # as the coefficients of the table are
+        out = out.reshape(len(out), -1)
+        return out[:, output] - out.mean(1) if out.shape[1] > 1 else out[:, 0]
+
+    constant = centred(merged.affine_.bias).tolist()
+    exact = linearize(facts.model, facts.x[facts.some], centred).weight
+    of_what = f"the output {name} less the mean of the outputs" if facts.outputs.shape[1] > 1 else "the output"
+    of_what += ", which is half of its margin," if facts.outputs.shape[1] == 2 else ""
+    for row, j in zip(rows, order, strict=True):
+        row += [float(exact[:, j].mean()), float(exact[:, j].std(correction=0))]
+    rows.append(["(constant)", *constant, "-", "-"])
+    turned = int((torch.minimum((exact > 0).double().mean(0), (exact < 0).double().mean(0)) >= 0.05).sum())
+    held_out = -(-int((clusters.labels_ >= 0).sum()) // 5)
     return Section(
         "A few maps for all samples",
         f"{maps[0].upper()}{maps[1:]} can stand for the {all_of_them} activation patterns: on a held-out fifth of the samples R² "
-        f"with the network is {kept.r2:.3f}, and the answer is the network's for {kept.agreement:.1%}.{near}",
+        f"with the network is {kept.r2:.3f}, and the answer is the network's for {round(kept.agreement * held_out)} of "
+        f"{held_out}. For {turned} of {len(order)} features, the exact coefficient has both signs among the samples.",
         [(whole(short.plot()), f"Coefficients of {maps} for {name}: {largest}.")],
         [Table(f"Coefficients for {name}", columns, rows)],
-        ["By ActivationClusters(model).fit(x).merge(): the fewest maps with R² of at least 0.95, or the best number. "
-         "Coefficients are per unit of a feature; the contributions above are coefficients times values."],
+        ["By ActivationClusters(model).fit(x).merge(): "
+         + ("the fewest maps with R² of at least 0.95" if kept.r2 >= 0.95 else "the number of maps with the best R²")
+         + f". Tested: maps of four fifths of the samples. Shown: those of all. Coefficients are of {of_what} per unit of a "
+         "feature. Their order is that of |coefficient| times the feature's standard deviation. Exact coefficients: mean and "
+         f"standard deviation, by linearize, over {_which(facts)}. Both signs: each in at least 5% of these."],
     )  # fmt: skip
 
 
@@ -688,7 +750,13 @@ def gates(facts: Facts) -> Section | str:
         index = facts.some[:_KERNEL_SAMPLES]
         try:
             value = kernel_alignment(npk(facts.model, facts.x[index]), facts.y[index])
-            finding += f" The path kernel's alignment with the classes is {value:.2f} (0: none, 1: full)."
+            finding += f" The path kernel's alignment with the classes is {value:.2f} (0: none, 1: full)"
+            linear = kernel_alignment(facts.x[index] @ facts.x[index].mT, facts.y[index])
+            finding += f", that of the inputs' products {linear:.2f}."
+            notes.append(
+                "Path kernel, by npk(model, x): the inner product of two samples, weighted by the paths that are open for both. "
+                "Alignment: the cosine between a kernel and the matrix of equal classes, both centred, by kernel_alignment."
+            )
         except (ValueError, TypeError, NotImplementedError) as error:
             notes.append(f"No path kernel: {error}")
     alt = f"The median unit is on for {float(every.median()):.0%} of the samples."

@@ -114,12 +114,12 @@ def test_numbers_are_those_of_the_calls(table: tuple[nn.Sequential, Tensor, Tens
     for c, name in enumerate(("no", "yes")):
         assert int(by_class[name][1]) == int((y == c).sum())
         assert float(by_class[name][2]) == pytest.approx(float((predicted == y)[y == c].double().mean()))
-    assert f"right for {float((predicted == y).double().mean()):.1%} (±" in made.findings["How good it is"]
+    assert f"right for {float((predicted == y).double().mean()):.1%} of 120" in made.findings["How good it is"]
 
     rows = torch.arange(len(x))
     affine = linearize(model, x, lambda output: output[rows, predicted] - output[rows, 1 - predicted])
     contributions = affine.contributions(x)
-    means = {row[0]: float(row[1]) for row in page.tables["Mean contributions"][1:]}
+    means = {row[0]: float(row[1]) for row in page.tables["Mean contributions to yes over no"][1:]}
     assert means == pytest.approx(dict(zip(names, contributions.abs().mean(0).tolist(), strict=True)))
     assert list(means)[-1] == "luck"
     for _, index, first, second, _, value, constant, largest, error in page.tables["Samples"][1:]:
@@ -145,8 +145,21 @@ def test_numbers_are_those_of_the_calls(table: tuple[nn.Sequential, Tensor, Tens
     merged = ActivationClusters(model, progress=False).fit(x).merge()
     output = int(predicted.bincount().argmax())
     coefficients = merged.table(output, feature_names=names).coefficients
-    for name, *row in page.tables[f"Coefficients for {['no', 'yes'][output]}"][1:]:
+    exact = linearize(model, x, lambda out: out[:, output] - out.mean(1)).weight
+    *shown, (last, *constant, _, _) = page.tables[f"Coefficients for {['no', 'yes'][output]}"][1:]
+    for name, *row, mean, spread in shown:
         assert [float(value) for value in row] == pytest.approx(coefficients[:, names.index(name)].tolist())
+        assert float(mean) == pytest.approx(float(exact[:, names.index(name)].mean()))
+        assert float(spread) == pytest.approx(float(exact[:, names.index(name)].std(correction=0)))
+    assert last == "(constant)"
+    assert [float(value) for value in constant] == pytest.approx(
+        (merged.affine_.bias[:, output] - merged.affine_.bias.mean(1)).tolist()
+    )
+    weight = merged.affine_.weight
+    torch.testing.assert_close(coefficients, weight[:, output] - weight.mean(1))
+    signed = contributions * (2 * predicted - 1).unsqueeze(1)
+    directions = {row[0]: float(row[3]) for row in page.tables["Mean contributions to yes over no"][1:]}
+    assert directions == pytest.approx(dict(zip(names, signed.mean(0).tolist(), strict=True)))
     assert (
         merged.held_out_ is not None
         and f"is {merged.held_out_.r2:.3f}, and" in made.findings["A few maps for all samples"]
