@@ -120,7 +120,7 @@ def predictions(facts: Facts) -> Section | str:
             (
                 drawings.confusion(table, names, said),
                 f"True classes and answers: {wrong} of {n} samples lie off the diagonal. A darker cell has more errors; right "
-                "answers have no colour.",
+                "answers are pale.",
             )
         )
     return Section(
@@ -179,10 +179,10 @@ def exactness(facts: Facts) -> Section | str:
     found = facts.operations
     modules = dict(facts.model.named_modules())
     rows = [
-        [operation, layer or "(model)", treatment, count, _sizes(modules.get(layer))]
+        [operation, layer or "(model)", treatment, count, _arguments(modules.get(layer))]
         for operation, layer, treatment, count in found.rows
     ]
-    table = Table("Operations", ("operation", "layer", "treatment", "calls", "sizes"), rows)
+    table = Table("Operations", ("operation", "layer", "treatment", "calls", "arguments"), rows)
     title = "What is exact"
     if not found.supported:
         names = ", ".join(dict.fromkeys(f"{row[0]} in {row[1]}" for row in rows if row[2] == "not treated"))
@@ -208,7 +208,7 @@ def exactness(facts: Facts) -> Section | str:
     )  # fmt: skip
 
 
-def _sizes(module: nn.Module | None) -> str:
+def _arguments(module: nn.Module | None) -> str:
     """Return the arguments of a layer as its repr has them; "-" for a module with children."""
     return "-" if module is None or any(True for _ in module.children()) else module.extra_repr() or "-"
 
@@ -348,11 +348,11 @@ def _decided(facts: Facts) -> str:
     if not facts.classifies:
         return ""
     count, n = int(facts.decided.sum()), len(facts.some)
-    does = "loses to the class it is explained over" if facts.outputs.shape[1] > 1 else "changes"
+    does = "the other class would win" if facts.outputs.shape[1] > 1 else "the answer would change"
     shown = [str(i) for i in facts.shown.values() if facts.decided[facts.place(i)]]
-    among = f", also in the shown {_list(shown)}" if shown else ""
+    among = f", among them {_list(shown)}, shown below" if shown else ""
     return (
-        f" Without the constant the answer {does} in {count} of {n} samples{among}."
+        f" Without the constant, {does} in {count} of {n} samples{among}."
         if count
         else (f" It decides none of {n} answers.")
     )
@@ -452,14 +452,15 @@ def samples(facts: Facts) -> Section | str:
     if several:
         finding = (
             f"Sample {i} is the nearest to another answer: {facts.class_name(int(facts.predicted[i]))} is ahead of "
-            f"{facts.class_name(int(facts.next_class[i]))} by {float(facts.margin[i]):.2g}. The median margin of all "
-            f"{len(facts.x)} samples is {float(facts.margin.median()):.2g}."
+            f"{facts.class_name(int(facts.next_class[i]))} by {float(facts.margin[i]):.2g}."
         )
     if facts.y is not None and facts.classifies:
         true = facts.class_name(int(facts.y[i]))
         finding += f" The answer is wrong: the true class is {true}." if facts.wrong[i] else " The answer is right."
         if facts.decided[facts.place(i)]:
             finding += f" The constant, {float(facts.maps.bias[facts.place(i)]):.2g}, decides it."
+    if several:
+        finding += f" The median margin of all {len(facts.x)} samples is {float(facts.margin.median()):.2g}."
     if "wrong" in facts.shown:
         i, right = facts.shown["wrong"], facts.margin[~facts.wrong]
         below = float((right < facts.margin[i]).double().mean()) if len(right) else 0.0
@@ -606,19 +607,24 @@ def few_maps(facts: Facts) -> Section | str:
         return out[:, output] - out.mean(1) if out.shape[1] > 1 else out[:, 0]
 
     constant = centred(merged.affine_.bias).tolist()
-    exact = linearize(facts.model, facts.x[facts.some], centred).weight
+    single = linearize(facts.model, facts.x[facts.some], centred)
+    exact = single.weight
     of_what = f"the output {name} less the mean of the outputs" if facts.outputs.shape[1] > 1 else "the output"
     of_what += ", which is half of its margin," if facts.outputs.shape[1] == 2 else ""
     for row, j in zip(rows, order, strict=True):
         row += [float(exact[:, j].mean()), float(exact[:, j].std(correction=0))]
-    rows.append(["(constant)", *constant, "-", "-"])
+    rows.append(["(constant)", *constant, float(single.bias.mean()), float(single.bias.std(correction=0))])
     turned = int((torch.minimum((exact > 0).double().mean(0), (exact < 0).double().mean(0)) >= 0.05).sum())
+    mean = (merged.counts_.to(table.coefficients) / merged.counts_.sum()) @ table.coefficients
+    other = int((mean * exact.mean(0).to(mean) < 0).sum())
     held_out = -(-int((clusters.labels_ >= 0).sum()) // 5)
     return Section(
         "A few maps for all samples",
         f"{maps[0].upper()}{maps[1:]} can stand for the {all_of_them} activation patterns: on a held-out fifth of the samples R² "
         f"with the network is {kept.r2:.3f}, and the answer is the network's for {round(kept.agreement * held_out)} of "
-        f"{held_out}. For {turned} of {len(order)} features, the exact coefficient has both signs among the samples.",
+        f"{held_out}. For {turned} of {len(order)} features the exact coefficient has both signs among the samples; for {other} "
+        f"its mean has another sign than in the {'maps' if number > 1 else 'map'}."
+        + (" So the outputs agree, and the coefficients do not." if other and kept.r2 >= 0.95 else ""),
         [(whole(short.plot()), f"Coefficients of {maps} for {name}: {largest}.")],
         [Table(f"Coefficients for {name}", columns, rows)],
         ["By ActivationClusters(model).fit(x).merge(): "

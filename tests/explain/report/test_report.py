@@ -146,12 +146,13 @@ def test_numbers_are_those_of_the_calls(table: tuple[nn.Sequential, Tensor, Tens
     output = int(predicted.bincount().argmax())
     coefficients = merged.table(output, feature_names=names).coefficients
     exact = linearize(model, x, lambda out: out[:, output] - out.mean(1)).weight
-    *shown, (last, *constant, _, _) = page.tables[f"Coefficients for {['no', 'yes'][output]}"][1:]
+    *shown, (last, *constant, at, _) = page.tables[f"Coefficients for {['no', 'yes'][output]}"][1:]
     for name, *row, mean, spread in shown:
         assert [float(value) for value in row] == pytest.approx(coefficients[:, names.index(name)].tolist())
         assert float(mean) == pytest.approx(float(exact[:, names.index(name)].mean()))
         assert float(spread) == pytest.approx(float(exact[:, names.index(name)].std(correction=0)))
-    assert last == "(constant)"
+    bias = linearize(model, x, lambda out: out[:, output] - out.mean(1)).bias
+    assert last == "(constant)" and float(at) == pytest.approx(float(bias.mean()))
     assert [float(value) for value in constant] == pytest.approx(
         (merged.affine_.bias[:, output] - merged.affine_.bias.mean(1)).tolist()
     )
@@ -219,7 +220,10 @@ def test_errors_are_explained_over_the_true_class() -> None:
     said = made.findings["Single samples"]
     assert "Sample 4 is the nearest to another answer: 2 is ahead of 0 by 0.4." in said
     assert "The answer is wrong: the true class is 0. The constant, 0.5, decides it." in said
-    assert "in 1 of 6 samples, also in the shown 4." in made.findings["What counts"]
+    assert (
+        "Without the constant, the other class would win in 1 of 6 samples, among them 4, shown below."
+        in made.findings["What counts"]
+    )
     # 2 for 0, 0 for 2, 1 for 0 and 0 for 1: once each.
     assert "The 4 errors are all different" in made.findings["How good it is"]
     by_class = {row[0]: row for row in checked(made.html).tables["By class, the worst first"][1:]}
