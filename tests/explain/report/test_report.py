@@ -212,7 +212,8 @@ def test_errors_are_explained_over_the_true_class() -> None:
         model.weight.copy_(torch.eye(3))
         model.bias.copy_(torch.tensor([0.0, 0.0, 0.5]))
     x = torch.tensor([[3.0, 1, 0], [1, 3, 0], [3, 2, -1], [0, 3, 2], [1.1, 0, 1], [4, 0, 0]])
-    made = report(model, x, torch.tensor([0, 1, 2, 0, 0, 1]))
+    chosen = ["predictions", "importance", "samples"]
+    made = report(model, x, torch.tensor([0, 1, 2, 0, 0, 1]), sections=chosen)
     rows = {row[1]: row for row in checked(made.html).tables["Samples"][1:]}
     assert rows["5"][2:5] == ["0", "1", "1"]  # wrong with the largest margin; class 2 has the second largest output
     assert float(rows["5"][5]) == pytest.approx(4)
