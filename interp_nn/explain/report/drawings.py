@@ -77,8 +77,9 @@ def distances(names: Sequence[str], gate: Sequence[float], nearest: Sequence[flo
     """Draw for each sample the distance to its nearest gate and to the nearest other sample, on a logarithmic scale."""
     axes = new_axes(None, (WIDTH, 0.22 * len(names) + 1.4))
     places = range(len(names))
-    axes.hlines(places, gate, nearest, color="0.8", zorder=1)
-    axes.scatter(gate, places, s=22, color=PALETTE[0], label="nearest gate", zorder=2)
+    inside = [place for place in places if gate[place] > 0]  # a distance of 0 has no place on this scale
+    axes.hlines(inside, [gate[i] for i in inside], [nearest[i] for i in inside], color="0.8", zorder=1)
+    axes.scatter([gate[i] for i in inside], inside, s=22, color=PALETTE[0], label="nearest gate", zorder=2)
     axes.scatter(nearest, places, s=22, color=PALETTE[1], marker="s", label="nearest other sample", zorder=2)
     axes.set_xscale("log")
     axes.set_yticks(places, names, fontsize=8)
@@ -100,13 +101,18 @@ def pixels(sizes: Tensor, title: str) -> Figure:
 
 
 def shares(on: Tensor, title: str) -> Figure:
-    """Draw how many units pass for which share of the samples."""
+    """Draw how many units pass for which share of the samples; those that pass for none or for all have bars of their own."""
     from matplotlib.ticker import MaxNLocator
 
     axes = new_axes(None, (WIDTH, 2.6))
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.hist(100 * array(on), bins=20, range=(0, 100), color=PALETTE[0])
-    axes.set(xlabel="samples for which a unit is on, %", ylabel="units", xlim=(0, 100))
+    percent = 100 * array(on)
+    axes.hist(percent[(percent > 0) & (percent < 100)], bins=20, range=(0, 100), color=PALETTE[0])
+    ends = axes.bar([-8, 108], [(percent == 0).sum(), (percent == 100).sum()], width=8, color=PALETTE[1])
+    axes.bar_label(ends, fontsize=8)
+    axes.set_xticks([-8, 0, 20, 40, 60, 80, 100, 108], ["never", "", "20", "40", "60", "80", "", "all"])
+    axes.set(xlabel="samples for which a unit is on, %", ylabel="units")
+    axes.margins(y=0.12)
     set_title(axes, title)
     return narrow(axes)
 
@@ -115,9 +121,11 @@ def spectra(values: Mapping[str, Tensor], title: str) -> Figure:
     """Draw the singular values of each layer's b, the largest first."""
     axes = new_axes(None, (WIDTH, 2.8))
     for i, (name, found) in enumerate(values.items()):
-        axes.plot(array(found), ".-", color=PALETTE[i % len(PALETTE)], linewidth=0.8, label=name)
+        axes.plot(
+            range(1, len(found) + 1), array(found), ".-", color=PALETTE[i % len(PALETTE)], linewidth=0.8, label=name
+        )
     axes.axhline(1, color="black", linewidth=0.8)
-    axes.set(xlabel="singular value, the largest first", ylabel="its size")
+    axes.set(xlabel="place of the singular value, the largest first", ylabel="singular value")
     if len(values) > 1:
         axes.legend(fontsize=8, title="layer", title_fontsize=8)
     set_title(axes, title)

@@ -109,21 +109,40 @@ class Facts:
         top = self.outputs.topk(2, 1).values
         return top[:, 0] - top[:, 1]
 
-    @property
+    @cached_property
     def explained(self) -> Tensor:
-        """What is explained, (n,): of several outputs the predicted class's less the next one's; else the output."""
-        return self.margin if self.outputs.shape[1] > 1 else self.outputs[:, 0]
+        """What is explained, (n,): of several outputs the predicted class's less the `other_class`'s; else the output."""
+        if self.outputs.shape[1] == 1:
+            return self.outputs[:, 0]
+        first, second = (self.outputs.gather(1, index[:, None])[:, 0] for index in (self.predicted, self.other_class))
+        return first - second
 
     @cached_property
     def next_class(self) -> Tensor:
         """The class with the second largest output, (n,) int64; with one output, the other one."""
-        return 1 - self.predicted if self.outputs.shape[1] == 1 else self.outputs.topk(2, 1).indices[:, 1]
+        if self.outputs.shape[1] == 1:
+            return 1 - self.predicted
+        return self.outputs.scatter(1, self.predicted[:, None], -torch.inf).argmax(1)
+
+    @cached_property
+    def wrong(self) -> Tensor:
+        """True for a sample whose predicted class is not its true class, (n,) bool; False for all where this is not known."""
+        if self.y is None or not self.classifies:
+            return torch.zeros_like(self.predicted, dtype=torch.bool)
+        return self.predicted != self.y
+
+    @cached_property
+    def other_class(self) -> Tensor:
+        """The class that the predicted one is explained over, (n,) int64: the true one of a wrong sample, else the next one."""
+        return (
+            self.next_class if self.y is None else torch.where(self.wrong, self.y.to(self.predicted), self.next_class)
+        )
 
     def explained_name(self, sample: int) -> str:
         """Return the name of what is explained for a sample."""
         if self.outputs.shape[1] == 1:
             return "the output"
-        return f"{self.class_name(int(self.predicted[sample]))} over {self.class_name(int(self.next_class[sample]))}"
+        return f"{self.class_name(int(self.predicted[sample]))} over {self.class_name(int(self.other_class[sample]))}"
 
     @cached_property
     def operations(self) -> OperationReport:
@@ -140,7 +159,7 @@ class Facts:
         right = torch.ones_like(self.predicted, dtype=torch.bool)
         largest = "largest margin"
         if self.y is not None and self.classifies:
-            right, largest = self.predicted == self.y, "right"
+            right, largest = ~self.wrong, "right"
         order = self.margin.argsort()
         good, bad = order[right[order]], order[~right[order]]
         found: dict[str, int] = {}
@@ -168,13 +187,19 @@ class Facts:
         x = self.x[self.some]
         if self.outputs.shape[1] == 1:
             return linearize(self.model, x, lambda output: output.reshape(len(output)))
-        rows, first, second = torch.arange(len(x)), self.predicted[self.some], self.next_class[self.some]
+        rows, first, second = torch.arange(len(x)), self.predicted[self.some], self.other_class[self.some]
         return linearize(self.model, x, lambda output: output[rows, first] - output[rows, second])
 
     @cached_property
     def contributions(self) -> Tensor:
         """What each input adds to what is explained, (len(some), *input)."""
         return self.maps.contributions(self.x[self.some])
+
+    @cached_property
+    def decided(self) -> Tensor:
+        """True for samples (len(some),) whose answer needs the constant: without it, what is explained changes its sign."""
+        value = self.explained[self.some]
+        return (value > 0) != (value - self.maps.bias > 0)
 
     def place(self, sample: int) -> int:
         """Return the place of a sample among `some`."""

@@ -16,6 +16,10 @@ from interp_nn.explain.report.page import Section, image, render
 from interp_nn.explain.report.sections import DEFAULT, SectionOf
 
 _FIGURES = 12
+_UNKNOWN = (
+    "Not known: where the samples come from, how they were scaled before the network got them, and whether it was trained on "
+    "them. Not measured: robustness to changed or shifted inputs, and calibration of the probabilities."
+)
 
 
 class Report:
@@ -134,13 +138,20 @@ def report(
             left.append(found)
         else:
             made.append(found)
-    made.append(Section("What was not done", _left_out(left), notes=[f"{note[0].upper()}{note[1:]}." for note in left]))
+    made.append(
+        Section(
+            "What was not done", _left_out(left), notes=[_UNKNOWN, *(f"{note[0].upper()}{note[1:]}." for note in left)]
+        )
+    )
     shape = facts.x.shape[1:]
-    units = {"table": " features", "tokens": " tokens"}.get(facts.kind, " values" if len(shape) == 1 else "")
+    named = {"table": " features", "tokens": " tokens", "image": " (channels, height, width)"}
+    units = named.get(facts.kind, " values" if len(shape) == 1 else "")
     about = (
         f"{type(facts.model).__name__} with {_parameters(facts.model):,} parameters, at {len(facts.x):,} samples of "
         f"{' × '.join(map(str, shape))}{units}."
     )
+    if facts.kind != "tokens":
+        about += f" The network gets inputs from {float(facts.x.min()):.3g} to {float(facts.x.max()):.3g}."
     return Report(title or type(facts.model).__name__, about, made)
 
 
@@ -156,7 +167,8 @@ def report_sections() -> dict[str, SectionOf]:
 
 def _left_out(left: Sequence[str]) -> str:
     names = "; ".join(reason.partition(":")[0] for reason in left)
-    return f"This page has no section on: {names}." if left else "Every section was made."
+    missing = f"This page has no section on: {names}." if left else "Every section was made."
+    return f"{missing} It does not know where the data come from, and did not measure robustness or calibration."
 
 
 def _parameters(model: nn.Module) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,13 +13,16 @@ from interp_nn.explain import plots
 from interp_nn.explain.clusters.activation_clusters import ActivationClusters
 from interp_nn.explain.following.gate_record import record
 from interp_nn.explain.heads.head_reading import HeadReading, read_head
+from interp_nn.explain.linear.affine_map import linearize
 from interp_nn.explain.linear.language_models import token_contributions
 from interp_nn.explain.linear.regions import region
 from interp_nn.explain.paths.kernel_machine import kernel_alignment
 from interp_nn.explain.paths.path_kernel import npk
+from interp_nn.explain.plots.canvas import array, scale, set_title
 from interp_nn.explain.report import drawings
 from interp_nn.explain.report.drawings import narrow, whole
-from interp_nn.explain.report.facts import Facts
+from interp_nn.explain.report.facts import MOST_SAMPLES, Facts
+from interp_nn.explain.report.linear_baseline import linear_predictions
 from interp_nn.explain.report.page import Section, Table
 from interp_nn.nn import SummaryHead, SummaryLinear
 from interp_nn.nn.base import LinearForm
@@ -28,14 +31,15 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SectionOf = Callable[[Facts], "Section | str"]
-_RULE = (
-    "The margin is the predicted class's output less the next class's; with one output, its size. Typical: the median margin "
-    "of right predictions. Borderline: the smallest margin. Wrong and right: the largest among wrong and right predictions. "
-    "Without true answers, typical is the median of all, and the largest margin stands for right."
+_BASELINE = (
+    "The linear model: ridge regression with a penalty of 1 on standardized inputs, fitted to four fifths of these samples and "
+    "tested on the rest, five times. The network may have had more samples, or these. A difference below two standard errors may "
+    "be chance."
 )
 _NO_Y = "No true answers were given, so this page cannot say whether that is right."
 _REGIONS, _KERNEL_SAMPLES, _CLUSTER_FEATURES = 12, 200, 200
 _CLASSES, _LAYERS = 12, 8  # that a figure shows
+_ERRORS = 100  # that a table has
 _ROUNDING = 1e-5  # of the distance to the nearest other sample
 _UNITS_TIMES_INPUTS = 50_000_000  # numbers that a region may hold
 
@@ -54,11 +58,14 @@ def predictions(facts: Facts) -> Section | str:
             )  # fmt: skip
         y = facts.y.to(facts.outputs)
         r2 = float(1 - (facts.outputs[:, 0] - y).square().sum() / (y - y.mean()).square().sum())
+        linear = _linear_r2(facts, y)
         worse = " It is no better than the mean." if r2 <= 0.05 else ""
         figure = drawings.against(y, facts.outputs[:, 0], f"R² is {r2:.3f}; on the line a prediction is right")
         return Section(
-            title, f"R² is {r2:.3f} on {n} samples.{worse}", [(figure, f"Predictions against true values: R² is {r2:.3f}.")],
+            title, f"R² is {r2:.3f} on {n} samples.{worse}{linear}",
+            [(figure, f"Predictions against true values: R² is {r2:.3f}.")],
             [Table("Prediction errors", ("R²", "mean y", "mean prediction"), [[r2, float(y.mean()), float(average[0])]])],
+            [_BASELINE] * bool(linear),
         )  # fmt: skip
     if facts.y is None:
         top = int(counts.argmax())
@@ -76,67 +83,134 @@ def predictions(facts: Facts) -> Section | str:
     for c in torch.unique(facts.y).tolist():
         own = facts.y == c
         taken = facts.predicted[own & ~right]
-        confused = facts.class_name(int(torch.bincount(taken).argmax())) if len(taken) else "-"
+        confused = "-"
+        if len(taken):
+            times = torch.bincount(taken)
+            most = int(times.max())
+            ties = [facts.class_name(i) for i in (times == most).nonzero()[:, 0].tolist()]
+            confused = f"{_first(ties)} ({most}{' each' if len(ties) > 1 else ''})"
         rows.append([facts.class_name(c), int(own.sum()), float(right[own].double().mean()), confused])
     rows.sort(key=lambda row: row[2])  # type: ignore[arg-type, return-value]
-    margin = 2 * (accuracy * (1 - accuracy) / n) ** 0.5
-    finding = f"The network is right for {accuracy:.1%} (± {margin:.1%}) of {n} samples. {verdict}"
+    centre, half = (accuracy + 2 / n) / (1 + 4 / n), 2 * (accuracy * (1 - accuracy) / n + 1 / n**2) ** 0.5 / (1 + 4 / n)
+    interval = f"{max(centre - half, 0):.1%} to {min(centre + half, 1):.1%}"
+    finding = f"The network is right for {accuracy:.1%} of {n} samples (interval {interval}). {verdict}"
     said = "There is no error."
     if wrong := n - int(right.sum()):
         pairs, counted = torch.stack((facts.y[~right], facts.predicted[~right])).unique(dim=1, return_counts=True)
-        pair = " for ".join(facts.class_name(c) for c in pairs[:, counted.argmax()].tolist())
         most = int(counted.max())
+        ties = [" for ".join(map(facts.class_name, pairs[:, i].tolist())) for i in (counted == most).nonzero()[:, 0]]
+        pair = _first(ties)
         said = f"The most frequent error takes {pair} ({most} of {wrong} errors)."
-        if most == wrong:
+        if len(ties) > 1:
+            said = f"The most frequent errors take {pair} ({most} each of {wrong} errors)."
+            if most == 1:
+                said = f"The {wrong} errors are all different: no class is taken for the same other class twice."
+        elif most == wrong:
             said = (
                 f"The only error takes {pair}."
                 if wrong == 1
                 else f"{'Both' if wrong == 2 else f'All {wrong}'} errors take {pair}."
             )
     figures: list[tuple[Figure, str]] = []
+    linear = _linear_accuracy(facts, right)
     if (k := max(facts.outputs.shape[1], 2)) <= _CLASSES:
         names = [facts.class_name(c) for c in range(k)]
         table = torch.bincount(k * facts.y + facts.predicted, minlength=k * k).view(k, k)
         figures.append(
             (
                 drawings.confusion(table, names, said),
-                f"True classes and answers: {wrong} of {n} samples lie off the diagonal.",
+                f"True classes and answers: {wrong} of {n} samples lie off the diagonal. A darker cell has more errors; right "
+                "answers are pale.",
             )
         )
     return Section(
-        title, f"{finding} {said}", figures,
-        [Table("By class, the worst first", ("class", "samples", "right", "most often taken for"), rows)],
-        ["This page does not know whether these samples were used in training. ± is two standard errors."],
+        title, f"{finding}{linear} {said}", figures,
+        [Table("By class, the worst first", ("class", "samples", "right (share)", "most often taken for"), rows),
+         *[_errors(facts)] * bool(wrong)],
+        ["This page does not know whether these samples were used in training. The interval is Wilson's for two standard errors.",
+         *[_BASELINE] * bool(linear)],
     )  # fmt: skip
+
+
+def _errors(facts: Facts) -> Table:
+    """List the errors, those with the largest margins first."""
+    assert facts.y is not None
+    found = facts.wrong.nonzero()[:, 0]
+    found = found[facts.margin[found].argsort(descending=True, stable=True)]
+    rows = [
+        [i, facts.class_name(int(facts.y[i])), facts.class_name(int(facts.predicted[i])), float(facts.margin[i])]
+        for i in found[:_ERRORS].tolist()
+    ]
+    many = f", the first {_ERRORS} of {len(found)}" if len(found) > _ERRORS else ""
+    return Table(f"Errors, the largest margin first{many}", ("sample", "true", "answer", "margin"), rows)
+
+
+def _linear_accuracy(facts: Facts, right: Tensor) -> str:
+    """Compare the network's answers with those of a linear model on the same inputs."""
+    assert facts.y is not None
+    found = None
+    if facts.kind != "tokens":
+        found = linear_predictions(facts.x, nn.functional.one_hot(facts.y.long()))
+    if found is None:
+        return ""
+    theirs = found.argmax(1) == facts.y
+    lead = int((right & ~theirs).sum()) - int((theirs & ~right).sum())
+    noise = 2 * int((right ^ theirs).sum()) ** 0.5  # two standard errors of the lead
+    verdict = (
+        "the network is better"
+        if lead > noise
+        else "the network is worse"
+        if -lead > noise
+        else "the difference may be chance"
+    )
+    return f" A linear model on the same inputs is right for {float(theirs.double().mean()):.1%}: {verdict}."
+
+
+def _linear_r2(facts: Facts, y: Tensor) -> str:
+    found = None if facts.kind == "tokens" else linear_predictions(facts.x, y[:, None])
+    if found is None:
+        return ""
+    r2 = 1 - float((found[:, 0] - y).square().sum() / (y - y.mean()).square().sum())
+    return f" A linear model on the same inputs has an R² of {r2:.3f}."
 
 
 def exactness(facts: Facts) -> Section | str:
     """Say which operations are affine or gates, which are secants, and the error of the maps."""
     found = facts.operations
-    rows = [[operation, layer or "(model)", treatment, count] for operation, layer, treatment, count in found.rows]
-    table = Table("Operations", ("operation", "layer", "treatment", "calls"), rows)
+    modules = dict(facts.model.named_modules())
+    rows = [
+        [operation, layer or "(model)", treatment, count, _arguments(modules.get(layer))]
+        for operation, layer, treatment, count in found.rows
+    ]
+    table = Table("Operations", ("operation", "layer", "treatment", "calls", "arguments"), rows)
     title = "What is exact"
     if not found.supported:
         names = ", ".join(dict.fromkeys(f"{row[0]} in {row[1]}" for row in rows if row[2] == "not treated"))
         return Section(title, f"The network has operations that have no affine map: {names}.", tables=[table])
     secants = dict.fromkeys(str(row[0]) for row in rows if row[2] not in ("affine", "gate"))
     exact = (
-        "Every operation is affine or a gate: around each sample the network is F(x) = W x + b, exactly."
+        "Every operation is affine or a gate: at each sample, and around it up to the first gate that changes, the network is "
+        "F(x) = W x + c, up to rounding."
         if found.exact
-        else f"At each sample F(x) = W x + b, exactly. W depends on the sample through {_list(secants)} (secants), so it is "
-        "not the derivative, and holds for this sample alone."
+        else f"At each sample F(x) = W x + c, up to rounding. W depends on the sample through {_list(secants)} "
+        "(secants), so it is not the derivative, and holds for this sample alone."
     )
     words = (
-        "In F(x) = W x + b, the terms of W x are the contributions: input times coefficient. b is the constant. A gate, such as "
+        "In F(x) = W x + c, the terms of W x are the contributions: input times coefficient. c is the constant. A gate, such as "
         "a ReLU, passes or blocks a value."
-    ) + (" While no gate changes, W and b stay the same." if found.exact else "")
+    ) + (" While no gate changes, W and c stay the same." if found.exact else "")
     if facts.kind == "tokens":
         return Section(title, exact, tables=[table], notes=[words])
     error = facts.maps.check()
     return Section(
         title, f"{exact} The largest error, relative to the largest output, is {error:.1e}.", tables=[table],
-        notes=[f"Error by AffineMap.check() over {len(facts.some)} samples.", words],
+        notes=[f"Error by AffineMap.check() over {_which(facts)}.", words],
     )  # fmt: skip
+
+
+def _arguments(module: nn.Module | None) -> str:
+    """Return the arguments of a layer as its repr has them; "-" for a module with children."""
+    return "-" if module is None or any(True for _ in module.children()) else module.extra_repr() or "-"
 
 
 def reach(facts: Facts) -> Section | str:
@@ -152,6 +226,8 @@ def reach(facts: Facts) -> Section | str:
     if units * d > _UNITS_TIMES_INPUTS:
         return f"how far a map holds: {units} units times {d} inputs are too many numbers for a region"
     chosen = facts.some[torch.linspace(0, len(facts.some) - 1, min(_REGIONS, len(facts.some))).long()]
+    spaced = len(chosen)
+    chosen = torch.cat((chosen, torch.tensor(list(facts.shown.values())))).unique()
     flat = facts.x.flatten(1)
     if not bool((flat != flat[0]).any()):
         return "how far a map holds: all samples are equal, so there is no distance to compare with"
@@ -160,36 +236,43 @@ def reach(facts: Facts) -> Section | str:
         radius = abs(float(region(facts.model, facts.x[i : i + 1]).radius(flat[i])))
         others = (flat - flat[i]).norm(dim=1)
         nearest = float(others[others > 0].min())
+        radius = radius if radius >= _ROUNDING * nearest else 0.0
         rows.append([i, radius, nearest, radius / nearest])
-    ratios = [row[3] for row in rows]
-    inside = [row for row in rows if row[3] >= _ROUNDING] or rows
-    distance, ratio = (float(torch.tensor([row[j] for row in inside]).double().quantile(0.5)) for j in (1, 3))
-    verdict = (
-        "the map reaches the nearest other sample" if ratio >= 1
-        else "the map ends before the nearest other sample" if ratio >= 0.1
-        else "nearly every sample has a map of its own"
-    )  # fmt: skip
-    ties = sum(value < _ROUNDING for value in ratios)
-    finding = ""
+    inside = [row for row in rows if row[1] > 0]
+    ties, finding, said = len(rows) - len(inside), "", "All samples lie on a boundary"
     if ties:
         finding = (
-            f"{ties} of {len(rows)} samples {'lies' if ties == 1 else 'lie'} on a boundary to rounding: a unit is at 0, or two "
-            "candidates of a maximum are equal. "
+            f"{ties} of {len(rows)} samples {'lies' if ties == 1 else 'lie'} on a boundary: a unit is at 0, or two candidates of "
+            f"a maximum are equal. {'Its' if ties == 1 else 'Their'} distance to a gate is 0 within rounding, so that the map "
+            "holds at the sample, and not on all sides of it. "
         )
-    if ties < len(rows):
+    if inside:
+        distance, ratio = (float(torch.tensor([row[j] for row in inside]).double().quantile(0.5)) for j in (1, 3))
+        near = sum(row[3] < 1 for row in inside)
         finding += (
             f"In the median of {'the other ' if ties else ''}{len(inside)} samples, the map holds up to a distance of "
-            f"{distance:.2g}. There the first unit flips. This is {ratio:.2g} times the distance to the nearest other sample, so "
-            f"{verdict}."
+            f"{distance:.2g}. There the first unit flips. This is {ratio:.2g} times the distance to the nearest other sample. "
+            f"The gate is nearer than that sample for {near} of {len(inside)}."
         )
-    names, (radii, neighbours) = [str(row[0]) for row in rows], zip(*(row[1:3] for row in rows), strict=True)
-    said = f"The nearest gate is {ratio:.2g} times as far as the nearest other sample, in the median of {len(inside)}"
-    alt = f"The distance to the nearest gate is {min(ratios):.2g} to {max(ratios):.2g} times that to the nearest other sample."
+        said = (
+            f"The nearest gate is {ratio:.2g} times as far as the nearest other sample, in the median of {len(inside)}"
+        )
+    names = [f"{row[0]}{'' if row[1] else ' (on a boundary)'}" for row in rows]
+    radii, neighbours = zip(*(row[1:3] for row in rows), strict=True)
+    alt = f"{ties} of {len(rows)} samples {'lies' if ties == 1 else 'lie'} on a boundary."
+    if inside:
+        ends = min(row[3] for row in inside), max(row[3] for row in inside)
+        alt = (
+            f"The distance to the nearest gate is {ends[0]:.2g} to {ends[1]:.2g} times that to the nearest other sample"
+            + (f"; {ties} samples on a boundary have only the second." if ties else ".")
+        )
     return Section(
         "How far around a sample", finding.strip(),
         [(drawings.distances(names, radii, neighbours, said), alt)],
         [Table("Distance to the nearest gate", ("sample", "distance", "nearest sample", "ratio"), rows)],
-        [f"By region(model, x).radius(x), for {len(rows)} evenly spaced samples. Euclidean, in the inputs' units."],
+        [f"By region(model, x).radius(x), for {spaced} evenly spaced samples and those shown one by one, since each region takes "
+         f"time. Euclidean, in the units of the inputs as the network gets them. 0: less than {_ROUNDING:g} of the distance to "
+         "the nearest other sample."],
     )  # fmt: skip
 
 
@@ -201,15 +284,21 @@ def importance(facts: Facts) -> Section | str:
     constant, total = facts.maps.bias.abs(), size.flatten(1).sum(1)
     share = float((constant / (constant + total)).median())
     name = "predicted over next class" if facts.outputs.shape[1] > 1 else "the output"
-    sum_of = f"The constant is {'less than 1%' if share < 0.005 else f'{share:.0%}'} of the median sample's terms."
+    part = "less than 1%" if share < 0.005 else f"{share:.0%}"
+    sum_of = f"The constant is {part} of the median sample's |terms|.{_decided(facts)}"
     title = "What counts"
     if facts.kind == "table":
-        names, means = facts.feature_list(), size.mean(0)
+        names, means, parts_of, mixed = facts.feature_list(), size.mean(0), facts.contributions, ""
+        if facts.outputs.shape[1] == 2:  # one direction for all samples, so that a feature's direction can be read
+            name = f"{facts.class_name(1)} over {facts.class_name(0)}"
+            parts_of = parts_of * (2 * facts.predicted[facts.some] - 1).unsqueeze(1)
+        elif facts.outputs.shape[1] > 2:
+            mixed = " The classes differ between samples, so that the figure does not show for which class a feature speaks."
         order = means.argsort(descending=True).tolist()
         parts = means / means.sum()
         few = next(i for i in range(1, len(order) + 1) if float(parts[order[:i]].sum()) >= 0.5 - 1e-9)
-        axes = plots.contribution_beeswarm(facts.contributions, facts.x[facts.some], features=names, output=name)
-        rows = [[names[j], float(means[j]), float(parts[j]), float(facts.contributions[:, j].mean())] for j in order]
+        axes = plots.contribution_beeswarm(parts_of, facts.x[facts.some], features=names, output=name)
+        rows = [[names[j], float(means[j]), float(parts[j]), float(parts_of[:, j].mean())] for j in order]
         first = _list(names[j] for j in order[: min(few, 5)])
         which = f"; the largest are those of {first}" if few > 5 else f": {first}"
         finding = (
@@ -219,8 +308,8 @@ def importance(facts: Facts) -> Section | str:
         return Section(
             title, finding,
             [(narrow(axes), f"Contributions to {name}: {names[order[0]]} makes {float(parts[order[0]]):.0%} of them, the most.")],
-            [Table("Mean contributions", ("feature", "mean |contribution|", "share", "mean"), rows)],
-            [_what_is_explained(facts)],
+            [Table(f"Mean contributions to {name}", ("feature", "mean |contribution|", "share", "mean"), rows)],
+            [_what_is_explained(facts) + mixed, _zero(facts)],
         )  # fmt: skip
     if facts.kind == "image":
         each = size.sum(1).mean(0)
@@ -239,8 +328,48 @@ def importance(facts: Facts) -> Section | str:
 
 def _what_is_explained(facts: Facts) -> str:
     several = "the predicted class's output less the next one's, which is the margin"
+    if bool(facts.wrong.any()):
+        several += "; for a wrong sample, less the true class's"
     what = several if facts.outputs.shape[1] > 1 else "the output"
-    return f"Contributions W x of {len(facts.some)} samples, inputs times coefficients, to {what}."
+    return f"Contributions W x, inputs times coefficients, to {what}. They are those of {_which(facts)}."
+
+
+def _which(facts: Facts) -> str:
+    """Say which samples are linearized, and why."""
+    n, all_of_them = len(facts.some), len(facts.x)
+    if n == all_of_them:
+        return f"all {n} samples"
+    most = min(n, MOST_SAMPLES)
+    return f"{n} of {all_of_them} samples: about {most} evenly spaced ones, to save time, and those shown one by one"
+
+
+def _decided(facts: Facts) -> str:
+    """Say for how many answers the constant is needed, and for which of the samples that are shown."""
+    if not facts.classifies:
+        return ""
+    count, n = int(facts.decided.sum()), len(facts.some)
+    does = "the other class would win" if facts.outputs.shape[1] > 1 else "the answer would change"
+    shown = [str(i) for i in facts.shown.values() if facts.decided[facts.place(i)]]
+    among = f", among them {_list(shown)}, shown below" if shown else ""
+    return (
+        f" Without the constant, {does} in {count} of {n} samples{among}."
+        if count
+        else (f" It decides none of {n} answers.")
+    )
+
+
+def _zero(facts: Facts) -> str:
+    """Say what an input of 0 is, which contributes nothing."""
+    x = facts.x.double()
+    if facts.kind == "image":
+        low, high = float(x.min()), float(x.max())
+        black = " So a dark pixel can contribute, since it is not 0." if low < 0 else ""
+        return f"The network gets pixels from {low:.3g} to {high:.3g}. A pixel of 0 contributes nothing.{black}"
+    means, sizes = x.mean(0), x.std(0, correction=0)
+    return (
+        f"A feature of 0 contributes nothing. As the network gets them, the features' means are {float(means.min()):.2g} to "
+        f"{float(means.max()):.2g} and their standard deviations {float(sizes.min()):.2g} to {float(sizes.max()):.2g}."
+    )
 
 
 def _tokens(facts: Facts) -> Section:
@@ -273,7 +402,7 @@ def _tokens(facts: Facts) -> Section:
         "What counts", f"{which}. Its share of all contributions is {share:.0%} in the median.",
         figures, [Table("Tokens", columns, rows)],
         ["By token_contributions(model, ids). A contribution is the sum of W e over the entries of a token's embedding e. A "
-         "place is counted from 0. Error: of the sum of all terms, relative to the largest.", _RULE],
+         "place is counted from 0. Error: of the sum of all terms, relative to the largest.", _rule(facts)],
     )  # fmt: skip
 
 
@@ -287,7 +416,8 @@ def samples(facts: Facts) -> Section | str:
         figures.append(
             (
                 _maps(facts),
-                "Red pixels add to the predicted class over the next one, blue pixels take from it. "
+                "Red pixels add to the first class over the second, blue pixels take from it. "
+                + _colours(facts)
                 + _concentration(facts),
             )
         )
@@ -305,32 +435,92 @@ def samples(facts: Facts) -> Section | str:
             top, does = names[largest], "adds most to" if float(parts[largest]) > 0 else "takes most from"
             axes = plots.contribution_waterfall(parts, constant, x=facts.x[i], features=names, output=label)
             figures.append(
-                (narrow(axes), f"The {why} sample, {i}: {top} {does} {label} ({float(parts[largest]):+.2g}).")
+                (
+                    narrow(axes),
+                    f"The {why} sample, {i}: {top} {does} {label} ({float(parts[largest]):+.2g}){_against(parts, names)}. "
+                    "Red adds, blue takes.",
+                )
             )
-        error = abs(float(parts.sum()) + constant - value) / (abs(value) or 1.0)
-        second = facts.class_name(int(facts.next_class[i])) if facts.classifies else "-"
+        error = abs(float(parts.sum()) + constant - value)
+        second = facts.class_name(int(facts.other_class[i])) if facts.classifies else "-"
         rows.append([why, i, predicted, second, true, value, constant, top, error])
     columns = (
-        "sample", "index", "predicted", "next class", "true", "value", "constant", "largest |contribution|", "error of the sum",
+        "sample", "index", "predicted", "over", "true", "value", "constant", "largest |contribution|", "|error| of the sum",
     )  # fmt: skip
-    borderline = facts.shown["borderline"]
-    finding = f"Sample {borderline} is the nearest to another answer: {facts.explained_name(borderline)} by "
-    finding += f"{float(facts.margin[borderline]):.2g}, where the median margin is {float(facts.margin.median()):.2g}."
-    if facts.outputs.shape[1] == 1:
-        finding = f"Sample {borderline} has the output nearest to 0, {float(facts.outputs[borderline, 0]):.2g}."
+    i, several = facts.shown["borderline"], facts.outputs.shape[1] > 1
+    finding = f"Sample {i} has the output nearest to 0, {float(facts.outputs[i, 0]):.2g}."
+    if several:
+        finding = (
+            f"Sample {i} is the nearest to another answer: {facts.class_name(int(facts.predicted[i]))} is ahead of "
+            f"{facts.class_name(int(facts.next_class[i]))} by {float(facts.margin[i]):.2g}."
+        )
+    if facts.y is not None and facts.classifies:
+        true = facts.class_name(int(facts.y[i]))
+        finding += f" The answer is wrong: the true class is {true}." if facts.wrong[i] else " The answer is right."
+        if facts.decided[facts.place(i)]:
+            finding += f" The constant, {float(facts.maps.bias[facts.place(i)]):.2g}, decides it."
+    if several:
+        finding += f" The median margin of all {len(facts.x)} samples is {float(facts.margin.median()):.2g}."
     if "wrong" in facts.shown:
-        wrong, right = facts.shown["wrong"], facts.margin[facts.predicted == facts.y]
-        below = float((right < facts.margin[wrong]).double().mean()) if len(right) else 0.0
-        finding += f" Sample {wrong} is wrong with the largest margin, {float(facts.margin[wrong]):.2g}; "
-        finding += f"{below:.0%} of the right answers have a smaller one."
-    return Section("Single samples", finding, figures, [Table("Samples", columns, rows)], [_RULE])
+        i, right = facts.shown["wrong"], facts.margin[~facts.wrong]
+        below = float((right < facts.margin[i]).double().mean()) if len(right) else 0.0
+        assert facts.y is not None
+        finding += (
+            f" Sample {i} is wrong with the largest margin, {float(facts.margin[i]):.2g}: "
+            f"the true class is {facts.class_name(int(facts.y[i]))}, the answer {facts.class_name(int(facts.predicted[i]))}. "
+            f"{below:.0%} of the right answers have a smaller margin."
+        )
+    what = (
+        "Value: the output of the predicted class less that of the class in the column over"
+        if several
+        else "Value: the output"
+    )
+    if several and facts.y is not None:
+        what += ", which is the true class of a wrong sample and else the next class"
+    notes = [
+        _rule(facts),
+        f"{what}. It is the sum of the contributions and the constant. Errors are in the outputs' units.",
+    ]
+    notes += [_zero(facts)] * (facts.kind == "image")
+    return Section("Single samples", finding, figures, [Table("Samples", columns, rows)], notes)
+
+
+def _against(parts: Tensor, names: Sequence[str]) -> str:
+    """Name the largest contribution of the other sign than the largest of all, for the end of a sentence."""
+    signed = parts * -parts[parts.abs().argmax()].sign()
+    j = int(signed.argmax())
+    return f", and {names[j]} speaks most against that ({float(parts[j]):+.2g})" if float(signed[j]) > 0 else ""
+
+
+def _rule(facts: Facts) -> str:
+    """Say by which rule the shown samples were chosen."""
+    judged = facts.y is not None and facts.classifies
+    rules = {
+        "typical": f"the median margin{' among right predictions' if judged else ''}", "borderline": "the smallest margin",
+        "wrong": "the largest margin among wrong predictions", "right": "the largest margin among right predictions",
+        "largest margin": "of all",
+    }  # fmt: skip
+    margin = "the predicted class's output less the next class's" if facts.outputs.shape[1] > 1 else "the output's size"
+    shown = [f"{why[0].upper()}{why[1:]}: {rules[why]}." for why in facts.shown]
+    return f"The margin is {margin}. {' '.join(shown)}"
+
+
+def _colours(facts: Facts) -> str:
+    """Say where the colours of the maps end, if a contribution is beyond."""
+    sizes = facts.contributions[[facts.place(i) for i in facts.shown.values()]].sum(1)
+    limit, beyond = scale(array(sizes))[0], float(sizes.abs().max())
+    return (
+        f"The colours end at ±{limit:.2g}; the largest contribution has the size {beyond:.2g}. "
+        if beyond > limit
+        else ""
+    )
 
 
 def _concentration(facts: Facts) -> str:
     """Say on how many pixels the contributions of one sample lie: of the wrong one, if there is one."""
     why = "wrong" if "wrong" in facts.shown else "borderline"
     half = _half(facts.contributions[facts.place(facts.shown[why])].abs().sum(0).flatten())
-    return f"In the {why} sample, {facts.shown[why]}, {half:.0%} of the pixels make half of the contributions."
+    return f"In the {why} sample, {facts.shown[why]}, {half:.0%} of the pixels make half of the |contributions|."
 
 
 def _maps(facts: Facts) -> Figure:
@@ -343,6 +533,8 @@ def _maps(facts: Facts) -> Figure:
     shown = images if images.shape[1] in (1, 3) else None
     maps = facts.contributions[places].unsqueeze(1)
     figure = plots.attribution_maps(maps, shown, rows=rows, columns=["contributions"])
+    if shown is not None:
+        figure.axes[0].set_title(f"input: black {float(shown.min()):.2g},\nwhite {float(shown.max()):.2g}", fontsize=9)
     width, height = figure.get_size_inches()
     figure.set_size_inches(drawings.WIDTH, height * drawings.WIDTH / width)
     return figure
@@ -357,29 +549,34 @@ def constants(facts: Facts) -> Section | str:
         return "constants by layer: the network has none"
     sizes = {name: float(part.abs().mean()) for name, part in parts.items()}
     largest = max(sizes, key=lambda name: sizes[name])
-    why, sample = next(iter(facts.shown.items()))
+    shown = list(facts.shown.items())
+    if facts.classifies:  # rather a sample that the constant decides
+        shown.sort(key=lambda pair: not facts.decided[facts.place(pair[1])])
+    why, sample = shown[0]
     one = {name: part[facts.place(sample)].reshape(1, 1) for name, part in parts.items()}
     first = max(one, key=lambda name: float(one[name].abs()))
     axes = plots.bias_bars(one)
     axes.set_title(f"Constant of {facts.explained_name(sample)}, sample {sample}", fontsize=10)
+    axes.set_xlabel("part of the constant, in the outputs' units")
     rows = [[name, size, float(parts[name].mean())] for name, size in sizes.items()]
     error = float((torch.stack(list(parts.values())).sum(0) - facts.maps.bias).abs().max())
     share = sizes[largest] / (sum(sizes.values()) or 1)
-    how_much = f"{share:.0%} of the constant's parts" if len(parts) > 1 else "all of the constant"
+    how_much = f"{share:.0%} of the sum of the parts' sizes" if len(parts) > 1 else "all of the constant"
     return Section(
         "The constant, by layer",
-        f"Over {len(facts.some)} samples, layer {largest} makes {how_much}, {sizes[largest]:.2g} in the mean.",
-        [(narrow(axes), f"The {why} sample, {sample}: layer {first} makes the largest part, {float(one[first]):+.2g}.")],
+        f"Over {len(facts.some)} samples, layer {largest} makes {how_much}; the mean size of its part is {sizes[largest]:.2g}.",
+        [(narrow(axes), f"The {why} sample, {sample}: layer {first} makes the largest part, {float(one[first]):+.2g}"
+          f"{'' if first == largest else f'; over all samples layer {largest} does'}.")],
         [Table("Constants", ("layer", "mean |part|", "mean"), rows)],
         ["By AffineMap.bias_by_layer(). The parts sum to the constant "
-         + (f"with an error of {error:.1e}." if error else "without an error.")],
+         + (f"with an error of at most {error:.1e}, in the outputs' units." if error else "without an error.")],
     )  # fmt: skip
 
 
 def few_maps(facts: Facts) -> Section | str:
     """Approximate the network by a few affine maps."""
     if facts.kind != "table":
-        return "a few maps for all samples: the inputs are not a table"
+        return "a few maps for all samples: they are made for tables, where each coefficient has a feature's name"
     d = facts.x.shape[1]
     if d > _CLUSTER_FEATURES or len(facts.x) < 30:
         return f"a few maps for all samples: {len(facts.x)} samples of {d} features are too few or too wide"
@@ -401,20 +598,40 @@ def few_maps(facts: Facts) -> Section | str:
     name = facts.class_name(output) if facts.outputs.shape[1] > 1 else "the output"
     c, j = divmod(int(table.coefficients.abs().argmax()), len(table.features))
     largest = f"{table.features[j]} has the largest, {float(table.coefficients[c, j]):+.2g}"
-    columns = ["feature", *(f"map of {int(count)} samples" for count in table.count)]
-    rows = [
-        [table.features[j], *table.coefficients[:, j].tolist()]
-        for j in table.importance.mean.argsort(descending=True).tolist()
-    ]
-    near = " So the network is nearly affine on these samples." if number == 1 and kept.r2 >= 0.95 else ""
+    columns = ["feature", *(f"map of {int(count)} samples" for count in table.count), "mean exact", "std exact"]
+    order = table.importance.mean.argsort(descending=True).tolist()
+    rows = [[table.features[j], *table.coefficients[:, j].tolist()] for j in order]
+
+    def centred(out: Tensor) -> Tensor:  # as the coefficients of the table are
+        out = out.reshape(len(out), -1)
+        return out[:, output] - out.mean(1) if out.shape[1] > 1 else out[:, 0]
+
+    constant = centred(merged.affine_.bias).tolist()
+    single = linearize(facts.model, facts.x[facts.some], centred)
+    exact = single.weight
+    of_what = f"the output {name} less the mean of the outputs" if facts.outputs.shape[1] > 1 else "the output"
+    of_what += ", which is half of its margin," if facts.outputs.shape[1] == 2 else ""
+    for row, j in zip(rows, order, strict=True):
+        row += [float(exact[:, j].mean()), float(exact[:, j].std(correction=0))]
+    rows.append(["(constant)", *constant, float(single.bias.mean()), float(single.bias.std(correction=0))])
+    turned = int((torch.minimum((exact > 0).double().mean(0), (exact < 0).double().mean(0)) >= 0.05).sum())
+    mean = (merged.counts_.to(table.coefficients) / merged.counts_.sum()) @ table.coefficients
+    other = int((mean * exact.mean(0).to(mean) < 0).sum())
+    held_out = -(-int((clusters.labels_ >= 0).sum()) // 5)
     return Section(
         "A few maps for all samples",
         f"{maps[0].upper()}{maps[1:]} can stand for the {all_of_them} activation patterns: on a held-out fifth of the samples R² "
-        f"with the network is {kept.r2:.3f}, and the answer is the network's for {kept.agreement:.1%}.{near}",
+        f"with the network is {kept.r2:.3f}, and the answer is the network's for {round(kept.agreement * held_out)} of "
+        f"{held_out}. For {turned} of {len(order)} features the exact coefficient has both signs among the samples; for {other} "
+        f"its mean has another sign than in the {'maps' if number > 1 else 'map'}."
+        + (" So the outputs agree, and the coefficients do not." if other and kept.r2 >= 0.95 else ""),
         [(whole(short.plot()), f"Coefficients of {maps} for {name}: {largest}.")],
         [Table(f"Coefficients for {name}", columns, rows)],
-        ["By ActivationClusters(model).fit(x).merge(): the fewest maps with R² of at least 0.95, or the best number. "
-         "Coefficients are per unit of a feature; the contributions above are coefficients times values."],
+        ["By ActivationClusters(model).fit(x).merge(): "
+         + ("the fewest maps with R² of at least 0.95" if kept.r2 >= 0.95 else "the number of maps with the best R²")
+         + f". Tested: maps of four fifths of the samples. Shown: those of all. Coefficients are of {of_what} per unit of a "
+         "feature. Their order is that of |coefficient| times the feature's standard deviation. Exact coefficients: mean and "
+         f"standard deviation, by linearize, over {_which(facts)}. Both signs: each in at least 5% of these."],
     )  # fmt: skip
 
 
@@ -428,19 +645,30 @@ def head(facts: Facts) -> Section | str:
     silent = int((table.importance < 1e-6).sum())
     agreement = table.agreement.tolist()
     enough = next(i for i, value in enumerate(agreement, 1) if value >= 0.99)
+    n, k, m = len(facts.x), len(agreement), facts.outputs.shape[1]
+    said = f"The {enough} most important of {k} latents give the network's answer for {agreement[enough - 1]:.1%} of {n} samples"
+    if enough > 1:
+        said += f", {enough - 1} for {agreement[enough - 2]:.1%}"
+    why = f"{'This' if silent == k - m else f'At least {k - m}'} must be so: {m} outputs depend on at most {m} directions. "
     finding = (
-        f"{enough} of {len(agreement)} latents give the network's answer for 99% of samples"
-        f"{f'; {silent} change no output' if silent else ''}. "
-        f"The codes explain {turned.explained_variance:.0%} of the features' variance."
+        f"{said}. {f'{silent} of the {k} change no output. ' if silent else ''}{why if silent >= k - m > 0 else ''}"
+        f"A linear map of the latents gives back {turned.explained_variance:.0%} of the variance of the values that enter "
+        "the head."
     )
     rows = [list(row) for row in zip(*table._columns().values(), strict=True)]
+    shares = {name: f"{name} (share)" for name in ("variance", "importance", "agreement", "accuracy")}
+    axes = plots.head_contributions(turned, most=min(_CLASSES, max(k - silent, 1)))
+    set_title(axes, f"{said}.")
     return Section(
         "The head", finding,
-        [(whole(turned.plot()), f"What the latents add to the classes; {enough} are enough for 99% of samples.")],
-        [Table("Latents, in varimax coordinates", list(table._columns()), rows)],
-        [f"By read_head(model, layer, x).rotate('varimax'); contributions sum to the outputs to {turned.check():.1e}.",
-         "Variance: of the codes. Importance: standard deviation of a code times the size of its weights. Agreement: with the "
-         "latents down to this row alone."],
+        [(whole(axes), "What a latent adds to each class when it grows by a standard deviation. A percentage: its importance.")],
+        [Table("Latents, in varimax coordinates", [shares.get(name, name) for name in table._columns()], rows)],
+        [f"By read_head(model, layer, x).rotate('varimax'). Contributions sum to the outputs with an error of "
+         f"{turned.check():.1e}, relative to the largest output.",
+         f"A latent is one of the {k} values between the head's two linear layers, in coordinates that varimax chose. Variance: "
+         "of the latent, in that of all latents. Importance: its standard deviation times the norm of its weights, in the sum "
+         "over all latents. Supports and opposes: the classes of its largest and smallest weight. Agreement: with the network's "
+         "answer, by the latents down to this row, with the others at their means. Accuracy: the same with the true class."],
     )  # fmt: skip
 
 
@@ -477,7 +705,7 @@ def summary_layers(facts: Facts) -> Section | str:
     worst = sorted(defects, key=lambda name: -defects[name])
     low, high = (float(end) ** 2 for end in spectra[worst[0]].aminmax())
     text = (
-        f"The singular values of b are within {defects[worst[0]]:.2g} of 1"
+        f"The singular values of the matrix b are within {defects[worst[0]]:.2g} of 1"
         f"{f'; layer {worst[0]} is the farthest' if len(rows) > 1 else f' in layer {worst[0]}'}."
     )
     alt = f"The singular values of b in layer {worst[0]} go from {low**0.5:.3g} to {high**0.5:.3g}."
@@ -489,22 +717,30 @@ def summary_layers(facts: Facts) -> Section | str:
         ),
         [(drawings.spectra({name: spectra[name] for name in worst[:_LAYERS]}, text), alt)],
         [Table("Singular values of b", ("layer", "shape of b", "largest", "smallest", "defect"), rows)],
-        ["By layer.spectrum() and layer.orthogonality_defect(), the largest distance of a singular value from 1."],
+        ["By layer.spectrum() and layer.orthogonality_defect(), the largest distance of a singular value from 1. b is "
+         " the matrix of a summary layer, and x is here the layer's input."],
     )  # fmt: skip
 
 
 def gates(facts: Facts) -> Section | str:
     """Count units that never or always pass, and measure the path kernel's alignment with the classes."""
     if not facts.operations.exact or facts.kind == "tokens":
-        return "gates: the network has secants, or no inputs with gates"
+        return (
+            "gates: the network has secants, which are not only on or off"
+            if facts.kind != "tokens"
+            else "gates: not made for tokens"
+        )
     found = record(facts.model, facts.x[facts.some])
     rows: list[list[object]] = []
-    shares, notes = [], ["By record(model, x)."]
+    shares: list[Tensor] = []
+    layers: list[tuple[str, int, int]] = []
+    notes = [f"By record(model, x) over {_which(facts)}."]
     for site in found.sites:
         on = found.gates(site.name).flatten(1).double().mean(0)
         rows.append([site.name, len(on), int((on == 0).sum()), int((on == 1).sum()), float(on.mean())])
         if "max" not in site.operation:  # whose gates are candidates
             shares.append(on)
+            layers.append((site.name, int((on == 0).sum()), len(on)))
     if not shares:
         return "gates: the network has none"
     if len(shares) < len(rows):
@@ -513,11 +749,20 @@ def gates(facts: Facts) -> Section | str:
     never, always = int((every == 0).sum()), int((every == 1).sum())
     said = f"Of {len(every):,} units, {never:,} {'is' if never == 1 else 'are'} off for all of {len(facts.some)} samples, and "
     finding = said = f"{said}{always:,} {'is' if always == 1 else 'are'} on for all."
+    name, dead, units = max(layers, key=lambda layer: layer[1] / layer[2])
+    if never and len(layers) > 1:
+        finding += f" Layer {name} has the largest share that is never on: {dead:,} of {units:,}."
     if facts.y is not None and facts.classifies and facts.kind == "table":
         index = facts.some[:_KERNEL_SAMPLES]
         try:
             value = kernel_alignment(npk(facts.model, facts.x[index]), facts.y[index])
-            finding += f" The path kernel's alignment with the classes is {value:.2f} (0: none, 1: full)."
+            finding += f" The path kernel's alignment with the classes is {value:.2f} (0: none, 1: full)"
+            linear = kernel_alignment(facts.x[index] @ facts.x[index].mT, facts.y[index])
+            finding += f", that of the inputs' products {linear:.2f}."
+            notes.append(
+                "Path kernel, by npk(model, x): the inner product of two samples, weighted by the paths that are open for both. "
+                "Alignment: the cosine between a kernel and the matrix of equal classes, both centred, by kernel_alignment."
+            )
         except (ValueError, TypeError, NotImplementedError) as error:
             notes.append(f"No path kernel: {error}")
     alt = f"The median unit is on for {float(every.median()):.0%} of the samples."
@@ -551,6 +796,11 @@ def _pixel(values: Tensor) -> str:
     """Return the place of the largest |value| (h, w)."""
     row, column = divmod(int(values.abs().argmax()), values.shape[1])
     return f"row {row}, column {column}"
+
+
+def _first(names: Sequence[str]) -> str:
+    """Return the first three names as a list in a sentence, and how many there are more."""
+    return _list(names if len(names) < 4 else [*names[:3], f"{len(names) - 3} more"])
 
 
 def _list(names: Iterable[str]) -> str:

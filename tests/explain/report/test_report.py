@@ -28,6 +28,7 @@ from interp_nn.explain import (
     report,
     report_sections,
 )
+from interp_nn.explain.report.linear_baseline import linear_predictions
 from interp_nn.explain.report.page import Table
 from interp_nn.explain.report.report_command import load_model, load_table, main
 from interp_nn.nn import SummaryHead
@@ -113,12 +114,12 @@ def test_numbers_are_those_of_the_calls(table: tuple[nn.Sequential, Tensor, Tens
     for c, name in enumerate(("no", "yes")):
         assert int(by_class[name][1]) == int((y == c).sum())
         assert float(by_class[name][2]) == pytest.approx(float((predicted == y)[y == c].double().mean()))
-    assert f"right for {float((predicted == y).double().mean()):.1%} (±" in made.findings["How good it is"]
+    assert f"right for {float((predicted == y).double().mean()):.1%} of 120" in made.findings["How good it is"]
 
     rows = torch.arange(len(x))
     affine = linearize(model, x, lambda output: output[rows, predicted] - output[rows, 1 - predicted])
     contributions = affine.contributions(x)
-    means = {row[0]: float(row[1]) for row in page.tables["Mean contributions"][1:]}
+    means = {row[0]: float(row[1]) for row in page.tables["Mean contributions to yes over no"][1:]}
     assert means == pytest.approx(dict(zip(names, contributions.abs().mean(0).tolist(), strict=True)))
     assert list(means)[-1] == "luck"
     for _, index, first, second, _, value, constant, largest, error in page.tables["Samples"][1:]:
@@ -128,6 +129,9 @@ def test_numbers_are_those_of_the_calls(table: tuple[nn.Sequential, Tensor, Tens
         assert float(constant) == pytest.approx(float(affine.bias[int(index)]))
         assert largest == names[int(contributions[int(index)].abs().argmax())]
         assert float(error) < 1e-12
+    assert "error| of the sum" in made.html and "Errors are in the outputs" in made.html
+    decided = contributions.sum(1) <= 0  # the margin is positive
+    assert f"in {int(decided.sum())} of 120 samples" in made.findings["What counts"] or not decided.any()
     parts = {row[0]: float(row[1]) for row in page.tables["Constants"][1:]}
     assert parts == pytest.approx({name: float(part.abs().mean()) for name, part in affine.bias_by_layer().items()})
     units = page.tables["Units"][1:]
@@ -141,8 +145,22 @@ def test_numbers_are_those_of_the_calls(table: tuple[nn.Sequential, Tensor, Tens
     merged = ActivationClusters(model, progress=False).fit(x).merge()
     output = int(predicted.bincount().argmax())
     coefficients = merged.table(output, feature_names=names).coefficients
-    for name, *row in page.tables[f"Coefficients for {['no', 'yes'][output]}"][1:]:
+    exact = linearize(model, x, lambda out: out[:, output] - out.mean(1)).weight
+    *shown, (last, *constant, at, _) = page.tables[f"Coefficients for {['no', 'yes'][output]}"][1:]
+    for name, *row, mean, spread in shown:
         assert [float(value) for value in row] == pytest.approx(coefficients[:, names.index(name)].tolist())
+        assert float(mean) == pytest.approx(float(exact[:, names.index(name)].mean()))
+        assert float(spread) == pytest.approx(float(exact[:, names.index(name)].std(correction=0)))
+    bias = linearize(model, x, lambda out: out[:, output] - out.mean(1)).bias
+    assert last == "(constant)" and float(at) == pytest.approx(float(bias.mean()))
+    assert [float(value) for value in constant] == pytest.approx(
+        (merged.affine_.bias[:, output] - merged.affine_.bias.mean(1)).tolist()
+    )
+    weight = merged.affine_.weight
+    torch.testing.assert_close(coefficients, weight[:, output] - weight.mean(1))
+    signed = contributions * (2 * predicted - 1).unsqueeze(1)
+    directions = {row[0]: float(row[3]) for row in page.tables["Mean contributions to yes over no"][1:]}
+    assert directions == pytest.approx(dict(zip(names, signed.mean(0).tolist(), strict=True)))
     assert (
         merged.held_out_ is not None
         and f"is {merged.held_out_.r2:.3f}, and" in made.findings["A few maps for all samples"]
@@ -150,6 +168,11 @@ def test_numbers_are_those_of_the_calls(table: tuple[nn.Sequential, Tensor, Tens
     head = read_head(model, "2", x, y, output="3").rotate("varimax").summary()
     latents = page.tables["Latents, in varimax coordinates"][1:]
     assert [float(row[2]) for row in latents] == pytest.approx(head.importance.tolist())
+    assert "importance (share)" in page.tables["Latents, in varimax coordinates"][0]
+    enough = next(i for i, value in enumerate(head.agreement.tolist(), 1) if value >= 0.99)
+    answers = f"give the network's answer for {float(head.agreement[enough - 1]):.1%} of 120 samples"
+    assert made.findings["The head"].startswith(f"The {enough} most important of 4 latents {answers}")
+    assert "must be so: 2 outputs depend on at most 2 directions" in made.findings["The head"]
     assert "Every operation is affine or a gate" in made.findings["What is exact"]
     assert len(page.images) <= 12
     assert "&lt;age&gt;" in made.html
@@ -180,7 +203,66 @@ def test_findings_follow_the_numbers() -> None:
     assert "Both errors take 1 for 0." in said[2]["How good it is"]
     assert "All 3 errors take 1 for 0." in said[3]["How good it is"]
     # The wrong sample has a margin of 2, and the right ones have 3, 1, 2 and 4.
-    assert "25% of the right answers have a smaller one" in said[2]["Single samples"]
+    assert "25% of the right answers have a smaller margin" in said[2]["Single samples"]
+
+
+def test_errors_are_explained_over_the_true_class() -> None:
+    model = nn.Linear(3, 3).eval()
+    with torch.no_grad():
+        model.weight.copy_(torch.eye(3))
+        model.bias.copy_(torch.tensor([0.0, 0.0, 0.5]))
+    x = torch.tensor([[3.0, 1, 0], [1, 3, 0], [3, 2, -1], [0, 3, 2], [1.1, 0, 1], [4, 0, 0]])
+    chosen = ["predictions", "importance", "samples"]
+    made = report(model, x, torch.tensor([0, 1, 2, 0, 0, 1]), sections=chosen)
+    rows = {row[1]: row for row in checked(made.html).tables["Samples"][1:]}
+    assert rows["5"][2:5] == ["0", "1", "1"]  # wrong with the largest margin; class 2 has the second largest output
+    assert float(rows["5"][5]) == pytest.approx(4)
+    assert rows["4"][2:5] == ["2", "0", "0"] and float(rows["4"][6]) == pytest.approx(0.5)
+    said = made.findings["Single samples"]
+    assert "Sample 4 is the nearest to another answer: 2 is ahead of 0 by 0.4." in said
+    assert "The answer is wrong: the true class is 0. The constant, 0.5, decides it." in said
+    assert (
+        "Without the constant, the other class would win in 1 of 6 samples, among them 4, shown below."
+        in made.findings["What counts"]
+    )
+    # 2 for 0, 0 for 2, 1 for 0 and 0 for 1: once each.
+    assert "The 4 errors are all different" in made.findings["How good it is"]
+    by_class = {row[0]: row for row in checked(made.html).tables["By class, the worst first"][1:]}
+    assert by_class["0"][3] == "1 and 2 (1 each)" and by_class["2"][3] == "0 (1)"
+    assert "Without true" not in made.html and "With one output" not in made.html
+
+
+def test_a_linear_model_is_compared() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(120, 2, generator=generator)
+    exclusive = nn.Sequential(nn.Linear(2, 4), nn.ReLU(), nn.Linear(4, 2)).eval()
+    with torch.no_grad():
+        exclusive[0].weight.copy_(torch.tensor([[1.0, 1], [-1, -1], [1, -1], [-1, 1]]))
+        exclusive[0].bias.zero_()
+        exclusive[2].weight.copy_(torch.tensor([[0.0, 0, 1, 1], [1, 1, 0, 0]]))
+        exclusive[2].bias.zero_()
+    y = (x[:, 0] * x[:, 1] > 0).long()
+    found = report(exclusive, x, y, sections=["predictions"]).findings["How good it is"]
+    assert "right for 100.0%" in found and found.count("the network is better") == 1
+    linear = report(exclusive, x, (x[:, 0] > 0).long(), sections=["predictions"]).findings["How good it is"]
+    assert "the network is worse" in linear
+    assert "linear model" not in report(exclusive, x[:20], y[:20], sections=["predictions"]).html
+    wide = torch.randn(60, 200, generator=generator).double()
+    wide[:, 1] = 0.1  # constant
+    from sklearn.linear_model import Ridge
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    for inputs in (wide, wide[:, :5]):
+        target = inputs[:, :1] + 1
+        got = linear_predictions(inputs, target)
+        assert got is not None
+        fold = torch.randperm(60, generator=torch.Generator().manual_seed(0)) % 5
+        for k in range(5):
+            kept, out = inputs[fold != k].numpy(), inputs[fold == k].numpy()
+            scale = (47 / 48) ** 0.5  # of the standard deviations
+            theirs = make_pipeline(StandardScaler(), Ridge(1 / scale**2)).fit(kept, target[fold != k].numpy())
+            torch.testing.assert_close(got[fold == k][:, 0], torch.from_numpy(theirs.predict(out)).reshape(-1))
 
 
 def test_samples_that_are_equal_or_on_a_boundary() -> None:
@@ -193,7 +275,10 @@ def test_samples_that_are_equal_or_on_a_boundary() -> None:
     rows = [[float(value) for value in row] for row in checked(made.html).tables["Distance to the nearest gate"][1:]]
     assert [row[1] for row in rows] == pytest.approx([1, 1, 0, 1], abs=1e-6)
     assert [row[2] for row in rows] == pytest.approx([1, 1, 1, 2])
+    assert float(rows[2][1]) == 0
     assert made.findings["How far around a sample"].startswith("1 of 4 samples lies on a boundary")
+    assert "0 within rounding" in made.findings["How far around a sample"]
+    assert re.search(r"nearer than that sample for [123] of 3", made.findings["How far around a sample"])
     assert "of the other 3 samples, the map holds up to a distance of 1. " in made.findings["How far around a sample"]
     assert "all samples are equal" in report(model, x[:2], sections=["reach"]).sections[-1].notes[-1]
 
@@ -207,10 +292,13 @@ def test_images_with_a_summary_head() -> None:
     top = model(x).topk(2, 1).indices
     rows = torch.arange(12)
 
-    def margin(output: Tensor) -> Tensor:
-        return output[rows, top[:, 0]] - output[rows, top[:, 1]]
+    y = torch.randint(0, 3, (12,))
+    over = torch.where(y == top[:, 0], top[:, 1], y)
 
-    made = report(model, x, torch.randint(0, 3, (12,)))
+    def margin(output: Tensor) -> Tensor:
+        return output[rows, top[:, 0]] - output[rows, over]
+
+    made = report(model, x, y)
     page = checked(made.html)
     assert {"The head", "Summary layers", "Single samples"} <= set(made.findings)
     assert "within" in made.findings["Summary layers"]
@@ -221,6 +309,13 @@ def test_images_with_a_summary_head() -> None:
     torch.testing.assert_close(torch.tensor(each), size, check_dtype=False)
     row, column = divmod(int(size.argmax()), 6)
     assert f'alt="The pixel at row {row}, column {column} has the largest' in made.html
+    ends = f"from {float(x.min()):.3g} to {float(x.max()):.3g}"
+    assert f"The network gets inputs {ends}." in made.html and "a dark pixel can contribute" in made.html
+    never = {row[0]: (int(row[2]), int(row[1])) for row in page.tables["Units"][1:]}
+    worst = max(never, key=lambda name: never[name][0] / never[name][1])
+    share = f"Layer {worst} has the largest share that is never on: {never[worst][0]} of {never[worst][1]}."
+    assert share in made.findings["Gates"] or not never[worst][0]
+    assert "not measured: robustness" in made.html.lower()
     with torch.no_grad():
         model[5].b.mul_(1.5)
     assert "scaled by 2.2 to 2.3" in report(model, x, sections=["summary_layers"]).findings["Summary layers"]
@@ -256,7 +351,7 @@ def test_regression_and_what_cannot_be_done() -> None:
     made = report(linear, x, y)
     checked(made.html)
     assert made.findings["How good it is"].startswith("R² is 1.000")
-    assert report(linear, x, torch.randn(40)).findings["How good it is"].endswith("no better than the mean.")
+    assert report(linear, x, torch.randn(40)).findings["How good it is"].count("no better than the mean.") == 1
 
     class Odd(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
