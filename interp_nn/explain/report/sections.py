@@ -40,7 +40,7 @@ _NO_Y = "No true answers were given, so this page cannot say whether that is rig
 _REGIONS, _KERNEL_SAMPLES, _CLUSTER_FEATURES = 12, 200, 200
 _CLASSES, _LAYERS = 12, 8  # that a figure shows
 _ERRORS = 100  # that a table has
-_ROUNDING = 1e-5  # of the distance to the nearest other sample
+_ROUNDING = 4  # distances to a gate below so many times the dtype's epsilon and the sample's length are 0
 _UNITS_TIMES_INPUTS = 50_000_000  # numbers that a region may hold
 
 
@@ -236,7 +236,8 @@ def reach(facts: Facts) -> Section | str:
         radius = abs(float(region(facts.model, facts.x[i : i + 1]).radius(flat[i])))
         others = (flat - flat[i]).norm(dim=1)
         nearest = float(others[others > 0].min())
-        radius = radius if radius >= _ROUNDING * nearest else 0.0
+        rounding = _ROUNDING * torch.finfo(flat.dtype).eps * float(flat[i].norm())
+        radius = radius if radius > rounding else 0.0
         rows.append([i, radius, nearest, radius / nearest])
     inside = [row for row in rows if row[1] > 0]
     ties, finding, said = len(rows) - len(inside), "", "All samples lie on a boundary"
@@ -271,8 +272,8 @@ def reach(facts: Facts) -> Section | str:
         [(drawings.distances(names, radii, neighbours, said), alt)],
         [Table("Distance to the nearest gate", ("sample", "distance", "nearest sample", "ratio"), rows)],
         [f"By region(model, x).radius(x), for {spaced} evenly spaced samples and those shown one by one, since each region takes "
-         f"time. Euclidean, in the units of the inputs as the network gets them. 0: less than {_ROUNDING:g} of the distance to "
-         "the nearest other sample."],
+         f"time. Euclidean, in the units of the inputs as the network gets them. 0: less than {_ROUNDING} times the rounding of "
+         "the sample."],
     )  # fmt: skip
 
 
