@@ -60,18 +60,21 @@ COLUMNS = (
 
 
 class Ratio(NamedTuple):
-    """A ratio of medians, and ratios of rounds drawn with replacement; None for a record without its rounds."""
+    """A ratio of medians, and the same of rounds drawn with replacement; None for a record without its rounds."""
 
     value: float
     draws: NDArray[np.float64] | None
 
     def __str__(self) -> str:
-        return f"{self.value:.2f}" + ("" if self.draws is None else " [{:.2f}, {:.2f}]".format(*interval(self.draws)))
+        return f"{self.value:.2f}" + ("" if self.ends is None else " [{:.2f}, {:.2f}]".format(*self.ends))
 
     @property
     def ends(self) -> tuple[float, float] | None:
-        """Return the 95 % interval."""
-        return None if self.draws is None else interval(self.draws)
+        """Return the 95 % interval; it is wider where few rounds far apart would leave the ratio itself outside."""
+        if self.draws is None:
+            return None
+        low, high = interval(self.draws)
+        return min(low, self.value), max(high, self.value)
 
 
 def ratio(found: dict[str, Row], column: Column) -> Ratio | None:
@@ -80,8 +83,10 @@ def ratio(found: dict[str, Row], column: Column) -> Ratio | None:
     if over is None or under is None:
         return None
     rounds = over["ms_groups"], under["ms_groups"]
-    draws = resampled(*rounds) if all(one and len(one) >= ENOUGH for one in rounds) else None
-    return Ratio(over["ms_p50"] / under["ms_p50"], draws)
+    if not all(one and len(one) >= ENOUGH for one in rounds):
+        return Ratio(over["ms_p50"] / under["ms_p50"], None)
+    above, below = map(np.median, rounds)  # as `resampled` does
+    return Ratio(float(above / below), resampled(*rounds))
 
 
 def mean(ratios: Sequence[Ratio]) -> Ratio:

@@ -9,6 +9,8 @@ import subprocess
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from support import needs_records
 
 from benchmarks import to_pandas
@@ -189,6 +191,27 @@ def test_intervals_hold_the_ratio_and_are_wider_with_more_noise():
     slower = np.linspace(1, 2, 9)  # a machine that slows down: the same rounds are drawn for both
     assert intervals.interval(intervals.resampled(3 * slower, 2 * slower)) == pytest.approx((1.5, 1.5))
     assert str(report.mean([report.Ratio(2.0, None), report.Ratio(0.5, None)])) == "1.00"
+
+
+TIMES = st.lists(st.floats(0.1, 100), min_size=5, max_size=8)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.tuples(TIMES, TIMES, st.floats(0.1, 100)), min_size=1, max_size=3))
+def test_an_estimate_lies_in_its_interval(problems):
+    """The median over rounds, ms_p50, is not that of the groups that the interval is of."""
+    ratios = []
+    for ours, linear, p50 in problems:
+        found = {
+            name: {"status": "ok", "samples": 99, "ms_p50": p50, "ms_groups": groups}
+            for name, groups in (("ours", ours), ("linear", linear))
+        }
+        ratios.append(report.ratio(found, report.COLUMNS[0]))
+        assert ratios[-1].value == pytest.approx(np.median(ours) / np.median(linear))
+    change = compare._Change((), report.COLUMNS[0], ratios[0], ratios[-1]).ratio
+    for one in (*ratios, report.mean(ratios), change):
+        low, high = one.ends
+        assert low <= one.value <= high
 
 
 def test_the_table_has_intervals_the_noise_and_what_to_doubt(tmp_path):
