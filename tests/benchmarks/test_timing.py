@@ -559,7 +559,7 @@ def test_the_suite_of_the_selection_prints_its_regret(rated, tmp_path, capsys):
     [
         (["run", "--device", "cpu", "--timer", "graph"], "--timer: got graph, want wall on cpu"),
         (["run", "--shape", "16,0,4"], "got '16,0,4', want N,D,K or N,D,K,M of positive whole numbers"),
-        (["run", "--suite", "train", "--provider", "compile"], "no suite has a problem with this op, mode, shape"),
+        (["run", "--suite", "train", "--provider", "compile"], "--provider: compile: no suite has a problem"),
         (["compare", "HEAD", "--op", "head"], "no problem has the ops, modes and shapes asked for"),
         (
             ["compare", "HEAD", "--op", "summary", "--mode", "loss"],
