@@ -40,7 +40,7 @@ def draw(rows: Sequence[Row], folder: Path) -> list[Path]:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    problems, known = grouped(rows), columns(rows)
+    problems, known = _right(grouped(rows)), columns(rows)
     ratios = [column for column in known if column.title in ("ours / linear", "unfused / ours", "ours / best-plan")]
     ratios += [column for column in known if column not in COLUMNS]
     figures: dict[str, Callable[[], Any]] = {}
@@ -66,6 +66,11 @@ def draw(rows: Sequence[Row], folder: Path) -> list[Path]:
             figure.savefig(part, dpi=110)
         plt.close(figure)
     return written
+
+
+def _right(problems: Problems) -> Problems:
+    """Return problems without the providers that are not right; one that was wrong after the timing has a time."""
+    return {key: {name: row for name, row in found.items() if row["status"] == "ok"} for key, found in problems.items()}
 
 
 def _conditions(rows: Sequence[Row]) -> str:

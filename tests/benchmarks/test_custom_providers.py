@@ -129,6 +129,8 @@ def test_a_built_in_provider_alone_has_baselines(tmp_path, capsys):
 def test_figures_name_whom_they_leave_out(tmp_path):
     _, found = timed(tmp_path, "--provider", written(tmp_path, "(x, b): return x"), "--mode", "infer")
     assert figures._conditions(found).endswith("; not drawn: mine (failed)")
+    late = [row | {"status": "wrong", "note": "after timing", "ms_p50": 1.0} for row in found]  # it was timed
+    assert not any(figures._right(rows.grouped(late)).values())
     assert "not drawn" not in figures._conditions([row for row in found if row["provider"] != "mine"])
 
 
