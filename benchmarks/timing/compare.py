@@ -41,12 +41,21 @@ _MOST_NOISE = 0.25  # a change that a comparison has to see, unless the threshol
 
 
 class Verdict(NamedTuple):
-    """A problem in a mode: the ratios of HEAD's medians to BASE's, for ours and nn.Linear; slower: whether ours is slower."""
+    """A problem in a mode: the ratios of HEAD's medians to BASE's, for ours and nn.Linear; slower: whether ours is slower.
+
+    noisy: Whether it is not, but the noise hides a change of `_MOST_NOISE` or of the threshold.
+    """
 
     name: str
     ours: Ratio
     linear: Ratio
     slower: bool
+    noisy: bool
+
+    @property
+    def said(self) -> str:
+        """Return the verdict in words."""
+        return "SLOWER" if self.slower else "too noisy to judge" if self.noisy else ""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -98,7 +107,7 @@ def run(given: argparse.Namespace) -> int:
     verdicts = revisions(given.base, given.head, problems, given.device, given.rounds, given.threshold / 100)
     print(f"\n{'HEAD / BASE, 95 % interval':46}{'ours':>20}{'linear':>20}")
     for verdict in verdicts:
-        print(f"{verdict.name:46}{verdict.ours!s:>20}{verdict.linear!s:>20}{'  SLOWER' * verdict.slower}")
+        print(f"{verdict.name:46}{verdict.ours!s:>20}{verdict.linear!s:>20}  {verdict.said}".rstrip())
     return int(any(verdict.slower for verdict in verdicts))
 
 
@@ -191,7 +200,10 @@ def _compared(problem: Problem, mode: str, workers: Sequence[_Worker], rounds: i
     )
     # Slower by the whole interval, which is above the threshold and above that of nn.Linear, which cannot have changed.
     low, noise = _ends(ours)[0], _ends(linear)[1]
-    return Verdict(f"{problem.name} {mode}", ours, linear, low > max(1 + threshold, noise))
+    slower = low > max(1 + threshold, noise)
+    widest = max(_ends(ours)[1], noise, 1 / _ends(linear)[0])  # a faster nn.Linear hides a slower ours
+    noisy = not slower and widest > 1 + max(threshold, _MOST_NOISE)
+    return Verdict(f"{problem.name} {mode}", ours, linear, slower, noisy)
 
 
 def _ends(ratio: Ratio) -> tuple[float, float]:
