@@ -125,11 +125,11 @@ clean:
 	@touch $@
 
 # A given interpreter that has what the target needs is left alone.
-MODULES_bench := matplotlib PIL scipy sklearn tqdm
+MODULES_bench := matplotlib pandas PIL scipy sklearn tqdm
 MODULES_build := auditwheel build ninja setuptools
 MODULES_docs := $(MODULES_bench) material mkdocstrings_handlers
 MODULES_lint := codespell_lib mypy ruff
-MODULES_test := $(MODULES_bench) captum expecttest hypothesis ninja onnx onnxruntime onnxscript packaging pandas pybind11 pytest \
+MODULES_test := $(MODULES_bench) captum expecttest hypothesis ninja onnx onnxruntime onnxscript packaging pybind11 pytest \
                 safetensors setuptools triton xdist
 GIVEN := given-bench given-build given-docs given-lint given-test
 .PHONY: $(GIVEN)

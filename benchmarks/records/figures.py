@@ -40,7 +40,7 @@ def draw(rows: Sequence[Row], folder: Path) -> list[Path]:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    problems, known = grouped(rows), columns(rows)
+    problems, known = _right(grouped(rows)), columns(rows)
     ratios = [column for column in known if column.title in ("ours / linear", "unfused / ours", "ours / best-plan")]
     ratios += [column for column in known if column not in COLUMNS]
     figures: dict[str, Callable[[], Any]] = {}
@@ -68,8 +68,13 @@ def draw(rows: Sequence[Row], folder: Path) -> list[Path]:
     return written
 
 
+def _right(problems: Problems) -> Problems:
+    """Return problems without the providers that are not right; one that was wrong after the timing has a time."""
+    return {key: {name: row for name, row in found.items() if row["status"] == "ok"} for key, found in problems.items()}
+
+
 def _conditions(rows: Sequence[Row]) -> str:
-    """Return device with its threads, dtypes, PyTorch, clock and commit."""
+    """Return device with its threads, dtypes, PyTorch, clock and commit, and the providers that are not right."""
     timed = [row for row in rows if row["ms_p50"]] or rows
     said = [
         " and ".join(dict.fromkeys(str(row[name]) for row in timed)) for name in ("device", "dtype", "torch", "timer")
@@ -77,7 +82,13 @@ def _conditions(rows: Sequence[Row]) -> str:
     commits = " and ".join(
         dict.fromkeys(f"{(row['git_sha'] or 'unknown')[:7]}{' with changes' if row['dirty'] else ''}" for row in timed)
     )
-    return f"{said[0]}; {said[1]}; torch {said[2]}; {said[3]} clock; commit {commits}"
+    left = dict.fromkeys(
+        f"{row['provider']} ({row['status']})"
+        for row in rows
+        if row["status"] in ("wrong", "failed", "oom") or (row["status"] == "unsupported" and row["about"])
+    )
+    missing = f"; not drawn: {', '.join(left)}" if left else ""
+    return f"{said[0]}; {said[1]}; torch {said[2]}; {said[3]} clock; commit {commits}{missing}"
 
 
 def _colours(rows: Sequence[Row]) -> dict[str, str]:

@@ -18,6 +18,7 @@ from benchmarks.records.rows import Row, grouped, read
 _BRIEF = 12  # lines of a table in a page that people read
 _FEW = 8  # providers, which have a column each
 REPEAT = "repeat"  # a provider that is another one once more
+_NEAR = "≈"  # a ratio that the run does not tell from 1
 _LOST = 1.02  # a larger regret is listed
 PLAN = "plan-"  # begins the providers that are ours by another plan; far slower ones have few samples
 BEST_PLAN = "best-plan"  # the fastest of ours and of these
@@ -60,18 +61,21 @@ COLUMNS = (
 
 
 class Ratio(NamedTuple):
-    """A ratio of medians, and ratios of rounds drawn with replacement; None for a record without its rounds."""
+    """A ratio of medians, and the same of rounds drawn with replacement; None for a record without its rounds."""
 
     value: float
     draws: NDArray[np.float64] | None
 
     def __str__(self) -> str:
-        return f"{self.value:.2f}" + ("" if self.draws is None else " [{:.2f}, {:.2f}]".format(*interval(self.draws)))
+        return f"{self.value:.2f}" + ("" if self.ends is None else " [{:.2f}, {:.2f}]".format(*self.ends))
 
     @property
     def ends(self) -> tuple[float, float] | None:
-        """Return the 95 % interval."""
-        return None if self.draws is None else interval(self.draws)
+        """Return the 95 % interval; it is wider where few rounds far apart would leave the ratio itself outside."""
+        if self.draws is None:
+            return None
+        low, high = interval(self.draws)
+        return min(low, self.value), max(high, self.value)
 
 
 def ratio(found: dict[str, Row], column: Column) -> Ratio | None:
@@ -80,8 +84,16 @@ def ratio(found: dict[str, Row], column: Column) -> Ratio | None:
     if over is None or under is None:
         return None
     rounds = over["ms_groups"], under["ms_groups"]
-    draws = resampled(*rounds) if all(one and len(one) >= ENOUGH for one in rounds) else None
-    return Ratio(over["ms_p50"] / under["ms_p50"], draws)
+    if not all(one and len(one) >= ENOUGH for one in rounds):
+        return Ratio(over["ms_p50"] / under["ms_p50"], None)
+    above, below = map(np.median, rounds)  # as `resampled` does
+    return Ratio(float(above / below), resampled(*rounds))
+
+
+def own_columns(rows: Iterable[Row]) -> list[Column]:
+    """Return the columns of the providers of a user's file."""
+    names = dict.fromkeys(row["provider"] for row in rows if row["status"] == "ok" and row["about"])
+    return [Column(f"{name} / ours", name, "ours") for name in names]
 
 
 def mean(ratios: Sequence[Ratio]) -> Ratio:
@@ -139,6 +151,8 @@ def markdown(rows: Sequence[Row], brief: bool = False) -> str:
         of = {key: found for key, found in problems.items() if key[:2] == (op, mode)}
         if not brief or (mode in ("fwdbwd", "loss") and len(of) <= _BRIEF):
             parts.append(f"**{_title(op, mode)}**\n\n{_details(of)}")
+    if any(_NEAR in part for part in parts):
+        parts.append(f"{_NEAR}: the interval holds 1, so the run does not tell the two apart.")
     parts += [
         text
         for text in (_wrong(rows), _unsupported(rows), _few(rows), _too_fast(rows), _skipped(rows), _regret(problems))
@@ -165,7 +179,7 @@ def _overview(problems: Problems, kinds: Sequence[tuple[str, str]]) -> str:
         for column in shown:
             found = [value for value in (ratio(one, column) for one in of) if value is not None]
             worst = (max if column.below_one else min)((one.value for one in found), default=None)
-            cells.append(f"{mean(found)} ({worst:.2f})" if worst is not None else "-")
+            cells.append(f"{_cell(mean(found))} ({worst:.2f})" if worst is not None else "-")
         lines.append(f"| {_title(op, mode)} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -189,10 +203,15 @@ def _details(problems: Problems) -> str:
         if ours is None:
             continue
         sizes = ", ".join(str(size) for size in key[3:7] if size is not None)
-        ratios = ["-" if value is None else str(value) for value in (ratio(found, column) for column in shown)]
+        ratios = ["-" if value is None else _cell(value) for value in (ratio(found, column) for column in shown)]
         dtype = f"{key[2]} | " * several
         lines.append(f"| {dtype}{sizes} | {ours['plan'] or '-'} | {ours['ms_p50']:.3g} | {' | '.join(ratios)} |")
     return "\n".join(lines)
+
+
+def _cell(one: Ratio) -> str:
+    """Return a ratio, with a mark where its interval holds 1."""
+    return f"{_NEAR * (one.ends is not None and one.ends[0] <= 1 <= one.ends[1])}{one}"
 
 
 def _problem(row: Row) -> str:
@@ -234,7 +253,10 @@ def _too_fast(rows: Sequence[Row]) -> str:
         if row["status"] == "ok" and (row["sol_frac"] or 0) > 1 and row["provider"] not in CHEAPER:
             fast.setdefault(_problem(row), []).append(f"{row['provider']} {row['sol_frac']:.2f}")
     lines = [f"- {problem}: {', '.join(found)}" for problem, found in fast.items()]
-    heading = "Above 1 of the speed of light, so a measured rate, a count of operations or a clock is wrong:"
+    heading = (
+        "Above 1 of the speed of light, so a measured rate, a count of operations or a clock is wrong, "
+        "or the machine was busy while the rates were measured:"
+    )
     return _listed(heading, lines)
 
 
@@ -277,11 +299,17 @@ def _wrong(rows: Sequence[Row]) -> str:
         if row["status"] in ("wrong", "failed", "oom"):
             bad.setdefault(tuple(row[name] for name in ("provider", "op", "dtype", "d", "k", "status")), []).append(row)
     lines = [
-        f"- {_named(row)}: {row['status']}: {row['note']}"
-        + f" ({len(more)} more with d = {row['d']}, k = {row['k']})" * bool(more)
+        f"- {_named(row)}: {row['status']}: {row['note']}" + f" (also {_elsewhere([row, *more])})" * bool(more)
         for row, *more in bad.values()
     ]
     return _listed("Not right, and so not in the ratios:", lines)
+
+
+def _elsewhere(rows: Sequence[Row]) -> str:
+    """Return in how many more modes and sizes a provider is not right."""
+    modes, sizes = (len({row[name] for row in rows}) - 1 for name in ("mode", "n"))
+    said = [f"in {modes} more mode{'s' * (modes > 1)}"] * bool(modes) + [f"at {sizes} more n"] * bool(sizes)
+    return " and ".join(said) or f"{len(rows) - 1} more times"
 
 
 def _skipped(rows: Sequence[Row]) -> str:

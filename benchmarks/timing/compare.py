@@ -30,22 +30,32 @@ from benchmarks.command_line import UserInputError, at_least, not_negative, user
 from benchmarks.command_line import device as present
 from benchmarks.records.environment import ROOT
 from benchmarks.records.intervals import ENOUGH, resampled
-from benchmarks.records.report import COLUMNS, Column, Problems, Ratio, between, noise, noise_floor, ratio
+from benchmarks.records.report import COLUMNS, Column, Problems, Ratio, between, noise, noise_floor, own_columns, ratio
 from benchmarks.records.rows import grouped, read
 from benchmarks.timing.problems import MODES, OPS, QUICK, Problem
 from benchmarks.timing.providers import ASSOCIATIONS
 from benchmarks.timing.run import ALL_MODES, shape
 
 _NAMES = ("ours", "linear")
+_MOST_NOISE = 0.25  # a change that a comparison has to see, unless the threshold is larger
 
 
 class Verdict(NamedTuple):
-    """A problem in a mode: the ratios of HEAD's medians to BASE's, for ours and nn.Linear; slower: whether ours is slower."""
+    """A problem in a mode: the ratios of HEAD's medians to BASE's, for ours and nn.Linear; slower: whether ours is slower.
+
+    noisy: Whether it is not, but the noise hides a change of `_MOST_NOISE` or of the threshold.
+    """
 
     name: str
     ours: Ratio
     linear: Ratio
     slower: bool
+    noisy: bool
+
+    @property
+    def said(self) -> str:
+        """Return the verdict in words."""
+        return "SLOWER" if self.slower else "too noisy to judge" if self.noisy else ""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -97,7 +107,7 @@ def run(given: argparse.Namespace) -> int:
     verdicts = revisions(given.base, given.head, problems, given.device, given.rounds, given.threshold / 100)
     print(f"\n{'HEAD / BASE, 95 % interval':46}{'ours':>20}{'linear':>20}")
     for verdict in verdicts:
-        print(f"{verdict.name:46}{verdict.ours!s:>20}{verdict.linear!s:>20}{'  SLOWER' * verdict.slower}")
+        print(f"{verdict.name:46}{verdict.ours!s:>20}{verdict.linear!s:>20}  {verdict.said}".rstrip())
     return int(any(verdict.slower for verdict in verdicts))
 
 
@@ -190,7 +200,10 @@ def _compared(problem: Problem, mode: str, workers: Sequence[_Worker], rounds: i
     )
     # Slower by the whole interval, which is above the threshold and above that of nn.Linear, which cannot have changed.
     low, noise = _ends(ours)[0], _ends(linear)[1]
-    return Verdict(f"{problem.name} {mode}", ours, linear, low > max(1 + threshold, noise))
+    slower = low > max(1 + threshold, noise)
+    widest = max(_ends(ours)[1], noise, 1 / _ends(linear)[0])  # a faster nn.Linear hides a slower ours
+    noisy = not slower and widest > 1 + max(threshold, _MOST_NOISE)
+    return Verdict(f"{problem.name} {mode}", ours, linear, slower, noisy)
 
 
 def _ends(ratio: Ratio) -> tuple[float, float]:
@@ -207,20 +220,28 @@ def _records(base: Path, head: Path, threshold: float, page: Path | None) -> int
         raise UserInputError("got two records without a common problem that both have timed")
     unchanged = [change.ratio for change in changes if change.column in _UNCHANGED]
     floor = noise_floor([*noise(one), *noise(other), *unchanged])
-    verdicts = [(change, change.verdict(max(floor, threshold))) for change in changes if change.column in _JUDGED]
+    least, most = max(floor, threshold), max(threshold, _MOST_NOISE)
+    judged = {*_JUDGED, *_own(one)}
+    verdicts = [(change, change.verdict(least, most)) for change in changes if change.column in judged]
     if verdicts:
         print(f"{'HEAD / BASE of the ratio, 95 % interval':60}{'':24}{'change':>20}  verdict")
     for change, verdict in verdicts:
         print(f"{change.name:60}{change.column.title:24}{change.ratio!s:>20}  {verdict}")
     print(f"\nnoise floor: {floor:.1%}, which 95 % of the pairs of identical or unchanged providers keep")
-    print(f"slower: the whole interval is above {max(floor, threshold):.1%}, the larger one of floor and threshold\n")
+    print(f"slower: the whole interval is above {least:.1%}, the larger one of floor and threshold\n")
     text = _differences(changes)
     print(text)
     with users_input():
         if page is not None:
             names = [file.resolve().relative_to(ROOT).as_posix() for file in (base, head)]
             between(page, f"compare {names[0]} {names[1]}", text)
-    return int(any(verdict == "SLOWER" for _, verdict in verdicts))
+    slower = any(verdict == "SLOWER" for _, verdict in verdicts)
+    if floor > most and not slower:
+        raise UserInputError(
+            f"too noisy to judge: identical or unchanged providers differ by {floor:.1%}, which hides a change of {most:.0%}; "
+            "time both again on a quiet machine, with more --seconds"
+        )
+    return int(slower)
 
 
 def differences(base: Path, head: Path) -> str:
@@ -231,7 +252,7 @@ def differences(base: Path, head: Path) -> str:
 def _differences(changes: Sequence[_Change]) -> str:
     off: dict[str, list[float]] = {}
     for change in changes:
-        if change.column in COLUMNS:
+        if change.column in COLUMNS or change.column not in (*_JUDGED, *_UNCHANGED):
             off.setdefault(change.column.title, []).append(change.ratio.value)
     lines = [
         "| ratio | geometric mean of its change | median change | 80 % below | largest | count |",
@@ -272,16 +293,23 @@ class _Change(NamedTuple):
         draws = None if both[0] is None or both[1] is None else both[1] / both[0]
         return Ratio(self.after.value / self.before.value, draws)
 
-    def verdict(self, floor: float) -> str:
+    def verdict(self, least: float, most: float) -> str:
+        """Judge a change of more than `least`; a change of more than `most` may not be hidden by the noise."""
         if (ends := self.ratio.ends) is None:
             return "not known: a record has no rounds"
         low, high = ends
-        return "SLOWER" if low > 1 + floor else "faster" if high < 1 / (1 + floor) else "same within the noise"
+        if low > 1 + least or high < 1 / (1 + least):
+            return "SLOWER" if low > 1 else "faster"
+        return "too noisy to judge" if max(1 + least, high) > 1 + most else "same within the noise"
+
+
+def _own(problems: Problems) -> list[Column]:
+    return own_columns(row for found in problems.values() for row in found.values())
 
 
 def _common(one: Problems, other: Problems) -> Iterator[_Change]:
     for key in [key for key in one if key in other]:
-        for column in dict.fromkeys((*COLUMNS, *_JUDGED, *_UNCHANGED)):
+        for column in dict.fromkeys((*COLUMNS, *_own(one), *_JUDGED, *_UNCHANGED)):
             before, after = ratio(one[key], column), ratio(other[key], column)
             if before is not None and after is not None:
                 yield _Change(key, column, before, after)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -28,7 +29,9 @@ FOUND: dict[str, Custom] = {}
 _marked: list[Custom] = []
 
 
-def provider(name: str, *, about: str, reference: Callable[..., Any] | None = None) -> Callable[[_Function], _Function]:
+def provider(
+    name: str, *, about: str | None = None, reference: Callable[..., Any] | None = None
+) -> Callable[[_Function], _Function]:
     """Make a function a provider, which `python -m benchmarks run --provider FILE.py:NAME` times beside the others.
 
     The function is f(x, b) -> y for the summary Y = X b (bᵀb), or f(x, b, target) -> loss for the loss of the pair (P, Y),
@@ -39,14 +42,15 @@ def provider(name: str, *, about: str, reference: Callable[..., Any] | None = No
 
     Args:
         name: Name in records, tables and figures.
-        about: One sentence for the record and for `list`.
+        about: One sentence for the record. None is the first line of the function's docstring.
         reference: The function in PyTorch that this one should equal, with the same arguments. None is the summary or its loss.
 
     Returns:
         A decorator, which returns the function itself.
 
     Raises:
-        TypeError: `about` is not a text, or the function has not two or three arguments. Raised by the decorator for the latter.
+        TypeError: `about` is not a text. The decorator raises it for a function without two or three arguments, or without a
+            docstring and `about`.
         ValueError: The name is empty, or has other characters than letters, digits, "-", "_" and ".".
 
     Example:
@@ -57,7 +61,7 @@ def provider(name: str, *, about: str, reference: Callable[..., Any] | None = No
     """
     if not isinstance(name, str) or not name.replace("-", "").replace("_", "").replace(".", "").isalnum():
         raise ValueError(f"provider: name: got {name!r}, want letters, digits, '-', '_' and '.'")
-    if not isinstance(about, str) or not about.strip():
+    if about is not None and (not isinstance(about, str) or not about.strip()):
         raise TypeError(f"provider: about: got {about!r}, want a sentence")
 
     def mark(function: _Function) -> _Function:
@@ -66,7 +70,9 @@ def provider(name: str, *, about: str, reference: Callable[..., Any] | None = No
         count = sum(one.kind in kinds and one.default is one.empty for one in given)
         if count not in _OPS:
             raise TypeError(f"provider: {name} has {count} arguments, want f(x, b) -> y or f(x, b, target) -> loss")
-        _marked.append(Custom(name, about, function, _OPS[count], reference, None))
+        if not (said := about or (inspect.getdoc(function) or "").partition("\n")[0]):
+            raise TypeError(f"provider: about: got None, and {name} has no docstring; want a sentence")
+        _marked.append(Custom(name, said, function, _OPS[count], reference, None))
         return function
 
     return mark
@@ -87,6 +93,13 @@ def about(name: str) -> dict[str, str]:
     return {"about": FOUND[name].about} if name in FOUND else {}
 
 
+def place(error: BaseException) -> str:
+    """Return the file and the line of a user's provider where an exception passed, as " (mine.py, line 6)"; "" if none."""
+    files = {str(one.file) for one in FOUND.values() if one.file is not None}
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename in files]
+    return f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""
+
+
 def load(text: str, taken: frozenset[str]) -> str:
     """Run the file of "FILE.py:NAME", and return the provider's name.
 
@@ -99,8 +112,11 @@ def load(text: str, taken: frozenset[str]) -> str:
         raise ValueError(f"got {text!r}, want FILE.py:NAME: there is no file {path!r}")
     if not any(one.file == file for one in FOUND.values()):
         for one in _run(file):
-            if one.name in taken or one.name in FOUND:
-                raise ValueError(f"{path}: the name {one.name!r} is taken")
+            if one.name in taken:
+                built_in = "a built-in provider, which `python -m benchmarks list` describes"
+                raise ValueError(f"{path}: the name {one.name!r} is taken by {built_in}; give yours another one")
+            if one.name in FOUND:
+                raise ValueError(f"{path}: the name {one.name!r} is taken by {FOUND[one.name].file}")
             FOUND[one.name] = one
     names = [one.name for one in FOUND.values() if one.file == file]
     if name not in names:

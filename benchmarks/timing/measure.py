@@ -214,7 +214,9 @@ def said(error: Exception) -> dict[str, Any]:
     if isinstance(error, torch.OutOfMemoryError) or "not enough memory" in text:
         return {"status": "oom", "note": text}
     known = {UnsupportedError: "unsupported", WrongError: "wrong", _SkippedError: "skipped"}.get(type(error))
-    return {"status": known or "failed", "note": text if known else f"{type(error).__name__}: {text}"}
+    if known:
+        return {"status": known, "note": text}
+    return {"status": "failed", "note": f"{type(error).__name__}: {text}{custom.place(error)}"}
 
 
 def calling(provider: Provider, mode: str, sets: Sequence[Data]) -> Callable[[int], list[Tensor]]:

@@ -106,7 +106,7 @@ _TIMER_HELP = (
 
 _PROVIDER_HELP = (
     "one of `python -m benchmarks list`, or FILE.py:NAME for a function that the file makes a provider, beside ours, linear and "
-    "unfused if no others are named; not of explain; repeatable (default: all, but the main ones for large problems on a CPU)"
+    "unfused unless ours is named; explain has its own; repeatable (default: all, but the main ones for large problems on a CPU)"
 )
 
 
@@ -141,7 +141,7 @@ def shape(text: str) -> tuple[int, ...]:
 
 
 def run(given: argparse.Namespace) -> int:
-    """Run the suites and print their table; the exit status is 1 if ours is wrong, 2 for options that do not fit."""
+    """Run the suites and print their table; the exit status is 1 if ours or a user's is wrong, 2 for options that do not fit."""
     device = torch.device(given.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     timer = given.timer or TIMERS[device.type][0]
     if timer not in TIMERS[device.type]:
@@ -154,14 +154,23 @@ def run(given: argparse.Namespace) -> int:
     )  # fmt: skip
     results = environment.ROOT / "benchmarks" / "results" / environment.device_slug(device.type)
     out = given.out or results / f"{environment.now(given.revision)}.jsonl"
-    with users_input():
-        writer = Writer(out, common(device.type, given.revision))
     names = given.provider or PROVIDERS
-    if alone := all(name in custom.FOUND for name in names):
+    if "ours" not in names:  # every ratio has it
         names = [*_BESIDE, *names]
     names = list(dict.fromkeys((*names, REPEAT)))
-    suites = given.suite or (["ops"] if given.quick or alone else [suite for suite in SUITES if suite != "selection"])
+    suites = given.suite or (["ops"] if given.quick else [suite for suite in SUITES if suite != "selection"])
     dtypes = given.dtype or (("fp32",) if device.type == "cpu" else ("bf16", "fp32"))
+    if given.provider:
+        timed = {suite: _timed(suite, given, names, dtypes, device.type == "cpu") for suite in suites}
+        for name in given.provider:
+            if not any(name in of for of in timed.values()):
+                what = f" computes the op {op}" if (op := custom.op_of(name)) else ""
+                raise UserInputError(
+                    f"--provider: {name}{what}: no suite has a problem with it and this op, mode and shape together"
+                )
+        suites = given.suite or [suite for suite in suites if timed[suite] & set(given.provider)]
+    with users_input():
+        writer = Writer(out, common(device.type, given.revision))
     for suite in [suite for suite in SUITES if suite in suites]:
         writer.share(paths=PATHS[suite])
         if suite == "train":
@@ -175,7 +184,27 @@ def run(given: argparse.Namespace) -> int:
         raise UserInputError("no suite has a problem with this op, mode, shape and provider together")
     print("\n" + report.markdown(writer.rows))
     print(f"\nrecord: {out}")
-    return int(any(row["status"] in ("wrong", "failed") and row["provider"].startswith("ours") for row in writer.rows))
+    return int(
+        any(
+            row["status"] in ("wrong", "failed") and (row["about"] or row["provider"].startswith("ours"))
+            for row in writer.rows
+        )
+    )
+
+
+def _timed(suite: str, given: argparse.Namespace, names: Sequence[str], dtypes: Sequence[str], cpu: bool) -> set[str]:
+    """Return the providers that have a row in a suite."""
+    if suite == "train":
+        return set(training_suite.PROVIDERS)
+    if suite == "explain":
+        return set(explain_suite.PROVIDERS)
+    wanted = _wanted(suite, given, names, dtypes, cpu)
+    ops = {
+        problem.op
+        for problem in operator_suite.problems(wanted)
+        if wanted.modes is None or set(wanted.modes) & set(MODES[problem.op])
+    }
+    return {name for name in wanted.providers if ops and custom.op_of(name) in (None, *ops)}
 
 
 def _wanted(

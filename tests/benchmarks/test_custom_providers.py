@@ -84,6 +84,7 @@ assert tolerances.errors(function(x, w.mT), tolerances.naive(x.double(), w.doubl
             "its result has no gradient: time --mode infer",
         ),
         ("(x, b): return x @ b.mT", "failed", "RuntimeError: "),
+        ("(x, b):\n    return torch.mm(x, b).nothing", "failed", "AttributeError: "),
         (
             "(x, b): return x",
             "failed",
@@ -99,10 +100,51 @@ assert tolerances.errors(function(x, w.mT), tolerances.naive(x.double(), w.doubl
     ],
 )
 def test_a_function_that_does_not_fit_is_a_row_that_says_so(body, status, note, tmp_path, capsys):
-    _, found = timed(tmp_path, "--provider", written(tmp_path, body), "--mode", "fwdbwd", "--mode", "loss")
+    file = tmp_path / "record.jsonl"
+    modes = ["--mode", "fwdbwd", "--mode", "loss"]
+    exit_status = main([*RUN, "--out", str(file), "--provider", written(tmp_path, body), *modes])
+    found = rows.read([file])
+    assert exit_status == int(status != "unsupported")
     (row,) = [row for row in found if row["provider"] == "mine"]
     assert (row["status"], row["ms_p50"]) == (status, None) and row["note"].startswith(note)
     assert row["note"] in capsys.readouterr().out
+    assert row["note"].endswith("(own.py, line 5)") is ("nothing" in body)
+
+
+def test_a_provider_that_nothing_asks_for_is_named(tmp_path, capsys):
+    own = written(tmp_path, "(x, b): return x @ b @ (b.mT @ b)")
+    for arguments in (["--op", "head", "--mode", "loss"], ["--mode", "loss"], ["--op", "cross_entropy"]):
+        file = tmp_path / "none.jsonl"
+        assert main([*RUN, "--out", str(file), "--provider", own, "--provider", "ours", *arguments]) == 2
+        told = capsys.readouterr().err
+        assert "--provider: mine computes the op summary" in told and told.count("\n") == 1 and not file.exists()
+
+
+def test_a_built_in_provider_alone_has_baselines(tmp_path, capsys):
+    _, found = timed(tmp_path, "--provider", "multi-dot", "--mode", "infer")
+    assert {row["provider"] for row in found} == {"ours", "linear", "unfused", "multi-dot", "repeat"}
+    assert "multi-dot / ours" in capsys.readouterr().out
+
+
+def test_figures_name_whom_they_leave_out(tmp_path):
+    _, found = timed(tmp_path, "--provider", written(tmp_path, "(x, b): return x"), "--mode", "infer")
+    assert figures._conditions(found).endswith("; not drawn: mine (failed)")
+    late = [row | {"status": "wrong", "note": "after timing", "ms_p50": 1.0} for row in found]  # it was timed
+    assert not any(figures._right(rows.grouped(late)).values())
+    assert "not drawn" not in figures._conditions([row for row in found if row["provider"] != "mine"])
+
+
+def test_the_docstring_says_what_a_provider_is(monkeypatch):
+    monkeypatch.setattr(custom, "_marked", [])
+
+    @provider("documented")
+    def documented(x, b):
+        """Multiply from the right.
+
+        And more.
+        """
+
+    assert custom._marked[-1].about == "Multiply from the right."
 
 
 def test_a_reference_replaces_the_summary(tmp_path):
@@ -124,7 +166,10 @@ def p(x, b): return {} * (x @ b)
         ("{folder}/nowhere.py:mine", "there is no file"),
         ("{own}", "want FILE.py:NAME with a name of the file: mine"),
         ("{folder}/broken.py:mine", "ZeroDivisionError: division by zero"),
-        ("{folder}/taken.py:ours", "the name 'ours' is taken"),
+        (
+            "{folder}/taken.py:ours",
+            "the name 'ours' is taken by a built-in provider, which `python -m benchmarks list` describes",
+        ),
         ("{folder}/twice.py:a", "a name is there twice: a, a"),
         ("liger", "liger: liger_kernel is not installed"),
         ("our", "invalid choice: 'our'; did you mean ours"),
@@ -145,8 +190,10 @@ def test_a_provider_that_is_not_there_is_named(text, message, tmp_path, capsys):
 def test_what_is_marked_is_checked():
     with pytest.raises(ValueError, match="provider: name: got 'a b', want letters, digits"):
         provider("a b", about="x")
-    with pytest.raises(TypeError, match="provider: about: got None, want a sentence"):
-        provider("a", about=None)
+    with pytest.raises(TypeError, match="provider: about: got '', want a sentence"):
+        provider("a", about="")
+    with pytest.raises(TypeError, match="provider: about: got None, and a has no docstring; want a sentence"):
+        provider("a")(lambda x, b: x)
     with pytest.raises(
         TypeError, match=r"provider: a has 1 arguments, want f\(x, b\) -> y or f\(x, b, target\) -> loss"
     ):

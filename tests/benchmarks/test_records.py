@@ -9,6 +9,8 @@ import subprocess
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from support import needs_records
 
 from benchmarks import to_pandas
@@ -103,7 +105,7 @@ def test_the_table_has_geometric_means_worst_cases_and_what_is_left_out(tmp_path
     # 2/1 and 1/2: mean 1, worst 2; 6/2 and 1.5/1: mean sqrt(4.5), worst 1.5; the fastest inverse 3/2
     assert "| summary, forward + backward | 1.00 (2.00) | 2.12 (1.50) | 1.50 (1.50) |" in text
     assert "| 16, 8, 4 | A | 2 | 2.00 | 3.00 | 1.50 |" in text
-    assert "- compile, summary, forward + backward, (64, 8, 4) fp32: wrong: dx: off (1 more with d = 8, k = 4)" in text
+    assert "- compile, summary, forward + backward, (64, 8, 4) fp32: wrong: dx: off (also at 1 more n)" in text
     assert "- (99, 8, 4): over the FLOP budget: 206 of 150 GFLOP (1 rows)" in text and "| 99," not in text
 
 
@@ -191,6 +193,27 @@ def test_intervals_hold_the_ratio_and_are_wider_with_more_noise():
     assert str(report.mean([report.Ratio(2.0, None), report.Ratio(0.5, None)])) == "1.00"
 
 
+TIMES = st.lists(st.floats(0.1, 100), min_size=5, max_size=8)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.tuples(TIMES, TIMES, st.floats(0.1, 100)), min_size=1, max_size=3))
+def test_an_estimate_lies_in_its_interval(problems):
+    """The median over rounds, ms_p50, is not that of the groups that the interval is of."""
+    ratios = []
+    for ours, linear, p50 in problems:
+        found = {
+            name: {"status": "ok", "samples": 99, "ms_p50": p50, "ms_groups": groups}
+            for name, groups in (("ours", ours), ("linear", linear))
+        }
+        ratios.append(report.ratio(found, report.COLUMNS[0]))
+        assert ratios[-1].value == pytest.approx(np.median(ours) / np.median(linear))
+    change = compare._Change((), report.COLUMNS[0], ratios[0], ratios[-1]).ratio
+    for one in (*ratios, report.mean(ratios), change):
+        low, high = one.ends
+        assert low <= one.value <= high
+
+
 def test_the_table_has_intervals_the_noise_and_what_to_doubt(tmp_path):
     times = {"ours": 2.0, "linear": 1.0, "repeat": 2.1, "best-eager": 1.9, "inverse-inv": 3.0, "mine": 4.0}
     found = rows.read([written(tmp_path, (16, times), spread=0.01)])
@@ -198,6 +221,7 @@ def test_the_table_has_intervals_the_noise_and_what_to_doubt(tmp_path):
         row |= {"mine": {"about": "a rival", "sol_frac": 1.2}}.get(row["provider"], {})
         row |= {"inverse-inv": {"samples": 4}, "linear": {"sol_frac": 2.0}}.get(row["provider"], {})
     text = report.markdown(found)
+    assert "≈" not in text
     assert "| 16, 8, 4 | A | 2 | 2.00 [2.00, 2.00] | 0.95 [0.95, 0.95] | 2.00 [2.00, 2.00] |" in text
     assert "best-eager / ours | mine / ours |" in text and "inverse / ours" not in text
     assert "Noise floor: identical providers differ by 5.0% at the median, 5.0% at the 95th percentile and 5.0%" in text
@@ -205,7 +229,13 @@ def test_the_table_has_intervals_the_noise_and_what_to_doubt(tmp_path):
         "Fewer than 5 samples, and so not in the ratios:\n\n- summary, forward + backward, (16, 8, 4) fp32: inverse-inv"
         in text
     )
-    assert "is wrong:\n\n- summary, forward + backward, (16, 8, 4) fp32: mine 1.20\n" in text
+    assert "busy while the rates were measured:\n\n- summary, forward + backward, (16, 8, 4) fp32: mine 1.20\n" in text
+    near = [row | {"provider": "unfused", "ms_groups": [1.8, 1.9, 2.0, 2.1, 2.2, 2.3, 2.4]} for row in found[:1]]
+    text_of_near = report.markdown([*found, *near])
+    assert (
+        re.search(r"≈1\.05 \[0\.\d\d, 1\.\d\d\]", text_of_near)
+        and "≈: the interval holds 1, so the run does not tell" in text_of_near
+    )
     plan = [row | {"provider": "best-plan", "plan": "X"} for row in found if row["provider"] == "best-eager"]
     text = report.markdown([*found, *plan])
     assert (
@@ -239,6 +269,42 @@ def test_records_are_judged_by_intervals_beyond_the_noise(tmp_path, capsys):
         line = next(line for line in printed.splitlines() if line.startswith("summary (16, 8, 4) fp32 fwdbwd"))
         assert line.endswith({1.01: "same within the noise", 1.3: "SLOWER", 0.7: "faster"}[slower])
         assert f"{slower:.2f} [{slower:.2f}, {slower:.2f}]" in line and "noise floor: " in printed
+
+
+def test_a_users_provider_is_compared_too(tmp_path, capsys):
+    def record(name, mine):
+        path = written(tmp_path, (16, {"ours": 2.0, "linear": 1.0, "mine": mine}), name=name, spread=0.002)
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        lines[-1]["about"] = "a rival"
+        path.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+        return str(path)
+
+    assert main(["compare", record("one.jsonl", 4.0), record("two.jsonl", 6.0)]) == 1
+    printed = capsys.readouterr().out
+    (line,) = [line for line in printed.splitlines() if "fwdbwd" in line and "mine / ours" in line]
+    assert "1.50 [1.50, 1.50]" in line and line.endswith("SLOWER")
+    assert "| mine / ours | 1.500 | 50.0% |" in printed
+
+
+def test_records_of_a_busy_machine_are_too_noisy_to_judge(tmp_path, capsys):
+    before = {"ours": 2.0, "linear": 1.0, "repeat": 3.6}
+    one = written(tmp_path, (16, before), (64, before), name="one.jsonl", spread=0.002)
+    for slower, verdict, status in ((1.3, "too noisy to judge", 2), (3.0, "SLOWER", 1)):
+        after = before | {"ours": slower * 2.0, "repeat": slower * 3.6}
+        other = written(tmp_path, (16, after), (64, before), name=f"{slower}.jsonl", spread=0.002)
+        assert main(["compare", str(one), str(other)]) == status
+        told = capsys.readouterr()
+        line = next(line for line in told.out.splitlines() if line.startswith("summary (16, 8, 4) fp32 fwdbwd"))
+        assert line.endswith(verdict) and "same within the noise" not in told.out
+        assert ("too noisy to judge: identical or unchanged providers differ by 80.0%" in told.err) == (status == 2)
+    calm = {"ours": 2.0, "linear": 1.0, "repeat": 2.0}
+    one = written(tmp_path, (16, calm), name="calm.jsonl", spread=0.002)
+    other = written(tmp_path, (16, calm), name="wide.jsonl", spread=0.002)
+    lines = [json.loads(line) for line in other.read_text().splitlines()]
+    lines[0]["ms_groups"] = [1.2, 1.3, 1.4, 2.0, 4.0, 5.0, 6.0]  # of ours, with an interval that holds twice the time
+    other.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    assert main(["compare", str(one), str(other), "--threshold", "1"]) == 0
+    assert "too noisy to judge" in capsys.readouterr().out
 
 
 def test_a_record_as_csv_and_as_a_data_frame(tmp_path, capsys):

@@ -559,7 +559,7 @@ def test_the_suite_of_the_selection_prints_its_regret(rated, tmp_path, capsys):
     [
         (["run", "--device", "cpu", "--timer", "graph"], "--timer: got graph, want wall on cpu"),
         (["run", "--shape", "16,0,4"], "got '16,0,4', want N,D,K or N,D,K,M of positive whole numbers"),
-        (["run", "--suite", "train", "--provider", "compile"], "no suite has a problem with this op, mode, shape"),
+        (["run", "--suite", "train", "--provider", "compile"], "--provider: compile: no suite has a problem"),
         (["compare", "HEAD", "--op", "head"], "no problem has the ops, modes and shapes asked for"),
         (
             ["compare", "HEAD", "--op", "summary", "--mode", "loss"],
@@ -611,12 +611,18 @@ def test_slower_is_by_the_medians_by_most_samples_and_beyond_the_noise():
         def ask(self, **question):
             return self.given[question["sample"]] if "sample" in question else []
 
+    def verdict(base, head):
+        return compare._compared(TINY, "fwd", (Worker(*base), Worker(*head)), 5, 0.05)
+
     def slower(base, head):
-        return compare._compared(TINY, "fwd", (Worker(*base), Worker(*head)), 5, 0.05).slower
+        return verdict(base, head).slower
 
     assert slower((1.0, 1.0), (1.2, 1.0)) and not slower((1.0, 1.0), (1.04, 1.0))
     assert not slower((1.0, 1.0), (1.2, 1.2)) and not slower((1.2, 1.0), (1.0, 1.0))
     assert not slower((1.0, 1.0), (1.1, 1.3))  # nn.Linear, which cannot have changed, is slower still
+    assert verdict((1.0, 1.0), (1.1, 1.3)).said == "too noisy to judge" and not verdict((1.0, 1.0), (1.1, 1.1)).said
+    assert verdict((1.0, 1.0), (0.7, 0.7)).said == "too noisy to judge"
+    assert verdict((1.0, 1.0), (1.4, 1.3)).said == "SLOWER" and not verdict((1.0, 1.0), (0.5, 1.0)).said
 
 
 @pytest.mark.slow
