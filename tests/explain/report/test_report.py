@@ -281,7 +281,7 @@ def test_samples_that_are_equal_or_on_a_boundary() -> None:
     assert re.search(r"nearer than that sample for [123] of 3", made.findings["How far around a sample"])
     assert "of the other 3 samples, the map holds up to a distance of 1. " in made.findings["How far around a sample"]
     assert "all samples are equal" in report(model, x[:2], sections=["reach"]).sections[-1].notes[-1]
-    x[0, 0] = 5e-6  # near a boundary, and more than rounding away from it
+    x[0, 0], x[2, 1] = 5e-6, 6.0  # near a boundary, and more than rounding away from it; far from the sample on one
     near = report(model, x, sections=["reach"]).findings["How far around a sample"]
     assert near.startswith("1 of 4 samples lies on a boundary")
 
