@@ -63,7 +63,7 @@ class PiecewiseAffine(ABC):
         Args:
             x: Samples (n, *input).
             unseen: For a pattern that no cluster has: "flag" gives -1 (`linearize` gives its own map), "nearest" gives the
-                cluster with the fewest gates that differ.
+                cluster with the fewest gates that differ, also of merged clusters. `surrogate` and `fidelity` take the nearest.
 
         Returns:
             Tensor (n,) int64.

@@ -333,7 +333,9 @@ class AffineMap:
     def bias_by_layer(self) -> dict[str, Tensor]:
         """Split b exactly over the layers that contribute a constant.
 
-        Constants are biases, shifts of batch norms, non-zero paddings and the offsets of clipped units.
+        Constants are biases, shifts of batch norms, non-zero paddings and the offsets of clipped units. The split between a
+        layer and a batch norm after it is arbitrary: a number added to the layer's bias and to the norm's running mean changes
+        no output, but moves their parts. Only the sum of the two has a meaning.
 
         Returns:
             By module path, in call order, the layer's part of b (n, *output). The parts sum to `bias`.

@@ -304,6 +304,21 @@ def test_a_contrast_keeps_the_inputs_and_the_model(name):
     )
 
 
+def test_a_layer_and_the_batch_norm_after_it_have_only_the_sum_of_their_constants():
+    model = (
+        nn.Sequential(nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.ReLU(), nn.Flatten(), nn.Linear(48, 2)).to(DTYPE).eval()
+    )
+    x = torch.randn(2, 1, 6, 6, dtype=DTYPE)
+    before = linearize(model, x).bias_by_layer()
+    with torch.no_grad():
+        model[0].bias.add_(5)
+        model[1].running_mean.add_(5)
+    after = linearize(model, x).bias_by_layer()
+    assert relative(after["0"], before["0"]) > 1 and relative(after["1"], before["1"]) > 1
+    assert relative(after["0"] + after["1"], before["0"] + before["1"]) <= 1e-12
+    assert relative(after["4"], before["4"]) <= 1e-12
+
+
 def test_a_contrast_notices_a_changed_model():
     model, x = case("functional")
     contrast = linearize(model, x).contrast(0, 1)

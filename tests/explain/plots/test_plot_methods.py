@@ -80,7 +80,10 @@ def test_regions_and_descramblers():
             lambda: AffineMap.from_tensors(torch.ones(1, 2), torch.ones(1)).plot(),
             r"x: got a map without its inputs.*plot\(x\)",
         ),
-        (lambda: region(NETWORK, X[:1]).plot(), r"plane: got None for a region of 3 inputs.*a point o and two directions u"),
+        (
+            lambda: region(NETWORK, X[:1]).plot(),
+            r"plane: got None for a region of 3 inputs.*a point o and two directions u",
+        ),
         (
             lambda: AffineMap.from_tensors((torch.ones(1, 2),) * 2, torch.ones(1)).plot(X),
             "plot: got a map of several inputs",
