@@ -309,6 +309,7 @@ def test_a_layer_and_the_batch_norm_after_it_have_only_the_sum_of_their_constant
         nn.Sequential(nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.ReLU(), nn.Flatten(), nn.Linear(48, 2)).to(DTYPE).eval()
     )
     x = torch.randn(2, 1, 6, 6, dtype=DTYPE)
+    nn.init.ones_(model[1].bias)
     before = linearize(model, x).bias_by_layer()
     with torch.no_grad():
         model[0].bias.add_(5)
