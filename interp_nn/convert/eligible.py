@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from interp_nn.nn.base import LinearForm
+from interp_nn.nn.heads import SummaryHead, SummaryLayer
 from interp_nn.nn.polynomial_layer import PolynomialLayer
 from interp_nn.nn.weights import own_name
 
@@ -154,7 +155,11 @@ def _unsupported_reason(layer: nn.Module, classes: Mapping[type, type], values: 
         if isinstance(getattr(layer, own_name(layer), None), nn.UninitializedParameter):
             return "its weight is uninitialized (a lazy module); run the model once first"
         if base is None:
-            return f"neither {' nor '.join(c.__name__ for c in classes)}"
+            reason = f"neither {' nor '.join(c.__name__ for c in classes)}"
+            if isinstance(layer, SummaryLayer) and nn.Linear not in classes:
+                reason += "; an nn.Linear with weight b.T and no bias computes its projection"
+                reason += ", and `output` the logits" if isinstance(layer, SummaryHead) else ""
+            return reason
         return f"a subclass of {base.__name__}, which may compute something else"
     parametrized = parametrize.is_parametrized(layer)
     if parametrized and not issubclass(kind, LinearForm):

@@ -180,7 +180,8 @@ class SummaryClassifier(SummaryLayer):
         Args:
             x: Features of shape (..., in_features).
             target: Classes of shape (...), int64.
-            weights: Weights of the three terms: cross entropy of the projection, of the summary, and their MSE.
+            weights: Weights of the three terms: cross entropy of the projection, of the summary, and their MSE. They are no
+                weights of classes; for those, and for label smoothing, apply your own loss to both outputs of the forward.
             ignore_index: Rows with this target are left out of all terms.
             reduction: "mean" over the rows that are left, "sum", or "none".
             reconstruction: The weight w of a fourth term, w times `functional.reconstruction_loss`, by which the codes come to
@@ -262,7 +263,8 @@ class SummaryHead(SummaryLayer):
         Args:
             x: Features of shape (..., in_features).
             target: Classes of shape (...), int64.
-            weights: The weights (w1, w2, w3) of the three terms.
+            weights: The weights (w1, w2, w3) of the three terms. They are no weights of classes; for those, and for label
+                smoothing, apply your own loss to both outputs of the forward.
             consistency: "logits" takes the MSE between the two logits, as the reference's code does; "latent" between the two
                 codes, as its paper does.
             ignore_index: Rows with this target are left out of all terms.

@@ -15,7 +15,7 @@ class SummaryLoss(nn.Module):
     A row's MSE is its mean over the last dimension. `SummaryHead.loss` computes the same from the features, in fewer passes.
 
     Args:
-        weights: The weights (w1, w2, w3) of the three terms.
+        weights: The weights (w1, w2, w3) of the three terms, not of classes.
         consistency: "logits" takes the MSE between the two logits, as the reference's code does. "latent" takes it between
             the two codes, as its paper does, and then the call needs them.
         ignore_index: Rows with this target are left out of all three terms.

@@ -63,7 +63,7 @@ class PiecewiseAffine(ABC):
         Args:
             x: Samples (n, *input).
             unseen: For a pattern that no cluster has: "flag" gives -1 (`linearize` gives its own map), "nearest" gives the
-                cluster with the fewest gates that differ.
+                cluster with the fewest gates that differ, also of merged clusters. `surrogate` and `fidelity` take the nearest.
 
         Returns:
             Tensor (n,) int64.
@@ -188,6 +188,7 @@ class PiecewiseAffine(ABC):
             raise ValueError(f"feature_names: got {len(names)} names, want {x.shape[1]}")
         coefficients = self.importance(output, project=project, centre=centre).flatten(1)[:rows]
         importance = self.global_importance(output, project=project, centre=centre)
+        outputs = self.outputs_[0].numel()
         response = self._response_of(output)
         score, name = scorer(response)
         statistics = []
@@ -212,6 +213,9 @@ class PiecewiseAffine(ABC):
             features=names,
             importance=GlobalImportance(*(values.flatten() for values in importance)),
             check=self.check(),
+            output=output % outputs,
+            outputs=outputs,
+            centred=centre and outputs > 1,
         )
 
     def _response_of(self, output: int) -> Tensor:

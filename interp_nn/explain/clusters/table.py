@@ -40,6 +40,9 @@ class ClusterTable:
         features: The d names of the inputs.
         importance: Shares (d,) over all clusters.
         check: Largest error of the maps, relative to the network's largest output.
+        output: Index of the explained output.
+        outputs: Number of the network's outputs.
+        centred: True if the mean of several outputs was subtracted from it.
     """
 
     samples: int
@@ -56,6 +59,9 @@ class ClusterTable:
     features: tuple[str, ...]
     importance: GlobalImportance
     check: float
+    output: int
+    outputs: int
+    centred: bool
 
     def __str__(self) -> str:
         header, rows = self._cells()
@@ -110,9 +116,10 @@ class ClusterTable:
         return self.importance.mean.argsort(descending=True, stable=True).tolist()
 
     def _facts(self) -> list[str]:
+        output = f"output {self.output} of {self.outputs}: " if self.outputs > 1 else ""
         marks = [m for m in _COVERAGE_AT if m < self.clusters] + [self.clusters]
         return [
-            f"{self.samples} samples in {self.clusters} clusters, max |W x + b - F| / max |F| = {self.check:.1e}",
+            f"{output}{self.samples} samples in {self.clusters} clusters, max |W x + b - F| / max |F| = {self.check:.1e}",
             "  ".join(f"largest {m}: {100 * self.coverage[m - 1].item():.1f} %" for m in marks),
         ]
 
@@ -141,8 +148,9 @@ class ClusterTable:
             )
         full = len(self.features) + 1
         lines.append(f"rank: below {full}, the cluster's samples alone do not determine its map")
+        less = f", less the mean of the {self.outputs} outputs," if self.centred else ""
         lines.append(
-            "features: output per unit of the feature; share: part of |coefficient| x std, ± its spread over clusters"
+            f"features: output{less} per unit of the feature; share: part of |coefficient| x std, ± its spread over clusters"
         )
         return lines
 

@@ -268,7 +268,7 @@ class AffineMap:
         Raises ValueError for a map that `linearize` did not return.
         """
         if not isinstance(self._operator, JacobianOperator):
-            raise ValueError("x: got a map without its inputs, want one as `linearize` returned it")
+            raise ValueError("x: got a map without its inputs, want one as `linearize` returned it; plot(x) takes them")
         return _single(self._operator.x)
 
     @property
@@ -333,7 +333,9 @@ class AffineMap:
     def bias_by_layer(self) -> dict[str, Tensor]:
         """Split b exactly over the layers that contribute a constant.
 
-        Constants are biases, shifts of batch norms, non-zero paddings and the offsets of clipped units.
+        Constants are biases, shifts of batch norms, non-zero paddings and the offsets of clipped units. The split between a
+        layer and a batch norm after it is arbitrary: a number added to the layer's bias and to the norm's running mean changes
+        no output, but moves their parts. Only the sum of the two has a meaning.
 
         Returns:
             By module path, in call order, the layer's part of b (n, *output). The parts sum to `bias`.
@@ -347,6 +349,8 @@ class AffineMap:
 
     def contrast(self, k: int, k2: int) -> AffineMap:
         """Return the map of output k less output k2; for logits, these are the log-odds of the two classes.
+
+        The map keeps the inputs and the model, so that `plot`, `check` and `bias_by_layer` answer why not class k2.
 
         Args:
             k: Index of an output, for outputs (n, classes).
@@ -363,12 +367,27 @@ class AffineMap:
             raise ValueError(
                 f"k, k2: got {k} and {k2}, want two indices of outputs (n, classes); a sample's outputs are {tuple(output)}"
             )
-        row = self._operator.result.new_zeros(self._operator.n, output[0])
-        row[:, k] += 1
-        row[:, k2] -= 1
-        return AffineMap(
-            ComposedOperator(DenseOperator((row,), row.new_zeros(len(row))), self._operator), None, self._chunk_size
+        operator, function = self._operator, self._function
+        if function is None or not isinstance(operator, JacobianOperator):
+            row = operator.result.new_zeros(operator.n, output[0])
+            row[:, k] += 1
+            row[:, k2] -= 1
+            return AffineMap(
+                ComposedOperator(DenseOperator((row,), row.new_zeros(len(row))), operator), None, self._chunk_size
+            )
+
+        def difference(values: Tensor) -> Tensor:
+            return values[:, k] - values[:, k2]
+
+        affine = AffineMap(
+            operator.of_output(difference),
+            lambda *x: difference(function(*x)),
+            self._chunk_size,
+            self._same_gates,
+            self._progress,
         )
+        affine._layer, affine._features = self._layer, self._features
+        return affine
 
     def svd(self, k: int, *, form_weight: bool = True) -> SingularTriplets:
         """Compute the k largest singular values and their vectors of each sample's W.

@@ -231,5 +231,17 @@ class JacobianOperator(AffineOperator):
         self._check()
         return super().bias_by_layer() if self._parts is None else self._parts()
 
+    def of_output(self, select: Callable[[Tensor], Tensor]) -> JacobianOperator:
+        """Return the operator of a linear function of the output, (n, *output) -> (n, *selected)."""
+        function, parts = self._function, self._parts
+        return JacobianOperator(
+            lambda *v: select(function(*v)),
+            self.x,
+            select(self.result.new_empty(self.n, *self.output)),
+            affine=self.affine,
+            check=self._check,
+            parts=None if parts is None else lambda: {layer: select(part) for layer, part in parts().items()},
+        )
+
     def _push(self, *v: Tensor) -> Tensor:
         return jvp(self._function, self.x, v)[1].detach()

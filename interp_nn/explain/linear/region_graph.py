@@ -10,9 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from interp_nn.display import track
 from interp_nn.explain.following.scikit_learn import from_estimator
 from interp_nn.explain.linear.affine_map import linearize
-from interp_nn.explain.linear.regions import Region, region, scipys_linprog
+from interp_nn.explain.linear.regions import Region, linear_program, region
 
 Box = tuple[Tensor | float, Tensor | float]
 _LEAST = 1e-9  # radius of a facet's largest ball, below which rounding decides
@@ -41,7 +42,8 @@ class Facets:
 def facets(around: Region, *, box: Box | None = None) -> Facets:
     """Find the facets of a region by linear programs, one for each unit; needs scipy.
 
-    A unit has a facet if the part of its hyperplane that lies in the region has a ball of d - 1 dimensions.
+    A unit has a facet if the part of its hyperplane that lies in the region has a ball of d - 1 dimensions. Each program has a
+    constraint for every unit, so that the facets of thousands of units take hours; `Region.nearest_boundary` takes no program.
 
     Args:
         around: The region.
@@ -64,8 +66,9 @@ def facets(around: Region, *, box: Box | None = None) -> Facets:
     walls = np.empty((0, sides.shape[1])) if box is None else _walls(box, sides.shape[1] - 1)
     given, first = _distinct(sides)
     found = []
-    for i in range(len(given)):
-        ball = _ball(given, walls, i)
+    for i in track(range(len(given)), "facets", None, "unit"):
+        what = f"the facet of unit {first[i]} of a region of {len(sides)} units, in {around.normals.dtype}"
+        ball = _ball(what, given, walls, i)
         if ball is not None:
             found.append((first[i], *ball))
     like = around.normals
@@ -284,9 +287,8 @@ def _distinct(sides: Any) -> tuple[Any, list[int]]:
     return sides[kept], kept
 
 
-def _ball(sides: Any, walls: Any, i: int) -> tuple[Any, float] | None:
+def _ball(what: str, sides: Any, walls: Any, i: int) -> tuple[Any, float] | None:
     """Return centre and radius of the largest ball in the facet of side i, or None where there is none."""
-    linprog = scipys_linprog("a facet")
     others = np.concatenate([np.delete(sides, i, 0), walls])
     normal = sides[i, :-1]
     # Within the hyperplane, a side is as steep as the part of its normal that lies in it.
@@ -294,7 +296,8 @@ def _ball(sides: Any, walls: Any, i: int) -> tuple[Any, float] | None:
     d = len(normal)
     constraints = np.concatenate([others[:, :-1], within[:, None]], 1)
     equality = np.append(normal, 0.0)[None]
-    done = linprog(
+    done = linear_program(
+        what,
         [0.0] * d + [-1.0],
         constraints,
         -others[:, -1],
@@ -302,6 +305,5 @@ def _ball(sides: Any, walls: Any, i: int) -> tuple[Any, float] | None:
         [-sides[i, -1]],
         bounds=[(None, None)] * d + [(0, 1e6)],
     )
-    if done.status not in (0, 2):  # found, or no point of the hyperplane is in the region
-        raise RuntimeError(f"scipy's linear program for a facet failed: {done.message}")
+    # Without success, no point of the hyperplane is in the region.
     return (done.x[:-1], float(done.x[-1])) if done.success and done.x[-1] > _LEAST else None

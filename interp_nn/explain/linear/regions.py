@@ -16,6 +16,8 @@ from interp_nn.explain.linear.operators import JacobianOperator
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+_DECIDED = (0, 2, 3)  # of linprog's status: found, no point, not bounded
+
 
 class Boundary(NamedTuple):
     """The nearest boundary of a region for each x (..., d).
@@ -132,8 +134,8 @@ class Region:
         Raises:
             ValueError: Balls of any size fit in the region, or none does.
             ImportError: scipy is not installed.
+            RuntimeError: scipy's solver failed.
         """
-        linprog = scipys_linprog("the largest ball of a region")
         sides = self.to_halfspaces().detach().double().cpu()
         if box is not None:
             unit = torch.eye(sides.shape[1] - 1, dtype=torch.float64)
@@ -145,7 +147,8 @@ class Region:
         constraints = torch.cat([sides[:, :-1], (lengths > 0).double()], 1)
         objective = [0.0] * (sides.shape[1] - 1) + [-1.0]
         free = [(None, None)] * (sides.shape[1] - 1) + [(0, None)]
-        found = linprog(objective, constraints.numpy(), -sides[:, -1].numpy(), bounds=free)
+        what = f"the largest ball of a region of {len(self.on)} units, in {self.normals.dtype}"
+        found = linear_program(what, objective, constraints.numpy(), -sides[:, -1].numpy(), bounds=free)
         if found.status == 3:
             raise ValueError(
                 f"box: got {box}, but balls of any size fit in the region; want a lowest and a highest input"
@@ -171,16 +174,14 @@ class Region:
             ImportError: scipy is not installed.
             RuntimeError: scipy's solver failed.
         """
-        linprog = scipys_linprog("whether a region is bounded")
         sides = self.to_halfspaces().detach().double().cpu()[:, :-1]
         sides = torch.nn.functional.normalize(sides[sides.any(1)])
         d = sides.shape[1]
         if int(torch.linalg.matrix_rank(sides)) < d:
             return False
         # Stiemke: N y <= 0 has no solution with N y != 0 if and only if Nᵀ z = 0 for some z > 0.
-        found = linprog([0.0] * len(sides), A_eq=sides.T.numpy(), b_eq=[0.0] * d, bounds=(1, None))
-        if found.status not in (0, 2):  # found, or there is none
-            raise RuntimeError(f"scipy's linear program for a bounded region failed: {found.message}")
+        what = f"the bounds of a region of {len(self.on)} units, in {self.normals.dtype}"
+        found = linear_program(what, [0.0] * len(sides), A_eq=sides.T.numpy(), b_eq=[0.0] * d, bounds=(1, None))
         return bool(found.success)
 
     def __repr__(self) -> str:
@@ -247,10 +248,21 @@ def region(model: nn.Module, x: Tensor) -> Region:
         return Region(normals[real], offsets[real], on[real])
 
 
-def scipys_linprog(what: str) -> Any:
-    """Import scipy.optimize.linprog. Raises an ImportError with the command that installs it."""
+def linear_program(what: str, *arguments: Any, **options: Any) -> Any:
+    """Solve by scipy.optimize.linprog; the result's status is 0 (found), 2 (there is no point) or 3 (not bounded).
+
+    Raises an ImportError with the command that installs scipy, or a RuntimeError that says which program its solver failed at.
+    """
     try:
         from scipy.optimize import linprog  # type: ignore[import-untyped, unused-ignore]
     except ImportError as error:
         raise ImportError(f"{what} needs scipy: pip install interp_nn[explain]") from error
-    return linprog
+    found = linprog(*arguments, **options)
+    if found.status not in _DECIDED:  # rounding can defeat the simplex method where interior points decide
+        found = linprog(*arguments, method="highs-ipm", **options)
+    if found.status not in _DECIDED:
+        raise RuntimeError(
+            f"{what}: scipy's solver failed with {found.message!r}; want a model and a sample in torch.float64, fewer units, or "
+            "`nearest_boundary`, which needs no solver"
+        )
+    return found

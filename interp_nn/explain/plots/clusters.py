@@ -258,7 +258,10 @@ def region_polygon(
     own = plane is None
     if plane is None:
         if d != 2:
-            raise ValueError(f"plane: got None for a region of {d} inputs, want (o, u, v), each of {d} entries")
+            raise ValueError(
+                f"plane: got None for a region of {d} inputs, want (o, u, v) of {d} entries each: a point o and two directions "
+                "u and v of the plane o + s u + t v, for samples a, b and c (a, b - a, c - a)"
+            )
         unit = torch.eye(2, dtype=region.normals.dtype, device=region.normals.device)
         plane = unit.new_zeros(2), unit[0], unit[1]
     if any(part.numel() != d for part in plane):

@@ -343,7 +343,10 @@ def test_a_table_of_classes():
         assert table.local[c] == pytest.approx(roc_auc_score(y[own] == 1, score[own]))
         assert table.overall[c] == pytest.approx(roc_auc_score(y == 1, score))
         assert table.mean[c] == pytest.approx((y[own] == 1).double().mean().item())
-    assert "and 4 features of less importance" in str(table)
+    assert "and 4 features of less importance" in str(table) and str(table).startswith("output 1 of 3: 200 samples")
+    assert "features: output, less the mean of the 3 outputs, per unit" in str(table)
+    plain = str(clusters.table(-1, centre=False))
+    assert plain.startswith("output 2 of 3: 200 samples") and "features: output per unit" in plain
     alone = clusters.fit(x, torch.where(clusters.labels_ == 0, 1, y)).table(1)
     assert math.isnan(alone.local[0]) and str(alone).splitlines()[3].split()[4] == "-"
 

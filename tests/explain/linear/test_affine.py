@@ -284,6 +284,51 @@ def test_composition_contrast_selection_and_dtype():
     assert repr(linearize(inner, x, mode="tangent")) == "AffineMap(3 samples, (5,) -> (4,), exact at x)"
 
 
+@pytest.mark.parametrize("name", ["functional", "transformer"])
+def test_a_contrast_keeps_the_inputs_and_the_model(name):
+    model, x = case(name)
+    affine, k, k2 = linearize(model, x, lambda y: y.flatten(1)), 2, -1
+    contrast, logits = affine.contrast(k, k2), model(x).flatten(1)
+    assert torch.equal(contrast.x, x) and contrast.check() <= 1e-12
+    assert relative(contrast(x), logits[:, k] - logits[:, k2]) <= 1e-12
+    parts = affine.bias_by_layer()
+    for layer, part in contrast.bias_by_layer().items():
+        assert torch.equal(part, parts[layer][:, k] - parts[layer][:, k2])
+    assert relative(sum(contrast.bias_by_layer().values()), contrast.bias) <= 1e-12
+    assert repr(contrast).endswith("-> (), exact)" if name == "functional" else "-> (), exact at x)")
+    tangent = linearize(model, x, lambda y: y.flatten(1), mode="tangent").contrast(k, k2)
+    assert tangent.check() <= 1e-12 and relative(tangent(x), contrast(x)) <= 1e-12
+    selected = affine[:2].contrast(k, k2)
+    assert (
+        relative(selected.weight, contrast.weight[:2]) <= 1e-12 and relative(selected.bias, contrast.bias[:2]) <= 1e-12
+    )
+
+
+def test_a_layer_and_the_batch_norm_after_it_have_only_the_sum_of_their_constants():
+    model = (
+        nn.Sequential(nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.ReLU(), nn.Flatten(), nn.Linear(48, 2)).to(DTYPE).eval()
+    )
+    x = torch.randn(2, 1, 6, 6, dtype=DTYPE)
+    nn.init.ones_(model[1].bias)
+    before = linearize(model, x).bias_by_layer()
+    with torch.no_grad():
+        model[0].bias.add_(5)
+        model[1].running_mean.add_(5)
+    after = linearize(model, x).bias_by_layer()
+    assert relative(after["0"], before["0"]) > 1 and relative(after["1"], before["1"]) > 1
+    assert relative(after["0"] + after["1"], before["0"] + before["1"]) <= 1e-12
+    assert relative(after["4"], before["4"]) <= 1e-12
+
+
+def test_a_contrast_notices_a_changed_model():
+    model, x = case("functional")
+    contrast = linearize(model, x).contrast(0, 1)
+    with torch.no_grad():
+        next(model.parameters()).add_(1)
+    with pytest.raises(RuntimeError):
+        contrast.check()
+
+
 def test_singular_triplets():
     model, x = case("functional")
     affine = linearize(model, x)

@@ -5,7 +5,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from scipy.optimize import linprog
+from scipy.optimize import OptimizeResult, linprog
 from scipy.spatial import HalfspaceIntersection
 from sklearn.neural_network import MLPRegressor
 from torch import nn
@@ -207,4 +207,27 @@ def test_budgets_and_refusals():
         (lambda: region_graph(model, [[0.0]], box=(-1.0, 1.0)), "x: got list"),
     ):
         with pytest.raises(ValueError, match=text):
+            call()
+
+
+def test_a_program_that_defeats_the_simplex_method_is_solved_by_another_or_refused_by_name(monkeypatch):
+    square = Region(torch.eye(2).repeat(2, 1), torch.tensor([0.0, 0, -1, -1]), torch.tensor([True, True, False, False]))
+    solved, failed = [], {"highs"}
+
+    def fake(*arguments, method="highs", **options):
+        solved.append(method)
+        if method in failed:
+            return OptimizeResult(status=4, success=False, message="(HiGHS Status 4: Solve error)", x=None)
+        return linprog(*arguments, method=method, **options)
+
+    monkeypatch.setattr("scipy.optimize.linprog", fake)
+    assert facets(square).units.tolist() == [0, 1, 2, 3] and solved == ["highs", "highs-ipm"] * 4
+    assert square.bounded() and square.chebyshev().radius == pytest.approx(0.5)
+    failed.add("highs-ipm")
+    for call, name in (
+        (lambda: facets(square), "the facet of unit 0 of a region of 4 units, in torch.float32"),
+        (square.bounded, "the bounds of a region of 4 units"),
+        (square.chebyshev, "the largest ball of a region of 4 units"),
+    ):
+        with pytest.raises(RuntimeError, match=f"{name}.*Solve error.*want a model and a sample in torch.float64"):
             call()

@@ -28,7 +28,7 @@ def test_features_of_one_sample_are_a_waterfall_and_of_several_a_beeswarm():
     assert bars[-1] == pytest.approx(NETWORK(X)[4, 1].item()) and bars[0] == pytest.approx(affine.bias[4, 1].item())
     swarm = affine.plot(output=0)
     assert sorted(names(swarm)) == ["x0", "x1", "x2"] and len(swarm.collections) >= 3
-    assert names(affine.contrast(0, 1).plot(X, sample=-1))[-1] == "output"
+    assert names(affine.contrast(0, 1).plot(sample=-1))[-1] == "output"
 
 
 def test_a_data_frame_names_the_features():
@@ -38,6 +38,10 @@ def test_a_data_frame_names_the_features():
     affine = linearize(model, frame)
     assert sorted(names(affine.plot())) == ["age", "fare", "weight"]
     assert sorted(names(affine.plot(features=["a", "b", "c"]))) == ["a", "b", "c"]
+    two = linearize(
+        MLPRegressor(hidden_layer_sizes=(4,), solver="lbfgs", max_iter=5000).fit(frame, table[:, :2]), frame
+    )
+    assert sorted(names(two.contrast(0, 1).plot())) == ["age", "fare", "weight"]
 
 
 def test_images_are_maps_with_channels_summed_and_constants():
@@ -72,7 +76,14 @@ def test_regions_and_descramblers():
         ),
         (lambda: linearize(NETWORK, X).plot(output=2), "output: got 2, want an index below 2"),
         (lambda: linearize(NETWORK, X).plot(sample=6, output=0), "sample: got 6, want an index below 6"),
-        (lambda: AffineMap.from_tensors(torch.ones(1, 2), torch.ones(1)).plot(), "x: got a map without its inputs"),
+        (
+            lambda: AffineMap.from_tensors(torch.ones(1, 2), torch.ones(1)).plot(),
+            r"x: got a map without its inputs.*plot\(x\)",
+        ),
+        (
+            lambda: region(NETWORK, X[:1]).plot(),
+            r"plane: got None for a region of 3 inputs.*a point o and two directions u",
+        ),
         (
             lambda: AffineMap.from_tensors((torch.ones(1, 2),) * 2, torch.ones(1)).plot(X),
             "plot: got a map of several inputs",
