@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import interp_nn
 
@@ -19,7 +20,7 @@ PUBLIC = ["interp_nn", *(f"interp_nn.{part}" for part in ("convert", "explain", 
 def test_examples_run(path):
     parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
     module = importlib.import_module(".".join(part for part in parts if part != "__init__"))
-    failed, attempted = doctest.testmod(module, optionflags=doctest.ELLIPSIS)
+    failed, attempted = doctest.testmod(module, extraglobs={"torch": torch}, optionflags=doctest.ELLIPSIS)
     if plots := sys.modules.get("matplotlib.pyplot"):
         plots.close("all")
     assert not failed
