@@ -337,7 +337,7 @@ class PolynomialLayer(Freezable):
         if not weight:
             return s
         for name in ("gain", "scale"):
-            if (t := getattr(self, name)) is not None:
+            if (t := getattr(self, name, None)) is not None:  # no scale without `normalize`
                 linalg.check_finite(whole(t.detach()), name)
         each = (-1, 1) if self.groups > 1 else ()
         scale, multiplier = (1.0 if t is None else whole(t.detach()).view(each) for t in self._factors(torch.float64))

@@ -36,7 +36,7 @@ def plan_is(monkeypatch):
 
     def force(order, how):
         plan = Plan("eager", order, saves=how == "saves", autograd=how == "autograd")
-        monkeypatch.setattr("interp_nn.remembered.plans", {})
+        monkeypatch.setattr("interp_nn.ops.remembered.plans", {})
         monkeypatch.setattr("interp_nn.ops.summary.choose", lambda *_: plan)
 
     return force
