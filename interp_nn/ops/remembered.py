@@ -57,7 +57,10 @@ def planned(
     """
     state: tuple[object, ...] = ()
     if given is None and not is_compiling():
-        state = id(b), is_grad_enabled(), pair, bias is None, requested_now(), fp32_precision("cuda", "matmul")
+        state = (
+            id(b), getattr(x, "shape", None), getattr(x, "requires_grad", None), is_grad_enabled(), pair, bias is None,
+            requested_now(), fp32_precision("cuda", "matmul"),
+        )  # fmt: skip
         found = _recalled(state, x, b) if bias is None else _recalled(state, x, b, bias)
         if found is not None:
             return x, b, bias, found, True
@@ -108,7 +111,7 @@ def _recalled(state: tuple[object, ...], *tensors: Tensor) -> direct.Call | None
     call, and the dispatch keys, among them those of modes, transforms, autocast and tracing.
 
     Args:
-        state: What else a call depends on, with the identity of b first, so that each layer has its own.
+        state: What else a call depends on, and what calls of a layer alternate in: its b, the shape of x, gradients.
         tensors: The arguments.
     """
     recent = plans.get(state)
@@ -147,7 +150,8 @@ def loss_call(
     others = [target] if a is None else [target, a] if c is None else [target, a, c]
     if not is_compiling() and weights is EQUAL_WEIGHTS and type(ignore_index) is int:
         state = (
-            id(b), is_grad_enabled(), len(others), ignore_index, reduction, requested_now(), fp32_precision("cuda", "matmul")
+            id(b), getattr(x, "shape", None), getattr(x, "requires_grad", None), is_grad_enabled(), len(others), ignore_index,
+            reduction, requested_now(), fp32_precision("cuda", "matmul"),
         )  # fmt: skip
         found = _recalled(state, x, b, *others)
         if found is not None:
