@@ -454,3 +454,15 @@ def test_tables_of_the_command(tmp_path: Path) -> None:
     torch.export.save(program, tmp_path / "model.pt2")
     loaded = load_model(str(tmp_path / "model.pt2"))
     assert report(loaded, x.float(), sections=["exactness"]).findings["What is exact"].startswith("Every operation")
+
+
+def test_as_many_maps_as_a_merge_may_have() -> None:
+    """More than the rows that a table of clusters shows by itself."""
+    torch.manual_seed(3)
+    model = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 3)).double().eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(3)
+    page = report(model, torch.randn(300, 6).double(), sections=["few_maps"])
+    rows = next(rows for title, rows in checked(page.html).tables.items() if title.startswith("Coefficients"))
+    assert len(rows[0]) == len(rows[1]) == 1 + 12 + 2
