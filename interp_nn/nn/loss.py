@@ -72,8 +72,14 @@ class SummaryLoss(nn.Module):
             A scalar, or (...) for reduction "none"; float32 for 16-bit logits, else in their dtype.
 
         Raises:
+            TypeError: `logits` is one tensor.
             ValueError: `latents` is None for consistency "latent"; `features` or `b` is None for a reconstruction.
         """
+        if isinstance(logits, Tensor):
+            raise TypeError(
+                "logits: got a tensor, want the pair of a summary head in training mode; in evaluation mode it gives the "
+                "projection's logits alone: use torch.nn.functional.cross_entropy"
+            )
         if self.consistency == "latent" and latents is None:
             raise ValueError("latents: got None, want the pair (projection, summary) for consistency='latent'")
         codes = latents if self.consistency == "latent" and latents is not None else ()

@@ -48,3 +48,8 @@ def test_loss_and_gradients_are_those_of_the_formula(dtype, bound, reduction, ig
 def test_a_mean_over_no_rows_is_nan_as_in_pytorch():
     logits, target = torch.randn(2, 4, 3), torch.full((4,), -100)
     assert SummaryLoss()(logits.unbind(), target).isnan()
+
+
+def test_the_logits_of_evaluation_are_refused_in_words():
+    with pytest.raises(TypeError, match=r"logits: got a tensor, want the pair .*cross_entropy"):
+        SummaryLoss()(torch.randn(5, 3), torch.zeros(5, dtype=torch.int64))

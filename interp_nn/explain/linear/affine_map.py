@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
+from operator import index
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -360,8 +361,15 @@ class AffineMap:
             The maps to one output (n,).
 
         Raises:
+            TypeError: Indices that are not whole numbers.
             ValueError: Outputs of another shape, or indices out of range.
         """
+        try:
+            k, k2 = index(k), index(k2)
+        except TypeError:
+            raise TypeError(
+                f"k, k2: got {k!r} and {k2!r}, want two indices of outputs, the same for all samples"
+            ) from None
         output = self._operator.output
         if len(output) != 1 or not all(-output[0] <= i < output[0] for i in (k, k2)):
             raise ValueError(

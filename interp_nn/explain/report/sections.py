@@ -595,7 +595,9 @@ def few_maps(facts: Facts) -> Section | str:
     maps = f"{number} affine maps" if number > 1 else "one affine map"
     output = int(torch.bincount(facts.predicted).argmax()) if facts.outputs.shape[1] > 1 else 0
     table = merged.table(output, rows=number, feature_names=facts.feature_list())
-    short = merged.table(output, rows=number, feature_names=[drawings.in_two_lines(feature) for feature in table.features])
+    short = merged.table(
+        output, rows=number, feature_names=[drawings.in_two_lines(feature) for feature in table.features]
+    )
     name = facts.class_name(output) if facts.outputs.shape[1] > 1 else "the output"
     c, j = divmod(int(table.coefficients.abs().argmax()), len(table.features))
     largest = f"{table.features[j]} has the largest, {float(table.coefficients[c, j]):+.2g}"
