@@ -100,7 +100,8 @@ class SummaryLinear(PolynomialLayer):
             self._cache_gram(gram)
             return y
         # Attributes of a module that are parameters take a long search.
-        b, bias = self._parameters.get("b"), self._parameters.get("bias")
+        parameters = self.__dict__["_parameters"]
+        b, bias = parameters.get("b"), parameters.get("bias")
         return functional.summary(input, self.b if b is None else b, self.bias if bias is None else bias)
 
     def fold(self) -> nn.Linear:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from interp_nn.display import brief, html_table
 from interp_nn.explain.following.replay import replay_at
 from interp_nn.explain.following.scikit_learn import from_estimator
 from interp_nn.explain.linear.affine_map import AffineMap
@@ -37,6 +38,9 @@ class Boundary(NamedTuple):
     unit: Tensor
     point: Tensor
 
+    def __repr__(self) -> str:
+        return brief("Boundary", self._asdict())
+
 
 class Ball(NamedTuple):
     """A ball in the input space.
@@ -53,6 +57,9 @@ class Ball(NamedTuple):
 
     centre: Tensor
     radius: float
+
+    def __repr__(self) -> str:
+        return brief("Ball", self._asdict())
 
 
 class Region:
@@ -187,6 +194,10 @@ class Region:
     def __repr__(self) -> str:
         units, d = self.normals.shape
         return f"Region({units} units, {int(self.on.sum())} of them on, {d} inputs)"
+
+    def _repr_html_(self) -> str:
+        units, d = self.normals.shape
+        return html_table(["units", "on", "inputs"], [[str(units), str(int(self.on.sum())), str(d)]], above=["Region"])
 
     def _preactivations(self, x: Tensor) -> Tensor:
         if not isinstance(x, Tensor):
