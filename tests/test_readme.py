@@ -63,7 +63,9 @@ def test_gains_are_those_of_the_records():
         "28 of 28 optimizers and rates at which `nn.Linear` trains well, a CNN at 9 of 9, a transformer at 6 of 6"
         in PROSE
     )
-    assert "| summary | 18 of 28, 26 failed |" in sweep and "18 of the same 28 cells, with 26 runs" in README
+    assert (
+        "| summary | 18 of 28, 26 failed |" in sweep and "18 of the same 28 optimizers and rates, with 26 runs" in PROSE
+    )
 
     heads = json.loads((RESULTS / "experiments" / "readable_heads.json").read_text(encoding="utf-8"))["results"]
     heads = heads["digits"]["heads"]
