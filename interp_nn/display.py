@@ -44,7 +44,7 @@ def track(steps: Iterable[_T], what: str, progress: bool | None, unit: str = "st
         return _after_delay(steps, what, unit)
     bar = _tqdm()
     if bar is None:
-        raise ImportError("progress=True needs tqdm: pip install interp_nn[explain]")
+        raise ImportError("progress=True needs tqdm: pip install tqdm")
     return _shown(steps, bar, desc=what, unit=unit)
 
 

@@ -81,7 +81,7 @@ def test_a_missing_tqdm_is_named_where_a_bar_was_asked_for(monkeypatch):
     monkeypatch.setattr(sys, "stderr", Terminal())
     monkeypatch.setattr(display, "_DELAY", 0.0)
     assert list(display.track(range(2), "x", None)) == [0, 1]
-    with pytest.raises(ImportError, match=r"progress=True needs tqdm: pip install interp_nn\[explain\]"):
+    with pytest.raises(ImportError, match=r"progress=True needs tqdm: pip install tqdm"):
         display.track(range(2), "x", True)
     with pytest.raises(TypeError, match="progress: got str, want True, False or None"):
         display.track(range(2), "x", "yes")

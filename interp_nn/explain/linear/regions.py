@@ -267,7 +267,7 @@ def linear_program(what: str, *arguments: Any, **options: Any) -> Any:
     try:
         from scipy.optimize import linprog  # type: ignore[import-untyped, unused-ignore]
     except ImportError as error:
-        raise ImportError(f"{what} needs scipy: pip install interp_nn[explain]") from error
+        raise ImportError(f"{what} needs scipy: pip install scipy") from error
     found = linprog(*arguments, **options)
     if found.status not in _DECIDED:  # rounding can defeat the simplex method where interior points decide
         found = linprog(*arguments, method="highs-ipm", **options)

@@ -25,7 +25,7 @@ def pyplot() -> Any:
     try:
         from matplotlib import pyplot
     except ImportError as error:
-        raise ImportError("plots need matplotlib: pip install interp_nn[plot]") from error
+        raise ImportError("plots need matplotlib: pip install matplotlib") from error
     return pyplot
 
 
