@@ -282,7 +282,7 @@ def check_number(name: str, value: object, *, least: float | None = None, above:
     """Raise TypeError unless a parameter is a number, also numpy's, and ValueError unless it is from `least` on, or `above`."""
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name}: got {value!r}, want a number")
-    if not (value > above if least is None else value >= least):
+    if not (float(value) > above if least is None else float(value) >= least):
         raise ValueError(f"{name}: got {value}, want {f'more than {above}' if least is None else f'at least {least}'}")
 
 
