@@ -220,7 +220,8 @@ class ParametricTSNE(Transformer):
             self.
 
         Raises:
-            TypeError: An encoder that is not an nn.Module, sparse points, or points that are no numbers.
+            TypeError: An encoder that is not an nn.Module, another parameter of another type, sparse points, or points that are
+                no numbers.
             ValueError: A number of the constructor out of range. Points that are not finite or too few for the perplexity. An
                 encoder without parameters to train, with an output other than (n, d), or with a final ReLU (which limits the
                 embedding to one quadrant).

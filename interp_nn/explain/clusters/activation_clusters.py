@@ -118,7 +118,8 @@ class ActivationClusters(PiecewiseAffine, Estimator):
         Raises:
             ValueError: No samples, values that are not finite, a model without gates, a y of another length, or a `min_size`
                 that leaves no cluster.
-            TypeError: A model that is no `nn.Module` or does not return one tensor, or samples that are sparse or no numbers.
+            TypeError: A model that is no `nn.Module` or does not return one tensor, another parameter of another type, or samples
+                that are sparse or no numbers.
         """
         check_network(self._network, "model")
         check_columns(self.model, x)

@@ -87,7 +87,8 @@ class NPKMachine(Estimator):
             The machine itself.
 
         Raises:
-            TypeError: A network that is no `nn.Module`, or sparse samples or samples that are no numbers.
+            TypeError: A network that is no `nn.Module`, another parameter of another type, or samples that are sparse or no
+                numbers.
             ValueError: No y, a negative ridge, a kernel that is not square or not finite, another number of targets, targets that
                 are not finite, a single class, or a system that is not positive definite.
         """

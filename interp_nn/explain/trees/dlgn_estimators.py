@@ -58,7 +58,7 @@ class DLGNEstimator(Estimator):
             self.
 
         Raises:
-            TypeError: Sparse samples, or samples that are no numbers.
+            TypeError: A parameter of another type, sparse samples, or samples that are no numbers.
             ValueError: A number of the constructor out of range, samples of another shape or that are not finite, no y, or a y
                 that does not fit.
         """
