@@ -267,8 +267,7 @@ def _draw(
     plots.cluster_coefficients(
         shown.importance(kind="coef"), shown.counts_, features=table.features, responses=means, axes=left
     )
-    left.set_xticks(left.get_xticks(), table.features, rotation=30, ha="right", rotation_mode="anchor")
     plots.coverage_curve(clusters.coverage(), axes=right)
-    right.set_title("Coverage by exact clusters")
+    right.set_title(right.get_title().replace("clusters", "exact clusters"), fontsize=10, wrap=True)
     figure.suptitle(title)
     run.figure(figure, suffix)

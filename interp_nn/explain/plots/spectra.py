@@ -192,7 +192,7 @@ def null_bars(nulls: Mapping[str, Nulls], *, axes: Axes | None = None) -> Axes:
         if np.isnan(heights).all():
             continue
         bars = axes.bar(np.arange(len(nulls)) + (place - 1.5) * width, heights, 0.95 * width, color=colour, label=label)
-        axes.bar_label(bars, ["" if np.isnan(h) else f"{h:.2g}" for h in heights], padding=2, fontsize=7)
+        axes.bar_label(bars, ["" if np.isnan(h) else _short(h) for h in heights], padding=2, fontsize=7)
     axes.axhline(1, color="black", linewidth=0.8, linestyle="--", label="a random P")
     axes.set_yscale("log")
     axes.margins(y=0.15)
@@ -207,6 +207,11 @@ def null_bars(nulls: Mapping[str, Nulls], *, axes: Axes | None = None) -> Axes:
     )
     axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1))
     return axes
+
+
+def _short(value: float) -> str:
+    """Write a number so that it fits above a bar: 0.43, 4.4e-4."""
+    return f"{value:.2g}" if value >= 0.001 else f"{value:.1e}".replace("e-0", "e-")
 
 
 def ambiguity_strips(ambiguity: Ambiguity, *, axes: Axes | None = None) -> Axes:
