@@ -184,7 +184,8 @@ def _draw(
     shares = results["class_share_of_components"]["trained"]
     first, rest = (sum(part) / len(part) for part in (shares[:10], shares[10:]))
     right.set(xlabel="mode, or feature", ylabel="share of the variance between classes", ylim=(0, 1))
-    right.set_title(f"Between classes: on average {first:.0%} of the variance of modes 0 to 9, {rest:.0%} of others", fontsize=9)
+    title = f"Between classes: on average {first:.0%} of the variance\nof modes 0 to 9, {rest:.0%} of that of others"
+    right.set_title(title, fontsize=10)
     right.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2)
     run.figure(figure, "nulls")
 

@@ -54,7 +54,7 @@ def _isotropic(run: common.Run, samples: list[int], seed: int) -> dict[str, Any]
         found["least_cosine"].append(cosines.abs().min().item())
         found["nulls"][str(count)] = fitted.nulls_._asdict()
         axes.plot(cosines.abs().tolist(), marker=".", label=f"{count:,} samples")
-    axes.set(xlabel="mode of D, cheapest first", ylabel="|cos| of the mode of P W and W's singular vector")
+    axes.set(xlabel="mode of D, cheapest first", ylabel="|cos| to W's singular vector")
     axes.set_title(
         f"Modes of P W are W's singular vectors: |cos| ≥ {found['least_cosine'][-1]:.4f} at {samples[-1]:,} samples",
         fontsize=10, wrap=True,
@@ -115,8 +115,10 @@ def _tree(run: common.Run, steps: int, seed: int) -> dict[str, Any]:
     for title, rows in zip(shown, ("hidden unit", "row of P W₁", "mode of D", "right singular vector"), strict=True):
         panels[title].set_ylabel(rows)
     plots.ambiguity_strips(ambiguity, axes=panels["ambiguity"])
-    least = min(found["share_in_its_level"]["trained"])
-    figure.suptitle(f"Modes of P W₁ are levels of the tree: at least {least:.1%} of their energy is there; scales differ")
+    least, untrained = (min(found["share_in_its_level"][name]) for name in ("trained", "untrained"))
+    figure.suptitle(
+        f"Energy of P W₁'s modes in their level of the tree: at least {least:.0%}, untrained {untrained:.0%}"
+    )
     run.figure(figure, "tree")
     return found
 

@@ -350,12 +350,14 @@ def draw(results: dict[str, Any]) -> Figure:
             axes.plot(
                 100 * torch.tensor(best["accuracy_by_latents"]),
                 color=f"C{i}",
-                marker=".",
+                marker="" if turned else ".",
                 markersize=3,
                 linewidth=max(4.0 - 0.8 * len(enough[True]), 1.0) if turned else 1.5,
                 label=head + (" (varimax)" if turned else ""),
             )
-        few, many = (f"{min(of):.0f} to {max(of):.0f}" for of in (enough[True], enough[False]))
+        few, many = (
+            " to ".join(dict.fromkeys(f"{of:.0f}" for of in (min(these), max(these)))) for these in enough.values()
+        )
         axes.set_title(f"{name}: {few} latents with varimax lose\nat most 1 point, {many} without", fontsize=10)
         axes.set(xlabel="latents kept", ylabel="accuracy on held-out images, %")
         axes.grid(alpha=0.3)
