@@ -248,9 +248,10 @@ def _draw(whole: dict[str, Any], spectrum: np.ndarray[Any, Any], path: Path) -> 
     bars.axhline(1, color="black", linewidth=0.5)
     bars.set_xticks(np.arange(len(names)), names)
     bars.set(ylabel="time / nn.Linear's")
+    bars.margins(y=0.1)
     ratios = [f"{row['ms_p50']['ours'] / row['ms_p50']['linear']:.2g} at {row['n']:,} rows" for row in rows]
-    bars.set_title(f"Forward + backward: ours takes {', '.join(ratios)}", fontsize=10)
-    bars.legend()
+    bars.set_title(f"Forward + backward: ours {', '.join(ratios)}", fontsize=10)
+    bars.legend(fontsize=9)
     figure.suptitle(f"{whole['experiment']}, {whole['epochs']} epochs, {len(whole['seeds'])} seeds, {whole['device']}")
     with files.replacing(path) as part:
         figure.savefig(part, dpi=120)

@@ -268,6 +268,8 @@ def _draw(
         shown.importance(kind="coef"), shown.counts_, features=table.features, responses=means, axes=left
     )
     plots.coverage_curve(clusters.coverage(), axes=right)
-    right.set_title(right.get_title().replace("clusters", "exact clusters"), fontsize=10, wrap=True)
+    right.set_title(
+        right.get_title().replace("clusters", "exact clusters").removesuffix(" of the samples"), fontsize=10
+    )
     figure.suptitle(title)
     run.figure(figure, suffix)
