@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from matplotlib import pyplot as plt
+from matplotlib.collections import PathCollection
 from torch import Tensor, nn
 
 from benchmarks.experiments import common, signals, training
@@ -144,6 +145,7 @@ def _draw(
     # One legend for both panels, of dots of one size; areas of dots are shares of the energy.
     legend = figure.legend(*panels[1].get_legend_handles_labels(), loc="outside lower right", ncols=3, fontsize=8)
     for mark in legend.legend_handles:
+        assert isinstance(mark, PathCollection)
         mark.set_sizes([30])
     run.figure(figure, "nulls")
 
