@@ -140,7 +140,7 @@ def _draw(
                 axes.scatter(range(len(sizes)), one["frequencies"], s=sizes, alpha=0.6, label=name)
         axes.set(xlabel="mode of D", ylabel=f"mean cycles along {LAYERS[layer].axis}")
         orders = [found[name]["order"] for name in ("descrambled", "untrained, descrambled", "by P of shuffled data")]
-        text = "rank correlation {:.2f}, untrained {:.2f}, shuffled {:.2f}".format(*orders)
+        text = "rank correlation {:.2f},\nuntrained {:.2f}, P of shuffled data {:.2f}".format(*orders)
         axes.set_title(f"{layer.capitalize()}: {text}", fontsize=9)
     # One legend for both panels, of dots of one size; areas of dots are shares of the energy.
     legend = figure.legend(*panels[1].get_legend_handles_labels(), loc="outside lower right", ncols=3, fontsize=8)
