@@ -297,7 +297,7 @@ def summary_head_cross_entropy(
     given = None if scale is ONE and polynomial is SUMMARY else given_polynomial(polynomial, scale)
     a, c = output_weight, output_bias
     key = None
-    if given is None:
+    if given is None and a is not None:
         found, key = loss_call(x, b, a, c, target, weights, ignore_index, reduction)
         if found is not None:
             return direct.cross_entropy(x, b, a, c, target, found)

@@ -8,10 +8,9 @@ losses and logit gradients are computed in fp32 (fp64 for fp64).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from interp_nn.engines.orders import head_by_gram
@@ -20,6 +19,10 @@ from interp_nn.linalg import accumulation_dtype, gram, is_column_major
 
 _FEW_COLUMNS = 16
 _MANY_ELEMENTS = 2**15
+
+# What functions of torch.nn.functional call, after a broadcast and checks that take longer than these with few rows.
+_LOSSES: Any = torch._C._nn
+_CODES = {"none": 0, "mean": 1, "sum": 2}
 
 
 def _add_product(base: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
@@ -273,10 +276,11 @@ def three_terms(
     """
     (w1, w2, w3), ignore_index, reduction = options
     p, y = codes or (o1, o2)
-    first = F.cross_entropy(o1, target, ignore_index=ignore_index, reduction=reduction)
-    second = F.cross_entropy(o2, target, ignore_index=ignore_index, reduction=reduction)
+    code = _CODES[reduction]
+    first = _LOSSES.cross_entropy_loss(o1, target, None, code, ignore_index, 0.0)
+    second = _LOSSES.cross_entropy_loss(o2, target, None, code, ignore_index, 0.0)
     if reduction == "mean" and not masked:
-        third = torch.ops.aten.mse_loss.default(p, y)  # F.mse_loss first broadcasts, which takes longer than this
+        third = _LOSSES.mse_loss(p, y, code)
     else:
         kept = target != ignore_index
         third = reduce_rows(torch.where(kept, (p - y).square().mean(1), 0.0), kept, reduction)

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, is_grad_enabled
-from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
 from interp_nn.engines.devices import fp32_precision
@@ -20,10 +19,10 @@ from interp_nn.ops.library import (
     any_batched,
     cast,
     followed,
-    function_modes,
     is_tracing,
     ordinary,
     tensor_check,
+    unwatched,
 )
 from interp_nn.ops.validation import (
     DTYPES,
@@ -38,7 +37,7 @@ from interp_nn.ops.validation import (
 )
 
 _MOST_PLANS = 4096
-# Calls by all that they depend on; and the latest of each b, with a check of its tensors, by what the check does not see.
+# Calls by all that they depend on; and the latest ones by `_keep_recent`.
 plans: dict[tuple[object, ...], Any] = {}
 EQUAL_WEIGHTS = (1.0, 1.0, 1.0)
 _NUMBERS = frozenset((int, float))
@@ -57,13 +56,18 @@ def planned(
     """
     state: tuple[object, ...] = ()
     if given is None and not is_compiling():
-        state = (
-            id(b), getattr(x, "shape", None), getattr(x, "requires_grad", None), is_grad_enabled(), pair, bias is None,
-            requested_now(), fp32_precision("cuda", "matmul"),
-        )  # fmt: skip
-        found = _recalled(state, x, b) if bias is None else _recalled(state, x, b, bias)
-        if found is not None:
-            return x, b, bias, found, True
+        try:
+            state = (
+                x.shape, b.shape, x.device, x.requires_grad, b.requires_grad, is_grad_enabled(), pair, bias is None,
+                requested_now(), fp32_precision("cuda", "matmul"),
+            )  # fmt: skip
+            recent = plans.get(state)
+        except (AttributeError, TypeError):  # of an x that is no tensor, or whose sizes are symbols
+            state, recent = (), None
+        if recent is not None and unwatched():
+            check, found = recent
+            if check(x, b) if bias is None else check(x, b, bias):
+                return x, b, bias, found, True
     key: tuple[object, ...] | None = None
     plain = type(x) in PLAIN and type(b) in PLAIN and (bias is None or type(bias) in PLAIN)
     passes = plain and ordinary() and not any_batched(x, b, bias)
@@ -104,26 +108,15 @@ def planned(
     return x, b, bias, call, passes
 
 
-def _recalled(state: tuple[object, ...], *tensors: Tensor) -> direct.Call | None:
-    """Return the last call in a state if nothing else has changed that it depends on, else None.
+def _keep_recent(state: tuple[object, ...], call: direct.Call, *tensors: Tensor | None) -> None:
+    """Keep a call by a state, with a check of its tensors, if there is one.
 
     PyTorch's guard of compiled functions compares type, dtype, device, sizes, strides and requires_grad of all tensors in one
-    call, and the dispatch keys, among them those of modes, transforms, autocast and tracing.
-
-    Args:
-        state: What else a call depends on, and what calls of a layer alternate in: its b, the shape of x, gradients.
-        tensors: The arguments.
+    call, and the dispatch keys, among them those of modes, transforms, autocast and tracing. The state has what the guard does
+    not see, and what the calls of a model alternate in.
     """
-    recent = plans.get(state)
-    if recent is None or function_modes() or followed.get() or getattr(forward_ad, "_current_level", 0) >= 0:
-        return None
-    return recent[1] if recent[0](*tensors) else None
-
-
-def _keep_recent(state: tuple[object, ...], call: direct.Call, *tensors: Tensor | None) -> None:
-    """Keep a call for `_recalled`."""
-    check = tensor_check(*(t for t in tensors if t is not None))
-    if state and check is not None:
+    check = tensor_check(*(t for t in tensors if t is not None)) if state else None
+    if check is not None:
         _remember(state, (check, call))
 
 
@@ -147,19 +140,24 @@ def loss_call(
 ) -> tuple[direct.Call | None, tuple[object, ...] | None]:
     """Return a remembered call of a loss or None, and what to remember it by or None."""
     state: tuple[object, ...] = ()
-    others = [target] if a is None else [target, a] if c is None else [target, a, c]
     if not is_compiling() and weights is EQUAL_WEIGHTS and type(ignore_index) is int:
-        state = (
-            id(b), getattr(x, "shape", None), getattr(x, "requires_grad", None), is_grad_enabled(), len(others), ignore_index,
-            reduction, requested_now(), fp32_precision("cuda", "matmul"),
-        )  # fmt: skip
-        found = _recalled(state, x, b, *others)
-        if found is not None:
-            return found, None
+        try:
+            state = (
+                x.shape, b.shape, x.device, x.requires_grad, b.requires_grad, is_grad_enabled(),
+                None if a is None else a.shape, c is None, ignore_index, reduction,
+                requested_now(), fp32_precision("cuda", "matmul"),
+            )  # fmt: skip
+            recent = plans.get(state)
+        except (AttributeError, TypeError):
+            state, recent = (), None
+        if recent is not None and unwatched():
+            check, found = recent
+            if check(x, b, target) if a is None else check(x, b, target, a) if c is None else check(x, b, target, a, c):
+                return found, None
     key = _loss_key(x, b, a, c, target, weights, ignore_index, reduction)
     found = None if key is None else plans.get(key)
     if found is not None:
-        _keep_recent(state, found, x, b, *others)
+        _keep_recent(state, found, x, b, target, a, c)
     return found, key
 
 
