@@ -6,6 +6,7 @@ import contextlib
 import functools
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -31,7 +32,7 @@ def allocator(device: torch.device) -> Callable[[tuple[int, ...], tuple[int, ...
     It takes less time than torch.empty, because it passes the dispatcher by. It allocates on the current device of that type.
     """
     guards = getattr(getattr(torch._C, "_dynamo", None), "guards", None)
-    found = getattr(guards, f"_empty_strided_{device.type}", None)
+    found: Any = getattr(guards, f"_empty_strided_{device.type}", None)
     with contextlib.suppress(Exception):  # of another PyTorch
         tried = found((1, 2), (4, 2), torch.float16)
         if (tried.shape, tried.stride(), tried.dtype, tried.device.type) == (
@@ -40,7 +41,7 @@ def allocator(device: torch.device) -> Callable[[tuple[int, ...], tuple[int, ...
             torch.float16,
             device.type,
         ):
-            return found
+            return cast(Callable[[tuple[int, ...], tuple[int, ...], torch.dtype], Tensor], found)
     return lambda size, stride, dtype: torch.empty_strided(size, stride, dtype=dtype, device=device)
 
 

@@ -67,31 +67,61 @@ def forward(
     """
     order = plan.order
     p: Tensor | None
+    b = _columns(x, b)
+    first, left, right = FACTORS[order](x, b)
+    if order == "(Xb)G":
+        p, saved = left, [left, right] if plan.saves else [right]
+    elif order == "((Xb)bᵀ)b":
+        p, saved = first, [first, left]
+    else:
+        p, saved = x @ b if pair else None, [first, right if left is x else left]
+    return p, _affine(left, right, bias), saved
+
+
+def summary(x: Tensor, b: Tensor, bias: Tensor | None, factors: Factors) -> Tensor:
+    """Return Y of `forward` by one of `FACTORS`, for PyTorch's autograd."""
     if b.shape[-1] < _FEW_COLUMNS:
         b = _columns(x, b)
-    if order in ("(Xb)G", "((Xb)bᵀ)b"):
-        p = left = x @ b
-        if order == "(Xb)G":
-            right = gram(b)
-            saved = [p, right] if plan.saves else [right]
-        else:
-            left, right = left @ b.mT, b
-            saved = [p, left]
-    else:
-        p, left = x @ b if pair else None, x
-        if order == "X(bG)":
-            g = gram(b)
-            right = (g @ b.mT).mT if is_column_major(b) else b @ g
-            saved = [g, right]
-        else:
-            outer = gram(b.mT)
-            if order == "X((bbᵀ)b)":
-                right = (b.mT @ outer).mT if is_column_major(b) else outer @ b
-                saved = [outer, right]
-            else:
-                left, right = x @ outer, b
-                saved = [outer, left]
-    return p, left @ right if bias is None else torch.addmm(bias, left, right), saved
+    _, left, right = factors(x, b)
+    return left @ right if bias is None else torch.addmm(bias, left, right)
+
+
+# The two factors of Y by the order of the products, after the first product or Gram matrix on the way to them.
+Factors = Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
+
+
+def _projected(x: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    p = x @ b
+    return p, p, gram(b)
+
+
+def _weight(x: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    g = gram(b)
+    return g, x, (g @ b.mT).mT if is_column_major(b) else b @ g
+
+
+def _twice_projected(x: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    p = x @ b
+    return p, p @ b.mT, b
+
+
+def _outer(x: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    outer = gram(b.mT)
+    return outer, x @ outer, b
+
+
+def _outer_weight(x: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    outer = gram(b.mT)
+    return outer, x, (b.mT @ outer).mT if is_column_major(b) else outer @ b
+
+
+FACTORS: dict[Order, Factors] = {
+    "(Xb)G": _projected,
+    "X(bG)": _weight,
+    "((Xb)bᵀ)b": _twice_projected,
+    "(X(bbᵀ))b": _outer,
+    "X((bbᵀ)b)": _outer_weight,
+}
 
 
 def backward(

@@ -280,12 +280,16 @@ class SummaryHead(SummaryLayer):
             ValueError: Shapes, devices or options that do not fit. The message names the argument.
         """
         if consistency == "logits":
-            output = self.output  # attributes of a module take a long search
+            # Attributes of a module that are parameters or modules take a long search.
+            output = self._modules.get("output")
+            known: dict[str, Any] = output._parameters if type(output) is nn.Linear else {}
+            weight, bias = known.get("weight"), known.get("bias")
+            b = self._parameters.get("b")
             loss = functional.summary_head_cross_entropy(
                 x,
-                self.b,
-                output.weight,
-                output.bias,
+                self.b if b is None else b,
+                self.output.weight if weight is None else weight,
+                self.output.bias if bias is None else bias,
                 target,
                 weights=weights,
                 ignore_index=ignore_index,

@@ -44,6 +44,7 @@ class Call:
         plan: The plan.
         pair: The projection is returned too.
         options: A loss's options.
+        factors: The products of a plan of a summary that is left to PyTorch's autograd, else None.
         late: A loss's gradients are computed in the backward; None before the first call.
         forward: `Engine.prepared_forward`, or None.
         backward: `Engine.prepared_backward` by the given upstreams and the needed gradients.
@@ -51,10 +52,11 @@ class Call:
         scale: `Engine.prepared_scale` by the number of gradients.
     """
 
-    __slots__ = ("backward", "forward", "late", "loss", "options", "pair", "plan", "scale", "tries")
+    __slots__ = ("backward", "factors", "forward", "late", "loss", "options", "pair", "plan", "scale", "tries")
 
     def __init__(self, plan: Plan, pair: bool = False, options: LossOptions | None = None) -> None:
         self.plan, self.pair, self.options = plan, pair, options
+        self.factors = eager.FACTORS.get(plan.order) if plan.autograd else None
         self.late: bool | None = None
         self.forward: PreparedForward | None = None
         self.backward: dict[tuple[bool, ...], tuple[_Check, PreparedBackward]] = {}
@@ -184,11 +186,12 @@ def _forward(
 
 
 def _by_prepared(
-    dp: Tensor | None, dy: Tensor | None, x: Tensor, b: Tensor, saved: Sequence[Tensor], call: Call, needs: tuple[bool, ...]
+    dp: Tensor | None, dy: Tensor | None, x: Tensor, b: Tensor, saved: Sequence[Tensor], call: Call,
+    needs: tuple[bool, bool, bool],
 ) -> tuple[Tensor | None, ...] | None:  # fmt: skip
     """Return the gradients by what an engine has prepared; None where it has not, or where something may see operators."""
     prepared = call.backward.get(needs if dp is None else (*needs, True))
-    if prepared is None or is_grad_enabled() or not unwatched():
+    if prepared is None or dy is None or is_grad_enabled() or not unwatched():
         return None
     check, function = prepared
     if not (check(dy, x, b, *saved) if dp is None else check(dp, dy, x, b, *saved)):
@@ -197,7 +200,8 @@ def _by_prepared(
 
 
 def _backward(
-    dp: Tensor | None, dy: Tensor | None, x: Tensor, b: Tensor, saved: Sequence[Tensor], call: Call, needs: tuple[bool, ...]
+    dp: Tensor | None, dy: Tensor | None, x: Tensor, b: Tensor, saved: Sequence[Tensor], call: Call,
+    needs: tuple[bool, bool, bool],
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     """Return the needed ones of (dX, db, dbias) of the summary, None for the others."""
     rows = as_rows(x)
@@ -230,8 +234,9 @@ def _polynomial_backward(
     if plan.engine == "eager":
         dx, db, *rest = eager_polynomial.backward(dp, dy, rows, b, q, saved, plan, needs)
     else:
-        *wanted, _ = needs
-        dx, db, dbias, dc = engines.get(plan.engine).backward(dp, dy, rows, b, saved, plan, *wanted, q)
+        need_x, need_b, need_bias, need_c, _ = needs
+        backward = engines.get(plan.engine).backward
+        dx, db, dbias, dc = backward(dp, dy, rows, b, saved, plan, need_x, need_b, need_bias, need_c, q)
         rest = [dbias, None if dc is None else dc.to(q.coefficients.dtype), None]
     return *_laid_out(dx, db, x, b), *rest
 
@@ -239,8 +244,8 @@ def _polynomial_backward(
 def summary(x: Tensor, b: Tensor, bias: Tensor | None, call: Call) -> Tensor:
     """Return X b (bᵀb) + bias."""
     y: Tensor
-    if call.plan.autograd:
-        y = eager.forward(x if x.dim() == 2 else as_rows(x), b, bias, call.plan, False)[1]
+    if call.factors is not None:
+        y = eager.summary(x if x.dim() == 2 else as_rows(x), b, bias, call.factors)
     elif is_grad_enabled() and (x.requires_grad or b.requires_grad or (bias is not None and bias.requires_grad)):
         y = _apply_summary(x, b, bias, call)
     else:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, is_grad_enabled
-from torch.compiler import is_compiling
+from torch.compiler import is_compiling, is_dynamo_compiling
 
 from interp_nn.engines.devices import fp32_precision
 from interp_nn.engines.problem import LossOptions
@@ -36,8 +36,8 @@ from interp_nn.ops.validation import (
     shape_of,
 )
 
-_MOST_PLANS = 4096
-# Calls by all that they depend on; and the latest ones by `_keep_recent`.
+_MOST_PLANS, _MOST_RECENT = 4096, 8
+# Calls by all that they depend on; and the latest ones of the same shapes, by `_keep_recent`.
 plans: dict[tuple[object, ...], Any] = {}
 EQUAL_WEIGHTS = (1.0, 1.0, 1.0)
 _NUMBERS = frozenset((int, float))
@@ -55,19 +55,23 @@ def planned(
     It is remembered by everything that the plan and the checks depend on, and by the layouts, which engines prepare for.
     """
     state: tuple[object, ...] = ()
-    if given is None and not is_compiling():
+    if given is None and not is_dynamo_compiling():
         try:
-            state = (
-                x.shape, b.shape, x.device, x.requires_grad, b.requires_grad, is_grad_enabled(), pair, bias is None,
-                requested_now(), fp32_precision("cuda", "matmul"),
-            )  # fmt: skip
-            recent = plans.get(state)
+            state = x.shape, b.shape, pair
+            recent = plans.get(state, ())
         except (AttributeError, TypeError):  # of an x that is no tensor, or whose sizes are symbols
-            state, recent = (), None
-        if recent is not None and unwatched():
-            check, found = recent
-            if check(x, b) if bias is None else check(x, b, bias):
-                return x, b, bias, found, True
+            state, recent = (), ()
+        for check, call, without, engine, precision in recent:
+            if (
+                without is (bias is None)
+                and (check(x, b) if bias is None else check(x, b, bias))
+                and engine == requested_now()
+                and (precision is None or precision == fp32_precision("cuda", "matmul"))
+                and not followed.get()
+                # By these products it is the same for whoever looks into the call.
+                and (call.factors is not None or unwatched())
+            ):
+                return x, b, bias, call, True
     key: tuple[object, ...] | None = None
     plain = type(x) in PLAIN and type(b) in PLAIN and (bias is None or type(bias) in PLAIN)
     passes = plain and ordinary() and not any_batched(x, b, bias)
@@ -95,7 +99,7 @@ def planned(
             passes = passes and PLAIN.issuperset(map(type, tensors)) and not any_batched(*tensors)
         if call is not None:
             if passes and not autocast:
-                _keep_recent(state, call, x, b, bias)
+                _keep_recent(state, call, bias is None, x, b, bias)
             return x, b, bias, call, passes
     x, b = matrices(x, b, sharded=True)
     if bias is not None:
@@ -108,16 +112,25 @@ def planned(
     return x, b, bias, call, passes
 
 
-def _keep_recent(state: tuple[object, ...], call: direct.Call, *tensors: Tensor | None) -> None:
-    """Keep a call by a state, with a check of its tensors, if there is one.
+def _keep_recent(state: tuple[object, ...], call: direct.Call, without: bool, *tensors: Tensor | None) -> None:
+    """Keep a call in the first place among the latest ones of a state, with all that it depends on beside the state.
 
     PyTorch's guard of compiled functions compares type, dtype, device, sizes, strides and requires_grad of all tensors in one
-    call, and the dispatch keys, among them those of modes, transforms, autocast and tracing. The state has what the guard does
-    not see, and what the calls of a model alternate in.
+    call, and the dispatch keys, among them those of modes, transforms, autocast and tracing.
+
+    Args:
+        state: Shapes and options.
+        call: The call.
+        without: The bias is None.
+        tensors: The arguments.
     """
-    check = tensor_check(*(t for t in tensors if t is not None)) if state else None
+    given = [t for t in tensors if t is not None]
+    check = tensor_check(*given) if state else None
     if check is not None:
-        _remember(state, (check, call))
+        # On a CPU nothing depends on how GPUs multiply, unless a kernel is asked for.
+        precise = call.plan.engine != "eager" or given[0].device.type != "cpu"
+        entry = check, call, without, requested_now(), fp32_precision("cuda", "matmul") if precise else None
+        _remember(state, (entry, *plans.get(state, ())[: _MOST_RECENT - 1]))
 
 
 def _remember(key: tuple[object, ...], value: object) -> None:
@@ -140,24 +153,31 @@ def loss_call(
 ) -> tuple[direct.Call | None, tuple[object, ...] | None]:
     """Return a remembered call of a loss or None, and what to remember it by or None."""
     state: tuple[object, ...] = ()
-    if not is_compiling() and weights is EQUAL_WEIGHTS and type(ignore_index) is int:
+    if weights is EQUAL_WEIGHTS and type(ignore_index) is int and not is_dynamo_compiling():
         try:
-            state = (
-                x.shape, b.shape, x.device, x.requires_grad, b.requires_grad, is_grad_enabled(),
-                None if a is None else a.shape, c is None, ignore_index, reduction,
-                requested_now(), fp32_precision("cuda", "matmul"),
-            )  # fmt: skip
-            recent = plans.get(state)
+            state = x.shape, b.shape, None if a is None else a.shape, ignore_index, reduction
+            recent = plans.get(state, ())
         except (AttributeError, TypeError):
-            state, recent = (), None
-        if recent is not None and unwatched():
-            check, found = recent
-            if check(x, b, target) if a is None else check(x, b, target, a) if c is None else check(x, b, target, a, c):
-                return found, None
+            state, recent = (), ()
+        for check, call, without, engine, precision in recent:
+            if (
+                without is (c is None)
+                and (
+                    check(x, b, target)
+                    if a is None
+                    else check(x, b, target, a)
+                    if c is None
+                    else check(x, b, target, a, c)
+                )
+                and engine == requested_now()
+                and (precision is None or precision == fp32_precision("cuda", "matmul"))
+                and unwatched()
+            ):
+                return call, None
     key = _loss_key(x, b, a, c, target, weights, ignore_index, reduction)
     found = None if key is None else plans.get(key)
     if found is not None:
-        _keep_recent(state, found, x, b, target, a, c)
+        _keep_recent(state, found, c is None, x, b, target, a, c)
     return found, key
 
 

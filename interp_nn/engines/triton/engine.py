@@ -718,6 +718,7 @@ def prepared_backward(
     device, dtype, saves, empty = x.device, x.dtype, plan.saves, allocator(x.device)
     problem = plan.tiles, _spec(device), dtype, n, d, k, transposed, _precision(dtype)
     of_x, of_b, of_bias = (dtype if need else None for need in needs)
+    kinds: tuple[torch.dtype | None, ...]
     if saves:
         made, size = _pair_backward_launch(*problem, 7 if need_b else 3, None)
         kinds = (*(dtype,) * 4, None if dp is None else dtype, dtype, of_x, of_b, *(None,) * 4, dtype)
@@ -746,7 +747,7 @@ def prepared_backward(
         if need_bias:
             dbias = empty((k,), (1,), dtype)
             at_dbias = dbias.data_ptr()
-        work = empty(scratch, (1,), torch.float32)
+        work, given = empty(scratch, (1,), torch.float32), tuple[int, ...]()
         at_x, at_b, at_dy, at_work, at_counter = (
             x.data_ptr(), b.data_ptr(), dy.data_ptr(), work.data_ptr(), counter(device).data_ptr()
         )  # fmt: skip
@@ -809,7 +810,7 @@ def prepared_loss(
         at_x, at_b, at_target, at_value, at_work, at_counter = (
             x.data_ptr(), b.data_ptr(), target.data_ptr(), value.data_ptr(), work.data_ptr(), counter(device).data_ptr()
         )  # fmt: skip
-        grads, at_dx, at_db = [], 0, 0
+        grads, given, at_dx, at_db = [], tuple[int, ...](), 0, 0
         if need_x:
             dx = empty((n, d), by_row, dtype)
             at_dx = dx.data_ptr()
