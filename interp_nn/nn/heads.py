@@ -118,9 +118,10 @@ class SummaryLayer(LinearForm):
     ) -> Tensor:
         """Return a loss plus the weighted reconstruction loss, whose features get no gradient."""
         weight = functional.reconstruction_weight(weight)
-        return loss + weight * functional.reconstruction_loss(
+        missed = functional.reconstruction_loss(
             x.detach(), self.b, target=target, ignore_index=ignore_index, reduction=reduction
         )
+        return torch.add(loss, missed, alpha=weight)
 
     def extra_repr(self) -> str:
         """Return the sizes and the constraint for repr."""
