@@ -68,8 +68,7 @@ def planned(
                 and engine == requested_now()
                 and (precision is None or precision == fp32_precision("cuda", "matmul"))
                 and not followed.get()
-                # By these products it is the same for whoever looks into the call.
-                and (call.factors is not None or unwatched())
+                and (call.plan.autograd or unwatched())  # plain products are the same for whoever looks into the call
             ):
                 return x, b, bias, call, True
     key: tuple[object, ...] | None = None
@@ -171,7 +170,8 @@ def loss_call(
                 )
                 and engine == requested_now()
                 and (precision is None or precision == fp32_precision("cuda", "matmul"))
-                and unwatched()
+                and not followed.get()
+                and (call.plan.autograd or unwatched())
             ):
                 return call, None
     key = _loss_key(x, b, a, c, target, weights, ignore_index, reduction)
