@@ -57,7 +57,7 @@ def planned(
     state: tuple[object, ...] = ()
     if given is None and not is_dynamo_compiling():
         try:
-            state = x.shape, b.shape, pair
+            state = x.shape, b.shape, pair, is_grad_enabled()
             recent = plans.get(state, ())
         except (AttributeError, TypeError):  # of an x that is no tensor, or whose sizes are symbols
             state, recent = (), ()
@@ -118,7 +118,7 @@ def _keep_recent(state: tuple[object, ...], call: direct.Call, without: bool, *t
     call, and the dispatch keys, among them those of modes, transforms, autocast and tracing.
 
     Args:
-        state: Shapes and options.
+        state: Shapes, options and grad mode, which the guard does not see.
         call: The call.
         without: The bias is None.
         tensors: The arguments.
@@ -152,9 +152,9 @@ def loss_call(
 ) -> tuple[direct.Call | None, tuple[object, ...] | None]:
     """Return a remembered call of a loss or None, and what to remember it by or None."""
     state: tuple[object, ...] = ()
-    if weights is EQUAL_WEIGHTS and type(ignore_index) is int and not is_dynamo_compiling():
+    if not is_dynamo_compiling() and weights is EQUAL_WEIGHTS and type(ignore_index) is int:
         try:
-            state = x.shape, b.shape, None if a is None else a.shape, ignore_index, reduction
+            state = x.shape, b.shape, None if a is None else a.shape, is_grad_enabled(), ignore_index, reduction
             recent = plans.get(state, ())
         except (AttributeError, TypeError):
             state, recent = (), ()
