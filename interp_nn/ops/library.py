@@ -118,8 +118,13 @@ def tensor_check(*tensors: Tensor) -> Callable[..., bool] | None:
 
 
 def unwatched() -> bool:
-    """Return True unless something is active that has to see operators and that a `tensor_check` does not notice."""
-    return not (function_modes() or followed.get() or getattr(forward_ad, "_current_level", 0) >= 0)
+    """Return True unless something is active that has to see operators and that a `tensor_check` does not notice.
+
+    Of the dispatch modes it does not notice those of fake tensors and of make_fx.
+    """
+    return not (
+        _dispatch_modes() or function_modes() or followed.get() or getattr(forward_ad, "_current_level", 0) >= 0
+    )
 
 
 def any_batched(*tensors: Tensor | None) -> bool:

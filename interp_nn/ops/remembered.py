@@ -115,7 +115,7 @@ def _keep_recent(state: tuple[object, ...], call: direct.Call, without: bool, *t
     """Keep a call in the first place among the latest ones of a state, with all that it depends on beside the state.
 
     PyTorch's guard of compiled functions compares type, dtype, device, sizes, strides and requires_grad of all tensors in one
-    call, and the dispatch keys, among them those of modes, transforms, autocast and tracing.
+    call, and the dispatch keys, among them those of transforms, autocast and tracing; `unwatched` sees the rest.
 
     Args:
         state: Shapes, options and grad mode, which the guard does not see.

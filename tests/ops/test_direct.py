@@ -177,8 +177,10 @@ def test_a_mode_sees_the_operators(where, operators_only):
 @pytest.mark.filterwarnings("ignore:.*autograd.function.Function.* should not be instantiated")
 @pytest.mark.filterwarnings("ignore:.*torch.jit.trace.*:DeprecationWarning", "ignore::torch.jit.TracerWarning")
 def test_nothing_else_is_passed_by(operators_only, monkeypatch):
-    """Each way that PyTorch may look into a call leaves the direct path alone."""
+    """Each way that PyTorch may look into a call leaves the direct path alone, also where the call is remembered."""
     x, b = torch.randn(5, 4), torch.randn(4, 3)
+    for _ in range(3):
+        functional.summary(x, b)
     monkeypatch.setattr(direct, "summary", lambda *_: pytest.fail("an operator was passed by"))
     with BaseTorchFunctionMode():
         functional.summary(x, b)
