@@ -469,7 +469,7 @@ def check_no_plan_is_stale(data):
             assert all(same(one, alone) for one in found), state
 
 
-@settings(max_examples=15)
+@settings(max_examples=10)
 @given(st.data())
 def test_no_plan_is_stale(data):
     check_no_plan_is_stale(data)
@@ -519,7 +519,7 @@ def test_prepared_calls_have_the_same_gradients(op, dims, probe):
         lambda t: t, lambda t: laid_out(t, "transposed") if t.dim() > 1 else t
     ):
         torch.testing.assert_close(gradients(), want)
-    if op in ("summary", "loss"):
+    if op in ("summary", "loss") and not dims:
         assert gradgradcheck(function, given)
 
 
