@@ -217,8 +217,8 @@ def _loss_key(
         is_grad_enabled(), requested_now(), fp32_precision("cuda", "matmul"),
         target.shape, target.is_contiguous(), target.dtype,
         weights is EQUAL_WEIGHTS or (weights, *map(type, weights)), ignore_index, reduction,
-        None if a is None else (a.shape, a.dtype, a.device, a.layout),
-        None if c is None else (c.shape, c.dtype, c.device, c.layout),
+        None if a is None else (a.shape, a.dtype, a.device, a.layout, a.layout is torch.strided and a.is_contiguous()),
+        None if c is None else (c.shape, c.dtype, c.device, c.layout, c.layout is torch.strided and c.is_contiguous()),
     )  # fmt: skip
 
 

@@ -218,6 +218,7 @@ CHANGES = {
     "precision": ["ieee", "tf32"],
     "carve-out": [None, 131],
     "output needs": [True, False],
+    "output": ["contiguous", "transposed", "offset"],
     "upstreams": ["both", "first", "second"],
     "op": ["summary", "pair", "loss", "head", "no gradients", "pair without gradients", "head without gradients"],
 }
@@ -261,7 +262,7 @@ def launched(state, ran, kept):
             if op == "loss":
                 out = (functional.summary_cross_entropy(x, b, target),)
             elif op == "head":
-                a = tensor("a", 4, k).requires_grad_(state["output needs"])
+                a = tensor("a", 4, k, how=state["output"]).requires_grad_(state["output needs"])
                 c = None if bias is None else tensor("c", 4).requires_grad_(state["bias"])
                 own |= {t.data_ptr(): name for name, t in {"a": a, "c": c}.items() if t is not None}
                 out = (functional.summary_head_cross_entropy(x, b, a, c, target),)
