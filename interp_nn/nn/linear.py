@@ -88,10 +88,12 @@ class SummaryLinear(PolynomialLayer):
                 return call
         if getattr(input, "is_quantized", False):
             self._refuse_quantized("input", input)
-        if self._cache is not None or self._frozen is not None:
-            formed = self.formed_weight()
+        cache = self._cache
+        if cache is not None or self._frozen is not None:
+            formed = self.frozen_weight() if cache is None else cache.weight()
             if formed is not None:
-                return nn.functional.linear(input, formed, self.bias)
+                bias = self._parameters.get("bias")
+                return nn.functional.linear(input, formed, self.bias if bias is None else bias)
         if not self._plain:
             self._warn_if_stale()
             return functional.summary(input, self.b, self.bias, **self._functional_options())

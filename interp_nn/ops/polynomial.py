@@ -92,7 +92,7 @@ class WeightFunction(Function):
 
     @staticmethod
     def forward(b: Tensor, coefficients: Tensor, scale: Tensor | None) -> tuple[Tensor, ...]:
-        w, saved = eager_polynomial.weight_forward(b, Polynomial(coefficients, scale))
+        w, saved = eager_polynomial.weight_forward(b, coefficients.unbind(), scale)
         return (w, *saved)
 
     @staticmethod
@@ -109,8 +109,34 @@ class WeightFunction(Function):
         b, coefficients, scale, *saved = ctx.saved_tensors
         q = Polynomial(coefficients, scale)
         if torch.is_grad_enabled() or transforming(dw, b):
-            saved = eager_polynomial.weight_forward(b, q)[1]
+            saved = eager_polynomial.weight_forward(b, coefficients.unbind(), scale)[1]
         return eager_polynomial.weight_backward(dw, b, q, saved, ctx.needs_input_grad)
+
+
+class FormedWeight:
+    """An effective weight m a b q(a² bᵀb) and its pull-back to the parameters b and m, without a graph, which costs more.
+
+    Args:
+        b: A parameter (d, k) of float32 or float64 on a CPU.
+        gain: The parameter m, one number that is not zero, or None for 1.
+        coefficients: Two to five numbers, which give the weight as Σ_i c_i b (bᵀb)ⁱ.
+
+    Attributes:
+        weight: The weight (k, d) of a plain layer, a leaf that requires a gradient if a parameter does.
+    """
+
+    def __init__(self, b: Tensor, gain: Tensor | None, coefficients: Sequence[float]) -> None:
+        self._b, self._gain, self._coefficients = b, gain, coefficients
+        w, self._saved = eager_polynomial.weight_forward(b.detach(), coefficients)
+        self.weight = w.mT.requires_grad_(b.requires_grad or (gain is not None and gain.requires_grad))
+
+    def pull_back(self, grad: Tensor) -> None:
+        """Add the gradients of the parameters, from that of the weight, to those that they have."""
+        b, gain = self._b, self._gain
+        with torch.no_grad():
+            db, inner = eager_polynomial.pull_back(grad.mT, b, self._coefficients, self._saved)
+            found = [(b, db)] if gain is None else [(b, db), (gain, inner / gain)]  # the weight is linear in the gain
+        torch.autograd.backward(*zip(*((p, g) for p, g in found if p.requires_grad), strict=True))
 
 
 def weight(b: Tensor, q: Polynomial) -> Tensor:
