@@ -140,9 +140,7 @@ def weight(b: Tensor, q: Polynomial) -> Tensor:
     return polynomial_weight(b, q.coefficients.unbind(), q.scale)
 
 
-def weight_forward(
-    b: Tensor, c: Sequence[Tensor | float], scale: Tensor | None = None
-) -> tuple[Tensor, list[Tensor]]:
+def weight_forward(b: Tensor, c: Sequence[Tensor | float], scale: Tensor | None = None) -> tuple[Tensor, list[Tensor]]:
     """Compute (W, saved tensors) of b (d, k) for `weight_backward`, for degree 1 or more.
 
     The transpose of W is contiguous: it is the weight of a plain layer, without a copy.
@@ -237,9 +235,7 @@ def _upper(g: Tensor, square: Tensor, c: Sequence[Tensor | float]) -> Tensor:
     return c[3] * g if len(c) == 4 else c[3] * g + c[4] * square
 
 
-def _derivative(
-    g: Tensor, s: Tensor, c: Sequence[Tensor | float], need_c: bool
-) -> tuple[Tensor, Tensor | None]:
+def _derivative(g: Tensor, s: Tensor, c: Sequence[Tensor | float], need_c: bool) -> tuple[Tensor, Tensor | None]:
     """Return Σ_i c_i Σ_{j<i} Gʲ S Gⁱ⁻¹⁻ʲ of a symmetric S = T + Tᵀ, and <T, Gⁱ> for each i if needed."""
     degree = len(c) - 1
     m = c[1] * s

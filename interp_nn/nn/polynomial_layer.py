@@ -193,8 +193,8 @@ class PolynomialLayer(Freezable):
     def graphless_weight(self) -> FormedWeight | None:
         """Return the effective weight with a pull-back of its own; None where it has to be formed under autograd.
 
-        It reads scale and gain as numbers, for which a GPU would have to wait, and takes powers of bᵀb, which may overflow if b is
-        large.
+        It reads scale and gain as numbers, for which a GPU would have to wait. The scale multiplies the coefficients and not b:
+        one that is far from 1 is left to autograd, because powers of bᵀb could overflow.
         """
         b, gain, c = self._parameters.get("b"), self.gain, self._coefficients
         if type(b) is not nn.Parameter or b.dim() != 2 or not b.is_cpu or b.dtype not in _EXACT or not ordinary():

@@ -136,7 +136,8 @@ class FormedWeight:
         with torch.no_grad():
             db, inner = eager_polynomial.pull_back(grad.mT, b, self._coefficients, self._saved)
             found = [(b, db)] if gain is None else [(b, db), (gain, inner / gain)]  # the weight is linear in the gain
-        torch.autograd.backward(*zip(*((p, g) for p, g in found if p.requires_grad), strict=True))
+        wanted = [pair for pair in found if pair[0].requires_grad]
+        torch.autograd.backward([p for p, _ in wanted], [g for _, g in wanted])
 
 
 def weight(b: Tensor, q: Polynomial) -> Tensor:

@@ -48,16 +48,14 @@ def test_cached_weights_give_the_same_gradients(index):
     torch.testing.assert_close(gradients(model, batches), want)
 
 
-def test_cached_weights_form_each_weight_once(monkeypatch):
-    for model in (SummaryLinear(6, 4), SummaryLinear(6, 4, dtype=torch.bfloat16, polynomial="pc-1")):
-        formed, original = [], eager_polynomial.weight_forward
-        with monkeypatch.context() as patch:
-            patch.setattr(
-                eager_polynomial, "weight_forward", lambda *given: (formed.append(1), original(*given))[1]
-            )
-            with cached_weights(model):
-                gradients(model, torch.randn(3, 5, 6, dtype=model.b.dtype))
-        assert len(formed) == 1
+@pytest.mark.parametrize(("dtype", "polynomial"), [(torch.float32, "summary"), (torch.bfloat16, "pc-1")])
+def test_cached_weights_form_each_weight_once(dtype, polynomial, monkeypatch):
+    model, formed = SummaryLinear(6, 4, dtype=dtype, polynomial=polynomial), []
+    original = eager_polynomial.weight_forward
+    monkeypatch.setattr(eager_polynomial, "weight_forward", lambda *given: (formed.append(1), original(*given))[1])
+    with cached_weights(model):
+        gradients(model, torch.randn(3, 5, 6, dtype=dtype))
+    assert len(formed) == 1
 
 
 CASES = [
@@ -98,7 +96,9 @@ def test_weights_of_plain_tensors_on_a_cpu_are_formed_without_a_graph(sizes, cas
         assert why is None, why
 
 
-@pytest.mark.parametrize("change", ["zero gain", "small scale", "b in part of a computation", "frozen b", "frozen gain"])
+@pytest.mark.parametrize(
+    "change", ["zero gain", "small scale", "b in part of a computation", "frozen b", "frozen gain"]
+)
 def test_gradients_where_a_graph_is_needed_or_a_parameter_is_frozen(change):
     layer, batches = wild((12, 5), ("newton-schulz", None, None), torch.float64), torch.randn(3, 4, 12).double()
     with torch.no_grad():
