@@ -123,13 +123,13 @@ class _Cache:
     def __init__(self, layer: PolynomialLayer, name: str, model: nn.Module) -> None:
         self.layer, self.name = layer, name
         self._ddp = model if isinstance(model, nn.parallel.DistributedDataParallel) else None
-        self._graphless = layer.graphless_weight() if self._ddp is None else None
-        if self._graphless is not None:
-            self.leaf = self._graphless.weight
-        else:
-            with torch.enable_grad(), linalg.autocast_off(layer.b.device):
+        with torch.enable_grad(), linalg.autocast_off(layer.b.device):
+            self._graphless = layer._graphless_weight() if self._ddp is None else None
+            if self._graphless is not None:
+                self.leaf = self._graphless.weight
+            else:
                 self.formed = layer.effective_weight().contiguous()
-            self.leaf = self.formed.detach().requires_grad_(self.formed.requires_grad)
+                self.leaf = self.formed.detach().requires_grad_(self.formed.requires_grad)
         self.pulled = False
         self._identity = layer._identity()
 
@@ -162,7 +162,8 @@ class _Cache:
             return
         if self.pulled:
             raise RuntimeError(f"cached_weights: the microbatch of {self.name} that synchronises was not the last one")
-        if self._graphless is not None:
-            self._graphless.pull_back(self.leaf.grad)
-        else:
-            torch.autograd.backward(self.formed, self.leaf.grad)
+        with linalg.autocast_off(self.leaf.device):
+            if self._graphless is not None:
+                self._graphless.pull_back(self.leaf.grad)
+            else:
+                torch.autograd.backward(self.formed, self.leaf.grad)

@@ -190,7 +190,7 @@ class PolynomialLayer(Freezable):
         return self.frozen_weight() if self._cache is None else self._cache.weight()
 
     @torch.no_grad()
-    def graphless_weight(self) -> FormedWeight | None:
+    def _graphless_weight(self) -> FormedWeight | None:
         """Return the effective weight with a pull-back of its own; None where it has to be formed under autograd.
 
         It reads scale and gain as numbers, for which a GPU would have to wait. The scale multiplies the coefficients and not b:

@@ -119,6 +119,19 @@ def test_gradients_where_a_graph_is_needed_or_a_parameter_is_frozen(change):
     torch.testing.assert_close([p.grad for p in layer.parameters()], want)
 
 
+@pytest.mark.parametrize("polynomial", ["newton-schulz", (0.7, 0.2)])
+def test_a_block_inside_of_autocast_forms_its_weights_as_outside(polynomial):
+    layer, batches = wild((12, 5), (polynomial, None, None), torch.float32), torch.randn(3, 4, 12)
+    results = []
+    for inside in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=inside), cached_weights(layer):
+            formed = layer._cache.leaf.detach().clone()
+            with torch.autocast("cpu", enabled=False):
+                gradients(layer, batches)
+        results.append([formed, *(p.grad for p in layer.parameters())])
+    assert all(map(torch.equal, *results))
+
+
 def test_hooks_of_parameters_run_once_with_the_sum():
     layer, batches = wild((12, 5), ("pc-2", None, None), torch.float64), torch.randn(3, 4, 12).double()
     want, seen = gradients(layer, batches), []
