@@ -190,23 +190,35 @@ class PolynomialLayer(Freezable):
         return self.frozen_weight() if self._cache is None else self._cache.weight()
 
     @torch.no_grad()
-    def _graphless_weight(self) -> FormedWeight | None:
-        """Return the effective weight with a pull-back of its own; None where it has to be formed under autograd.
+    def _numbers(self, x: Tensor | None = None) -> tuple[Tensor, Tensor | None, list[float]] | None:
+        """Return b, the gain, and numbers c with which the weight is Σ_i c_i b (bᵀb)ⁱ; None where autograd has to form it.
 
-        It reads scale and gain as numbers, for which a GPU would have to wait. The scale multiplies the coefficients and not b:
-        one that is far from 1 is left to autograd, because powers of bᵀb could overflow.
+        So it has where a parameter is no plain one, or has not the dtype of an input x.
+
+        It reads scale and gain, for which a GPU would have to wait. The scale multiplies the coefficients and not b: one that is
+        far from 1 is left to autograd, because powers of bᵀb could overflow.
         """
-        b, gain, c = self._parameters.get("b"), self.gain, self._coefficients
-        if type(b) is not nn.Parameter or b.dim() != 2 or not b.is_cpu or b.dtype not in _EXACT or not ordinary():
+        b, gain, bias, c = self._parameters.get("b"), self.gain, self.bias, self._coefficients
+        if type(b) is not nn.Parameter or b.dim() != 2 or not b.is_cpu or b.dtype not in _EXACT:
+            return None
+        if x is not None and not x.dtype == b.dtype == (b if bias is None else bias).dtype:
             return None
         scale = float(self.scale) if self.normalize else 1.0
         multiplier = 1.0 if gain is None else float(gain)
         if type(gain) not in (nn.Parameter, NoneType) or len(c) == 1 or multiplier == 0 or not 0.01 < scale < 100:
             return None
-        self._warn_if_stale()
         if self.normalize == "restore":
             multiplier /= scale
-        return FormedWeight(b, gain, [multiplier * value * scale ** (2 * i + 1) for i, value in enumerate(c)])
+        return b, gain, [multiplier * value * scale ** (2 * i + 1) for i, value in enumerate(c)]
+
+    def _graphless_weight(self) -> FormedWeight | None:
+        """Return the effective weight with a pull-back of its own; None where autograd has to form it."""
+        found = self._numbers() if ordinary() else None
+        if found is None:
+            return None
+        self._warn_if_stale()
+        with torch.no_grad():
+            return FormedWeight(*found)
 
     def effective_weight(self) -> Tensor:
         """Compute `weight` as a plain tensor, differentiable: the weight of the plain layer with the same outputs."""

@@ -18,8 +18,9 @@ from interp_nn.engines import eager_polynomial
 from interp_nn.engines.eager_polynomial import Polynomial
 from interp_nn.engines.orders import saved_names
 from interp_nn.engines.problem import Plan, plan_to_text
+from interp_nn.engines.select import requested_now
 from interp_nn.linalg import is_column_major
-from interp_nn.ops.library import apply, is_batched, is_dtensor, transforming
+from interp_nn.ops.library import any_autocast_enabled, apply, is_batched, is_dtensor, ordinary, transforming
 from interp_nn.ops.summary import as_rows, backward_operator, pair_operator, spread, summary_operator
 
 _FEW_COLUMNS, _MANY_WITH_FEW_COLUMNS, _MANY = 16, 2**15, 2**19
@@ -138,6 +139,52 @@ class FormedWeight:
             found = [(b, db)] if gain is None else [(b, db), (gain, inner / gain)]  # the weight is linear in the gain
         wanted = [pair for pair in found if pair[0].requires_grad]
         torch.autograd.backward([p for p, _ in wanted], [g for _, g in wanted])
+
+
+class LayerWeightFunction(Function):
+    """The weight (k, d) of `FormedWeight`, for a forward of many rows, beside which its graph costs little."""
+
+    @staticmethod
+    def forward(ctx: Any, b: Tensor, gain: Tensor | None, coefficients: Sequence[float]) -> Tensor:
+        w, saved = eager_polynomial.weight_forward(b, coefficients)
+        ctx.save_for_backward(b, gain, *saved)
+        ctx.coefficients = coefficients
+        return w.mT
+
+    @staticmethod
+    def backward(ctx: Any, dw: Tensor) -> tuple[Tensor | None, ...]:
+        b, gain, *saved = ctx.saved_tensors
+        c, needs = ctx.coefficients, ctx.needs_input_grad
+        if not (torch.is_grad_enabled() or any_autocast_enabled() or is_batched(dw)) and ordinary():
+            db, inner = eager_polynomial.pull_back(dw.mT, b, c, saved)
+            return db if needs[0] else None, inner / gain if needs[1] else None, None
+        constants = b.new_tensor(c) if gain is None else b.new_tensor(c) / gain.detach()
+        q = Polynomial(constants if gain is None else constants * gain, None)
+        saved = eager_polynomial.weight_forward(b, q.coefficients.unbind())[1]
+        needed = needs[0], needs[1], False
+        db, dc, _ = eager_polynomial.weight_backward(dw.mT, b, q, saved, needed)
+        return db, None if dc is None else (dc * constants).sum().view_as(gain), None
+
+
+_apply_layer_weight = super(Function, LayerWeightFunction).apply
+
+
+def layer_weight(b: Tensor, gain: Tensor | None, coefficients: Sequence[float]) -> Tensor:
+    """Return the weight (k, d) of `FormedWeight` with a graph, where `weight_comes_first`."""
+    w: Tensor = _apply_layer_weight(b, gain, coefficients)
+    return w
+
+
+def weight_comes_first(x: Tensor, d: int) -> bool:
+    """Return True if a plan for x (..., d) forms the weight, in a call with gradients on a CPU that may pass the checks by.
+
+    So it is for more rows than d: all plans form the weight then, and leave the product with x to PyTorch's autograd.
+    """
+    if type(x) is not Tensor or not (x.is_cpu and torch.is_grad_enabled() and ordinary()):
+        return False
+    if x.layout is not torch.strided or x.dim() < 2 or x.shape[-1] != d or x.numel() <= d * d:
+        return False
+    return not (any_autocast_enabled() or is_batched(x)) and requested_now() in ("auto", "eager")
 
 
 def weight(b: Tensor, q: Polynomial) -> Tensor:
