@@ -162,8 +162,8 @@ class LayerWeightFunction(Function):
         q = Polynomial(constants if gain is None else constants * gain, None)
         saved = eager_polynomial.weight_forward(b, q.coefficients.unbind())[1]
         needed = needs[0], needs[1], False
-        db, dc, _ = eager_polynomial.weight_backward(dw.mT, b, q, saved, needed)
-        return db, None if dc is None else (dc * constants).sum().view_as(gain), None
+        grads = eager_polynomial.weight_backward(dw.mT, b, q, saved, needed)
+        return grads[0], None if grads[1] is None else (grads[1] * constants).sum().view_as(gain), None
 
 
 _apply_layer_weight = super(Function, LayerWeightFunction).apply
