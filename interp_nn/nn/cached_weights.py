@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from types import TracebackType
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from interp_nn import linalg
 from interp_nn.nn.polynomial_layer import PolynomialLayer
-from interp_nn.ops.library import is_dtensor, transforming
+from interp_nn.ops.library import any_autocast_enabled, is_dtensor, transforming
 
 
 class _AddCollected(Function):
@@ -109,6 +110,11 @@ class cached_weights:  # noqa: N801 - used like a function, as torch.no_grad is
             cache.pull_back()
 
 
+def _full_precision(t: Tensor) -> AbstractContextManager[Any]:
+    """Return a context without autocast on the tensor's device; making one takes a while, so only where autocast is on."""
+    return linalg.autocast_off(t.device) if any_autocast_enabled() else nullcontext()
+
+
 class _Cache:
     """The cached weight of one layer inside of a block.
 
@@ -123,12 +129,13 @@ class _Cache:
     def __init__(self, layer: PolynomialLayer, name: str, model: nn.Module) -> None:
         self.layer, self.name = layer, name
         self._ddp = model if isinstance(model, nn.parallel.DistributedDataParallel) else None
-        with torch.enable_grad(), linalg.autocast_off(layer.b.device):
+        with _full_precision(layer.b):
             self._graphless = layer._graphless_weight() if self._ddp is None else None
             if self._graphless is not None:
                 self.leaf = self._graphless.weight
             else:
-                self.formed = layer.effective_weight().contiguous()
+                with torch.enable_grad():
+                    self.formed = layer.effective_weight().contiguous()
                 self.leaf = self.formed.detach().requires_grad_(self.formed.requires_grad)
         self.pulled = False
         self._identity = layer._identity()
@@ -162,7 +169,7 @@ class _Cache:
             return
         if self.pulled:
             raise RuntimeError(f"cached_weights: the microbatch of {self.name} that synchronises was not the last one")
-        with linalg.autocast_off(self.leaf.device):
+        with _full_precision(self.leaf):
             if self._graphless is not None:
                 self._graphless.pull_back(self.leaf.grad)
             else:

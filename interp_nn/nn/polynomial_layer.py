@@ -189,7 +189,6 @@ class PolynomialLayer(Freezable):
         """Return the effective weight that `freeze` or `cached_weights` holds; None if there is none."""
         return self.frozen_weight() if self._cache is None else self._cache.weight()
 
-    @torch.no_grad()
     def _numbers(self, x: Tensor | None = None) -> tuple[Tensor, Tensor | None, list[float]] | None:
         """Return b, the gain, and numbers c with which the weight is Σ_i c_i b (bᵀb)ⁱ; None where autograd has to form it.
 
@@ -198,13 +197,13 @@ class PolynomialLayer(Freezable):
         It reads scale and gain, for which a GPU would have to wait. The scale multiplies the coefficients and not b: one that is
         far from 1 is left to autograd, because powers of bᵀb could overflow.
         """
-        b, gain, bias, c = self._parameters.get("b"), self.gain, self.bias, self._coefficients
+        b, gain, c = self._parameters.get("b"), self.gain, self._coefficients
         if type(b) is not nn.Parameter or b.dim() != 2 or not b.is_cpu or b.dtype not in _EXACT:
             return None
-        if x is not None and not x.dtype == b.dtype == (b if bias is None else bias).dtype:
+        if x is not None and not x.dtype == b.dtype == (b if self.bias is None else self.bias).dtype:
             return None
         scale = float(self.scale) if self.normalize else 1.0
-        multiplier = 1.0 if gain is None else float(gain)
+        multiplier = 1.0 if gain is None else gain.item()
         if type(gain) not in (nn.Parameter, NoneType) or len(c) == 1 or multiplier == 0 or not 0.01 < scale < 100:
             return None
         if self.normalize == "restore":
@@ -217,8 +216,7 @@ class PolynomialLayer(Freezable):
         if found is None:
             return None
         self._warn_if_stale()
-        with torch.no_grad():
-            return FormedWeight(*found)
+        return FormedWeight(*found)
 
     def effective_weight(self) -> Tensor:
         """Compute `weight` as a plain tensor, differentiable: the weight of the plain layer with the same outputs."""
