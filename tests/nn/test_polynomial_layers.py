@@ -105,9 +105,9 @@ def test_gradients(case, kind):
 
 @pytest.mark.filterwarnings("ignore:.*b has changed")  # gradcheck changes it
 @pytest.mark.parametrize("case", CASES, ids=str)
-@pytest.mark.parametrize("sizes", [(4, 3), (3, 4)])
-def test_derivatives_for_more_rows_than_features(case, sizes, monkeypatch):
+def test_derivatives_for_more_rows_than_features(case, monkeypatch):
     """There the layer forms its weight first, if a parameter has not been replaced."""
+    sizes = ((4, 3), (3, 4))[CASES.index(case) % 2]
     layer = trained(SummaryLinear(*sizes, dtype=torch.float64, **options(case)))
     x = torch.randn(sizes[0] + 1, sizes[0], dtype=torch.float64, requires_grad=True)
     inputs = [x, *layer.parameters()]
