@@ -20,7 +20,15 @@ from interp_nn.engines.orders import saved_names
 from interp_nn.engines.problem import Plan, plan_to_text
 from interp_nn.engines.select import requested_now
 from interp_nn.linalg import is_column_major
-from interp_nn.ops.library import any_autocast_enabled, apply, is_batched, is_dtensor, ordinary, transforming
+from interp_nn.ops.library import (
+    any_autocast_enabled,
+    apply,
+    is_batched,
+    is_dtensor,
+    is_tracing,
+    ordinary,
+    transforming,
+)
 from interp_nn.ops.summary import as_rows, backward_operator, pair_operator, spread, summary_operator
 
 _FEW_COLUMNS, _MANY_WITH_FEW_COLUMNS, _MANY = 16, 2**15, 2**19
@@ -189,7 +197,7 @@ def weight_comes_first(x: Tensor, d: int) -> bool:
 
 def weight(b: Tensor, q: Polynomial) -> Tensor:
     """Return the effective weight a b q(a² bᵀb) of b (d, k)."""
-    if q.degree == 0 or is_compiling() or is_dtensor(b) or is_batched(b) or transforming(b, *q):
+    if q.degree == 0 or is_compiling() or is_tracing() or is_dtensor(b) or is_batched(b) or transforming(b, *q):
         return eager_polynomial.weight(b, q)
     w: Tensor = apply(WeightFunction, b, *q)[0]
     return w

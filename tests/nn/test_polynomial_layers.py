@@ -506,6 +506,15 @@ def test_compiled_layer():
     torch.testing.assert_close(compiled(x), layer(x))
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning", "ignore::torch.jit.TracerWarning")
+def test_a_traced_layer_has_no_python_in_it():
+    layer, x = trained(SummaryLinear(6, 4, polynomial="newton-schulz")), torch.randn(9, 6)
+    file = io.BytesIO()
+    torch.jit.save(torch.jit.trace(layer, x), file)
+    file.seek(0)
+    torch.testing.assert_close(torch.jit.load(file)(x), layer(x))
+
+
 def test_penalty_and_engines_of_polynomial_layers():
     layer = constrain(trained(SummaryLinear(6, 4, polynomial="newton-schulz")), "penalty")
     x = torch.randn(5, 6)
