@@ -89,7 +89,7 @@ class Compiled(Result):
     """Counts of instructions in the code, and memory in bytes: `stack` per thread, `shared` per program.
 
     `spills` counts LDL and STL, which move registers to memory and back. `tensor_memory` is in columns; a multiprocessor of
-    compute capability 10 has 512.
+    compute capability 10 has 512. `loops` has the number of instructions of each innermost loop that multiplies matrices.
     """
 
     registers: int
@@ -97,6 +97,7 @@ class Compiled(Result):
     shared: int
     tensor_memory: int
     spills: int
+    loops: tuple[int, ...]
     hgmma: int
     hmma: int
     tcgen05: int
@@ -290,6 +291,7 @@ def _measure(tag: str, job: Specialised, built: triton.compiler.CompiledKernel, 
         shared=built.metadata.shared,
         tensor_memory=getattr(built.metadata, "tmem_size", None) or 0,
         spills=_count(instructions, "LDL|STL"),
+        loops=loops_of_products(report),
         hgmma=_count(instructions, "HGMMA"),
         hmma=_count(instructions, "HMMA"),
         tcgen05=_count(instructions, r"UTC\w*MMA"),
@@ -321,6 +323,26 @@ def _count(instructions: Counter[str], name: str, modifier: str | None = None) -
         for instruction, count in instructions.items()
         if re.fullmatch(name, instruction.split(".")[0]) and (modifier is None or modifier in instruction.split("."))
     )
+
+
+def loops_of_products(sass: str) -> tuple[int, ...]:
+    """Return the number of instructions of each innermost loop that multiplies matrices, in the order of the code.
+
+    A loop reaches from the target of a jump backwards to the last such jump. Loops that only wait are left out.
+    """
+    lines = re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+(.*?);", sass, re.MULTILINE)
+    code = [(int(address, 16), text) for address, text in lines]
+    products = [address for address, text in code if re.search(r"\b(HGMMA|HMMA|UTC\w*MMA)\b", text)]
+    ends: dict[int, int] = {}
+    for address, text in code:
+        jump = re.search(r"\bBRA\b.*\b0x([0-9a-f]+)", text)
+        if jump is not None and int(jump[1], 16) < address:
+            ends[int(jump[1], 16)] = address
+    loops = [loop for loop in sorted(ends.items()) if any(loop[0] <= at <= loop[1] for at in products)]
+    inner = [
+        (first, last) for first, last in loops if not any(first < other and end <= last for other, end in loops)
+    ]  # fmt: skip
+    return tuple(sum(first <= address <= last for address, _ in code) for first, last in inner)
 
 
 _IDENTITY = ("kernel", "tag", "capability", "dtype")
