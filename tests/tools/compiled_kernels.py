@@ -8,6 +8,7 @@
 PYTHONPATH, and with copies of this file and of offline.py in a folder of their own.
 """
 
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -27,6 +28,9 @@ KERNELS = {
     "pair loss": "pair_loss",
     "head loss": None,  # the one that planning takes
 }
+PATHS = [f"interp_nn/engines/triton/{name}" for name in (
+    "backward.py", "configs.py", "cross_entropy.py", "forward.py", "grid.py", "head.py", "table.json", "tiles.py",
+)]  # fmt: skip
 WITHOUT_SPILLS = ("forward", "forward with P", "backward", "pair backward")
 _KEY = ("name", "kernel", "dtype", "shape", "capability")
 
@@ -39,18 +43,13 @@ def wanted():
     from interp_nn.engines import select
     from interp_nn.engines.triton import configs
 
-    for dtype in DTYPES:
-        for capability in CAPABILITIES:
-            for shape in SHAPES:
-                for name, kernel in KERNELS.items():
-                    if (
-                        dtype == "fp16" and name not in WITHOUT_SPILLS
-                    ):  # fp16's losses have the tiles and loops of bf16's
-                        continue
-                    if kernel is None:
-                        plan = select._kernel_plan(head(capability, DTYPES[dtype], *shape, CLASSES), "triton")
-                        kernel = configs.LOSS_KERNELS[plan.order]
-                    yield name, kernel, dtype, shape, capability
+    for dtype, capability, shape, (name, kernel) in itertools.product(DTYPES, CAPABILITIES, SHAPES, KERNELS.items()):
+        if dtype == "fp16" and name not in WITHOUT_SPILLS:
+            continue  # fp16's losses have the tiles of bf16's
+        if kernel is None:
+            plan = select._kernel_plan(head(capability, DTYPES[dtype], *shape, CLASSES), "triton")
+            kernel = configs.LOSS_KERNELS[plan.order]
+        yield name, kernel, dtype, shape, capability
 
 
 def launch_of(name, kernel, dtype, shape, capability):
@@ -176,7 +175,7 @@ def main(command, record, *arguments):
         sha = environment.facts()["git_sha"]
         if found.get("git_sha") != sha:
             found["kernels"] = []
-        found |= {"git_sha": sha, "paths": ["interp_nn/engines/triton"], "triton": triton.__version__}
+        found |= {"git_sha": sha, "paths": PATHS, "triton": triton.__version__}
         rows, keys = found["kernels"], list(wanted())
     for changed in add(found, rows, keys):
         rows.sort(key=lambda row: keys.index(key_of(row)))
