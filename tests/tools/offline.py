@@ -34,6 +34,7 @@ from triton.runtime.jit import JITFunction, create_function_from_signature
 
 # Bytes of shared memory that a program may have, by compute capability. The compiler has no limit: the launch would fail.
 SHARED_LIMIT = {75: 65536, 80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
+TENSOR_MEMORY = 512  # columns of a multiprocessor of compute capability 10
 
 
 class Launch(NamedTuple):
@@ -88,8 +89,8 @@ class Failed(Result):
 class Compiled(Result):
     """Counts of instructions in the code, and memory in bytes: `stack` per thread, `shared` per program.
 
-    `spills` counts LDL and STL, which move registers to memory and back. `tensor_memory` is in columns; a multiprocessor of
-    compute capability 10 has 512. `loops` has the number of instructions of each innermost loop that multiplies matrices.
+    `spills` counts LDL and STL, which move registers to memory and back. `tensor_memory` is in columns. `loops` has the number
+    of instructions of each innermost loop that multiplies matrices.
     """
 
     registers: int
@@ -242,6 +243,10 @@ def _build(tag: str, job: Specialised, keep_messages: bool = True) -> Outcome:
             messages.seek(0)
             first = re.search(r".*\berror: .*", messages.read().decode(errors="replace"), re.IGNORECASE)
             return _failed(tag, job, seconds, f"{type(error).__name__}: {error}" + (f"\n{first[0]}" if first else ""))
+    columns = getattr(built.metadata, "tmem_size", None) or 0
+    if columns > TENSOR_MEMORY:  # the compiler puts a trap in the place of the kernel
+        why = f"{columns} columns of tensor memory, and a multiprocessor has {TENSOR_MEMORY}"
+        return _failed(tag, job, time.perf_counter() - start, why)
     return _measure(tag, job, built, time.perf_counter() - start)
 
 

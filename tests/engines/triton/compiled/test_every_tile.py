@@ -60,6 +60,5 @@ def test_every_tile_compiles_and_fits(capability):
     offline.write_table(ARTEFACTS / f"every-tile-sm_{capability}-triton-{triton.__version__}.txt", made.values())
     assert not {key[0]: o.error for key, o in made.items() if o.error}
     assert not {key[0]: o.shared for key, o in made.items() if not o.fits_shared}
-    assert not {key[0]: o.tensor_memory for key, o in made.items() if o.tensor_memory > 512}
     assert not {key[0]: o.spills for key, o in made.items() if o.spills > most_spills(o)}
     assert not [key[0] for key, o in made.items() if o.kernel != "stream" and not o.has_acquire_release]
