@@ -14,8 +14,7 @@ from interp_nn.engines.triton.configs import Bucket
 
 D = 512
 # Loads and stores of spilled registers: of the forwards and backwards up to 128 columns in 16 bits, of the other kernels in 16
-# bits, and in fp32. `auto` takes no loss in fp32. The most are those of heads with 100 classes; with 10 classes they are below 100
-# in 16 bits.
+# bits, and in fp32. `auto` takes no loss in fp32. Heads with 100 classes have the most; with 10 classes none in 16 bits has 100.
 MOST_SPILLS = {"plain": 8, "16 bits": 400, "fp32": 2800}
 
 
