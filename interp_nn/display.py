@@ -5,13 +5,14 @@ from __future__ import annotations
 import sys
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Sequence, Sized
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from html import escape
 from itertools import chain
 from typing import Any, TypeVar
 
 _T = TypeVar("_T")
 _DELAY = 1.0  # seconds until a bar appears that nobody asked for
+_MOST_ENTRIES = 12  # of a tensor in a repr
 
 
 def track(steps: Iterable[_T], what: str, progress: bool | None, unit: str = "step") -> Iterable[_T]:
@@ -43,7 +44,7 @@ def track(steps: Iterable[_T], what: str, progress: bool | None, unit: str = "st
         return _after_delay(steps, what, unit)
     bar = _tqdm()
     if bar is None:
-        raise ImportError("progress=True needs tqdm: pip install interp_nn[explain]")
+        raise ImportError("progress=True needs tqdm: pip install tqdm")
     return _shown(steps, bar, desc=what, unit=unit)
 
 
@@ -73,6 +74,25 @@ def html_table(
         f"<p>{'<br>'.join(map(escape, lines))}</p>" if (lines := list(part)) else "" for part in (above, below)
     )
     return f"{before}<table>{cells}</table>{after}"
+
+
+def brief(name: str, fields: Mapping[str, Any]) -> str:
+    """Return the repr of an object with fields, in which a tensor of more than 12 entries is its shape.
+
+    Example:
+        >>> import torch
+        >>> brief("Ball", {"centre": torch.zeros(784), "radius": 2.0})
+        'Ball(centre=tensor of shape (784,), radius=2.0)'
+    """
+    shown = (
+        f"{field}=tensor of shape {tuple(value.shape)}" if _entries(value) > _MOST_ENTRIES else f"{field}={value!r}"
+        for field, value in fields.items()
+    )
+    return f"{name}({', '.join(shown)})"
+
+
+def _entries(value: Any) -> int:
+    return int(value.numel()) if hasattr(value, "numel") else 1
 
 
 def _shown(steps: Iterable[_T], bar: Any, **options: Any) -> Iterator[_T]:

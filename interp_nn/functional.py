@@ -22,7 +22,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from numbers import Real
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -85,6 +85,13 @@ class SummaryPair(NamedTuple):
 
     projection: Tensor
     summary: Tensor
+
+    def __getattr__(self, name: str) -> Any:
+        # Python calls this only for attributes that it did not find, such as argmax.
+        raise AttributeError(
+            f"SummaryPair has no attribute {name!r}: it is the pair that a summary layer, or a head in training mode, returns; "
+            "take its `projection` or `summary`, or call model.eval() for one tensor of logits"
+        )
 
 
 def summary(

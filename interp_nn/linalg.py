@@ -303,13 +303,18 @@ def retract(b: Tensor) -> Tensor:
         tensor([[1., 0.],
                 [0., 1.]])
     """
+    return retraction(b)[0]
+
+
+def retraction(b: Tensor) -> tuple[Tensor, bool]:
+    """Return what `retract` returns, and whether b was near; a b that is not finite is not."""
     if not b.numel():
-        return b.clone()
+        return b.clone(), True
     g = gram_small(b)
     steps = _steps_left(_deviation(g), _rounding(g))
     if steps is None:
-        return _newton_schulz(b, None, 100)[0]
-    return mul_gram(b, _root_of_inverse(g, steps)) if steps else b.clone()
+        return _newton_schulz(b, None, 100)[0], False
+    return (mul_gram(b, _root_of_inverse(g, steps)) if steps else b.clone()), True
 
 
 def _newton_schulz(b: Tensor, tolerance: float | None, most: int) -> tuple[Tensor, int]:

@@ -9,7 +9,20 @@ import torch
 from torch import nn
 
 from interp_nn import convert, display
-from interp_nn.explain import ActivationClusters, Descrambler, linearize, npk, seriate, supported_ops
+from interp_nn.explain import (
+    ActivationClusters,
+    AffineMap,
+    Descrambler,
+    NPKMachine,
+    Region,
+    facets,
+    linearize,
+    npk,
+    region,
+    region_graph,
+    seriate,
+    supported_ops,
+)
 
 
 class Terminal(io.StringIO):
@@ -68,7 +81,7 @@ def test_a_missing_tqdm_is_named_where_a_bar_was_asked_for(monkeypatch):
     monkeypatch.setattr(sys, "stderr", Terminal())
     monkeypatch.setattr(display, "_DELAY", 0.0)
     assert list(display.track(range(2), "x", None)) == [0, 1]
-    with pytest.raises(ImportError, match=r"progress=True needs tqdm: pip install interp_nn\[explain\]"):
+    with pytest.raises(ImportError, match=r"progress=True needs tqdm: pip install tqdm"):
         display.track(range(2), "x", True)
     with pytest.raises(TypeError, match="progress: got str, want True, False or None"):
         display.track(range(2), "x", "yes")
@@ -87,6 +100,8 @@ X = torch.randn(40, 4, dtype=torch.float64)
         (lambda on: ActivationClusters(NETWORK, progress=on).fit(X), "patterns"),
         (lambda on: ActivationClusters(NETWORK, progress=False).set_params(progress=on).fit(X).merge(), "merging"),
         (lambda on: npk(NETWORK, X, progress=on), "kernel"),
+        (lambda on: NPKMachine(NETWORK, progress=on).fit(X, X[:, 0]), "kernel"),
+        (lambda on: NPKMachine(NETWORK, progress=False).fit(X, X[:, 0]).set_params(progress=on).predict(X), "kernel"),
         (lambda on: npk(NETWORK, X, method="montecarlo", draws=2, progress=on), "draws"),
         (lambda on: Descrambler(operator="diff1", progress=on).fit(X).nulls_, "null models"),
         (lambda on: seriate(torch.randn(5, 20), progress=on), "seriation"),
@@ -109,3 +124,26 @@ def test_tables_are_html_in_notebooks():
     assert report.count("<tr>") == 4 and "<td>relu</td><td>1</td><td>gate</td>" in report
     converted = convert.summarize(nn.Sequential(nn.Linear(3, 2), nn.Bilinear(2, 2, 2)), dry_run=True)._repr_html_()
     assert "<td>SummaryLinear</td>" in converted and "skipped: 1 Bilinear" in converted
+    affine = linearize(NETWORK, X)
+    assert "<td>40</td><td>(4,)</td><td>(2,)</td><td>output</td><td>while no gate changes</td>" in affine._repr_html_()
+    assert "weight" not in vars(affine)  # which is not formed for it
+    assert "<td>1</td><td>at x</td>" in linearize(NETWORK, X, layer="1", mode="tangent")._repr_html_()
+    given = AffineMap.from_tensors((torch.ones(1, 2), torch.ones(1, 3, 4)), torch.ones(1))._repr_html_()
+    assert "<td>1</td><td>(2,), (3, 4)</td><td>()</td></tr>" in given and "exact" not in given
+    on = int((NETWORK[0](X[0]) > 0).sum())
+    assert f"<td>6</td><td>{on}</td><td>4</td>" in region(NETWORK, X[:1])._repr_html_()
+
+
+def test_reprs_are_short():
+    wide = Region(torch.eye(784), torch.ones(784), torch.ones(784, dtype=torch.bool))
+    boundary, ball = wide.nearest_boundary(torch.zeros(2, 784)), wide.chebyshev(box=(0.0, 1.0))
+    assert repr(boundary).endswith("point=tensor of shape (2, 784))") and repr(boundary).startswith(
+        "Boundary(distance="
+    )
+    assert repr(ball) == f"Ball(centre=tensor of shape (784,), radius={ball.radius!r})"
+    one = nn.Sequential(nn.Linear(2, 8), nn.ReLU(), nn.Linear(8, 1)).double().eval()
+    graph = region_graph(one, torch.zeros(1, 2, dtype=torch.float64), box=(-1.0, 1.0))
+    assert repr(graph) == f"RegionGraph({len(graph.regions)} regions, {len(graph.edges)} edges, complete=True)"
+    sides = facets(region(NETWORK, X[:1]), box=(-9.0, 9.0))
+    assert "points=tensor of shape" in repr(sides) or len(sides.units) < 4
+    assert "tensor(" not in repr(graph.statistics(one, torch.zeros(1, 2, dtype=torch.float64)))

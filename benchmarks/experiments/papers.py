@@ -1,4 +1,4 @@
-"""`papers`: the published results beside the experiments' records, as Markdown.
+"""`papers`: the published results beside the experiments' records, as Markdown: the headlines, and a table of all.
 
 Every cell comes from a record; an experiment without a record has no line. Shares are in per cent, published ones to the
 published digits. Results of several seeds are their mean and standard deviation; of errors, the largest.
@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks.experiments import common
-from benchmarks.records import environment
+from benchmarks.experiments.gated_images import RECOVERED
+from benchmarks.records import environment, rows
 
 Record = dict[str, Any]
 
@@ -44,6 +45,16 @@ FULL = {
     "descramble_cifar10": Full(15, 50_000), "mnist_tsne": Full(100, 60_000, batch=500),
 }  # fmt: skip
 
+_LEAST = "{} of ReLU, last epoch, %"  # of regimes that are said to recover a share of the ReLU network's accuracy
+# The lines that answer a published claim with a budget that means something.
+HEADLINES = {
+    "summary_vgg": ("base head, %", "summary head, reference's init, %", "summary head, orthogonal, %"),
+    "summary_cnn": ("base head, %", "no ReLU: summary, reference's init, %", "summary, orthogonal, %"),
+    "dlgn_recovery-cifar10": (_LEAST.format("DLGN(x)"), _LEAST.format("DLGN(1)")),
+    "dlgn_recovery-cifar100": (_LEAST.format("DLGN(x)"), _LEAST.format("DLGN(1)")),
+    "oblique_trees": ("SDI, DLGN-SF, %", "SDI, DLGN, %", "SDII, DLGN-SF, %", "SDII, DLGN, %"),
+}
+
 
 def read(root: Path = environment.ROOT / "benchmarks" / "results") -> list[Record]:
     """Read the records that have lines in the table, in its order, each device in turn.
@@ -52,7 +63,34 @@ def read(root: Path = environment.ROOT / "benchmarks" / "results") -> list[Recor
     """
     folders = sorted(root.glob("*/experiments"))
     files = [folder / f"{name}.json" for name in _READERS for folder in folders]
-    return [_record(file) for file in files if file.exists()]
+    return [record for file in files for record in _records(file)]
+
+
+def _records(file: Path) -> list[Record]:
+    """Read the record of a file, or make one for each network of the units beside it."""
+    if file.exists():
+        return [_record(file)]
+    units = file.with_suffix(".jsonl")
+    return _units(units) if file.stem.startswith("dlgn_recovery") and units.exists() else []
+
+
+def _units(file: Path) -> list[Record]:
+    """Return a record of the seeds of each network, of the newest training's budget, with the ReLU network's accuracies."""
+    try:
+        found = rows.lines(file)
+        same = {key: found[-1][key] for key in ("dataset", "epochs", "batch", "train_images", "device")}
+        trained = [row for row in found if same.items() <= row.items()]
+        relu = {row["seed"]: row["last_accuracy"] for row in trained if row["network"] == "ReLU"}
+        return [
+            {
+                "experiment": file.stem, "device": same["device"], "budget": same, "network": network, "relu": relu,
+                "seeds": {row["seed"]: row["last_accuracy"] for row in trained if row["network"] == network},
+                "results": {"trainings": [row for row in trained if row["network"] == network]}, "quick": False,
+            }
+            for network in dict.fromkeys(row["network"] for row in trained)
+        ]  # fmt: skip
+    except (KeyError, IndexError) as error:
+        raise ValueError(f"{file}: has no key or row {error}") from error
 
 
 def _record(file: Path) -> Record:
@@ -67,15 +105,18 @@ def _record(file: Path) -> Record:
 
 
 def markdown(records: list[Record]) -> str:
-    """Return the table, and the experiments without a record of the full budget."""
-    rows = ["| experiment | what | published | ours | budget | device |", "|---|---|--:|--:|---|---|"]
+    """Return the headlines, the table of all, and the experiments without a record of the full budget."""
+    head = ["| experiment | what | published | ours | budget | device |", "|---|---|--:|--:|---|---|"]
+    first, every = list(head), list(head)
     for one in records:
         for line in _READERS[one["experiment"]](one):
             cells = (line.what, line.published or "-", line.ours, _budget(one, line.epochs), one["device"])
-            rows.append(f"| `{one['experiment']}` | {' | '.join(cells)} |")
+            every.append(f"| `{one['experiment']}` | {' | '.join(cells)} |")
+            first += every[-1:] * (line.what in HEADLINES.get(one["experiment"], ()))
+    tables = "\n".join([*first, "", "All of them:", "", *every] if len(first) > len(head) else every)
     done = {one["experiment"] for one in records if _whole(one)}
     missing = [f"`{n}` ({f.epochs} epochs of {f.images:,} images{f.more})" for n, f in FULL.items() if n not in done]
-    return "\n".join(rows) + (f"\n\nBudget of a GPU not yet run: {', '.join(missing)}." if missing else "")
+    return tables + (f"\n\nBudget of a GPU not yet run: {', '.join(missing)}." if missing else "")
 
 
 def _whole(one: Record) -> bool:
@@ -161,6 +202,16 @@ def _regimes(one: Record) -> Iterator[Line]:
         yield Line(f"{name} of ReLU, last epoch, %", more and f"> {more}", f"{100 * ratio:.1f}", epochs)
 
 
+def _recovery(one: Record) -> Iterator[Line]:
+    name, accuracies, relu = one["network"], one["seeds"], one["relu"]
+    epochs = one["budget"]["epochs"]
+    yield Line(f"{name}, last epoch, %", "", _percent(common.spread(list(accuracies.values()))), epochs)
+    shares = [accuracy / relu[seed] for seed, accuracy in accuracies.items() if seed in relu]
+    if name != "ReLU" and shares:
+        more = _published(RECOVERED[one["budget"]["dataset"]]) if name.startswith("DLGN") else ""
+        yield Line(_LEAST.format(name), more and f"> {more}", _percent(common.spread(shares)), epochs)
+
+
 def _trees(one: Record) -> Iterator[Line]:
     for tree in ("SDI", "SDII", "SDIII"):
         for name, row in one["results"].get(tree, {}).items():
@@ -215,6 +266,7 @@ def _plane(one: Record) -> Iterator[Line]:
 
 _READERS: dict[str, Callable[[Record], Iterator[Line]]] = {
     "summary_vgg": _heads, "summary_cnn": _heads, "gated_images-cifar10": _regimes, "gated_images-cifar100": _regimes,
+    "dlgn_recovery-cifar10": _recovery, "dlgn_recovery-cifar100": _recovery,
     "gated_images-mnist": _regimes, "oblique_trees": _trees, "titanic": _passengers, "linearize_cifar10": _attributions,
     "descramble_cifar10": _layers, "mnist_tsne": _plane,
 }  # fmt: skip

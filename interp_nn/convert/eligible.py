@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from interp_nn.nn.base import LinearForm
-from interp_nn.nn.heads import SummaryHead, SummaryLayer
+from interp_nn.nn.heads import SummaryClassifier, SummaryHead, SummaryLayer
 from interp_nn.nn.polynomial_layer import PolynomialLayer
 from interp_nn.nn.weights import own_name
 
@@ -157,8 +157,10 @@ def _unsupported_reason(layer: nn.Module, classes: Mapping[type, type], values: 
         if base is None:
             reason = f"neither {' nor '.join(c.__name__ for c in classes)}"
             if isinstance(layer, SummaryLayer) and nn.Linear not in classes:
-                reason += "; an nn.Linear with weight b.T and no bias computes its projection"
-                reason += ", and `output` the logits" if isinstance(layer, SummaryHead) else ""
+                if isinstance(layer, SummaryHead | SummaryClassifier):
+                    reason += "; its own fold() returns the plain layers of evaluation mode"
+                else:
+                    reason += "; an nn.Linear with weight b.T and no bias computes its projection"
             return reason
         return f"a subclass of {base.__name__}, which may compute something else"
     parametrized = parametrize.is_parametrized(layer)

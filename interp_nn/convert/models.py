@@ -146,7 +146,7 @@ def summarize(
     """Make each nn.Linear of a model a SummaryLinear and each nn.Conv2d a SummaryConv2d, in place.
 
     To train a whole network, take `polynomial="newton-schulz"` and call `interp_nn.nn.follow(optimizer, model)`: the summary
-    diverges at learning rates at which plain layers train. It is for heads.
+    diverges at some learning rates at which plain layers train. It is for heads.
 
     The layer's class changes, and its parameter `weight` is renamed `b` and gets the values of b; a linear layer's also gets b's
     shape (in, out), in the same memory, and loses its gradient. Parameters are the same objects, so tied weights stay tied. An

@@ -20,7 +20,7 @@ Degree 0 has no Gram matrix: W = c0 b, or Y = c0 P of a pair, by autograd.
 
 So nothing that is saved grows with n beyond the size of the parameter. Any order may instead leave its backward to PyTorch's
 autograd, which has more operations but none of the operator's fixed cost. The cost of an order is its floating-point operations,
-forward and backward together, plus a charge for each matrix product and for the operator.
+forward and backward together, plus a charge for each matrix product, for what it reads and writes, and for the operator.
 """
 
 from __future__ import annotations
@@ -31,6 +31,8 @@ from interp_nn.engines.problem import Order, Plan, Problem
 
 # A matrix product costs at least about as much as this many floating-point operations: call, allocation, cold operands.
 PRODUCT_OVERHEAD = 400_000
+# An element that a product reads or writes takes the time of about as many: without it, few rows and k look too cheap beside G.
+ELEMENT_COST = 20
 # The same for an operator with its autograd Function around it, forward and backward (about 0.4 ms of a cold CPU core).
 OPERATOR_OVERHEAD = 40_000_000
 
@@ -155,9 +157,11 @@ def flops_and_products(plan: Plan, problem: Problem) -> tuple[int, int]:
 
 
 def cost(plan: Plan, problem: Problem) -> int:
-    """Return the floating-point operations, plus the charge for products and the operator in the same unit."""
-    flops, count = flops_and_products(plan, problem)
-    return flops + count * PRODUCT_OVERHEAD + (0 if plan.autograd else OPERATOR_OVERHEAD)
+    """Return the floating-point operations, plus the charges for products, elements and the operator in the same unit."""
+    products = count_products(plan, problem)
+    sizes = problem.n, problem.d, problem.k
+    charges = sum(products) * PRODUCT_OVERHEAD + products.elements(*sizes) * ELEMENT_COST
+    return products.flops(*sizes) + charges + (0 if plan.autograd else OPERATOR_OVERHEAD)
 
 
 def candidates(problem: Problem, operators: bool = True, autograd: bool = True) -> list[Plan]:

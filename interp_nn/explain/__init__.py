@@ -1,4 +1,4 @@
-"""Exact explanations of networks of linear maps and gates: affine maps, activation patterns, and the regions they stand for.
+"""Explanations of networks: the exact affine map of linear maps and gates, activation patterns, and the regions they stand for.
 
 Where every unit of a ReLU network is either on or off, the network is an affine map. The units' states are its activation
 pattern, and the inputs that share one are a convex region with flat sides.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +17,7 @@ from interp_nn.nn.symbolic import weight_in_graph
 from interp_nn.ops.library import is_dtensor, is_wrapped, transforming
 
 _EXACT = (torch.float32, torch.float64)
+_OLD_HOOKS = ("torch.nn.utils.weight_norm", "torch.nn.utils.spectral_norm")
 
 
 class _Cached(NamedTuple):
@@ -39,11 +41,27 @@ class LinearForm(nn.Module):
     b: nn.Parameter
     groups: int = 1
     constraint: str | None = None  # set by `orthogonality.constrain`
-    __jit_unused_properties__ = ("weight",)
+    __jit_unused_properties__ = ("weight", "_parameters")
 
     # Under the constraint "penalty": a list of none or one Gram matrix that a forward formed, and the hook on `b` that
     # empties the list.
     _gram_cache: tuple[list[_Cached], RemovableHandle] | None = None
+
+    @property
+    def _parameters(self) -> dict[str, nn.Parameter | None]:
+        """The parameters. A read by PyTorch's old hooks, which replace `weight` in this dictionary, raises ValueError.
+
+        Forwards read `self.__dict__["_parameters"]`, as nn.Module does, and pass this by.
+        """
+        if not torch.compiler.is_compiling():
+            caller = sys._getframe(1)
+            if caller.f_globals.get("__name__") in _OLD_HOOKS and caller.f_locals.get("name") == "weight":
+                raise ValueError(f"{READ_ONLY}; torch.nn.utils.weight_norm and spectral_norm take name='b', too")
+        return self.__dict__["_parameters"]
+
+    @_parameters.setter
+    def _parameters(self, value: dict[str, nn.Parameter | None]) -> None:
+        self.__dict__["_parameters"] = value
 
     @property
     def weight(self) -> Tensor:
@@ -230,7 +248,10 @@ class LinearForm(nn.Module):
         return super()._apply(*args, **kwargs)
 
     def train(self, mode: bool = True) -> Any:
-        """Set training or evaluation mode; return the module. Evaluation mode warns, once, if b is not finite."""
+        """Set training or evaluation mode; return the module.
+
+        Evaluation mode warns, once, if b is not finite, or has an orthogonality defect above 1 in spite of a constraint.
+        """
         if not mode:
             diagnosis.look(self)
         return super().train(mode)

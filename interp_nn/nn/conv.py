@@ -1,4 +1,4 @@
-"""SummaryConv2d: a drop-in replacement of nn.Conv2d."""
+"""SummaryConv2d: a layer with the arguments of nn.Conv2d, whose weight is b (bᵀb)."""
 
 from __future__ import annotations
 

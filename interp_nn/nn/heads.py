@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from interp_nn import functional, linalg
 from interp_nn.functional import EQUAL_WEIGHTS, SummaryPair
+from interp_nn.nn import diagnosis
 from interp_nn.nn.base import LinearForm
 from interp_nn.nn.loss import SummaryLoss
 from interp_nn.nn.symbolic import call_in_graph
@@ -122,6 +124,15 @@ class SummaryLayer(LinearForm):
             x.detach(), self.b, target=target, ignore_index=ignore_index, reduction=reduction
         )
 
+    def _folded_projection(self) -> nn.Linear:
+        """Return the plain layer of the projection."""
+        diagnosis.look(self)
+        plain = nn.Linear(self.in_features, self.out_features, bias=False, device="meta", dtype=self.b.dtype)
+        plain = plain.to_empty(device=self.b.device).train(self.training)
+        with torch.no_grad():
+            plain.weight.copy_(self.whole_matrix().mT).requires_grad_(self.b.requires_grad)
+        return plain
+
     def extra_repr(self) -> str:
         """Return the sizes and the constraint for repr."""
         return f"in_features={self.in_features}, out_features={self.out_features}{self._note()}"
@@ -161,6 +172,15 @@ class SummaryClassifier(SummaryLayer):
         if (call := call_in_graph(self, x)) is not None:
             return call
         return super().forward(x) if self.training else self.projection(x)
+
+    def fold(self) -> nn.Linear:
+        """Return a plain nn.Linear that computes the logits of evaluation mode.
+
+        Example:
+            >>> SummaryClassifier(4, 3).fold()
+            Linear(in_features=4, out_features=3, bias=False)
+        """
+        return self._folded_projection()
 
     def loss(
         self,
@@ -243,6 +263,16 @@ class SummaryHead(SummaryLayer):
         if not self.training:
             return self.output(self.projection(x))
         return SummaryPair(*map(self.output, super().forward(x)))
+
+    def fold(self) -> nn.Sequential:
+        """Return two plain layers that compute the logits of evaluation mode: one with the weight bᵀ, and a copy of `output`.
+
+        Example:
+            >>> head, x = SummaryHead(8, 4, 3).eval(), torch.ones(2, 8)
+            >>> torch.allclose(head.fold()(x), head(x), atol=1e-6)
+            True
+        """
+        return nn.Sequential(self._folded_projection(), copy.deepcopy(self.output)).train(self.training)
 
     def loss(
         self,

@@ -1,4 +1,4 @@
-"""SummaryLinear: a drop-in replacement of nn.Linear."""
+"""SummaryLinear: a layer with the arguments of nn.Linear, whose weight is b (bᵀb)."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class SummaryLinear(PolynomialLayer):
     orthonormal, bias starts as in nn.Linear, the gain at 1. For all named polynomials the weight starts as bᵀ. b has the shape
     that it has in the equation, because the transposed layout is not faster.
 
-    The summary is q(G) = G. It is for heads: a whole network of it diverges at learning rates at which nn.Linear trains. For
+    The summary is q(G) = G. It is for heads: a whole network of it diverges at some learning rates at which nn.Linear trains. For
     whole networks take `polynomial="newton-schulz"`, which is y = g x b̂ (3 I - b̂ᵀb̂) / 2 with b̂ = b / σ, and call
     `interp_nn.nn.follow(optimizer, model)` once, which updates the spectral norm σ of b after each step.
 
@@ -100,7 +100,8 @@ class SummaryLinear(PolynomialLayer):
             self._cache_gram(gram)
             return y
         # Attributes of a module that are parameters take a long search.
-        b, bias = self._parameters.get("b"), self._parameters.get("bias")
+        parameters = self.__dict__["_parameters"]
+        b, bias = parameters.get("b"), parameters.get("bias")
         return functional.summary(input, self.b if b is None else b, self.bias if bias is None else bias)
 
     def fold(self) -> nn.Linear:

@@ -125,9 +125,10 @@ def retract_(model: nn.Module) -> None:
         parameter = layer.b
         with linalg.autocast_off(parameter.device):
             b = layer.whole_matrix().to(linalg.accumulation_dtype(parameter.dtype))
-            if parameter.is_cpu and not torch.compiler.is_compiling():  # a GPU would have to wait at each step
+            nearest, near = linalg.retraction(b)
+            if not near:  # so that most steps cost no look
                 diagnosis.look(layer, model)
-            layer._write(as_parameter(linalg.retract(b).to(parameter.dtype), parameter.shape))
+            layer._write(as_parameter(nearest.to(parameter.dtype), parameter.shape))
 
 
 class _CachedGram(Function):

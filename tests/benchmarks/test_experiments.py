@@ -423,6 +423,30 @@ def test_the_page_of_papers_says_what_the_records_say(tmp_path, capsys):
     assert "has no lines '<!-- begin: python -m benchmarks papers" in capsys.readouterr().err
 
 
+def test_the_recovered_share_is_that_of_the_same_seeds(tmp_path):
+    shared = {"dataset": "cifar10", "epochs": 12, "batch": 64, "train_images": 50_000, "device": "a device"}
+    units = [
+        ("ReLU", 0, 0.5),
+        ("ReLU", 1, 0.8),
+        ("DLGN(x)", 0, 0.4),
+        ("DLGN(x)", 1, 0.8),
+        ("DLGN(x)", 2, 0.9),
+        ("FLNPF", 1, 0.6),
+    ]
+    rows = [{**shared, "network": name, "seed": seed, "last_accuracy": found} for name, seed, found in units]
+    file = tmp_path / "a_device" / "experiments" / "dlgn_recovery-cifar10.jsonl"
+    file.parent.mkdir(parents=True)
+    rows.insert(0, {**rows[2], "epochs": 1, "last_accuracy": 0.1})  # of another budget
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    page = papers.markdown(papers.read(tmp_path))
+    assert (
+        page.count("| DLGN(x) of ReLU, last epoch, % | > 83.5 | 90.0 ± 14.1 | 12 epochs, 50,000 images, 3 seeds |") == 2
+    )
+    assert (
+        page.count("| FLNPF of ReLU, last epoch, % | - | 75.0 | 12 epochs, 50,000 images, 1 seed |") == 1
+    )  # no headline
+
+
 @needs_records
 @pytest.mark.parametrize(
     ("file", "change", "told"),

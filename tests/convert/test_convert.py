@@ -208,16 +208,15 @@ def test_fold_leaves_what_has_no_plain_equal():
     model = nn.ModuleList([SummaryLinear(4, 3), SummaryLayer(4, 3), SummaryHead(4, 3, 2), Mine(4, 3), tied, embedding])
     model.append(SummaryClassifier(4, 3))
     report = fold(model)
-    projection = (
-        "neither SummaryLinear nor SummaryConv2d; an nn.Linear with weight b.T and no bias computes its projection"
-    )
+    neither = "neither SummaryLinear nor SummaryConv2d"
+    head = f"{neither}; its own fold() returns the plain layers of evaluation mode"
     assert [type(m) for m in model][:2] == [nn.Linear, SummaryLayer] and type(model[4]) is SummaryLinear
     assert {row.name: row.reason for row in report.skipped} == {
-        "1": projection,
-        "2": f"{projection}, and `output` the logits",
+        "1": f"{neither}; an nn.Linear with weight b.T and no bias computes its projection",
+        "2": head,
         "3": "a subclass of SummaryLinear, which may compute something else",
         "4": "its b is tied to 5.weight",
-        "6": projection,
+        "6": head,
     }
     assert {row.reason for row in summarize(model, dry_run=True).skipped if row.name in "126"} <= {
         "neither Linear nor Conv2d"

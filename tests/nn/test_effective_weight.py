@@ -197,6 +197,7 @@ def test_an_embedding_is_not_tied_to_the_weight():
         embedding.weight = layer.weight
 
 
+@pytest.mark.filterwarnings("ignore:.*an orthogonality defect above 1:RuntimeWarning")
 @by_kind
 @pytest.mark.parametrize("state", ["plain", "frozen", "penalty", "parametrization"])
 def test_set_weight(kind, state):
@@ -284,13 +285,42 @@ def test_a_merge_of_an_adapter():
         lambda m: nn.utils.parametrizations.spectral_norm(m),
         lambda m: nn.utils.parametrize.register_parametrization(m, "weight", nn.Identity()),
         lambda m: prune.l1_unstructured(m, "weight", 2),
-        lambda m: nn.utils.spectral_norm(m),
     ],
-    ids=["weight norm", "spectral norm", "parametrization", "pruning", "old spectral norm"],
+    ids=["weight norm", "spectral norm", "parametrization", "pruning"],
 )
 def test_transformations_of_the_weight_are_refused(change):
     layer, x = make("linear")
     before = layer(x)
-    with pytest.raises((TypeError, ValueError, KeyError)):
+    with pytest.raises((TypeError, ValueError)):
         change(layer)
     assert torch.equal(layer(x), before)
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated:FutureWarning")
+@pytest.mark.parametrize("change", [nn.utils.weight_norm, nn.utils.spectral_norm])
+@pytest.mark.parametrize("kind", ["linear", "conv", "head"])
+def test_the_old_hooks_of_the_weight_are_refused_in_words(kind, change):
+    layer = SummaryHead(6, 4, 3).eval() if kind == "head" else make(kind)[0]
+    x = torch.randn(2, 6) if kind == "head" else make(kind)[1]
+    before = layer(x)
+    with pytest.raises(ValueError, match=r"^weight: is computed from b .*layer\.fold\(\).* take name='b'"):
+        change(layer)
+    assert torch.equal(layer(x), before) and not layer._forward_pre_hooks
+    change(layer, "b")
+
+
+def test_the_parameters_are_a_dictionary_to_everyone_else():
+    layer = SummaryLinear(4, 3)
+    assert type(layer._parameters) is dict and layer._parameters is vars(layer)["_parameters"]
+    name = "weight"  # as the hooks' local variable
+    assert name not in layer._parameters
+    with pytest.raises(KeyError):
+        layer._parameters[name]
+    replica = layer._replicate_for_data_parallel()
+    assert replica._parameters == {} and list(layer._parameters) == ["b", "bias"]
+
+    @torch.compile(backend="eager", fullgraph=True)
+    def sizes(x):
+        return x * sum(p.numel() for p in layer.parameters()) + layer._parameters["b"].sum()
+
+    assert sizes(torch.ones(1)).item() == pytest.approx(15 + layer.b.sum().item(), rel=1e-5)

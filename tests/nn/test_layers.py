@@ -1,6 +1,7 @@
 import copy
 import inspect
 import math
+import pickle
 
 import pytest
 import torch
@@ -415,3 +416,35 @@ def test_head_loss_is_fp32_for_16_bit_inputs(consistency):
     head = SummaryHead(12, 5, 3, dtype=torch.bfloat16)
     x, target = torch.randn(6, 12, dtype=torch.bfloat16), torch.tensor([0, 1, 2, 2, 1, 0])
     assert head.loss(x, target, consistency=consistency).dtype == torch.float32
+
+
+@pytest.mark.parametrize("cls", [lambda **kw: SummaryClassifier(12, 4, **kw), lambda **kw: SummaryHead(12, 5, 4, **kw)])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_heads_fold_to_plain_layers(cls, dtype):
+    head, x = randomize(cls(dtype=dtype), 0.3).eval(), torch.randn(7, 12, dtype=dtype)
+    head.b.requires_grad_(False)
+    state = torch.get_rng_state()
+    plain = head.fold()
+    assert torch.equal(torch.get_rng_state(), state)
+    assert {type(m) for m in plain.modules()} <= {nn.Sequential, nn.Linear} and not plain.training
+    torch.testing.assert_close(plain(x), head(x))
+    assert not next(plain.parameters()).requires_grad
+    memories = {p.data_ptr() for p in head.parameters()}
+    assert not memories & {p.data_ptr() for p in plain.parameters()}
+    assert head.train().fold().training
+    nn.Sequential(cls(device="meta")).append(cls(device="meta").fold())
+
+
+@pytest.mark.filterwarnings("ignore:.*autograd.function.Function.* should not be instantiated")
+def test_a_pair_says_what_to_do():
+    head = SummaryHead(12, 5, 3)
+    with torch.no_grad():
+        pair = head(torch.randn(2, 12))
+    with pytest.raises(
+        AttributeError, match=r"SummaryPair has no attribute 'argmax'.*`projection`.* call model\.eval\(\)"
+    ):
+        pair.argmax(1)
+    assert not hasattr(pair, "shape") and copy.deepcopy(pair).summary.shape == (2, 3)
+    assert pickle.loads(pickle.dumps(pair)).projection.shape == (2, 3)
+    call = torch.compile(lambda x: head(x).projection.argmax(1), backend="eager", fullgraph=True)
+    assert torch.equal(call(torch.ones(2, 12)), head(torch.ones(2, 12)).projection.argmax(1))

@@ -117,6 +117,7 @@ def test_the_checkpoint_of_a_converted_model_loads_into_a_converted_model_alone(
     torch.testing.assert_close(fresh(x), plain(x), rtol=1e-12, atol=1e-14)
 
 
+@pytest.mark.filterwarnings("ignore:.*an orthogonality defect above 1:RuntimeWarning")
 @by_both_ways
 def test_loading_into_a_frozen_and_into_a_penalised_layer():
     model, other = randomized(network()), randomized(network())

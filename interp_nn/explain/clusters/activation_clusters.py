@@ -293,8 +293,8 @@ class ActivationClusters(PiecewiseAffine, Estimator):
                 return n, found[n]
         best = max(found, key=lambda n: -torch.inf if found[n].r2 != found[n].r2 else found[n].r2)
         warnings.warn(
-            f"target: {best} clusters reach an R² of {found[best].r2:.3f} with the network on held-out samples, below {target}; "
-            "for a closer approximation ask for more, merge(n_clusters)",
+            f"target: {best} clusters reach an R² of {found[best].r2:.3f} with the network on held-out samples, below {target}, "
+            f"and no other number up to {max(found)} reaches more; for a larger number call merge(n_clusters=...)",
             stacklevel=3,
         )
         return best, found[best]

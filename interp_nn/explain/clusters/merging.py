@@ -142,5 +142,5 @@ def _sklearn() -> ModuleType:
     try:
         import sklearn.cluster
     except ImportError as error:
-        raise ImportError("merging clusters needs scikit-learn: pip install interp_nn[explain]") from error
+        raise ImportError("merging clusters needs scikit-learn: pip install scikit-learn") from error
     return sklearn.cluster

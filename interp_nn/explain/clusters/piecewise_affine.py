@@ -5,7 +5,8 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Literal, NamedTuple, get_args
+from itertools import product
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -13,6 +14,9 @@ from torch import Tensor
 from interp_nn.explain.clusters.importance import GlobalImportance, over_clusters, ranks, row_space_part, shares
 from interp_nn.explain.clusters.table import ClusterTable, r2, scorer
 from interp_nn.explain.linear.affine_map import AffineMap
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 Kind = Literal["coef", "scaled", "share", "contribution"]
 Unseen = Literal["flag", "nearest"]
@@ -168,7 +172,8 @@ class PiecewiseAffine(ABC):
 
         Args:
             output: Index of the output, among the flattened outputs.
-            feature_names: Names of the inputs; by default those of the data frame that `fit` got, else x0, x1, ...
+            feature_names: Names of the inputs; by default those of the data frame that `fit` got, for images the row and column
+                of a pixel, else x0, x1, ...
             rows: Number of clusters.
             project: As in `importance`. The scores are those of the maps before the projection.
             centre: As in `importance`.
@@ -182,7 +187,7 @@ class PiecewiseAffine(ABC):
         """
         x = self.inputs_.flatten(1)
         if feature_names is None:
-            feature_names = vars(self).get("feature_names_in_", [f"x{j}" for j in range(x.shape[1])])
+            feature_names = vars(self).get("feature_names_in_", _input_names(self.inputs_.shape[1:]))
         names = tuple(map(str, feature_names))
         if len(names) != x.shape[1]:
             raise ValueError(f"feature_names: got {len(names)} names, want {x.shape[1]}")
@@ -218,6 +223,15 @@ class PiecewiseAffine(ABC):
             centred=centre and outputs > 1,
         )
 
+    def plot(self, output: int = 0, **options: Any) -> Axes:
+        """Draw the largest clusters' coefficients for an output, as the plot of `table(output)` does, and return the axes.
+
+        Args:
+            output: Index of the output, among the flattened outputs.
+            options: Of `plots.cluster_coefficients`, such as `axes`.
+        """
+        return self.table(output).plot(**options)
+
     def _response_of(self, output: int) -> Tensor:
         """Return the response (n,) for an output: y, or True where y is the class `output`, or the output itself."""
         outputs = self.outputs_.reshape(len(self.outputs_), -1)
@@ -250,6 +264,16 @@ class PiecewiseAffine(ABC):
     def _apply(self, x: Tensor, labels: Tensor) -> Tensor:
         """Apply the maps of the given clusters to x (n, *input): (n, *output)."""
         return apply_maps(*self._maps(), x.flatten(1), labels).view(-1, *self.outputs_.shape[1:])
+
+
+def _input_names(shape: torch.Size) -> list[str]:
+    """Return the names of a sample's entries: of an image (channels, h, w) the rows and columns of its pixels."""
+    if len(shape) == 1:
+        return [f"x{j}" for j in range(shape[0])]
+    places = product(*map(range, shape))
+    if len(shape) != 3:
+        return [f"x{list(place)}" for place in places]
+    return [f"{f'channel {c} ' if shape[0] > 1 else ''}row {i} col {j}" for c, i, j in places]
 
 
 def fidelity_of(got: Tensor, wanted: Tensor) -> Fidelity:

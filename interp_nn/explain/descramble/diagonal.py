@@ -84,8 +84,6 @@ def _assigned(gains: Tensor) -> Tensor:
     try:
         from scipy.optimize import linear_sum_assignment
     except ImportError as error:
-        raise ImportError(
-            "group='permutation' with a diagonal criterion needs scipy: pip install interp_nn[explain]"
-        ) from error
+        raise ImportError("group='permutation' with a diagonal criterion needs scipy: pip install scipy") from error
     _, order = linear_sum_assignment(gains.mT.cpu().numpy(), maximize=True)
     return torch.from_numpy(order).to(gains.device)

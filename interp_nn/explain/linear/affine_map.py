@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from interp_nn.display import track
+from interp_nn.display import html_table, track
 from interp_nn.explain.estimator import feature_names
 from interp_nn.explain.following.gate_record import check_mode
 from interp_nn.explain.following.replay import (
@@ -504,6 +504,7 @@ class AffineMap:
         sample: int | None = None,
         output: int | None = None,
         features: Sequence[str] | None = None,
+        class_names: Sequence[str] | None = None,
     ) -> Axes | Figure:
         """Draw the contributions: images as maps, features of one sample as a waterfall, those of several as a beeswarm.
 
@@ -514,13 +515,14 @@ class AffineMap:
             sample: Index of one sample. None: all; of images, the first 8.
             output: Index among the flattened outputs. None: the only one, or all of an image's outputs, at most 12.
             features: Names of the features; by default those of the data frame that was linearized, else x0, x1, ...
+            class_names: Names of all flattened outputs; by default output 0, output 1, ...
 
         Returns:
             The figure of images, or the axes.
 
         Raises:
-            ValueError: A map of several inputs, an x of another shape, no output where there are several, or an index out of
-                range.
+            ValueError: A map of several inputs, an x of another shape, no output where there are several, an index out of
+                range, or another number of names.
             ImportError: matplotlib is not installed.
 
         Example:
@@ -531,7 +533,7 @@ class AffineMap:
         from interp_nn.explain.plots.attribution import affine_plot
 
         names = self._features if features is None else features
-        return affine_plot(self, self.x if x is None else x, sample, output, names)
+        return affine_plot(self, self.x if x is None else x, sample, output, names, class_names)
 
     def to(self, dtype: torch.dtype) -> AffineMap:
         """Return the map in another dtype; forms W."""
@@ -557,6 +559,18 @@ class AffineMap:
             text += "" if self._layer is None else f", layer {self._layer!r}"
             text += ", exact" if self._same_gates is not None else ", exact at x"
         return f"{text})"
+
+    def _repr_html_(self) -> str:
+        operator = self._operator
+        facts = {
+            "samples": str(operator.n),
+            "inputs": ", ".join(str(tuple(shape)) for shape in operator.inputs),
+            "outputs": str(tuple(operator.output)),
+        }
+        if isinstance(operator, JacobianOperator):
+            facts["layer"] = "output" if self._layer is None else str(self._layer)
+            facts["exact"] = "while no gate changes" if self._same_gates is not None else "at x"
+        return html_table(list(facts), [list(facts.values())], above=["AffineMap: F(x) = W x + b"])
 
     def _vectors(self, v: Tensor | tuple[Tensor, ...]) -> Vectors:
         vectors, operator = _several(v), self._operator

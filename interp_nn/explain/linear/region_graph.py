@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from interp_nn.display import track
+from interp_nn.display import brief, track
 from interp_nn.explain.following.scikit_learn import from_estimator
 from interp_nn.explain.linear.affine_map import linearize
 from interp_nn.explain.linear.regions import Region, linear_program, region
@@ -37,6 +37,9 @@ class Facets:
     units: Tensor
     points: Tensor
     radii: Tensor
+
+    def __repr__(self) -> str:
+        return brief("Facets", vars(self))
 
 
 def facets(around: Region, *, box: Box | None = None) -> Facets:
@@ -125,6 +128,8 @@ class RegionStatistics:
                 lines.append(f"{name:22}{least:>7}{median:>8}{most:>7}")
         return "\n".join(lines)
 
+    __repr__ = __str__
+
 
 @dataclass(frozen=True)
 class RegionGraph:
@@ -153,6 +158,9 @@ class RegionGraph:
     facets: tuple[Facets, ...]
     box: Box
     complete: bool
+
+    def __repr__(self) -> str:
+        return f"RegionGraph({len(self.regions)} regions, {len(self.edges)} edges, complete={self.complete})"
 
     def statistics(self, model: nn.Module, x: Tensor) -> RegionStatistics:
         """Compute statistics of each region that need no volume: by linear programs, the region's map, and samples.

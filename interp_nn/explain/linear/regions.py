@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from interp_nn.display import brief, html_table
 from interp_nn.explain.following.replay import replay_at
 from interp_nn.explain.following.scikit_learn import from_estimator
 from interp_nn.explain.linear.affine_map import AffineMap
@@ -37,6 +38,9 @@ class Boundary(NamedTuple):
     unit: Tensor
     point: Tensor
 
+    def __repr__(self) -> str:
+        return brief("Boundary", self._asdict())
+
 
 class Ball(NamedTuple):
     """A ball in the input space.
@@ -53,6 +57,9 @@ class Ball(NamedTuple):
 
     centre: Tensor
     radius: float
+
+    def __repr__(self) -> str:
+        return brief("Ball", self._asdict())
 
 
 class Region:
@@ -188,6 +195,10 @@ class Region:
         units, d = self.normals.shape
         return f"Region({units} units, {int(self.on.sum())} of them on, {d} inputs)"
 
+    def _repr_html_(self) -> str:
+        units, d = self.normals.shape
+        return html_table(["units", "on", "inputs"], [[str(units), str(int(self.on.sum())), str(d)]], above=["Region"])
+
     def _preactivations(self, x: Tensor) -> Tensor:
         if not isinstance(x, Tensor):
             raise TypeError(f"x: got {type(x).__name__}, want a torch.Tensor")
@@ -256,7 +267,7 @@ def linear_program(what: str, *arguments: Any, **options: Any) -> Any:
     try:
         from scipy.optimize import linprog  # type: ignore[import-untyped, unused-ignore]
     except ImportError as error:
-        raise ImportError(f"{what} needs scipy: pip install interp_nn[explain]") from error
+        raise ImportError(f"{what} needs scipy: pip install scipy") from error
     found = linprog(*arguments, **options)
     if found.status not in _DECIDED:  # rounding can defeat the simplex method where interior points decide
         found = linprog(*arguments, method="highs-ipm", **options)

@@ -30,6 +30,7 @@ class NPKMachine(Estimator):
         ridge: The penalty, as a multiple of the mean of the kernel's diagonal; at least 0.
         chunk_size: Number of rows and of columns of the kernel that `npk` computes at a time.
         dtype: Dtype of the kernel, as in `npk`.
+        progress: Show a progress bar. None shows one in a terminal or a notebook, where tqdm is installed.
 
     Attributes:
         classes_: The classes, a sorted numpy array; None for regression.
@@ -62,8 +63,10 @@ class NPKMachine(Estimator):
         ridge: float = 1e-3,
         chunk_size: int | None = None,
         dtype: torch.dtype | None = None,
+        progress: bool | None = None,
     ) -> None:
         self.network, self.ridge, self.chunk_size, self.dtype = network, ridge, chunk_size, dtype
+        self.progress = progress
 
     def fit(self, x: object, y: object) -> NPKMachine:
         """Solve (K + ridge mean(diag K) I) a = y - mean(y) for the coefficients a.
@@ -122,7 +125,7 @@ class NPKMachine(Estimator):
     def _kernel(self, x: Tensor, other_x: Tensor | None) -> Tensor:
         kernel = x
         if self.network is not None:
-            kernel = npk(self.network, x, other_x, chunk_size=self.chunk_size, dtype=self.dtype)
+            kernel = npk(self.network, x, other_x, chunk_size=self.chunk_size, dtype=self.dtype, progress=self.progress)
         elif x.dim() != 2:
             raise ValueError(f"x: got shape {tuple(x.shape)}, want a kernel (n, m), as there is no network")
         if not bool(kernel.isfinite().all()):

@@ -3,7 +3,7 @@
 Each function draws on the axes or figure that it is given, or on new ones, and returns them. It does not show or save
 anything. Colours of signed values are symmetric about zero: red is positive, blue is negative. The scale holds 99 % of the
 values. Other colours are Okabe and Ito's. Titles say what the figure shows of the given data. The figures need matplotlib
-(`pip install interp_nn[plot]`).
+(`pip install matplotlib`).
 """
 
 from interp_nn.explain.plots.attribution import attribution_maps, bias_bars, bias_map

@@ -272,7 +272,12 @@ def _layers(by_layer: Mapping[str, Tensor], sample: int) -> tuple[list[str], np.
 
 
 def affine_plot(
-    affine: AffineMap, x: Tensor, sample: int | None, output: int | None, features: Sequence[str] | None
+    affine: AffineMap,
+    x: Tensor,
+    sample: int | None,
+    output: int | None,
+    features: Sequence[str] | None,
+    class_names: Sequence[str] | None,
 ) -> Axes | Figure:
     """Draw the contributions of an affine map, as `AffineMap.plot` says."""
     if not isinstance(x, Tensor) or not isinstance(affine.shape, torch.Size):
@@ -287,13 +292,18 @@ def affine_plot(
             raise ValueError(f"{name}: got {index}, want an index below {size}")
     if output is None and k > (1 if dims < 2 else _MOST_COLUMNS):
         raise ValueError(f"output: got None for {k} outputs, want the index of one")
+    titles = [f"output {j}" for j in range(k)] if k > 1 else ["output"]
+    if class_names is not None:
+        titles = list(map(str, class_names))
+    if len(titles) != k:
+        raise ValueError(f"class_names: got {len(titles)} names, want {k}, one for each output")
     contributions = affine.contributions(x).detach().reshape(n, -1, *x.shape[1:])
     values = constants + contributions.flatten(2).sum(2)
     samples = list(range(n)) if sample is None else [sample % n]
     outputs = list(range(k)) if output is None else [output % k]
     if dims < 2:
         (column,) = outputs
-        name = f"output {column}" if k > 1 else "output"
+        name = titles[column]
         parts = contributions[:, column].reshape(n, -1)
         if len(samples) > 1:
             return contribution_beeswarm(parts, x.reshape(n, -1), features=features, output=name)
@@ -312,7 +322,7 @@ def affine_plot(
         shown.unsqueeze(2) if dims == 2 else shown,
         None if pictures is None else pictures[samples],
         rows=[f"sample {i}" for i in samples],
-        columns=[f"output {j}" if k > 1 else "output" for j in outputs],
+        columns=[titles[j] for j in outputs],
         predicted=values[samples].argmax(1) if len(outputs) > 1 else None,
         constants=constants[samples][:, outputs],
     )

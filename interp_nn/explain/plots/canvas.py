@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,8 +25,21 @@ def pyplot() -> Any:
     try:
         from matplotlib import pyplot
     except ImportError as error:
-        raise ImportError("plots need matplotlib: pip install interp_nn[plot]") from error
+        raise ImportError("plots need matplotlib: pip install matplotlib") from error
     return pyplot
+
+
+@contextmanager
+def closing() -> Iterator[None]:
+    """Close the figures that pyplot makes within, also where an error ends it, and do not warn of how many are open."""
+    plt = pyplot()
+    before = set(plt.get_fignums())
+    try:
+        with plt.rc_context({"figure.max_open_warning": 0}):
+            yield
+    finally:
+        for made in set(plt.get_fignums()) - before:
+            plt.close(made)
 
 
 def new_axes(axes: Axes | None, size: tuple[float, float]) -> Axes:

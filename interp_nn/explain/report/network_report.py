@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from interp_nn.explain.following.calls import UnsupportedOperation
+from interp_nn.explain.plots.canvas import closing
 from interp_nn.explain.report.facts import Facts
 from interp_nn.explain.report.page import Section, image, render
 from interp_nn.explain.report.sections import DEFAULT, SectionOf
@@ -126,23 +127,32 @@ def report(
         if unknown or isinstance(sections, str):
             raise ValueError(f"sections: got {sections!r}, want names of {list(DEFAULT)}")
         chosen = {name: DEFAULT[name] for name in sections}
-    facts = Facts(model, x, y, feature_names, class_names, tokenizer)
+    with closing():
+        return _report(chosen, Facts(model, x, y, feature_names, class_names, tokenizer), title, sections is not None)
+
+
+def _report(chosen: Mapping[str, SectionOf], facts: Facts, title: str | None, asked: bool) -> Report:
+    """Make the sections, and the page of them; `asked` says that the user chose them."""
     made: list[Section] = []
     left = [f"{name}: not asked for" for name in DEFAULT if name not in chosen]
+    missed: list[str] = []
     for name, section in chosen.items():
         try:
             found = section(facts)
         except UnsupportedOperation as error:
             found = f"{name}: {error}"
         if isinstance(found, str):
-            left.append(found)
+            missed.append(found)
         else:
             made.append(found)
+    finding = f"Asked for, and not made: {'; '.join(missed)}. " if asked and missed else ""
+    left += missed
     made.append(
         Section(
-            "What was not done", _left_out(left), notes=[_UNKNOWN, *(f"{note[0].upper()}{note[1:]}." for note in left)]
+            "What was not done", finding + _left_out(left),
+            notes=[_UNKNOWN, *(f"{note[0].upper()}{note[1:]}." for note in left)],
         )
-    )
+    )  # fmt: skip
     shape = facts.x.shape[1:]
     named = {"table": " features", "tokens": " tokens", "image": " (channels, height, width)"}
     units = named.get(facts.kind, " values" if len(shape) == 1 else "")

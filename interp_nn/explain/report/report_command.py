@@ -7,7 +7,7 @@ import csv
 import importlib
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +26,10 @@ def main(arguments: list[str]) -> int:
     parser.add_argument(
         "--data", type=Path, required=True, metavar="FILE.csv", help="numbers, with a line of names first"
     )
-    parser.add_argument("--target", metavar="COLUMN", help="the column of classes (whole numbers from 0) or values")
-    parser.add_argument("--classes", nargs="+", metavar="NAME", help="names of the outputs")
+    parser.add_argument(
+        "--target", metavar="COLUMN", help="the column of classes (whole numbers from 0, or --classes' names) or values"
+    )
+    parser.add_argument("--classes", nargs="+", metavar="NAME", help="names of the outputs, in their order")
     parser.add_argument("--output", type=Path, default=Path("report.html"), metavar="FILE.html")
     given = parser.parse_args(arguments)
     existed = given.output.exists()
@@ -35,14 +37,15 @@ def main(arguments: list[str]) -> int:
         with open(given.output, "a", encoding="utf-8"):  # tried before the work begins
             pass
         model = load_model(given.model)
-        names, x, y = load_table(given.data, given.target)
+        names, x, y = load_table(given.data, given.target, given.classes)
         page = report(model, x, y, feature_names=names, class_names=given.classes, title=given.model)
         page.save(given.output)
     except (OSError, ImportError, ValueError, TypeError, AttributeError) as error:
         print(f"python -m interp_nn report: {error}", file=sys.stderr)
-        if not existed:
-            given.output.unlink(missing_ok=True)
         return 2
+    finally:  # whatever the error was
+        if not existed and given.output.is_file() and not given.output.stat().st_size:
+            given.output.unlink()
     print(page)
     print(f"wrote {given.output}")
     return 0
@@ -73,8 +76,12 @@ def load_model(name: str) -> nn.Module:
     return found.eval()
 
 
-def load_table(file: Path, target: str | None) -> tuple[list[str], Tensor, Tensor | None]:
+def load_table(
+    file: Path, target: str | None, classes: Sequence[str] | None = None
+) -> tuple[list[str], Tensor, Tensor | None]:
     """Load the names and the values (n, d) of a CSV file's features, and its target (n,): int64 if its values are whole.
+
+    The values of a target of names are their places in `classes`.
 
     Raises:
         ValueError: No lines, a line of another length, an entry that is no finite number, or no such target.
@@ -87,22 +94,33 @@ def load_table(file: Path, target: str | None) -> tuple[list[str], Tensor, Tenso
     names = rows[0]
     if target is not None and target not in names:
         raise ValueError(f"--target: got {target!r}, want one of {', '.join(names)}")
+    place = len(names) if target is None else names.index(target)
+    labels = {name: float(i) for i, name in enumerate(classes or ())}
+    if not any(row[place] in labels and math.isnan(_number(row[place])) for row in rows[1:] if len(row) > place):
+        labels = {}  # of numbers, which are the classes themselves
     values = torch.empty(len(rows) - 1, len(names), dtype=torch.float64)
     for i, row in enumerate(rows[1:]):
         if len(row) != len(names):
             raise ValueError(f"{file}, line {i + 2}: got {len(row)} entries, want {len(names)}")
         for j, entry in enumerate(row):
-            try:
-                number = float(entry)
-            except ValueError:
-                number = math.nan
+            number = labels.get(entry, math.nan) if labels and j == place else _number(entry)
             if not math.isfinite(number):
-                raise ValueError(f"{file}, line {i + 2}, {names[j]}: got {entry!r}, want a finite number")
+                wanted = "a finite number"
+                if j == place:
+                    named = f"one of --classes {' '.join(classes)}" if classes else "--classes with all labels in order"
+                    wanted += f", or {named}"
+                raise ValueError(f"{file}, line {i + 2}, {names[j]}: got {entry!r}, want {wanted}")
             values[i, j] = number
     if target is None:
         return names, values, None
-    place = names.index(target)
     y = values[:, place]
     kept = [j for j in range(len(names)) if j != place]
     whole = bool((y == y.round()).all() and (y >= 0).all())
     return [names[j] for j in kept], values[:, kept], y.long() if whole else y
+
+
+def _number(entry: str) -> float:
+    try:
+        return float(entry)
+    except ValueError:
+        return math.nan

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Sequence
+from textwrap import wrap
 from typing import TYPE_CHECKING
 
 import torch
@@ -40,6 +41,7 @@ _NO_Y = "No true answers were given, so this page cannot say whether that is rig
 _REGIONS, _KERNEL_SAMPLES, _CLUSTER_FEATURES = 12, 200, 200
 _CLASSES, _LAYERS = 12, 8  # that a figure shows
 _ERRORS = 100  # that a table has
+_LETTERS = 16  # of a line beside a row of images
 _ROUNDING = 4  # distances to a gate below so many times the dtype's epsilon and the sample's length are 0
 _UNITS_TIMES_INPUTS = 50_000_000  # numbers that a region may hold
 
@@ -529,11 +531,17 @@ def _maps(facts: Facts) -> Figure:
     images = facts.x[list(facts.shown.values())]
     rows = []
     for why, i in facts.shown.items():
-        true = "" if facts.y is None or not facts.classifies else f"\ntrue {facts.class_name(int(facts.y[i]))}"
-        rows.append(f"{why} {i}\n{facts.explained_name(i)}{true}")
+        lines = [f"{why} {i}", facts.explained_name(i)]
+        if facts.y is not None and facts.classifies:
+            lines.append(f"true {facts.class_name(int(facts.y[i]))}")
+        rows.append("\n".join(part for line in lines for part in wrap(line, _LETTERS)))
     shown = images if images.shape[1] in (1, 3) else None
     maps = facts.contributions[places].unsqueeze(1)
     figure = plots.attribution_maps(maps, shown, rows=rows, columns=["contributions"])
+    for axes in (
+        axes for axes in figure.axes if axes.images
+    ):  # level, since a label may be longer than its row is high
+        axes.yaxis.label.set(rotation=0, ha="right", va="center", fontsize=8)
     if shown is not None:
         figure.axes[0].set_title(f"input: black {float(shown.min()):.2g},\nwhite {float(shown.max()):.2g}", fontsize=9)
     width, height = figure.get_size_inches()

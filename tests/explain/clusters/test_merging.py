@@ -153,5 +153,5 @@ def test_a_tree_shows_the_largest_nodes_and_counts_the_rest():
 
 def test_without_scikit_learn(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "sklearn.cluster", None)
-    with pytest.raises(ImportError, match=r"pip install interp_nn\[explain\]"):
+    with pytest.raises(ImportError, match=r"pip install scikit-learn"):
         by_distance(torch.zeros(2, 2), 1)

@@ -133,5 +133,5 @@ def test_regions_without_a_largest_ball():
 
 def test_the_largest_ball_without_scipy(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "scipy.optimize", None)
-    with pytest.raises(ImportError, match=r"pip install interp_nn\[explain\]"):
+    with pytest.raises(ImportError, match=r"pip install scipy"):
         Region(torch.ones(1, 1), torch.ones(1), torch.tensor([True])).chebyshev()

@@ -74,7 +74,7 @@ def test_digits_and_a_support_vector_machine():
 
 def test_parameters_as_scikit_learn_has_them():
     machine = NPKMachine(network(), ridge=0.5, chunk_size=7)
-    assert set(machine.get_params()) == {"network", "ridge", "chunk_size", "dtype"}
+    assert set(machine.get_params()) == {"network", "ridge", "chunk_size", "dtype", "progress"}
     copied = clone(machine)
     assert copied is not machine and copied.ridge == 0.5 and copied.chunk_size == 7
     assert machine.set_params(ridge=2.0) is machine and machine.ridge == 2

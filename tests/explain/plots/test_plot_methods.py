@@ -7,7 +7,7 @@ import torch
 from sklearn.neural_network import MLPRegressor
 from torch import nn
 
-from interp_nn.explain import AffineMap, Descrambler, linearize, region
+from interp_nn.explain import ActivationClusters, AffineMap, Descrambler, linearize, region
 
 pytest.importorskip("matplotlib")
 torch.manual_seed(0)
@@ -55,6 +55,43 @@ def test_images_are_maps_with_channels_summed_and_constants():
     panels = [axes for axes in chosen.plot(sample=2).axes if axes.images]
     assert len(panels) == 2 and panels[1].images[0].get_array().shape == (6, 6)
     assert panels[1].get_xlabel() == f"b = {chosen.bias[2].item():.2g}"
+
+
+def test_class_names_are_those_of_the_outputs():
+    affine = linearize(NETWORK, X)
+    assert names(affine.plot(sample=4, output=-1, class_names=["no", "yes"]))[-1] == "yes"
+    assert affine.plot(output=0, class_names=["no", "yes"]).get_xlabel() != affine.plot(output=0).get_xlabel()
+    assert names(affine.contrast(0, 1).plot(sample=0, class_names=["no over yes"]))[-1] == "no over yes"
+    figure = linearize(CONVOLUTION, IMAGES[:2]).plot(class_names="abcd")
+    assert [axes.get_title() for axes in figure.axes if axes.images][1:5] == list("abcd")
+    with pytest.raises(ValueError, match="class_names: got 3 names, want 2, one for each output"):
+        affine.plot(output=0, class_names="abc")
+
+
+def test_clusters_exact_and_merged():
+    frame = pandas.DataFrame(X.numpy(), columns=["age", "fare", "weight"])
+    clusters = ActivationClusters(NETWORK).fit(frame)
+    for one in (clusters, clusters.merge(1)):
+        axes = one.plot(1)
+        assert sorted(label.get_text() for label in axes.get_xticklabels()) == ["age", "fare", "weight"]
+        assert len(axes.get_yticklabels()) == len(one.counts_)
+        assert one.plot(axes=axes) is axes
+
+
+def test_pixels_of_clusters_have_rows_and_columns():
+    grey = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Flatten(), nn.Linear(32, 4)).eval()
+    table = ActivationClusters(grey).fit(IMAGES[:, :1]).merge(1).table()
+    assert table.features[:7] == (*(f"row 0 col {j}" for j in range(6)), "row 1 col 0")
+    table = ActivationClusters(CONVOLUTION).fit(IMAGES).merge(1).table()
+    assert table.features[0] == "channel 0 row 0 col 0" and table.features[-1] == "channel 2 row 5 col 5"
+    assert len(table.features) == len(set(table.features)) == 108
+    pairs = nn.Sequential(nn.Flatten(), nn.Linear(4, 2), nn.ReLU())
+    assert ActivationClusters(pairs).fit(torch.rand(3, 2, 2)).table().features == (
+        "x[0, 0]",
+        "x[0, 1]",
+        "x[1, 0]",
+        "x[1, 1]",
+    )
 
 
 def test_regions_and_descramblers():

@@ -331,7 +331,7 @@ def test_a_missing_matplotlib_is_explained(monkeypatch):
 
     with monkeypatch.context() as patch:  # closing the figures imports matplotlib again
         patch.setattr(builtins, "__import__", without)
-        with pytest.raises(ImportError, match=r"pip install interp_nn\[plot\]"):
+        with pytest.raises(ImportError, match=r"pip install matplotlib"):
             plots.coverage_curve(torch.ones(3))
 
 

@@ -6,6 +6,7 @@ import csv
 import io
 import re
 from html.parser import HTMLParser
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +29,12 @@ from interp_nn.explain import (
     report,
     report_sections,
 )
+from interp_nn.explain.report import report_command
+from interp_nn.explain.report.facts import Facts
 from interp_nn.explain.report.linear_baseline import linear_predictions
 from interp_nn.explain.report.page import Table
 from interp_nn.explain.report.report_command import load_model, load_table, main
+from interp_nn.explain.report.sections import _maps
 from interp_nn.nn import SummaryHead
 
 VOID = {"meta", "link", "img"}
@@ -354,6 +358,7 @@ def test_regression_and_what_cannot_be_done() -> None:
     made = report(linear, x, y)
     checked(made.html)
     assert made.findings["How good it is"].startswith("R² is 1.000")
+    assert made.findings["What was not done"].startswith("This page has no section on: ")
     assert report(linear, x, torch.randn(40)).findings["How good it is"].count("no better than the mean.") == 1
 
     class Odd(nn.Module):
@@ -382,6 +387,49 @@ def test_sections_of_ones_own(table: tuple[nn.Sequential, Tensor, Tensor, list[s
         report(model, x, sections=["reaches"])
 
 
+def test_a_section_that_was_asked_for_and_does_not_apply_says_why() -> None:
+    made = report(nn.Linear(2, 1).eval(), torch.randn(5, 2), sections=["few_maps", "gates"])
+    assert list(made.findings) == ["What was not done"]
+    said = made.findings["What was not done"]
+    assert said.startswith(
+        "Asked for, and not made: a few maps for all samples: 5 samples of 2 features are too few or too wide; gates"
+    )
+    assert "not made: a few maps for all samples: 5 samples" in made.html and "5 samples" in repr(made)
+
+
+def test_figures_are_closed_and_not_warned_of() -> None:
+    from matplotlib import pyplot
+
+    mine = pyplot.figure()
+
+    def figures(facts: Facts) -> Section:
+        return Section("F", "", [(pyplot.figure(figsize=(1, 1)), "A figure.") for _ in range(21)])
+
+    def fails(facts: Facts) -> Section:
+        pyplot.figure()
+        raise RuntimeError("mine")
+
+    x = torch.randn(5, 2)
+    assert "9 more figures are left out" in report(nn.Linear(2, 1).eval(), x, sections={"f": figures}).html
+    with pytest.raises(RuntimeError, match="mine"):
+        report(nn.Linear(2, 1).eval(), x, sections={"f": fails})
+    assert pyplot.get_fignums() == [mine.number]
+
+
+def test_labels_of_samples_are_within_the_figure() -> None:
+    """Rows of long class names, whose labels are longer than a row is high."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(36, 3)).eval()
+    x, names = torch.randn(12, 1, 6, 6), ["Ankle boot of leather", "T-shirt, top or pullover", "Trouser"]
+    figure = _maps(Facts(model, x, torch.randint(0, 3, (12,)), classes=names))
+    figure.draw_without_rendering()
+    rows = [axes.yaxis.label for axes in figure.axes if axes.images and axes.get_ylabel()]
+    boxes = [label.get_window_extent() for label in rows]
+    assert len(rows) == 4 and any(names[0] in label.get_text().replace("\n", " ") for label in rows)
+    assert all(box.x0 >= 0 and box.y0 >= 0 and box.y1 <= figure.bbox.y1 for box in boxes)
+    assert all(below.y1 <= above.y0 for above, below in pairwise(boxes))
+
+
 def test_bad_arguments(table: tuple[nn.Sequential, Tensor, Tensor, list[str]]) -> None:
     model, x, y, _ = table
     with pytest.raises(TypeError, match="model: got int"):
@@ -405,11 +453,45 @@ def test_save_is_whole_or_nothing(table: tuple[nn.Sequential, Tensor, Tensor, li
         made.save(tmp_path / "no_folder" / "page.html")
 
 
-def test_a_users_mistake_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_users_mistake_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     data = ["--data", str(tmp_path / "nothing.csv"), "--output", str(tmp_path / "page.html")]
     assert main(["torch.nn:Identity", *data]) == 2
     assert capsys.readouterr().err.count("\n") == 1
     assert not list(tmp_path.iterdir())
+    (tmp_path / "nothing.csv").write_text("a,b\n1,2\n")
+    monkeypatch.setattr(report_command, "report", lambda *_, **__: torch.ones(2) @ torch.ones(3))
+    with pytest.raises(RuntimeError):  # any other error
+        main(["torch.nn:Identity", *data])
+    assert [file.name for file in tmp_path.iterdir()] == ["nothing.csv"]
+    (tmp_path / "page.html").write_text("")  # of the user
+    with pytest.raises(RuntimeError):
+        main(["torch.nn:Identity", *data])
+    assert (tmp_path / "page.html").exists()
+
+
+def test_labels_of_the_commands_target(tmp_path: Path) -> None:
+    file = tmp_path / "data.csv"
+    file.write_text("a,level\n1,low\n3,high\n5,low\n")
+    with pytest.raises(
+        ValueError, match=r"line 2, level: got 'low', want a finite number, or --classes with all labels in order"
+    ):
+        load_table(file, "level")
+    names, x, y = load_table(file, "level", ["high", "low"])
+    assert (names, x.tolist()) == (["a"], [[1.0], [3.0], [5.0]])
+    assert y is not None
+    assert y.dtype == torch.int64 and y.tolist() == [1, 0, 1]
+    with pytest.raises(
+        ValueError, match=r"line 3, level: got 'high', want a finite number, or one of --classes low mid"
+    ):
+        load_table(file, "level", ["low", "mid"])
+    with pytest.raises(ValueError, match=r"line 2, level: got 'low', want a finite number$"):
+        load_table(file, None, ["low", "high"])
+    file.write_text("a,level\n1,1\n3,0\n")
+    y = load_table(file, "level", ["1", "0"])[2]
+    assert y is not None
+    assert y.tolist() == [1, 0]  # numbers are the classes themselves
 
 
 @pytest.mark.slow
