@@ -119,21 +119,22 @@ def _lines(record, now, before):
     )
     yield "\n".join(_claims(now)) + "\n"
     yield (
-        f"Triton {record['triton']}, commit {record['git_sha'][:7]}, before: {record['before_sha'][:7]}. In a cell the older "
-        "commit's figure comes first,\nwhere it differs. A loop is an innermost one that multiplies matrices, counted in "
-        "instructions; a kernel has several phases.\nSpills are loads and stores of registers in the code, most of them "
-        "outside of the loops over features."
+        f"Triton {record['triton']}, commit {record['git_sha'][:7]}. An arrow comes from commit {record['before_sha'][:7]}, "
+        "where the figure was another; a star\nmarks what was not compiled there. A loop is an innermost one that multiplies "
+        "matrices, counted in instructions; kernels have several.\nSpills are loads and stores of registers in the code. Losses "
+        "are of k classes for a pair, of ten for a head."
     )
-    for dtype in ("bf16", "fp32"):
-        for capability in CAPABILITIES:
-            yield f"\n## {dtype}, sm_{capability}\n"
-            yield "| kernel | (n, d, k) | registers | spills | shared, KiB | loops |"
-            yield "|---|---|--:|--:|--:|---|"
-            for key, found in now.items():
-                if key[2] == dtype and key[4] == capability:
-                    cells = zip(_cells(before.get(key)), _cells(found), strict=True)
-                    shown = " | ".join(new if old in (None, new) else f"{old} → {new}" for old, new in cells)
-                    yield f"| {key[0]} | {key[3]} | {shown} |"
+    shown_dtypes = [dtype for dtype in ("bf16", "fp32") if any(key[2] == dtype for key in now)]
+    for dtype, capability in itertools.product(shown_dtypes, CAPABILITIES):
+        yield f"\n## {dtype}, sm_{capability}\n"
+        yield "| kernel | (n, d, k) | registers | spills | shared, KiB | loops |"
+        yield "|---|---|--:|--:|--:|---|"
+        for key, found in now.items():
+            if key[2] == dtype and key[4] == capability:
+                cells = zip(_cells(before.get(key)), _cells(found), strict=True)
+                shown = " | ".join(new if old in (None, new) else f"{old} → {new}" for old, new in cells)
+                mark = "" if key in before else " *"
+                yield f"| {key[0]}{mark} | {key[3]} | {shown} |"
 
 
 def _cells(row):
@@ -146,17 +147,20 @@ def _cells(row):
 
 
 def _claims(now):
-    """Yield what holds of the kernels in 16 bits, as lines of a list."""
-    plain = [row for key, row in now.items() if key[0] in WITHOUT_SPILLS and key[2] != "fp32"]
-    spilling = [row for row in plain if row.get("spills") != 0]
-    yield f"\n- Forwards and backwards in bf16 and fp16: {len(spilling)} of {len(plain)} kernels spill."
-    for dtype in ("bf16", "fp32"):
-        of = "Losses in bf16" if dtype == "bf16" else "All in fp32"
-        rows = [
-            row for key, row in now.items() if key[2] == dtype and (dtype == "fp32" or key[0] not in WITHOUT_SPILLS)
-        ]
-        spills = [row["spills"] for row in rows if row.get("spills")]
-        yield f"- {of}: {len(spills)} of {len(rows)} spill, at most {max(spills, default=0)} instructions."
+    """Yield what holds of the kernels, as lines of a list."""
+    of = {dtype: [row for row in now.values() if row["dtype"] == dtype] for dtype in DTYPES}
+    in_16_bits = [dtype for dtype in ("bf16", "fp16") if of[dtype]]
+    plain = [row for dtype in in_16_bits for row in of[dtype] if row["name"] in WITHOUT_SPILLS]
+    yield f"\n- Forwards and backwards in {' and '.join(in_16_bits)}: {_spilling(plain)}"
+    yield f"- Losses in bf16: {_spilling([row for row in of['bf16'] if row['name'] not in WITHOUT_SPILLS])}"
+    if of["fp32"]:
+        yield f"- All in fp32: {_spilling(of['fp32'])}"
+
+
+def _spilling(rows):
+    spills = [row["spills"] for row in rows if row.get("spills")]
+    most = f", at most {max(spills)} instructions" if spills else ""
+    return f"{len(spills)} of {len(rows)} kernels spill{most}."
 
 
 def main(command, record, *arguments):
