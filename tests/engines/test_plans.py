@@ -87,6 +87,7 @@ def test_the_order_and_the_kernels_of_a_problem(arguments, order, saves, kernels
         ({"k": 100, "dtype": torch.float32, "device": "sm_86"}, "fp32 kernels for more than 64 columns need 160 KiB"),
         ({"k": 65, "classes": 65, "dtype": torch.float32, "device": "sm_80"}, "64 columns and 64 classes need 200 KiB"),
         ({"pair": True, "k": 100, "dtype": torch.float32, "device": "sm_100"}, "needs 560 columns of tensor memory"),
+        ({"classes": 17, "dtype": torch.float32, "device": "sm_100"}, "16 classes need 272 KiB of shared memory"),
         ({"pair": True, "classes": 64, "dtype": torch.float32}, "no table measured the kernels of fp32 losses"),
         ({"classes": 10, "dtype": torch.float32}, "no table measured the kernels of fp32 losses"),
     ],
