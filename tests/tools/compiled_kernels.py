@@ -1,7 +1,7 @@
 """Registers, spills, shared memory and loops of the Triton kernels in a record, and the page of them. Needs no GPU.
 
     export PYTHONPATH=.:tests/engines/triton/compiled
-    python tests/tools/compiled_kernels.py compile RECORD    # of this checkout, what RECORD lacks: an hour on two idle cores
+    python tests/tools/compiled_kernels.py compile RECORD    # of this checkout, what RECORD lacks: half an hour on two idle cores
     python tests/tools/compiled_kernels.py page RECORD PAGE
 
 `before RECORD COMMIT` compiles the same kernels of an older commit. Run it with that commit's root and folders of tests in
