@@ -13,8 +13,10 @@ from interp_nn.engines.triton import configs
 from interp_nn.engines.triton.configs import Bucket
 
 D = 512
-# Loads and stores of spilled registers: of the forwards and backwards up to 128 columns in 16 bits, of the other kernels in 16
-# bits, and in fp32. `auto` takes no loss in fp32. Heads with 100 classes have the most; with 10 classes none in 16 bits has 100.
+# Loads and stores of spilled registers on the GPUs whose tiles were chosen for few of them: of forwards and backwards up to 128
+# columns in 16 bits, of other kernels in 16 bits, and in fp32. `auto` takes no loss in fp32. Heads with 100 classes have the most;
+# with 10 classes none in 16 bits has 100.
+BOUNDED = (80, 90, 100)
 MOST_SPILLS = {"plain": 8, "16 bits": 400, "fp32": 2800}
 
 
@@ -59,5 +61,5 @@ def test_every_tile_compiles_and_fits(capability):
     offline.write_table(ARTEFACTS / f"every-tile-sm_{capability}-triton-{triton.__version__}.txt", made.values())
     assert not {key[0]: o.error for key, o in made.items() if o.error}
     assert not {key[0]: o.shared for key, o in made.items() if not o.fits_shared}
-    assert not {key[0]: o.spills for key, o in made.items() if o.spills > most_spills(o)}
+    assert not {key[0]: o.spills for key, o in made.items() if capability in BOUNDED and o.spills > most_spills(o)}
     assert not [key[0] for key, o in made.items() if o.kernel != "stream" and not o.has_acquire_release]
