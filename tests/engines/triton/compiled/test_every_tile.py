@@ -13,8 +13,8 @@ from interp_nn.engines.triton import configs
 from interp_nn.engines.triton.configs import Bucket
 
 D = 512
-# Loads and stores of spilled registers on the GPUs whose tiles were chosen for few of them: of forwards and backwards up to 128
-# columns in 16 bits, of other kernels in 16 bits, and in fp32. `auto` takes no loss in fp32. Heads with 100 classes have the most;
+# Most loads and stores of spilled registers on GPUs whose tiles were chosen for few: of forwards and backwards of at most 128
+# columns in 16 bits, of other kernels in 16 bits, and in fp32. `auto` takes no loss in fp32. Heads with 100 classes have most;
 # with 10 classes none in 16 bits has 100.
 BOUNDED = (80, 90, 100)
 MOST_SPILLS = {"plain": 8, "16 bits": 400, "fp32": 2800}
