@@ -224,11 +224,11 @@ def loss_options(
 def loss_weights(weights: Sequence[float]) -> tuple[float, float, float]:
     """Return the weights of a loss's three terms, checked."""
     wanted = "want three finite numbers (of CE, CE and MSE), which get no gradient"
-    if isinstance(weights, str | bytes) or (isinstance(weights, Tensor) and weights.requires_grad):
+    if isinstance(weights, str | bytes | set | frozenset) or (isinstance(weights, Tensor) and weights.requires_grad):
         raise TypeError(f"weights: got {weights!r}, {wanted}")
     try:
         given = tuple(weights)
-        if any(isinstance(w, bool) or (isinstance(w, Tensor) and w.requires_grad) for w in given):
+        if any(isinstance(w, bool | str | bytes) or (isinstance(w, Tensor) and w.requires_grad) for w in given):
             raise TypeError
         values = tuple(map(float, given))
     except (TypeError, ValueError):
