@@ -117,8 +117,9 @@ struct Memory {
 
 // [Y, G], then P for a pair, then q(G) for a polynomial.
 std::vector<Tensor> cuda_forward(const Tensor& x, const Tensor& b, const MaybeTensor& bias,
-                                 const MaybeTensor& coefficients, const MaybeTensor& scale, bool pair, bool tf32) {
-    const Device device(x);
+                                 const MaybeTensor& coefficients, const MaybeTensor& scale, bool pair, bool tf32,
+                                 int64_t carve_out) {
+    const Device device(x, carve_out);
     interp_nn::Forward a{};
     const int32_t dtype = set(a, device, x, b, tf32);
     set_polynomial(a, coefficients, scale);
@@ -155,8 +156,8 @@ void add_coefficients(interp_nn::Gradients& a, const Tensor& x, bool needed, std
 
 std::vector<Tensor> pair_backward(const MaybeTensor& dp, const MaybeTensor& dy, const Tensor& x, const Tensor& b,
                                   const MaybeTensor& p, const Squares& squares, const Tensor& counter, bool need_x,
-                                  bool need_b, bool need_coefficients, bool transposed, bool tf32) {
-    const Device device(x);
+                                  bool need_b, bool need_coefficients, bool transposed, bool tf32, int64_t carve_out) {
+    const Device device(x, carve_out);
     interp_nn::PairBackward a{};
     const int32_t dtype = set(a, device, x, b, tf32);
     STD_TORCH_CHECK(!dy || (p && squares.g), "dy needs p and g");
@@ -176,8 +177,8 @@ std::vector<Tensor> pair_backward(const MaybeTensor& dp, const MaybeTensor& dy, 
 
 std::vector<Tensor> summary_backward(const MaybeTensor& dy, const Tensor& x, const Tensor& b, const Squares& squares,
                                      const Tensor& counter, bool need_x, bool need_b, bool need_bias,
-                                     bool need_coefficients, bool transposed, bool tf32) {
-    const Device device(x);
+                                     bool need_coefficients, bool transposed, bool tf32, int64_t carve_out) {
+    const Device device(x, carve_out);
     interp_nn::SummaryBackward a{};
     const int32_t dtype = set(a, device, x, b, tf32);
     STD_TORCH_CHECK(dy && squares.g, "a summary's backward needs dy and g");
@@ -199,12 +200,14 @@ std::vector<Tensor> cuda_backward(const MaybeTensor& dp, const MaybeTensor& dy, 
                                   const MaybeTensor& p, const MaybeTensor& g, const MaybeTensor& q_of_g,
                                   const MaybeTensor& coefficients, const MaybeTensor& scale, const Tensor& counter,
                                   bool pair, bool need_x, bool need_b, bool need_bias, bool need_coefficients,
-                                  bool transposed, bool tf32) {
+                                  bool transposed, bool tf32, int64_t carve_out) {
     const Squares squares{g, q_of_g, coefficients, scale};
     if (pair) {
-        return pair_backward(dp, dy, x, b, p, squares, counter, need_x, need_b, need_coefficients, transposed, tf32);
+        return pair_backward(dp, dy, x, b, p, squares, counter, need_x, need_b, need_coefficients, transposed, tf32,
+                             carve_out);
     }
-    return summary_backward(dy, x, b, squares, counter, need_x, need_b, need_bias, need_coefficients, transposed, tf32);
+    return summary_backward(dy, x, b, squares, counter, need_x, need_b, need_bias, need_coefficients, transposed, tf32,
+                            carve_out);
 }
 
 // The loss, and the gradients among [dX, db, dA, dc, dcoefficients] that are needed. Without `weight` it is the loss of
@@ -213,8 +216,9 @@ std::vector<Tensor> cuda_loss(const Tensor& x, const Tensor& b, const MaybeTenso
                               const MaybeTensor& coefficients, const MaybeTensor& scale, const Tensor& target,
                               const MaybeTensor& upstream, const Tensor& counter, double w1, double w2, double w3,
                               int64_t ignore_index, int64_t reduction, bool need_x, bool need_b, bool need_weight,
-                              bool need_bias, bool need_coefficients, bool transposed, bool tf32) {
-    const Device device(x);
+                              bool need_bias, bool need_coefficients, bool transposed, bool tf32,
+                              int64_t carve_out) {
+    const Device device(x, carve_out);
     const auto launch = [&](auto a, auto workspace, auto start) {
         const int32_t dtype = set(a, device, x, b, tf32), fp32 = aoti_torch_dtype_float32();
         set_polynomial(a, coefficients, scale);
@@ -247,8 +251,8 @@ std::vector<Tensor> cuda_loss(const Tensor& x, const Tensor& b, const MaybeTenso
 }
 
 // gradients *= upstream in place. Some may be of fp32 beside others of 16 bits.
-void cuda_scale(const Tensor& upstream, const std::vector<Tensor>& gradients) {
-    const Device device(upstream);
+void cuda_scale(const Tensor& upstream, const std::vector<Tensor>& gradients, int64_t carve_out) {
+    const Device device(upstream, carve_out);
     STD_TORCH_CHECK(!gradients.empty() && gradients.size() <= interp_nn::MOST_GRADIENTS, "one to five gradients");
     interp_nn::Scale a{};
     a.upstream = static_cast<const float*>(data(upstream, 1, aoti_torch_dtype_float32()));

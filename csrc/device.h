@@ -6,6 +6,7 @@
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <cstring>
 
 #include "launch.h"
@@ -13,6 +14,12 @@
 namespace interp_nn {
 
 using torch::stable::Tensor;
+
+// A device with so many multiprocessors fewer, and at least one.
+inline DeviceSpec without(DeviceSpec spec, int64_t carve_out) {
+    spec.multiprocessors = static_cast<int>(std::max<int64_t>(1, spec.multiprocessors - carve_out));
+    return spec;
+}
 
 #if !defined(INTERP_NN_EMULATED)
 
@@ -30,9 +37,10 @@ inline CurrentStream current_stream() {
     return found;
 }
 
-// Makes a device the current one, here and in PyTorch, and knows its stream.
+// Makes a device the current one, here and in PyTorch, and knows its stream. Others have `carve_out` multiprocessors.
 struct Device {
-    explicit Device(const Tensor& x) : guard(x.get_device_index()), spec(use_device(x.get_device_index())) {
+    Device(const Tensor& x, int64_t carve_out)
+        : guard(x.get_device_index()), spec(without(use_device(x.get_device_index()), carve_out)) {
         STD_TORCH_CHECK(current_stream() != nullptr, "this build of PyTorch has no CUDA");
         TORCH_ERROR_CODE_CHECK(current_stream()(x.get_device_index(), &stream));
     }
@@ -49,8 +57,8 @@ inline void just_allocated(const Tensor&) {}
 inline int32_t device_type() { return aoti_torch_device_type_cpu(); }
 
 struct Device {
-    explicit Device(const Tensor&) {}
-    DeviceSpec spec{3, 163 << 10, 80, nullptr};
+    Device(const Tensor&, int64_t carve_out) : spec(without({3, 163 << 10, 80, nullptr}, carve_out)) {}
+    DeviceSpec spec;
     void* stream = nullptr;
 };
 

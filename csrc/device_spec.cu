@@ -68,11 +68,9 @@ DeviceSpec use_device(int device) {
         spec = known != specs.end() ? known->second : read_spec(device);
         if (spec.error == nullptr) specs[device] = spec;
     }
-    // The default streams of two contexts would share a barrier's counter, and both launches could wait for ever.
+    // A grid waits at its barrier for programs on all of these multiprocessors.
     const int multiprocessors = spec.error == nullptr ? multiprocessors_of_context() : 0;
-    if (multiprocessors != 0 && multiprocessors < spec.multiprocessors) {
-        return failed("the current CUDA context has only a part of the device's multiprocessors (a green context)");
-    }
+    if (multiprocessors != 0 && multiprocessors < spec.multiprocessors) spec.multiprocessors = multiprocessors;
     return spec;
 }
 

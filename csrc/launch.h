@@ -36,7 +36,7 @@ enum class Kind { F16, BF16, TF32, F32 };
 // The properties of a device that a launch depends on. Grids are a function of these and of the sizes, so results never
 // depend on load.
 struct DeviceSpec {
-    int multiprocessors;  // each takes one program
+    int multiprocessors;  // of the current context, less the carve-out; each takes one program
     int shared;           // most bytes of shared memory a program may ask for
     int capability;       // 10 major + minor
     const char* error;    // why the properties are unknown, or nullptr

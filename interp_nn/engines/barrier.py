@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
+import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, cast
@@ -45,7 +47,7 @@ def allocator(device: torch.device) -> Callable[[tuple[int, ...], tuple[int, ...
     return lambda size, stride, dtype: torch.empty_strided(size, stride, dtype=dtype, device=device)
 
 
-_in_use: dict[tuple[torch.device, int], Tensor] = {}
+_in_use: dict[tuple[torch.device, int, int], Tensor] = {}
 _free: dict[torch.device, list[Tensor]] = {}
 _blocks: list[Tensor] = []  # kept alive: a captured graph knows its counters by their addresses alone
 
@@ -53,8 +55,9 @@ _blocks: list[Tensor] = []  # kept alive: a captured graph knows its counters by
 def counter(device: torch.device) -> Tensor:
     """Return the counter of arrivals for a launch on the current stream.
 
-    Every launch leaves its counter ready for the next one. There is one for each device and stream, and a fresh one for each
-    launch that a CUDA graph captures: two graphs captured on one stream may be replayed on two.
+    Every launch leaves its counter ready for the next one. There is one for each device and stream, where the default streams
+    of two contexts are two, and a fresh one for each launch that a CUDA graph captures: two graphs captured on one stream may be
+    replayed on two.
     """
     if device.type != "cuda":
         return torch.zeros(1, dtype=torch.int32, device=device)
@@ -64,9 +67,10 @@ def counter(device: torch.device) -> Tensor:
         return free.pop() if free else torch.zeros(_LINE, dtype=torch.int32, device=device)
     free = spare_counters(device)
     stream = _current_stream(device.index)
-    found = _in_use.get((device, stream))
+    key = device, stream, 0 if stream else _context()
+    found = _in_use.get(key)
     if found is None:
-        found = _in_use[device, stream] = free.pop()
+        found = _in_use[key] = free.pop()
     return found
 
 
@@ -74,6 +78,18 @@ def counter(device: torch.device) -> Tensor:
 _current_stream: Callable[[int], int] = getattr(
     torch._C, "_cuda_getCurrentRawStream", lambda index: torch.cuda.current_stream(index).cuda_stream
 )
+
+
+def _context() -> int:
+    """Return the address of the current CUDA context. The default stream of a green one has the handle of the primary one's."""
+    found = ctypes.c_void_p()
+    _driver().cuCtxGetCurrent(ctypes.byref(found))
+    return found.value or 0
+
+
+@functools.cache
+def _driver() -> ctypes.CDLL:
+    return ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
 
 
 def spare_counters(device: torch.device, least: int = _WORDS // 2) -> list[Tensor]:

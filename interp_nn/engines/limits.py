@@ -83,6 +83,11 @@ def _triton_reason(problem: Problem, spec: DeviceSpec) -> str | None:
         if classes is not None and classes > 64 and spec.shared < _THREE_SQUARES:
             needed = _THREE_SQUARES >> 10
             return f"fp32 heads of more than 64 columns and 64 classes need {needed} KiB of shared memory in a block"
+    if problem.dtype == torch.float32 and 32 < k <= MOST_COLUMNS and spec.capability[0] in (10, 11):
+        if problem.pair and classes is None and k > 64 and (problem.need_x or problem.need_b):
+            return "its fp32 backward of a pair of more than 64 columns needs 560 columns of tensor memory, of 512"
+        if problem.head and classes is not None and classes > 16:
+            return "its fp32 heads of more than 32 columns and 16 classes need 272 KiB of shared memory in a block"
     if max(n + _LARGEST_TILE, d * max(k, MOST_COLUMNS)) > 2**31:
         return "n or d k is beyond 32-bit offsets"
     return None

@@ -85,6 +85,10 @@ def test_the_order_and_the_kernels_of_a_problem(arguments, order, saves, kernels
         ({"device": "sm_75"}, "not cuda: below compute capability 8.0 it has only fp32 kernels of at most 64 columns"),
         ({"k": 100, "dtype": torch.float32, "device": "sm_86"}, "fp32 kernels for more than 64 columns need 160 KiB"),
         ({"k": 65, "classes": 65, "dtype": torch.float32, "device": "sm_80"}, "64 columns and 64 classes need 200 KiB"),
+        ({"pair": True, "k": 100, "dtype": torch.float32, "device": "sm_100"}, "needs 560 columns of tensor memory"),
+        ({"classes": 17, "dtype": torch.float32, "device": "sm_100"}, "16 classes need 272 KiB of shared memory"),
+        ({"pair": True, "classes": 64, "dtype": torch.float32}, "no table measured the kernels of fp32 losses"),
+        ({"classes": 10, "dtype": torch.float32}, "no table measured the kernels of fp32 losses"),
     ],
     ids=str,
 )
@@ -385,7 +389,7 @@ def test_forcing_an_engine_that_is_off_raises_with_the_reason():
 
 
 def test_a_counter_for_each_stream_and_for_each_captured_launch(monkeypatch):
-    state = types.SimpleNamespace(stream=1, capturing=False, blocks=0, free={}, makers=set())
+    state = types.SimpleNamespace(stream=1, capturing=False, blocks=0, free={}, makers=set(), context=7)
 
     def zeros(size, dtype, device):
         state.blocks += 1
@@ -404,6 +408,11 @@ def test_a_counter_for_each_stream_and_for_each_captured_launch(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: state.capturing)
     monkeypatch.setattr(torch.cuda, "current_stream", stream)
     monkeypatch.setattr(barrier, "_current_stream", lambda index: state.stream)
+
+    def current(found):
+        found._obj.value = state.context
+
+    monkeypatch.setattr(barrier, "_driver", lambda: types.SimpleNamespace(cuCtxGetCurrent=current))
     device = torch.device("cuda", 0)
 
     def word():
@@ -414,6 +423,8 @@ def test_a_counter_for_each_stream_and_for_each_captured_launch(monkeypatch):
     state.stream = 2
     second = word()
     assert second != first and word() == second
+    state.context = 8
+    assert word() == second
     state.capturing = True
     captured = [word() for _ in range(5)]
     assert len({first, second, *captured}) == 7
@@ -428,6 +439,12 @@ def test_a_counter_for_each_stream_and_for_each_captured_launch(monkeypatch):
     state.capturing = False
     assert word() == first and state.blocks == 4 and len(state.free[device]) == 1024
     assert {(address - first) % 16 for address in (second, *captured)} == {0}
+    state.stream = 0  # the default streams of two contexts have one handle
+    default = word()
+    state.context = 9
+    assert word() not in (first, default)
+    state.context = 8
+    assert word() == default
 
 
 def test_a_device_at_hand_is_read_and_its_carve_out_kept(monkeypatch):

@@ -34,6 +34,7 @@ from triton.runtime.jit import JITFunction, create_function_from_signature
 
 # Bytes of shared memory that a program may have, by compute capability. The compiler has no limit: the launch would fail.
 SHARED_LIMIT = {75: 65536, 80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
+TENSOR_MEMORY = 512  # columns of a multiprocessor of compute capability 10
 
 
 class Launch(NamedTuple):
@@ -88,8 +89,8 @@ class Failed(Result):
 class Compiled(Result):
     """Counts of instructions in the code, and memory in bytes: `stack` per thread, `shared` per program.
 
-    `spills` counts LDL and STL, which move registers to memory and back. `tensor_memory` is in columns; a multiprocessor of
-    compute capability 10 has 512.
+    `spills` counts LDL and STL, which move registers to memory and back. `tensor_memory` is in columns. `loops` has the number
+    of instructions of each innermost loop that multiplies matrices.
     """
 
     registers: int
@@ -97,6 +98,7 @@ class Compiled(Result):
     shared: int
     tensor_memory: int
     spills: int
+    loops: tuple[int, ...]
     hgmma: int
     hmma: int
     tcgen05: int
@@ -241,6 +243,10 @@ def _build(tag: str, job: Specialised, keep_messages: bool = True) -> Outcome:
             messages.seek(0)
             first = re.search(r".*\berror: .*", messages.read().decode(errors="replace"), re.IGNORECASE)
             return _failed(tag, job, seconds, f"{type(error).__name__}: {error}" + (f"\n{first[0]}" if first else ""))
+    columns = getattr(built.metadata, "tmem_size", None) or 0
+    if columns > TENSOR_MEMORY:  # the compiler puts a trap in the place of the kernel
+        why = f"{columns} columns of tensor memory, and a multiprocessor has {TENSOR_MEMORY}"
+        return _failed(tag, job, time.perf_counter() - start, why)
     return _measure(tag, job, built, time.perf_counter() - start)
 
 
@@ -290,6 +296,7 @@ def _measure(tag: str, job: Specialised, built: triton.compiler.CompiledKernel, 
         shared=built.metadata.shared,
         tensor_memory=getattr(built.metadata, "tmem_size", None) or 0,
         spills=_count(instructions, "LDL|STL"),
+        loops=loops_of_products(report),
         hgmma=_count(instructions, "HGMMA"),
         hmma=_count(instructions, "HMMA"),
         tcgen05=_count(instructions, r"UTC\w*MMA"),
@@ -321,6 +328,26 @@ def _count(instructions: Counter[str], name: str, modifier: str | None = None) -
         for instruction, count in instructions.items()
         if re.fullmatch(name, instruction.split(".")[0]) and (modifier is None or modifier in instruction.split("."))
     )
+
+
+def loops_of_products(sass: str) -> tuple[int, ...]:
+    """Return the number of instructions of each innermost loop that multiplies matrices, in the order of the code.
+
+    A loop reaches from the target of a jump backwards to the last such jump. Loops that only wait are left out.
+    """
+    lines = re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+(.*?);", sass, re.MULTILINE)
+    code = [(int(address, 16), text) for address, text in lines]
+    products = [address for address, text in code if re.search(r"\b(HGMMA|HMMA|UTC\w*MMA)\b", text)]
+    ends: dict[int, int] = {}
+    for address, text in code:
+        jump = re.search(r"\bBRA\b.*\b0x([0-9a-f]+)", text)
+        if jump is not None and int(jump[1], 16) < address:
+            ends[int(jump[1], 16)] = address
+    loops = [loop for loop in sorted(ends.items()) if any(loop[0] <= at <= loop[1] for at in products)]
+    inner = [
+        (first, last) for first, last in loops if not any(first < other and end <= last for other, end in loops)
+    ]  # fmt: skip
+    return tuple(sum(first <= address <= last for address, _ in code) for first, last in inner)
 
 
 _IDENTITY = ("kernel", "tag", "capability", "dtype")

@@ -23,6 +23,7 @@ from torch import Tensor
 from interp_nn.engines import eager, eager_polynomial, select
 from interp_nn.engines.barrier import counter
 from interp_nn.engines.cuda.compiled_library import launch_failures
+from interp_nn.engines.devices import sm_carveout
 from interp_nn.engines.eager_polynomial import Polynomial
 from interp_nn.engines.problem import LossOptions, Plan
 from interp_nn.linalg import is_column_major
@@ -47,7 +48,14 @@ def _matrix_b(b: Tensor, transposed: bool) -> Tensor:
 
 
 def _fake_forward(
-    x: Tensor, b: Tensor, bias: Tensor | None, coefficients: Tensor | None, scale: Tensor | None, pair: bool, tf32: bool
+    x: Tensor,
+    b: Tensor,
+    bias: Tensor | None,
+    coefficients: Tensor | None,
+    scale: Tensor | None,
+    pair: bool,
+    tf32: bool,
+    carve_out: int = 0,
 ) -> list[Tensor]:
     n, k = x.shape[0], b.shape[1]
     results = [x.new_empty(n, k), x.new_empty(k, k)]
@@ -58,7 +66,7 @@ def _fake_forward(
 def _fake_backward(
     dp: Tensor | None, dy: Tensor | None, x: Tensor, b: Tensor, p: Tensor | None, g: Tensor | None,
     q_of_g: Tensor | None, coefficients: Tensor | None, scale: Tensor | None, counter: Tensor, pair: bool, need_x: bool,
-    need_b: bool, need_bias: bool, need_coefficients: bool, transposed: bool, tf32: bool,
+    need_b: bool, need_bias: bool, need_coefficients: bool, transposed: bool, tf32: bool, carve_out: int = 0,
 ) -> list[Tensor]:  # fmt: skip
     made = x.new_empty(x.shape), _matrix_b(b, transposed), x.new_empty(b.shape[1])
     results = [t for t, need in zip(made, (need_x, need_b, need_bias), strict=True) if need]
@@ -69,7 +77,7 @@ def _fake_loss(
     x: Tensor, b: Tensor, weight: Tensor | None, bias: Tensor | None, coefficients: Tensor | None, scale: Tensor | None,
     target: Tensor, upstream: Tensor | None, counter: Tensor, w1: float, w2: float, w3: float, ignore_index: int,
     reduction: int, need_x: bool, need_b: bool, need_weight: bool, need_bias: bool, need_coefficients: bool,
-    transposed: bool, tf32: bool,
+    transposed: bool, tf32: bool, carve_out: int = 0,
 ) -> list[Tensor]:  # fmt: skip
     value = x.new_empty(target.shape if _REDUCTIONS[reduction] == "none" else (), dtype=torch.float32)
     results = [value]
@@ -80,27 +88,29 @@ def _fake_loss(
     return results + ([torch.empty_like(coefficients)] if need_coefficients and coefficients is not None else [])
 
 
-def _fake_scale(upstream: Tensor, gradients: list[Tensor]) -> None:
+def _fake_scale(upstream: Tensor, gradients: list[Tensor], carve_out: int = 0) -> None:
     return None
 
 
 _forward = _define(
-    "cuda_forward(Tensor x, Tensor b, Tensor? bias, Tensor? coefficients, Tensor? scale, bool pair, bool tf32) -> Tensor[]",
+    "cuda_forward(Tensor x, Tensor b, Tensor? bias, Tensor? coefficients, Tensor? scale, bool pair, bool tf32, "
+    "int carve_out=0) -> Tensor[]",
     _fake_forward,
 )
 _backward = _define(
     "cuda_backward(Tensor? dp, Tensor? dy, Tensor x, Tensor b, Tensor? p, Tensor? g, Tensor? q_of_g, "
     "Tensor? coefficients, Tensor? scale, Tensor counter, bool pair, bool need_x, bool need_b, bool need_bias, "
-    "bool need_coefficients, bool transposed, bool tf32) -> Tensor[]",
+    "bool need_coefficients, bool transposed, bool tf32, int carve_out=0) -> Tensor[]",
     _fake_backward,
 )
 _loss = _define(
     "cuda_loss(Tensor x, Tensor b, Tensor? weight, Tensor? bias, Tensor? coefficients, Tensor? scale, Tensor target, "
     "Tensor? upstream, Tensor counter, float w1, float w2, float w3, int ignore_index, int reduction, bool need_x, "
-    "bool need_b, bool need_weight, bool need_bias, bool need_coefficients, bool transposed, bool tf32) -> Tensor[]",
+    "bool need_b, bool need_weight, bool need_bias, bool need_coefficients, bool transposed, bool tf32, "
+    "int carve_out=0) -> Tensor[]",
     _fake_loss,
 )
-_scale = _define("cuda_scale(Tensor upstream, Tensor(a!)[] gradients) -> ()", _fake_scale)
+_scale = _define("cuda_scale(Tensor upstream, Tensor(a!)[] gradients, int carve_out=0) -> ()", _fake_scale)
 
 
 class LaunchError(RuntimeError):
@@ -111,9 +121,12 @@ _LAUNCH_ERROR = "not launched: "  # as csrc/binding.cpp begins it
 
 
 def launch(operator: Callable[..., Any], *arguments: Any) -> Any:
-    """Call an operator of the library, with PyTorch's own error where memory is short. Every launch passes here."""
+    """Call an operator of the library, with PyTorch's own error where memory is short. Every launch passes here.
+
+    Kernels leave the multiprocessors of PyTorch's carve-out to other work, such as NCCL's.
+    """
     try:
-        return operator(*arguments)
+        return operator(*arguments, sm_carveout() or 0)
     except RuntimeError as error:
         if _LAUNCH_ERROR in str(error):
             raise LaunchError(str(error).partition(_LAUNCH_ERROR)[2].partition("\n")[0]) from error

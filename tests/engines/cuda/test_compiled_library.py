@@ -161,7 +161,7 @@ def test_the_reason_is_what_matters_of_an_error(error, reason):
 def test_no_room_is_pytorchs_own_error():
     """The stable ABI says which function failed; PyTorch's users catch the kind of the error."""
 
-    def fails(text):
+    def fails(text, carve_out):
         raise RuntimeError(text)
 
     with pytest.raises(torch.OutOfMemoryError, match="no room for the results or workspaces"):

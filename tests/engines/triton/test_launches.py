@@ -23,6 +23,9 @@ if interpreting():
     pytest.skip("Triton interprets in this process", allow_module_level=True)
 
 
+remembers = pytest.mark.skipif(not engine._TESTED, reason="only the launcher of Triton 3.6 is known")
+
+
 class Ran:
     """Launches that reached the driver, and how many of them Triton's own call made."""
 
@@ -61,6 +64,7 @@ def stream(n=64, d=64, k=16, dtype=torch.bfloat16, bias=True, offset=0):
     return made, x.device, x, b, torch.zeros(k, dtype=dtype) if bias else None, None, y, g, None, None, None, n, d
 
 
+@remembers
 def test_a_remembered_kernel_gets_what_triton_gives_it(ran):
     given = stream()
     for _ in range(2):
@@ -72,6 +76,7 @@ def test_a_remembered_kernel_gets_what_triton_gives_it(ran):
     assert ran.by_triton == 2 and len(ran.given) == 5
 
 
+@remembers
 @pytest.mark.parametrize(
     "other", [{"bias": False}, {"offset": 1}, {"dtype": torch.float16}, {"n": 65}, {"d": 63}], ids=str
 )
@@ -128,6 +133,7 @@ def test_tensors_of_another_device_go_by_triton(ran, monkeypatch):
     assert ran.by_triton == before + 2
 
 
+@remembers
 @pytest.mark.parametrize("call", ["forward", "backward", "pair", "loss", "head", "scale", "wide"])
 def test_every_kernel_is_remembered(call, ran):
     n, d, k, m = 64, 48, 16, 4
@@ -178,6 +184,7 @@ def test_the_precision_follows_pytorchs_switch(ran, monkeypatch):
 # Calls that an engine has prepared
 
 
+@remembers
 @pytest.mark.parametrize("op", [functional.summary, functional.summary_cross_entropy])
 def test_prepared_calls_leave_hooks_and_other_tables_to_triton(op, ran):
     from triton import knobs
@@ -202,6 +209,17 @@ def test_prepared_calls_leave_hooks_and_other_tables_to_triton(op, ran):
     assert by_triton() == 0
     configs._forget()
     assert by_triton() == 2
+
+
+@pytest.mark.parametrize("op", [functional.summary, functional.summary_cross_entropy])
+def test_triton_makes_every_launch_of_other_versions(op, ran, monkeypatch):
+    """Their launchers may take other arguments."""
+    monkeypatch.setattr(engine, "_TESTED", False)
+    x, b = torch.randn(64, 32, requires_grad=True), torch.randn(32, 16)
+    given = (x, b) if op is functional.summary else (x, b, torch.zeros(64, dtype=torch.int64))
+    for _ in range(8):
+        op(*given).sum().backward()
+    assert ran.by_triton == len(ran.given) == 16
 
 
 CHANGES = {
@@ -301,6 +319,7 @@ def check_prepared(states, ran):
     return [call for call in kept_plans.values() if type(call) is not tuple]
 
 
+@remembers
 @pytest.mark.parametrize("op", CHANGES["op"])
 @pytest.mark.parametrize("name", sorted(CHANGES))
 def test_a_prepared_call_after_each_change(name, op, ran):

@@ -71,6 +71,7 @@ struct Counts {
     long matrices = 0;
     long conflicts = 0;
     long switches = 0;
+    long blocks = 0;  // of the latest launch
 };
 
 struct Grid {
@@ -196,6 +197,7 @@ inline std::unique_ptr<Fiber> make_fiber(int block, int thread, char* stack) {
 }
 
 inline void prepare(int blocks, int threads, size_t shared) {
+    counts.blocks = blocks;
     grid.threads = threads;
     grid.blocks = std::vector<Block>(blocks);
     grid.fibers.clear();

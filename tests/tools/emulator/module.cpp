@@ -78,6 +78,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
     }));
     m.def("skip_kernels", [](bool skip) { emulator::skip_kernels = skip; });
     m.def("reset_counts", [] { emulator::counts = {}; });
+    m.def("blocks", [] { return emulator::counts.blocks; });
     m.def("counts", [] {
         return py::make_tuple(emulator::counts.matrices, emulator::counts.conflicts, emulator::counts.switches);
     });

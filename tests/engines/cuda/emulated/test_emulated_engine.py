@@ -155,6 +155,22 @@ def test_the_loss_of_a_polynomial_is_one_launch(head, shape, emulated, launched)
         assert torch.equal(scaled, t / 4)
 
 
+def test_kernels_leave_the_carve_out_to_other_work(emulated):
+    x, b = inputs(600, 64, 16)
+    dy, plan, blocks = torch.randn(600, 16), Plan("cuda", "(Xb)G"), []
+    before = torch._C._get_sm_carveout_experimental()
+    try:
+        for kept in (None, 1, 5):
+            torch._C._set_sm_carveout_experimental(kept)
+            _, _, saved = cuda_engine.forward(x, b, None, plan, False)
+            blocks.append(emulated.blocks())
+            cuda_engine.backward(None, dy, x, b, saved, plan, True, True)
+            blocks.append(emulated.blocks())
+    finally:
+        torch._C._set_sm_carveout_experimental(before)
+    assert blocks == [3, 3, 2, 2, 1, 1]
+
+
 # Shared memory of a block, in KiB, that GPUs have: of compute capability 7.5, and of newer ones.
 SHARED_7, SHARED_8 = (64,), (99, 163, 227)
 COLUMNS, CLASSES = (1, 16, 17, 64, 65, 128, 129), (None, 1, 16, 17, 128, 129)

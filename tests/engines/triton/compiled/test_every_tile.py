@@ -4,7 +4,7 @@ import offline
 import pytest
 import triton
 from recording import recording
-from test_all_kernels import ARTEFACTS, BF16, CAPABILITIES, FP32, HEADS, NAMES, problem
+from test_all_kernels import ARTEFACTS, BF16, CAPABILITIES, FP32, HEADS, NAMES, WITHOUT_SPILLS, problem
 
 from interp_nn.engines.devices import spec_for
 from interp_nn.engines.limits import can_form_logits_from_x, padded, unsupported_reason
@@ -13,6 +13,16 @@ from interp_nn.engines.triton import configs
 from interp_nn.engines.triton.configs import Bucket
 
 D = 512
+# Most loads and stores of spilled registers on GPUs whose tiles were chosen for few: of forwards and backwards of at most 128
+# columns in 16 bits, of other kernels in 16 bits, and in fp32. `auto` takes no loss in fp32. Heads with 100 classes have most;
+# with 10 classes none in 16 bits has 100.
+BOUNDED = (80, 90, 100)
+MOST_SPILLS = {"plain": 8, "16 bits": 400, "fp32": 2800}
+
+
+def most_spills(outcome):
+    plain = outcome.kernel in WITHOUT_SPILLS
+    return MOST_SPILLS["fp32" if outcome.dtype == "fp32" else "plain" if plain else "16 bits"]
 
 
 def refused(capability, name, dtype, n, k, m):
@@ -51,5 +61,5 @@ def test_every_tile_compiles_and_fits(capability):
     offline.write_table(ARTEFACTS / f"every-tile-sm_{capability}-triton-{triton.__version__}.txt", made.values())
     assert not {key[0]: o.error for key, o in made.items() if o.error}
     assert not {key[0]: o.shared for key, o in made.items() if not o.fits_shared}
-    assert not {key[0]: o.tensor_memory for key, o in made.items() if o.tensor_memory > 512}
+    assert not {key[0]: o.spills for key, o in made.items() if capability in BOUNDED and o.spills > most_spills(o)}
     assert not [key[0] for key, o in made.items() if o.kernel != "stream" and not o.has_acquire_release]
