@@ -135,7 +135,8 @@ class ActivationClusters(PiecewiseAffine, Estimator):
         if not len(size):
             most = int(groups.counts.max())
             raise ValueError(
-                f"min_size: got {self.min_size}, but no pattern has more than {most} samples; want at most {most}"
+                f"min_size: got {self.min_size}, but no pattern has more than {most} samples; want at most {most}, and merge() "
+                "to make larger clusters, which approximate the network"
             )
         number = torch.full_like(groups.counts, -1)
         number[size] = torch.arange(len(size), device=number.device)
@@ -186,7 +187,9 @@ class ActivationClusters(PiecewiseAffine, Estimator):
 
         Without a number, `merge` makes the fewest clusters, at most 12, whose R² with the network reaches `target` on a fifth of
         the samples, which it holds out to choose the number. Where none does, it makes the number with the largest R² and warns.
-        `held_out_` of the result has the fidelity on these samples. The result is then merged from all samples.
+        `held_out_` of the result has the fidelity on these samples, and `one_map_` that of a single map. As these samples chose
+        the number, `held_out_` may be higher than on others: measure `fidelity` on new samples. The result is then merged
+        from all samples.
 
         "hamming" and "npk" need memory for all pairs of clusters. k-means may give a group to a few clusters with a steep
         map; then try another method.
@@ -210,7 +213,7 @@ class ActivationClusters(PiecewiseAffine, Estimator):
 
         Source: "coef": Sudjianto et al., arXiv 2011.04041. "npk": Lakshminarayanan & Singh, arXiv 2006.10529.
         """
-        held_out = None
+        held_out = one_map = None
         if target is not None and (n_clusters is not None or isinstance(by, Tensor) or by == "affine"):
             raise ValueError(f"target: got {target}, but the number of clusters is given; want None")
         if isinstance(by, Tensor) or by == "affine":
@@ -219,10 +222,10 @@ class ActivationClusters(PiecewiseAffine, Estimator):
             groups = self._checked(by) if isinstance(by, Tensor) else equal_maps(self._functions(constants=1.0))
         else:
             if n_clusters is None:
-                n_clusters, held_out = self._fewest(by, refit, 0.95 if target is None else target)
+                n_clusters, held_out, one_map = self._fewest(by, refit, 0.95 if target is None else target)
             groups = self._grouped(by, n_clusters)
         equal = isinstance(by, str) and by == "affine"
-        return MergedClusters(self, by_size(groups, self.counts_), refit and not equal, held_out)
+        return MergedClusters(self, by_size(groups, self.counts_), refit and not equal, held_out, one_map)
 
     def tree(self, depth: int | None = None) -> ClusterTree:
         """Nest the clusters: by the gates of the first layer, then of the second, and so on to `depth` layers.
@@ -278,8 +281,11 @@ class ActivationClusters(PiecewiseAffine, Estimator):
                 stacklevel=3,
             )
 
-    def _fewest(self, by: By, refit: bool, target: float) -> tuple[int, Fidelity]:
-        """Find the smallest number of merged clusters that reaches the target on held-out samples, and its fidelity there."""
+    def _fewest(self, by: By, refit: bool, target: float) -> tuple[int, Fidelity, Fidelity]:
+        """Find the smallest number of merged clusters that reaches the target on held-out samples.
+
+        Returns the number, its fidelity there, and that of one cluster.
+        """
         if not 0 < target < 1:
             raise ValueError(f"target: got {target}, want an R² between 0 and 1")
         inside = (self.labels_ >= 0).nonzero().squeeze(1)
@@ -298,14 +304,14 @@ class ActivationClusters(PiecewiseAffine, Estimator):
             got = merged._apply(x, merged.members_[near])
             found[n] = fidelity_of(got, wanted)
             if found[n].r2 >= target or torch.allclose(got, wanted):  # R² is NaN for a constant network
-                return n, found[n]
+                return n, found[n], found[1]
         best = max(found, key=lambda n: -torch.inf if found[n].r2 != found[n].r2 else found[n].r2)
         warnings.warn(
             f"target: {best} clusters reach an R² of {found[best].r2:.3f} with the network on held-out samples, below {target}, "
             f"and no other number up to {max(found)} reaches more; for a larger number call merge(n_clusters=...)",
             stacklevel=3,
         )
-        return best, found[best]
+        return best, found[best], found[1]
 
     def _of_samples(self, rows: Tensor) -> ActivationClusters:
         """Return the clusters that some samples are in, with these samples alone."""
@@ -434,6 +440,7 @@ class MergedClusters(PiecewiseAffine):
         members: The merged cluster of each cluster, (clusters,) int64.
         refitted: Correct the maps to the network's outputs.
         held_out: Fidelity on samples that were held out to choose the number of clusters.
+        one_map: Fidelity of a single cluster on these samples.
 
     Attributes:
         labels_: Merged cluster of each sample, (n,) int64, or -1. The largest is 0.
@@ -442,8 +449,9 @@ class MergedClusters(PiecewiseAffine):
         outputs_: The network's outputs (n, *output).
         response_: The observed y (n,), or None.
         members_: As given.
-        held_out_: As given: the fidelity of as many clusters, merged from four fifths of the samples, on the other fifth. None
-            where the number was given.
+        held_out_: As given: the fidelity of as many clusters, merged from four fifths of the samples, on the other fifth, which
+            chose the number. None where the number was given.
+        one_map_: As given: the same of one cluster.
 
     Example:
         >>> network = nn.Sequential(nn.Linear(1, 1), nn.ReLU())
@@ -454,11 +462,16 @@ class MergedClusters(PiecewiseAffine):
     """
 
     def __init__(
-        self, clusters: ActivationClusters, members: Tensor, refitted: bool, held_out: Fidelity | None = None
+        self,
+        clusters: ActivationClusters,
+        members: Tensor,
+        refitted: bool,
+        held_out: Fidelity | None = None,
+        one_map: Fidelity | None = None,
     ) -> None:
         # A copy, because `clusters` may be fitted again.
         self._clusters, self.members_, self._refitted = copy(clusters), members, refitted
-        self.held_out_: Fidelity | None = held_out
+        self.held_out_, self.one_map_ = held_out, one_map
         if "feature_names_in_" in vars(clusters):
             self.feature_names_in_ = clusters.feature_names_in_
         self._means = [mean_maps(part, members, clusters.counts_) for part in clusters._maps()]
@@ -481,7 +494,10 @@ class MergedClusters(PiecewiseAffine):
     def __repr__(self) -> str:
         text = f"{len(self.members_)} clusters merged into {len(self.counts_)}"
         if self.held_out_ is not None:
-            text += f"; on held-out samples R² {self.held_out_.r2:.3f}, agreement {self.held_out_.agreement:.1%}"
+            text += f"; on the held-out samples that chose the number R² {self.held_out_.r2:.3f}, agreement "
+            text += f"{self.held_out_.agreement:.1%}"
+        if self.one_map_ is not None and len(self.counts_) > 1:
+            text += f"; one map R² {self.one_map_.r2:.3f}, agreement {self.one_map_.agreement:.1%}"
         return f"MergedClusters({text})"
 
     def _merged(self, labels: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ class Fidelity(NamedTuple):
     """Quality of affine maps as an approximation of the network F.
 
     Attributes:
-        r2: 1 - sum |F - (W x + b)|² / sum |F - mean F|² over samples and outputs; NaN if F is constant.
+        r2: 1 - sum |F - (W x + c)|² / sum |F - mean F|² over samples and outputs; NaN if F is constant.
         agreement: Share of samples with the same largest output, or with the same sign for one output.
     """
 
@@ -166,9 +166,9 @@ class PiecewiseAffine(ABC):
     ) -> ClusterTable:
         """Make a table of the largest clusters, which prints.
 
-        Without an observed response y, the response is the network's output. With y, each map is scored against it, on its
-        own cluster and on all samples: by AUC for a binary response, else by R². For several outputs and a y of classes, the
-        response is True for the class `output`.
+        Without an observed response y, the response is the network's output, centred as the coefficients are. With y, each
+        map is scored against it, on its own cluster and on all samples: by AUC for a binary response, else by R². For several
+        outputs and a y of classes, the response is True for the class `output`.
 
         Args:
             output: Index of the output, among the flattened outputs.
@@ -194,7 +194,7 @@ class PiecewiseAffine(ABC):
         coefficients = self.importance(output, project=project, centre=centre).flatten(1)[:rows]
         importance = self.global_importance(output, project=project, centre=centre)
         outputs = self.outputs_[0].numel()
-        response = self._response_of(output)
+        response = self._response_of(output, centre)
         score, name = scorer(response)
         statistics = []
         for c, (weight, bias) in enumerate(zip(*(part[:rows] for part in self._map(output, centre)), strict=True)):
@@ -232,11 +232,11 @@ class PiecewiseAffine(ABC):
         """
         return self.table(output).plot(**options)
 
-    def _response_of(self, output: int) -> Tensor:
-        """Return the response (n,) for an output: y, or True where y is the class `output`, or the output itself."""
+    def _response_of(self, output: int, centre: bool) -> Tensor:
+        """Return the response (n,) for an output: y, or True where y is the class `output`, or the output, centred or not."""
         outputs = self.outputs_.reshape(len(self.outputs_), -1)
         if self.response_ is None:
-            return outputs[:, output]
+            return outputs[:, output] - (outputs.mean(1) if centre and outputs.shape[1] > 1 else 0)
         if outputs.shape[1] > 1 and not self.response_.is_floating_point():
             return self.response_ == output % outputs.shape[1]
         return self.response_

@@ -119,7 +119,7 @@ class ClusterTable:
         output = f"output {self.output} of {self.outputs}: " if self.outputs > 1 else ""
         marks = [m for m in _COVERAGE_AT if m < self.clusters] + [self.clusters]
         return [
-            f"{output}{self.samples} samples in {self.clusters} clusters, max |W x + b - F| / max |F| = {self.check:.1e}",
+            f"{output}{self.samples} samples in {self.clusters} clusters, max |W x + c - F| / max |F| = {self.check:.1e}",
             "  ".join(f"largest {m}: {100 * self.coverage[m - 1].item():.1f} %" for m in marks),
         ]
 
@@ -141,16 +141,19 @@ class ClusterTable:
             lines.append(f"and {left} smaller clusters")
         if (left := len(self.features) - _FEATURES) > 0:
             lines.append(f"and {left} features of less importance")
-        lines.append("response, std: mean and standard deviation in the cluster, of y or else of the network's output")
+        less = f", less the mean of the {self.outputs} outputs" if self.centred else ""
+        lines.append(
+            f"response, std: mean and standard deviation in the cluster, of y or else of the network's output{less}"
+        )
         if self.score:
             lines.append(
                 f"{self.score} here, on all: of the cluster's map against y, on its own samples and on all samples"
             )
         full = len(self.features) + 1
         lines.append(f"rank: below {full}, the cluster's samples alone do not determine its map")
-        less = f", less the mean of the {self.outputs} outputs," if self.centred else ""
         lines.append(
-            f"features: output{less} per unit of the feature; share: part of |coefficient| x std, ± its spread over clusters"
+            f"features: output{less}{',' * self.centred} per unit of the feature; share: part of |coefficient| x std, ± its "
+            "spread over clusters"
         )
         return lines
 

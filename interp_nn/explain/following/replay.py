@@ -476,10 +476,11 @@ def _without_backward_hooks(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _errors_named(model: nn.Module, inputs: Inputs, recorder: Recorder) -> Iterator[None]:
-    """Name the cause of two errors in a model.
+    """Name the cause of three errors in a model.
 
-    Raises TypeError if it fails on inputs of another dtype or device than its parameters. A model with a call that takes a
-    tensor for a number, which depends on the input, is unsupported.
+    Raises TypeError if it fails on inputs of another dtype or device than its parameters, and ValueError if it fails on one
+    sample without a batch dimension. A model with a call that takes a tensor for a number, which depends on the input, is
+    unsupported.
     """
     try:
         yield
@@ -492,15 +493,30 @@ def _errors_named(model: nn.Module, inputs: Inputs, recorder: Recorder) -> Itera
             raise
         recorder.stopped = True
         recorder.note_unsupported_model(f"a scale or another number of a call depends on the input: {error}")
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:
         known = {(p.dtype, p.device) for p in model.parameters() if p.is_floating_point()}
         got = next(((t.dtype, t.device) for t in inputs if (t.dtype, t.device) not in known), None)
-        if len(known) != 1 or got is None:
-            raise
+        if isinstance(error, ValueError) or len(known) != 1 or got is None:
+            if _takes(model, inputs) or not _takes(model, [t.unsqueeze(0) for t in inputs]):
+                raise
+            raise ValueError(
+                f"x: got shapes {[tuple(t.shape) for t in inputs]}, on which the model fails ({error}); add a batch dimension: "
+                "x[None]"
+            ) from error
         (dtype, device), (wrong, place) = next(iter(known)), got
         raise TypeError(
             f"x: got {wrong} on {place}, but the model's parameters are {dtype} on {device}; want x.to({device.type!r}, {dtype})"
         ) from error
+
+
+def _takes(model: nn.Module, inputs: Sequence[Tensor]) -> bool:
+    """Return True if a model runs on inputs."""
+    try:
+        with torch.no_grad():
+            model(*(t.clone() for t in inputs))
+    except Exception:
+        return False
+    return True
 
 
 @contextmanager

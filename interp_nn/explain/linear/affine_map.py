@@ -1,4 +1,4 @@
-"""Instance-wise linearization: the affine map F(x) = W x + b of a network at each input.
+"""Instance-wise linearization: the affine map F(x) = W x + c of a network at each input.
 
 Source: Li et al., arXiv 2310.16295.
 """
@@ -78,7 +78,7 @@ def linearize(
     chunk_size: int | None = None,
     progress: bool | None = None,
 ) -> AffineMap:
-    """Compute the affine map F(x) = W x + b of a model at each sample.
+    """Compute the affine map F(x) = W x + c of a model at each sample.
 
     The samples must not depend on one another; the first and the last sample are run alone to find models whose samples do.
     The map reads the model when one of its results is first asked for, and keeps the result. Read it before the model is
@@ -87,16 +87,16 @@ def linearize(
     Args:
         model: The network, in evaluation mode, or scikit-learn's, see `from_sklearn`; then x may be an array or a data frame.
         x: Samples (n, ...) of a floating-point dtype, or a tuple of inputs with n samples each. For token ids (n, ...) of an
-            integer dtype, the map is that of their embeddings e: F = W e + b, and the result's `x` is e.
+            integer dtype, the map is that of their embeddings e: F = W e + c, and the result's `x` is e.
         target: The outputs to explain: None for all, an int or slice along the first dimension of a sample's output, a tensor
             (n,) int64 with one index for each sample, or a function of the model's output that returns a tensor (n, ...).
             Explain logits, because a softmax is not affine.
-        mode: 'secant': W and b of the replay with frozen gates, see `frozen`. For a piecewise linear network, this is the map
-            of the whole region of x. 'tangent': W is the Jacobian and b = F(x) - W x. In both, `detach` and `no_grad` in the
+        mode: 'secant': W and c of the replay with frozen gates, see `frozen`. For a piecewise linear network, this is the map
+            of the whole region of x. 'tangent': W is the Jacobian and c = F(x) - W x. In both, `detach` and `no_grad` in the
             model do not stop a derivative, as the value depends on the input all the same.
         layer: Explain the preactivations of this layer of gates instead of the output. A name or index of `GateRecord.sites`.
         held: In mode 'secant', the factor that a product of two values that depend on x holds: 'activated', 'left' or 'right',
-            see `frozen`. F(x) = W x + b for each of them.
+            see `frozen`. F(x) = W x + c for each of them.
         embedding: For token ids, the path of the layer that looks them up. By default, the nn.Embedding that the model calls
             with x. The values of other layers that look x up are constants.
         chunk_size: Number of rows or columns of W to compute at a time. By default, 4 million entries.
@@ -189,14 +189,14 @@ def _gates(model: nn.Module, x: tuple[Tensor, ...]) -> list[Tensor]:
 
 
 class AffineMap:
-    """The affine map F(x) = W x + b of each of n samples.
+    """The affine map F(x) = W x + c of each of n samples.
 
     `linearize` and `from_tensors` make maps. `weight` forms W at first use; the other methods apply W without it where they
     can. `a @ b` composes two maps, and an index selects samples. For a model with a tuple of inputs, the methods take tuples,
     and weights and contributions are tuples.
 
     Args:
-        operator: Applies W, and computes b.
+        operator: Applies W, and computes c.
         function: The model, which `check` compares with.
         chunk_size: Number of rows or columns of W to compute at a time. By default, 4 million entries.
         same_gates: Finds the samples of other inputs (n, ...) at which the map holds as well, (n,) bool; for `check`.
@@ -225,6 +225,7 @@ class AffineMap:
         self._same_gates, self._progress = same_gates, progress
         self._layer: str | int | None = None
         self._features: Sequence[str] | None = None
+        self._contrast: tuple[int, int, int] | None = None  # the two outputs, and of how many
 
     @classmethod
     def from_tensors(cls, weight: Tensor | tuple[Tensor, ...], bias: Tensor) -> AffineMap:
@@ -232,7 +233,7 @@ class AffineMap:
 
         Args:
             weight: W (n, *output, *input), or a tuple of one for each input.
-            bias: b (n, *output).
+            bias: c, a tensor (n, *output).
 
         Returns:
             The maps of the n samples.
@@ -259,7 +260,7 @@ class AffineMap:
 
     @cached_property
     def bias(self) -> Tensor:
-        """Constant b (n, *output), computed at first use by one run of the model."""
+        """Constant c (n, *output), computed at first use by one run of the model."""
         return self._operator.bias().detach()
 
     @property
@@ -291,7 +292,7 @@ class AffineMap:
         return _single(tuple(t[0] for t in self._operator.pullback()(u.unsqueeze(0))))
 
     def __call__(self, x: Tensor | tuple[Tensor, ...]) -> Tensor:
-        """Return W x + b (n, *output) for x (n, *input)."""
+        """Return W x + c (n, *output) for x (n, *input)."""
         return self.matvec(x) + self.bias
 
     def __matmul__(self, first: AffineMap) -> AffineMap:
@@ -306,7 +307,7 @@ class AffineMap:
         return AffineMap(ComposedOperator(left, right), None, self._chunk_size)
 
     def contributions(self, x: Tensor | tuple[Tensor, ...]) -> Any:
-        """Compute what each input adds to each output: W * x. Summed over the inputs this is F(x) - b.
+        """Compute what each input adds to each output: W * x. Summed over the inputs this is F(x) - c.
 
         Args:
             x: Samples (n, *input), or a tuple of inputs.
@@ -332,14 +333,14 @@ class AffineMap:
         )
 
     def bias_by_layer(self) -> dict[str, Tensor]:
-        """Split b exactly over the layers that contribute a constant.
+        """Split the constant c exactly over the layers that contribute a constant.
 
         Constants are biases, shifts of batch norms, non-zero paddings and the offsets of clipped units. The split between a
         layer and a batch norm after it is arbitrary: a number added to the layer's bias and to the norm's running mean changes
         no output, but moves their parts. Only the sum of the two has a meaning.
 
         Returns:
-            By module path, in call order, the layer's part of b (n, *output). The parts sum to `bias`.
+            By module path, in call order, the layer's part of c (n, *output). The parts sum to `bias`.
 
         Raises:
             ValueError: A map without its model, or of mode 'tangent'.
@@ -376,13 +377,16 @@ class AffineMap:
                 f"k, k2: got {k} and {k2}, want two indices of outputs (n, classes); a sample's outputs are {tuple(output)}"
             )
         operator, function = self._operator, self._function
+        pair = (k % output[0], k2 % output[0], output[0])
         if function is None or not isinstance(operator, JacobianOperator):
             row = operator.result.new_zeros(operator.n, output[0])
             row[:, k] += 1
             row[:, k2] -= 1
-            return AffineMap(
+            affine = AffineMap(
                 ComposedOperator(DenseOperator((row,), row.new_zeros(len(row))), operator), None, self._chunk_size
             )
+            affine._contrast = pair
+            return affine
 
         def difference(values: Tensor) -> Tensor:
             return values[:, k] - values[:, k2]
@@ -394,7 +398,7 @@ class AffineMap:
             self._same_gates,
             self._progress,
         )
-        affine._layer, affine._features = self._layer, self._features
+        affine._layer, affine._features, affine._contrast = self._layer, self._features, pair
         return affine
 
     def svd(self, k: int, *, form_weight: bool = True) -> SingularTriplets:
@@ -435,7 +439,7 @@ class AffineMap:
 
         It is the largest of these errors, each relative to the largest value that it compares:
 
-        - |F(x) - (W x + b)| at the linearized x.
+        - |F(x) - (W x + c)| at the linearized x.
         - The same at other points, along two directions, where the gates are those of x. For models without secants only.
         - W v by rows (reverse mode) against W v by columns (forward mode), along three directions.
         - The change of the first and the last sample's output when the other samples change.
@@ -515,7 +519,8 @@ class AffineMap:
             sample: Index of one sample. None: all; of images, the first 8.
             output: Index among the flattened outputs. None: the only one, or all of an image's outputs, at most 12.
             features: Names of the features; by default those of the data frame that was linearized, else x0, x1, ...
-            class_names: Names of all flattened outputs; by default output 0, output 1, ...
+            class_names: Names of all flattened outputs; by default output 0, output 1, ... For a `contrast`, its own name, or
+                those of all outputs that it was made from: its name is then "first - second".
 
         Returns:
             The figure of images, or the axes.
@@ -533,7 +538,8 @@ class AffineMap:
         from interp_nn.explain.plots.attribution import affine_plot
 
         names = self._features if features is None else features
-        return affine_plot(self, self.x if x is None else x, sample, output, names, class_names)
+        x = self.x if x is None else x
+        return affine_plot(self, x, sample, output, names, class_names, self._contrast)
 
     def to(self, dtype: torch.dtype) -> AffineMap:
         """Return the map in another dtype; forms W."""
@@ -570,7 +576,7 @@ class AffineMap:
         if isinstance(operator, JacobianOperator):
             facts["layer"] = "output" if self._layer is None else str(self._layer)
             facts["exact"] = "while no gate changes" if self._same_gates is not None else "at x"
-        return html_table(list(facts), [list(facts.values())], above=["AffineMap: F(x) = W x + b"])
+        return html_table(list(facts), [list(facts.values())], above=["AffineMap: F(x) = W x + c"])
 
     def _vectors(self, v: Tensor | tuple[Tensor, ...]) -> Vectors:
         vectors, operator = _several(v), self._operator

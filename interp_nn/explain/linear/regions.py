@@ -25,7 +25,7 @@ class Boundary(NamedTuple):
 
     Attributes:
         distance: Euclidean distance to it, (...).
-        unit: Index of the unit that flips there, (...) int64.
+        unit: Index of the unit that flips there, (...) int64, among all units of the region. `Region.locate` names its layer.
         point: The nearest point on it, of x's shape.
 
     Example:
@@ -98,6 +98,7 @@ class Region:
         if on.dtype != torch.bool:
             raise TypeError(f"on: got {on.dtype}, want torch.bool")
         self.normals, self.offsets, self.on = normals, offsets, on
+        self._layers: tuple[tuple[str, Tensor], ...] = ()  # each with the indices of its units that the region has
 
     def contains(self, x: Tensor) -> Tensor:
         """Return (...) bool: True for each x (..., d) in the region."""
@@ -122,6 +123,32 @@ class Region:
         normal = self.normals[unit]
         step = self._preactivations(x).gather(-1, unit.unsqueeze(-1)) / normal.square().sum(-1, keepdim=True)
         return Boundary(distance, unit, x - (step * normal).reshape(x.shape))
+
+    def locate(self, unit: int) -> tuple[str, int]:
+        """Find the layer of a unit of the region.
+
+        Args:
+            unit: Index of the unit in the region, as `nearest_boundary` returns it.
+
+        Returns:
+            The name of the layer's gates, one of `GateRecord.sites`, and the unit's index among these, flattened.
+
+        Raises:
+            ValueError: A region that `region` did not return, or an index out of range.
+
+        Example:
+            >>> network = nn.Sequential(nn.Linear(1, 3), nn.ReLU(), nn.Linear(3, 3), nn.ReLU())
+            >>> region(network, torch.ones(1, 1)).locate(4)
+            ('3', 1)
+        """
+        if not self._layers:
+            raise ValueError("unit: got a region without its model, want one as `region` returned it")
+        left = unit
+        for name, units in self._layers:
+            if 0 <= left < len(units):
+                return name, int(units[left])
+            left -= len(units)
+        raise ValueError(f"unit: got {unit}, want an index of one of {len(self.on)} units")
 
     def to_halfspaces(self) -> Tensor:
         """Return rows [N, c], (u, d + 1), with N x + c <= 0 in the region, as scipy.spatial.HalfspaceIntersection takes them."""
@@ -252,11 +279,15 @@ def region(model: nn.Module, x: Tensor) -> Region:
 
     here = x.detach()
     with torch.no_grad():
-        on = preactivations(here)[0] > 0
-        units = AffineMap(JacobianOperator(preactivations, (here,), on[None].to(x), affine=True, check=lambda: None))
-        normals, offsets = units.weight[0].flatten(1), units.bias[0]
+        layers = [z.flatten() for z in replay.all_preactivations((here,))]
+        on = torch.cat(layers) > 0
+        maps = AffineMap(JacobianOperator(preactivations, (here,), on[None].to(x), affine=True, check=lambda: None))
+        normals, offsets = maps.weight[0].flatten(1), maps.bias[0]
         real = offsets.isfinite()  # a window of max-pooling has no candidates beyond the border
-        return Region(normals[real], offsets[real], on[real])
+        made = Region(normals[real], offsets[real], on[real])
+        units = [kept.nonzero()[:, 0] for kept in real.split([len(layer) for layer in layers])]
+        made._layers = tuple(zip(replay.sites, units, strict=True))
+        return made
 
 
 def linear_program(what: str, *arguments: Any, **options: Any) -> Any:

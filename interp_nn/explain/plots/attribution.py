@@ -59,7 +59,7 @@ def attribution_maps(
         columns: k titles of the columns.
         predicted: Index of the column that the network predicts for each sample, (n,) int64, which is marked.
         true: Index of the column of each sample's class, (n,) int64, which is marked.
-        constants: (n, k) constants b, written below the maps: the part of the outputs that no pixel holds.
+        constants: (n, k) constants c, written below the maps: the part of the outputs that no pixel holds.
         overlay: Draw the maps over the images in grey. A pixel that contributes less is more transparent.
         label: Label of the colour bar.
         figure: Figure to draw on; by default a new one.
@@ -168,7 +168,7 @@ def bias_bars(
     if value is not None:
         whole = number(value, "value")
         title += f" of {whole:.{_DIGITS}g}" + (f" ({total / whole:.0%})" if whole else "")
-    axes.set(xlabel="part of the constant b, in the output's units", ylabel="layer")
+    axes.set(xlabel="part of the constant c, in the output's units", ylabel="layer")
     set_title(axes, title)
     return axes
 
@@ -201,7 +201,7 @@ def bias_map(
     k = parts.shape[1]
     columns = [str(j) for j in range(k)] if outputs is None else list(outputs)
     axes = new_axes(axes, (max(5.0, 0.62 * k + 3.2), max(2.6, 0.36 * len(names) + 1.5)))
-    heat_map(axes, parts, names, columns, "part of b, in the output's units")
+    heat_map(axes, parts, names, columns, "part of c, in the output's units")
     largest = np.unravel_index(np.abs(parts).argmax(), parts.shape)
     title = f"Constants by layer: largest in layer {names[largest[0]]}, for output {columns[largest[1]]}"
     set_title(axes, title)
@@ -245,7 +245,7 @@ def _notes(
             raise ValueError(f"constants: got shape {tuple(constants.shape)}, want ({n}, {k})")
         for row, values in zip(notes, constants.tolist(), strict=True):
             for note, value in zip(row, values, strict=True):
-                note.append(f"b = {value:.2g}")
+                note.append(f"c = {value:.2g}")
     return np.array([["\n".join(note) for note in row] for row in notes])
 
 
@@ -278,6 +278,7 @@ def affine_plot(
     output: int | None,
     features: Sequence[str] | None,
     class_names: Sequence[str] | None,
+    contrast: tuple[int, int, int] | None,
 ) -> Axes | Figure:
     """Draw the contributions of an affine map, as `AffineMap.plot` says."""
     if not isinstance(x, Tensor) or not isinstance(affine.shape, torch.Size):
@@ -285,6 +286,8 @@ def affine_plot(
             "plot: got a map of several inputs, want one; plot its contributions by interp_nn.explain.plots"
         )
     n, dims = len(affine), x.dim() - 1
+    if x.shape != (wanted := (n, *affine.shape[affine.bias.dim() :])):
+        raise ValueError(f"x: got shape {tuple(x.shape)}, want {wanted}; sample=i draws one of them")
     constants = affine.bias.reshape(n, -1)
     k = constants.shape[1]
     for name, index, size in (("sample", sample, n), ("output", output, k)):
@@ -295,8 +298,11 @@ def affine_plot(
     titles = [f"output {j}" for j in range(k)] if k > 1 else ["output"]
     if class_names is not None:
         titles = list(map(str, class_names))
+    if class_names is not None and contrast is not None and len(titles) == contrast[2]:
+        titles = [f"{titles[contrast[0]]} - {titles[contrast[1]]}"]
     if len(titles) != k:
-        raise ValueError(f"class_names: got {len(titles)} names, want {k}, one for each output")
+        pair = "" if contrast is None else f", or {contrast[2]}, those of the outputs that were contrasted"
+        raise ValueError(f"class_names: got {len(titles)} names, want {k}, one for each output{pair}")
     contributions = affine.contributions(x).detach().reshape(n, -1, *x.shape[1:])
     values = constants + contributions.flatten(2).sum(2)
     samples = list(range(n)) if sample is None else [sample % n]

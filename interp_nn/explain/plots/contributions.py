@@ -41,7 +41,7 @@ def contribution_bars(
 
     Args:
         contributions: (d,), in the output's units, as `AffineMap.contributions` returns them for one output of one sample.
-        constant: The constant b of that output, a number.
+        constant: The constant c of that output, a number.
         x: The sample's features (d,), shown beside their names.
         features: d names of the features; by default x0, x1, ...
         most: Largest number of features with a bar of their own.
@@ -88,7 +88,7 @@ def contribution_waterfall(
 
     Args:
         contributions: (d,), in the output's units, as `AffineMap.contributions` returns them for one output of one sample.
-        constant: The constant b of that output, a number.
+        constant: The constant c of that output, a number.
         x: The sample's features (d,), shown beside their names.
         features: d names of the features; by default x0, x1, ...
         most: Largest number of features with a step of their own.

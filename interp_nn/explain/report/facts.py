@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
 
 from interp_nn.explain.estimator import feature_names, to_tensor
 from interp_nn.explain.following.gate_record import OperationReport, supported_ops
 from interp_nn.explain.following.scikit_learn import from_estimator
 from interp_nn.explain.linear.affine_map import AffineMap, linearize
+from interp_nn.nn.base import LinearForm
 
 Kind = Literal["table", "image", "tokens", "other"]
 MOST_SAMPLES = 200  # that are linearized
@@ -189,6 +193,37 @@ class Facts:
             return linearize(self.model, x, lambda output: output.reshape(len(output)))
         rows, first, second = torch.arange(len(x)), self.predicted[self.some], self.other_class[self.some]
         return linearize(self.model, x, lambda output: output[rows, first] - output[rows, second])
+
+    @cached_property
+    def normed(self) -> dict[str, str]:
+        """By linear layer or convolution, the batch norm that takes its output; layers and norms that are called once.
+
+        Only modules are found, so that a model of functional calls has none.
+        """
+        made: list[tuple[str, Tensor, int]] = []  # outputs are kept, so that no other tensor gets their identity
+        taken: list[tuple[str, str | None]] = []
+
+        def note(name: str, module: nn.Module) -> Callable[..., None]:
+            def hook(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+                if isinstance(module, _BatchNorm):
+                    own = (layer for layer, t, version in made if args and t is args[0] and t._version == version)
+                    taken.append((name, next(own, None)))
+                else:
+                    made.append((name, output, output._version))
+
+            return hook
+
+        known = (nn.Linear, _ConvNd, LinearForm, _BatchNorm)
+        modules = ((name, module) for name, module in self.model.named_modules() if isinstance(module, known))
+        hooks = [module.register_forward_hook(note(name, module)) for name, module in modules]
+        try:
+            with torch.inference_mode(False), torch.no_grad():
+                self.model(self.x[:1])
+        finally:
+            for hook in hooks:
+                hook.remove()
+        calls = Counter(name for name, *_ in (*made, *taken))
+        return {layer: norm for norm, layer in taken if layer is not None and calls[layer] == calls[norm] == 1}
 
     @cached_property
     def contributions(self) -> Tensor:

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from interp_nn.explain import plots
 from interp_nn.explain.clusters.activation_clusters import ActivationClusters
-from interp_nn.explain.following.gate_record import record
+from interp_nn.explain.clusters.piecewise_affine import Fidelity
+from interp_nn.explain.following.gate_record import frozen, record
 from interp_nn.explain.heads.head_reading import HeadReading, read_head
 from interp_nn.explain.linear.affine_map import linearize
 from interp_nn.explain.linear.language_models import token_contributions
@@ -38,6 +39,7 @@ _BASELINE = (
     "be chance."
 )
 _NO_Y = "No true answers were given, so this page cannot say whether that is right."
+_DIRECTIONS, _LENGTHS = 32, (0.125, 0.25, 0.5, 1.0)  # lengths of steps, in median distances to the nearest sample
 _REGIONS, _KERNEL_SAMPLES, _CLUSTER_FEATURES = 12, 200, 200
 _CLASSES, _LAYERS = 12, 8  # that a figure shows
 _ERRORS = 100  # that a table has
@@ -269,14 +271,68 @@ def reach(facts: Facts) -> Section | str:
             f"The distance to the nearest gate is {ends[0]:.2g} to {ends[1]:.2g} times that to the nearest other sample"
             + (f"; {ties} samples on a boundary have only the second." if ties else ".")
         )
+    median = float(torch.tensor([row[2] for row in rows]).double().quantile(0.5))
+    beyond, columns, steps = _beyond(facts, chosen, median)
+    several = facts.outputs.shape[1] > 1
     return Section(
-        "How far around a sample", finding.strip(),
+        "How far around a sample", f"{finding.strip()} {beyond}",
         [(drawings.distances(names, radii, neighbours, said), alt)],
-        [Table("Distance to the nearest gate", ("sample", "distance", "nearest sample", "ratio"), rows)],
+        [Table("Distance to the nearest gate", ("sample", "distance", "nearest sample", "ratio"), rows),
+         Table("The map beyond its gates, in random directions", columns, steps)],
         [f"By region(model, x).radius(x), for {spaced} evenly spaced samples and those shown one by one, since each region takes "
          f"time. Euclidean, in the units of the inputs as the network gets them. 0: less than {_ROUNDING} times the rounding of "
-         "the sample."],
+         "the sample.",
+         f"Beyond the gates: frozen(model, x) against the network, at {_DIRECTIONS} random directions from each of these "
+         f"{len(rows)} samples. Values are {'margins over the next class at the sample' if several else 'the output'}. Steps "
+         "towards other samples may have larger errors."],
     )  # fmt: skip
+
+
+def _beyond(facts: Facts, chosen: Tensor, median: float) -> tuple[str, list[str], list[list[object]]]:
+    """Measure the maps of samples at random steps of several lengths: a sentence, and the columns and rows of a table."""
+    x, n, outputs = facts.x[chosen], len(chosen), facts.outputs.shape[1]
+    generator = torch.Generator().manual_seed(0)
+    directions = torch.randn(_DIRECTIONS, n, x[0].numel(), generator=generator, dtype=torch.float64)
+    directions = (directions / directions.norm(dim=2, keepdim=True)).to(x).view(-1, *x.shape[1:])
+    maps = frozen(facts.model, x)
+    own = facts.predicted[chosen].repeat(_DIRECTIONS)
+    rival = facts.next_class[chosen].repeat(_DIRECTIONS)
+
+    def read(out: Tensor) -> tuple[Tensor, Tensor]:  # the value that is compared, and the answer
+        out = out.reshape(len(out), -1)
+        if outputs == 1:
+            return out[:, 0], (out[:, 0] > 0).long()
+        return (out.gather(1, own[:, None]) - out.gather(1, rival[:, None]))[:, 0], out.argmax(1)
+
+    rows: list[list[object]] = []
+    said = []
+    for length in _LENGTHS:
+        points = x.repeat(_DIRECTIONS, *[1] * (x.dim() - 1)) + length * median * directions
+        with torch.no_grad():
+            value, answer = read(torch.cat([facts.model(part) for part in points.split(256)]))
+            mapped, answer_of_map = read(maps(points))
+        error = (mapped - value).abs().double()
+        row: list[object] = [length * median, length, float(error.quantile(0.5)), float(error.max())]
+        if facts.classifies:
+            row += [
+                float((part == value_of).double().mean()) for part, value_of in ((answer_of_map, answer), (answer, own))
+            ]
+        rows.append(row)
+        said.append(f"{row[4]:.1%}" if facts.classifies else f"{row[2]:.2g}")
+    where = f"at distances of {_list(f'{length * median:.2g}' for length in _LENGTHS)}"
+    where += ", the last of which is the median distance to the nearest other sample"
+    columns = ["distance", "in median distances to the nearest sample", "median |error|", "largest |error|"]
+    if not facts.classifies:
+        spread = float(facts.outputs[:, 0].double().std(correction=0))
+        return (
+            f"Farther away the map is approximate: in random directions its median error is {_list(said)} {where}. The output's "
+            f"standard deviation over the samples is {spread:.2g}."
+        ), columns, rows  # fmt: skip
+    columns += ["map's answer is the network's (share)", "network keeps its answer (share)"]
+    return (
+        f"Farther away the map is approximate: in random directions it gives the network's answer for {_list(said)} of the "
+        f"points {where}. There the network itself keeps the sample's answer for {rows[-1][5]:.1%}."
+    ), columns, rows  # fmt: skip
 
 
 def importance(facts: Facts) -> Section | str:
@@ -288,7 +344,10 @@ def importance(facts: Facts) -> Section | str:
     share = float((constant / (constant + total)).median())
     name = "predicted over next class" if facts.outputs.shape[1] > 1 else "the output"
     part = "less than 1%" if share < 0.005 else f"{share:.0%}"
-    sum_of = f"The constant is {part} of the median sample's |terms|.{_decided(facts)}"
+    sum_of = (
+        f"In the median sample, the constant is {part} of the sum of the sizes of the contributions and the constant."
+        f"{_decided(facts)}"
+    )
     title = "What counts"
     if facts.kind == "table":
         names, means, parts_of, mixed = facts.feature_list(), size.mean(0), facts.contributions, ""
@@ -351,14 +410,14 @@ def _decided(facts: Facts) -> str:
     if not facts.classifies:
         return ""
     count, n = int(facts.decided.sum()), len(facts.some)
-    does = "the other class would win" if facts.outputs.shape[1] > 1 else "the answer would change"
+    does, none, outputs = "the answer would change", f"It decides none of {n} answers", facts.outputs.shape[1]
+    if outputs > 1:
+        does = "the other class would win"
+    if outputs > 2:  # of which only the two that are explained are compared
+        does, none = "another class would win", f"{none} against the class that they are explained over"
     shown = [str(i) for i in facts.shown.values() if facts.decided[facts.place(i)]]
     among = f", among them {_list(shown)}, shown below" if shown else ""
-    return (
-        f" Without the constant, {does} in {count} of {n} samples{among}."
-        if count
-        else (f" It decides none of {n} answers.")
-    )
+    return f" Without the constant, {does} in {count} of {n} samples{among}." if count else f" {none}."
 
 
 def _zero(facts: Facts) -> str:
@@ -556,6 +615,21 @@ def constants(facts: Facts) -> Section | str:
     parts = facts.maps.bias_by_layer()
     if not parts:
         return "constants by layer: the network has none"
+    notes, pairs = [], {layer: norm for layer, norm in facts.normed.items() if layer in parts and norm in parts}
+    if pairs:
+        notes = [
+            "A layer and the batch norm right after it are one part, since a shift between the two changes no output."
+        ]
+    for layer, norm in pairs.items():
+        parts = {
+            f"{layer} and {norm}" if name == layer else name: part + parts[norm] if name == layer else part
+            for name, part in parts.items()
+            if name != norm
+        }
+    norms = {layer for operation, layer, *_ in facts.operations.rows if operation == "batch_norm"}
+    if norms - set(facts.normed.values()):
+        notes.append("Of a layer and any other batch norm after it, only the sum of the two parts has a meaning: a shift "
+                     "between them changes no output.")  # fmt: skip
     sizes = {name: float(part.abs().mean()) for name, part in parts.items()}
     largest = max(sizes, key=lambda name: sizes[name])
     shown = list(facts.shown.items())
@@ -578,14 +652,17 @@ def constants(facts: Facts) -> Section | str:
           f"{'' if first == largest else f'; over all samples layer {largest} does'}.")],
         [Table("Constants", ("layer", "mean |part|", "mean"), rows)],
         ["By AffineMap.bias_by_layer(). The parts sum to the constant "
-         + (f"with an error of at most {error:.1e}, in the outputs' units." if error else "without an error.")],
+         + (f"with an error of at most {error:.1e}, in the outputs' units." if error else "without an error."), *notes],
     )  # fmt: skip
 
 
 def few_maps(facts: Facts) -> Section | str:
     """Approximate the network by a few affine maps."""
     if facts.kind != "table":
-        return "a few maps for all samples: they are made for tables, where each coefficient has a feature's name"
+        return (
+            "a few maps for all samples: they are made for tables, where each coefficient has a feature's name"
+            + "; for images, print ActivationClusters(model).fit(x).merge()" * (facts.kind == "image")
+        )
     d = facts.x.shape[1]
     if d > _CLUSTER_FEATURES or len(facts.x) < 30:
         return f"a few maps for all samples: {len(facts.x)} samples of {d} features are too few or too wide"
@@ -629,12 +706,18 @@ def few_maps(facts: Facts) -> Section | str:
     mean = (merged.counts_.to(table.coefficients) / merged.counts_.sum()) @ table.coefficients
     other = int((mean * exact.mean(0).to(mean) < 0).sum())
     held_out = -(-int((clusters.labels_ >= 0).sum()) // 5)
+
+    def fidelity(found: Fidelity) -> str:
+        return f"{found.r2:.3f}, and the answer is the network's for {round(found.agreement * held_out)} of {held_out}"
+
+    assert merged.one_map_ is not None
+    single_map = f" (one map: R² is {fidelity(merged.one_map_)})" if number > 1 else ""
     return Section(
         "A few maps for all samples",
-        f"{maps[0].upper()}{maps[1:]} can stand for the {all_of_them} activation patterns: on a held-out fifth of the samples R² "
-        f"with the network is {kept.r2:.3f}, and the answer is the network's for {round(kept.agreement * held_out)} of "
-        f"{held_out}. For {turned} of {len(order)} features the exact coefficient has both signs among the samples; for {other} "
-        f"its mean has another sign than in the {'maps' if number > 1 else 'map'}."
+        f"{maps[0].upper()}{maps[1:]} can stand for the {all_of_them} activation patterns: on the held-out fifth of the samples, "
+        f"which chose the number of maps, R² with the network is {fidelity(kept)}{single_map}. For {turned} of "
+        f"{len(order)} features the exact coefficient has both signs among the samples; for {other} its mean has "
+        f"another sign than in the {'maps' if number > 1 else 'map'}."
         + (" So the outputs agree, and the coefficients do not." if other and kept.r2 >= 0.95 else ""),
         [(whole(short.plot()), f"Coefficients of {maps} for {name}: {largest}.")],
         [Table(f"Coefficients for {name}", columns, rows)],
@@ -745,21 +828,25 @@ def gates(facts: Facts) -> Section | str:
     rows: list[list[object]] = []
     shares: list[Tensor] = []
     layers: list[tuple[str, int, int]] = []
-    notes = [f"By record(model, x) over {_which(facts)}."]
+    notes, candidates = [f"By record(model, x) over {_which(facts)}."], 0
     for site in found.sites:
         on = found.gates(site.name).flatten(1).double().mean(0)
         rows.append([site.name, len(on), int((on == 0).sum()), int((on == 1).sum()), float(on.mean())])
-        if "max" not in site.operation:  # whose gates are candidates
+        if "max" in site.operation:
+            candidates += len(on)
+        else:
             shares.append(on)
             layers.append((site.name, int((on == 0).sum()), len(on)))
     if not shares:
         return "gates: the network has none"
-    if len(shares) < len(rows):
-        notes.append("A maximum has a gate for each candidate; these are in the table, not in the sentence.")
     every = torch.cat(shares)
     never, always = int((every == 0).sum()), int((every == 1).sum())
     said = f"Of {len(every):,} units, {never:,} {'is' if never == 1 else 'are'} off for all of {len(facts.some)} samples, and "
     finding = said = f"{said}{always:,} {'is' if always == 1 else 'are'} on for all."
+    if candidates:
+        finding += (
+            f" The {candidates:,} candidates of maxima are not among them; region(model, x) counts them as units."
+        )
     name, dead, units = max(layers, key=lambda layer: layer[1] / layer[2])
     if never and len(layers) > 1:
         finding += f" Layer {name} has the largest share that is never on: {dead:,} of {units:,}."

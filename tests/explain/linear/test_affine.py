@@ -673,3 +673,13 @@ def test_layers_whose_plan_depends_on_gradients(polynomial: str, sizes: tuple[in
         nn.Linear(6, d), nn.ReLU(), SummaryLinear(d, k, polynomial=polynomial), nn.ReLU(), nn.Linear(k, 2)
     )
     assert linearize(model.eval(), torch.randn(n, 6)).check() < 1e-5
+
+
+def test_a_missing_batch_dimension_is_named():
+    flat = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(8, 2)).eval()
+    norm = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Flatten(), nn.Linear(8, 2)).eval()
+    for model in (flat, norm):
+        with pytest.raises(ValueError, match=r"x: got shapes \[\(1, 4, 4\)\], .* add a batch dimension: x\[None\]"):
+            linearize(model, torch.ones(1, 4, 4))
+        with pytest.raises(RuntimeError, match="shapes"):  # with one it fails too
+            linearize(model, torch.ones(2, 1, 5, 5))

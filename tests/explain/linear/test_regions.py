@@ -1,7 +1,8 @@
 import pytest
 import torch
+from torch import nn
 
-from interp_nn.explain import ActivationPatterns, Region
+from interp_nn.explain import ActivationPatterns, Region, record, region
 
 DTYPE = torch.float64
 
@@ -135,3 +136,20 @@ def test_the_largest_ball_without_scipy(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "scipy.optimize", None)
     with pytest.raises(ImportError, match=r"pip install scipy"):
         Region(torch.ones(1, 1), torch.ones(1), torch.tensor([True])).chebyshev()
+
+
+def test_a_unit_is_located_in_its_layer():
+    """Max-pooling with padding, whose candidates beyond the border are left out of the region."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.MaxPool2d(2, padding=1), nn.Flatten(), nn.Linear(9, 5), nn.ReLU()).eval()
+    x = torch.randn(1, 1, 4, 4)
+    around, gates = region(model, x), record(model, x)
+    for i, on in enumerate(around.on.tolist()):
+        name, unit = around.locate(i)
+        assert on == bool(gates.gates(name).flatten()[unit])
+    assert around.locate(len(around.on) - 5) == (gates.sites[-1].name, 0)
+    for bad in (-1, len(around.on)):
+        with pytest.raises(ValueError, match=f"unit: got {bad}, want an index of one of {len(around.on)} units"):
+            around.locate(bad)
+    with pytest.raises(ValueError, match="unit: got a region without its model"):
+        Region(around.normals, around.offsets, around.on).locate(0)

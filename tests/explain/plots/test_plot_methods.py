@@ -54,7 +54,7 @@ def test_images_are_maps_with_channels_summed_and_constants():
     chosen = linearize(CONVOLUTION, IMAGES, torch.zeros(9, dtype=torch.int64))
     panels = [axes for axes in chosen.plot(sample=2).axes if axes.images]
     assert len(panels) == 2 and panels[1].images[0].get_array().shape == (6, 6)
-    assert panels[1].get_xlabel() == f"b = {chosen.bias[2].item():.2g}"
+    assert panels[1].get_xlabel() == f"c = {chosen.bias[2].item():.2g}"
 
 
 def test_class_names_are_those_of_the_outputs():
@@ -62,6 +62,12 @@ def test_class_names_are_those_of_the_outputs():
     assert names(affine.plot(sample=4, output=-1, class_names=["no", "yes"]))[-1] == "yes"
     assert affine.plot(output=0, class_names=["no", "yes"]).get_xlabel() != affine.plot(output=0).get_xlabel()
     assert names(affine.contrast(0, 1).plot(sample=0, class_names=["no over yes"]))[-1] == "no over yes"
+    for whole in (affine, AffineMap.from_tensors(affine.weight, affine.bias)):
+        assert names(whole.contrast(0, -1).plot(X, sample=0, class_names=["no", "yes"]))[-1] == "no - yes"
+    with pytest.raises(
+        ValueError, match="got 3 names, want 1, one for each output, or 2, those of the outputs that were"
+    ):
+        affine.contrast(0, 1).plot(sample=0, class_names="abc")
     figure = linearize(CONVOLUTION, IMAGES[:2]).plot(class_names="abcd")
     assert [axes.get_title() for axes in figure.axes if axes.images][1:5] == list("abcd")
     with pytest.raises(ValueError, match="class_names: got 3 names, want 2, one for each output"):
@@ -112,6 +118,10 @@ def test_regions_and_descramblers():
             "output: got None for 13 outputs",
         ),
         (lambda: linearize(NETWORK, X).plot(output=2), "output: got 2, want an index below 2"),
+        (
+            lambda: linearize(NETWORK, X).plot(X[:1], output=0),
+            r"x: got shape \(1, 3\), want \(6, 3\); sample=i draws one",
+        ),
         (lambda: linearize(NETWORK, X).plot(sample=6, output=0), "sample: got 6, want an index below 6"),
         (
             lambda: AffineMap.from_tensors(torch.ones(1, 2), torch.ones(1)).plot(),

@@ -187,8 +187,8 @@ def test_maps_are_marked_and_laid_over_the_images():
     )
     notes = [axes.get_xlabel() for axes in figure.axes[:8]]
     assert notes == [
-        *("", "b = 0", "predicted, true\nb = 1", "b = 2"),
-        *("", "true\nb = 3", "b = 4", "predicted\nb = 5"),
+        *("", "c = 0", "predicted, true\nc = 1", "c = 2"),
+        *("", "true\nc = 3", "c = 4", "predicted\nc = 5"),
     ]
     below, above = figure.axes[1].images
     assert below.get_array().shape == above.get_alpha().shape == (4, 4)

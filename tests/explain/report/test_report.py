@@ -226,7 +226,7 @@ def test_errors_are_explained_over_the_true_class() -> None:
     assert "Sample 4 is the nearest to another answer: 2 is ahead of 0 by 0.4." in said
     assert "The answer is wrong: the true class is 0. The constant, 0.5, decides it." in said
     assert (
-        "Without the constant, the other class would win in 1 of 6 samples, among them 4, shown below."
+        "Without the constant, another class would win in 1 of 6 samples, among them 4, shown below."
         in made.findings["What counts"]
     )
     # 2 for 0, 0 for 2, 1 for 0 and 0 for 1: once each.
@@ -288,6 +288,80 @@ def test_samples_that_are_equal_or_on_a_boundary() -> None:
     x[0, 0], x[2, 1] = 5e-6, 6.0  # near a boundary, and more than rounding away from it; far from the sample on one
     near = report(model, x, sections=["reach"]).findings["How far around a sample"]
     assert near.startswith("1 of 4 samples lies on a boundary")
+
+
+def test_the_map_beyond_its_gates(table: tuple[nn.Sequential, Tensor, Tensor, list[str]]) -> None:
+    model, x, y, _ = table
+    made = report(model, x, y, sections=["reach"])
+    rows = [
+        list(map(float, row)) for row in checked(made.html).tables["The map beyond its gates, in random directions"][1:]
+    ]
+    assert [row[1] for row in rows] == [0.125, 0.25, 0.5, 1]
+    nearest = [float(row[2]) for row in checked(made.html).tables["Distance to the nearest gate"][1:]]
+    assert rows[-1][0] == pytest.approx(float(torch.tensor(nearest).double().quantile(0.5)))
+    assert all(a[2] <= b[2] and a[3] <= b[3] for a, b in pairwise(rows)) and rows[-1][3] > 0
+    said = made.findings["How far around a sample"]
+    assert (
+        f"the network's answer for {rows[0][4]:.1%}, {rows[1][4]:.1%}, {rows[2][4]:.1%} and {rows[3][4]:.1%} of" in said
+    )
+    assert said.endswith(f"There the network itself keeps the sample's answer for {rows[3][5]:.1%}.")
+
+    class Kink(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.relu(x)
+
+    x = torch.tensor([[1.0], [1.5], [2.5]], dtype=torch.float64)
+    made = report(Kink().eval(), x - 1.25, sections=["reach"])  # nearest samples at 0.5, 0.5 and 1; steps to 0.5
+    rows = [
+        list(map(float, row)) for row in checked(made.html).tables["The map beyond its gates, in random directions"][1:]
+    ]
+    assert [row[0] for row in rows] == pytest.approx([0.0625, 0.125, 0.25, 0.5])
+    # From -0.25 to 0.25, the map says 0 and the network 0.25; from 0.25 to -0.25, -0.25 and 0.
+    assert [row[3] for row in rows] == pytest.approx([0, 0, 0, 0.25])
+    assert "its median error is 0, 0, 0 and " in made.findings["How far around a sample"]
+
+
+def test_a_layer_and_its_batch_norm_are_one_constant() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        *(nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.ReLU(), nn.Conv2d(3, 2, 3), nn.ReLU(inplace=True), nn.BatchNorm2d(2)),
+        *(nn.BatchNorm2d(2), nn.Flatten(), nn.Linear(8, 2)),
+    ).eval()  # fmt: skip
+    x = torch.randn(12, 1, 6, 6)
+    with torch.no_grad():
+        for norm in (model[1], model[5], model[6]):
+            norm.running_mean.normal_()
+
+    def constants() -> tuple[dict[str, float], str]:
+        made = report(model, x, sections=["constants"])
+        table = checked(made.html).tables["Constants"][1:]
+        return {row[0]: float(row[1]) for row in table}, " ".join(made.sections[0].notes)
+
+    before, said = constants()
+    assert list(before) == ["0 and 1", "3", "5", "6", "8"]  # the ReLU before layer 5 works in place
+    assert "A layer and the batch norm right after it are one part" in said and "any other batch norm" in said
+    with torch.no_grad():
+        model[0].bias.add_(3)
+        model[1].running_mean.add_(3)
+    assert constants()[0] == pytest.approx(before, rel=1e-3)
+
+    class Functional(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return nn.functional.batch_norm(x + 1, x.new_zeros(2), x.new_ones(2)).sum(1)
+
+    said = " ".join(report(Functional().eval(), torch.randn(9, 2), sections=["constants"]).sections[0].notes)
+    assert "any other batch norm" in said
+
+
+def test_units_of_the_report_and_of_a_region() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(8, 3)).eval()
+    x = torch.randn(12, 1, 6, 6)
+    made = report(model, x, sections=["gates", "few_maps"])
+    assert made.findings["Gates"].startswith("Of 32 units, ")
+    assert "The 32 candidates of maxima are not among them" in made.findings["Gates"]
+    assert len(region(model, x[:1]).on) == 32 + 32
+    assert "for images, print ActivationClusters(model).fit(x).merge()" in made.findings["What was not done"]
 
 
 def test_images_with_a_summary_head() -> None:
