@@ -308,8 +308,8 @@ def _notes(converted: Sequence[Converted], layers: Sequence[nn.Module], options:
         )
     if options.plain and trained:
         notes.append(
-            "training: at the same rate of Adam a summary's weight moves up to 3 s² times as far as a plain layer's; begin with the "
-            "plain layer's rate divided by 3 s², where s is layer.spectrum().max()"
+            "training: at the same rate of Adam a summary's weight moves up to 3 s² times as far as a plain layer's; begin with "
+            "the plain layer's rate divided by 3 s², where s is layer.spectrum().max()"
         )
     return tuple(notes)
 
