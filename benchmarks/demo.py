@@ -23,6 +23,7 @@ from benchmarks.timing.measure import TIMERS, Asked, measure
 from benchmarks.timing.problems import Problem
 from benchmarks.timing.reference_networks import NETWORKS, Network, SummaryNetwork
 from interp_nn.explain import report
+from interp_nn.explain.plots.canvas import PALETTE
 
 BATCH = 64
 LEARNING_RATE = 1e-3
@@ -211,39 +212,46 @@ def _draw(whole: dict[str, Any], spectrum: np.ndarray[Any, Any], path: Path) -> 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    colours = {"mlp": "tab:gray", "summary": "tab:blue"}
+    colours = {"mlp": "0.5", "summary": PALETTE[0]}
     figure, axes = plt.subplots(2, 2, figsize=(10, 7), layout="constrained")
     (losses, rates), (values, bars) = axes
     for head, colour in colours.items():
-        for axis, key, scale in ((losses, "loss", 1), (rates, "test_accuracy", 100)):
-            curves = scale * _of(whole, head, key)
+        relative = _of(whole, head, "loss") / _of(whole, head, "first_loss")[:, None]
+        for axis, curves in ((losses, relative), (rates, 100 * _of(whole, head, "test_accuracy"))):
             epochs = np.arange(1, curves.shape[1] + 1)
             axis.plot(epochs, curves.T, color=colour, alpha=0.3, linewidth=1)
             axis.plot(epochs, curves.mean(0), color=colour, marker="." if len(epochs) < 3 else "", label=f"{head} head")
-    losses.set(yscale="log", xlabel="epoch", ylabel="training loss", title="Training loss (summary: three terms)")
-    rates.set(xlabel="epoch", ylabel="test accuracy, %", title="Test accuracy")
+    losses.set(yscale="log", xlabel="epoch", ylabel="training loss / first step's")
+    losses.set_title("Each head's loss over its own first value: their terms differ", fontsize=10)
+    rates.set(xlabel="epoch", ylabel="test accuracy, %")
+    ends = [f"{head} {100 * _of(whole, head, 'test_accuracy')[:, -1].mean():.1f} %" for head in reversed(colours)]
+    rates.set_title(f"Test accuracy: {', '.join(ends)}", fontsize=10)
     rates.legend()
     for axis in (losses, rates):
         axis.xaxis.get_major_locator().set_params(integer=True)
 
     index = np.arange(1, len(spectrum) + 1)
-    values.plot(index, spectrum, label="b")
-    values.plot(index, spectrum**3, label="effective weight b (bᵀb)")
+    values.plot(index, spectrum, color=PALETTE[0], label="b")
+    values.plot(index, spectrum**3, color=PALETTE[1], label="effective weight b (bᵀb)")
     values.axhline(1, color="black", linewidth=0.5)
-    values.set(xlabel="index", ylabel="singular value", title="Spectrum of the summary head (last seed)")
+    values.set(xlabel="index", ylabel="singular value")
+    values.set_title(f"b of the last seed is {np.abs(spectrum - 1).max():.2f} from orthonormal columns", fontsize=10)
     values.legend()
 
     rows = whole["results"]["timings"]
     names = list(rows[0]["ms_p50"])
     for i, row in enumerate(rows):
         ratios = np.array([row["ms_p50"][name] for name in names]) / row["ms_p50"]["linear"]
-        bars.bar(
-            np.arange(len(names)) + 0.4 * i - 0.2, ratios, 0.4, label=f"n, d, k = {row['n']}, {row['d']}, {row['k']}"
-        )
+        label = f"n, d, k = {row['n']:,}, {row['d']}, {row['k']}"
+        drawn = bars.bar(np.arange(len(names)) + 0.4 * i - 0.2, ratios, 0.4, color=PALETTE[i], label=label)
+        bars.bar_label(drawn, fmt="%.2g", fontsize=8)
     bars.axhline(1, color="black", linewidth=0.5)
     bars.set_xticks(np.arange(len(names)), names)
-    bars.set(ylabel="time / nn.Linear", title="Forward + backward")
-    bars.legend()
+    bars.set(ylabel="time / nn.Linear's")
+    bars.margins(y=0.1)
+    ratios = [f"{row['ms_p50']['ours'] / row['ms_p50']['linear']:.2g} at {row['n']:,} rows" for row in rows]
+    bars.set_title(f"Forward + backward: ours {', '.join(ratios)}", fontsize=10)
+    bars.legend(fontsize=9)
     figure.suptitle(f"{whole['experiment']}, {whole['epochs']} epochs, {len(whole['seeds'])} seeds, {whole['device']}")
     with files.replacing(path) as part:
         figure.savefig(part, dpi=120)

@@ -34,7 +34,8 @@ from interp_nn.ops import direct
 from interp_nn.ops import polynomial as _polynomial
 from interp_nn.ops import reconstruction as _reconstruction
 from interp_nn.ops import summary as _summary
-from interp_nn.ops.library import followed, is_dtensor
+from interp_nn.ops.library import followed, is_dtensor, ordinary
+from interp_nn.ops.losses import any_ignored
 from interp_nn.ops.remembered import EQUAL_WEIGHTS as EQUAL_WEIGHTS
 from interp_nn.ops.remembered import loss, loss_call, planned
 from interp_nn.ops.validation import (
@@ -304,7 +305,7 @@ def summary_head_cross_entropy(
     given = None if scale is ONE and polynomial is SUMMARY else given_polynomial(polynomial, scale)
     a, c = output_weight, output_bias
     key = None
-    if given is None:
+    if given is None and a is not None:
         found, key = loss_call(x, b, a, c, target, weights, ignore_index, reduction)
         if found is not None:
             return direct.cross_entropy(x, b, a, c, target, found)
@@ -477,7 +478,9 @@ def reconstruction_loss(
     kept = None
     if target is not None:
         loss_options(x, target, 1, (0, 0, 0), ignore_index, reduction)
-        kept = target != ignore_index
+        # Where no row is left out, which a CPU can read at once, there is less to compute.
+        if not (target.is_cpu and type(target) is Tensor and ordinary()) or any_ignored(target, ignore_index):
+            kept = target != ignore_index
     elif reduction not in REDUCTIONS:
         raise ValueError(f"reduction: got {reduction!r}, want one of {REDUCTIONS}")
     return _reconstruction.missed_share(x, b, kept, reduction)

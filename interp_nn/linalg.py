@@ -156,10 +156,15 @@ def singular_values(b: Tensor) -> Tensor:
     Returns:
         Tensor of shape (..., min(d, k)), float64, in descending order.
 
+    Raises:
+        ValueError: b has less than two dimensions.
+
     Example:
         >>> singular_values(torch.tensor([[0.0, 3.0], [2.0, 0.0]])).round(decimals=6)
         tensor([3., 2.], dtype=torch.float64)
     """
+    if b.dim() < 2:
+        raise ValueError(f"b: got shape {tuple(b.shape)}, want (..., d, k)")
     return torch.linalg.svdvals(b.detach().double())
 
 
@@ -180,7 +185,7 @@ def orthogonality_defect(b: Tensor) -> float:
         The defect, computed in float64; 0 if there are no singular values.
 
     Raises:
-        ValueError: A value of b is not finite.
+        ValueError: A value of b is not finite, or b has less than two dimensions.
 
     Example:
         >>> orthogonality_defect(torch.diag(torch.tensor([1.0, 0.5])))

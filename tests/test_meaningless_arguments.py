@@ -5,7 +5,7 @@ import torch
 from torch.func import vmap
 
 import interp_nn
-from interp_nn import functional, nn
+from interp_nn import functional, linalg, nn
 
 X, B, TARGET = torch.randn(4, 3), torch.randn(3, 2), torch.tensor([0, 1, 1, 0])
 
@@ -29,6 +29,8 @@ CALLS = {
     ),
     "weights of classes in a module": (lambda: nn.SummaryLoss(torch.ones(3)), TypeError, "weights of classes"),
     "weights beyond floats": (lambda: loss(weights=(10**400, 1, 1)), ValueError, "weights: got"),
+    "weights of numerals": (lambda: loss(weights=("1", "1", "1")), TypeError, "weights: got \\('1', '1', '1'\\)"),
+    "weights without an order": (lambda: loss(weights={1, 2, 3}), TypeError, "weights: got {1, 2, 3}"),
     "weights that are truths": (lambda: loss(weights=(True, 1, 1)), TypeError, "weights: got"),
     "ignore_index of a truth": (lambda: loss(ignore_index=True), TypeError, "ignore_index: got bool"),
     "sparse targets": (lambda: loss(target=TARGET.to_sparse()), TypeError, "target: got layout torch.sparse_coo"),
@@ -43,6 +45,13 @@ CALLS = {
     "plan without classes": (lambda: interp_nn.plan(8, 4, 2, classes=0), ValueError, "classes must be an integer >= 1"),
     "plan of no gradients": (lambda: interp_nn.plan(8, 4, 2, grad=None), TypeError, "plan: grad"),
     "plan of a named dtype": (lambda: interp_nn.plan(8, 4, 2, dtype="fp32"), TypeError, "plan: dtype"),
+    "plan of integers": (lambda: interp_nn.plan(8, 4, 2, dtype=torch.int32), TypeError, "plan: dtype: got torch.int32"),
+    "plan of an unknown device": (
+        lambda: interp_nn.plan(8, 4, 2, device="tpu"),
+        ValueError,
+        "plan: device: got 'tpu'",
+    ),
+    "defect of a vector": (lambda: linalg.orthogonality_defect(B[0]), ValueError, r"b: got shape \(2,\)"),
     "plan of no device": (lambda: interp_nn.plan(8, 4, 2, device=None), TypeError, "plan: device"),
     "head without classes": (lambda: nn.SummaryHead(4, 3, 0), ValueError, "num_classes: got 0"),
     "classifier without classes": (lambda: nn.SummaryClassifier(4, 0), ValueError, "num_classes: got 0"),

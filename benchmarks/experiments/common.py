@@ -165,7 +165,7 @@ class Run:
         file = f"{self.name}-{suffix}.png"
         try:
             with files.replacing(self.given.output / file) as part:
-                figure.savefig(part, dpi=100)
+                figure.savefig(part, dpi=100, pil_kwargs={"optimize": True})
             self.figures.append(file)
         except OSError as error:  # the results still count
             print(f"{self.given.output / file}: not written: {error}", file=sys.stderr)

@@ -12,6 +12,7 @@ import re
 import struct
 import zlib
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -82,14 +83,21 @@ def load(dataset: str | None, directory: Path | None) -> Images:
 
 def digits() -> Images:
     """Load scikit-learn's 1,797 handwritten digits (8 x 8), three quarters for training, split by a fixed shuffle."""
+    images, labels = _digits()
+    order = np.random.default_rng(0).permutation(len(labels))
+    x = torch.from_numpy((images / 8.0 - 1.0)[order]).float().unsqueeze(1)
+    y = torch.from_numpy(labels[order]).long()
+    split = 3 * len(y) // 4
+    return Images("digits", x[:split], y[:split], x[split:], y[split:])
+
+
+@cache
+def _digits() -> tuple[NDArray[np.floating], NDArray[np.integer]]:
+    """Return images and labels as scikit-learn has them, as text, which takes longer to read than a small network to train."""
     from sklearn.datasets import load_digits
 
     bunch = load_digits()
-    order = np.random.default_rng(0).permutation(len(bunch.target))
-    x = torch.from_numpy((bunch.images / 8.0 - 1.0)[order]).float().unsqueeze(1)
-    y = torch.from_numpy(bunch.target[order]).long()
-    split = 3 * len(y) // 4
-    return Images("digits", x[:split], y[:split], x[split:], y[split:])
+    return bunch.images, bunch.target
 
 
 _Split = tuple[Tensor, Tensor, Tensor, Tensor]

@@ -249,22 +249,34 @@ def _draw(run: common.Run, trials: list[dict[str, Any]], rows: list[dict[str, An
                 label = "_"
             axes.axvline(trial["closed"]["seconds"], color=colour, linestyle="--", linewidth=1, label="_")
         axes.set(xscale="log", yscale="log", xlabel="seconds", title=f"n = {n}")
-    panels[0][0].set_ylabel("loss over the minimum, - 1")
+    panels[0][0].set_ylabel("loss / minimum - 1")
     panels[0][0].axvline(float("nan"), color="0.3", linestyle="--", label="closed form, exact")
     lines = dict(zip(*reversed(panels[0][0].get_legend_handles_labels()), strict=True))
-    panels[0][0].legend(lines.values(), lines.keys(), fontsize=7, loc="lower left")
+    figure.legend(lines.values(), lines.keys(), fontsize=8, loc="outside lower center", ncols=3)
+    largest = [row for row in rows if row["n"] == sizes[-1]]
+    least = min(row["gap"]["least"] for row in largest)
+    stopped, closed = (max(row[key] for row in largest) for key in ("seconds", "closed_seconds"))
+    figure.suptitle(
+        f"n = {sizes[-1]}: the best descent has {1 + least:.3g} times the minimum after {stopped:.2g} s, "
+        f"the closed form the minimum after {closed:.2g} s",
+        fontsize=11,
+    )
     run.figure(figure, "gap")
+    _draw_time(run, rows)
 
+
+def _draw_time(run: common.Run, rows: list[dict[str, Any]]) -> None:
+    """Draw the median time of a closed form and of a descent over n; nearly all descents are stopped by their limit."""
     figure, axes = plt.subplots(figsize=(5.4, 4), layout="constrained")
-    for operator, colour in colours.items():
+    for operator, colour in zip(OPERATORS, ("C0", "C1"), strict=True):
         of = [row for row in rows if row["operator"] == operator]
         n = [row["n"] for row in of]
-        axes.plot(n, [row["seconds"] for row in of], color=colour, marker=".", label=f"a descent, {operator}")
-        axes.plot(
-            n, [row["closed_seconds"] for row in of], color=colour, marker=".", linestyle="--", label="closed form"
-        )
-    axes.set(
-        xscale="log", yscale="log", xlabel="features n", ylabel="seconds, median", title="Time for one descrambling"
-    )
-    axes.legend(fontsize=8)
+        axes.plot(n, [row["closed_seconds"] for row in of], color=colour, marker=".", label=f"closed form, {operator}")
+    converged, descents = (sum(row[key] for row in rows) for key in ("converged", "descents"))
+    label = f"a descent until its limit ({converged} of {descents} converged)"
+    axes.plot(n, [row["seconds"] for row in of], color="0.4", linestyle="--", marker=".", label=label)
+    ratio = min(row["descent_over_closed_at_least"] for row in rows if row["n"] == n[-1])
+    axes.set(xscale="log", yscale="log", xlabel="features n", ylabel="seconds, median")
+    axes.set_title(f"n = {n[-1]}: a descent takes at least {ratio:.2g} times the closed form's time", fontsize=10)
+    axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=1)
     run.figure(figure, "time")

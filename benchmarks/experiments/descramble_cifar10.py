@@ -86,7 +86,7 @@ def _ordered(network: nn.Module, name: str, x: Tensor) -> dict[str, float]:
 
 
 def _draw(run: common.Run, network: nn.Module, fits: dict[str, Descrambler]) -> None:
-    figure, axes = plt.subplots(figsize=(8, 4), layout="constrained")
+    figure, axes = plt.subplots(figsize=(9.6, 4), layout="constrained")
     plots.null_bars({name: fit.nulls_ for name, fit in fits.items()}, axes=axes)
     run.figure(figure, "nulls")
 

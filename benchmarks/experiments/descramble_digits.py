@@ -175,17 +175,21 @@ def _draw(
     figure.suptitle(f"bᵀ of the summary head, test accuracy {results['test_accuracy']:.1%}")
     run.figure(figure, "latent")
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.4), layout="constrained")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.4), layout="constrained", width_ratios=(5, 4))
     plots.null_bars(nulls, axes=left)
     for name, shares in results["class_share_of_components"].items():
         right.plot(shares, marker=".", label=f"{name}, by mode of D")
     for name in ("descrambled", "as trained"):
         right.plot(results["class_share"][name], linewidth=1, linestyle="--", label=f"{name}, by feature")
-    right.set(xlabel="mode, or feature", ylabel="share of the variance between classes", title="Latent and classes")
-    right.legend(fontsize=8)
+    shares = results["class_share_of_components"]["trained"]
+    first, rest = (sum(part) / len(part) for part in (shares[:10], shares[10:]))
+    right.set(xlabel="mode, or feature", ylabel="share of the variance between classes", ylim=(0, 1))
+    title = f"Between classes: on average {first:.0%} of the variance\nof modes 0 to 9, {rest:.0%} of that of others"
+    right.set_title(title, fontsize=10)
+    right.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2)
     run.figure(figure, "nulls")
 
-    figure, (upper, lower) = plt.subplots(2, 1, figsize=(7, 5.6), layout="constrained", height_ratios=(3, 1))
-    plots.spectrum_curves(fits["latent"].spectrum_, others=others, axes=upper).set_title("Latent")
+    figure, (upper, lower) = plt.subplots(2, 1, figsize=(7, 5.8), layout="constrained", height_ratios=(3, 1))
+    plots.spectrum_curves(fits["latent"].spectrum_, others=others, axes=upper)
     plots.ambiguity_strips(fits["latent"].ambiguity_, axes=lower)
     run.figure(figure, "spectrum")

@@ -54,9 +54,11 @@ def _isotropic(run: common.Run, samples: list[int], seed: int) -> dict[str, Any]
         found["least_cosine"].append(cosines.abs().min().item())
         found["nulls"][str(count)] = fitted.nulls_._asdict()
         axes.plot(cosines.abs().tolist(), marker=".", label=f"{count:,} samples")
-    axes.set(
-        xlabel="mode of D, cheapest first", ylabel="|cos|", title="Rows of P W in D's modes, to singular vectors of W"
-    )
+    axes.set(xlabel="mode of D, cheapest first", ylabel="|cos| to W's singular vector")
+    axes.set_title(
+        f"Modes of P W are W's singular vectors: |cos| ≥ {found['least_cosine'][-1]:.4f} at {samples[-1]:,} samples",
+        fontsize=10, wrap=True,
+    )  # fmt: skip
     axes.legend(fontsize=8)
     run.figure(figure, "isotropic")
     return found
@@ -110,7 +112,13 @@ def _tree(run: common.Run, steps: int, seed: int) -> dict[str, Any]:
             values.numpy(), cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto", interpolation="nearest"
         )
         panels[title].set(title=title, xlabel="item")
+    for title, rows in zip(shown, ("hidden unit", "row of P W₁", "mode of D", "right singular vector"), strict=True):
+        panels[title].set_ylabel(rows)
     plots.ambiguity_strips(ambiguity, axes=panels["ambiguity"])
+    least, untrained = (min(found["share_in_its_level"][name]) for name in ("trained", "untrained"))
+    figure.suptitle(
+        f"Energy of P W₁'s modes in their level of the tree: at least {least:.0%}, untrained {untrained:.0%}"
+    )
     run.figure(figure, "tree")
     return found
 
@@ -142,9 +150,12 @@ def _convolution(run: common.Run, count: int, seed: int) -> dict[str, Any]:
                 "equal_components": len(fitted.ambiguity_.data_blocks), "nulls": fitted.nulls_._asdict(),
             }  # fmt: skip
             axes = panels[layer, column]
-            axes.imshow(shares.numpy(), cmap="Greys", vmin=0, vmax=1, aspect="auto", interpolation="nearest")
-            axes.set(title=f"{name}, layer {layer + 1}", xlabel="frequency along H", ylabel="mode of D")
+            image = axes.imshow(shares.numpy(), cmap="Greys", vmin=0, vmax=1, aspect="auto", interpolation="nearest")
+            axes.set_title(f"{name}, layer {layer + 1}: largest share {shares.amax(1).mean():.2f}", fontsize=10)
+            axes.set(xlabel="frequency along H, cycles", ylabel="mode of D", xticks=range(0, shares.shape[1], 4))
             values = values.relu()
+    figure.colorbar(image, ax=panels, label="share of the mode's energy", aspect=40)
+    figure.suptitle("Frequencies in each mode of D; titles have the mean of the modes' largest shares")
     run.figure(figure, "convolution")
     return found
 

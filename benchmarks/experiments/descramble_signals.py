@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from matplotlib import pyplot as plt
+from matplotlib.collections import PathCollection
 from torch import Tensor, nn
 
 from benchmarks.experiments import common, signals, training
@@ -130,18 +131,26 @@ def _draw(
         figure.suptitle(f"{name.capitalize()}, R² {results['test_r2']:.2f}")
         run.figure(figure, name.replace(" ", "-"))
 
-    figure, panels = plt.subplots(1, 3, figsize=(15, 4.4), layout="constrained")
+    figure, panels = plt.subplots(1, 3, figsize=(15, 4.4), layout="constrained", width_ratios=(5, 4, 4))
     plots.null_bars({name: fit.nulls_ for name, fit in fits.items()}, axes=panels[0])
     for axes, (layer, found) in zip(panels[1:], results["waves"].items(), strict=True):
         for name, one in found.items():
             if "frequencies" in one:
                 sizes = [400 * energy for energy in one["energies"]]
                 axes.scatter(range(len(sizes)), one["frequencies"], s=sizes, alpha=0.6, label=name)
-        axes.set(xlabel="mode of D", ylabel=f"turns along {LAYERS[layer].axis}, mean", title=f"{layer.capitalize()}")
-        axes.legend(fontsize=8)
+        axes.set(xlabel="mode of D", ylabel=f"mean cycles along {LAYERS[layer].axis}")
+        orders = [found[name]["order"] for name in ("descrambled", "untrained, descrambled", "by P of shuffled data")]
+        text = "rank correlation {:.2f},\nuntrained {:.2f}, P of shuffled data {:.2f}".format(*orders)
+        axes.set_title(f"{layer.capitalize()}: {text}", fontsize=9)
+    # One legend for both panels, of dots of one size; areas of dots are shares of the energy.
+    legend = figure.legend(*panels[1].get_legend_handles_labels(), loc="outside lower right", ncols=3, fontsize=8)
+    for mark in legend.legend_handles:
+        assert isinstance(mark, PathCollection)
+        mark.set_sizes([30])
     run.figure(figure, "nulls")
 
     figure, panels = plt.subplots(1, len(fits), figsize=(6 * len(fits), 3.8), squeeze=False, layout="constrained")
     for axes, (name, fit) in zip(panels[0], fits.items(), strict=True):
-        plots.spectrum_curves(fit.spectrum_, axes=axes).set_title(name.capitalize())
+        title = plots.spectrum_curves(fit.spectrum_, axes=axes).get_title()
+        axes.set_title(f"{name.capitalize()}: {title}", fontsize=9)
     run.figure(figure, "spectra")

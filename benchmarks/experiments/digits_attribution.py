@@ -108,18 +108,19 @@ def _deletion(network: nn.Module, x: Tensor, y: Tensor, contributions: Tensor, s
 def _draw(
     run: common.Run, x: Tensor, y: Tensor, contributions: Tensor, layers: dict[str, Tensor], predicted: Tensor
 ) -> None:  # fmt: skip
-    shown = [int((y == digit).nonzero()[0]) for digit in (0, 2, 3, 5, 8, 9)]
+    shown = [int((y == digit).nonzero()[0]) for digit in (0, 3, 5, 8)]
+    constants = torch.stack(list(layers.values())).sum(0)
     figure = plots.attribution_maps(
         contributions[shown], x[shown], rows=[f"a {int(y[i])}, called {int(predicted[i])}" for i in shown],
-        columns=[f"logit {k}" for k in range(10)], predicted=predicted[shown], true=y[shown],
+        columns=[f"logit {k}" for k in range(10)], predicted=predicted[shown], true=y[shown], constants=constants[shown],
     )  # fmt: skip
-    figure.suptitle("What each pixel adds to each logit")
+    figure.suptitle("What each pixel adds to each logit, and the constant b that no pixel adds")
     run.figure(figure, "maps")
 
-    sample = shown[2]
+    sample = shown[1]
     figure, (left, right) = plt.subplots(1, 2, figsize=(14, 4.2), layout="constrained", width_ratios=(2, 3))
     output = int(predicted[sample])
-    logit = contributions[sample, output].sum() + sum(part[sample, output] for part in layers.values())
+    logit = contributions[sample, output].sum() + constants[sample, output]
     plots.bias_bars(layers, sample=sample, output=output, value=logit, axes=left)
     plots.bias_map(layers, sample=sample, axes=right)
     run.figure(figure, "constants")

@@ -38,7 +38,8 @@ def main(arguments: list[str]) -> int:
         **embedding.quality(placed_train, placed, x_train, y_train, x, y),
         "exactness_float64": embedding.errors(tsne.encoder_, linear, x, given.seed),
     }
-    title = "Parametric t-SNE of digits: fitted points, and new ones with a rim"
+    share = results["neighbour_accuracy"]["new points"]
+    title = f"t-SNE of digits: {share:.1%} of new points (with a rim) lie among fitted ones of their class"
     embedding.draw_plane(run, title, (placed_train, y_train), (placed, y), tsne.kl_)
     embedding.draw_movement(run, x, y, linear.weight)
     run.finish({"epochs": epochs, "batch": tsne.batch_size, "learning_rate": tsne.learning_rate}, results, epochs)

@@ -140,7 +140,7 @@ def _draw_kernels(run: common.Run, kernels: dict[str, Tensor], labels: Tensor) -
     figure, panels = plt.subplots(1, len(kernels), figsize=(4.6 * len(kernels), 3.9), layout="constrained")
     for axes, (name, kernel) in zip(panels, kernels.items(), strict=True):
         plots.kernel_matrix(kernel, labels, axes=axes)
-        axes.set_title(f"{name}: {axes.get_title()}", fontsize=9)
+        axes.set_title(f"{name}:\n{axes.get_title()}", fontsize=9)
     figure.suptitle(f"Neural path kernels of {len(labels)} test digits")
     run.figure(figure, "kernels")
 

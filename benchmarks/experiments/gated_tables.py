@@ -147,8 +147,9 @@ def _draw(run: common.Run, settings: Settings, seed: int) -> None:
     tree = network.to_tree(people.x).prune(settings.leaves)
     axes = plots.tree_diagram(tree, people.features, ("died", "survived"), terms=3)
     accuracy = float((tree.predict(people.x) == people.y.long()).double().mean())
+    agreement = tree.fidelity(people.x)
     axes.set_title(
-        f"Titanic: {tree.leaves} leaves agree with the DLGN on {100 * tree.fidelity(people.x):.1f} % of {len(people.x)} people, "
+        f"Titanic: {tree.leaves} leaves agree with the DLGN on {100 * agreement:.1f} % of {len(people.x):,} people, "
         f"and with the outcome on {100 * accuracy:.1f} %", fontsize=10,
     )  # fmt: skip
     figure = axes.figure

@@ -23,7 +23,7 @@ from interp_nn.explain.linear.instance_linearization import InstanceLinearizatio
 NAME = "linearize_cifar10"
 TRAINED = "summary_vgg"  # whose checkpoints are used
 STUDY = head_comparison.STUDIES[TRAINED]
-EXPLAINED, CHECKED = 100, 20  # test images
+EXPLAINED, CHECKED, MAPPED = 100, 20, 4  # test images
 SHARES = [i / 16 for i in range(17)]
 CLASSES = ("plane", "car", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 PATH = 32  # points between 0 and x, of integrated gradients
@@ -111,7 +111,7 @@ def main(arguments: list[str]) -> int:
     found = images.load(given, "cifar10")
     chosen, recipe = images.within(found, given, STUDY.cpu, STUDY.gpu, STUDY.quick, STUDY.learning_rate)
     run = common.Run(NAME, given)
-    explained, checked = (3, 2) if given.quick else (EXPLAINED, CHECKED)
+    explained, checked = (5, 2) if given.quick else (EXPLAINED, CHECKED)
     x, y = chosen.x_test[:explained], chosen.y_test[:explained]
     trainer = common.Trainer(TRAINED, given, given.seeds, images.settings(chosen))
     networks = []
@@ -145,7 +145,7 @@ def _explain(run: common.Run, network: nn.Module, x: Tensor, y: Tensor, checked:
     network.double()
     x = x.double()
     if seed == 0:
-        _draw_maps(run, network, x[:6], y, predicted)
+        _draw_maps(run, network, x[:MAPPED], y[:MAPPED], predicted[:MAPPED])
     return {
         "test_accuracy": (predicted == y).double().mean().item(),
         "exactness": {"float32": in_32_bits, "float64": exactness.errors(network, x[:checked])},
@@ -170,10 +170,11 @@ def _draw(run: common.Run, one: dict[str, Any]) -> None:
 
 
 def _draw_maps(run: common.Run, network: nn.Module, x: Tensor, y: Tensor, predicted: Tensor) -> None:
+    linear = linearize(network, x)
     figure = plots.attribution_maps(
-        linearize(network, x).contributions(x).cpu(), (x.cpu() + 1) / 2,
+        linear.contributions(x).cpu(), (x.cpu() + 1) / 2,
         rows=[f"{CLASSES[int(y[i])]},\ncalled {CLASSES[int(predicted[i])]}" for i in range(len(x))], columns=CLASSES,
-        predicted=predicted.cpu(), true=y.cpu(),
+        predicted=predicted.cpu(), true=y.cpu(), constants=linear.bias.cpu(),
     )  # fmt: skip
-    figure.suptitle("What each pixel adds to each logit")
+    figure.suptitle("What each pixel adds to each logit, and the constant b that no pixel adds")
     run.figure(figure, "maps")

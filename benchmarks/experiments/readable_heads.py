@@ -341,13 +341,25 @@ def draw(results: dict[str, Any]) -> Figure:
         1, len(results), figsize=(4.2 * len(results) + 1.6, 3.6), layout="constrained", squeeze=False
     )
     for axes, (name, found) in zip(panels[0], results.items(), strict=True):
+        enough: dict[bool, list[float]] = {True: [], False: []}
         for i, (head, one) in enumerate(found["heads"].items()):
+            turned = "varimax" in one
             best = one.get("varimax", one["own"])
-            label = head + (" (varimax)" if "varimax" in one else "")
+            enough[turned].append(best["latents_enough"]["mean"])
+            # Turned heads lie on each other: later lines are thinner, so that those below are seen.
             axes.plot(
-                100 * torch.tensor(best["accuracy_by_latents"]), color=f"C{i}", marker=".", markersize=3, label=label
+                100 * torch.tensor(best["accuracy_by_latents"]),
+                color=f"C{i}",
+                marker="" if turned else ".",
+                markersize=3,
+                linewidth=max(4.0 - 0.8 * len(enough[True]), 1.0) if turned else 1.5,
+                label=head + (" (varimax)" if turned else ""),
             )
-        axes.set(title=name, xlabel="latents kept", ylabel="accuracy on held-out images, %")
+        few, many = (
+            " to ".join(dict.fromkeys(f"{of:.0f}" for of in (min(these), max(these)))) for these in enough.values()
+        )
+        axes.set_title(f"{name}: {few} latents with varimax lose\nat most 1 point, {many} without", fontsize=10)
+        axes.set(xlabel="latents kept", ylabel="accuracy on held-out images, %")
         axes.grid(alpha=0.3)
     panels[0, -1].legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
     return figure

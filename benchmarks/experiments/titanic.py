@@ -267,8 +267,9 @@ def _draw(
     plots.cluster_coefficients(
         shown.importance(kind="coef"), shown.counts_, features=table.features, responses=means, axes=left
     )
-    left.set_xticks(left.get_xticks(), table.features, rotation=30, ha="right", rotation_mode="anchor")
     plots.coverage_curve(clusters.coverage(), axes=right)
-    right.set_title("Coverage by exact clusters")
+    right.set_title(
+        right.get_title().replace("clusters", "exact clusters").removesuffix(" of the samples"), fontsize=10
+    )
     figure.suptitle(title)
     run.figure(figure, suffix)

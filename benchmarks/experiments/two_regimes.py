@@ -66,7 +66,7 @@ def _draw(run: common.Run, network: torch.nn.Module, clusters: ActivationCluster
         plots.region_plot(network, plane=(HEIGHT * w, u, v), output=chosen, resolution=resolution, axes=axes)
         axes.set(xlabel="x1", ylabel="x2")
     output.set_title("The network's output, and where units flip")
-    figure.suptitle(f"The plane x3 = {HEIGHT}")
+    figure.suptitle(f"The plane x3 = {HEIGHT}: the data are 2 x2 where x1 > 0, and -{HEIGHT} elsewhere")
     run.figure(figure, "regions")
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.6), layout="constrained", width_ratios=(3, 2))

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -20,6 +23,26 @@ def workspace(
             return torch.empty(shape, dtype=dtype, device=device)
         stride = (shape[1], 1)  # torch.empty takes half as long again
     return torch.empty_strided(shape, stride, dtype=dtype, device=device)
+
+
+@functools.cache
+def allocator(device: torch.device) -> Callable[[tuple[int, ...], tuple[int, ...], torch.dtype], Tensor]:
+    """Return a function of size, strides and dtype that allocates as the code that Inductor writes does.
+
+    It takes less time than torch.empty, because it passes the dispatcher by. It allocates on the current device of that type.
+    """
+    guards = getattr(getattr(torch._C, "_dynamo", None), "guards", None)
+    found: Any = getattr(guards, f"_empty_strided_{device.type}", None)
+    with contextlib.suppress(Exception):  # of another PyTorch
+        tried = found((1, 2), (4, 2), torch.float16)
+        if (tried.shape, tried.stride(), tried.dtype, tried.device.type) == (
+            (1, 2),
+            (4, 2),
+            torch.float16,
+            device.type,
+        ):
+            return cast(Callable[[tuple[int, ...], tuple[int, ...], torch.dtype], Tensor], found)
+    return lambda size, stride, dtype: torch.empty_strided(size, stride, dtype=dtype, device=device)
 
 
 _in_use: dict[tuple[torch.device, int], Tensor] = {}

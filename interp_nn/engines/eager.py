@@ -8,10 +8,9 @@ losses and logit gradients are computed in fp32 (fp64 for fp64).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from interp_nn.engines.orders import head_by_gram
@@ -20,6 +19,10 @@ from interp_nn.linalg import accumulation_dtype, gram, is_column_major
 
 _FEW_COLUMNS = 16
 _MANY_ELEMENTS = 2**15
+
+# What functions of torch.nn.functional call, after a broadcast and checks that take longer than these with few rows.
+_LOSSES: Any = torch._C._nn
+_CODES = {"none": 0, "mean": 1, "sum": 2}
 
 
 def _add_product(base: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
@@ -64,31 +67,61 @@ def forward(
     """
     order = plan.order
     p: Tensor | None
+    b = _columns(x, b)
+    first, left, right = FACTORS[order](x, b)
+    if order == "(Xb)G":
+        p, saved = left, [left, right] if plan.saves else [right]
+    elif order == "((Xb)bᵀ)b":
+        p, saved = first, [first, left]
+    else:
+        p, saved = x @ b if pair else None, [first, right if left is x else left]
+    return p, _affine(left, right, bias), saved
+
+
+def summary(x: Tensor, b: Tensor, bias: Tensor | None, factors: Factors) -> Tensor:
+    """Return Y of `forward` by one of `FACTORS`, for PyTorch's autograd."""
     if b.shape[-1] < _FEW_COLUMNS:
         b = _columns(x, b)
-    if order in ("(Xb)G", "((Xb)bᵀ)b"):
-        p = left = x @ b
-        if order == "(Xb)G":
-            right = gram(b)
-            saved = [p, right] if plan.saves else [right]
-        else:
-            left, right = left @ b.mT, b
-            saved = [p, left]
-    else:
-        p, left = x @ b if pair else None, x
-        if order == "X(bG)":
-            g = gram(b)
-            right = (g @ b.mT).mT if is_column_major(b) else b @ g
-            saved = [g, right]
-        else:
-            outer = gram(b.mT)
-            if order == "X((bbᵀ)b)":
-                right = (b.mT @ outer).mT if is_column_major(b) else outer @ b
-                saved = [outer, right]
-            else:
-                left, right = x @ outer, b
-                saved = [outer, left]
-    return p, left @ right if bias is None else torch.addmm(bias, left, right), saved
+    _, left, right = factors(x, b)
+    return left @ right if bias is None else torch.addmm(bias, left, right)
+
+
+# The two factors of Y by the order of the products, after the first product or Gram matrix on the way to them.
+Factors = Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
+
+
+def _projected(x: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    p = x @ b
+    return p, p, gram(b)
+
+
+def _weight(x: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    g = gram(b)
+    return g, x, (g @ b.mT).mT if is_column_major(b) else b @ g
+
+
+def _twice_projected(x: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    p = x @ b
+    return p, p @ b.mT, b
+
+
+def _outer(x: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    outer = gram(b.mT)
+    return outer, x @ outer, b
+
+
+def _outer_weight(x: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    outer = gram(b.mT)
+    return outer, x, (b.mT @ outer).mT if is_column_major(b) else outer @ b
+
+
+FACTORS: dict[Order, Factors] = {
+    "(Xb)G": _projected,
+    "X(bG)": _weight,
+    "((Xb)bᵀ)b": _twice_projected,
+    "(X(bbᵀ))b": _outer,
+    "X((bbᵀ)b)": _outer_weight,
+}
 
 
 def backward(
@@ -273,10 +306,11 @@ def three_terms(
     """
     (w1, w2, w3), ignore_index, reduction = options
     p, y = codes or (o1, o2)
-    first = F.cross_entropy(o1, target, ignore_index=ignore_index, reduction=reduction)
-    second = F.cross_entropy(o2, target, ignore_index=ignore_index, reduction=reduction)
+    code = _CODES[reduction]
+    first = _LOSSES.cross_entropy_loss(o1, target, None, code, ignore_index, 0.0)
+    second = _LOSSES.cross_entropy_loss(o2, target, None, code, ignore_index, 0.0)
     if reduction == "mean" and not masked:
-        third = torch.ops.aten.mse_loss.default(p, y)  # F.mse_loss first broadcasts, which takes longer than this
+        third = _LOSSES.mse_loss(p, y, code)
     else:
         kept = target != ignore_index
         third = reduce_rows(torch.where(kept, (p - y).square().mean(1), 0.0), kept, reduction)

@@ -23,7 +23,7 @@ from torch import Tensor
 from interp_nn.engines.eager import _add_product, _affine, _columns, _correlate, _twice_symmetric
 from interp_nn.engines.orders import head_by_gram
 from interp_nn.engines.problem import Plan
-from interp_nn.linalg import accumulation_dtype, gram, is_column_major, mul_gram, polynomial_terms, polynomial_weight
+from interp_nn.linalg import accumulation_dtype, gram, is_column_major, polynomial_terms, polynomial_weight
 
 MOST_COEFFICIENTS = 5
 _EXACT = (torch.float32, torch.float64)
@@ -140,17 +140,21 @@ def weight(b: Tensor, q: Polynomial) -> Tensor:
     return polynomial_weight(b, q.coefficients.unbind(), q.scale)
 
 
-def weight_forward(b: Tensor, q: Polynomial) -> tuple[Tensor, list[Tensor]]:
-    """Compute (W, saved tensors) of b (d, k) for `weight_backward`, for degree 1 or more."""
-    scaled, c, left = _scaled(b, q), q.coefficients.unbind(), b.shape[1] > b.shape[0]
+def weight_forward(b: Tensor, c: Sequence[Tensor | float], scale: Tensor | None = None) -> tuple[Tensor, list[Tensor]]:
+    """Compute (W, saved tensors) of b (d, k) for `weight_backward`, for degree 1 or more.
+
+    The transpose of W is contiguous: it is the weight of a plain layer, without a copy.
+    """
+    scaled, left = b if scale is None else b * scale, b.shape[1] > b.shape[0]
     g = gram(scaled.mT) if left else gram(scaled)
     terms = polynomial_terms(g, c)
+    factors = (scaled.mT, terms.mT) if left else (terms.mT, scaled.mT)
     if b.dtype in _EXACT:
         terms.diagonal().add_(c[0])  # rounds no more than the sum with c0 b, which is a pass over b
-        w = mul_gram(scaled, terms)
+        w = factors[0] @ factors[1]
     else:
-        w = _weight(scaled, terms, c[0], left)
-    return w, [g, terms] if q.scale is None else [g, terms, scaled]
+        w = _add_product(c[0] * scaled.mT, *factors)
+    return w.mT, [g, terms] if scale is None else [g, terms, scaled]
 
 
 def weight_backward(
@@ -162,13 +166,30 @@ def weight_backward(
     c, left, need_scaled = q.coefficients.unbind(), b.shape[1] > b.shape[0], need_b or need_a
     if b.dtype in _EXACT:
         m, dc = _derivative(g, _twice_symmetric(dw @ scaled.mT if left else scaled.mT @ dw), c, need_c)
-        db = _add_product(mul_gram(dw, terms), *((m, scaled) if left else (scaled, m))) if need_scaled else None
+        db = _sum_of_products(dw, terms, scaled, m, left) if need_scaled else None
     else:
         db, dc = _through_weight(dw, scaled, (g, terms), c, left, need_scaled, need_c)
     da = None
     if db is not None:
         db, da = _through_scale(db, b, q, need_a)
     return db if need_b else None, None if dc is None else dc.to(q.coefficients.dtype), da
+
+
+def pull_back(dw: Tensor, b: Tensor, c: Sequence[float], saved: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Compute db and <dW, W> of a weight formed of numbers c in an exact dtype, outside of any transform."""
+    g, terms = saved
+    left = b.shape[1] > b.shape[0]
+    s = _twice_symmetric(dw @ b.mT if left else b.mT @ dw)
+    m, _ = _derivative(g, s, c, False)
+    return _sum_of_products(dw, terms, b, m, left, in_place=True), (s * terms).sum() * 0.5
+
+
+def _sum_of_products(s: Tensor, terms: Tensor, b: Tensor, m: Tensor, left: bool, in_place: bool = False) -> Tensor:
+    """Return S q(G) + b M, or q(K) S + M b if `left`; in b's order of memory."""
+    if is_column_major(b):
+        return _sum_of_products(s.mT, terms.mT, b.mT, m.mT, not left, in_place).mT
+    first, factors = terms @ s if left else s @ terms, (m, b) if left else (b, m)
+    return first.addmm_(*factors) if in_place else _add_product(first, *factors)
 
 
 def _through_weight(
@@ -210,11 +231,11 @@ def _scaled(b: Tensor, q: Polynomial) -> Tensor:
     return b if q.scale is None else b * q.scale
 
 
-def _upper(g: Tensor, square: Tensor, c: Sequence[Tensor]) -> Tensor:
+def _upper(g: Tensor, square: Tensor, c: Sequence[Tensor | float]) -> Tensor:
     return c[3] * g if len(c) == 4 else c[3] * g + c[4] * square
 
 
-def _derivative(g: Tensor, s: Tensor, c: Sequence[Tensor], need_c: bool) -> tuple[Tensor, Tensor | None]:
+def _derivative(g: Tensor, s: Tensor, c: Sequence[Tensor | float], need_c: bool) -> tuple[Tensor, Tensor | None]:
     """Return Σ_i c_i Σ_{j<i} Gʲ S Gⁱ⁻¹⁻ʲ of a symmetric S = T + Tᵀ, and <T, Gⁱ> for each i if needed."""
     degree = len(c) - 1
     m = c[1] * s
@@ -234,7 +255,7 @@ def _derivative(g: Tensor, s: Tensor, c: Sequence[Tensor], need_c: bool) -> tupl
         products.append(_inner(h, square))
     if degree == 4:
         products.append(_inner(h @ g, square))
-    return m, torch.stack(products) / 2
+    return m, torch.stack(products) * 0.5
 
 
 def _inner(left: Tensor, right: Tensor) -> Tensor:

@@ -25,12 +25,13 @@ POLYNOMIAL_ORDERS: tuple[Order, ...] = ("(Xb)q", "X(bq)", "X(q(K)b)", "((Xb)bᵀ
 HEAD_ORDERS: tuple[Order, ...] = ("logits_from_x", "logits_from_latent")
 
 # Functions of an engine for calls of one plan and layout. They return None, and do nothing, where the engine itself has to see
-# the call: (x, b, bias) -> (P, Y, saved), (dY, x, b, saved) -> (dX, db, dbias), (x, b, target) -> (loss, gradients), and
-# (gradients, upstream) -> gradients.
+# the call: (x, b, bias) -> (P, Y, saved), (dP, dY, x, b, saved) -> (dX, db, dbias), (x, b, a, c, target) -> (loss, gradients),
+# and (gradients, upstream) -> gradients. They are made for rows x (n, d), and take a contiguous x (..., d). P, Y, dP and dY are
+# (n, k); gradients are laid out as their tensors.
 PreparedForward = Callable[[Tensor, Tensor, Tensor | None], tuple[Tensor | None, Tensor, list[Tensor]] | None]
-PreparedBackward = Callable[[Tensor, Tensor, Tensor, Sequence[Tensor]], tuple[Tensor | None, ...] | None]
-PreparedLoss = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, list[Tensor]] | None]
-PreparedScale = Callable[[Sequence[Tensor], Tensor], list[Tensor] | None]
+PreparedBackward = Callable[[Tensor | None, Tensor, Tensor, Tensor, Sequence[Tensor]], tuple[Tensor | None, ...] | None]
+PreparedLoss = Callable[[Tensor, Tensor, Tensor | None, Tensor | None, Tensor], tuple[Tensor, list[Tensor]] | None]
+PreparedScale = Callable[[Sequence[Tensor], Tensor], Sequence[Tensor] | None]
 
 
 class LossOptions(NamedTuple):

@@ -290,8 +290,8 @@ def plan(
         raise ValueError(f"plan: grad may hold 'x' and 'b', got {sorted(map(str, wanted))}")
     if degree is not None and (isinstance(degree, bool) or not isinstance(degree, int) or not 0 <= degree <= 4):
         raise ValueError(f"plan: degree must be an integer from 0 to 4, or None (the summary), got {degree!r}")
-    if not isinstance(dtype, torch.dtype):
-        raise TypeError(f"plan: dtype: got {dtype!r}, want a torch.dtype")
+    if dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+        raise TypeError(f"plan: dtype: got {dtype!r}, want torch.float64, float32, bfloat16 or float16")
     if not isinstance(device, str | torch.device):
         raise TypeError(f"plan: device: got {device!r}, want a torch.device, its name, or 'sm_90' and the like")
     if pair and classes not in (None, k):
@@ -320,7 +320,10 @@ def _spec_named(device: torch.device | str) -> tuple[DeviceSpec | None, str]:
         if spec is None:
             raise ValueError(f"plan: device must be a PyTorch device or 'sm_75' and newer, got {device!r}")
         return spec, device
-    device = torch.device(device)
+    try:
+        device = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"plan: device: got {device!r}, want a PyTorch device or 'sm_75' and newer") from error
     return spec_of(device), device.type
 
 

@@ -179,27 +179,44 @@ class Verified:
         """Return the engine's function for these layouts, if it has one and its variant has passed."""
         engine = self._engine
         if x.is_cuda or _everywhere:
-            engine = self._judged("forward", (bias is not None, False), x, b, plan, None)
+            engine = self._judged("forward", (bias is not None, plan.saves), x, b, plan, None)
         return _prepared(engine, "prepared_forward", x, b, bias, plan)
 
     def prepared_backward(
-        self, dy: Tensor, x: Tensor, b: Tensor, saved: Sequence[Tensor], plan: Plan, needs: tuple[bool, bool, bool]
+        self,
+        dp: Tensor | None,
+        dy: Tensor | None,
+        x: Tensor,
+        b: Tensor,
+        saved: Sequence[Tensor],
+        plan: Plan,
+        needs: tuple[bool, bool, bool],
     ) -> PreparedBackward | None:
         """Return the engine's function for these layouts, if it has one and its variant has passed."""
         engine = self._engine
         if x.is_cuda or _everywhere:
-            engine = self._judged("backward", (False, True, *needs, False), x, b, plan, None)
-        return _prepared(engine, "prepared_backward", dy, x, b, saved, plan, needs)
+            flags = dp is not None, dy is not None, *needs, False
+            engine = self._judged("backward", flags, x, b, plan, None)
+        return _prepared(engine, "prepared_backward", dp, dy, x, b, saved, plan, needs)
 
     def prepared_loss(
-        self, x: Tensor, b: Tensor, target: Tensor, options: LossOptions, plan: Plan, needs: tuple[bool, bool]
+        self,
+        x: Tensor,
+        b: Tensor,
+        a: Tensor | None,
+        c: Tensor | None,
+        target: Tensor,
+        options: LossOptions,
+        plan: Plan,
+        needs: tuple[bool, bool, bool, bool],
     ) -> PreparedLoss | None:
         """Return the engine's function for these layouts, if it has one and its variant has passed."""
         engine = self._engine
         if x.is_cuda or _everywhere:
-            flags = False, False, *needs, False, False, False
-            engine = self._judged("loss", flags, x, b, plan, None, None, options.reduction)
-        return _prepared(engine, "prepared_loss", x, b, target, options, plan, needs)
+            flags = c is not None, False, *needs, False
+            m = None if a is None else a.shape[0]
+            engine = self._judged("loss", flags, x, b, plan, None, m, options.reduction)
+        return _prepared(engine, "prepared_loss", x, b, a, c, target, options, plan, needs)
 
     def prepared_scale(self, grads: Sequence[Tensor], upstream: Tensor) -> PreparedScale | None:
         """Return the engine's function for these layouts, if it has one and its variant has passed."""

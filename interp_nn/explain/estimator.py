@@ -9,6 +9,7 @@ import inspect
 import sys
 import warnings
 from functools import cache
+from numbers import Integral, Real
 from typing import Any, ClassVar, Literal, TypeVar
 
 import numpy as np
@@ -267,6 +268,22 @@ def check_network(network: object, name: str) -> nn.Module:
     if not isinstance(network, nn.Module):
         raise TypeError(f"{name}: got {type(network).__name__}, want an nn.Module")
     return network
+
+
+def check_count(name: str, value: object, least: int = -(2**63)) -> None:
+    """Raise TypeError unless a parameter is an integer, also numpy's, and ValueError if it is less than `least`."""
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"{name}: got {value!r}, want an integer")
+    if value < least:
+        raise ValueError(f"{name}: got {value}, want at least {least}")
+
+
+def check_number(name: str, value: object, *, least: float | None = None, above: float = 0) -> None:
+    """Raise TypeError unless a parameter is a number, also numpy's, and ValueError unless it is from `least` on, or `above`."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name}: got {value!r}, want a number")
+    if not (float(value) > above if least is None else float(value) >= least):
+        raise ValueError(f"{name}: got {value}, want {f'more than {above}' if least is None else f'at least {least}'}")
 
 
 def in_parameters_dtype(x: Tensor, network: nn.Module) -> Tensor:

@@ -18,7 +18,14 @@ import torch
 from torch import Tensor, nn
 
 from interp_nn.display import track
-from interp_nn.explain.estimator import Transformer, as_given, check_network, in_parameters_dtype
+from interp_nn.explain.estimator import (
+    Transformer,
+    as_given,
+    check_count,
+    check_network,
+    check_number,
+    in_parameters_dtype,
+)
 from interp_nn.explain.linear.affine_map import AffineMap, linearize
 
 _BRACKET = 40.0  # of the logarithm of the precision
@@ -213,7 +220,8 @@ class ParametricTSNE(Transformer):
             self.
 
         Raises:
-            TypeError: An encoder that is not an nn.Module, sparse points, or points that are no numbers.
+            TypeError: An encoder that is not an nn.Module, another parameter of another type, sparse points, or points that are
+                no numbers.
             ValueError: A number of the constructor out of range. Points that are not finite or too few for the perplexity. An
                 encoder without parameters to train, with an output other than (n, d), or with a final ReLU (which limits the
                 embedding to one quadrant).
@@ -283,11 +291,12 @@ class ParametricTSNE(Transformer):
     def _check_parameters(self) -> None:
         if self.encoder is not None:
             check_network(self.encoder, "encoder")
-        for name, least in (("batch_size", 4), ("epochs", 1), ("early_exaggeration", 1), ("exaggeration_epochs", 0)):
-            if not getattr(self, name) >= least:
-                raise ValueError(f"{name}: got {getattr(self, name)}, want at least {least}")
-        if not self.learning_rate > 0:
-            raise ValueError(f"learning_rate: got {self.learning_rate}, want more than 0")
+        for name, least in (("batch_size", 4), ("epochs", 1), ("exaggeration_epochs", 0)):
+            check_count(name, getattr(self, name), least)
+        check_count("seed", self.seed)
+        check_number("early_exaggeration", self.early_exaggeration, least=1)
+        check_number("learning_rate", self.learning_rate)
+        check_number("perplexity", self.perplexity, above=1)
 
     def _train(self, encoder: nn.Module, x: Tensor, batches: int) -> list[float]:
         trained = _trained(encoder)

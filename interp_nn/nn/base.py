@@ -127,7 +127,8 @@ class LinearForm(nn.Module):
 
     def effective_weight(self) -> Tensor:
         """Compute `weight` as a plain tensor, differentiable: the weight of the plain layer with the same outputs."""
-        return self._weight_of(self.matrix()).mT.reshape(weight_shape(self.b))
+        weight = self._weight_of(self.matrix()).mT
+        return weight if self.b.dim() == 2 else weight.reshape(self.b.shape)
 
     @torch.no_grad()
     def exact_weight(self) -> Tensor:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import Function
+from torch.compiler import is_compiling
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from interp_nn import linalg
 from interp_nn.nn.polynomial_layer import PolynomialLayer
-from interp_nn.ops.library import is_dtensor, transforming
+from interp_nn.ops.library import any_autocast_enabled, is_dtensor, transforming
 
 
 class _AddCollected(Function):
@@ -83,7 +85,7 @@ class cached_weights:  # noqa: N801 - used like a function, as torch.no_grad is
             if layer.frozen_weight() is None
         ]
         for cache in caches:  # once all are formed
-            cache.layer._cache = cache
+            vars(cache.layer)["_cache"] = cache
         self._caches = caches
         self._handle = register_optimizer_step_pre_hook(self._before_step)
         return self
@@ -103,9 +105,14 @@ class cached_weights:  # noqa: N801 - used like a function, as torch.no_grad is
         self._handle.remove()
         caches, self._caches = self._caches, []
         for cache in caches:
-            cache.layer._cache = None
+            vars(cache.layer)["_cache"] = None
         for cache in caches if kind is None else ():
             cache.pull_back()
+
+
+def _full_precision(t: Tensor) -> AbstractContextManager[Any]:
+    """Return a context without autocast on the tensor's device; making one takes a while, so only where autocast is on."""
+    return linalg.autocast_off(t.device) if any_autocast_enabled() else nullcontext()
 
 
 class _Cache:
@@ -114,7 +121,7 @@ class _Cache:
     It is formed when the block begins: inside of a checkpoint, whose hooks save other tensors, it would be formed twice.
 
     Attributes:
-        formed: The weight, with its graph to b.
+        formed: The weight, with its graph to b; not where it is formed without one.
         leaf: A leaf with its values, which layers use and whose `grad` collects the gradients.
         pulled: True if the gradients have been pulled back under DistributedDataParallel.
     """
@@ -122,15 +129,20 @@ class _Cache:
     def __init__(self, layer: PolynomialLayer, name: str, model: nn.Module) -> None:
         self.layer, self.name = layer, name
         self._ddp = model if isinstance(model, nn.parallel.DistributedDataParallel) else None
-        with torch.enable_grad(), linalg.autocast_off(layer.b.device):
-            self.formed = layer.effective_weight().contiguous()
-        self.leaf = self.formed.detach().requires_grad_(self.formed.requires_grad)
+        with _full_precision(layer.b):
+            self._graphless = layer._graphless_weight() if self._ddp is None else None
+            if self._graphless is not None:
+                self.leaf = self._graphless.weight
+            else:
+                with torch.enable_grad():
+                    self.formed = layer.effective_weight().contiguous()
+                self.leaf = self.formed.detach().requires_grad_(self.formed.requires_grad)
         self.pulled = False
         self._identity = layer._identity()
 
     def weight(self) -> Tensor | None:
         """Return the weight for a forward; None where it has to be computed as outside of the block."""
-        if not torch.is_grad_enabled() or torch.compiler.is_compiling() or transforming(self.leaf):
+        if not torch.is_grad_enabled() or is_compiling() or transforming():
             return None
         if self._ddp is None or not self._ddp.require_backward_grad_sync or not self.leaf.requires_grad:
             return self.leaf
@@ -157,4 +169,8 @@ class _Cache:
             return
         if self.pulled:
             raise RuntimeError(f"cached_weights: the microbatch of {self.name} that synchronises was not the last one")
-        torch.autograd.backward(self.formed, self.leaf.grad)
+        with _full_precision(self.leaf):
+            if self._graphless is not None:
+                self._graphless.pull_back(self.leaf.grad)
+            else:
+                torch.autograd.backward(self.formed, self.leaf.grad)

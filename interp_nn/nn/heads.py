@@ -120,9 +120,10 @@ class SummaryLayer(LinearForm):
     ) -> Tensor:
         """Return a loss plus the weighted reconstruction loss, whose features get no gradient."""
         weight = functional.reconstruction_weight(weight)
-        return loss + weight * functional.reconstruction_loss(
+        missed = functional.reconstruction_loss(
             x.detach(), self.b, target=target, ignore_index=ignore_index, reduction=reduction
         )
+        return torch.add(loss, missed, alpha=weight)
 
     def _folded_projection(self) -> nn.Linear:
         """Return the plain layer of the projection."""
@@ -310,12 +311,16 @@ class SummaryHead(SummaryLayer):
             ValueError: Shapes, devices or options that do not fit. The message names the argument.
         """
         if consistency == "logits":
-            output = self.output  # attributes of a module take a long search
+            # Attributes of a module that are parameters or modules take a long search.
+            output = self._modules.get("output")
+            known: dict[str, Any] = output._parameters if type(output) is nn.Linear else {}
+            weight, bias = known.get("weight"), known.get("bias")
+            b = self._parameters.get("b")
             loss = functional.summary_head_cross_entropy(
                 x,
-                self.b,
-                output.weight,
-                output.bias,
+                self.b if b is None else b,
+                self.output.weight if weight is None else weight,
+                self.output.bias if bias is None else bias,
                 target,
                 weights=weights,
                 ignore_index=ignore_index,

@@ -13,6 +13,7 @@ from interp_nn import functional
 from interp_nn.nn.polynomial_layer import Normalize, PolynomialLayer, options_of
 from interp_nn.nn.symbolic import call_in_graph, fx_state
 from interp_nn.nn.weights import copy_parameters, folded_weight, meta_arguments, solved_from
+from interp_nn.ops.polynomial import layer_weight, weight_comes_first
 
 
 class SummaryLinear(PolynomialLayer):
@@ -88,12 +89,16 @@ class SummaryLinear(PolynomialLayer):
                 return call
         if getattr(input, "is_quantized", False):
             self._refuse_quantized("input", input)
-        if self._cache is not None or self._frozen is not None:
-            formed = self.formed_weight()
+        cache = self._cache
+        if cache is not None or self._frozen is not None:
+            formed = self.frozen_weight() if cache is None else cache.weight()
             if formed is not None:
-                return nn.functional.linear(input, formed, self.bias)
+                bias = self._parameters.get("bias")
+                return nn.functional.linear(input, formed, self.bias if bias is None else bias)
         if not self._plain:
             self._warn_if_stale()
+            if weight_comes_first(input, self.in_features) and (found := self._numbers(input)) is not None:
+                return nn.functional.linear(input, layer_weight(*found), self.bias)
             return functional.summary(input, self.b, self.bias, **self._functional_options())
         if self.constraint == "penalty":
             y, gram = functional.summary_and_gram(input, self.b, self.bias)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Sequence
+from types import NoneType
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -12,9 +13,10 @@ from torch import Tensor, nn
 
 from interp_nn import functional, linalg
 from interp_nn.functional import constant
-from interp_nn.nn.base import Freezable, as_matrix, as_parameter, as_placed, weight_shape, whole, write_whole
+from interp_nn.nn.base import _EXACT, Freezable, as_matrix, as_parameter, as_placed, weight_shape, whole, write_whole
 from interp_nn.nn.polynomials import SUMMARY, coefficients_of, inverse_map, map_of
-from interp_nn.ops.library import is_dtensor, is_wrapped
+from interp_nn.ops.library import is_dtensor, is_wrapped, ordinary
+from interp_nn.ops.polynomial import FormedWeight
 
 POWER_ITERATIONS = 10  # after a step of the optimizer, as published for PC layers
 _MOST_ITERATIONS, _CHANGE = 100, 1e-3  # until the norm converges
@@ -186,6 +188,35 @@ class PolynomialLayer(Freezable):
     def formed_weight(self) -> Tensor | None:
         """Return the effective weight that `freeze` or `cached_weights` holds; None if there is none."""
         return self.frozen_weight() if self._cache is None else self._cache.weight()
+
+    def _numbers(self, x: Tensor | None = None) -> tuple[Tensor, Tensor | None, list[float]] | None:
+        """Return b, the gain, and numbers c with which the weight is Σ_i c_i b (bᵀb)ⁱ; None where autograd has to form it.
+
+        So it has where a parameter is no plain one, or has not the dtype of an input x.
+
+        It reads scale and gain, for which a GPU would have to wait. The scale multiplies the coefficients and not b: one that is
+        far from 1 is left to autograd, because powers of bᵀb could overflow.
+        """
+        b, gain, c = self._parameters.get("b"), self.gain, self._coefficients
+        if type(b) is not nn.Parameter or b.dim() != 2 or not b.is_cpu or b.dtype not in _EXACT:
+            return None
+        if x is not None and not x.dtype == b.dtype == (b if self.bias is None else self.bias).dtype:
+            return None
+        scale = float(self.scale) if self.normalize else 1.0
+        multiplier = 1.0 if gain is None else gain.item()
+        if type(gain) not in (nn.Parameter, NoneType) or len(c) == 1 or multiplier == 0 or not 0.01 < scale < 100:
+            return None
+        if self.normalize == "restore":
+            multiplier /= scale
+        return b, gain, [multiplier * value * scale ** (2 * i + 1) for i, value in enumerate(c)]
+
+    def _graphless_weight(self) -> FormedWeight | None:
+        """Return the effective weight with a pull-back of its own; None where autograd has to form it."""
+        found = self._numbers() if ordinary() else None
+        if found is None:
+            return None
+        self._warn_if_stale()
+        return FormedWeight(*found)
 
     def effective_weight(self) -> Tensor:
         """Compute `weight` as a plain tensor, differentiable: the weight of the plain layer with the same outputs."""

@@ -6,7 +6,7 @@ calls the engine too, unless something is active there that has to see an operat
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor, is_grad_enabled
@@ -25,36 +25,43 @@ from interp_nn.engines.problem import (
 )
 from interp_nn.linalg import is_column_major
 from interp_nn.ops import polynomial
-from interp_nn.ops.library import any_autocast_enabled, apply, is_batched, ordinary
+from interp_nn.ops.library import any_autocast_enabled, apply, is_batched, ordinary, tensor_check, unwatched
 from interp_nn.ops.losses import CrossEntropyBackwardFunction, any_ignored, computed_late, expression
 from interp_nn.ops.summary import as_rows, backward_function, ordered, spread
 
 _TRIES = (
     16  # for all functions of a call: a kernel is known to be compiled, with its arguments, from its third launch on
 )
+_Check = Callable[..., bool]  # of `tensor_check`
 
 
 class Call:
     """A checked call of one layout: its plan, and an engine's functions for it, which do without what the layout decides.
 
+    Those of a backward come with a check of the tensors that they were prepared for.
+
     Attributes:
         plan: The plan.
         pair: The projection is returned too.
         options: A loss's options.
+        factors: The products of a plan of a summary that is left to PyTorch's autograd, else None.
+        late: A loss's gradients are computed in the backward; None before the first call.
         forward: `Engine.prepared_forward`, or None.
-        backward: `Engine.prepared_backward` by the needed gradients.
-        loss: `Engine.prepared_loss`, or None.
-        scale: `Engine.prepared_scale`, or None.
+        backward: `Engine.prepared_backward` by the given upstreams and the needed gradients.
+        loss: `Engine.prepared_loss` by the needed gradients.
+        scale: `Engine.prepared_scale` by the number of gradients.
     """
 
-    __slots__ = ("backward", "forward", "loss", "options", "pair", "plan", "scale", "tries")
+    __slots__ = ("backward", "factors", "forward", "late", "loss", "options", "pair", "plan", "scale", "tries")
 
     def __init__(self, plan: Plan, pair: bool = False, options: LossOptions | None = None) -> None:
         self.plan, self.pair, self.options = plan, pair, options
+        self.factors = eager.FACTORS.get(plan.order) if plan.autograd else None
+        self.late: bool | None = None
         self.forward: PreparedForward | None = None
-        self.backward: dict[tuple[bool, ...], PreparedBackward] = {}
-        self.loss: PreparedLoss | None = None
-        self.scale: PreparedScale | None = None
+        self.backward: dict[tuple[bool, ...], tuple[_Check, PreparedBackward]] = {}
+        self.loss: dict[tuple[bool, ...], PreparedLoss] = {}
+        self.scale: dict[int, tuple[_Check, PreparedScale]] = {}
         self.tries = 0 if plan.engine == "eager" else _TRIES
 
     def prepared(self, name: str, *given: Any) -> Any:
@@ -73,9 +80,10 @@ class SummaryDirect(Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, b: Tensor, bias: Tensor | None, call: Call) -> Tensor:
-        rows = x if x.dim() == 2 else as_rows(x)
-        p, y, saved = _forward(rows, b, bias, call)
-        if rows is not x and saved and saved[0] is p:
+        prepared = call.forward
+        found = None if prepared is None else prepared(x, b, bias)
+        p, y, saved = _forward(x, b, bias, call) if found is None else found
+        if saved and saved[0] is p and x.dim() != 2:
             saved[0] = _shaped_as(x, p)
         ctx.save_for_backward(x, b, *saved)
         ctx.call = call
@@ -85,15 +93,14 @@ class SummaryDirect(Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, b, *saved = ctx.saved_tensors
         call, needs = ctx.call, ctx.needs_input_grad[:3]
+        found = _by_prepared(None, dy, x, b, saved, call, needs)
+        if found is not None:
+            return *found, None
         if _needs_operators(dy):
             first, second = (*saved, None, None)[:2]
             found = apply(backward_function(), None, _shaped_as(x, dy), x, b, first, second, call.plan, *needs)
             return (*spread(found, needs), None)
-        rows = x if x.dim() == 2 else as_rows(x)
-        if rows is not x:
-            saved = [as_rows(t) for t in saved]
-        dx, db, dbias = _backward(dy, rows, b, saved, call, needs)
-        return *_laid_out(dx, db, x, b), dbias, None
+        return *_backward(None, dy, x, b, saved, call, needs), None
 
 
 class PolynomialDirect(Function):
@@ -110,9 +117,8 @@ class PolynomialDirect(Function):
         call: Call,
     ) -> Any:
         q = None if coefficients is None else Polynomial(coefficients, scale)
-        rows = as_rows(x)
-        p, y, saved = _pair_forward(rows, b, bias, q, call.plan, call.pair)
-        if rows is not x and saved and saved[0] is p:
+        p, y, saved = _forward(x, b, bias, call, q)
+        if x.dim() != 2 and saved and saved[0] is p:
             saved[0] = _shaped_as(x, p)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, b, coefficients, scale, *saved)
@@ -121,25 +127,27 @@ class PolynomialDirect(Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        plan, needs = ctx.call.plan, ctx.needs_input_grad[:5]
-        dp, dy = grads if ctx.call.pair else (None, grads[0])
+        call, needs = ctx.call, ctx.needs_input_grad[:5]
+        dp, dy = grads if call.pair else (None, grads[0])
         given = dy if dp is None else dp
         if given is None:
             return (None,) * 6
         x, b, coefficients, scale, *saved = ctx.saved_tensors
         q = None if coefficients is None else Polynomial(coefficients, scale)
+        if q is None:
+            found = _by_prepared(dp, dy, x, b, saved, call, needs[:3])
+            if found is not None:
+                return *found, None, None, None
         if _needs_operators(given):
             dp, dy = (None if g is None else _shaped_as(x, g) for g in (dp, dy))
             if q is not None:
-                return (*polynomial.backward(dp, dy, x, b, q, saved, plan, needs), None)
+                return (*polynomial.backward(dp, dy, x, b, q, saved, call.plan, needs), None)
             first, second = (*saved, None, None)[:2]
-            found = apply(backward_function(), dp, dy, x, b, first, second, plan, *needs[:3])
+            found = apply(backward_function(), dp, dy, x, b, first, second, call.plan, *needs[:3])
             return (*spread(found, needs), None)
-        rows = as_rows(x)
-        if rows is not x:
-            saved = [as_rows(t) for t in saved]
-        dx, db, *rest = _pair_backward(dp, dy, rows, b, q, saved, plan, needs)
-        return *_laid_out(dx, db, x, b), *rest, None
+        if q is None:
+            return *_backward(dp, dy, x, b, saved, call, needs[:3]), None, None, None
+        return *_polynomial_backward(dp, dy, x, b, q, saved, call.plan, needs), None
 
 
 # Without the step that binds arguments for transforms.
@@ -161,82 +169,98 @@ def _laid_out(dx: Tensor | None, db: Tensor | None, x: Tensor, b: Tensor) -> tup
     return dx, db
 
 
-def _forward(x: Tensor, b: Tensor, bias: Tensor | None, call: Call) -> tuple[Tensor | None, Tensor, list[Tensor]]:
-    """Return (P or None, Y, saved) of the summary of x (n, d)."""
-    if call.forward is not None and (prepared := call.forward(x, b, bias)) is not None:
+def _forward(
+    x: Tensor, b: Tensor, bias: Tensor | None, call: Call, q: Polynomial | None = None
+) -> tuple[Tensor | None, Tensor, list[Tensor]]:
+    """Return (P or None, Y, saved) of the summary or a polynomial, P and Y (n, k)."""
+    if call.forward is not None and q is None and (prepared := call.forward(x, b, bias)) is not None:
         return prepared
-    found = engines.get(call.plan.engine).forward(x, b, bias, call.plan, False)
-    if call.tries and call.forward is None:
-        call.forward = call.prepared("prepared_forward", x, b, bias, call.plan)
+    rows, plan = as_rows(x), call.plan
+    if q is not None and plan.engine == "eager":
+        return eager_polynomial.forward(rows, b, bias, q, plan, call.pair)
+    given = () if q is None else (q,)
+    found = engines.get(plan.engine).forward(rows, b, bias, plan, call.pair, *given)
+    if call.tries and q is None and call.forward is None and x.is_contiguous():
+        call.forward = call.prepared("prepared_forward", rows, b, bias, plan)
     return found
 
 
-def _pair_forward(
-    x: Tensor, b: Tensor, bias: Tensor | None, q: Polynomial | None, plan: Plan, pair: bool
-) -> tuple[Tensor | None, Tensor, list[Tensor]]:
-    if q is None:
-        return engines.get(plan.engine).forward(x, b, bias, plan, pair)
-    if plan.engine == "eager":
-        return eager_polynomial.forward(x, b, bias, q, plan, pair)
-    return engines.get(plan.engine).forward(x, b, bias, plan, pair, q)
+def _by_prepared(
+    dp: Tensor | None, dy: Tensor | None, x: Tensor, b: Tensor, saved: Sequence[Tensor], call: Call,
+    needs: tuple[bool, bool, bool],
+) -> tuple[Tensor | None, ...] | None:  # fmt: skip
+    """Return the gradients by what an engine has prepared; None where it has not, or where something may see operators."""
+    prepared = call.backward.get(needs if dp is None else (*needs, True))
+    if prepared is None or dy is None or is_grad_enabled() or not unwatched():
+        return None
+    check, function = prepared
+    if not (check(dy, x, b, *saved) if dp is None else check(dp, dy, x, b, *saved)):
+        return None
+    return function(dp, dy, x, b, saved)
 
 
 def _backward(
-    dy: Tensor, x: Tensor, b: Tensor, saved: Sequence[Tensor], call: Call, needs: tuple[bool, bool, bool]
-) -> tuple[Tensor | None, ...]:
+    dp: Tensor | None, dy: Tensor | None, x: Tensor, b: Tensor, saved: Sequence[Tensor], call: Call,
+    needs: tuple[bool, bool, bool],
+) -> tuple[Tensor | None, ...]:  # fmt: skip
     """Return the needed ones of (dX, db, dbias) of the summary, None for the others."""
-    prepared = call.backward.get(needs)
-    if prepared is not None and (grads := prepared(dy, x, b, saved)) is not None:
-        return grads
-    grads = engines.get(call.plan.engine).backward(None, dy, x, b, saved, call.plan, *needs)
-    if call.tries and prepared is None:
-        prepared = call.prepared("prepared_backward", dy, x, b, saved, call.plan, needs)
-        if prepared is not None:
-            call.backward[needs] = prepared
-    return grads
+    rows = as_rows(x)
+    as_saved = saved if rows is x else [as_rows(t) for t in saved]
+    dx, db, dbias = engines.get(call.plan.engine).backward(dp, dy, rows, b, as_saved, call.plan, *needs)
+    key = needs if dp is None else (*needs, True)
+    if call.tries and dy is not None and x.is_contiguous() and key not in call.backward:
+        made = call.prepared("prepared_backward", dp, dy, rows, b, as_saved, call.plan, needs)
+        given = (dy, x, b, *saved) if dp is None else (dp, dy, x, b, *saved)
+        check = None if made is None else tensor_check(*given)
+        if check is not None:
+            call.backward[key] = check, made
+    return *_laid_out(dx, db, x, b), dbias
 
 
-def _pair_backward(
+def _polynomial_backward(
     dp: Tensor | None,
     dy: Tensor | None,
     x: Tensor,
     b: Tensor,
-    q: Polynomial | None,
+    q: Polynomial,
     saved: Sequence[Tensor],
     plan: Plan,
     needs: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:
     """Return the needed ones of (dX, db, dbias, dc, da), None for the others."""
-    if q is not None and plan.engine == "eager":
-        return eager_polynomial.backward(dp, dy, x, b, q, saved, plan, needs)
-    need_x, need_b, need_bias, need_c, _ = needs
-    backward = engines.get(plan.engine).backward
-    if q is None:
-        return *backward(dp, dy, x, b, saved, plan, need_x, need_b, need_bias), None, None
-    *found, dc = backward(dp, dy, x, b, saved, plan, need_x, need_b, need_bias, need_c, q)
-    return *found, None if dc is None else dc.to(q.coefficients.dtype), None
+    rows = as_rows(x)
+    if rows is not x:
+        saved = [as_rows(t) for t in saved]
+    if plan.engine == "eager":
+        dx, db, *rest = eager_polynomial.backward(dp, dy, rows, b, q, saved, plan, needs)
+    else:
+        need_x, need_b, need_bias, need_c, _ = needs
+        backward = engines.get(plan.engine).backward
+        dx, db, dbias, dc = backward(dp, dy, rows, b, saved, plan, need_x, need_b, need_bias, need_c, q)
+        rest = [dbias, None if dc is None else dc.to(q.coefficients.dtype), None]
+    return *_laid_out(dx, db, x, b), *rest
 
 
 def summary(x: Tensor, b: Tensor, bias: Tensor | None, call: Call) -> Tensor:
     """Return X b (bᵀb) + bias."""
-    rows = x if x.dim() == 2 else as_rows(x)
     y: Tensor
-    if call.plan.autograd:
-        y = eager.forward(rows, b, bias, call.plan, False)[1]
+    if call.factors is not None:
+        y = eager.summary(x if x.dim() == 2 else as_rows(x), b, bias, call.factors)
     elif is_grad_enabled() and (x.requires_grad or b.requires_grad or (bias is not None and bias.requires_grad)):
         y = _apply_summary(x, b, bias, call)
     else:
-        y = _forward(rows, b, bias, call)[1]
-    return y if rows is x else _shaped_as(x, y)
+        y = _forward(x, b, bias, call)[1]
+    return y if x.dim() == 2 else _shaped_as(x, y)
 
 
 def summary_pair(x: Tensor, b: Tensor, call: Call) -> tuple[Tensor, Tensor]:
     """Return (X b, X b (bᵀb))."""
-    plan = call.plan
-    if is_grad_enabled() and (x.requires_grad or b.requires_grad) and not plan.autograd:
+    p: Tensor | None
+    if is_grad_enabled() and (x.requires_grad or b.requires_grad) and not call.plan.autograd:
         p, y = _apply_polynomial(x, b, None, None, None, call)
     else:
-        p, y, _ = engines.get(plan.engine).forward(as_rows(x), b, None, plan, True)
+        p, y, _ = _forward(x, b, None, call)
+    assert p is not None
     return (p, y) if x.dim() == 2 else (_shaped_as(x, p), _shaped_as(x, y))
 
 
@@ -248,7 +272,7 @@ def polynomial_summary(
         found = _apply_polynomial(x, b, bias, *q, call)
         p, y = found if call.pair else (None, found)
     else:
-        p, y, _ = _pair_forward(as_rows(x), b, bias, q, call.plan, call.pair)
+        p, y, _ = _forward(x, b, bias, call, q)
     return (p, y) if x.dim() == 2 else (None if p is None else _shaped_as(x, p), _shaped_as(x, y))
 
 
@@ -269,9 +293,13 @@ class CrossEntropyDirect(Function):
         target: Tensor,
         call: Call,
     ) -> Tensor:
-        assert call.options is not None
-        needs = (False,) * 4 if computed_late(x, call.options) else ctx.needs_input_grad[:4]
-        value, grads = _loss(x, b, a, c, target, call, None, needs)
+        if call.late is None:
+            assert call.options is not None
+            call.late = computed_late(x, call.options)
+        needs = _NONE if call.late else ctx.needs_input_grad[:4]
+        prepared = call.loss.get(needs)
+        found = None if prepared is None else prepared(x, b, a, c, target)
+        value, grads = _loss(x, b, a, c, target, call, None, needs) if found is None else found
         ctx.save_for_backward(x, b, a, c, target, *grads)
         ctx.call, ctx.spent = call, False
         return value
@@ -282,7 +310,11 @@ class CrossEntropyDirect(Function):
         if ctx.spent:
             grads = []  # of a retained graph: handed out by an earlier backward, and scaled in place by some engines
         call, needs = ctx.call, ctx.needs_input_grad[:4]
-        if _needs_operators(upstream):
+        scaled = None
+        prepared = call.scale.get(len(grads))
+        if prepared is not None and not is_grad_enabled() and unwatched() and prepared[0](upstream, *grads):
+            scaled = prepared[1](grads, upstream)
+        if scaled is None and _needs_operators(upstream):
             options, plan, ones = call.options, call.plan, (*grads, *(None,) * 5)[:5]
             upstream = upstream.view(target.shape) if options.reduction == "none" else upstream
             tensors = upstream, x, b, a, c, None, None, target
@@ -290,12 +322,13 @@ class CrossEntropyDirect(Function):
         elif grads:
             ctx.spent = True
             # By .data, which has a version of its own: what their owner does to them then is no harm to a retained graph.
-            found = [g.data for g in _scale(grads, upstream, call)]
+            found = [g.data for g in scaled or _scale(grads, upstream, call)]
         else:
             found = _loss(x, b, a, c, target, call, upstream.reshape(-1), needs)[1]
         return (*spread(found, needs), None, None)
 
 
+_NONE = (False,) * 4  # needed gradients
 _apply_cross_entropy = super(Function, CrossEntropyDirect).apply
 
 
@@ -311,14 +344,13 @@ def _loss(
 ) -> tuple[Tensor, list[Tensor]]:
     """Return an engine's loss, and the needed gradients in the shape of x and the memory order of b."""
     rows, classes = as_rows(x), target if target.dim() == 1 else target.reshape(-1)
-    found = call.loss(rows, b, classes) if call.loss is not None and upstream is None else None
-    if found is None:
-        plan, options = call.plan, call.options
-        assert options is not None
-        found = engines.get(plan.engine).loss(rows, b, a, c, classes, options, plan, upstream, needs)
-        if call.tries and call.loss is None and a is None and upstream is None:
-            call.loss = call.prepared("prepared_loss", rows, b, classes, options, plan, needs[:2])
-    value, grads = found
+    plan, options = call.plan, call.options
+    assert options is not None
+    value, grads = engines.get(plan.engine).loss(rows, b, a, c, classes, options, plan, upstream, needs)
+    if call.tries and upstream is None and needs not in call.loss and x.is_contiguous() and target.is_contiguous():
+        made = call.prepared("prepared_loss", rows, b, a, c, classes, options, plan, needs)
+        if made is not None:
+            call.loss[needs] = made
     if needs[0] and rows is not x:
         grads[0] = grads[0].view(x.shape)
     if needs[1] and grads[needs[0]].stride() != b.stride():
@@ -328,11 +360,12 @@ def _loss(
 
 def _scale(grads: Sequence[Tensor], upstream: Tensor, call: Call) -> list[Tensor]:
     """Return the gradients times the upstream, which may overwrite them."""
-    if call.scale is not None and (prepared := call.scale(grads, upstream)) is not None:
-        return prepared
     found = engines.get(call.plan.engine).scale(grads, upstream)
-    if call.tries and call.loss is not None and call.scale is None:
-        call.scale = call.prepared("prepared_scale", grads, upstream)
+    if call.tries and len(grads) not in call.scale:
+        made = call.prepared("prepared_scale", grads, upstream)
+        check = None if made is None else tensor_check(upstream, *grads)
+        if check is not None:
+            call.scale[len(grads)] = check, made
     return found
 
 
@@ -347,8 +380,12 @@ def cross_entropy(x: Tensor, b: Tensor, a: Tensor | None, c: Tensor | None, targ
             eager.check_target(target, b.shape[1] if a is None else a.shape[0], options.ignore_index)
             raise
     value: Tensor
-    if is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, b, a, c)):
+    if is_grad_enabled() and (
+        x.requires_grad or b.requires_grad or (a is not None and a.requires_grad) or (c is not None and c.requires_grad)
+    ):
         value = _apply_cross_entropy(x, b, a, c, target, call)
     else:
-        value, _ = _loss(x, b, a, c, target, call, None, (False,) * 4)
+        prepared = call.loss.get(_NONE)
+        found = None if prepared is None else prepared(x, b, a, c, target)
+        value, _ = _loss(x, b, a, c, target, call, None, _NONE) if found is None else found
     return value.view(target.shape) if options.reduction == "none" and target.dim() != 1 else value

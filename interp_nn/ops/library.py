@@ -117,6 +117,16 @@ def tensor_check(*tensors: Tensor) -> Callable[..., bool] | None:
     return check
 
 
+def unwatched() -> bool:
+    """Return True unless something is active that has to see operators and that a `tensor_check` does not notice.
+
+    Of the dispatch modes it does not notice those of fake tensors and of make_fx.
+    """
+    return not (
+        _dispatch_modes() or function_modes() or followed.get() or getattr(forward_ad, "_current_level", 0) >= 0
+    )
+
+
 def any_batched(*tensors: Tensor | None) -> bool:
     """Return True if a tensor is one of `is_batched`, which has no memory for a kernel to read."""
     return any(t is not None and is_batched(t) for t in tensors)

@@ -18,8 +18,17 @@ from interp_nn.engines import eager_polynomial
 from interp_nn.engines.eager_polynomial import Polynomial
 from interp_nn.engines.orders import saved_names
 from interp_nn.engines.problem import Plan, plan_to_text
+from interp_nn.engines.select import requested_now
 from interp_nn.linalg import is_column_major
-from interp_nn.ops.library import apply, is_batched, is_dtensor, transforming
+from interp_nn.ops.library import (
+    any_autocast_enabled,
+    apply,
+    is_batched,
+    is_dtensor,
+    is_tracing,
+    ordinary,
+    transforming,
+)
 from interp_nn.ops.summary import as_rows, backward_operator, pair_operator, spread, summary_operator
 
 _FEW_COLUMNS, _MANY_WITH_FEW_COLUMNS, _MANY = 16, 2**15, 2**19
@@ -92,7 +101,7 @@ class WeightFunction(Function):
 
     @staticmethod
     def forward(b: Tensor, coefficients: Tensor, scale: Tensor | None) -> tuple[Tensor, ...]:
-        w, saved = eager_polynomial.weight_forward(b, Polynomial(coefficients, scale))
+        w, saved = eager_polynomial.weight_forward(b, coefficients.unbind(), scale)
         return (w, *saved)
 
     @staticmethod
@@ -109,13 +118,86 @@ class WeightFunction(Function):
         b, coefficients, scale, *saved = ctx.saved_tensors
         q = Polynomial(coefficients, scale)
         if torch.is_grad_enabled() or transforming(dw, b):
-            saved = eager_polynomial.weight_forward(b, q)[1]
+            saved = eager_polynomial.weight_forward(b, coefficients.unbind(), scale)[1]
         return eager_polynomial.weight_backward(dw, b, q, saved, ctx.needs_input_grad)
+
+
+class FormedWeight:
+    """An effective weight m a b q(a² bᵀb) and its pull-back to the parameters b and m, without a graph, which costs more.
+
+    Args:
+        b: A parameter (d, k) of float32 or float64 on a CPU.
+        gain: The parameter m, one number that is not zero, or None for 1.
+        coefficients: Two to five numbers, which give the weight as Σ_i c_i b (bᵀb)ⁱ.
+
+    Attributes:
+        weight: The weight (k, d) of a plain layer, a leaf that requires a gradient if a parameter does.
+    """
+
+    def __init__(self, b: Tensor, gain: Tensor | None, coefficients: Sequence[float]) -> None:
+        self._b, self._gain, self._coefficients = b, gain, coefficients
+        w, self._saved = eager_polynomial.weight_forward(b.detach(), coefficients)
+        self.weight = w.mT.requires_grad_(b.requires_grad or (gain is not None and gain.requires_grad))
+
+    def pull_back(self, grad: Tensor) -> None:
+        """Add the gradients of the parameters, from that of the weight, to those that they have."""
+        b, gain = self._b, self._gain
+        with torch.no_grad():
+            db, inner = eager_polynomial.pull_back(grad.mT, b, self._coefficients, self._saved)
+            found = [(b, db)] if gain is None else [(b, db), (gain, inner / gain)]  # the weight is linear in the gain
+        wanted = [pair for pair in found if pair[0].requires_grad]
+        torch.autograd.backward([p for p, _ in wanted], [g for _, g in wanted])
+
+
+class LayerWeightFunction(Function):
+    """The weight (k, d) of `FormedWeight`, for a forward of many rows, beside which its graph costs little."""
+
+    @staticmethod
+    def forward(ctx: Any, b: Tensor, gain: Tensor | None, coefficients: Sequence[float]) -> Tensor:
+        w, saved = eager_polynomial.weight_forward(b, coefficients)
+        ctx.save_for_backward(b, gain, *saved)
+        ctx.coefficients = coefficients
+        return w.mT
+
+    @staticmethod
+    def backward(ctx: Any, dw: Tensor) -> tuple[Tensor | None, ...]:
+        b, gain, *saved = ctx.saved_tensors
+        c, needs = ctx.coefficients, ctx.needs_input_grad
+        if not (torch.is_grad_enabled() or any_autocast_enabled() or is_batched(dw)) and ordinary():
+            db, inner = eager_polynomial.pull_back(dw.mT, b, c, saved)
+            return db if needs[0] else None, inner / gain if needs[1] else None, None
+        constants = b.new_tensor(c) if gain is None else b.new_tensor(c) / gain.detach()
+        q = Polynomial(constants if gain is None else constants * gain, None)
+        saved = eager_polynomial.weight_forward(b, q.coefficients.unbind())[1]
+        needed = needs[0], needs[1], False
+        grads = eager_polynomial.weight_backward(dw.mT, b, q, saved, needed)
+        return grads[0], None if grads[1] is None else (grads[1] * constants).sum().view_as(gain), None
+
+
+_apply_layer_weight = super(Function, LayerWeightFunction).apply
+
+
+def layer_weight(b: Tensor, gain: Tensor | None, coefficients: Sequence[float]) -> Tensor:
+    """Return the weight (k, d) of `FormedWeight` with a graph, where `weight_comes_first`."""
+    w: Tensor = _apply_layer_weight(b, gain, coefficients)
+    return w
+
+
+def weight_comes_first(x: Tensor, d: int) -> bool:
+    """Return True if a plan for x (..., d) forms the weight, in a call with gradients on a CPU that may pass the checks by.
+
+    So it is for more rows than d: all plans form the weight then, and leave the product with x to PyTorch's autograd.
+    """
+    if type(x) is not Tensor or not (x.is_cpu and torch.is_grad_enabled() and ordinary()):
+        return False
+    if x.layout is not torch.strided or x.dim() < 2 or x.shape[-1] != d or x.numel() <= d * d:
+        return False
+    return not (any_autocast_enabled() or is_batched(x)) and requested_now() in ("auto", "eager")
 
 
 def weight(b: Tensor, q: Polynomial) -> Tensor:
     """Return the effective weight a b q(a² bᵀb) of b (d, k)."""
-    if q.degree == 0 or is_compiling() or is_dtensor(b) or is_batched(b) or transforming(b, *q):
+    if q.degree == 0 or is_compiling() or is_tracing() or is_dtensor(b) or is_batched(b) or transforming(b, *q):
         return eager_polynomial.weight(b, q)
     w: Tensor = apply(WeightFunction, b, *q)[0]
     return w

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
+from torch.compiler import is_compiling
 
 from interp_nn.linalg import accumulation_dtype, autocast_off
-from interp_nn.ops.library import transforming
+from interp_nn.ops.library import any_autocast_enabled, transforming
 from interp_nn.ops.summary import as_rows
 
 _ROWS = 4096  # of a 16-bit X, cast to float32 at a time
+_FEW = 2**16  # elements of X up to which the number of operations decides
 
 
 class _WideProduct(Function):
@@ -39,24 +42,27 @@ def missed_share(x: Tensor, b: Tensor, kept: Tensor | None, reduction: str) -> T
 
     kept: Rows that count, bool of x's shape without its last dimension; None is all of them.
     """
-    wide, rows = accumulation_dtype(x.dtype), as_rows(x)
-    with autocast_off(x.device):
+    wide, rows, compiling = accumulation_dtype(x.dtype), as_rows(x), is_compiling()
+    with autocast_off(x.device) if compiling or any_autocast_enabled() else nullcontext():
         b = b.to(wide)
-        if x.dtype == wide or not len(rows) or torch.compiler.is_compiling() or transforming(x, b):
+        if x.dtype == wide or not len(rows) or compiling or transforming(x, b):
             p = rows.to(wide) @ b
         else:
             p = _WideProduct.apply(rows, b)
-        g = b.t() @ b
         sizes = torch.linalg.vector_norm(rows, dim=1, dtype=wide).square()
         if kept is not None:
             kept = kept.reshape(-1)
             p, sizes = torch.where(kept.unsqueeze(1), p, 0.0), torch.where(kept, sizes, 0.0)
-        count = torch.full((), float(len(rows)), dtype=wide, device=x.device) if kept is None else kept.sum().to(wide)
-        total = sizes.sum().clamp_min(torch.finfo(wide).tiny)
+        whole = sizes.sum()
+        total, count = whole.clamp_min(torch.finfo(wide).tiny), len(rows) if kept is None else kept.sum()
+        g = b.t() @ b
         # ‖X - P bᵀ‖² = ‖X‖² - 2 ‖P‖² + <PᵀP, G>, which cancels to rounding of ‖X‖² where b reconstructs X.
-        if reduction == "none":
-            missed = sizes - 2 * p.square().sum(1) + ((p @ g) * p).sum(1)
-            return (missed.clamp_min(0) * (count / total)).view(x.shape[:-1])
-        missed = sizes.sum() - 2 * p.square().sum() + ((p.t() @ p) * g).sum()
+        if reduction == "none" or (rows.numel() <= _FEW and not compiling):
+            terms = torch.addmm(p, p, g, beta=-2) * p
+            if reduction == "none":
+                return ((sizes + terms.sum(1)).clamp_min(0) * (count / total)).view(x.shape[:-1])
+            missed = whole + terms.sum()
+        else:  # without further matrices of n rows
+            missed = whole - 2 * p.square().sum() + ((p.t() @ p) * g).sum()
         share = missed.clamp_min(0) / total
         return share * count if reduction == "sum" else share

@@ -8,8 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, is_grad_enabled
-from torch.autograd import forward_ad
-from torch.compiler import is_compiling
+from torch.compiler import is_compiling, is_dynamo_compiling
 
 from interp_nn.engines.devices import fp32_precision
 from interp_nn.engines.problem import LossOptions
@@ -20,10 +19,10 @@ from interp_nn.ops.library import (
     any_batched,
     cast,
     followed,
-    function_modes,
     is_tracing,
     ordinary,
     tensor_check,
+    unwatched,
 )
 from interp_nn.ops.validation import (
     DTYPES,
@@ -37,8 +36,8 @@ from interp_nn.ops.validation import (
     shape_of,
 )
 
-_MOST_PLANS = 4096
-# Calls by all that they depend on; and the latest of each b, with a check of its tensors, by what the check does not see.
+_MOST_PLANS, _MOST_RECENT = 4096, 8
+# Calls by all that they depend on; and the latest ones of the same shapes, by `_keep_recent`.
 plans: dict[tuple[object, ...], Any] = {}
 EQUAL_WEIGHTS = (1.0, 1.0, 1.0)
 _NUMBERS = frozenset((int, float))
@@ -56,14 +55,22 @@ def planned(
     It is remembered by everything that the plan and the checks depend on, and by the layouts, which engines prepare for.
     """
     state: tuple[object, ...] = ()
-    if given is None and not is_compiling():
-        state = (
-            id(b), getattr(x, "shape", None), getattr(x, "requires_grad", None), is_grad_enabled(), pair, bias is None,
-            requested_now(), fp32_precision("cuda", "matmul"),
-        )  # fmt: skip
-        found = _recalled(state, x, b) if bias is None else _recalled(state, x, b, bias)
-        if found is not None:
-            return x, b, bias, found, True
+    if given is None and not is_dynamo_compiling():
+        try:
+            state = x.shape, b.shape, pair, is_grad_enabled()
+            recent = plans.get(state, ())
+        except (AttributeError, TypeError):  # of an x that is no tensor, or whose sizes are symbols
+            state, recent = (), ()
+        for check, call, without, engine, precision in recent:
+            if (
+                without is (bias is None)
+                and (check(x, b) if bias is None else check(x, b, bias))
+                and engine == requested_now()
+                and (precision is None or precision == fp32_precision("cuda", "matmul"))
+                and not followed.get()
+                and (call.plan.autograd or unwatched())  # plain products are the same for whoever looks into the call
+            ):
+                return x, b, bias, call, True
     key: tuple[object, ...] | None = None
     plain = type(x) in PLAIN and type(b) in PLAIN and (bias is None or type(bias) in PLAIN)
     passes = plain and ordinary() and not any_batched(x, b, bias)
@@ -91,7 +98,7 @@ def planned(
             passes = passes and PLAIN.issuperset(map(type, tensors)) and not any_batched(*tensors)
         if call is not None:
             if passes and not autocast:
-                _keep_recent(state, call, x, b, bias)
+                _keep_recent(state, call, bias is None, x, b, bias)
             return x, b, bias, call, passes
     x, b = matrices(x, b, sharded=True)
     if bias is not None:
@@ -104,27 +111,25 @@ def planned(
     return x, b, bias, call, passes
 
 
-def _recalled(state: tuple[object, ...], *tensors: Tensor) -> direct.Call | None:
-    """Return the last call in a state if nothing else has changed that it depends on, else None.
+def _keep_recent(state: tuple[object, ...], call: direct.Call, without: bool, *tensors: Tensor | None) -> None:
+    """Keep a call in the first place among the latest ones of a state, with all that it depends on beside the state.
 
     PyTorch's guard of compiled functions compares type, dtype, device, sizes, strides and requires_grad of all tensors in one
-    call, and the dispatch keys, among them those of modes, transforms, autocast and tracing.
+    call, and the dispatch keys, among them those of transforms, autocast and tracing; `unwatched` sees the rest.
 
     Args:
-        state: What else a call depends on, and what calls of a layer alternate in: its b, the shape of x, gradients.
+        state: Shapes, options and grad mode, which the guard does not see.
+        call: The call.
+        without: The bias is None.
         tensors: The arguments.
     """
-    recent = plans.get(state)
-    if recent is None or function_modes() or followed.get() or getattr(forward_ad, "_current_level", 0) >= 0:
-        return None
-    return recent[1] if recent[0](*tensors) else None
-
-
-def _keep_recent(state: tuple[object, ...], call: direct.Call, *tensors: Tensor | None) -> None:
-    """Keep a call for `_recalled`."""
-    check = tensor_check(*(t for t in tensors if t is not None))
-    if state and check is not None:
-        _remember(state, (check, call))
+    given = [t for t in tensors if t is not None]
+    check = tensor_check(*given) if state else None
+    if check is not None:
+        # On a CPU nothing depends on how GPUs multiply, unless a kernel is asked for.
+        precise = call.plan.engine != "eager" or given[0].device.type != "cpu"
+        entry = check, call, without, requested_now(), fp32_precision("cuda", "matmul") if precise else None
+        _remember(state, (entry, *plans.get(state, ())[: _MOST_RECENT - 1]))
 
 
 def _remember(key: tuple[object, ...], value: object) -> None:
@@ -147,19 +152,32 @@ def loss_call(
 ) -> tuple[direct.Call | None, tuple[object, ...] | None]:
     """Return a remembered call of a loss or None, and what to remember it by or None."""
     state: tuple[object, ...] = ()
-    others = [target] if a is None else [target, a] if c is None else [target, a, c]
-    if not is_compiling() and weights is EQUAL_WEIGHTS and type(ignore_index) is int:
-        state = (
-            id(b), getattr(x, "shape", None), getattr(x, "requires_grad", None), is_grad_enabled(), len(others), ignore_index,
-            reduction, requested_now(), fp32_precision("cuda", "matmul"),
-        )  # fmt: skip
-        found = _recalled(state, x, b, *others)
-        if found is not None:
-            return found, None
+    if not is_dynamo_compiling() and weights is EQUAL_WEIGHTS and type(ignore_index) is int:
+        try:
+            state = x.shape, b.shape, None if a is None else a.shape, is_grad_enabled(), ignore_index, reduction
+            recent = plans.get(state, ())
+        except (AttributeError, TypeError):
+            state, recent = (), ()
+        for check, call, without, engine, precision in recent:
+            if (
+                without is (c is None)
+                and (
+                    check(x, b, target)
+                    if a is None
+                    else check(x, b, target, a)
+                    if c is None
+                    else check(x, b, target, a, c)
+                )
+                and engine == requested_now()
+                and (precision is None or precision == fp32_precision("cuda", "matmul"))
+                and not followed.get()
+                and (call.plan.autograd or unwatched())
+            ):
+                return call, None
     key = _loss_key(x, b, a, c, target, weights, ignore_index, reduction)
     found = None if key is None else plans.get(key)
     if found is not None:
-        _keep_recent(state, found, x, b, *others)
+        _keep_recent(state, found, c is None, x, b, target, a, c)
     return found, key
 
 
@@ -199,8 +217,8 @@ def _loss_key(
         is_grad_enabled(), requested_now(), fp32_precision("cuda", "matmul"),
         target.shape, target.is_contiguous(), target.dtype,
         weights is EQUAL_WEIGHTS or (weights, *map(type, weights)), ignore_index, reduction,
-        None if a is None else (a.shape, a.dtype, a.device, a.layout),
-        None if c is None else (c.shape, c.dtype, c.device, c.layout),
+        None if a is None else (a.shape, a.dtype, a.device, a.layout, a.layout is torch.strided and a.is_contiguous()),
+        None if c is None else (c.shape, c.dtype, c.device, c.layout, c.layout is torch.strided and c.is_contiguous()),
     )  # fmt: skip
 
 

@@ -224,7 +224,7 @@ def loss_options(
 def loss_weights(weights: Sequence[float]) -> tuple[float, float, float]:
     """Return the weights of a loss's three terms, checked."""
     wanted = "want three finite numbers (of CE, CE and MSE), which get no gradient"
-    if isinstance(weights, str | bytes):
+    if isinstance(weights, str | bytes | set | frozenset):
         raise TypeError(f"weights: got {weights!r}, {wanted}")
     if isinstance(weights, Tensor):  # as PyTorch's losses take the weights of classes
         raise TypeError(
@@ -233,7 +233,7 @@ def loss_weights(weights: Sequence[float]) -> tuple[float, float, float]:
         )
     try:
         given = tuple(weights)
-        if any(isinstance(w, bool) or (isinstance(w, Tensor) and w.requires_grad) for w in given):
+        if any(isinstance(w, bool | str | bytes) or (isinstance(w, Tensor) and w.requires_grad) for w in given):
             raise TypeError
         values = tuple(map(float, given))
     except (TypeError, ValueError):

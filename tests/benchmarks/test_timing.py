@@ -10,6 +10,7 @@ import time
 import pytest
 import torch
 from gpu_stand_ins import CPU, Graph
+from matplotlib import pyplot
 from support import needs_records
 
 from benchmarks import experiments
@@ -580,8 +581,11 @@ def test_options_that_do_not_fit_are_named(arguments, message, capsys):
 
 def test_demo(tmp_path, monkeypatch, capsys):
     from benchmarks import demo
+    from interp_nn.explain.report import network_report
 
     monkeypatch.setattr(demo, "_timings", lambda n, d, k, device: timings(n, d, k))
+    # A quarter of the time is the rendering of the page, which has tests of its own.
+    monkeypatch.setattr(network_report, "image", lambda figure, alt: pyplot.close(figure) or "")
     assert main(["demo", "--epochs", "1", "--seeds", "2", "--train-size", "256", "--output", str(tmp_path)]) == 0
     assert "passed" in capsys.readouterr().out and (tmp_path / "demo-digits.png").read_bytes().startswith(b"\x89PNG")
     runs = json.loads((tmp_path / "demo-digits.json").read_text())["results"]["runs"]

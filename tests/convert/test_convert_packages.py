@@ -8,7 +8,7 @@ from torch import nn
 from torchvision_names import make_torchvision_importable
 
 from interp_nn.convert import fold, from_pretrained, save_pretrained, summarize
-from interp_nn.nn import SummaryLinear
+from interp_nn.nn import SummaryConv2d, SummaryLinear
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]  # of packages that are not ours
 
@@ -98,6 +98,28 @@ def test_timm(images, name, options, skipped, count):
     assert (
         is_kept(timm.create_model(name, pretrained=False, num_classes=10, **options), images, skipped=skipped) == count
     )
+
+
+@pytest.mark.parametrize("polynomial", ["summary", "newton-schulz"])
+@pytest.mark.parametrize("name", ["mobileone_s0", "repvit_m0_9"])
+def test_timm_reparameterizes_converted_layers(images, name, polynomial):
+    """It reads their weights, and puts plain layers in the place of whole blocks."""
+    model = pytest.importorskip("timm").create_model(name, pretrained=False, num_classes=10).eval()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.normal_(module.running_mean, std=0.1)
+            nn.init.uniform_(module.running_var, 0.5, 2)
+    summarize(model, polynomial=polynomial)
+    reparameterize = pytest.importorskip("timm.utils").reparameterize_model
+    with torch.no_grad():
+        before = model(images)
+        fused = reparameterize(model)
+        assert (fused(images) - before).norm() <= 1e-5 * before.norm()
+
+    def left(m):
+        return sum(type(layer) is SummaryConv2d for layer in m.modules())
+
+    assert left(fused) < left(model) / 4
 
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}

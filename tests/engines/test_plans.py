@@ -10,7 +10,6 @@ import types
 
 import pytest
 import torch
-from processes import python_after_torch
 
 import interp_nn
 from interp_nn.engines import barrier, cost, devices, limits, select
@@ -380,20 +379,6 @@ def test_forcing_an_engine_that_is_off_raises_with_the_reason():
     with pytest.raises(RuntimeError, match="use_engine: the triton engine is off: ") as caught:
         interp_nn.use_engine("triton")
     assert reason in str(caught.value) and select.requested() == "auto"
-
-
-def test_an_engine_of_the_environment_is_checked_at_use_not_at_import():
-    code = (
-        "import os; os.environ['INTERP_NN_ENGINE'] = '{}'; import interp_nn, torch; print('imported', flush=True)\n"
-        "interp_nn.functional.summary(torch.ones(2, 2), torch.ones(2, 2))"
-    )
-    triton, warp = python_after_torch(code.format("triton"), code.format("warp"))
-    if not torch.cuda.is_available():  # there the engine is on
-        assert triton.startswith("imported\nTraceback")
-        assert "RuntimeError: the triton engine was asked for, but " in triton
-        assert unsupported_reason("triton") in triton
-    assert warp.startswith("imported\nTraceback")
-    assert "ValueError: INTERP_NN_ENGINE: unknown engine 'warp'; this build has eager" in warp
 
 
 # The counters of the barrier

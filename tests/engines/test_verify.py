@@ -115,8 +115,8 @@ def test_only_what_has_passed_is_prepared(name):
     x, b, dy = tensors()
     given = {
         "forward": (x, b, None, SUMMARY),
-        "backward": (dy, x, b, plain.forward(x, b, None, SUMMARY, False)[2], SUMMARY, (True, True, False)),
-        "loss": (x, b, torch.zeros(N, dtype=torch.int64), OPTIONS, PAIR, (True, True)),
+        "backward": (None, dy, x, b, plain.forward(x, b, None, SUMMARY, False)[2], SUMMARY, (True, True, False)),
+        "loss": (x, b, None, None, torch.zeros(N, dtype=torch.int64), OPTIONS, PAIR, (True, True, False, False)),
         "scale": ([x, b.contiguous()], torch.ones(())),
     }[name]
     for change in (None, out_of_bounds):

@@ -226,6 +226,48 @@ def test_targets_of_every_kind():
     assert machine.fit(x, constant).score(x, constant) == 1 and machine.score(x[:2], constant[:2] + 1) == 0
 
 
+COUNTS = {
+    "ParametricTSNE": ["batch_size", "epochs", "exaggeration_epochs", "seed"],
+    "ActivationClusters": ["min_size", "chunk_size"],
+    "NPKMachine": ["chunk_size"],
+    "DLGNClassifier": ["batch_size", "epochs", "seed"],
+    "DLGNRegressor": ["batch_size", "epochs", "seed"],
+}
+NUMBERS = {
+    "ParametricTSNE": ["perplexity", "learning_rate", "early_exaggeration"],
+    "NPKMachine": ["ridge"],
+    "DLGNClassifier": ["learning_rate", "beta"],
+    "DLGNRegressor": ["learning_rate", "beta"],
+}
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_parameters_of_other_types_or_out_of_range_are_named(name):
+    x, y = data(20)
+    for parameter in COUNTS[name]:
+        for value in (1.5, "a", True, float("nan")):
+            with pytest.raises(TypeError, match=f"^{parameter}: got {value!r}, want an integer"):
+                ESTIMATORS[name]().set_params(**{parameter: value}).fit(x, y)
+        if parameter != "seed":
+            with pytest.raises(ValueError, match=f"^{parameter}: got -1, want at least"):
+                ESTIMATORS[name]().set_params(**{parameter: np.int64(-1)}).fit(x, y)
+    for parameter in NUMBERS.get(name, []):
+        for value in ("a", True, None):
+            with pytest.raises(TypeError, match=f"^{parameter}: got {value!r}, want a number"):
+                ESTIMATORS[name]().set_params(**{parameter: value}).fit(x, y)
+        for value in (float("nan"), -1):
+            with pytest.raises(ValueError, match=f"^{parameter}: got {value!r}, want "):
+                ESTIMATORS[name]().set_params(**{parameter: value}).fit(x, y)
+
+
+def test_other_parameters_that_are_named():
+    x, y = data(20)
+    with pytest.raises(TypeError, match=r"^dtype: got 'float32', want torch\.float32"):
+        NPKMachine(network(), dtype="float32").fit(x, y)
+    with pytest.raises(TypeError, match=r"^hidden: got 8, want a sequence of widths$"):
+        DLGNClassifier(8).fit(x, y)
+
+
 def test_clusters_are_a_clusterer():
     x, _ = data(30)
     clusters = ActivationClusters(network(width=4))

@@ -26,7 +26,14 @@ except ImportError as error:  # private names move, and need packages of PyTorch
 OURS = {nn.Linear: SummaryLinear, nn.Conv2d: SummaryConv2d}
 CLASSES = [c for pair in OURS.items() for c in pair]
 DTYPES = [torch.float32, torch.float64]
-by_class = pytest.mark.parametrize("cls", CLASSES, ids=lambda c: c.__name__)
+
+
+def param(cls, *values, id):
+    """The checks of PyTorch's own layers, which show that the checks are PyTorch's, are slow tests."""
+    return pytest.param(cls, *values, id=id, marks=[pytest.mark.slow] * (cls in OURS))
+
+
+by_class = pytest.mark.parametrize("cls", [param(cls, id=cls.__name__) for cls in CLASSES])
 by_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "fp64"])
 by_mode = pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 
@@ -125,7 +132,7 @@ def test_the_cases_are_whole():
 @pytest.mark.parametrize(
     ("cls", "case", "constructor"),
     [
-        pytest.param(*given, id=f"{given[0].__name__}-{given[1].get('fullname', given[1].get('desc', 'plain'))}")
+        param(*given, id=f"{given[0].__name__}-{given[1].get('fullname', given[1].get('desc', 'plain'))}")
         for given in COMMON
     ],
 )

@@ -112,18 +112,22 @@ def test_skip_init_and_the_meta_device(cls, sizes):
     assert meta.spectrum().is_meta
 
 
-def _double(layer):
+def _double(layers):
     with torch.no_grad():
-        layer.b.mul_(2)
+        layers.get().b.mul_(2)
 
 
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")  # of Python 3.12
 def test_memory_is_shared_between_processes():
+    """It is pickled, as for any process; this one is forked, as another takes two seconds to import PyTorch."""
     layer = SummaryLinear(4, 3).share_memory()
     before = layer.b.clone()
-    context = multiprocessing.get_context("spawn")
-    process = context.Process(target=_double, args=(layer,))
+    context = multiprocessing.get_context("fork")
+    layers = context.SimpleQueue()
+    process = context.Process(target=_double, args=(layers,))
     process.start()
-    process.join()
+    layers.put(layer)
+    process.join(60)
     assert process.exitcode == 0 and torch.equal(layer.b, 2 * before)
 
 

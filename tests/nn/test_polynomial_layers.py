@@ -8,12 +8,13 @@ import warnings
 import pytest
 import torch
 from torch import nn
+from torch.func import functional_call
 from torch.nn.utils import parametrizations, prune
 from torch.optim import swa_utils
 from torch.utils.checkpoint import checkpoint
 
 import interp_nn
-from interp_nn import convert
+from interp_nn import convert, functional
 from interp_nn.nn import SummaryConv2d, SummaryLinear, constrain, follow, update_spectral_norms
 from interp_nn.nn.polynomials import NAMED, inverse_map, map_of, monotone_until
 
@@ -100,6 +101,37 @@ def test_gradients(case, kind):
         return torch.func.functional_call(layer, dict(zip(parameters, values, strict=True)), (x,))
 
     assert torch.autograd.gradcheck(run, (x.requires_grad_(), *parameters.values()))
+
+
+@pytest.mark.filterwarnings("ignore:.*b has changed")  # gradcheck changes it
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_derivatives_for_more_rows_than_features(case, monkeypatch):
+    """There the layer forms its weight first, if a parameter has not been replaced."""
+    sizes = ((4, 3), (3, 4))[CASES.index(case) % 2]
+    layer = trained(SummaryLinear(*sizes, dtype=torch.float64, **options(case)))
+    x = torch.randn(sizes[0] + 1, sizes[0], dtype=torch.float64, requires_grad=True)
+    inputs = [x, *layer.parameters()]
+
+    def call(*_):
+        return layer(x)
+
+    if not (layer._plain or len(layer._coefficients) == 1):
+        with monkeypatch.context() as patch:
+            patch.setattr(functional, "summary", pytest.fail)
+            call()
+    assert torch.autograd.gradcheck(call, inputs) and torch.autograd.gradgradcheck(call, inputs)
+    wanted = torch.autograd.grad(
+        functional_call(layer, {name: p * 1 for name, p in layer.named_parameters()}, x).sin().sum(), inputs
+    )
+    torch.testing.assert_close(torch.autograd.grad(layer(x).sin().sum(), inputs), wanted)
+    for p in inputs:
+        if p is not x:
+            p.requires_grad_(False)
+            rest = [q for q in inputs if q.requires_grad]
+            torch.testing.assert_close(
+                torch.autograd.grad(layer(x).sin().sum(), rest),
+                tuple(w for w, q in zip(wanted, inputs, strict=True) if q.requires_grad),
+            )
 
 
 @pytest.mark.parametrize(("name", "dtype"), [(n, d) for n in NAMED for d in (torch.bfloat16, torch.float16)])
@@ -472,6 +504,15 @@ def test_compiled_layer():
     torch.testing.assert_close(got, [p.grad for p in layer.parameters()])
     trained(layer)
     torch.testing.assert_close(compiled(x), layer(x))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning", "ignore::torch.jit.TracerWarning")
+def test_a_traced_layer_has_no_python_in_it():
+    layer, x = trained(SummaryLinear(6, 4, polynomial="newton-schulz")), torch.randn(9, 6)
+    file = io.BytesIO()
+    torch.jit.save(torch.jit.trace(layer, x), file)
+    file.seek(0)
+    torch.testing.assert_close(torch.jit.load(file)(x), layer(x))
 
 
 def test_penalty_and_engines_of_polynomial_layers():

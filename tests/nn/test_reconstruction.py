@@ -8,6 +8,7 @@ from sklearn.metrics import explained_variance_score
 
 from interp_nn.functional import reconstruction_loss
 from interp_nn.nn import SummaryClassifier, SummaryHead, SummaryLayer, SummaryLoss
+from interp_nn.ops import reconstruction
 
 
 def by_products(x: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -124,3 +125,20 @@ def test_bad_arguments() -> None:
         SummaryHead(3, 2, 2).loss(x, target, reconstruction=None)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="features, b: got None"):
         SummaryLoss(reconstruction=1.0)((x, x), target)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("ignored", [False, True])
+def test_few_rows_and_many_are_computed_alike(reduction: str, ignored: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    x, b = (torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in ((6, 5), (5, 3)))
+    target = torch.tensor([0, 1, -100, 3, 0, 1])
+
+    def share(x: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return reconstruction_loss(x, b, target=target, reduction=reduction)
+
+    found = []
+    for few in (0, 100):
+        monkeypatch.setattr(reconstruction, "_FEW", few)
+        value = share(x, b)
+        found.append((value, *torch.autograd.grad(value.sum(), (x, b))))
+    torch.testing.assert_close(*found)

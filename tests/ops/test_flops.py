@@ -4,7 +4,6 @@ import itertools
 
 import pytest
 import torch
-from processes import python_after_torch
 from support import OPERATOR_PLANS
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
@@ -144,14 +143,3 @@ def test_every_operator_has_a_formula():
     helpers = {s for s in schemas if s.startswith("interp_nn::cuda_")}  # called by operators, which are counted
     counted = {str(packet).replace(".", "::") for packet in flop_registry if str(packet).startswith("interp_nn.")}
     assert counted == schemas - helpers and len(counted) == 7
-
-
-def test_the_counter_may_be_imported_before_or_after():
-    code = (
-        "import {}\n"
-        "from importlib.util import find_spec\n"
-        "assert find_spec('torch.utils.flop_counter')\n"
-        "assert torch.ops.interp_nn.summary in torch.utils.flop_counter.flop_registry"
-    )
-    before, after = "interp_nn, torch.utils.flop_counter", "torch.utils.flop_counter, interp_nn, torch"
-    assert python_after_torch(code.format(f"torch, {before}"), code.format(after)) == ["", ""]

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from interp_nn.engines import eager
-from interp_nn.engines.barrier import counter, workspace
+from interp_nn.engines.barrier import allocator, counter, workspace
 from interp_nn.engines.devices import DeviceSpec, fp32_precision, sm_carveout, spec_of
 from interp_nn.engines.eager_polynomial import Polynomial
 from interp_nn.engines.limits import MOST_COLUMNS, output_layer_fits, padded, single_tf32_fits, triton_version
@@ -562,27 +562,27 @@ def loss(
     numbers = (*_numbers(q), dq)
     work = workspace((size,), torch.float32, device)
     tail = (work, counter(device), n, d, made.splits, options.ignore_index, *options.weights)
-
-    def rows(width: int, wanted: bool) -> Tensor | None:
-        return workspace((n, width), x.dtype, device) if wanted else None
-
-    width, scratch = _width(k), made.scratch and parameters
-    through_d = need_x or db is not None
+    sizes = _loss_spaces(made, plan.order, n, d, k, m, need_x or need_b or need_q, parameters)
+    spaces = [None if size is None else workspace((size,), x.dtype, device) for size in sizes]
     if a is None or m is None:
-        spaces = rows(width, through_d), rows(width, scratch), rows(width, scratch)
         launch(made, device, x, b, target, upstream, value, dx, db, *numbers, *spaces, *tail)
         return value, [g for g in (dx, db if need_b else None, dq) if g is not None]
     a, c = a.contiguous(), None if c is None else c.contiguous()
     da = workspace((m, k), a.dtype, device) if need_a else None
     dc = workspace((m,), a.dtype, device) if need_c else None
-    both = 2 * padded(m)
-    own: tuple[Tensor | None, ...]
-    if plan.order == "logits_from_x":
-        own = workspace((2, d, padded(m)), x.dtype, device), rows(both, need_x or parameters)
-    else:
-        own = rows(width, through_d), rows(width, scratch), rows(both, scratch)
-    launch(made, device, x, b, a, c, target, upstream, value, dx, db, da, dc, *numbers, *own, *tail)
+    launch(made, device, x, b, a, c, target, upstream, value, dx, db, da, dc, *numbers, *spaces, *tail)
     return value, [g for g in (dx, db if need_b else None, da, dc, dq) if g is not None]
+
+
+def _loss_spaces(
+    made: Launch, order: Order, n: int, d: int, k: int, m: int | None, through_d: bool, parameters: bool
+) -> list[int | None]:
+    """Return the number of elements of each workspace that a loss has in X's dtype; None for one without use."""
+    width, both, scratch = _width(k), 2 * padded(m or 1), made.scratch and parameters
+    if order == "logits_from_x":
+        return [d * both, n * both if through_d or parameters else None]
+    own = n * width if scratch else None
+    return [n * width if through_d else None, own, own if m is None or not scratch else n * both]
 
 
 _SCALE_BLOCK = 4096
@@ -648,125 +648,214 @@ def _ready(made: Launch, device: torch.device, kinds: Sequence[torch.dtype | Non
     return launched
 
 
+def _in_place(x: Tensor, b: Tensor, *others: Tensor | None) -> bool:
+    """Return True if kernels read the tensors where they are: none is empty, and none has to be copied first."""
+    dense = b.is_contiguous() or b.mT.is_contiguous()
+    return bool(dense and x.numel() and b.numel()) and all(t is None or t.is_contiguous() for t in (x, *others))
+
+
+def _sizes(x: Tensor, b: Tensor) -> tuple[int, int, int, bool]:
+    """Return n, d and k, and True if b is column-major."""
+    d, k = b.shape
+    return x.shape[0], d, k, not b.is_contiguous()
+
+
+def _one_allocation(numbers: int, *sizes: int | None) -> tuple[tuple[int], list[int | None]]:
+    """Return the shape of an allocation in fp32 numbers: so many, and then spaces of so many bytes; and their offsets.
+
+    Offsets are multiples of 16 bytes. A space that is None has none.
+    """
+    end, offsets = 4 * numbers, list[int | None]()
+    for size in sizes:
+        if size is not None:
+            end = _cdiv(end, 16) * 16
+        offsets.append(None if size is None else end)
+        end += size or 0
+    return (_cdiv(end, 4),), offsets
+
+
 def prepared_forward(x: Tensor, b: Tensor, bias: Tensor | None, plan: Plan) -> PreparedForward | None:
     """Compute `Engine.prepared_forward`."""
-    (n, d), k = x.shape, b.shape[1]
-    b, transposed = _matrix(b)
-    if n * d * k == 0 or k > MOST_COLUMNS or plan.saves or not _all_contiguous(x, bias):
+    if b.shape[1] > MOST_COLUMNS or not _in_place(x, b, bias):
         return None
-    device, dtype = x.device, x.dtype
+    n, d, k, transposed = _sizes(x, b)
+    device, dtype, saves, empty = x.device, x.dtype, plan.saves, allocator(x.device)
     made = _stream_launch(plan.tiles, _spec(device), dtype, n, d, k, transposed, _precision(dtype), None)
-    kinds = (dtype, dtype, None if bias is None else dtype, None, dtype, dtype, None, None, None)
+    kinds = (dtype, dtype, None if bias is None else dtype, dtype if saves else None, dtype, dtype, None, None, None)
     launched = _ready(made, device, kinds, n, d)
     if launched is None:
         return None
+    rows, square, by_row = (n, k), (k, k), (k, 1)
 
-    def call(x: Tensor, b: Tensor, bias: Tensor | None) -> tuple[None, Tensor, list[Tensor]] | None:
-        y, g = x.new_empty(n, k), x.new_empty(k, k)
-        at_x, at_b, at_bias = x.data_ptr(), b.data_ptr(), 0 if bias is None else bias.data_ptr()
+    def call(x: Tensor, b: Tensor, bias: Tensor | None) -> tuple[Tensor | None, Tensor, list[Tensor]] | None:
+        y, g, p = empty(rows, by_row, dtype), empty(square, by_row, dtype), None
+        at_x, at_b, at_bias, at_p = x.data_ptr(), b.data_ptr(), 0 if bias is None else bias.data_ptr(), 0
+        if saves:
+            p = empty(rows, by_row, dtype)
+            at_p = p.data_ptr()
         at_y, at_g = y.data_ptr(), g.data_ptr()
-        if launched(at_x | at_b | at_bias | at_y | at_g, at_x, at_b, at_bias, 0, at_y, at_g, 0, 0, 0):
-            return None, y, [g]
+        if launched(at_x | at_b | at_bias | at_p | at_y | at_g, at_x, at_b, at_bias, at_p, at_y, at_g, 0, 0, 0):
+            return p, y, [g] if p is None else [p, g]
         return None
 
     return call
 
 
 def prepared_backward(
-    dy: Tensor, x: Tensor, b: Tensor, saved: Sequence[Tensor], plan: Plan, needs: tuple[bool, bool, bool]
+    dp: Tensor | None,
+    dy: Tensor | None,
+    x: Tensor,
+    b: Tensor,
+    saved: Sequence[Tensor],
+    plan: Plan,
+    needs: tuple[bool, bool, bool],
 ) -> PreparedBackward | None:
     """Compute `Engine.prepared_backward`."""
-    (n, d), k = x.shape, b.shape[1]
-    b, transposed = _matrix(b)
     need_x, need_b, need_bias = needs
-    if n * d * k == 0 or k > MOST_COLUMNS or plan.saves or not (need_x or need_b) or not _all_contiguous(x, *saved):
+    if b.shape[1] > MOST_COLUMNS or dy is None or not (need_x or need_b) or not _in_place(x, b, dp, dy, *saved):
         return None
-    device, dtype = x.device, x.dtype
-    phases = 7 if need_b else 3 if need_bias else 1
-    made, size = _summary_backward_launch(
-        plan.tiles, _spec(device), dtype, n, d, k, transposed, _precision(dtype), phases, None
-    )
-    wanted = (dtype if need else None for need in needs)
-    kinds = (dtype,) * 4 + (*wanted, None, None, None, None, torch.float32, torch.int32)
-    launched = _ready(made, device, kinds, n, d, made.splits)
+    n, d, k, transposed = _sizes(x, b)
+    device, dtype, saves, empty = x.device, x.dtype, plan.saves, allocator(x.device)
+    problem = plan.tiles, _spec(device), dtype, n, d, k, transposed, _precision(dtype)
+    of_x, of_b, of_bias = (dtype if need else None for need in needs)
+    kinds: tuple[torch.dtype | None, ...]
+    if saves:
+        made, size = _pair_backward_launch(*problem, 7 if need_b else 3, None)
+        kinds = (*(dtype,) * 4, None if dp is None else dtype, dtype, of_x, of_b, *(None,) * 4, dtype)
+        spaces = [n * _width(k) * dtype.itemsize]
+    else:
+        made, size = _summary_backward_launch(*problem, 7 if need_b else 3 if need_bias else 1, None)
+        kinds, spaces = (*(dtype,) * 4, of_x, of_b, of_bias, *(None,) * 4), []
+    launched = _ready(made, device, (*kinds, torch.float32, torch.int32), n, d, made.splits)
     if launched is None:
         return None
-    stride = (1, d) if transposed else (k, 1)
+    scratch, offsets = _one_allocation(size, *spaces)
+    at_rows = offsets[0] or 0 if saves else 0
+    by_row, stride = (d, 1), (1, d) if transposed else (k, 1)
 
-    def call(dy: Tensor, x: Tensor, b: Tensor, saved: Sequence[Tensor]) -> tuple[Tensor | None, ...] | None:
-        if dy.dtype is not dtype or not dy.is_contiguous():
-            return None
-        dx = x.new_empty(n, d) if need_x else None
-        db = x.new_empty_strided((d, k), stride) if need_b else None
-        dbias = x.new_empty(k) if need_bias else None
-        work = x.new_empty(size, dtype=torch.float32)
-        grads = [0 if t is None else t.data_ptr() for t in (dx, db, dbias)]
-        ours = 0, 0, 0, 0, work.data_ptr(), counter(device).data_ptr()
-        at = x.data_ptr(), b.data_ptr(), saved[0].data_ptr(), dy.data_ptr(), *grads, *ours
-        return (dx, db, dbias) if launched(reduce(or_, at), *at) else None
+    def call(
+        dp: Tensor | None, dy: Tensor, x: Tensor, b: Tensor, saved: Sequence[Tensor]
+    ) -> tuple[Tensor | None, ...] | None:
+        dx = db = dbias = None
+        at_dx = at_db = at_dbias = 0
+        if need_x:
+            dx = empty((n, d), by_row, dtype)
+            at_dx = dx.data_ptr()
+        if need_b:
+            db = empty((d, k), stride, dtype)
+            at_db = db.data_ptr()
+        if need_bias:
+            dbias = empty((k,), (1,), dtype)
+            at_dbias = dbias.data_ptr()
+        work, given = empty(scratch, (1,), torch.float32), tuple[int, ...]()
+        at_x, at_b, at_dy, at_work, at_counter = (
+            x.data_ptr(), b.data_ptr(), dy.data_ptr(), work.data_ptr(), counter(device).data_ptr()
+        )  # fmt: skip
+        bits = at_x | at_b | at_dy | at_dx | at_db | at_dbias | at_work | at_counter
+        if saves:
+            at_p, at_g, at_dp = saved[0].data_ptr(), saved[1].data_ptr(), 0 if dp is None else dp.data_ptr()
+            given = at_x, at_b, at_p, at_g, at_dp, at_dy, at_dx, at_db, 0, 0, 0, 0, at_work + at_rows
+            bits |= at_p | at_g | at_dp
+        else:
+            at_g = saved[0].data_ptr()
+            given = at_x, at_b, at_g, at_dy, at_dx, at_db, at_dbias, 0, 0, 0, 0
+            bits |= at_g
+        if launched(bits, *given, at_work, at_counter):
+            return dx if dx is None or x.dim() == 2 else dx.view(x.shape), db, dbias
+        return None
 
     return call
 
 
 def prepared_loss(
-    x: Tensor, b: Tensor, target: Tensor, options: LossOptions, plan: Plan, needs: tuple[bool, bool]
+    x: Tensor,
+    b: Tensor,
+    a: Tensor | None,
+    c: Tensor | None,
+    target: Tensor,
+    options: LossOptions,
+    plan: Plan,
+    needs: tuple[bool, bool, bool, bool],
 ) -> PreparedLoss | None:
     """Compute `Engine.prepared_loss`."""
-    (n, d), k = x.shape, b.shape[1]
-    b, transposed = _matrix(b)
-    need_x, need_b = needs
-    if n * d * k == 0 or options.reduction == "none" or not _all_contiguous(x, target):
+    if options.reduction == "none" or not _in_place(x, b, a, c, target):
         return None
-    device, dtype, gradients = x.device, x.dtype, need_x or need_b
+    n, d, k, transposed = _sizes(x, b)
+    m = None if a is None else a.shape[0]
+    need_x, need_b, need_a, need_c = needs
+    device, dtype, empty, parameters = x.device, x.dtype, allocator(x.device), need_b or need_a
     made, size = _loss_launch(
-        plan.tiles, _spec(device), dtype, n, d, k, None, plan.order, transposed, _precision(dtype), options.reduction,
-        gradients, need_b, None,
+        plan.tiles, _spec(device), dtype, n, d, k, m, plan.order, transposed, _precision(dtype), options.reduction,
+        any(needs), parameters, None,
     )  # fmt: skip
-    scratch = made.scratch and need_b
-    rows, more = dtype if gradients else None, dtype if scratch else None
-    wanted = (dtype if need else None for need in needs)
-    kinds = (dtype, dtype, torch.int64, None, torch.float32, *wanted, None, None, None, rows, more, more)
+    sizes = _loss_spaces(made, plan.order, n, d, k, m, need_x or need_b, parameters)
+    kinds = [dtype, dtype, torch.int64, None, torch.float32, *(dtype if need else None for need in needs[:2])]
+    if a is not None:
+        kinds[2:2] = a.dtype, None if c is None else c.dtype
+        kinds += [a.dtype if need else None for need in needs[2:]]
+    kinds += [None, None, None, *(None if size is None else dtype for size in sizes), torch.float32, torch.int32]
     last = n, d, made.splits, options.ignore_index, *options.weights
-    launched = _ready(made, device, (*kinds, torch.float32, torch.int32), *last)
+    launched = _ready(made, device, kinds, *last)
     if launched is None:
         return None
-    stride, width = (1, d) if transposed else (k, 1), _width(k)
-    none = (0,) * (3 - gradients - 2 * scratch)
+    scratch, offsets = _one_allocation(size, *(None if s is None else s * dtype.itemsize for s in sizes))
+    by_row, stride = (d, 1), (1, d) if transposed else (k, 1)
+    of_a = torch.float32 if a is None else a.dtype
+    head = a is not None
 
-    def call(x: Tensor, b: Tensor, target: Tensor) -> tuple[Tensor, list[Tensor]] | None:
-        value, work = x.new_empty((), dtype=torch.float32), x.new_empty(size, dtype=torch.float32)
-        spaces = [x.new_empty(n, width) for _ in range(gradients + 2 * scratch)]
-        grads = []
+    def call(
+        x: Tensor, b: Tensor, a: Tensor | None, c: Tensor | None, target: Tensor
+    ) -> tuple[Tensor, list[Tensor]] | None:
+        value, work = empty((), (), torch.float32), empty(scratch, (1,), torch.float32)
+        at_x, at_b, at_target, at_value, at_work, at_counter = (
+            x.data_ptr(), b.data_ptr(), target.data_ptr(), value.data_ptr(), work.data_ptr(), counter(device).data_ptr()
+        )  # fmt: skip
+        grads, given, at_dx, at_db = [], tuple[int, ...](), 0, 0
         if need_x:
-            grads.append(x.new_empty(n, d))
+            dx = empty((n, d), by_row, dtype)
+            at_dx = dx.data_ptr()
+            grads.append(dx if x.dim() == 2 else dx.view(x.shape))
         if need_b:
-            grads.append(x.new_empty_strided((d, k), stride))
-        dx = grads[0].data_ptr() if need_x else 0
-        db = grads[-1].data_ptr() if need_b else 0
-        rows = *[t.data_ptr() for t in spaces], *none
-        given = x.data_ptr(), b.data_ptr(), target.data_ptr(), 0, value.data_ptr(), dx, db, 0, 0, 0
-        at = *given, *rows, work.data_ptr(), counter(device).data_ptr()
-        return (value, grads) if launched(reduce(or_, at), *at) else None
+            db = empty((d, k), stride, dtype)
+            at_db = db.data_ptr()
+            grads.append(db)
+        bits = at_x | at_b | at_target | at_value | at_work | at_counter | at_dx | at_db
+        spaces = [0 if offset is None else at_work + offset for offset in offsets]
+        if not head:
+            given = at_x, at_b, at_target, 0, at_value, at_dx, at_db, 0, 0, 0
+        else:
+            assert a is not None and m is not None
+            at_a, at_c, at_da, at_dc = a.data_ptr(), 0 if c is None else c.data_ptr(), 0, 0
+            if need_a:
+                da = empty((m, k), (k, 1), of_a)
+                at_da = da.data_ptr()
+                grads.append(da)
+            if need_c:
+                dc = empty((m,), (1,), of_a)
+                at_dc = dc.data_ptr()
+                grads.append(dc)
+            bits |= at_a | at_c | at_da | at_dc
+            given = at_x, at_b, at_a, at_c, at_target, 0, at_value, at_dx, at_db, at_da, at_dc, 0, 0, 0
+        return (value, grads) if launched(bits, *given, *spaces, at_work, at_counter) else None
 
     return call
 
 
 def prepared_scale(grads: Sequence[Tensor], upstream: Tensor) -> PreparedScale | None:
     """Compute `Engine.prepared_scale`."""
-    sizes, device, dtype = [g.numel() for g in grads], upstream.device, upstream.dtype
+    sizes, device = [g.numel() for g in grads], upstream.device
     rest = 5 - len(sizes)
-    kinds = (dtype, *(g.dtype for g in grads), *(None,) * rest)
+    kinds = (upstream.dtype, *(g.dtype for g in grads), *(None,) * rest)
     launched = _ready(_scale_launch(_spec(device), max(sizes)), device, kinds, *sizes, *(0,) * rest)
     if launched is None:
         return None
     none = (0,) * rest
 
-    def call(grads: Sequence[Tensor], upstream: Tensor) -> list[Tensor] | None:
-        at = upstream.data_ptr(), *[g.data_ptr() for g in grads]
-        return list(grads) if upstream.dtype is dtype and launched(reduce(or_, at), *at, *none) else None
+    def call(grads: Sequence[Tensor], upstream: Tensor) -> Sequence[Tensor] | None:
+        at = [g.data_ptr() for g in grads]
+        bits = first = upstream.data_ptr()
+        for one in at:
+            bits |= one
+        return grads if launched(bits, first, *at, *none) else None
 
     return call
-
-
-def _all_contiguous(*tensors: Tensor | None) -> bool:
-    return all(t is None or t.is_contiguous() for t in tensors)

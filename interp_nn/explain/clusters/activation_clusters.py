@@ -28,7 +28,14 @@ from interp_nn.explain.clusters.merging import (
 )
 from interp_nn.explain.clusters.piecewise_affine import Fidelity, PiecewiseAffine, Unseen, apply_maps, fidelity_of
 from interp_nn.explain.clusters.tree import ClusterTree, cluster_tree
-from interp_nn.explain.estimator import Estimator, check_network, in_parameters_dtype, not_fitted, to_tensor
+from interp_nn.explain.estimator import (
+    Estimator,
+    check_count,
+    check_network,
+    in_parameters_dtype,
+    not_fitted,
+    to_tensor,
+)
 from interp_nn.explain.following.gate_record import record, supported_ops
 from interp_nn.explain.following.scikit_learn import as_network, check_columns
 from interp_nn.explain.linear.affine_map import AffineMap, linearize
@@ -111,12 +118,13 @@ class ActivationClusters(PiecewiseAffine, Estimator):
         Raises:
             ValueError: No samples, values that are not finite, a model without gates, a y of another length, or a `min_size`
                 that leaves no cluster.
-            TypeError: A model that is no `nn.Module` or does not return one tensor, or samples that are sparse or no numbers.
+            TypeError: A model that is no `nn.Module` or does not return one tensor, another parameter of another type, or samples
+                that are sparse or no numbers.
         """
         check_network(self._network, "model")
         check_columns(self.model, x)
-        if self.min_size < 1:
-            raise ValueError(f"min_size: got {self.min_size}, want at least 1")
+        check_count("min_size", self.min_size, 1)
+        check_count("chunk_size", self.chunk_size, 1)
         x = self._samples(x, reset=True)
         patterns, outputs, margin, sites = self._record(x, check=True)
         self._warn_of_secants(x[:1])

@@ -298,13 +298,24 @@ class Recorder(TorchFunctionMode):
             return steps()
 
     def _unknown(self, call: Call) -> Any:
-        if isinstance(call.function, types.FunctionType) and call.function.__module__.startswith("torch"):
-            with self:
-                return operations.without_dispatch(call.function)(*call.args, **call.kwargs)
-        result = call.run()
+        try:
+            if isinstance(call.function, types.FunctionType) and call.function.__module__.startswith("torch"):
+                with self:
+                    return operations.without_dispatch(call.function)(*call.args, **call.kwargs)
+            if call.inplace and self.strict:  # autograd may refuse it too, in other words
+                return self._note_unsupported(call, "it is not in the table of operations")
+            result = call.run()
+        except NotImplementedError:  # such as UnsupportedOperation
+            raise
+        except RuntimeError as error:
+            return self._not_followed(call, error)
         if not call.inplace and next(tensors(result), None) is None:
             return result  # a shape, a dtype, a device
         return self._note_unsupported(call, "it is not in the table of operations", result)
+
+    def _not_followed(self, call: Call, error: RuntimeError) -> Any:
+        value = _detached(call)  # raises the error of a call that fails in the model itself
+        return self._note_unsupported(call, f"autograd cannot follow it: {str(error).splitlines()[0]}", value)
 
     def _note_unsupported(self, call: Call, reason: str, *result: Any) -> Any:
         non_affine = call.as_non_affine(reason)
@@ -341,10 +352,7 @@ class Recorder(TorchFunctionMode):
                 try:
                     result = replay(call) if replay is not None else call.run()
                 except RuntimeError as error:
-                    value = _detached(call)  # raises the error of a call that fails in the model itself
-                    return self._note_unsupported(
-                        call, f"autograd cannot follow it: {str(error).splitlines()[0]}", value
-                    )
+                    return self._not_followed(call, error)
         else:
             result = call.run()
         if non_affine is None and not isinstance(result, (tuple, list)) and not all(map(continuous, tensors(result))):

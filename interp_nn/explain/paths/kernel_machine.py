@@ -10,7 +10,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from interp_nn.explain.estimator import Estimator, check_network, in_parameters_dtype, to_array, to_tensor
+from interp_nn.explain.estimator import (
+    Estimator,
+    check_count,
+    check_network,
+    check_number,
+    in_parameters_dtype,
+    to_array,
+    to_tensor,
+)
 from interp_nn.explain.following.scikit_learn import as_network
 from interp_nn.explain.paths.path_kernel import npk
 
@@ -79,12 +87,16 @@ class NPKMachine(Estimator):
             The machine itself.
 
         Raises:
-            TypeError: A network that is no `nn.Module`, or sparse samples or samples that are no numbers.
+            TypeError: A network that is no `nn.Module`, another parameter of another type, or samples that are sparse or no
+                numbers.
             ValueError: No y, a negative ridge, a kernel that is not square or not finite, another number of targets, targets that
                 are not finite, a single class, or a system that is not positive definite.
         """
-        if not self.ridge >= 0:
-            raise ValueError(f"ridge: got {self.ridge}, want at least 0")
+        check_number("ridge", self.ridge, least=0)
+        if self.chunk_size is not None:
+            check_count("chunk_size", self.chunk_size, 1)
+        if self.dtype not in (None, torch.float32, torch.float64):
+            raise TypeError(f"dtype: got {self.dtype!r}, want torch.float32, torch.float64 or None")
         if y is None:
             raise ValueError("y: got None; NPKMachine requires y to be passed, but the target y is None")
         samples = self._samples(x, reset=True)

@@ -275,7 +275,8 @@ def tree_diagram(
             x1, y1 = places[child]
             axes.plot([x, x1], [y, y1], color="0.7", linewidth=0.5 + 7 * coverage[child], zorder=1)
             middle = ((x + x1) / 2, (y + y1) / 2)
-            axes.annotate(answer, middle, fontsize=7, color="0.3", ha="center", va="center")
+            clear = {"facecolor": "white", "edgecolor": "none", "pad": 1}
+            axes.annotate(answer, middle, fontsize=7, color="0.3", ha="center", va="center", bbox=clear)
         best = int(tree.value[node].argmax())
         coloured = no[node] < 0 and tree.task == "classification"
         colour = LIGHT[best % len(LIGHT)] if coloured else "white"

@@ -192,7 +192,7 @@ def null_bars(nulls: Mapping[str, Nulls], *, axes: Axes | None = None) -> Axes:
         if np.isnan(heights).all():
             continue
         bars = axes.bar(np.arange(len(nulls)) + (place - 1.5) * width, heights, 0.95 * width, color=colour, label=label)
-        axes.bar_label(bars, ["" if np.isnan(h) else f"{h:.2g}" for h in heights], padding=2, fontsize=7)
+        axes.bar_label(bars, ["" if np.isnan(h) else _short(h) for h in heights], padding=2, fontsize=7)
     axes.axhline(1, color="black", linewidth=0.8, linestyle="--", label="a random P")
     axes.set_yscale("log")
     axes.margins(y=0.15)
@@ -207,6 +207,11 @@ def null_bars(nulls: Mapping[str, Nulls], *, axes: Axes | None = None) -> Axes:
     )
     axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1))
     return axes
+
+
+def _short(value: float) -> str:
+    """Write a number so that it fits above a bar: 0.43, 4.4e-4."""
+    return f"{value:.2g}" if value >= 0.001 else f"{value:.1e}".replace("e-0", "e-")
 
 
 def ambiguity_strips(ambiguity: Ambiguity, *, axes: Axes | None = None) -> Axes:
@@ -237,15 +242,17 @@ def ambiguity_strips(ambiguity: Ambiguity, *, axes: Axes | None = None) -> Axes:
             strip[start:stop] = 1 + index % 2
     strips[1, ambiguity.rank :] = 3
     from matplotlib.colors import ListedColormap
+    from matplotlib.patches import Patch
 
-    axes = new_axes(axes, (7.4, 1.9))
+    axes = new_axes(axes, (7.4, 2.2))
     colours = ListedColormap(["0.88", PALETTE[0], PALETTE[4], "black"])
-    shown = axes.imshow(strips, cmap=colours, vmin=-0.5, vmax=3.5, aspect="auto", interpolation="nearest")
+    axes.imshow(strips, cmap=colours, vmin=-0.5, vmax=3.5, aspect="auto", interpolation="nearest")
     axes.set_yticks([0, 1], ["modes of D", "components of H"])
     axes.tick_params(left=False)
     axes.axhline(0.5, color="white", linewidth=4)
-    bar = axes.figure.colorbar(shown, ax=axes, ticks=[0, 1.5, 3], aspect=8)
-    bar.ax.set_yticklabels(["determined", "equal values: arbitrary", "no energy"], fontsize=8)
+    key = {"determined": 0, "equal values: arbitrary": 1, "no energy": 3}
+    patches = [Patch(color=colours(place), label=name) for name, place in key.items()]
+    axes.legend(handles=patches, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, 0.0), borderaxespad=5, ncols=3)
     free = strips.astype(bool).sum(1)
     axes.set(
         xlabel="mode and component",

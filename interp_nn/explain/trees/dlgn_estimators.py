@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from interp_nn.explain.clusters.table import r2
-from interp_nn.explain.estimator import Estimator, to_array
+from interp_nn.explain.estimator import Estimator, check_count, check_number, to_array
 from interp_nn.explain.paths.kernel_machine import read_targets
 from interp_nn.nn.gated.gates import SoftGate
 from interp_nn.nn.gated.networks import DLGN
@@ -58,15 +58,17 @@ class DLGNEstimator(Estimator):
             self.
 
         Raises:
-            TypeError: Sparse samples, or samples that are no numbers.
+            TypeError: A parameter of another type, sparse samples, or samples that are no numbers.
             ValueError: A number of the constructor out of range, samples of another shape or that are not finite, no y, or a y
                 that does not fit.
         """
         for name in ("epochs", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: got {getattr(self, name)}, want at least 1")
-        if not self.learning_rate > 0:
-            raise ValueError(f"learning_rate: got {self.learning_rate}, want more than 0")
+            check_count(name, getattr(self, name), 1)
+        check_count("seed", self.seed)
+        check_number("learning_rate", self.learning_rate)
+        check_number("beta", self.beta)
+        if not isinstance(self.hidden, Iterable):
+            raise TypeError(f"hidden: got {self.hidden!r}, want a sequence of widths")
         if y is None:
             name = type(self).__name__
             raise ValueError(f"y: got None; {name} requires y to be passed, but the target y is None")

@@ -1,6 +1,8 @@
 """A launch by a remembered kernel is the launch that Triton itself would make; kernels are replaced by nothing."""
 
 import math
+import sys
+import threading
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ from hypothesis import strategies as st
 
 pytest.importorskip("triton")
 
+import interp_nn
 from benchmarks.timing import host
 from interp_nn import functional
 from interp_nn.engines.devices import interpreting
@@ -206,7 +209,7 @@ CHANGES = {
     "k": [16, 24],
     "leading": [(), (2,)],
     "x": ["contiguous", "offset", "strided"],
-    "b": ["contiguous", "transposed", "offset"],
+    "b": ["contiguous", "transposed", "offset", "strided"],
     "bias": [None, False, True],
     "dtype": [torch.float32, torch.bfloat16],
     "x needs": [True, False],
@@ -214,7 +217,10 @@ CHANGES = {
     "upstream": ["contiguous", "transposed"],
     "precision": ["ieee", "tf32"],
     "carve-out": [None, 131],
-    "op": ["summary", "loss", "no gradients"],
+    "output needs": [True, False],
+    "output": ["contiguous", "transposed", "offset"],
+    "upstreams": ["both", "first", "second"],
+    "op": ["summary", "pair", "loss", "head", "no gradients", "pair without gradients", "head without gradients"],
 }
 
 
@@ -249,19 +255,33 @@ def launched(state, ran, kept):
         return own.get(a, ("another", a % 16)) if type(a) is int and a > 2**20 else a
 
     try:
-        with torch.set_grad_enabled(state["op"] != "no gradients"):
-            if state["op"] == "loss":
-                out = functional.summary_cross_entropy(x, b, torch.zeros(x.shape[:-1], dtype=torch.int64))
+        op, _, without = state["op"].partition(" without")
+        given = [t for t in (x, b, bias) if t is not None]
+        target = torch.zeros(x.shape[:-1], dtype=torch.int64)
+        with torch.set_grad_enabled(not without and op != "no gradients"):
+            if op == "loss":
+                out = (functional.summary_cross_entropy(x, b, target),)
+            elif op == "head":
+                a = tensor("a", 4, k, how=state["output"]).requires_grad_(state["output needs"])
+                c = None if bias is None else tensor("c", 4).requires_grad_(state["bias"])
+                own |= {t.data_ptr(): name for name, t in {"a": a, "c": c}.items() if t is not None}
+                out = (functional.summary_head_cross_entropy(x, b, a, c, target),)
+                given = [t for t in (x, b, a, c) if t is not None]
+            elif op == "pair":
+                out = functional.summary_pair(x, b)
+                out = {"both": out, "first": out[:1], "second": out[1:]}[state["upstreams"]]
+                given = [x, b]
             else:
-                out = functional.summary(x, b, bias)
+                out = (functional.summary(x, b, bias),)
         launches = taken()
-        given = (x, b) if state["op"] == "loss" else (x, b, bias)
-        leaves = [t for t in given if t is not None and t.requires_grad] if out.requires_grad else []
+        leaves = [t for t in given if t.requires_grad] if out[0].requires_grad else []
+        leaves = leaves if op != "loss" else [t for t in leaves if t is not bias]
         if leaves:
-            dy = torch.zeros_like(out)
-            dy = dy.mT.contiguous().mT if state["upstream"] == "transposed" and dy.dim() > 1 else dy
-            own[dy.data_ptr()] = "dY"
-            torch.autograd.grad(out, leaves, dy)
+            upstreams = [torch.zeros_like(t) for t in out]
+            if state["upstream"] == "transposed" and x.dim() > 1:
+                upstreams = [dy if dy.dim() == 0 else dy.mT.contiguous().mT for dy in upstreams]
+            own |= {dy.data_ptr(): f"upstream {i}" for i, dy in enumerate(upstreams)}
+            torch.autograd.grad(out, leaves, upstreams)
     finally:
         switch.fp32_precision = before
         torch._C._set_sm_carveout_experimental(None)
@@ -312,3 +332,97 @@ def test_what_cannot_be_prepared_is_not_tried_for_ever(ran, monkeypatch):
     for _ in range(40):
         functional.summary(x, b)
     assert 0 < len(tried) <= direct._TRIES
+
+
+def prepared_step():
+    """Return a function that computes all operations and gradients on tensors of its own."""
+    x, b, bias, a = (torch.randn(*shape, requires_grad=True) for shape in ((64, 32), (32, 16), (16,), (4, 16)))
+    target = torch.zeros(64, dtype=torch.int64)
+
+    def step():
+        out = functional.summary(x, b, bias), *functional.summary_pair(x, b)
+        losses = (
+            functional.summary_cross_entropy(x, b, target),
+            functional.summary_head_cross_entropy(x, b, a, None, target),
+        )
+        return torch.autograd.grad([*(t.sum() for t in out), *losses], (x, b, bias, a))
+
+    return step
+
+
+@pytest.mark.parametrize("calls", [50, pytest.param(20_000, marks=pytest.mark.slow)])
+def test_prepared_calls_leak_nothing(calls, ran):
+    import gc
+
+    step = prepared_step()
+    for _ in range(20):
+        step()
+    ran.given.clear()
+    before, by_triton = ran.by_triton, len(remembered.plans)
+    gc.collect()
+    objects = len(gc.get_objects())
+    gc.disable()
+    try:
+        for _ in range(calls):
+            step()
+            ran.given.clear()
+        grown = len(gc.get_objects()) - objects
+    finally:
+        gc.enable()
+    assert grown < 50 and ran.by_triton == before and len(remembered.plans) == by_triton
+
+
+def test_threads_share_prepared_calls(ran):
+    failed = []
+
+    def work():
+        try:
+            with interp_nn.use_engine("triton"):
+                step = prepared_step()
+                for _ in range(30):
+                    assert [tuple(g.shape) for g in step()] == [(64, 32), (32, 16), (16,), (4, 16)]
+        except Exception as error:
+            failed.append(error)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        threads = [threading.Thread(target=work) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert not failed
+
+
+def test_the_workspaces_of_a_prepared_call_are_one_allocation(ran, monkeypatch):
+    """Each begins at a multiple of 16 bytes behind the others."""
+    made = []
+    allocate = engine.allocator(torch.device("cpu"))
+    monkeypatch.setattr(engine, "allocator", lambda _: lambda *given: made.append(allocate(*given)) or made[-1])
+    step = prepared_step()
+    for _ in range(8):
+        step()
+    made.clear()
+    ran.given.clear()
+    step()
+    spans = {t.data_ptr(): t.data_ptr() + t.nbytes for t in made}
+    used = {a for given in ran.given for a in given[9:] if type(a) is int and a > 2**20}
+    inside = {a for a in used if any(start < a < end for start, end in spans.items())}
+    assert inside and all(a % 16 == 0 for a in used)
+
+
+@pytest.mark.parametrize("found", [None, lambda *_: 1 / 0, lambda *_: torch.empty(2)])
+def test_memory_of_another_pytorch(found, monkeypatch):
+    """Where its function of Inductor's is missing, or does something else."""
+    from interp_nn.engines import barrier
+
+    monkeypatch.setattr(torch._C._dynamo.guards, "_empty_strided_cpu", found)
+    barrier.allocator.cache_clear()
+    try:
+        got = barrier.allocator(torch.device("cpu"))((3, 2), (1, 3), torch.bfloat16)
+    finally:
+        barrier.allocator.cache_clear()
+    assert (got.shape, got.stride(), got.dtype) == ((3, 2), (1, 3), torch.bfloat16)

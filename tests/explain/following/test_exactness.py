@@ -1,5 +1,7 @@
 """Kinds of models whose map could be wrong in silence: each has the map of finite differences, or is refused by name."""
 
+import copy
+
 import pytest
 import torch
 from fuzzed_models import differences
@@ -160,6 +162,16 @@ COMPLEX = {
 @pytest.mark.parametrize("name", COMPLEX)
 def test_s4_complex_values(name):
     assert_right(COMPLEX[name])
+
+
+@pytest.mark.parametrize(
+    ("name", "function"),
+    [("__deepcopy__", lambda h: copy.deepcopy(h.detach())), ("resize", lambda h: h.resize_(len(h), 6))],
+)
+def test_calls_that_fail_with_gradients_alone_are_refused_by_name(name, function):
+    assert_refused(lambda x: function(x @ MATRIX) + x, f"^{name} in layer '': ")
+    with pytest.raises(RuntimeError, match=r"shape '\[5\]' is invalid"):  # the model's own
+        linearize(Of(lambda x: x.view(5)), inputs())
 
 
 @pytest.mark.parametrize(
