@@ -17,10 +17,17 @@ def loss(**options):
 CALLS = {
     "weights of text": (lambda: loss(weights="111"), TypeError, "weights: got '111'"),
     "weights that want a gradient": (
-        lambda: loss(weights=torch.ones(3, requires_grad=True)),
+        lambda: loss(weights=(torch.ones((), requires_grad=True), 1, 1)),
         TypeError,
         "weights: got",
     ),
+    "weights of classes": (lambda: loss(weights=torch.ones(3)), TypeError, r"shape \(3,\), .*weights of classes"),
+    "weights of classes in a head": (
+        lambda: nn.SummaryHead(3, 2, 3).loss(X, TARGET, weights=torch.ones(3)),
+        TypeError,
+        "weights of classes are not taken",
+    ),
+    "weights of classes in a module": (lambda: nn.SummaryLoss(torch.ones(3)), TypeError, "weights of classes"),
     "weights beyond floats": (lambda: loss(weights=(10**400, 1, 1)), ValueError, "weights: got"),
     "weights of numerals": (lambda: loss(weights=("1", "1", "1")), TypeError, "weights: got \\('1', '1', '1'\\)"),
     "weights without an order": (lambda: loss(weights={1, 2, 3}), TypeError, "weights: got {1, 2, 3}"),

@@ -84,7 +84,11 @@ class Convertible:
             if pattern in paths:
                 return f"is a {type(module).__name__}, not a layer to convert (those in it are {pattern + '.*'!r})"
         near = difflib.get_close_matches(pattern, [path for m in layers for path in self.paths[m]])
-        return "is no layer of the model" + (f"; near it: {', '.join(near)}" if near else "")
+        names = [self.paths[m][0] for m in layers]
+        known = (
+            f"; it has {', '.join(names[:10])}{', ...' * (len(names) > 10)}" if names else ", which has none to convert"
+        )
+        return "is no layer of the model" + (f"; near it: {', '.join(near)}" if near else known)
 
     def _tied(self) -> None:
         """Mark layers that are tied to a parameter that stays, or whose weight or b overlaps another parameter in memory."""

@@ -306,6 +306,11 @@ def _notes(converted: Sequence[Converted], layers: Sequence[nn.Module], options:
             "training: whole networks of summaries diverge at rates at which plain layers train; convert the head alone, or "
             "take polynomial='newton-schulz'"
         )
+    if options.plain and trained:
+        notes.append(
+            "training: at the same rate of Adam a summary's weight moves up to 3 s² times as far as a plain layer's; begin with "
+            "the plain layer's rate divided by 3 s², where s is layer.spectrum().max()"
+        )
     return tuple(notes)
 
 

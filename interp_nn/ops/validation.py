@@ -224,8 +224,13 @@ def loss_options(
 def loss_weights(weights: Sequence[float]) -> tuple[float, float, float]:
     """Return the weights of a loss's three terms, checked."""
     wanted = "want three finite numbers (of CE, CE and MSE), which get no gradient"
-    if isinstance(weights, str | bytes | set | frozenset) or (isinstance(weights, Tensor) and weights.requires_grad):
+    if isinstance(weights, str | bytes | set | frozenset):
         raise TypeError(f"weights: got {weights!r}, {wanted}")
+    if isinstance(weights, Tensor):  # as PyTorch's losses take the weights of classes
+        raise TypeError(
+            f"weights: got a tensor of shape {shape_of(weights)}, {wanted}; weights of classes are not taken: apply your own "
+            "loss to both outputs"
+        )
     try:
         given = tuple(weights)
         if any(isinstance(w, bool | str | bytes) or (isinstance(w, Tensor) and w.requires_grad) for w in given):

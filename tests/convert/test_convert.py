@@ -353,17 +353,39 @@ def test_the_report_counts_and_prints():
 def test_the_report_says_what_is_slower_and_what_training_needs():
     model = ResNet().bfloat16()
     layers, polynomial = summarize(copy.deepcopy(model), dry_run=True), "newton-schulz"
-    slower, approximate, training = layers.notes
+    slower, approximate, training, rate = layers.notes
     assert slower.startswith("slower: each forward of 5 convolutions forms the weight")
     assert approximate.startswith("approximate: b is rounded to torch.bfloat16")
     assert training.startswith("training: whole networks of summaries diverge")
-    assert str(layers).splitlines()[-4:] == ["notes:", *layers.notes]
+    assert "rate divided by 3 s²" in rate and summarize(nn.Linear(4, 3)).notes == (rate,)
+    assert str(layers).splitlines()[-5:] == ["notes:", *layers.notes]
     *_, gains, norms = summarize(model, polynomial=polynomial).notes
     assert gains == "training: 6 new parameters `gain`; make the optimizer after the conversion"
     assert norms.startswith("training: call interp_nn.nn.follow(optimizer, model) once")
     assert fold(model).notes == ()
     frozen = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2)).requires_grad_(False)
-    assert summarize(frozen, polynomial=polynomial).notes == () and summarize(nn.Linear(4, 3)).notes == ()
+    assert summarize(copy.deepcopy(frozen), polynomial=polynomial).notes == () and summarize(frozen).notes == ()
+
+
+@pytest.mark.parametrize("scale", [0.5, 4.0])
+def test_a_step_of_b_moves_the_weight_up_to_three_squares_as_far(scale):
+    torch.manual_seed(0)
+    layer = nn.Linear(12, 5, dtype=torch.float64)
+    with torch.no_grad():
+        layer.weight.mul_(scale / torch.linalg.matrix_norm(layer.weight, 2))
+    summarize(layer)
+    u, s, v = torch.linalg.svd(layer.b.detach(), full_matrices=False)
+    assert s[0].item() == pytest.approx(scale ** (1 / 3)) and layer.spectrum().max().item() == pytest.approx(
+        s[0].item()
+    )
+
+    def moved(step):
+        step = step / torch.linalg.matrix_norm(step)
+        _, found = torch.func.jvp(lambda b: b @ (b.mT @ b), (layer.b.detach(),), (step,))
+        return torch.linalg.matrix_norm(found) / (3 * s[0] ** 2)
+
+    assert moved(torch.outer(u[:, 0], v[0])).item() == pytest.approx(1)
+    assert max(moved(torch.randn_like(layer.b)) for _ in range(20)) < 1
 
 
 def test_a_gain_is_frozen_where_the_weight_is():

@@ -60,9 +60,21 @@ class LinearPair:
             self.output_name, self.output = f"{self.name}.output".lstrip("."), self.layer.output
             return
         if isinstance(self.layer, SummaryLayer) or not isinstance(self.layer, nn.Linear | SummaryLinear):
-            raise TypeError(f"layer: got {type(self.layer).__name__}, want SummaryHead, nn.Linear or SummaryLinear")
+            heads = [name for name, m in self.layer.named_modules() if isinstance(m, SummaryHead)]
+            inner = heads[-1:] or _linear_layers(self.layer)[-2:]
+            paths = [repr(".".join(filter(None, (self.name, name)))) for name in inner]
+            hint = ", ".join(f"{argument}={path}" for argument, path in zip(("layer", "output"), paths, strict=False))
+            raise TypeError(
+                f"layer: got {type(self.layer).__name__}, want SummaryHead, nn.Linear or SummaryLinear"
+                + (f": for example {hint}" if hint else "")
+            )
         if output is None:
-            raise ValueError(f"output: got None, want the layer that reads the codes of {self.name!r}")
+            names = _linear_layers(model)
+            later = names[names.index(self.name) + 1 :]
+            raise ValueError(
+                f"output: got None, want the layer that reads the codes of {self.name!r}: a head is two linear layers without a "
+                f"nonlinearity between them; linear layers after it: {', '.join(map(repr, later[:10])) or 'none'}"
+            )
         self.output_name, self.output = _find(model, "output", output)
         if not isinstance(self.output, nn.Linear | SummaryLinear):
             raise TypeError(f"output: got {type(self.output).__name__}, want nn.Linear or SummaryLinear")
@@ -203,6 +215,10 @@ def _weight(layer: nn.Module) -> Tensor:
     """Return the weight (out, in) of a linear layer, without gradient."""
     weight = layer.effective_weight() if isinstance(layer, SummaryLinear) else layer.weight
     return weight.detach()  # type: ignore[operator]
+
+
+def _linear_layers(model: nn.Module) -> list[str]:
+    return [name for name, m in model.named_modules() if isinstance(m, nn.Linear | SummaryLinear)]
 
 
 def _find(model: nn.Module, argument: str, layer: Layer) -> tuple[str, Any]:
