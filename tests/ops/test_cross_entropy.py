@@ -110,7 +110,7 @@ def pair_problem(n, d, k, reduction):
         (Plan("eager", "(Xb)G", saves=True), Plan("eager", "(Xb)G", autograd=True), (40, 24, 10)),
         (Plan("eager", "(Xb)G", saves=True), Plan("eager", "(Xb)G", autograd=True), (200, 12, 5)),
         (Plan("eager", "((Xb)bᵀ)b", saves=True), Plan("eager", "((Xb)bᵀ)b", autograd=True), (16, 8, 64)),
-        (Plan("eager", "(X(bbᵀ))b", saves=True), Plan("eager", "((Xb)bᵀ)b", autograd=True), (128, 16, 128)),
+        (Plan("eager", "(X(bbᵀ))b", saves=True), Plan("eager", "(X(bbᵀ))b", autograd=True), (128, 16, 128)),
         (Plan("eager", "X((bbᵀ)b)"), Plan("eager", "X((bbᵀ)b)", autograd=True), (128, 8, 64)),
     ],
 )
