@@ -7,6 +7,7 @@ import pytest
 
 # Problems as small as the tests' lose more to waking threads than they gain; the variable is for the processes they start.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.pop("INTERP_NN_DATA", None)  # tests make the data that they need; a user's own takes minutes
 # What is imported and collected stays to the end: looking for garbage in it takes a third of the time.
 gc.disable()
 

@@ -85,8 +85,7 @@ def outcome(command, arguments, capsys):
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_a_mistake_is_one_line(arguments, message, tmp_path, capsys, monkeypatch):
-    monkeypatch.delenv("INTERP_NN_DATA", raising=False)
+def test_a_mistake_is_one_line(arguments, message, tmp_path, capsys):
     (tmp_path / "empty.jsonl").touch()
     (tmp_path / "other.jsonl").write_text("{}\n")
     rows.Writer(tmp_path / "checks.jsonl", {"part": "checks"}).write(name="a check")

@@ -40,7 +40,6 @@ _run = functools.cache(environment._run)
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch):
     """No data from outside; no rendering, which is half of the time; few shuffles; a small vgg11; git is asked once."""
-    monkeypatch.delenv("INTERP_NN_DATA", raising=False)
     monkeypatch.setattr(Figure, "savefig", lambda self, path, **_: Path(path).touch())
     monkeypatch.setattr(Descrambler.nulls, "__defaults__", (4, 0))
     monkeypatch.setattr(environment, "_run", _run)

@@ -15,7 +15,6 @@ RECORD = ROOT / "benchmarks/results/cpu/experiments/explainers.json"
 
 
 def test_explainers(tmp_path, monkeypatch):
-    monkeypatch.delenv("INTERP_NN_DATA", raising=False)
     monkeypatch.setattr(torch, "set_num_threads", lambda n: None)
     monkeypatch.setattr(Figure, "savefig", lambda self, path, **_: path.touch())
     monkeypatch.setattr(explainers, "NOISES", 1)
