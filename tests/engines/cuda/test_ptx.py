@@ -10,10 +10,11 @@ import pytest
 ROOT = Path(__file__).resolve().parents[3]
 TOOLKIT = runpy.run_path(str(ROOT / "setup.py"))["find_toolkit"]()
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(TOOLKIT is None, reason="needs nvcc")]
-WITH_A_BARRIER = ["pair_backward", "summary_backward", "pair_loss", "head_loss"]
+# For 7.5; head_loss, with the same barrier, begins at 8.0.
+WITH_A_BARRIER = ["pair_backward", "summary_backward", "pair_loss"]
 
 
-@pytest.fixture(scope="module", params=["forward", *WITH_A_BARRIER])
+@pytest.fixture(scope="module", params=["forward", *WITH_A_BARRIER, "head_loss"])
 def compiled(request, tmp_path_factory):
     """A kernel's name, and its PTX for compute capability 7.5."""
     ptx = tmp_path_factory.mktemp("ptx") / "kernel.ptx"
