@@ -345,7 +345,8 @@ def _layer_calls() -> Calls:
     x, leaf, dy = torch.randn(n, d), torch.randn(n, d, requires_grad=True), torch.randn(n, k)
     classes, target = torch.randint(k, (n,)), torch.randint(_CLASSES, (n,))
     by_hand, ours = _ByHand(d, k), SummaryLinear(d, k)
-    by_hand.b, by_hand.bias = ours.b, ours.bias  # where a matrix lies in memory changes a product by more than the bounds
+    # Where a matrix lies in memory changes a product by more than the bounds.
+    by_hand.b, by_hand.bias = ours.b, ours.bias
     layers = {"nn.Linear": nn.Linear(d, k), "by hand": by_hand, "SummaryLinear": ours}
     head = SummaryHead(d, k, _CLASSES)
     b = head.b
