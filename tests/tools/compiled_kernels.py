@@ -112,7 +112,7 @@ def page(record):
 
 
 def _lines(record, now, before):
-    yield "# What Triton compiles\n"
+    yield "# The compiled Triton kernels\n"
     yield (
         "A kernel that spills registers waits for memory in its loops, and one with more shared memory than a block may have "
         "does not start.\nThese figures are of the machine code. No GPU has run it, and none of them is a time."
