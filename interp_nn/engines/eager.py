@@ -20,7 +20,7 @@ from interp_nn.linalg import accumulation_dtype, gram, is_column_major
 _FEW_COLUMNS = 16
 _MANY_ELEMENTS = 2**15
 
-# What functions of torch.nn.functional call, after a broadcast and checks that take longer than these with few rows.
+# The functions that those of torch.nn.functional call, after a broadcast and checks that take longer than these with few rows.
 _LOSSES: Any = torch._C._nn
 _CODES = {"none": 0, "mean": 1, "sum": 2}
 

@@ -57,7 +57,7 @@ PROCESSES = {
 
 @pytest.fixture(scope="module")
 def said():
-    """What each process wrote; all are forks of one, as the import of PyTorch takes two seconds."""
+    """Return the output of each process; all are forks of one, as the import of PyTorch takes two seconds."""
     return dict(zip(PROCESSES, python_after_torch(*PROCESSES.values()), strict=True))
 
 
