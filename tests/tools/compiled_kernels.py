@@ -69,7 +69,7 @@ def row(key, outcome):
     found = dict(zip(_KEY, key, strict=True))
     if outcome.error is not None:
         return found | {"error": outcome.error.splitlines()[0]}
-    measured = {name: getattr(outcome, name) for name in ("registers", "spills", "shared")}
+    measured = {name: getattr(outcome, name) for name in ("registers", "spills", "spills_in_loops", "shared")}
     return found | measured | {"loops": list(outcome.loops)}
 
 
@@ -121,10 +121,10 @@ def _lines(record, now, before):
     yield (
         f"Triton {record['triton']}, commit {record['git_sha'][:7]}. An arrow comes from commit {record['before_sha'][:7]}, "
         "where the figure was another; a star\nmarks what was not compiled there. A loop is an innermost one that multiplies "
-        "matrices, counted in instructions; kernels have several.\nSpills are loads and stores of registers in the code. Losses "
-        "are of k classes for a pair, of ten for a head."
+        "matrices, counted in instructions; kernels have several.\nSpills are loads and stores of registers in the code; those "
+        "outside of these loops run at most once for each row tile.\nLosses are of k classes for a pair, of ten for a head."
     )
-    shown_dtypes = [dtype for dtype in ("bf16", "fp32") if any(key[2] == dtype for key in now)]
+    shown_dtypes = [dtype for dtype in DTYPES if any(key[2] == dtype for key in now)]
     for dtype, capability in itertools.product(shown_dtypes, CAPABILITIES):
         yield f"\n## {dtype}, sm_{capability}\n"
         yield "| kernel | (n, d, k) | registers | spills | shared, KiB | loops |"
@@ -158,9 +158,13 @@ def _claims(now):
 
 
 def _spilling(rows):
-    spills = [row["spills"] for row in rows if row.get("spills")]
-    most = f", at most {max(spills)} instructions" if spills else ""
-    return f"{len(spills)} of {len(rows)} kernels spill{most}."
+    spilling = [row for row in rows if row.get("spills")]
+    text = f"{len(spilling)} of {len(rows)} kernels spill"
+    if not spilling:
+        return f"{text}."
+    inside = [row for row in spilling if row["spills_in_loops"]]
+    where = f"{len(inside)} of them" if inside else "none"
+    return f"{text}, at most {max(row['spills'] for row in spilling)} instructions; {where} in a loop that multiplies matrices."
 
 
 def main(command, record, *arguments):
