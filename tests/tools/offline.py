@@ -98,7 +98,7 @@ class Compiled(Result):
     shared: int
     tensor_memory: int
     spills: int
-    spills_in_loops: int
+    spills_in_loops: tuple[int, ...]
     loops: tuple[int, ...]
     hgmma: int
     hmma: int
@@ -298,7 +298,7 @@ def _measure(tag: str, job: Specialised, built: triton.compiler.CompiledKernel, 
         shared=built.metadata.shared,
         tensor_memory=getattr(built.metadata, "tmem_size", None) or 0,
         spills=_count(instructions, _SPILL),
-        spills_in_loops=sum(_count(_instructions(loop), _SPILL) for loop in loops),
+        spills_in_loops=tuple(_count(_instructions(loop), _SPILL) for loop in loops),
         loops=tuple(loop.count("\n") for loop in loops),
         hgmma=_count(instructions, "HGMMA"),
         hmma=_count(instructions, "HMMA"),

@@ -44,5 +44,5 @@ def test_the_page_is_that_of_the_record():
     plain = [row for row in record["kernels"] if row["name"] in compiled_kernels.WITHOUT_SPILLS]
     in_16_bits = [row for row in plain if row["dtype"] != "fp32"]
     assert len(in_16_bits) >= 4 * 6 * 3 and all(row["spills"] == 0 for row in in_16_bits)
-    assert all(row["spills_in_loops"] == 0 for row in record["kernels"] if row["dtype"] != "fp32")
+    assert not any(any(row["spills_in_loops"]) for row in record["kernels"] if row["dtype"] != "fp32")
     assert all(row["shared"] <= offline.SHARED_LIMIT[row["capability"]] for row in record["kernels"])
