@@ -151,6 +151,28 @@ def summary(
     return _summary.summary(x, b, bias, call.plan)[0]
 
 
+def gained_summary(
+    x: Tensor, b: Tensor, bias: Tensor | None, c: tuple[float, ...], scale: float | Tensor, gain: Tensor
+) -> Tensor:
+    """Return gain (a X b q(a² bᵀb)) + bias of a layer, in float32 or float64.
+
+    The eager engine's gradient of the gain is one inner product: the sum of those of the coefficients gain c_i would cancel.
+    """
+    given = gain * constant(c, b), scale
+    x, b, bias, call, plain = planned(x, b, bias, False, given)
+    plan = call.plan
+    if plan.engine != "eager" or not (plan.autograd or plan.order == "(Xb)q"):
+        q = as_tensors(given, x)
+        if plain and not plan.autograd:
+            return direct.polynomial_summary(x, b, bias, q, call)[1]
+        return _polynomial.summary(x, b, bias, q, plan)
+    q = as_tensors((c, scale), x)
+    if plain and not plan.autograd:
+        y = gain * direct.polynomial_summary(x, b, None, q, call)[1]
+        return y if bias is None else y + bias
+    return _polynomial.summary(x, b, bias, q, plan, gain)
+
+
 def summary_and_gram(x: Tensor, b: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
     """Return `summary`, and the smaller of bᵀb and bbᵀ, without gradient, if its launch has formed that; else None."""
     x, b, bias, call, _ = planned(x, b, bias, False)
