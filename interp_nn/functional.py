@@ -158,11 +158,10 @@ def gained_summary(
 
     The eager engine's gradient of the gain is one inner product: the sum of those of the coefficients gain c_i would cancel.
     """
-    given = gain * constant(c, b), scale
-    x, b, bias, call, plain = planned(x, b, bias, False, given)
+    x, b, bias, call, plain = planned(x, b, bias, False, (gain.expand(len(c)), scale))  # as many learned coefficients
     plan = call.plan
     if plan.engine != "eager" or not (plan.autograd or plan.order == "(Xb)q"):
-        q = as_tensors(given, x)
+        q = as_tensors((gain * constant(c, x), scale), x)
         if plain and not plan.autograd:
             return direct.polynomial_summary(x, b, bias, q, call)[1]
         return _polynomial.summary(x, b, bias, q, plan)
