@@ -154,13 +154,15 @@ def summary(
 def gained_summary(
     x: Tensor, b: Tensor, bias: Tensor | None, c: tuple[float, ...], scale: float | Tensor, gain: Tensor
 ) -> Tensor:
-    """Return gain (a X b q(a² bᵀb)) + bias of a layer, in float32 or float64.
+    """Return gain (a X b q(a² bᵀb)) + bias of a layer.
 
-    The eager engine's gradient of the gain is one inner product: the sum of those of the coefficients gain c_i would cancel.
+    The eager engine's gradient of the gain is one inner product: the sum of those of the coefficients gain c_i would cancel. In
+    16 bits, as under autocast, the gain multiplies the coefficients, which rounds no product twice.
     """
     x, b, bias, call, plain = planned(x, b, bias, False, (gain.expand(len(c)), scale))  # as many learned coefficients
     plan = call.plan
-    if plan.engine != "eager" or not (plan.autograd or plan.order == "(Xb)q"):
+    exact = linalg.accumulation_dtype(x.dtype) == x.dtype
+    if not exact or plan.engine != "eager" or not (plan.autograd or plan.order == "(Xb)q"):
         q = as_tensors((gain * constant(c, x), scale), x)
         if plain and not plan.autograd:
             return direct.polynomial_summary(x, b, bias, q, call)[1]

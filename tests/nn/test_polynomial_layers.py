@@ -151,6 +151,13 @@ def test_a_gain_has_the_gradient_of_one_inner_product(sizes, form):
     assert ours <= 1.5 * expression
 
 
+def test_a_gain_rounds_nothing_twice_under_autocast():
+    layer, x = trained(SummaryLinear(64, 32, polynomial="pc-4")), torch.randn(9, 64)
+    with torch.autocast("cpu", torch.bfloat16):
+        wanted = functional.summary(x, layer.b, layer.bias, **layer._functional_options())
+        assert torch.equal(layer(x), wanted)
+
+
 @pytest.mark.filterwarnings("ignore:.*b has changed")  # gradcheck changes it
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_derivatives_for_more_rows_than_features(case, monkeypatch):
