@@ -95,7 +95,7 @@ def recording(targets):
 
 
 def marked(call, dynamic):
-    """Slow where another case traces the same lines of ours: with a bias, without a reduction, of any size; a head's loss in training."""
+    """Slow where another case traces the same lines: with a bias, without a reduction, of any size; a head's loss as trained."""
     slow = not dynamic or call in (without_bias, of_a_weight, batched, cross_entropy, head)
     return pytest.param(call, dynamic, marks=[pytest.mark.slow] * slow)
 

@@ -34,7 +34,7 @@ def weight(d, k):
 
 
 # opcheck takes half a second, so each plan is checked once; the other arguments vary in the most frequent plan. Most of the
-# time is the trace of dynamic shapes, which takes the operator as one node in all plans: it is slow but for the most frequent one.
+# time is the trace of dynamic shapes, where the operator is one node in all plans: it is slow but for the most frequent one.
 MOST = Plan("eager", "(Xb)G", saves=True)
 QUICK = ("test_schema", "test_autograd_registration", "test_faketensor")
 

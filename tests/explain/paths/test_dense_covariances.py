@@ -97,7 +97,7 @@ NETWORKS = {
 
 
 def quick(names, values):
-    """Each network with the first value; with the second one, which is one factor or one dtype elsewhere, these; others are slow."""
+    """Each network with the first value; with the second one, one factor or one dtype elsewhere, only these are quick."""
     first, second = values
     marks = {name: [] if name in names else [pytest.mark.slow] for name in NETWORKS}
     return [
