@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pages
 import pytest
+from uncoloured import lay_out_only
 
 ROOT = Path(__file__).parents[1]
 GUIDE = sorted((ROOT / "docs").rglob("*.md"))
@@ -26,6 +27,7 @@ def name(page):
 )
 def test_python_runs_and_prints_what_the_page_says(page, capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    lay_out_only(monkeypatch)  # reports; the tests of a browser look at their pixels
     pages.check(page)
     capsys.readouterr()
     if plots := sys.modules.get("matplotlib.pyplot"):

@@ -95,8 +95,8 @@ def recording(targets):
 
 
 def marked(call, dynamic):
-    """Slow where another case traces the same lines of ours: with a bias, of a batched pair, without a reduction, of any size."""
-    slow = call in (without_bias, of_a_weight, batched, cross_entropy) if dynamic else call in (pair, head)
+    """Slow where another case traces the same lines: with a bias, without a reduction, of any size; a head's loss as trained."""
+    slow = not dynamic or call in (without_bias, of_a_weight, batched, cross_entropy, head)
     return pytest.param(call, dynamic, marks=[pytest.mark.slow] * slow)
 
 

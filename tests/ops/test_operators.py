@@ -33,47 +33,62 @@ def weight(d, k):
 # opcheck
 
 
-# opcheck takes half a second, so each plan is checked once; the other arguments vary in the most frequent plan.
+# opcheck takes half a second, so each plan is checked once; the other arguments vary in the most frequent plan. Most of the
+# time is the trace of dynamic shapes, where the operator is one node in all plans: it is slow but for the most frequent one.
 MOST = Plan("eager", "(Xb)G", saves=True)
+QUICK = ("test_schema", "test_autograd_registration", "test_faketensor")
+
+
+def checks(*cases, traced=()):
+    """Each case with the quick checks, and with the trace: slow but for the most frequent plan and those in `traced`."""
+    trace, found = "test_aot_dispatch_dynamic", []
+    for plan, *rest in cases:
+        slow = plan != MOST and plan not in traced
+        found += [(plan, *rest, QUICK), pytest.param(plan, *rest, trace, marks=[pytest.mark.slow] * slow)]
+    return found
 
 
 @pytest.mark.parametrize(
-    ("plan", "shape", "make_b", "bias"),
-    [*((plan, (200, 6, 4), weight, True) for plan in OPERATOR_PLANS), (MOST, (2, 3, 5), randn, False)],
+    ("plan", "shape", "make_b", "bias", "which"),
+    checks(*((plan, (200, 6, 4), weight, True) for plan in OPERATOR_PLANS), (MOST, (2, 3, 5), randn, False)),
 )
-def test_opcheck_summary(plan, shape, make_b, bias):
+def test_opcheck_summary(plan, shape, make_b, bias, which):
     n, d, k = shape
-    opcheck(OPS.summary.default, (randn(n, d), make_b(d, k), randn(k) if bias else None, plan_to_text(plan)))
+    given = randn(n, d), make_b(d, k), randn(k) if bias else None, plan_to_text(plan)
+    opcheck(OPS.summary.default, given, test_utils=which)
 
 
 @pytest.mark.parametrize(
-    ("plan", "batch", "make_b"), [*((plan, (2, 3), weight) for plan in PAIR_PLANS), (MOST, (), randn)]
+    ("plan", "batch", "make_b", "which"),
+    checks(*((plan, (2, 3), weight) for plan in PAIR_PLANS), (MOST, (), randn)),
 )
-def test_opcheck_pair(plan, batch, make_b):
-    opcheck(OPS.summary_pair.default, (randn(*batch, 5), make_b(5, 3), plan_to_text(plan)))
+def test_opcheck_pair(plan, batch, make_b, which):
+    opcheck(OPS.summary_pair.default, (randn(*batch, 5), make_b(5, 3), plan_to_text(plan)), test_utils=which)
 
 
 @pytest.mark.parametrize(
-    ("plan", "needs", "transposed"),
-    [*((plan, (1, 1, 1), True) for plan in OPERATOR_PLANS), (MOST, (0, 1, 0), True), (MOST, (1, 1, 1), False)],
+    ("plan", "needs", "transposed", "which"),
+    checks(*((plan, (1, 1, 1), True) for plan in OPERATOR_PLANS), (MOST, (0, 1, 0), True), (MOST, (1, 1, 1), False)),
 )
-def test_opcheck_backward(plan, needs, transposed):
+def test_opcheck_backward(plan, needs, transposed, which):
     x, b, dy = randn(2, 4, 5), weight(5, 3), randn(2, 4, 3)
     _, saved = OPS.summary(x, b, None, plan_to_text(plan))
-    needs = [bool(need) for need in needs]
-    opcheck(OPS.summary_backward.default, (None, dy, x, b, saved, plan_to_text(plan), needs, transposed))
+    given = None, dy, x, b, saved, plan_to_text(plan), [bool(need) for need in needs], transposed
+    opcheck(OPS.summary_backward.default, given, test_utils=which)
 
 
 @pytest.mark.parametrize(
-    ("plan", "outputs"), [*((plan, "both") for plan in PAIR_PLANS), (MOST, "projection"), (MOST, "summary")]
+    ("plan", "outputs", "which"),
+    checks(*((plan, "both") for plan in PAIR_PLANS), (MOST, "projection"), (MOST, "summary")),
 )
-def test_opcheck_backward_of_a_pair(plan, outputs):
+def test_opcheck_backward_of_a_pair(plan, outputs, which):
     x, b = randn(4, 5), weight(5, 3)
     p, _, saved = OPS.summary_pair(x, b, plan_to_text(plan))
     saved = [p, *saved] if orders.saved_names(plan)[:1] == ("P",) else saved
     dp = None if outputs == "summary" else randn(4, 3)
     dy = None if outputs == "projection" else randn(4, 3)
-    opcheck(OPS.summary_backward.default, (dp, dy, x, b, saved, plan_to_text(plan), [True, True, False], True))
+    given = dp, dy, x, b, saved, plan_to_text(plan), [True, True, False], True
+    opcheck(OPS.summary_backward.default, given, test_utils=which)
 
 
 LOSSES = [
@@ -91,13 +106,23 @@ def loss_arguments(plan, head, reduction, needs, dtype=torch.float32):
     return (*tensors, target, [1.0, 0.5, 2.0], -100, reduction, plan_to_text(plan), needs, head)
 
 
-@pytest.mark.parametrize(("reduction", "needs"), [("mean", [False, True, False, True]), ("none", [True] * 4)], ids=str)
-@pytest.mark.parametrize(("plan", "head"), [LOSSES[0], *LOSSES[-2:]])
-def test_opcheck_losses(plan, head, reduction, needs):
+@pytest.mark.parametrize(
+    ("plan", "head", "reduction", "needs", "which"),
+    checks(
+        *(
+            (plan, head, *rest)
+            for plan, head in (LOSSES[0], *LOSSES[-2:])
+            for rest in (("mean", [False, True, False, True]), ("none", [True] * 4))
+        ),
+        traced=[LOSSES[-1][0]],
+    ),
+    ids=str,
+)
+def test_opcheck_losses(plan, head, reduction, needs, which):
     arguments = loss_arguments(plan, head, reduction, needs)
-    opcheck(OPS.summary_cross_entropy.default, arguments)
+    opcheck(OPS.summary_cross_entropy.default, arguments, test_utils=which)
     upstream = randn(6) if reduction == "none" else randn(())
-    opcheck(OPS.summary_cross_entropy_backward.default, (upstream, *arguments))
+    opcheck(OPS.summary_cross_entropy_backward.default, (upstream, *arguments), test_utils=which)
 
 
 @pytest.mark.parametrize(

@@ -96,12 +96,21 @@ NETWORKS = {
 }
 
 
+def quick(names, values):
+    """Each network with the first value; with the second one, one factor or one dtype elsewhere, only these are quick."""
+    first, second = values
+    marks = {name: [] if name in names else [pytest.mark.slow] for name in NETWORKS}
+    return [
+        *((name, first) for name in NETWORKS),
+        *(pytest.param(name, second, marks=mark) for name, mark in marks.items()),
+    ]
+
+
 @pytest.mark.filterwarnings("ignore:Using padding=.same. with even kernel")
-@pytest.mark.parametrize("normalize", [True, False])
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize(("name", "normalize"), quick(("skips",), (True, False)))
 def test_all_pairs_at_once_are_the_pairs_one_by_one(name, normalize, monkeypatch):
     make, shape = NETWORKS[name]
-    model, x = make().to(FP64).eval(), torch.randn(5, *shape, dtype=FP64)
+    model, x = make().to(FP64).eval(), torch.randn(4, *shape, dtype=FP64)
     steps = Propagation(PathNetwork(model, FP64).layers(x[:1]), normalize)._steps.values()
     assert any(step.dense for step in steps) or name == "flattened"
     got = npk(model, x, normalize=normalize), npk(model, x[:2], x[2:], normalize=normalize)
@@ -115,8 +124,7 @@ def test_all_pairs_at_once_are_the_pairs_one_by_one(name, normalize, monkeypatch
 
 
 @pytest.mark.filterwarnings("ignore:Using padding=.same. with even kernel")
-@pytest.mark.parametrize("integers", [True, False])
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize(("name", "integers"), quick(("dilated", "skips"), (True, False)))
 def test_products_of_integers_are_those_in_fp64(name, integers, monkeypatch):
     make, shape = NETWORKS[name]
     model, x = make().eval(), torch.rand(5, *shape)

@@ -165,7 +165,7 @@ def test_tiles_and_two_sets_of_samples(name):
 @pytest.mark.parametrize(
     "name", ["with biases", "flattened", "groups", "residual, gated sums", "everything", "dual, ReLU"]
 )
-@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("normalize", [True, pytest.param(False, marks=pytest.mark.slow)])  # above, by enumeration
 def test_mean_over_draws_of_the_weights(name, normalize):
     model, x = network(name, n=3)
     sampled = npk_montecarlo(model, x, draws=200, normalize=normalize)
