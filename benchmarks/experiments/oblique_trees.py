@@ -26,7 +26,7 @@ from interp_nn.nn.gated.networks import DLGN
 NAME = "oblique_trees"
 LEVEL = 0.99  # a hyperplane is found by a gate whose |cos| with it is no less
 BATCHES = 10  # an epoch, as published
-EPOCHS = {"SDI": 200, "SDII": 400, "SDIII": 40}  # of the published 1,500
+EPOCHS = {"SDI": 200, "SDII": 1500, "SDIII": 40}  # of the published 1,500
 MLP, HIDDEN = "ReLU network", (64, 64, 64)
 
 
