@@ -119,8 +119,11 @@ def main(arguments: list[str]) -> int:
         "published": {name: {net: known._asdict() for net, known in PUBLISHED[name].items()} for name in results},
         "hidden_of_the_relu_network": HIDDEN,
     }  # fmt: skip
-    # Hundreds of epochs each: their histories would be most of the record.
-    trainings = [{key: value for key, value in row.items() if key != "history"} for row in trainer.rows]
+    trainings = []
+    for row in trainer.rows:  # hundreds of epochs each: their whole histories would be most of the record
+        history = row["history"]
+        some = {"accuracy_every_100_epochs": history["accuracy"][99::100], "last_loss": history["loss"][-1]}
+        trainings.append({key: value for key, value in row.items() if key != "history"} | some)
     epochs = {name: {network: _epochs(given, name, network) for network, _, _ in _networks(name)} for name in results}
     run.finish(budget, {**results, "trainings": trainings}, epochs)
     return 0
