@@ -172,7 +172,7 @@ class Run:
         plt.close(figure)
 
     def finish(
-        self, budget: dict[str, Any], results: dict[str, Any], epochs: int | dict[str, int] | None = None
+        self, budget: dict[str, Any], results: dict[str, Any], epochs: int | dict[str, Any] | None = None
     ) -> None:
         """Write the record and print its place; `epochs` is the number that was asked for, if any."""
         seconds = round(time.perf_counter() - self.start, 1)

@@ -1,4 +1,4 @@
-"""The training loop of the experiments: Adam on shuffled batches, resumable after every epoch, within a limit of time."""
+"""The training loop of the experiments: Adam on batches, resumable after every epoch, within a limit of time."""
 
 from __future__ import annotations
 
@@ -18,12 +18,16 @@ from benchmarks.records import environment, files
 
 
 class Recipe(NamedTuple):
-    """The recipe of a training by Adam; with `decay` the learning rate falls linearly, to 0 after the last step."""
+    """The recipe of a training by Adam; with `decay` the learning rate falls linearly, to 0 after the last step.
+
+    Without `shuffle` each epoch has the same batches, in the samples' order.
+    """
 
     epochs: int
     batch: int
     learning_rate: float
     decay: bool = False
+    shuffle: bool = True
 
 
 History = dict[str, list[float]]  # a value for each epoch of "loss", of training "seconds", and of each measure
@@ -89,7 +93,7 @@ def train(
     here = {name: value for name, value in environment.facts(str(x.device)).items() if name != "utc"}
     settings = {
         "label": label, "seed": seed, "samples": len(y), "batch": recipe.batch, "learning_rate": recipe.learning_rate,
-        "decayed_over_epochs": recipe.epochs if recipe.decay else None, **(settings or {}),
+        "decayed_over_epochs": recipe.epochs if recipe.decay else None, "shuffle": recipe.shuffle, **(settings or {}),
     }  # fmt: skip
     if checkpoint is not None and checkpoint.exists():
         with users_input():
@@ -104,7 +108,8 @@ def train(
                 break
             network.train()
             total = torch.zeros((), device=x.device)
-            order = torch.randperm(len(y), generator=shuffle).to(x.device)
+            order = torch.randperm(len(y), generator=shuffle) if recipe.shuffle else torch.arange(len(y))
+            order = order.to(x.device)
             for step, index in enumerate(order.split(recipe.batch), epoch * steps):
                 for group in adam.param_groups if recipe.decay else ():
                     group["lr"] = recipe.learning_rate * (1 - step / (recipe.epochs * steps))

@@ -153,6 +153,12 @@ def test_labels_are_those_of_a_walk_through_the_tree():
     assert not torch.equal(data.normals, oblique_trees.load("SDI", points=8, seed=1).normals)
 
 
+def test_the_loss_is_the_cross_entropy_of_a_logit_and_its_negative():
+    x, y = torch.tensor([[-1.5], [0.2], [3.0]]), torch.tensor([0.0, 1.0, 0.0])
+    wanted = torch.nn.functional.cross_entropy(torch.cat((-x, x), 1), y.long())
+    torch.testing.assert_close(oblique_trees._loss(torch.nn.Identity(), x, y), wanted)
+
+
 @pytest.mark.parametrize(("n", "operator"), [(2, "diff1"), (7, "diff1"), (7, "fourier2")])
 def test_descents_solve_small_problems(n, operator):
     d, h = derivative_operator(n, operator).matrix(), signals.scrambled(n, 4 * n).mixed

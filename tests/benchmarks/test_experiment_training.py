@@ -53,6 +53,17 @@ def test_it_is_adam_on_shuffled_batches_of_what_requires_gradients():
     assert history["loss"] == pytest.approx(losses, rel=1e-6) and len(history["seconds"]) == 5
 
 
+def test_without_shuffle_the_batches_are_in_the_samples_order():
+    seen = []
+
+    def loss(model, x, y):
+        seen.append(x)
+        return training.cross_entropy(model, x, y)
+
+    training.train(network(), X, Y, Recipe(2, 20, 1e-2, shuffle=False), label="mlp", loss=loss)
+    assert torch.equal(torch.cat(seen), torch.cat((X, X)))
+
+
 def test_the_learning_rate_decays_to_nothing_also_where_it_is_resumed(tmp_path):
     def decayed(model, epochs, **named):
         return training.train(model, X, Y, Recipe(epochs, 10, 1e-2, decay=True), label="mlp", **named)

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 WIDTH = 4.7  # inches
+MOST = 12  # classes, latents or columns of pixels that a figure or a table shows
 _LETTERS = 24  # of a line of a label
 
 

@@ -30,11 +30,11 @@ from interp_nn.explain import (
     report_sections,
 )
 from interp_nn.explain.report import report_command
+from interp_nn.explain.report.contribution_sections import _maps
 from interp_nn.explain.report.facts import Facts
 from interp_nn.explain.report.linear_baseline import linear_predictions
 from interp_nn.explain.report.page import Table
 from interp_nn.explain.report.report_command import load_model, load_table, main
-from interp_nn.explain.report.sections import _maps
 from interp_nn.nn import SummaryHead
 
 VOID = {"meta", "link", "img"}
