@@ -54,18 +54,8 @@ class Call:
     """
 
     __slots__ = (
-        "backward",
-        "factors",
-        "forward",
-        "late",
-        "loss",
-        "options",
-        "pair",
-        "plan",
-        "products",
-        "scale",
-        "tries",
-    )
+        "backward", "factors", "forward", "late", "loss", "options", "pair", "plan", "products", "scale", "tries",
+    )  # fmt: skip
 
     def __init__(
         self, plan: Plan, pair: bool = False, options: LossOptions | None = None, in_place: bool = False
