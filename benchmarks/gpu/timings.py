@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -139,7 +140,7 @@ def empty_launch(some: Tensor, phases: int) -> None:
     device = some.device
     spec = spec_of(device)
     assert spec is not None
-    constants = {"FORM": "B", "PRECISION": "tf32", "PHASES": phases, "BN": 64, "BK": 64, "BD": 32}
+    constants: Any = {"FORM": "B", "PRECISION": "tf32", "PHASES": phases, "BN": 64, "BK": 64, "BD": 32}
     options = {"num_warps": 8, "num_stages": 2, "enable_fp_fusion": True, "launch_cooperative_grid": True}
     made = launcher.Launch(phased.phased_forward, spec.multiprocessors, 1, constants | options)
     launcher.launch(
