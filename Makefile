@@ -63,9 +63,10 @@ emulated-kernels: $(READY)test
 emulated-mutants: $(READY)test
 	$(ON_PATH) $(PY) -m pytest tests/engines/cuda/emulated -k "mutants or sanitized" $(ARGS)
 
-## make newest-triton  the Triton kernels' values, and their compilation for three GPUs, with the newest Triton
+## make newest-triton  the Triton kernels' launches, values, and compilation for three GPUs, with the newest Triton
 newest-triton: $(READY)test
 	$(PY) $(PIP) --quiet --no-deps --upgrade --target build/newest-triton triton
+	PYTHONPATH=build/newest-triton $(PY) -m pytest tests/engines/triton/test_launches.py $(SHARED) $(ARGS)
 	PYTHONPATH=build/newest-triton TRITON_INTERPRET=1 $(PY) -m pytest $(addprefix tests/engines/triton/interpreted/, \
 	  test_interpreter.py test_values.py) $(SHARED) $(ARGS)
 	PYTHONPATH=build/newest-triton INTERP_NN_COMPILE_TESTS=1 INTERP_NN_COMPILE_WARN=1 $(PY) -m pytest tests/engines/triton/compiled $(ARGS)

@@ -151,6 +151,29 @@ def summary(
     return _summary.summary(x, b, bias, call.plan)[0]
 
 
+def gained_summary(
+    x: Tensor, b: Tensor, bias: Tensor | None, c: tuple[float, ...], scale: float | Tensor, gain: Tensor
+) -> Tensor:
+    """Return gain (a X b q(a² bᵀb)) + bias of a layer.
+
+    The eager engine's gradient of the gain is one inner product: the sum of those of the coefficients gain c_i would cancel. In
+    16 bits, as under autocast, the gain multiplies the coefficients, which rounds no product twice.
+    """
+    x, b, bias, call, plain = planned(x, b, bias, False, (gain.expand(len(c)), scale))  # as many learned coefficients
+    plan = call.plan
+    exact = linalg.accumulation_dtype(x.dtype) == x.dtype
+    if not exact or plan.engine != "eager" or not (plan.autograd or plan.order == "(Xb)q"):
+        q = as_tensors((gain * constant(c, x), scale), x)
+        if plain and not plan.autograd:
+            return direct.polynomial_summary(x, b, bias, q, call)[1]
+        return _polynomial.summary(x, b, bias, q, plan)
+    q = as_tensors((c, scale), x)
+    if plain and not plan.autograd:
+        y = gain * direct.polynomial_summary(x, b, None, q, call)[1]
+        return y if bias is None else y + bias
+    return _polynomial.summary(x, b, bias, q, plan, gain)
+
+
 def summary_and_gram(x: Tensor, b: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
     """Return `summary`, and the smaller of bᵀb and bbᵀ, without gradient, if its launch has formed that; else None."""
     x, b, bias, call, _ = planned(x, b, bias, False)

@@ -114,7 +114,7 @@ def _draw(
         contributions[shown], x[shown], rows=[f"a {int(y[i])}, called {int(predicted[i])}" for i in shown],
         columns=[f"logit {k}" for k in range(10)], predicted=predicted[shown], true=y[shown], constants=constants[shown],
     )  # fmt: skip
-    figure.suptitle("What each pixel adds to each logit, and the constant b that no pixel adds")
+    figure.suptitle("What each pixel adds to each logit, and the constant c that no pixel adds")
     run.figure(figure, "maps")
 
     sample = shown[1]

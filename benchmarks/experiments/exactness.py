@@ -1,4 +1,4 @@
-"""The exactness of W x + b: at x, anywhere in a network with the gates of x, and near x in the network; and its constant."""
+"""The exactness of W x + c: at x, anywhere in a network with the gates of x, and near x in the network; and its constant."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ STEPS = (1e-6, 1e-4, 1e-2)
 
 
 def apply(weight: Tensor, bias: Tensor, x: Tensor) -> Tensor:
-    """Compute W x + b of images (n, c, h, w), for W (n, k, c, h, w) and b (n, k)."""
+    """Compute W x + c of images (n, c, h, w), for a weight (n, k, c, h, w) and a constant (n, k)."""
     return torch.einsum("nkchw,nchw->nk", weight, x) + bias
 
 
 def errors(network: nn.Module, x: Tensor) -> dict[str, float]:
-    """Return the error of W x + b at x, and against the replay with the gates of x at a distant point."""
+    """Return the error of W x + c at x, and against the replay with the gates of x at a distant point."""
     linear = linearize(network, x)
     far = torch.randn_like(x)
     with torch.no_grad():
@@ -50,7 +50,7 @@ def neighbourhood(network: nn.Module, x: Tensor) -> dict[str, dict[str, float]]:
 
 
 def constants(network: nn.Module, x: Tensor, predicted: Tensor, chunk_size: int) -> dict[str, Any]:
-    """Return the share of the constant b in the logits F, and in the predicted logit by layer."""
+    """Return the share of the constant c in the logits F, and in the predicted logit by layer."""
     biases, logits, layers = [], [], []
     for part in x.split(chunk_size):
         linear = linearize(network, part)

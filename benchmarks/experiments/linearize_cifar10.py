@@ -176,5 +176,5 @@ def _draw_maps(run: common.Run, network: nn.Module, x: Tensor, y: Tensor, predic
         rows=[f"{CLASSES[int(y[i])]},\ncalled {CLASSES[int(predicted[i])]}" for i in range(len(x))], columns=CLASSES,
         predicted=predicted.cpu(), true=y.cpu(), constants=linear.bias.cpu(),
     )  # fmt: skip
-    figure.suptitle("What each pixel adds to each logit, and the constant b that no pixel adds")
+    figure.suptitle("What each pixel adds to each logit, and the constant c that no pixel adds")
     run.figure(figure, "maps")

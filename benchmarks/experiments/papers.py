@@ -235,7 +235,7 @@ def _attributions(one: Record) -> Iterator[Line]:
     networks, epochs = one["results"]["networks"], _epochs(one)
     errors = {name: max(max(net["exactness"][name].values()) for net in networks) for name in networks[0]["exactness"]}
     ours = ", ".join(f"{error:.1e} in {name}" for name, error in errors.items())
-    yield Line("\\|F - (W x + b)\\| / \\|F\\|", "", ours, epochs)
+    yield Line("\\|F - (W x + c)\\| / \\|F\\|", "", ours, epochs)
     share = _percent(_over_seeds(networks, "bias", "median_share_of_its_constant"))
     yield Line("the constant of the predicted logit, median, %", "", share, epochs)
     for kind in ("deletion", "insertion"):
@@ -261,7 +261,7 @@ def _plane(one: Record) -> Iterator[Line]:
     ours = _number(_over_seeds(planes, "trustworthiness_of_new_points"), ".3f")
     yield Line("trustworthiness of new points", "", ours, epochs)
     error = max(plane["exactness_float64"]["at_x"] for plane in planes)
-    yield Line("\\|F - (W x + b)\\| / \\|F\\|, float64", "", f"{error:.1e}", epochs)
+    yield Line("\\|F - (W x + c)\\| / \\|F\\|, float64", "", f"{error:.1e}", epochs)
 
 
 _READERS: dict[str, Callable[[Record], Iterator[Line]]] = {

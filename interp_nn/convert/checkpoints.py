@@ -107,7 +107,8 @@ def load_state_dict(model: nn.Module, state: Mapping[str, Tensor], *, source: st
         weight = own.pop(prefix + "weight")
         if source == "linear" and not isinstance(module, Freezable):
             raise ValueError(
-                f"{prefix}weight: belongs to a {type(module).__name__}, which is no plain layer with a weight"
+                f"{prefix}weight: belongs to a {type(module).__name__}, which no plain layer's weight fits; load it into an "
+                "nn.Linear, and make a head of that by SummaryHead.from_linear(linear)"
             )
         if parametrize.is_parametrized(module, "b"):
             raise ValueError(f"{prefix}weight: belongs to a parametrized layer; load the state before `constrain`")

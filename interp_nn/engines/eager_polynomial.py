@@ -46,13 +46,26 @@ Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Te
 
 
 def forward(
-    x: Tensor, b: Tensor, bias: Tensor | None, q: Polynomial, plan: Plan, pair: bool
+    x: Tensor,
+    b: Tensor,
+    bias: Tensor | None,
+    q: Polynomial,
+    plan: Plan,
+    pair: bool,
+    gain: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor, list[Tensor]]:
-    """Compute (P or None, Y, saved tensors) of x (n, d) and b (d, k), as `eager.forward` does for the summary."""
+    """Compute (P or None, Y, saved tensors) of x (n, d) and b (d, k), as `eager.forward` does for the summary.
+
+    A gain, a number that multiplies Y without its bias, is for an order with P under PyTorch's autograd, and for degree 1 or
+    more.
+    """
     b = _columns(x, _scaled(b, q))
     c = q.coefficients.unbind()
     if plan.order == "(Xb)q":
         p = x @ b
+        if gain is not None:  # times q(G) and not P: the inner product of k x k matrices rounds less
+            matrix = polynomial_terms(gram(b), c) + c[0] * torch.eye(b.shape[1], dtype=b.dtype, device=b.device)
+            return p, _affine(p, gain * matrix, bias), []
         base = c[0] * p if bias is None else c[0] * p + bias
         if len(c) == 1:
             return p, base, []
@@ -60,7 +73,7 @@ def forward(
         terms = polynomial_terms(g, c)
         return p, _add_product(base, p, terms), [p, g, terms]
     if plan.order == "((Xb)bᵀ)b...":
-        p = x @ b
+        p = x @ b if gain is None else gain * (x @ b)
         y = c[-1] * p
         for term in c[-2::-1]:
             y = _add_product(term * p, y @ b.mT, b)

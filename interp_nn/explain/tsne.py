@@ -269,7 +269,7 @@ class ParametricTSNE(Transformer):
         return as_given(torch.cat([self.encoder_(in_parameters_dtype(part, self.encoder_)) for part in parts]), x)
 
     def linearize(self, x: object) -> AffineMap:
-        """Compute the encoder's affine map around each point: transform(x) = W x + b.
+        """Compute the encoder's affine map around each point: transform(x) = W x + c.
 
         For each point, W holds d images: they say how each entry of x moves the point along each axis. Two points in one
         region of a piecewise affine encoder differ by exactly W (x - x').

@@ -73,7 +73,8 @@ class cached_weights:  # noqa: N801 - used like a function, as torch.no_grad is
         layers = {m: name for name, m in self._model.named_modules() if isinstance(m, PolynomialLayer)}
         for layer, name in layers.items():
             where = f"{name or 'model'} ({type(layer).__name__})"
-            if is_dtensor(layer.b):
+            b = layer._parameters.get("b")
+            if type(b) is not nn.Parameter and is_dtensor(layer.b):
                 raise RuntimeError(
                     f"cached_weights: b of {where} is sharded, a DTensor; train it without cached_weights"
                 )
@@ -138,7 +139,15 @@ class _Cache:
                     self.formed = layer.effective_weight().contiguous()
                 self.leaf = self.formed.detach().requires_grad_(self.formed.requires_grad)
         self.pulled = False
-        self._identity = layer._identity()
+        self._identity = self._identity_now()
+
+    def _identity_now(self) -> tuple[Any, ...]:
+        """Return the layer's identity: in a fourth of the time for plain parameters, because a block reads it twice."""
+        if self._graphless is None:
+            return self.layer._identity()
+        parameters, buffers = self.layer._parameters, self.layer._buffers
+        held = parameters.get("b"), parameters.get("gain"), buffers.get("scale")
+        return tuple([(t.data_ptr(), 0 if t.is_inference() else t._version) for t in held if t is not None])
 
     def weight(self) -> Tensor | None:
         """Return the weight for a forward; None where it has to be computed as outside of the block."""
@@ -161,7 +170,7 @@ class _Cache:
 
     def pull_back(self) -> None:
         """Add the collected gradient to those of the parameters."""
-        if self._identity != self.layer._identity():
+        if self._identity != self._identity_now():
             raise RuntimeError(
                 f"cached_weights: b of {self.name} has changed inside of the block; change parameters after the block"
             )

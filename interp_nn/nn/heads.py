@@ -257,6 +257,48 @@ class SummaryHead(SummaryLayer):
         _check_classes(num_classes)
         self.output = nn.Linear(latent, num_classes, device=device, dtype=dtype)
 
+    @classmethod
+    def from_linear(cls, linear: nn.Linear) -> SummaryHead:
+        """Make a head with the outputs of a trained nn.Linear, in both of its readings.
+
+        The singular value decomposition U diag(s) Vᵀ of the weight gives b = V, which is orthonormal, and the weight of `output`,
+        U diag(s). The head has min(in_features, out_features) latents: the outputs depend on no more.
+
+        Args:
+            linear: The layer; it is not changed. If it has no bias, that of `output` is 0.
+
+        Returns:
+            A SummaryHead with parameters of its own, in the layer's dtype and on its device.
+
+        Raises:
+            TypeError: `linear` is not an nn.Linear, or its weight is uninitialized.
+            ValueError: The weight is empty or not finite.
+
+        Example:
+            >>> linear, x = nn.Linear(8, 3), torch.ones(2, 8)
+            >>> head = SummaryHead.from_linear(linear).eval()
+            >>> head.in_features, head.out_features, torch.allclose(head(x), linear(x), atol=1e-5)
+            (8, 3, True)
+        """
+        if not isinstance(linear, nn.Linear):
+            raise TypeError(f"linear: got {type(linear).__name__}, want nn.Linear")
+        weight, bias = linear.weight, linear.bias
+        if isinstance(weight, nn.UninitializedParameter):
+            raise TypeError("linear: got an uninitialized weight (a lazy module), want one that has run once")
+        if not weight.numel() or not bool(weight.isfinite().all()):
+            raise ValueError(
+                f"linear: got a weight of shape {tuple(weight.shape)}, want one that is finite and not empty"
+            )
+        u, s, vh = torch.linalg.svd(weight.detach().double(), full_matrices=False)
+        head = cls(linear.in_features, len(s), linear.out_features, weight.device, weight.dtype)
+        with torch.no_grad():
+            head.b.copy_(vh.mT).requires_grad_(weight.requires_grad)
+            head.output.weight.copy_(u * s).requires_grad_(weight.requires_grad)
+            head.output.bias.zero_().requires_grad_((weight if bias is None else bias).requires_grad)
+            if bias is not None:
+                head.output.bias.copy_(bias)
+        return head.train(linear.training)
+
     def forward(self, x: Tensor) -> Any:
         """Compute a `SummaryPair` of logits (..., num_classes) in training mode, one tensor of them in evaluation mode."""
         if (call := call_in_graph(self, x)) is not None:

@@ -15,7 +15,7 @@ from interp_nn import functional, linalg
 from interp_nn.functional import constant
 from interp_nn.nn.base import _EXACT, Freezable, as_matrix, as_parameter, as_placed, weight_shape, whole, write_whole
 from interp_nn.nn.polynomials import SUMMARY, coefficients_of, inverse_map, map_of
-from interp_nn.ops.library import is_dtensor, is_wrapped, ordinary
+from interp_nn.ops.library import is_dtensor, is_tracing, is_wrapped, ordinary
 from interp_nn.ops.polynomial import FormedWeight
 
 POWER_ITERATIONS = 10  # after a step of the optimizer, as published for PC layers
@@ -179,8 +179,27 @@ class PolynomialLayer(Freezable):
             return options | {"polynomial": torch.stack([multiplier * value for value in c])}
         return options | {"polynomial": multiplier * constant(c, self.b)}
 
+    def _learned_gain(self) -> tuple[float | Tensor, Tensor] | None:
+        """Return a and m where the gradient of m is one inner product, not a sum over the coefficients m c_i, which cancels.
+
+        None without such a gradient, in 16 bits, where a product with m would round once more, and in a trace, which PyTorch
+        compares with one without gradients.
+        """
+        if self.gain is None or not (self.gain.requires_grad and torch.is_grad_enabled()):
+            return None
+        if not torch.compiler.is_compiling() and is_tracing():
+            return None
+        if self.b.dtype not in _EXACT or is_dtensor(self.b) or is_dtensor(self.gain):
+            return None
+        scale, multiplier = self._factors(self.b.dtype)
+        assert multiplier is not None
+        return 1.0 if scale is None else scale, multiplier
+
     def _weight_of(self, matrix: Tensor) -> Tensor:
         if matrix.dim() == 2 and matrix.dtype == self.b.dtype and not (self._is_summary() or is_dtensor(matrix)):
+            if (learned := self._learned_gain()) is not None:
+                scale, gain = learned
+                return gain * functional.effective_weight(matrix, polynomial=self._coefficients, scale=scale)
             return functional.effective_weight(matrix, **self._functional_options())
         factors = self._factors(linalg.accumulation_dtype(matrix.dtype))
         return _weight(matrix, self._coefficients, *(None if t is None else as_placed(t, matrix) for t in factors))
@@ -479,8 +498,8 @@ def _weight(matrix: Tensor, c: Sequence[float], scale: Tensor | None, multiplier
     """Return m a b q(a² bᵀb) of a matrix b (..., d, k)."""
     if c == SUMMARY and scale is None and multiplier is None:
         return linalg.effective_weight(matrix)
-    scaled: Sequence[float | Tensor] = c if multiplier is None else [multiplier * value for value in c]
-    return linalg.polynomial_weight(matrix, scaled, scale).to(matrix.dtype)
+    weight = linalg.polynomial_weight(matrix, c, scale)
+    return (weight if multiplier is None else multiplier * weight).to(matrix.dtype)
 
 
 def _power_iteration(b: Tensor, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:

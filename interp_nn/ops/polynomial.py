@@ -166,12 +166,11 @@ class LayerWeightFunction(Function):
         if not (torch.is_grad_enabled() or any_autocast_enabled() or is_batched(dw)) and ordinary():
             db, inner = eager_polynomial.pull_back(dw.mT, b, c, saved)
             return db if needs[0] else None, inner / gain if needs[1] else None, None
-        constants = b.new_tensor(c) if gain is None else b.new_tensor(c) / gain.detach()
-        q = Polynomial(constants if gain is None else constants * gain, None)
-        saved = eager_polynomial.weight_forward(b, q.coefficients.unbind())[1]
-        needed = needs[0], needs[1], False
-        grads = eager_polynomial.weight_backward(dw.mT, b, q, saved, needed)
-        return grads[0], None if grads[1] is None else (grads[1] * constants).sum().view_as(gain), None
+        q = Polynomial(b.new_tensor(c) if gain is None else b.new_tensor(c) / gain.detach(), None)
+        w, saved = eager_polynomial.weight_forward(b, q.coefficients.unbind())
+        upstream = dw.mT if gain is None else dw.mT * gain
+        grads = eager_polynomial.weight_backward(upstream, b, q, saved, (needs[0], False, False))
+        return grads[0], None if gain is None or not needs[1] else (dw.mT * w).sum().view_as(gain), None
 
 
 _apply_layer_weight = super(Function, LayerWeightFunction).apply
@@ -214,13 +213,17 @@ def _products(x: Tensor, b: Tensor, bias: Tensor | None, q: Polynomial, plan: Pl
     return plan.autograd or is_dtensor(b) or transforming(x, b, bias, *q)
 
 
-def summary(x: Tensor, b: Tensor, bias: Tensor | None, q: Polynomial, plan: Plan) -> Tensor:
-    """Return X b q(bᵀb) + bias for checked arguments."""
+def summary(x: Tensor, b: Tensor, bias: Tensor | None, q: Polynomial, plan: Plan, gain: Tensor | None = None) -> Tensor:
+    """Return X b q(bᵀb) + bias, or gain X b q(bᵀb) + bias, for checked arguments."""
     if _products(x, b, bias, q, plan):
-        if plan.order in ("X(bq)", "X(q(K)b)") and q.degree:
-            return torch.nn.functional.linear(x, _as_layer(weight(b, q), x), bias)  # whose backward has fewer products
-        y = eager_polynomial.forward(as_rows(x), b, bias, q, plan, False)[1]
+        if plan.order in ("X(bq)", "X(q(K)b)") and (q.degree or gain is not None):
+            w = weight(b, q) if gain is None else gain * weight(b, q)
+            return torch.nn.functional.linear(x, _as_layer(w, x), bias)  # whose backward has fewer products
+        y = eager_polynomial.forward(as_rows(x), b, bias, q, plan, False, gain)[1]
         return y if x.dim() == 2 else y.view(*x.shape[:-1], b.shape[1])
+    if gain is not None:
+        y = gain * summary(x, b, None, q, plan)
+        return y if bias is None else y + bias
     return apply(PolynomialFunction, x, b, bias, *q, plan, False)[0]
 
 

@@ -73,7 +73,7 @@ def test_other_entries_are_loaded_as_by_pytorch():
             {"0.weight": torch.ones(3, 4)},
             {"source": "linear"},
             ValueError,
-            "0.weight: belongs to a SummaryHead, which is no plain layer with a weight",
+            "0.weight: belongs to a SummaryHead, which no plain layer's weight fits",
         ),
         (
             lambda: constrain(SummaryLinear(4, 3), "parametrization"),

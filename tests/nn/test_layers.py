@@ -435,6 +435,35 @@ def test_heads_fold_to_plain_layers(cls, dtype):
     nn.Sequential(cls(device="meta")).append(cls(device="meta").fold())
 
 
+@pytest.mark.parametrize(("d", "m", "bias", "dtype"), [
+    (8, 3, True, torch.float32), (3, 8, False, torch.float32), (8, 3, True, torch.float64), (8, 3, False, torch.bfloat16),
+])  # fmt: skip
+def test_a_head_of_a_linear_layer_has_its_outputs(d, m, bias, dtype):
+    linear = nn.Linear(d, m, bias, dtype=dtype).eval().requires_grad_(False)
+    head, x = SummaryHead.from_linear(linear), torch.randn(16, d, dtype=dtype)
+    assert not head.training and not any(p.requires_grad for p in head.parameters())
+    assert head.out_features == min(d, m) and {p.dtype for p in head.parameters()} == {dtype}
+    want, eps = linear.double()(x.double()), torch.finfo(dtype).eps
+    for found in (head(x), *head.train()(x)):
+        assert (found - want).abs().max() <= 16 * eps * want.abs().max()
+    trained = SummaryHead.from_linear(nn.Linear(d, m, bias, dtype=dtype))
+    assert trained.training and all(p.requires_grad for p in trained.parameters())
+
+
+def test_what_makes_no_head_is_named():
+    empty, not_finite = nn.Linear(2, 3), nn.Linear(2, 3)
+    empty.weight = nn.Parameter(torch.empty(3, 0))
+    nn.init.constant_(not_finite.weight, math.nan)
+    for given, kind, text in (
+        (nn.Bilinear(2, 2, 2), TypeError, "linear: got Bilinear, want nn.Linear"),
+        (nn.LazyLinear(3), TypeError, "linear: got an uninitialized weight"),
+        (empty, ValueError, r"linear: got a weight of shape \(3, 0\)"),
+        (not_finite, ValueError, r"linear: got a weight of shape \(3, 2\), want one that is finite"),
+    ):
+        with pytest.raises(kind, match=text):
+            SummaryHead.from_linear(given)
+
+
 @pytest.mark.filterwarnings("ignore:.*autograd.function.Function.* should not be instantiated")
 def test_a_pair_says_what_to_do():
     head = SummaryHead(12, 5, 3)

@@ -103,6 +103,61 @@ def test_gradients(case, kind):
     assert torch.autograd.gradcheck(run, (x.requires_grad_(), *parameters.values()))
 
 
+@pytest.mark.parametrize(("sizes", "form"), [
+    ((32, 512, 100), "few rows"),
+    ((300, 512, 100), "operator"),
+    ((150, 128, 100), "weight, differentiable"),
+    ((32, 512, 100), "effective weight"),
+    ((32, 512, 100), "groups"),
+])  # fmt: skip
+def test_a_gain_has_the_gradient_of_one_inner_product(sizes, form):
+    """The sum of the coefficients' gradients cancels for pc-4; over many draws, because one number may be right by luck."""
+    n, d, k = sizes
+    groups = 2 if form == "groups" else 1
+    ours, expression = [], []
+    for seed in range(40):
+        torch.manual_seed(seed)
+        layer = SummaryLinear(d, k, bias=False, polynomial="pc-4")
+        if groups > 1:
+            layer = SummaryConv2d(groups * d, groups * k, 1, groups=groups, bias=False, polynomial="pc-4")
+        with torch.no_grad():
+            layer.b.normal_(0, max(d, k) ** -0.5)
+        layer.reset_norm()
+        x, dy = torch.randn(n, groups * d), torch.randn(n, groups * k)
+
+        def run(layer=layer, x=x):
+            if form == "effective weight":
+                return x @ layer.effective_weight().t()
+            return layer(x[..., None, None])[..., 0, 0] if groups > 1 else layer(x)
+
+        def written(dtype, layer=layer, x=x, dy=dy):
+            """The gradient of PyTorch's expression, by Horner's rule."""
+            b, gain = layer.matrix().detach().to(dtype).view(groups, d, k), layer.gain.detach().to(dtype)
+            scale = layer.scale.to(dtype).view(groups, 1, 1)
+            b, eye = b * scale, torch.eye(k, dtype=dtype)
+            q, c = NAMED["pc-4"][-1] * eye, NAMED["pc-4"]
+            for value in c[-2::-1]:
+                q = b.mT @ b @ q + value * eye
+            rows = x.to(dtype).view(n, groups, d).transpose(0, 1)
+            y = (gain.requires_grad_().view(groups, 1, 1) / scale) * (rows @ b @ q)
+            return torch.autograd.grad(y.transpose(0, 1).reshape(n, groups * k), gain, dy.to(dtype))[0].double()
+
+        differentiable = form == "weight, differentiable"
+        (found,) = torch.autograd.grad(run(), layer.gain, dy, create_graph=differentiable)
+        exact = written(torch.float64)
+        ours.append(found.detach().double() - exact)
+        expression.append(written(torch.float32) - exact)
+    ours, expression = (torch.cat(errors).square().mean().sqrt() for errors in (ours, expression))
+    assert ours <= 1.5 * expression
+
+
+def test_a_gain_rounds_nothing_twice_under_autocast():
+    layer, x = trained(SummaryLinear(64, 32, polynomial="pc-4")), torch.randn(9, 64)
+    with torch.autocast("cpu", torch.bfloat16):
+        wanted = functional.summary(x, layer.b, layer.bias, **layer._functional_options())
+        assert torch.equal(layer(x), wanted)
+
+
 @pytest.mark.filterwarnings("ignore:.*b has changed")  # gradcheck changes it
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_derivatives_for_more_rows_than_features(case, monkeypatch):
@@ -118,6 +173,7 @@ def test_derivatives_for_more_rows_than_features(case, monkeypatch):
     if not (layer._plain or len(layer._coefficients) == 1):
         with monkeypatch.context() as patch:
             patch.setattr(functional, "summary", pytest.fail)
+            patch.setattr(functional, "gained_summary", pytest.fail)
             call()
     assert torch.autograd.gradcheck(call, inputs) and torch.autograd.gradgradcheck(call, inputs)
     wanted = torch.autograd.grad(

@@ -36,8 +36,9 @@ _KEY = ("name", "kernel", "dtype", "shape", "capability")
 
 
 def wanted():
-    """Yield the key of each kernel: its name, the kernel's own, dtype, shape and capability."""
+    """Yield the key of each kernel that dispatch takes: its name, the kernel's own, dtype, shape and capability."""
     from test_all_kernels import head
+    from test_every_tile import refused
 
     from benchmarks.timing.performance_model import SHAPES
     from interp_nn.engines import select
@@ -49,6 +50,9 @@ def wanted():
         if kernel is None:
             plan = select._kernel_plan(head(capability, DTYPES[dtype], *shape, CLASSES), "triton")
             kernel = configs.LOSS_KERNELS[plan.order]
+        n, d, k = shape
+        if refused(capability, kernel, DTYPES[dtype], n, k, CLASSES, d):
+            continue
         yield name, kernel, dtype, shape, capability
 
 
@@ -70,7 +74,7 @@ def row(key, outcome):
     if outcome.error is not None:
         return found | {"error": outcome.error.splitlines()[0]}
     measured = {name: getattr(outcome, name) for name in ("registers", "spills", "shared")}
-    return found | measured | {"loops": list(outcome.loops)}
+    return found | measured | {name: list(getattr(outcome, name)) for name in ("loops", "spills_in_loops")}
 
 
 def add(record, rows, keys):
@@ -121,19 +125,24 @@ def _lines(record, now, before):
     yield (
         f"Triton {record['triton']}, commit {record['git_sha'][:7]}. An arrow comes from commit {record['before_sha'][:7]}, "
         "where the figure was another; a star\nmarks what was not compiled there. A loop is an innermost one that multiplies "
-        "matrices, counted in instructions; kernels have several.\nSpills are loads and stores of registers in the code. Losses "
-        "are of k classes for a pair, of ten for a head."
+        "matrices, counted in instructions; kernels have several.\nThe first loop of a forward, and of a pair loss, forms G: it "
+        "runs once a program, over the features, whatever the number of rows.\nSpills are loads and stores of registers in the "
+        "code, and in parentheses those in a loop. Others run at most once for each tile.\nLosses are of k classes for a pair, "
+        "of ten for a head."
     )
-    shown_dtypes = [dtype for dtype in ("bf16", "fp32") if any(key[2] == dtype for key in now)]
+    shown_dtypes = [dtype for dtype in DTYPES if any(key[2] == dtype for key in now)]
     for dtype, capability in itertools.product(shown_dtypes, CAPABILITIES):
         yield f"\n## {dtype}, sm_{capability}\n"
+        compared = any(key[2] == dtype for key in before)
+        if not compared:
+            yield f"Commit {record['before_sha'][:7]} was not compiled in {dtype}.\n"
         yield "| kernel | (n, d, k) | registers | spills | shared, KiB | loops |"
         yield "|---|---|--:|--:|--:|---|"
         for key, found in now.items():
             if key[2] == dtype and key[4] == capability:
                 cells = zip(_cells(before.get(key)), _cells(found), strict=True)
                 shown = " | ".join(new if old in (None, new) else f"{old} → {new}" for old, new in cells)
-                mark = "" if key in before else " *"
+                mark = "" if key in before or not compared else " *"
                 yield f"| {key[0]}{mark} | {key[3]} | {shown} |"
 
 
@@ -142,7 +151,8 @@ def _cells(row):
         return (None,) * 4
     if "error" in row:
         return "does not compile", "-", "-", "-"
-    loops = " + ".join(map(str, row["loops"])) or "-"
+    spilled = row.get("spills_in_loops", [0] * len(row["loops"]))
+    loops = " + ".join(f"{n} ({of})" if of else str(n) for n, of in zip(row["loops"], spilled, strict=True)) or "-"
     return str(row["registers"]), str(row["spills"]), f"{row['shared'] / 1024:.0f}", loops
 
 
@@ -154,13 +164,20 @@ def _claims(now):
     yield f"\n- Forwards and backwards in {' and '.join(in_16_bits)}: {_spilling(plain)}"
     yield f"- Losses in bf16: {_spilling([row for row in of['bf16'] if row['name'] not in WITHOUT_SPILLS])}"
     if of["fp32"]:
-        yield f"- All in fp32: {_spilling(of['fp32'])}"
+        plain = [row for row in of["fp32"] if row["name"] in WITHOUT_SPILLS]
+        losses = [row for row in of["fp32"] if row["name"] not in WITHOUT_SPILLS]
+        yield f"- Forwards and backwards in fp32, where tf32 is not allowed: {_spilling(plain)}"
+        yield f"- Losses in fp32, which `auto` leaves to PyTorch until a GPU has timed them: {_spilling(losses)}"
 
 
 def _spilling(rows):
-    spills = [row["spills"] for row in rows if row.get("spills")]
-    most = f", at most {max(spills)} instructions" if spills else ""
-    return f"{len(spills)} of {len(rows)} kernels spill{most}."
+    spilling = [row for row in rows if row.get("spills")]
+    text = f"{len(spilling)} of {len(rows)} kernels spill"
+    if not spilling:
+        return f"{text}."
+    inside = [row for row in spilling if any(row["spills_in_loops"])]
+    where = f"{len(inside)} of them" if inside else "none"
+    return f"{text}, at most {max(row['spills'] for row in spilling)} instructions; {where} in a loop that multiplies matrices."
 
 
 def main(command, record, *arguments):

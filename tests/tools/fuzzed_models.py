@@ -475,7 +475,7 @@ def verdict(text: str, seed: int = 0) -> str:
     del first
     residual = torch.einsum("nkd,nd->nk", weight, x) + bias - wanted
     if float(residual.abs().max()) > 1e-9 * scale:
-        return f"WRONG: W x + b is {float(residual.abs().max()):.3g} off"
+        return f"WRONG: W x + c is {float(residual.abs().max()):.3g} off"
     if not report.exact:
         return "secant"
     for step in (1e-6, 1e-7, 1e-5):

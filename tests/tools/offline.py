@@ -98,6 +98,7 @@ class Compiled(Result):
     shared: int
     tensor_memory: int
     spills: int
+    spills_in_loops: tuple[int, ...]
     loops: tuple[int, ...]
     hgmma: int
     hmma: int
@@ -288,6 +289,7 @@ def _measure(tag: str, job: Specialised, built: triton.compiler.CompiledKernel, 
     instructions = _instructions(report)
     if not _count(instructions, "EXIT"):
         raise RuntimeError(f"no code of {built.metadata.name} for capability {job.capability} in the disassembly")
+    loops = loops_of_products(report)
     return Compiled(
         **_identity(tag, job),
         seconds=seconds,
@@ -295,8 +297,9 @@ def _measure(tag: str, job: Specialised, built: triton.compiler.CompiledKernel, 
         stack=int(usage[2]),
         shared=built.metadata.shared,
         tensor_memory=getattr(built.metadata, "tmem_size", None) or 0,
-        spills=_count(instructions, "LDL|STL"),
-        loops=loops_of_products(report),
+        spills=_count(instructions, _SPILL),
+        spills_in_loops=tuple(_count(_instructions(loop), _SPILL) for loop in loops),
+        loops=tuple(loop.count("\n") for loop in loops),
         hgmma=_count(instructions, "HGMMA"),
         hmma=_count(instructions, "HMMA"),
         tcgen05=_count(instructions, r"UTC\w*MMA"),
@@ -321,6 +324,9 @@ def _instructions(sass: str) -> Counter[str]:
     return Counter(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][\w.]*)", sass, re.MULTILINE))
 
 
+_SPILL = "LDL|STL"
+
+
 def _count(instructions: Counter[str], name: str, modifier: str | None = None) -> int:
     """Count the instructions whose name matches and that have the modifier, if given."""
     return sum(
@@ -330,16 +336,16 @@ def _count(instructions: Counter[str], name: str, modifier: str | None = None) -
     )
 
 
-def loops_of_products(sass: str) -> tuple[int, ...]:
-    """Return the number of instructions of each innermost loop that multiplies matrices, in the order of the code.
+def loops_of_products(sass: str) -> list[str]:
+    """Return the instructions, a line each, of each innermost loop that multiplies matrices, in the order of the code.
 
     A loop reaches from the target of a jump backwards to the last such jump. Loops that only wait are left out.
     """
-    lines = re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+(.*?);", sass, re.MULTILINE)
-    code = [(int(address, 16), text) for address, text in lines]
-    products = [address for address, text in code if re.search(r"\b(HGMMA|HMMA|UTC\w*MMA)\b", text)]
+    lines = re.findall(r"^(\s+/\*([0-9a-f]{4,})\*/\s+(.*?);)", sass, re.MULTILINE)
+    code = [(int(address, 16), text, line) for line, address, text in lines]
+    products = [address for address, text, _ in code if re.search(r"\b(HGMMA|HMMA|UTC\w*MMA)\b", text)]
     ends: dict[int, int] = {}
-    for address, text in code:
+    for address, text, _ in code:
         jump = re.search(r"\bBRA\b.*\b0x([0-9a-f]+)", text)
         if jump is not None and int(jump[1], 16) < address:
             ends[int(jump[1], 16)] = address
@@ -347,7 +353,7 @@ def loops_of_products(sass: str) -> tuple[int, ...]:
     inner = [
         (first, last) for first, last in loops if not any(first < other and end <= last for other, end in loops)
     ]  # fmt: skip
-    return tuple(sum(first <= address <= last for address, _ in code) for first, last in inner)
+    return ["".join(f"{line}\n" for address, _, line in code if first <= address <= last) for first, last in inner]
 
 
 _IDENTITY = ("kernel", "tag", "capability", "dtype")

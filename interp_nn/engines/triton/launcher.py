@@ -45,7 +45,7 @@ class Constants(dict[str, Any]):
 
 
 class _Handle(NamedTuple):
-    """A compiled kernel: its launcher, the first arguments of that, and its last ones, which are the constants."""
+    """A compiled kernel, its launcher, the first arguments of that, and its last ones, which are the constants."""
 
     run: Any
     function: Any
@@ -53,6 +53,7 @@ class _Handle(NamedTuple):
     constants: tuple[Any, ...]
     stream: Any
     hooks: Any
+    compiled: Any  # Triton 3.8 and newer unload the function of a kernel that nothing holds
 
 
 def launch(made: Launch, device: torch.device, *arguments: Any) -> None:
@@ -75,7 +76,7 @@ def launch(made: Launch, device: torch.device, *arguments: Any) -> None:
             key = (device, *arguments[kept.pointers : kept.integers], *kinds)
             handle = kept.handles.get(key)
             if handle is not None:
-                run, function, metadata, constants, stream, hooks = handle
+                run, function, metadata, constants, stream, hooks, _ = handle
                 if not (hooks.launch_enter_hook.calls or hooks.launch_exit_hook.calls):
                     rest = arguments[kept.pointers :]
                     at = stream(device.index or 0)
@@ -87,7 +88,7 @@ def launch(made: Launch, device: torch.device, *arguments: Any) -> None:
 
 
 _ELSEWHERE = "on another device"  # where Triton's own launch raises
-TESTED = triton_version() == (3, 6)  # whose launcher takes what `launch` gives it
+TESTED = (3, 6) <= triton_version() <= (3, 9)  # whose launchers take what `launch` gives them
 
 
 def _keep(made: Launch, key: tuple[Any, ...] | None, compiled: Any, arguments: tuple[Any, ...]) -> None:
@@ -108,7 +109,7 @@ def _keep(made: Launch, key: tuple[Any, ...] | None, compiled: Any, arguments: t
             constants = tuple(kept[name] for name in names)
             stream, hooks = driver.active.get_current_stream, knobs.runtime
             run, function, metadata = compiled.run, compiled.function, compiled.packed_metadata
-            kept.handles[key] = _Handle(run, function, metadata, constants, stream, hooks)
+            kept.handles[key] = _Handle(run, function, metadata, constants, stream, hooks, compiled)
 
 
 def ready(made: Launch, device: torch.device, kinds: Sequence[torch.dtype | None], *rest: Any) -> Any:
@@ -127,7 +128,7 @@ def ready(made: Launch, device: torch.device, kinds: Sequence[torch.dtype | None
     handle = kept.handles.get((device, *rest[: kept.integers - kept.pointers], *kinds)) if kept.pointers else None
     if handle is None:
         return None
-    run, function, metadata, constants, stream, hooks = handle
+    run, _, metadata, constants, stream, hooks, _ = handle
     programs, index, last = made.programs, device.index or 0, (*rest, *constants)
     table, kept_back = configs.generation, sm_carveout()
 
@@ -141,7 +142,7 @@ def ready(made: Launch, device: torch.device, kinds: Sequence[torch.dtype | None
             or kept_back != sm_carveout()
         ):
             return False
-        run(programs, 1, 1, stream(index), function, metadata, None, None, None, *addresses, *last)
+        run(programs, 1, 1, stream(index), handle.function, metadata, None, None, None, *addresses, *last)
         return True
 
     return launched

@@ -308,7 +308,12 @@ class ActivationClusters(PiecewiseAffine, Estimator):
         best = max(found, key=lambda n: -torch.inf if found[n].r2 != found[n].r2 else found[n].r2)
         warnings.warn(
             f"target: {best} clusters reach an R² of {found[best].r2:.3f} with the network on held-out samples, below {target}, "
-            f"and no other number up to {max(found)} reaches more; for a larger number call merge(n_clusters=...)",
+            f"and no other number up to {max(found)} reaches more; for a larger number call merge(n_clusters=...)"
+            + (
+                f". One map gives the network's answer more often: {found[1].agreement:.1%} against {found[best].agreement:.1%}"
+                if found[1].agreement > found[best].agreement
+                else ""
+            ),
             stacklevel=3,
         )
         return best, found[best], found[1]

@@ -73,7 +73,8 @@ class LinearPair:
             later = names[names.index(self.name) + 1 :]
             raise ValueError(
                 f"output: got None, want the layer that reads the codes of {self.name!r}: a head is two linear layers without a "
-                f"nonlinearity between them; linear layers after it: {', '.join(map(repr, later[:10])) or 'none'}"
+                "nonlinearity between them; linear layers after it: "
+                + (", ".join(map(repr, later[:10])) or "none; SummaryHead.from_linear makes a head of one nn.Linear")
             )
         self.output_name, self.output = _find(model, "output", output)
         if not isinstance(self.output, nn.Linear | SummaryLinear):

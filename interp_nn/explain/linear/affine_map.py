@@ -368,13 +368,16 @@ class AffineMap:
         try:
             k, k2 = index(k), index(k2)
         except TypeError:
+            kinds = " and ".join(type(of).__name__ for of in (k, k2))
             raise TypeError(
-                f"k, k2: got {k!r} and {k2!r}, want two indices of outputs, the same for all samples"
+                f"k, k2: got {kinds}, want two indices of outputs, the same for all samples; for classes of each sample's own, "
+                "take the difference of two maps' contributions, each from linearize(model, x, classes)"
             ) from None
         output = self._operator.output
         if len(output) != 1 or not all(-output[0] <= i < output[0] for i in (k, k2)):
             raise ValueError(
                 f"k, k2: got {k} and {k2}, want two indices of outputs (n, classes); a sample's outputs are {tuple(output)}"
+                + (": linearize(model, x), without a target, has all of them" if not output else "")
             )
         operator, function = self._operator, self._function
         pair = (k % output[0], k2 % output[0], output[0])

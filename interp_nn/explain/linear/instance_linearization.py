@@ -1,7 +1,7 @@
 """Exact attribution with the interface of captum: what each input adds to an output.
 
-Around x, a network of linear maps and gates is W x + b. Entry j of x then adds exactly W[k, j] x_j to output k, and the
-constant b_k is the rest. On piecewise affine networks W[k, j] x_j is gradient x input.
+Around x, a network of linear maps and gates is W x + c. Entry j of x then adds exactly W[k, j] x_j to output k, and the
+constant c_k is the rest. On piecewise affine networks W[k, j] x_j is gradient x input.
 
 Source: Li et al., arXiv 2310.16295.
 """

@@ -34,7 +34,7 @@ class TokenContributions:
         names: The n logits, as text.
         values: The logits' values by the model itself, (n,).
         contributions: What each token adds, (n, t): the sum of W e over the entries of its embedding e.
-        constants: By layer, in call order, its part of the constant b, (n,).
+        constants: By layer, in call order, its part of the constant, (n,).
 
     Example:
         >>> _ = torch.manual_seed(0)

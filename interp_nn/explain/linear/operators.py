@@ -17,7 +17,7 @@ Vectors = tuple[Tensor, ...]  # one tensor (r, n, *input) for each input
 
 
 class AffineOperator(ABC):
-    """A linear operator W and a constant b for each of n samples.
+    """A linear operator W and a constant for each of n samples.
 
     Attributes:
         n: Number of samples.

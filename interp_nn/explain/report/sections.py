@@ -235,20 +235,20 @@ def reach(facts: Facts) -> Section | str:
     flat = facts.x.flatten(1)
     if not bool((flat != flat[0]).any()):
         return "how far a map holds: all samples are equal, so there is no distance to compare with"
-    rows = []
+    rows, inside, radii = [], [], []
     for i in chosen.tolist():
         radius = abs(float(region(facts.model, facts.x[i : i + 1]).radius(flat[i])))
         others = (flat - flat[i]).norm(dim=1)
         nearest = float(others[others > 0].min())
         rounding = _ROUNDING * torch.finfo(flat.dtype).eps * float(flat[i].norm())
-        radius = radius if radius > rounding else 0.0
         rows.append([i, radius, nearest, radius / nearest])
-    inside = [row for row in rows if row[1] > 0]
-    ties, finding, said = len(rows) - len(inside), "", "All samples lie on a boundary"
+        inside += [rows[-1]] * (radius > rounding)
+        radii.append(radius if radius > rounding else 0.0)
+    ties, finding, said = len(rows) - len(inside), "", "All samples lie on a boundary, within rounding"
     if ties:
         finding = (
-            f"{ties} of {len(rows)} samples {'lies' if ties == 1 else 'lie'} on a boundary: a unit is at 0, or two candidates of "
-            f"a maximum are equal. {'Its' if ties == 1 else 'Their'} distance to a gate is 0 within rounding, so that the map "
+            f"{ties} of {len(rows)} samples {'lies' if ties == 1 else 'lie'} on a boundary, within the rounding of "
+            f"{str(flat.dtype).removeprefix('torch.')}: a unit is at 0, or two candidates of a maximum are equal. There the map "
             "holds at the sample, and not on all sides of it. "
         )
     if inside:
@@ -262,8 +262,8 @@ def reach(facts: Facts) -> Section | str:
         said = (
             f"The nearest gate is {ratio:.2g} times as far as the nearest other sample, in the median of {len(inside)}"
         )
-    names = [f"{row[0]}{'' if row[1] else ' (on a boundary)'}" for row in rows]
-    radii, neighbours = zip(*(row[1:3] for row in rows), strict=True)
+    names = [f"{row[0]}{'' if radius else ' (on a boundary)'}" for row, radius in zip(rows, radii, strict=True)]
+    neighbours = [row[2] for row in rows]
     alt = f"{ties} of {len(rows)} samples {'lies' if ties == 1 else 'lie'} on a boundary."
     if inside:
         ends = min(row[3] for row in inside), max(row[3] for row in inside)
@@ -280,8 +280,8 @@ def reach(facts: Facts) -> Section | str:
         [Table("Distance to the nearest gate", ("sample", "distance", "nearest sample", "ratio"), rows),
          Table("The map beyond its gates, in random directions", columns, steps)],
         [f"By region(model, x).radius(x), for {spaced} evenly spaced samples and those shown one by one, since each region takes "
-         f"time. Euclidean, in the units of the inputs as the network gets them. 0: less than {_ROUNDING} times the rounding of "
-         "the sample.",
+         f"time. Euclidean, in the units of the inputs as the network gets them. On a boundary: less than {_ROUNDING} times the "
+         "rounding of the sample.",
          f"Beyond the gates: frozen(model, x) against the network, at {_DIRECTIONS} random directions from each of these "
          f"{len(rows)} samples. Values are {'margins over the next class at the sample' if several else 'the output'}. Steps "
          "towards other samples may have larger errors."],

@@ -1,9 +1,11 @@
 """A launch by a remembered kernel is the launch that Triton itself would make; kernels are replaced by nothing."""
 
+import gc
 import math
 import os
 import sys
 import threading
+import weakref
 
 import pytest
 import torch
@@ -24,7 +26,7 @@ if interpreting():
     pytest.skip("Triton interprets in this process", allow_module_level=True)
 
 
-remembers = pytest.mark.skipif(not launcher.TESTED, reason="only the launcher of Triton 3.6 is known")
+remembers = pytest.mark.skipif(not launcher.TESTED, reason="only the launchers of Triton 3.6 to 3.9 are known")
 
 
 class Ran:
@@ -96,6 +98,22 @@ def test_another_launch_is_another_kernel(other, ran):
     before = ran.by_triton
     engine.launch(*stream())
     assert ran.by_triton == before and ran.given[-1][:6] == kernel[:6]
+
+
+@remembers
+def test_a_remembered_kernel_is_not_unloaded(ran):
+    """Triton 3.8 and newer unload the code of a kernel that nothing holds."""
+    given = stream()
+    caches = given[0].kernel.device_caches
+    caches.clear()
+    for _ in range(2):
+        engine.launch(*given)
+    (kernel,) = map(weakref.ref, caches[0][0].values())
+    caches.clear()
+    gc.collect()
+    assert kernel() is not None
+    engine.launch(*given)
+    assert ran.by_triton == 2
 
 
 def test_hooks_and_other_versions_go_by_triton(ran, monkeypatch):
@@ -374,8 +392,6 @@ def prepared_step():
 
 @pytest.mark.parametrize("calls", [50, pytest.param(20_000, marks=pytest.mark.slow)])
 def test_prepared_calls_leak_nothing(calls, ran):
-    import gc
-
     step = prepared_step()
     for _ in range(20):
         step()

@@ -416,6 +416,15 @@ def test_merge_says_when_no_few_clusters_reach_the_target():
     assert len(merged.counts_) <= 12 and merged.held_out_.r2 < 0.9999
 
 
+def test_merge_says_where_one_map_gives_the_networks_answer_more_often():
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Linear(6, 24), nn.ReLU(), nn.Linear(24, 24), nn.ReLU(), nn.Linear(24, 3)).double()
+    clusters = ActivationClusters(model).fit(torch.randn(100, 6).double())
+    with pytest.warns(UserWarning, match=r"One map gives the network's answer more often: 100\.0% against 95\.0%$"):
+        merged = clusters.merge(target=0.9999)
+    assert merged.one_map_.agreement > merged.held_out_.agreement
+
+
 def test_merge_of_a_constant_network_and_of_too_few_samples():
     model = mlp(2, 3, 1)
     with torch.no_grad():

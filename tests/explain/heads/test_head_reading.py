@@ -183,7 +183,12 @@ def test_refusals() -> None:
     refused(network(*pair, nn.Softmax(1)), "its outputs are not those of '3'")
     refused(Twice(*network(*pair)), "calls '2' 2 times, want once")
     refused(network(*pair), "output: got None.*; linear layers after it: '3'$", output=None)
-    refused(network(*pair), "two linear layers without a nonlinearity.*after it: none$", layer="3", output=None)
+    refused(
+        network(*pair),
+        "two linear layers without a nonlinearity.*after it: none; SummaryHead.from_linear",
+        layer="3",
+        output=None,
+    )
     folded = network(SummaryHead(D, K, M).fold())
     refused(folded, "got Sequential, .*: for example layer='2.0', output='2.1'$", output=None, error=TypeError)
     nested = network(nn.Sequential(SummaryHead(D, K, M)))

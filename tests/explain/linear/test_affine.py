@@ -270,7 +270,9 @@ def test_composition_contrast_selection_and_dtype():
     logits = nn.Sequential(inner, outer)(x)
     assert relative(contrast(x), logits[:, 2] - logits[:, 0]) <= 1e-13
     assert not whole.contrast(1, 1).weight.any()
-    with pytest.raises(TypeError, match=r"k, k2: got 0 and tensor.*want two indices of outputs"):
+    with pytest.raises(
+        TypeError, match=r"k, k2: got int and Tensor, want two indices of outputs.*own, take the difference"
+    ):
         whole.contrast(0, logits.argmax(1))
     for index in (1, -1, slice(1, 3), torch.tensor([2, 0]), torch.tensor([True, False, True])):
         rows = torch.arange(3)[index].reshape(-1)

@@ -281,13 +281,17 @@ def test_samples_that_are_equal_or_on_a_boundary() -> None:
     assert [row[2] for row in rows] == pytest.approx([1, 1, 1, 2])
     assert float(rows[2][1]) == 0
     assert made.findings["How far around a sample"].startswith("1 of 4 samples lies on a boundary")
-    assert "0 within rounding" in made.findings["How far around a sample"]
+    assert "within the rounding of float32" in made.findings["How far around a sample"]
     assert re.search(r"nearer than that sample for [123] of 3", made.findings["How far around a sample"])
     assert "of the other 3 samples, the map holds up to a distance of 1. " in made.findings["How far around a sample"]
     assert "all samples are equal" in report(model, x[:2], sections=["reach"]).sections[-1].notes[-1]
     x[0, 0], x[2, 1] = 5e-6, 6.0  # near a boundary, and more than rounding away from it; far from the sample on one
     near = report(model, x, sections=["reach"]).findings["How far around a sample"]
     assert near.startswith("1 of 4 samples lies on a boundary")
+    x[2, 0] = 1e-8  # on no boundary, and nearer to one than rounding: the table has the distance
+    made = report(model, x, sections=["reach"])
+    assert made.findings["How far around a sample"].startswith("1 of 4 samples lies on a boundary, within the rounding")
+    assert float(checked(made.html).tables["Distance to the nearest gate"][3][1]) == pytest.approx(1e-8)
 
 
 def test_the_map_beyond_its_gates(table: tuple[nn.Sequential, Tensor, Tensor, list[str]]) -> None:

@@ -16,7 +16,7 @@ D = 512
 # Most loads and stores of spilled registers on GPUs whose tiles were chosen for few: of forwards and backwards of at most 128
 # columns in 16 bits, of other kernels in 16 bits, and in fp32. `auto` takes no loss in fp32. Heads with 100 classes have most;
 # with 10 classes none in 16 bits has 100.
-BOUNDED = (80, 90, 100)
+BOUNDED = (80, 90, 100, 120)
 MOST_SPILLS = {"plain": 8, "16 bits": 400, "fp32": 2800}
 
 
@@ -25,12 +25,12 @@ def most_spills(outcome):
     return MOST_SPILLS["fp32" if outcome.dtype == "fp32" else "plain" if plain else "16 bits"]
 
 
-def refused(capability, name, dtype, n, k, m):
+def refused(capability, name, dtype, n, k, m, d=D):
     """Return True if dispatch leaves the problem to another engine or another kernel."""
     spec, head = spec_for(divmod(capability, 10)), name in HEADS
     classes = m if head else k if name == "pair_loss" else None
     pair = name.startswith("pair")
-    asked = Problem(n, D, k, pair, True, True, classes, head, dtype, spec, f"sm_{capability}")
+    asked = Problem(n, d, k, pair, True, True, classes, head, dtype, spec, f"sm_{capability}")
     flat = name == "flat_loss" and not can_form_logits_from_x("triton", asked)
     return flat or unsupported_reason("triton", asked) is not None
 
