@@ -17,7 +17,7 @@ from interp_nn import trials, tuning
 from interp_nn.engines import limits
 from interp_nn.engines.devices import spec_for
 from interp_nn.engines.limits import unsupported_reason
-from interp_nn.engines.triton import configs, engine
+from interp_nn.engines.triton import configs, engine, launcher, launches
 from interp_nn.engines.triton.configs import TILES, Bucket, fits
 from interp_nn.engines.workers import Workers
 from interp_nn.trials import Group
@@ -99,7 +99,7 @@ def test_every_kernel_is_tuned_in_both_sizes():
 def test_a_group_is_measured_by_a_launch_of_its_kernel_in_its_bucket(group, monkeypatch):
     """Planned for a GPU that is not there; nothing is launched."""
     chosen, kernels, original = [], [], configs.choose
-    monkeypatch.setattr(engine, "_spec", lambda device: HOPPER)
+    monkeypatch.setattr(launches, "spec_on", lambda device: HOPPER)
     monkeypatch.setattr(
         engine, "launch", lambda made, device, *_: kernels.append((made.kernel.__name__, made.constants))
     )
@@ -394,7 +394,9 @@ def test_more_tensor_memory_than_there_is_is_refused(blocks, columns, fits, monk
     kernel = types.SimpleNamespace(warmup=lambda *_, grid, **__: compiled)
     launched = []
     monkeypatch.setattr(engine, "launch", lambda *_: launched.append(True))
-    monkeypatch.setattr(trials, "engine_call", lambda *_: lambda: engine.launch(engine.Launch(kernel, 1, 1, {}), None))
+    monkeypatch.setattr(
+        trials, "engine_call", lambda *_: lambda: engine.launch(launcher.Launch(kernel, 1, 1, {}), None)
+    )
     config = configs.choose(HOPPER, STREAM.bucket(0))._replace(blocks_per_sm=blocks)
     why = trials.attempt(STREAM, config, torch.device("cpu"))
     assert (why, bool(launched)) == (

@@ -135,16 +135,15 @@ def empty_launch(some: Tensor, phases: int) -> None:
 
     All pointers of the launch point at `some`, so that nothing is allocated.
     """
-    from interp_nn.engines.triton import phased
+    from interp_nn.engines.triton import launcher, phased
 
-    engine: Any = engines.unverified("triton")
     device = some.device
     spec = spec_of(device)
     assert spec is not None
-    constants = {"FORM": "B", "PRECISION": "tf32", "PHASES": phases, "BN": 64, "BK": 64, "BD": 32}
+    constants: Any = {"FORM": "B", "PRECISION": "tf32", "PHASES": phases, "BN": 64, "BK": 64, "BD": 32}
     options = {"num_warps": 8, "num_stages": 2, "enable_fp_fusion": True, "launch_cooperative_grid": True}
-    made = engine.Launch(phased.phased_forward, spec.multiprocessors, 1, constants | options)
-    engine.launch(
+    made = launcher.Launch(phased.phased_forward, spec.multiprocessors, 1, constants | options)
+    launcher.launch(
         made, device, some, some, None, None, some, some, some, barrier_counters.counter(device), 0, 0, 0, 16, 1
     )
 

@@ -205,7 +205,7 @@ def _stubbed_launches() -> Iterator[None]:
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction
 
-    from interp_nn.engines.triton import engine
+    from interp_nn.engines.triton import engine, prepared
 
     def compile_nothing(self: Any, key: Any, *_: Any, **__: Any) -> _Kernel:
         made: _Kernel = self.device_caches[0][0].setdefault(key, _Kernel(key))
@@ -228,6 +228,7 @@ def _stubbed_launches() -> Iterator[None]:
             mock.patch.dict(limits._machine_reasons, {"triton": None}),
             mock.patch.object(select, "interpreting", partial(bool, True)),
             mock.patch.object(engine, "counter", {cpu: counter}.__getitem__),
+            mock.patch.object(prepared, "counter", {cpu: counter}.__getitem__),
             mock.patch.object(eager, "check_target", _nothing),  # on a GPU the kernel checks the targets
             interp_nn.use_engine("triton"),
         ):

@@ -97,20 +97,20 @@ class _Model:
     """One kernel for one problem on one GPU."""
 
     def __init__(self, name: str, gpu: Gpu, n: int, d: int, k: int, kernels: Kernels) -> None:
-        from interp_nn.engines.triton import engine  # which imports Triton
+        from interp_nn.engines.triton import launches  # which imports Triton
 
         self.name, self.n, self.d, self.k, self.kernels, self.gpu = name, n, d, k, kernels, gpu
         spec = gpu.spec
-        self.config, self.tiles = engine._common(kernels.configs, _DTYPE, n, d, k, name, spec)
+        self.config, self.tiles = launches.config_and_tiles(kernels.configs, _DTYPE, n, d, k, name, spec)
         self.rows = -(-n // self.tiles.get("BN_A", self.tiles["BN"]))  # tiles of the first loop
         if name == "stream":
             self.jobs, self.splits = self.rows, 1
-            self.programs = engine._programs(spec, self.config, self.rows)
+            self.programs = launches.programs_of(spec, self.config, self.rows)
         else:
-            self.splits = engine._splits(spec, self.config, n, d, self.tiles["BD"])
+            self.splits = launches.splits_of(spec, self.config, n, d, self.tiles["BD"])
             self.jobs = -(-d // self.tiles["BD"]) * self.splits
             first = self.rows if name == "pair_loss" else 1
-            self.programs = engine._programs(spec, self.config, first, self.jobs, -(-d // self.tiles["BC"]))
+            self.programs = launches.programs_of(spec, self.config, first, self.jobs, -(-d // self.tiles["BC"]))
         shared = max(1, -(-self.programs // spec.multiprocessors))  # programs of a multiprocessor
         self.bandwidth = cost.BANDWIDTH * spec.bandwidth
         self.products = _PRODUCTS * spec.matrix_rate / spec.multiprocessors / shared  # of a program

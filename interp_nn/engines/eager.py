@@ -45,6 +45,11 @@ def _columns(x: Tensor, b: Tensor) -> Tensor:
     return b
 
 
+def in_place(x: Tensor, b: Tensor) -> bool:
+    """Return True if `summary` multiplies x and b in their own layouts: two matrices, b not of few columns (see `_columns`)."""
+    return x.dim() == 2 and _columns(x, b) is b
+
+
 def _correlate(x: Tensor, y: Tensor) -> Tensor:
     """Return xᵀ y, column-major for few columns (see `_columns`)."""
     return (y.mT @ x).mT if y.shape[-1] < _FEW_COLUMNS and y.is_cpu else x.mT @ y

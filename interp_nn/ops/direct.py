@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from torch import Tensor, is_grad_enabled
+from torch import Tensor, addmm, is_grad_enabled
 from torch.autograd import Function
 
 from interp_nn import engines
@@ -45,6 +45,7 @@ class Call:
         pair: The projection is returned too.
         options: A loss's options.
         factors: The products of a plan of a summary that is left to PyTorch's autograd, else None.
+        products: The same if `eager.in_place` holds, else None.
         late: A loss's gradients are computed in the backward; None before the first call.
         forward: `Engine.prepared_forward`, or None.
         backward: `Engine.prepared_backward` by the given upstreams and the needed gradients.
@@ -52,11 +53,16 @@ class Call:
         scale: `Engine.prepared_scale` by the number of gradients.
     """
 
-    __slots__ = ("backward", "factors", "forward", "late", "loss", "options", "pair", "plan", "scale", "tries")
+    __slots__ = (
+        "backward", "factors", "forward", "late", "loss", "options", "pair", "plan", "products", "scale", "tries",
+    )  # fmt: skip
 
-    def __init__(self, plan: Plan, pair: bool = False, options: LossOptions | None = None) -> None:
+    def __init__(
+        self, plan: Plan, pair: bool = False, options: LossOptions | None = None, in_place: bool = False
+    ) -> None:
         self.plan, self.pair, self.options = plan, pair, options
         self.factors = eager.FACTORS.get(plan.order) if plan.autograd else None
+        self.products = self.factors if in_place else None
         self.late: bool | None = None
         self.forward: PreparedForward | None = None
         self.backward: dict[tuple[bool, ...], tuple[_Check, PreparedBackward]] = {}
@@ -243,6 +249,10 @@ def _polynomial_backward(
 
 def summary(x: Tensor, b: Tensor, bias: Tensor | None, call: Call) -> Tensor:
     """Return X b (bᵀb) + bias."""
+    products = call.products
+    if products is not None:  # the shortest way, for few rows
+        _, left, right = products(x, b)
+        return left @ right if bias is None else addmm(bias, left, right)
     y: Tensor
     if call.factors is not None:
         y = eager.summary(x if x.dim() == 2 else as_rows(x), b, bias, call.factors)

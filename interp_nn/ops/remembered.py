@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, is_grad_enabled
 from torch.compiler import is_compiling, is_dynamo_compiling
+from torch.nn import Parameter
 
+from interp_nn.engines import eager
 from interp_nn.engines.devices import fp32_precision
 from interp_nn.engines.problem import LossOptions
 from interp_nn.engines.select import requested_now
@@ -37,9 +39,10 @@ from interp_nn.ops.validation import (
 )
 
 _MOST_PLANS, _MOST_RECENT = 4096, 8
-# Calls by all that they depend on; and the latest ones of the same shapes, by `_keep_recent`.
-plans: dict[tuple[object, ...], Any] = {}
+# Calls by all that they depend on; the latest ones of the same shapes, by `_keep_recent`; and the very latest one by its b.
+plans: dict[object, Any] = {}
 EQUAL_WEIGHTS = (1.0, 1.0, 1.0)
+_LOOKS = False, True  # for the latest call of this b, and for calls of these shapes
 _NUMBERS = frozenset((int, float))
 
 
@@ -56,21 +59,31 @@ def planned(
     """
     state: tuple[object, ...] = ()
     if given is None and not is_dynamo_compiling():
-        try:
-            state = x.shape, b.shape, pair, is_grad_enabled()
-            recent = plans.get(state, ())
-        except (AttributeError, TypeError):  # of an x that is no tensor, or whose sizes are symbols
-            state, recent = (), ()
-        for check, call, without, engine, precision in recent:
-            if (
-                without is (bias is None)
-                and (check(x, b) if bias is None else check(x, b, bias))
-                and engine == requested_now()
-                and (precision is None or precision == fp32_precision("cuda", "matmul"))
-                and not followed.get()
-                and (call.plan.autograd or unwatched())  # plain products are the same for whoever looks into the call
-            ):
-                return x, b, bias, call, True
+        place = id(b) if type(b) is Parameter else None
+        recent = plans.get(place, ())
+        for by_shape in _LOOKS:
+            if by_shape:
+                try:
+                    state = x.shape, b.shape, pair, is_grad_enabled()
+                    recent = plans.get(state, ())
+                except (AttributeError, TypeError):  # of an x that is no tensor, or whose sizes are symbols
+                    state = ()
+                    break
+            for entry in recent:
+                check, call, of_pair, graph, without, engine, precision, is_plain = entry
+                if (
+                    of_pair is pair
+                    and without is (bias is None)
+                    and graph is is_grad_enabled()
+                    and (check(x, b) if without else check(x, b, bias))
+                    and engine == requested_now()
+                    and (precision is None or precision == fp32_precision("cuda", "matmul"))
+                    and not followed.get()
+                    and (is_plain or unwatched())
+                ):
+                    if by_shape:
+                        _remember(place, (entry,))
+                    return x, b, bias, call, True
     key: tuple[object, ...] | None = None
     plain = type(x) in PLAIN and type(b) in PLAIN and (bias is None or type(bias) in PLAIN)
     passes = plain and ordinary() and not any_batched(x, b, bias)
@@ -98,29 +111,33 @@ def planned(
             passes = passes and PLAIN.issuperset(map(type, tensors)) and not any_batched(*tensors)
         if call is not None:
             if passes and not autocast:
-                _keep_recent(state, call, bias is None, x, b, bias)
+                _keep_recent(state, call, (pair, is_grad_enabled(), bias is None), x, b, bias)
             return x, b, bias, call, passes
     x, b = matrices(x, b, sharded=True)
     if bias is not None:
         _, bias = operands(b, "b", True, bias=bias)
         if bias.dim() != 1 or bias.shape[0] != b.shape[1]:
             raise ValueError(f"bias: got shape {shape_of(bias)}, want ({b.shape[1]},) for b of shape {shape_of(b)}")
-    call = direct.Call(summary.choose(x, b, pair, *(() if given is None else degree_of(given))), pair)
+    plan = summary.choose(x, b, pair, *(() if given is None else degree_of(given)))
+    call = direct.Call(plan, pair, in_place=key is not None and eager.in_place(x, b))
     if key is not None:
         _remember(key, call)
     return x, b, bias, call, passes
 
 
-def _keep_recent(state: tuple[object, ...], call: direct.Call, without: bool, *tensors: Tensor | None) -> None:
-    """Keep a call in the first place among the latest ones of a state, with all that it depends on beside the state.
+def _keep_recent(
+    state: tuple[object, ...], call: direct.Call, beside: tuple[object, ...], *tensors: Tensor | None
+) -> None:
+    """Keep a call in the first place among the latest ones of a state, with all that it depends on.
 
     PyTorch's guard of compiled functions compares type, dtype, device, sizes, strides and requires_grad of all tensors in one
-    call, and the dispatch keys, among them those of transforms, autocast and tracing; `unwatched` sees the rest.
+    call, and the dispatch keys, among them those of transforms, autocast and tracing; `unwatched` sees the rest. Plain products
+    for PyTorch's autograd are the same for whoever looks into the call.
 
     Args:
-        state: Shapes, options and grad mode, which the guard does not see.
+        state: Shapes, and all that the guard does not see.
         call: The call.
-        without: The bias is None.
+        beside: Options, grad mode and None among the arguments, which the guard does not see.
         tensors: The arguments.
     """
     given = [t for t in tensors if t is not None]
@@ -128,13 +145,14 @@ def _keep_recent(state: tuple[object, ...], call: direct.Call, without: bool, *t
     if check is not None:
         # On a CPU nothing depends on how GPUs multiply, unless a kernel is asked for.
         precise = call.plan.engine != "eager" or given[0].device.type != "cpu"
-        entry = check, call, without, requested_now(), fp32_precision("cuda", "matmul") if precise else None
+        precision = fp32_precision("cuda", "matmul") if precise else None
+        entry = check, call, *beside, requested_now(), precision, call.plan.autograd
         _remember(state, (entry, *plans.get(state, ())[: _MOST_RECENT - 1]))
 
 
-def _remember(key: tuple[object, ...], value: object) -> None:
+def _remember(key: object, value: object) -> None:
     """Remember a value, in the place of the oldest one where there are many."""
-    while len(plans) >= _MOST_PLANS:
+    while len(plans) >= _MOST_PLANS and key not in plans:
         with suppress(KeyError, RuntimeError, StopIteration):  # of another thread that does the same
             del plans[next(iter(plans))]
     plans[key] = value
@@ -158,7 +176,7 @@ def loss_call(
             recent = plans.get(state, ())
         except (AttributeError, TypeError):
             state, recent = (), ()
-        for check, call, without, engine, precision in recent:
+        for check, call, without, engine, precision, is_plain in recent:
             if (
                 without is (c is None)
                 and (
@@ -171,13 +189,13 @@ def loss_call(
                 and engine == requested_now()
                 and (precision is None or precision == fp32_precision("cuda", "matmul"))
                 and not followed.get()
-                and (call.plan.autograd or unwatched())
+                and (is_plain or unwatched())
             ):
                 return call, None
     key = _loss_key(x, b, a, c, target, weights, ignore_index, reduction)
     found = None if key is None else plans.get(key)
     if found is not None:
-        _keep_recent(state, found, c is None, x, b, target, a, c)
+        _keep_recent(state, found, (c is None,), x, b, target, a, c)
     return found, key
 
 

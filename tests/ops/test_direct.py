@@ -373,6 +373,7 @@ CHANGES = {
     "dtype": [torch.float32, torch.float64, torch.bfloat16],
     "dtype of b": [None, torch.float64, torch.float8_e5m2],
     "x needs": [False, True],
+    "parameter": [False, True],
     "b needs": [False, True],
     "bias": [None, "right", "long", "float64"],
     "grad mode": [True, False],
@@ -403,6 +404,7 @@ def outcome(state, probe):
     x = laid_out(torch.randn(*state["leading"], n, d, dtype=dtype), state["x"])
     b = laid_out(torch.randn(d, k, dtype=dtype), state["b"]).to(state["dtype of b"] or dtype)
     x, b = x.requires_grad_(state["x needs"]), b.requires_grad_(state["b needs"])
+    b = torch.nn.Parameter(b.detach(), b.requires_grad) if state["parameter"] else b
     kind = state["bias"]
     bias = (
         None if kind is None else torch.randn(k + (kind == "long"), dtype=torch.float64 if kind == "float64" else dtype)
@@ -622,7 +624,7 @@ def test_many_calls_leak_nothing(calls, operators_only):
         torch.autograd.grad(functional.summary(x, b).sum(), (x, b))
         torch.autograd.grad(functional.summary_cross_entropy(x, b, target), (x, b))
 
-    for _ in range(2):  # the second is the one that is remembered by its tensors
+    for _ in range(3):  # the second is remembered by its tensors, the third by its b too
         call()
     gc.collect()
     before, plans = len(gc.get_objects()), len(remembered.plans)

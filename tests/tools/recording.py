@@ -12,7 +12,8 @@ import torch
 from offline import Launch
 
 from interp_nn.engines.devices import spec_for
-from interp_nn.engines.triton import engine
+from interp_nn.engines.triton import engine, launcher
+from interp_nn.engines.triton import launches as planned
 
 
 @contextlib.contextmanager
@@ -26,7 +27,7 @@ def recording(capability: int, fp32_precision: str | None = None) -> Iterator[li
         raise ValueError(f"no GPU is known of capability {capability}")
     launches: list[Launch] = []
 
-    def record(plan: engine.Launch, device: torch.device, *arguments: Any) -> None:
+    def record(plan: launcher.Launch, device: torch.device, *arguments: Any) -> None:
         named = {param.name for param in plan.kernel.params}
         constants = {name: value for name, value in plan.constants.items() if name in named}
         options = {name: value for name, value in plan.constants.items() if name not in named}
@@ -34,7 +35,7 @@ def recording(capability: int, fp32_precision: str | None = None) -> Iterator[li
 
     switch = torch.backends.cuda.matmul
     before = switch.fp32_precision
-    with mock.patch.object(engine, "_spec", return_value=spec), mock.patch.object(engine, "launch", record):
+    with mock.patch.object(planned, "spec_on", return_value=spec), mock.patch.object(engine, "launch", record):
         try:
             if fp32_precision is not None:
                 switch.fp32_precision = fp32_precision

@@ -2,6 +2,7 @@
 
 import gc
 import math
+import os
 import sys
 import threading
 import weakref
@@ -18,14 +19,14 @@ from benchmarks.timing import host
 from interp_nn import functional
 from interp_nn.engines.devices import interpreting
 from interp_nn.engines.problem import LossOptions, Plan
-from interp_nn.engines.triton import configs, engine
+from interp_nn.engines.triton import configs, engine, launcher, launches, prepared
 from interp_nn.ops import direct, remembered
 
 if interpreting():
     pytest.skip("Triton interprets in this process", allow_module_level=True)
 
 
-remembers = pytest.mark.skipif(not engine._TESTED, reason="only the launchers of Triton 3.6 to 3.9 are known")
+remembers = pytest.mark.skipif(not launcher.TESTED, reason="only the launchers of Triton 3.6 to 3.9 are known")
 
 
 class Ran:
@@ -60,7 +61,7 @@ def ran(monkeypatch):
 
 def stream(n=64, d=64, k=16, dtype=torch.bfloat16, bias=True, offset=0):
     """The arguments of a launch of the forward, its first tensor so many elements from an aligned address."""
-    made = engine._stream_launch((), engine._spec(torch.device("cpu")), dtype, n, d, k, False, "tf32", None)
+    made = launches.stream_launch((), launches.spec_on(torch.device("cpu")), dtype, n, d, k, False, "tf32", None)
     x = torch.zeros(n * d + 8, dtype=dtype)[offset : offset + n * d].view(n, d)
     b, y, g = (torch.zeros(*shape, dtype=dtype) for shape in ((d, k), (n, k), (k, k)))
     return made, x.device, x, b, torch.zeros(k, dtype=dtype) if bias else None, None, y, g, None, None, None, n, d
@@ -129,7 +130,7 @@ def test_hooks_and_other_versions_go_by_triton(ran, monkeypatch):
         knobs.runtime.launch_enter_hook.remove(called.append)
     assert ran.by_triton == before + 1
     configs._forget()
-    monkeypatch.setattr(engine, "_TESTED", False)
+    monkeypatch.setattr(launcher, "TESTED", False)
     before = ran.by_triton
     for _ in range(4):
         engine.launch(*stream())
@@ -182,7 +183,9 @@ def test_every_kernel_is_remembered(call, ran):
 def test_the_precision_follows_pytorchs_switch(ran, monkeypatch):
     """Also of the remembered plan."""
     x, b = torch.randn(64, 64), torch.randn(64, 16)
-    place = engine._stream_launch((), engine._spec(x.device), x.dtype, 64, 64, 16, False, "tf32", None).kernel.arg_names
+    place = launches.stream_launch(
+        (), launches.spec_on(x.device), x.dtype, 64, 64, 16, False, "tf32", None
+    ).kernel.arg_names
 
     def precision():
         functional.summary(x, b)
@@ -232,7 +235,7 @@ def test_prepared_calls_leave_hooks_and_other_tables_to_triton(op, ran):
 @pytest.mark.parametrize("op", [functional.summary, functional.summary_cross_entropy])
 def test_triton_makes_every_launch_of_other_versions(op, ran, monkeypatch):
     """Their launchers may take other arguments."""
-    monkeypatch.setattr(engine, "_TESTED", False)
+    monkeypatch.setattr(launcher, "TESTED", False)
     x, b = torch.randn(64, 32, requires_grad=True), torch.randn(32, 16)
     given = (x, b) if op is functional.summary else (x, b, torch.zeros(64, dtype=torch.int64))
     for _ in range(8):
@@ -432,11 +435,39 @@ def test_threads_share_prepared_calls(ran):
     assert not failed
 
 
+@remembers
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+def test_a_forked_process_has_its_own_remembered_launches(ran):
+    """What it forgets and remembers again is its own, and its launches are those of its parent."""
+
+    def given():
+        ran.given.clear()
+        before = ran.by_triton
+        functional.summary(x, b)
+        return ran.by_triton - before, ran.given[-1][:6], ran.given[-1][-12:]
+
+    x, b = torch.randn(64, 32), torch.randn(32, 16)
+    for _ in range(8):
+        want = given()
+    child = os.fork()
+    if not child:
+        good = given() == want
+        configs._forget()
+        remembered.plans.clear()
+        again = given()
+        os._exit(0 if good and again[0] == 1 and again[1:2] == want[1:2] else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert want[0] == 0 and given() == want
+
+
 def test_the_workspaces_of_a_prepared_call_are_one_allocation(ran, monkeypatch):
     """Each begins at a multiple of 16 bytes behind the others."""
     made = []
-    allocate = engine.allocator(torch.device("cpu"))
-    monkeypatch.setattr(engine, "allocator", lambda _: lambda *given: made.append(allocate(*given)) or made[-1])
+    from interp_nn.engines import barrier
+
+    allocate = barrier.allocator(torch.device("cpu"))
+    monkeypatch.setattr(prepared, "allocator", lambda _: lambda *given: made.append(allocate(*given)) or made[-1])
     step = prepared_step()
     for _ in range(8):
         step()

@@ -11,7 +11,7 @@ import interp_nn
 from interp_nn import functional
 from interp_nn.engines.devices import DeviceSpec, spec_for
 from interp_nn.engines.problem import Config
-from interp_nn.engines.triton import configs, engine
+from interp_nn.engines.triton import configs, engine, launches
 from interp_nn.ops import remembered
 
 # Small tiles, so that small problems have several tiles and splits.
@@ -47,10 +47,10 @@ def device(monkeypatch, programs, tiny=False, scratch=False, rows=None):
         return config._replace(scratch=scratch) if tiny else config
 
     with monkeypatch.context() as patch:
-        patch.setattr(engine, "_spec", lambda device: found)
+        patch.setattr(launches, "spec_on", lambda device: found)
         patch.setattr(configs, "choose", choose)
         if rows is not None:
-            patch.setattr(engine, "_ROWS_A_SPLIT", rows)
+            patch.setattr(launches, "_ROWS_A_SPLIT", rows)
         forget()
         yield
     forget()

@@ -14,7 +14,7 @@ from interp_nn import functional
 from interp_nn.engines import eager, select, verify
 from interp_nn.engines.devices import spec_for
 from interp_nn.engines.problem import HEAD_ORDERS, Config, LossOptions, Plan
-from interp_nn.engines.triton import backward
+from interp_nn.engines.triton import backward, launches
 from interp_nn.engines.triton import engine as triton_engine
 
 
@@ -96,11 +96,11 @@ def test_compiled_without_a_break_for_many_columns(engine):
 def test_backwards_occupy_the_gpu(d):
     """Column tiles of 128 features on 132 multiprocessors: at most a sixth of the places is idle."""
     strips, spec = -(-d // 128), spec_for((9, 0))
-    splits = triton_engine._splits(spec, Config((64, 128, 16)), 65536, d, 128)
+    splits = launches.splits_of(spec, Config((64, 128, 16)), 65536, d, 128)
     turns = -(-strips * splits // spec.multiprocessors)
     assert strips * splits / (turns * spec.multiprocessors) > 5 / 6
     assert splits * d * 128 < 2**31  # kernels address the parts in 32 bits
-    assert triton_engine._splits(spec, Config((64, 128, 16)), 300, d, 128) <= 2
+    assert launches.splits_of(spec, Config((64, 128, 16)), 300, d, 128) <= 2
 
 
 def test_nothing_needs_to_be_patched():
