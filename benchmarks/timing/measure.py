@@ -25,7 +25,7 @@ from benchmarks.timing.roofline import Ceiling
 
 # "events" times calls as a program makes them, "graph" replays them without the host, "host" is the host's share alone.
 TIMERS = {"cpu": ("wall",), "cuda": ("events", "graph", "host")}
-_SAMPLE_MS = 1.0  # the shortest sample on a GPU: events of a shorter one time the host
+_SAMPLE_MS = 1.0  # the shortest sample: in a shorter one events time a GPU's host, and a CPU call finds cold caches
 _HOST_CALLS = 50  # calls in a sample of the host, fewer than the driver queues
 _MOST = 500  # samples
 _FAR, _LONG = 5, 0.5  # a call slower than both, times the fastest and seconds, has its trials as its samples
@@ -263,8 +263,8 @@ def _sampler(
         with provider.using():
             return clocks.on_events(capture(everything, asked.device)[0].replay, sets)
     turn = itertools.cycle(range(sets))
-    on_gpu = max(1, min(4 * sets, round(_SAMPLE_MS / max(1e3 * seconds, 1e-4))))
-    calls = {"wall": 1, "host": _HOST_CALLS}.get(asked.timer, on_gpu)
+    enough = max(1, round(_SAMPLE_MS / max(1e3 * seconds, 1e-4)))
+    calls = {"wall": enough, "host": _HOST_CALLS}.get(asked.timer, min(4 * sets, enough))
 
     def work() -> None:
         for _ in range(calls):

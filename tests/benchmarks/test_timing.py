@@ -61,6 +61,17 @@ def measured(problem, modes, names=SMALL, asked=ASKED):
     return {(row["mode"], row["provider"]): row for row in writer.rows}
 
 
+def test_a_sample_of_quick_calls_takes_a_millisecond():
+    class Quick:
+        using = contextlib.nullcontext
+
+    calls = []
+    for seconds, wanted in ((1e-5, 100), (2e-3, 1)):
+        measure._sampler(Quick, calls.append, seconds, 2, ASKED)()
+        assert calls == [i % 2 for i in range(wanted)]
+        calls.clear()
+
+
 @pytest.mark.parametrize(
     ("problem", "modes"),
     [
