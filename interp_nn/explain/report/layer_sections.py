@@ -34,9 +34,15 @@ def head(facts: Facts) -> Section | str:
     agreement = table.agreement.tolist()
     enough = next(i for i, value in enumerate(agreement, 1) if value >= 0.99)
     n, k, m = len(facts.x), len(agreement), facts.outputs.shape[1]
-    said = f"The {enough} most important of {k} latents give the network's answer for {agreement[enough - 1]:.1%} of {n} samples"
-    if enough > 1:
-        said += f", {enough - 1} for {agreement[enough - 2]:.1%}"
+    if enough < k:
+        said = f"The {enough} most important of {k} latents give the network's answer for "
+        said += f"{agreement[enough - 1]:.1%} of {n} samples"
+        said += f", {enough - 1} for {agreement[enough - 2]:.1%}" if enough > 1 else ""
+    elif k > 1:
+        said = f"All {k} latents are needed for the network's answer: {k - 1} of them give it for "
+        said += f"{agreement[-2]:.1%} of {n} samples"
+    else:
+        said = "There is one latent"
     why = f"{'This' if silent == k - m else f'At least {k - m}'} must be so: {m} outputs depend on at most {m} directions. "
     finding = (
         f"{said}. {f'{silent} of the {k} change no output. ' if silent else ''}{why if silent >= k - m > 0 else ''}"

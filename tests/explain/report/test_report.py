@@ -294,6 +294,21 @@ def test_samples_that_are_equal_or_on_a_boundary() -> None:
     assert float(checked(made.html).tables["Distance to the nearest gate"][3][1]) == pytest.approx(1e-8)
 
 
+def test_a_head_that_needs_all_its_latents() -> None:
+    torch.manual_seed(0)
+    for latents, said in (
+        (2, r"All 2 latents are needed for .*: 1 of them give it for \d+\.\d% of 60 samples"),
+        (1, "There is one latent"),
+    ):
+        model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, latents), nn.Linear(latents, 3)).eval()
+        with torch.no_grad():
+            model[-1].weight.copy_(torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, -1.0]])[:, :latents])
+            model[-1].bias.zero_()
+            model[-2].bias.sub_(model[:3](torch.randn(200, 4)).mean(0))
+        made = report(model, torch.randn(60, 4), sections=["head"])
+        assert re.match(said, made.findings["The head"])
+
+
 def test_the_map_beyond_its_gates(table: tuple[nn.Sequential, Tensor, Tensor, list[str]]) -> None:
     model, x, y, _ = table
     made = report(model, x, y, sections=["reach"])
