@@ -301,7 +301,9 @@ def affine_plot(
     if class_names is not None and contrast is not None and len(titles) == contrast[2]:
         titles = [f"{titles[contrast[0]]} - {titles[contrast[1]]}"]
     if len(titles) != k:
-        pair = "" if contrast is None else f", or {contrast[2]}, those of the outputs that were contrasted"
+        pair = ", that of the target" if k == 1 else ""
+        if contrast is not None:
+            pair = f", or {contrast[2]}, those of the outputs that were contrasted"
         raise ValueError(f"class_names: got {len(titles)} names, want {k}, one for each output{pair}")
     contributions = affine.contributions(x).detach().reshape(n, -1, *x.shape[1:])
     values = constants + contributions.flatten(2).sum(2)

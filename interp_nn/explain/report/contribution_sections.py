@@ -94,7 +94,8 @@ def _decided(facts: Facts) -> str:
     if outputs > 1:
         does = "the other class would win"
     if outputs > 2:  # of which only the two that are explained are compared
-        does, none = "another class would win", f"{none} against the class that they are explained over"
+        does = "the predicted class would lose to the one that it is explained over"
+        none = f"{none} against the class that they are explained over"
     shown = [str(i) for i in facts.shown.values() if facts.decided[facts.place(i)]]
     among = f", among them {listed(shown)}, shown below" if shown else ""
     return f" Without the constant, {does} in {count} of {n} samples{among}." if count else f" {none}."

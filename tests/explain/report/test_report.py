@@ -226,8 +226,8 @@ def test_errors_are_explained_over_the_true_class() -> None:
     assert "Sample 4 is the nearest to another answer: 2 is ahead of 0 by 0.4." in said
     assert "The answer is wrong: the true class is 0. The constant, 0.5, decides it." in said
     assert (
-        "Without the constant, another class would win in 1 of 6 samples, among them 4, shown below."
-        in made.findings["What counts"]
+        "Without the constant, the predicted class would lose to the one that it is explained over in 1 of 6 samples, "
+        "among them 4, shown below." in made.findings["What counts"]
     )
     # 2 for 0, 0 for 2, 1 for 0 and 0 for 1: once each.
     assert "The 4 errors are all different" in made.findings["How good it is"]
