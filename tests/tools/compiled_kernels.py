@@ -130,6 +130,7 @@ def _lines(record, now, before):
         "code, and in parentheses those in a loop. Others run at most once for each tile.\nLosses are of k classes for a pair, "
         "of ten for a head."
     )
+    yield "\n<!-- begin: python tests/tools/compiled_kernels.py page benchmarks/results/compiled/triton.json -->"
     shown_dtypes = [dtype for dtype in DTYPES if any(key[2] == dtype for key in now)]
     for dtype, capability in itertools.product(shown_dtypes, CAPABILITIES):
         yield f"\n## {dtype}, sm_{capability}\n"
@@ -144,6 +145,7 @@ def _lines(record, now, before):
                 shown = " | ".join(new if old in (None, new) else f"{old} → {new}" for old, new in cells)
                 mark = "" if key in before or not compared else " *"
                 yield f"| {key[0]}{mark} | {key[3]} | {shown} |"
+    yield "\n<!-- end -->"
 
 
 def _cells(row):
