@@ -439,7 +439,7 @@ def test_threads_share_prepared_calls(ran):
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 def test_a_forked_process_has_its_own_remembered_launches(ran):
-    """What it forgets and remembers again is its own, and its launches are those of its parent."""
+    """A child makes the launches of its parent, and forgets and remembers for itself."""
 
     def given():
         ran.given.clear()
