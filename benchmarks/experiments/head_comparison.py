@@ -40,12 +40,16 @@ class Published(NamedTuple):
 
 
 class Variant(NamedTuple):
-    """A head ("mlp" or "summary") on the body, with or without its ReLU, and the reference's results."""
+    """A head ("mlp" or "summary") on the body, with or without its ReLU, and the reference's results.
+
+    `reconstruction` is the weight of the summary head's reconstruction loss.
+    """
 
     head: str
     reference_init: bool = False
     relu: bool = True
     published: Published | None = None
+    reconstruction: float = 0.0
 
 
 class Study(NamedTuple):
@@ -85,6 +89,7 @@ STUDIES = {
         {
             BASE: Variant("mlp", published=Published(0.5658, 0.7041, 0.7120, 252.4)),
             "summary, orthogonal": Variant("summary"),
+            "summary, orthogonal, reconstruction": Variant("summary", reconstruction=1.0),
             "summary, reference's init": Variant("summary", True),
             "no ReLU: summary, orthogonal": Variant("summary", relu=False),
             "no ReLU: summary, reference's init": Variant(
@@ -115,9 +120,10 @@ def build(study: Study, name: str, classes: int = 10) -> Network:
     network = NETWORKS[variant.head](3, 32, study.architecture, classes)
     if not variant.relu:
         network.body = nn.Sequential(*(layer for layer in network.body if not isinstance(layer, nn.ReLU)))
-    if variant.reference_init:
-        assert isinstance(network, SummaryNetwork)
-        as_reference_(network.head)
+    if isinstance(network, SummaryNetwork):
+        network.reconstruction = variant.reconstruction
+        if variant.reference_init:
+            as_reference_(network.head)
     return network
 
 
@@ -144,7 +150,10 @@ def loss(network: nn.Module, x: Tensor, y: Tensor) -> Tensor:
 
 
 def measures(chosen: datasets.Images, network: nn.Module) -> dict[str, float]:
-    """Return test accuracies in evaluation mode and with dropout, and a summary head's orthogonality defect."""
+    """Return test accuracies in evaluation mode and with dropout.
+
+    Of a summary head also its orthogonality defect, and the share of the test features' variance that its codes explain.
+    """
     found = images.accuracy_on(chosen)(network)
     found["accuracy_as_scored"] = found["accuracy"]
     if any(isinstance(module, nn.Dropout) for module in network.modules()):
@@ -153,6 +162,9 @@ def measures(chosen: datasets.Images, network: nn.Module) -> dict[str, float]:
         network.eval()
     if isinstance(network, SummaryNetwork):
         found["defect"] = network.head.orthogonality_defect()
+        with torch.no_grad():
+            features = torch.cat([network.body(x) for x in chosen.x_test.split(250)])
+        found["explained_variance"] = network.head.explained_variance(features)
     return found
 
 

@@ -84,7 +84,12 @@ class MLPNetwork(nn.Module):
 
 
 class SummaryNetwork(nn.Module):
-    """The same body and a SummaryHead, features-latent-classes, trained by the three-term loss."""
+    """The same body and a SummaryHead, features-latent-classes, trained by the three-term loss.
+
+    The attribute `reconstruction` is the weight of a fourth term, by which the codes come to explain the features.
+    """
+
+    reconstruction = 0.0
 
     def __init__(self, channels: int, size: int, architecture: str = "cnn", classes: int = CLASSES) -> None:
         super().__init__()
@@ -97,8 +102,8 @@ class SummaryNetwork(nn.Module):
         return self.head(self.body(images))
 
     def loss(self, images: Tensor, target: Tensor) -> Tensor:
-        """Return CE(o1) + CE(o2) + MSE(o1, o2) from the features."""
-        return self.head.loss(self.body(images), target)
+        """Return CE(o1) + CE(o2) + MSE(o1, o2) from the features, and the reconstruction's term."""
+        return self.head.loss(self.body(images), target, reconstruction=self.reconstruction)
 
 
 class LinearNetwork(nn.Module):

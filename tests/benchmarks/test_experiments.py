@@ -315,6 +315,11 @@ def test_heads_of_the_small_cnn(run, folder):
     assert list(results["networks"]) == list(head_comparison.STUDIES["summary_cnn"].variants)
     first = {row["network"]: row["history"]["loss"][0] for row in results["trainings"]}
     assert first["summary, orthogonal"] < 10 < 100 < first["summary, reference's init"]  # of an outlying singular value
+    assert (
+        0 < first["summary, orthogonal, reconstruction"] - first["summary, orthogonal"] < 2
+    )  # the share that is missed
+    explained = {row["network"]: row["history"].get("explained_variance") for row in results["trainings"]}
+    assert explained["base head"] is None and 0 < explained["summary, orthogonal"][-1] <= 1
 
 
 def test_a_variant_and_a_seed_of_the_small_cnn_are_a_row(folder, tmp_path, capsys):
