@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from benchmarks.experiments import common
 from benchmarks.experiments.gated_images import RECOVERED
+from benchmarks.experiments.head_comparison import STUDIES
 from benchmarks.records import environment, rows
 
 Record = dict[str, Any]
@@ -49,7 +50,12 @@ _LEAST = "{} of ReLU, last epoch, %"  # of regimes that are said to recover a sh
 # The lines that answer a published claim with a budget that means something.
 HEADLINES = {
     "summary_vgg": ("base head, %", "summary head, reference's init, %", "summary head, orthogonal, %"),
-    "summary_cnn": ("base head, %", "no ReLU: summary, reference's init, %", "summary, orthogonal, %"),
+    "summary_cnn": (
+        "base head, last epoch, %",
+        "summary, orthogonal, last epoch, %",
+        "summary, orthogonal, reconstruction, last epoch, %",
+        "no ReLU: summary, reference's init, %",
+    ),
     "dlgn_recovery-cifar10": (_LEAST.format("DLGN(x)"), _LEAST.format("DLGN(1)")),
     "dlgn_recovery-cifar100": (_LEAST.format("DLGN(x)"), _LEAST.format("DLGN(1)")),
     "oblique_trees": ("SDI, DLGN-SF, %", "SDI, DLGN, %", "SDII, DLGN-SF, %", "SDII, DLGN, %"),
@@ -67,18 +73,17 @@ def read(root: Path = environment.ROOT / "benchmarks" / "results") -> list[Recor
 
 
 def _records(file: Path) -> list[Record]:
-    """Read the record of a file, or make one for each network of the units beside it."""
-    if file.exists():
-        return [_record(file)]
+    """Read the record of a file, and make one for each network of the units beside it."""
     units = file.with_suffix(".jsonl")
-    return _units(units) if file.stem.startswith("dlgn_recovery") and units.exists() else []
+    return [*([_record(file)] if file.exists() else []), *(_units(units) if units.exists() else [])]
 
 
 def _units(file: Path) -> list[Record]:
     """Return a record of the seeds of each network, of the newest training's budget, with the ReLU network's accuracies."""
     try:
         found = rows.lines(file)
-        same = {key: found[-1][key] for key in ("dataset", "epochs", "batch", "train_images", "device")}
+        dataset = ("dataset",) if file.stem.startswith("dlgn_recovery") else ()
+        same = {key: found[-1][key] for key in (*dataset, "epochs", "batch", "train_images", "test_images", "device")}
         trained = [row for row in found if same.items() <= row.items()]
         relu = {row["seed"]: row["last_accuracy"] for row in trained if row["network"] == "ReLU"}
         return [
@@ -178,6 +183,9 @@ def _epochs(one: Record) -> float:
 
 
 def _heads(one: Record) -> Iterator[Line]:
+    if "network" in one:
+        yield from _head_of_seeds(one)
+        return
     networks = one["results"]["networks"]
     base = next(iter(networks.values()))
     for name, row in networks.items():
@@ -190,6 +198,17 @@ def _heads(one: Record) -> Iterator[Line]:
             ours += f"; time x {row['step_over_base']:.2f}"
             published += f"; time x {known['seconds'] / base['published']['seconds']:.2f}" if known else ""
         yield Line(f"{name}, %", published, ours, row["epochs"]["mean"])
+
+
+def _head_of_seeds(one: Record) -> Iterator[Line]:
+    name, epochs = one["network"], one["budget"]["epochs"]
+    known = STUDIES[one["experiment"]].variants[name].published
+    accuracies = _percent(common.spread(list(one["seeds"].values())))
+    yield Line(f"{name}, last epoch, %", _published(known and known.last), accuracies, epochs)
+    explained = [row["history"].get("explained_variance") for row in one["results"]["trainings"]]
+    if all(explained):
+        share = _percent(common.spread([values[-1] for values in explained]))
+        yield Line(f"{name}: variance of the features in its codes, %", "", share, epochs)
 
 
 def _regimes(one: Record) -> Iterator[Line]:

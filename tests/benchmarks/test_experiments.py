@@ -428,7 +428,14 @@ def test_the_page_of_papers_says_what_the_records_say(tmp_path, capsys):
 
 
 def test_the_recovered_share_is_that_of_the_same_seeds(tmp_path):
-    shared = {"dataset": "cifar10", "epochs": 12, "batch": 64, "train_images": 50_000, "device": "a device"}
+    shared = {
+        "dataset": "cifar10",
+        "epochs": 12,
+        "batch": 64,
+        "train_images": 50_000,
+        "test_images": 9,
+        "device": "a device",
+    }
     units = [
         ("ReLU", 0, 0.5),
         ("ReLU", 1, 0.8),
@@ -449,6 +456,25 @@ def test_the_recovered_share_is_that_of_the_same_seeds(tmp_path):
     assert (
         page.count("| FLNPF of ReLU, last epoch, % | - | 75.0 | 12 epochs, 50,000 images, 1 seed |") == 1
     )  # no headline
+
+
+def test_seeds_of_a_head_are_lines_of_the_table(tmp_path):
+    shared = {"epochs": 15, "batch": 32, "train_images": 50_000, "test_images": 10_000, "device": "a device"}
+    units = [
+        ("base head", 0, 0.7, {}),
+        ("base head", 1, 0.8, {}),
+        ("summary, orthogonal", 0, 0.75, {"explained_variance": [0.5, 0.25]}),
+    ]
+    file = tmp_path / "a_device" / "experiments" / "summary_cnn.jsonl"
+    file.parent.mkdir(parents=True)
+    lines = [
+        {**shared, "network": name, "seed": seed, "last_accuracy": accuracy, "history": history}
+        for name, seed, accuracy, history in units
+    ]
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    page = papers.markdown(papers.read(tmp_path))
+    assert page.count("| base head, last epoch, % | 70.41 | 75.0 ± 7.1 | 15 epochs, 50,000 images, 2 seeds |") == 2
+    assert page.count("| summary, orthogonal: variance of the features in its codes, % | - | 25.0 | 15 epochs") == 1
 
 
 @needs_records
