@@ -64,12 +64,14 @@ emulated-mutants: $(READY)test
 	$(ON_PATH) $(PY) -m pytest tests/engines/cuda/emulated -k "mutants or sanitized" $(ARGS)
 
 ## make newest-triton  the Triton kernels' launches, values, and compilation for three GPUs, with the newest Triton
+newest-triton: export PYTHONPATH := $(CURDIR)/build/newest-triton
 newest-triton: $(READY)test
 	$(PY) $(PIP) --quiet --no-deps --upgrade --target build/newest-triton triton
-	PYTHONPATH=build/newest-triton $(PY) -m pytest tests/engines/triton/test_launches.py $(SHARED) $(ARGS)
-	PYTHONPATH=build/newest-triton TRITON_INTERPRET=1 $(PY) -m pytest $(addprefix tests/engines/triton/interpreted/, \
-	  test_interpreter.py test_values.py) $(SHARED) $(ARGS)
-	PYTHONPATH=build/newest-triton INTERP_NN_COMPILE_TESTS=1 INTERP_NN_COMPILE_WARN=1 $(PY) -m pytest tests/engines/triton/compiled $(ARGS)
+	$(PY) -c "import triton; print('Triton', triton.__version__, 'in', triton.__path__[0])"
+	$(PY) -m pytest tests/engines/triton/test_launches.py $(SHARED) $(ARGS)
+	TRITON_INTERPRET=1 $(PY) -m pytest $(addprefix tests/engines/triton/interpreted/, test_interpreter.py test_values.py) \
+	  $(SHARED) $(ARGS)
+	INTERP_NN_COMPILE_TESTS=1 INTERP_NN_COMPILE_WARN=1 $(PY) -m pytest tests/engines/triton/compiled $(ARGS)
 
 ## make models    models of torchvision, timm and transformers, converted, trained, linearized; keeps the PyTorch that is there
 models: $(READY)test

@@ -12,7 +12,6 @@ import torch
 
 from benchmarks import command_line, demo, experiments
 from benchmarks.command_line import users_input
-from benchmarks.experiments import papers
 from benchmarks.gpu import job
 from benchmarks.records import environment, export, figures, files, report, rows
 from benchmarks.timing import compare, host, kernel_profile, operator_suite, performance_model, roofline, run
@@ -113,6 +112,8 @@ def _table(given: argparse.Namespace) -> None:
 
 
 def _papers(given: argparse.Namespace) -> None:
+    from benchmarks.experiments import papers  # its modules draw figures, which the other commands do without
+
     with users_input():
         records = papers.read()
     _print_or_write(given, papers.markdown(records))

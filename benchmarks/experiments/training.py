@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from benchmarks.command_line import users_input
 from benchmarks.records import environment, files
@@ -83,6 +82,8 @@ def train(
         ValueError: The batch is below 1, or the checkpoint is of another training or of more epochs than the recipe's.
         FloatingPointError: The loss is not finite.
     """
+    from tqdm import tqdm
+
     if recipe.batch < 1:
         raise ValueError(f"batch: got {recipe.batch}, want at least 1")
     start = time.perf_counter()

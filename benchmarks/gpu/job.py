@@ -145,6 +145,7 @@ def run(asked: Settings) -> int:
     """Run stages or parts and print a table of each; the exit status is 0 if all is well, 1 if not, 2 if no engine is on."""
     with users_input():
         files.check_folder(asked.output)
+    begun = time.monotonic()  # the first stage has the time of the build too
     if 1 in asked.stages and asked.device == "cuda" and "cuda" in asked.engines:
         _build()
     off = _off(asked.device)
@@ -157,19 +158,18 @@ def run(asked: Settings) -> int:
     asked = asked._replace(engines=on)
     with (asked.output / "gpu.log").open("a", encoding="utf-8") as talk:
         if not asked.stages:
-            return _run(asked, "gpu.jsonl", 10.0, without, talk, table)
-        statuses = [
-            _run(
-                asked._replace(parts=STAGES[number].parts), f"stage-{number}.jsonl", STAGES[number].minutes, without, talk,
-                partial(short_table, number),
-            )
-            for number in asked.stages
-        ]  # fmt: skip
-    return max(statuses)
+            return _run(asked, "gpu.jsonl", begun, 10.0, without, talk, table)
+        status = 0
+        for number in asked.stages:
+            parts, minutes = STAGES[number]
+            own, name, printed = asked._replace(parts=parts), f"stage-{number}.jsonl", partial(short_table, number)
+            status = max(status, _run(own, name, begun, minutes, without, talk, printed))
+            begun = time.monotonic()
+    return status
 
 
 def _run(
-    asked: Settings, name: str, minutes: float, without: dict[str, str], talk: Any,
+    asked: Settings, name: str, begun: float, minutes: float, without: dict[str, str], talk: Any,
     printed: Callable[[Sequence[dict[str, Any]]], str],
 ) -> int:  # fmt: skip
     """Run parts, print a table of all that their record has, and return the exit status. A record of parts by name is new."""
@@ -177,7 +177,7 @@ def _run(
     if not asked.stages:
         target.unlink(missing_ok=True)
         asked.done.unlink(missing_ok=True)
-    end = time.monotonic() + 60 * (minutes if asked.minutes is None else asked.minutes) - _GRACE
+    end = begun + 60 * (minutes if asked.minutes is None else asked.minutes) - _GRACE
     if not target.exists():
         for engine, why in without.items():
             Log(target, "engines", 0.0, {}).write(engine, "skipped", why=why)
@@ -206,13 +206,18 @@ def _build() -> None:
     start = time.monotonic()
     command = [sys.executable, "setup.py", "build_ext", "--inplace"]
     own = {**os.environ, "INTERP_NN_CUDA_ARCHS": arch, "INTERP_NN_BUILD_CUDA": "1"}
-    try:
-        built = subprocess.run(
-            command, cwd=ROOT, env=own, capture_output=True, text=True, check=False, timeout=_BUILDING
+    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as said:
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=own, stdout=said, stderr=subprocess.STDOUT, preexec_fn=os.setpgrp
         )  # fmt: skip
-        why = None if built.returncode == 0 else built.stdout[-1500:] + built.stderr[-1500:]
-    except subprocess.TimeoutExpired:
-        why = f"not done within {_BUILDING:.0f} s"
+        try:
+            failed = process.wait(_BUILDING) != 0
+            said.seek(0)
+            why = said.read()[-3000:] if failed else None
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)  # the compilers too, which would slow down what comes next
+            process.wait()
+            why = f"not done within {_BUILDING:.0f} s"
     print(
         f"the CUDA library for sm_{arch}: {time.monotonic() - start:.0f} s{'' if why is None else f': {why}'}",
         flush=True,

@@ -24,6 +24,7 @@ from benchmarks.gpu.log import OUT_OF_TIME, Log, read
 from benchmarks.records.environment import ROOT
 from benchmarks.timing import footprint
 from benchmarks.timing.cuda_graphs import captured, synchronize
+from benchmarks.timing.kernel_profile import NCU
 from interp_nn import functional
 from interp_nn.engines import orders
 from interp_nn.nn.polynomials import NAMED
@@ -348,7 +349,7 @@ def profile_kernel(kernel: str, device: torch.device, output: Path, log: Log) ->
         log.write(f"profile {kernel}", "skipped", why="tool not found: ncu in PATH, CUDA_HOME or /usr/local/cuda")
         return
     part = ["-m", "benchmarks.gpu.worker", "profiled", "--log", str(output / "profiled.jsonl"), "--seconds", "60"]
-    options = ["--set", "full", "--kernel-name", f"regex:{kernel}", "--launch-skip", "1", "--launch-count", "1"]
+    options = [*NCU, "--kernel-name", f"regex:{kernel}", "--launch-skip", "1", "--launch-count", "1"]
     command = [program, *options, "--target-processes", "all", sys.executable, *part, "--device", device.type]
     try:
         done = subprocess.run(

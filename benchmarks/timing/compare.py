@@ -24,7 +24,6 @@ from statistics import geometric_mean
 from typing import Any, NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
 from benchmarks.command_line import UserInputError, at_least, not_negative, users_input
 from benchmarks.command_line import device as present
@@ -35,6 +34,7 @@ from benchmarks.records.rows import grouped, read
 from benchmarks.timing.problems import MODES, OPS, QUICK, Problem
 from benchmarks.timing.providers import ASSOCIATIONS
 from benchmarks.timing.run import ALL_MODES, shape
+from interp_nn.display import track
 
 _NAMES = ("ours", "linear")
 _MOST_NOISE = 0.25  # a change that a comparison has to see, unless the threshold is larger
@@ -125,7 +125,7 @@ def revisions(
         workers = [stack.enter_context(_worker(folder, device)) for folder in folders]
         return [
             _compared(problem, mode, workers, rounds, threshold)
-            for problem, mode in tqdm(problems, desc="compare", unit="problem")
+            for problem, mode in track(problems, "compare", None, "problem")
         ]
 
 

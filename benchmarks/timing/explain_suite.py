@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from benchmarks.records.report import REPEAT
 from benchmarks.records.rows import Writer
@@ -20,6 +19,7 @@ from benchmarks.timing.clocks import on_events, on_wall
 from benchmarks.timing.measure import Asked, WrongError, time_calls
 from benchmarks.timing.problems import products
 from benchmarks.timing.reference_networks import ARCHITECTURES, CLASSES, MLPNetwork
+from interp_nn.display import track
 from interp_nn.explain import ActivationPatterns, linearize
 
 PROVIDERS = ("ours", "backwards", "jacrev", "unique", REPEAT)
@@ -33,7 +33,7 @@ _Call = Callable[[], Tensor]
 def run(asked: Asked, writer: Writer, quick: bool = False) -> None:
     """Time linearization of the reference networks and grouping of patterns."""
     kinds = [*([] if quick else ARCHITECTURES), "patterns"]
-    for kind in tqdm(kinds, unit="problem", desc="explain"):
+    for kind in track(kinds, "explain", None, "problem"):
         if kind == "patterns":
             _patterns(asked, writer, _SAMPLES // (100 if quick else 1))
         else:

@@ -26,6 +26,8 @@ from interp_nn.engines import limits, select
 from interp_nn.engines.devices import spec_for
 from interp_nn.engines.problem import Problem as PlannedProblem
 
+# ncu sets the GPU's clocks unless it is told not to: a machine may not allow it, and times would not be those of other commands.
+NCU = ("--set=full", "--clock-control=none")
 # The kernels of csrc, forward first.
 _CUDA = {
     "summary": ["forward_kernel", "summary_backward_kernel"],
@@ -74,7 +76,7 @@ def command(problem: Problem, mode: str, engine: str, tool: str, calls: int, out
         options = ["--trace=cuda,nvtx", "--capture-range=cudaProfilerApi", "--force-overwrite=true"]
         return ["nsys", "profile", *options, f"--output={output.resolve()}", *target]
     pattern = f"regex:^({'|'.join(kernels(problem, mode, engine))})$"
-    options = ["--profile-from-start=off", "--set=full", "--force-overwrite", f"--export={output.resolve()}"]
+    options = ["--profile-from-start=off", *NCU, "--force-overwrite", f"--export={output.resolve()}"]
     return ["ncu", *options, f"--kernel-name={pattern}", *target]
 
 

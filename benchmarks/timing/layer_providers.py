@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
-from benchmarks.experiments.learning_rates.layers import CANDIDATES, Linear
 from benchmarks.records.report import REPEAT
 from benchmarks.timing import providers, tolerances
 from benchmarks.timing.problems import LAYERS, MICROBATCHES, Data, Problem
@@ -94,6 +93,8 @@ def _layer(name: str, problem: Problem, t: Data) -> nn.Module:
     d, k, polynomial = problem.d, problem.k, LAYERS[problem.op]
     layer: nn.Module
     if name == "pc-layer":
+        from benchmarks.experiments.learning_rates.layers import CANDIDATES, Linear  # with packages that draw figures
+
         if polynomial.upper() not in CANDIDATES:
             raise UnsupportedError("PC-layer has other polynomials")
         layer = Linear(d, k, CANDIDATES[polynomial.upper()], bias=False)

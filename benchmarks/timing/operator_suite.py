@@ -6,8 +6,6 @@ import itertools
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from tqdm import tqdm
-
 from benchmarks.records.report import REPEAT
 from benchmarks.records.rows import Writer
 from benchmarks.timing import custom
@@ -72,6 +70,8 @@ def problems(wanted: Wanted) -> Iterator[Problem]:
 
 def run(wanted: Wanted, asked: Asked, writer: Writer) -> None:
     """Time all problems, between two measurements of the device's rates."""
+    from tqdm import tqdm
+
     found = list(problems(wanted))
     dtypes = list(dict.fromkeys(problem.dtype for problem in found))
     rates = {dtype: ceiling(dtype, "start", asked, writer) for dtype in dtypes}

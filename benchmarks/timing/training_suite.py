@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 import interp_nn
 from benchmarks.records.report import REPEAT
@@ -23,6 +22,7 @@ from benchmarks.timing.measure import Asked, time_calls
 from benchmarks.timing.problems import Problem, products
 from benchmarks.timing.providers import OURS, UnsupportedError, chosen, planned, repeated
 from benchmarks.timing.reference_networks import ARCHITECTURES, CLASSES, LinearNetwork, MLPNetwork, SummaryNetwork
+from interp_nn.display import track
 
 ABOUT = {"base-head": "the published head of the reference networks, an MLP with more parameters; in training steps"}
 PROVIDERS = (*OURS, "linear", "unfused", *ABOUT, REPEAT)
@@ -37,7 +37,7 @@ def run(
 ) -> None:
     """Time a step of each network with each head."""
     found = chosen([name for name in PROVIDERS if name in names], PROVIDERS)
-    for architecture in tqdm(architectures, unit="network", desc="train"):
+    for architecture in track(architectures, "train", None, "network"):
         with products("fp32"):
             _measure(architecture, found, asked, writer)
 

@@ -143,6 +143,7 @@ def test_a_mistake_of_tuning_is_one_line(arguments, message, tmp_path, capsys):
     ("arguments", "kernels"),
     [
         ([], "regex:^(stream|summary_backward)$"),
+        ([], "--clock-control=none"),
         (["--mode", "infer"], "regex:^(stream)$"),
         (["--op", "head", "--shape", "32,64,16,10", "--engine", "cuda"], "regex:^(head_loss_kernel)$"),
         (["--op", "head", "--engine", "cuda"], " 65536 512 64 10 bf16"),

@@ -160,3 +160,16 @@ def test_the_first_use_of_a_layer_is_a_line(log, lines):
     (line,) = lines()
     assert (line["name"], line["status"], line["verdicts"]) == ("first use", "ok", {})
     assert line["plan"].startswith("eager")
+
+
+def test_a_profile_leaves_the_clocks_and_has_a_kernel_s_second_launch(log, lines, tmp_path, monkeypatch):
+    program = tmp_path / "ncu"
+    program.write_text('#!/bin/sh\necho "$@"\n')
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    runs.profile_kernel("stream", CPU, tmp_path, log)
+    assert [line["status"] for line in lines()] == ["ok"]
+    asked = (tmp_path / "ncu-stream.txt").read_text()
+    assert asked.startswith(
+        "--set=full --clock-control=none --kernel-name regex:stream --launch-skip 1 --launch-count 1 "
+    )

@@ -100,6 +100,23 @@ def test_without_triton_every_part_has_steps_and_nothing_is_tuned(log, lines, tm
     assert [line["status"] for line in lines()] == ["skipped"]
 
 
+def test_the_job_needs_no_other_packages_of_the_benchmarks(tmp_path):
+    """On a machine with PyTorch and Triton alone the command is found, and every part has its steps."""
+    code = f"""
+        import sys
+        for name in ("cycler", "matplotlib", "pandas", "PIL", "scipy", "sklearn", "tqdm"):
+            sys.modules[name] = None
+        import torch
+        from benchmarks import __main__
+        from benchmarks.gpu import worker
+        asked = worker.Settings(torch.device("cpu"), None, False, ("triton", "cuda"))
+        print(all(part(asked) for part in worker.PARTS.values()))
+        print(__main__.main(["gpu", "--parts", "launches", "--output", {str(tmp_path)!r}]))
+    """
+    done = python("-c", textwrap.dedent(code))
+    assert done.stdout.split() == ["True", "2"], done.stderr  # no engine is on here
+
+
 # The job
 
 
@@ -292,6 +309,33 @@ def test_the_library_is_built_once_for_the_gpu_at_hand(stub, tmp_path, capsys, m
     (tmp_path / "python").write_text(head.replace("part, first", "if '--log' in sys.argv: part, first"))
     job._build()
     assert "the CUDA library for sm_90: " in (told := capsys.readouterr().out) and "error: no nvcc" in told
+
+
+def test_a_build_that_takes_too_long_ends_with_its_compilers(stub, tmp_path, capsys, monkeypatch):
+    stub("")
+    (tmp_path / "python").write_text(
+        f"""#!/bin/sh
+        [ "$1" = -c ] && echo 90 && exit
+        (sleep 2; touch {tmp_path}/compiled) &
+        sleep 60
+        """
+    )
+    monkeypatch.setattr(job, "_BUILDING", 0.5)
+    job._build()
+    assert ": not done within 0 s" in capsys.readouterr().out
+    time.sleep(2.5)
+    assert not (tmp_path / "compiled").exists()
+
+
+def test_the_build_has_a_share_of_the_first_stage_alone(stub, tmp_path, monkeypatch):
+    stub('write("left", "ok", seconds=float(option("--seconds")))')
+    monkeypatch.setattr(job, "_build", lambda: time.sleep(3))
+    asked = parsed("--output", str(tmp_path), "--minutes", "0.2", "--workers", "1")
+    assert job.run(asked._replace(stages=(1, 2))) == 0
+    seconds = {line["part"]: line["seconds"] for number in (1, 2) for line in read(tmp_path / f"stage-{number}.jsonl")}
+    whole = sum(job.SHARES[name] for name in ("verify", "compile runs", "launches", "correctness"))
+    assert 0 < seconds["verify"] < (12 - 0.5 - 3) * job.SHARES["verify"] / whole
+    assert seconds["sanitizer"] > 12 - 0.5 - 3
 
 
 def test_another_process_finds_out_which_engines_are_on(tmp_path, monkeypatch, capsys):

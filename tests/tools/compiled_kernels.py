@@ -127,25 +127,48 @@ def _lines(record, now, before):
         "where the figure was another; a star\nmarks what was not compiled there. A loop is an innermost one that multiplies "
         "matrices, counted in instructions; kernels have several.\nThe first loop of a forward, and of a pair loss, forms G: it "
         "runs once a program, over the features, whatever the number of rows.\nSpills are loads and stores of registers in the "
-        "code, and in parentheses those in a loop. Others run at most once for each tile.\nLosses are of k classes for a pair, "
-        "of ten for a head."
+        "code, and in parentheses those in a loop. Others run at most once for each tile.\nA kernel that needs more tensor "
+        "memory than there is counts as one that does not compile: the compiler puts a trap in its place.\nLosses are of k "
+        "classes for a pair, of ten for a head."
     )
     yield "\n<!-- begin: python tests/tools/compiled_kernels.py page benchmarks/results/compiled/triton.json -->"
     shown_dtypes = [dtype for dtype in DTYPES if any(key[2] == dtype for key in now)]
+    yield from _comparison(now, before, shown_dtypes)
     for dtype, capability in itertools.product(shown_dtypes, CAPABILITIES):
         yield f"\n## {dtype}, sm_{capability}\n"
-        compared = any(key[2] == dtype for key in before)
-        if not compared:
-            yield f"Commit {record['before_sha'][:7]} was not compiled in {dtype}.\n"
         yield "| kernel | (n, d, k) | registers | spills | shared, KiB | loops |"
         yield "|---|---|--:|--:|--:|---|"
         for key, found in now.items():
             if key[2] == dtype and key[4] == capability:
                 cells = zip(_cells(before.get(key)), _cells(found), strict=True)
-                shown = " | ".join(new if old in (None, new) else f"{old} → {new}" for old, new in cells)
-                mark = "" if key in before or not compared else " *"
+                shown = " | ".join(_changed(old, new) for old, new in cells)
+                mark = "" if key in before else " *"
                 yield f"| {key[0]}{mark} | {key[3]} | {shown} |"
     yield "\n<!-- end -->"
+
+
+def _comparison(now, before, dtypes):
+    """Yield a table of the spills of the kernels that both commits have."""
+    yield "\n## The kernels that both commits have\n"
+    yield "| kernels | number | do not compile | with spills | most spills | all spills | with spills in a loop |"
+    yield "|---|--:|--:|--:|--:|--:|--:|"
+    for dtype, (kind, plain) in itertools.product(dtypes, (("forwards and backwards", True), ("losses", False))):
+        keys = [key for key in now if key in before and key[2] == dtype and (key[0] in WITHOUT_SPILLS) is plain]
+        if keys:
+            both = ([f"{figure:,}" for figure in _spills([rows[key] for key in keys])] for rows in (before, now))
+            cells = " | ".join(_changed(old, new) for old, new in zip(*both, strict=True))
+            yield f"| {dtype}, {kind} | {len(keys)} | {cells} |"
+
+
+def _spills(rows):
+    """Return how many of the kernels do not compile, how many spill, the most and all spills, how many spill in a loop."""
+    spills = [row["spills"] for row in rows if "error" not in row]
+    inside = sum(any(row["spills_in_loops"]) for row in rows if "error" not in row)
+    return len(rows) - len(spills), sum(map(bool, spills)), max(spills, default=0), sum(spills), inside
+
+
+def _changed(old, new):
+    return new if old in (None, new) else f"{old} → {new}"
 
 
 def _cells(row):
@@ -153,8 +176,8 @@ def _cells(row):
         return (None,) * 4
     if "error" in row:
         return "does not compile", "-", "-", "-"
-    spilled = row.get("spills_in_loops", [0] * len(row["loops"]))
-    loops = " + ".join(f"{n} ({of})" if of else str(n) for n, of in zip(row["loops"], spilled, strict=True)) or "-"
+    loops = zip(row["loops"], row["spills_in_loops"], strict=True)
+    loops = " + ".join(f"{n} ({of})" if of else str(n) for n, of in loops) or "-"
     return str(row["registers"]), str(row["spills"]), f"{row['shared'] / 1024:.0f}", loops
 
 
@@ -189,8 +212,11 @@ def main(command, record, *arguments):
         Path(arguments[0]).write_text(page(found), encoding="utf-8")
         return
     if command == "before":
-        found["before_sha"] = arguments[0]
-        rows = found.setdefault("before", [])
+        if found["triton"] != triton.__version__:
+            sys.exit(f"{record} is of Triton {found['triton']}, and this is Triton {triton.__version__}")
+        if found.get("before_sha") != arguments[0]:
+            found |= {"before_sha": arguments[0], "before": []}
+        rows = found["before"]
         keys = [key_of(row) for row in found["kernels"]]
     else:
         from benchmarks.records import environment

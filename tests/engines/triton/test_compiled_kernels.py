@@ -45,4 +45,26 @@ def test_the_page_is_that_of_the_record():
     in_16_bits = [row for row in plain if row["dtype"] != "fp32"]
     assert len(in_16_bits) >= 4 * 6 * 3 and all(row["spills"] == 0 for row in in_16_bits)
     assert not any(any(row["spills_in_loops"]) for row in record["kernels"] if row["dtype"] != "fp32")
+    assert all("spills_in_loops" in row or "error" in row for row in record["kernels"] + record["before"])
+    before = {compiled_kernels.key_of(row) for row in record["before"]}
+    assert before == {compiled_kernels.key_of(row) for row in record["kernels"] if row["name"] != "forward with P"}
     assert all(row["shared"] <= offline.SHARED_LIMIT[row["capability"]] for row in record["kernels"])
+
+
+def test_an_older_commit_is_compiled_by_the_same_triton(tmp_path):
+    record = tmp_path / "record.json"
+    record.write_text('{"triton": "3.5.0", "kernels": []}')
+    with pytest.raises(SystemExit, match=r"record\.json is of Triton 3\.5\.0, and this is Triton "):
+        compiled_kernels.main("before", str(record), "abc")
+
+
+def test_rows_of_another_older_commit_are_compiled_again(tmp_path, monkeypatch):
+    key = {"name": "forward", "kernel": "stream", "dtype": "bf16", "shape": [32, 512, 100], "capability": 90}
+    record = {"triton": compiled_kernels.triton.__version__, "kernels": [key], "before_sha": "abc", "before": [key]}
+    file = tmp_path / "record.json"
+    compiled_kernels.write(file, record)
+    failed = offline.Failed(tag="", kernel="stream", capability=90, dtype="bf16", seconds=0.0, error="as asked")
+    monkeypatch.setattr(compiled_kernels, "launch_of", lambda *key: "launch")
+    monkeypatch.setattr(offline, "compile_all", lambda jobs, capabilities: {(tag, 90): failed for tag, _ in jobs})
+    compiled_kernels.main("before", str(file), "def")
+    assert compiled_kernels.read(file) == record | {"before_sha": "def", "before": [{**key, "error": "as asked"}]}
