@@ -16,8 +16,9 @@ from torch import Tensor
 import interp_nn
 from benchmarks.gpu import kernels
 from benchmarks.gpu.cases import Case
-from benchmarks.gpu.log import OUT_OF_TIME, Log
+from benchmarks.gpu.log import Log
 from benchmarks.timing import footprint, tolerances
+from benchmarks.timing.clocks import OUT_OF_TIME
 from benchmarks.timing.problems import DTYPES, products
 from interp_nn import engines as engines_of
 from interp_nn import functional

@@ -27,13 +27,13 @@ from typing import Any, NamedTuple
 from benchmarks.command_line import at_least, not_negative, users_input
 from benchmarks.gpu.job_table import short_table, table
 from benchmarks.gpu.kernels import WITH_KERNELS
-from benchmarks.gpu.log import BAD, OUT_OF_TIME, Log, read
+from benchmarks.gpu.log import BAD, Log, lacked_time, read
 from benchmarks.records import files
 from benchmarks.records.environment import ROOT
 
 # The parts with their shares of the time. The later parts share what a part leaves.
 SHARES = {
-    "verify": 20, "compile runs": 8, "launches": 4, "correctness": 35, "streams": 6, "repeats": 8, "graphs": 6, "sanitizer": 8,
+    "verify": 20, "compile runs": 8, "launches": 4, "correctness": 35, "streams": 6, "repeats": 8, "graphs": 6, "sanitizer": 16,
     "compile shapes": 6, "shapes": 30, "tune": 18, "host": 4, "training": 10, "compile times": 6, "time": 25, "profile": 10,
 }  # fmt: skip
 # Compilations by several processes, before the parts that run in one.
@@ -43,7 +43,7 @@ _COMPILED = {
     "compile times": ("time",),
 }
 PARTS = tuple(name for name in SHARES if name not in _COMPILED)
-_ABREAST = ("verify", "correctness", *_COMPILED)  # parts whose steps several processes share
+_ABREAST = ("verify", "correctness", "sanitizer", *_COMPILED)  # parts whose steps several processes share
 
 
 class Stage(NamedTuple):
@@ -182,7 +182,7 @@ def _run(
         for engine, why in without.items():
             Log(target, "engines", 0.0, {}).write(engine, "skipped", why=why)
     # Steps that an earlier run had no time for are done now, or noted again.
-    lines, ran = [line for line in read(target) if line.get("why") not in (_KILLED, OUT_OF_TIME)], 0
+    lines, ran = [line for line in read(target) if line.get("why") != _KILLED and not lacked_time(line)], 0
     parts = in_order(asked)
     while parts:
         found = run_part(parts[0], asked, allotted(parts, end - time.monotonic()), talk, target)

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 
 from benchmarks.records import rows
+from benchmarks.timing.clocks import OUT_OF_TIME
 from interp_nn.engines.cuda import compiled_library
 from interp_nn.engines.devices import interpreting
 from interp_nn.engines.limits import unsupported_reason
 
-OUT_OF_TIME = "out of time"  # why a step was skipped
 BAD = ("wrong", "failed")  # the statuses that make the job fail; the others are "ok", "skipped" and "info"
 
 
@@ -50,6 +50,11 @@ class Log(rows.Writer):
         except Exception as error:
             where = "".join(traceback.format_exception(error)[-4:])
             self.write(name, "failed", why=f"{type(error).__name__}: {error}"[:2000], trace=where[-4000:], **facts)
+
+
+def lacked_time(line: Mapping[str, Any]) -> bool:
+    """Return whether a line is of something that was skipped because the time was over."""
+    return line["status"] == "skipped" and str(line.get("why") or line.get("note")).startswith(OUT_OF_TIME)
 
 
 def read(path: Path) -> list[rows.Row]:

@@ -20,9 +20,10 @@ from torch import Tensor
 
 import interp_nn
 from benchmarks.gpu import kernels
-from benchmarks.gpu.log import OUT_OF_TIME, Log, read
+from benchmarks.gpu.log import Log, read
 from benchmarks.records.environment import ROOT
 from benchmarks.timing import footprint
+from benchmarks.timing.clocks import OUT_OF_TIME
 from benchmarks.timing.cuda_graphs import captured, synchronize
 from benchmarks.timing.kernel_profile import NCU
 from interp_nn import functional
@@ -356,7 +357,7 @@ def profile_kernel(kernel: str, device: torch.device, output: Path, log: Log) ->
             command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=max(1.0, log.left())
         )  # fmt: skip
     except subprocess.TimeoutExpired:
-        log.write(f"profile {kernel}", "skipped", why="not done in time")
+        log.write(f"profile {kernel}", "skipped", why=OUT_OF_TIME)
         return
     file.write_text(done.stdout, encoding="utf-8")
     allowed = "ERR_NVGPUCTRPERM" not in done.stdout
@@ -412,7 +413,7 @@ def sanitize(tool: str, engines: Sequence[str], device: torch.device, seconds: f
         done = [line["status"] for line in read(lines) if line["status"] != "skipped"]
     facts = {"tail": said[-40:], "command": options, "problems": len(done)}
     if code is None:
-        log.write(label, "skipped", why=f"not done within {seconds:.0f} s", **facts)
+        log.write(label, "skipped", why=f"{OUT_OF_TIME}: {seconds:.0f} s", **facts)
     elif not done and any("not supported" in line for line in said):
         log.write(label, "skipped", why="the tool does not support this device here", **facts)
     else:

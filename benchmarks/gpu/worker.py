@@ -21,8 +21,9 @@ import torch
 
 import interp_nn
 from benchmarks.gpu import cases, checks, kernels, runs
-from benchmarks.gpu.log import OUT_OF_TIME, Log, common
+from benchmarks.gpu.log import Log, common, lacked_time
 from benchmarks.records import files
+from benchmarks.timing.clocks import OUT_OF_TIME
 from benchmarks.timing.problems import Problem
 from interp_nn.engines import devices, verify
 
@@ -112,10 +113,10 @@ def _graphs(settings: Settings) -> list[Step]:
 def _sanitizer(settings: Settings) -> list[Step]:
     engines, device = settings.engines, settings.device
 
-    def step(tool: str, share: float) -> Step:
-        return Step(tool, lambda log: runs.sanitize(tool, engines, device, max(1.0, share * log.left()), log), 1e6)
+    def step(tool: str) -> Step:
+        return Step(tool, lambda log: runs.sanitize(tool, engines, device, max(1.0, log.left()), log), 1e6)
 
-    return [*_small(settings), step("memcheck", 0.5), step("racecheck", 1.0)]
+    return [step("memcheck"), step("racecheck"), *_small(settings)]
 
 
 def _small(settings: Settings) -> list[Step]:
@@ -271,8 +272,8 @@ def work(
 ) -> int:  # fmt: skip
     """Run the steps from the first on and return the exit status.
 
-    `position` holds the number of the current step. Steps whose names are in `done` are left out, and others added to it: also
-    the one before the first, which has ended an earlier process.
+    `position` holds the number of the current step. Steps whose names are in `done` are left out, and others added to it if they
+    had the time for all they do: also the one before the first, which has ended an earlier process.
     """
     names = set(done.read_text(encoding="utf-8").splitlines()) if done is not None and done.exists() else set()
 
@@ -292,14 +293,15 @@ def work(
             log.write(step.name, "skipped", why=OUT_OF_TIME)
             continue
         faulthandler.dump_traceback_later(step.seconds, exit=True, file=sys.__stderr__ or sys.stderr)
-        bad, start = log.bad, time.monotonic()
+        lines, bad, start = len(log.rows), log.bad, time.monotonic()
         with log.guarded(step.name):
             step.run(log)
         faulthandler.cancel_dump_traceback_later()
         print(f"{step.name}: {time.monotonic() - start:.1f} s{' BAD' * (log.bad > bad)}", flush=True)
         if log.bad > bad and _lost(device, log, step.name):
             return LOST
-        note(step)
+        if not any(map(lacked_time, log.rows[lines:])):
+            note(step)
     return 0
 
 

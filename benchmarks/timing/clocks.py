@@ -43,6 +43,9 @@ class Timing(NamedTuple):
         }  # fmt: skip
 
 
+OUT_OF_TIME = "out of time"  # how a reason begins that another run does not have
+
+
 class Limit:
     """A limit of time, from now on."""
 
@@ -51,7 +54,7 @@ class Limit:
 
     def over(self) -> str | None:
         """Return the reason to begin nothing more, None while there is time."""
-        return None if time.monotonic() < self._end else f"out of time: {self._minutes:g} minutes"
+        return None if time.monotonic() < self._end else f"{OUT_OF_TIME}: {self._minutes:g} minutes"
 
 
 def summary(taken: Sequence[float]) -> Timing:

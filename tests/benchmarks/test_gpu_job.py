@@ -14,6 +14,7 @@ from processes import python
 from benchmarks.gpu import cases, job, job_table, worker
 from benchmarks.gpu.log import Log, read
 from benchmarks.records import report, rows
+from benchmarks.timing.clocks import Limit
 
 # A worker
 
@@ -56,6 +57,36 @@ def test_a_step_that_is_done_is_left_out_later(log, lines, tmp_path):
     worker.work(made, log, CPU, 3, None, done)  # step 2 has ended an earlier process
     worker.work(made, log, CPU, 0, None, done)
     assert ran == [0, 1, 3] and done.read_text() == "step 0\nstep 1\nstep 2\nstep 3\n"
+
+
+def test_a_step_that_had_no_time_for_all_it_does_is_run_again(log, tmp_path):
+    def skips(facts):
+        return lambda log: log.write("half of it", "skipped", **facts)
+
+    problem = {
+        "op": "head",
+        "mode": "loss",
+        "n": 9,
+        "d": 8,
+        "k": 4,
+        "m": 2,
+        "dtype": "bf16",
+        "timer": "graph",
+        "l2": "cold",
+    }
+    timing = {**problem, "provider": "ours", "note": Limit(0.0).over()}
+    done, other = tmp_path / "done", {"why": "the tool is not there"}
+    made = steps(skips({"why": worker.OUT_OF_TIME}), skips(timing), skips(other), lambda log: None)
+    assert worker.work(made, log, CPU, 0, None, done) == 0
+    assert done.read_text() == "step 2\nstep 3\n"
+
+
+def test_what_had_no_time_in_an_earlier_run_is_not_told_again(stub, tmp_path, capsys):
+    stub('write("a case", "ok")')
+    for why in ("out of time", "out of time: 8 s", job._KILLED):
+        Log(tmp_path / "stage-2.jsonl", "streams", 0.0, {}).write("a case", "skipped", why=why)
+    assert run(tmp_path, "2", "--workers", "1")[0] == 0
+    assert "stage 2: 5 ok\n" in capsys.readouterr().out
 
 
 def test_steps_after_the_time_are_skipped(tmp_path):

@@ -157,6 +157,7 @@ def test_the_fastest_engine_is_an_entry_of_a_table(monkeypatch, tmp_path):
         ('ok; echo "========= Invalid read"; exit 86', "wrong", "exit status 86"),
         ("failed", "wrong", "1 problems ran, not all of them right"),
         ('echo "Error: Device not supported"; exit 1', "skipped", "the tool does not support this device here"),
+        ("ok; sleep 30", "skipped", "out of time: 1 s"),
     ],
 )
 def test_what_the_sanitizer_says(body, status, why, tmp_path, monkeypatch, log, lines):
