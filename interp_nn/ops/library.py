@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -12,13 +11,12 @@ from torch import Tensor
 from torch.autograd import Function, forward_ad
 from torch.compiler import is_compiling
 
+from interp_nn.engines.select import followed
+
 try:
     from torch._functorch import eager_transforms
 except ImportError:
     eager_transforms = None  # type: ignore[assignment]
-
-# True while the calls of a model are followed one by one: operators and Functions of our own would be opaque.
-followed: ContextVar[bool] = ContextVar("followed", default=False)
 
 _LIBRARY = torch.library.Library("interp_nn", "DEF")
 
@@ -99,7 +97,7 @@ def ordinary() -> bool:
         or function_modes()
         or _transforms_active()
         or is_tracing()
-        or followed.get()
+        or followed()
         or getattr(forward_ad, "_current_level", 0) >= 0
     )
 
@@ -123,7 +121,7 @@ def unwatched() -> bool:
     Of the dispatch modes it does not notice those of fake tensors and of make_fx.
     """
     return not (
-        _dispatch_modes() or function_modes() or followed.get() or getattr(forward_ad, "_current_level", 0) >= 0
+        _dispatch_modes() or function_modes() or followed() or getattr(forward_ad, "_current_level", 0) >= 0
     )
 
 
