@@ -43,9 +43,8 @@ class Request(NamedTuple):
 
 
 _request_of = cache(Request)
-_requested = ContextVar(
-    "interp_nn_request", default=_request_of(os.environ.get("INTERP_NN_ENGINE") or "auto", False)
-)
+_at_first = _request_of(os.environ.get("INTERP_NN_ENGINE") or "auto", False)
+_requested = ContextVar("interp_nn_request", default=_at_first)
 request_now = _requested.get
 _latest = request_now().engine  # requested last, in any thread: compiled code is guarded by it
 _WITH_KERNELS: tuple[EngineName, ...] = ("triton", "cuda")  # of one launch

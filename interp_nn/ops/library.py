@@ -118,11 +118,9 @@ def tensor_check(*tensors: Tensor) -> Callable[..., bool] | None:
 def unwatched() -> bool:
     """Return True unless something is active that has to see operators and that a `tensor_check` does not notice.
 
-    Of the dispatch modes it does not notice those of fake tensors and of make_fx.
+    Of the dispatch modes it does not notice those of fake tensors and of make_fx. Following of calls is told by the request.
     """
-    return not (
-        _dispatch_modes() or function_modes() or followed() or getattr(forward_ad, "_current_level", 0) >= 0
-    )
+    return not (_dispatch_modes() or function_modes() or getattr(forward_ad, "_current_level", 0) >= 0)
 
 
 def any_batched(*tensors: Tensor | None) -> bool:

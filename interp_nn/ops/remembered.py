@@ -79,7 +79,8 @@ def planned(
 
     It is remembered by everything that the plan and the checks depend on, and by the layouts, which engines prepare for.
     """
-    place, state = 0, tuple[object, ...]()
+    place = 0
+    state: tuple[object, ...] = ()
     if given is None and not is_dynamo_compiling():
         try:
             state = x.shape, b.shape, pair, bias is None, is_grad_enabled()
@@ -184,13 +185,29 @@ def loss_call(
     reduction: str,
 ) -> tuple[direct.Call | None, tuple[object, ...] | None]:
     """Return a remembered call of a loss or None, and what to remember it by or None."""
-    place, state = 0, tuple[object, ...]()
+    place = 0
+    state: tuple[object, ...] = ()
     if weights is EQUAL_WEIGHTS and type(ignore_index) is int and type(reduction) is str and not is_dynamo_compiling():
         place = (id(b) if type(b) is Parameter else 0) + (_LOSS if a is None else _HEAD) + is_grad_enabled()
         entry = plans.get(place)
-        if entry is not None and entry[5:] == (ignore_index, reduction, c is None):
-            if _is_like(entry, x, b, a, c, target):
-                return entry[2], None
+        if entry is not None:
+            check, request, call, precision, is_plain, index, how, without = entry
+            if (
+                request is request_now()
+                and index == ignore_index
+                and how == reduction
+                and without is (c is None)
+                and (
+                    check(x, b, target)
+                    if a is None
+                    else check(x, b, target, a)
+                    if c is None
+                    else check(x, b, target, a, c)
+                )
+                and (precision is None or precision == fp32_precision("cuda", "matmul"))
+                and (is_plain or unwatched())
+            ):
+                return call, None
         try:
             state = (
                 x.shape, b.shape, None if a is None else a.shape, c is None, is_grad_enabled(), ignore_index, reduction,
@@ -209,16 +226,12 @@ def loss_call(
     return found, key
 
 
-def _is_like(
-    entry: tuple[Any, ...], x: Tensor, b: Tensor, a: Tensor | None, c: Tensor | None, target: Tensor
-) -> bool:
+def _is_like(entry: tuple[Any, ...], x: Tensor, b: Tensor, a: Tensor | None, c: Tensor | None, target: Tensor) -> bool:
     """Return True if a loss with the options of a remembered one, and the same arguments None, is like it."""
     check, request, _, precision, is_plain, *_ = entry
     return bool(
         request is request_now()
-        and (
-            check(x, b, target) if a is None else check(x, b, target, a) if c is None else check(x, b, target, a, c)
-        )
+        and (check(x, b, target) if a is None else check(x, b, target, a) if c is None else check(x, b, target, a, c))
         and (precision is None or precision == fp32_precision("cuda", "matmul"))
         and (is_plain or unwatched())
     )
