@@ -264,7 +264,7 @@ def _head(b: Tensor, a: Tensor, plan: Plan) -> _Head:
 
 def from_x(b: Tensor, a: Tensor, plan: Plan) -> bool:
     """Return True if `logits_from_x` computes a head under PyTorch's autograd."""
-    return plan.autograd and plan.order == "logits_from_x" and not head_by_gram(*b.shape, a.shape[0])
+    return plan.autograd and plan.order == "logits_from_x" and not head_by_gram(b.shape[0], b.shape[1], a.shape[0])
 
 
 def logits_from_x(x: Tensor, b: Tensor, a: Tensor, c: Tensor | None) -> Tensor:
