@@ -19,8 +19,7 @@ and what it wants.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from numbers import Real
 from typing import Any, NamedTuple
 
@@ -29,15 +28,16 @@ from torch import Tensor
 from interp_nn import linalg
 from interp_nn.engines import eager
 from interp_nn.engines.problem import LossOptions
+from interp_nn.engines.select import calls_followed as calls_followed
 from interp_nn.linalg import Orthogonalized
 from interp_nn.ops import direct
 from interp_nn.ops import polynomial as _polynomial
 from interp_nn.ops import reconstruction as _reconstruction
 from interp_nn.ops import summary as _summary
-from interp_nn.ops.library import followed, is_dtensor, ordinary
+from interp_nn.ops.library import is_dtensor, ordinary
 from interp_nn.ops.losses import any_ignored
 from interp_nn.ops.remembered import EQUAL_WEIGHTS as EQUAL_WEIGHTS
-from interp_nn.ops.remembered import loss, loss_call, planned
+from interp_nn.ops.remembered import latest, loss, loss_call, planned
 from interp_nn.ops.validation import (
     ONE,
     PLAIN,
@@ -133,7 +133,11 @@ def summary(
     Source:
         Banh, Interpretable-Neural-Net.
     """
-    if scale is not ONE or polynomial is not SUMMARY:
+    if scale is ONE and polynomial is SUMMARY:
+        found = latest(x, b, bias)
+        if found is not None:
+            return direct.summary(x, b, bias, found)
+    else:
         given = given_polynomial(polynomial, scale)
         if given is not None:
             x, b, bias, call, plain = planned(x, b, bias, False, given)
@@ -210,7 +214,11 @@ def summary_pair(
     Source:
         Banh, Interpretable-Neural-Net.
     """
-    if scale is not ONE or polynomial is not SUMMARY:
+    if scale is ONE and polynomial is SUMMARY:
+        found = latest(x, b, None, True)
+        if found is not None:
+            return SummaryPair(*direct.summary_pair(x, b, found))
+    else:
         given = given_polynomial(polynomial, scale)
         if given is not None:
             x, b, _, call, plain = planned(x, b, None, True, given)
@@ -534,13 +542,3 @@ def three_term_loss(
     o1, o2, *pair = (t.to(work).reshape(len(classes), t.shape[-1]) for t in (*logits, *codes))
     loss = eager.three_terms(o1, o2, classes, options, masked=True, codes=pair)
     return loss.view(target.shape) if reduction == "none" else loss
-
-
-@contextmanager
-def calls_followed() -> Iterator[None]:
-    """Compute by plain PyTorch calls in the block, the same ones whichever tensors need gradients, for modes that follow them."""
-    token = followed.set(True)
-    try:
-        yield
-    finally:
-        followed.reset(token)

@@ -240,13 +240,13 @@ class _Head(NamedTuple):
     """The output layer of a head on both logits at once: Z = [A; H] (2m x k) with H = A G.
 
     Logits from X have the weight W = b Zᵀ (d x 2m). H is formed from G or, where that takes less, from F = A bᵀ (m x d),
-    without G. Z is None where PyTorch's autograd has no use of it.
+    without G.
     """
 
     a: Tensor
     g: Tensor | None
     f: Tensor | None
-    z: Tensor | None
+    z: Tensor
     w: Tensor | None
 
 
@@ -254,7 +254,6 @@ def _head(b: Tensor, a: Tensor, plan: Plan) -> _Head:
     """Form a head's matrices by products with m rows, never with m columns (see `_columns`)."""
     g = f = None
     w: Tensor | None
-    z: Tensor | None
     d, k = b.shape
     if head_by_gram(d, k, a.shape[0]):
         g = gram(b)
@@ -262,13 +261,34 @@ def _head(b: Tensor, a: Tensor, plan: Plan) -> _Head:
     else:
         f = a @ b.mT
         h = f @ b
+    z = torch.cat((a, h))
     if plan.order == "logits_from_x" and f is not None:
         w = torch.cat((f, h @ b.mT)).mT
-        z = None if plan.autograd else torch.cat((a, h))
     else:
-        z = torch.cat((a, h))
         w = (z @ b.mT).mT if plan.order == "logits_from_x" else None
     return _Head(a, g, f, z, w)
+
+
+def from_x(b: Tensor, a: Tensor, plan: Plan) -> bool:
+    """Return True if `logits_from_x` computes a head under PyTorch's autograd."""
+    return plan.autograd and plan.order == "logits_from_x" and not head_by_gram(b.shape[0], b.shape[1], a.shape[0])
+
+
+def logits_from_x(x: Tensor, b: Tensor, a: Tensor, c: Tensor | None) -> Tensor:
+    """Return both logits (n, 2, m) by one product with X: its weight is that of F = A bᵀ and F b bᵀ."""
+    f = a @ b.mT
+    w = torch.cat((f, f @ b @ b.mT)).mT
+    o = x @ w if c is None else torch.addmm(torch.cat((c, c)), x, w)
+    return o.view(x.shape[0], 2, a.shape[0])
+
+
+def loss_in_place(x: Tensor, b: Tensor, a: Tensor | None, plan: Plan) -> bool:
+    """Return True if `logits_from_x`, or for a pair the products of `FACTORS`, take x and b as they are and their P with them."""
+    if x.dim() != 2 or accumulation_dtype(x.dtype) != x.dtype:
+        return False
+    if a is not None:
+        return from_x(b, a, plan)
+    return plan.autograd and plan.order in ("(Xb)G", "((Xb)bᵀ)b") and in_place(x, b)
 
 
 def logits(
@@ -279,12 +299,13 @@ def logits(
         p, y, saved = forward(x, b, None, plan, True)
         assert p is not None
         return torch.stack((p, y), 1), (p, saved, None)
+    if from_x(b, a, plan):
+        return logits_from_x(x, b, a, c), (None, [], None)
     head = _head(b, a, plan)
     p = None
     if head.w is not None:
         left, right = x, head.w
     else:
-        assert head.z is not None
         p = left = x @ b
         right = head.z.mT
     o = left @ right if c is None else torch.addmm(torch.cat((c, c)), left, right)
@@ -387,7 +408,6 @@ def _head_gradients(
 ) -> list[Tensor]:
     """Return the needed gradients. With E = [E1 E2], U = [U1 U2] = Pᵀ E: T = U2 A, dA = U1ᵀ + U2ᵀ G, Xᵀ D = Xᵀ E Z."""
     a, z, w = head.a, head.z, head.w
-    assert z is not None
     need_x, need_b, need_a, need_c = needs
     m = a.shape[0]
     out: list[Tensor] = []

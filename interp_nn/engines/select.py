@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import cache
 from types import TracebackType
+from typing import NamedTuple
 
 import torch
 from torch.compiler import is_dynamo_compiling
@@ -25,10 +28,25 @@ from interp_nn.engines.triton.configs import Bucket
 
 _logger = logging.getLogger("interp_nn")
 _logged: set[str] = set()
-# Checked at use: an import never fails.
-_requested = ContextVar("interp_nn_engine", default=os.environ.get("INTERP_NN_ENGINE") or "auto")
-requested_now = _requested.get  # `requested` where nothing is compiled
-_latest = requested_now()  # the engine requested last, in any thread: compiled code is guarded by it
+
+
+class Request(NamedTuple):
+    """How the calls of a thread or task are to be computed. Equal ones are the same object, so that `is` compares them.
+
+    Attributes:
+        engine: The name given to `use_engine` or INTERP_NN_ENGINE; checked at use, so that an import never fails.
+        followed: The calls of a model are followed one by one: operators and Functions of our own would be opaque.
+    """
+
+    engine: str
+    followed: bool
+
+
+_request_of = cache(Request)
+_at_first = _request_of(os.environ.get("INTERP_NN_ENGINE") or "auto", False)
+_requested = ContextVar("interp_nn_request", default=_at_first)
+request_now = _requested.get
+_latest = request_now().engine  # requested last, in any thread: compiled code is guarded by it
 _WITH_KERNELS: tuple[EngineName, ...] = ("triton", "cuda")  # of one launch
 
 
@@ -57,7 +75,7 @@ class use_engine:  # noqa: N801 - used like a function, as torch.no_grad is
         reason = None if engine is None else unsupported_reason(engine)
         if reason is not None:
             raise RuntimeError(f"use_engine: the {name} engine is off: {reason}")
-        self._previous = _requested.get()
+        self._previous = requested_now()
         _request(name)
 
     def __enter__(self) -> use_engine:
@@ -72,7 +90,28 @@ class use_engine:  # noqa: N801 - used like a function, as torch.no_grad is
 def _request(name: str) -> None:
     global _latest
     _latest = name
-    _requested.set(name)
+    _requested.set(_request_of(name, followed()))
+
+
+def requested_now() -> str:
+    """Return `requested` where nothing is compiled."""
+    return _requested.get().engine
+
+
+def followed() -> bool:
+    """Return True while the calls of a model are followed one by one (see `calls_followed`). Dynamo cannot trace it."""
+    return _requested.get().followed
+
+
+@contextmanager
+def calls_followed() -> Iterator[None]:
+    """Compute by plain PyTorch products in the block, the same ones whichever tensors need gradients."""
+    before = followed()
+    _requested.set(_request_of(requested_now(), True))
+    try:
+        yield
+    finally:
+        _requested.set(_request_of(requested_now(), before))
 
 
 def _checked(name: str, source: str) -> EngineName | None:
@@ -87,12 +126,12 @@ def _checked(name: str, source: str) -> EngineName | None:
 
 def requested() -> str:
     """Return the name given to `use_engine` or INTERP_NN_ENGINE, unchecked; "auto" without one."""
-    return _read_while_compiling(_latest) if is_dynamo_compiling() else _requested.get()
+    return _read_while_compiling(_latest) if is_dynamo_compiling() else requested_now()
 
 
 def _read_while_compiling(latest: str) -> str:
     """Dynamo cannot trace a context variable; `latest` makes it compile again where another engine is requested."""
-    return _requested.get()
+    return requested_now()
 
 
 _read_while_compiling._dynamo_marked_constant = True  # type: ignore[attr-defined] # see devices.spec_of

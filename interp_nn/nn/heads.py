@@ -354,10 +354,10 @@ class SummaryHead(SummaryLayer):
         """
         if consistency == "logits":
             # Attributes of a module that are parameters or modules take a long search.
-            output = self._modules.get("output")
+            mine, output = self.__dict__["_parameters"], self._modules.get("output")
             known: dict[str, Any] = output._parameters if type(output) is nn.Linear else {}
             weight, bias = known.get("weight"), known.get("bias")
-            b = self._parameters.get("b")
+            b = mine.get("b")
             loss = functional.summary_head_cross_entropy(
                 x,
                 self.b if b is None else b,

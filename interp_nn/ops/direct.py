@@ -45,7 +45,8 @@ class Call:
         pair: The projection is returned too.
         options: A loss's options.
         factors: The products of a plan of a summary that is left to PyTorch's autograd, else None.
-        products: The same if `eager.in_place` holds, else None.
+        products: The same if the tensors are multiplied in place, else None.
+        in_place: `eager.in_place` holds, or of a loss `eager.loss_in_place`.
         late: A loss's gradients are computed in the backward; None before the first call.
         forward: `Engine.prepared_forward`, or None.
         backward: `Engine.prepared_backward` by the given upstreams and the needed gradients.
@@ -54,7 +55,7 @@ class Call:
     """
 
     __slots__ = (
-        "backward", "factors", "forward", "late", "loss", "options", "pair", "plan", "products", "scale", "tries",
+        "backward", "factors", "forward", "in_place", "late", "loss", "options", "pair", "plan", "products", "scale", "tries",
     )  # fmt: skip
 
     def __init__(
@@ -63,6 +64,7 @@ class Call:
         self.plan, self.pair, self.options = plan, pair, options
         self.factors = eager.FACTORS.get(plan.order) if plan.autograd else None
         self.products = self.factors if in_place else None
+        self.in_place = in_place
         self.late: bool | None = None
         self.forward: PreparedForward | None = None
         self.backward: dict[tuple[bool, ...], tuple[_Check, PreparedBackward]] = {}
@@ -384,8 +386,15 @@ def cross_entropy(x: Tensor, b: Tensor, a: Tensor | None, c: Tensor | None, targ
     plan, options = call.plan, call.options
     assert options is not None
     if plan.autograd:
+        masked = any_ignored(target, options.ignore_index)
         try:
-            return expression(x, b, a, c, target, options, plan, any_ignored(target, options.ignore_index))
+            if call.products is not None:
+                first, left, right = call.products(x, b)
+                return eager.three_terms(first, left @ right, target, options, masked)
+            if call.in_place and a is not None:
+                first, second = eager.logits_from_x(x, b, a, c).unbind(1)
+                return eager.three_terms(first, second, target, options, masked)
+            return expression(x, b, a, c, target, options, plan, masked)
         except IndexError:  # of PyTorch's loss, which spares the check where all is well
             eager.check_target(target, b.shape[1] if a is None else a.shape[0], options.ignore_index)
             raise

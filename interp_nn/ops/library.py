@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -12,13 +11,12 @@ from torch import Tensor
 from torch.autograd import Function, forward_ad
 from torch.compiler import is_compiling
 
+from interp_nn.engines.select import followed
+
 try:
     from torch._functorch import eager_transforms
 except ImportError:
     eager_transforms = None  # type: ignore[assignment]
-
-# True while the calls of a model are followed one by one: operators and Functions of our own would be opaque.
-followed: ContextVar[bool] = ContextVar("followed", default=False)
 
 _LIBRARY = torch.library.Library("interp_nn", "DEF")
 
@@ -99,7 +97,7 @@ def ordinary() -> bool:
         or function_modes()
         or _transforms_active()
         or is_tracing()
-        or followed.get()
+        or followed()
         or getattr(forward_ad, "_current_level", 0) >= 0
     )
 
@@ -120,11 +118,9 @@ def tensor_check(*tensors: Tensor) -> Callable[..., bool] | None:
 def unwatched() -> bool:
     """Return True unless something is active that has to see operators and that a `tensor_check` does not notice.
 
-    Of the dispatch modes it does not notice those of fake tensors and of make_fx.
+    Of the dispatch modes it does not notice those of fake tensors and of make_fx. Following of calls is told by the request.
     """
-    return not (
-        _dispatch_modes() or function_modes() or followed.get() or getattr(forward_ad, "_current_level", 0) >= 0
-    )
+    return not (_dispatch_modes() or function_modes() or getattr(forward_ad, "_current_level", 0) >= 0)
 
 
 def any_batched(*tensors: Tensor | None) -> bool:

@@ -14,13 +14,12 @@ from torch.nn import Parameter
 from interp_nn.engines import eager
 from interp_nn.engines.devices import fp32_precision
 from interp_nn.engines.problem import LossOptions
-from interp_nn.engines.select import requested_now
+from interp_nn.engines.select import request_now
 from interp_nn.ops import direct, losses, summary
 from interp_nn.ops.library import (
     any_autocast_enabled,
     any_batched,
     cast,
-    followed,
     is_tracing,
     ordinary,
     tensor_check,
@@ -42,8 +41,31 @@ _MOST_PLANS, _MOST_RECENT = 4096, 8
 # Calls by all that they depend on; the latest ones of the same shapes, by `_keep_recent`; and the very latest one by its b.
 plans: dict[object, Any] = {}
 EQUAL_WEIGHTS = (1.0, 1.0, 1.0)
-_LOOKS = False, True  # for the latest call of this b, and for calls of these shapes
 _NUMBERS = frozenset((int, float))
+# The latest call of a kind lies at the address of its b plus the kind, plus 1 with gradients: objects of Python lie at multiples
+# of 8. The address is a guess: what is found there is compared with all that the call depends on.
+_SUMMARY, _PAIR, _LOSS, _HEAD = range(0, 8, 2)
+
+
+def latest(x: Tensor, b: Tensor, bias: Tensor | None, pair: bool = False) -> direct.Call | None:
+    """Return the latest call of a summary or a pair with this b if it was like this one, whose tensors are right then."""
+    if is_dynamo_compiling():
+        return None
+    place = id(b) if type(b) is Parameter else 0
+    entry = plans.get(place + (_PAIR if pair else _SUMMARY) + is_grad_enabled())
+    if entry is None:
+        return None
+    check, request, call, precision, is_plain, without = entry
+    if (
+        request is request_now()
+        and without is (bias is None)
+        and (check(x, b) if without else check(x, b, bias))
+        and (precision is None or precision == fp32_precision("cuda", "matmul"))
+        and (is_plain or unwatched())
+    ):
+        found: direct.Call = call
+        return found
+    return None
 
 
 def planned(
@@ -57,33 +79,25 @@ def planned(
 
     It is remembered by everything that the plan and the checks depend on, and by the layouts, which engines prepare for.
     """
+    place = 0
     state: tuple[object, ...] = ()
     if given is None and not is_dynamo_compiling():
-        place = id(b) if type(b) is Parameter else None
-        recent = plans.get(place, ())
-        for by_shape in _LOOKS:
-            if by_shape:
-                try:
-                    state = x.shape, b.shape, pair, is_grad_enabled()
-                    recent = plans.get(state, ())
-                except (AttributeError, TypeError):  # of an x that is no tensor, or whose sizes are symbols
-                    state = ()
-                    break
-            for entry in recent:
-                check, call, of_pair, graph, without, engine, precision, is_plain = entry
-                if (
-                    of_pair is pair
-                    and without is (bias is None)
-                    and graph is is_grad_enabled()
-                    and (check(x, b) if without else check(x, b, bias))
-                    and engine == requested_now()
-                    and (precision is None or precision == fp32_precision("cuda", "matmul"))
-                    and not followed.get()
-                    and (is_plain or unwatched())
-                ):
-                    if by_shape:
-                        _remember(place, (entry,))
-                    return x, b, bias, call, True
+        try:
+            state = x.shape, b.shape, pair, bias is None, is_grad_enabled()
+            recent = plans.get(state, ())
+        except (AttributeError, TypeError):  # of an x that is no tensor, or whose sizes are symbols
+            state, recent = (), ()
+        place = (id(b) if type(b) is Parameter else 0) + (_PAIR if pair else _SUMMARY) + is_grad_enabled()
+        for entry in recent:
+            check, request, call, precision, is_plain, _ = entry
+            if (
+                request is request_now()
+                and (check(x, b) if bias is None else check(x, b, bias))
+                and (precision is None or precision == fp32_precision("cuda", "matmul"))
+                and (is_plain or unwatched())
+            ):
+                _remember(place, entry)
+                return x, b, bias, call, True
     key: tuple[object, ...] | None = None
     plain = type(x) in PLAIN and type(b) in PLAIN and (bias is None or type(bias) in PLAIN)
     passes = plain and ordinary() and not any_batched(x, b, bias)
@@ -92,7 +106,7 @@ def planned(
         passes = passes and given is None and all(t is None or t.dtype in DTYPES for t in (x, b, bias))
         if passes and autocast_enabled(x):  # it does not change the products of tensors that are cast already
             x, b, bias = cast(x.device.type, x, b, bias)
-    if passes or (plain and not (autocast or is_compiling() or is_tracing() or followed.get())):
+    if passes or (plain and not (autocast or is_compiling() or is_tracing() or request_now().followed)):
         # The same for all three, or it is an error: by comparison, which is cheaper than a place in the key.
         dtype, device = x.dtype, x.device
         alike = x.layout is b.layout is torch.strided and b.dtype is dtype and b.device == device
@@ -101,7 +115,7 @@ def planned(
         if alike:
             key = (
                 x.shape, b.shape, x.stride(), b.stride(), dtype, device, x.requires_grad, b.requires_grad,
-                is_grad_enabled(), pair, requested_now(), fp32_precision("cuda", "matmul"),
+                is_grad_enabled(), pair, request_now(), fp32_precision("cuda", "matmul"),
                 None if bias is None else (bias.shape, bias.is_contiguous()),
                 None if given is None else degree_of(given),
             )  # fmt: skip
@@ -111,7 +125,7 @@ def planned(
             passes = passes and PLAIN.issuperset(map(type, tensors)) and not any_batched(*tensors)
         if call is not None:
             if passes and not autocast:
-                _keep_recent(state, call, (pair, is_grad_enabled(), bias is None), x, b, bias)
+                _keep_recent(place, state, call, (bias is None,), x, b, bias)
             return x, b, bias, call, passes
     x, b = matrices(x, b, sharded=True)
     if bias is not None:
@@ -126,18 +140,19 @@ def planned(
 
 
 def _keep_recent(
-    state: tuple[object, ...], call: direct.Call, beside: tuple[object, ...], *tensors: Tensor | None
+    place: int, state: tuple[object, ...], call: direct.Call, beside: tuple[object, ...], *tensors: Tensor | None
 ) -> None:
-    """Keep a call in the first place among the latest ones of a state, with all that it depends on.
+    """Keep a call as the latest one of its b, and as the first one among those of a state, with all that it depends on.
 
     PyTorch's guard of compiled functions compares type, dtype, device, sizes, strides and requires_grad of all tensors in one
     call, and the dispatch keys, among them those of transforms, autocast and tracing; `unwatched` sees the rest. Plain products
     for PyTorch's autograd are the same for whoever looks into the call.
 
     Args:
+        place: Where the latest call of its b is.
         state: Shapes, and all that the guard does not see.
         call: The call.
-        beside: Options, grad mode and None among the arguments, which the guard does not see.
+        beside: What else is compared where the call is found by its b.
         tensors: The arguments.
     """
     given = [t for t in tensors if t is not None]
@@ -146,7 +161,8 @@ def _keep_recent(
         # On a CPU nothing depends on how GPUs multiply, unless a kernel is asked for.
         precise = call.plan.engine != "eager" or given[0].device.type != "cpu"
         precision = fp32_precision("cuda", "matmul") if precise else None
-        entry = check, call, *beside, requested_now(), precision, call.plan.autograd
+        entry = check, request_now(), call, precision, call.plan.autograd, *beside
+        _remember(place, entry)
         _remember(state, (entry, *plans.get(state, ())[: _MOST_RECENT - 1]))
 
 
@@ -169,16 +185,18 @@ def loss_call(
     reduction: str,
 ) -> tuple[direct.Call | None, tuple[object, ...] | None]:
     """Return a remembered call of a loss or None, and what to remember it by or None."""
+    place = 0
     state: tuple[object, ...] = ()
-    if not is_dynamo_compiling() and weights is EQUAL_WEIGHTS and type(ignore_index) is int:
-        try:
-            state = x.shape, b.shape, None if a is None else a.shape, is_grad_enabled(), ignore_index, reduction
-            recent = plans.get(state, ())
-        except (AttributeError, TypeError):
-            state, recent = (), ()
-        for check, call, without, engine, precision, is_plain in recent:
+    if weights is EQUAL_WEIGHTS and type(ignore_index) is int and type(reduction) is str and not is_dynamo_compiling():
+        place = (id(b) if type(b) is Parameter else 0) + (_LOSS if a is None else _HEAD) + is_grad_enabled()
+        entry = plans.get(place)
+        if entry is not None:
+            check, request, call, precision, is_plain, index, how, without = entry
             if (
-                without is (c is None)
+                request is request_now()
+                and index == ignore_index
+                and how == reduction
+                and without is (c is None)
                 and (
                     check(x, b, target)
                     if a is None
@@ -186,17 +204,37 @@ def loss_call(
                     if c is None
                     else check(x, b, target, a, c)
                 )
-                and engine == requested_now()
                 and (precision is None or precision == fp32_precision("cuda", "matmul"))
-                and not followed.get()
                 and (is_plain or unwatched())
             ):
                 return call, None
+        try:
+            state = (
+                x.shape, b.shape, None if a is None else a.shape, c is None, is_grad_enabled(), ignore_index, reduction,
+            )  # fmt: skip
+            recent = plans.get(state, ())
+        except (AttributeError, TypeError):
+            state, recent = (), ()
+        for entry in recent:
+            if _is_like(entry, x, b, a, c, target):
+                _remember(place, entry)
+                return entry[2], None
     key = _loss_key(x, b, a, c, target, weights, ignore_index, reduction)
     found = None if key is None else plans.get(key)
     if found is not None:
-        _keep_recent(state, found, (c is None,), x, b, target, a, c)
+        _keep_recent(place, state, found, (ignore_index, reduction, c is None), x, b, target, a, c)
     return found, key
+
+
+def _is_like(entry: tuple[Any, ...], x: Tensor, b: Tensor, a: Tensor | None, c: Tensor | None, target: Tensor) -> bool:
+    """Return True if a loss with the options of a remembered one, and the same arguments None, is like it."""
+    check, request, _, precision, is_plain, *_ = entry
+    return bool(
+        request is request_now()
+        and (check(x, b, target) if a is None else check(x, b, target, a) if c is None else check(x, b, target, a, c))
+        and (precision is None or precision == fp32_precision("cuda", "matmul"))
+        and (is_plain or unwatched())
+    )
 
 
 def _loss_key(
@@ -232,7 +270,7 @@ def _loss_key(
         return None
     return (
         x.shape, b.shape, x.stride(), b.stride(), dtype, device, x.requires_grad, b.requires_grad,
-        is_grad_enabled(), requested_now(), fp32_precision("cuda", "matmul"),
+        is_grad_enabled(), request_now(), fp32_precision("cuda", "matmul"),
         target.shape, target.is_contiguous(), target.dtype,
         weights is EQUAL_WEIGHTS or (weights, *map(type, weights)), ignore_index, reduction,
         None if a is None else (a.shape, a.dtype, a.device, a.layout, a.layout is torch.strided and a.is_contiguous()),
@@ -255,6 +293,6 @@ def loss(
     plan = losses.choose(x, b, a, q)
     if key is None:
         return losses.cross_entropy(x, b, a, c, target, options, plan, q)
-    call = direct.Call(plan, options=options)
+    call = direct.Call(plan, options=options, in_place=eager.loss_in_place(x, b, a, plan))
     _remember(key, call)
     return direct.cross_entropy(x, b, a, c, target, call)

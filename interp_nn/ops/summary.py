@@ -20,7 +20,7 @@ from interp_nn.engines.eager_polynomial import MOST_COEFFICIENTS, Polynomial
 from interp_nn.engines.orders import saved_names
 from interp_nn.engines.problem import Plan, plan_from_text, plan_to_text
 from interp_nn.linalg import gram, is_column_major
-from interp_nn.ops.library import apply, define, followed, implement, is_dtensor, loses_derivatives
+from interp_nn.ops.library import apply, define, implement, is_dtensor, loses_derivatives
 
 BY_AUTOGRAD = Plan("eager", "(Xb)G", autograd=True)  # the plan of DTensors
 _SAVING = Plan("eager", "(Xb)G", saves=True)
@@ -505,7 +505,7 @@ def choose(
     needs = graph and x.requires_grad, graph and (need_b or b.requires_grad)
     d, k = b.shape
     problem = select.problem_of(x, row_count(x), d, k, pair, needs, None, degree, graph and need_scale)
-    if not torch.compiler.is_compiling() and followed.get():  # Dynamo cannot trace a context variable
+    if not torch.compiler.is_compiling() and select.followed():
         return select.choose_followed(problem)
     return select.choose(problem)
 

@@ -1,9 +1,11 @@
 """Eager calls that pass the operators by: nothing else may notice, and no plan is stale."""
 
 import contextlib
+import copy
 import os
 import sys
 import threading
+from functools import partial
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import AUTOGRAD_PLANS, CASES, OPERATOR_PLANS, naive, naive_cross_entropy, naive_pair
 from torch._subclasses import FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException
 from torch.autograd import gradcheck, gradgradcheck
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.overrides import BaseTorchFunctionMode
@@ -25,7 +28,6 @@ from interp_nn.engines import eager, eager_polynomial, orders, select
 from interp_nn.engines.eager_polynomial import Polynomial
 from interp_nn.engines.problem import LossOptions, Plan
 from interp_nn.linalg import is_column_major
-from interp_nn.nn import SummaryLinear
 from interp_nn.ops import direct, remembered
 from interp_nn.ops.summary import as_rows, ordered
 
@@ -176,32 +178,47 @@ def test_a_mode_sees_the_operators(where, operators_only):
 
 @pytest.mark.filterwarnings("ignore:.*autograd.function.Function.* should not be instantiated")
 @pytest.mark.filterwarnings("ignore:.*torch.jit.trace.*:DeprecationWarning", "ignore::torch.jit.TracerWarning")
-def test_nothing_else_is_passed_by(operators_only, monkeypatch):
-    """Each way that PyTorch may look into a call leaves the direct path alone, also where the call is remembered."""
-    x, b = torch.randn(5, 4), torch.randn(4, 3)
-    for _ in range(3):
-        functional.summary(x, b)
-    monkeypatch.setattr(direct, "summary", lambda *_: pytest.fail("an operator was passed by"))
+@pytest.mark.parametrize("op", ["summary", "cross_entropy"])
+def test_nothing_else_is_passed_by(op, operators_only, monkeypatch):
+    """Each way that PyTorch may look into a call leaves the direct path alone, also where the call is remembered by its b."""
+    x, b, target = torch.randn(5, 4), torch.nn.Parameter(torch.randn(4, 3)), torch.arange(5) % 3
+
+    def call(x, b):
+        return functional.summary(x, b) if op == "summary" else functional.summary_cross_entropy(x, b, target)
+
+    class Layer(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.b = b
+
+        def forward(self, x):
+            return call(x, self.b)
+
+    for _ in range(4):
+        call(x, b)
+    monkeypatch.setattr(direct, op, lambda *_: pytest.fail("an operator was passed by"))
     with BaseTorchFunctionMode():
-        functional.summary(x, b)
+        call(x, b)
     with torch.autograd.forward_ad.dual_level():
-        functional.summary(x, b)
+        call(x, b)
     with functional.calls_followed():
-        functional.summary(x, b)
-    torch.func.vmap(functional.summary, (0, None))(x, b)
-    torch.func.grad(lambda b: functional.summary(x, b).sum())(b)
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        functional.summary(x, b)
+        call(x, b)
+    torch.func.vmap(call, (0, None))(x.expand(2, 5, 4), b)
+    torch.func.grad(lambda b: call(x, b).sum())(b)
+    with FakeTensorMode(allow_non_fake_inputs=True), contextlib.suppress(DataDependentOutputException):
+        call(x, b)
     with FlopCounterMode(display=False):
-        functional.summary(x, b)
+        call(x, b)
     with CommDebugMode():
-        functional.summary(x, b)
-    torch.jit.trace(functional.summary, (x, b), check_trace=False)
-    torch.fx.experimental.proxy_tensor.make_fx(lambda x, b: functional.summary(x, b))(x, b)
-    torch.export.export(SummaryLinear(4, 3), (x,))
-    torch.compile(functional.summary, backend="eager")(x, b)
+        call(x, b)
+    if op == "summary":  # it cannot record the operator of a loss
+        torch.jit.trace(call, (x, b.detach()), check_trace=False)
+    torch.fx.experimental.proxy_tensor.make_fx(call)(x, b)
+    torch.export.export(Layer(), (x,))
+    torch.compile(Layer(), backend="eager", fullgraph=True)(x)
+    copy.deepcopy(Layer())
     with pytest.raises(pytest.fail.Exception, match="passed by"):
-        functional.summary(x, b)
+        call(x, b)
 
 
 @pytest.mark.filterwarnings("ignore:Attempted to insert a get_attr Node")  # also of a plain product
@@ -532,6 +549,98 @@ def test_views_of_a_weight_are_remembered(monkeypatch):
     monkeypatch.setattr(remembered, "tensor_check", lambda *given: made.append(1) or check(*given))
     kept = [(functional.summary(x, w.mT), functional.summary_cross_entropy(x, w.mT, target)) for _ in range(5)]
     assert len(kept) == 5 and len(made) == 2
+
+
+def changed(b, how):
+    """Change a parameter in its place, so that its address stays."""
+    if how == "requires_grad":
+        b.requires_grad_(not b.requires_grad)
+    elif how == "values":
+        with torch.no_grad():
+            b.mul_(2.0)
+    else:
+        made = {
+            "layout": laid_out(b.data, "transposed"),
+            "dtype": b.data.to(torch.float32),
+            "shape": b.data[:, :2].clone(),
+        }
+        b.data = made[how]
+    return b
+
+
+OF_A_B = {
+    "summary": lambda x, b, a, target: functional.summary(x, b),
+    "pair": lambda x, b, a, target: sum(functional.summary_pair(x, b)),
+    "loss": lambda x, b, a, target: functional.summary_cross_entropy(x, b, target),
+    "head": lambda x, b, a, target: functional.summary_head_cross_entropy(x, b, a, None, target),
+}
+
+
+@pytest.mark.parametrize("how", ["requires_grad", "values", "layout", "dtype", "shape", "another"])
+@pytest.mark.parametrize("operators", [False, True])
+@pytest.mark.parametrize("op", OF_A_B)
+def test_a_b_that_changes_meets_no_stale_plan(op, operators, how, monkeypatch):
+    """A call is remembered by the address of its parameter, and another one may lie there afterwards."""
+    monkeypatch.setattr(remembered, "plans", {})
+    if operators:
+        monkeypatch.setattr(orders, "OPERATOR_OVERHEAD", 0)
+        monkeypatch.setattr(select, "_prefers_autograd", lambda _: False)
+    x, a, target = torch.randn(6, 4, dtype=torch.float64), torch.randn(3, 3, dtype=torch.float64), torch.arange(6) % 2
+    function, b = OF_A_B[op], torch.nn.Parameter(torch.randn(4, 3, dtype=torch.float64))
+
+    def outcome():
+        try:
+            y = function(x, b, a, target)
+            return y, *(torch.autograd.grad(y.sum(), b) if y.requires_grad else ())
+        except (TypeError, ValueError) as error:
+            return type(error), str(error)
+
+    for _ in range(4):
+        outcome()
+    (place,) = (key for key in remembered.plans if type(key) is int)
+    if how == "another":
+        remembered.plans[id(one := torch.nn.Parameter(torch.randn(4, 2, dtype=torch.float64))) + place - id(b)] = (
+            remembered.plans[place]
+        )
+        b = one
+    else:
+        changed(b, how)
+    found = outcome()
+    remembered.plans.clear()
+    for got, want in zip(found, outcome(), strict=True):
+        if not isinstance(want, torch.Tensor):
+            assert got == want
+        else:
+            assert torch.equal(got, want) and got.stride() == want.stride() and got.requires_grad == want.requires_grad
+
+
+def test_kinds_of_calls_with_one_b_are_kept_apart(monkeypatch):
+    """Summary, pair and losses, with gradients and without, each with options of its own."""
+    monkeypatch.setattr(remembered, "plans", {})
+    x, a, c, b = (
+        randn(6, 4),
+        torch.randn(3, 3).double(),
+        torch.randn(3).double(),
+        torch.nn.Parameter(torch.randn(4, 3).double()),
+    )
+    target = torch.tensor([0, 1, 2, 0, 1, 2])
+    calls = [partial(function, x, b, a, target) for function in OF_A_B.values()]
+    calls += [
+        partial(functional.summary_cross_entropy, x, b, target, ignore_index=1),
+        partial(functional.summary_cross_entropy, x, b, target, reduction="sum"),
+        partial(functional.summary_cross_entropy, x, b, target, weights=(1.0, 1.0, 2.0)),
+        partial(functional.summary_head_cross_entropy, x, b, a, c, target),
+        partial(functional.summary_head_cross_entropy, x, b, a, c, target, reduction="none"),
+        partial(functional.summary, x, b, c),
+    ]
+    want = [call() for call in calls]
+    for grad in (True, False, True):
+        with torch.set_grad_enabled(grad):
+            for _ in range(3):
+                for call, value in zip(calls, want, strict=True):
+                    got = call()
+                    assert got.requires_grad is grad
+                    torch.testing.assert_close(got, value)
 
 
 def test_a_head_without_an_output_layer_is_no_pair(monkeypatch):

@@ -52,7 +52,6 @@ class _Handle(NamedTuple):
     metadata: Any
     constants: tuple[Any, ...]
     stream: Any
-    hooks: Any
     compiled: Any  # Triton 3.8 and newer unload the function of a kernel that nothing holds
 
 
@@ -60,7 +59,9 @@ def launch(made: Launch, device: torch.device, *arguments: Any) -> None:
     """Launch a kernel on a device, and return at once. All launches of this engine go through this function.
 
     Triton's own call finds the compiled kernel by parsing all arguments and constants. A launch on the current device whose
-    tensors are aligned to 16 bytes finds it in the constants' handles, in less time.
+    tensors are aligned to 16 bytes finds it in the constants' handles, in less time. It is left to Triton while a hook or switch
+    is set that Triton's own call heeds for a compiled kernel. Hooks of the compilation itself, such as `jit_cache_hook`, Triton
+    calls only where it compiles.
     """
     on_gpu = device.type == "cuda"
     if on_gpu and device.index != torch.cuda.current_device():
@@ -76,8 +77,8 @@ def launch(made: Launch, device: torch.device, *arguments: Any) -> None:
             key = (device, *arguments[kept.pointers : kept.integers], *kinds)
             handle = kept.handles.get(key)
             if handle is not None:
-                run, function, metadata, constants, stream, hooks, _ = handle
-                if not (hooks.launch_enter_hook.calls or hooks.launch_exit_hook.calls):
+                run, function, metadata, constants, stream, _ = handle
+                if not _observed(made.kernel):
                     rest = arguments[kept.pointers :]
                     at = stream(device.index or 0)
                     run(made.programs, 1, 1, at, function, metadata, None, None, None, *given, *rest, *constants)
@@ -87,6 +88,20 @@ def launch(made: Launch, device: torch.device, *arguments: Any) -> None:
         _keep(made, key, compiled, arguments)
 
 
+def _observed(kernel: Any) -> bool:
+    """Return True if Triton's own launch would call a hook, or look for a kernel that is compiled in another way."""
+    runtime, compilation = _knobs
+    return bool(
+        runtime.launch_enter_hook.calls
+        or runtime.launch_exit_hook.calls
+        or kernel.pre_run_hooks
+        or runtime.debug
+        or runtime.add_stages_inspection_hook
+        or compilation.instrumentation_mode
+    )
+
+
+_knobs: tuple[Any, Any]  # of Triton's runtime and compilation, once a launch is remembered
 _ELSEWHERE = "on another device"  # where Triton's own launch raises
 TESTED = (3, 6) <= triton_version() <= (3, 9)  # whose launchers take what `launch` gives them
 
@@ -104,12 +119,14 @@ def _keep(made: Launch, key: tuple[Any, ...] | None, compiled: Any, arguments: t
         from triton import knobs
         from triton.runtime import driver
 
+        global _knobs
+        _knobs = knobs.runtime, knobs.compilation
         names = made.kernel.arg_names[len(arguments) :]
-        if all(name in kept for name in names) and not made.kernel.pre_run_hooks:
+        if all(name in kept for name in names) and not _observed(made.kernel):
             constants = tuple(kept[name] for name in names)
-            stream, hooks = driver.active.get_current_stream, knobs.runtime
+            stream = driver.active.get_current_stream
             run, function, metadata = compiled.run, compiled.function, compiled.packed_metadata
-            kept.handles[key] = _Handle(run, function, metadata, constants, stream, hooks, compiled)
+            kept.handles[key] = _Handle(run, function, metadata, constants, stream, compiled)
 
 
 def ready(made: Launch, device: torch.device, kinds: Sequence[torch.dtype | None], *rest: Any) -> Any:
@@ -128,15 +145,14 @@ def ready(made: Launch, device: torch.device, kinds: Sequence[torch.dtype | None
     handle = kept.handles.get((device, *rest[: kept.integers - kept.pointers], *kinds)) if kept.pointers else None
     if handle is None:
         return None
-    run, _, metadata, constants, stream, hooks, _ = handle
-    programs, index, last = made.programs, device.index or 0, (*rest, *constants)
+    run, _, metadata, constants, stream, _ = handle
+    kernel, programs, index, last = made.kernel, made.programs, device.index or 0, (*rest, *constants)
     table, kept_back = configs.generation, sm_carveout()
 
     def launched(bits: int, *addresses: int) -> bool:
         if (
             bits & 15
-            or hooks.launch_enter_hook.calls
-            or hooks.launch_exit_hook.calls
+            or _observed(kernel)
             or (on_gpu and torch.cuda.current_device() != index)
             or table != configs.generation
             or kept_back != sm_carveout()

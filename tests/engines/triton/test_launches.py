@@ -137,6 +137,38 @@ def test_hooks_and_other_versions_go_by_triton(ran, monkeypatch):
     assert ran.by_triton == before + 4
 
 
+SWITCHES = {
+    "pre_run_hooks": lambda knobs, kernel: (kernel, "pre_run_hooks", [lambda *_, **__: None]),
+    "launch_exit_hook": lambda knobs, kernel: (knobs.runtime.launch_exit_hook, "calls", [lambda _: None]),
+    "debug": lambda knobs, kernel: (knobs.runtime, "debug", True),
+    "add_stages_inspection_hook": lambda knobs, kernel: (knobs.runtime, "add_stages_inspection_hook", lambda *_: ("", "")),
+    "instrumentation_mode": lambda knobs, kernel: (knobs.compilation, "instrumentation_mode", "consan"),
+}  # fmt: skip
+
+
+@remembers
+@pytest.mark.parametrize("switch", SWITCHES)
+def test_a_launch_is_tritons_own_while_a_hook_or_switch_is_set(switch, ran, monkeypatch):
+    """Set after the launch was remembered, and after a call was prepared; and none of them is remembered then."""
+    from triton import knobs
+
+    x, b = torch.randn(64, 32), torch.randn(32, 16)
+    kernel = launches.forward_kernels.stream
+    for call in (lambda: engine.launch(*stream()), lambda: functional.summary(x, b)):
+        for _ in range(8):
+            call()
+        before = ran.by_triton
+        call()
+        assert ran.by_triton == before
+        with monkeypatch.context() as patch:
+            patch.setattr(*SWITCHES[switch](knobs, kernel))
+            for _ in range(3):
+                call()
+        assert ran.by_triton == before + 3
+        call()
+        assert ran.by_triton == before + 3
+
+
 def test_tensors_of_another_device_go_by_triton(ran, monkeypatch):
     """Triton's own launch raises for them, and a remembered one would read from a foreign address."""
     for _ in range(3):
