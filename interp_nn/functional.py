@@ -168,6 +168,11 @@ def gained_summary(
         if plain and not plan.autograd:
             return direct.polynomial_summary(x, b, bias, q, call)[1]
         return _polynomial.summary(x, b, bias, q, plan)
+    learned = isinstance(scale, Tensor) and scale.requires_grad
+    if plain and plan.autograd and plan.order == "(Xb)q" and x.is_cpu and len(c) > 1 and not learned:
+        number = float(scale)
+        if 0.01 < number < 100:  # or powers of bᵀb, which is not scaled, could overflow
+            return _polynomial.few_rows(x, b, bias, c, number, gain)
     q = as_tensors((c, scale), x, centre=True)
     if plain and not plan.autograd:
         y = gain * direct.polynomial_summary(x, b, None, q, call)[1]

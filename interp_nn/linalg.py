@@ -175,8 +175,16 @@ def polynomial_terms(g: Tensor, c: Sequence[Tensor | float]) -> Tensor:
     if len(c) == 2:
         return total
     square = g @ g
-    total = total + c[2] * square
-    return total if len(c) == 3 else total + square @ (c[3] * g if len(c) == 4 else c[3] * g + c[4] * square)
+    total = add_multiple(total, c[2], square)
+    if len(c) == 3:
+        return total
+    upper = c[3] * g if len(c) == 4 else add_multiple(c[3] * g, c[4], square)
+    return torch.addmm(total, square, upper) if g.dim() == 2 else total + square @ upper
+
+
+def add_multiple(total: Tensor, c: Tensor | float, t: Tensor) -> Tensor:
+    """Compute total + c t, of a number in one pass."""
+    return total + c * t if isinstance(c, Tensor) else torch.add(total, t, alpha=c)
 
 
 def singular_values(b: Tensor) -> Tensor:

@@ -28,6 +28,7 @@ from interp_nn.engines.orders import head_by_gram
 from interp_nn.engines.problem import Plan
 from interp_nn.linalg import (
     accumulation_dtype,
+    add_multiple,
     centred_weight,
     gram,
     is_column_major,
@@ -215,6 +216,26 @@ def pull_back(dw: Tensor, b: Tensor, c: Sequence[float], saved: Sequence[Tensor]
     return _sum_of_products(dw, terms, b, m, left, in_place=True), (s * terms).sum() * 0.5
 
 
+def matrix_forward(b: Tensor, c: Sequence[float], shift: float) -> tuple[Tensor, Tensor]:
+    """Compute q(G) (k, k) of numbers c, in an exact dtype, and G - shift I, for `matrix_backward`."""
+    g = gram(b)
+    if shift:
+        g.diagonal().sub_(shift)
+    matrix = polynomial_terms(g, c)
+    matrix.diagonal().add_(c[0])
+    return matrix, g
+
+
+def matrix_backward(
+    dm: Tensor, b: Tensor, gain: Tensor, c: Sequence[float], saved: tuple[Tensor, Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Compute (db, dgain) of gain q(G), with one product of b's size where PyTorch's autograd has two."""
+    matrix, g = saved
+    s = _twice_symmetric(dm)
+    m, _ = _derivative(g, s, c, False)
+    return b @ (gain * m), _inner(s, matrix) * 0.5
+
+
 def _sum_of_products(s: Tensor, terms: Tensor, b: Tensor, m: Tensor, left: bool, in_place: bool = False) -> Tensor:
     """Return S q(G) + b M, or q(K) S + M b if `left`; in b's order of memory."""
     if is_column_major(b):
@@ -264,7 +285,7 @@ def _scaled(b: Tensor, q: Polynomial) -> Tensor:
 
 
 def _upper(g: Tensor, square: Tensor, c: Sequence[Tensor | float]) -> Tensor:
-    return c[3] * g if len(c) == 4 else c[3] * g + c[4] * square
+    return c[3] * g if len(c) == 4 else add_multiple(c[3] * g, c[4], square)
 
 
 def _derivative(g: Tensor, s: Tensor, c: Sequence[Tensor | float], need_c: bool) -> tuple[Tensor, Tensor | None]:
@@ -275,7 +296,7 @@ def _derivative(g: Tensor, s: Tensor, c: Sequence[Tensor | float], need_c: bool)
     square = g @ g if degree >= 3 or (need_c and degree == 2) else g
     if degree >= 2:
         s2 = _twice_symmetric(h)  # the derivative of G²
-        m = m + c[2] * s2
+        m = add_multiple(m, c[2], s2)
         if degree >= 3:
             m = _add_product(_add_product(m, s2, _upper(g, square, c)), square, _upper(s, s2, c))
     if not need_c:

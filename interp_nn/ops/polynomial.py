@@ -19,7 +19,7 @@ from interp_nn.engines.eager_polynomial import Polynomial
 from interp_nn.engines.orders import saved_names
 from interp_nn.engines.problem import Plan, plan_to_text
 from interp_nn.engines.select import requested_now
-from interp_nn.linalg import is_column_major
+from interp_nn.linalg import centred, is_column_major
 from interp_nn.ops.library import (
     any_autocast_enabled,
     apply,
@@ -183,6 +183,41 @@ def layer_weight(b: Tensor, gain: Tensor | None, coefficients: Sequence[float], 
     """Return the weight (k, d) of `FormedWeight` with a graph, where `weight_comes_first`."""
     w: Tensor = _apply_layer_weight(b, gain, coefficients, shift)
     return w
+
+
+class LayerMatrixFunction(Function):
+    """The matrix gain q(bᵀb - shift I) (k, k), by which a layer multiplies few rows of X b."""
+
+    @staticmethod
+    def forward(ctx: Any, b: Tensor, gain: Tensor, coefficients: Sequence[float], shift: float) -> Tensor:
+        matrix, g = eager_polynomial.matrix_forward(b, coefficients, shift)
+        ctx.save_for_backward(b, gain, matrix, g)
+        ctx.coefficients, ctx.shift = coefficients, shift
+        return gain * matrix
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        b, gain, *saved = ctx.saved_tensors
+        if torch.is_grad_enabled() or is_batched(upstream) or not ordinary():
+            saved = eager_polynomial.matrix_forward(b, ctx.coefficients, ctx.shift)
+        db, dgain = eager_polynomial.matrix_backward(upstream, b, gain, ctx.coefficients, saved)
+        needs = ctx.needs_input_grad
+        return db if needs[0] else None, dgain if needs[1] else None, None, None
+
+
+_apply_layer_matrix = super(Function, LayerMatrixFunction).apply
+
+
+def few_rows(
+    x: Tensor, b: Tensor, bias: Tensor | None, coefficients: Sequence[float], scale: float, gain: Tensor
+) -> Tensor:
+    """Return gain (a X b q(a² bᵀb)) + bias of checked plain tensors in an exact dtype; the scale multiplies the coefficients."""
+    c, shift = centred(tuple(coefficients))
+    c = tuple(value * scale ** (2 * i + 1) for i, value in enumerate(c))
+    matrix = _apply_layer_matrix(b, gain, c, shift / scale**2)
+    p = as_rows(x) @ b
+    y = p @ matrix if bias is None else torch.addmm(bias, p, matrix)
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], b.shape[1])
 
 
 def weight_comes_first(x: Tensor, d: int) -> bool:

@@ -90,8 +90,8 @@ def as_tensors(
     tensors: list[Tensor | None] = []
     shift = 0.0
     if centre and isinstance(given[0], tuple) and not is_dtensor(x):
-        coefficients, shift = centred(given[0])
-        given = coefficients, given[1]
+        numbers, shift = centred(given[0])
+        given = numbers, given[1]
     for argument, value in zip(("polynomial", "scale"), given, strict=True):
         if isinstance(value, Tensor):
             _check_mesh(name, x, argument, value)

@@ -16,8 +16,10 @@ from torch.utils.checkpoint import checkpoint
 
 import interp_nn
 from interp_nn import convert, functional
+from interp_nn.engines.problem import Plan
 from interp_nn.nn import SummaryConv2d, SummaryLinear, constrain, follow, update_spectral_norms
 from interp_nn.nn.polynomials import NAMED, inverse_map, map_of, monotone_until
+from interp_nn.ops import direct, polynomial
 
 CASES = [(name, None, None) for name in NAMED] + [
     ("newton-schulz", True, False),
@@ -226,6 +228,40 @@ def test_derivatives_for_more_rows_than_features(case, monkeypatch):
                 torch.autograd.grad(layer(x).sin().sum(), rest),
                 tuple(w for w, q in zip(wanted, inputs, strict=True) if q.requires_grad),
             )
+
+
+@pytest.mark.filterwarnings("ignore:.*b has changed")  # gradcheck changes it
+@pytest.mark.parametrize("case", [c for c in CASES if c[0] not in ("summary", (0.7,)) and c[2] is not False], ids=str)
+def test_derivatives_for_few_rows(case, monkeypatch):
+    """There the layer forms the matrix gain q(bᵀb), if autograd is to have its products."""
+    layer = trained(SummaryLinear(4, 3, dtype=torch.float64, **options(case)))
+    x = torch.randn(2, 2, 4, dtype=torch.float64, requires_grad=True)
+    inputs, used = [x, *layer.parameters()], []
+    planned, few_rows = functional.planned, polynomial.few_rows
+
+    def by_matrix(*given):
+        *rest, _, plain = planned(*given)
+        return *rest, direct.Call(Plan("eager", "(Xb)q", autograd=True)), plain
+
+    monkeypatch.setattr(functional, "planned", by_matrix)
+    monkeypatch.setattr(polynomial, "few_rows", lambda *given: used.append(1) or few_rows(*given))
+
+    def call(*_):
+        return layer(x)
+
+    def derivatives(y, wanted):
+        return torch.autograd.grad(y.sin().sum(), wanted)
+
+    assert torch.autograd.gradcheck(call, inputs, check_batched_grad=True)
+    assert torch.autograd.gradgradcheck(call, inputs)
+    applied = bool(used)
+    assert applied == (layer.gain is not None or layer.normalize == "restore")
+    named = {name: p * 1 for name, p in layer.named_parameters()}
+    wanted = dict(zip(map(id, inputs), derivatives(functional_call(layer, named, x), inputs), strict=True))
+    for p in inputs[1:]:
+        p.requires_grad_(False)
+        rest = [t for t in inputs if t.requires_grad]
+        torch.testing.assert_close(derivatives(layer(x), rest), tuple(wanted[id(t)] for t in rest))
 
 
 @pytest.mark.parametrize(("name", "dtype"), [(n, d) for n in NAMED for d in (torch.bfloat16, torch.float16)])
