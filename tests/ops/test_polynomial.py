@@ -261,7 +261,7 @@ def test_derivatives_by_finite_differences(plan):
     n, d, k = (2, 2, 3) if plan is not None and plan.order == "X(q(K)b)" else (2, 3, 2)
     inputs = leaves(randn(n, d), randn(d, k) / 2, randn(4), torch.tensor(0.7).double(), randn(k))
     options = {"check_batched_grad": True, "raise_exception": True}
-    function = lambda *given: run(*given, plan=plan)[1:]  # noqa: E731
+    function = lambda *given: run(*given, plan=plan, shift=0.5)[1:]  # noqa: E731
     assert gradcheck(function, inputs, check_forward_ad=True, check_batched_forward_grad=True, **options)
     assert gradgradcheck(function, inputs, check_fwd_over_rev=True, **options)
 
@@ -351,9 +351,9 @@ def arguments(plan, d=5, k=3):
 
 def test_opcheck():
     x, b, text, c, a = arguments(PLANS[0])
-    opcheck(OPS.summary.default, (x, b, torch.randn(3), text, c, a))
+    opcheck(OPS.summary.default, (x, b, torch.randn(3), text, c, a, 0.5))
     saved = OPS.summary(x, b, None, text, c, a)[1]
-    opcheck(OPS.summary_backward.default, (None, torch.randn(4, 3), x, b, saved, text, [True] * 5, True, c, a))
+    opcheck(OPS.summary_backward.default, (None, torch.randn(4, 3), x, b, saved, text, [True] * 5, True, c, a, 0.5))
 
 
 @pytest.mark.parametrize("plan", PLANS)
