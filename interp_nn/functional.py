@@ -141,7 +141,7 @@ def summary(
         given = given_polynomial(polynomial, scale)
         if given is not None:
             x, b, bias, call, plain = planned(x, b, bias, False, given)
-            q = as_tensors(given, x)
+            q = as_tensors(given, x, centre=call.plan.engine == "eager")
             if plain and not call.plan.autograd:
                 return direct.polynomial_summary(x, b, bias, q, call)[1]
             return _polynomial.summary(x, b, bias, q, call.plan)
@@ -167,11 +167,17 @@ def gained_summary(
     plan = call.plan
     exact = linalg.accumulation_dtype(x.dtype) == x.dtype
     if not exact or plan.engine != "eager" or not (plan.autograd or plan.order == "(Xb)q"):
-        q = as_tensors((gain * constant(c, x), scale), x)
+        c, shift = linalg.centred(c) if plan.engine == "eager" else (c, 0.0)
+        q = as_tensors((gain * constant(c, x), scale), x)._replace(shift=shift)
         if plain and not plan.autograd:
             return direct.polynomial_summary(x, b, bias, q, call)[1]
         return _polynomial.summary(x, b, bias, q, plan)
-    q = as_tensors((c, scale), x)
+    learned = isinstance(scale, Tensor) and scale.requires_grad
+    if plain and plan.autograd and plan.order == "(Xb)q" and x.is_cpu and len(c) > 1 and not learned:
+        number = float(scale)
+        if 0.01 < number < 100:  # or powers of bᵀb, which is not scaled, could overflow
+            return _polynomial.few_rows(x, b, bias, c, number, gain)
+    q = as_tensors((c, scale), x, centre=True)
     if plain and not plan.autograd:
         y = gain * direct.polynomial_summary(x, b, None, q, call)[1]
         return y if bias is None else y + bias
@@ -222,7 +228,7 @@ def summary_pair(
         given = given_polynomial(polynomial, scale)
         if given is not None:
             x, b, _, call, plain = planned(x, b, None, True, given)
-            q = as_tensors(given, x)
+            q = as_tensors(given, x, centre=call.plan.engine == "eager")
             if plain and not call.plan.autograd:
                 projection, y = direct.polynomial_summary(x, b, None, q, call)
                 assert projection is not None
@@ -402,7 +408,9 @@ def effective_weight(
     """
     given = given_polynomial(polynomial, scale)
     b = matrix(b, sharded=True)
-    return linalg.effective_weight(b) if given is None else _polynomial.weight(b, as_tensors(given, b, "b"))
+    return (
+        linalg.effective_weight(b) if given is None else _polynomial.weight(b, as_tensors(given, b, "b", centre=True))
+    )
 
 
 def orthogonalize(b: Tensor, tolerance: float | None = None, max_iterations: int = 100) -> Orthogonalized:

@@ -10,6 +10,7 @@ import copy
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -38,6 +39,7 @@ __all__ = [
 
 Blocks = tuple[tuple[int, int], ...]
 _STEPS_TOGETHER = 4  # by rounding: they enlarge that of small eigenvalues of the Gram matrix up to 25 times
+_CENTRE = 0.5  # of the eigenvalues of the Gram matrix of a b whose spectral norm is 1
 _ENTRIES_AT_ONCE = 1 << 22  # entries of a batch that are cast to fp64 at a time
 
 
@@ -132,9 +134,39 @@ def polynomial_weight(b: Tensor, coefficients: Sequence[Tensor | float], scale: 
     """
     if scale is not None:
         b = b * scale
-    if len(coefficients) == 1:
-        return coefficients[0] * b
-    return coefficients[0] * b + mul_gram(b, polynomial_terms(gram_small(b), coefficients))
+    return centred_weight(b, coefficients, 0.0)
+
+
+def centred_weight(b: Tensor, c: Sequence[Tensor | float], shift: float) -> Tensor:
+    """Compute the weight b q(bᵀb) of one to five coefficients c of powers of bᵀb - shift I."""
+    if len(c) == 1:
+        return c[0] * b
+    return c[0] * b + mul_gram(b, polynomial_terms(minus_identity(gram_small(b), shift), c))
+
+
+def minus_identity(g: Tensor, shift: float) -> Tensor:
+    """Compute G - shift I of a matrix (..., m, m); G itself for 0."""
+    return g - shift * torch.eye(g.shape[-1], dtype=g.dtype, device=g.device) if shift else g
+
+
+def centred(coefficients: tuple[float, ...]) -> tuple[tuple[float, ...], float]:
+    """Compute the coefficients of the same polynomial in powers of G - s I, and s: 1/2 where that rounds less, else 0.
+
+    The terms of coefficients with alternating signs cancel: those of PC layers are up to 14 times a value of about 1. If the
+    signs alternate around 1/2 too, the sizes of the terms add up to no more than those around 0, at every eigenvalue t >= 0 of G:
+    with sizes r_i around 1/2 they are Σ_i r_i |t - 1/2|ⁱ and Σ_i r_i (t + 1/2)ⁱ. Two coefficients round the same either way.
+    """
+    return _centred.__wrapped__(coefficients) if is_dynamo_compiling() else _centred(coefficients)
+
+
+@lru_cache(maxsize=256)
+def _centred(coefficients: tuple[float, ...]) -> tuple[tuple[float, ...], float]:
+    found, degree = list(coefficients), len(coefficients) - 1
+    for first in range(degree):
+        for i in range(degree - 1, first - 1, -1):
+            found[i] += _CENTRE * found[i + 1]
+    alternate = degree > 1 and all(left * right < 0 for left, right in pairwise(found))
+    return (tuple(found), _CENTRE) if alternate else (coefficients, 0.0)
 
 
 def polynomial_terms(g: Tensor, c: Sequence[Tensor | float]) -> Tensor:
@@ -143,8 +175,16 @@ def polynomial_terms(g: Tensor, c: Sequence[Tensor | float]) -> Tensor:
     if len(c) == 2:
         return total
     square = g @ g
-    total = total + c[2] * square
-    return total if len(c) == 3 else total + square @ (c[3] * g if len(c) == 4 else c[3] * g + c[4] * square)
+    total = add_multiple(total, c[2], square)
+    if len(c) == 3:
+        return total
+    upper = c[3] * g if len(c) == 4 else add_multiple(c[3] * g, c[4], square)
+    return torch.addmm(total, square, upper) if g.dim() == 2 else total + square @ upper
+
+
+def add_multiple(total: Tensor, c: Tensor | float, t: Tensor) -> Tensor:
+    """Compute total + c t, of a number in one pass."""
+    return total + c * t if isinstance(c, Tensor) else torch.add(total, t, alpha=c)
 
 
 def singular_values(b: Tensor) -> Tensor:

@@ -42,6 +42,7 @@ _LAYER_SHAPE = 32, 512, 100  # the fastest of the shapes in the tables
 _CLASSES = 10
 _HEAD_SHAPE = 32, 128, 16  # the README's head, at batch 32
 _POLYNOMIAL_SHAPE = 4096, 512, 64
+_POLYNOMIALS = "newton-schulz", "pc-1", "pc-4"
 _MICROBATCHES, _MICROBATCH_SHAPE = 8, (32, 512, 100)
 _CALLS = 10  # in a sample
 Calls = dict[str, Callable[[], Any]]
@@ -88,7 +89,7 @@ _HEAD_BOUNDS = (
     Ratio("with reconstruction, forward and backward", "loss, forward and backward", 2.0),
 )
 _POLYNOMIAL_BOUNDS = (
-    Ratio("newton-schulz, forward and backward", "nn.Linear, forward and backward", 1.10),
+    *(Ratio(f"{name}, forward and backward", "nn.Linear, forward and backward", 1.10) for name in _POLYNOMIALS),
     Ratio("newton-schulz, microbatches, cached", "nn.Linear, microbatches", 1.65),
 )
 
@@ -433,7 +434,8 @@ def _reconstruction_calls() -> Calls:
 def _polynomial_calls() -> Calls:
     n, d, k = _POLYNOMIAL_SHAPE
     leaf, dy = torch.randn(n, d, requires_grad=True), torch.randn(n, k)
-    linear, ours = nn.Linear(d, k), SummaryLinear(d, k, polynomial="newton-schulz")
+    layers: dict[str, nn.Module] = {"nn.Linear": nn.Linear(d, k)}
+    layers |= {name: SummaryLinear(d, k, polynomial=name) for name in _POLYNOMIALS}
     rows, features, columns = _MICROBATCH_SHAPE
     small, summary = nn.Linear(features, columns), SummaryLinear(features, columns, polynomial="newton-schulz")
     parts = [torch.randn(rows, features, requires_grad=True) for _ in range(_MICROBATCHES)]
@@ -450,9 +452,8 @@ def _polynomial_calls() -> Calls:
                 layer(part).backward(upstream)
         layer.zero_grad()
 
-    return {
-        "nn.Linear, forward and backward": lambda: both(linear),
-        "newton-schulz, forward and backward": lambda: both(ours),
+    calls: Calls = {f"{name}, forward and backward": partial(both, layer) for name, layer in layers.items()}
+    return calls | {
         "nn.Linear, microbatches": lambda: accumulate(small, False),
         "newton-schulz, microbatches, cached": lambda: accumulate(summary, True),
     }

@@ -9,6 +9,9 @@ M + Mᵀ is the derivative of q at G along T + Tᵀ, and for k > d, with S = X�
     db̂ = q(K) S + (M + Mᵀ) b̂ + Xᵀ dP, dc_i = <N, Kⁱ>
 
 The coefficients and the scale are tensors with a dtype of their own, and are read as scalars, which round no operand to it.
+
+Where the terms of q would cancel, its coefficients are those of powers of G - s I (see `linalg.centred`). All of the above then
+holds with G - s I and K - s I in the place of G and K.
 """
 
 from __future__ import annotations
@@ -23,7 +26,15 @@ from torch import Tensor
 from interp_nn.engines.eager import _add_product, _affine, _columns, _correlate, _twice_symmetric
 from interp_nn.engines.orders import head_by_gram
 from interp_nn.engines.problem import Plan
-from interp_nn.linalg import accumulation_dtype, gram, is_column_major, polynomial_terms, polynomial_weight
+from interp_nn.linalg import (
+    accumulation_dtype,
+    add_multiple,
+    centred_weight,
+    gram,
+    is_column_major,
+    minus_identity,
+    polynomial_terms,
+)
 
 MOST_COEFFICIENTS = 5
 _EXACT = (torch.float32, torch.float64)
@@ -31,10 +42,11 @@ SAVING = Plan("eager", "(Xb)q", saves=True)
 
 
 class Polynomial(NamedTuple):
-    """The coefficients of q, (degree + 1,), and the scale of b, a 0-dim tensor, or None for 1."""
+    """The coefficients of q, (degree + 1,), in powers of G - shift I; and the scale of b, a 0-dim tensor, or None for 1."""
 
     coefficients: Tensor
     scale: Tensor | None
+    shift: float = 0.0
 
     @property
     def degree(self) -> int:
@@ -64,24 +76,27 @@ def forward(
     if plan.order == "(Xb)q":
         p = x @ b
         if gain is not None:  # times q(G) and not P: the inner product of k x k matrices rounds less
-            matrix = polynomial_terms(gram(b), c) + c[0] * torch.eye(b.shape[1], dtype=b.dtype, device=b.device)
+            eye = torch.eye(b.shape[1], dtype=b.dtype, device=b.device)
+            g = gram(b) - q.shift * eye if q.shift else gram(b)
+            matrix = polynomial_terms(g, c) + c[0] * eye
             return p, _affine(p, gain * matrix, bias), []
         base = c[0] * p if bias is None else c[0] * p + bias
         if len(c) == 1:
             return p, base, []
-        g = gram(b)
+        g = minus_identity(gram(b), q.shift)
         terms = polynomial_terms(g, c)
         return p, _add_product(base, p, terms), [p, g, terms]
     if plan.order == "((Xb)bᵀ)b...":
         p = x @ b if gain is None else gain * (x @ b)
         y = c[-1] * p
         for term in c[-2::-1]:
-            y = _add_product(term * p, y @ b.mT, b)
+            first = term * p - q.shift * y if q.shift else term * p
+            y = _add_product(first, y @ b.mT, b)
         return p, y if bias is None else y + bias, []
     projection = x @ b if pair else None
     if len(c) == 1:
         return projection, _affine(x, c[0] * b, bias), []
-    g = gram(b) if plan.order == "X(bq)" else gram(b.mT)
+    g = minus_identity(gram(b) if plan.order == "X(bq)" else gram(b.mT), q.shift)
     terms = polynomial_terms(g, c)
     w = _weight(b, terms, c[0], plan.order != "X(bq)")
     return projection, _affine(x, w, bias), [g, terms, w]
@@ -150,16 +165,20 @@ def gradient(
 
 def weight(b: Tensor, q: Polynomial) -> Tensor:
     """Return the effective weight a b q(a² bᵀb) through the smaller of the two Gram matrices, in b's order of memory."""
-    return polynomial_weight(b, q.coefficients.unbind(), q.scale)
+    return centred_weight(_scaled(b, q), q.coefficients.unbind(), q.shift)
 
 
-def weight_forward(b: Tensor, c: Sequence[Tensor | float], scale: Tensor | None = None) -> tuple[Tensor, list[Tensor]]:
+def weight_forward(
+    b: Tensor, c: Sequence[Tensor | float], scale: Tensor | None = None, shift: float = 0.0
+) -> tuple[Tensor, list[Tensor]]:
     """Compute (W, saved tensors) of b (d, k) for `weight_backward`, for degree 1 or more.
 
     The transpose of W is contiguous: it is the weight of a plain layer, without a copy.
     """
     scaled, left = b if scale is None else b * scale, b.shape[1] > b.shape[0]
     g = gram(scaled.mT) if left else gram(scaled)
+    if shift:
+        g.diagonal().sub_(shift)
     terms = polynomial_terms(g, c)
     factors = (scaled.mT, terms.mT) if left else (terms.mT, scaled.mT)
     if b.dtype in _EXACT:
@@ -197,6 +216,26 @@ def pull_back(dw: Tensor, b: Tensor, c: Sequence[float], saved: Sequence[Tensor]
     return _sum_of_products(dw, terms, b, m, left, in_place=True), (s * terms).sum() * 0.5
 
 
+def matrix_forward(b: Tensor, c: Sequence[float], shift: float) -> tuple[Tensor, Tensor]:
+    """Compute q(G) (k, k) of numbers c, in an exact dtype, and G - shift I, for `matrix_backward`."""
+    g = gram(b)
+    if shift:
+        g.diagonal().sub_(shift)
+    matrix = polynomial_terms(g, c)
+    matrix.diagonal().add_(c[0])
+    return matrix, g
+
+
+def matrix_backward(
+    dm: Tensor, b: Tensor, gain: Tensor, c: Sequence[float], saved: tuple[Tensor, Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Compute (db, dgain) of gain q(G), with one product of b's size where PyTorch's autograd has two."""
+    matrix, g = saved
+    s = _twice_symmetric(dm)
+    m, _ = _derivative(g, s, c, False)
+    return b @ (gain * m), _inner(s, matrix) * 0.5
+
+
 def _sum_of_products(s: Tensor, terms: Tensor, b: Tensor, m: Tensor, left: bool, in_place: bool = False) -> Tensor:
     """Return S q(G) + b M, or q(K) S + M b if `left`; in b's order of memory."""
     if is_column_major(b):
@@ -231,9 +270,10 @@ def logits(x: Tensor, b: Tensor, a: Tensor, bias: Tensor | None, q: Polynomial, 
     h = c[-1] * a
     if len(c) > 1:
         d, k = b.shape
-        g = gram(b) if head_by_gram(d, k, a.shape[0], len(c) - 1) else None
+        g = minus_identity(gram(b), q.shift) if head_by_gram(d, k, a.shape[0], len(c) - 1) else None
         for term in c[-2::-1]:
-            h = _add_product(term * a, *((h @ b.mT, b) if g is None else (h, g)))
+            first = term * a - q.shift * h if q.shift and g is None else term * a
+            h = _add_product(first, *((h @ b.mT, b) if g is None else (h, g)))
     z, both = torch.cat((a, h)), None if bias is None else torch.cat((bias, bias))
     o = _affine(x, (z @ b.mT).mT, both) if plan.order == "logits_from_x" else _affine(x @ b, z.mT, both)
     first, second = o.view(x.shape[0], 2, a.shape[0]).unbind(1)
@@ -245,7 +285,7 @@ def _scaled(b: Tensor, q: Polynomial) -> Tensor:
 
 
 def _upper(g: Tensor, square: Tensor, c: Sequence[Tensor | float]) -> Tensor:
-    return c[3] * g if len(c) == 4 else c[3] * g + c[4] * square
+    return c[3] * g if len(c) == 4 else add_multiple(c[3] * g, c[4], square)
 
 
 def _derivative(g: Tensor, s: Tensor, c: Sequence[Tensor | float], need_c: bool) -> tuple[Tensor, Tensor | None]:
@@ -256,7 +296,7 @@ def _derivative(g: Tensor, s: Tensor, c: Sequence[Tensor | float], need_c: bool)
     square = g @ g if degree >= 3 or (need_c and degree == 2) else g
     if degree >= 2:
         s2 = _twice_symmetric(h)  # the derivative of G²
-        m = m + c[2] * s2
+        m = add_multiple(m, c[2], s2)
         if degree >= 3:
             m = _add_product(_add_product(m, s2, _upper(g, square, c)), square, _upper(s, s2, c))
     if not need_c:

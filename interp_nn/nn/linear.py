@@ -99,8 +99,8 @@ class SummaryLinear(PolynomialLayer):
             self._warn_if_stale()
             if weight_comes_first(input, self.in_features) and (found := self._numbers(input)) is not None:
                 return nn.functional.linear(input, layer_weight(*found), self.bias)
-            if (learned := self._learned_gain()) is not None:
-                return functional.gained_summary(input, self.b, self.bias, self._coefficients, *learned)
+            if (factors := self._scale_and_multiplier()) is not None:
+                return functional.gained_summary(input, self.b, self.bias, self._coefficients, *factors)
             return functional.summary(input, self.b, self.bias, **self._functional_options())
         if self.constraint == "penalty":
             y, gram = functional.summary_and_gram(input, self.b, self.bias)

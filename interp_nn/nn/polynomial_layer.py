@@ -179,27 +179,27 @@ class PolynomialLayer(Freezable):
             return options | {"polynomial": torch.stack([multiplier * value for value in c])}
         return options | {"polynomial": multiplier * constant(c, self.b)}
 
-    def _learned_gain(self) -> tuple[float | Tensor, Tensor] | None:
-        """Return a and m where the gradient of m is one inner product, not a sum over the coefficients m c_i, which cancels.
+    def _scale_and_multiplier(self) -> tuple[float | Tensor, Tensor] | None:
+        """Return a and m where m can stay apart from the coefficients: numbers round less, and so does m's gradient.
 
-        None without such a gradient, in 16 bits, where a product with m would round once more, and in a trace, which PyTorch
-        compares with one without gradients.
+        It is one inner product then, and not a sum over the coefficients m c_i, which cancels. None if m is 1, for sharded
+        parameters, and in a trace, which PyTorch compares with one without gradients.
         """
-        if self.gain is None or not (self.gain.requires_grad and torch.is_grad_enabled()):
+        if self.gain is None and self.normalize != "restore":
+            return None
+        if is_dtensor(self.b) or (self.gain is not None and is_dtensor(self.gain)):
             return None
         if not torch.compiler.is_compiling() and is_tracing():
             return None
-        if self.b.dtype not in _EXACT or is_dtensor(self.b) or is_dtensor(self.gain):
-            return None
-        scale, multiplier = self._factors(self.b.dtype)
+        scale, multiplier = self._factors(linalg.accumulation_dtype(self.b.dtype))
         assert multiplier is not None
         return 1.0 if scale is None else scale, multiplier
 
     def _weight_of(self, matrix: Tensor) -> Tensor:
         if matrix.dim() == 2 and matrix.dtype == self.b.dtype and not (self._is_summary() or is_dtensor(matrix)):
-            if (learned := self._learned_gain()) is not None:
-                scale, gain = learned
-                return gain * functional.effective_weight(matrix, polynomial=self._coefficients, scale=scale)
+            if self.b.dtype in _EXACT and (found := self._scale_and_multiplier()) is not None:
+                scale, multiplier = found
+                return multiplier * functional.effective_weight(matrix, polynomial=self._coefficients, scale=scale)
             return functional.effective_weight(matrix, **self._functional_options())
         factors = self._factors(linalg.accumulation_dtype(matrix.dtype))
         return _weight(matrix, self._coefficients, *(None if t is None else as_placed(t, matrix) for t in factors))
@@ -208,8 +208,8 @@ class PolynomialLayer(Freezable):
         """Return the effective weight that `freeze` or `cached_weights` holds; None if there is none."""
         return self.frozen_weight() if self._cache is None else self._cache.weight()
 
-    def _numbers(self, x: Tensor | None = None) -> tuple[Tensor, Tensor | None, list[float]] | None:
-        """Return b, the gain, and numbers c with which the weight is Σ_i c_i b (bᵀb)ⁱ; None where autograd has to form it.
+    def _numbers(self, x: Tensor | None = None) -> tuple[Tensor, Tensor | None, list[float], float] | None:
+        """Return b, the gain, and c and s with which the weight is Σ_i c_i b (bᵀb - s I)ⁱ; None where autograd has to form it.
 
         So it has where a parameter is no plain one, or has not the dtype of an input x.
 
@@ -227,7 +227,8 @@ class PolynomialLayer(Freezable):
             return None
         if self.normalize == "restore":
             multiplier /= scale
-        return b, gain, [multiplier * value * scale ** (2 * i + 1) for i, value in enumerate(c)]
+        c, shift = linalg.centred(c)
+        return b, gain, [multiplier * value * scale ** (2 * i + 1) for i, value in enumerate(c)], shift / scale**2
 
     def _graphless_weight(self) -> FormedWeight | None:
         """Return the effective weight with a pull-back of its own; None where autograd has to form it."""
@@ -498,7 +499,10 @@ def _weight(matrix: Tensor, c: Sequence[float], scale: Tensor | None, multiplier
     """Return m a b q(a² bᵀb) of a matrix b (..., d, k)."""
     if c == SUMMARY and scale is None and multiplier is None:
         return linalg.effective_weight(matrix)
-    weight = linalg.polynomial_weight(matrix, c, scale)
+    shift = 0.0
+    if not is_dtensor(matrix):
+        c, shift = linalg.centred(tuple(c))
+    weight = linalg.centred_weight(matrix if scale is None else matrix * scale, c, shift)
     return (weight if multiplier is None else multiplier * weight).to(matrix.dtype)
 
 

@@ -122,15 +122,16 @@ class PolynomialDirect(Function):
         bias: Tensor | None,
         coefficients: Tensor | None,
         scale: Tensor | None,
+        shift: float,
         call: Call,
     ) -> Any:
-        q = None if coefficients is None else Polynomial(coefficients, scale)
+        q = None if coefficients is None else Polynomial(coefficients, scale, shift)
         p, y, saved = _forward(x, b, bias, call, q)
         if x.dim() != 2 and saved and saved[0] is p:
             saved[0] = _shaped_as(x, p)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, b, coefficients, scale, *saved)
-        ctx.call = call
+        ctx.call, ctx.shift = call, shift
         return (p, y) if call.pair else y
 
     @staticmethod
@@ -139,23 +140,23 @@ class PolynomialDirect(Function):
         dp, dy = grads if call.pair else (None, grads[0])
         given = dy if dp is None else dp
         if given is None:
-            return (None,) * 6
+            return (None,) * 7
         x, b, coefficients, scale, *saved = ctx.saved_tensors
-        q = None if coefficients is None else Polynomial(coefficients, scale)
+        q = None if coefficients is None else Polynomial(coefficients, scale, ctx.shift)
         if q is None:
             found = _by_prepared(dp, dy, x, b, saved, call, needs[:3])
             if found is not None:
-                return *found, None, None, None
+                return *found, None, None, None, None
         if _needs_operators(given):
             dp, dy = (None if g is None else _shaped_as(x, g) for g in (dp, dy))
             if q is not None:
-                return (*polynomial.backward(dp, dy, x, b, q, saved, call.plan, needs), None)
+                return (*polynomial.backward(dp, dy, x, b, q, saved, call.plan, needs), None, None)
             first, second = (*saved, None, None)[:2]
             found = apply(backward_function(), dp, dy, x, b, first, second, call.plan, *needs[:3])
-            return (*spread(found, needs), None)
+            return (*spread(found, needs), None, None)
         if q is None:
-            return *_backward(dp, dy, x, b, saved, call, needs[:3]), None, None, None
-        return *_polynomial_backward(dp, dy, x, b, q, saved, call.plan, needs), None
+            return *_backward(dp, dy, x, b, saved, call, needs[:3]), None, None, None, None
+        return *_polynomial_backward(dp, dy, x, b, q, saved, call.plan, needs), None, None
 
 
 # Without the step that binds arguments for transforms.
@@ -269,7 +270,7 @@ def summary_pair(x: Tensor, b: Tensor, call: Call) -> tuple[Tensor, Tensor]:
     """Return (X b, X b (bᵀb))."""
     p: Tensor | None
     if is_grad_enabled() and (x.requires_grad or b.requires_grad) and not call.plan.autograd:
-        p, y = _apply_polynomial(x, b, None, None, None, call)
+        p, y = _apply_polynomial(x, b, None, None, None, 0.0, call)
     else:
         p, y, _ = _forward(x, b, None, call)
     assert p is not None
@@ -280,7 +281,8 @@ def polynomial_summary(
     x: Tensor, b: Tensor, bias: Tensor | None, q: Polynomial, call: Call
 ) -> tuple[Tensor | None, Tensor]:
     """Return (a X b or None, X b q(bᵀb) + bias) by a plan without `autograd`; the projection where it is a pair's."""
-    if is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, b, bias, *q)):
+    tensors = x, b, bias, q.coefficients, q.scale
+    if is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         found = _apply_polynomial(x, b, bias, *q, call)
         p, y = found if call.pair else (None, found)
     else:

@@ -112,6 +112,7 @@ def summary_flops(
     plan: str,
     coefficients: _Shape | None = None,
     scale: _Shape | None = None,
+    shift: float = 0.0,
     **_: Any,
 ) -> int:
     """Return the operations of `interp_nn::summary`, or of its twin for the rows of DTensors."""
@@ -119,7 +120,13 @@ def summary_flops(
 
 
 def _pair_flops(
-    x: _Shape, b: _Shape, plan: str, coefficients: _Shape | None = None, scale: _Shape | None = None, **_: Any
+    x: _Shape,
+    b: _Shape,
+    plan: str,
+    coefficients: _Shape | None = None,
+    scale: _Shape | None = None,
+    shift: float = 0.0,
+    **_: Any,
 ) -> int:
     return _forward(x, b, plan, True, coefficients)
 
@@ -135,6 +142,7 @@ def _backward_flops(
     transposed: bool,
     coefficients: _Shape | None = None,
     scale: _Shape | None = None,
+    shift: float = 0.0,
     **_: Any,
 ) -> int:
     need_x, need_b, _bias, need_c, need_a = (*needs, False, False)[:5]

@@ -341,7 +341,8 @@ def cross_entropy(
             eager.check_target(target, b.shape[1] if a is None else a.shape[0], options.ignore_index)
             raise
     enabled = torch.is_grad_enabled()
-    coefficients, scale = q or (None, None)
+    coefficients, scale, shift = q or (None, None, 0.0)
+    assert not shift, "the operator takes powers of G itself"
     tensors = (x, b, a, c) if q is None else (x, b, a, c, coefficients)
     needs = tuple(enabled and t is not None and t.requires_grad for t in tensors)
     now = (False,) * len(needs) if computed_late(x, options) else needs

@@ -19,7 +19,7 @@ from interp_nn.engines.eager_polynomial import Polynomial
 from interp_nn.engines.orders import saved_names
 from interp_nn.engines.problem import Plan, plan_to_text
 from interp_nn.engines.select import requested_now
-from interp_nn.linalg import is_column_major
+from interp_nn.linalg import centred, is_column_major
 from interp_nn.ops.library import (
     any_autocast_enabled,
     apply,
@@ -37,8 +37,8 @@ _FEW_COLUMNS, _MANY_WITH_FEW_COLUMNS, _MANY = 16, 2**15, 2**19
 class PolynomialFunction(Function):
     """The autograd Function over `interp_nn::summary` and `::summary_pair` with coefficients: (y, *saved) or (p, y, *saved).
 
-    Its arguments are x (..., d), b (d, k), bias (k,) or None, the coefficients, the scale or None, the plan, and True if the
-    projection is an output.
+    Its arguments are x (..., d), b (d, k), bias (k,) or None, those of `Polynomial`, the plan, and True if the projection is an
+    output.
     """
 
     @staticmethod
@@ -48,18 +48,19 @@ class PolynomialFunction(Function):
         bias: Tensor | None,
         coefficients: Tensor,
         scale: Tensor | None,
+        shift: float,
         plan: Plan,
         pair: bool,
     ) -> tuple[Tensor, ...]:
         if pair:
-            p, y, saved = pair_operator(x, b, plan_to_text(plan), coefficients, scale)
+            p, y, saved = pair_operator(x, b, plan_to_text(plan), coefficients, scale, shift)
             return (p, y, *saved)
-        y, saved = summary_operator(x, b, bias, plan_to_text(plan), coefficients, scale)
+        y, saved = summary_operator(x, b, bias, plan_to_text(plan), coefficients, scale, shift)
         return (y, *saved)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        x, b, _, coefficients, scale, plan, pair = inputs
+        x, b, _, coefficients, scale, shift, plan, pair = inputs
         outputs = 2 if pair else 1
         saved = output[outputs:]
         ctx.mark_non_differentiable(*saved)
@@ -67,16 +68,16 @@ class PolynomialFunction(Function):
         if pair and saved_names(plan, True)[0] == "P":
             saved = (output[0], *saved)
         ctx.save_for_backward(x, b, coefficients, scale, *saved)
-        ctx.plan, ctx.outputs = plan, outputs
+        ctx.plan, ctx.shift, ctx.outputs = plan, shift, outputs
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         dp, dy = grads[:2] if ctx.outputs == 2 else (None, grads[0])
         if dp is None and dy is None:
-            return (None,) * 7
+            return (None,) * 8
         x, b, coefficients, scale, *saved = ctx.saved_tensors
-        q = Polynomial(coefficients, scale)
-        return (*backward(dp, dy, x, b, q, saved, ctx.plan, ctx.needs_input_grad[:5]), None, None)
+        q = Polynomial(coefficients, scale, ctx.shift)
+        return (*backward(dp, dy, x, b, q, saved, ctx.plan, ctx.needs_input_grad[:5]), None, None, None)
 
 
 def backward(
@@ -97,29 +98,30 @@ def backward(
 
 
 class WeightFunction(Function):
-    """The effective weight of b (d, k), the coefficients and the scale or None: (w, *saved)."""
+    """The effective weight of b (d, k) and the fields of `Polynomial`: (w, *saved)."""
 
     @staticmethod
-    def forward(b: Tensor, coefficients: Tensor, scale: Tensor | None) -> tuple[Tensor, ...]:
-        w, saved = eager_polynomial.weight_forward(b, coefficients.unbind(), scale)
+    def forward(b: Tensor, coefficients: Tensor, scale: Tensor | None, shift: float) -> tuple[Tensor, ...]:
+        w, saved = eager_polynomial.weight_forward(b, coefficients.unbind(), scale, shift)
         return (w, *saved)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*inputs, *output[1:])
+        *tensors, ctx.shift = inputs
+        ctx.save_for_backward(*tensors, *output[1:])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         dw = grads[0]
         if dw is None:
-            return None, None, None
+            return None, None, None, None
         b, coefficients, scale, *saved = ctx.saved_tensors
-        q = Polynomial(coefficients, scale)
+        q = Polynomial(coefficients, scale, ctx.shift)
         if torch.is_grad_enabled() or transforming(dw, b):
-            saved = eager_polynomial.weight_forward(b, coefficients.unbind(), scale)[1]
-        return eager_polynomial.weight_backward(dw, b, q, saved, ctx.needs_input_grad)
+            saved = eager_polynomial.weight_forward(b, coefficients.unbind(), scale, ctx.shift)[1]
+        return *eager_polynomial.weight_backward(dw, b, q, saved, ctx.needs_input_grad[:3]), None
 
 
 class FormedWeight:
@@ -128,15 +130,16 @@ class FormedWeight:
     Args:
         b: A parameter (d, k) of float32 or float64 on a CPU.
         gain: The parameter m, one number that is not zero, or None for 1.
-        coefficients: Two to five numbers, which give the weight as Σ_i c_i b (bᵀb)ⁱ.
+        coefficients: Two to five numbers, which give the weight as Σ_i c_i b (bᵀb - shift I)ⁱ.
+        shift: A number.
 
     Attributes:
         weight: The weight (k, d) of a plain layer, a leaf that requires a gradient if a parameter does.
     """
 
-    def __init__(self, b: Tensor, gain: Tensor | None, coefficients: Sequence[float]) -> None:
+    def __init__(self, b: Tensor, gain: Tensor | None, coefficients: Sequence[float], shift: float) -> None:
         self._b, self._gain, self._coefficients = b, gain, coefficients
-        w, self._saved = eager_polynomial.weight_forward(b.detach(), coefficients)
+        w, self._saved = eager_polynomial.weight_forward(b.detach(), coefficients, None, shift)
         self.weight = w.mT.requires_grad_(b.requires_grad or (gain is not None and gain.requires_grad))
 
     def pull_back(self, grad: Tensor) -> None:
@@ -153,10 +156,10 @@ class LayerWeightFunction(Function):
     """The weight (k, d) of `FormedWeight`, for a forward of many rows, beside which its graph costs little."""
 
     @staticmethod
-    def forward(ctx: Any, b: Tensor, gain: Tensor | None, coefficients: Sequence[float]) -> Tensor:
-        w, saved = eager_polynomial.weight_forward(b, coefficients)
+    def forward(ctx: Any, b: Tensor, gain: Tensor | None, coefficients: Sequence[float], shift: float) -> Tensor:
+        w, saved = eager_polynomial.weight_forward(b, coefficients, None, shift)
         ctx.save_for_backward(b, gain, *saved)
-        ctx.coefficients = coefficients
+        ctx.coefficients, ctx.shift = coefficients, shift
         return w.mT
 
     @staticmethod
@@ -165,21 +168,56 @@ class LayerWeightFunction(Function):
         c, needs = ctx.coefficients, ctx.needs_input_grad
         if not (torch.is_grad_enabled() or any_autocast_enabled() or is_batched(dw)) and ordinary():
             db, inner = eager_polynomial.pull_back(dw.mT, b, c, saved)
-            return db if needs[0] else None, inner / gain if needs[1] else None, None
-        q = Polynomial(b.new_tensor(c) if gain is None else b.new_tensor(c) / gain.detach(), None)
-        w, saved = eager_polynomial.weight_forward(b, q.coefficients.unbind())
+            return db if needs[0] else None, inner / gain if needs[1] else None, None, None
+        q = Polynomial(b.new_tensor(c) if gain is None else b.new_tensor(c) / gain.detach(), None, ctx.shift)
+        w, saved = eager_polynomial.weight_forward(b, q.coefficients.unbind(), None, q.shift)
         upstream = dw.mT if gain is None else dw.mT * gain
         grads = eager_polynomial.weight_backward(upstream, b, q, saved, (needs[0], False, False))
-        return grads[0], None if gain is None or not needs[1] else (dw.mT * w).sum().view_as(gain), None
+        return grads[0], None if gain is None or not needs[1] else (dw.mT * w).sum().view_as(gain), None, None
 
 
 _apply_layer_weight = super(Function, LayerWeightFunction).apply
 
 
-def layer_weight(b: Tensor, gain: Tensor | None, coefficients: Sequence[float]) -> Tensor:
+def layer_weight(b: Tensor, gain: Tensor | None, coefficients: Sequence[float], shift: float) -> Tensor:
     """Return the weight (k, d) of `FormedWeight` with a graph, where `weight_comes_first`."""
-    w: Tensor = _apply_layer_weight(b, gain, coefficients)
+    w: Tensor = _apply_layer_weight(b, gain, coefficients, shift)
     return w
+
+
+class LayerMatrixFunction(Function):
+    """The matrix gain q(bᵀb - shift I) (k, k), by which a layer multiplies few rows of X b."""
+
+    @staticmethod
+    def forward(ctx: Any, b: Tensor, gain: Tensor, coefficients: Sequence[float], shift: float) -> Tensor:
+        matrix, g = eager_polynomial.matrix_forward(b, coefficients, shift)
+        ctx.save_for_backward(b, gain, matrix, g)
+        ctx.coefficients, ctx.shift = coefficients, shift
+        return gain * matrix
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        b, gain, *saved = ctx.saved_tensors
+        if torch.is_grad_enabled() or is_batched(upstream) or not ordinary():
+            saved = eager_polynomial.matrix_forward(b, ctx.coefficients, ctx.shift)
+        db, dgain = eager_polynomial.matrix_backward(upstream, b, gain, ctx.coefficients, saved)
+        needs = ctx.needs_input_grad
+        return db if needs[0] else None, dgain if needs[1] else None, None, None
+
+
+_apply_layer_matrix = super(Function, LayerMatrixFunction).apply
+
+
+def few_rows(
+    x: Tensor, b: Tensor, bias: Tensor | None, coefficients: Sequence[float], scale: float, gain: Tensor
+) -> Tensor:
+    """Return gain (a X b q(a² bᵀb)) + bias of checked plain tensors in an exact dtype; the scale multiplies the coefficients."""
+    c, shift = centred(tuple(coefficients))
+    c = tuple(value * scale ** (2 * i + 1) for i, value in enumerate(c))
+    matrix = _apply_layer_matrix(b, gain, c, shift / scale**2)
+    p = as_rows(x) @ b
+    y = p @ matrix if bias is None else torch.addmm(bias, p, matrix)
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], b.shape[1])
 
 
 def weight_comes_first(x: Tensor, d: int) -> bool:

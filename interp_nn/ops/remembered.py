@@ -291,6 +291,8 @@ def loss(
     """Return the loss of checked arguments, and remember options and plan under the key if there is one."""
     q = None if given is None else as_tensors(given, x)
     plan = losses.choose(x, b, a, q)
+    if given is not None and plan.engine == "eager":
+        q = as_tensors(given, x, centre=True)
     if key is None:
         return losses.cross_entropy(x, b, a, c, target, options, plan, q)
     call = direct.Call(plan, options=options, in_place=eager.loss_in_place(x, b, a, plan))

@@ -53,6 +53,7 @@ def _forward(
     pair: bool,
     coefficients: Tensor | None,
     scale: Tensor | None,
+    shift: float = 0.0,
 ) -> tuple[Tensor | None, Tensor, list[Tensor], tuple[str, ...]]:
     value = plan_from_text(plan)
     names = saved_names(value, coefficients is not None)
@@ -60,18 +61,18 @@ def _forward(
         if scale is not None:
             raise ValueError("scale: got a tensor without coefficients, want both or None")
         return *engines.get(value.engine).forward(as_rows(x), b, bias, value, pair), names
-    q = checked_polynomial(coefficients, scale)
+    q = checked_polynomial(coefficients, scale, shift)
     if value.engine == "eager":
         return *eager_polynomial.forward(as_rows(x), b, bias, q, value, pair), names
     return *engines.get(value.engine).forward(as_rows(x), b, bias, value, pair, q), names
 
 
-def checked_polynomial(coefficients: Tensor, scale: Tensor | None) -> Polynomial:
+def checked_polynomial(coefficients: Tensor, scale: Tensor | None, shift: float = 0.0) -> Polynomial:
     """Return the polynomial of an operator's arguments."""
     if coefficients.dim() != 1 or not 2 <= len(coefficients) <= MOST_COEFFICIENTS:
         got = tuple(coefficients.shape)
         raise ValueError(f"coefficients: got shape {got}, want (2,) to ({MOST_COEFFICIENTS},)")
-    return Polynomial(coefficients, scale)
+    return Polynomial(coefficients, scale, shift)
 
 
 def _summary(
@@ -81,15 +82,21 @@ def _summary(
     plan: str,
     coefficients: Tensor | None = None,
     scale: Tensor | None = None,
+    shift: float = 0.0,
 ) -> tuple[Tensor, list[Tensor]]:
-    _, y, saved, _ = _forward(x, b, bias, plan, False, coefficients, scale)
+    _, y, saved, _ = _forward(x, b, bias, plan, False, coefficients, scale, shift)
     return y if x.dim() == 2 else y.view(*x.shape[:-1], b.shape[1]), _contiguous(saved)
 
 
 def _summary_pair(
-    x: Tensor, b: Tensor, plan: str, coefficients: Tensor | None = None, scale: Tensor | None = None
+    x: Tensor,
+    b: Tensor,
+    plan: str,
+    coefficients: Tensor | None = None,
+    scale: Tensor | None = None,
+    shift: float = 0.0,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
-    p, y, saved, names = _forward(x, b, None, plan, True, coefficients, scale)
+    p, y, saved, names = _forward(x, b, None, plan, True, coefficients, scale, shift)
     assert p is not None
     if x.dim() != 2:
         p, y = (t.view(*x.shape[:-1], b.shape[1]) for t in (p, y))
@@ -107,6 +114,7 @@ def _summary_backward(
     transposed: bool,
     coefficients: Tensor | None = None,
     scale: Tensor | None = None,
+    shift: float = 0.0,
 ) -> list[Tensor]:
     value = plan_from_text(plan)
     dp, dy = _rows_if_any(dp), _rows_if_any(dy)
@@ -117,13 +125,13 @@ def _summary_backward(
         backward = engines.get(value.engine).backward
         dx, db, dbias = backward(dp, dy, as_rows(x), b, saved, value, need_x, need_b, need_bias)
     elif value.engine == "eager":
-        q = checked_polynomial(coefficients, scale)
+        q = checked_polynomial(coefficients, scale, shift)
         dx, db, dbias, dc, da = eager_polynomial.backward(dp, dy, as_rows(x), b, q, saved, value, needs)
     else:
         need_c, need_a = more
         if need_a:
             raise ValueError(f"needs: got a gradient of the scale for the {value.engine} engine, want the eager engine")
-        q = checked_polynomial(coefficients, scale)
+        q = checked_polynomial(coefficients, scale, shift)
         backward = engines.get(value.engine).backward
         dx, db, dbias, dc = backward(dp, dy, as_rows(x), b, saved, value, need_x, need_b, need_bias, need_c, q)
         dc = None if dc is None else dc.to(coefficients.dtype)
@@ -165,12 +173,18 @@ def _fake_summary(
     plan: str,
     coefficients: Tensor | None = None,
     scale: Tensor | None = None,
+    shift: float = 0.0,
 ) -> tuple[Tensor, list[Tensor]]:
     return x.new_empty(*x.shape[:-1], b.shape[1]), _fake_saved(x, b, plan, False, coefficients is not None)
 
 
 def _fake_summary_pair(
-    x: Tensor, b: Tensor, plan: str, coefficients: Tensor | None = None, scale: Tensor | None = None
+    x: Tensor,
+    b: Tensor,
+    plan: str,
+    coefficients: Tensor | None = None,
+    scale: Tensor | None = None,
+    shift: float = 0.0,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     shape = (*x.shape[:-1], b.shape[1])
     return x.new_empty(shape), x.new_empty(shape), _fake_saved(x, b, plan, True, coefficients is not None)
@@ -187,6 +201,7 @@ def _fake_summary_backward(
     transposed: bool,
     coefficients: Tensor | None = None,
     scale: Tensor | None = None,
+    shift: float = 0.0,
 ) -> list[Tensor]:
     d, k = b.shape
     out = [x.new_empty(x.shape), ordered(x.new_empty(d, k), transposed), x.new_empty(k)]
@@ -194,7 +209,7 @@ def _fake_summary_backward(
     return [t for t, need in zip(out, needs, strict=False) if need]
 
 
-_POLYNOMIAL = "Tensor? coefficients=None, Tensor? scale=None"
+_POLYNOMIAL = "Tensor? coefficients=None, Tensor? scale=None, float shift=0.0"
 summary_operator = define(
     f"summary(Tensor x, Tensor b, Tensor? bias, str plan, {_POLYNOMIAL}) -> (Tensor, Tensor[])",
     _summary,
@@ -259,10 +274,11 @@ def _batched_backward(
     transposed: bool,
     coefficients: Tensor | None = None,
     scale: Tensor | None = None,
+    shift: float = 0.0,
 ) -> list[Tensor]:
     """Compute the backward under autograd.grad(is_grads_batched=True), whose vmap sees operators and not Functions."""
     if coefficients is not None:
-        found = eager_polynomial.gradient(dp, dy, x, b, Polynomial(coefficients, scale), needs)
+        found = eager_polynomial.gradient(dp, dy, x, b, Polynomial(coefficients, scale, shift), needs)
         return [t for t in found if t is not None]
     dp, dy = _rows_if_any(dp), _rows_if_any(dy)
     dx, db = gradient(dp, dy, as_rows(x), b)

@@ -13,7 +13,7 @@ from torch.nn import Parameter
 
 from interp_nn.engines.eager_polynomial import MOST_COEFFICIENTS, Polynomial
 from interp_nn.engines.problem import LossOptions
-from interp_nn.linalg import autocast_available
+from interp_nn.linalg import autocast_available, centred
 from interp_nn.ops.library import cast, is_dtensor, is_wrapped
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -80,9 +80,18 @@ def finite(name: str, number: object, given: object, wanted: str) -> float:
     return value
 
 
-def as_tensors(given: tuple[Coefficients, float | Tensor], x: Tensor, name: str = "x") -> Polynomial:
-    """Return the polynomial of `_given` as tensors on x's device, without a synchronisation."""
+def as_tensors(
+    given: tuple[Coefficients, float | Tensor], x: Tensor, name: str = "x", centre: bool = False
+) -> Polynomial:
+    """Return the polynomial of `_given` as tensors on x's device, without a synchronisation.
+
+    centre: numbers may become those around another value (see `linalg.centred`), for the eager engine.
+    """
     tensors: list[Tensor | None] = []
+    shift = 0.0
+    if centre and isinstance(given[0], tuple) and not is_dtensor(x):
+        numbers, shift = centred(given[0])
+        given = numbers, given[1]
     for argument, value in zip(("polynomial", "scale"), given, strict=True):
         if isinstance(value, Tensor):
             _check_mesh(name, x, argument, value)
@@ -95,7 +104,7 @@ def as_tensors(given: tuple[Coefficients, float | Tensor], x: Tensor, name: str 
             tensors.append(constant(value, x))
     coefficients, scale = tensors
     assert coefficients is not None
-    return Polynomial(coefficients, scale)
+    return Polynomial(coefficients, scale, shift)
 
 
 def constant(value: Sequence[float] | float, x: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from torch.library import opcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import interp_nn
-from interp_nn import functional
+from interp_nn import functional, linalg
 from interp_nn.engines import devices, limits, orders
 from interp_nn.engines.eager_polynomial import Polynomial
 from interp_nn.engines.problem import POLYNOMIAL_ORDERS, Plan, Problem, plan_from_text, plan_to_text
@@ -50,13 +50,19 @@ def formula(x, b, c, a=None, bias=None):
     return p, y if bias is None else y + bias
 
 
-def run(x, b, c, a=None, bias=None, plan=None):
+def around(c, shift):
+    """The coefficients of the same polynomial in powers of G - shift I."""
+    n = len(c)
+    return torch.stack([sum(math.comb(j, i) * shift ** (j - i) * c[j] for j in range(i, n)) for i in range(n)])
+
+
+def run(x, b, c, a=None, bias=None, plan=None, shift=0.0):
     """The pair and the summary of `functional`, or of a plan."""
     if plan is None:
         scale = 1.0 if a is None else a
         pair = functional.summary_pair(x, b, polynomial=c, scale=scale)
         return *pair, functional.summary(x, b, bias, polynomial=c, scale=scale)
-    q = Polynomial(c, a)
+    q = Polynomial(around(c, shift), a, shift)
     return *ops.summary_pair(x, b, q, plan), ops.summary(x, b, bias, q, plan)
 
 
@@ -92,14 +98,67 @@ def test_as_near_to_fp64_as_the_formula(dtype, degree, shape, scaled):
         assert why is None, (i, why)
 
 
+FORMS = {
+    "pair": lambda x, b, **q: functional.summary_pair(x, b, **q).summary,
+    "weight": lambda x, b, **q: x @ functional.effective_weight(b, **q),
+    "tensor scale": lambda x, b, polynomial: functional.summary(x, b, polynomial=polynomial, scale=torch.ones(())),
+    "as one row": lambda x, b, **q: torch.cat([functional.summary(row, b, **q) for row in x.split(1)]),
+    "operator": lambda x, b, polynomial: ops.summary(x, b, None, centred(polynomial), PLANS[1]),
+    "compiled": lambda x, b, **q: torch.compile(functional.summary, backend="aot_eager", fullgraph=True)(x, b, **q),
+}
+
+
+def centred(c):
+    numbers, shift = linalg.centred(c)
+    return Polynomial(torch.tensor(numbers), None, shift)
+
+
+@pytest.mark.usefixtures("_fresh")
+@pytest.mark.filterwarnings("ignore:.*autograd.function.Function.* should not be instantiated")
+@pytest.mark.parametrize("form", ["summary", "vmap", *FORMS])
+@pytest.mark.parametrize("level", [3, 4])
+def test_numbers_that_cancel_are_taken_around_a_half(level, form):
+    """Their terms are up to ten times a value, for a b of norm 1; all results are nearer to fp64 than the formula's."""
+    b = torch.linalg.qr(randn(96, 64)).Q
+    x, dy = randn(128, 96), randn(128, 64).float()
+    results = []
+    for function, dtype in ((None, torch.float32), (formula, torch.float32), (formula, torch.float64)):
+        inputs = leaves(x, b, dtype=dtype)
+        if function is not None:
+            y = function(*inputs, LEVELS[level])[1]
+        elif form == "vmap":
+            y = vmap(lambda x, b=inputs[1]: functional.summary(x, b, polynomial=LEVELS[level]))(inputs[0])
+        else:
+            y = FORMS.get(form, functional.summary)(*inputs, polynomial=LEVELS[level])
+        results.append([y.detach(), *torch.autograd.grad(y, inputs, dy.to(dtype))])
+    for got, same, exact in zip(*results, strict=True):
+        assert errors(got, exact)[0] <= 0.75 * errors(same, exact)[0]
+
+
+def test_other_numbers_stay_as_they_are():
+    """Where the signs do not alternate there is nothing to gain, and for a small b much to lose."""
+    for c in ((0.0, 1.0, 0.0, 1.0), (1.0, 1.0, 1.0), (0.0, 0.0, -1.0), (1.5, -0.5), (2.0,), (1.0, -4.0, 4.0)):
+        assert linalg.centred(c) == (c, 0.0)
+    for c in LEVELS[2:]:
+        numbers, shift = linalg.centred(c)
+        close(torch.tensor(numbers), around(torch.tensor(c), 0.5))
+        assert shift == 0.5
+        for size in (1e-6, 1e-3, 30.0):  # of eigenvalues far from it
+            x, b = torch.eye(8), torch.linalg.qr(torch.randn(8, 8)).Q * size**0.5
+            got, same, exact = (
+                f(x, b, c)[1] for f in (run, formula, lambda *t: formula(*(u.double() for u in t[:2]), t[2]))
+            )
+            assert exceeds(errors(got, exact), errors(same, exact), law_floor(torch.float32)) is None
+
+
 @pytest.mark.parametrize("shape", [(7, 5, 3), (3, 4, 6)], ids=str)
-@pytest.mark.parametrize("degree", range(1, 5))
+@pytest.mark.parametrize(("degree", "shift"), [*((i, 0.0) for i in range(1, 5)), (2, 0.5), (4, 0.3)])
 @pytest.mark.parametrize("plan", ALL_PLANS)
-def test_every_plan_has_the_formulas_derivatives_to_second_order(plan, degree, shape):
+def test_every_plan_has_the_formulas_derivatives_to_second_order(plan, degree, shift, shape):
     n, d, k = shape
     given = leaves(randn(n, d), randn(d, k), randn(degree + 1), torch.tensor(0.7).double(), randn(k))
     p, y = formula(*given)
-    wanted, got = (p, y - given[-1], y), run(*given, plan=plan)
+    wanted, got = (p, y - given[-1], y), run(*given, plan=plan, shift=shift)
     close(got, wanted)
     upstream = [randn(n, k) for _ in range(3)]
     plain = torch.autograd.grad(got, given, upstream, retain_graph=True)
@@ -202,7 +261,7 @@ def test_derivatives_by_finite_differences(plan):
     n, d, k = (2, 2, 3) if plan is not None and plan.order == "X(q(K)b)" else (2, 3, 2)
     inputs = leaves(randn(n, d), randn(d, k) / 2, randn(4), torch.tensor(0.7).double(), randn(k))
     options = {"check_batched_grad": True, "raise_exception": True}
-    function = lambda *given: run(*given, plan=plan)[1:]  # noqa: E731
+    function = lambda *given: run(*given, plan=plan, shift=0.5)[1:]  # noqa: E731
     assert gradcheck(function, inputs, check_forward_ad=True, check_batched_forward_grad=True, **options)
     assert gradgradcheck(function, inputs, check_fwd_over_rev=True, **options)
 
@@ -292,9 +351,9 @@ def arguments(plan, d=5, k=3):
 
 def test_opcheck():
     x, b, text, c, a = arguments(PLANS[0])
-    opcheck(OPS.summary.default, (x, b, torch.randn(3), text, c, a))
+    opcheck(OPS.summary.default, (x, b, torch.randn(3), text, c, a, 0.5))
     saved = OPS.summary(x, b, None, text, c, a)[1]
-    opcheck(OPS.summary_backward.default, (None, torch.randn(4, 3), x, b, saved, text, [True] * 5, True, c, a))
+    opcheck(OPS.summary_backward.default, (None, torch.randn(4, 3), x, b, saved, text, [True] * 5, True, c, a, 0.5))
 
 
 @pytest.mark.parametrize("plan", PLANS)

@@ -173,6 +173,7 @@ def _on_device(q: Polynomial | None) -> tuple[Tensor | None, Tensor | None]:
     """The coefficients and the scale as the kernels read them."""
     if q is None:
         return None, None
+    assert not q.shift, "the kernels take powers of G itself"
     return q.coefficients.float().contiguous(), None if q.scale is None else q.scale.float()
 
 

@@ -60,6 +60,7 @@ def _numbers(q: Polynomial | None) -> tuple[Tensor | None, Tensor | None]:
     """Return the coefficients and the scale as kernels read them, on the device."""
     if q is None:
         return None, None
+    assert not q.shift, "the kernels take powers of G itself"
     return q.coefficients.float().contiguous(), None if q.scale is None else q.scale.float()
 
 
