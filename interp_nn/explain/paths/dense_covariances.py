@@ -283,10 +283,10 @@ def _products(a: Tensor, b: Tensor, buffers: Buffers) -> Tensor:
     a, b = a.transpose(0, 1), b.transpose(0, 1)
     left, right = a.reshape(*a.shape[:2], -1).flatten(0, 1), b.reshape(*b.shape[:2], -1).flatten(0, 1)
     flat = buffers.take(len(left) * len(right)).view(len(left), len(right))
-    if a.dtype == torch.int8:
+    if a.dtype == torch.int8 and left.shape[1] > 1:  # _int_mm of one column is wrong, at least up to PyTorch 2.13
         flat.copy_(torch._int_mm(left, right.T, out=flat.view(torch.int32)))  # each entry at its own place
     else:
-        torch.mm(left, right.T, out=flat)
+        torch.mm(left.to(flat.dtype), right.T.to(flat.dtype), out=flat)
     return flat.view(a.shape[0], a.shape[1], b.shape[0], b.shape[1])
 
 

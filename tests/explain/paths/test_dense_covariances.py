@@ -138,6 +138,15 @@ def test_products_of_integers_are_those_in_fp64(name, integers, monkeypatch):
     assert bool(called) == (integers and name != "flattened")
 
 
+@pytest.mark.skipif(not hasattr(torch, "_int_mm"), reason="no products of 8-bit integers here")
+@pytest.mark.parametrize("channels", [1, 2, 5])  # of one channel, PyTorch's own are wrong
+def test_products_of_integers_are_whole_numbers(channels):
+    a, b = (torch.randint(0, 2, (40, n, channels), dtype=torch.int8) for n in (2, 3))
+    buffers = dense_covariances.Buffers(torch.float32, a.device)
+    got = dense_covariances._products(a, b, buffers)
+    torch.testing.assert_close(got, torch.einsum("pnc,qmc->npmq", a.float(), b.float()), rtol=0, atol=0)
+
+
 def test_profiles_of_one_number_are_integers(monkeypatch):
     monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: True)
     places = torch.tensor([0, 1, 3])
