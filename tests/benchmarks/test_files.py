@@ -242,18 +242,18 @@ def whole(path):
     assert len(value) == 4_000 and len(set(value)) == 1
 
 
-def test_two_processes_write_200_times_each(tmp_path, capsys):
-    processes = [writing(tmp_path, 200, name) for name in ("one", "two")]
+def test_two_processes_write_100_times_each(tmp_path, capsys):
+    processes = [writing(tmp_path, 100, name) for name in ("one", "two")]
     while any(process.poll() is None for process in processes):
         if (tmp_path / "file.json").exists():
             whole(tmp_path / "file.json")
         time.sleep(0.002)
     for process in processes:
         out, err = process.communicate()
-        assert process.returncode == 0 and not err and out.split() == [str(i) for i in range(200)]
+        assert process.returncode == 0 and not err and out.split() == [str(i) for i in range(100)]
     found = rows.lines(tmp_path / "lines.jsonl")
     for name in ("one", "two"):
-        assert [row["value"] for row in found if row["name"] == name] == list(range(200))
+        assert [row["value"] for row in found if row["name"] == name] == list(range(100))
     assert not capsys.readouterr().err and len(list(tmp_path.iterdir())) == 2
 
 

@@ -176,7 +176,9 @@ def test_networks_that_are_none_are_named():
 # Searches with named scorers
 
 
-@pytest.mark.parametrize("scoring", [None, "r2", "neg_mean_squared_error", "neg_mean_absolute_error"])
+@pytest.mark.parametrize(
+    "scoring", [None, "r2", "neg_mean_squared_error", pytest.param("neg_mean_absolute_error", marks=pytest.mark.slow)]
+)
 def test_searches_for_regression(scoring):
     x, _ = data(90)
     y = x[:, 0] * x[:, 1] + x[:, 2]
@@ -193,7 +195,7 @@ def test_searches_for_regression(scoring):
         (None, np.array([0, 1, 2])),
         ("balanced_accuracy", np.array([0, 1, 2])),
         ("accuracy", np.array(["none", "one", "two"])),
-        ("f1_macro", np.array(["none", "one", "two"])),
+        pytest.param("f1_macro", np.array(["none", "one", "two"]), marks=pytest.mark.slow),
         ("roc_auc", np.array(["none", "one", "two"])),
     ],
 )

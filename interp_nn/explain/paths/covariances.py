@@ -30,12 +30,21 @@ _BLOCK_BYTES = 1 << 23  # of the covariances of all pairs, which then stay in a 
 _GATHER_BYTES = 1 << 25
 _LARGEST_TILE = 1024
 _SCALED_BEYOND = 32  # covariances are rescaled where their exponent of 2 is larger
+_LOOKED_AT = 1 << 12  # covariances, for one that is not too small
 
 
-_Covariances = tuple[
-    list[Tensor], int
-]  # one tensor a group, each to be multiplied by 2 ** power; dense where the step is
-_ONE: _Covariances = ([], 0)  # of a layer without terms
+class _Covariances(NamedTuple):
+    """A layer's covariances: one tensor a group, each to be multiplied by 2 ** power; dense where the step is.
+
+    No entry of the tensors is larger than `bound`.
+    """
+
+    groups: list[Tensor]
+    power: int
+    bound: float
+
+
+_ONE = _Covariances([], 0, 1.0)  # of a layer without terms
 
 
 class _Products(NamedTuple):
@@ -64,8 +73,8 @@ class _Step(NamedTuple):
 
     pairs: the number of pairs of positions of z. products: for each term; their sum gives the covariances of z.
     table: the pairs of z that each pair of output positions sums over the window, (pairs of positions, K).
-    None gives each pair its own one. runs: for each group. done: the layers whose covariances no later step needs. dense: the
-    computation of all pairs, without products and table.
+    None gives each pair its own one. runs: for each group. done: the layers whose covariances no later step needs. most: for
+    each term, the most entries that lead to one position. dense: the computation of all pairs, without products and table.
     """
 
     pairs: int
@@ -73,6 +82,7 @@ class _Step(NamedTuple):
     table: Tensor | None
     runs: list[list[_Run]]
     done: list[int]
+    most: list[int]
     dense: dense.DenseStep | None = None
 
 
@@ -102,6 +112,7 @@ class Propagation:
             done = {term.layer for term in layer.terms} - later
             later |= done
             runs = [_runs(layers, layer, group) for group in range(layer.groups)]
+            most = [int(torch.bincount(term.position_map.outputs).max()) for term in layer.terms]
             if place not in complete:
                 coded[place] = torch.cat(needed[place]).unique()
                 complete |= {place} if len(coded[place]) == layer.positions**2 else set()
@@ -109,7 +120,7 @@ class Propagation:
                 self._rows[place] = layer.positions**2
                 complete |= {term.layer for term in layer.terms}
                 places.append(place)
-                self._steps[place] = _Step(0, [], None, runs, sorted(done))
+                self._steps[place] = _Step(0, [], None, runs, sorted(done), most)
                 continue
             if place in complete:
                 coded[place] = torch.arange(layer.positions**2, device=layer.window.device)
@@ -125,10 +136,10 @@ class Propagation:
             for term, product in zip(layer.terms, products, strict=True):
                 inputs = term.position_map.inputs
                 needed[term.layer].append(inputs[product.left] * layers[term.layer].positions + inputs[product.right])
-            self._steps[place] = _Step(len(pairs), products, _unless_identity(table), runs, sorted(done))
+            self._steps[place] = _Step(len(pairs), products, _unless_identity(table), runs, sorted(done), most)
         self._grids = dense.grids(layers, places)
         for place in places:
-            plan = dense.dense_step(layers, place, self._grids[place], self._grids)
+            plan = dense.dense_step(layers, place, self._grids[place], self._grids, self._dtype)
             self._steps[place] = self._steps[place]._replace(dense=plan)
             for term, source in zip(layers[place].terms, plan.sources, strict=True):
                 taken = 1 if source.window is None else len(source.window)
@@ -167,11 +178,13 @@ class Propagation:
     def prepared(self, layers: list[Layer]) -> list[Layer]:
         """Return layers at some samples as `tile` takes them. The layers are changed in turn, to hold few profiles twice."""
         for place, step in self._steps.items():
+            layer = layers[place]
+            layer.terms = [replace(term, largest=largest_entry(term.profile)) for term in layer.terms]
             if step.dense:
-                prepared = map(dense.prepared, step.dense.sources, [term.profile for term in layers[place].terms])
-                layers[place].terms = [
+                prepared = map(dense.prepared, step.dense.sources, [term.profile for term in layer.terms])
+                layer.terms = [
                     replace(term, profile=profile, unit=unit)
-                    for term, (profile, unit) in zip(layers[place].terms, prepared, strict=True)
+                    for term, (profile, unit) in zip(layer.terms, prepared, strict=True)
                 ]
         return layers
 
@@ -186,33 +199,30 @@ class Propagation:
         n, m = (layers[-1].terms[0].profile.shape[1] for layers in (left, right))
         size = max(1, math.isqrt(_BLOCK_BYTES // (self._size**2 * self._dtype.itemsize)))
         kernel = torch.zeros(n, m, dtype=torch.float64, device=left[-1].window.device)
+        columns = {start: _samples(right, slice(start, start + size)) for start in range(0, m, size)}
         for top in range(0, n, size):
-            rows = _samples(left, slice(top, top + size))
+            rows = columns[top] if left is right else _samples(left, slice(top, top + size))
             for start in range(top if left is right else 0, m, size):
-                columns = slice(start, start + size)
-                kernel[top : top + size, columns] = self._block(rows, _samples(right, columns), buffers)
+                kernel[top : top + size, start : start + size] = self._block(rows, columns[start], buffers)
         return kernel
 
     def _block(self, left: list[Layer], right: list[Layer], buffers: dense.Buffers) -> Tensor:
         covariances: dict[int, _Covariances] = {}
         for place, step in sorted(self._steps.items()):
             a, b = left[place], right[place]
-            power = max([covariances.get(term.layer, _ONE)[1] for term in a.terms] + [0] * bool(a.biases))
+            power = max([covariances.get(term.layer, _ONE).power for term in a.terms] + [0] * bool(a.biases))
             fan_in = max(1, a.weight.shape[1:].numel())
             # The network's outputs are not weights. For several outputs, the kernel is their mean.
             scale = 1 / fan_in if self._normalize or place == len(left) - 1 else 1.0
+            bias = len(a.biases) * 2.0**-power
+            bound = max(_bound(step, a, b, runs, scale, power, covariances) for runs in step.runs) + bias
             groups = []
             for number, runs in enumerate(step.runs):
                 if step.dense:
-                    parts = []
-                    for term, channels, group in runs:
-                        mine, others = (layer.terms[term].profile[:, :, channels] for layer in (a, b))
-                        source, own = self._dense_source(a.terms[term].layer, group, covariances)
-                        factor = scale * a.terms[term].unit * b.terms[term].unit * 2.0 ** (own - power)
-                        parts.append((term, mine, others, source, factor))
-                    last = step.done if number == len(step.runs) - 1 else []
-                    unused = [matrix for done in last for matrix in covariances.pop(done, _ONE)[0]]
-                    groups.append(dense.covariances(step.dense, parts, len(a.biases) * 2.0**-power, buffers, unused))
+                    z, factor = self._values(step.dense, a, b, runs, scale, power, covariances, buffers)
+                    if number == len(step.runs) - 1:
+                        _release(step.done, covariances, buffers)
+                    groups.append(dense.summed(step.dense, z, factor, bias, buffers))
                     continue
                 shape = len(a.terms[0].profile[0]), len(b.terms[0].profile[0])
                 like = a.terms[0].profile
@@ -224,18 +234,36 @@ class Propagation:
                 sums = sums[:-1] if step.table is None else _summed(sums, step.table)
                 if scale != 1:
                     sums = sums.div_(fan_in)
-                groups.append(sums.add_(len(a.biases) * 2.0**-power) if a.biases else sums)
-            covariances[place] = _scaled(groups, power)
-            for done in step.done:
-                for matrix in covariances.pop(done, _ONE)[0]:
-                    buffers.give(matrix)
+                groups.append(sums.add_(bias) if a.biases else sums)
+            covariances[place] = _scaled(groups, power, bound)
+            _release(step.done, covariances, buffers)
         kernel, power = self._paired_source(len(left) - 1, 0, covariances)
         assert kernel is not None
         return kernel[0].double() * 2.0 ** min(power, 1023)
 
+    def _values(
+        self,
+        step: dense.DenseStep,
+        a: Layer,
+        b: Layer,
+        runs: list[_Run],
+        scale: float,
+        power: int,
+        covariances: dict[int, _Covariances],
+        buffers: dense.Buffers,
+    ) -> tuple[Tensor, float]:
+        """Return the covariances of the inputs of one group of a layer, and their factor."""
+        parts = []
+        for term, channels, group in runs:
+            mine, others = (layer.terms[term].profile[:, :, channels] for layer in (a, b))
+            source, own = self._dense_source(a.terms[term].layer, group, covariances)
+            factor = scale * a.terms[term].unit * b.terms[term].unit * 2.0 ** (own - power)
+            parts.append((term, mine, others, source, factor))
+        return dense.values(step, parts, buffers)
+
     def _paired_source(self, place: int, group: int, covariances: dict[int, _Covariances]) -> tuple[Tensor | None, int]:
         """Return a layer's covariances of pairs (rows, n, m), or None for 1, and their power."""
-        groups, power = covariances.get(place, _ONE)
+        groups, power, _ = covariances.get(place, _ONE)
         if not groups:
             return None, power
         grid = self._grids.get(place)
@@ -243,7 +271,7 @@ class Propagation:
 
     def _dense_source(self, place: int, group: int, covariances: dict[int, _Covariances]) -> tuple[Tensor | None, int]:
         """Return a layer's covariances of all pairs (n, places, m, places), or None for 1, and their power."""
-        groups, power = covariances.get(place, _ONE)
+        groups, power, _ = covariances.get(place, _ONE)
         if not groups:
             return None, power
         if place in self._grids:
@@ -251,6 +279,31 @@ class Propagation:
         positions = math.isqrt(len(groups[group]))
         index = torch.arange(positions, device=groups[group].device)
         return dense.from_pairs(groups[group], dense.Grid((positions,), index)), power
+
+
+def _bound(
+    step: _Step,
+    a: Layer,
+    b: Layer,
+    runs: list[_Run],
+    scale: float,
+    power: int,
+    covariances: dict[int, _Covariances],
+) -> float:
+    """Return a number that no covariance of a group of a layer's outputs exceeds, without its biases."""
+    total = 0.0
+    for term, channels, _ in runs:
+        own = covariances.get(a.terms[term].layer, _ONE)
+        largest = a.terms[term].largest * b.terms[term].largest * step.most[term] ** 2
+        total += (channels.stop - channels.start) * largest * own.bound * 2.0 ** (own.power - power)
+    return total * len(a.window) * scale
+
+
+def _release(places: list[int], covariances: dict[int, _Covariances], buffers: dense.Buffers) -> None:
+    """Give the memory of the covariances of layers to the next ones."""
+    for place in places:
+        for matrix in covariances.pop(place, _ONE).groups:
+            buffers.give(matrix)
 
 
 def _samples(layers: list[Layer], rows: slice) -> list[Layer]:
@@ -329,10 +382,13 @@ def _summed(rows: Tensor, table: Tensor) -> Tensor:
     return total.view(len(table), *rows.shape[1:])
 
 
-def _scaled(groups: list[Tensor], power: int) -> _Covariances:
+def _scaled(groups: list[Tensor], power: int, bound: float) -> _Covariances:
     """Rescale covariances by a power of 2 where they are near the limits of their dtype, as in deep networks."""
+    middle = groups[0].view(-1)[groups[0].numel() // 2 :][:_LOOKED_AT]
+    if bound < 2.0**_SCALED_BEYOND and largest_entry(middle) > 2.0**-_SCALED_BEYOND:
+        return _Covariances(groups, power, bound)  # without a look at all of them
     largest = max((largest_entry(group) for group in groups), default=0.0)
     exponent = math.frexp(largest)[1] if math.isfinite(largest) else 0
     if abs(exponent) <= _SCALED_BEYOND:
-        return groups, power
-    return [group.mul_(2.0**-exponent) for group in groups], power + exponent
+        return _Covariances(groups, power, largest)
+    return _Covariances([group.mul_(2.0**-exponent) for group in groups], power + exponent, 1.0)

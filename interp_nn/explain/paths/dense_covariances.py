@@ -1,8 +1,10 @@
 """Covariances of all pairs of positions at once, for networks that pool: matrix products and shifts instead of lists of pairs.
 
 The covariances S(q, q') of a layer are one tensor (n, P, m, P). A convolution of stride 1 adds S at the same shift of q and q'.
-On a grid whose rows end in zeros, that shift is one offset in memory, so that each dimension of the kernel takes a few additions
-of whole tensors. The profiles are zero at the added positions, which makes the covariances there zero where they are read.
+On a grid whose rows begin with zeros, that shift is one offset in memory, so that each dimension of the kernel takes a few
+additions of whole tensors. The profiles are zero at the added positions, which makes the covariances there zero where they are
+read. In float32 on a processor, one convolution of the memory makes these sums for two dimensions in one pass: offsets m P + 1
+apart are neighbours in rows of so many entries. It multiplies by the factor and adds the bias too.
 
 Most profiles are gates: 0 or one number. Where the processor multiplies 8-bit integers, int8 holds 0 or 1 in their place. Their
 products are exact, and take a quarter of the time.
@@ -11,7 +13,7 @@ products are exact, and take a quarter of the time.
 from __future__ import annotations
 
 from itertools import product
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,6 +22,8 @@ from torch.nn import functional as F
 from interp_nn.explain.paths.path_terms import Layer, PositionMap
 
 _MOST_TAKEN = 32  # entries of the input that a window takes, for a product of them instead of shifts
+_MOST_CONVOLVED = 16  # the same instead of one convolution
+_MOST_TAPS = 25  # of a kernel's last two dimensions, for one convolution instead of shifts
 _LEAST_SHARE = 0.05  # of the pairs that must be needed for all of them to be computed
 
 
@@ -41,16 +45,22 @@ class Buffers:
     def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
         self._dtype, self._device = dtype, device
         self._free: dict[int, list[Tensor]] = {}
+        self._made: set[int] = set()
 
-    def take(self, size: int) -> Tensor:
-        """Return a vector whose entries may be anything."""
-        free = self._free.get(size)
-        return free.pop() if free else torch.empty(size, dtype=self._dtype, device=self._device)
+    def take(self, size: int, spare: int = 0) -> Tensor:
+        """Return a vector whose entries may be anything, with room for `spare` more behind its end."""
+        free = self._free.get(size + spare)
+        if free:
+            return free.pop()[:size]
+        made = torch.empty(size + spare, dtype=self._dtype, device=self._device)
+        self._made.add(made.data_ptr())
+        return made[:size]
 
     def give(self, z: Tensor) -> None:
-        """Take back the memory of a contiguous tensor that nobody reads any more."""
-        if z.is_contiguous():
-            self._free.setdefault(z.numel(), []).append(z.view(-1))
+        """Take back the memory of a tensor that `take` made and nobody reads any more."""
+        if z.data_ptr() in self._made:
+            whole = z.untyped_storage().nbytes() // z.element_size()
+            self._free.setdefault(whole, []).append(z.as_strided((whole,), (1,)))
 
 
 class _Source(NamedTuple):
@@ -77,6 +87,7 @@ class DenseStep(NamedTuple):
 
     value, output: the grids of the layer's input and output. sources: for each term. offsets: for each dimension of a convolution
     of stride 1, the offsets of its shifts in the grid; None if `window` holds the place of each position that is summed, (K, P).
+    kernel: ones (height, width) for the last two dimensions of `offsets`, where one convolution with this dilation sums them.
     """
 
     value: Grid
@@ -84,6 +95,8 @@ class DenseStep(NamedTuple):
     sources: list[_Source]
     offsets: list[list[int]] | None
     window: Tensor
+    kernel: Tensor | None = None
+    dilation: tuple[int, int] = (1, 1)
 
 
 def suits(layer: Layer) -> bool:
@@ -109,7 +122,9 @@ def grids(layers: list[Layer], places: list[int]) -> dict[int, Grid]:
         shape = layer.shape or (layer.positions,)
         sizes = tuple(size + more for size, more in zip(shape, padding or [0], strict=True))
         numbers = torch.arange(torch.Size(sizes).numel(), device=layer.window.device).view(sizes)
-        found[place] = Grid(sizes, numbers[tuple(slice(size) for size in shape)].flatten())
+        found[place] = Grid(
+            sizes, numbers[tuple(slice(n - size, n) for n, size in zip(sizes, shape, strict=True))].flatten()
+        )
     return found
 
 
@@ -128,13 +143,16 @@ def shifts(layer: Layer) -> bool:
     return torch.equal(torch.stack(rows), layer.window)
 
 
-def dense_step(layers: list[Layer], place: int, output: Grid, found: dict[int, Grid]) -> DenseStep:
-    """Plan the covariances of a layer; `found` holds the grids of the layers whose covariances are dense."""
+def dense_step(layers: list[Layer], place: int, output: Grid, found: dict[int, Grid], dtype: torch.dtype) -> DenseStep:
+    """Plan the covariances of a layer in a dtype; `found` holds the grids of the layers whose covariances are dense."""
     layer = layers[place]
     offsets, window, value = None, layer.window, output
+    kernel, dilation = None, (1, 1)
     if shifts(layer):
         inner = [torch.Size(output.sizes[d + 1 :]).numel() for d in range(len(output.sizes))]
         offsets = [[step * stride for step in steps] for steps, stride in zip(layer.shifts, inner, strict=True)]
+        if _convolves(dtype, window.device):
+            kernel, dilation = _kernel(layer.shifts, output.places)
     else:  # where positions lie beyond the edge, one more place, of a zero, stands for them
         inputs = 1 + max(int(t.max()) for t in (layer.window, *(term.position_map.outputs for term in layer.terms)))
         beyond = layer.window < 0
@@ -147,10 +165,27 @@ def dense_step(layers: list[Layer], place: int, output: Grid, found: dict[int, G
         if grid is None:
             grid = Grid((own.positions,), torch.arange(own.positions, device=window.device))
         sources.append(_source(term.position_map, grid, value, bool(own.terms)))
-    few = layer.weight.shape[1:].numel() <= _MOST_TAKEN and len(sources) == 1
+    few = layer.weight.shape[1:].numel() <= (_MOST_TAKEN if kernel is None else _MOST_CONVOLVED) and len(sources) == 1
     if offsets and few and sources[0].how == "same" and not layers[layer.terms[0].layer].terms:
-        sources, offsets = [sources[0]._replace(window=window)], []  # one product instead of shifts
-    return DenseStep(value, output, sources, offsets, window)
+        sources, offsets, kernel = [sources[0]._replace(window=window)], [], None  # one product instead of shifts
+    return DenseStep(value, output, sources, offsets, window, kernel, dilation)
+
+
+def _convolves(dtype: torch.dtype, device: torch.device) -> bool:
+    """Return True if oneDNN convolves in a dtype, as exactly as sums are."""
+    onednn: Any = torch.backends.mkldnn  # whose type lacks what it has
+    usable = dtype == torch.float32 and device.type == "cpu" and onednn.is_available() and onednn.enabled
+    return usable and onednn.conv.fp32_precision in ("none", "ieee")
+
+
+def _kernel(shifts: tuple[tuple[int, ...], ...], places: Tensor) -> tuple[Tensor | None, tuple[int, int]]:
+    """Return the kernel of a convolution's last two dimensions and its dilation; None where shifts are as fast, or needed."""
+    height, width = last = ((0,), *shifts)[-2:]
+    suited = 1 < len(height) * len(width) <= _MOST_TAPS and all(steps[0] == -steps[-1] for steps in last)
+    if not suited:
+        return None, (1, 1)
+    rows, columns = (steps[1] - steps[0] if len(steps) > 1 else 1 for steps in last)
+    return torch.ones(len(height), len(width), device=places.device), (rows, columns)
 
 
 def _source(position_map: PositionMap, grid: Grid, value: Grid, followed: bool) -> _Source:
@@ -195,18 +230,13 @@ def _unit(profile: Tensor) -> float | None:
     return float(unit) if bool(((profile == 0) | (profile == unit)).all()) else None
 
 
-def covariances(
-    step: DenseStep,
-    terms: list[tuple[int, Tensor, Tensor, Tensor | None, float]],
-    bias: float,
-    buffers: Buffers,
-    unused: list[Tensor],
-) -> Tensor:
-    """Return the covariances (n, places, m, places) of one group of a layer's outputs.
+def values(
+    step: DenseStep, terms: list[tuple[int, Tensor, Tensor, Tensor | None, float]], buffers: Buffers
+) -> tuple[Tensor, float]:
+    """Return the covariances (n, places, m, places) of one group of a layer's inputs, to be multiplied by a factor.
 
     terms: for each run of channels the term's number, its `prepared` profiles (T, n, channels) and (T, m, channels), the dense
-    covariances of its layer (None: 1), and the factor of the products. bias: added to all covariances.
-    unused: covariances that nobody reads after these terms; the shifts use their memory.
+    covariances of its layer (None: 1), and the factor of the products.
     """
     z: Tensor | None = None
     later = 1.0  # a factor of integers, which cannot hold it
@@ -223,8 +253,14 @@ def covariances(
             z.add_(part, alpha=factor if integers else 1)
             buffers.give(part)
     assert z is not None
-    for matrix in unused:
-        buffers.give(matrix)
+    return z, later
+
+
+def summed(step: DenseStep, z: Tensor, factor: float, bias: float, buffers: Buffers) -> Tensor:
+    """Return the covariances (n, places, m, places) of a layer's outputs from the `values` z of its inputs, whose memory it uses.
+
+    Each is the sum over the window, times the factor, and the bias.
+    """
     n, m = z.shape[0], z.shape[2]
     if step.offsets is None:
         total = None
@@ -240,11 +276,14 @@ def covariances(
         z = _placed(total, step.output)
     else:
         flat = z.reshape(-1)
-        for offsets in step.offsets:
+        convolved = step.kernel is not None and n <= m  # else an offset leads further than the zeros of the grid
+        for offsets in step.offsets[:-2] if convolved else step.offsets:
             flat = _shifted(flat, [offset * (m * step.value.size + 1) for offset in offsets], buffers)
         z = flat.view(n, step.output.size, m, step.output.size)
-    if later != 1:  # in one pass with the bias
-        return torch.add(z.new_tensor(bias), z, alpha=later, out=z)
+        if convolved:
+            return _convolved(step, z, factor, bias, buffers)
+    if factor != 1:  # in one pass with the bias
+        return torch.add(z.new_tensor(bias), z, alpha=factor, out=z)
     return z.add_(bias) if bias else z
 
 
@@ -282,11 +321,11 @@ def _products(a: Tensor, b: Tensor, buffers: Buffers) -> Tensor:
     """Return the sums over channels (n, T, m, U) of products of (T, n, channels) and (U, m, channels)."""
     a, b = a.transpose(0, 1), b.transpose(0, 1)
     left, right = a.reshape(*a.shape[:2], -1).flatten(0, 1), b.reshape(*b.shape[:2], -1).flatten(0, 1)
-    flat = buffers.take(len(left) * len(right)).view(len(left), len(right))
-    if a.dtype == torch.int8:
+    flat = buffers.take(len(left) * len(right), len(left)).view(len(left), len(right))
+    if a.dtype == torch.int8 and left.shape[1] > 1:  # _int_mm of one column is wrong, at least up to PyTorch 2.13
         flat.copy_(torch._int_mm(left, right.T, out=flat.view(torch.int32)))  # each entry at its own place
     else:
-        torch.mm(left, right.T, out=flat)
+        torch.mm(left.to(flat.dtype), right.T.to(flat.dtype), out=flat)
     return flat.view(a.shape[0], a.shape[1], b.shape[0], b.shape[1])
 
 
@@ -314,7 +353,8 @@ def _shifted(z: Tensor, offsets: list[int], buffers: Buffers) -> Tensor:
     """Return the sum over the offsets o of z[i + o], with zeros beyond its ends. z is given to the buffers."""
     if offsets == [0]:
         return z
-    total, rest = buffers.take(len(z)), [offset for offset in offsets if offset]
+    room = z.untyped_storage().nbytes() // z.element_size() - z.storage_offset()
+    total, rest = buffers.take(len(z), room - len(z)), [offset for offset in offsets if offset]
     later = [offset for offset in rest if 0 < offset < len(z)]
     if 0 in offsets and later:  # the first sum writes to all entries
         rest.remove(first := later[0])
@@ -331,6 +371,34 @@ def _shifted(z: Tensor, offsets: list[int], buffers: Buffers) -> Tensor:
             total[-offset:] += z[:offset]
     buffers.give(z)
     return total
+
+
+def _convolved(step: DenseStep, z: Tensor, factor: float, bias: float, buffers: Buffers) -> Tensor:
+    """Return the sums of z (n, places, m, places) over a convolution's last two dimensions, times a factor, and a bias.
+
+    Rows of m P + 1 entries put z[i, q, j, q'] before z[i, q + 1, j, q' + 1]. The edges of the convolved image are at zeros of
+    the grid, as n <= m. z is given to the buffers.
+    """
+    assert step.kernel is not None
+    n, size, m, _ = z.shape
+    rows, width, channels = n * size, step.value.sizes[-1], m * size + 1
+    if z.untyped_storage().nbytes() < (z.storage_offset() + rows * channels) * z.element_size():
+        z = buffers.take(z.numel(), rows).view_as(z).copy_(z)
+    flat = z.as_strided((rows * channels,), (1,))
+    flat[z.numel() :] = 0
+    image = flat.view(1, rows // width, width, channels).permute(0, 3, 1, 2)
+    kernel = (factor * step.kernel).expand(channels, 1, *step.kernel.shape)
+    sizes = zip(step.dilation, step.kernel.shape, strict=True)
+    total = F.conv2d(
+        image,
+        kernel,
+        z.new_full((channels,), bias) if bias else None,
+        padding=[d * (k // 2) for d, k in sizes],
+        dilation=step.dilation,
+        groups=channels,
+    )
+    buffers.give(z)
+    return total.permute(0, 2, 3, 1).reshape(-1)[: z.numel()].view_as(z)
 
 
 def from_pairs(rows: Tensor, grid: Grid) -> Tensor:

@@ -30,7 +30,7 @@ class Term:
     z(n, c, q) = sum over the entries t with outputs[t] = q of profile(t, n, c) scale(c) u(n, c - shift, inputs[t]).
 
     layer: the index of the layer. profile: (T, n, channels). norms: the batch norms between the two. Their scales are weights
-    too; `scale` (channels,) is their product. unit: a factor of the profile, of int8.
+    too; `scale` (channels,) is their product. unit: a factor of the profile, of int8. largest: max |unit profile|.
     """
 
     layer: int
@@ -40,6 +40,7 @@ class Term:
     scale: Tensor
     norms: tuple[str, ...] = ()
     unit: float = 1.0
+    largest: float = 0.0
 
     def adds_to(self, other: Term) -> bool:
         """Return True if both terms have the same paths. Terms that differ have no path in common."""

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from interp_nn.explain.paths import dense_covariances
+from interp_nn.explain.paths import covariances, dense_covariances
 from interp_nn.explain.paths.covariances import Propagation
 from interp_nn.explain.paths.path_kernel import npk
 from interp_nn.explain.paths.path_network import PathNetwork
@@ -138,6 +138,15 @@ def test_products_of_integers_are_those_in_fp64(name, integers, monkeypatch):
     assert bool(called) == (integers and name != "flattened")
 
 
+@pytest.mark.skipif(not hasattr(torch, "_int_mm"), reason="no products of 8-bit integers here")
+@pytest.mark.parametrize("channels", [1, 2, 5])  # of one channel, PyTorch's own are wrong
+def test_products_of_integers_are_whole_numbers(channels):
+    a, b = (torch.randint(0, 2, (40, n, channels), dtype=torch.int8) for n in (2, 3))
+    buffers = dense_covariances.Buffers(torch.float32, a.device)
+    got = dense_covariances._products(a, b, buffers)
+    torch.testing.assert_close(got, torch.einsum("pnc,qmc->npmq", a.float(), b.float()), rtol=0, atol=0)
+
+
 def test_profiles_of_one_number_are_integers(monkeypatch):
     monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: True)
     places = torch.tensor([0, 1, 3])
@@ -154,15 +163,80 @@ def test_profiles_of_one_number_are_integers(monkeypatch):
         assert unit == 1
 
 
+@pytest.mark.parametrize(
+    ("dtype", "count"), [(FP64, 2), (torch.float32, 1)]
+)  # a convolution's result is memory of its own
 @pytest.mark.parametrize("bias", [True, False])
-def test_two_buffers_hold_the_covariances_of_a_chain(bias, monkeypatch):
+def test_two_buffers_hold_the_covariances_of_a_chain(bias, dtype, count, monkeypatch):
     layers = [m for i in (2, 3, 3) for m in (nn.Conv2d(i, 3, 3, padding=1, bias=bias), nn.ReLU())]
     model, x = pooled(*layers, channels=3), torch.randn(3, 2, 6, 5)
     made, empty = [], torch.empty
+    monkeypatch.setattr(dense_covariances, "_convolves", lambda *_: count == 1)
     monkeypatch.setattr(dense_covariances.torch, "empty", lambda *a, **k: made.append(a) or empty(*a, **k))
     monkeypatch.setattr("interp_nn.explain.paths.covariances._BLOCK_BYTES", 1)  # each pair of samples by itself
-    npk(model, x)
-    assert made.count((42**2,)) == 2
+    npk(model, x, dtype=dtype)
+    assert made.count((42 * 43,)) == count and not made.count((42 * 42,))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "dilated",
+        "one dimension",
+        "three dimensions",
+        *(pytest.param(n, marks=pytest.mark.slow) for n in ("same", "skips")),
+    ],
+)
+def test_convolutions_sum_what_shifts_do_in_memory_that_holds_anything(name, monkeypatch):
+    make, shape = NETWORKS[name]
+    model, x, called, conv = make().eval(), torch.randn(5, *shape), [], dense_covariances._convolved
+    monkeypatch.setattr(dense_covariances, "_MOST_CONVOLVED", 0)
+    monkeypatch.setattr(dense_covariances, "_convolved", lambda *args: called.append(args[1].shape) or conv(*args))
+    empty = torch.empty
+    monkeypatch.setattr(dense_covariances.torch, "empty", lambda *a, **k: empty(*a, **k).fill_(float("nan")))
+    for rows, columns in ((5, None), (2, x[2:]), (3, x[3:])):  # of more rows than columns, shifts sum
+        called.clear()
+        got, want = npk(model, x[:rows], columns), npk(model, x[:rows], columns, dtype=FP64)
+        torch.testing.assert_close(got.to(FP64), want, rtol=2e-6, atol=0)
+        assert bool(called) == (columns is None or rows <= len(columns))
+
+
+def test_convolutions_of_less_precision_are_not_used(monkeypatch):
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
+    monkeypatch.setattr(torch.backends.mkldnn, "enabled", True)
+    assert dense_covariances._convolves(torch.float32, torch.device("cpu"))
+    assert not dense_covariances._convolves(FP64, torch.device("cpu"))
+    assert not dense_covariances._convolves(torch.float32, torch.device("meta"))
+    try:
+        torch.backends.mkldnn.conv.fp32_precision = "bf16"
+        assert not dense_covariances._convolves(torch.float32, torch.device("cpu"))
+    finally:
+        torch.backends.mkldnn.conv.fp32_precision = "none"
+
+
+@pytest.mark.filterwarnings("ignore:Using padding=.same. with even kernel")
+@pytest.mark.parametrize("normalize", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["dilated", "pools between", "flattened", "skips"])
+def test_no_covariance_exceeds_its_bound(name, normalize, monkeypatch):
+    make, shape = NETWORKS[name]
+    model, x, scaled, bounds = make().eval(), torch.randn(3, *shape), covariances._scaled, []
+
+    def checked(groups, power, bound):
+        largest = max(float(group.abs().max()) for group in groups)
+        bounds.append(largest / bound)
+        return scaled(groups, power, bound)
+
+    monkeypatch.setattr(covariances, "_scaled", checked)
+    npk(model, x, normalize=normalize)
+    assert 0 < max(bounds) <= 1 + 1e-5
+
+
+@pytest.mark.parametrize(("entry", "bound"), [(2.0**-60, 1.0), (1.0, 2.0**60), (2.0**60, 2.0**60)])
+def test_covariances_that_may_leave_their_range_are_all_looked_at(entry, bound):
+    z = torch.ones(2 * covariances._LOOKED_AT)
+    z.fill_(entry)[0] = 2.0**50
+    groups, power, _ = covariances._scaled([z], 3, bound)
+    assert (float(groups[0].max()), power) == ((0.5, 64) if entry == 2.0**60 else (0.5, 54))
 
 
 def test_shifts_are_found_in_the_window():
