@@ -74,7 +74,7 @@ ABOUT = {
     "unfused": "x @ b @ (b.T @ b) under autograd; the same calls as assoc-a, and timed once with it",
     "assoc-a": "(x b)(bᵀb)", "assoc-b": "x (b (bᵀb))", "assoc-c": "((x b) bᵀ) b",
     "assoc-d": "(x (b bᵀ)) b, only for k > d", "assoc-e": "x ((b bᵀ) b), only for k > d",
-    "best-eager": "the fastest of these by its median",
+    "best-eager": "the fastest of these; chosen in one half of the rounds and timed in the other, and the reverse",
     "compile": "torch.compile of the fastest of these in a first trial",
     "compile-tuned": 'the same with mode="max-autotune", which takes minutes: only by --provider',
     "graphed": "a CUDA graph of the fastest of these in a first trial",

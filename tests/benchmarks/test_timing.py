@@ -7,6 +7,7 @@ import random
 import subprocess
 import time
 
+import numpy as np
 import pytest
 import torch
 from gpu_stand_ins import CPU, Graph
@@ -286,6 +287,23 @@ def test_the_same_calls_under_two_names_are_timed_once():
     for row in writer.rows:
         row["samples"] = 7
     assert len(report.noise(rows.grouped(writer.rows))) == 1  # ours and repeat
+
+
+def test_the_best_of_several_equals_is_not_faster_than_they_are():
+    """The least of their medians is; and where one is the fastest in both halves, its own row is returned."""
+    draw, least, halves = random.Random(0), [], []
+    for _ in range(300):
+        found = {}
+        for name in "abc":
+            groups = tuple(draw.gauss(1.0, 0.1) for _ in range(32))
+            found[name] = {"status": "ok", "ms_p50": float(np.median(groups)), "ms_groups": groups}
+        least.append(min(row["ms_p50"] for row in found.values()))
+        halves.append(measure.fastest_by_halves(found, list(found))["ms_p50"])
+    assert np.mean(least) < 0.985 and abs(np.mean(halves) - 1.0) < 0.003
+    found["a"] = {"status": "ok", "ms_p50": 0.5, "ms_groups": (0.5,) * 32}
+    found["d"], found["e"] = {"status": "ok", "ms_p50": 9.0, "ms_groups": (9.0,) * 3}, {"status": "wrong"}
+    assert measure.fastest_by_halves(found, list(found)) == found["a"] | {"plan": "a"}
+    assert measure.fastest_by_halves({"e": {"status": "wrong"}}, ["e"])["status"] == "skipped"
 
 
 def test_a_provider_is_timed_twice_for_the_noise():
