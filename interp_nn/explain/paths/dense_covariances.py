@@ -353,7 +353,7 @@ def _shifted(z: Tensor, offsets: list[int], buffers: Buffers) -> Tensor:
     """Return the sum over the offsets o of z[i + o], with zeros beyond its ends. z is given to the buffers."""
     if offsets == [0]:
         return z
-    room = z.untyped_storage().nbytes() // z.element_size() - z.storage_offset()
+    room = int(z.untyped_storage().nbytes() // z.element_size() - z.storage_offset())
     total, rest = buffers.take(len(z), room - len(z)), [offset for offset in offsets if offset]
     later = [offset for offset in rest if 0 < offset < len(z)]
     if 0 in offsets and later:  # the first sum writes to all entries
