@@ -189,7 +189,8 @@ def fastest_by_halves(found: dict[str, dict[str, Any]], names: Sequence[str]) ->
         return row
     groups = [found[name]["ms_groups"] for name in names if found[name]["status"] == "ok"]
     groups = [one for one in groups if len(one) == len(row["ms_groups"])]  # slow providers have fewer
-    even, odd = (min(groups, key=lambda one, half=half: np.median(one[half::2])) for half in (0, 1))
+    even = min(groups, key=lambda one: float(np.median(one[0::2])))
+    odd = min(groups, key=lambda one: float(np.median(one[1::2])))
     if even == odd:
         return row
     timed = tuple((even if i % 2 else odd)[i] for i in range(len(even)))
