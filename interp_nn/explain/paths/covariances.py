@@ -112,7 +112,7 @@ class Propagation:
             done = {term.layer for term in layer.terms} - later
             later |= done
             runs = [_runs(layers, layer, group) for group in range(layer.groups)]
-            most = [int(torch.bincount(term.position_map.outputs).max()) for term in layer.terms]
+            most = [int(torch.bincount(term.position_map.outputs, minlength=1).max()) for term in layer.terms]
             if place not in complete:
                 coded[place] = torch.cat(needed[place]).unique()
                 complete |= {place} if len(coded[place]) == layer.positions**2 else set()

@@ -339,6 +339,9 @@ class Walk(fx.Interpreter):
             before, then = position_map.inputs.sort(stable=True)  # the order that the search below finds
         else:
             before, then = (outputs.unsqueeze(1) == position_map.inputs).nonzero().unbind(1)
+        if not len(before):  # as where padding takes the place of all positions: one entry stays, of zeros
+            nowhere = PositionMap(term.position_map.inputs[:1], torch.zeros_like(outputs[:1]))
+            return replace(term, position_map=nowhere, profile=torch.zeros_like(term.profile[:1]))
         both = PositionMap(term.position_map.inputs[before], position_map.outputs[then])
         return replace(term, position_map=both, profile=term.profile[before] * factor[then])
 

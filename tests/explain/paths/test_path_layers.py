@@ -180,6 +180,15 @@ QUICK = [
 ]
 
 
+@pytest.mark.parametrize("pool", [False, True])
+def test_padding_in_the_place_of_all_positions_leaves_the_paths_behind_it(pool):
+    behind = [nn.Conv1d(2, 3, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool1d(1)] if pool else []
+    tail = nn.Sequential(*behind, nn.Flatten(), nn.Linear(3 if pool else 8, 2)).to(FP64)
+    model = nn.Sequential(nn.Conv1d(2, 2, 3, padding=1), nn.ReLU(), nn.ConstantPad1d((4, -4), 0.0), *tail).to(FP64)
+    x = torch.randn(3, 2, 4, dtype=FP64)
+    torch.testing.assert_close(npk(model, x), npk(tail, torch.zeros_like(x)))
+
+
 @pytest.mark.parametrize("place", ["first", "middle", "last"])
 @pytest.mark.parametrize(("dims", "name"), QUICK)
 def test_layers_count_or_are_refused(dims, name, place):
