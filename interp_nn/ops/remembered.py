@@ -187,7 +187,8 @@ def loss_call(
     """Return a remembered call of a loss or None, and what to remember it by or None."""
     place = 0
     state: tuple[object, ...] = ()
-    if weights is EQUAL_WEIGHTS and type(ignore_index) is int and type(reduction) is str and not is_dynamo_compiling():
+    # Dynamo cannot trace a comparison of tuples by `is`.
+    if not is_dynamo_compiling() and weights is EQUAL_WEIGHTS and type(ignore_index) is int and type(reduction) is str:
         place = (id(b) if type(b) is Parameter else 0) + (_LOSS if a is None else _HEAD) + is_grad_enabled()
         entry = plans.get(place)
         if entry is not None:
