@@ -214,7 +214,7 @@ class Propagation:
             fan_in = max(1, a.weight.shape[1:].numel())
             # The network's outputs are not weights. For several outputs, the kernel is their mean.
             scale = 1 / fan_in if self._normalize or place == len(left) - 1 else 1.0
-            bias = len(a.biases) * 2.0**-power
+            bias = len(a.biases) * 2.0**-power if a.biases else 0.0  # without biases the power may be any
             bound = max(_bound(step, a, b, runs, scale, power, covariances) for runs in step.runs) + bias
             groups = []
             for number, runs in enumerate(step.runs):

@@ -189,6 +189,27 @@ def test_padding_in_the_place_of_all_positions_leaves_the_paths_behind_it(pool):
     torch.testing.assert_close(npk(model, x), npk(tail, torch.zeros_like(x)))
 
 
+class Smaller(nn.Module):
+    def forward(self, x):
+        return x * 1e-12
+
+
+@pytest.mark.parametrize("pool", [False, True])
+def test_a_kernel_below_the_smallest_number_is_zero(pool):
+    def layer():
+        return nn.Conv1d(1, 1, 1, bias=False) if pool else nn.Linear(2, 2, bias=False)
+
+    body = [part for _ in range(30) for part in (layer(), nn.ReLU(), Smaller())]
+    tail = (
+        [nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(1, 1, bias=False)] if pool else [nn.Linear(2, 1, bias=False)]
+    )
+    model = nn.Sequential(*body, *tail).to(FP64)
+    for parameter in model.parameters():
+        parameter.data.abs_()
+    x = torch.rand(3, 1, 4, dtype=FP64) if pool else torch.rand(3, 2, dtype=FP64)
+    assert torch.equal(npk(model, x), torch.zeros(3, 3, dtype=FP64))
+
+
 @pytest.mark.parametrize("place", ["first", "middle", "last"])
 @pytest.mark.parametrize(("dims", "name"), QUICK)
 def test_layers_count_or_are_refused(dims, name, place):
