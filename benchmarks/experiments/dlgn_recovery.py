@@ -52,18 +52,13 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def compute_dtype(device: str) -> torch.dtype:
-    """Return the dtype of convolutions and products: bfloat16 on a CPU that has instructions for it, else float32."""
-    return torch.bfloat16 if device == "cpu" and torch.cpu._is_avx512_bf16_supported() else torch.float32
-
-
 class Study:
     """The trainings on some images by one recipe."""
 
     def __init__(self, given: argparse.Namespace, chosen: datasets.Images, recipe: training.Recipe) -> None:
         self._given, self._images, self._recipe = given, chosen, recipe
         self._name, self._cpu = f"{NAME}-{chosen.name}", 0.0
-        self._dtype = compute_dtype(given.device)
+        self._dtype = images.compute_dtype(given.device)
         self._settings = {
             "dataset": chosen.name, "stride": STRIDE, **recipe._asdict(), "train_images": len(chosen.y_train),
             "test_images": len(chosen.y_test),
@@ -94,17 +89,14 @@ class Study:
         network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         return network
 
-    def _computing(self) -> torch.autocast:
-        return torch.autocast(self._images.x_test.device.type, self._dtype, enabled=self._dtype != torch.float32)
-
     def _loss(self, network: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-        with self._computing():
+        with images.computing(self._given.device, self._dtype):
             logits = network(x)
         return nn.functional.cross_entropy(logits.float(), y)
 
     def _measure(self, network: nn.Module) -> dict[str, float]:
         """Return the accuracy, and the CPU's seconds since the last call: unlike `seconds` they leave out other processes."""
-        with self._computing():
+        with images.computing(self._given.device, self._dtype):
             found = images.accuracy_on(self._images)(network)
         before, self._cpu = self._cpu, time.process_time()
         return {**found, "cpu_seconds": self._cpu - before}

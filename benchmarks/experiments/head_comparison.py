@@ -55,6 +55,9 @@ class Variant(NamedTuple):
 class Study(NamedTuple):
     """Heads on one of `reference_networks.ARCHITECTURES`; the first is the base.
 
+    With `bfloat16` a CPU that has instructions for it computes convolutions and products in it; weights and Adam's state are
+    float32.
+
     `ours` has to hold two aims at the full budget: its accuracy is at most `off_base` from the base's, or below it unless
     `either_way`, and its training step takes at most `step_over_base` steps of the base.
     """
@@ -69,6 +72,7 @@ class Study(NamedTuple):
     cpu: Budget
     gpu: Budget
     quick: Budget
+    bfloat16: bool = False
 
 
 BASE = "base head"
@@ -82,7 +86,7 @@ STUDIES = {
             "summary head, reference's init": Variant("summary", True, published=Published(0.1834, 0.7649, 0.7692, 392.3)),
         },
         ours="summary head, orthogonal", off_base=0.015, either_way=True, step_over_base=1.02,
-        cpu=Budget(32_000, 2000, 1), gpu=Budget(None, None, 15), quick=Budget(8, 8, 1, batch=4),
+        cpu=Budget(32_000, 2000, 1), gpu=Budget(None, None, 15), quick=Budget(8, 8, 1, batch=4), bfloat16=True,
     ),
     "summary_cnn": Study(
         "cnn", 1e-3,
@@ -136,17 +140,28 @@ def as_reference_(head: SummaryHead) -> None:
 
 
 def train(
-    study: Study, trainer: common.Trainer, name: str, seed: int, chosen: datasets.Images, recipe: Recipe
+    study: Study, trainer: common.Trainer, variant: str, seed: int, chosen: datasets.Images, recipe: Recipe
 ) -> Network:
     """Train a variant."""
-    start, measure = partial(build, study, name), partial(measures, chosen)
-    return trainer(name, seed, start, chosen.x_train, chosen.y_train, recipe, measure, loss)
+    device = chosen.x_test.device.type
+    computing = partial(images.computing, device, compute_dtype(study, device))
+
+    def loss(network: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        assert isinstance(network, (MLPNetwork, SummaryNetwork))
+        with computing():
+            return network.loss(x, y)
+
+    def measure(network: nn.Module) -> dict[str, float]:
+        with computing():
+            return measures(chosen, network)
+
+    start = partial(build, study, variant)
+    return trainer(variant, seed, start, chosen.x_train, chosen.y_train, recipe, measure, loss)
 
 
-def loss(network: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-    """Return the network's own loss."""
-    assert isinstance(network, (MLPNetwork, SummaryNetwork))
-    return network.loss(x, y)
+def compute_dtype(study: Study, device: str) -> torch.dtype:
+    """Return the dtype of a study's convolutions and products."""
+    return images.compute_dtype(device) if study.bfloat16 else torch.float32
 
 
 def measures(chosen: datasets.Images, network: nn.Module) -> dict[str, float]:
@@ -163,7 +178,7 @@ def measures(chosen: datasets.Images, network: nn.Module) -> dict[str, float]:
     if isinstance(network, SummaryNetwork):
         found["defect"] = network.head.orthogonality_defect()
         with torch.no_grad():
-            features = torch.cat([network.body(x) for x in chosen.x_test.split(250)])
+            features = torch.cat([network.body(x) for x in chosen.x_test.split(250)]).float()
         found["explained_variance"] = network.head.explained_variance(features)
     return found
 
@@ -192,6 +207,7 @@ def main(arguments: list[str]) -> int:
     bodies = "He normal by fan-out" if study.architecture == "vgg11" else "PyTorch's own"
     budget = {
         **images.budget(chosen, recipe, given),
+        "dtype": str(compute_dtype(study, chosen.x_test.device.type)).removeprefix("torch."),
         "initialisation": f"{bodies} in the convolutions; b orthonormal, or the reference's Wᵀ + 1 cᵀ, uniform in ±1 / √d",
         "published": PUBLISHED_BUDGET,
     }
@@ -202,12 +218,14 @@ def main(arguments: list[str]) -> int:
 def _units(study: Study, name: str, given: argparse.Namespace, chosen: datasets.Images, recipe: Recipe) -> None:
     """Train the units of the command line: a row each in NAME.jsonl, which is not trained again."""
     sizes = {"train_images": len(chosen.y_train), "test_images": len(chosen.y_test)}
-    kept = units.Units(name, given, {**recipe._asdict(), **sizes})
+    dtype = str(compute_dtype(study, chosen.x_test.device.type)).removeprefix("torch.")
+    kept = units.Units(name, given, {**recipe._asdict(), **sizes}, dtype=dtype)
     for variant, number in units.of(given, study.variants, study.variants):
         if kept.row(variant, number) is None:
-            trainer = common.Trainer(name, given, 1, images.settings(chosen))
-            train(study, trainer, variant, number, chosen, recipe)
-            kept.write(trainer.record()[-1])
+            trainer = common.Trainer(name, given, 1, {**images.settings(chosen), "dtype": dtype})
+            network = train(study, trainer, variant, number, chosen, recipe)
+            exact = images.accuracy_on(chosen)(network)["accuracy"]
+            kept.write(trainer.record()[-1], last_accuracy_float32=exact)
         print(kept.line(variant, number), flush=True)
 
 

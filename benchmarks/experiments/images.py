@@ -74,6 +74,16 @@ def budget(images: datasets.Images, recipe: Recipe, given: argparse.Namespace) -
     }  # fmt: skip
 
 
+def compute_dtype(device: str) -> torch.dtype:
+    """Return the dtype of convolutions and products: bfloat16 on a CPU that has instructions for it, else float32."""
+    return torch.bfloat16 if device == "cpu" and torch.cpu._is_avx512_bf16_supported() else torch.float32
+
+
+def computing(device: str, dtype: torch.dtype) -> torch.autocast:
+    """Return the context that computes convolutions and products in a dtype."""
+    return torch.autocast(torch.device(device).type, dtype, enabled=dtype != torch.float32)
+
+
 def accuracy_on(images: datasets.Images) -> Callable[[nn.Module], dict[str, float]]:
     """Return the measure of a training: accuracy on the test images."""
     return lambda network: {"accuracy": accuracy(network, images.x_test, images.y_test, batch=250)}

@@ -17,6 +17,7 @@ from benchmarks.experiments import (
     dlgn_recovery,
     gated_images,
     head_comparison,
+    images,
     oblique_trees,
     operator_learning,
     papers,
@@ -384,7 +385,7 @@ def test_gated_images_of_100_classes(run, folder):
 
 def test_each_training_of_dlgn_cifar10_is_a_row(folder, tmp_path, monkeypatch):
     def units(*arguments, name="dlgn-cifar10", dtype=torch.bfloat16):
-        monkeypatch.setattr(dlgn_recovery, "compute_dtype", lambda device: dtype)
+        monkeypatch.setattr(images, "compute_dtype", lambda device: dtype)
         given = ["--quick", "--data", folder, "--output", tmp_path, "--checkpoints", tmp_path / "kept", *arguments]
         assert experiments.find(name)([*map(str, given)]) == 0
         return rows.lines(tmp_path / f"{name.replace('dlgn-', 'dlgn_recovery-')}.jsonl")
