@@ -33,8 +33,8 @@ from interp_nn.engines.problem import Order, Plan, Problem
 PRODUCT_OVERHEAD = 400_000
 # An element that a product reads or writes takes the time of about as many: without it, few rows and k look too cheap beside G.
 ELEMENT_COST = 20
-# The same for an operator with its autograd Function around it, forward and backward (about 0.4 ms of a cold CPU core).
-OPERATOR_OVERHEAD = 40_000_000
+# The same for an operator with its autograd Function around it, forward and backward: what a CPU core takes 50 us for.
+OPERATOR_OVERHEAD = 3_000_000
 
 _SAVED: dict[tuple[Order, bool], tuple[str, ...]] = {
     ("(Xb)G", False): ("G",),

@@ -38,7 +38,7 @@ def test_it_is_adam_on_shuffled_batches_of_what_requires_gradients():
         model[0].requires_grad_(False)
     history = fit(ours, seed=3)
     torch.manual_seed(7), network()  # the generator of dropout is where it was
-    adam, order = torch.optim.Adam(list(plain.parameters())[2:], 1e-2), torch.Generator().manual_seed(3)
+    adam, order = torch.optim.Adam(list(plain.parameters())[2:], 1e-2, fused=True), torch.Generator().manual_seed(3)
     losses = []
     for _ in range(5):
         values = []
@@ -74,7 +74,7 @@ def test_the_learning_rate_decays_to_nothing_also_where_it_is_resumed(tmp_path):
         decayed(network(), 4, checkpoint=tmp_path / "run.pt")
     decayed(cut := network(), 3, checkpoint=tmp_path / "run.pt")
     plain = network()
-    adam, order = torch.optim.Adam(plain.parameters(), 1e-2), torch.Generator().manual_seed(0)
+    adam, order = torch.optim.Adam(plain.parameters(), 1e-2, fused=True), torch.Generator().manual_seed(0)
     rate = torch.optim.lr_scheduler.LinearLR(adam, 1.0, 0.0, 15)
     for index in (part for _ in range(3) for part in torch.randperm(45, generator=order).split(10)):
         adam.zero_grad()
