@@ -130,7 +130,8 @@ def tsne_loss(embedding: Tensor, joint: Tensor, exaggeration: float = 1.0) -> Te
 def _log_similarity(embedding: Tensor) -> tuple[Tensor, Tensor]:
     """Return (n, n) squared distances over the degrees of freedom, and the logarithms of the unnormalised similarities."""
     freedom = max(embedding.shape[1] - 1, 1)
-    scaled = _squared_distances(embedding) / freedom
+    distances = torch.cdist(embedding, embedding, compute_mode="donot_use_mm_for_euclid_dist")  # few columns: no pdist
+    scaled = distances.square() / freedom
     return scaled, -(freedom + 1) / 2 * torch.log1p(scaled)
 
 
@@ -346,8 +347,13 @@ def _at_least_fp32(dtype: torch.dtype) -> torch.dtype:
 
 
 def _squared_distances(x: Tensor) -> Tensor:
-    """Compute squared distances (n, n) from differences, because products lose precision for near neighbours."""
-    return torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist").square()
+    """Compute squared distances (n, n) from differences, because products lose precision for near neighbours.
+
+    On a CPU a twentieth of the time of `torch.cdist` for 784 columns.
+    """
+    above = torch.ones(len(x), len(x), dtype=torch.bool, device=x.device).triu_(1)
+    squared = x.new_zeros(len(x), len(x)).masked_scatter(above, torch.pdist(x).square())
+    return squared + squared.mT
 
 
 def _default_encoder(x: Tensor) -> nn.Module:
