@@ -44,11 +44,14 @@ def main(arguments: list[str]) -> int:
     except FileNotFoundError as error:
         raise UserInputError(f"not run, no data: {error}") from error
     chosen, recipe = images.within(found, given, FULL, FULL, QUICK, LEARNING_RATE)
+    run = common.Run(f"{NAME}-{chosen.name}", given)
     study = Study(given, chosen, recipe._replace(decay=True))
     for regime, number in units.of(given, REGIMES, SEVERAL):
         if study.units.row(regime, number) is None:
             study.train(regime, number)
         print(study.units.line(regime, number), flush=True)
+    if trained := study.units.rows():
+        images.draw(run, trained, {}, "units", f"{chosen.name}: last epoch")
     return 0
 
 
@@ -63,7 +66,6 @@ class Study:
             "dataset": chosen.name, "stride": STRIDE, **recipe._asdict(), "train_images": len(chosen.y_train),
             "test_images": len(chosen.y_test),
         }  # fmt: skip
-        common.Run(self._name, given)  # which chooses the folder
         self.units = units.Units(self._name, given, self._settings, dtype=str(self._dtype).removeprefix("torch."))
 
     def train(self, regime: str, number: int) -> None:

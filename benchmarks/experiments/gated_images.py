@@ -65,7 +65,7 @@ def main(arguments: list[str]) -> int:
     published = PUBLISHED.get(chosen.name, {})
     results = _results(trainer, published)
     results["published_dlgn_over_relu_more_than"] = RECOVERED.get(chosen.name)
-    images.draw(run, trainer, published, "regimes", f"{chosen.name}: last epoch; published: best epoch")
+    images.draw(run, trainer.rows, published, "regimes", f"{chosen.name}: last epoch; published: best epoch")
     budget = {
         **images.budget(chosen, recipe, given), "initialisation": "He normal", "network": str(backbone()),
         "published": "the best of 200 epochs (MNIST 300) on all training images, means of 5 runs",

@@ -8,7 +8,6 @@ base network and without in the summary network, so that its accuracies differ i
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -20,6 +19,7 @@ from torch.nn.utils import parametrize
 from benchmarks.experiments import common, datasets, images, units
 from benchmarks.experiments.images import Budget
 from benchmarks.experiments.training import Recipe, accuracy
+from benchmarks.records.rows import Row
 from benchmarks.timing import clocks
 from benchmarks.timing.reference_networks import NETWORKS, MLPNetwork, Network, SummaryNetwork
 from interp_nn.nn import SummaryHead
@@ -194,7 +194,7 @@ def main(arguments: list[str]) -> int:
     chosen, recipe = images.within(found, given, study.cpu, study.gpu, study.quick, study.learning_rate)
     run = common.Run(name, given)
     if units.asked_for(given):
-        _units(study, name, given, chosen, recipe)
+        _units(study, run, chosen, recipe)
         return 0
     trainer = common.Trainer(name, given, given.seeds * len(study.variants), images.settings(chosen))
     for seed in range(given.seeds):
@@ -202,8 +202,7 @@ def main(arguments: list[str]) -> int:
             train(study, trainer, variant, seed, chosen, recipe)
     times = step_times(study, chosen, recipe, given.quick)
     results = _results(study, trainer, times)
-    published = {variant: one.published.last for variant, one in study.variants.items() if one.published}
-    images.draw(run, trainer, published, "heads", "CIFAR-10, last epoch; published: after 15 epochs, with dropout")
+    _draw(study, run, trainer.rows, "heads")
     bodies = "He normal by fan-out" if study.architecture == "vgg11" else "PyTorch's own"
     budget = {
         **images.budget(chosen, recipe, given),
@@ -215,18 +214,27 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def _units(study: Study, name: str, given: argparse.Namespace, chosen: datasets.Images, recipe: Recipe) -> None:
-    """Train the units of the command line: a row each in NAME.jsonl, which is not trained again."""
+def _units(study: Study, run: common.Run, chosen: datasets.Images, recipe: Recipe) -> None:
+    """Train the units of the command line: a row each in NAME.jsonl, which is not trained again; and draw all rows."""
     sizes = {"train_images": len(chosen.y_train), "test_images": len(chosen.y_test)}
-    dtype = str(compute_dtype(study, chosen.x_test.device.type)).removeprefix("torch.")
-    kept = units.Units(name, given, {**recipe._asdict(), **sizes}, dtype=dtype)
-    for variant, number in units.of(given, study.variants, study.variants):
+    dtype = str(compute_dtype(study, run.device)).removeprefix("torch.")
+    kept = units.Units(run.name, run.given, {**recipe._asdict(), **sizes}, dtype=dtype)
+    for variant, number in units.of(run.given, study.variants, study.variants):
         if kept.row(variant, number) is None:
-            trainer = common.Trainer(name, given, 1, {**images.settings(chosen), "dtype": dtype})
+            trainer = common.Trainer(run.name, run.given, 1, {**images.settings(chosen), "dtype": dtype})
             network = train(study, trainer, variant, number, chosen, recipe)
             exact = images.accuracy_on(chosen)(network)["accuracy"]
             kept.write(trainer.record()[-1], last_accuracy_float32=exact)
         print(kept.line(variant, number), flush=True)
+    if trained := kept.rows():
+        _draw(study, run, trained, "units")
+
+
+def _draw(study: Study, run: common.Run, trained: list[Row], suffix: str) -> None:
+    known = {variant: one.published for variant, one in study.variants.items() if one.published}
+    last = {name: one.last for name, one in known.items()}
+    points = {name: {1: one.first, 15: one.last} for name, one in known.items()}
+    images.draw(run, trained, last, suffix, "CIFAR-10, last epoch; published: after 15 epochs, with dropout", points)
 
 
 def step_times(study: Study, chosen: datasets.Images, recipe: Recipe, quick: bool) -> dict[str, clocks.Timing]:

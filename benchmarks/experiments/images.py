@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +14,7 @@ from torch import nn
 from benchmarks.command_line import at_least, users_input
 from benchmarks.experiments import common, datasets
 from benchmarks.experiments.training import Recipe, accuracy
+from benchmarks.records.rows import Row
 from interp_nn.explain import plots
 from interp_nn.explain.plots.canvas import PALETTE
 
@@ -94,23 +95,35 @@ def settings(images: datasets.Images) -> dict[str, Any]:
     return {"test_images": len(images.y_test)}
 
 
-def draw(run: common.Run, trainer: common.Trainer, published: dict[str, float], suffix: str, title: str) -> None:
-    """Draw accuracies after the last epoch as bars, with published ones, and after each epoch as curves."""
-    names = list(dict.fromkeys(row["network"] for row in trainer.rows))
-    epochs = max(row["epochs"] for row in trainer.rows)
+def draw(
+    run: common.Run, trained: list[Row], published: dict[str, float], suffix: str, title: str,
+    points: Mapping[str, Mapping[int, float]] | None = None,
+) -> None:  # fmt: skip
+    """Draw accuracies after the last epoch as bars, with published ones, and after each epoch as curves.
+
+    `trained` has the rows of a `common.Trainer` or of `units.Units`; `points` published accuracies by network and epoch.
+    """
+    points = points or {}
+    names = list(dict.fromkeys(row["network"] for row in trained))
+    epochs = max(row["epochs"] for row in trained)
     figure, panels = plt.subplots(
         1, 2 if epochs > 1 else 1, figsize=(12 if epochs > 1 else 7, 4.2), layout="constrained", squeeze=False
     )
     bars = panels[0][0]
-    plots.regime_bars({name: trainer.of(name, "last_accuracy") for name in names}, published=published, axes=bars)
+    last = {name: [row["last_accuracy"] for row in trained if row["network"] == name] for name in names}
+    plots.regime_bars(last, published=published, axes=bars)
     bars.set(xlabel="test accuracy, %")
     bars.set_title(f"{bars.get_title()}\n{title}", fontsize=10)
     for i, name in enumerate(names if epochs > 1 else ()):
-        for seed, history in enumerate(trainer.of(name, "history")):
-            percent = [100 * share for share in history["accuracy"]]
+        own = [row["history"]["accuracy"] for row in trained if row["network"] == name]
+        for seed, accuracies in enumerate(own):
+            percent = [100 * share for share in accuracies]
             label = name if seed == 0 else None
             style = {"color": f"C{i}", "linestyle": "-" if i < len(PALETTE) else "--", "marker": ".", "linewidth": 1}
             panels[0][1].plot(range(1, len(percent) + 1), percent, label=label, **style)
+        if name in points:
+            at, shares = zip(*points[name].items(), strict=True)
+            panels[0][1].plot(at, [100 * share for share in shares], f"C{i}D", mfc="none", label=f"{name}, published")
     if epochs > 1:
         curves = panels[0][1]
         curves.set(xlabel="epoch", ylabel="test accuracy, %", xlim=(0.5, epochs + 0.5), title="Accuracy over training")

@@ -1,7 +1,7 @@
 """MNIST on a plane: a parametric t-SNE, and for each image the two that show how its pixels move it.
 
 The network of van der Maaten (AISTATS 2009), 500-500-2000-2, trained on the divergence by Adam from a random start: a fifth of
-the epochs with attraction counted four times, then, with Adam begun anew, the rest.
+the epochs with attraction counted four times, then, with Adam begun anew, the rest, in which its rate falls to 0.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def main(arguments: list[str]) -> int:
             source = None if network is None else EXAGGERATION
             build = untrained if network is None else partial(copy.deepcopy, network)
             objective = partial(_loss, given.perplexity, exaggeration)
-            steps = recipe._replace(epochs=epochs)
+            steps = recipe._replace(epochs=epochs, decay=name == TSNE)
             network = trainer(name, seed, build, x_train, y_train, steps, measure, objective, source)
         assert network is not None
         divergence = trainer.rows[-1]["history"]["loss"]

@@ -55,6 +55,10 @@ class Units:
         wanted = {**self._budget, "network": network, "seed": number}
         return next((row for row in self._rows if wanted.items() <= row.items()), None)
 
+    def rows(self) -> list[rows.Row]:
+        """Return the rows of this budget."""
+        return [row for row in self._rows if self._budget.items() <= row.items()]
+
     def write(self, row: Mapping[str, Any], **more: Any) -> None:
         """Append a row of `common.Trainer`, unless the unit has one or was stopped before its last epoch."""
         if row["epochs"] == self._budget["epochs"] and self.row(row["network"], row["seed"]) is None:
