@@ -35,6 +35,8 @@ PRODUCT_OVERHEAD = 400_000
 ELEMENT_COST = 20
 # The same for an operator with its autograd Function around it, forward and backward: what a CPU core takes 50 us for.
 OPERATOR_OVERHEAD = 3_000_000
+# A polynomial's, whose backward has some twenty small operations on k x k matrices, is so many times larger.
+POLYNOMIAL_OVERHEAD = 13
 
 _SAVED: dict[tuple[Order, bool], tuple[str, ...]] = {
     ("(Xb)G", False): ("G",),
@@ -161,7 +163,8 @@ def cost(plan: Plan, problem: Problem) -> int:
     products = count_products(plan, problem)
     sizes = problem.n, problem.d, problem.k
     charges = sum(products) * PRODUCT_OVERHEAD + products.elements(*sizes) * ELEMENT_COST
-    return products.flops(*sizes) + charges + (0 if plan.autograd else OPERATOR_OVERHEAD)
+    operator = OPERATOR_OVERHEAD * (1 if problem.degree is None else POLYNOMIAL_OVERHEAD)
+    return products.flops(*sizes) + charges + (0 if plan.autograd else operator)
 
 
 def candidates(problem: Problem, operators: bool = True, autograd: bool = True) -> list[Plan]:
