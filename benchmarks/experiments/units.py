@@ -45,7 +45,8 @@ class Units:
         file = given.output / f"{name}.jsonl"
         with users_input():
             files.check_writable(file)
-            self._rows = rows.lines(file) if file.exists() else []
+            found = rows.lines(file) if file.exists() else []
+        self._rows = [{"shuffle": True, **row} for row in found]  # the first rows are older than the choice
         facts = environment.facts(given.device)
         shared = {name: facts[name] for name in ("utc", "git_sha", "dirty", "device", "torch", "python")}
         self._writer = rows.Writer(file, shared | self._budget | more)
