@@ -49,7 +49,11 @@ FULL = {
 _LEAST = "{} of ReLU, last epoch, %"  # of regimes that are said to recover a share of the ReLU network's accuracy
 # The lines that answer a published claim with a budget that means something.
 HEADLINES = {
-    "summary_vgg": ("base head, %", "summary head, reference's init, %", "summary head, orthogonal, %"),
+    "summary_vgg": (
+        "base head, last epoch, %",
+        "summary head, orthogonal, last epoch, %",
+        "summary head, reference's init, last epoch, %",
+    ),
     "summary_cnn": (
         "base head, last epoch, %",
         "summary, orthogonal, last epoch, %",
